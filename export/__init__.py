@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle. The only package that imports torch."""

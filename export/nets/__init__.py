@@ -1,0 +1,72 @@
+"""FAMILY nets: a checkpoint -> `Net`: what the pipeline needs to know to make a bundle of it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from models.bundle.manifest import ImagePreprocess, Plugin, Source, Task, Tensor, TextPreprocess
+from models.registry import Registry
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One torch module that becomes one graph.
+
+    ``module(*inputs)`` takes tensors in the order of ``inputs`` and returns one tensor, or a tuple in the order
+    of ``outputs``. String dimensions of the specs ("B", "T") are dynamic in the graph. ``quantizer``: the
+    plug-in that keeps this tower's accuracy, used unless the recipe names another.
+    """
+
+    module: torch.nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    preprocess: ImagePreprocess | TextPreprocess | None
+    quantizer: str
+    quantizer_params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A graph made of standard ops and local functions without torch (for example `detect`); never quantized."""
+
+    model: onnx.ModelProto
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    batch: bool = False
+
+
+@dataclass(frozen=True)
+class Net:
+    """A loaded checkpoint.
+
+    ``files``: what else goes into the bundle by name (tokenizer.json, labels.json). ``ranges``: role -> a JSON
+    file of activation ranges that ship with the net, used when no calibration pictures are given.
+    """
+
+    name: str
+    source: Source
+    tasks: tuple[Task, ...]
+    towers: Mapping[str, Tower]
+    files: Mapping[str, bytes]
+    prompts: Plugin | None = None
+    head: Plugin | None = None
+    labels: str | None = None
+    built: Mapping[str, Built] = field(default_factory=dict)
+    ranges: Mapping[str, Path] = field(default_factory=dict)
+    keep_float: bool = False  # export seals NAME-float beside NAME-int8 unless told otherwise
+    bars: Mapping[str, float] = field(default_factory=dict)  # defaults of the recipe's bars for this net
+
+
+@dataclass(frozen=True)
+class NetPlugin:
+    """``recognise(checkpoint)``: is this directory (or built-in name) one of ours? ``load(checkpoint) -> Net``."""
+
+    recognise: Callable[[str], bool]
+    load: Callable[[str], Net]
+
+
+NETS: Registry[NetPlugin] = Registry("nets", "export.nets")

@@ -1,0 +1,1 @@
+"""The bundle contract: `manifest` (types), `store` (directories on disk), `bundle` (an opened one)."""

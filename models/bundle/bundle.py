@@ -1,0 +1,110 @@
+"""`Bundle`: an opened bundle as tasks see it, without its sessions."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess
+from models.bundle.store import Sealed
+from models.errors import BundleInvalid, TaskNotServed
+from models.flow import Array
+from models.heads import HEADS, BoundHead
+from models.preprocess.image import MAX_PIXELS, ImagePreparer
+from models.preprocess.text import TextPreparer
+from models.prompts import PROMPTS, Prompts
+
+
+class Bundle:
+    """Manifest, preprocessing, prompts, head and assets. ``max_pixels``: the largest picture it decodes."""
+
+    def __init__(self, sealed: Sealed, *, max_pixels: int = MAX_PIXELS) -> None:
+        self.directory: Path = sealed.directory
+        self.manifest: Manifest = sealed.manifest
+        self.digest: str = sealed.digest
+        self.max_pixels = max_pixels
+        self._images: dict[str, ImagePreparer] = {}
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    def graph(self, role: str) -> Graph:
+        try:
+            return self.manifest.graphs[role]
+        except KeyError:
+            known = sorted(self.manifest.graphs)
+            raise TaskNotServed(
+                f"bundle {self.name!r} has no graph {role!r}; it has {', '.join(known)}", known=known
+            ) from None
+
+    def require(self, task: str) -> None:
+        """Raises `TaskNotServed` unless the manifest lists ``task``."""
+        if task not in self.manifest.tasks:
+            known = self.manifest.tasks
+            raise TaskNotServed(
+                f"bundle {self.name!r} does not serve {task!r}; it serves {', '.join(known)}", known=known
+            )
+
+    def image(self, role: str = "image") -> ImagePreparer:
+        if role not in self._images:
+            spec = self.graph(role).preprocess
+            if not isinstance(spec, ImagePreprocess):
+                raise BundleInvalid(f"bundle {self.name!r}: graph {role!r} takes no pictures")
+            self._images[role] = ImagePreparer(spec)
+        return self._images[role]
+
+    @cached_property
+    def text(self) -> TextPreparer:
+        spec = self.graph("text").preprocess
+        if not isinstance(spec, TextPreprocess):
+            raise BundleInvalid(f"bundle {self.name!r}: graph 'text' takes no texts")
+        return TextPreparer(spec, self.directory)
+
+    @property
+    def dim(self) -> int:
+        """Length of the embedding vectors."""
+        shapes = [
+            t.shape
+            for role in ("image", "text")
+            if role in self.manifest.graphs
+            for t in self.graph(role).outputs.values()
+        ]
+        if not shapes:
+            raise TaskNotServed(f"bundle {self.name!r} embeds nothing")
+        return cast(int, shapes[0][-1])
+
+    @cached_property
+    def head(self) -> BoundHead:
+        plugin = self.manifest.head
+        if plugin is None:
+            raise TaskNotServed(f"bundle {self.name!r} has no head, so it scores no labels")
+        return HEADS.get(plugin.name).bind(plugin.params, {k: self._array(v) for k, v in plugin.assets.items()})
+
+    @cached_property
+    def prompts(self) -> Callable[[str], Sequence[str]]:
+        """A label -> the sentences that describe it, as the manifest chose."""
+        plugin = self.manifest.prompts
+        if plugin is None:
+            raise TaskNotServed(f"bundle {self.name!r} has no prompts, so it reads no labels")
+        prompts: Prompts = PROMPTS.get(plugin.name)
+        return prompts.bind(plugin.params)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The bundle's own label set; empty when it has none."""
+        if not self.manifest.labels:
+            return ()
+        labels = json.loads((self.directory / self.manifest.labels).read_text(encoding="utf-8"))
+        if not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+            raise BundleInvalid(f"{self.directory / self.manifest.labels} is not a JSON list of strings")
+        return tuple(labels)
+
+    def _array(self, name: str) -> Array:
+        try:
+            return cast(Array, np.load(self.directory / name, allow_pickle=False))
+        except ValueError as error:
+            raise BundleInvalid(f"{self.directory / name} is no plain .npy array: {error}") from None

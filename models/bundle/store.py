@@ -1,0 +1,155 @@
+"""Bundle directories on disk: read, verify, seal, list. Knows no ONNX.
+
+A sealed bundle never changes. A new one is written in a hidden directory beside its target and renamed into
+place, so a reader sees all of it or none.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from models.bundle.manifest import File, Manifest, parse
+from models.errors import BundleError, BundleInvalid, BundleNotFound, suggestion
+
+MANIFEST = "bundle.json"
+MAX_MANIFEST_BYTES = 1 << 20  # a manifest is a page; more is an attack or a mistake
+MAX_FILES = 1000
+
+
+class Sealed(NamedTuple):
+    """A verified bundle directory. ``digest``: sha256 of bundle.json, which names the whole content."""
+
+    directory: Path
+    manifest: Manifest
+    digest: str
+
+
+def read(directory: Path, *, verify: bool = True) -> Sealed:
+    """Open the bundle in ``directory``; with ``verify`` every listed file is hashed.
+
+    Raises `BundleNotFound`, `BundleTooNew`, or `BundleInvalid` naming the file that is wrong: absent, of
+    another size, of another hash, a link, or not listed.
+    """
+    path = directory / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise BundleNotFound(f"{directory} holds no {MANIFEST}; expected a directory that 'calmclip export' sealed")
+    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+        raise BundleInvalid(f"{path} has {size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
+    text = path.read_bytes()
+    manifest = parse(text, str(path))
+    if not manifest.files:
+        raise BundleInvalid(f"{path} lists no files; it was never sealed")
+    if len(manifest.files) > MAX_FILES:
+        raise BundleInvalid(f"{path} lists {len(manifest.files)} files; at most {MAX_FILES} are read")
+    _compare(directory, manifest, contents=verify)
+    return Sealed(directory, manifest, hashlib.sha256(text).hexdigest())
+
+
+def find(name: str, bundles: Path) -> Path:
+    """The directory of the bundle called ``name`` under ``bundles``, or ``name`` itself where that is a path."""
+    direct = Path(name)
+    if (direct / MANIFEST).is_file():
+        return direct
+    if os.sep not in name and (bundles / name / MANIFEST).is_file():
+        return bundles / name
+    known = names(bundles)
+    raise BundleNotFound(f"there is no bundle {name!r} in {bundles}; {suggestion(name, known)}", known=known)
+
+
+def names(bundles: Path) -> list[str]:
+    """Bundle directories under ``bundles``, sorted; hidden ones are exports under way."""
+    if not bundles.is_dir():
+        return []
+    return sorted(d.name for d in bundles.iterdir() if not d.name.startswith(".") and (d / MANIFEST).is_file())
+
+
+@contextmanager
+def stage(bundles: Path, name: str) -> Iterator[Path]:
+    """A hidden directory under ``bundles`` to write ``name`` in; gone afterwards unless `seal` renamed it."""
+    bundles.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=bundles))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def describe(directory: Path, manifest: Manifest) -> Manifest:
+    """Write ``manifest`` into ``directory`` with the hash and size of every file there, and return it."""
+    files = {
+        path.relative_to(directory).as_posix(): File(sha256=_sha256(path), bytes=path.stat().st_size)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST
+    }
+    complete = Manifest.model_validate(
+        {**manifest.model_dump(), "files": {k: v.model_dump() for k, v in files.items()}}
+    )
+    (directory / MANIFEST).write_text(complete.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    return complete
+
+
+def seal(staged: Path, manifest: Manifest, *, replace: bool = False) -> Sealed:
+    """Hash every file of ``staged`` into the manifest, flush to disk, and rename into place.
+
+    Raises `BundleError` when the target exists and not ``replace``; the old bundle is moved aside first and
+    removed last, so at every moment one whole bundle or none bears the name.
+    """
+    target = staged.parent / manifest.name
+    if target.exists() and not replace:
+        raise BundleError(
+            f"{target} exists, and a sealed bundle never changes; remove it, name another, or pass --replace"
+        )
+    describe(staged, manifest)
+    staged.chmod(0o755)  # mkdtemp made it private
+    for path in staged.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    _flush(staged)
+    aside = None
+    if target.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{manifest.name}-old-", dir=staged.parent))
+        os.rename(target, aside / "bundle")
+    os.rename(staged, target)
+    _flush(target.parent)
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)
+    return read(target)
+
+
+def _compare(directory: Path, manifest: Manifest, *, contents: bool) -> None:
+    """What is in the directory must be exactly what the manifest lists. Sizes first: no byte is read before."""
+    root = directory.resolve()
+    for name, file in manifest.files.items():
+        path = directory / name
+        if path.is_symlink() or not path.resolve().is_relative_to(root):
+            raise BundleInvalid(f"{path} is a link or leads out of the bundle; a bundle holds plain files only")
+        if not path.is_file():
+            raise BundleInvalid(f"{path} is listed in {MANIFEST} but is not there")
+        if (size := path.stat().st_size) != file.bytes:
+            raise BundleInvalid(f"{path} has {size} bytes; {MANIFEST} lists {file.bytes}")
+    found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
+    if stray := sorted(found - manifest.files.keys() - {MANIFEST}):
+        raise BundleInvalid(f"{directory / stray[0]} is not listed in {MANIFEST}")
+    for name, file in manifest.files.items() if contents else ():
+        if (digest := _sha256(directory / name)) != file.sha256:
+            raise BundleInvalid(
+                f"{directory / name} has sha256 {digest[:12]}…; {MANIFEST} lists {file.sha256[:12]}…. Export it again."
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,30 @@
+"""Cosine head: labels compete.
+
+Source: Radford et al. 2021 (arXiv 2103.00020), figure 3: logits = exp(t) * I T^T, softmax over the classes.
+In:     image [B, D], text [C, D], unit rows.
+Assets: none.
+Out:    logits float32 [B, C] = scale * cosine; scores sum to 1 over C.
+"""
+
+import numpy as np
+
+from models.bundle.manifest import FrozenModel
+from models.flow import Array, Arrays
+from models.heads import HEADS, Head
+
+
+class Params(FrozenModel):
+    scale: float = 100.0  # exp of the learned log temperature, > 0
+
+
+def logits(image: Array, text: Array, assets: Arrays, params: Params) -> Array:
+    return np.float32(params.scale) * (image @ text.T)
+
+
+def softmax(logits: Array) -> Array:
+    """Over the last axis, max subtracted; float32."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+HEADS.register("cosine")(Head(Params, logits, softmax))

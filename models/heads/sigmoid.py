@@ -1,0 +1,31 @@
+"""Sigmoid head: every label is judged alone, so several or none may be true.
+
+Source: Zhai et al. 2023 (arXiv 2303.15343), section 3.2: p = sigmoid(t * I T^T + b).
+In:     image [B, D], text [C, D], unit rows.
+Assets: none.
+Out:    logits float32 [B, C] = scale * cosine + bias; scores in (0, 1), each on its own.
+"""
+
+import numpy as np
+
+from models.bundle.manifest import FrozenModel
+from models.flow import Array, Arrays
+from models.heads import HEADS, Head
+
+
+class Params(FrozenModel):
+    scale: float = 10.0  # exp of the learned log temperature, > 0
+    bias: float = -10.0
+
+
+def logits(image: Array, text: Array, assets: Arrays, params: Params) -> Array:
+    return np.float32(params.scale) * (image @ text.T) + np.float32(params.bias)
+
+
+def sigmoid(logits: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow at either end; float32."""
+    half = np.float32(0.5)
+    return half * (1 + np.tanh(half * logits))
+
+
+HEADS.register("sigmoid")(Head(Params, logits, sigmoid))

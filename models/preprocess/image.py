@@ -1,0 +1,155 @@
+"""JPEG bytes -> upright RGB -> float32 [1, 3, H, W], and the frame that maps boxes back.
+
+Equal to the reference processors (torchvision's PIL transforms, transformers' CLIPImageProcessor) because it
+uses what they use: Pillow's antialiased bicubic on uint8, then float32 arithmetic.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from models.bundle.manifest import ImagePreprocess
+from models.errors import BadImage, ImageTooLarge
+from models.flow import Array
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 40_000_000
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+# Pillow's own guard counts differently and only warns; `inspect` is stricter and comes first.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture says of itself before it is decoded. ``width`` and ``height`` as stored, not upright."""
+
+    format: str
+    width: int
+    height: int
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How a picture of ``width`` x ``height`` pixels (upright) was placed in a graph's input.
+
+    input = original * scale + offset, per axis (x, y).
+    """
+
+    width: int
+    height: int
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+
+    def to_original(self, boxes: Array) -> Array:
+        """float32 [N, 4] x0 y0 x1 y1 in the input's pixels -> in the original's, cut to the picture."""
+        scale = np.array(self.scale * 2, np.float32)
+        offset = np.array(self.offset * 2, np.float32)
+        limit = np.array([self.width, self.height] * 2, np.float32)
+        return np.clip((boxes - offset) / scale, 0.0, limit).astype(np.float32)
+
+
+def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
+    """Read the header only. Raises `BadImage` for anything but JPEG, PNG, WebP; `ImageTooLarge` over the limit."""
+    if not data:
+        raise BadImage("the picture has 0 bytes; expected a JPEG, PNG or WebP file")
+    with _open(data) as image:
+        header = Header(str(image.format), *image.size)
+    if header.pixels > max_pixels:
+        raise ImageTooLarge(
+            f"the picture is {header.width} x {header.height} = {header.pixels} pixels; at most {max_pixels} are decoded. Scale it down."
+        )
+    return header
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The first frame, upright by its EXIF tag, as 8-bit RGB.
+
+    CMYK and palettes are converted; 16-bit grey is scaled, not clipped; transparent pixels come out as they
+    look on white, as a page would show them.
+    """
+    inspect(data, max_pixels=max_pixels)
+    with _open(data) as image:
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return _rgb(upright)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise BadImage(f"the {image.format} picture is broken: {error}. Send the whole file.") from None
+
+
+class ImagePreparer:
+    """`ImagePreprocess` at work."""
+
+    def __init__(self, spec: ImagePreprocess) -> None:
+        self.spec = spec
+        # (x / 255 - mean) / std as one multiply-add, worked out in float64
+        mean, std = np.array(spec.mean, np.float64), np.array(spec.std, np.float64)
+        self._gain = (1 / (255 * std)).astype(np.float32).reshape(3, 1, 1)
+        self._bias = (-mean / std).astype(np.float32).reshape(3, 1, 1)
+
+    def prepare(self, image: Image.Image) -> tuple[Array, Frame]:
+        """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`."""
+        placed, frame = self._place(image)
+        chw = np.asarray(placed, np.uint8).transpose(2, 0, 1)
+        pixels = np.multiply(chw, self._gain, dtype=np.float32)
+        pixels += self._bias
+        return pixels[None], frame
+
+    def _place(self, image: Image.Image) -> tuple[Image.Image, Frame]:
+        spec, (width, height) = self.spec, image.size
+        rows, cols = spec.size
+        how = spec.resize
+        if how == "exact" or (spec.keep_square and width == height):
+            return self._resize(image, cols, rows), Frame(width, height, (cols / width, rows / height), (0.0, 0.0))
+        if how == "letterbox":
+            ratio = min(cols / width, rows / height)
+            w, h = max(1, round(width * ratio)), max(1, round(height * ratio))
+            canvas = Image.new("RGB", (cols, rows), (spec.pad,) * 3)
+            canvas.paste(self._resize(image, w, h))
+            return canvas, Frame(width, height, (w / width, h / height), (0.0, 0.0))
+        assert spec.shortest is not None  # the manifest was validated
+        short, long = sorted((width, height))
+        longer = int(spec.shortest * long / short)
+        w, h = (spec.shortest, longer) if width <= height else (longer, spec.shortest)
+        left, top = self._margin(w - cols), self._margin(h - rows)
+        resized = self._resize(image, w, h)
+        frame = Frame(width, height, (w / width, h / height), (-float(left), -float(top)))
+        return resized.crop((left, top, left + cols, top + rows)), frame
+
+    def _margin(self, spare: int) -> int:
+        return spare // 2 if self.spec.crop_offset == "floor" else round(spare / 2.0)
+
+    def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        return image.resize((width, height), _RESAMPLE[self.spec.resample])
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, TypeError):
+        start = data[:4].hex(" ")
+        raise BadImage(f"{len(data)} bytes starting {start} are no picture we read; send JPEG, PNG or WebP") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
+        grey = np.asarray(image, np.float64) / 257.0
+        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.mode or "transparency" in image.info:
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, over).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,60 @@
+"""Strings -> int64 [B, T] ids and mask, from the bundle's tokenizer.json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from models.bundle.manifest import TextPreprocess
+from models.errors import BadRequest, BundleInvalid, TextTooLong
+from models.flow import Array
+
+
+class TextPreparer:
+    """`TextPreprocess` at work. Safe to share between threads."""
+
+    def __init__(self, spec: TextPreprocess, directory: Path) -> None:
+        self.spec = spec
+        path = directory / spec.tokenizer
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise BundleInvalid(f"{path} is no tokenizer the `tokenizers` library reads: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def prepare(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Exactly the feeds the graph names: ids int64 [B, T], and mask int64 [B, T] (1 = a token) if it takes one.
+
+        Raises `TextTooLong` with the count of tokens and the limit, unless the bundle truncates;
+        `BadRequest` for an empty text or one that is not Unicode (a lone surrogate).
+        """
+        rows = [self._row(text, index) for index, text in enumerate(texts)]
+        width = self.spec.context if self.spec.pad == "context" else max(map(len, rows), default=1)
+        ids = np.full((len(rows), width), self.spec.pad_id, np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row
+            mask[index, : len(row)] = 1
+        return {self.spec.ids: ids} | ({self.spec.mask: mask} if self.spec.mask else {})
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``, the special ones included."""
+        return len(self._row(text, 0))
+
+    def _row(self, text: str, index: int) -> list[int]:
+        if not text.strip():
+            raise BadRequest(f"text {index} is empty; expected some words")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRequest(f"text {index} holds a lone surrogate and is not Unicode text") from None
+        row: list[int] = self._tokenizer.encode(text).ids
+        if len(row) <= self.spec.context:
+            return row
+        if self.spec.truncate:
+            return [*row[: self.spec.context - 1], row[-1]]
+        raise TextTooLong(
+            f"text {index} ({text[:40]!r}…) has {len(row)} tokens; this model reads at most {self.spec.context}. Shorten it."
+        )

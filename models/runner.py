@@ -1,0 +1,90 @@
+"""`Runner`: the synchronous driver and the Python API. Composes bundle, sessions and tasks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from models.bundle.bundle import Bundle
+from models.bundle.store import read
+from models.flow import Array, Arrays, Call, Flow, drive
+from models.preprocess.image import MAX_PIXELS
+from models.runtime.clock import Stopwatch
+from models.runtime.session import Session, SessionOptions
+from models.tasks.classify import ClassifyRequest, Ranking, classify
+from models.tasks.detect import Detections, DetectRequest, Suppression, detect
+from models.tasks.embed import EmbedRequest, embed
+from models.tasks.raw import RawRequest, raw
+
+T = TypeVar("T")
+Picture = str | Path | bytes
+
+
+class Runner:
+    """One bundle, loaded; answers in the calling thread.
+
+    Graphs load when first used. Pictures are paths or the bytes of a file.
+    """
+
+    def __init__(self, bundle: Bundle, options: SessionOptions | None = None) -> None:
+        self.bundle = bundle
+        self.options = options or SessionOptions()
+        self._sessions: dict[str, Session] = {}
+        self._clock: Stopwatch | None = None
+
+    def session(self, role: str) -> Session:
+        if role not in self._sessions:
+            graph = self.bundle.graph(role)
+            self._sessions[role] = Session(self.bundle.directory / graph.file, graph, self.options)
+        return self._sessions[role]
+
+    def run(self, flow: Flow[T]) -> T:
+        """Drive any flow over this bundle."""
+        return drive(flow, self._call, self._clock)
+
+    def classify(
+        self, image: Picture, labels: Sequence[str] = (), *, templates: Sequence[str] = (), top_k: int | None = None
+    ) -> Ranking:
+        return self.run(classify(self.bundle, ClassifyRequest(_bytes(image), labels, templates, top_k)))
+
+    def embed(self, *, texts: Sequence[str] = (), images: Sequence[Picture] = ()) -> Array:
+        """float32 [len(texts) + len(images), D], unit rows, texts first."""
+        return self.run(embed(self.bundle, EmbedRequest([*texts, *map(_bytes, images)]))).vectors
+
+    def detect(
+        self,
+        image: Picture,
+        labels: Sequence[str] = (),
+        *,
+        templates: Sequence[str] = (),
+        suppression: Suppression | None = None,
+    ) -> Detections:
+        return self.run(
+            detect(self.bundle, DetectRequest(_bytes(image), labels, templates, suppression or Suppression()))
+        )
+
+    def raw(self, graph: str, feeds: Arrays) -> Arrays:
+        return self.run(raw(self.bundle, RawRequest(graph, feeds)))
+
+    @contextmanager
+    def clock(self) -> Iterator[Stopwatch]:
+        """Times what is run inside the block: ``with runner.clock() as clock: …; clock.stages``."""
+        self._clock = Stopwatch()
+        try:
+            yield self._clock
+        finally:
+            self._clock = None
+
+    def _call(self, call: Call) -> Arrays:
+        return self.session(call.graph).run(call.feeds)
+
+
+def open_bundle(
+    directory: str | Path, *, threads: int = 0, verify: bool = True, max_pixels: int = MAX_PIXELS
+) -> Runner:
+    """Verify and open the bundle in ``directory``. Raises `BundleNotFound`, `BundleInvalid`, `BundleTooNew`."""
+    return Runner(Bundle(read(Path(directory), verify=verify), max_pixels=max_pixels), SessionOptions(threads=threads))
+
+
+def _bytes(picture: Picture) -> bytes:
+    return picture if isinstance(picture, bytes) else Path(picture).read_bytes()

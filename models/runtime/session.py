@@ -1,0 +1,65 @@
+"""The only file that imports onnxruntime: threads, providers, and errors that name the graph."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxruntime as ort
+
+from models.bundle.manifest import Graph
+from models.errors import BadRequest, BundleInvalid
+from models.flow import Array, Arrays
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """``threads``: intra-op threads, 0 = one per core. ``profile``: a file prefix for ONNX Runtime's profiler."""
+
+    threads: int = 0
+    profile: str | None = None
+
+
+class Session:
+    """One graph, loaded. `run` may be called from several threads at once."""
+
+    def __init__(self, path: Path, graph: Graph, options: SessionOptions | None = None) -> None:
+        options = options or SessionOptions()
+        self.graph = graph
+        self.path = path
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = options.threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 3  # errors; its warnings are about its own optimizer
+        # Spinning threads win microseconds and burn the cores that decode pictures.
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if options.profile:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = options.profile
+        try:
+            self._session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exception types are not public
+            raise BundleInvalid(f"{path} does not load in ONNX Runtime {ort.__version__}: {error}") from None
+        for kind, promised, found in (
+            ("input", graph.inputs, self._session.get_inputs()),
+            ("output", graph.outputs, self._session.get_outputs()),
+        ):
+            if sorted(promised) != sorted(node.name for node in found):
+                raise BundleInvalid(
+                    f"{path} has the {kind}s {[node.name for node in found]}; the manifest promises {list(promised)}"
+                )
+
+    def run(self, feeds: Arrays) -> dict[str, Array]:
+        """Arrays by input name -> arrays by output name. Raises `BadRequest` when the graph refuses the feeds."""
+        names = list(self.graph.outputs)
+        try:
+            return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        except Exception as error:
+            shapes = {name: (str(a.dtype), a.shape) for name, a in feeds.items()}
+            raise BadRequest(f"graph {self.path.name} refused {shapes}: {error}") from None
+
+    def end_profiling(self) -> str:
+        """Path of the profile written; only with ``SessionOptions.profile``."""
+        return str(self._session.end_profiling())
+
+
+def versions() -> dict[str, str]:
+    return {"onnxruntime": ort.__version__}
