@@ -15,7 +15,7 @@ from models.flow import Array
 from models.heads import HEADS, BoundHead
 from models.preprocess.image import MAX_PIXELS, ImagePreparer
 from models.preprocess.text import TextPreparer
-from models.prompts import PROMPTS, Prompts
+from models.prompts import PROMPTS
 
 
 class Bundle:
@@ -90,8 +90,7 @@ class Bundle:
         plugin = self.manifest.prompts
         if plugin is None:
             raise TaskNotServed(f"bundle {self.name!r} has no prompts, so it reads no labels")
-        prompts: Prompts = PROMPTS.get(plugin.name)
-        return prompts.bind(plugin.params)
+        return PROMPTS.get(plugin.name).bind(plugin.params)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ Task = Literal["classify", "embed", "detect", "raw"]
 class Manifest(FrozenModel):
     """`bundle.json`: everything needed to feed the graphs and read their answers."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: Name
     precision: Literal["int8", "float32", "mixed"]
     tasks: tuple[Task, ...]

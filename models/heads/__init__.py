@@ -16,7 +16,7 @@ P = TypeVar("P", bound=FrozenModel)
 
 @dataclass(frozen=True)
 class Head(Generic[P]):
-    """``logits(image [B, D], text [C, D], assets, params) -> [B, C]``; ``scores(logits [B, C]) -> [B, C]`` in [0, 1]."""
+    """``logits(image [B, D], text [C, D], assets, params) -> [B, C]``; ``scores(logits) -> [B, C]`` in [0, 1]."""
 
     params: type[P]
     logits: Callable[[Array, Array, Arrays, P], Array]

@@ -24,7 +24,8 @@ def logits(image: Array, text: Array, assets: Arrays, params: Params) -> Array:
 def softmax(logits: Array) -> Array:
     """Over the last axis, max subtracted; float32."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    probabilities: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities
 
 
 HEADS.register("cosine")(Head(Params, logits, softmax))

@@ -54,7 +54,8 @@ class Frame:
         scale = np.array(self.scale * 2, np.float32)
         offset = np.array(self.offset * 2, np.float32)
         limit = np.array([self.width, self.height] * 2, np.float32)
-        return np.clip((boxes - offset) / scale, 0.0, limit).astype(np.float32)
+        moved: Array = np.clip((boxes - offset) / scale, 0.0, limit).astype(np.float32)
+        return moved
 
 
 def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
@@ -65,7 +66,8 @@ def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
         header = Header(str(image.format), *image.size)
     if header.pixels > max_pixels:
         raise ImageTooLarge(
-            f"the picture is {header.width} x {header.height} = {header.pixels} pixels; at most {max_pixels} are decoded. Scale it down."
+            f"the picture is {header.width} x {header.height} = {header.pixels} pixels; "
+            f"at most {max_pixels} are decoded. Scale it down."
         )
     return header
 

@@ -56,5 +56,6 @@ class TextPreparer:
         if self.spec.truncate:
             return [*row[: self.spec.context - 1], row[-1]]
         raise TextTooLong(
-            f"text {index} ({text[:40]!r}…) has {len(row)} tokens; this model reads at most {self.spec.context}. Shorten it."
+            f"text {index} ({text[:40]!r}…) has {len(row)} tokens; "
+            f"this model reads at most {self.spec.context}. Shorten it."
         )

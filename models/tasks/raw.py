@@ -38,4 +38,5 @@ def raw(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
             )
         if 0 in array.shape:
             raise BadRequest(f"input {name!r} has shape {list(array.shape)}; it holds nothing")
-    return (yield Call(request.graph, request.feeds))
+    answer: Arrays = yield Call(request.graph, request.feeds)
+    return answer

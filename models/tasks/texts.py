@@ -12,7 +12,9 @@ from models.prompts import fill
 
 def unit(rows: Array) -> Array:
     """Rows divided by their Euclidean length; a zero row stays zero."""
-    return (rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    units: Array = (rows / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return units
 
 
 def choose(bundle: Bundle, labels: Sequence[str]) -> tuple[str, ...]:
