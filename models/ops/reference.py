@@ -1,0 +1,82 @@
+"""Each op in plain numpy, float64 inside: the oracle of its kernels and of its local function."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from models.errors import BadRequest
+from models.flow import Array
+from models.ops.spec import METHODS, Method
+
+
+class Kept(NamedTuple):
+    """Best first. ``indices`` int64 [K] into the input, ``scores`` float32 [K] decayed, ``classes`` int64 [K]."""
+
+    indices: Array
+    scores: Array
+    classes: Array
+
+
+def iou(box: Array, boxes: Array) -> Array:
+    """IoU of ``box`` [4] with each of ``boxes`` [N, 4]; 0 for a box without (finite, positive) area."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+        shared = np.prod(np.maximum(high - low, 0.0), axis=1)
+        union = _area(box[None]) + _area(boxes) - shared
+        return np.where((shared > 0) & np.isfinite(union), shared / np.where(union > 0, union, 1.0), 0.0)
+
+
+def soft_nms(
+    boxes: Array,
+    scores: Array,
+    classes: Array | None = None,
+    *,
+    method: Method,
+    per_class: bool = False,
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    max_output: int | None = None,
+) -> Kept:
+    """Take the best box, decay those that overlap it, drop what falls under ``min_score``; repeat.
+
+    boxes [N, 4] x0 y0 x1 y1, scores [N], classes [N] (absent: all one class).
+    Weight of a box with overlap o:   hard      0 where o > iou_threshold, else 1
+                                      linear    1 - o where o > iou_threshold, else 1
+                                      gaussian  exp(-o^2 / sigma)
+    A box of weight 0 goes, whatever ``min_score``. Ties go to the lower index. N = 0 gives empty outputs.
+    Raises `BadRequest` for a NaN score, naming its index, and for a sigma that is not positive.
+    Source: Bodla et al. 2017 (arXiv 1704.04503), section 3; the score threshold as in mmcv, tested on every box.
+    """
+    box = np.asarray(boxes, np.float32).reshape(-1, 4).astype(np.float64)
+    score = np.asarray(scores, np.float32).astype(np.float64)
+    labels = np.zeros(len(score), np.int64) if classes is None else np.asarray(classes, np.int64)
+    if (nan := np.flatnonzero(np.isnan(score))).size:
+        raise BadRequest(f"score {nan[0]} is NaN; expected numbers")
+    if not sigma > 0:
+        raise BadRequest(f"sigma is {sigma}; expected more than 0")
+    if method not in METHODS:
+        raise BadRequest(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    threshold, least, sigma = float(np.float32(iou_threshold)), float(np.float32(min_score)), float(np.float32(sigma))
+
+    alive = score >= least
+    found: list[tuple[int, float]] = []
+    while alive.any() and (max_output is None or len(found) < max_output):
+        best = int(np.argmax(np.where(alive, score, -np.inf)))
+        found.append((best, score[best]))
+        alive[best] = False
+        rest = np.flatnonzero(alive & (labels == labels[best])) if per_class else np.flatnonzero(alive)
+        overlap = iou(box[best], box[rest])
+        if method == "gaussian":
+            weight = np.exp(-(overlap**2) / sigma)
+        else:
+            weight = np.where(overlap > threshold, 0.0 if method == "hard" else 1.0 - overlap, 1.0)
+        score[rest] *= weight
+        alive[rest] = (weight > 0) & (score[rest] >= least)
+    indices = np.array([index for index, _ in found], np.int64)
+    return Kept(indices, np.array([s for _, s in found], np.float32), labels[indices])
+
+
+def _area(boxes: Array) -> Array:
+    """[N, 4] -> [N]; a box turned inside out has none."""
+    return np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0), axis=1)

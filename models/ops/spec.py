@@ -1,0 +1,55 @@
+"""What each of our operators promises: names, shapes, meaning. Knows neither onnx nor onnxruntime.
+
+A promise between the one who writes the node (`export`) and the one who runs it. Every op has an oracle in
+`reference` and travels in each graph as an ONNX local function of the same domain and name, so a plain
+runtime can run it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.bundle.manifest import Tensor
+
+DOMAIN = "ai.calmclip"
+VERSION = 1
+
+Method = Literal["hard", "linear", "gaussian"]
+METHODS: tuple[Method, ...] = ("hard", "linear", "gaussian")  # their places are the op's codes
+
+
+@dataclass(frozen=True)
+class Op:
+    """``inputs`` and ``outputs`` in order; string dimensions are known only at run time."""
+
+    name: str
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+def _tensor(dtype: Literal["float32", "int64"], *shape: int | str) -> Tensor:
+    return Tensor(dtype=dtype, shape=shape)
+
+
+# Greedy suppression that decays the scores of overlapping boxes: Bodla et al. 2017 (arXiv 1704.04503), section 3.
+# Its settings are inputs, not attributes, so that one graph serves every request.
+SOFT_NMS = Op(
+    "SoftNMS",
+    inputs={
+        "boxes": _tensor("float32", "N", 4),  # x0 y0 x1 y1, continuous coordinates
+        "scores": _tensor("float32", "N"),
+        "classes": _tensor("int64", "N"),
+        "method": _tensor("int64", 1),  # 0 hard, 1 linear, 2 gaussian
+        "per_class": _tensor("int64", 1),  # 0: boxes of all classes suppress each other
+        "iou_threshold": _tensor("float32", 1),  # hard and linear act over it
+        "sigma": _tensor("float32", 1),  # > 0; weight = exp(-IoU^2 / sigma). TensorFlow's and OpenVINO's is half of it
+        "min_score": _tensor("float32", 1),  # every output has at least this score
+        "max_output": _tensor("int64", 1),  # over all classes
+    },
+    outputs={
+        "indices": _tensor("int64", "K"),  # into the inputs, best first
+        "kept_scores": _tensor("float32", "K"),  # decayed
+        "kept_classes": _tensor("int64", "K"),
+    },
+)
+
+OPS = {op.name: op for op in (SOFT_NMS,)}
