@@ -1,0 +1,391 @@
+// The page's whole client, over the public routes only. From top to bottom: asking the service, the picture
+// and its boxes, one function per answer, the stages, and at the end what listens to whom.
+
+const $ = (id) => document.getElementById(id);
+
+/** An element with properties and children; text is always text, never markup. */
+const make = (tag, properties = {}, ...children) => {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+};
+
+const percent = (score) => `${(100 * score).toFixed(1)} %`;
+const colour = (index) => `hsl(${(index * 137.508 + 200) % 360} 75% 48%)`; // neighbours in a list differ most
+
+// ---- asking the service
+
+/** What went wrong, as RFC 9457 tells it. */
+class Problem extends Error {
+  constructor(body) {
+    super(body.detail || body.title);
+    this.body = body;
+  }
+}
+
+/** -> {data, stages, ms}. Body: a form, or a value that becomes JSON. Throws `Problem`. */
+async function ask(method, path, body, signal) {
+  const form = body instanceof FormData;
+  const headers = body && !form ? { "Content-Type": "application/json" } : {};
+  const start = performance.now();
+  let response;
+  try {
+    response = await fetch(path, { method, headers, signal, body: body && !form ? JSON.stringify(body) : body });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem({ title: "No answer", detail: "The service cannot be reached. Is it still running?" });
+  }
+  const json = /json/.test(response.headers.get("Content-Type") ?? "");
+  const data = json ? await response.json() : null;
+  if (!response.ok) throw new Problem(data ?? { title: `Status ${response.status}`, detail: response.statusText });
+  return { data, ms: performance.now() - start, stages: timing(response.headers.get("Server-Timing")) };
+}
+
+/** "decode;dur=1.4, infer;dur=18.9" -> [["decode", 1.4], ["infer", 18.9]] in milliseconds, "total" left out. */
+const timing = (header) =>
+  [...(header ?? "").matchAll(/([\w-]+)(?:;[^,]*?)?;dur=([\d.]+)/g)]
+    .map(([, name, duration]) => [name, Number(duration)])
+    .filter(([name]) => name !== "total");
+
+let running = new AbortController();
+
+/** Run what fills the answer: a newer run replaces an older one, and a problem is shown in words. */
+async function answer(work) {
+  running.abort();
+  const { signal } = (running = new AbortController());
+  $("problem").replaceChildren();
+  $("work").setAttribute("aria-busy", "true");
+  try {
+    await work(signal);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    $("answer").replaceChildren();
+    $("timing").hidden = true;
+    draw([]);
+    explain(error);
+  } finally {
+    if (!signal.aborted) $("work").removeAttribute("aria-busy");
+  }
+}
+
+function explain(error) {
+  const { title, detail, type, known = [], errors = [], request_id } = error.body ?? { title: error.message };
+  const places = errors.map((one) => `${[].concat(one.loc ?? one.where ?? []).join(".")}: ${one.msg ?? one.message}`);
+  const parts = [make("strong", {}, type ? make("a", { href: type.replace(/^\//, "") }, title) : title)];
+  if (detail) parts.push(make("p", {}, detail));
+  if (places.length) parts.push(make("ul", {}, ...places.map((place) => make("li", {}, place))));
+  if (known.length) parts.push(make("p", {}, `Known: ${known.join(", ")}`));
+  if (request_id) parts.push(make("small", {}, `request ${request_id}`));
+  $("problem").replaceChildren(...parts);
+}
+
+const asked = (detail) => new Problem({ title: "Something is missing", detail });
+
+// ---- the picture and its boxes
+
+let chosen = []; // [{file, url}]
+let current = -1; // which of them is on the stage
+let shown = []; // the detections on the canvas
+
+function choose(files) {
+  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+  if (!pictures.length) return;
+  chosen.forEach(({ url }) => URL.revokeObjectURL(url));
+  chosen = pictures.map((file) => ({ file, url: URL.createObjectURL(file) }));
+  $("strip").replaceChildren(
+    ...chosen.map(({ file, url }, index) => {
+      const button = make("button", { type: "button", onclick: () => select(index) });
+      button.append(make("img", { src: url, alt: file.name || `picture ${index + 1}` }));
+      return button;
+    }),
+  );
+  $("strip").hidden = chosen.length < 2;
+  $("stage").hidden = false;
+  select(0);
+}
+
+async function select(index) {
+  current = index;
+  [...$("strip").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
+  draw([]);
+  $("picture").src = chosen[index].url;
+  $("picture").alt = chosen[index].file.name || "the pasted picture";
+  await $("picture").decode().catch(() => {}); // not one the browser reads: the service says so in words
+  if (task() !== "search") submit();
+}
+
+function picture() {
+  if (current < 0) throw asked("Choose, drop or paste a picture first.");
+  return chosen[current].file;
+}
+
+/** Boxes are x0 y0 x1 y1 in pixels of the upright picture, which is how the browser shows it. */
+function draw(detections, bright = -1, count = detections.length) {
+  shown = detections;
+  const { naturalWidth, naturalHeight, clientWidth } = $("picture");
+  const canvas = $("boxes");
+  const pen = canvas.getContext("2d");
+  [canvas.width, canvas.height] = [naturalWidth, naturalHeight]; // also wipes it
+  const unit = naturalWidth / Math.max(clientWidth, 1); // picture pixels per page pixel
+  pen.font = `600 ${13 * unit}px system-ui, sans-serif`;
+  pen.textBaseline = "top";
+  const order = [...detections.keys()].slice(0, count).reverse(); // the best on top
+  for (const i of bright < 0 ? order : [...order.filter((i) => i !== bright), bright]) {
+    const { box, label, index, score } = detections[i];
+    pen.globalAlpha = bright < 0 || i === bright ? 1 : 0.25;
+    pen.strokeStyle = pen.fillStyle = colour(index);
+    pen.lineWidth = (i === bright ? 4 : 2.5) * unit;
+    pen.strokeRect(box.x0, box.y0, box.x1 - box.x0, box.y1 - box.y0);
+    const text = `${label} ${score.toFixed(2)}`;
+    const [width, height] = [pen.measureText(text).width + 8 * unit, 18 * unit];
+    const left = Math.max(0, Math.min(box.x0, naturalWidth - width));
+    const top = box.y0 >= height ? box.y0 - height : box.y0;
+    pen.fillRect(left, top, width, height);
+    pen.fillStyle = "#fff";
+    pen.fillText(text, left + 4 * unit, top + 2.5 * unit);
+  }
+}
+
+/** One box after the other, best first, as they were kept. */
+function unroll(detections) {
+  if (matchMedia("(prefers-reduced-motion: reduce)").matches) return draw(detections);
+  const start = performance.now();
+  const step = (now) => {
+    const count = Math.ceil(((now - start) / 400) * detections.length);
+    if (shown === detections) draw(detections, -1, Math.max(1, count));
+    if (shown === detections && count < detections.length) requestAnimationFrame(step);
+  };
+  draw(detections, -1, 0);
+  requestAnimationFrame(step);
+}
+
+// ---- answers
+
+const task = () => document.querySelector("[role=tab][aria-selected=true]").getAttribute("aria-controls");
+
+/** The form that classify and detect share: picture, labels, model. */
+function form() {
+  const data = new FormData();
+  data.append("image", picture());
+  if ($("model").value) data.append("model", $("model").value);
+  if ($("label-set").value) data.append("label_set", $("label-set").value);
+  else for (const label of labels()) data.append("labels", label);
+  return data;
+}
+
+function labels() {
+  const words = $("labels").value.split(/[\n,]/).map((word) => word.trim());
+  return [...new Set(words.filter(Boolean))];
+}
+
+const classify = () =>
+  answer(async (signal) => {
+    const found = await ask("POST", "v1/classify", form(), signal);
+    draw([]);
+    const rows = found.data.labels.slice(0, 12).map(({ label, score }) => {
+      const fill = make("i");
+      fill.style.width = percent(score);
+      return make("li", {}, make("span", {}, label), make("b", {}, percent(score)), fill);
+    });
+    show(found, make("ol", { className: "bars" }, ...rows));
+  });
+
+const detect = (unrolled = true) =>
+  answer(async (signal) => {
+    const data = form();
+    for (const [name, value] of new FormData($("detect"))) data.append(name, value);
+    const found = await ask("POST", "v1/detect", data, signal);
+    const { detections, suppression: by } = found.data;
+    unrolled && detections.length ? unroll(detections) : draw(detections);
+    const rows = detections.map(({ label, index, score, raw_score }, i) => {
+      const row = make("li", { tabIndex: 0, onmouseenter: () => draw(detections, i), onmouseleave: () => draw(detections) });
+      row.onfocus = row.onmouseenter;
+      row.onblur = row.onmouseleave;
+      row.append(make("i"), make("span", {}, label), make("b", {}, score.toFixed(2)), make("small", {}, `raw ${raw_score.toFixed(2)}`));
+      row.firstChild.style.background = colour(index);
+      return row;
+    });
+    const kept = `${by.kept} of ${by.candidates} kept by ${by.method} soft-NMS`;
+    show(found, make("p", {}, kept), make("ul", { className: "found" }, ...rows));
+  });
+
+const search = (query) =>
+  answer(async (signal) => {
+    const name = collection();
+    const asking = { query: await query(), top_k: 12 };
+    const found = await ask("POST", `v1/collections/${name}/search`, asking, signal);
+    const cards = found.data.hits.map(({ id, score, meta }) => {
+      const title = meta?.title ?? id;
+      const known = /^data:image\/jpeg;base64,/.test(meta?.thumbnail ?? "");
+      const image = known ? make("img", { src: meta.thumbnail, alt: "" }) : make("div", { className: "blank" });
+      return make("li", { title: id }, image, make("span", {}, title), make("b", {}, score.toFixed(3)));
+    });
+    show(found, cards.length ? make("ol", { className: "hits" }, ...cards) : make("p", {}, "The collection is empty."));
+  });
+
+function collection() {
+  const name = $("collection").value.trim();
+  if (!name) throw asked("Name a collection first.");
+  return encodeURIComponent(name);
+}
+
+const add = () =>
+  answer(async (signal) => {
+    const name = collection();
+    picture();
+    await ask("PUT", `v1/collections/${name}`, $("model").value ? { model: $("model").value } : {}, signal);
+    $("adding").hidden = false;
+    try {
+      for (const [done, { file, url }] of chosen.entries()) {
+        $("adding").value = done / chosen.length;
+        const meta = { title: file.name || "pasted", thumbnail: await thumbnail(url) };
+        const item = { id: await digest(file), image: { b64: await base64(file) }, meta };
+        const found = await ask("POST", `v1/collections/${name}/items`, { items: [item] }, signal);
+        show(found, make("p", {}, `${done + 1} of ${chosen.length} added`));
+      }
+    } finally {
+      $("adding").hidden = true;
+      collections();
+    }
+  });
+
+const base64 = (file) =>
+  new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(asked(`${file.name} cannot be read.`));
+    reader.readAsDataURL(file);
+  });
+
+/** Name and size stand for the picture: adding it twice leaves one. */
+const digest = async (file) => `${(file.name || "pasted").replace(/[^\w.-]+/g, "_")}-${file.size}`;
+
+/** A picture of at most 128 pixels a side as a data URL, kept in the item's metadata for later answers. */
+async function thumbnail(url) {
+  const image = make("img", { src: url });
+  await image.decode();
+  const scale = 128 / Math.max(image.naturalWidth, image.naturalHeight);
+  const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale].map(Math.ceil);
+  const canvas = make("canvas", { width, height });
+  canvas.getContext("2d").drawImage(image, 0, 0, width, height);
+  return canvas.toDataURL("image/jpeg", 0.7);
+}
+
+/** Put an answer on the page, and under it the stages it took. */
+function show({ stages, ms }, ...parts) {
+  $("answer").replaceChildren(...parts);
+  $("timing").hidden = !stages.length;
+  const total = stages.reduce((sum, [, duration]) => sum + duration, 0);
+  const slices = stages.map(([name, duration], index) => {
+    const slice = make("i", { title: `${name} ${duration.toFixed(1)} ms` });
+    slice.style.flexGrow = duration;
+    slice.style.background = colour(index);
+    return slice;
+  });
+  const names = stages.map(([name, duration], index) => {
+    const key = make("span", {}, make("i"), `${name} ${duration.toFixed(1)}`);
+    key.firstChild.style.background = colour(index);
+    return key;
+  });
+  $("bar").replaceChildren(...slices);
+  $("stages").replaceChildren(`${total.toFixed(1)} ms in the service, ${ms.toFixed(0)} ms with the way`, ...names);
+}
+
+// ---- what listens to whom
+
+const submit = () => ({ classify, detect, search: () => {} })[task()]();
+
+function tab(button) {
+  for (const other of document.querySelectorAll("[role=tab]")) {
+    const on = other === button;
+    other.setAttribute("aria-selected", String(on));
+    other.tabIndex = on ? 0 : -1;
+    $(other.getAttribute("aria-controls")).hidden = !on;
+  }
+  $("words").hidden = task() === "search";
+  running.abort();
+  $("work").removeAttribute("aria-busy");
+  for (const id of ["problem", "answer"]) $(id).replaceChildren();
+  $("timing").hidden = true;
+  draw([]);
+  if (current >= 0) submit();
+}
+
+/** The sliders' values beside them; those that the method does not use are off. */
+function settings() {
+  const { value } = document.querySelector("[name=method]:checked");
+  $("sigma").disabled = value !== "gaussian";
+  $("iou").disabled = value === "gaussian";
+  for (const output of document.querySelectorAll("#detect output")) {
+    output.value = Number($(output.htmlFor.value).value).toFixed(2);
+  }
+}
+
+async function models() {
+  const { data } = await ask("GET", "v1/models");
+  const options = data.models.map(({ name }) => make("option", { value: name }, name));
+  $("model").replaceChildren(...(options.length ? options : [make("option", { value: "" }, "none loaded")]));
+  $("model").disabled = options.length < 2;
+}
+
+async function collections() {
+  const { data } = await ask("GET", "v1/collections");
+  $("collections").replaceChildren(...data.collections.map(({ name }) => make("option", { value: name })));
+  if (!$("collection").value && data.collections.length) $("collection").value = data.collections[0].name;
+}
+
+async function sets() {
+  const { data } = await ask("GET", "v1/label-sets");
+  $("label-set").append(...data.label_sets.map(({ name }) => make("option", { value: name }, name)));
+  $("sets").hidden = !data.label_sets.length;
+}
+
+const on = (id, event, act) => $(id).addEventListener(event, act);
+const quietly = (act) => (event) => {
+  event.preventDefault();
+  act(event);
+};
+
+let pause; // until the slider rests
+on("classify", "submit", quietly(classify));
+on("detect", "submit", quietly(() => detect()));
+on("detect", "input", () => {
+  settings();
+  clearTimeout(pause);
+  if (current >= 0) pause = setTimeout(() => detect(false), 120);
+});
+on("collect", "submit", quietly(add));
+on("query", "submit", quietly(() => search(() => {
+  const text = $("sentence").value.trim();
+  if (!text) throw asked("Write a sentence first.");
+  return { text };
+})));
+on("alike", "click", () => search(async () => ({ image: { b64: await base64(picture()) } })));
+on("files", "change", ({ target }) => choose(target.files));
+on("labels", "keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) quietly(submit)(event);
+});
+for (const id of ["model", "label-set"]) on(id, "change", () => current >= 0 && submit());
+
+const tabs = [...document.querySelectorAll("[role=tab]")];
+for (const [index, button] of tabs.entries()) {
+  button.onclick = () => tab(button);
+  button.onkeydown = ({ key }) => {
+    const next = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: -1 }[key];
+    if (next === undefined) return;
+    tab(tabs.at(next % tabs.length));
+    tabs.at(next % tabs.length).focus();
+  };
+}
+
+addEventListener("paste", ({ clipboardData }) => choose(clipboardData.files));
+addEventListener("dragover", quietly(() => document.body.classList.add("over")));
+addEventListener("dragleave", () => document.body.classList.remove("over"));
+addEventListener("drop", quietly(({ dataTransfer }) => {
+  document.body.classList.remove("over");
+  choose(dataTransfer.files);
+}));
+new ResizeObserver(() => draw(shown)).observe($("picture"));
+
+settings();
+Promise.all([models(), collections(), sets()]).catch(explain);
