@@ -1,0 +1,96 @@
+"""MiniLM, the text encoder: BERT with 6 layers, width 384 and 12 heads; ids + mask -> mean token state.
+
+Source: Devlin et al. 2018 (arXiv 1810.04805); the weights are all-MiniLM-L6-v2 (Wang et al. 2020, arXiv
+2002.10957; Reimers & Gurevych 2019, arXiv 1908.10084). Written for a small graph: one product gives query,
+key and value, 1/sqrt(32) lies in the query's weights, the only token type in the position table, and the mask
+becomes an addend once.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 6, 384, 12, 1536, 30522
+CONTEXT = 256  # tokens; the weights hold 512 positions, but were trained as a sentence encoder on at most 256
+MASKED = -1e4  # added to a padded token's logits: its float32 weight after the softmax is exactly 0
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each with residual, LayerNorm last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.norm1 = nn.LayerNorm(WIDTH, eps=1e-12)
+        self.up = nn.Linear(WIDTH, INNER)
+        self.down = nn.Linear(INNER, WIDTH)
+        self.norm2 = nn.LayerNorm(WIDTH, eps=1e-12)
+
+    def forward(self, x: Tensor, addend: Tensor | None) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            part.view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+        )  # [B, 12, T, 32] each
+        logits = q @ k.transpose(2, 3)
+        mixed = F.softmax(logits if addend is None else logits + addend, dim=-1) @ v
+        x = self.norm1(x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, WIDTH)))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class MiniLM(nn.Module):
+    """ids int64 [B, T] (T <= 256), mask int64 [B, T] (1 = a token; None: all are) -> float32 [B, 384], not unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH, eps=1e-12)
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.norm(self.words(ids) + self.positions[: ids.shape[1]])
+        if mask is None:
+            for layer in self.layers:
+                x = layer(x, None)
+            return x.mean(1)
+        kept = mask.to(x.dtype)
+        addend = ((1 - kept) * MASKED)[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, addend)
+        return (x * kept[..., None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+
+
+_OURS = {
+    "attention.output.dense": "out",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+    "output.LayerNorm": "norm2",
+}
+_UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}  # the mean is the pooling here
+
+
+def from_state(state: Mapping[str, Tensor]) -> MiniLM:
+    """The encoder with the published weights (transformers' BertModel names); every other key is an error."""
+    left = {key: value.float() for key, value in state.items() if key not in _UNUSED}
+    positions = left.pop("embeddings.position_embeddings.weight")[:CONTEXT]
+    ours = {
+        "words.weight": left.pop("embeddings.word_embeddings.weight"),
+        "positions": positions + left.pop("embeddings.token_type_embeddings.weight")[0],
+        "norm.weight": left.pop("embeddings.LayerNorm.weight"),
+        "norm.bias": left.pop("embeddings.LayerNorm.bias"),
+    }
+    for index in range(LAYERS):
+        old, new = f"encoder.layer.{index}.", f"layers.{index}."
+        for kind in ("weight", "bias"):
+            q, k, v = (left.pop(f"{old}attention.self.{part}.{kind}") for part in ("query", "key", "value"))
+            ours[f"{new}qkv.{kind}"] = torch.cat([q / (WIDTH // HEADS) ** 0.5, k, v])
+            ours |= {f"{new}{name}.{kind}": left.pop(f"{old}{theirs}.{kind}") for theirs, name in _OURS.items()}
+    if left:
+        raise ValueError(f"the weights hold keys that are no MiniLM's: {sorted(left)}")
+    encoder = MiniLM()
+    encoder.load_state_dict(ours, strict=True)
+    return encoder.eval().requires_grad_(False)

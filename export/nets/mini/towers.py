@@ -1,0 +1,111 @@
+"""The two towers of the built-in model: frozen encoders, and the small heads that `export.align` trains.
+
+    z = 6 unit((f - mean) / std)        f [1280]: the mean of the backbone's last map
+    p = softmax(classifier(f))          the backbone's own 1000 ImageNet classes
+    c = unit(p @ class_table)           ConSE: where the pictures' classes lie among texts (Norouzi et al. 2013,
+                                        arXiv 1312.5650); class_table [1000, 384]: MiniLM(name) - centre
+    image = unit(A [z; c] + a)          A [384, 1664]
+    text  = unit(B (unit(MiniLM) - centre))     B [384, 384]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export.nets.mini.backbone import CLASSES, WIDTH32, Backbone
+from export.nets.mini.minilm import WIDTH, MiniLM
+from models.errors import WeightsMissing
+
+FEATURE_LENGTH = 6.0  # of z; against the unit length of c in the same product
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What `align` learns and measures; float32. `heads.safetensors` holds exactly these."""
+
+    image_weight: Tensor  # A [384, 1664]
+    image_bias: Tensor  # a [384]
+    text_weight: Tensor  # B [384, 384]
+    text_centre: Tensor  # [384]
+    feature_mean: Tensor  # [1280]
+    feature_std: Tensor  # [1280]
+    class_table: Tensor  # [1000, 384]
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        tensors = {field.name: getattr(self, field.name).float().contiguous() for field in fields(self)}
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+
+    @classmethod
+    def load(cls, path: Path) -> "Heads":
+        """Raises `WeightsMissing` for a file that is absent or holds other tensors than these."""
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise WeightsMissing(f"{path} holds no heads: {error}. `calmclip align` writes such a file.") from None
+        expected = {field.name: shape for field, shape in zip(fields(cls), SHAPES, strict=True)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        if shapes != expected:
+            raise WeightsMissing(f"{path} holds {shapes}; expected {expected}. `calmclip align` writes such a file.")
+        return cls(**found)
+
+
+SHAPES = ((WIDTH, WIDTH32 + WIDTH), (WIDTH,), (WIDTH, WIDTH), (WIDTH,), (WIDTH32,), (WIDTH32,), (CLASSES, WIDTH))
+
+
+class ImageHead(nn.Module):
+    """Backbone features float32 [..., 1280] -> unit vectors [..., 384]. Also reads the features of a region."""
+
+    def __init__(self, heads: Heads, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.project = linear(heads.image_weight, heads.image_bias)
+        self.mean = nn.Buffer(heads.feature_mean)
+        self.gain = nn.Buffer(1 / heads.feature_std)
+        self.class_table = nn.Buffer(heads.class_table)
+
+    def inputs(self, features: Tensor) -> Tensor:
+        """[..., 1664]: z and c side by side."""
+        z = FEATURE_LENGTH * F.normalize((features - self.mean) * self.gain, dim=-1)
+        c = F.normalize(F.softmax(self.classifier(features), dim=-1) @ self.class_table, dim=-1)
+        return torch.cat([z, c], dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(self.project(self.inputs(features)), dim=-1)
+
+
+class ImageTower(nn.Module):
+    """pixels float32 [B, 3, 260, 260], (x - 127) / 128 -> unit vectors [B, 384]."""
+
+    def __init__(self, backbone: Backbone, heads: Heads) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = ImageHead(heads, backbone.classifier)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.backbone(pixels)[1].mean((2, 3)))
+
+
+class TextTower(nn.Module):
+    """ids, mask int64 [B, T] (no mask: every id is a token) -> unit vectors float32 [B, 384]."""
+
+    def __init__(self, encoder: MiniLM, heads: Heads) -> None:
+        super().__init__()
+        self.encoder = encoder
+        weight = heads.text_weight.double()
+        self.project = linear(heads.text_weight, -(weight @ heads.text_centre.double()).float())
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.normalize(self.project(F.normalize(self.encoder(ids, mask), dim=-1)), dim=-1)
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """The frozen affine map x -> weight @ x + bias."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer.requires_grad_(False)
