@@ -1,0 +1,113 @@
+"""The detection metric against COCO's own code, and one average precision worked out by hand."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from export.evals.detection import THRESHOLDS, Boxes, average_precision, read_instances, recall
+from models.errors import BadRequest
+
+NAMES = 3
+
+
+def scene(rng, pictures=12):
+    """Random truth (some crowds), and detections that are truths moved a little or boxes drawn at random."""
+    truth, found = [], []
+    for _ in range(pictures):
+        n, extra = int(rng.integers(0, 8)), int(rng.integers(0, 12))
+        boxes = rng.uniform(0, 100, (n, 2))
+        boxes = np.concatenate([boxes, boxes + rng.uniform(30, 60, (n, 2))], axis=1)
+        classes = rng.integers(NAMES, size=n)
+        truth.append(Boxes.true(boxes, classes, rng.random(n) < 0.15))
+        moved = boxes + rng.normal(0, 4, boxes.shape)
+        corner = rng.uniform(0, 100, (extra, 2))
+        stray = np.concatenate([corner, corner + rng.uniform(5, 60, (extra, 2))], axis=1)
+        names = np.where(rng.random(n) < 0.8, classes, rng.integers(NAMES, size=n))
+        scores = rng.integers(0, 50, n + extra) / 50  # ties on purpose
+        found.append(
+            Boxes.found(np.concatenate([moved, stray]), np.append(names, rng.integers(NAMES, size=extra)), scores)
+        )
+    return truth, found
+
+
+def cocoeval(truth, found):
+    wide = lambda b: [*map(float, b[:2]), *map(float, b[2:] - b[:2])]  # noqa: E731
+    annotations = [
+        {
+            "image_id": i,
+            "category_id": int(c),
+            "bbox": wide(b),
+            "area": float(np.prod(b[2:] - b[:2])),
+            "iscrowd": int(k),
+        }
+        for i, t in enumerate(truth)
+        for b, c, k in zip(t.boxes, t.classes, t.crowd, strict=True)
+    ]
+    results = [
+        {"image_id": i, "category_id": int(c), "bbox": wide(b), "score": float(s)}
+        for i, f in enumerate(found)
+        for b, c, s in zip(f.boxes, f.classes, f.scores, strict=True)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        gold = COCO()
+        gold.dataset = {
+            "info": {},
+            "images": [{"id": i} for i in range(len(truth))],
+            "categories": [{"id": c} for c in range(NAMES)],
+            "annotations": [{**a, "id": n + 1} for n, a in enumerate(annotations)],
+        }
+        gold.createIndex()
+        run = COCOeval(gold, gold.loadRes(results), "bbox")
+        run.evaluate()
+        run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, 2]  # thresholds, recalls, names; all areas; 100 detections
+    return np.array([row[row > -1].mean() for row in precision])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_cocos_own_evaluation(seed):
+    truth, found = scene(np.random.default_rng(seed))
+    np.testing.assert_allclose(average_precision(truth, found, THRESHOLDS), cocoeval(truth, found), atol=1e-12)
+
+
+def test_two_boxes_one_found_after_a_false_one():
+    # Best first: false, true. Precision at recall 1/2 is 1/2, beyond it 0: 51 of the 101 recalls read 1/2.
+    box, other, nowhere = [0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]
+    truth = [Boxes.true(np.array([box, other]), np.array([0, 0]))]
+    found = [Boxes.found(np.array([nowhere, box]), np.array([0, 0]), np.array([0.9, 0.8]))]
+    assert average_precision(truth, found, (0.5,)) == pytest.approx([0.5 * 51 / 101])
+
+
+def test_recall_asks_for_half_an_overlap():
+    # IoU of [0,0,10,10] with [0,0,10,20] is 1/2 and counts; with [0,0,10,21] it is 10/21 and does not.
+    truth = [Boxes.true(np.array([[0.0, 0, 10, 10], [40, 40, 50, 50]]), np.array([0, 1]))]
+    assert recall(truth, [np.array([[0.0, 0, 10, 20]])]) == 0.5
+    assert recall(truth, [np.array([[0.0, 0, 10, 21]])]) == 0.0
+
+
+def test_instances_are_read_with_names_in_their_order(tmp_path):
+    content = {
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+        "annotations": [{"image_id": 2, "category_id": 3, "bbox": [1, 2, 3, 4]}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    instances = read_instances(tmp_path)
+    assert instances.names == ("cat", "dog")
+    assert instances.pictures[1] == tmp_path / "images" / "b.jpg"
+    assert len(instances.truth[0].boxes) == 0
+    assert instances.truth[1].boxes.tolist() == [[1, 2, 4, 6]]
+    assert instances.truth[1].classes.tolist() == [1]
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "is not there"), ("{}", "COCO"), ("[", "COCO")])
+def test_a_directory_without_instances_is_refused(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "instances.json").write_text(text)
+    with pytest.raises(BadRequest, match=says):
+        read_instances(tmp_path)
