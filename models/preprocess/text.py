@@ -40,8 +40,8 @@ class TextPreparer:
         return {self.spec.ids: ids} | ({self.spec.mask: mask} if self.spec.mask else {})
 
     def count(self, text: str) -> int:
-        """Tokens of ``text``, the special ones included."""
-        return len(self._row(text, 0))
+        """Tokens of ``text``, the special ones included, however many."""
+        return len(self._tokenizer.encode(text).ids)
 
     def _row(self, text: str, index: int) -> list[int]:
         if not text.strip():

@@ -1,0 +1,116 @@
+"""The verbs of the export stage: export, recipe, eval. (`align` lives in export/align.py.)"""
+
+import argparse
+import json
+from pathlib import Path
+
+import tomli_w
+
+from export.recipe import load_recipe, recognise
+from models.cli import BUNDLES, emit, parser
+
+
+def export_command(argv: list[str]) -> int:
+    """`calmclip export CHECKPOINT|mini`: seal NAME-int8 and, where kept, NAME-float."""
+    from export.pipeline import build
+
+    options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
+    net_name, plugin = recognise(options.checkpoint)
+    net = plugin.load(options.checkpoint)
+    recipe = _recipe(options, net_name, net)
+    sealed = build(recipe, options.out, net=net, say=lambda line: None if options.json else print(line, flush=True))
+    report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
+    rows = [
+        {
+            "bundle": s.manifest.name,
+            "directory": str(s.directory),
+            "digest": s.digest,
+            "megabytes": round(sum(f.bytes for f in s.manifest.files.values()) / 1e6, 1),
+        }
+        for s in sealed
+    ]
+    emit(options.json, {"sealed": rows, "bars": report["bars"], "latency_ms": report["latency_ms"]}, _summary)
+    return 0
+
+
+def recipe_command(argv: list[str]) -> int:
+    """`calmclip recipe CHECKPOINT`: the recipe that export would use, as TOML."""
+    options = _export_parser("recipe", "Print the recipe that export would use.").parse_args(argv)
+    net_name, plugin = recognise(options.checkpoint)
+    net = plugin.load(options.checkpoint)
+    recipe = _recipe(options, net_name, net)
+    data = recipe.model_dump(mode="json", exclude_none=True, exclude={"checkpoint", "net", "replace"})
+    data["quantize"] = {
+        role: {"name": tower.quantizer, "params": dict(tower.quantizer_params)} for role, tower in net.towers.items()
+    } | data["quantize"]
+    emit(options.json, data, lambda value: print(tomli_w.dumps(value), end=""))
+    return 0
+
+
+def eval_command(argv: list[str]) -> int:
+    """`calmclip eval BUNDLE EVAL --data DIR [--against BUNDLE]`: accuracy on a data set."""
+    from export.evals import EVALS
+    from models.bundle.store import find, names
+    from models.runner import open_bundle
+
+    options = parser("eval", "Measure accuracy on a data set.")
+    options.add_argument("bundle")
+    options.add_argument("eval", help=f"one of {', '.join(EVALS.names())}")
+    options.add_argument("--data", type=Path, required=True, help="directory of the data set")
+    options.add_argument("--against", help="a second bundle; default: the float one sealed beside an INT8 one")
+    options.add_argument("--limit", type=int, help="at most so many pictures")
+    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    options.add_argument("--threads", type=int, default=0)
+    given = options.parse_args(argv)
+    measure = EVALS.get(given.eval).measure
+    other = given.against or given.bundle.removesuffix("-int8") + "-float"
+    sides = [given.bundle]
+    if given.against or (other != given.bundle and other in names(given.bundles)):
+        sides.append(other)
+    table = {}
+    for name in sides:
+        runner = open_bundle(find(name, given.bundles), threads=given.threads)
+        table[runner.bundle.name] = {k: round(float(v), 2) for k, v in measure(runner, given.data, given.limit).items()}
+    emit(given.json, {"eval": given.eval, "results": table}, _side_by_side)
+    return 0
+
+
+def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    options = parser(verb, description)
+    options.add_argument("checkpoint", help="a checkpoint directory, or the built-in model 'mini'")
+    options.add_argument("--recipe", type=Path, help="TOML file; 'calmclip recipe' prints one")
+    options.add_argument("--out", type=Path, default=BUNDLES, help=f"where bundles go (default {BUNDLES})")
+    options.add_argument("--name", help="bundles are called NAME-int8 and NAME-float")
+    options.add_argument("--images", type=Path, help="calibration pictures (a folder)")
+    options.add_argument("--texts", type=Path, help="calibration texts (one a line)")
+    options.add_argument("--keep-float", action=argparse.BooleanOptionalAction, help="seal the float bundle too")
+    options.add_argument("--replace", action="store_true", default=None, help="replace bundles of the same name")
+    return options
+
+
+def _recipe(options: argparse.Namespace, net_name: str, net):  # type: ignore[no-untyped-def]
+    calibration = {k: v for k, v in (("images", options.images), ("texts", options.texts)) if v is not None}
+    return load_recipe(
+        options.checkpoint, net_name, net, options.recipe,
+        name=options.name, keep_float=options.keep_float, replace=options.replace, calibration=calibration or None,
+    )  # fmt: skip
+
+
+def _summary(value: dict) -> None:  # type: ignore[type-arg]
+    for row in value["sealed"]:
+        print(f"{row['bundle']:24s} {row['megabytes']:6.1f} MB  {row['directory']}")
+    for name, bar in value["bars"].items():
+        print(f"  {name:20s} {bar['measured']:<10} bar {bar['bar']}  {'passed' if bar['passed'] else 'MISSED'}")
+    for role, pair in value["latency_ms"].items():
+        gain = pair["float32"]["p50"] / pair["int8"]["p50"]
+        note = "" if gain >= 1 else "   INT8 IS SLOWER THAN FLOAT HERE"
+        print(
+            f"  {role:10s} int8 {pair['int8']['p50']:.2f} ms, float {pair['float32']['p50']:.2f} ms: {gain:.2f}x{note}"
+        )
+
+
+def _side_by_side(value: dict) -> None:  # type: ignore[type-arg]
+    names = list(value["results"])
+    print(f"{value['eval']:24s} " + " ".join(f"{name:>16s}" for name in names))
+    for key in value["results"][names[0]]:
+        print(f"{key:24s} " + " ".join(f"{value['results'][name][key]:16.2f}" for name in names))

@@ -1,0 +1,38 @@
+"""Zero-shot top-1 and top-5: does the right class name win among all of them?
+
+Source: Radford et al. 2021 (arXiv 2103.00020), section 3.1.
+Data: labels.json, a list of {"file", "label" or "name"}; the pictures under images/.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from export.evals import EVALS, Eval
+from export.evals._data import read
+from models.errors import BadRequest
+from models.runner import Runner
+
+DATA = 'labels.json (a list of {"file", "label"}) and images/'
+
+
+def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float]:
+    rows = [(row["file"], row.get("label") or row.get("name")) for row in read(data / "labels.json", DATA)][:limit]
+    if not rows or not all(label for _, label in rows):
+        raise BadRequest(f"{data / 'labels.json'} names no labels; the data directory must hold {DATA}")
+    labels = sorted({label for _, label in rows})
+    top1 = top5 = 0
+    for file, label in tqdm(rows, desc=f"zero-shot {runner.bundle.name}", unit="picture", disable=None):
+        best = [ranked.label for ranked in runner.classify(data / "images" / file, labels, top_k=5)]
+        top1 += best[0] == label
+        top5 += label in best
+    return {
+        "top1": 100 * top1 / len(rows),
+        "top5": 100 * top5 / len(rows),
+        "pictures": len(rows),
+        "labels": len(labels),
+    }
+
+
+EVALS.register("zero_shot")(Eval(measure, DATA))

@@ -1,0 +1,20 @@
+"""Leave a graph in float: for towers that lose too much, and for telling quantization's errors from others.
+
+Source: none needed; the identity.
+"""
+
+import onnx
+
+from export.quantizers import QUANTIZERS, Quantizer, Ranges
+from models.bundle.manifest import FrozenModel
+
+
+class Params(FrozenModel):
+    pass
+
+
+def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
+    return model
+
+
+QUANTIZERS.register("none")(Quantizer(Params, quantize, weights="float32", activations="float32"))

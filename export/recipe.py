@@ -1,0 +1,88 @@
+"""`Recipe`: which checkpoint, how to quantize, which bars to pass. Frozen; read from flags and TOML."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from export.nets import NETS, Net, NetPlugin
+from models.bundle.manifest import FrozenModel, Name
+from models.errors import BadRequest, UnknownCheckpoint
+
+
+class Quantize(FrozenModel):
+    """A quantizer and its params. ``none`` leaves a graph in float."""
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class Calibration(FrozenModel):
+    """Without ``images`` and ``texts`` the net's own recorded ranges are used, else the pictures that ship."""
+
+    images: Path | None = None
+    texts: Path | None = Field(None, description="one text a line")
+    count: int = Field(192, ge=1, description="at most so many pictures, and texts")
+    seed: int = 0
+
+
+class Bars(FrozenModel):
+    """A bundle below one of these is not sealed."""
+
+    max_float_error: float = Field(1e-4, description="torch against float ONNX, largest absolute difference")
+    min_image_cosine: float = Field(0.95, description="mean cosine of INT8 and float picture vectors")
+    min_text_cosine: float = Field(0.97, description="the same for texts")
+    max_megabytes: float | None = None
+
+
+class Recipe(FrozenModel):
+    checkpoint: str
+    net: str
+    name: Name = Field(description="the bundles are NAME-int8 and, with keep_float, NAME-float")
+    quantize: dict[str, Quantize] = Field(
+        default_factory=dict, description="role of a graph -> how; else as its net says"
+    )
+    calibration: Calibration = Calibration()
+    bars: Bars = Bars()
+    keep_float: bool = False
+    replace: bool = False
+
+
+def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
+    """The net that reads ``checkpoint``. Raises `UnknownCheckpoint` naming what was tried."""
+    for name in NETS.names():
+        plugin = NETS.get(name)
+        if plugin.recognise(checkpoint):
+            return name, plugin
+    kind = "a directory no net recognises" if Path(checkpoint).is_dir() else "no directory and no built-in model"
+    raise UnknownCheckpoint(f"{checkpoint!r} is {kind}; tried: {', '.join(NETS.names())}. The built-in one is 'mini'.")
+
+
+def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = None, **flags: Any) -> Recipe:
+    """Defaults of the net, then the TOML ``file``, then ``flags`` that are not None.
+
+    Raises `BadRequest` naming the key that does not fit.
+    """
+    default_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(checkpoint).name.lower()).strip("._-")
+    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": default_name}
+    if file:
+        try:
+            data = _merge(data, tomllib.loads(file.read_text(encoding="utf-8")))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise BadRequest(f"recipe {file} cannot be read: {error}") from None
+    data = _merge(data, {key: value for key, value in flags.items() if value is not None})
+    data |= {"checkpoint": checkpoint, "net": net_name}
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadRequest(f"recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

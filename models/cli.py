@@ -1,0 +1,104 @@
+"""The front door: `calmclip VERB …`. A verb's module is imported when the verb is chosen.
+
+Exit status: 0 done, 1 a check did not pass, 2 bad usage or bad input, 3 an extra is missing (and which).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from models.errors import BarMissed, CalmclipError, ExtraMissing, ParityLost, suggestion
+
+BUNDLES = Path("models/bundles")
+
+# verb -> (function, what it does). The whole command line on one screen.
+VERBS: dict[str, tuple[str, str]] = {
+    "export": ("export.cli:export_command", "checkpoint directory, or 'mini', -> INT8 bundle"),
+    "align": ("export.align:align_command", "train the built-in model's projections on your own captioned pictures"),
+    "recipe": ("export.cli:recipe_command", "print the recipe that export would use"),
+    "show": ("models.commands:show_command", "manifest and report of a bundle as a table"),
+    "check": ("models.commands:check_command", "hashes, schema, one self-test per graph"),
+    "run": ("models.commands:run_command", "classify, embed or detect from the command line"),
+    "index": ("service.cli:index_command", "embed a folder of pictures into a collection"),
+    "eval": ("export.cli:eval_command", "accuracy on a data set, INT8 beside float"),
+    "bench": ("models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
+    "plugins": ("models.commands:plugins_command", "names in every plug-in family"),
+    "serve": ("service.cli:serve_command", "answer over HTTP"),
+}
+
+# what a missing module means: the extra that holds it
+_EXTRAS = {
+    "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export", "tomli_w": "export",
+    "fastapi": "service", "uvicorn": "service", "prometheus_client": "service", "pydantic_settings": "service",
+    "orjson": "service", "lancedb": "service", "pyarrow": "service", "httpx": "service",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from models import __version__
+
+        print(f"calmclip {__version__}")
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        print(f"calmclip: there is no verb {verb!r}; {suggestion(verb, VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        module, function = VERBS[verb][0].split(":")
+        return int(getattr(import_module(module), function)(argv[1:]))
+    except (BarMissed, ParityLost) as error:
+        return _fail(error, 1)
+    except ExtraMissing as error:
+        return _fail(error, 3)
+    except CalmclipError as error:
+        return _fail(error, 2)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"{verb!r} needs {error.name!r}, which is not installed; pip install 'calmclip[{extra}]'", 3)
+    except FileNotFoundError as error:
+        return _fail(f"{error.filename} is not there", 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left; nothing more to say
+        sys.stderr.close()
+        return 0
+
+
+def usage() -> str:
+    lines = [f"  {verb:8s} {text}" for verb, (_, text) in VERBS.items()]
+    return "usage: calmclip VERB …   ('calmclip VERB --help' says more; every verb takes --json)\n\n" + "\n".join(lines)
+
+
+def parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """What every verb starts from."""
+    options = argparse.ArgumentParser(prog=f"calmclip {verb}", description=description)
+    options.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return options
+
+
+def emit(as_json: bool, value: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+    """The answer of a verb, for a program or for a person."""
+    if as_json:
+        print(json.dumps(value))
+    else:
+        show(value)
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"calmclip: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""The verbs that need neither torch nor HTTP: show, check, run, bench, plugins."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.bundle.store import find, names, read
+from models.cli import BUNDLES, emit, parser
+from models.errors import BadRequest, ExtraMissing
+from models.flow import Array
+from models.measure import latency, machine
+from models.registry import Registry
+from models.runner import open_bundle
+from models.tasks.detect import METHODS, Suppression
+
+# family -> where its registry is. Families of other packages are listed only where their extra is installed.
+FAMILIES = {
+    "nets": "export.nets:NETS",
+    "quantizers": "export.quantizers:QUANTIZERS",
+    "evals": "export.evals:EVALS",
+    "heads": "models.heads:HEADS",
+    "prompts": "models.prompts:PROMPTS",
+    "stores": "service.stores:STORES",
+}
+
+
+def show_command(argv: list[str]) -> int:
+    """`calmclip show [BUNDLE]`: manifest and report as a table; without BUNDLE, the names there are."""
+    options = parser("show", "Manifest and report of a bundle.")
+    options.add_argument("bundle", nargs="?")
+    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    given = options.parse_args(argv)
+    if not given.bundle:
+        emit(
+            given.json, {"bundles": names(given.bundles)}, lambda v: print("\n".join(v["bundles"]) or "no bundles yet")
+        )
+        return 0
+    sealed = read(find(given.bundle, given.bundles), verify=False)
+    file = sealed.directory / "report.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    value = {"digest": sealed.digest, "manifest": sealed.manifest.model_dump(mode="json"), "report": report}
+    emit(given.json, value, _show)
+    return 0
+
+
+def check_command(argv: list[str]) -> int:
+    """`calmclip check BUNDLE`: every file hashed, every graph run once; exit 1 when something is not right."""
+    options = parser("check", "Verify a bundle and run each of its graphs once.")
+    options.add_argument("bundle")
+    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    given = options.parse_args(argv)
+    runner = open_bundle(find(given.bundle, given.bundles))
+    checks: list[dict[str, Any]] = [{"check": f"{len(runner.bundle.manifest.files)} files hashed", "passed": True}]
+    for role, graph in runner.bundle.manifest.graphs.items():
+        if graph.preprocess is None:
+            runner.session(role)
+            checks.append({"check": f"{role}: loads", "passed": True})
+            continue
+        rng = np.random.default_rng(0)
+        if graph.preprocess.kind == "image":
+            shape = [1 if isinstance(d, str) else d for d in graph.inputs[graph.preprocess.input].shape]
+            feeds: dict[str, Array] = {graph.preprocess.input: rng.standard_normal(shape).astype(np.float32)}
+        else:
+            feeds = runner.bundle.text.prepare(["a self-test"])
+        outputs = runner.session(role).run(feeds)
+        for name, promised in graph.outputs.items():
+            found = outputs[name]
+            fits = found.dtype.name == promised.dtype and len(found.shape) == len(promised.shape)
+            whole = bool(np.isfinite(found).all())
+            checks.append(
+                {"check": f"{role}: {name} {list(found.shape)} {found.dtype.name}, finite", "passed": fits and whole}
+            )
+            if name.endswith("_embeds"):
+                unit = bool(np.allclose(np.linalg.norm(found, axis=-1), 1.0, atol=1e-3))
+                checks.append({"check": f"{role}: {name} rows are unit vectors", "passed": unit})
+    passed = all(check["passed"] for check in checks)
+    emit(
+        given.json,
+        {"bundle": runner.bundle.name, "passed": passed, "checks": checks},
+        lambda v: print("\n".join(f"{'ok  ' if c['passed'] else 'FAIL'} {c['check']}" for c in v["checks"])),
+    )
+    return 0 if passed else 1
+
+
+def run_command(argv: list[str]) -> int:
+    """`calmclip run BUNDLE classify|embed|detect PICTURE… [--label …] [--text …]`: one answer, no server."""
+    options = parser("run", "Ask a bundle from the command line.")
+    options.add_argument("bundle")
+    options.add_argument("task", choices=("classify", "embed", "detect"))
+    options.add_argument("pictures", nargs="*", type=Path)
+    options.add_argument("--label", action="append", default=[], help="may be given many times")
+    options.add_argument("--text", action="append", default=[], help="for embed; may be given many times")
+    options.add_argument("--top", type=int, default=5)
+    default = Suppression()
+    options.add_argument("--method", choices=METHODS, default=default.method)
+    options.add_argument("--sigma", type=float, default=default.sigma)
+    options.add_argument("--iou-threshold", type=float, default=default.iou_threshold)
+    options.add_argument("--min-score", type=float, default=default.min_score)
+    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    options.add_argument("--threads", type=int, default=0)
+    given = options.parse_args(argv)
+    runner = open_bundle(find(given.bundle, given.bundles), threads=given.threads)
+    if given.task == "embed":
+        vectors = runner.embed(texts=given.text, images=given.pictures)
+        emit(
+            given.json,
+            {"embeddings": vectors.tolist()},
+            lambda v: print("\n".join(" ".join(f"{x:.4f}" for x in row) for row in v["embeddings"])),
+        )
+        return 0
+    if not given.pictures:
+        raise BadRequest(f"{given.task} needs a picture: calmclip run {given.bundle} {given.task} cat.jpg --label cat")
+    answers: list[dict[str, Any]] = []
+    for path in given.pictures:
+        if given.task == "classify":
+            rows: list[dict[str, Any]] = [
+                {"label": r.label, "score": r.score} for r in runner.classify(path, given.label, top_k=given.top)
+            ]
+        else:
+            how = Suppression(given.method, given.sigma, given.iou_threshold, given.min_score, given.top)
+            rows = [
+                {
+                    "label": d.label,
+                    "score": d.score,
+                    "raw_score": d.raw_score,
+                    "box": [round(float(x), 1) for x in d.box],
+                }
+                for d in runner.detect(path, given.label, suppression=how)
+            ]
+        answers.append({"picture": str(path), given.task: rows})
+    emit(given.json, {"answers": answers}, lambda v: _answers(v["answers"], given.task))
+    return 0
+
+
+def bench_command(argv: list[str]) -> int:
+    """`calmclip bench BUNDLE [--against BUNDLE]`: p50 and p95 per graph, taking turns in one run."""
+    options = parser("bench", "Latency of a bundle's graphs at batch 1.")
+    options.add_argument("bundle")
+    options.add_argument("--against")
+    options.add_argument("--picture", type=Path, help="default: grey noise of 640 x 480")
+    options.add_argument("--rounds", type=int, default=50)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    given = options.parse_args(argv)
+    sides = [given.bundle] + ([given.against] if given.against else [])
+    runners = [open_bundle(find(side, given.bundles), threads=given.threads) for side in sides]
+    picture = given.picture.read_bytes() if given.picture else _noise()
+    table = latency(runners, picture, given.rounds)
+    value = {"machine": machine(given.threads), "bundles": sides, "latency_ms": table}
+    emit(given.json, value, _bench)
+    return 0
+
+
+def plugins_command(argv: list[str]) -> int:
+    """`calmclip plugins [FAMILY]`: the names in each family."""
+    options = parser("plugins", "Names in every plug-in family.")
+    options.add_argument("family", nargs="?", choices=list(FAMILIES))
+    given = options.parse_args(argv)
+    found: dict[str, list[str]] = {}
+    for family, where in FAMILIES.items():
+        if given.family in (None, family):
+            module, name = where.split(":")
+            try:
+                registry: Registry[Any] = getattr(import_module(module), name)
+                found[family] = registry.names()
+            except ModuleNotFoundError as error:
+                if given.family:
+                    extra = module.split(".")[0]
+                    raise ExtraMissing(f"{family} need {error.name!r}; pip install 'calmclip[{extra}]'") from None
+    emit(given.json, found, lambda v: print("\n".join(f"{k:12s} {', '.join(names)}" for k, names in v.items())))
+    return 0
+
+
+def _show(value: dict[str, Any]) -> None:
+    manifest, report = value["manifest"], value["report"]
+    print(f"{manifest['name']}   {manifest['precision']}   format {manifest['format']}   {value['digest'][:12]}")
+    print(f"tasks    {', '.join(manifest['tasks'])}")
+    print(f"source   {manifest['source']['net']} {manifest['source']['model']}, {manifest['source']['license']}")
+    for role, graph in manifest["graphs"].items():
+        ends = [
+            ", ".join(f"{name} {t['dtype']}{list(t['shape'])}" for name, t in graph[side].items())
+            for side in ("inputs", "outputs")
+        ]
+        how = manifest["quantization"]["graphs"].get(role, manifest["quantization"]["name"])
+        print(f"{role:8s} {how:10s} {ends[0]} -> {ends[1]}")
+    total = sum(file["bytes"] for file in manifest["files"].values())
+    print(f"files    {len(manifest['files'])}, {total / 1e6:.1f} MB")
+    for role, numbers in report.get("embeddings", {}).items():
+        print(f"report   {role} vectors against float: cosine {numbers['cosine_mean']} (least {numbers['cosine_min']})")
+    for role, pair in report.get("latency_ms", {}).items():
+        print(f"report   {role}: int8 {pair['int8']['p50']} ms, float {pair['float32']['p50']} ms (p50)")
+
+
+def _answers(answers: list[dict[str, Any]], task: str) -> None:
+    for answer in answers:
+        print(answer["picture"])
+        for row in answer[task]:
+            box = "  " + " ".join(f"{x:7.1f}" for x in row["box"]) if "box" in row else ""
+            print(f"  {row['score']:.3f}  {row['label']}{box}")
+
+
+def _bench(value: dict[str, Any]) -> None:
+    print(", ".join(f"{k} {v}" for k, v in value["machine"].items()))
+    for role, sides in value["latency_ms"].items():
+        cells = [
+            f"{name} {t['p50']:.2f} ms (p95 {t['p95']:.2f})" for name, t in zip(value["bundles"], sides, strict=False)
+        ]
+        ratio = f"   {sides[1]['p50'] / sides[0]['p50']:.2f}x" if len(sides) == 2 else ""
+        print(f"{role:8s} {'   '.join(cells)}{ratio}")
+
+
+def _noise() -> bytes:
+    import io
+
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
