@@ -7,18 +7,15 @@ so one bundle serves every setting.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
 from models.bundle.bundle import Bundle
 from models.errors import BadRequest
 from models.flow import Array, Call, Flow, Work
+from models.ops.spec import METHODS, Method
 from models.preprocess.image import decode
 from models.tasks.texts import choose, embed_labels
-
-Method = Literal["hard", "linear", "gaussian"]
-METHODS: tuple[Method, ...] = ("hard", "linear", "gaussian")  # their places are the op's codes
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
     regions = yield Call("regions", {preparer.spec.input: pixels})
     found = yield Call("detect", {**regions, "text_embeds": text, **settings})
 
-    boxes = frame.to_original(found["boxes"])
+    boxes = frame.to_original(found["kept_boxes"])
     return Detections(
         frame.width,
         frame.height,
