@@ -30,7 +30,13 @@ class Panel:
     note: str = ""
 
 
-def rate(metric: str, *labels: str, where: str = 'task=~"$task", model=~"$model"') -> str:
+OF_MODEL = 'model=~"$model"'
+OF_BOTH = f'task=~"$task", task!="other", {OF_MODEL}'  # other: probes, scrapes, the page itself
+FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
+HITS = f'{OF_MODEL}, outcome="hit"'
+
+
+def rate(metric: str, *labels: str, where: str = OF_BOTH) -> str:
     """Per second, summed over all labels but ``labels``."""
     by = f" by ({', '.join(labels)})" if labels else ""
     return f"sum{by} (rate(calmclip_{metric}{{{where}}}[$__rate_interval]))"
@@ -40,15 +46,10 @@ def quantile(q: float, metric: str, *labels: str) -> str:
     return f"histogram_quantile({q}, {rate(f'{metric}_bucket', 'le', *labels)})"
 
 
-def mean(metric: str, *labels: str, where: str = 'model=~"$model"') -> str:
+def mean(metric: str, *labels: str, where: str = OF_MODEL) -> str:
     """Of a histogram's observations."""
     return f"{rate(f'{metric}_sum', *labels, where=where)} / {rate(f'{metric}_count', *labels, where=where)}"
 
-
-OF_MODEL = 'model=~"$model"'
-OF_BOTH = f'task=~"$task", {OF_MODEL}'
-FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
-HITS = f'{OF_MODEL}, outcome="hit"'
 
 ROWS: dict[str, list[Panel]] = {
     "Now": [
@@ -96,15 +97,24 @@ ROWS: dict[str, list[Panel]] = {
             note="Seconds per request spent in each stage: the stack is as high as a mean request is long.",
         ),
         Panel(
-            "p95 of each stage", {"{{stage}}": quantile(0.95, "stage_duration_seconds", "stage")}, unit="s", width=12
+            "p95 of each stage",
+            {"{{stage}} {{graph}}": quantile(0.95, "stage_duration_seconds", "stage", "graph")},
+            unit="s",
+            width=12,
         ),
     ],
     "Batches": [
         Panel("Mean batch size", {"{{model}} {{graph}}": mean("batch_size", "model", "graph")}),
         Panel(
-            "Calls in the queue", {"{{model}} {{graph}}": f"sum by (model, graph) (calmclip_queue_depth{{{OF_MODEL}}})"}
+            "Calls in the queue",
+            {
+                "{{model}} {{graph}}": f"sum by (model, graph) (calmclip_queue_depth{{{OF_MODEL}}})",
+                "limit of one": f"max(calmclip_queue_limit{{{OF_MODEL}}})",
+            },
         ),
-        Panel("Refused before work", {"{{reason}}": rate("rejected_total", "reason", where="")}, unit="reqps"),
+        Panel(
+            "Answered with a problem, by kind", {"{{reason}}": rate("rejected_total", "reason", where="")}, unit="reqps"
+        ),
     ],
     "Work saved and kept": [
         Panel(
@@ -114,6 +124,7 @@ ROWS: dict[str, list[Panel]] = {
                 f"{rate('text_cache_total', 'model', where=OF_MODEL)}"
             },
             unit="percentunit",
+            width=6,
         ),
         Panel(
             "Boxes per picture",
@@ -121,8 +132,10 @@ ROWS: dict[str, list[Panel]] = {
                 "candidates {{model}}": mean("detections_candidates", "model"),
                 "kept {{model}}": mean("detections_kept", "model"),
             },
+            width=6,
         ),
-        Panel("Items in collections", {"{{collection}}": "max by (collection) (calmclip_collection_items)"}),
+        Panel("Items in collections", {"{{collection}}": "max by (collection) (calmclip_collection_items)"}, width=6),
+        Panel("Memory", {"{{instance}}": 'process_resident_memory_bytes{job="calmclip"}'}, unit="bytes", width=6),
     ],
 }
 
