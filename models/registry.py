@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
+from threading import RLock
 from typing import Generic, TypeVar
 
 from models.errors import UnknownName, suggestion
@@ -23,6 +24,7 @@ class Registry(Generic[T]):
         self.package = package
         self._things: dict[str, T] = {}
         self._loaded = False
+        self._loading = RLock()  # of one thread's imports the others wait for the end
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator. A second use of a name is an error, never a silent replacement."""
@@ -52,10 +54,11 @@ class Registry(Generic[T]):
         """Imports every module of the package, then the entry points of other packages. Once."""
         if self._loaded:
             return
-        self._loaded = True
-        package = import_module(self.package)
-        for module in iter_modules(package.__path__):
-            if not module.name.startswith("_"):
-                import_module(f"{self.package}.{module.name}")
-        for point in entry_points(group=f"calmclip.{self.family}"):
-            point.load()
+        with self._loading:
+            package = import_module(self.package)
+            for module in iter_modules(package.__path__):
+                if not module.name.startswith("_"):
+                    import_module(f"{self.package}.{module.name}")
+            for point in entry_points(group=f"calmclip.{self.family}"):
+                point.load()
+            self._loaded = True

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from models.bundle.bundle import Bundle
 from models.bundle.store import read
+from models.errors import BadRequest
 from models.flow import Array, Arrays, Call, Flow, drive
 from models.preprocess.image import MAX_PIXELS
 from models.runtime.clock import Stopwatch
@@ -87,4 +88,9 @@ def open_bundle(
 
 
 def _bytes(picture: Picture) -> bytes:
-    return picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+    if isinstance(picture, bytes):
+        return picture
+    try:
+        return Path(picture).read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"the picture {str(picture)!r} cannot be read: {error}") from None

@@ -97,13 +97,18 @@ class Bundle:
         """The bundle's own label set; empty when it has none."""
         if not self.manifest.labels:
             return ()
-        labels = json.loads((self.directory / self.manifest.labels).read_text(encoding="utf-8"))
+        path = self.directory / self.manifest.labels
+        try:
+            labels = json.loads(path.read_bytes().decode())
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleInvalid(f"{path} is not JSON in UTF-8: {error}") from None
         if not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-            raise BundleInvalid(f"{self.directory / self.manifest.labels} is not a JSON list of strings")
+            raise BundleInvalid(f"{path} is not a JSON list of strings")
         return tuple(labels)
 
     def _array(self, name: str) -> Array:
-        try:
-            return cast(Array, np.load(self.directory / name, allow_pickle=False))
-        except ValueError as error:
+        try:  # `np.load` would also read zip files and, asked to, pickles
+            with (self.directory / name).open("rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, MemoryError) as error:
             raise BundleInvalid(f"{self.directory / name} is no plain .npy array: {error}") from None

@@ -6,8 +6,10 @@ model's name at run time.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,37 +17,45 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from models.errors import BundleInvalid, BundleTooNew
 
 FORMAT = 1
+MANIFEST = "bundle.json"
+MAX_PATH = 200  # characters; every file system holds as much
 
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _SHA256 = r"^[0-9a-f]{64}$"
-_SEGMENT = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def _inside(path: str) -> str:
     """A relative path of plain segments: it can neither leave its folder nor hide."""
-    if not path or not all(_SEGMENT.match(segment) for segment in path.split("/")):
+    if len(path) > MAX_PATH or not all(map(_SEGMENT.fullmatch, path.split("/"))):
         raise ValueError(
-            f"{path!r} is not a path inside the bundle; use letters, digits, '.', '_' and '-' between single slashes"
+            f"{path[:MAX_PATH]!r} is not a path inside the bundle; use at most {MAX_PATH} letters, digits, "
+            "'.', '_' and '-' between single slashes"
         )
+    if path == MANIFEST:
+        raise ValueError(f"{MANIFEST} cannot name itself")
     return path
 
 
 Path = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, Field(pattern=_NAME)]
 Triple = tuple[float, float, float]
+MAX_SIDE = 4096  # pixels of a graph's input
 
 
 class FrozenModel(BaseModel):
-    """Immutable, and an unknown key is an error that names the key."""
+    """Immutable, every number finite, and an unknown key is an error that names the key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants", protected_namespaces=()
+    )
 
 
 class Tensor(FrozenModel):
     """A graph input or output. In ``shape`` a string is a dimension known only at run time."""
 
     dtype: Literal["float32", "int64", "uint8", "int8", "int32", "bool"]
-    shape: tuple[int | str, ...]
+    shape: tuple[Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)], ...]
 
 
 class ImagePreprocess(FrozenModel):
@@ -72,13 +82,19 @@ class ImagePreprocess(FrozenModel):
 
     @model_validator(mode="after")
     def _complete(self) -> "ImagePreprocess":
-        if self.resize == "shortest" and (self.shortest is None or self.shortest < max(self.size)):
-            raise ValueError(f"resize = shortest needs `shortest` >= {max(self.size)}; it is {self.shortest}")
-        if min(self.size) < 1 or max(self.size) > 4096:
-            raise ValueError(f"size {self.size} is not within 1 to 4096")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std} must be positive")
+        if min(self.size) < 1 or max(self.size) > MAX_SIDE:
+            raise ValueError(f"size {self.size} is not within 1 to {MAX_SIDE}")
+        if self.resize == "shortest" and not max(self.size) <= (self.shortest or 0) <= MAX_SIDE:
+            raise ValueError(
+                f"resize = shortest needs `shortest` from {max(self.size)} to {MAX_SIDE}; it is {self.shortest}"
+            )
+        if min(self.std) < 1e-3:
+            raise ValueError(f"std {self.std} is in units of x / 255; each is at least 0.001")
         return self
+
+    def feeds(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Name -> dtype and shape of what it makes."""
+        return {self.input: ("float32", ("B", 3, *self.size))}
 
 
 class TextPreprocess(FrozenModel):
@@ -92,20 +108,38 @@ class TextPreprocess(FrozenModel):
     tokenizer: Path = "tokenizer.json"
     ids: str = "ids"
     mask: str | None = None
-    context: int = Field(ge=1)
+    context: int = Field(ge=1, le=65_536)
     pad: Literal["context", "longest"] = "longest"
-    pad_id: int = 0
+    pad_id: int = Field(0, ge=0, lt=2**31)
     truncate: bool = False
+
+    def feeds(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Name -> dtype and shape of what it makes."""
+        width = self.context if self.pad == "context" else "T"
+        return {name: ("int64", ("B", width)) for name in (self.ids, self.mask) if name}
 
 
 class Graph(FrozenModel):
-    """One ONNX file. ``batch``: the first dimension of every input and output counts independent rows."""
+    """One ONNX file. ``batch``: the first dimension of every input and output counts independent rows.
+
+    With ``preprocess`` the inputs are exactly what it makes.
+    """
 
     file: Path
     batch: bool = True
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor] = Field(min_length=1)
     preprocess: ImagePreprocess | TextPreprocess | None = Field(None, discriminator="kind")
+
+    @model_validator(mode="after")
+    def _fed(self) -> "Graph":
+        made = self.preprocess.feeds() if self.preprocess else {}
+        if self.preprocess and sorted(made) != sorted(self.inputs):
+            raise ValueError(f"preprocess makes the inputs {sorted(made)}; the graph takes {sorted(self.inputs)}")
+        for name, (dtype, shape) in made.items():
+            if self.inputs[name].dtype != dtype or not fits(shape, self.inputs[name].shape):
+                raise ValueError(f"preprocess makes {name!r} as {dtype} {list(shape)}; the graph takes another")
+        return self
 
 
 class Source(FrozenModel):
@@ -113,7 +147,7 @@ class Source(FrozenModel):
 
     net: str
     model: str
-    weights: dict[str, str] = Field(default_factory=dict, description="file or package -> sha256 of its weights")
+    weights: Mapping[str, str] = Field(default_factory=dict, description="file or package -> sha256 of its weights")
     license: str
     notes: str = ""
 
@@ -130,8 +164,8 @@ class Plugin(FrozenModel):
     """A name in a family and what it is given."""
 
     name: str
-    params: dict[str, Any] = Field(default_factory=dict)
-    assets: dict[str, Path] = Field(default_factory=dict)
+    params: Mapping[str, Any] = Field(default_factory=dict)
+    assets: Mapping[str, Path] = Field(default_factory=dict)
 
 
 class Quantization(FrozenModel):
@@ -140,8 +174,8 @@ class Quantization(FrozenModel):
     name: str
     weights: str = ""
     activations: str = ""
-    graphs: dict[str, str] = Field(default_factory=dict)
-    calibration: dict[str, Any] = Field(default_factory=dict)
+    graphs: Mapping[str, str] = Field(default_factory=dict)
+    calibration: Mapping[str, Any] = Field(default_factory=dict)
 
 
 class File(FrozenModel):
@@ -151,6 +185,15 @@ class File(FrozenModel):
 
 Task = Literal["classify", "embed", "detect", "raw"]
 
+# task -> role -> what its graph is fed by; a task finds its graphs by these roles
+ROLES: dict[str, dict[str, type[ImagePreprocess] | type[TextPreprocess] | None]] = {
+    "classify": {"image": ImagePreprocess, "text": TextPreprocess},
+    "detect": {"regions": ImagePreprocess, "text": TextPreprocess, "detect": None},
+}
+REGIONS = ("boxes", "class_embeds", "objectness")  # the outputs of `regions`, which `detect` takes
+SUPPRESSION = ("iou_threshold", "max_output", "method", "min_score", "per_class", "sigma")
+DETECTED = ("candidates", "classes", "kept_boxes", "raw_scores", "scores")
+
 
 class Manifest(FrozenModel):
     """`bundle.json`: everything needed to feed the graphs and read their answers."""
@@ -158,16 +201,16 @@ class Manifest(FrozenModel):
     format: Literal[1] = 1
     name: Name
     precision: Literal["int8", "float32", "mixed"]
-    tasks: tuple[Task, ...]
+    tasks: tuple[Task, ...] = Field(min_length=1)
     source: Source
-    graphs: dict[str, Graph]
+    graphs: Mapping[str, Graph] = Field(min_length=1, description="by role")
     ops: Ops = Ops()
     prompts: Plugin | None = None
     head: Plugin | None = None
     labels: Path | None = Field(None, description="JSON list of strings: the bundle's own label set")
     quantization: Quantization
     created: str = Field(description="UTC, ISO 8601")
-    files: dict[Path, File] = Field(default_factory=dict)
+    files: Mapping[Path, File] = Field(default_factory=dict, description="every file but this one")
 
     @model_validator(mode="after")
     def _whole(self) -> "Manifest":
@@ -177,13 +220,52 @@ class Manifest(FrozenModel):
         named |= {self.labels} if self.labels else set()
         if self.files and (absent := sorted(named - self.files.keys())):
             raise ValueError(f"named but not listed under `files`: {', '.join(absent)}")
-        needs = {"classify": ("image", "text"), "embed": (), "detect": ("regions", "text", "detect"), "raw": ()}
         for task in self.tasks:
-            if lacking := [role for role in needs[task] if role not in self.graphs]:
-                raise ValueError(f"task {task!r} needs a graph {lacking[0]!r}; there is {sorted(self.graphs)}")
-        if "classify" in self.tasks and not (self.head and self.prompts):
-            raise ValueError("task 'classify' needs `head` and `prompts`")
+            self._serves(task)
         return self
+
+    def _serves(self, task: Task) -> None:
+        roles = ROLES.get(task, {})
+        if task == "embed":
+            roles = {role: kind for role, kind in ROLES["classify"].items() if role in self.graphs} or {"image": None}
+        for role, kind in roles.items():
+            if role not in self.graphs:
+                raise ValueError(f"task {task!r} needs a graph {role!r}; there is {sorted(self.graphs)}")
+            if kind and not isinstance(self.graphs[role].preprocess, kind):
+                raise ValueError(f"task {task!r} needs `graphs.{role}.preprocess` to be an {kind.__name__}")
+        dims = {role: _embeds(role, self.graphs[role]) for role in roles if role in ("image", "text")}
+        if len(set(dims.values())) > 1:
+            raise ValueError(f"image and text embeddings differ in length: {dims}")
+        if task == "classify" and not (self.head and self.prompts):
+            raise ValueError("task 'classify' needs `head` and `prompts`")
+        if task == "detect":
+            if not self.prompts:
+                raise ValueError("task 'detect' needs `prompts`")
+            _named("regions", "outputs", self.graphs["regions"].outputs, REGIONS)
+            _named("detect", "inputs", self.graphs["detect"].inputs, (*REGIONS, "text_embeds", *SUPPRESSION))
+            _named("detect", "outputs", self.graphs["detect"].outputs, DETECTED)
+
+
+def fits(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    """Same rank, and no two fixed dimensions that differ."""
+    return len(one) == len(other) and all(
+        a == b or isinstance(a, str) or isinstance(b, str) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _embeds(role: str, graph: Graph) -> int:
+    """The length of the vectors which are the graph's one output, float32 [B, D]."""
+    tensors = tuple(graph.outputs.values())
+    if len(tensors) == 1 and tensors[0].dtype == "float32" and len(tensors[0].shape) == 2:
+        length = tensors[0].shape[1]
+        if isinstance(length, int):
+            return length
+    raise ValueError(f"graph {role!r} embeds, so it has one output, float32 [B, D] with D a number")
+
+
+def _named(role: str, side: str, found: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
+    if set(found) != set(names):
+        raise ValueError(f"`graphs.{role}.{side}` are {sorted(found)}; expected {sorted(names)}")
 
 
 # format of the file -> what turns it into the next one. Empty until there is a format 2.
@@ -196,9 +278,9 @@ def parse(text: bytes, where: str) -> Manifest:
     Raises `BundleTooNew` for a format above ours, `BundleInvalid` for everything else that is wrong.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_unique)
+        data = json.loads(text.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
-        raise BundleInvalid(f"{where} is not JSON: {error}") from None
+        raise BundleInvalid(f"{where} is not JSON in UTF-8: {error}") from None
     if not isinstance(data, dict):
         raise BundleInvalid(f"{where} holds a JSON {type(data).__name__}, not an object")
     number = data.get("format")
@@ -211,18 +293,35 @@ def parse(text: bytes, where: str) -> Manifest:
     for step in range(number, FORMAT):
         data = UPGRADES[step](data)
     try:
-        return Manifest.model_validate_json(json.dumps(data))
+        return Manifest.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()]
-        raise BundleInvalid(f"{where}: {'; '.join(lines)}") from None
+        raise BundleInvalid(f"{where}: {explain(error)}") from None
+
+
+def explain(error: ValidationError, most: int = 5) -> str:
+    """What pydantic found, on one line: where, and what is wrong there."""
+    found = error.errors(include_url=False, include_input=False)
+    lines = [
+        f"{'.'.join(map(str, e['loc'])) or 'manifest'}: "
+        + ("unknown key" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Value error, "))
+        for e in found[:most]
+    ]
+    return "; ".join(lines) + (f"; and {len(found) - most} more" if len(found) > most else "")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Two readers must not see two manifests in one file: a repeated key is refused."""
-    keys = [key for key, _ in pairs]
-    if repeated := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"the key {sorted(repeated)[0]!r} appears twice")
-    return dict(pairs)
+    if len(data := dict(pairs)) < len(pairs):
+        ((key, times),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key[:80]!r} appears {times} times")
+    return data
+
+
+def _finite(number: str) -> float:
+    """NaN and Infinity are no JSON, and 1e999 is infinite too."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:80]} is not a finite number")
+    return value
 
 
 def schema() -> str:

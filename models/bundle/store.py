@@ -4,19 +4,19 @@ A sealed bundle never changes. A new one is written in a hidden directory beside
 place, so a reader sees all of it or none.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from models.bundle.manifest import File, Manifest, parse
+from models.bundle.manifest import MANIFEST, File, Manifest, parse
 from models.errors import BundleError, BundleInvalid, BundleNotFound, suggestion
 
-MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 1 << 20  # a manifest is a page; more is an attack or a mistake
 MAX_FILES = 1000
 
@@ -35,9 +35,18 @@ def read(directory: Path, *, verify: bool = True) -> Sealed:
     Raises `BundleNotFound`, `BundleTooNew`, or `BundleInvalid` naming the file that is wrong: absent, of
     another size, of another hash, a link, or not listed.
     """
+    try:
+        return _read(directory, verify=verify)
+    except OSError as error:
+        raise BundleInvalid(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+
+
+def _read(directory: Path, *, verify: bool) -> Sealed:
     path = directory / MANIFEST
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file():
         raise BundleNotFound(f"{directory} holds no {MANIFEST}; expected a directory that 'calmclip export' sealed")
+    if path.is_symlink():
+        raise BundleInvalid(f"{path} is a link; a bundle holds plain files only")
     if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
         raise BundleInvalid(f"{path} has {size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
     text = path.read_bytes()
@@ -55,9 +64,8 @@ def find(name: str, bundles: Path) -> Path:
     direct = Path(name)
     if (direct / MANIFEST).is_file():
         return direct
-    if os.sep not in name and (bundles / name / MANIFEST).is_file():
+    if name in (known := names(bundles)):
         return bundles / name
-    known = names(bundles)
     raise BundleNotFound(f"there is no bundle {name!r} in {bundles}; {suggestion(name, known)}", known=known)
 
 
@@ -71,8 +79,11 @@ def names(bundles: Path) -> list[str]:
 @contextmanager
 def stage(bundles: Path, name: str) -> Iterator[Path]:
     """A hidden directory under ``bundles`` to write ``name`` in; gone afterwards unless `seal` renamed it."""
-    bundles.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=bundles))
+    try:
+        bundles.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=bundles))
+    except OSError as error:
+        raise BundleError(f"{bundles} cannot be written: {error.strerror}") from None
     try:
         yield directory
     finally:
@@ -80,45 +91,67 @@ def stage(bundles: Path, name: str) -> Iterator[Path]:
 
 
 def describe(directory: Path, manifest: Manifest) -> Manifest:
-    """Write ``manifest`` into ``directory`` with the hash and size of every file there, and return it."""
+    """Write ``manifest`` into ``directory`` with the hash and size of every file there, and return it.
+
+    Raises `BundleInvalid` for a file whose name no bundle holds, and for a manifest that names an absent one.
+    """
     files = {
         path.relative_to(directory).as_posix(): File(sha256=_sha256(path), bytes=path.stat().st_size)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path != directory / MANIFEST
     }
-    complete = Manifest.model_validate(
-        {**manifest.model_dump(), "files": {k: v.model_dump() for k, v in files.items()}}
-    )
-    (directory / MANIFEST).write_text(complete.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    text = manifest.model_copy(update={"files": files}).model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
+    complete = parse(text, str(directory / MANIFEST))
+    (directory / MANIFEST).write_bytes(text)
     return complete
 
 
 def seal(staged: Path, manifest: Manifest, *, replace: bool = False) -> Sealed:
-    """Hash every file of ``staged`` into the manifest, flush to disk, and rename into place.
+    """Hash every file of ``staged`` into the manifest, flush to disk, verify, and rename into place.
 
-    Raises `BundleError` when the target exists and not ``replace``; the old bundle is moved aside first and
-    removed last, so at every moment one whole bundle or none bears the name.
+    Raises `BundleError` when the target exists and not ``replace``, `BundleInvalid` when ``staged`` would be no
+    bundle; then nothing has changed. With ``replace`` the two directories change places in one step where the
+    system can (Linux), so that at every moment one whole bundle bears the name; elsewhere the old one is moved
+    aside first, and for that moment none does. Of several that seal one name at once, each succeeds or says why.
     """
     target = staged.parent / manifest.name
-    if target.exists() and not replace:
-        raise BundleError(
-            f"{target} exists, and a sealed bundle never changes; remove it, name another, or pass --replace"
-        )
     describe(staged, manifest)
     staged.chmod(0o755)  # mkdtemp made it private
-    for path in staged.rglob("*"):
-        if path.is_file():
+    for path in (*staged.rglob("*"), staged):
+        if not path.is_symlink():
             _flush(path)
-    _flush(staged)
-    aside = None
-    if target.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{manifest.name}-old-", dir=staged.parent))
-        os.rename(target, aside / "bundle")
-    os.rename(staged, target)
+    sealed = read(staged)
+    with tempfile.TemporaryDirectory(prefix=f".{manifest.name}-old-", dir=staged.parent) as aside:
+        while not _moved(staged, target):
+            if not replace:
+                raise BundleError(
+                    f"{target} exists, and a sealed bundle never changes; remove it, name another, or pass --replace"
+                )
+            if _exchanged(staged, target):
+                shutil.rmtree(staged, ignore_errors=True)
+                break
+            with suppress(FileNotFoundError):  # another sealer was quicker
+                os.rename(target, tempfile.mkdtemp(dir=aside))
     _flush(target.parent)
-    if aside:
-        shutil.rmtree(aside, ignore_errors=True)
-    return read(target)
+    return sealed._replace(directory=target)
+
+
+def _moved(source: Path, target: Path) -> bool:
+    """Rename; False when the target is there (a rename onto a directory that holds something fails)."""
+    try:
+        os.rename(source, target)
+    except OSError:
+        if not os.path.lexists(target):
+            raise
+        return False
+    return True
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two directories change names in one step: renameat2(2) with RENAME_EXCHANGE; False without it."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _compare(directory: Path, manifest: Manifest, *, contents: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from models.bundle.manifest import FrozenModel
+from models.bundle.manifest import FrozenModel, explain
 from models.errors import BundleInvalid
 from models.flow import Array, Arrays
 from models.registry import Registry
@@ -27,9 +27,7 @@ class Head(Generic[P]):
         try:
             checked = self.params.model_validate(params)
         except ValidationError as error:
-            raise BundleInvalid(
-                f"head params {dict(params)}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-            ) from None
+            raise BundleInvalid(f"head params {dict(params)}: {explain(error)}") from None
         return BoundHead(lambda image, text: self.logits(image, text, assets, checked), self.scores)
 
 

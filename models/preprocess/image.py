@@ -5,11 +5,10 @@ uses what they use: Pillow's antialiased bicubic on uint8, then float32 arithmet
 """
 
 import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from models.bundle.manifest import ImagePreprocess
 from models.errors import BadImage, ImageTooLarge
@@ -20,8 +19,16 @@ MAX_PIXELS = 40_000_000
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# Pillow's own guard counts differently and only warns; `inspect` is stricter and comes first.
-Image.MAX_IMAGE_PIXELS = None
+# EXIF orientation -> what makes the picture upright; 1 is upright already
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -60,31 +67,22 @@ class Frame:
 
 def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """Read the header only. Raises `BadImage` for anything but JPEG, PNG, WebP; `ImageTooLarge` over the limit."""
-    if not data:
-        raise BadImage("the picture has 0 bytes; expected a JPEG, PNG or WebP file")
-    with _open(data) as image:
-        header = Header(str(image.format), *image.size)
-    if header.pixels > max_pixels:
-        raise ImageTooLarge(
-            f"the picture is {header.width} x {header.height} = {header.pixels} pixels; "
-            f"at most {max_pixels} are decoded. Scale it down."
-        )
-    return header
+    with _open(data, max_pixels) as image:
+        return _header(image)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The first frame, upright by its EXIF tag, as 8-bit RGB.
+    """The first frame, upright by its EXIF tag, as 8-bit RGB. Raises as `inspect` does, before it decodes.
 
     CMYK and palettes are converted; 16-bit grey is scaled, not clipped; transparent pixels come out as they
-    look on white, as a page would show them.
+    look on white, as a page would show them. A colour profile is not applied, as the reference processors do.
     """
-    inspect(data, max_pixels=max_pixels)
-    with _open(data) as image:
+    with _open(data, max_pixels) as image:
         try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = _upright(image)
             return _rgb(upright)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except Exception as error:  # whatever a decoder of hostile bytes trips over
             raise BadImage(f"the {image.format} picture is broken: {error}. Send the whole file.") from None
 
 
@@ -102,7 +100,7 @@ class ImagePreparer:
         """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`."""
         placed, frame = self._place(image)
         chw = np.asarray(placed, np.uint8).transpose(2, 0, 1)
-        pixels = np.multiply(chw, self._gain, dtype=np.float32)
+        pixels = np.multiply(chw, self._gain, dtype=np.float32, order="C")
         pixels += self._bias
         return pixels[None], frame
 
@@ -123,33 +121,66 @@ class ImagePreparer:
         longer = int(spec.shortest * long / short)
         w, h = (spec.shortest, longer) if width <= height else (longer, spec.shortest)
         left, top = self._margin(w - cols), self._margin(h - rows)
-        resized = self._resize(image, w, h)
-        frame = Frame(width, height, (w / width, h / height), (-float(left), -float(top)))
-        return resized.crop((left, top, left + cols, top + rows)), frame
+        scale = (w / width, h / height)
+        frame = Frame(width, height, scale, (-float(left), -float(top)))
+        if w * h > MAX_PIXELS:  # a ribbon: resized whole it would not fit in memory
+            box = (left / scale[0], top / scale[1], (left + cols) / scale[0], (top + rows) / scale[1])
+            return self._resize(image, cols, rows, box), frame
+        return self._resize(image, w, h).crop((left, top, left + cols, top + rows)), frame
 
     def _margin(self, spare: int) -> int:
         return spare // 2 if self.spec.crop_offset == "floor" else round(spare / 2.0)
 
-    def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        return image.resize((width, height), _RESAMPLE[self.spec.resample])
+    def _resize(
+        self, image: Image.Image, width: int, height: int, box: tuple[float, float, float, float] | None = None
+    ) -> Image.Image:
+        return image.resize((width, height), _RESAMPLE[self.spec.resample], box)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise BadImage("the picture has 0 bytes; expected a JPEG, PNG or WebP file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters raises
-            return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, TypeError):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:  # Pillow's own guard, some five times above MAX_PIXELS
+        raise ImageTooLarge(
+            f"the picture is not decoded: {error}; at most {max_pixels} pixels are. Scale it down."
+        ) from None
+    except Exception:  # whatever a parser of hostile bytes trips over
         start = data[:4].hex(" ")
         raise BadImage(f"{len(data)} bytes starting {start} are no picture we read; send JPEG, PNG or WebP") from None
+    header = _header(image)
+    if header.pixels > max_pixels:
+        image.close()
+        raise ImageTooLarge(
+            f"the picture is {header.width} x {header.height} = {header.pixels} pixels; "
+            f"at most {max_pixels} are decoded. Scale it down."
+        )
+    return image
+
+
+def _header(image: Image.Image) -> Header:
+    return Header(str(image.format), *image.size)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says; as stored where EXIF is absent, broken or says nonsense.
+
+    Not `ImageOps.exif_transpose`: it also writes the tags anew, and fails on what it cannot write.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken tags are no reason to refuse whole pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
-        grey = np.asarray(image, np.float64) / 257.0
-        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+        grey = (np.asarray(image, np.uint32) + 128) // 257  # to the nearest of 0-255
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if "A" in image.mode or "transparency" in image.info:
         over = image.convert("RGBA")
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))

@@ -10,6 +10,8 @@ from models.bundle.manifest import TextPreprocess
 from models.errors import BadRequest, BundleInvalid, TextTooLong
 from models.flow import Array
 
+MAX_CHARACTERS = 100_000  # a tokenizer takes a second for some millions, before their number is known
+
 
 class TextPreparer:
     """`TextPreprocess` at work. Safe to share between threads."""
@@ -27,8 +29,8 @@ class TextPreparer:
     def prepare(self, texts: Sequence[str]) -> dict[str, Array]:
         """Exactly the feeds the graph names: ids int64 [B, T], and mask int64 [B, T] (1 = a token) if it takes one.
 
-        Raises `TextTooLong` with the count of tokens and the limit, unless the bundle truncates;
-        `BadRequest` for an empty text or one that is not Unicode (a lone surrogate).
+        Raises `TextTooLong` with the count of tokens and the limit, unless the bundle truncates; `BadRequest`
+        for a text that is empty, is not Unicode (a lone surrogate), or has no token.
         """
         rows = [self._row(text, index) for index, text in enumerate(texts)]
         width = self.spec.context if self.spec.pad == "context" else max(map(len, rows), default=1)
@@ -46,11 +48,17 @@ class TextPreparer:
     def _row(self, text: str, index: int) -> list[int]:
         if not text.strip():
             raise BadRequest(f"text {index} is empty; expected some words")
+        if len(text) > MAX_CHARACTERS:
+            raise TextTooLong(
+                f"text {index} has {len(text)} characters; at most {MAX_CHARACTERS} are read. Shorten it."
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
             raise BadRequest(f"text {index} holds a lone surrogate and is not Unicode text") from None
         row: list[int] = self._tokenizer.encode(text).ids
+        if not row:
+            raise BadRequest(f"text {index} ({text[:40]!r}) holds nothing this model reads; expected some words")
         if len(row) <= self.spec.context:
             return row
         if self.spec.truncate:

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from models.bundle.manifest import FrozenModel
+from models.bundle.manifest import FrozenModel, explain
 from models.errors import BundleInvalid
 from models.registry import Registry
 
@@ -25,9 +25,7 @@ class Prompts(Generic[P]):
         try:
             checked = self.params.model_validate(params)
         except ValidationError as error:
-            raise BundleInvalid(
-                f"prompts params {dict(params)}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-            ) from None
+            raise BundleInvalid(f"prompts params {dict(params)}: {explain(error)}") from None
         return lambda label: self.sentences(label, checked)
 
 

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from models.bundle.manifest import Graph
+from models.bundle.manifest import Graph, fits
 from models.errors import BadRequest, BundleInvalid
 from models.flow import Array, Arrays
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,12 @@ class SessionOptions:
 
 
 class Session:
-    """One graph, loaded. `run` may be called from several threads at once."""
+    """One graph, loaded. `run` may be called from several threads at once.
+
+    Weights that lie in a file of their own are found beside the graph; ONNX Runtime (since 1.24.1) refuses a
+    graph that points out of its folder. Raises `BundleInvalid` for it, for a graph that does not load, and for
+    one whose inputs and outputs are not the manifest's.
+    """
 
     def __init__(self, path: Path, graph: Graph, options: SessionOptions | None = None) -> None:
         options = options or SessionOptions()
@@ -28,7 +42,7 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3  # errors; its warnings are about its own optimizer
+        settings.log_severity_level = 4  # fatal only: errors are raised, warnings are about its own optimizer
         # Spinning threads win microseconds and burn the cores that decode pictures.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if options.profile:
@@ -38,14 +52,20 @@ class Session:
             self._session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exception types are not public
             raise BundleInvalid(f"{path} does not load in ONNX Runtime {ort.__version__}: {error}") from None
-        for kind, promised, found in (
+        for kind, promised, nodes in (
             ("input", graph.inputs, self._session.get_inputs()),
             ("output", graph.outputs, self._session.get_outputs()),
         ):
-            if sorted(promised) != sorted(node.name for node in found):
-                raise BundleInvalid(
-                    f"{path} has the {kind}s {[node.name for node in found]}; the manifest promises {list(promised)}"
-                )
+            found = {node.name: node for node in nodes}
+            if found.keys() != promised.keys():
+                raise BundleInvalid(f"{path} has the {kind}s {sorted(found)}; the manifest promises {sorted(promised)}")
+            for name, tensor in promised.items():
+                dtype, shape = _DTYPES.get(found[name].type, found[name].type), _shape(found[name])
+                if dtype != tensor.dtype or (shape and not fits(shape, tensor.shape)):
+                    raise BundleInvalid(
+                        f"{path} has the {kind} {name!r} as {dtype} {list(shape)}; "
+                        f"the manifest promises {tensor.dtype} {list(tensor.shape)}"
+                    )
 
     def run(self, feeds: Arrays) -> dict[str, Array]:
         """Arrays by input name -> arrays by output name. Raises `BadRequest` when the graph refuses the feeds."""
@@ -59,6 +79,11 @@ class Session:
     def end_profiling(self) -> str:
         """Path of the profile written; only with ``SessionOptions.profile``."""
         return str(self._session.end_profiling())
+
+
+def _shape(node: ort.NodeArg) -> tuple[int | str, ...]:
+    """Dimensions as a manifest writes them; () where the graph does not say its rank."""
+    return tuple(d if isinstance(d, int) and d > 0 else str(d) for d in node.shape or ())
 
 
 def versions() -> dict[str, str]:

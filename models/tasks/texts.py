@@ -19,6 +19,8 @@ def unit(rows: Array) -> Array:
 
 def choose(bundle: Bundle, labels: Sequence[str]) -> tuple[str, ...]:
     """The caller's labels, or the bundle's own where there are none. Raises `TooManyLabels`, `BadRequest`."""
+    if isinstance(labels, str):
+        raise BadRequest(f"labels is the text {labels[:40]!r}; expected a list of texts")
     chosen = tuple(labels) or bundle.labels
     if not chosen:
         raise TooManyLabels("no labels were given; expected at least one, for example 'a cat'")
