@@ -1,0 +1,198 @@
+"""Detection with the built-in model: the `regions` tower and the `detect` graph.
+
+The tower proposes boxes and embeds what each holds: the backbone's last map, averaged over the box, goes through the
+very image head that whole pictures go through. The graph compares the regions with the prompts and with phrases of
+background, which take what is none of the prompts, and hands box-prompt pairs to SoftNMS:
+
+    score = softmax(SCALE cos)[prompt] * sqrt(objectness)
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper, parser
+from torch import Tensor, nn
+
+from export.functions.soft_nms import OPSET, soft_nms
+from export.nets import Built, Net, Tower
+from export.nets.mini.backbone import Backbone
+from export.nets.mini.boxhead import BoxHead
+from export.nets.mini.towers import ImageHead
+from models.bundle.manifest import ImagePreprocess
+from models.bundle.manifest import Tensor as Spec
+from models.flow import Array
+from models.ops.spec import DOMAIN, SOFT_NMS, VERSION
+
+SIZE = 640  # the letterboxed picture's sides
+CELL = 32  # pixels of a cell of the map that regions are averaged from
+PROPOSALS = 100
+FIRST = 400  # best cells that suppression looks at
+OVERLAP = 0.6  # of two proposals the worse goes over this IoU
+ROUNDS = 12
+SCALE = 20.0
+BACKGROUND = (
+    "the sky",
+    "grass",
+    "a wall",
+    "the floor",
+    "the ground",
+    "trees",
+    "water",
+    "a road",
+    "a building",
+    "a blurry background",
+    "texture",
+    "part of something",
+)
+
+
+class Regions(nn.Module):
+    """pixels [B, 3, 640, 640] -> class_embeds [B, P, D] unit rows, boxes [B, P, 4] in pixels, objectness [B, P].
+
+    Best first, P always `PROPOSALS`; places that no proposal takes have objectness 0.
+    """
+
+    def __init__(self, backbone: Backbone, box_head: BoxHead, image_head: ImageHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.box_head = box_head
+        self.image_head = image_head
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        map16, map32 = self.backbone(pixels)
+        logits, boxes = self.box_head(map16, map32)
+        boxes, objectness = propose(boxes.clamp(0.0, float(SIZE)), logits.sigmoid())
+        return self.image_head(average(map32, boxes)), boxes, objectness
+
+
+def propose(boxes: Tensor, objectness: Tensor) -> tuple[Tensor, Tensor]:
+    """boxes [B, N, 4], objectness [B, N] -> the best `PROPOSALS` after hard suppression, padded with zeros."""
+    best, order = objectness.topk(FIRST)
+    boxes = _rows(boxes, order)
+    kept, order = (best * survivors(boxes, OVERLAP)).topk(PROPOSALS)
+    return _rows(boxes, order), kept
+
+
+def survivors(boxes: Tensor, threshold: float) -> Tensor:
+    """boxes [B, N, 4], best first -> float [B, N]: 1 for what greedy suppression keeps, else 0.
+
+    Not one box after the other but all at once, again and again: a box goes when a better one, kept so far, overlaps
+    it. After k rounds that is right for every box at the end of a chain of at most k such overlaps, and chains
+    of more than a handful do not occur.
+    """
+    rivals = (pairwise_iou(boxes) > threshold).float().tril(-1)  # [i, j]: j is better and overlaps i
+    kept = torch.ones_like(boxes[..., 0])
+    for _ in range(ROUNDS):
+        kept = (torch.matmul(rivals, kept.unsqueeze(-1)).squeeze(-1) < 0.5).float()
+    return kept
+
+
+def pairwise_iou(boxes: Tensor) -> Tensor:
+    """[B, N, 4] -> [B, N, N]; boxes without area overlap nothing."""
+    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
+    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
+    width, height = (high - low).clamp(min=0.0).unbind(-1)
+    shared = width * height
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    area = (x1 - x0) * (y1 - y0)
+    return shared / (area[:, :, None] + area[:, None, :] - shared).clamp(min=1e-9)
+
+
+def average(features: Tensor, boxes: Tensor) -> Tensor:
+    """Map [B, C, h, w] of `CELL`-pixel cells, boxes [B, P, 4] in pixels -> [B, P, C]: the map's mean over each box.
+
+    Exact, every cell counting by the part of it that lies in the box, and without a custom RoIAlign: the weights are a
+    product of one row and one column, so it is one matrix product. A box thinner than a pixel counts as a pixel.
+    """
+    _, channels, rows, cols = features.shape
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    weights = _cover(y0, y1, rows)[..., :, None] * _cover(x0, x1, cols)[..., None, :]  # [B, P, h, w]
+    return torch.matmul(weights.flatten(2), features.flatten(2).transpose(1, 2))
+
+
+def _cover(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """[..., cells], sum 1: which part of [low, high] lies in each cell."""
+    edges = torch.arange(cells, dtype=low.dtype) * CELL
+    middle = ((low + high) / 2).unsqueeze(-1)
+    half = ((high - low) / 2).clamp(min=0.5).unsqueeze(-1)
+    covered = (torch.minimum(middle + half, edges + CELL) - torch.maximum(middle - half, edges)).clamp(min=0.0)
+    return covered / covered.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def _rows(boxes: Tensor, order: Tensor) -> Tensor:
+    return torch.gather(boxes, 1, order.unsqueeze(-1).expand(-1, -1, 4))
+
+
+def _f32(*shape: int | str) -> Spec:
+    return Spec(dtype="float32", shape=shape)
+
+
+_SETTINGS = {k: v for k, v in SOFT_NMS.inputs.items() if v.shape == (1,)}
+_NUMBERS = Spec(dtype="int64", shape=("K",))
+
+
+def detect_graph(background: Array, scale: float = SCALE) -> Built:
+    """background [G, D] unit rows -> the graph that turns regions and prompts into detections.
+
+    A candidate is a box-prompt pair with a score of at least min_score; only candidates reach SoftNMS.
+    """
+    dim = background.shape[1]
+    inputs = {
+        "class_embeds": _f32(1, PROPOSALS, dim),
+        "boxes": _f32(1, PROPOSALS, 4),
+        "objectness": _f32(1, PROPOSALS),
+        "text_embeds": _f32("Q", dim),
+        **_SETTINGS,
+    }
+    outputs = {
+        "kept_boxes": _f32("K", 4),
+        "scores": _f32("K"),
+        "raw_scores": _f32("K"),
+        "classes": _NUMBERS,
+        "candidates": Spec(dtype="int64", shape=(1,)),
+    }
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}]>
+        detect ({_declare(inputs)}) => ({_declare(outputs)})
+        <float[{len(background)}, {dim}] background, float scale = {{{scale}}}, int64[1] first = {{0}}, int64[1] last = {{-1}}, int64[1] axis = {{1}}>
+        {{
+            described = Concat <axis = 0> (text_embeds, background)
+            directions = Transpose (described)
+            region = Squeeze (class_embeds, first)
+            cosines = MatMul (region, directions)
+            logits = Mul (cosines, scale)
+            chances = Softmax <axis = -1> (logits)
+            labels = Shape <start = 0, end = 1> (text_embeds)
+            wanted = Slice (chances, first, labels, axis)
+            certain = Sqrt (objectness)
+            column = Transpose (certain)
+            pairs = Mul (wanted, column)
+
+            flat = Reshape (pairs, last)
+            good = GreaterOrEqual (flat, min_score)
+            found = NonZero (good)
+            pair = Squeeze (found, first)
+            candidates = Shape (pair)
+            box_of = Div (pair, labels)
+            class_of = Mod (pair, labels)
+            all_boxes = Squeeze (boxes, first)
+            pair_boxes = Gather (all_boxes, box_of)
+            pair_scores = Gather (flat, pair)
+            kept, scores, classes = {DOMAIN}.{SOFT_NMS.name} (
+                pair_boxes, pair_scores, class_of, {", ".join(_SETTINGS)})
+            kept_boxes = Gather (pair_boxes, kept)
+            raw_scores = Gather (pair_scores, kept)
+        }}
+    """)
+    model.graph.initializer.append(numpy_helper.from_array(background.astype(np.float32), "background"))
+    model.functions.append(soft_nms())
+    onnx.checker.check_model(model, full_check=True)
+    return Built(model, inputs, outputs)
+
+
+def _declare(tensors: Mapping[str, Spec]) -> str:
+    kinds = {"float32": "float", "int64": "int64"}
+    return ", ".join(f"{kinds[t.dtype]}[{', '.join(map(str, t.shape))}] {name}" for name, t in tensors.items())
