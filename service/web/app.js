@@ -11,7 +11,7 @@ const make = (tag, properties = {}, ...children) => {
 };
 
 const percent = (score) => `${(100 * score).toFixed(1)} %`;
-const colour = (index) => `hsl(${(index * 137.508 + 200) % 360} 75% 48%)`; // neighbours in a list differ most
+const colour = (index) => `oklch(52% 0.17 ${(index * 137.508 + 255) % 360})`; // neighbours differ most; white reads on all
 
 // ---- asking the service
 
@@ -70,10 +70,9 @@ async function answer(work) {
 
 function explain(error) {
   const { title, detail, type, known = [], errors = [], request_id } = error.body ?? { title: error.message };
-  const places = errors.map((one) => `${[].concat(one.loc ?? one.where ?? []).join(".")}: ${one.msg ?? one.message}`);
   const parts = [make("strong", {}, type ? make("a", { href: type.replace(/^\//, "") }, title) : title)];
   if (detail) parts.push(make("p", {}, detail));
-  if (places.length) parts.push(make("ul", {}, ...places.map((place) => make("li", {}, place))));
+  if (errors.length > 1) parts.push(make("ul", {}, ...errors.map((e) => make("li", {}, `${e.where}: ${e.message}`))));
   if (known.length) parts.push(make("p", {}, `Known: ${known.join(", ")}`));
   if (request_id) parts.push(make("small", {}, `request ${request_id}`));
   $("problem").replaceChildren(...parts);
@@ -184,7 +183,7 @@ const classify = () =>
     draw([]);
     const rows = found.data.labels.slice(0, 12).map(({ label, score }) => {
       const fill = make("i");
-      fill.style.width = percent(score);
+      fill.style.width = `${100 * score}%`;
       return make("li", {}, make("span", {}, label), make("b", {}, percent(score)), fill);
     });
     show(found, make("ol", { className: "bars" }, ...rows));
@@ -194,6 +193,7 @@ const detect = (unrolled = true) =>
   answer(async (signal) => {
     const data = form();
     for (const [name, value] of new FormData($("detect"))) data.append(name, value);
+    data.append("per_class", $("apart").checked);
     const found = await ask("POST", "v1/detect", data, signal);
     const { detections, suppression: by } = found.data;
     unrolled && detections.length ? unroll(detections) : draw(detections);
@@ -288,7 +288,7 @@ function show({ stages, ms }, ...parts) {
     return key;
   });
   $("bar").replaceChildren(...slices);
-  $("stages").replaceChildren(`${total.toFixed(1)} ms in the service, ${ms.toFixed(0)} ms with the way`, ...names);
+  $("stages").replaceChildren(`${total.toFixed(1)} ms in the service, ${ms.toFixed(0)} ms there and back`, ...names);
 }
 
 // ---- what listens to whom
