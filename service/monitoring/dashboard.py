@@ -31,7 +31,7 @@ class Panel:
 
 
 OF_MODEL = 'model=~"$model"'
-OF_BOTH = f'task=~"$task", task!="other", {OF_MODEL}'  # other: probes, scrapes, the page itself
+OF_BOTH = f'task=~"$task", task!~"catalog|other", {OF_MODEL}'  # but not probes, scrapes, the page
 FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
 HITS = f'{OF_MODEL}, outcome="hit"'
 
