@@ -1,0 +1,78 @@
+"""`create_app(settings)`: wires hub, engine, collections, routes and handlers; no logic. May be called twice."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import models
+from service import openapi, problems
+from service.collections import Collections
+from service.context import Service
+from service.engine import Engine
+from service.hub import Hub
+from service.labels import LabelSets
+from service.metrics import Metrics
+from service.middleware import RequestContext
+from service.routes import catalog, classify, collections, detect, embed, labels
+from service.schemas import (
+    ClassifyBody,
+    CollectionBody,
+    DeleteItemsBody,
+    DetectBody,
+    EmbedBody,
+    ItemsBody,
+    LabelSetBody,
+    SearchBody,
+)
+from service.settings import Settings
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    settings = settings or Settings()
+    metrics = Metrics(settings)
+    engine = Engine(settings, metrics)
+    metrics.watch_pending(lambda: engine.pending)
+    parts = Service(
+        settings=settings,
+        metrics=metrics,
+        hub=Hub(settings, metrics, engine.company),
+        engine=engine,
+        collections=Collections(settings, metrics),
+        labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # In the background: the probes answer while bundles load.
+        loading = asyncio.create_task(_load(parts), name="load")
+        yield
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        await parts.collections.close()
+        await parts.hub.close()
+        engine.close()
+
+    app = FastAPI(
+        title="calmclip",
+        version=models.__version__,
+        summary="CLIP-family models over HTTP: classify, embed, search, detect",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's documentation pages fetch scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = parts
+    app.add_middleware(RequestContext, settings=settings, metrics=metrics)
+    problems.install(app)
+    for module in (classify, embed, detect, collections, labels, catalog):
+        app.include_router(module.router)
+    openapi.install(
+        app, ClassifyBody, EmbedBody, DetectBody, CollectionBody, ItemsBody, DeleteItemsBody, SearchBody, LabelSetBody
+    )
+    return app
+
+
+async def _load(parts: Service) -> None:
+    await parts.collections.load()
+    await parts.hub.load()

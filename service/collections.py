@@ -1,0 +1,215 @@
+"""`Collections`: named collections, which bundle filled them, and one writer each.
+
+Writes go through a queue: what waits there is written together, since a store dislikes many small commits. A
+write is answered when it is on disk. Searches do not wait for writes.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+from models.errors import BadRequest, CollectionMismatch, CollectionNotFound, Overloaded, suggestion
+from models.flow import Array
+from service.hub import Loaded
+from service.labels import check_name
+from service.metrics import Metrics
+from service.settings import Settings
+from service.stores import Condition, Found, Info, Row, Store, Table, open_store
+
+log = logging.getLogger("calmclip")
+
+MAX_TOGETHER = 2048  # rows in one commit
+COMPACT_EVERY = 64  # commits
+
+
+@dataclass(frozen=True)
+class _Write:
+    rows: Sequence[Row]  # to upsert, or
+    ids: Sequence[str]  # to delete
+    done: "asyncio.Future[int]"
+
+
+_Queue: TypeAlias = "asyncio.Queue[_Write]"
+
+
+class Collection:
+    """One collection, open."""
+
+    def __init__(self, table: Table, metrics: Metrics, max_pending: int) -> None:
+        self.table = table
+        self.info = table.info
+        self._metrics = metrics
+        self._queue: _Queue = asyncio.Queue(max_pending)
+        self._held: _Write | None = None  # taken from the queue, but not fit to join what came before
+        self._commits = 0
+        self._closed = False
+        self._writer: asyncio.Task[None] | None = None
+
+    async def upsert(self, rows: Sequence[Row]) -> int:
+        """How many were written. Raises `BadRequest` for an id given twice, `Overloaded`."""
+        seen: set[str] = set()
+        for row in rows:
+            if row.id in seen:
+                raise BadRequest(f"the id {row.id!r} is given twice; expected each once")
+            seen.add(row.id)
+        return await self._write(rows, ())
+
+    async def delete(self, ids: Sequence[str]) -> int:
+        """How many there were."""
+        return await self._write((), tuple(dict.fromkeys(ids)))
+
+    async def search(self, vector: Array, top_k: int, where: Sequence[Condition]) -> list[Found]:
+        return await asyncio.to_thread(self.table.search, vector, top_k, where)
+
+    async def page(self, after: str | None, limit: int) -> list[Found]:
+        return await asyncio.to_thread(self.table.page, after, limit)
+
+    async def count(self) -> int:
+        return await asyncio.to_thread(self.table.count)
+
+    def require(self, model: str, digest: str) -> None:
+        """Raises `CollectionMismatch` unless that bundle filled it."""
+        if digest != self.info.digest:
+            raise CollectionMismatch(
+                f"collection {self.info.name!r} holds vectors of {self.info.model!r} "
+                f"(digest {self.info.digest[:12]}…); {model!r} has digest {digest[:12]}…, "
+                "and its vectors cannot be compared with them"
+            )
+
+    async def close(self) -> None:
+        """What waits is written first."""
+        self._closed = True
+        if self._writer:
+            await self._queue.join()
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+
+    async def _write(self, rows: Sequence[Row], ids: Sequence[str]) -> int:
+        loop = asyncio.get_running_loop()
+        if self._closed:
+            raise CollectionNotFound(f"collection {self.info.name!r} is being deleted")
+        if self._writer is None:
+            self._writer = loop.create_task(self._work(), name=f"writer-{self.info.name}")
+        write = _Write(rows, ids, loop.create_future())
+        try:
+            self._queue.put_nowait(write)
+        except asyncio.QueueFull:
+            raise Overloaded(
+                f"{self._queue.maxsize} writes wait for collection {self.info.name!r} already; try again in a second"
+            ) from None
+        return await write.done
+
+    async def _work(self) -> None:
+        while True:
+            together = [self._held or await self._queue.get()]
+            self._held = None
+            while together[0].rows and not self._queue.empty():
+                write = self._queue.get_nowait()
+                if not write.rows or sum(len(w.rows) for w in together) + len(write.rows) > MAX_TOGETHER:
+                    self._held = write
+                    break
+                together.append(write)
+            try:
+                counts = await asyncio.to_thread(self._commit, together)
+            except Exception as error:
+                for write in together:
+                    if not write.done.done():
+                        write.done.set_exception(error)
+            else:
+                for write, count in zip(together, counts, strict=True):
+                    if not write.done.done():
+                        write.done.set_result(count)
+            finally:
+                for _ in together:
+                    self._queue.task_done()
+            await self._tidy()
+
+    def _commit(self, together: Sequence[_Write]) -> list[int]:
+        first = together[0]
+        if first.ids:
+            counts = [self.table.delete(first.ids)]
+        else:
+            latest = {row.id: row for write in together for row in write.rows}  # the later write wins
+            self.table.upsert(list(latest.values()))
+            counts = [len(write.rows) for write in together]
+        self._metrics.items(self.info.name, self.table.count())
+        return counts
+
+    async def _tidy(self) -> None:
+        self._commits += 1
+        if self._commits % COMPACT_EVERY:
+            return
+        try:
+            await asyncio.to_thread(self.table.compact)
+        except Exception:  # what is written stays written; the next turn tries again
+            log.exception("compaction of collection %s failed", self.info.name)
+
+
+class Collections:
+    """All of them, at one store."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._url = settings.store_url
+        self._max_pending = settings.queue.max_pending
+        self._metrics = metrics
+        self._store: Store | None = None
+        self._open: dict[str, Collection] = {}
+        self._lock = asyncio.Lock()
+
+    async def load(self) -> None:
+        """Open the store and what is in it. The engine's library is imported here, off the event loop."""
+        self._store = await asyncio.to_thread(open_store, self._url)
+        for name in await asyncio.to_thread(self._store.names):
+            table = await asyncio.to_thread(self._store.open, name)
+            self._open[name] = Collection(table, self._metrics, self._max_pending)
+            self._metrics.items(name, await self._open[name].count())
+
+    def all(self) -> list[Collection]:
+        return [self._open[name] for name in sorted(self._open)]
+
+    def get(self, name: str) -> Collection:
+        """Raises `CollectionNotFound`."""
+        self._ready()
+        try:
+            return self._open[name]
+        except KeyError:
+            known = sorted(self._open)
+            raise CollectionNotFound(
+                f"there is no collection {name!r}; {suggestion(name, known)}", known=known
+            ) from None
+
+    async def create(self, name: str, loaded: Loaded) -> tuple[Collection, bool]:
+        """The collection, and whether it is new. Raises `CollectionMismatch` if another bundle filled it."""
+        check_name("collection", name)
+        store = self._ready()
+        async with self._lock:
+            if name in self._open:
+                self._open[name].require(loaded.name, loaded.digest)
+                return self._open[name], False
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            info = Info(name, loaded.name, loaded.digest, loaded.bundle.dim, created)
+            table = await asyncio.to_thread(store.create, info)
+            self._open[name] = Collection(table, self._metrics, self._max_pending)
+            self._metrics.items(name, 0)
+            return self._open[name], True
+
+    async def drop(self, name: str) -> None:
+        store = self._ready()
+        async with self._lock:
+            collection = self.get(name)
+            del self._open[name]
+            await collection.close()
+            await asyncio.to_thread(store.drop, name)
+            self._metrics.items(name, None)
+
+    async def close(self) -> None:
+        for collection in self._open.values():
+            await collection.close()
+
+    def _ready(self) -> Store:
+        if self._store is None:
+            raise Overloaded("the collections are still being opened; try again in a second")
+        return self._store

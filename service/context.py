@@ -1,0 +1,91 @@
+"""What belongs to one request (`Context`) and to one app (`Service`), and how routes get at both."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from models.errors import DeadlineExceeded
+from models.runtime.clock import Stopwatch
+
+if TYPE_CHECKING:
+    from service.collections import Collections
+    from service.engine import Engine
+    from service.hub import Hub
+    from service.labels import LabelSets
+    from service.metrics import Metrics
+    from service.settings import Settings
+
+
+@dataclass
+class Context:
+    """One request: who it is, what it has cost so far, when it must be over. Made by the middleware."""
+
+    id: str
+    deadline_s: float  # seconds after the start
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    graphs: dict[tuple[str, str], float] = field(default_factory=dict)  # (stage, graph) -> seconds
+    task: str = "other"
+    model: str = ""
+    problem: str = ""  # slug of the problem that was answered
+    status: int = 0
+
+    def spent(self, stage: str, graph: str, seconds: float) -> None:
+        """Time in or before a graph: on the clock under ``stage``, and by graph for the metrics."""
+        self.clock.add(stage, seconds)
+        self.graphs[stage, graph] = self.graphs.get((stage, graph), 0.0) + seconds
+
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """Raises `DeadlineExceeded` when the block is not done in what is left of the request's time."""
+        left = self.deadline_s - self.clock.elapsed
+        try:
+            async with asyncio.timeout(left):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the request was not done after {self.deadline_s * 1000:.0f} ms; it was {self.where()}. "
+                "Send less at once, or try later."
+            ) from None
+
+    def where(self) -> str:
+        stages = self.clock.stages
+        return f"last at {next(reversed(stages))!r}" if stages else "still being read"
+
+
+@dataclass(frozen=True)
+class Service:
+    """The parts of one app, as `create_app` wired them."""
+
+    settings: "Settings"
+    metrics: "Metrics"
+    hub: "Hub"
+    engine: "Engine"
+    collections: "Collections"
+    labels: "LabelSets"
+
+
+def context(request: Request) -> Context:
+    found: Context = request.scope["calmclip.context"]
+    return found
+
+
+def service(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+def task(name: str) -> Callable[[Request], Awaitable[None]]:
+    """A dependency: requests of this router count as ``name``."""
+
+    async def named(request: Request) -> None:
+        context(request).task = name
+
+    return named
+
+
+Own = Annotated[Context, Depends(context)]
+Parts = Annotated[Service, Depends(service)]

@@ -1,0 +1,128 @@
+"""`Engine`: the async driver of flows. Steps in a bounded pool, calls through batchers, every second on the clock."""
+
+import asyncio
+import math
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+
+from models.errors import Overloaded
+from models.flow import Array, Arrays, Call, Flow, Walk
+from service.context import Context
+from service.hub import Loaded
+from service.metrics import Metrics
+from service.settings import Settings
+
+T = TypeVar("T")
+Row = dict[str, Array]  # one row of a graph's answer, by output
+
+
+class Engine:
+    """Drives flows over loaded bundles. One per app."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._max_pending = settings.queue.max_pending
+        self._pool = ThreadPoolExecutor(settings.cores, thread_name_prefix="step")
+        self._cache = RowCache(settings.text_cache)
+        self._pending = 0
+        self._pace_s = 0.0  # smoothed seconds between two finished requests under load, for Retry-After
+
+    @property
+    def pending(self) -> int:
+        """Requests under way."""
+        return self._pending
+
+    def company(self) -> bool:
+        """Whether more than one request is under way, so that calls may come that can be merged."""
+        return self._pending > 1
+
+    @asynccontextmanager
+    async def admit(self) -> AsyncIterator[None]:
+        """A place among the requests under way. Raises `Overloaded`, before a byte of the body is read."""
+        if self._pending >= self._max_pending:
+            wait = max(1.0, self._pace_s * self._pending)
+            raise Overloaded(
+                f"{self._pending} requests are under way, the most allowed; try again in {math.ceil(wait)} s",
+                retry_after=wait,
+            )
+        self._pending += 1
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            spent = (perf_counter() - start) / self._pending
+            self._pending -= 1
+            self._pace_s = 0.9 * self._pace_s + 0.1 * spent
+
+    async def answer(self, loaded: Loaded, flow: Flow[T], own: Context) -> T:
+        """Drive ``flow`` to its end within the request's deadline. Raises what the flow raises, `DeadlineExceeded`."""
+        walk = Walk(flow, own.clock)
+        async with own.deadline():
+            state = await self.thread(walk.step, own)
+            while isinstance(state, Call):
+                outputs = await self._call(loaded, state, own)
+                state = await self.thread(walk.step, own, outputs)
+        self.metrics.answered(loaded.name, state.value)
+        return state.value
+
+    async def thread(self, do: Callable[..., T], own: Context, *args: object) -> T:
+        """Run in the pool. What the clock did not see of it is waiting for a thread, so it counts as `queue`."""
+        start, before = perf_counter(), sum(own.clock.stages.values())
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, do, *args)
+        finally:
+            seen = sum(own.clock.stages.values()) - before
+            own.clock.add("queue", max(0.0, perf_counter() - start - seen))
+
+    async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
+        if call.keys is None:
+            return await self._run(loaded, call.graph, call.feeds, own)
+        names = [(loaded.digest, call.graph, key) for key in call.keys]
+        rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
+        missing = [i for i, name in enumerate(names) if name not in rows]
+        self.metrics.cached(loaded.name, hits=len(names) - len(missing), misses=len(missing))
+        if missing:
+            feeds = {name: array[missing] for name, array in call.feeds.items()}
+            found = await self._run(loaded, call.graph, feeds, own)
+            for at, i in enumerate(missing):
+                # a copy: a row must not keep the whole batch it came with in memory
+                rows[names[i]] = {output: array[at].copy() for output, array in found.items()}
+                self._cache.put(names[i], rows[names[i]])
+        outputs = rows[names[0]]
+        return {output: np.stack([rows[name][output] for name in names]) for output in outputs}
+
+    async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
+        answer = await loaded.batchers[graph].run(feeds)
+        own.spent("queue", graph, answer.queue_s)
+        own.spent("infer", graph, answer.infer_s)
+        return answer.outputs
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class RowCache:
+    """The rows used last, by bundle digest, graph and key. ``size`` 0 remembers nothing."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._rows: OrderedDict[tuple[str, str, str], Row] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, name: tuple[str, str, str]) -> Row | None:
+        if name in self._rows:
+            self._rows.move_to_end(name)
+        return self._rows.get(name)
+
+    def put(self, name: tuple[str, str, str], row: Row) -> None:
+        self._rows[name] = row
+        while len(self._rows) > self.size:
+            self._rows.popitem(last=False)

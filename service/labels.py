@@ -1,0 +1,114 @@
+"""`LabelSets`: registered labels with their templates, one JSON file each, written whole or not at all."""
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+
+from models.errors import BadRequest, LabelSetNotFound, TooManyLabels, suggestion
+from service.schemas import NAME
+from service.settings import Limits
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """``version`` counts the changes, from 1. No templates: the bundle's own prompts."""
+
+    name: str
+    version: int
+    labels: tuple[str, ...]
+    templates: tuple[str, ...] = ()
+
+
+class LabelSets:
+    """Read once at start, then held in memory; a `put` is on disk before it is answered."""
+
+    def __init__(self, directory: Path, limits: Limits) -> None:
+        self.directory = directory
+        self.limits = limits
+        self._sets = {label_set.name: label_set for label_set in map(_read, sorted(directory.glob("*.json")))}
+
+    def all(self) -> list[LabelSet]:
+        return [self._sets[name] for name in sorted(self._sets)]
+
+    def get(self, name: str) -> LabelSet:
+        try:
+            return self._sets[name]
+        except KeyError:
+            known = sorted(self._sets)
+            raise LabelSetNotFound(f"there is no label set {name!r}; {suggestion(name, known)}", known=known) from None
+
+    def resolve(
+        self, labels: Sequence[str], label_set: str | None, templates: Sequence[str]
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """Labels and templates of a request: the set's where one is named, but the request's own templates win."""
+        if label_set is not None:
+            found = self.get(label_set)
+            labels, templates = found.labels, templates or found.templates
+        check_labels(labels, templates, self.limits)
+        return labels, templates
+
+    def put(self, name: str, labels: Sequence[str], templates: Sequence[str] = ()) -> LabelSet:
+        """Raises `BadRequest`, `TooManyLabels`. The same content again keeps its version."""
+        check_name("label set", name)
+        check_labels(labels, templates, self.limits)
+        if repeated := {label for label in labels if labels.count(label) > 1}:
+            raise BadRequest(f"the label {min(repeated)!r} is given twice; expected each once")
+        old = self._sets.get(name)
+        new = LabelSet(name, old.version + 1 if old else 1, tuple(labels), tuple(templates))
+        if old and (old.labels, old.templates) == (new.labels, new.templates):
+            return old
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.directory / f"{name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
+        self._sets[name] = new
+        return new
+
+    def delete(self, name: str) -> None:
+        self.get(name)
+        (self.directory / f"{name}.json").unlink(missing_ok=True)
+        del self._sets[name]
+
+
+def check_name(what: str, name: str) -> None:
+    """Names become names of files and tables. Raises `BadRequest`."""
+    if not re.fullmatch(NAME, name):
+        raise BadRequest(
+            f"{name!r} is no name for a {what}; use 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit"
+        )
+
+
+def check_labels(labels: Sequence[str], templates: Sequence[str], limits: Limits) -> None:
+    """Raises `TooManyLabels`, `BadRequest`. No labels may be right (the bundle's own), so they pass."""
+    if len(labels) > limits.labels:
+        raise TooManyLabels(f"{len(labels)} labels were given; at most {limits.labels} are read at once")
+    if len(templates) > limits.templates:
+        raise BadRequest(f"{len(templates)} templates were given; at most {limits.templates} are read at once")
+    for label in labels:
+        if not label.strip():
+            raise BadRequest(f"label {labels.index(label)} is empty; expected some words")
+    for template in templates:
+        if "{}" not in template:
+            raise BadRequest(f"the template {template!r} has no '{{}}' where the label belongs")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A reader, also one after a crash, sees the old file or the new one."""
+    handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> LabelSet:
+    data = orjson.loads(path.read_bytes())
+    return LabelSet(data["name"], data["version"], tuple(data["labels"]), tuple(data["templates"]))

@@ -1,0 +1,146 @@
+"""`RequestContext`, plain ASGI around everything: request id, Server-Timing, metrics, access log, hang-ups."""
+
+import asyncio
+import logging
+import re
+import secrets
+
+import orjson
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.context import Context
+from service.metrics import Metrics
+from service.problems import CLIENT_GONE
+from service.settings import Settings
+
+access = logging.getLogger("calmclip.access")
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+DRAIN_BYTES = 1 << 20  # of a body nobody reads, so that an early answer is not lost to a connection reset
+DRAIN_S = 0.5
+
+
+class RequestContext:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.deadline_s = settings.deadline_ms / 1000
+        self.json = settings.log == "json"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        own = scope["calmclip.context"] = Context(_request_id(scope), self.deadline_s)
+        wire = _Wire(own, receive, send)
+        try:
+            await self.app(scope, wire.receive, wire.send)
+        except asyncio.CancelledError:
+            own.status = CLIENT_GONE
+            task = asyncio.current_task()
+            if not wire.gone or task is None:
+                raise
+            task.uncancel()
+        except Exception:
+            # Starlette answers with a problem and raises again, for servers that log; the handler has logged it.
+            own.status = own.status or 500
+        finally:
+            wire.close()
+            self.metrics.observe(own)
+            self._log(scope, own)
+
+    def _log(self, scope: Scope, own: Context) -> None:
+        ms = own.clock.elapsed * 1000
+        if self.json:
+            line = {
+                "id": own.id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": own.status,
+                "ms": round(ms, 2),
+                "task": own.task,
+                "model": own.model,
+                "problem": own.problem,
+                "stages_ms": {name: round(s * 1000, 2) for name, s in list(own.clock.stages.items())},
+            }
+            access.info(orjson.dumps(line).decode())
+        else:
+            # !r: a path may hold a decoded newline, and a log line is one line
+            access.info(
+                "%s %s %r %d %.1f ms %s %s",
+                own.id,
+                scope["method"],
+                scope["path"],
+                own.status,
+                ms,
+                own.model,
+                own.problem,
+            )
+
+
+class _Wire:
+    """One request's receive and send. Once the body is read, a hang-up cancels the task that answers."""
+
+    def __init__(self, own: Context, receive: Receive, send: Send) -> None:
+        self.own = own
+        self.gone = False
+        self._receive = receive
+        self._send = send
+        self._read = False
+        self._watch: asyncio.Task[None] | None = None
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body") and self._watch is None:
+            self._read = True
+            self._watch = asyncio.create_task(self._until_gone(asyncio.current_task()))
+        elif message["type"] == "http.disconnect":
+            self.gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if not self._read and message["status"] >= 400:
+                await self._drain()
+            self.own.status = message["status"]
+            timing = ", ".join(f"{stage};dur={s * 1000:.2f}" for stage, s in list(self.own.clock.stages.items()))
+            total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
+            message["headers"] = [
+                *message["headers"],
+                (b"x-request-id", self.own.id.encode()),
+                (b"server-timing", f"{timing}, {total}".lstrip(", ").encode()),
+            ]
+        await self._send(message)
+
+    def close(self) -> None:
+        if self._watch:
+            self._watch.cancel()
+
+    async def _until_gone(self, answering: "asyncio.Task[object] | None") -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if answering and not self.own.status:
+            self.gone = True
+            answering.cancel()
+
+    async def _drain(self) -> None:
+        """Read on for a moment: a client still writing would see a reset instead of the answer."""
+        left = DRAIN_BYTES
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                while left > 0:
+                    message = await self.receive()
+                    if message["type"] != "http.request" or not message.get("more_body"):
+                        return
+                    left -= len(message.get("body", b""))
+        except TimeoutError:
+            pass
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's `X-Request-Id` where it is a plain one, else a new one."""
+    for name, value in scope["headers"]:
+        given = str(value, "latin-1")
+        if name == b"x-request-id" and _ID.fullmatch(given):
+            return given
+    return secrets.token_hex(8)

@@ -1,0 +1,81 @@
+"""What the routes say of themselves in /openapi.json: bodies in three shapes, and every problem."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from service.problems import MEDIA_TYPE, PROBLEMS
+from service.schemas import Body, EmbedBody, LabelledPicture, ProblemAnswer
+from service.uploads import PICTURES, is_list
+
+_REF = "#/components/schemas/{model}"
+_BINARY = {"type": "string", "format": "binary"}
+
+
+def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that reads ``model`` through `uploads.body_of`."""
+    content: dict[str, Any] = {"application/json": {"schema": _ref(model), "example": example}}
+    extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    flat = {name: field for name, field in model.model_fields.items() if name not in ("image", "inputs")}
+    schemas = model.model_json_schema(ref_template=_REF)["properties"]
+    if issubclass(model, LabelledPicture):
+        fields = {name: schemas[name] for name in flat}
+        content["multipart/form-data"] = _form({"image": _BINARY, **fields}, required=["image"])
+    if issubclass(model, EmbedBody):
+        many = {"text": {"type": "array", "items": {"type": "string"}}, "image": {"type": "array", "items": _BINARY}}
+        content["multipart/form-data"] = _form({**many, **{name: schemas[name] for name in flat}}, required=[])
+    if issubclass(model, (LabelledPicture, EmbedBody)):
+        content |= {kind: {"schema": _BINARY} for kind in PICTURES}
+        extra["parameters"] = [
+            {
+                "name": name,
+                "in": "query",
+                "required": False,
+                "schema": schemas[name],
+                "description": "only beside a raw picture" + ("; may be repeated" if is_list(field) else ""),
+            }
+            for name, field in flat.items()
+        ]
+    return extra
+
+
+def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """``responses`` of a route: its answer, and the problems it may come to, with those every route may."""
+    found: dict[int | str, dict[str, Any]] = {status: {"model": model}} if model else {status: {"description": "Done"}}
+    problem = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
+    for slug in (*slugs, "internal"):
+        known = found.setdefault(PROBLEMS[slug].status, {"description": "", **problem})
+        known["description"] = ", ".join(filter(None, [known.get("description"), slug]))
+    return found
+
+
+ENGINE = ("overloaded", "deadline-exceeded", "model-not-found", "task-not-served")
+INPUT = ("invalid-request", "unsupported-media-type", "body-too-large")
+PICTURE = ("unsupported-image", "image-too-large")
+
+
+def install(app: FastAPI, *models: type[Body]) -> None:
+    """Puts the models that routes read by hand among the components."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = plain()["components"]["schemas"]
+            named: tuple[type[BaseModel], ...] = (*models, ProblemAnswer)
+            for model in named:
+                schema = model.model_json_schema(ref_template=_REF)
+                schemas |= schema.pop("$defs", {})
+                schemas[model.__name__] = schema
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}
+
+
+def _form(fields: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"schema": {"type": "object", "properties": fields, "required": required}}

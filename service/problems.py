@@ -1,0 +1,199 @@
+"""Exception -> RFC 9457 problem, in one table. Routes do not catch; they let it rise.
+
+`/problems/{slug}` explains each one; service/README.md lists them; a test compares.
+"""
+
+import html
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from models import errors
+from models.errors import CalmclipError, Overloaded, suggestion
+from service.context import context
+
+log = logging.getLogger("calmclip")
+MEDIA_TYPE = "application/problem+json"
+CLIENT_GONE = 499  # never seen by anybody: the client hung up
+
+
+class BodyTooLarge(errors.InputError):
+    """More bytes than a request may have."""
+
+
+class WrongContentType(errors.InputError):
+    """A body in none of the shapes the route reads."""
+
+
+class InvalidRequest(errors.InputError):
+    """A body that does not fit the schema; ``errors`` says where."""
+
+    def __init__(self, message: str, errors: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.errors = list(errors)
+
+
+class Problem(NamedTuple):
+    slug: str
+    status: int
+    title: str
+    explanation: str
+
+
+INTERNAL = Problem(
+    "internal", 500, "Internal error", "A fault of the service. The log has the details under the request id."
+)
+NOT_FOUND = Problem("not-found", 404, "Not found", "No route has this path. GET /openapi.json lists the routes.")
+METHOD = Problem("method-not-allowed", 405, "Method not allowed", "The path exists; the `Allow` header says its verbs.")
+
+_INVALID = Problem(
+    "invalid-request",
+    422,
+    "Invalid request",
+    "The body does not fit the schema, or its values make no sense together. `errors` lists where, if it can.",
+)
+
+# The most special class wins: a class is looked up along its bases.
+TABLE: dict[type[BaseException], Problem] = {
+    errors.InputError: _INVALID,
+    errors.BadImage: Problem(
+        "unsupported-image", 415, "Unsupported image", "The bytes are no whole JPEG, PNG or WebP file."
+    ),
+    errors.ImageTooLarge: Problem(
+        "image-too-large", 413, "Image too large", "The picture has more bytes or pixels than CALMCLIP_LIMITS allow."
+    ),
+    errors.TooManyLabels: Problem(
+        "too-many-labels", 422, "Too few or too many labels", "Send at least one and at most CALMCLIP_LIMITS__LABELS."
+    ),
+    errors.TextTooLong: Problem(
+        "text-too-long", 422, "Text too long", "A text has more tokens than the model reads. Shorten it."
+    ),
+    BodyTooLarge: Problem(
+        "body-too-large", 413, "Body too large", "The request has more bytes than CALMCLIP_LIMITS__BODY_BYTES."
+    ),
+    WrongContentType: Problem(
+        "unsupported-media-type",
+        415,
+        "Unsupported media type",
+        "Send application/json, multipart/form-data or, where one picture is all, image/jpeg, image/png, image/webp.",
+    ),
+    errors.BundleNotFound: Problem("model-not-found", 404, "Model not found", "No bundle of that name is loaded."),
+    errors.UnknownName: NOT_FOUND,
+    errors.CollectionNotFound: Problem(
+        "collection-not-found", 404, "Collection not found", "PUT /v1/collections/{name} makes one."
+    ),
+    errors.LabelSetNotFound: Problem(
+        "label-set-not-found", 404, "Label set not found", "PUT /v1/label-sets/{name} registers one."
+    ),
+    errors.TaskNotServed: Problem(
+        "task-not-served",
+        409,
+        "Task not served",
+        "The bundle exists, but it does not do this. GET /v1/models says what it does.",
+    ),
+    errors.CollectionMismatch: Problem(
+        "collection-bundle-mismatch",
+        409,
+        "Wrong bundle for this collection",
+        "Vectors of different bundles cannot be compared. Ask with the bundle that filled it, or fill a new one.",
+    ),
+    errors.Overloaded: Problem(
+        "overloaded",
+        503,
+        "Overloaded",
+        "The queue is full, or bundles are still loading. `Retry-After` says when to try again.",
+    ),
+    errors.DeadlineExceeded: Problem(
+        "deadline-exceeded", 504, "Deadline exceeded", "The answer would have come later than CALMCLIP_DEADLINE_MS."
+    ),
+    errors.CalmclipError: INTERNAL,
+}
+
+PROBLEMS = {problem.slug: problem for problem in [*TABLE.values(), METHOD]}
+
+
+def find(error: BaseException) -> Problem:
+    return next((TABLE[cls] for cls in type(error).__mro__ if cls in TABLE), INTERNAL)
+
+
+def install(app: FastAPI) -> None:
+    """The handlers, and the page that explains a slug."""
+    app.add_exception_handler(CalmclipError, _ours)
+    app.add_exception_handler(HTTPException, _starlette)
+    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=CLIENT_GONE))
+    app.add_exception_handler(Exception, _unexpected)
+
+    @app.get("/problems/{slug}", response_class=HTMLResponse, tags=["catalog"], summary="What a problem means")
+    async def explain(slug: str) -> HTMLResponse:
+        if slug not in PROBLEMS:
+            raise errors.UnknownName(f"there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}", known=PROBLEMS)
+        problem = PROBLEMS[slug]
+        title, text = html.escape(f"{problem.status} {problem.title}"), html.escape(problem.explanation)
+        return HTMLResponse(f"<!doctype html><html lang=en><title>{title}</title><h1>{title}</h1><p>{text}</p></html>")
+
+
+def render(
+    request: Request, problem: Problem, detail: str, extra: Mapping[str, Any] | None = None, **headers: str
+) -> Response:
+    own = context(request)
+    own.problem = problem.slug
+    body = {
+        "type": f"/problems/{problem.slug}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": detail,
+        "instance": request.url.path,
+        "request_id": own.id,
+        **(extra or {}),
+    }
+    return Response(orjson.dumps(body), problem.status, headers, MEDIA_TYPE)
+
+
+def invalid(error: ValidationError, what: str) -> InvalidRequest:
+    """Pydantic's findings as ours, without the values that were sent."""
+    found = [
+        {"where": ".".join(map(str, one["loc"])) or "body", "message": one["msg"].removeprefix("Value error, ")}
+        for one in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return InvalidRequest(f"{what}: {found[0]['where']}: {found[0]['message']}{more}", found)
+
+
+async def _ours(request: Request, error: Exception) -> Response:
+    problem = find(error)
+    if problem is INTERNAL:
+        return await _unexpected(request, error)
+    extra: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    if known := getattr(error, "known", None):
+        extra["known"] = known[:100]
+    if isinstance(error, InvalidRequest) and error.errors:
+        extra["errors"] = error.errors[:100]
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+    return render(request, problem, str(error), extra, **headers)
+
+
+async def _starlette(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 405:
+        return render(request, METHOD, f"{path} does not take {request.method}", None, **dict(error.headers or {}))
+    if error.status_code == 404:
+        return render(request, NOT_FOUND, f"there is no {path}; GET /openapi.json lists the routes")
+    return await _unexpected(request, error)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    own = context(request)
+    log.error("request %s failed", own.id, exc_info=error)
+    return render(request, INTERNAL, f"the service failed; its log has the details under request {own.id}")

@@ -1,0 +1,97 @@
+"""What is loaded and how it is: /v1/models, the probes, the metrics, the page."""
+
+import json
+from pathlib import Path
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import FileResponse, Response
+
+from models.errors import BundleNotFound, TaskNotServed, suggestion
+from service.context import Own, Parts, task
+from service.hub import Loaded
+from service.openapi import answers
+from service.routes import respond
+from service.schemas import ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer
+
+router = APIRouter(tags=["catalog"], dependencies=[Depends(task("catalog"))])
+
+WEB = Path(__file__).parent.parent / "web"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+@router.get("/v1/models", summary="Loaded bundles", responses=answers(ModelsAnswer))
+async def list_models(own: Own, parts: Parts) -> Response:
+    return respond(own, ModelsAnswer(models=[_summary(loaded) for loaded in parts.hub.all()]))
+
+
+@router.get("/v1/models/{name}", summary="Manifest and report", responses=answers(ModelAnswer, "model-not-found"))
+async def get_model(name: str, own: Own, parts: Parts) -> Response:
+    loaded = {one.name: one for one in parts.hub.all()}
+    if name not in loaded:
+        raise BundleNotFound(f"no bundle named {name!r} is loaded; {suggestion(name, loaded)}", known=loaded)
+    bundle = loaded[name].bundle
+    report = bundle.directory / "report.json"
+    return respond(
+        own,
+        ModelAnswer(
+            name=name,
+            digest=bundle.digest,
+            manifest=bundle.manifest.model_dump(mode="json", exclude_none=True),
+            report=json.loads(report.read_bytes()) if report.is_file() else None,
+        ),
+    )
+
+
+@router.get("/healthz", summary="The process answers")
+async def healthz() -> Response:
+    return Response(b'{"status":"ok"}', media_type="application/json")
+
+
+@router.get("/readyz", summary="All bundles are loaded", responses=answers(ReadyAnswer) | {503: {"model": ReadyAnswer}})
+async def readyz(own: Own, parts: Parts) -> Response:
+    hub = parts.hub
+    answer = ReadyAnswer(ready=hub.ready, loaded=[one.name for one in hub.all()], failed=hub.failed)
+    return respond(own, answer, 200 if hub.ready else 503)
+
+
+@router.get("/metrics", summary="Prometheus text", response_class=Response)
+async def metrics(parts: Parts) -> Response:
+    return Response(parts.metrics.render(), media_type=parts.metrics.content_type)
+
+
+def page(router: APIRouter, folder: Path) -> None:
+    """A route per file of ``folder``, and `/` for its index.html: what is not there cannot be asked for."""
+
+    def serve(path: str, file: Path) -> None:
+        @router.get(path, include_in_schema=False)
+        async def send() -> FileResponse:
+            return FileResponse(file, headers=PAGE_HEADERS)
+
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            serve("/" if file.name == "index.html" else f"/{file.name}", file)
+
+
+page(router, WEB)
+
+
+def _summary(loaded: Loaded) -> ModelSummary:
+    bundle = loaded.bundle
+    try:
+        dim = bundle.dim
+    except TaskNotServed:
+        dim = None
+    return ModelSummary(
+        name=bundle.name,
+        digest=bundle.digest,
+        tasks=list(bundle.manifest.tasks),
+        precision=bundle.manifest.precision,
+        dim=dim,
+        labels=len(bundle.labels),
+    )

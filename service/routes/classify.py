@@ -1,0 +1,36 @@
+"""POST /v1/classify: picture + labels -> ranked labels."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from models.tasks.classify import ClassifyRequest, classify
+from service.context import Own, Parts, task
+from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from service.routes import admitted, respond
+from service.schemas import ClassifyAnswer, ClassifyBody
+from service.uploads import body_of, check_picture
+
+router = APIRouter(tags=["tasks"], dependencies=[Depends(task("classify")), Depends(admitted)])
+
+EXAMPLE = {"image": {"b64": "/9j/4AAQSkZJRg=="}, "labels": ["a cat", "a dog"], "top_k": 2}
+
+
+@router.post(
+    "/v1/classify",
+    summary="Which labels fit a picture",
+    openapi_extra=takes(ClassifyBody, EXAMPLE),
+    responses=answers(
+        ClassifyAnswer, *ENGINE, *INPUT, *PICTURE, "label-set-not-found", "too-many-labels", "text-too-long"
+    ),
+)
+async def classify_picture(
+    body: Annotated[ClassifyBody, Depends(body_of(ClassifyBody))], own: Own, parts: Parts
+) -> Response:
+    loaded = parts.hub.get(body.model, "classify")
+    own.model = loaded.name
+    labels, templates = parts.labels.resolve(body.labels, body.label_set, body.templates)
+    check_picture(body.image, parts.settings.limits)
+    flow = classify(loaded.bundle, ClassifyRequest(body.image, labels, templates, body.top_k))
+    return respond(own, ClassifyAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own)))

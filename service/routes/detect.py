@@ -1,0 +1,35 @@
+"""POST /v1/detect: picture + labels -> boxes in pixels of the original picture."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from models.tasks.detect import DetectRequest, detect
+from service.context import Own, Parts, task
+from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from service.routes import admitted, respond
+from service.schemas import DetectAnswer, DetectBody
+from service.uploads import body_of, check_picture
+
+router = APIRouter(tags=["tasks"], dependencies=[Depends(task("detect")), Depends(admitted)])
+
+EXAMPLE = {"image": {"b64": "/9j/4AAQSkZJRg=="}, "labels": ["car", "bicycle"], "method": "gaussian", "sigma": 0.5}
+
+
+@router.post(
+    "/v1/detect",
+    summary="Where labels are in a picture",
+    openapi_extra=takes(DetectBody, EXAMPLE),
+    responses=answers(
+        DetectAnswer, *ENGINE, *INPUT, *PICTURE, "label-set-not-found", "too-many-labels", "text-too-long"
+    ),
+)
+async def detect_boxes(body: Annotated[DetectBody, Depends(body_of(DetectBody))], own: Own, parts: Parts) -> Response:
+    loaded = parts.hub.get(body.model, "detect")
+    own.model = loaded.name
+    labels, templates = parts.labels.resolve(body.labels, body.label_set, body.templates)
+    check_picture(body.image, parts.settings.limits)
+    suppression = body.suppression()
+    flow = detect(loaded.bundle, DetectRequest(body.image, labels, templates, suppression))
+    return respond(own, DetectAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own), suppression))

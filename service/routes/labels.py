@@ -1,0 +1,51 @@
+"""/v1/label-sets: labels registered once, named by classify and detect."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from service.context import Own, Parts, task
+from service.labels import LabelSet
+from service.openapi import INPUT, answers, takes
+from service.routes import respond
+from service.schemas import LabelSetAnswer, LabelSetBody, LabelSetsAnswer
+from service.uploads import body_of
+
+router = APIRouter(tags=["label sets"], dependencies=[Depends(task("labels"))])
+MISSING = "label-set-not-found"
+
+
+@router.get("/v1/label-sets", summary="All label sets", responses=answers(LabelSetsAnswer))
+async def list_label_sets(own: Own, parts: Parts) -> Response:
+    return respond(own, LabelSetsAnswer(label_sets=[_shape(one) for one in parts.labels.all()]))
+
+
+@router.put(
+    "/v1/label-sets/{name}",
+    summary="Register labels",
+    description="A change counts the version up; the same content again does not.",
+    openapi_extra=takes(LabelSetBody, {"labels": ["cat", "dog"], "templates": ["a photo of a {}."]}),
+    responses=answers(LabelSetAnswer, *INPUT, "too-many-labels"),
+)
+async def put_label_set(
+    name: str, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
+) -> Response:
+    return respond(own, _shape(parts.labels.put(name, body.labels, body.templates)))
+
+
+@router.get("/v1/label-sets/{name}", summary="One label set", responses=answers(LabelSetAnswer, MISSING))
+async def get_label_set(name: str, own: Own, parts: Parts) -> Response:
+    return respond(own, _shape(parts.labels.get(name)))
+
+
+@router.delete(
+    "/v1/label-sets/{name}", summary="Forget a label set", status_code=204, responses=answers(None, MISSING, status=204)
+)
+async def delete_label_set(name: str, parts: Parts) -> Response:
+    parts.labels.delete(name)
+    return Response(status_code=204)
+
+
+def _shape(one: LabelSet) -> LabelSetAnswer:
+    return LabelSetAnswer(name=one.name, version=one.version, labels=list(one.labels), templates=list(one.templates))

@@ -1,0 +1,358 @@
+"""Request and response models: the words of the HTTP surface.
+
+A request model is filled from JSON, from a multipart form, or from the query beside a raw picture; see
+`service.uploads`. Responses are rendered by orjson, vectors straight from numpy.
+"""
+
+import base64
+import binascii
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, WithJsonSchema, model_validator
+
+from models.flow import Array
+from models.tasks.classify import Ranking
+from models.tasks.detect import Detections, Suppression
+from service.stores import Condition
+
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME, description="lower-case letters, digits, '.', '_', '-'; at most 64")]
+
+
+def _picture(value: object) -> object:
+    """Bytes of a form or raw body stay; JSON says ``{"b64": "..."}``."""
+    if isinstance(value, bytes):
+        return value
+    if not (isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str)):
+        raise ValueError('expected a picture as {"b64": "<base64 of a JPEG, PNG or WebP file>"}')
+    try:
+        return base64.b64decode(value["b64"], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"`b64` is not base64: {error}") from None
+
+
+Picture = Annotated[
+    bytes,
+    BeforeValidator(_picture),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {"b64": {"type": "string", "description": "base64 of a JPEG, PNG or WebP file"}},
+            "required": ["b64"],
+            "additionalProperties": False,
+        }
+    ),
+]
+Vector = Annotated[Any, SkipValidation, WithJsonSchema({"type": "array", "items": {"type": "number"}})]
+Scalar = str | int | float | bool
+
+
+class Body(BaseModel):
+    """What a caller sends: unknown fields are errors, and so are NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class LabelledPicture(Body):
+    model: str | None = Field(None, description="a loaded bundle; else the first that serves the task")
+    image: Picture
+    labels: list[str] = Field([], description="else the label set, else the bundle's own labels")
+    label_set: str | None = Field(None, description="a registered label set, instead of labels")
+    templates: list[str] = Field([], description="sentences with a {}, instead of the bundle's prompts")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "LabelledPicture":
+        if self.labels and self.label_set:
+            raise ValueError("`labels` and `label_set` are both given; send one of them")
+        return self
+
+
+class ClassifyBody(LabelledPicture):
+    top_k: int | None = Field(None, ge=1, description="how many labels to answer; all by default")
+
+
+_DEFAULT = Suppression()
+
+
+class DetectBody(LabelledPicture):
+    """Ranges of the thresholds are the task's own."""
+
+    method: Literal["hard", "linear", "gaussian"] = _DEFAULT.method
+    sigma: float = Field(_DEFAULT.sigma, description="gaussian: a larger one suppresses less")
+    iou_threshold: float = Field(_DEFAULT.iou_threshold, description="hard and linear: overlap that counts")
+    min_score: float = Field(_DEFAULT.min_score, description="boxes under it go, before and after suppression")
+    max_output: int = Field(_DEFAULT.max_output, description="at most this many boxes")
+    per_class: bool = Field(_DEFAULT.per_class, description="boxes of different labels leave each other alone")
+
+    def suppression(self) -> Suppression:
+        return Suppression(self.method, self.sigma, self.iou_threshold, self.min_score, self.max_output, self.per_class)
+
+
+class EmbedInput(Body):
+    """One of the two."""
+
+    text: str | None = None
+    image: Picture | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "EmbedInput":
+        if (self.text is None) == (self.image is None):
+            raise ValueError("expected `text` or `image`, one of them")
+        return self
+
+    @property
+    def value(self) -> str | bytes:
+        value = self.text if self.image is None else self.image
+        assert value is not None
+        return value
+
+
+class EmbedBody(Body):
+    model: str | None = Field(None, description="a loaded bundle; else the first that embeds")
+    inputs: list[EmbedInput] = Field(min_length=1)
+
+
+class CollectionBody(Body):
+    model: str | None = Field(None, description="the bundle whose vectors it will hold; else the first that embeds")
+
+
+class Item(EmbedInput):
+    id: str = Field(min_length=1, max_length=512)
+    meta: dict[str, Any] = Field({}, description="anything JSON; search filters on its top-level fields")
+
+
+class ItemsBody(Body):
+    items: list[Item] = Field(min_length=1)
+
+
+class DeleteItemsBody(Body):
+    ids: list[str] = Field(min_length=1)
+
+
+class Range(Body):
+    """All that are given must hold. Numbers compare with numbers, strings with strings."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    in_: list[Scalar] | None = Field(None, alias="in", min_length=1, max_length=1000)
+    gt: float | str | None = None
+    gte: float | str | None = None
+    lt: float | str | None = None
+    lte: float | str | None = None
+
+
+Filter = dict[Annotated[str, Field(pattern=r"^[\w][\w .:-]{0,63}$")], Scalar | Range]
+
+
+class SearchBody(Body):
+    query: EmbedInput
+    model: str | None = Field(None, description="must be the bundle that filled the collection, where given")
+    top_k: int = Field(10, ge=1)
+    filter: Filter = Field({}, description='meta field -> value, {"in": [...]}, or {"gte": 1, "lt": 2}; all must hold')
+
+    def where(self) -> list[Condition]:
+        found: list[Condition] = []
+        for name, wanted in self.filter.items():
+            if not isinstance(wanted, Range):
+                found.append(Condition(name, "in", (wanted,)))
+                continue
+            if wanted.in_ is not None:
+                found.append(Condition(name, "in", tuple(wanted.in_)))
+            for op in ("gt", "gte", "lt", "lte"):
+                if (value := getattr(wanted, op)) is not None:
+                    found.append(Condition(name, op, value))
+        return found
+
+
+class LabelSetBody(Body):
+    labels: list[str] = Field(min_length=1)
+    templates: list[str] = []
+
+
+class Answer(BaseModel):
+    """What the service sends."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+class RankedLabel(Answer):
+    label: str
+    index: int = Field(description="place among the labels sent")
+    score: float = Field(description="of the bundle's head: softmax over the labels, or a sigmoid for each")
+    cosine: float = Field(description="of picture and label, before temperature")
+
+
+class ClassifyAnswer(Answer):
+    model: str
+    labels: list[RankedLabel] = Field(description="best first")
+
+    @classmethod
+    def of(cls, model: str, ranking: Ranking) -> "ClassifyAnswer":
+        return cls.model_construct(model=model, labels=[RankedLabel.model_construct(**vars(one)) for one in ranking])
+
+
+class EmbedAnswer(Answer):
+    model: str
+    dim: int
+    normalized: bool
+    embeddings: list[Vector] = Field(description="unit vectors, in the order of the inputs")
+
+    @classmethod
+    def of(cls, model: str, vectors: Array) -> "EmbedAnswer":
+        return cls.model_construct(model=model, dim=vectors.shape[1], normalized=True, embeddings=vectors)
+
+
+class Box(Answer):
+    """Pixels of the original upright picture; x1 and y1 are outside by nothing: x1 - x0 is the width."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+class DetectedBox(Answer):
+    label: str
+    index: int = Field(description="place among the labels sent")
+    score: float = Field(description="after suppression")
+    raw_score: float = Field(description="before")
+    box: Box
+
+
+class Size(Answer):
+    width: int
+    height: int
+
+
+class SuppressionUsed(Answer):
+    method: str
+    sigma: float
+    iou_threshold: float
+    min_score: float
+    max_output: int
+    per_class: bool
+    candidates: int = Field(description="box-label pairs that went in")
+    kept: int
+
+
+class DetectAnswer(Answer):
+    model: str
+    image: Size
+    detections: list[DetectedBox] = Field(description="best first")
+    suppression: SuppressionUsed
+
+    @classmethod
+    def of(cls, model: str, found: Detections, used: Suppression) -> "DetectAnswer":
+        return cls.model_construct(
+            model=model,
+            image=Size.model_construct(width=found.width, height=found.height),
+            detections=[
+                DetectedBox.model_construct(
+                    label=one.label,
+                    index=one.index,
+                    score=one.score,
+                    raw_score=one.raw_score,
+                    box=Box.model_construct(**dict(zip(("x0", "y0", "x1", "y1"), one.box.tolist(), strict=True))),
+                )
+                for one in found
+            ],
+            suppression=SuppressionUsed.model_construct(
+                **vars(used), candidates=found.candidates, kept=len(found.detections)
+            ),
+        )
+
+
+class CollectionAnswer(Answer):
+    name: str
+    model: str = Field(description="the bundle that fills it")
+    digest: str = Field(description="sha256 of that bundle's manifest")
+    dim: int
+    created: str
+    items: int
+
+
+class CollectionsAnswer(Answer):
+    collections: list[CollectionAnswer]
+
+
+class CountAnswer(Answer):
+    collection: str
+    count: int = Field(description="items written, or removed")
+    items: int = Field(description="items it now holds")
+
+
+class StoredItem(Answer):
+    id: str
+    meta: dict[str, Any]
+
+
+class ItemsAnswer(Answer):
+    collection: str
+    items: list[StoredItem] = Field(description="by id")
+    next: str | None = Field(description="`after` of the next page; null on the last")
+
+
+class Hit(Answer):
+    id: str
+    score: float = Field(description="cosine")
+    meta: dict[str, Any]
+
+
+class SearchAnswer(Answer):
+    collection: str
+    hits: list[Hit] = Field(description="nearest first")
+
+
+class LabelSetAnswer(Answer):
+    name: str
+    version: int = Field(description="counts the changes")
+    labels: list[str]
+    templates: list[str]
+
+
+class LabelSetsAnswer(Answer):
+    label_sets: list[LabelSetAnswer]
+
+
+class ModelSummary(Answer):
+    name: str
+    digest: str
+    tasks: list[str]
+    precision: str
+    dim: int | None
+    labels: int = Field(description="labels the bundle brings along")
+
+
+class ModelsAnswer(Answer):
+    models: list[ModelSummary] = Field(description="in load order: the first that serves a task is its default")
+
+
+class ModelAnswer(Answer):
+    name: str
+    digest: str
+    manifest: dict[str, Any] = Field(description="bundle.json")
+    report: dict[str, Any] | None = Field(description="report.json: what was measured when it was exported")
+
+
+class ReadyAnswer(Answer):
+    ready: bool
+    loaded: list[str]
+    failed: dict[str, str] = Field(description="bundle -> why it did not load")
+
+
+class ProblemAnswer(Answer):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    request_id: str
+    known: list[str] | None = Field(None, description="names that would have worked")
+    errors: list[dict[str, str]] | None = Field(None, description="where the body does not fit the schema")
+
+
+def encode(answer: Answer) -> bytes:
+    return orjson.dumps(answer.model_dump(by_alias=True), option=orjson.OPT_SERIALIZE_NUMPY)

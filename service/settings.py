@@ -1,0 +1,93 @@
+"""`Settings`: one frozen object, read from the environment once, handed down.
+
+A variable is ``CALMCLIP_`` and the field's name in capitals; a nested field joins with two underscores:
+``CALMCLIP_BATCH__MAX_SIZE=16``. service/README.md lists them all; a test compares.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from models.preprocess.image import MAX_PIXELS
+
+MIB = 1 << 20
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Batch(_Group):
+    """How the calls of several requests to one graph are merged."""
+
+    max_size: int = Field(default=8, ge=1, le=1024, description="rows in one run of a graph")
+    max_wait_ms: float = Field(
+        default=2.0, ge=0, le=1000, description="how long a call waits for company, where some is due"
+    )
+
+
+class Queue(_Group):
+    """How much work may be under way; beyond: 503 with `Retry-After`."""
+
+    max_pending: int = Field(default=64, ge=1, description="requests under way, and calls waiting for one graph")
+
+
+class Limits(_Group):
+    """Refused before work is done."""
+
+    body_bytes: int = Field(default=64 * MIB, ge=1024, description="a whole request body")
+    image_bytes: int = Field(default=10 * MIB, ge=1, description="one picture, as a file")
+    image_pixels: int = Field(
+        default=MAX_PIXELS, ge=1, description="width x height of one picture, read from its header"
+    )
+    labels: int = Field(default=256, ge=1, description="labels in a request or label set")
+    templates: int = Field(default=32, ge=1, description="prompt templates in a request or label set")
+    texts: int = Field(default=256, ge=1, description="inputs of one embed request; items of one upload")
+    top_k: int = Field(default=1000, ge=1, description="hits of one search; items of one page")
+    meta_bytes: int = Field(default=16384, ge=2, description="one item's metadata, as JSON")
+
+
+class Slo(_Group):
+    """The declared objective: a share ``target`` of requests within ``latency_ms``, always a bucket edge."""
+
+    latency_ms: float = Field(default=250.0, gt=0)
+    target: float = Field(default=0.99, gt=0, lt=1)
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="CALMCLIP_", env_nested_delimiter="__", frozen=True, extra="forbid", env_ignore_empty=True
+    )
+
+    bundles_dir: Path = Field(default=Path("models/bundles"), description="where bundles are looked for")
+    load: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="names to load at start, by comma; the first that serves a task is its default. Empty: all",
+    )
+    threads: int = Field(default=0, ge=0, description="intra-op threads per graph; 0: one per core")
+    batch: Batch = Batch()
+    queue: Queue = Queue()
+    deadline_ms: float = Field(default=10_000, gt=0, description="a request older than this is answered 504")
+    limits: Limits = Limits()
+    text_cache: int = Field(default=4096, ge=0, description="embedded sentences remembered")
+    data_dir: Path = Field(default=Path("data"), description="where label sets and, by default, collections live")
+    store: str | None = Field(default=None, description="where collections live, `lancedb:FOLDER`; else under data_dir")
+    slo: Slo = Slo()
+    log: Literal["text", "json"] = Field(default="text", description="shape of the access log")
+
+    @field_validator("load", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @property
+    def cores(self) -> int:
+        """Threads for a graph, and for the pool that decodes pictures."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+    @property
+    def store_url(self) -> str:
+        return self.store or f"lancedb:{self.data_dir / 'collections'}"

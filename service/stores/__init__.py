@@ -1,0 +1,100 @@
+"""FAMILY stores: vectors + metadata -> durable, filtered nearest neighbours, over an engine that exists already.
+
+A store is synchronous and may be called from several threads; `service.collections` sees to it that each
+collection has one writer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from models.errors import BadRequest
+from models.flow import Array
+from models.registry import Registry
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a collection is, kept beside its vectors. ``digest``: of the bundle whose vectors it holds."""
+
+    name: str
+    model: str
+    digest: str
+    dim: int
+    created: str  # UTC, ISO 8601
+
+
+@dataclass(frozen=True)
+class Row:
+    """``vector`` float32 [dim], a unit vector."""
+
+    id: str
+    vector: Array
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    id: str
+    meta: dict[str, Any]
+    score: float = 0.0  # cosine; 0 where nothing was searched
+
+
+@dataclass(frozen=True)
+class Condition:
+    """On a top-level field of the metadata. Values of another type than the field's never match.
+
+    ``in`` takes a tuple of strings, numbers and booleans; the others one number or string.
+    """
+
+    field: str
+    op: Literal["in", "gt", "gte", "lt", "lte"]
+    value: Any
+
+
+class Table(Protocol):
+    """The vectors of one collection. A write is on disk when its call returns."""
+
+    @property
+    def info(self) -> Info: ...
+
+    def upsert(self, rows: Sequence[Row]) -> None:
+        """Rows with distinct ids; an id already there is replaced."""
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """How many there were."""
+
+    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
+        """Nearest by cosine among the rows on which all conditions hold, best first."""
+
+    def page(self, after: str | None, limit: int) -> list[Found]:
+        """By id, from the first one behind ``after``."""
+
+    def count(self) -> int: ...
+
+    def compact(self) -> None:
+        """Tidy up what many small writes left; readers and answers are not disturbed."""
+
+
+class Store(Protocol):
+    """Collections at one place."""
+
+    def names(self) -> list[str]: ...
+
+    def create(self, info: Info) -> Table:
+        """An empty one. The name is free; the caller has checked."""
+
+    def open(self, name: str) -> Table: ...
+
+    def drop(self, name: str) -> None: ...
+
+
+STORES: Registry[Callable[[str], Store]] = Registry("stores", "service.stores")
+
+
+def open_store(url: str) -> Store:
+    """``KIND:PLACE``, for example ``lancedb:data/collections``. Raises `BadRequest`, `UnknownName`."""
+    kind, colon, place = url.partition(":")
+    if not colon or not place:
+        raise BadRequest(f"the store {url!r} is not KIND:PLACE; for example 'lancedb:data/collections'")
+    return STORES.get(kind)(place)

@@ -1,0 +1,135 @@
+"""Collections in LanceDB, embedded: a folder, or the URI of an object store.
+
+Source: LanceDB (Apache-2.0). Every write is a new, atomically committed version of the table, so a killed
+process leaves the last committed one. Search is exact (a flat scan), cosine distance.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import lancedb
+import pyarrow as pa
+from lancedb.query import ColumnOrdering
+
+from models.flow import Array
+from service.stores import STORES, Condition, Found, Info, Row, Store, Table
+
+KEY = b"calmclip"  # of the schema's metadata: the Info, as JSON
+OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+OLD = timedelta(minutes=10)  # versions that compaction removes; a search holds one for far less
+
+log = logging.getLogger("calmclip")
+
+
+class LanceStore:
+    def __init__(self, place: str) -> None:
+        self._db = lancedb.connect(place)
+
+    def names(self) -> list[str]:
+        found: list[str] = []
+        token = None
+        while True:
+            page = self._db.list_tables(page_token=token)
+            found += page.tables
+            token = page.page_token
+            if not token:
+                return sorted(found)
+
+    def create(self, info: Info) -> Table:
+        schema = pa.schema(
+            [
+                pa.field("id", pa.string(), nullable=False),
+                pa.field("vector", pa.list_(pa.float32(), info.dim), nullable=False),
+                pa.field("meta", pa.json_(), nullable=False),
+            ],
+            metadata={KEY: json.dumps(asdict(info)).encode()},
+        )
+        return LanceTable(self._db.create_table(info.name, schema=schema))
+
+    def open(self, name: str) -> Table:
+        return LanceTable(self._db.open_table(name))
+
+    def drop(self, name: str) -> None:
+        self._db.drop_table(name)
+
+
+class LanceTable:
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self.info = Info(**json.loads(table.schema.metadata[KEY]))
+
+    def upsert(self, rows: Sequence[Row]) -> None:
+        vectors = pa.array([row.vector for row in rows], pa.list_(pa.float32(), self.info.dim))
+        metas = pa.array([json.dumps(row.meta, ensure_ascii=False, allow_nan=False) for row in rows])
+        data = pa.table(
+            {
+                "id": pa.array([row.id for row in rows], pa.string()),
+                "vector": vectors,
+                "meta": pa.ExtensionArray.from_storage(pa.json_(), metas),
+            }
+        )
+        self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        where = f"id IN ({', '.join(map(literal, ids))})"
+        there: int = self._table.count_rows(where)
+        if there:
+            self._table.delete(where)
+        return there
+
+    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
+        query = self._table.search(vector).distance_type("cosine").select(["id", "meta", "_distance"]).limit(top_k)
+        if where:
+            query = query.where(" AND ".join(map(sql, where)), prefilter=True)
+        return [
+            Found(row["id"], json.loads(row["meta"]), 1.0 - row["_distance"]) for row in query.to_arrow().to_pylist()
+        ]
+
+    def page(self, after: str | None, limit: int) -> list[Found]:
+        query = self._table.search().select(["id", "meta"]).limit(limit)
+        query = query.order_by([ColumnOrdering(column_name="id", ascending=True, nulls_first=False)])
+        if after is not None:
+            query = query.where(f"id > {literal(after)}")
+        return [Found(row["id"], json.loads(row["meta"])) for row in query.to_arrow().to_pylist()]
+
+    def count(self) -> int:
+        rows: int = self._table.count_rows()
+        return rows
+
+    def compact(self) -> None:
+        self._table.optimize(cleanup_older_than=OLD)
+
+
+def sql(condition: Condition) -> str:
+    """The condition for LanceDB's SQL. Everything a caller chose ends up inside a quoted literal.
+
+    Compares JSON texts, so types are told apart: "3" (a string) is not 3. Numbers go through a cast.
+    """
+    path = json.dumps(condition.field, ensure_ascii=False)
+    text = f"json_extract(meta, {literal('$.' + path)})"
+    if condition.op == "in":
+        return "(" + " OR ".join(_compare(text, "=", value) for value in condition.value) + ")"
+    return _compare(text, OPERATORS[condition.op], condition.value)
+
+
+def literal(text: str) -> str:
+    """A string literal of standard SQL: quotes doubled, nothing else is special."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _compare(text: str, operator: str, value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"try_cast({text} AS double) {operator} {float(value)!r}"
+    wanted = f"{text} {operator} {literal(json.dumps(value, ensure_ascii=False))}"
+    return wanted if operator == "=" else f"({text} LIKE '\"%' AND {wanted})"
+
+
+def open_lancedb(place: str) -> Store:
+    return LanceStore(place)
+
+
+STORES.register("lancedb")(open_lancedb)

@@ -1,0 +1,139 @@
+"""A request's body, in any of its shapes -> one validated model, within limits.
+
+    application/json       the model itself; a picture is {"b64": "..."}
+    multipart/form-data    fields by name, a list by repeating its field; pictures are files
+    image/jpeg|png|webp    the picture alone, the other fields in the query
+
+Bytes are counted as they come in; nothing is kept of a body that is too large.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+import orjson
+from fastapi import Request
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from models.errors import BadRequest, ImageTooLarge, InputError
+from models.preprocess.image import inspect
+from service.context import context, service
+from service.problems import BodyTooLarge, InvalidRequest, WrongContentType, invalid
+from service.schemas import Body, EmbedBody, LabelledPicture
+from service.settings import Limits
+
+B = TypeVar("B", bound=Body)
+PICTURES = ("image/jpeg", "image/png", "image/webp")
+
+
+def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """A dependency: the request's body as ``model``. Raises `InputError`s; the time counts as `read`."""
+
+    async def read(request: Request) -> B:
+        own, limits = context(request), service(request).settings.limits
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        with own.clock.stage("read"):
+            async with own.deadline():
+                fields = await _fields(request, kind, model, limits)
+            try:
+                body = model.model_validate(fields)
+            except ValidationError as error:
+                raise invalid(error, "the request does not fit") from None
+        return body
+
+    return read
+
+
+def check_picture(data: bytes, limits: Limits, where: str = "the picture") -> None:
+    """Bytes and header, before anything is decoded. Raises `ImageTooLarge`, `BadImage`."""
+    if len(data) > limits.image_bytes:
+        raise ImageTooLarge(f"{where} has {len(data)} bytes; at most {limits.image_bytes} are read. Scale it down.")
+    try:
+        inspect(data, max_pixels=limits.image_pixels)
+    except InputError as error:
+        raise type(error)(str(error).replace("the picture", where, 1)) from None
+
+
+async def _fields(request: Request, kind: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
+    pictured = issubclass(model, (LabelledPicture, EmbedBody))
+    if kind == "application/json":
+        return _json(await _whole(request, limits.body_bytes, BodyTooLarge, "the body"))
+    if pictured and kind == "multipart/form-data":
+        return _shape(await _form(request, limits), model)
+    if pictured and kind in PICTURES:
+        picture = await _whole(request, limits.image_bytes, ImageTooLarge, "the picture")
+        return _shape([*request.query_params.multi_items(), ("image", picture)], model)
+    wanted = ["application/json", *(["multipart/form-data", *PICTURES] if pictured else [])]
+    raise WrongContentType(f"the content type is {kind or 'not given'!r}; expected {', '.join(wanted)}")
+
+
+async def _stream(request: Request, limit: int, error: type[InputError], what: str) -> AsyncGenerator[bytes, None]:
+    """The body's chunks; stops with ``error`` at the first byte over ``limit``, announced or real."""
+    message = f"{what} has more than {limit} bytes, the most that are read"
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise error(message)
+    count = 0
+    async for chunk in request.stream():
+        count += len(chunk)
+        if count > limit:
+            raise error(message)
+        yield chunk
+
+
+async def _whole(request: Request, limit: int, error: type[InputError], what: str) -> bytes:
+    return b"".join([chunk async for chunk in _stream(request, limit, error, what)])
+
+
+def _json(data: bytes) -> Mapping[str, Any]:
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body is a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+class _Parser(MultiPartParser):
+    spool_max_size = 1 << 62  # parts stay in memory, bounded by the body's limit; a read-only disk is no matter
+
+
+async def _form(request: Request, limits: Limits) -> list[tuple[str, Any]]:
+    stream = _stream(request, limits.body_bytes, BodyTooLarge, "the body")
+    most = limits.texts + limits.labels + limits.templates + 16
+    parser = _Parser(request.headers, stream, max_files=most, max_fields=most, max_part_size=limits.image_bytes)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the multipart body is broken: {getattr(error, 'message', error)}") from None
+    try:
+        return [(k, await v.read() if isinstance(v, UploadFile) else v) for k, v in form.multi_items()]
+    finally:
+        await form.close()
+
+
+def _shape(pairs: list[tuple[str, Any]], model: type[Body]) -> dict[str, Any]:
+    """Flat pairs -> the model's fields: a list takes them all, anything else exactly one.
+
+    `EmbedBody` has no flat form of its own: each ``text`` and ``image``, in order, is one of its inputs.
+    """
+    if issubclass(model, EmbedBody):
+        inputs = [{key: value} for key, value in pairs if key in ("text", "image")]
+        rest = [(key, value) for key, value in pairs if key not in ("text", "image")]
+        return {**_shape(rest, Body), "inputs": inputs}
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in model.model_fields and is_list(model.model_fields[key]):
+            fields.setdefault(key, []).append(value)
+        elif key in fields:
+            raise BadRequest(f"the field {key!r} is given twice; expected one")
+        else:
+            fields[key] = value
+    return fields
+
+
+def is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is list or any(get_origin(a) is list for a in get_args(field.annotation))
