@@ -5,6 +5,7 @@ order), so ranges recorded for one build of a graph fit the next; `fingerprint` 
 """
 
 import hashlib
+import warnings
 from collections import Counter
 
 import onnx
@@ -25,18 +26,21 @@ def to_onnx(tower: Tower) -> onnx.ModelProto:
     Raises `ExportError` when the graph's inputs or outputs are not those the tower promises.
     """
     dims = {d: torch.export.Dim(d, min=1) for spec in tower.inputs.values() for d in spec.shape if isinstance(d, str)}
-    program = torch.onnx.export(
-        tower.module.eval(),
-        example(tower),
-        input_names=list(tower.inputs),
-        output_names=list(tower.outputs),
-        dynamic_shapes=tuple(
-            {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)} for spec in tower.inputs.values()
-        ),
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's deprecations are its own business
+        program = torch.onnx.export(
+            tower.module.eval(),
+            example(tower),
+            input_names=list(tower.inputs),
+            output_names=list(tower.outputs),
+            dynamic_shapes=tuple(
+                {axis: dims[d] for axis, d in enumerate(spec.shape) if isinstance(d, str)}
+                for spec in tower.inputs.values()
+            ),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None  # only the old exporter returns None
     model = program.model_proto
     _strip(model)

@@ -49,6 +49,7 @@ def load(checkpoint: str) -> Net:
     transformers = require_package("transformers", "the net hf_clip")
     directory = Path(checkpoint)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     clip, info = transformers.CLIPModel.from_pretrained(
         directory, local_files_only=True, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )

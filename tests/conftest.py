@@ -1,0 +1,42 @@
+"""Fixtures that several packages' tests share: tiny checkpoints, and bundles made of them by the real pipeline."""
+
+from pathlib import Path
+
+import pytest
+
+from export.samples import pictures
+
+
+@pytest.fixture(scope="session")
+def photographs() -> dict[str, Path]:
+    """Name -> a real photograph whose content is known: cat, coffee, astronaut, rocket, …"""
+    return {path.stem: path for path in pictures()}
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+
+    return tiny.hf_clip(tmp_path_factory.mktemp("checkpoints") / "tiny-hf")
+
+
+@pytest.fixture(scope="session")
+def tiny_open_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+
+    return tiny.open_clip(tmp_path_factory.mktemp("checkpoints") / "tiny-oc")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny-int8 and tiny-float, sealed by `export.pipeline.build`. Not to be changed: copy it."""
+    from export.nets import NETS
+    from export.pipeline import build
+    from export.recipe import load_recipe
+
+    out = tmp_path_factory.mktemp("bundles")
+    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    # random towers keep no accuracy bar worth the name; the walk is what is under test
+    bars = {"min_image_cosine": 0.9, "min_text_cosine": 0.9}
+    build(load_recipe(str(tiny_hf_clip), "hf_clip", net, name="tiny", keep_float=True, bars=bars), out, net=net)
+    return out

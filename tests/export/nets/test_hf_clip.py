@@ -1,0 +1,85 @@
+"""The oracle is transformers itself: its processor, its tokenizer, its model, on a real photograph."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from export.nets.hf_clip import image_preprocess, load
+from models.errors import UnknownCheckpoint
+from models.runner import open_bundle
+
+TEXTS = ["a photo of a cat.", "two red dogs", "a", "green green green green blue photo of two dogs, a cat and a zebra"]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_hf_clip: Path):
+    return transformers.CLIPModel.from_pretrained(tiny_hf_clip).eval()
+
+
+def test_pictures_come_out_as_transformers_embeds_them(tiny_bundles, tiny_hf_clip, reference, photographs):
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(tiny_hf_clip)
+    runner = open_bundle(tiny_bundles / "tiny-float")
+    for name in ("cat", "astronaut", "rocket", "coffee"):
+        pixels = processor(Image.open(photographs[name]).convert("RGB"), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            found = reference.get_image_features(pixel_values=pixels)
+        want = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
+        assert runner.embed(images=[photographs[name]]) == pytest.approx(want, abs=2e-5)
+
+
+def test_texts_come_out_as_transformers_embeds_them_alone_and_in_a_batch(tiny_bundles, tiny_hf_clip, reference):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_hf_clip)
+    runner = open_bundle(tiny_bundles / "tiny-float")
+    together = runner.embed(texts=TEXTS)
+    for index, text in enumerate(TEXTS):
+        with torch.no_grad():
+            found = reference.get_text_features(**tokenizer([text], return_tensors="pt", return_token_type_ids=False))
+        want = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
+        assert runner.embed(texts=[text]) == pytest.approx(want, abs=2e-5)
+        assert together[index] == pytest.approx(want[0], abs=2e-5)
+
+
+def test_the_temperature_is_the_models(tiny_bundles, reference):
+    head = open_bundle(tiny_bundles / "tiny-float").bundle.manifest.head
+    assert head.params["scale"] == pytest.approx(float(np.exp(reference.logit_scale.item())))
+
+
+def test_missing_tensors_are_named(tiny_hf_clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(tiny_hf_clip, tmp_path / "lame")
+    state = load_file(copy / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnknownCheckpoint, match=r"visual_projection\.weight"):
+        load(str(copy))
+
+
+def test_a_checkpoint_without_its_preprocessor_says_so(tiny_hf_clip, tmp_path):
+    copy = shutil.copytree(tiny_hf_clip, tmp_path / "lame")
+    (copy / "preprocessor_config.json").unlink()
+    with pytest.raises(UnknownCheckpoint, match=r"preprocessor_config\.json"):
+        load(str(copy))
+
+
+def test_sizes_as_numbers_and_as_objects_mean_the_same():
+    new = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+    old = {"size": 224, "crop_size": 224}
+    rest = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert image_preprocess(new | rest, 224) == image_preprocess(old | rest, 224)
+    with pytest.raises(UnknownCheckpoint, match="longest"):
+        image_preprocess({"size": {"longest_edge": 224}} | rest | {"crop_size": 224}, 224)
+
+
+def test_the_manifest_names_the_weights_it_came_from(tiny_bundles, tiny_hf_clip):
+    import hashlib
+
+    want = hashlib.sha256((tiny_hf_clip / "model.safetensors").read_bytes()).hexdigest()
+    manifest = json.loads((tiny_bundles / "tiny-int8" / "bundle.json").read_text())
+    assert manifest["source"]["weights"] == {"model.safetensors": want}

@@ -1,0 +1,79 @@
+"""The oracle is open_clip itself: its transforms, its tokenizer, its model, on a real photograph."""
+
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from export.nets._clip_bpe import tokenizer_json
+from export.nets.open_clip import load
+from export.pipeline import build
+from export.recipe import load_recipe
+from models.errors import UnknownCheckpoint
+from models.runner import Runner, open_bundle
+
+TEXTS = [
+    "a photo of a cat.",
+    "Two dogs' toys, they're 12 o'clock!",
+    "naïve café  déjà   vu",
+    "日本語 emoji 🐱 x",
+    "don't  STOP\tnow",
+    "x" * 60,
+]
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_open_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    out = tmp_path_factory.mktemp("bundles")
+    net = load(str(tiny_open_clip))
+    float_only = {"image": {"name": "none"}, "text": {"name": "none"}}
+    build(load_recipe(str(tiny_open_clip), "open_clip", net, name="oc", quantize=float_only), out, net=net)
+    return open_bundle(out / "oc-int8")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_open_clip: Path):
+    return open_clip.create_model_and_transforms(f"local-dir:{tiny_open_clip}")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_is_open_clips(text: str):
+    want = open_clip.tokenizer.SimpleTokenizer()([text])[0].tolist()
+    assert Tokenizer.from_str(tokenizer_json().decode()).encode(text).ids == want[: want.index(49407) + 1]
+
+
+def test_pictures_come_out_as_open_clip_embeds_them(runner: Runner, reference, photographs):
+    model, _, transform = reference
+    for name in ("cat", "astronaut", "rocket", "coffee"):
+        pixels = transform(Image.open(photographs[name]))[None]
+        with torch.no_grad():
+            want = model.eval().encode_image(pixels, normalize=True).numpy()
+        assert runner.embed(images=[photographs[name]]) == pytest.approx(want, abs=2e-5)
+
+
+def test_texts_come_out_as_open_clip_embeds_them(runner: Runner, reference):
+    model = reference[0].eval()
+    tokenize = open_clip.tokenizer.SimpleTokenizer()
+    with torch.no_grad():
+        want = model.encode_text(tokenize(TEXTS), normalize=True).numpy()
+    assert runner.embed(texts=TEXTS) == pytest.approx(want, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode 'longest'"),
+        ({"model_cfg": {"embed_dim": 16, "text_cfg": {"hf_model_name": "roberta"}}}, "not read yet"),
+    ],
+)
+def test_what_is_not_supported_is_named(tiny_open_clip: Path, tmp_path: Path, change: dict, what: str):
+    copy = shutil.copytree(tiny_open_clip, tmp_path / "other")
+    config = json.loads((copy / "open_clip_config.json").read_text())
+    (copy / "open_clip_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnknownCheckpoint, match=what):
+        load(str(copy))

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export import calibrate
+from export.nets import NETS
+from export.recipe import Calibration, Quantize
+from models.errors import BadRequest
+
+
+def test_pictures_are_drawn_by_seed_and_never_more_than_asked(photographs: dict[str, Path]):
+    folder = photographs["cat"].parent
+    draw = [calibrate.inputs(Calibration(images=folder, count=3, seed=seed))[0] for seed in (1, 1, 2)]
+    assert draw[0] == draw[1] != draw[2]
+    assert all(len(set(pictures)) == 3 for pictures in draw)
+
+
+def test_an_empty_folder_is_an_error_that_says_what_was_expected(tmp_path: Path):
+    with pytest.raises(BadRequest, match=r"holds no pictures; expected files ending in \.jpg"):
+        calibrate.inputs(Calibration(images=tmp_path))
+    (tmp_path / "t.txt").write_text("\n\n")
+    with pytest.raises(BadRequest, match="holds no texts"):
+        calibrate.inputs(Calibration(texts=tmp_path / "t.txt"))
+
+
+def test_feeds_are_what_the_service_would_feed(tiny_hf_clip: Path, tmp_path: Path, photographs: dict[str, Path]):
+    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    (tmp_path / "tokenizer.json").write_bytes(net.files["tokenizer.json"])
+    (image,) = calibrate.feeds(net.towers["image"], tmp_path, [photographs["cat"]], [])
+    assert image["pixels"].shape == (1, 3, 32, 32)
+    (text,) = calibrate.feeds(net.towers["text"], tmp_path, [], ["a cat"])
+    assert text["ids"].tolist() == [[598, 0, 6, 599]]
+    assert calibrate.fitting(net, tmp_path, ["a cat", "z" * 50]) == ["a cat"]
+
+
+def test_recorded_ranges_come_back_only_for_the_graph_and_quantizer_they_are_of(tmp_path: Path):
+    file, how = tmp_path / "ranges.json", Quantize(name="static", params={"percentile": 99.9})
+    calibrate.record(file, "image", "abc", how, {"x": (-1.5, 0.1234567891)}, "three pictures")
+    calibrate.record(file, "text", "def", how, {"y": (0.0, 1.0)}, "three pictures")
+    found = calibrate.recorded(file, "image", "abc", how)
+    assert found is not None
+    assert found.source == "three pictures"
+    assert np.allclose(found.ranges["x"], (-1.5, 0.1234567891), rtol=1e-5)
+    assert calibrate.recorded(file, "image", "abd", how) is None
+    assert calibrate.recorded(file, "image", "abc", Quantize(name="static")) is None
+    assert calibrate.recorded(file, "regions", "abc", how) is None

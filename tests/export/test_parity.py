@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+
+from export.parity import compare, require
+from models.errors import ParityLost
+
+
+def test_numbers_worked_out_by_hand():
+    # rows (3, 4) against (4, 3): cosine 24/25; noise 2, signal 25 -> 10 log10(12.5) = 10.97 dB
+    found = compare(lambda f: {"y": np.array([[3.0, 4.0]])}, lambda f: {"y": np.array([[4.0, 3.0]])}, [{}])["y"]
+    assert found["max_abs"] == 1.0
+    assert found["cosine"] == pytest.approx(0.96)
+    assert found["sqnr_db"] == pytest.approx(10.97, abs=0.01)
+
+
+def test_the_worst_row_is_kept_beside_the_mean():
+    left, right = np.eye(2), np.array([[1.0, 0.0], [1.0, 0.0]])
+    found = compare(lambda f: {"y": left}, lambda f: {"y": right}, [{}])["y"]
+    assert (found["cosine"], found["cosine_min"]) == (0.5, 0.0)
+
+
+def test_equal_outputs_are_equal():
+    found = compare(lambda f: {"y": np.ones((2, 3))}, lambda f: {"y": np.ones((2, 3))}, [{}, {}])
+    require(found, max_abs=0.0, what="same")
+    assert found["y"]["cosine_min"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [2.0, np.nan])
+def test_a_difference_over_tolerance_and_a_nan_are_both_lost_parity(bad: float):
+    found = compare(lambda f: {"y": np.ones((1, 2))}, lambda f: {"y": np.array([[1.0, bad]])}, [{}])
+    with pytest.raises(ParityLost, match="'y' differs"):
+        require(found, max_abs=1e-4, what="torch against ONNX")

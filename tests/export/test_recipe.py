@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from export.nets import Net
+from export.recipe import load_recipe, recognise
+from models.bundle.manifest import Source
+from models.errors import BadRequest, UnknownCheckpoint
+
+NET = Net("n", Source(net="n", model="m", license="x"), ("raw",), {}, {}, keep_float=True, bars={"max_megabytes": 35.0})
+
+
+def test_defaults_come_from_the_net_then_the_file_then_the_flags(tmp_path: Path):
+    file = tmp_path / "r.toml"
+    file.write_text(
+        'name = "from-file"\nkeep_float = false\n[bars]\nmin_text_cosine = 0.5\n[quantize.image]\nname = "none"\n'
+    )
+    plain = load_recipe("some/ViT B", "n", NET)
+    assert (plain.name, plain.keep_float, plain.bars.max_megabytes) == ("vit-b", True, 35.0)
+    mixed = load_recipe("x", "n", NET, file, name="from-flag", keep_float=None)
+    assert (mixed.name, mixed.keep_float) == ("from-flag", False)
+    assert (mixed.bars.min_text_cosine, mixed.bars.max_megabytes) == (0.5, 35.0)
+    assert mixed.quantize["image"].name == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("nmae = 'x'", "nmae"),
+        ("[bars]\nmin_image_cosinus = 1", "min_image_cosinus"),
+        ("name = 'UPPER'", "name"),
+        ("=", "cannot be read"),
+    ],
+)
+def test_a_slip_in_the_file_is_named(tmp_path: Path, text: str, what: str):
+    file = tmp_path / "r.toml"
+    file.write_text(text)
+    with pytest.raises(BadRequest, match=what):
+        load_recipe("x", "n", NET, file)
+
+
+def test_checkpoints_are_recognised_by_what_is_in_them(tiny_hf_clip: Path, tiny_open_clip: Path, tmp_path: Path):
+    assert recognise(str(tiny_hf_clip))[0] == "hf_clip"
+    assert recognise(str(tiny_open_clip))[0] == "open_clip"
+    assert recognise("mini")[0] == "mini"
+    with pytest.raises(UnknownCheckpoint, match="a directory no net recognises"):
+        recognise(str(tmp_path))
+    with pytest.raises(UnknownCheckpoint, match="no directory and no built-in model"):
+        recognise("vit-b-32")

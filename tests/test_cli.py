@@ -1,0 +1,139 @@
+import builtins
+import json
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import helper
+
+from models.bundle.manifest import Manifest
+from models.bundle.store import describe
+from models.cli import VERBS, main
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_works_and_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]):
+    module, function = VERBS[verb][0].split(":")
+    assert callable(getattr(import_module(module), function))
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert f"calmclip {verb}" in out
+    assert "--json" in out
+
+
+def test_the_front_page_names_every_verb(capsys: pytest.CaptureFixture[str]):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {verb}" in out for verb in VERBS)
+    assert main([]) == 2
+
+
+def test_an_unknown_verb_is_bad_usage_and_names_the_nearest(capsys: pytest.CaptureFixture[str]):
+    assert main(["exprot"]) == 2
+    assert "did you mean 'export'?" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_status_3_and_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    real = builtins.__import__
+
+    def without_torch(name: str, *args: object, **kwargs: object):
+        if name == "export.pipeline":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    assert main(["export", "mini"]) == 3
+    assert "calmclip[export]" in capsys.readouterr().err
+
+
+def test_an_unknown_checkpoint_and_an_unknown_bundle_are_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["export", "vit-b-32", "--out", str(tmp_path)]) == 2
+    assert "built-in one is 'mini'" in capsys.readouterr().err
+    assert main(["show", "mini-int8", "--bundles", str(tmp_path)]) == 2
+    assert "there is no bundle 'mini-int8'" in capsys.readouterr().err
+
+
+def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, photographs, capsys):
+    where = ["--bundles", str(tiny_bundles), "--json"]
+
+    def answer(*argv: str) -> dict:
+        assert main([*argv, *where]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert answer("show") == {"bundles": ["tiny-float", "tiny-int8"]}
+    assert answer("show", "tiny-int8")["manifest"]["name"] == "tiny-int8"
+    assert answer("check", "tiny-int8")["passed"] is True
+    cat = str(photographs["cat"])
+    ranked = answer("run", "tiny-int8", "classify", cat, "--label", "a cat", "--label", "a dog")["answers"][0][
+        "classify"
+    ]
+    assert sum(row["score"] for row in ranked) == pytest.approx(1.0)
+    assert len(answer("run", "tiny-int8", "embed", cat, "--text", "two dogs")["embeddings"]) == 2
+    timed = answer("bench", "tiny-int8", "--against", "tiny-float", "--rounds", "3")
+    assert {role: len(sides) for role, sides in timed["latency_ms"].items()} == {"image": 2, "text": 2}
+
+
+def test_check_fails_with_status_1_when_a_graph_answers_otherwise_than_promised(
+    tiny_bundles: Path, tmp_path: Path, capsys
+):
+    """A bundle whose vectors are not unit vectors, though every hash is right."""
+    copy = Path(shutil.copytree(tiny_bundles / "tiny-float", tmp_path / "tiny-float"))
+    model = onnx.load(copy / "image.onnx")
+    last = next(n for n in model.graph.node if "image_embeds" in n.output)
+    last.output[0] = "unit"
+    model.graph.initializer.append(helper.make_tensor("two", onnx.TensorProto.FLOAT, [], [2.0]))
+    model.graph.node.append(helper.make_node("Mul", ["unit", "two"], ["image_embeds"]))
+    onnx.save(model, copy / "image.onnx")
+    describe(copy, Manifest.model_validate_json((copy / "bundle.json").read_text()))
+    assert main(["check", str(copy)]) == 1
+    assert "FAIL image: image_embeds rows are unit vectors" in capsys.readouterr().out
+
+
+def test_check_of_a_changed_byte_names_the_file(tiny_bundles: Path, tmp_path: Path, capsys):
+    copy = Path(shutil.copytree(tiny_bundles / "tiny-int8", tmp_path / "tiny-int8"))
+    data = bytearray((copy / "text.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "text.onnx").write_bytes(data)
+    assert main(["check", str(copy)]) == 2
+    assert "text.onnx has sha256" in capsys.readouterr().err
+
+
+def test_eval_prints_int8_beside_the_float_bundle_sealed_with_it(
+    tiny_bundles: Path, tmp_path: Path, photographs, capsys
+):
+    (tmp_path / "images").mkdir()
+    rows = []
+    for name in ("cat", "coffee"):
+        shutil.copy(photographs[name], tmp_path / "images")
+        rows.append({"file": photographs[name].name, "label": name})
+    (tmp_path / "labels.json").write_text(json.dumps(rows))
+    argv = ["eval", "tiny-int8", "zero_shot", "--data", str(tmp_path), "--bundles", str(tiny_bundles)]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    assert list(found) == ["tiny-int8", "tiny-float"]
+    assert found["tiny-int8"]["pictures"] == 2
+    assert main([*argv, "--against", "tiny-flaot"]) == 2
+    assert "did you mean 'tiny-float'?" in capsys.readouterr().err
+
+
+def test_the_printed_recipe_reads_back_as_the_same_recipe(tiny_hf_clip: Path, tmp_path: Path, capsys):
+    assert main(["recipe", str(tiny_hf_clip)]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "r.toml").write_text(text)
+    assert main(["recipe", str(tiny_hf_clip), "--recipe", str(tmp_path / "r.toml")]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
+    assert main(["plugins", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"cosine", "sigmoid"} <= set(found["heads"])
+    assert {"single", "ensemble"} <= set(found["prompts"])
+    assert {"mini", "hf_clip", "open_clip"} <= set(found["nets"])
+    assert all(found.values()), "an empty family is printed"

@@ -1,0 +1,107 @@
+"""Whole checkpoints with two layers and width 32, written in a second, with no download.
+
+The weights are random but seeded, and large enough that a vector of the wrong picture or text is far away.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+WORDS = ("a", "photo", "of", "red", "green", "blue", "cat", "dog", "two", ".")
+START, END = 598, 599
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def hf_clip(directory: Path) -> Path:
+    """A Hugging Face CLIP directory: 32-pixel pictures, 40 tokens of context, 16-d vectors."""
+    import transformers
+
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": 600,
+            "max_position_embeddings": 40,
+            "eos_token_id": END,
+            "bos_token_id": START,
+        },
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    clip = transformers.CLIPModel(config)
+    _spread(clip)
+    directory.mkdir(parents=True, exist_ok=True)
+    clip.save_pretrained(directory)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(directory)
+    preprocessor = {
+        "size": {"shortest_edge": 32},
+        "crop_size": {"height": 32, "width": 32},
+        "resample": 3,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return directory
+
+
+def open_clip(directory: Path) -> Path:
+    """An open_clip directory with its own tokenizer (77 tokens): 32-pixel pictures, 16-d vectors."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    clip = CLIP(**config)
+    _spread(clip)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return directory
+
+
+def tokenizer() -> Tokenizer:
+    """Whole words for `WORDS`, single letters for the rest; <s> text </s>."""
+    letters = "abcdefghijklmnopqrstuvwxyz'?!,"
+    vocab = {f"{word}</w>": index for index, word in enumerate(WORDS)}
+    for offset, end in ((100, ""), (200, "</w>")):
+        for index, letter in enumerate(letters):
+            vocab.setdefault(letter + end, offset + index)
+    vocab |= {"<s>": START, "</s>": END}
+    found = Tokenizer(models.BPE(vocab=vocab, merges=_merges(vocab), end_of_word_suffix="</w>", unk_token="</s>"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace()
+    found.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
+    )
+    return found
+
+
+def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Left to right, letter by letter, until each of `WORDS` is whole."""
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        left = word[0]
+        for place in range(1, len(word)):
+            right = word[place] + ("</w>" if place == len(word) - 1 else "")
+            merges[left, right] = None
+            vocab.setdefault(right, 300 + len(vocab))
+            left += right
+            vocab.setdefault(left, 300 + len(vocab))
+    return list(merges)
+
+
+def _spread(module: torch.nn.Module) -> None:
+    """Random initialisations are too small to tell inputs apart; spread the matrices out."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(3.0)
