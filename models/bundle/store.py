@@ -5,6 +5,7 @@ place, so a reader sees all of it or none.
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import shutil
@@ -61,11 +62,10 @@ def _read(directory: Path, *, verify: bool) -> Sealed:
 
 def find(name: str, bundles: Path) -> Path:
     """The directory of the bundle called ``name`` under ``bundles``, or ``name`` itself where that is a path."""
-    direct = Path(name)
-    if (direct / MANIFEST).is_file():
-        return direct
     if name in (known := names(bundles)):
         return bundles / name
+    if os.path.isfile(os.path.join(name, MANIFEST)):
+        return Path(name)
     raise BundleNotFound(f"there is no bundle {name!r} in {bundles}; {suggestion(name, known)}", known=known)
 
 
@@ -140,8 +140,8 @@ def _moved(source: Path, target: Path) -> bool:
     """Rename; False when the target is there (a rename onto a directory that holds something fails)."""
     try:
         os.rename(source, target)
-    except OSError:
-        if not os.path.lexists(target):
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         return False
     return True

@@ -1,0 +1,379 @@
+"""Whatever is wrong with a sealed directory is refused by name, and opening one runs nobody's code."""
+
+import io
+import json
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from models import open_bundle
+from models.bundle import store
+from models.bundle.bundle import Bundle
+from models.bundle.store import read, seal, stage
+from models.errors import BundleInvalid, BundleNotFound, BundleTooNew
+
+
+def edit(sealed: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest in place, as an attacker would: the rest stays consistent."""
+    path = sealed / "bundle.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def changed_byte(sealed: Path) -> str:
+    content = bytearray((sealed / "image.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (sealed / "image.onnx").write_bytes(content)
+    return r"image\.onnx has sha256 .*; bundle\.json lists .*\. Export it again"
+
+
+def truncated(sealed: Path) -> str:
+    os.truncate(sealed / "text.onnx", 10)
+    return r"text\.onnx has 10 bytes; bundle\.json lists \d+"
+
+
+def longer(sealed: Path) -> str:
+    with (sealed / "text.onnx").open("ab") as file:
+        file.write(b"\0")
+    return r"text\.onnx has \d+ bytes; bundle\.json lists"
+
+
+def missing(sealed: Path) -> str:
+    (sealed / "tokenizer.json").unlink()
+    return r"tokenizer\.json is listed in bundle\.json but is not there"
+
+
+def stray(sealed: Path) -> str:
+    (sealed / "extra.bin").write_bytes(b"")
+    return r"extra\.bin is not listed"
+
+
+def hidden_stray(sealed: Path) -> str:
+    (sealed / "deep").mkdir()
+    (sealed / "deep" / ".extra").write_bytes(b"")
+    return r"deep/\.extra is not listed"
+
+
+def link_to_a_file(sealed: Path) -> str:
+    os.replace(sealed / "image.onnx", sealed.parent / "image.onnx")
+    (sealed / "image.onnx").symlink_to(sealed.parent / "image.onnx")
+    return r"image\.onnx is a link or leads out of the bundle"
+
+
+def link_to_a_file_inside(sealed: Path) -> str:
+    (sealed / "twin.onnx").symlink_to("image.onnx")
+    return r"twin\.onnx is not listed"
+
+
+def dangling_link(sealed: Path) -> str:
+    (sealed / "nowhere").symlink_to("absent")
+    return "nowhere is not listed"
+
+
+def link_to_a_folder(sealed: Path) -> str:
+    outside = sealed.parent / ".outside"
+    outside.mkdir()
+    os.replace(sealed / "image.onnx", outside / "image.onnx")
+    (sealed / "assets").symlink_to(outside)
+
+    def rename(data: dict[str, Any]) -> None:
+        data["files"]["assets/image.onnx"] = data["files"].pop("image.onnx")
+        data["graphs"]["image"]["file"] = "assets/image.onnx"
+
+    edit(sealed, rename)
+    return r"assets/image\.onnx is a link or leads out of the bundle"
+
+
+def stray_link_to_a_folder(sealed: Path) -> str:
+    (sealed / "etc").symlink_to("/etc")
+    return "etc is not listed"
+
+
+def link_to_itself(sealed: Path) -> str:
+    (sealed / "image.onnx").unlink()
+    (sealed / "image.onnx").symlink_to("image.onnx")
+    return r"image\.onnx"
+
+
+def linked_manifest(sealed: Path) -> str:
+    os.replace(sealed / "bundle.json", sealed.parent / "bundle.json")
+    (sealed / "bundle.json").symlink_to(sealed.parent / "bundle.json")
+    return r"bundle\.json is a link"
+
+
+def folder_for_a_file(sealed: Path) -> str:
+    (sealed / "image.onnx").unlink()
+    (sealed / "image.onnx").mkdir()
+    return r"image\.onnx is listed in bundle\.json but is not there"
+
+
+def pipe_for_a_file(sealed: Path) -> str:
+    (sealed / "image.onnx").unlink()
+    os.mkfifo(sealed / "image.onnx")
+    return r"image\.onnx is listed in bundle\.json but is not there"
+
+
+def stray_socket(sealed: Path) -> str:
+    here = os.getcwd()
+    os.chdir(sealed)  # a socket's path is short
+    try:
+        socket.socket(socket.AF_UNIX).bind("s")
+    finally:
+        os.chdir(here)
+    return "s is not listed"
+
+
+def path_out_of_the_folder(sealed: Path) -> str:
+    (sealed.parent / "secret").write_bytes(b"secret")
+    edit(sealed, lambda data: data["files"].update({"../secret": {"sha256": "0" * 64, "bytes": 6}}))
+    return r"files\.\.\./secret.*not a path inside the bundle"
+
+
+def unknown_key(sealed: Path) -> str:
+    edit(sealed, lambda data: data["graphs"]["text"].update(run="rm -rf /"))
+    return r"graphs\.text\.run: unknown key"
+
+
+def unsealed(sealed: Path) -> str:
+    edit(sealed, lambda data: data.pop("files"))
+    return "lists no files; it was never sealed"
+
+
+def many_files(sealed: Path) -> str:
+    edit(
+        sealed,
+        lambda data: data["files"].update({f"f{i}": {"sha256": "0" * 64, "bytes": 0} for i in range(1000)}),
+    )
+    return "lists 1003 files; at most 1000 are read"
+
+
+def huge_manifest(sealed: Path) -> str:
+    edit(sealed, lambda data: data["source"].update(notes="x" * (1 << 20)))
+    return r"has \d+ bytes; a manifest has at most 1048576"
+
+
+def empty_manifest(sealed: Path) -> str:
+    (sealed / "bundle.json").write_bytes(b"")
+    return r"bundle\.json is not JSON"
+
+
+def huge_number_of_bytes(sealed: Path) -> str:
+    edit(sealed, lambda data: data["files"]["image.onnx"].update(bytes=10**300))
+    return r"files\.image\.onnx\.bytes|image\.onnx has \d+ bytes"
+
+
+ATTACKS = [
+    changed_byte,
+    truncated,
+    longer,
+    missing,
+    stray,
+    hidden_stray,
+    link_to_a_file,
+    link_to_a_file_inside,
+    dangling_link,
+    link_to_a_folder,
+    stray_link_to_a_folder,
+    link_to_itself,
+    linked_manifest,
+    folder_for_a_file,
+    pipe_for_a_file,
+    stray_socket,
+    path_out_of_the_folder,
+    unknown_key,
+    unsealed,
+    many_files,
+    huge_manifest,
+    empty_manifest,
+    huge_number_of_bytes,
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_is_wrong_is_named(sealed: Path, attack: Callable[[Path], str]):
+    says = attack(sealed)
+    with pytest.raises(BundleInvalid, match=says):
+        read(sealed)
+
+
+def test_without_verify_only_contents_go_unread(sealed: Path):
+    changed_byte(sealed)
+    assert read(sealed, verify=False).manifest.name == "colours"
+    stray(sealed)
+    with pytest.raises(BundleInvalid, match="not listed"):
+        read(sealed, verify=False)
+
+
+def test_a_newer_format_asks_for_a_newer_program(sealed: Path):
+    edit(sealed, lambda data: data.update(format=7, anything="new"))
+    with pytest.raises(BundleTooNew, match="has format 7"):
+        read(sealed)
+
+
+def test_a_directory_without_a_manifest_is_no_bundle(tmp_path: Path):
+    (tmp_path / "bundle.json").mkdir()
+    for directory in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300)):
+        with pytest.raises((BundleNotFound, BundleInvalid), match=r"bundle\.json|cannot be read"):
+            read(directory)
+
+
+def test_a_file_that_may_not_be_read_is_said(sealed: Path, monkeypatch: pytest.MonkeyPatch):
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(store, "_sha256", denied)  # tests may run as root, whom no mode stops
+    with pytest.raises(BundleInvalid, match=r"image\.onnx cannot be read: Permission denied"):
+        read(sealed)
+
+
+class Payload:
+    """Unpickling this would be seen."""
+
+    ran = False
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[()]]:
+        return (_run, ())
+
+
+def _run() -> None:
+    Payload.ran = True
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def npz() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, keys=np.zeros(3))
+    return file.getvalue()
+
+
+HUGE = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
+HUGE += b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117) + b"\n"
+
+
+@pytest.fixture
+def with_file(sealed: Path, tmp_path: Path) -> Callable[..., Bundle]:
+    """The bundle sealed anew with other files and a changed manifest, as its author might."""
+
+    def build(files: dict[str, bytes], **changes: Any) -> Bundle:
+        with stage(tmp_path / "more", "colours") as staged:
+            for path in sealed.iterdir():
+                (staged / path.name).write_bytes(path.read_bytes())
+            for name, content in files.items():
+                (staged / name).write_bytes(content)
+            return Bundle(seal(staged, read(sealed).manifest.model_copy(update=changes)))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(np.array([Payload()], object)),
+        pickle.dumps(Payload()),
+        npy(np.zeros(100))[:200],
+        npz(),
+        HUGE,
+        b"",
+        b"\x93NUMPY",
+        b"\x93NUMPY\x09\x00",
+        b"no array at all",
+    ],
+)
+def test_an_asset_is_a_plain_array_and_runs_nothing(sealed: Path, with_file: Callable[..., Bundle], content: bytes):
+    head = read(sealed).manifest.head
+    assert head
+    bundle = with_file({"keys.npy": content}, head=head.model_copy(update={"assets": {"keys": "keys.npy"}}))
+    with pytest.raises(BundleInvalid, match=r"keys\.npy is no plain \.npy array"):
+        bundle.head  # noqa: B018 - reads the assets
+    assert not Payload.ran
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b"{" * 100_000, b'{"model": {"type": "Magic"}}'])
+def test_a_tokenizer_that_is_none_is_refused(with_file: Callable[..., Bundle], content: bytes):
+    bundle = with_file({"tokenizer.json": content})
+    with pytest.raises(BundleInvalid, match=r"tokenizer\.json is no tokenizer"):
+        bundle.text  # noqa: B018 - reads the tokenizer
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'["a", 1]', b"[" * 100_000, b'["\xff"]', b'"cat"'])
+def test_labels_that_are_none_are_refused(with_file: Callable[..., Bundle], content: bytes):
+    bundle = with_file({"labels.json": content}, labels="labels.json")
+    with pytest.raises(BundleInvalid, match=r"labels\.json is not"):
+        bundle.labels  # noqa: B018 - reads the labels
+
+
+def test_unknown_plugins_and_params_are_refused(with_file: Callable[..., Bundle], sealed: Path):
+    head = read(sealed).manifest.head
+    assert head
+    bundle = with_file({}, head=head.model_copy(update={"params": {"scale": 1.0, "temper": 2}}))
+    with pytest.raises(BundleInvalid, match=r"head params .*temper: unknown key"):
+        bundle.head  # noqa: B018 - binds the params
+
+
+# --- graphs ---------------------------------------------------------------------------------------------------------
+
+
+def reopen(bundle: Bundle) -> None:
+    open_bundle(bundle.directory).session("image")
+
+
+@pytest.mark.parametrize("content", [b"", b"not ONNX", b"\x08\x09" * 1000])
+def test_a_graph_that_does_not_load_is_refused(with_file: Callable[..., Bundle], content: bytes):
+    with pytest.raises(BundleInvalid, match=r"image\.onnx does not load in ONNX Runtime"):
+        reopen(with_file({"image.onnx": content}))
+
+
+def outside_weights(location: str) -> bytes:
+    """A graph pixels -> image_embeds whose weights lie in another file."""
+    weights = onnx.TensorProto(name="w", data_type=1, dims=[3], data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", "0"), ("length", "12")):
+        weights.external_data.add(key=key, value=value)
+    model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["" : 18]>
+        image (float[B, 3, 4, 4] pixels) => (float[B, 3] image_embeds) {
+            axes = Constant <value_ints = [2, 3]> ()
+            mean = ReduceMean <keepdims = 0> (pixels, axes)
+            image_embeds = Add (mean, w)
+        }""")
+    model.graph.initializer.append(weights)
+    return model.SerializeToString()
+
+
+WEIGHTS = np.array([1, 2, 3], np.float32).tobytes()
+
+
+def test_graphs_may_share_a_listed_weights_file(with_file: Callable[..., Bundle]):
+    bundle = with_file({"image.onnx": outside_weights("weights.bin"), "weights.bin": WEIGHTS})
+    answer = open_bundle(bundle.directory).raw("image", {"pixels": np.zeros((1, 3, 4, 4), np.float32)})
+    assert answer["image_embeds"].tolist() == [[1, 2, 3]]
+    (bundle.directory / "weights.bin").write_bytes(WEIGHTS[::-1])
+    with pytest.raises(BundleInvalid, match=r"weights\.bin has sha256"):
+        read(bundle.directory)
+
+
+@pytest.mark.parametrize("how", ["../secret.bin", "absolute", "absent.bin", "sub/../../secret.bin", ""])
+def test_a_graph_that_reads_outside_its_folder_is_refused(with_file: Callable[..., Bundle], tmp_path: Path, how: str):
+    secret = tmp_path / "more" / "secret.bin"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_bytes(WEIGHTS)
+    bundle = with_file({"image.onnx": outside_weights(str(secret) if how == "absolute" else how)})
+    with pytest.raises(BundleInvalid, match="does not load"):
+        reopen(bundle)
+
+
+def test_a_graph_that_is_not_what_its_manifest_says_is_refused(with_file: Callable[..., Bundle], sealed: Path):
+    text = (sealed / "text.onnx").read_bytes()
+    with pytest.raises(BundleInvalid, match=r"has the inputs \['ids'\]; the manifest promises \['pixels'\]"):
+        reopen(with_file({"image.onnx": text}))

@@ -1,0 +1,323 @@
+"""bundle.json: what is read, what is refused, and that each refusal names the place."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+
+from models.bundle import manifest as module
+from models.bundle.manifest import FrozenModel, Graph, ImagePreprocess, Manifest, Plugin, parse, schema
+from models.errors import BundleInvalid, BundleTooNew
+from models.tasks.detect import Suppression
+
+HERE = Path(module.__file__).parent
+Json = dict[str, Any]
+
+
+def read(data: Any) -> Manifest:
+    return parse(json.dumps(data).encode(), "bundle.json")
+
+
+def at(data: Json, path: str) -> tuple[Json, str]:
+    *way, last = path.split("/")
+    for key in way:
+        data = data[key]
+    return data, last
+
+
+def test_a_manifest_survives_the_round_trip(colours: Json):
+    manifest = read(colours)
+    assert parse(manifest.model_dump_json(exclude_none=True).encode(), "again") == manifest
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "",
+        "source/",
+        "graphs/image/",
+        "graphs/image/inputs/pixels/",
+        "graphs/image/preprocess/",
+        "graphs/text/preprocess/",
+        "head/",
+        "prompts/",
+        "quantization/",
+    ],
+)
+def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
+    there, key = at(colours, f"{place}surprise")
+    there[key] = 1
+    with pytest.raises(
+        BundleInvalid, match=rf"{re.escape(place.rstrip('/').replace('/', '.'))}.*surprise: unknown key"
+    ):
+        read(colours)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        ("name", "Colours", "name: "),
+        ("name", "../colours", "name: "),
+        ("name", "colours\n", "name: "),
+        ("name", "c" * 65, "name: "),
+        ("precision", "int4", "precision: "),
+        ("tasks", [], "tasks: "),
+        ("tasks", ["segment"], r"tasks\.0: "),
+        ("tasks", ["detect"], "needs a graph 'regions'"),
+        ("graphs", {}, "graphs: "),
+        ("graphs/text/preprocess", None, r"`graphs\.text\.preprocess` to be an? TextPreprocess"),
+        ("graphs/image/preprocess/size", [4, 0], "not within 1 to 4096"),
+        ("graphs/image/preprocess/size", [5000, 5000], "not within 1 to 4096"),
+        ("graphs/image/preprocess/size", [2, 4], r"makes 'pixels' as float32 \['B', 3, 2, 4\]"),
+        ("graphs/image/preprocess/shortest", 3, "needs `shortest` from 4 to 4096; it is 3"),
+        ("graphs/image/preprocess/shortest", 10**9, "needs `shortest` from 4 to 4096"),
+        ("graphs/image/preprocess/shortest", None, "it is None"),
+        ("graphs/image/preprocess/std", [1.0, 0.0, 1.0], "at least 0.001"),
+        ("graphs/image/preprocess/std", [1.0, -1.0, 1.0], "at least 0.001"),
+        ("graphs/image/preprocess/mean", [0.0, 0.0], r"mean\.2: "),
+        ("graphs/image/preprocess/input", "picture", r"makes the inputs \['picture'\]; the graph takes \['pixels'\]"),
+        ("graphs/image/preprocess/kind", "sound", "does not match any of the expected tags"),
+        ("graphs/image/inputs/pixels/dtype", "uint8", "makes 'pixels' as float32"),
+        ("graphs/image/inputs/pixels/shape", [-1, 3, 4, 4], "greater than or equal to 1"),
+        ("graphs/image/outputs", {}, "outputs: "),
+        ("graphs/image/outputs/image_embeds/shape", ["B", 5], "embeddings differ in length"),
+        ("graphs/image/outputs/image_embeds/shape", ["B", "D"], r"one output, float32 \[B, D\]"),
+        ("graphs/image/outputs/more", {"dtype": "float32", "shape": ["B", 3]}, "one output"),
+        ("graphs/text/preprocess/context", 0, "context: "),
+        ("graphs/text/preprocess/context", 10**12, "context: "),
+        ("graphs/text/preprocess/pad_id", -1, "pad_id: "),
+        ("graphs/text/preprocess/mask", "mask", r"makes the inputs \['ids', 'mask'\]; the graph takes \['ids'\]"),
+        ("head", None, "'classify' needs `head` and `prompts`"),
+        ("prompts", None, "'classify' needs `head` and `prompts`"),
+        ("graphs/image/batch", "yes", "batch: "),  # types are strict: JSON has its own
+        ("graphs/image/batch", 1, "batch: "),
+        ("graphs/text/preprocess/context", "6", "context: "),
+        ("graphs/text/preprocess/context", 6.5, "context: "),
+        ("files", {"image.onnx": {"sha256": "0" * 63, "bytes": 1}}, r"files\.image\.onnx\.sha256: "),
+        ("files", {"image.onnx": {"sha256": "0" * 64, "bytes": -1}}, r"files\.image\.onnx\.bytes: "),
+        ("files", {"a": {"sha256": "0" * 64, "bytes": 1}}, "not listed under `files`: image.onnx, text.onnx"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(colours: Json, place: str, value: Any, says: str):
+    there, key = at(colours, place)
+    there[key] = value
+    with pytest.raises(BundleInvalid, match=says):
+        read(colours)
+
+
+PATHS = [
+    "../image.onnx",
+    "a/../../image.onnx",
+    "/etc/passwd",
+    "a//b",
+    "a/./b",
+    ".",
+    "..",
+    ".hidden",
+    "a/.hidden",
+    "a\\b",
+    "C:\\image.onnx",
+    "C:image.onnx",
+    "image.onnx\0.txt",
+    "image.onnx\n",
+    "image onnx",
+    "a/",
+    "",
+    "~/image.onnx",
+    "ímage.onnx",
+    "a" * 201,
+    "bundle.json",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("place", ["graphs/image/file", "graphs/text/preprocess/tokenizer", "labels"])
+def test_a_path_that_could_leave_its_folder_is_refused(colours: Json, place: str, path: str):
+    there, key = at(colours, place)
+    there[key] = path
+    with pytest.raises(BundleInvalid, match=rf"{key}: .*(not a path inside the bundle|cannot name itself)"):
+        read(colours)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nor_is_it_listed_or_an_asset(colours: Json, path: str):
+    listed = colours | {"files": {path: {"sha256": "0" * 64, "bytes": 1}}}
+    with pytest.raises(BundleInvalid, match=r"files\."):
+        read(listed)
+    colours["head"]["assets"] = {"keys": path}
+    with pytest.raises(BundleInvalid, match=r"head\.assets\.keys"):
+        read(colours)
+
+
+def test_plain_paths_are_fine():
+    assert Plugin(name="x", assets={"a": "deep/er/weights-1.0_b.npy"}).assets["a"] == "deep/er/weights-1.0_b.npy"
+
+
+def test_a_newer_format_is_refused_by_its_number(colours: Json):
+    with pytest.raises(BundleTooNew, match=r"has format 2; this calmclip reads up to 1\. Install a newer calmclip"):
+        read(colours | {"format": 2, "key of a later format": {}})
+
+
+@pytest.mark.parametrize("number", [True, "1", 1.0, 0, -1, None, [1]])
+def test_format_is_a_whole_number(colours: Json, number: Any):
+    with pytest.raises(BundleInvalid, match=r"`format` is .*; expected a whole number from 1 to 1"):
+        read(colours | {"format": number})
+
+
+def test_a_manifest_without_format_is_refused(colours: Json):
+    del colours["format"]
+    with pytest.raises(BundleInvalid, match="`format` is None"):
+        read(colours)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"[]", "a JSON list, not an object"),
+        (b"null", "a JSON NoneType"),
+        (b'{"format": 1, "format": 2}', "the key 'format' appears 2 times"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' appears 2 times"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b'{"a": -Infinity}', "-Infinity is not a finite number"),
+        (b'{"a": 1e999}', "1e999 is not a finite number"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        ('{"a": 1}'.encode("utf-16"), "not JSON in UTF-8"),
+        (b'\xef\xbb\xbf{"a": 1}', "BOM"),
+        (b'{"a": "\xff"}', "utf-8"),
+        (b'{"a": 1} {"a": 1}', "Extra data"),
+    ],
+)
+def test_what_is_not_plain_json_is_refused(text: bytes, says: str):
+    with pytest.raises(BundleInvalid, match=says):
+        parse(text, "bundle.json")
+
+
+@pytest.mark.parametrize("depth", [*range(200, 1100, 10), 10_000, 500_000])
+def test_deep_nesting_ends_in_a_refusal(colours: Json, depth: int):
+    text = json.dumps(colours | {"quantization": {"name": "none", "calibration": {"deep": "HERE"}}})
+    with pytest.raises(BundleInvalid, match=r"bundle\.json"):
+        parse(text.replace('"HERE"', "[" * depth + "]" * depth).encode(), "bundle.json")
+
+
+def test_a_lone_surrogate_is_refused(colours: Json):
+    colours["source"]["notes"] = "\ud800"
+    with pytest.raises(BundleInvalid, match=r"bundle\.json"):
+        read(colours)
+
+
+def test_many_faults_are_reported_briefly(colours: Json):
+    with pytest.raises(BundleInvalid, match=r"and \d+ more") as refused:
+        read(colours | {f"k{i}": i for i in range(50_000)})
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_are_finite(colours: Json, number: float):
+    for name in ("mean", "std"):
+        with pytest.raises(ValidationError, match="finite number"):
+            ImagePreprocess(size=(4, 4), shortest=4, **{"mean": (0, 0, 0), "std": (1, 1, 1)} | {name: (1, 1, number)})
+    broken = read(colours).model_copy(update={"head": Plugin(name="cosine", params={"scale": number})})
+    with pytest.raises(BundleInvalid, match="not a finite number"):  # and not written as null
+        parse(broken.model_dump_json().encode(), "bundle.json")
+
+
+def test_a_manifest_cannot_be_changed(colours: Json):
+    manifest = read(colours)
+    for thing, name in ((manifest, "name"), (manifest.graphs["image"], "file"), (manifest.source, "license")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(thing, name, "other")
+
+
+def regions(colours: Json) -> Json:
+    """The hand-made bundle with the two graphs of detection."""
+
+    def tensors(*names: str) -> Json:
+        return {name: {"dtype": "float32", "shape": ["N"]} for name in names}
+
+    pixels = dict(colours["graphs"]["image"])
+    graphs = colours["graphs"] | {
+        "regions": pixels | {"outputs": tensors("boxes", "class_embeds", "objectness")},
+        "detect": {
+            "file": "detect.onnx",
+            "inputs": tensors("boxes", "class_embeds", "objectness", "text_embeds", *Suppression().tensors()),
+            "outputs": tensors("kept_boxes", "scores", "raw_scores", "classes", "candidates"),
+        },
+    }
+    return colours | {"graphs": graphs, "tasks": ["detect"]}
+
+
+def test_detection_asks_for_its_graphs_by_role_and_name(colours: Json):
+    whole = regions(colours)
+    assert read(whole).tasks == ("detect",)
+    for role, side in (("regions", "outputs"), ("detect", "inputs"), ("detect", "outputs")):
+        names = whole["graphs"][role][side]
+        lost = names.popitem()
+        with pytest.raises(BundleInvalid, match=rf"`graphs\.{role}\.{side}` are .*; expected .*{lost[0]}"):
+            read(whole)
+        names[lost[0]] = lost[1]
+    del whole["prompts"]
+    with pytest.raises(BundleInvalid, match="'detect' needs `prompts`"):
+        read(whole)
+
+
+def test_embed_needs_a_graph_that_embeds(colours: Json):
+    colours["tasks"] = ["embed"]
+    del colours["graphs"]["text"]
+    assert read(colours).tasks == ("embed",)
+    colours["graphs"]["other"] = colours["graphs"].pop("image")
+    with pytest.raises(BundleInvalid, match="task 'embed' needs a graph 'image'"):
+        read(colours)
+
+
+def test_the_schema_on_disk_is_the_one_printed():
+    assert (HERE / "bundle.schema.json").read_text(encoding="utf-8") == schema()
+
+
+def test_the_schema_agrees_about_right_and_wrong(colours: Json, sealed: Path):
+    check = jsonschema.Draft202012Validator(json.loads(schema()))
+    check.check_schema(check.schema)
+    assert check.is_valid(json.loads((sealed / "bundle.json").read_bytes()))
+    assert check.is_valid(regions(colours))
+    for change in ({"name": "A"}, {"format": 2}, {"tasks": ["x"]}, {"surprise": 1}, {"graphs": {"image": {}}}):
+        assert not check.is_valid(colours | change), change
+
+
+def keys(model: type[FrozenModel], prefix: str = "") -> dict[str, type[FrozenModel]]:
+    return {prefix + name: model for name in model.model_fields}
+
+
+def test_the_format_page_has_a_row_for_every_key():
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    rows = {key for cell in first for key in re.findall(r"`([^`]+)`", cell)}
+    expected = {
+        *keys(Manifest),
+        *keys(module.Source, "source."),
+        *keys(Graph, "graphs.*."),
+        *keys(module.Tensor, "graphs.*.inputs.*."),
+        *keys(ImagePreprocess, "graphs.*.preprocess."),
+        *keys(module.TextPreprocess, "graphs.*.preprocess."),
+        *keys(module.Ops, "ops."),
+        *keys(Plugin, "head."),
+        *keys(module.Quantization, "quantization."),
+        *keys(module.File, "files.*."),
+    }
+    assert rows == expected
+
+
+def test_an_older_format_is_upgraded_step_by_step(colours: Json, monkeypatch: pytest.MonkeyPatch):
+    """As if the format were 2 already, and `precision` had been called `kind` in format 1."""
+
+    def old_to_new(data: Json) -> Json:
+        return {**{k: v for k, v in data.items() if k != "kind"}, "precision": data["kind"], "format": 1}
+
+    monkeypatch.setattr(module, "FORMAT", 2)
+    monkeypatch.setitem(module.UPGRADES, 1, old_to_new)
+    colours["kind"] = colours.pop("precision")
+    assert read(colours).precision == "float32"
