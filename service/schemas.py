@@ -9,7 +9,7 @@ import binascii
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from models.flow import Array
 from models.tasks.classify import Ranking
@@ -44,7 +44,9 @@ Picture = Annotated[
         }
     ),
 ]
-Vector = Annotated[Any, SkipValidation, WithJsonSchema({"type": "array", "items": {"type": "number"}})]
+Vectors = Annotated[
+    Any, WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": "number"}}})
+]  # numpy goes to orjson as it is
 Scalar = str | int | float | bool
 
 
@@ -196,7 +198,7 @@ class EmbedAnswer(Answer):
     model: str
     dim: int
     normalized: bool
-    embeddings: list[Vector] = Field(description="unit vectors, in the order of the inputs")
+    embeddings: Vectors = Field(description="unit vectors, in the order of the inputs")
 
     @classmethod
     def of(cls, model: str, vectors: Array) -> "EmbedAnswer":

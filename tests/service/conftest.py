@@ -1,0 +1,263 @@
+"""A bundle whose answers are known by hand, and a service over real sockets.
+
+`colours-int8`: a picture's vector is its mean colour, a text's is the sum of its words' colours, both made
+unit; `regions` are the four quarters of the picture. So a red picture has cosine 1 with "red", 0 with
+"blue", and 1/sqrt(2) with "yellow" = red + green.
+"""
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx.parser
+import onnxruntime  # noqa: F401  its threads start before uvicorn's
+import pytest
+import uvicorn
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+
+from models.bundle.manifest import Manifest
+from models.bundle.store import Sealed, seal, stage
+from service.app import create_app
+from service.settings import Settings
+
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "white": (1, 1, 1)}
+WORDS = ["[UNK]", *COLOURS, "a", "photo", "of", "thing"]
+CONTEXT = 12
+
+IMAGE = """
+<ir_version: 8, opset_import: ["" : 18]>
+image (float[B, 3, 8, 8] pixels) => (float[B, 3] image_embeds)
+<int64[2] area = {2, 3}, int64[1] last = {1}, float tiny = {1e-9}> {
+    mean = ReduceMean <keepdims = 0> (pixels, area)
+    length = ReduceL2 <keepdims = 1> (mean, last)
+    safe = Max(length, tiny)
+    image_embeds = Div(mean, safe)
+}
+"""
+TEXT = """
+<ir_version: 8, opset_import: ["" : 18]>
+text (int64[B, T] ids, int64[B, T] mask) => (float[B, 3] text_embeds) <int64[1] tokens = {1}, float tiny = {1e-9}> {
+    rows = Gather(table, ids)
+    kept = Cast <to = 1> (mask)
+    column = Unsqueeze(kept, minus)
+    seen = Mul(rows, column)
+    sum = ReduceSum <keepdims = 0> (seen, tokens)
+    length = ReduceL2 <keepdims = 1> (sum, tokens)
+    safe = Max(length, tiny)
+    text_embeds = Div(sum, safe)
+}
+"""
+REGIONS = """
+<ir_version: 8, opset_import: ["" : 18]>
+regions (float[B, 3, 8, 8] pixels) => (float[B, 4, 3] class_embeds, float[B, 4, 4] boxes, float[B, 4] objectness)
+<int64[3] flat = {0, 3, 4}, int64[1] last = {2}, float tiny = {1e-9},
+ float[1, 4, 4] quarters = {0, 0, 4, 4, 4, 0, 8, 4, 0, 4, 4, 8, 4, 4, 8, 8}> {
+    means = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (pixels)
+    rows = Reshape(means, flat)
+    colours = Transpose <perm = [0, 2, 1]> (rows)
+    length = ReduceL2 <keepdims = 1> (colours, last)
+    safe = Max(length, tiny)
+    class_embeds = Div(colours, safe)
+    zero = Mul(colours, nought)
+    sum = ReduceSum <keepdims = 1> (zero, last)
+    boxes = Add(sum, quarters)
+    flat_sum = ReduceSum <keepdims = 0> (zero, last)
+    objectness = Add(flat_sum, one)
+}
+"""
+# No suppression: every box-label pair over min_score, best first.
+DETECT = """
+<ir_version: 8, opset_import: ["" : 18]>
+detect (float[1, P, 3] class_embeds, float[1, P, 4] boxes, float[1, P] objectness, float[Q, 3] text_embeds,
+        int64[1] method, int64[1] per_class, float[1] iou_threshold, float[1] sigma, float[1] min_score,
+        int64[1] max_output)
+=> (float[K, 4] kept_boxes, float[K] scores, float[K] raw_scores, int64[K] classes, int64[1] candidates)
+<int64[1] first = {0}, int64[1] all = {-1}> {
+    seen = Squeeze(class_embeds, first)
+    labels = Transpose(text_embeds)
+    cosines = MatMul(seen, labels)
+    over = GreaterOrEqual(cosines, min_score)
+    counted = Cast <to = 7> (over)
+    candidates_2d = ReduceSum <keepdims = 0> (counted)
+    candidates = Reshape(candidates_2d, all)
+    most = Min(candidates, max_output)
+    flat = Reshape(cosines, all)
+    scores, at = TopK(flat, most)
+    raw_scores = Identity(scores)
+    columns = Shape <start = 1, end = 2> (cosines)
+    row = Div(at, columns)
+    classes = Mod(at, columns)
+    places = Squeeze(boxes, first)
+    kept_boxes = Gather(places, row)
+}
+"""
+
+
+def _graph(text: str, **tensors: np.ndarray) -> bytes:
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in tensors.items())
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    return tokenizer
+
+
+def _tensor(dtype: str, *shape: int | str) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape}
+
+
+def make_bundle(bundles: Path, name: str = "colours-int8", *, note: str = "") -> Sealed:
+    """Another ``note`` gives another digest with the same graphs."""
+    picture = {"kind": "image", "size": (8, 8), "resample": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    settings = {"method": "int64", "per_class": "int64", "iou_threshold": "float32", "sigma": "float32",
+                "min_score": "float32", "max_output": "int64"}  # fmt: skip
+    pixels = {"pixels": _tensor("float32", "B", 3, 8, 8)}
+    manifest = Manifest.model_validate(
+        {
+            "name": name,
+            "precision": "int8" if name.endswith("int8") else "float32",
+            "tasks": ["classify", "embed", "detect"],
+            "source": {"net": "hand", "model": "colours", "license": "Apache-2.0", "notes": note},
+            "graphs": {
+                "image": {
+                    "file": "image.onnx",
+                    "inputs": pixels,
+                    "outputs": {"image_embeds": _tensor("float32", "B", 3)},
+                    "preprocess": {**picture, "resize": "exact"},
+                },
+                "text": {
+                    "file": "text.onnx",
+                    "inputs": {"ids": _tensor("int64", "B", "T"), "mask": _tensor("int64", "B", "T")},
+                    "outputs": {"text_embeds": _tensor("float32", "B", 3)},
+                    "preprocess": {"kind": "text", "mask": "mask", "context": CONTEXT},
+                },
+                "regions": {
+                    "file": "regions.onnx",
+                    "inputs": pixels,
+                    "outputs": {
+                        "class_embeds": _tensor("float32", "B", 4, 3),
+                        "boxes": _tensor("float32", "B", 4, 4),
+                        "objectness": _tensor("float32", "B", 4),
+                    },
+                    "preprocess": {**picture, "resize": "letterbox"},
+                },
+                "detect": {
+                    "file": "detect.onnx",
+                    "batch": False,
+                    "inputs": {
+                        "class_embeds": _tensor("float32", 1, "P", 3),
+                        "boxes": _tensor("float32", 1, "P", 4),
+                        "objectness": _tensor("float32", 1, "P"),
+                        "text_embeds": _tensor("float32", "Q", 3),
+                        **{key: _tensor(dtype, 1) for key, dtype in settings.items()},
+                    },
+                    "outputs": {
+                        "kept_boxes": _tensor("float32", "K", 4),
+                        "scores": _tensor("float32", "K"),
+                        "raw_scores": _tensor("float32", "K"),
+                        "classes": _tensor("int64", "K"),
+                        "candidates": _tensor("int64", 1),
+                    },
+                },
+            },
+            "head": {"name": "cosine", "params": {"scale": 10.0}},
+            "prompts": {"name": "single", "params": {"template": "a photo of a {}"}},
+            "quantization": {"name": "none"},
+            "created": "2026-01-01T00:00:00+00:00",
+        }
+    )
+    table = np.zeros((len(WORDS), 3), np.float32)
+    for word, colour in COLOURS.items():
+        table[WORDS.index(word)] = colour
+    with stage(bundles, name) as directory:
+        (directory / "image.onnx").write_bytes(_graph(IMAGE))
+        (directory / "text.onnx").write_bytes(_graph(TEXT, table=table, minus=np.array([-1])))
+        nought, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+        (directory / "regions.onnx").write_bytes(_graph(REGIONS, nought=nought, one=one))
+        (directory / "detect.onnx").write_bytes(_graph(DETECT))
+        _tokenizer().save(str(directory / "tokenizer.json"))
+        (directory / "report.json").write_text('{"measured": "nothing"}')
+        return seal(directory, manifest)
+
+
+def paint(*colours: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:
+    """One colour, or four: top left, top right, bottom left, bottom right."""
+    grid = np.array([COLOURS[c] for c in (colours if len(colours) == 4 else colours[:1] * 4)], np.uint8) * 255
+    image = Image.fromarray(grid.reshape(2, 2, 3)).resize(size, Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+@contextmanager
+def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]:
+    """The app under uvicorn in a thread, on a free port; a client for it."""
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+            while ready and client.get("/readyz").status_code != 200:
+                time.sleep(0.01)
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundles")
+    make_bundle(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    return paint
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., object]:
+    return serving
+
+
+@pytest.fixture(scope="session")
+def bundle_maker() -> Callable[..., Sealed]:
+    return make_bundle
+
+
+@pytest.fixture
+def settings(bundles: Path, tmp_path: Path) -> Callable[..., Settings]:
+    """Settings over the tiny bundle, with an own data directory; keywords change them."""
+
+    def make(**changes: object) -> Settings:
+        return Settings(**{"bundles_dir": bundles, "data_dir": tmp_path / "data", "threads": 1, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def client(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """One service for a whole test file."""
+    data = tmp_path_factory.mktemp("data")
+    with serving(Settings(bundles_dir=bundles, data_dir=data, threads=1)) as client:
+        yield client

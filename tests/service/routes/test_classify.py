@@ -1,0 +1,71 @@
+"""Expected values: the tiny bundle's vectors are mean colours (tests/service/conftest.py), its head's scale is 10."""
+
+import base64
+import math
+
+import pytest
+
+
+def expected(*cosines: float) -> list[float]:
+    powers = [math.exp(10 * c) for c in cosines]
+    return [p / sum(powers) for p in powers]
+
+
+RED_YELLOW_BLUE = dict(zip(("red", "yellow", "blue"), expected(1, math.sqrt(0.5), 0), strict=True))
+
+
+def check(answer):
+    assert answer.status_code == 200, answer.text
+    labels = answer.json()["labels"]
+    assert [one["label"] for one in labels] == ["red", "yellow", "blue"]
+    assert [one["index"] for one in labels] == [1, 2, 0]
+    assert [one["score"] for one in labels] == pytest.approx(list(RED_YELLOW_BLUE.values()), abs=1e-6)
+    assert [one["cosine"] for one in labels] == pytest.approx([1, math.sqrt(0.5), 0], abs=1e-6)
+
+
+def test_json(client, picture):
+    image = {"b64": base64.b64encode(picture("red")).decode()}
+    check(client.post("/v1/classify", json={"image": image, "labels": ["blue", "red", "yellow"]}))
+
+
+def test_multipart_takes_a_repeated_field_as_a_list(client, picture):
+    files = {"image": ("r.png", picture("red"), "image/png")}
+    check(client.post("/v1/classify", files=files, data={"labels": ["blue", "red", "yellow"]}))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/webp", "WEBP")])
+def test_raw_picture_with_the_rest_in_the_query(client, picture, kind, name):
+    answer = client.post(
+        "/v1/classify",
+        params={"labels": ["blue", "red"], "top_k": 1, "model": "colours-int8"},
+        content=picture("red", kind=name),
+        headers={"content-type": kind},
+    )
+    assert answer.json()["model"] == "colours-int8"
+    assert [one["label"] for one in answer.json()["labels"]] == ["red"]
+
+
+def test_templates_replace_the_prompts(client, picture):
+    # "blue red" is (1, 0, 1) / sqrt(2): against red the cosine falls from 1 to sqrt(1/2)
+    image = {"b64": base64.b64encode(picture("red")).decode()}
+    body = {"image": image, "labels": ["red"], "templates": ["blue {}"]}
+    labels = client.post("/v1/classify", json=body).json()["labels"]
+    assert labels[0]["cosine"] == pytest.approx(math.sqrt(0.5), abs=1e-6)
+
+
+def test_server_timing_names_the_stages(client, picture):
+    answer = client.post("/v1/classify?labels=red", content=picture("red"), headers={"content-type": "image/png"})
+    entries = dict(entry.split(";dur=") for entry in answer.headers["server-timing"].split(", "))
+    assert set(entries) == {"read", "decode", "preprocess", "queue", "infer", "postprocess", "serialize", "total"}
+    parts = [float(value) for name, value in entries.items() if name != "total"]
+    assert min(parts) >= 0
+    assert sum(parts) <= float(entries["total"]) + 0.1  # rounded to 0.01 ms each
+
+
+def test_request_id_is_kept_when_plain_and_made_when_not(client, picture):
+    def ask(given: str) -> str:
+        return client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
+
+    assert ask("abc-1.2_3") == "abc-1.2_3"
+    assert ask("a b") != "a b"
+    assert ask("x" * 65) != "x" * 65

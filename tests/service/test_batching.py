@@ -1,0 +1,155 @@
+"""The batcher against a graph that says what it was run on."""
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from models.errors import BadRequest, Overloaded
+from service.batching import Batcher
+
+
+class Graph:
+    """y = 2 x, row by row; remembers the shapes it saw; `gate` holds it back."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, feeds):
+        self.gate.wait(5)
+        self.shapes.append(feeds["x"].shape)
+        if (feeds["x"] < 0).any():
+            raise BadRequest("negative")
+        return {"y": feeds["x"] * 2}
+
+
+def rows(*values: float, width: int = 2) -> dict[str, np.ndarray]:
+    return {"x": np.repeat(np.array(values, np.float32)[:, None], width, 1)}
+
+
+def run(scenario, **options):
+    async def main():
+        graph = Graph()
+        batcher = Batcher(graph, **options)
+        try:
+            return await scenario(batcher, graph), graph
+        finally:
+            graph.gate.set()
+            await batcher.close()
+
+    return asyncio.run(main())
+
+
+async def behind(batcher, graph, *calls):
+    """Starts one call that occupies the graph, then ``calls`` behind it, then lets all run."""
+    graph.gate.clear()
+    first = asyncio.create_task(batcher.run(rows(0, width=9)))
+    while batcher.depth or not batcher._worker:
+        await asyncio.sleep(0.001)
+    tasks = [asyncio.create_task(batcher.run(call)) for call in calls]
+    await asyncio.sleep(0.01)
+    return first, tasks
+
+
+def test_calls_that_wait_are_merged_and_split():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1), rows(2, 3), rows(4))
+        graph.gate.set()
+        await first
+        return [a.outputs["y"].tolist() for a in await asyncio.gather(*tasks)]
+
+    answers, graph = run(scenario)
+    assert answers == [[[2, 2]], [[4, 4], [6, 6]], [[8, 8]]]
+    assert graph.shapes == [(1, 9), (4, 2)]
+
+
+def test_other_lengths_are_not_merged_and_order_holds_within_a_length():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1), rows(2, width=3), rows(3), rows(4, width=3))
+        graph.gate.set()
+        await asyncio.gather(first, *tasks)
+
+    _, graph = run(scenario)
+    assert graph.shapes == [(1, 9), (2, 2), (2, 3)]
+
+
+def test_a_graph_without_batch_runs_every_call_alone():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1), rows(2))
+        graph.gate.set()
+        await asyncio.gather(first, *tasks)
+
+    _, graph = run(scenario, batch=False)
+    assert graph.shapes == [(1, 9), (1, 2), (1, 2)]
+
+
+def test_a_merged_run_has_at_most_max_size_rows_and_a_larger_call_goes_in_pieces():
+    async def scenario(batcher, graph):
+        return (await batcher.run(rows(*range(7)))).outputs["y"][:, 0].tolist()
+
+    answer, graph = run(scenario, max_size=3)
+    assert answer == [0, 2, 4, 6, 8, 10, 12]
+    assert [shape[0] for shape in graph.shapes] == [3, 3, 1]
+
+
+def test_a_full_queue_is_refused_and_goes_on():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1), rows(2))
+        with pytest.raises(Overloaded, match="2 calls wait") as refused:
+            await batcher.run(rows(3))
+        graph.gate.set()
+        await asyncio.gather(first, *tasks)
+        return refused.value.retry_after, (await batcher.run(rows(5))).outputs["y"].tolist()
+
+    (retry_after, later), _ = run(scenario, max_pending=2)
+    assert retry_after >= 1
+    assert later == [[10, 10]]
+
+
+def test_what_nobody_waits_for_is_not_run():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1, width=4), rows(2))
+        tasks[0].cancel()
+        graph.gate.set()
+        await asyncio.gather(first, tasks[1])
+
+    _, graph = run(scenario)
+    assert graph.shapes == [(1, 9), (1, 2)]
+
+
+def test_an_error_reaches_its_callers_and_the_next_call_runs():
+    async def scenario(batcher, graph):
+        with pytest.raises(BadRequest, match="negative"):
+            await batcher.run(rows(-1))
+        return (await batcher.run(rows(1))).outputs["y"].tolist()
+
+    answer, _ = run(scenario)
+    assert answer == [[2, 2]]
+
+
+def test_the_oldest_call_waits_for_company_only_while_some_may_come():
+    async def scenario(batcher, graph):
+        late = asyncio.create_task(batcher.run(rows(1)))
+        await asyncio.sleep(0.01)
+        await asyncio.gather(late, batcher.run(rows(2)))
+
+    _, graph = run(scenario, max_wait_s=5.0, max_size=2, company=lambda: True)
+    assert graph.shapes == [(2, 2)]
+    _, graph = run(scenario, max_wait_s=5.0, max_size=2, company=lambda: False)
+    assert graph.shapes == [(1, 2), (1, 2)]
+
+
+def test_waiting_and_running_are_told_apart():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1))
+        await asyncio.sleep(0.05)
+        graph.gate.set()
+        return await first, await tasks[0]
+
+    (first, second), _ = run(scenario)
+    assert first.infer_s >= 0.05
+    assert second.queue_s >= 0.05
+    assert second.infer_s < 0.05
