@@ -1,0 +1,65 @@
+"""What the pages say exists, exists; and what exists is said."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from models.cli import VERBS
+from models.commands import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "models/README.md", "export/README.md", "service/README.md"]
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_a_page_links_to_or_names_is_there(page: str):
+    folder = (ROOT / page).parent
+    links = re.findall(r"\]\((?!http|#|/)([^)#\s]+)", read(page))
+    named = re.findall(r"`((?:models|export|service|tests)/[\w./-]*\w)`", read(page))
+    for link in links:
+        assert (folder / link).exists(), f"{page} links to {link}"
+    for path in named:
+        made = path.startswith("models/bundles")  # by an export
+        assert made or (ROOT / path).exists(), f"{page} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_a_page_shows_is_a_verb(page: str):
+    verbs = set(re.findall(r"\bcalmclip ([a-z]+)\b", "\n".join(re.findall(r"```[\s\S]*?```|`[^`\n]+`", read(page)))))
+    assert verbs <= set(VERBS), f"{page} shows {sorted(verbs - set(VERBS))}"
+
+
+def test_every_verb_is_in_the_readme():
+    assert all(f"calmclip {verb}" in read("README.md") for verb in VERBS)
+
+
+def test_every_make_target_a_page_shows_is_there():
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`?make ([a-z-]+)`?$", read(page), re.MULTILINE)) <= targets, page
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_plug_in_is_in_its_packages_page(family: str):
+    from importlib import import_module
+
+    module, name = FAMILIES[family].split(":")
+    page = read(f"{module.split('.')[0]}/README.md")
+    for plugin in getattr(import_module(module), name).names():
+        assert f"`{plugin}`" in page, f"{module.split('.')[0]}/README.md does not name {family} {plugin!r}"
+
+
+def test_the_architecture_page_draws_every_module():
+    """A folder's line names what is in it: each top-level module of the three packages stands in the tree."""
+    page = read("ARCHITECTURE.md")
+    for package in ("models", "export", "service"):
+        for path in (ROOT / package).iterdir():
+            if path.suffix == ".py" and path.name != "__init__.py":
+                assert re.search(rf"\b{path.stem}\b", page), f"ARCHITECTURE.md does not name {package}/{path.name}"
+            if (path / "__init__.py").is_file():
+                assert f"{path.name}/" in page, f"ARCHITECTURE.md does not name {package}/{path.name}/"

@@ -1,0 +1,111 @@
+"""The whole walk on a tiny random net: torch -> ONNX -> INT8 -> bundle -> a real server -> HTTP.
+
+The oracle is transformers on the checkpoint itself; nothing between it and the answer is shared.
+"""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+LABELS = ["a cat", "two dogs", "red", "a photo of a cup", "green green"]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(tiny_bundles), "--port", str(port)]
+    environment = os.environ | {"CALMCLIP_DATA_DIR": str(tmp_path_factory.mktemp("data")), "CALMCLIP_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            _until_ready(client, process)
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def _until_ready(client: httpx.Client, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, process.stderr.read()
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("the service was not ready after a minute")
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_hf_clip: Path):
+    """(pictures, texts) -> unit vectors of both and the temperature, by transformers from the checkpoint."""
+    model = transformers.CLIPModel.from_pretrained(tiny_hf_clip).eval()
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(tiny_hf_clip)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_hf_clip)
+
+    def unit(found: object) -> np.ndarray:
+        return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
+
+    def embed(pictures: list[Path], texts: list[str]) -> tuple[np.ndarray, np.ndarray, float]:
+        with torch.no_grad():
+            pixels = processor([Image.open(p).convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"]
+            images = unit(model.get_image_features(pixel_values=pixels))
+            ids = [tokenizer([t], return_tensors="pt", return_token_type_ids=False) for t in texts]
+            words = np.concatenate([unit(model.get_text_features(**one)) for one in ids])
+        return images, words, float(model.logit_scale.exp())
+
+    return embed
+
+
+def test_classify_over_http_agrees_with_the_checkpoint(server: httpx.Client, oracle, photographs):
+    images, texts, scale = oracle([photographs["cat"]], [f"a photo of a {label}." for label in LABELS])
+    logits = scale * images.astype(np.float64) @ texts.T
+    want = (np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[0]
+    for model, tolerance in (("tiny-float", 1e-4), ("tiny-int8", 0.15)):
+        answer = server.post(
+            "/v1/classify",
+            files={"image": photographs["cat"].read_bytes()},
+            data={"labels": LABELS, "model": model},
+        )
+        assert answer.status_code == 200, answer.text
+        rows = answer.json()["labels"]
+        assert sorted(row["index"] for row in rows) == list(range(len(LABELS)))
+        assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+        assert {row["label"]: row["score"] for row in rows} == pytest.approx(
+            dict(zip(LABELS, want, strict=True)), abs=tolerance
+        )
+
+
+def test_vectors_over_http_agree_with_the_checkpoint(server: httpx.Client, oracle, photographs):
+    images, texts, _ = oracle([photographs["rocket"]], ["two dogs"])
+    picture = {"b64": base64.b64encode(photographs["rocket"].read_bytes()).decode()}
+    inputs = [{"text": "two dogs"}, {"image": picture}]
+    for model, least in (("tiny-float", 1 - 1e-6), ("tiny-int8", 0.97)):
+        answer = server.post("/v1/embed", json={"model": model, "inputs": inputs})
+        vectors = np.array(answer.json()["embeddings"])
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-3)
+        assert vectors[0] @ texts[0] > least
+        assert vectors[1] @ images[0] > least
+
+
+def test_the_report_that_was_sealed_is_served(server: httpx.Client, tiny_bundles: Path):
+    served = server.get("/v1/models/tiny-int8").json()
+    sealed = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())
+    assert served["report"] == sealed
