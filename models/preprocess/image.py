@@ -123,7 +123,7 @@ class ImagePreparer:
         left, top = self._margin(w - cols), self._margin(h - rows)
         scale = (w / width, h / height)
         frame = Frame(width, height, scale, (-float(left), -float(top)))
-        if w * h > MAX_PIXELS:  # a ribbon: resized whole it would not fit in memory
+        if w * h > MAX_PIXELS:  # a ribbon, which resized whole would not fit in memory
             box = (left / scale[0], top / scale[1], (left + cols) / scale[0], (top + rows) / scale[1])
             return self._resize(image, cols, rows, box), frame
         return self._resize(image, w, h).crop((left, top, left + cols, top + rows)), frame
@@ -176,7 +176,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
         grey = (np.asarray(image, np.uint32) + 128) // 257  # to the nearest of 0-255

@@ -1,0 +1,410 @@
+"""Pixels against the reference processors, every kind of file, and boxes there and back."""
+
+import io
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageOps
+
+from models.bundle.manifest import ImagePreprocess
+from models.errors import BadImage, ImageTooLarge
+from models.preprocess.image import MAX_PIXELS, Frame, Header, ImagePreparer, decode, inspect
+
+ASSETS = Path(__file__).parents[2] / "assets"
+PHOTOGRAPHS = sorted(ASSETS.glob("*.jpg"))
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
+SHAPES = [(640, 480), (480, 640), (333, 500), (501, 333), (224, 224), (225, 224), (1, 300), (300, 1), (7, 5), (1, 1)]
+
+
+def clip(**changes: Any) -> ImagePreprocess:
+    return ImagePreprocess(**{"size": (224, 224), "shortest": 224, "mean": MEAN, "std": STD} | changes)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Every frequency there is: what a resize gets wrong shows here first."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def save(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def pictures() -> list[Any]:
+    shapes = [pytest.param(noise(*shape), id="x".join(map(str, shape))) for shape in SHAPES]
+    return shapes + [pytest.param(Image.open(path).convert("RGB"), id=path.stem) for path in PHOTOGRAPHS]
+
+
+def bytes_of(pixels: np.ndarray, spec: ImagePreprocess) -> np.ndarray:
+    """uint8 [3, H, W]: what the pixels were before normalisation."""
+    mean, std = (np.array(v, np.float64).reshape(3, 1, 1) for v in (spec.mean, spec.std))
+    grey = (pixels[0].astype(np.float64) * std + mean) * 255
+    assert np.abs(grey - np.rint(grey)).max() < 1e-3
+    return np.rint(grey).astype(np.uint8)
+
+
+# --- the references -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("picture", pictures())
+def test_equal_to_torchvision(picture: Image.Image):
+    from torchvision import transforms as tv
+
+    placed = tv.Compose([tv.Resize(224, tv.InterpolationMode.BICUBIC, antialias=True), tv.CenterCrop(224)])(picture)
+    normal = tv.Compose([tv.ToTensor(), tv.Normalize(MEAN, STD)])(placed).numpy()
+    pixels, _ = ImagePreparer(clip()).prepare(picture)
+    assert pixels.shape == (1, 3, 224, 224)
+    assert pixels.dtype == np.float32
+    assert pixels.flags.c_contiguous
+    assert np.array_equal(bytes_of(pixels, clip()), np.asarray(placed).transpose(2, 0, 1))
+    assert np.abs(pixels[0] - normal).max() <= 1e-6
+
+
+@pytest.mark.parametrize("picture", pictures())
+def test_equal_to_open_clip(picture: Image.Image):
+    from open_clip.transform import image_transform
+
+    expected = image_transform(224, is_train=False, mean=MEAN, std=STD)(picture).numpy()
+    assert np.abs(ImagePreparer(clip()).prepare(picture)[0][0] - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("picture", pictures())
+def test_equal_to_transformers(picture: Image.Image):
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, image_mean=MEAN, image_std=STD
+    )
+    spec = clip(crop_offset="floor")
+    expected = processor(picture, return_tensors="np")["pixel_values"][0]
+    pixels, _ = ImagePreparer(spec).prepare(picture)
+    assert np.array_equal(bytes_of(pixels, spec), bytes_of(expected[None], spec))
+    assert np.abs(pixels[0] - expected).max() <= 1e-6
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_exact_is_a_plain_resize(resample: str):
+    """As SigLIP and OWL-ViT take pictures: both sides to the size, no crop."""
+    from torchvision import transforms as tv
+
+    spec = clip(size=(48, 64), resize="exact", resample=resample, mean=(0.5,) * 3, std=(0.5,) * 3)
+    mode = {"bicubic": tv.InterpolationMode.BICUBIC, "bilinear": tv.InterpolationMode.BILINEAR}[resample]
+    expected = np.asarray(tv.Resize((48, 64), mode, antialias=True)(noise(100, 30)))
+    pixels, frame = ImagePreparer(spec).prepare(noise(100, 30))
+    assert np.array_equal(bytes_of(pixels, spec), expected.transpose(2, 0, 1))
+    assert frame == Frame(100, 30, (0.64, 1.6), (0.0, 0.0))
+
+
+def test_letterbox_keeps_the_shape_and_pads():
+    spec = clip(size=(64, 64), resize="letterbox", pad=114, mean=(0.0,) * 3, std=(1.0,) * 3)
+    pixels, frame = ImagePreparer(spec).prepare(noise(128, 50))
+    grey = bytes_of(pixels, spec).transpose(1, 2, 0)
+    assert np.array_equal(grey[:25], np.asarray(noise(128, 50).resize((64, 25), Image.Resampling.BICUBIC)))
+    assert (grey[25:] == 114).all()
+    assert frame == Frame(128, 50, (0.5, 0.5), (0.0, 0.0))
+
+
+def test_keep_square_does_not_crop_a_square():
+    whole = ImagePreparer(clip(size=(32, 32), shortest=40, keep_square=True, mean=(0.0,) * 3, std=(1.0,) * 3))
+    square, frame = whole.prepare(noise(64, 64))
+    expected = np.asarray(noise(64, 64).resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(bytes_of(square, whole.spec), expected)
+    assert frame.scale == (0.5, 0.5)
+    assert whole.prepare(noise(64, 80))[1].offset == (-4.0, -9.0)  # 40 x 50, of which the middle 32 x 32
+
+
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1), (3, 3_000_000)])
+def test_a_ribbon_is_resized_only_where_it_is_seen(size: tuple[int, int]):
+    """At full width it would have more pixels than memory has bytes. The middle of a ramp is its middle grey."""
+    ramp = np.linspace(0, 255, max(size)).astype(np.uint8)
+    grey = np.broadcast_to(ramp, (size[0], max(size))) if size[0] < size[1] else np.broadcast_to(ramp, (1, size[0]))
+    picture = Image.fromarray(np.ascontiguousarray(grey.T if size[0] < size[1] else grey)).convert("RGB")
+    assert picture.size == size
+    pixels, frame = ImagePreparer(clip(mean=(0.0,) * 3, std=(1.0,) * 3)).prepare(picture)
+    assert np.abs(pixels * 255 - 127.5).max() <= 1.0
+    assert frame.width, frame.height == size
+
+
+def test_a_ribbon_equals_the_whole_resize_cut(monkeypatch: pytest.MonkeyPatch):
+    picture = Image.open(ASSETS / "cat.jpg").resize((20, 900))
+    preparer = ImagePreparer(clip(size=(32, 32), shortest=32))
+    whole, frame = preparer.prepare(picture)
+    monkeypatch.setattr("models.preprocess.image.MAX_PIXELS", 100)
+    part, same = preparer.prepare(picture)
+    assert same == frame
+    step = np.abs(bytes_of(whole, preparer.spec).astype(int) - bytes_of(part, preparer.spec))
+    assert step.max() <= 2  # Pillow may take its two passes in the other order
+
+
+# --- frames ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": (96, 96), "shortest": 120},
+        {"size": (96, 96), "shortest": 97, "crop_offset": "floor"},
+        {"size": (80, 120), "resize": "exact"},
+        {"size": (128, 128), "resize": "letterbox"},
+        {"size": (320, 320), "resize": "letterbox", "resample": "bilinear"},
+    ],
+)
+@pytest.mark.parametrize("size", [(160, 120), (120, 160), (200, 150), (131, 97), (64, 64)])
+def test_a_box_comes_back_to_where_it_was_drawn(change: dict[str, Any], size: tuple[int, int]):
+    """Draw a white box, find its edges in the input by its grey sums, and ask the frame where they came from."""
+    width, height = size
+    box = (width // 2 - 14, height // 2 - 11, width // 2 + 17, height // 2 + 12)
+    picture = Image.new("RGB", size)
+    ImageDraw.Draw(picture).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill="white")
+    pixels, frame = ImagePreparer(clip(mean=(0.0,) * 3, std=(1.0,) * 3, **change)).prepare(picture)
+
+    found = []
+    for axis in (0, 1):  # of the profile through the middle: first moment and mass give the two edges
+        profile = pixels[0, 0].max(axis=axis).astype(np.float64)
+        mass, centre = profile.sum(), (profile * (np.arange(len(profile)) + 0.5)).sum() / profile.sum()
+        found.append((centre - mass / 2, centre + mass / 2))
+    (x0, x1), (y0, y1) = found
+    back = frame.to_original(np.array([[x0, y0, x1, y1]], np.float32))
+    assert back.dtype == np.float32
+    assert np.abs(back[0] - box).max() < 0.5
+
+
+def test_boxes_are_cut_to_the_picture_and_may_be_none():
+    frame = Frame(100, 50, (2.0, 2.0), (-10.0, 0.0))
+    boxes = np.array([[-500, -500, 500, 500], [0, 0, 10, 10]], np.float32)
+    assert frame.to_original(boxes).tolist() == [[0, 0, 100, 50], [5, 0, 10, 5]]  # (0 + 10) / 2, (10 + 10) / 2
+    assert frame.to_original(np.zeros((0, 4), np.float32)).shape == (0, 4)
+
+
+# --- kinds of files -------------------------------------------------------------------------------------------------
+
+
+def exact(data: bytes) -> np.ndarray:
+    image = decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_turns_the_picture_upright(format: str, orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(noise(24, 16), format, exif=exif)
+    assert np.array_equal(exact(data), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")))
+    assert exact(data).shape == ((16, 24, 3) if orientation < 5 else (24, 16, 3))
+    assert (inspect(data).width, inspect(data).height) == (24, 16)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"",
+        b"Exif\0\0",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",  # says 65535 entries, holds none
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0",  # the orientation is a text
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0",  # the orientation is 99
+        b"Exif\0\0" + b"\xff" * 100,
+    ],
+)
+def test_broken_exif_is_no_reason_to_refuse_whole_pixels(exif: bytes):
+    plain = save(noise(24, 16), "JPEG")
+    tagged = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+    assert np.array_equal(exact(tagged), exact(plain))
+
+
+def test_a_jpeg_decodes_to_what_pillow_decodes():
+    for path in PHOTOGRAPHS:
+        assert np.array_equal(exact(path.read_bytes()), np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_progressive_grey_and_cmyk_jpegs():
+    picture = Image.open(ASSETS / "cat.jpg")
+    baseline, progressive = save(picture, "JPEG", quality=90), save(picture, "JPEG", quality=90, progressive=True)
+    assert np.array_equal(exact(progressive), exact(baseline))
+    grey = exact(save(picture.convert("L"), "JPEG"))
+    assert (grey[..., 0] == grey[..., 1]).all()
+    cmyk = exact(save(picture.convert("CMYK"), "JPEG", quality=95)).astype(int)
+    assert np.abs(cmyk - np.asarray(picture)).mean() < 3  # and not inverted
+
+
+def test_palettes_with_and_without_transparency():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putpixel((1, 0), 1)
+    assert exact(save(picture, "PNG")).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+    assert exact(save(picture, "PNG", transparency=0)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    # by alpha 128 of 255 the red one comes out as 128/255 red + 127/255 white
+    half = exact(save(picture, "PNG", transparency=bytes([128, 255]))).tolist()
+    assert half == [[[255, 127, 127], [0, 0, 255]]]
+
+
+def test_sixteen_bit_grey_is_scaled():
+    values = np.array([[0, 128, 129, 257, 32768, 65278, 65535]], np.uint16)
+    # round(v / 257): 0.498 -> 0, 0.502 -> 1, 1, 127.5 + 0.002 -> 128, 254, 255
+    assert exact(save(Image.fromarray(values), "PNG"))[0, :, 0].tolist() == [0, 0, 1, 1, 128, 254, 255]
+
+
+def test_alpha_is_seen_on_white():
+    rgba = Image.fromarray(np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], np.uint8))
+    # 51 / 255 = 0.2 of black on white: 204
+    expected = [[[10, 20, 30], [255, 255, 255], [204, 204, 204]]]
+    assert exact(save(rgba, "PNG")).tolist() == expected
+    assert exact(save(rgba, "WEBP", lossless=True, exact=True)).tolist() == expected
+    la = Image.fromarray(np.array([[[9, 255], [9, 0], [0, 51]]], np.uint8))
+    assert exact(save(la, "PNG"))[..., 0].tolist() == [[9, 255, 204]]
+    opaque = noise(9, 9)
+    assert np.array_equal(exact(save(opaque.convert("RGBA"), "PNG")), np.asarray(opaque))
+
+
+def test_one_bit_and_colour_keys():
+    bits = Image.new("1", (2, 1))
+    bits.putpixel((1, 0), 1)
+    assert exact(save(bits, "PNG")).tolist() == [[[0] * 3, [255] * 3]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert exact(save(keyed, "PNG", transparency=(1, 2, 3))).tolist() == [[[255] * 3, [4, 5, 6]]]
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_frame(format: str):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    data = save(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+    assert (exact(data) == [255, 0, 0]).all()
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_header_is_read_without_decoding():
+    assert inspect((ASSETS / "cat.jpg").read_bytes()) == Header("JPEG", 400, 266)
+    assert inspect(save(noise(5, 4), "PNG")).pixels == 20
+    assert inspect(save(noise(5, 4), "WEBP")).format == "WEBP"
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "PPM", "ICO"])
+def test_other_formats_are_refused(format: str):
+    with pytest.raises(BadImage, match=r"are no picture we read; send JPEG, PNG or WebP"):
+        decode(save(noise(16, 16), format))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.7",
+        b"\0",
+        b"\xff\xd8",
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"RIFF\0\0\0\0WEBPVP8 ",
+        b"RIFF\xff\xff\xff\xffWEBP",
+        b"hello" * 1000,
+        bytes(range(256)),
+    ],
+)
+def test_what_is_no_picture_is_refused(data: bytes):
+    for read in (inspect, decode):
+        with pytest.raises(BadImage, match="no picture we read"):
+            read(data)
+
+
+def test_an_empty_picture_is_refused():
+    with pytest.raises(BadImage, match="the picture has 0 bytes; expected a JPEG, PNG or WebP file"):
+        decode(b"")
+
+
+FILES = {
+    "jpeg": lambda: save(Image.open(ASSETS / "cat.jpg").resize((120, 80)), "JPEG"),
+    "progressive": lambda: save(Image.open(ASSETS / "cat.jpg").resize((120, 80)), "JPEG", progressive=True),
+    "png": lambda: save(noise(30, 20), "PNG"),
+    "palette": lambda: save(noise(30, 20).convert("P"), "PNG", transparency=3),
+    "webp": lambda: save(Image.open(ASSETS / "cat.jpg").resize((120, 80)), "WEBP"),
+    "lossless": lambda: save(noise(30, 20).convert("RGBA"), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_cut_file_is_refused_and_never_half_a_picture(kind: str):
+    whole = FILES[kind]()
+    pixels = exact(whole)
+    for length in [*range(1, 60), *range(60, len(whole) - 40, 37), *range(len(whole) - 40, len(whole))]:
+        try:
+            found = exact(whole[:length])
+        except BadImage:
+            continue
+        assert length >= len(whole) - 24, length  # only checksums and the end mark can be missing
+        assert np.array_equal(found, pixels)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_damaged_file_is_a_picture_or_refused(kind: str):
+    whole = FILES[kind]()
+    generator = np.random.default_rng(7)
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in generator.integers(0, len(data), 3):
+            data[place] = generator.integers(0, 256)
+        with suppress(BadImage, ImageTooLarge):
+            assert decode(bytes(data), max_pixels=100_000).mode == "RGB"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def jpeg_claiming(width: int, height: int) -> bytes:
+    data = bytearray(save(noise(16, 16), "JPEG"))
+    place = data.index(b"\xff\xc0")  # start of frame: length 2, precision 1, height 2, width 2
+    data[place + 5 : place + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+BOMBS = [png_claiming(60_000, 60_000), jpeg_claiming(60_000, 60_000), png_claiming(2**31 - 1, 1)]
+
+
+@pytest.mark.parametrize("data", BOMBS)
+def test_a_bomb_is_refused_by_its_header(data: bytes):
+    for read in (inspect, decode):
+        with pytest.raises(ImageTooLarge, match=rf"at most {MAX_PIXELS}.*Scale it down"):
+            read(data)
+
+
+def test_the_limit_is_exact():
+    data = save(noise(10, 10), "PNG")
+    assert decode(data, max_pixels=100).size == (10, 10)
+    with pytest.raises(ImageTooLarge, match="the picture is 10 x 10 = 100 pixels; at most 99 are decoded"):
+        decode(data, max_pixels=99)
+
+
+def test_a_text_that_unpacks_to_gigabytes_is_refused():
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * (1 << 26)))
+    plain = save(noise(4, 4), "PNG")
+    with pytest.raises(BadImage):
+        decode(plain[:33] + bomb + plain[33:])
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_refused(size: tuple[int, int]):
+    with pytest.raises(BadImage):
+        decode(png_claiming(*size))
+
+
+def test_decoding_is_safe_in_threads():
+    data = (ASSETS / "coffee.jpg").read_bytes()
+    preparer = ImagePreparer(clip())
+    with ThreadPoolExecutor(8) as pool:
+        first, *rest = pool.map(lambda _: preparer.prepare(decode(data))[0], range(32))
+    assert all(np.array_equal(first, other) for other in rest)
