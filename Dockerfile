@@ -2,7 +2,7 @@
 # built-in bundle inside. `export`: torch, makes bundles. Neither fetches a model: the built-in weights ship
 # inside Python packages.
 
-FROM python:3.11-slim-bookworm AS base
+FROM python:3.11-slim-trixie AS base
 ENV LANG=C.UTF-8 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PATH=/opt/calmclip/bin:$PATH
 RUN useradd --uid 10001 --home-dir /data --shell /usr/sbin/nologin calmclip \

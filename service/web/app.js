@@ -235,14 +235,21 @@ const add = () =>
     picture();
     await ask("PUT", `v1/collections/${name}`, $("model").value ? { model: $("model").value } : {}, signal);
     $("adding").hidden = false;
+    const failed = [];
     try {
       for (const [done, { file, url }] of chosen.entries()) {
         $("adding").value = done / chosen.length;
-        const meta = { title: file.name || "pasted", thumbnail: await thumbnail(url) };
-        const item = { id: await digest(file), image: { b64: await base64(file) }, meta };
-        const found = await ask("POST", `v1/collections/${name}/items`, { items: [item] }, signal);
-        show(found, make("p", {}, `${done + 1} of ${chosen.length} added`));
+        const meta = { title: file.name || "pasted", thumbnail: await thumbnail(url).catch(() => undefined) };
+        const item = { id: identity(file), image: { b64: await base64(file) }, meta };
+        try {
+          await ask("POST", `v1/collections/${name}/items`, { items: [item] }, signal);
+        } catch (error) {
+          if (!(error instanceof Problem)) throw error;
+          failed.push(`${meta.title}: ${error.message}`);
+        }
       }
+      const told = make("p", {}, `${chosen.length - failed.length} of ${chosen.length} added`);
+      show({ stages: [] }, told, make("ul", {}, ...failed.map((text) => make("li", {}, text))));
     } finally {
       $("adding").hidden = true;
       collections();
@@ -258,7 +265,7 @@ const base64 = (file) =>
   });
 
 /** Name and size stand for the picture: adding it twice leaves one. */
-const digest = async (file) => `${(file.name || "pasted").replace(/[^\w.-]+/g, "_")}-${file.size}`;
+const identity = (file) => `${(file.name || "pasted").replace(/[^\w.-]+/g, "_")}-${file.size}`;
 
 /** A picture of at most 128 pixels a side as a data URL, kept in the item's metadata for later answers. */
 async function thumbnail(url) {
@@ -275,6 +282,7 @@ async function thumbnail(url) {
 function show({ stages, ms }, ...parts) {
   $("answer").replaceChildren(...parts);
   $("timing").hidden = !stages.length;
+  if (!stages.length) return;
   const total = stages.reduce((sum, [, duration]) => sum + duration, 0);
   const slices = stages.map(([name, duration], index) => {
     const slice = make("i", { title: `${name} ${duration.toFixed(1)} ms` });

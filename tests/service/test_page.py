@@ -1,0 +1,194 @@
+"""The page in a real browser, over a real service whose answers are known by hand (see conftest)."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
+
+BROKEN: FilePayload = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
+TABS = ("Classify", "Detect", "Search")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None and os.environ.get("CI") == "true":
+        pytest.fail("chromium is not installed; CI opens the page")
+    if chromium is None:
+        pytest.skip("chromium is not installed: the page is not opened")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, client: httpx.Client) -> Iterator[Page]:
+    """The page, opened. At the end: nothing was asked of another host, nothing broke the content policy."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    asked: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "Failed to load" not in m.text else None)
+    page.goto(str(client.base_url))
+    expect(page.get_by_label("Model")).to_have_value("colours-int8")
+    yield page
+    context.close()
+    own = (str(client.base_url), "blob:", "data:")
+    assert [url for url in asked if not url.startswith(own)] == []
+    assert wrong == []
+
+
+@pytest.fixture
+def file(picture: Callable[..., bytes]) -> Callable[..., FilePayload]:
+    def make(*colours: str) -> FilePayload:
+        return {"name": f"{colours[0]}.png", "mimeType": "image/png", "buffer": picture(*colours, size=(320, 320))}
+
+    return make
+
+
+def choose(page: Page, *files: FilePayload) -> None:
+    page.get_by_label("Choose a picture").set_input_files(list(files))
+
+
+def opaque(page: Page, x: int, y: int) -> bool:
+    """Whether something is drawn over this pixel of the picture."""
+    script = "([x, y]) => document.getElementById('boxes').getContext('2d').getImageData(x, y, 1, 1).data[3]"
+    return bool(page.evaluate(script, [x, y]))
+
+
+def test_labels_become_bars_and_the_stages_are_told(page: Page, file: Callable[..., FilePayload]) -> None:
+    page.get_by_label("Labels").fill("red, green\nblue")
+    choose(page, file("blue"))
+    bars = page.locator("#answer li")
+    expect(bars).to_have_count(3)
+    # cosines 1, 0, 0 times the head's 10: softmax e^10 / (e^10 + 2) = 99.99 %
+    expect(bars.first).to_have_text(re.compile(r"blue\s*100\.0 %"))
+    widths = bars.locator("i").evaluate_all("all => all.map((bar) => bar.getBoundingClientRect().width)")
+    full = bars.first.bounding_box()["width"]
+    assert widths[0] == pytest.approx(full, rel=0.01)
+    assert max(widths[1:]) < 5
+    stages = page.locator("#stages")
+    expect(stages).to_contain_text(re.compile(r"decode \d+\.\d"))
+    expect(stages).to_contain_text(re.compile(r"infer \d+\.\d"))
+    assert page.locator("#bar i").count() == page.locator("#stages span").count()
+
+
+def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(
+    page: Page, file: Callable[..., FilePayload]
+) -> None:
+    page.get_by_label("Labels").fill("red, blue")
+    page.get_by_role("tab", name="Detect").click()
+    page.get_by_label("least score").fill("0.3")
+    choose(page, file("red", "green", "blue", "white"))
+    rows = page.locator("#answer li")
+    # red 1, blue 1, and white is 1 / sqrt(3) = 0.58 of either, less what the resize mixes at the edges
+    expect(rows).to_have_text([re.compile(p) for p in ("red1.00", "blue1.00", "0.5[78]", "0.5[78]")])
+    assert opaque(page, 240, 160)  # the white quarter's upper edge
+    page.get_by_label("least score").fill("0.9")
+    expect(rows).to_have_count(2)
+    assert opaque(page, 160, 80)  # the red quarter's right edge
+    assert opaque(page, 160, 240)  # the blue quarter's
+    assert not opaque(page, 80, 80)
+    assert not opaque(page, 240, 240)
+    expect(page.get_by_label("IoU threshold")).to_be_disabled()
+    page.get_by_label("linear").check()
+    expect(page.locator("#answer p")).to_contain_text("kept by linear")
+    expect(page.get_by_label("IoU threshold")).to_be_enabled()
+    expect(page.get_by_label("sigma")).to_be_disabled()
+
+
+def test_a_collection_is_filled_and_searched_with_words_and_with_a_picture(
+    page: Page, file: Callable[..., FilePayload], client: httpx.Client
+) -> None:
+    page.get_by_role("tab", name="Search").click()
+    choose(page, file("red"), BROKEN, file("green"), file("blue"))
+    page.get_by_label("Collection").fill("paints")
+    page.get_by_role("button", name="Add the chosen pictures").click()
+    expect(page.locator("#answer p")).to_have_text("3 of 4 added")
+    expect(page.locator("#answer li")).to_have_text([re.compile("broken.png: .* no picture we read")])
+    assert client.get("/v1/collections/paints").json()["items"] == 3
+
+    page.get_by_label("Sentence").fill("a photo of a green thing")
+    page.get_by_label("Sentence").press("Enter")
+    hits = page.locator("#answer li")
+    expect(hits).to_have_count(3)
+    expect(hits.first).to_have_text(re.compile(r"green\.png\s*1\.000"))
+    assert hits.first.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 128
+
+    page.get_by_role("button", name="blue.png").click()
+    page.get_by_role("button", name="Search with the picture").click()
+    expect(hits.first).to_have_text(re.compile(r"blue\.png\s*1\.000"))
+
+
+def test_a_picture_is_dropped_and_pasted(page: Page, file: Callable[..., FilePayload]) -> None:
+    page.get_by_label("Labels").fill("red, green, blue")
+    for colour, event, carrier in (("green", "drop", "dataTransfer"), ("red", "paste", "clipboardData")):
+        page.evaluate(
+            """([bytes, event, carrier]) => {
+                const data = new DataTransfer();
+                data.items.add(new File([new Uint8Array(bytes)], "", { type: "image/png" }));
+                const Kind = event === "paste" ? ClipboardEvent : DragEvent;
+                dispatchEvent(new Kind(event, { [carrier]: data, cancelable: true }));
+            }""",
+            [list(file(colour)["buffer"]), event, carrier],
+        )
+        expect(page.locator("#answer li").first).to_have_text(re.compile(colour))
+
+
+def test_problems_are_told_in_words_and_the_page_goes_on(page: Page, file: Callable[..., FilePayload]) -> None:
+    problem = page.get_by_role("alert")
+    page.get_by_role("button", name="Classify").click()
+    expect(problem).to_contain_text("Choose, drop or paste a picture first")
+
+    page.get_by_label("Labels").fill("")
+    choose(page, file("red"))
+    expect(problem).to_contain_text("Too few or too many labels")
+    expect(problem).to_contain_text("no labels were given")
+
+    page.get_by_label("Labels").fill("red, blue")
+    choose(page, BROKEN)
+    expect(problem).to_contain_text("Unsupported image")
+    page.get_by_role("link", name="Unsupported image").click()
+    expect(page.get_by_role("heading")).to_have_text("415 Unsupported image")
+    page.go_back()
+
+    page.get_by_label("Labels").fill("red, blue")
+    page.route("**/v1/classify", lambda route: route.abort())
+    choose(page, file("red"))
+    expect(problem).to_contain_text("The service cannot be reached")
+    page.unroute("**/v1/classify")
+    page.get_by_role("button", name="Classify").click()
+    expect(page.locator("#answer li")).to_have_count(2)
+    expect(problem).to_be_empty()
+
+
+def test_the_keyboard_is_enough(page: Page, file: Callable[..., FilePayload]) -> None:
+    choose(page, file("red"))
+    page.get_by_role("tab", name="Classify").focus()
+    for name in (*TABS[1:], TABS[0]):  # the arrow goes round
+        page.keyboard.press("ArrowRight")
+        expect(page.get_by_role("tab", name=name)).to_be_focused()
+        expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
+        expect(page.get_by_role("tabpanel")).to_have_count(1)
+    page.keyboard.press("Tab")
+    expect(page.get_by_label("Labels")).to_be_focused()
+    page.get_by_label("Labels").fill("yellow")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#answer li")).to_have_text([re.compile(r"yellow\s*100\.0 %")])
+
+
+def test_it_fits_a_phone(page: Page, file: Callable[..., FilePayload]) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    choose(page, *[file(colour) for colour in ("red", "green", "blue", "white", "yellow")])
+    for name in TABS:
+        page.get_by_role("tab", name=name).click()
+        page.wait_for_timeout(50)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
