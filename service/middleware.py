@@ -16,7 +16,7 @@ from service.settings import Settings
 access = logging.getLogger("calmclip.access")
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-DRAIN_BYTES = 1 << 20  # of a body nobody reads, so that an early answer is not lost to a connection reset
+DRAIN_BYTES = 1 << 20  # of a body nobody reads, so that an early answer is not lost to a reset
 DRAIN_S = 0.5
 
 
@@ -100,8 +100,6 @@ class _Wire:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if not self._read and message["status"] >= 400:
-                await self._drain()
             self.own.status = message["status"]
             timing = ", ".join(f"{stage};dur={s * 1000:.2f}" for stage, s in list(self.own.clock.stages.items()))
             total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
@@ -110,6 +108,10 @@ class _Wire:
                 (b"x-request-id", self.own.id.encode()),
                 (b"server-timing", f"{timing}, {total}".lstrip(", ").encode()),
             ]
+        elif not self._read and self.own.status >= 400 and not message.get("more_body"):
+            await self._send({**message, "more_body": True})  # the client has all of the answer now
+            await self._drain()
+            message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
     def close(self) -> None:

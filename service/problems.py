@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -128,6 +129,7 @@ def install(app: FastAPI) -> None:
     """The handlers, and the page that explains a slug."""
     app.add_exception_handler(CalmclipError, _ours)
     app.add_exception_handler(HTTPException, _starlette)
+    app.add_exception_handler(RequestValidationError, _query)
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=CLIENT_GONE))
     app.add_exception_handler(Exception, _unexpected)
 
@@ -157,11 +159,11 @@ def render(
     return Response(orjson.dumps(body), problem.status, headers, MEDIA_TYPE)
 
 
-def invalid(error: ValidationError, what: str) -> InvalidRequest:
+def invalid(error: ValidationError | RequestValidationError, what: str) -> InvalidRequest:
     """Pydantic's findings as ours, without the values that were sent."""
     found = [
         {"where": ".".join(map(str, one["loc"])) or "body", "message": one["msg"].removeprefix("Value error, ")}
-        for one in error.errors(include_url=False, include_context=False, include_input=False)
+        for one in error.errors()
     ]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return InvalidRequest(f"{what}: {found[0]['where']}: {found[0]['message']}{more}", found)
@@ -191,6 +193,12 @@ async def _starlette(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return render(request, NOT_FOUND, f"there is no {path}; GET /openapi.json lists the routes")
     return await _unexpected(request, error)
+
+
+async def _query(request: Request, error: Exception) -> Response:
+    """Path and query parameters that FastAPI itself reads."""
+    assert isinstance(error, RequestValidationError)
+    return await _ours(request, invalid(error, "the request does not fit"))
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -46,14 +46,16 @@ def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
     return read
 
 
-def check_picture(data: bytes, limits: Limits, where: str = "the picture") -> None:
-    """Bytes and header, before anything is decoded. Raises `ImageTooLarge`, `BadImage`."""
-    if len(data) > limits.image_bytes:
-        raise ImageTooLarge(f"{where} has {len(data)} bytes; at most {limits.image_bytes} are read. Scale it down.")
+def check_picture(data: bytes, limits: Limits, where: str = "") -> None:
+    """Bytes and header, before anything is decoded; ``where`` begins the message. Raises `InputError`s."""
     try:
+        if len(data) > limits.image_bytes:
+            raise ImageTooLarge(
+                f"the picture has {len(data)} bytes; at most {limits.image_bytes} are read. Scale it down."
+            )
         inspect(data, max_pixels=limits.image_pixels)
     except InputError as error:
-        raise type(error)(str(error).replace("the picture", where, 1)) from None
+        raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
 async def _fields(request: Request, kind: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:

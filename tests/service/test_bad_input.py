@@ -1,0 +1,312 @@
+"""Whatever is sent: a clear problem, nothing lost, and the service goes on."""
+
+import base64
+import io
+import socket
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def b64(data: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(data).decode()}
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header promises more pixels than it holds."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(autouse=True)
+def goes_on(client, picture):
+    yield
+    answer = client.post("/v1/classify?labels=red", content=picture("red"), headers={"content-type": "image/png"})
+    assert answer.status_code == 200
+    assert client.get("/readyz").status_code == 200
+
+
+def check(answer, status: int, slug: str, *words: str):
+    assert answer.headers["content-type"] == "application/problem+json", answer.text
+    problem = answer.json()
+    assert (problem["status"], problem["type"]) == (status, f"/problems/{slug}"), problem
+    assert answer.status_code == status
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert problem["instance"] == answer.request.url.path
+    for word in words:
+        assert word in problem["detail"], problem
+    return problem
+
+
+ROUTES = ["/v1/classify", "/v1/detect"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("what", "status", "slug", "word"),
+    [
+        ("empty", 415, "unsupported-image", "0 bytes"),
+        ("text", 415, "unsupported-image", "JPEG, PNG or WebP"),
+        ("truncated", 415, "unsupported-image", "broken"),
+        ("gif", 415, "unsupported-image", "JPEG, PNG or WebP"),
+        ("bomb", 413, "image-too-large", "2500000000"),
+        ("big", 413, "image-too-large", "10485760"),
+    ],
+)
+def test_pictures_that_are_none(client, picture, route, what, status, slug, word):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, "JPEG")
+    gif = io.BytesIO()
+    Image.fromarray(noise).save(gif, "GIF")
+    data = {
+        "empty": b"",
+        "text": b"hello",
+        "truncated": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "gif": gif.getvalue(),
+        "bomb": bomb(50_000, 50_000),
+        "big": b"\xff\xd8" + b"\0" * (10 << 20),
+    }[what]
+    check(client.post(f"{route}?labels=red", content=data, headers={"content-type": "image/jpeg"}), status, slug, word)
+    check(client.post(route, files={"image": data}, data={"labels": "red"}), status, slug, word)
+    check(client.post(route, json={"image": b64(data), "labels": ["red"]}), status, slug, word)
+
+
+def test_bytes_are_counted_as_they_come(client):
+    def endless():
+        for _ in range(1000):
+            yield b"\0" * (1 << 20)
+
+    check(
+        client.post("/v1/classify?labels=red", content=endless(), headers={"content-type": "image/png"}),
+        413,
+        "image-too-large",
+    )
+
+
+def test_a_huge_body(client):
+    text = b'{"inputs": [{"text": "' + b"a" * (65 << 20) + b'"}]}'
+    check(
+        client.post("/v1/embed", content=text, headers={"content-type": "application/json"}),
+        413, "body-too-large", "67108864",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_numbers_of_labels(client, picture, route):
+    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+    check(client.post(route, **send), 422, "too-many-labels", "no labels")
+    body = {"image": b64(picture("red")), "labels": [f"label {i}" for i in range(10_000)]}
+    check(client.post(route, json=body), 422, "too-many-labels", "10000", "256")
+    check(client.post(route, params={"labels": ["red", " "]}, **send), 422, "invalid-request", "label 1 is empty")
+    form = {"labels": [str(i) for i in range(10_000)]}
+    check(client.post(route, files={"image": picture("red")}, data=form), 422, "invalid-request", "Too many fields")
+
+
+def test_an_empty_request(client):
+    for body in (b"", b"[]", b"null", b'"x"', b"{", b"\xff\xfe", b"{}" + b"\0", b"[" * 100_000):
+        answer = client.post("/v1/classify", content=body, headers={"content-type": "application/json"})
+        check(answer, 422, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sigma", "0"), ("sigma", "-1"), ("sigma", "nan"), ("sigma", "inf"), ("sigma", "1e400"), ("sigma", "x"),
+        ("iou_threshold", "-0.1"), ("iou_threshold", "1.1"), ("min_score", "-1"), ("min_score", "NaN"),
+        ("max_output", "0"), ("max_output", "99999999999999999999"), ("max_output", "1.5"), ("method", "softest"),
+        ("per_class", "perhaps"), ("labels_", "red"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(client, picture, name, value):
+    form = {"labels": "red", name: value}
+    check(client.post("/v1/detect", files={"image": picture("red")}, data=form), 422, "invalid-request", name)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_json_without_numbers_that_are_none(client, picture, number):
+    image = base64.b64encode(picture("red")).decode()
+    text = f'{{"image": {{"b64": "{image}"}}, "labels": ["red"], "sigma": {number}}}'
+    answer = client.post("/v1/detect", content=text, headers={"content-type": "application/json"})
+    check(answer, 422, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    ("picture_", "word"),
+    [
+        ("/9j/", "b64"), (None, "image"), ({"b64": 3}, "b64"), ({"b64": "a b"}, "base64"), ({"b64": "abc"}, "base64"),
+        ({"b64": "é"}, "base64"), ({"url": "http://example.org/a.jpg"}, "b64"), ({"b64": "", "x": 1}, "b64"),
+    ],
+)  # fmt: skip
+def test_pictures_in_json(client, picture_, word):
+    problem = check(
+        client.post("/v1/classify", json={"image": picture_, "labels": ["red"]}), 422, "invalid-request", word
+    )
+    assert problem["errors"][0]["where"] == "image"
+
+
+def test_unknown_names_come_with_the_nearest(client, picture):
+    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+    answer = client.post("/v1/classify", params={"model": "colors-int8", "labels": "red"}, **send)
+    problem = check(answer, 404, "model-not-found", "did you mean 'colours-int8'")
+    assert problem["known"] == ["colours-int8"]
+    check(client.get("/v1/models/colours-int"), 404, "model-not-found", "did you mean 'colours-int8'")
+    client.put("/v1/collections/photos", json={})
+    for call in (
+        client.get("/v1/collections/fotos"),
+        client.delete("/v1/collections/fotos"),
+        client.post("/v1/collections/fotos/search", json={"query": {"text": "red"}}),
+        client.post("/v1/collections/fotos/items", json={"items": [{"id": "a", "text": "red"}]}),
+    ):
+        check(call, 404, "collection-not-found", "did you mean 'photos'")
+    client.put("/v1/label-sets/animals", json={"labels": ["cat"]})
+    answer = client.post("/v1/classify", params={"label_set": "animal"}, **send)
+    check(answer, 404, "label-set-not-found", "did you mean 'animals'")
+    check(client.get("/v2/nothing"), 404, "not-found", "/v2/nothing")
+    check(client.get("/problems/overlaoded"), 404, "not-found", "did you mean 'overloaded'")
+    answer = client.get("/v1/classify")
+    check(answer, 405, "method-not-allowed", "GET")
+    assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "image/gif", "application/xml", "application/x-www-form-urlencoded", ""]
+)
+def test_wrong_content_types(client, picture, kind):
+    headers = {"content-type": kind} if kind else {}
+    answer = client.post("/v1/classify?labels=red", content=picture("red"), headers=headers)
+    check(answer, 415, "unsupported-media-type", "application/json", "image/webp")
+    answer = client.put("/v1/label-sets/x", content=b"red", headers={"content-type": "image/png"})
+    check(answer, 415, "unsupported-media-type", "application/json")
+
+
+def test_texts(client):
+    def embed(text: str):
+        return client.post("/v1/embed", json={"inputs": [{"text": text}]})
+
+    check(embed("red " * 13), 422, "text-too-long", "13 tokens", "12")
+    check(embed(" \n"), 422, "invalid-request", "empty")
+    assert embed("красный 赤 🎨 \u202e\0").status_code == 200
+    lone = b'{"inputs": [{"text": "\\ud800"}]}'
+    check(client.post("/v1/embed", content=lone, headers={"content-type": "application/json"}), 422, "invalid-request")
+    check(client.post("/v1/embed", json={"inputs": []}), 422, "invalid-request", "inputs")
+    check(client.post("/v1/embed", json={"inputs": [{}]}), 422, "invalid-request", "one of them")
+    check(client.post("/v1/embed", json={"inputs": [{"text": "red"}] * 257}), 422, "invalid-request", "257", "256")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no boundary here",
+        b"--b\r\n",
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc',
+        b"--b\r\nContent-Disposition: form-data\r\n\r\nabc\r\n--b--\r\n",
+        b"--b\r\n\xff\xfe: \x00\r\n\r\n\r\n--b--\r\n",
+        b'--b\r\nContent-Disposition: form-data; name="labels"\r\n\r\n\xff\xfe\r\n--b--\r\n',
+    ],
+)
+def test_broken_multipart(client, body):
+    answer = client.post("/v1/classify", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+    check(answer, 422, "invalid-request")
+    answer = client.post("/v1/classify", content=body, headers={"content-type": "multipart/form-data"})
+    check(answer, 422, "invalid-request")
+
+
+def test_a_field_twice_and_both_sources_of_labels(client, picture):
+    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+    answer = client.post("/v1/classify?labels=red&top_k=1&top_k=2", **send)
+    check(answer, 422, "invalid-request", "top_k", "twice")
+    check(client.post("/v1/classify?labels=red&label_set=x", **send), 422, "invalid-request", "label_set")
+    check(client.post("/v1/classify?labels=red&top_k=0", **send), 422, "invalid-request", "top_k")
+    check(client.post("/v1/classify?labels=red&templates=none", **send), 422, "invalid-request", "{}")
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "..%2Fx", "%2e%2e", "a%2Fb", "A", "ünï", "-a", ".a", "a" * 65, "a b", "a'b", "a%00"]
+)
+def test_names_that_are_paths_or_worse(client, name):
+    for family in ("collections", "label-sets"):
+        body = {"labels": ["red"]} if family == "label-sets" else {}
+        answer = client.put(f"/v1/{family}/{name}", json=body)
+        assert answer.status_code in (404, 405, 422), answer.text  # a slash makes another path, and no route has it
+        assert answer.headers["content-type"] == "application/problem+json"
+        names = [one["name"] for one in client.get(f"/v1/{family}").json()[family.replace("-", "_")]]
+        assert all(one.isascii() and "/" not in one and ".." not in one for one in names)
+
+
+def test_items_and_searches(client, picture):
+    client.put("/v1/collections/bad", json={})
+    url = "/v1/collections/bad"
+    one = {"id": "a", "text": "red"}
+
+    def add(*items: object):
+        return client.post(f"{url}/items", json={"items": items})
+
+    assert add({**one, "id": "before"}).status_code == 200
+    check(add(one, {**one, "text": "blue"}), 422, "invalid-request", "'a'", "twice")
+    check(add(one, {"id": "b", "image": b64(b"nothing")}), 415, "unsupported-image", "item 'b'")
+    check(add(one, {"id": "b", "image": b64(picture("red")[:60])}), 415, "unsupported-image")
+    check(add({**one, "id": ""}), 422, "invalid-request", "id")
+    check(add({**one, "id": "a\0"}), 422, "invalid-request", "NUL")
+    check(add({**one, "meta": {"x": "y" * 20_000}}), 422, "invalid-request", "20", "16384")
+    check(add({**one, "meta": [1]}), 422, "invalid-request", "meta")
+    check(add(*[{**one, "id": str(i)} for i in range(257)]), 422, "invalid-request", "257")
+    check(add(), 422, "invalid-request", "items")
+    assert client.get(url).json()["items"] == 1  # nothing of what was refused was written
+
+    def search(**body: object):
+        return client.post(f"{url}/search", json={"query": {"text": "red"}, **body})
+
+    check(search(top_k=0), 422, "invalid-request", "top_k")
+    check(search(top_k=10**9), 422, "invalid-request", "top_k", "1000")
+    check(search(query={}), 422, "invalid-request", "one of them")
+    check(search(model="colors-int8"), 404, "model-not-found")
+    check(search(filter={"a'; DROP TABLE bad; --": 1}), 422, "invalid-request", "filter")
+    check(search(filter={"a": {"between": [1, 2]}}), 422, "invalid-request", "filter")
+    check(search(filter={"a": {"in": []}}), 422, "invalid-request", "filter")
+    check(search(filter={"a": [1]}), 422, "invalid-request", "filter")
+    assert search(filter={"a": "x' OR 1 = 1 --"}).json()["hits"] == []
+    assert search(filter={"a": {"gte": "'", "lt": 10**18}}).json()["hits"] == []
+    assert len(search().json()["hits"]) == 1
+    check(client.get(f"{url}/items?limit=0"), 422, "invalid-request", "limit")
+    check(client.get(f"{url}/items?limit=5000"), 422, "invalid-request", "limit", "1000")
+    check(client.get(f"{url}/items?limit=x"), 422, "invalid-request", "limit")
+
+
+def test_label_sets(client):
+    def put(**body: object):
+        return client.put("/v1/label-sets/bad", json=body)
+
+    check(put(labels=[]), 422, "invalid-request", "labels")
+    check(put(labels=["x"] * 2), 422, "invalid-request", "'x'", "twice")
+    check(put(labels=[str(i) for i in range(10_000)]), 422, "too-many-labels", "10000")
+    check(put(labels=["x", ""]), 422, "invalid-request", "label 1")
+    check(put(labels=["x"], templates=["none"]), 422, "invalid-request", "{}")
+    check(client.get("/v1/label-sets/bad"), 404, "label-set-not-found")
+
+
+def test_half_a_request_and_a_hang_up(client, picture):
+    port = client.base_url.port
+    body = picture("red")
+    head = (
+        "POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    for sent in (head[:30].encode(), head.encode(), head.encode() + body[: len(body) // 2], head.encode() + body):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(sent)
+    assert b"400" in _raw(port, b"NONSENSE\r\n\r\n")
+
+
+def _raw(port: int, data: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(data)
+        return connection.recv(65536)

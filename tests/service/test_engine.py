@@ -1,0 +1,57 @@
+"""The text cache: what was embedded is not embedded again, and rows of others are never mixed up."""
+
+import numpy as np
+
+from service.engine import RowCache
+
+
+def metric(client, line: str) -> float:
+    found = [entry for entry in client.get("/metrics").text.splitlines() if entry.startswith(line)]
+    return float(found[0].split()[-1]) if found else 0.0
+
+
+def embed(client, *texts: str) -> list[list[float]]:
+    return client.post("/v1/embed", json={"inputs": [{"text": text} for text in texts]}).json()["embeddings"]
+
+
+def test_sentences_are_embedded_once(settings, serve, picture):
+    with serve(settings()) as client:
+        hit = 'calmclip_text_cache_total{model="colours-int8",outcome="hit"}'
+        miss = 'calmclip_text_cache_total{model="colours-int8",outcome="miss"}'
+        assert embed(client, "red", "blue") == [[1, 0, 0], [0, 0, 1]]
+        assert (metric(client, hit), metric(client, miss)) == (0, 2)
+        # two known ones around a new, longer one: their order and rows hold
+        assert embed(client, "blue", "a photo of a green thing", "red") == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+        assert (metric(client, hit), metric(client, miss)) == (2, 3)
+        # classify shares it: its prompt for "green thing" is the very sentence
+        send = {"content": picture("green"), "headers": {"content-type": "image/png"}}
+        answer = client.post("/v1/classify", params={"labels": "green thing"}, **send)
+        assert answer.status_code == 200
+        assert (metric(client, hit), metric(client, miss)) == (3, 3)
+        assert "infer" in answer.headers["server-timing"]  # the picture's
+
+
+def test_without_a_cache_answers_are_the_same(settings, serve):
+    with serve(settings(text_cache=0)) as client:
+        for _ in range(2):
+            assert embed(client, "red", "blue") == [[1, 0, 0], [0, 0, 1]]
+        assert metric(client, 'calmclip_text_cache_total{model="colours-int8",outcome="miss"}') == 4
+
+
+def test_many_texts_go_in_pieces(settings, serve):
+    colours = ["red", "green", "blue"]
+    texts = [f"{'photo ' * (i % 7)}{colours[i % 3]}" for i in range(100)]
+    with serve(settings(batch={"max_size": 8})) as client:
+        assert embed(client, *texts) == [np.eye(3)[i % 3].tolist() for i in range(100)]
+
+
+def test_the_least_used_row_goes_first():
+    cache = RowCache(2)
+    names = [("digest", "text", word) for word in "abc"]
+    rows = [{"y": np.full(1, i)} for i in range(3)]
+    cache.put(names[0], rows[0])
+    cache.put(names[1], rows[1])
+    assert cache.get(names[0]) is rows[0]
+    cache.put(names[2], rows[2])
+    assert (cache.get(names[0]), cache.get(names[1]), cache.get(names[2])) == (rows[0], None, rows[2])
+    assert len(cache) == 2

@@ -1,0 +1,154 @@
+"""More than the service can do, later than it may be, and clients that do not wait."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import service.hub
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Every run of the image graph takes ``slow.seconds``; ``slow.runs`` counts them."""
+
+    class Slow(service.hub.Session):
+        seconds = 0.0
+        runs = 0
+        running = threading.Event()
+
+        def run(self, feeds):
+            if "pixels" in feeds:
+                Slow.runs += 1
+                Slow.running.set()
+                time.sleep(Slow.seconds)
+            return super().run(feeds)
+
+    monkeypatch.setattr(service.hub, "Session", Slow)
+    return Slow
+
+
+def ask(client, picture):
+    return client.post("/v1/classify?labels=red", content=picture, headers={"content-type": "image/png"})
+
+
+def until(condition, seconds: float = 5.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def metric(client, line: str) -> float:
+    found = [entry for entry in client.get("/metrics").text.splitlines() if entry.startswith(line)]
+    return float(found[0].split()[-1]) if found else 0.0
+
+
+def test_a_hundred_at_once_are_answered_or_shed(settings, serve, slow, picture):
+    slow.seconds = 0.02
+    with serve(settings(queue={"max_pending": 4}, batch={"max_size": 1})) as client:
+        with ThreadPoolExecutor(100) as pool:
+            answers = list(pool.map(lambda _: ask(client, picture("red")), range(100)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) == {200, 503}
+        for answer in answers:
+            if answer.status_code == 503:
+                assert answer.json()["type"] == "/problems/overloaded"
+                assert int(answer.headers["retry-after"]) >= 1
+        assert ask(client, picture("red")).status_code == 200
+        assert metric(client, 'calmclip_rejected_total{reason="overloaded"}') == statuses.count(503)
+        assert metric(client, "calmclip_requests_pending") == 0
+
+
+def test_a_full_service_refuses_before_the_body_is_sent(settings, serve, slow, picture):
+    slow.seconds = 0.5
+    with serve(settings(queue={"max_pending": 1})) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, client, picture("red"))
+        assert slow.running.wait(5)
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as connection:
+            connection.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 5000000\r\n\r\n"
+            )
+            assert b" 503 " in connection.recv(4096)
+            assert not waiting.done()
+        assert waiting.result().status_code == 200
+
+
+def test_too_late_is_504_and_what_waits_is_dropped(settings, serve, slow, picture):
+    slow.seconds = 0.4
+    with serve(settings(deadline_ms=150, batch={"max_size": 1})) as client:
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(lambda _: ask(client, picture("red")), range(2)))
+        assert [answer.status_code for answer in answers] == [504, 504]
+        assert answers[0].json()["type"] == "/problems/deadline-exceeded"
+        assert "150 ms" in answers[0].json()["detail"]
+        time.sleep(0.5)
+        assert slow.runs == 1  # the second one was in the queue, and nobody waited for it
+        slow.seconds = 0
+        assert ask(client, picture("red")).status_code == 200
+        assert metric(client, 'calmclip_requests_total{model="colours-int8",outcome="deadline",task="classify"}') == 2
+
+
+def test_a_body_that_never_comes_is_504(settings, serve):
+    with serve(settings(deadline_ms=200)) as client:
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as connection:
+            connection.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 50\r\n\r\nabc"
+            )
+            assert b" 504 " in connection.recv(4096)
+        assert client.get("/healthz").status_code == 200
+
+
+def test_who_hangs_up_frees_the_place_and_the_work(settings, serve, slow, picture):
+    slow.seconds = 0.3
+    with serve(settings(batch={"max_size": 1})) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, client, picture("red"))
+        assert slow.running.wait(5)
+        body = picture("blue")
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as connection:
+            connection.sendall(
+                b"POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            until(lambda: metric(client, "calmclip_requests_pending") == 2)
+        assert first.result().status_code == 200
+        cancelled = 'calmclip_requests_total{model="colours-int8",outcome="cancelled",task="classify"}'
+        until(lambda: metric(client, cancelled) == 1)
+        assert metric(client, "calmclip_requests_pending") == 0
+        time.sleep(0.05)
+        assert slow.runs == 1
+
+
+def test_nobody_is_served_before_the_bundles_are_loaded(settings, serve, monkeypatch, picture):
+    gate = threading.Event()
+    plain = service.hub.Session
+
+    def late(*args):
+        gate.wait(5)
+        return plain(*args)
+
+    monkeypatch.setattr(service.hub, "Session", late)
+    with serve(settings(), ready=False) as client:
+        answer = ask(client, picture("red"))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/readyz").status_code == 503
+        gate.set()
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert ask(client, picture("red")).status_code == 200
+
+
+def test_calls_of_many_clients_are_merged_and_each_gets_its_own(settings, serve, slow, picture):
+    slow.seconds = 0.05
+    colours = ["red", "green", "blue"] * 5
+    with serve(settings(batch={"max_size": 8, "max_wait_ms": 50})) as client:
+
+        def best(colour: str) -> str:
+            send = {"content": picture(colour), "headers": {"content-type": "image/png"}}
+            return client.post("/v1/classify?labels=red&labels=green&labels=blue", **send).json()["labels"][0]["label"]
+
+        with ThreadPoolExecutor(15) as pool:
+            assert list(pool.map(best, colours)) == colours
+        assert slow.runs < len(colours)
