@@ -40,7 +40,7 @@ class SameConv(nn.Conv2d):
 class Unit(nn.Module):
     """Convolution, BatchNorm, ReLU6 (or none: the projections are linear)."""
 
-    def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, *, groups: int = 1, relu: bool = True) -> None:
+    def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, *, groups: int = 1, relu=True) -> None:
         super().__init__()
         self.conv = SameConv(inside, outside, kernel, stride, groups=groups, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(outside, eps=1e-3)

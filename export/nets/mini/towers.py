@@ -1,11 +1,11 @@
 """The two towers of the built-in model: frozen encoders, and the small heads that `export.align` trains.
 
-    z = 6 unit((f - mean) / std)        f [1280]: the mean of the backbone's last map
-    p = softmax(classifier(f))          the backbone's own 1000 ImageNet classes
-    c = unit(p @ class_table)           ConSE: where the pictures' classes lie among texts (Norouzi et al. 2013,
-                                        arXiv 1312.5650); class_table [1000, 384]: MiniLM(name) - centre
-    image = unit(A [z; c] + a)          A [384, 1664]
-    text  = unit(B (unit(MiniLM) - centre))     B [384, 384]
+z = 6 unit((f - mean) / std)        f [1280]: the mean of the backbone's last map
+p = softmax(classifier(f))          the backbone's own 1000 ImageNet classes
+c = unit(p @ class_table)           ConSE: where the pictures' classes lie among texts (Norouzi et al. 2013,
+                                    arXiv 1312.5650); class_table [1000, 384]: MiniLM(name) - centre
+image = unit(A [z; c] + a)          A [384, 1664]
+text  = unit(B (unit(MiniLM) - centre))     B [384, 384]
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,12 @@ from export.nets.mini.minilm import WIDTH, MiniLM
 from models.errors import WeightsMissing
 
 FEATURE_LENGTH = 6.0  # of z; against the unit length of c in the same product
+SHIPPED = Path(__file__).with_name("heads.safetensors")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What `align` learns and measures; float32. `heads.safetensors` holds exactly these."""
+    """What `align` learns and measures; float32 here, float16 in `heads.safetensors`, which holds exactly these."""
 
     image_weight: Tensor  # A [384, 1664]
     image_bias: Tensor  # a [384]
@@ -38,8 +39,9 @@ class Heads:
     class_table: Tensor  # [1000, 384]
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        tensors = {field.name: getattr(self, field.name).float().contiguous() for field in fields(self)}
+        tensors = {field.name: getattr(self, field.name).half().contiguous() for field in fields(self)}
         save_file(tensors, path, metadata={"format": "pt", **metadata})
+        path.chmod(0o644)
 
     @classmethod
     def load(cls, path: Path) -> "Heads":
@@ -52,7 +54,7 @@ class Heads:
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if shapes != expected:
             raise WeightsMissing(f"{path} holds {shapes}; expected {expected}. `calmclip align` writes such a file.")
-        return cls(**found)
+        return cls(**{name: tensor.float() for name, tensor in found.items()})
 
 
 SHAPES = ((WIDTH, WIDTH32 + WIDTH), (WIDTH,), (WIDTH, WIDTH), (WIDTH,), (WIDTH32,), (WIDTH32,), (CLASSES, WIDTH))

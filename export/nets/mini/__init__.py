@@ -1,0 +1,82 @@
+"""The built-in model: pretrained encoders out of ordinary Python packages, joined by heads we trained.
+
+Not CLIP, but it answers like one: pixels -> unit vector, ids + mask -> unit vector, 384 numbers each. A
+checkpoint directory is one that `calmclip align` wrote: ``heads.safetensors``, and beside it, where the packages
+of weights.txt are not installed, their files.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from export.nets import NETS, Net, NetPlugin, Tower
+from export.nets.mini import backbone, minilm
+from export.nets.mini.features import PIXELS
+from export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
+from export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
+from models.bundle.manifest import Plugin, Source, Tensor, TextPreprocess
+
+RANGES = Path(__file__).with_name("ranges.json")
+TEMPLATES = ("a photo of a {}.", "a {}", "a picture of a {}.", "a close-up photo of a {}.", "a {} in the scene.")
+TEXTS = TextPreprocess(ids="ids", mask="mask", context=minilm.CONTEXT, pad="longest", pad_id=0)
+_EMBEDS = Tensor(dtype="float32", shape=("B", minilm.WIDTH))
+_TOKENS = Tensor(dtype="int64", shape=("B", "T"))
+_NOTES = (
+    "The heads derive from research-use photographs (Flickr8k, ImageNet samples, COCO crops) and WordNet; "
+    "the image encoder was trained on ImageNet by its authors."
+)
+
+
+def recognise(checkpoint: str) -> bool:
+    return checkpoint == "mini" or (Path(checkpoint) / SHIPPED.name).is_file()
+
+
+def load(checkpoint: str) -> Net:
+    """Raises `WeightsMissing`, which says what to install."""
+    directory = None if checkpoint == "mini" else Path(checkpoint)
+    file = (directory or SHIPPED.parent) / SHIPPED.name
+    heads = Heads.load(file)
+    image = ImageTower(backbone.frozen(backbone_state(directory)), heads).eval()
+    text = TextTower(minilm.from_state(minilm_state(directory)), heads).eval()
+    return Net(
+        name="mini",
+        source=Source(
+            net="mini",
+            model="EfficientNet-Lite2 and all-MiniLM-L6-v2 with aligned heads",
+            weights={
+                BACKBONE.origin: BACKBONE.sha256,
+                MINILM.origin: MINILM.sha256,
+                file.name: hashlib.sha256(file.read_bytes()).hexdigest(),
+            },
+            license="Apache-2.0",
+            notes=_NOTES,
+        ),
+        tasks=("classify", "embed"),
+        towers={
+            "image": Tower(
+                image,
+                {"pixels": Tensor(dtype="float32", shape=("B", 3, *PIXELS.size))},
+                {"image_embeds": _EMBEDS},
+                PIXELS,
+                quantizer="static",
+            ),
+            "text": Tower(text, {"ids": _TOKENS, "mask": _TOKENS}, {"text_embeds": _EMBEDS}, TEXTS, quantizer="smooth"),
+        },
+        files={"tokenizer.json": _unlimited(tokenizer_json(directory))},
+        prompts=Plugin(name="ensemble", params={"templates": list(TEMPLATES)}),
+        head=Plugin(name="cosine", params={"scale": SCALE}),
+        ranges={"image": RANGES, "text": RANGES},
+        keep_float=True,
+    )
+
+
+SCALE = 20.0  # of the cosines in a softmax over labels; see README.md, "Temperature"
+
+
+def _unlimited(tokenizer: bytes) -> bytes:
+    """Without the package's own padding to 128 tokens and cut at 128: the service does both, by the manifest."""
+    data = json.loads(tokenizer)
+    return json.dumps(data | {"padding": None, "truncation": None}, ensure_ascii=False).encode()
+
+
+NETS.register("mini")(NetPlugin(recognise, load))

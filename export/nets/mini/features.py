@@ -1,0 +1,78 @@
+"""Pictures and texts -> what the frozen encoders of the built-in model make of them, for training its heads."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from export.nets.mini.backbone import WIDTH32, frozen
+from export.nets.mini.minilm import CONTEXT, WIDTH, from_state
+from export.nets.mini.weights import BACKBONE, backbone_state, minilm_state, tokenizer_json
+from models.bundle.manifest import ImagePreprocess
+from models.preprocess.image import ImagePreparer, decode
+
+PIXELS = ImagePreprocess(
+    size=(260, 260), resize="shortest", shortest=292, keep_square=True, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+)  # (x - 127) / 128; the package's own text names ImageNet's mean and deviation, which costs it 10 points
+VIEWS = ("upright", "mirrored")
+
+
+def of_pictures(paths: Sequence[Path], cache: Path | None = None, *, quiet: bool = False) -> Tensor:
+    """-> float32 [N, 2, 1280], upright and mirrored. About 50 ms a picture on one core.
+
+    ``cache``: a folder that keeps them; the file's name says of which pictures and which backbone.
+    """
+    file = cache / f"features-{_digest(paths)}.npy" if cache else None
+    if file and file.is_file():
+        return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+    backbone = frozen(backbone_state()).to(memory_format=torch.channels_last)
+    preparer = ImagePreparer(PIXELS)
+    found = torch.empty(len(paths), len(VIEWS), WIDTH32)
+    with torch.inference_mode():
+        for row, path in zip(found, tqdm(paths, "pictures", unit="", disable=quiet), strict=True):
+            for slot, view in zip(row, _views(decode(path.read_bytes())), strict=True):
+                pixels = torch.from_numpy(preparer.prepare(view)[0]).to(memory_format=torch.channels_last)
+                slot.copy_(backbone(pixels)[1].mean((2, 3))[0])
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, found.numpy().astype(np.float16))
+    return found
+
+
+def of_texts(texts: Sequence[str], *, batch: int = 64, quiet: bool = False) -> Tensor:
+    """-> float32 [N, 384] unit rows. Texts over the context are cut. Texts of like length go together."""
+    encoder = from_state(minilm_state())
+    tokenizer = Tokenizer.from_str(tokenizer_json().decode())
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(CONTEXT)
+    rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    found = torch.empty(len(rows), WIDTH)
+    with torch.inference_mode(), tqdm(total=len(rows), desc="texts", unit="", disable=quiet) as bar:
+        for start in range(0, len(order), batch):
+            group = order[start : start + batch]
+            ids = torch.zeros(len(group), len(rows[group[-1]]), dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for line, index in enumerate(group):
+                ids[line, : len(rows[index])] = torch.tensor(rows[index])
+                mask[line, : len(rows[index])] = 1
+            found[group] = F.normalize(encoder(ids, mask), dim=-1)
+            bar.update(len(group))
+    return found
+
+
+def _views(picture: Image.Image) -> Iterator[Image.Image]:
+    yield picture
+    yield ImageOps.mirror(picture)
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    lines = [BACKBONE.sha256, *(f"{path.name} {path.stat().st_size}" for path in paths)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
