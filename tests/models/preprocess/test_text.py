@@ -1,0 +1,147 @@
+"""Ids and masks against transformers' tokenizers, built from the same tiny vocabularies; and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertTokenizerFast, CLIPTokenizerFast
+
+from models.bundle.manifest import TextPreprocess
+from models.errors import BadRequest, BundleInvalid, TextTooLong
+from models.preprocess.text import MAX_CHARACTERS, TextPreparer
+
+SENTENCES = ["a photo of a cat.", "Two  DOGS\ton the beach!", "cat", "naïve café", "一只猫", "🐈 cat", "it's a cat's"]
+WORDS = "a photo of cat dog ##s two on the beach . ! naive cafe ' it s 一 只 猫"
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split()]
+CLS, SEP = 2, 3
+
+Make = Callable[..., TextPreparer]
+
+
+def wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(PIECES)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def clip_bpe(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizerFast:
+    """CLIP's tokenizer with the 256 bytes, their word-final forms and eight merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [
+        tuple(pair.split()) for pair in ("c a", "ca t</w>", "d o", "do g", "dog s</w>", "t h", "th e</w>", "o n</w>")
+    ]
+    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizerFast(vocab=vocabulary, merges=merges)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def preparer(tokenizer: Any, **spec: Any) -> TextPreparer:
+        (tmp_path / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        return TextPreparer(TextPreprocess(**spec), tmp_path)
+
+    return preparer
+
+
+def test_wordpiece_equals_berts(make: Make):
+    bert = BertTokenizerFast(vocab={piece: i for i, piece in enumerate(PIECES)})
+    expected = bert(SENTENCES, padding=True, return_tensors="np")
+    feeds = make(wordpiece(), context=64, mask="mask").prepare(SENTENCES)
+    assert np.array_equal(feeds["ids"], expected["input_ids"])
+    assert np.array_equal(feeds["mask"], expected["attention_mask"])
+    assert {array.dtype for array in feeds.values()} == {np.dtype(np.int64)}
+
+
+def test_byte_pairs_equal_clips(make: Make, clip_bpe: CLIPTokenizerFast):
+    end = clip_bpe.eos_token_id
+    expected = clip_bpe(SENTENCES, padding="max_length", max_length=77, return_tensors="np")["input_ids"]
+    feeds = make(clip_bpe.backend_tokenizer, context=77, pad="context", pad_id=end).prepare(SENTENCES)
+    assert feeds.keys() == {"ids"}  # exactly what the graph takes
+    assert feeds["ids"].shape == (len(SENTENCES), 77)
+    assert np.array_equal(feeds["ids"], expected)
+
+
+def test_a_cut_text_keeps_its_last_token(make: Make, clip_bpe: CLIPTokenizerFast):
+    text = "the cat on the dogs " * 9
+    expected = clip_bpe([text], truncation=True, max_length=16, return_tensors="np")["input_ids"]
+    preparer = make(clip_bpe.backend_tokenizer, context=16, truncate=True)
+    assert np.array_equal(preparer.prepare([text])["ids"], expected)
+    assert expected[0, -1] == clip_bpe.eos_token_id
+    assert preparer.count(text) == 47  # 9 x (the, cat, on, the, dogs) and the two ends: however many there are
+    assert make(wordpiece(), context=1, truncate=True).prepare(["a cat"])["ids"].tolist() == [[SEP]]
+
+
+def test_padding_and_truncation_of_the_file_do_not_count(make: Make):
+    """A tokenizer.json often carries settings of its own; the manifest's are the ones that hold."""
+    tokenizer = wordpiece()
+    tokenizer.enable_padding(length=50, pad_id=9)
+    tokenizer.enable_truncation(3)
+    feeds = make(tokenizer, context=8, mask="mask", pad_id=0).prepare(["a cat", "two dogs on the beach"])
+    # [CLS] a cat [SEP]; [CLS] two dog ##s on the beach [SEP]
+    assert feeds["ids"].tolist() == [[2, 4, 7, 3, 0, 0, 0, 0], [2, 10, 8, 9, 11, 12, 13, 3]]
+    assert feeds["mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [1] * 8]
+
+
+def test_a_batch_is_as_wide_as_its_longest_or_as_the_context(make: Make):
+    assert make(wordpiece(), context=9).prepare(["a", "a cat"])["ids"].shape == (2, 4)
+    padded = make(wordpiece(), context=9, pad="context", pad_id=5).prepare(["a"])["ids"]
+    assert padded.tolist() == [[2, 4, 3, 5, 5, 5, 5, 5, 5]]
+
+
+def test_a_text_over_the_context_is_refused_with_both_numbers(make: Make):
+    preparer = make(wordpiece(), context=5)
+    assert preparer.prepare(["a photo of"])["ids"].shape == (1, 5)
+    with pytest.raises(TextTooLong, match=r"text 1 \('a photo of a cat'…\) has 7 tokens; this model reads at most 5"):
+        preparer.prepare(["a", "a photo of a cat"])
+
+
+def test_an_endless_text_is_refused_before_it_is_read(make: Make):
+    for truncate in (True, False):
+        with pytest.raises(TextTooLong, match=f"{MAX_CHARACTERS + 1} characters; at most {MAX_CHARACTERS}"):
+            make(wordpiece(), context=5, truncate=truncate).prepare(["a" * (MAX_CHARACTERS + 1)])
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000"])
+def test_an_empty_text_is_refused(make: Make, text: str):
+    with pytest.raises(BadRequest, match="text 1 is empty; expected some words"):
+        make(wordpiece(), context=5).prepare(["a", text])
+
+
+def test_a_lone_surrogate_is_refused(make: Make):
+    with pytest.raises(BadRequest, match="text 0 holds a lone surrogate and is not Unicode text"):
+        make(wordpiece(), context=5).prepare([json.loads('"cat \\ud83d"')])
+
+
+def test_a_text_without_tokens_is_refused(make: Make):
+    """Its mask would be all zero, and attention over nothing is NaN."""
+    bare = wordpiece()
+    bare.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(BadRequest, match="holds nothing this model reads"):
+        make(bare, context=5, mask="mask").prepare(["\x00\u200b"])
+
+
+STRANGE = ["cat\0dog", "\x00", "🐈‍⬛👩🏽‍🚀", "ﷺ", "e\u0301" * 20, "\u202egnidaer", "a\u0300" * 30, "\U0010ffff"]
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_strange_texts_are_read_as_transformers_reads_them(make: Make, clip_bpe: CLIPTokenizerFast, text: str):
+    feeds = make(clip_bpe.backend_tokenizer, context=500).prepare([text])
+    assert feeds["ids"].tolist() == [clip_bpe(text)["input_ids"]]
+
+
+def test_count_is_the_number_of_tokens(make: Make):
+    assert make(wordpiece(), context=9).count("two dogs") == 5  # [CLS] two dog ##s [SEP]
+
+
+def test_a_directory_without_tokenizer_is_refused(tmp_path: Path):
+    with pytest.raises(BundleInvalid, match=r"tokenizer\.json is no tokenizer"):
+        TextPreparer(TextPreprocess(context=5), tmp_path)

@@ -1,0 +1,98 @@
+"""A flow is stepped to its calls, its work is timed by stage, and what it raises comes through."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.flow import Call, Done, Flow, Walk, Work, drive
+from models.runtime.clock import Stopwatch
+
+ONE = {"x": np.ones(1)}
+
+
+def double_twice(start: int) -> Flow[int]:
+    """Two calls with work around them."""
+    ready = yield Work("decode", lambda: start + 1)
+    first = yield Call("double", {"x": np.array(ready)})
+    middle = yield Work("between", lambda: int(first["y"]) + 1)
+    second = yield Call("double", {"x": np.array(middle)})
+    return int(second["y"])
+
+
+def run(call: Call) -> dict[str, Any]:
+    assert call.graph == "double"
+    return {"y": call.feeds["x"] * 2}
+
+
+def test_drive_answers_calls_and_returns_the_value():
+    assert drive(double_twice(4), run) == 22  # (4 + 1) * 2 = 10, (10 + 1) * 2 = 22
+
+
+def test_stages_are_named_in_the_order_they_were_seen():
+    clock = Stopwatch()
+    drive(double_twice(4), run, clock)
+    assert list(clock.stages) == ["preprocess", "decode", "infer", "postprocess", "between"]
+    assert all(seconds >= 0 for seconds in clock.stages.values())
+    assert sum(clock.stages.values()) <= clock.elapsed
+
+
+def test_a_walk_stops_at_each_call_and_then_is_done():
+    walk = Walk(double_twice(0), Stopwatch())
+    first = walk.step()
+    assert isinstance(first, Call)
+    assert first.feeds["x"] == 1
+    second = walk.step({"y": np.array(7)})
+    assert isinstance(second, Call)
+    assert second.feeds["x"] == 8
+    assert walk.step({"y": np.array(5)}) == Done(5)
+
+
+def test_a_flow_without_calls_is_done_at_once():
+    def flow() -> Flow[str]:
+        return (yield Work("decode", lambda: "value"))
+
+    def nothing() -> Flow[None]:
+        return
+        yield
+
+    assert drive(flow(), run) == "value"
+    assert Walk(nothing(), Stopwatch()).step() == Done(None)
+
+
+@pytest.mark.parametrize("place", ["flow", "work", "run"])
+def test_errors_come_through_and_are_timed(place: str):
+    def fail(*_: Any) -> Any:
+        raise ValueError(place)
+
+    def flow() -> Flow[None]:
+        if place == "flow":
+            fail()
+        yield Work("decode", fail if place == "work" else lambda: None)
+        yield Call("double", ONE)
+
+    clock = Stopwatch()
+    with pytest.raises(ValueError, match=place):
+        drive(flow(), fail, clock)
+    assert {"flow": "preprocess", "work": "decode", "run": "infer"}[place] in clock.stages
+
+
+def test_a_stop_iteration_inside_a_flow_is_not_taken_for_its_end():
+    """PEP 479: a generator that leaks one raises RuntimeError; a future could not carry it either."""
+
+    def flow() -> Flow[None]:
+        yield Work("decode", lambda: None)
+        next(iter(()))
+
+    with pytest.raises(RuntimeError, match="generator raised StopIteration"):
+        drive(flow(), run)
+
+
+def test_a_stopwatch_adds_up_by_name():
+    clock = Stopwatch()
+    clock.add("infer", 1.5)
+    clock.add("infer", 0.25)
+    with clock.stage("decode"):
+        pass
+    assert clock.stages["infer"] == 1.75
+    assert list(clock.stages) == ["infer", "decode"]
