@@ -1,0 +1,131 @@
+"""Sessions over tiny graphs: what is checked when one loads, and what a run answers."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from models.bundle.manifest import Graph, Tensor
+from models.errors import BadRequest, BundleInvalid
+from models.runtime.session import Session, SessionOptions, versions
+
+Make = Callable[..., Session]
+
+
+def model(shape: tuple[Any, ...] = ("B", 3), dtype: int = TensorProto.FLOAT) -> bytes:
+    """sum, difference = a + b, a - b"""
+    tensors = {name: helper.make_tensor_value_info(name, dtype, shape) for name in ("a", "b", "sum", "difference")}
+    nodes = [helper.make_node("Add", ["a", "b"], ["sum"]), helper.make_node("Sub", ["a", "b"], ["difference"])]
+    graph = helper.make_graph(nodes, "two", [tensors["a"], tensors["b"]], [tensors["sum"], tensors["difference"]])
+    opset = helper.make_opsetid("", 18)
+    return bytes(helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString())
+
+
+def graph(inputs: str = "a b", outputs: str = "sum difference", dtype: Any = "float32", shape: Any = ("B", 3)) -> Graph:
+    tensor = Tensor(dtype=dtype, shape=shape)
+    return Graph(
+        file="two.onnx",
+        inputs=dict.fromkeys(inputs.split(), tensor),
+        outputs=dict.fromkeys(outputs.split(), tensor),
+    )
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def session(promised: Graph | None = None, content: bytes | None = None, **options: Any) -> Session:
+        (tmp_path / "two.onnx").write_bytes(model() if content is None else content)
+        return Session(tmp_path / "two.onnx", promised or graph(), SessionOptions(**options))
+
+    return session
+
+
+A, B = np.array([[1, 2, 3]], np.float32), np.array([[10, 20, 30]], np.float32)
+
+
+def test_arrays_by_name_in_and_out(make: Make):
+    answer = make(threads=1).run({"b": B, "a": A})
+    assert {name: array.tolist() for name, array in answer.items()} == {
+        "sum": [[11, 22, 33]],
+        "difference": [[-9, -18, -27]],
+    }
+
+
+def test_the_order_of_outputs_is_the_manifests(make: Make):
+    assert list(make(graph(outputs="difference sum")).run({"a": A, "b": B})) == ["difference", "sum"]
+
+
+def test_one_session_serves_many_threads(make: Make):
+    session = make(threads=1)
+
+    def add(n: int) -> float:
+        return float(session.run({"a": A * n, "b": B})["sum"][0, 0])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(add, range(64))) == [n + 10.0 for n in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("promised", "says"),
+    [
+        (graph(inputs="a"), r"has the inputs \['a', 'b'\]; the manifest promises \['a'\]"),
+        (graph(inputs="a b c"), r"promises \['a', 'b', 'c'\]"),
+        (graph(outputs="sum"), r"has the outputs \['difference', 'sum'\]; the manifest promises \['sum'\]"),
+        (graph(dtype="int64"), r"input 'a' as float32 \['B', 3\]; the manifest promises int64 \['B', 3\]"),
+        (graph(shape=("B", 4)), r"input 'a' as float32 \['B', 3\]; the manifest promises float32 \['B', 4\]"),
+        (graph(shape=("B",)), r"the manifest promises float32 \['B'\]"),
+    ],
+)
+def test_a_graph_that_breaks_its_promise_is_refused(make: Make, promised: Graph, says: str):
+    with pytest.raises(BundleInvalid, match=says):
+        make(promised)
+
+
+def test_a_dimension_may_be_open_on_either_side(make: Make):
+    assert make(graph(shape=("B", "D"))).run({"a": A, "b": B})["sum"].shape == (1, 3)
+    assert make(graph(shape=(1, 3)), model((None, None))).run({"a": A, "b": B})["sum"].shape == (1, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", model()[:40]])
+def test_what_does_not_load_is_refused_by_its_path(make: Make, content: bytes):
+    with pytest.raises(BundleInvalid, match=r"two\.onnx does not load in ONNX Runtime \d+"):
+        make(content=content)
+
+
+def test_an_absent_file_is_refused(tmp_path: Path):
+    with pytest.raises(BundleInvalid, match=r"absent\.onnx does not load"):
+        Session(tmp_path / "absent.onnx", graph())
+
+
+@pytest.mark.parametrize(
+    "feeds",
+    [
+        {"a": A},
+        {"a": A, "b": B, "c": B},
+        {"a": A, "b": B.astype(np.int64)},
+        {"a": A, "b": B[0]},
+        {"a": A, "b": np.zeros((1, 4), np.float32)},
+        {"a": np.zeros((2, 3), np.float32), "b": np.zeros((3, 3), np.float32)},
+        {"a": A, "b": np.array([["x"] * 3])},
+    ],
+)
+def test_feeds_the_graph_refuses_are_a_bad_request(
+    make: Make, feeds: dict[str, Any], capfd: pytest.CaptureFixture[str]
+):
+    with pytest.raises(BadRequest, match=r"graph two\.onnx refused \{'a': \('float32', "):
+        make().run(feeds)
+    assert capfd.readouterr().err == ""  # the error is raised, not also printed
+
+
+def test_a_profile_is_written_where_asked(make: Make, tmp_path: Path):
+    session = make(profile=str(tmp_path / "profile"))
+    session.run({"a": A, "b": B})
+    assert "Add" in Path(session.end_profiling()).read_text()
+
+
+def test_versions_name_the_runtime():
+    assert versions() == {"onnxruntime": onnxruntime.__version__}

@@ -1,0 +1,135 @@
+"""detect over made-up regions: what reaches the graphs, and where its boxes land in the picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.bundle.bundle import Bundle
+from models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
+from models.bundle.store import Sealed
+from models.errors import BadRequest
+from models.flow import Array, Arrays, Call, drive
+from models.tasks.detect import Detections, DetectRequest, Suppression, detect
+
+Png = Callable[..., bytes]
+PROPOSED = {
+    "class_embeds": np.zeros((1, 7, 3), np.float32),
+    "boxes": np.zeros((1, 7, 4), np.float32),
+    "objectness": np.zeros((1, 7), np.float32),
+}
+KEPT = {  # in pixels of the 8 x 8 letterbox
+    "kept_boxes": np.array([[1, 2, 3, 4], [-1, 0, 9, 9]], np.float32),
+    "scores": np.array([0.5, 0.25], np.float32),
+    "raw_scores": np.array([0.5, 0.75], np.float32),
+    "classes": np.array([1, 0], np.int64),
+    "candidates": np.array([12], np.int64),
+}
+
+
+@pytest.fixture
+def finder(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Any]) -> Bundle:
+    """The hand-made bundle as a detector; its new graphs are never run."""
+    graphs = colours["graphs"]
+
+    def tensors(*names: str) -> dict[str, Any]:
+        return {name: {"dtype": "float32", "shape": ["N"]} for name in names}
+
+    graphs["regions"] = {
+        "file": "regions.onnx",
+        "inputs": {"pixels": {"dtype": "float32", "shape": ["B", 3, 8, 8]}},
+        "outputs": tensors(*REGIONS),
+        "preprocess": {
+            "kind": "image",
+            "size": [8, 8],
+            "resize": "letterbox",
+            "mean": [0.0, 0.0, 0.0],
+            "std": [1.0, 1.0, 1.0],
+        },
+    }
+    graphs["detect"] = {
+        "file": "detect.onnx",
+        "batch": False,
+        "inputs": tensors(*REGIONS, "text_embeds", *SUPPRESSION),
+        "outputs": tensors(*DETECTED),
+    }
+    colours["tasks"] = ["detect"]
+    return Bundle(Sealed(tmp_path, write(tmp_path), ""))
+
+
+def find(bundle: Bundle, picture: bytes, kept: Arrays = KEPT, **more: Any) -> tuple[Detections, list[Call]]:
+    calls: list[Call] = []
+    answers: dict[str, Arrays] = {
+        "text": {"text_embeds": np.array([[2, 0, 0], [0, 2, 0]], np.float32)},
+        "regions": PROPOSED,
+        "detect": kept,
+    }
+
+    def run(call: Call) -> Arrays:
+        calls.append(call)
+        return answers[call.graph]
+
+    return drive(detect(bundle, DetectRequest(picture, ["red", "green"], **more)), run), calls
+
+
+def test_boxes_come_back_in_pixels_of_the_original(finder: Bundle, png: Png):
+    # 16 x 32 fits 8 x 8 at a quarter: every coordinate times 4, cut to the picture
+    found, _ = find(finder, png("red", (16, 32)))
+    assert (found.width, found.height, found.candidates) == (16, 32, 12)
+    first, second = found
+    assert (first.label, first.index, first.score, first.raw_score) == ("green", 1, 0.5, 0.5)
+    assert first.box.tolist() == [4, 8, 12, 16]
+    assert (second.label, second.index, second.score, second.raw_score) == ("red", 0, 0.25, 0.75)
+    assert second.box.tolist() == [0, 0, 16, 32]
+
+
+def test_the_detect_graph_takes_regions_unit_texts_and_settings(finder: Bundle, png: Png):
+    settings = Suppression("linear", sigma=0.25, iou_threshold=0.5, min_score=0.125, max_output=7, per_class=False)
+    _, calls = find(finder, png("red"), suppression=settings)
+    text, regions, last = calls
+    assert [text.graph, regions.graph, last.graph] == ["text", "regions", "detect"]
+    assert regions.feeds["pixels"].shape == (1, 3, 8, 8)
+    assert set(last.feeds) == {*REGIONS, "text_embeds", *SUPPRESSION}
+    assert all(last.feeds[name] is PROPOSED[name] for name in REGIONS)
+    assert last.feeds["text_embeds"].tolist() == [[1, 0, 0], [0, 1, 0]]
+    sent = {name: (last.feeds[name].dtype.name, last.feeds[name].tolist()) for name in SUPPRESSION}
+    assert sent == {
+        "method": ("int64", [1]),
+        "per_class": ("int64", [0]),
+        "iou_threshold": ("float32", [0.5]),
+        "sigma": ("float32", [0.25]),
+        "min_score": ("float32", [0.125]),
+        "max_output": ("int64", [7]),
+    }
+
+
+def test_nothing_found_is_an_answer(finder: Bundle, png: Png):
+    none: dict[str, Array] = {name: array[:0] for name, array in KEPT.items()} | {"candidates": np.array([0])}
+    found, _ = find(finder, png("red"), none)
+    assert (list(found), found.candidates) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"method": "soft"}, "method is 'soft'; expected one of hard, linear, gaussian"),
+        ({"sigma": 0.0}, "sigma is 0.0; expected 1e-06 to 1000000.0"),
+        ({"sigma": float("nan")}, "sigma is nan"),
+        ({"sigma": float("inf")}, "sigma is inf"),
+        ({"iou_threshold": -0.1}, "iou_threshold is -0.1; expected 0.0 to 1.0"),
+        ({"iou_threshold": float("nan")}, "iou_threshold is nan"),
+        ({"min_score": 1.5}, "min_score is 1.5; expected 0.0 to 1.0"),
+        ({"max_output": 0}, "max_output is 0; expected 1 to 1000"),
+        ({"max_output": 1001}, "max_output is 1001"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(finder: Bundle, png: Png, change: dict[str, Any], says: str):
+    with pytest.raises(BadRequest, match=says):
+        find(finder, png("red"), suppression=Suppression(**change))
+
+
+def test_the_manifests_names_are_the_tasks():
+    assert set(SUPPRESSION) == set(Suppression().tensors())
+    assert set(DETECTED) == set(KEPT)

@@ -1,0 +1,70 @@
+"""raw checks what it is given against the manifest before the graph sees it."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.bundle.bundle import Bundle
+from models.bundle.manifest import Graph, Tensor
+from models.errors import BadRequest, TaskNotServed
+from models.flow import Arrays, Call, drive
+from models.tasks.raw import RawRequest, raw
+
+
+def run(bundle: Bundle, graph: str, feeds: Arrays) -> Arrays:
+    def answer(call: Call) -> Arrays:
+        assert call.graph == graph
+        assert call.feeds is feeds
+        return {"y": np.zeros(1)}
+
+    return drive(raw(bundle, RawRequest(graph, feeds)), answer)
+
+
+@pytest.fixture
+def pair(bundle: Bundle) -> Bundle:
+    """A graph `pair` of two inputs that share the dimension T."""
+    ids = Tensor(dtype="int64", shape=("B", "T"))
+    graph = Graph(file="pair.onnx", inputs={"ids": ids, "mask": ids}, outputs={"y": ids})
+    bundle.manifest = bundle.manifest.model_copy(update={"graphs": {**bundle.manifest.graphs, "pair": graph}})
+    return bundle
+
+
+def ids(*shape: int, dtype: Any = np.int64) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def test_feeds_that_fit_reach_the_graph(pair: Bundle):
+    assert run(pair, "pair", {"ids": ids(2, 5), "mask": ids(2, 5)})["y"] == 0
+
+
+@pytest.mark.parametrize(
+    ("feeds", "says"),
+    [
+        ({}, r"takes the inputs \['ids', 'mask'\]; \[\] were given"),
+        ({"ids": ids(1, 1)}, r"\['ids'\] were given"),
+        ({"ids": ids(1, 1), "mask": ids(1, 1), "more": ids(1)}, r"\['ids', 'mask', 'more'\] were given"),
+        ({"ids": ids(1, 1, dtype=np.int32), "mask": ids(1, 1)}, "input 'ids' is int32; expected int64"),
+        ({"ids": ids(1, 1), "mask": np.array([["a"]])}, "input 'mask' is str32; expected int64"),
+        ({"ids": ids(1), "mask": ids(1, 1)}, r"input 'ids' has shape \[1\]; expected \['B', 'T'\]"),
+        ({"ids": ids(2, 5), "mask": ids(2, 4)}, r"input 'mask' has shape \[2, 4\]; expected \['B', 'T'\] with equal"),
+        ({"ids": ids(0, 5), "mask": ids(0, 5)}, r"input 'ids' has shape \[0, 5\]; it holds nothing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(pair: Bundle, feeds: Arrays, says: str):
+    with pytest.raises(BadRequest, match=says):
+        run(pair, "pair", feeds)
+
+
+def test_fixed_dimensions_are_fixed(bundle: Bundle):
+    with pytest.raises(BadRequest, match=r"shape \[1, 3, 4, 5\]; expected \['B', 3, 4, 4\]"):
+        run(bundle, "image", {"pixels": np.zeros((1, 3, 4, 5), np.float32)})
+
+
+def test_an_unknown_graph_and_a_closed_door(bundle: Bundle):
+    with pytest.raises(TaskNotServed, match="has no graph 'audio'; it has image, text") as refused:
+        run(bundle, "audio", {})
+    assert refused.value.known == ["image", "text"]
+    bundle.manifest = bundle.manifest.model_copy(update={"tasks": ("embed",)})
+    with pytest.raises(TaskNotServed, match="does not serve 'raw'"):
+        run(bundle, "text", {"ids": ids(1, 1)})

@@ -1,0 +1,57 @@
+"""Labels -> one unit vector each: prompts, the mean of unit vectors, and the bundle's own labels."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models.bundle.bundle import Bundle
+from models.errors import BadRequest
+from models.flow import Array, Arrays, Call, drive
+from models.tasks.texts import choose, embed_labels, unit
+
+
+def embedded(bundle: Bundle, labels: list[str], texts: Any, **more: Any) -> tuple[Array, Call]:
+    calls: list[Call] = []
+
+    def run(call: Call) -> Arrays:
+        calls.append(call)
+        return {"text_embeds": np.array(texts, np.float32)}
+
+    vectors = drive(embed_labels(bundle, labels, **more), run)
+    (call,) = calls
+    return vectors, call
+
+
+def test_a_label_is_the_mean_of_its_sentences_made_unit_before_and_after(bundle: Bundle):
+    vectors, call = embedded(
+        bundle, ["red"], [[2, 0, 0], [0, 1, 0], [0, 0.5, 0]], templates=["{} one", "{} two", "{} three"]
+    )
+    assert call.keys == ("red one", "red two", "red three")
+    # unit: x, y, y; mean (1, 2, 0) / 3; unit again (1, 2, 0) / sqrt(5)
+    assert vectors == pytest.approx(np.array([[1, 2, 0]]) / 5**0.5, abs=1e-6)
+    assert vectors.dtype == np.float32
+
+
+def test_each_distinct_sentence_is_asked_for_once(bundle: Bundle):
+    vectors, call = embedded(bundle, ["red", "green", "red"], [[1, 0, 0], [0, 1, 0]])
+    assert call.keys == ("red", "green")
+    assert len(call.feeds["ids"]) == 2
+    assert vectors.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_a_label_may_hold_braces_and_a_template_no_code(bundle: Bundle):
+    _, call = embedded(bundle, ["{0} {}"], [[1, 0, 0]], templates=["{}"])
+    assert call.keys == ("{0} {}",)
+
+
+def test_unit_rows_have_length_one_and_zero_stays_zero():
+    rows = unit(np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 1e-3]]))
+    assert rows == pytest.approx(np.array([[0.6, 0.8], [0, 0], [0, 1]]), abs=1e-7)
+    assert rows.dtype == np.float32
+
+
+@pytest.mark.parametrize("label", ["", " ", "\n"])
+def test_an_empty_label_is_refused_by_its_place(bundle: Bundle, label: str):
+    with pytest.raises(BadRequest, match="label 1 is empty; expected some words"):
+        choose(bundle, ["red", label])

@@ -1,0 +1,88 @@
+"""Who may know whom: service -> models <- export, torch in export alone, and each engine behind one door."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("models", "service", "export")
+
+TORCH = ("torch", "torchvision", "transformers", "open_clip", "timm")
+HTTP = ("fastapi", "starlette", "uvicorn", "prometheus_client")
+ONNX = ("onnx", "onnxscript")
+
+# package -> top-level names that none of its files may import, not even inside a function
+FORBIDDEN = {
+    "models": {"service", "export", *TORCH, *HTTP, *ONNX},
+    "service": {"export", *TORCH, *ONNX},
+    "export": {"service", *HTTP},
+}
+# name -> the one file of models and service that may import it
+ONE_DOOR = {"onnxruntime": "models/runtime/session.py", "prometheus_client": "service/metrics.py"}
+
+
+def files(package: str) -> Iterator[Path]:
+    return (path for path in sorted((ROOT / package).rglob("*.py")) if "bundles" not in path.parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Top-level names, those of `import_module("...")` too; a relative import stays in its package."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).split(".")[0]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (str(a.value).split(".")[0] for a in node.args if isinstance(a, ast.Constant))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_imports_what_its_package_must_not_know(package: str):
+    found = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in files(package)
+        for name in imports(path)
+        if name in FORBIDDEN[package]
+    }
+    assert not found
+
+
+@pytest.mark.parametrize("name", ONE_DOOR)
+def test_an_engine_has_one_door(name: str):
+    ours = [path for package in ("models", "service") for path in files(package)]
+    assert [path.relative_to(ROOT).as_posix() for path in ours if name in imports(path)] == [ONE_DOOR[name]]
+
+
+def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
+    path = tmp_path / "example.py"
+    path.write_text("import a.b as c\nfrom d.e import f\ndef g():\n    import h\n    import_module('i.j')\n")
+    assert list(imports(path)) == ["a", "d", "h", "i"]
+
+
+@pytest.mark.parametrize(
+    ("module", "never"),
+    [
+        ("service.app", ("torch", "export", "onnx", "transformers")),
+        ("models.runner", ("torch", "export", "service", "onnx", "fastapi")),
+        ("models.cli", ("torch", "export", "service", "onnx", "onnxruntime", "numpy", "fastapi")),
+    ],
+)
+def test_a_fresh_interpreter_loads_only_its_side(module: str, never: tuple[str, ...]):
+    script = f"import sys, {module}; print(*[name for name in {never!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_no_test_reads_what_lies_outside_the_repository():
+    outside = "../" + "shared"
+    files = [path for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".md", ".json", ".toml")]
+    assert not [path for path in files if outside in path.read_text(encoding="utf-8")]
+
+
+def test_tests_are_no_packages():
+    """Else `tests/models` would shadow `models`."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
