@@ -7,6 +7,7 @@ Out:    logits float32 [B, C] = scale * cosine + bias; scores in (0, 1), each on
 """
 
 import numpy as np
+from pydantic import Field
 
 from models.bundle.manifest import FrozenModel
 from models.flow import Array, Arrays
@@ -14,7 +15,7 @@ from models.heads import HEADS, Head
 
 
 class Params(FrozenModel):
-    scale: float = 10.0  # exp of the learned log temperature, > 0
+    scale: float = Field(10.0, gt=0)  # exp of the learned log temperature
     bias: float = -10.0
 
 
