@@ -9,7 +9,8 @@ RUN useradd --uid 10001 --home-dir /data --shell /usr/sbin/nologin calmclip \
     && install -d -o calmclip -g calmclip /data /bundles \
     && python -m venv /opt/calmclip
 WORKDIR /app
-# Names and requirements first, so that a changed line of code installs nothing anew.
+# Names and requirements first, so that a changed line of code installs nothing anew. What is built of these
+# empty packages is younger than the real code and must go, or setuptools would keep it.
 COPY pyproject.toml README.md LICENSE ./
 RUN mkdir models export service && touch models/__init__.py export/__init__.py service/__init__.py
 
@@ -18,7 +19,8 @@ FROM base AS export
 # On x86-64 the package index's torch is the CUDA build, some GB of it unused here. Point this at an index of
 # CPU wheels to leave them out.
 ARG TORCH_INDEX_URL=""
-RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export]"
+RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export]" \
+    && rm -r build
 COPY models models
 COPY export export
 RUN pip install --no-deps .
@@ -31,7 +33,7 @@ CMD ["mini", "--out", "/bundles"]
 
 
 FROM base AS packages
-RUN pip install ".[service]"
+RUN pip install ".[service]" && rm -r build
 COPY models models
 COPY service service
 RUN pip install --no-deps . && pip uninstall --yes --quiet pip setuptools

@@ -220,7 +220,7 @@ const search = (query) =>
       const image = known ? make("img", { src: meta.thumbnail, alt: "" }) : make("div", { className: "blank" });
       return make("li", { title: id }, image, make("span", {}, title), make("b", {}, score.toFixed(3)));
     });
-    show(found, cards.length ? make("ol", { className: "hits" }, ...cards) : make("p", {}, "The collection is empty."));
+    show(found, cards.length ? make("ol", { className: "hits" }, ...cards) : make("p", {}, "Nothing was found."));
   });
 
 function collection() {
