@@ -278,21 +278,24 @@ async function thumbnail(url) {
   return canvas.toDataURL("image/jpeg", 0.7);
 }
 
+const met = []; // stages in the order first met: each keeps its colour
+const stageColour = (name) => colour(met.includes(name) ? met.indexOf(name) : met.push(name) - 1);
+
 /** Put an answer on the page, and under it the stages it took. */
 function show({ stages, ms }, ...parts) {
   $("answer").replaceChildren(...parts);
   $("timing").hidden = !stages.length;
   if (!stages.length) return;
   const total = stages.reduce((sum, [, duration]) => sum + duration, 0);
-  const slices = stages.map(([name, duration], index) => {
+  const slices = stages.map(([name, duration]) => {
     const slice = make("i", { title: `${name} ${duration.toFixed(1)} ms` });
     slice.style.flexGrow = duration;
-    slice.style.background = colour(index);
+    slice.style.background = stageColour(name);
     return slice;
   });
-  const names = stages.map(([name, duration], index) => {
+  const names = stages.map(([name, duration]) => {
     const key = make("span", {}, make("i"), `${name} ${duration.toFixed(1)}`);
-    key.firstChild.style.background = colour(index);
+    key.firstChild.style.background = stageColour(name);
     return key;
   });
   $("bar").replaceChildren(...slices);
