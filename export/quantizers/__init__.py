@@ -12,7 +12,7 @@ from models.registry import Registry
 
 P = TypeVar("P", bound=FrozenModel)
 Feeds = Iterable[Mapping[str, Array]]
-Ranges = Mapping[str, tuple[float, float]]  # tensor -> (min, max), always with min <= 0 <= max
+Ranges = Mapping[str, tuple[Any, Any]]  # tensor -> (min, max): numbers, or one each for every channel
 
 
 @dataclass(frozen=True)

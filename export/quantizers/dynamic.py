@@ -1,0 +1,43 @@
+"""Dynamic INT8: int8 weights, activations quantized while running, by each tensor's own range. Needs no data.
+
+Source: ONNX Runtime's `quantize_dynamic` with one scale an output channel.
+
+The range is that of a whole batch, so a row's answer depends a little on its neighbours; `smooth` does without
+that, at the price of calibration texts. Products of activations stay in float.
+"""
+
+import onnx
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+from onnxruntime.quantization.quant_utils import QuantizationMode
+
+from export.quantizers import QUANTIZERS, Quantizer, Ranges, _qdq
+from models.bundle.manifest import FrozenModel
+
+
+class Params(FrozenModel):
+    reduce_range: bool = False  # 7-bit weights; see `static`
+
+
+def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
+    packed = _qdq.pack_tables(model)
+    matrices = [node.name for node in _qdq.products(packed) if node.op_type != "Conv"]
+    quantizer = ONNXQuantizer(
+        onnx.shape_inference.infer_shapes(packed),
+        per_channel=True,
+        reduce_range=params.reduce_range,
+        mode=QuantizationMode.IntegerOps,
+        static=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=None,
+        nodes_to_quantize=matrices,
+        nodes_to_exclude=[],
+        op_types_to_quantize=["Gemm", "MatMul"],
+        extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+    )
+    quantizer.quantize_model()
+    return quantizer.model.model
+
+
+QUANTIZERS.register("dynamic")(Quantizer(Params, quantize, activations="uint8 per tensor, at run time"))
