@@ -32,6 +32,7 @@ class Context:
     model: str = ""
     problem: str = ""  # slug of the problem that was answered
     status: int = 0
+    answered: float | None = None  # perf_counter when the answer was there
 
     def spent(self, stage: str, graph: str, seconds: float) -> None:
         """Time in or before a graph: on the clock under ``stage``, and by graph for the metrics."""
@@ -87,5 +88,13 @@ def task(name: str) -> Callable[[Request], Awaitable[None]]:
     return named
 
 
-Own = Annotated[Context, Depends(context)]
-Parts = Annotated[Service, Depends(service)]
+async def _own(request: Request) -> Context:  # async: FastAPI sends plain functions through a thread pool
+    return context(request)
+
+
+async def _parts(request: Request) -> Service:
+    return service(request)
+
+
+Own = Annotated[Context, Depends(_own)]
+Parts = Annotated[Service, Depends(_parts)]

@@ -98,8 +98,10 @@ class Engine:
         return {output: np.stack([rows[name][output] for name in names]) for output in outputs}
 
     async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
+        start = perf_counter()
         answer = await loaded.batchers[graph].run(feeds)
-        own.spent("queue", graph, answer.queue_s)
+        # all that is not the run itself is waiting: for the queue, for a thread, for the event loop's turn
+        own.spent("queue", graph, perf_counter() - start - answer.infer_s)
         own.spent("infer", graph, answer.infer_s)
         return answer.outputs
 

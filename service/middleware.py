@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import secrets
+from time import perf_counter
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -101,6 +102,8 @@ class _Wire:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.own.status = message["status"]
+            if self.own.answered is not None:
+                self.own.clock.add("serialize", perf_counter() - self.own.answered)
             timing = ", ".join(f"{stage};dur={s * 1000:.2f}" for stage, s in list(self.own.clock.stages.items()))
             total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
             message["headers"] = [

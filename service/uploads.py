@@ -19,7 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import BadRequest, ImageTooLarge, InputError
 from models.preprocess.image import inspect
-from service.context import context, service
+from service.context import Context, context, service
 from service.problems import BodyTooLarge, InvalidRequest, WrongContentType, invalid
 from service.schemas import Body, EmbedBody, LabelledPicture
 from service.settings import Limits
@@ -29,25 +29,29 @@ PICTURES = ("image/jpeg", "image/png", "image/webp")
 
 
 def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
-    """A dependency: the request's body as ``model``. Raises `InputError`s; the time counts as `read`."""
+    """A dependency: the request's body as ``model``. Raises `InputError`s; the time so far counts as `read`."""
 
     async def read(request: Request) -> B:
         own, limits = context(request), service(request).settings.limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        with own.clock.stage("read"):
+        try:
             async with own.deadline():
-                fields = await _fields(request, kind, model, limits)
-            try:
-                body = model.model_validate(fields)
-            except ValidationError as error:
-                raise invalid(error, "the request does not fit") from None
-        return body
+                return model.model_validate(await _fields(request, kind, model, limits))
+        except ValidationError as error:
+            raise invalid(error, "the request does not fit") from None
+        finally:
+            own.clock.add("read", own.clock.elapsed)  # with routing, which comes before
 
     return read
 
 
-def check_picture(data: bytes, limits: Limits, where: str = "") -> None:
+def check_picture(data: bytes, own: Context, limits: Limits, where: str = "") -> None:
     """Bytes and header, before anything is decoded; ``where`` begins the message. Raises `InputError`s."""
+    with own.clock.stage("decode"):
+        _check_picture(data, limits, where)
+
+
+def _check_picture(data: bytes, limits: Limits, where: str) -> None:
     try:
         if len(data) > limits.image_bytes:
             raise ImageTooLarge(

@@ -31,6 +31,6 @@ async def classify_picture(
     loaded = parts.hub.get(body.model, "classify")
     own.model = loaded.name
     labels, templates = parts.labels.resolve(body.labels, body.label_set, body.templates)
-    check_picture(body.image, parts.settings.limits)
+    check_picture(body.image, own, parts.settings.limits)
     flow = classify(loaded.bundle, ClassifyRequest(body.image, labels, templates, body.top_k))
     return respond(own, ClassifyAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own)))

@@ -193,7 +193,7 @@ async def _vectors(
     """float32 [N, D] of the loaded bundle. Raises what a picture or text is wrong with, naming it."""
     for one, name in zip(inputs, names, strict=True):
         if one.image is not None:
-            check_picture(one.image, parts.settings.limits, name)
+            check_picture(one.image, own, parts.settings.limits, name)
     flow = embed(loaded.bundle, EmbedRequest([one.value for one in inputs]))
     return (await parts.engine.answer(loaded, flow, own)).vectors
 

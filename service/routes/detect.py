@@ -29,7 +29,7 @@ async def detect_boxes(body: Annotated[DetectBody, Depends(body_of(DetectBody))]
     loaded = parts.hub.get(body.model, "detect")
     own.model = loaded.name
     labels, templates = parts.labels.resolve(body.labels, body.label_set, body.templates)
-    check_picture(body.image, parts.settings.limits)
+    check_picture(body.image, own, parts.settings.limits)
     suppression = body.suppression()
     flow = detect(loaded.bundle, DetectRequest(body.image, labels, templates, suppression))
     return respond(own, DetectAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own), suppression))

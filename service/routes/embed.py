@@ -32,7 +32,7 @@ async def embed_inputs(body: Annotated[EmbedBody, Depends(body_of(EmbedBody))], 
         raise BadRequest(f"{len(body.inputs)} inputs were given; at most {limits.texts} are read at once")
     for index, one in enumerate(body.inputs):
         if one.image is not None:
-            check_picture(one.image, limits, f"input {index}")
+            check_picture(one.image, own, limits, f"input {index}")
     flow = embed(loaded.bundle, EmbedRequest([one.value for one in body.inputs]))
     found = await parts.engine.answer(loaded, flow, own)
     return respond(own, EmbedAnswer.of(loaded.name, found.vectors))

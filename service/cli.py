@@ -1,0 +1,112 @@
+"""The verbs `serve` and `index`."""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import orjson
+
+from models.bundle.store import find, names
+from models.cli import emit, parser
+from models.errors import BundleNotFound
+from service.settings import Settings
+
+
+def serve_command(argv: list[str]) -> int:
+    """`calmclip serve`: answer over HTTP until SIGTERM or Ctrl-C; work under way is finished first.
+
+    Flags win over the environment (CALMCLIP_…), which wins over the defaults.
+    """
+    import uvicorn
+
+    from service.app import create_app
+
+    options = parser("serve", "Answer over HTTP.")
+    options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
+    options.add_argument("--port", type=int, default=8080)
+    _common(options)
+    options.add_argument("--load", help="bundles to load, by comma; the first that serves a task is its default")
+    given = options.parse_args(argv)
+    settings = _settings(given, load=given.load, log="json" if given.json else None)
+    for name in settings.load:
+        find(name, settings.bundles_dir)
+    if not names(settings.bundles_dir) and not settings.load:
+        raise BundleNotFound(f"there is no bundle in {settings.bundles_dir}; 'calmclip export mini' makes one")
+
+    _log_to_stderr(settings.log)
+    config = uvicorn.Config(
+        create_app(settings),
+        host=given.host,
+        port=given.port,
+        log_config=None,
+        access_log=False,  # the middleware writes it, with request ids and stages
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.deadline_ms / 1000) + 1,
+    )
+    # uvicorn raises the signal again when it is done; that must not count as being killed
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+def index_command(argv: list[str]) -> int:
+    """`calmclip index DIR --collection NAME`: pictures of a folder into a collection; exit 1 if none could be read."""
+    from service.indexing import index
+
+    options = parser("index", "Embed a folder of pictures into a collection. Run again, it goes on where it stopped.")
+    options.add_argument("folder", type=Path, metavar="DIR")
+    options.add_argument("--collection", required=True)
+    options.add_argument("--model", help="a bundle; else the service's default")
+    where = options.add_mutually_exclusive_group()
+    where.add_argument("--url", help="a running service, for example http://127.0.0.1:8080; else the store directly")
+    where.add_argument("--bundles", type=Path)
+    options.add_argument("--threads", type=int)
+    given = options.parse_args(argv)
+    settings = None if given.url else _settings(given, deadline_ms=600_000)
+    result = index(given.folder, given.collection, model=given.model, url=given.url, settings=settings)
+    emit(given.json, result, _show)
+    return 1 if result["broken"] and not (result["added"] or result["skipped"]) else 0
+
+
+def _common(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--bundles", type=Path, help="where bundles are; default models/bundles")
+    options.add_argument("--threads", type=int, help="per graph; default one per core")
+
+
+def _settings(given: argparse.Namespace, **more: object) -> Settings:
+    """The environment's settings with the flags that were given on top."""
+    flags = {"bundles_dir": given.bundles, "threads": given.threads, **more}
+    return Settings(**{name: value for name, value in flags.items() if value is not None})
+
+
+def _log_to_stderr(kind: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if kind == "json" else logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class _JsonLines(logging.Formatter):
+    """One object a line; the access log's messages are objects already."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.name == "calmclip.access":
+            return record.getMessage()
+        line = {"time": record.created, "level": record.levelname, "name": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return orjson.dumps(line).decode()
+
+
+def _show(result: dict[str, object]) -> None:
+    broken = result["broken"]
+    assert isinstance(broken, list)
+    for one in broken:
+        print(f"skipped {one['id']}: {one['why']}")
+    print(
+        f"{result['collection']} ({result['model']}): {result['added']} added, {result['skipped']} there already, "
+        f"{len(broken)} broken; {result['items']} items, {result['seconds']} s"
+    )

@@ -1,0 +1,183 @@
+"""A folder of pictures -> a collection, through the HTTP routes: of a running service, or of one in this process.
+
+An item's id is the picture's path in the folder; its content's hash lies in the metadata, so a second run
+sends only what is new or has changed.
+"""
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import httpx
+import orjson
+from tqdm import tqdm
+
+from models.errors import BadRequest, CalmclipError
+from service.settings import Settings
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+AT_ONCE = 16  # pictures in a request, but not more than
+BYTES_AT_ONCE = 16 << 20
+REQUESTS_AT_ONCE = 2  # one is prepared while the other is answered
+TRIES = 20  # when the service is full
+
+
+class Picture(NamedTuple):
+    id: str
+    data: bytes
+    sha256: str
+
+    def item(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "image": {"b64": base64.b64encode(self.data).decode()},
+            "meta": {"file": self.id.rpartition("/")[2], "sha256": self.sha256},
+        }
+
+
+def index(
+    folder: Path, collection: str, *, model: str | None = None, url: str | None = None, settings: Settings | None = None
+) -> dict[str, Any]:
+    """What was added, skipped and broken. Raises `BadRequest`, and `CalmclipError` with what the service said."""
+    if not folder.is_dir():
+        raise BadRequest(f"{folder} is not a folder")
+    return asyncio.run(_index(folder, collection, model, url, settings))
+
+
+async def _index(
+    folder: Path, collection: str, model: str | None, url: str | None, settings: Settings | None
+) -> dict[str, Any]:
+    start = perf_counter()
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    async with _client(url, settings) as client:
+        service = _Service(client, f"/v1/collections/{collection}")
+        made = await service.ask("PUT", "", {"model": model} if model else {})
+        there = await service.hashes()
+        result: dict[str, Any] = {"added": 0, "skipped": 0, "broken": []}
+        with tqdm(total=len(paths), unit="picture", disable=None) as bar:
+            slots = asyncio.Semaphore(REQUESTS_AT_ONCE)
+            async with asyncio.TaskGroup() as group:
+                for batch, known in _batches(folder, paths, there):
+                    result["skipped"] += known
+                    bar.update(known)
+                    if batch:
+                        await slots.acquire()
+                        group.create_task(_send(service, batch, result, bar, slots))
+        items = (await service.ask("GET", ""))["items"]
+    seconds = round(perf_counter() - start, 1)
+    result["broken"].sort(key=lambda one: one["id"])
+    return {"collection": collection, "model": made["model"], **result, "items": items, "seconds": seconds}
+
+
+async def _send(
+    service: "_Service", batch: list[Picture], result: dict[str, Any], bar: "tqdm[Any]", slots: asyncio.Semaphore
+) -> None:
+    """All at once; one by one where something among them is refused, to find out which."""
+    try:
+        try:
+            await service.add(batch)
+            result["added"] += len(batch)
+        except _Refused as refused:
+            for one in batch if len(batch) > 1 else ():
+                try:
+                    await service.add([one])
+                    result["added"] += 1
+                except _Refused as why:
+                    result["broken"].append({"id": one.id, "why": str(why)})
+            if len(batch) == 1:
+                result["broken"].append({"id": batch[0].id, "why": str(refused)})
+        bar.update(len(batch))
+    finally:
+        slots.release()
+
+
+def _batches(folder: Path, paths: list[Path], there: dict[str, str]) -> Iterator[tuple[list[Picture], int]]:
+    """Pictures to send together, and how many were passed over since the last time."""
+    batch: list[Picture] = []
+    known = 0
+    for path in paths:
+        data = path.read_bytes()
+        picture = Picture(path.relative_to(folder).as_posix(), data, hashlib.sha256(data).hexdigest())
+        if there.get(picture.id) == picture.sha256:
+            known += 1
+            continue
+        if batch and (len(batch) == AT_ONCE or sum(len(p.data) for p in batch) + len(data) > BYTES_AT_ONCE):
+            yield batch, known
+            batch, known = [], 0
+        batch.append(picture)
+    yield batch, known
+
+
+class _Refused(Exception):
+    """The service reads this input never."""
+
+
+class _Service:
+    """The routes of one collection."""
+
+    def __init__(self, client: httpx.AsyncClient, path: str) -> None:
+        self._client = client
+        self._path = path
+
+    async def add(self, pictures: list[Picture]) -> None:
+        await self.ask("POST", "/items", {"items": [picture.item() for picture in pictures]})
+
+    async def hashes(self) -> dict[str, str]:
+        """id -> hash of what the collection holds."""
+        found: dict[str, str] = {}
+        after = ""
+        while True:
+            page = await self.ask("GET", "/items", None, limit=500, **({"after": after} if after else {}))
+            found |= {item["id"]: item["meta"].get("sha256", "") for item in page["items"]}
+            if page["next"] is None:
+                return found
+            after = page["next"]
+
+    async def ask(self, method: str, path: str, body: object = None, **query: Any) -> dict[str, Any]:
+        content = None if body is None else orjson.dumps(body)
+        headers = {} if body is None else {"content-type": "application/json"}
+        for _ in range(TRIES):
+            try:
+                answer = await self._client.request(
+                    method, self._path + path, content=content, headers=headers, params=query
+                )
+            except httpx.HTTPError as error:
+                raise CalmclipError(
+                    f"{self._client.base_url} does not answer: {error or type(error).__name__}"
+                ) from None
+            if answer.status_code != 503:
+                break
+            await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
+        try:
+            value: dict[str, Any] = orjson.loads(answer.content)
+        except orjson.JSONDecodeError:
+            raise CalmclipError(f"{answer.url} answered {answer.status_code} and no JSON; is it calmclip?") from None
+        if answer.is_success:
+            return value
+        detail = value.get("detail", answer.reason_phrase)
+        if path == "/items" and method == "POST" and answer.status_code in (413, 415, 422, 504):
+            raise _Refused(detail)
+        raise CalmclipError(f"{answer.status_code} {detail}")
+
+
+@asynccontextmanager
+async def _client(url: str | None, settings: Settings | None) -> AsyncIterator[httpx.AsyncClient]:
+    """Of the service at ``url``, or of an app in this process, with its own collections open."""
+    if url is not None:
+        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+            yield client
+        return
+    from service.app import create_app
+
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as client,
+    ):
+        yield client
