@@ -16,6 +16,7 @@ from onnx import parser
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from models.bundle import manifest
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import Manifest, parse
 from models.bundle.store import read, seal, stage
@@ -33,6 +34,39 @@ text (int64[B, T] ids) => (float[B, 3] text_embeds)
     axes = Constant <value_ints = [1]> ()
     sum = ReduceSum <keepdims = 0> (each, axes)
     text_embeds = LpNormalization <axis = 1, p = 2> (sum)
+}"""
+# One region: the whole 8 x 8 letterbox, which looks as its mean colour does.
+REGIONS = """<ir_version: 9, opset_import: ["" : 18]>
+regions (float[1, 3, 8, 8] pixels) => (float[1, 1, 3] class_embeds, float[1, 1, 4] boxes, float[1, 1] objectness)
+<float[1, 1, 4] boxes = {0, 0, 8, 8}, float[1, 1] objectness = {1}> {
+    axes = Constant <value_ints = [2, 3]> ()
+    mean = ReduceMean <keepdims = 0> (pixels, axes)
+    row = LpNormalization <axis = 1, p = 2> (mean)
+    first = Constant <value_ints = [0]> ()
+    class_embeds = Unsqueeze (row, first)
+}"""
+# Every prompt whose cosine reaches min_score, once; the other settings have nothing to do.
+DETECT = """<ir_version: 9, opset_import: ["" : 18]>
+detect (float[1, 1, 3] class_embeds, float[1, 1, 4] boxes, float[1, 1] objectness, float[Q, 3] text_embeds,
+        int64[1] method, int64[1] per_class, float[1] iou_threshold, float[1] sigma, float[1] min_score,
+        int64[1] max_output)
+    => (float[K, 4] kept_boxes, float[K] scores, float[K] raw_scores, int64[K] classes, int64[1] candidates) {
+    column = Constant <value_ints = [3, 1]> ()
+    all = Constant <value_ints = [-1]> ()
+    look = Reshape (class_embeds, column)
+    cosines = MatMul (text_embeds, look)
+    flat = Reshape (cosines, all)
+    good = GreaterOrEqual (flat, min_score)
+    found = NonZero (good)
+    classes = Reshape (found, all)
+    scores = Gather (flat, classes)
+    raw_scores = Identity (scores)
+    candidates = Shape (classes)
+    four = Constant <value_ints = [4]> ()
+    sizes = Concat <axis = 0> (candidates, four)
+    one = Constant <value_ints = [1, 4]> ()
+    box = Reshape (boxes, one)
+    kept_boxes = Expand (box, sizes)
 }"""
 VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "red": 2, "green": 3, "blue": 4}
 MANIFEST: dict[str, Any] = {
@@ -97,6 +131,46 @@ def write(colours: dict[str, Any]) -> Callable[[Path], Manifest]:
 def sealed(tmp_path: Path, write: Callable[[Path], Manifest]) -> Path:
     """The directory of the bundle, sealed."""
     with stage(tmp_path / "bundles", "colours") as staged:
+        return seal(staged, write(staged)).directory
+
+
+@pytest.fixture
+def detector(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Manifest]) -> Path:
+    """The same with detection, sealed."""
+    tensors = {
+        "class_embeds": ("float32", [1, 1, 3]),
+        "boxes": ("float32", [1, 1, 4]),
+        "objectness": ("float32", [1, 1]),
+        "text_embeds": ("float32", ["Q", 3]),
+        **{name: ("float32", [1]) for name in ("iou_threshold", "sigma", "min_score")},
+        **{name: ("int64", [1]) for name in ("method", "per_class", "max_output", "candidates")},
+        "kept_boxes": ("float32", ["K", 4]),
+        "scores": ("float32", ["K"]),
+        "raw_scores": ("float32", ["K"]),
+        "classes": ("int64", ["K"]),
+    }
+
+    def named(*names: str) -> dict[str, Any]:
+        return {name: dict(zip(("dtype", "shape"), tensors[name], strict=True)) for name in names}
+
+    graphs = colours["graphs"]
+    plain = {"kind": "image", "size": [8, 8], "resize": "letterbox", "mean": [0.0] * 3, "std": [1.0] * 3}
+    graphs["regions"] = {
+        "file": "regions.onnx",
+        "inputs": {"pixels": {"dtype": "float32", "shape": [1, 3, 8, 8]}},
+        "outputs": named(*manifest.REGIONS),
+        "preprocess": plain,
+    }
+    graphs["detect"] = {
+        "file": "detect.onnx",
+        "batch": False,
+        "inputs": named(*manifest.REGIONS, "text_embeds", *manifest.SUPPRESSION),
+        "outputs": named(*manifest.DETECTED),
+    }
+    colours["tasks"].append("detect")
+    with stage(tmp_path / "detectors", "colours") as staged:
+        for name, text in (("regions.onnx", REGIONS), ("detect.onnx", DETECT)):
+            (staged / name).write_bytes(parser.parse_model(text).SerializeToString())
         return seal(staged, write(staged)).directory
 
 

@@ -1,14 +1,18 @@
 """The Python API over the hand-made bundle of conftest: files, sessions and tasks together."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from models import open_bundle
+import models
+from models import Suppression, open_bundle
 from models.errors import BadImage, BadRequest, BundleNotFound, TaskNotServed
 
+ASSETS = Path(__file__).parents[1] / "assets"
 Png = Callable[..., bytes]
 
 
@@ -26,6 +30,32 @@ def test_pictures_and_texts_share_a_space(sealed: Path, png: Png, tmp_path: Path
     half = 0.5**0.5  # yellow is red and green
     assert vectors == pytest.approx(np.array([[half, half, 0], [half, half, 0], [0, 0, 1]]), abs=1e-6)
     assert vectors.dtype == np.float32
+
+
+def test_detect_finds_a_box_in_the_original(detector: Path, png: Png):
+    """The one region is the 8 x 8 letterbox; a 32 x 16 picture fills its upper half at a quarter of its size."""
+    found = open_bundle(detector).detect(png("yellow", (32, 16)), ["blue", "red"])
+    (only,) = found
+    # yellow above and black below: cosine of (1, 1, 0) and red
+    assert (only.label, only.index, found.candidates) == ("red", 1, 1)
+    assert (only.score, only.raw_score) == pytest.approx((0.5**0.5, 0.5**0.5), abs=1e-6)
+    assert only.box.tolist() == [0, 0, 32, 16]
+    strict = Suppression(min_score=0.9)
+    assert list(open_bundle(detector).detect(png("yellow"), ["red"], suppression=strict)) == []
+
+
+def test_the_example_of_the_page_runs(
+    detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = (Path(models.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(detector, tmp_path / "models" / "bundles" / "mini-int8")
+    shutil.copy(ASSETS / "cat.jpg", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("a cat", "red").replace("a dog", "blue").replace("a red bicycle", "red"), {})
+    ranked, *_, last = capsys.readouterr().out.splitlines()
+    assert ranked.startswith("red ")  # the cat is brown
+    assert last.startswith("(2, 3) {'preprocess': ")
 
 
 def test_raw_runs_one_graph(sealed: Path):

@@ -213,7 +213,7 @@ def test_a_lone_surrogate_is_refused(colours: Json):
 
 def test_many_faults_are_reported_briefly(colours: Json):
     with pytest.raises(BundleInvalid, match=r"and \d+ more") as refused:
-        read(colours | {f"k{i}": i for i in range(50_000)})
+        read(colours | {f"k{i}": i for i in range(5_000)})
     assert len(str(refused.value)) < 1000
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
-from models.bundle.store import Sealed
+from models.bundle.store import read
 from models.errors import BadRequest
 from models.flow import Array, Arrays, Call, drive
 from models.tasks.detect import Detections, DetectRequest, Suppression, detect
@@ -30,33 +30,8 @@ KEPT = {  # in pixels of the 8 x 8 letterbox
 
 
 @pytest.fixture
-def finder(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Any]) -> Bundle:
-    """The hand-made bundle as a detector; its new graphs are never run."""
-    graphs = colours["graphs"]
-
-    def tensors(*names: str) -> dict[str, Any]:
-        return {name: {"dtype": "float32", "shape": ["N"]} for name in names}
-
-    graphs["regions"] = {
-        "file": "regions.onnx",
-        "inputs": {"pixels": {"dtype": "float32", "shape": ["B", 3, 8, 8]}},
-        "outputs": tensors(*REGIONS),
-        "preprocess": {
-            "kind": "image",
-            "size": [8, 8],
-            "resize": "letterbox",
-            "mean": [0.0, 0.0, 0.0],
-            "std": [1.0, 1.0, 1.0],
-        },
-    }
-    graphs["detect"] = {
-        "file": "detect.onnx",
-        "batch": False,
-        "inputs": tensors(*REGIONS, "text_embeds", *SUPPRESSION),
-        "outputs": tensors(*DETECTED),
-    }
-    colours["tasks"] = ["detect"]
-    return Bundle(Sealed(tmp_path, write(tmp_path), ""))
+def finder(detector: Path) -> Bundle:
+    return Bundle(read(detector))
 
 
 def find(bundle: Bundle, picture: bytes, kept: Arrays = KEPT, **more: Any) -> tuple[Detections, list[Call]]:
