@@ -9,18 +9,15 @@ RUN useradd --uid 10001 --home-dir /data --shell /usr/sbin/nologin calmclip \
     && install -d -o calmclip -g calmclip /data /bundles \
     && python -m venv /opt/calmclip
 WORKDIR /app
-# Names and requirements first, so that a changed line of code installs nothing anew. What is built of these
-# empty packages is younger than the real code and must go, or setuptools would keep it.
+# Without code first: a project of no packages, so that what it requires is installed once, whatever line changes.
 COPY pyproject.toml README.md LICENSE ./
-RUN mkdir models export service && touch models/__init__.py export/__init__.py service/__init__.py
 
 
 FROM base AS export
 # On x86-64 the package index's torch is the CUDA build, some GB of it unused here. Point this at an index of
 # CPU wheels to leave them out.
 ARG TORCH_INDEX_URL=""
-RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export]" \
-    && rm -r build
+RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export]"
 COPY models models
 COPY export export
 RUN pip install --no-deps .
@@ -33,7 +30,7 @@ CMD ["mini", "--out", "/bundles"]
 
 
 FROM base AS packages
-RUN pip install ".[service]" && rm -r build
+RUN pip install ".[service]"
 COPY models models
 COPY service service
 RUN pip install --no-deps . && pip uninstall --yes --quiet pip setuptools
