@@ -5,6 +5,8 @@ the same bundle:
 
     {"source": "which pictures and texts, and the command",
      "graphs": {"image": {"fingerprint": "…", "quantizer": "static", "params": {}, "ranges": {"Conv_0": [-1.0, 2.0]}}}}
+
+A quantizer that looks at channels records a list of minima and one of maxima instead of two numbers.
 """
 
 import json
@@ -12,6 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from export import samples
 from export.nets import Net, Tower
@@ -88,9 +91,20 @@ def recorded(file: Path, role: str, fingerprint: str, how: Quantize) -> Recorded
 
 
 def record(file: Path, role: str, fingerprint: str, how: Quantize, ranges: Ranges, source: str) -> None:
-    """Write or replace the entry of ``role``."""
+    """Write or replace the entry of ``role``; one line a tensor."""
     data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"graphs": {}}
-    rounded = {name: [float(f"{low:.6g}"), float(f"{high:.6g}")] for name, (low, high) in sorted(ranges.items())}
     data["source"] = source
-    data["graphs"][role] = {"fingerprint": fingerprint, "quantizer": how.name, "params": how.params, "ranges": rounded}
-    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    data["graphs"][role] = {"fingerprint": fingerprint, "quantizer": how.name, "params": how.params, "ranges": ranges}
+    graphs = ",\n".join(f"{json.dumps(name)}: {_entry(entry)}" for name, entry in sorted(data["graphs"].items()))
+    file.write_text(f'{{"source": {json.dumps(source)},\n"graphs": {{\n{graphs}}}}}\n', encoding="utf-8")
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    facts = ", ".join(f"{json.dumps(key)}: {json.dumps(entry[key])}" for key in ("fingerprint", "quantizer", "params"))
+    lines = ",\n".join(f"{json.dumps(name)}: {_numbers(limits)}" for name, limits in sorted(entry["ranges"].items()))
+    return f'{{{facts}, "ranges": {{\n{lines}}}}}'
+
+
+def _numbers(value: Any) -> str:
+    """A number or nested lists of them as JSON, six digits each."""
+    return f"{value:.6g}" if isinstance(value, float | int) else f"[{','.join(map(_numbers, value))}]"

@@ -7,8 +7,8 @@ does everything between them. Products of two activations (attention) stay in fl
 the part that loses most.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx

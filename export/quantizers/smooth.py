@@ -11,7 +11,6 @@ answer depends on that row alone.
 Ranges are per channel: tensor -> (minima [C], maxima [C]) over the calibration feeds.
 """
 
-from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -24,7 +23,7 @@ from models.flow import Array
 
 
 class Params(FrozenModel):
-    alpha: float = Field(0.5, ge=0.0, le=1.0)
+    alpha: float = Field(0.75, ge=0.0, le=1.0)
     reduce_range: bool = False  # 7-bit weights; see `static`
 
 
