@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
+from models.bundle.manifest import ImagePreprocess, TextPreprocess
 from models.flow import Arrays
 from models.preprocess.image import decode
 from models.runner import Runner
@@ -21,9 +22,9 @@ def feeds(runner: Runner, picture: bytes) -> dict[str, Arrays]:
     bundle = runner.bundle
     found: dict[str, Arrays] = {}
     for role, graph in bundle.manifest.graphs.items():
-        if graph.preprocess and graph.preprocess.kind == "image":
+        if isinstance(graph.preprocess, ImagePreprocess):
             found[role] = {graph.preprocess.input: bundle.image(role).prepare(decode(picture))[0]}
-        elif graph.preprocess:
+        elif isinstance(graph.preprocess, TextPreprocess):
             fits = [s for s in SENTENCES if bundle.text.count(s) <= graph.preprocess.context]
             found[role] = bundle.text.prepare(fits[:1])
     return found

@@ -117,6 +117,7 @@ def test_keep_square_does_not_crop_a_square():
     expected = np.asarray(noise(64, 64).resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(bytes_of(square, whole.spec), expected)
     assert frame.scale == (0.5, 0.5)
+    assert ImagePreparer(clip(size=(32, 32), shortest=40)).prepare(noise(64, 64))[1].offset == (-4.0, -4.0)
     assert whole.prepare(noise(64, 80))[1].offset == (-4.0, -9.0)  # 40 x 50, of which the middle 32 x 32
 
 
