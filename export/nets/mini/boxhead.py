@@ -4,11 +4,17 @@ Source: the dense, anchor-free form of Tian et al. 2019 (FCOS, arXiv 1904.01355)
 says how likely it belongs to an object, and how far the object's four sides are. Trained by `export.boxes`.
 """
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval
 
 from export.nets.mini.backbone import WIDTH16, WIDTH32
+from models.errors import WeightsMissing
 
 STRIDE = 16
 WIDTH, BLOCKS = 96, 4
@@ -20,9 +26,9 @@ class Mix(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.across = nn.Conv2d(width, width, 5, padding=2, groups=width, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
+        self.norm1: nn.Module = nn.BatchNorm2d(width)
         self.through = nn.Conv2d(width, width, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
+        self.norm2: nn.Module = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.relu(self.norm2(self.through(F.relu(self.norm1(self.across(x))))))
@@ -37,9 +43,9 @@ class BoxHead(nn.Module):
     def __init__(self, width: int = WIDTH, blocks: int = BLOCKS) -> None:
         super().__init__()
         self.from16 = nn.Conv2d(WIDTH16, width, 1, bias=False)
-        self.norm16 = nn.BatchNorm2d(width)
+        self.norm16: nn.Module = nn.BatchNorm2d(width)
         self.from32 = nn.Conv2d(WIDTH32, width, 1, bias=False)
-        self.norm32 = nn.BatchNorm2d(width)
+        self.norm32: nn.Module = nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(*(Mix(width) for _ in range(blocks)))
         self.out = nn.Conv2d(width, 5, 1)
         nn.init.normal_(self.out.weight, std=0.01)
@@ -52,6 +58,29 @@ class BoxHead(nn.Module):
         _, _, rows, cols = x.shape
         logits, reach = x.flatten(2).split((1, 4), dim=1)
         return logits[:, 0], decode(reach.transpose(1, 2), centres(rows, cols))
+
+
+def load(path: Path) -> BoxHead:
+    """The trained head in ``path``, its BatchNorms folded. Raises `WeightsMissing`."""
+    head = BoxHead()
+    try:
+        head.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise WeightsMissing(
+            f"{path} holds no box head: {error}. `python -m export.boxes` writes such a file."
+        ) from None
+    return fold(head)
+
+
+def fold(head: BoxHead) -> BoxHead:
+    """BatchNorms folded into the convolutions before them, in place: the same function, worked out in float64."""
+    head.eval().double()
+    pairs = [(head, "from16", "norm16"), (head, "from32", "norm32")]
+    pairs += [(block, *names) for block in head.blocks for names in (("across", "norm1"), ("through", "norm2"))]
+    for owner, conv, norm in pairs:
+        setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))
+        setattr(owner, norm, nn.Identity())
+    return head.float().requires_grad_(False)
 
 
 def centres(rows: int, cols: int) -> Tensor:

@@ -7,20 +7,21 @@ background, which take what is none of the prompts, and hands box-prompt pairs t
     score = softmax(SCALE cos)[prompt] * sqrt(objectness)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper, parser
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from export.functions.soft_nms import OPSET, soft_nms
 from export.nets import Built, Net, Tower
 from export.nets.mini.backbone import Backbone
 from export.nets.mini.boxhead import BoxHead
-from export.nets.mini.towers import ImageHead
+from export.nets.mini.towers import ImageHead, ImageTower, TextTower
 from models.bundle.manifest import ImagePreprocess
 from models.bundle.manifest import Tensor as Spec
 from models.flow import Array
@@ -107,7 +108,7 @@ def average(features: Tensor, boxes: Tensor) -> Tensor:
     Exact, every cell counting by the part of it that lies in the box, and without a custom RoIAlign: the weights are a
     product of one row and one column, so it is one matrix product. A box thinner than a pixel counts as a pixel.
     """
-    _, channels, rows, cols = features.shape
+    rows, cols = features.shape[-2:]
     x0, y0, x1, y1 = boxes.unbind(-1)
     weights = _cover(y0, y1, rows)[..., :, None] * _cover(x0, x1, cols)[..., None, :]  # [B, P, h, w]
     return torch.matmul(weights.flatten(2), features.flatten(2).transpose(1, 2))
@@ -157,7 +158,8 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
     model = parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}]>
         detect ({_declare(inputs)}) => ({_declare(outputs)})
-        <float[{len(background)}, {dim}] background, float scale = {{{scale}}}, int64[1] first = {{0}}, int64[1] last = {{-1}}, int64[1] axis = {{1}}>
+        <float[{len(background)}, {dim}] background, float scale = {{{scale}}},
+         int64[1] first = {{0}}, int64[1] last = {{-1}}, int64[1] axis = {{1}}>
         {{
             described = Concat <axis = 0> (text_embeds, background)
             directions = Transpose (described)
@@ -196,3 +198,39 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
 def _declare(tensors: Mapping[str, Spec]) -> str:
     kinds = {"float32": "float", "int64": "int64"}
     return ", ".join(f"{kinds[t.dtype]}[{', '.join(map(str, t.shape))}] {name}" for name, t in tensors.items())
+
+
+PIXELS = ImagePreprocess(
+    size=(SIZE, SIZE), resize="letterbox", pad=127, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+)  # (x - 127) / 128; what is beside the picture is 0 to the backbone
+
+
+def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHead) -> Net:
+    """``net``, made of these towers, that also detects."""
+    background = embed(text, net.files["tokenizer.json"], BACKGROUND)
+    tower = Tower(
+        module=Regions(image.backbone, box_head, image.head).eval(),
+        inputs={"pixels": _f32("B", 3, SIZE, SIZE)},
+        outputs={
+            "class_embeds": _f32("B", PROPOSALS, background.shape[1]),
+            "boxes": _f32("B", PROPOSALS, 4),
+            "objectness": _f32("B", PROPOSALS),
+        },
+        preprocess=PIXELS,
+        quantizer="static",
+    )
+    return replace(
+        net,
+        tasks=(*net.tasks, "detect"),
+        towers={**net.towers, "regions": tower},
+        built={**net.built, "detect": detect_graph(background)},
+    )
+
+
+@torch.inference_mode()
+def embed(text: TextTower, tokenizer: bytes, phrases: Sequence[str]) -> Array:
+    """-> float32 [len(phrases), D] unit rows."""
+    encoder = Tokenizer.from_str(tokenizer.decode())
+    encoder.no_padding()
+    rows = [text(torch.tensor([encoding.ids]))[0] for encoding in encoder.encode_batch(list(phrases))]
+    return torch.stack(rows).numpy()

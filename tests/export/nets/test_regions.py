@@ -1,0 +1,188 @@
+"""Proposals, region features and the detect graph of the built-in model, against torchvision, pixels and numpy."""
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import box_iou, nms
+
+from export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
+from export.nets.mini.regions import (
+    CELL,
+    PROPOSALS,
+    SCALE,
+    Regions,
+    average,
+    detect_graph,
+    pairwise_iou,
+    propose,
+    survivors,
+)
+from models.ops.reference import soft_nms
+from models.ops.spec import METHODS
+
+
+def random_boxes(seed, *shape, most=200.0):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(*shape, 2, generator=generator) * (640 - most)
+    return torch.cat((corner, corner + torch.rand(*shape, 2, generator=generator) * most), dim=-1)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_survivors_are_those_of_torchvisions_nms(threshold):
+    boxes = random_boxes(0, 2, 400)
+    kept = survivors(boxes, threshold)
+    for row, flags in zip(boxes, kept, strict=True):
+        expected = nms(row, torch.arange(400.0, 0.0, -1.0), threshold)
+        assert flags.nonzero()[:, 0].tolist() == expected.sort().values.tolist()
+
+
+def test_pairwise_iou_is_torchvisions():
+    boxes = random_boxes(1, 1, 50)
+    torch.testing.assert_close(pairwise_iou(boxes)[0], box_iou(boxes[0], boxes[0]))
+
+
+def test_boxes_without_area_overlap_nothing():
+    assert pairwise_iou(torch.tensor([[[3.0, 3, 3, 9], [3, 3, 3, 9]]])).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
+
+
+def test_proposals_are_padded_with_zeros():
+    boxes = torch.tensor([[0.0, 0, 64, 64]]).repeat(1, 1600, 1)  # one place, 1600 times
+    boxes[0, 7] = torch.tensor([200.0, 200, 300, 300])
+    objectness = torch.full((1, 1600), 0.5)
+    objectness[0, 7] = 0.9
+    found, certain = propose(boxes, objectness)
+    assert found.shape == (1, PROPOSALS, 4)
+    assert certain[0, :3].tolist() == pytest.approx([0.9, 0.5, 0.0])
+    assert found[0, 0].tolist() == [200, 200, 300, 300]
+
+
+def test_average_is_the_mean_of_the_pixels_in_the_box():
+    features = torch.randn(2, 5, 20, 20, generator=torch.Generator().manual_seed(2))
+    boxes = random_boxes(3, 2, 6).round()
+    boxes[..., 2:] = torch.maximum(boxes[..., 2:], boxes[..., :2] + 1)
+    painted = F.interpolate(features, scale_factor=CELL, mode="nearest")  # every pixel holds its cell's value
+    found = average(features, boxes)
+    for picture, row, means in zip(painted, boxes.int(), found, strict=True):
+        for (x0, y0, x1, y1), mean in zip(row.tolist(), means, strict=True):
+            torch.testing.assert_close(mean, picture[:, y0:y1, x0:x1].mean((1, 2)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_box_thinner_than_a_pixel_reads_its_cell():
+    features = torch.arange(400.0).reshape(1, 1, 20, 20)
+    assert average(features, torch.tensor([[[100.0, 50, 100, 50]]])).item() == 1 * 20 + 3  # row 50 // 32, col 100 // 32
+
+
+def test_decode_counts_from_the_cells_centres():
+    centre = centres(2, 3)
+    assert centre[4].tolist() == [1.5 * STRIDE, 1.5 * STRIDE]  # second row, second column
+    reach = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()
+    # 24 - 16, 24 - 32, 24 + 48, 24 + 64
+    assert decode(reach, centre)[4].tolist() == pytest.approx([8.0, -8.0, 72.0, 88.0], abs=1e-4)
+
+
+def test_folding_changes_nothing():
+    torch.manual_seed(4)
+    head = BoxHead().eval()
+    for norm in (module for module in head.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    maps = torch.randn(1, 120, 8, 8), torch.randn(1, 1280, 4, 4)
+    with torch.no_grad():
+        before = head(*maps)
+        after = fold(head)(*maps)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in head.modules())
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+class Fake(nn.Module):
+    """A backbone whose maps are pixels, pooled and spread over the channels."""
+
+    def forward(self, pixels):
+        mean16, mean32 = (F.avg_pool2d(pixels.mean(1, keepdim=True), n) for n in (16, 32))
+        return mean16.repeat(1, 120, 1, 1), mean32.repeat(1, 1280, 1, 1).clamp(0, 6)
+
+
+def test_pictures_of_a_batch_do_not_meet():
+    torch.manual_seed(5)
+    head = fold(BoxHead())
+    nn.init.normal_(head.out.weight, std=0.3)
+    tower = Regions(Fake(), head, nn.Linear(1280, 8)).eval()
+    pixels = torch.randn(3, 3, 640, 640)
+    with torch.no_grad():
+        together, alone = tower(pixels), tower(pixels[1:2])
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one[1:2], other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """Regions, prompts and background at random; many overlaps."""
+    rng = np.random.default_rng(6)
+    unit = lambda *shape: F.normalize(torch.from_numpy(rng.normal(size=shape)), dim=-1).numpy()  # noqa: E731
+    return {
+        "background": unit(3, 16).astype(np.float32),
+        "class_embeds": unit(1, PROPOSALS, 16).astype(np.float32),
+        "text_embeds": unit(5, 16).astype(np.float32),
+        "boxes": random_boxes(7, 1, PROPOSALS, most=400.0).numpy(),
+        "objectness": np.where(np.arange(PROPOSALS) < 60, rng.random((1, PROPOSALS)), 0.0).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("per_class", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_detect_graph_is_its_formula(scene, method, per_class):
+    built = detect_graph(scene["background"])
+    session = ort.InferenceSession(built.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == list(built.inputs)
+    assert [o.name for o in session.get_outputs()] == list(built.outputs)
+    settings = {
+        "method": np.array([METHODS.index(method)]),
+        "per_class": np.array([per_class]),
+        "iou_threshold": np.array([0.3], np.float32),
+        "sigma": np.array([0.5], np.float32),
+        "min_score": np.array([0.02], np.float32),
+        "max_output": np.array([20]),
+    }
+    feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes", "objectness")}
+    found = dict(zip(built.outputs, session.run(None, feeds | settings), strict=True))
+
+    texts = np.concatenate((scene["text_embeds"], scene["background"])).astype(np.float64)
+    powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ texts.T)
+    chances = (powers / powers.sum(1, keepdims=True))[:, :5]
+    scores = chances * np.sqrt(scene["objectness"][0])[:, None]
+    box, label = np.nonzero(scores >= 0.02)
+    kept = soft_nms(
+        scene["boxes"][0][box],
+        scores[box, label],
+        label,
+        method=method,
+        per_class=bool(per_class),
+        min_score=0.02,
+        max_output=20,
+    )
+    assert found["candidates"].tolist() == [len(box)]
+    assert len(found["scores"]) > 5
+    np.testing.assert_array_equal(found["kept_boxes"], scene["boxes"][0][box[kept.indices]])
+    np.testing.assert_array_equal(found["classes"], kept.classes)
+    np.testing.assert_allclose(found["scores"], kept.scores, rtol=1e-4)
+    np.testing.assert_allclose(found["raw_scores"], scores[box, label][kept.indices], rtol=1e-4)
+
+
+def test_the_detect_graph_finds_nothing_in_nothing(scene):
+    session = ort.InferenceSession(detect_graph(scene["background"]).model.SerializeToString())
+    one = lambda value, kind: np.array([value], kind)  # noqa: E731
+    settings = {"method": one(2, np.int64), "per_class": one(1, np.int64), "max_output": one(9, np.int64)}
+    settings |= {name: one(0.5, np.float32) for name in ("iou_threshold", "sigma", "min_score")}
+    feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes")}
+    boxes, scores, *_, candidates = session.run(
+        None, {**feeds, **settings, "objectness": np.zeros((1, PROPOSALS), np.float32)}
+    )
+    assert boxes.shape == (0, 4)
+    assert scores.shape == (0,)
+    assert candidates.tolist() == [0]
