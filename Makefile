@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev models/bundles/mini-int8/bundle.json  ## figures of the built-in model on this machine
 	$(BIN)/calmclip bench mini-int8 --against mini-float
-	$(BIN)/python tests/bench/http.py models/bundles/mini-int8
+	$(BIN)/python tests/bench/bench_http.py models/bundles/mini-int8
 
 up:  ## service, Prometheus and Grafana in containers
 	docker compose up --build

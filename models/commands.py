@@ -12,9 +12,10 @@ from models.cli import BUNDLES, emit, parser
 from models.errors import BadRequest, ExtraMissing
 from models.flow import Array
 from models.measure import latency, machine
+from models.ops.spec import METHODS
 from models.registry import Registry
 from models.runner import open_bundle
-from models.tasks.detect import METHODS, Suppression
+from models.tasks.detect import Suppression
 
 # family -> where its registry is. Families of other packages are listed only where their extra is installed.
 FAMILIES = {

@@ -79,4 +79,5 @@ def soft_nms(
 
 def _area(boxes: Array) -> Array:
     """[N, 4] -> [N]; a box turned inside out has none."""
-    return np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0), axis=1)
+    area: Array = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0), axis=1)
+    return area

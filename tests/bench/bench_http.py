@@ -32,7 +32,7 @@ def main() -> int:
     options.add_argument("bundle", type=Path)
     options.add_argument("--requests", type=int, default=200)
     options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    options.add_argument("--picture", type=Path, help="default: the photograph of a cat in tests/assets, 640 x 480")
+    options.add_argument("--picture", type=Path, help="default: the photograph of a cat in export/samples, 640 x 480")
     options.add_argument("--json", action="store_true")
     given = options.parse_args()
     picture = given.picture.read_bytes() if given.picture else default_picture()
@@ -112,7 +112,7 @@ class Server:
 
 
 def default_picture() -> bytes:
-    asset = Path(__file__).parent.parent / "assets" / "cat.jpg"
+    asset = Path(__file__).parents[2] / "export" / "samples" / "cat.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     image = Image.open(asset) if asset.exists() else Image.fromarray(noise)
     file = io.BytesIO()

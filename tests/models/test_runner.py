@@ -12,7 +12,7 @@ import models
 from models import Suppression, open_bundle
 from models.errors import BadImage, BadRequest, BundleNotFound, TaskNotServed
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).parents[2] / "export" / "samples"
 Png = Callable[..., bytes]
 
 

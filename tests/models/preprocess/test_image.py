@@ -16,7 +16,7 @@ from models.bundle.manifest import ImagePreprocess
 from models.errors import BadImage, ImageTooLarge
 from models.preprocess.image import MAX_PIXELS, Frame, Header, ImagePreparer, decode, inspect
 
-ASSETS = Path(__file__).parents[2] / "assets"
+ASSETS = Path(__file__).parents[3] / "export" / "samples"
 PHOTOGRAPHS = sorted(ASSETS.glob("*.jpg"))
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
 SHAPES = [(640, 480), (480, 640), (333, 500), (501, 333), (224, 224), (225, 224), (1, 300), (300, 1), (7, 5), (1, 1)]
