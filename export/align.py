@@ -66,6 +66,8 @@ class Training:
     dropout: float = 0.1
     noise: float = 0.3
     max_scale: float = 60.0
+    soft: float = 0.0
+    soft_temperature: float = 0.1
     seeds: int = 3
 
 
@@ -91,15 +93,21 @@ def right(holds: Tensor, meanings: Tensor) -> Tensor:
     return (holds[:, None, :] == meanings[None, :, None]).any(-1)
 
 
-def loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Mean of both directions' cross-entropy; the right answers of a row share its probability equally.
+def targets(positive: Tensor, texts: Tensor, soft: float, temperature: float) -> Tensor:
+    """Where each row's probability belongs: [b, b], rows sum to 1.
 
-    logits, positive [b, c]; every row and every column has at least one right answer.
+    ``1 - soft`` of it is shared equally by the right answers; ``soft`` goes to whatever text resembles the picture's
+    own (texts [b, 384] unit rows, row i drawn for picture i), because "a dog in snow" is not wrong for another
+    snowy dog. The teacher is the frozen text encoder (compare Andonian et al. 2022, arXiv 2204.02960).
     """
-    share = positive.to(logits.dtype)
-    rows = F.cross_entropy(logits, share / share.sum(1, keepdim=True))
-    columns = F.cross_entropy(logits.T, (share / share.sum(0, keepdim=True)).T)
-    return (rows + columns) / 2
+    share = positive.to(texts.dtype)
+    share = share / share.sum(1, keepdim=True)
+    return (1 - soft) * share + soft * F.softmax(texts @ texts.T / temperature, dim=-1) if soft else share
+
+
+def loss(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Mean of both directions' cross-entropy. logits, rows, columns [b, b]: pictures in rows; columns transposed."""
+    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
 
 
 class _Deck:
@@ -167,7 +175,9 @@ def _run(
         widest = max(holds.shape[1] for *_, holds in drawn)
         holds = torch.cat([F.pad(one[3], (0, widest - one[3].shape[1]), value=NOTHING) for one in drawn])
         logits = model(F.dropout(inputs, training.dropout), texts, training.max_scale)
-        value = loss(logits, right(holds, meanings))
+        positive, teacher = right(holds, meanings), F.normalize(texts, dim=-1)
+        rows, columns = (targets(p, teacher, training.soft, training.soft_temperature) for p in (positive, positive.T))
+        value = loss(logits, rows, columns)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

@@ -38,9 +38,13 @@ def constants(model: onnx.ModelProto) -> dict[str, TensorProto]:
 
 
 def products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes that are quantized: an activation times a constant, in topological order."""
+    """The nodes that are quantized: an activation times a constant, in topological order.
+
+    Not those that read probabilities: all but a few of these would round to 0 at 1/255 (see `pack`).
+    """
     fixed = constants(model)
-    return [n for n in model.graph.node if n.op_type in PRODUCTS and n.input[0] not in fixed and n.input[1] in fixed]
+    floats = fixed.keys() | _probabilities(model)
+    return [n for n in model.graph.node if n.op_type in PRODUCTS and n.input[0] not in floats and n.input[1] in fixed]
 
 
 def watched(model: onnx.ModelProto) -> list[str]:
@@ -55,8 +59,10 @@ def watched(model: onnx.ModelProto) -> list[str]:
     return list(names)
 
 
-def watch(model: onnx.ModelProto, feeds: Feeds, names: Sequence[str], see: Callable[[Array], T]) -> dict[str, list[T]]:
-    """Run the float graph over ``feeds``; -> per tensor what ``see`` made of it, feed by feed."""
+def watch(
+    model: onnx.ModelProto, feeds: Feeds, names: Sequence[str], see: Callable[[str, Array], T]
+) -> dict[str, list[T]]:
+    """Run the float graph over ``feeds``; -> per tensor what ``see(tensor, values)`` made of it, feed by feed."""
     taps = onnx.ModelProto()
     taps.CopyFrom(model)
     outputs = {output.name for output in taps.graph.output}
@@ -72,7 +78,7 @@ def watch(model: onnx.ModelProto, feeds: Feeds, names: Sequence[str], see: Calla
     for feed in feeds:
         found = {**feed, **dict(zip(inside, session.run(inside, dict(feed)), strict=True))}
         for name in names:
-            seen[name].append(see(found[name]))
+            seen[name].append(see(name, found[name]))
     return seen
 
 
@@ -83,6 +89,7 @@ def write(model: onnx.ModelProto, ranges: Ranges, *, reduce_range: bool) -> onnx
     limits = {
         name: TensorData(lowest=np.float32(min(low, 0.0)), highest=np.float32(max(high, 0.0)))
         for name, (low, high) in ranges.items()
+        if np.ndim(low) == 0
     }
     nodes = products(copy)
     written = {name for node in nodes if node.op_type == "Conv" for name in node.output}
@@ -103,29 +110,57 @@ def write(model: onnx.ModelProto, ranges: Ranges, *, reduce_range: bool) -> onnx
     return quantizer.model.model
 
 
-def pack_tables(model: onnx.ModelProto) -> onnx.ModelProto:
-    """-> a copy whose big embedding tables are int8 with one scale a row: Gather, Gather, Cast, Mul."""
+def pack(model: onnx.ModelProto) -> onnx.ModelProto:
+    """-> a copy that stores in int8 what is computed in float all the same: one scale a row or column.
+
+    Big embedding tables (Gather), which are read a few rows at a time, and matrices that mix their rows by
+    probabilities (MatMul behind Softmax). The runtime casts such a matrix once, when it loads the graph.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    fixed = constants(copy)
+    fixed, mixers = constants(copy), _probabilities(copy)
     nodes: list[onnx.NodeProto] = []
     for node in copy.graph.node:
-        table = fixed.get(node.input[0]) if node.op_type == "Gather" else None
-        if table is None or np.prod(table.dims) < _TABLE or any(a.name == "axis" and a.i for a in node.attribute):
+        out = node.output[0]
+        if node.op_type == "Gather" and node.input[0] in fixed and np.prod(fixed[node.input[0]].dims) >= _TABLE:
+            table, scale = _pack(copy, fixed[node.input[0]], axis=1)
+            nodes += [
+                _node("Gather", [table, node.input[1]], f"{out}_int8"),
+                _node("Gather", [scale, node.input[1]], f"{out}_scale"),
+                _node("Cast", [f"{out}_int8"], f"{out}_whole", to=TensorProto.FLOAT),
+                _node("Mul", [f"{out}_whole", f"{out}_scale"], out),
+            ]
+        elif node.op_type == "MatMul" and node.input[0] in mixers and node.input[1] in fixed:
+            table, scale = _pack(copy, fixed[node.input[1]], axis=0)
+            nodes += [
+                _node("Cast", [table], f"{table}_whole", to=TensorProto.FLOAT),
+                _node("MatMul", [node.input[0], f"{table}_whole"], f"{out}_whole"),
+                _node("Mul", [f"{out}_whole", scale], out),
+            ]
+        else:
             nodes.append(node)
-            continue
-        rows = numpy_helper.to_array(table)
-        scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, 1e-12).astype(np.float32)
-        packed = np.rint(rows / scale).astype(np.int8)
-        name, out = table.name, node.output[0]
-        table.CopyFrom(numpy_helper.from_array(packed, f"{name}_int8"))
-        copy.graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
-        nodes += [
-            helper.make_node("Gather", [f"{name}_int8", node.input[1]], [f"{out}_int8"], f"Gather.{out}_int8"),
-            helper.make_node("Gather", [f"{name}_scale", node.input[1]], [f"{out}_scale"], f"Gather.{out}_scale"),
-            helper.make_node("Cast", [f"{out}_int8"], [f"{out}_whole"], f"Cast.{out}_whole", to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{out}_whole", f"{out}_scale"], [out], f"Mul.{out}"),
-        ]
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    kept = [initializer for initializer in copy.graph.initializer if initializer.name in used]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
     return copy
+
+
+def _pack(model: onnx.ModelProto, matrix: TensorProto, axis: int) -> tuple[str, str]:
+    """Adds int8 and scales to the model; -> their names. One scale for all along ``axis``."""
+    values = numpy_helper.to_array(matrix)
+    scale = np.maximum(np.abs(values).max(axis=axis, keepdims=True) / 127, 1e-12).astype(np.float32)
+    table, gain = f"{matrix.name}_int8", f"{matrix.name}_scale"
+    for name, array in ((table, np.rint(values / scale).astype(np.int8)), (gain, scale)):
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    return table, gain
+
+
+def _probabilities(model: onnx.ModelProto) -> set[str]:
+    return {node.output[0] for node in model.graph.node if node.op_type == "Softmax"}
+
+
+def _node(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs, [output], f"{kind}.{output}", **attributes)

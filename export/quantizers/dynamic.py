@@ -20,7 +20,7 @@ class Params(FrozenModel):
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    packed = _qdq.pack_tables(model)
+    packed = _qdq.pack(model)
     matrices = [node.name for node in _qdq.products(packed) if node.op_type != "Conv"]
     quantizer = ONNXQuantizer(
         onnx.shape_inference.infer_shapes(packed),

@@ -1,4 +1,4 @@
-"""Static U8S8 after the outliers were moved from activations into weights: for text towers and other transformers.
+"""Static U8S8 after outliers were moved from activations into weights: for transformers and heads of mixed inputs.
 
 Source: Xiao et al. 2022 (arXiv 2211.10438), "SmoothQuant", eq. 3-4: x W = (x / s) (s W) with
 s_j = max|x_j|^alpha / max|W_j|^(1 - alpha) for each input channel j of a product.
@@ -8,9 +8,9 @@ leaves the rest a handful of steps. The division is a Mul of its own before the 
 LayerNorm: it costs microseconds, works behind any op and leaves residual branches alone. As in `static`, a row's
 answer depends on that row alone.
 
-Ranges are per channel: tensor -> (minima [C], maxima [C]) over the calibration feeds.
+Convolutions are quantized as by `static`. Ranges over the calibration feeds: (min, max) for what convolutions read
+and write, (minima [C], maxima [C]) for what matrix products read.
 """
-
 
 import numpy as np
 import onnx
@@ -28,13 +28,13 @@ class Params(FrozenModel):
 
 
 def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
-    names = [node.input[0] for node in _matrices(model)]
+    by_channel = {node.input[0] for node in _matrices(model)}
 
-    def see(values: Array) -> tuple[Array, Array]:
-        flat = values.reshape(-1, values.shape[-1])
+    def see(name: str, values: Array) -> tuple[Array, Array]:
+        flat = values.reshape(-1, values.shape[-1]) if name in by_channel else values.reshape(-1)
         return flat.min(axis=0), flat.max(axis=0)
 
-    seen = _qdq.watch(model, feeds, list(dict.fromkeys(names)), see)
+    seen = _qdq.watch(model, feeds, _qdq.watched(model), see)
     return {
         name: (np.min([low for low, _ in all_], axis=0).tolist(), np.max([high for _, high in all_], axis=0).tolist())
         for name, all_ in seen.items()
@@ -42,7 +42,7 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    packed = _qdq.pack_tables(model)
+    packed = _qdq.pack(model)
     smoothed, limits = smooth(packed, ranges, params.alpha)
     return _qdq.write(smoothed, limits, reduce_range=params.reduce_range)
 
@@ -52,7 +52,7 @@ def smooth(model: onnx.ModelProto, ranges: Ranges, alpha: float) -> tuple[onnx.M
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     fixed = _qdq.constants(copy)
-    limits: dict[str, tuple[float, float]] = {}
+    limits = dict(ranges)
     before: dict[str, onnx.NodeProto] = {}
     for node in _matrices(copy):
         weight = fixed[node.input[1]]

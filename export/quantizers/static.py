@@ -23,7 +23,7 @@ class Params(FrozenModel):
 
 
 def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
-    def see(values: Array) -> tuple[float, float]:
+    def see(name: str, values: Array) -> tuple[float, float]:
         if params.percentile == 100.0:
             return float(values.min()), float(values.max())
         low, high = np.percentile(values, (100.0 - params.percentile, params.percentile))
@@ -36,7 +36,7 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    return _qdq.write(_qdq.pack_tables(model), ranges, reduce_range=params.reduce_range)
+    return _qdq.write(_qdq.pack(model), ranges, reduce_range=params.reduce_range)
 
 
 QUANTIZERS.register("static")(Quantizer(Params, quantize, observe))

@@ -58,7 +58,7 @@ def load(checkpoint: str) -> Net:
                 {"pixels": Tensor(dtype="float32", shape=("B", 3, *PIXELS.size))},
                 {"image_embeds": _EMBEDS},
                 PIXELS,
-                quantizer="static",
+                quantizer="smooth",
             ),
             "text": Tower(text, {"ids": _TOKENS, "mask": _TOKENS}, {"text_embeds": _EMBEDS}, TEXTS, quantizer="smooth"),
         },

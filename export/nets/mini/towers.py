@@ -73,12 +73,13 @@ class ImageHead(nn.Module):
 
     def inputs(self, features: Tensor) -> Tensor:
         """[..., 1664]: z and c side by side."""
-        z = FEATURE_LENGTH * F.normalize((features - self.mean) * self.gain, dim=-1)
-        c = F.normalize(F.softmax(self.classifier(features), dim=-1) @ self.class_table, dim=-1)
+        z = FEATURE_LENGTH * unit((features - self.mean) * self.gain)
+        c = unit(F.softmax(self.classifier(features), dim=-1) @ self.class_table)
         return torch.cat([z, c], dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(self.project(self.inputs(features)), dim=-1)
+        rows = features.flatten(0, -2)  # matrices make the same Gemm for pictures and for regions
+        return unit(self.project(self.inputs(rows))).unflatten(0, features.shape[:-1])
 
 
 class ImageTower(nn.Module):
@@ -103,7 +104,12 @@ class TextTower(nn.Module):
         self.project = linear(heads.text_weight, -(weight @ heads.text_centre.double()).float())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return F.normalize(self.project(F.normalize(self.encoder(ids, mask), dim=-1)), dim=-1)
+        return unit(self.project(unit(self.encoder(ids, mask))))
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows divided by their length; the same as F.normalize, in two ops fewer."""
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
