@@ -43,7 +43,7 @@ class Source:
     pictures [N, V, 1280] backbone features of V views; texts [M, K, 384] unit vectors of K wordings;
     draws: for each picture the texts it may be trained with (a repeated one is drawn more often);
     meanings [M]: what a text means, a number; holds [N, A]: what a picture holds, padded with `NOTHING`;
-    share: how many of its pictures a step draws.
+    share: how many of its pictures a step draws; chances [N]: how often each (None: all alike).
     """
 
     name: str
@@ -53,6 +53,7 @@ class Source:
     meanings: Tensor
     holds: Tensor
     share: int
+    chances: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class _Deck:
     def draw(self, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> inputs [b, 1664], centred texts [b, 384], meanings [b], holds [b, A]; no picture twice."""
         count, views, _ = self.standard.shape
-        rows = torch.randperm(count, generator=generator)[: self.source.share]
+        chances = torch.ones(count) if self.source.chances is None else self.source.chances
+        rows = torch.multinomial(chances, self.source.share, generator=generator)
         chance = torch.rand(3, len(rows), generator=generator)
         view = (chance[0] * views).long()
         text = self.draws[rows, (chance[1] * self.counts[rows]).long()]
@@ -262,13 +264,13 @@ def cropped(
     """Pictures of single objects [N, V, 1280] and their categories; texts [M, K, 384] and the category each means."""
     draws = [[text for text, meant in enumerate(means) if meant == c] for c in categories]
     share = min(share, len(categories))
-    return Source("crops", pictures, texts, draws, torch.tensor(means), torch.tensor(categories)[:, None], share)
+    owns = torch.tensor(categories)
+    return Source("crops", pictures, texts, draws, torch.tensor(means), owns[:, None], share, balanced(owns))
 
 
-def thinned(categories: Sequence[int], common: int = 0, every: int = 4) -> list[int]:
-    """Which crops to keep: all but those of the ``common`` category (a person), and of these each fourth."""
-    several = [i for i, c in enumerate(categories) if c == common]
-    return sorted({*range(len(categories))} - {*several} | {*several[::every]})
+def balanced(categories: Tensor, power: float = 0.5) -> Tensor:
+    """[N] -> chances [N]: a category that is n times as frequent is drawn n ** (1 - power) times as often."""
+    return torch.bincount(categories)[categories] ** -power
 
 
 def fresh(pictures: Tensor, captions: Tensor, names: Tensor) -> Heads:
@@ -373,10 +375,9 @@ def _extra(given: argparse.Namespace, names: dict[str, Any], quiet: bool) -> lis
         found.append(named(cached.features, cached.numbers, names, _worded(names["bag_text"], names, quiet)))
     if given.crops:
         cached, own = _cached(given.crops), names["coco_names"]
-        kept = thinned(cached.numbers)
         texts = _worded([*own, *PEOPLE], names, quiet)
         means = [*range(len(own)), *[own.index("person")] * len(PEOPLE)]
-        found.append(cropped(cached.features[kept], [cached.numbers[i] for i in kept], means, texts))
+        found.append(cropped(cached.features, cached.numbers, means, texts))
     return found
 
 

@@ -90,13 +90,18 @@ def recorded(file: Path, role: str, fingerprint: str, how: Quantize) -> Recorded
     return Recorded({name: (low, high) for name, (low, high) in entry["ranges"].items()}, data["source"])
 
 
-def record(file: Path, role: str, fingerprint: str, how: Quantize, ranges: Ranges, source: str) -> None:
-    """Write or replace the entry of ``role``; one line a tensor."""
+def record(
+    file: Path, role: str, fingerprint: str, how: Quantize, ranges: Ranges, source: str, pictures: Sequence[str] = ()
+) -> None:
+    """Write or replace the entry of ``role``; one line a tensor. ``source`` in words, ``pictures`` by name."""
     data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"graphs": {}}
     data["source"] = source
     data["graphs"][role] = {"fingerprint": fingerprint, "quantizer": how.name, "params": how.params, "ranges": ranges}
     graphs = ",\n".join(f"{json.dumps(name)}: {_entry(entry)}" for name, entry in sorted(data["graphs"].items()))
-    file.write_text(f'{{"source": {json.dumps(source)},\n"graphs": {{\n{graphs}}}}}\n', encoding="utf-8")
+    file.write_text(
+        f'{{"source": {json.dumps(source)},\n"pictures": {json.dumps([*pictures])},\n"graphs": {{\n{graphs}}}}}\n',
+        encoding="utf-8",
+    )
 
 
 def _entry(entry: dict[str, Any]) -> str:

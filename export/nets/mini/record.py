@@ -1,0 +1,58 @@
+"""Records the activation ranges that ship with the built-in model: `python -m export.nets.mini.record --help`.
+
+Run again after a change to a tower's graph; until then export says that the ranges do not fit, and observes the
+pictures that ship with calmclip instead.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from pathlib import Path
+
+from export import calibrate
+from export.align import read_captions
+from export.nets import NETS
+from export.nets.mini import RANGES, TEMPLATES
+from export.quantizers import QUANTIZERS
+from export.recipe import Quantize
+from export.trace import fingerprint, to_onnx
+from models.prompts import fill
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--images", type=Path, action="append", required=True, help="a folder; may be repeated")
+    options.add_argument("--captions", type=Path, required=True, help="JSON {file: [captions]}, or .jsonl")
+    options.add_argument("--names", type=Path, required=True, help="JSON with `class_names`")
+    options.add_argument("--each", type=int, default=96, help="pictures of each folder (default %(default)s)")
+    options.add_argument(
+        "--texts", type=int, default=256, help="captions, and half as many names (default %(default)s)"
+    )
+    options.add_argument("--source", required=True, help="where pictures and texts come from, in words")
+    given = options.parse_args()
+    draw = random.Random(0)
+    pictures = [path for folder in given.images for path in draw.sample(sorted(folder.iterdir()), given.each)]
+    captions = [text for texts in read_captions(given.captions).values() for text in texts]
+    names = json.loads(given.names.read_text(encoding="utf-8"))["class_names"]
+    texts = draw.sample(captions, given.texts)
+    texts += [fill(draw.choice(TEMPLATES), name) for name in draw.sample(names, given.texts // 2)]
+    net = NETS.get("mini").load("mini")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in net.files.items():
+            (Path(folder) / name).write_bytes(data)
+        for role, tower in net.towers.items():
+            model, how = to_onnx(tower), Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
+            quantizer = QUANTIZERS.get(how.name)
+            if quantizer.observe is None:
+                continue
+            feeds = calibrate.feeds(tower, Path(folder), pictures, texts)
+            ranges = quantizer.observe(model, feeds, quantizer.params.model_validate(how.params))
+            calibrate.record(
+                RANGES, role, fingerprint(model), how, ranges, given.source, [path.name for path in pictures]
+            )
+            print(f"{role}: {len(ranges)} tensors", flush=True)
+
+
+if __name__ == "__main__":
+    main()
