@@ -3,6 +3,7 @@
 import argparse
 import logging
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import orjson
 
 from models.bundle.store import find, names
 from models.cli import emit, parser
-from models.errors import BundleNotFound
+from models.errors import BadRequest, BundleNotFound
 from service.settings import Settings
 
 
@@ -36,10 +37,9 @@ def serve_command(argv: list[str]) -> int:
         raise BundleNotFound(f"there is no bundle in {settings.bundles_dir}; 'calmclip export mini' makes one")
 
     _log_to_stderr(settings.log)
+    door = _listen(given.host, given.port)
     config = uvicorn.Config(
         create_app(settings),
-        host=given.host,
-        port=given.port,
         log_config=None,
         access_log=False,  # the middleware writes it, with request ids and stages
         server_header=False,
@@ -49,7 +49,7 @@ def serve_command(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = uvicorn.Server(config)
-    server.run()
+    server.run(sockets=[door])
     return 0 if server.started else 1
 
 
@@ -70,6 +70,14 @@ def index_command(argv: list[str]) -> int:
     result = index(given.folder, given.collection, model=given.model, url=given.url, settings=settings)
     emit(given.json, result, _show)
     return 1 if result["broken"] and not (result["added"] or result["skipped"]) else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises `BadRequest`; uvicorn itself would end the process with a status that means something else here."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise BadRequest(f"cannot listen on {host}:{port}: {error}; choose another --port or --host") from None
 
 
 def _common(options: argparse.ArgumentParser) -> None:

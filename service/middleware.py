@@ -7,11 +7,12 @@ import secrets
 from time import perf_counter
 
 import orjson
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import Context
 from service.metrics import Metrics
-from service.problems import CLIENT_GONE
+from service.problems import CLIENT_GONE, unexpected
 from service.settings import Settings
 
 access = logging.getLogger("calmclip.access")
@@ -42,9 +43,11 @@ class RequestContext:
             if not wire.gone or task is None:
                 raise
             task.uncancel()
-        except Exception:
-            # Starlette answers with a problem and raises again, for servers that log; the handler has logged it.
-            own.status = own.status or 500
+        except Exception as error:
+            response = await unexpected(Request(scope), error)
+            if own.status:  # the answer had begun; all that is left is to break it off
+                raise
+            await response(scope, wire.receive, wire.send)
         finally:
             wire.close()
             self.metrics.observe(own)

@@ -131,7 +131,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _starlette)
     app.add_exception_handler(RequestValidationError, _query)
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=CLIENT_GONE))
-    app.add_exception_handler(Exception, _unexpected)
 
     @app.get("/problems/{slug}", response_class=HTMLResponse, tags=["catalog"], summary="What a problem means")
     async def explain(slug: str) -> HTMLResponse:
@@ -172,7 +171,7 @@ def invalid(error: ValidationError | RequestValidationError, what: str) -> Inval
 async def _ours(request: Request, error: Exception) -> Response:
     problem = find(error)
     if problem is INTERNAL:
-        return await _unexpected(request, error)
+        return await unexpected(request, error)
     extra: dict[str, Any] = {}
     headers: dict[str, str] = {}
     if known := getattr(error, "known", None):
@@ -192,7 +191,7 @@ async def _starlette(request: Request, error: Exception) -> Response:
         return render(request, METHOD, f"{path} does not take {request.method}", None, **dict(error.headers or {}))
     if error.status_code == 404:
         return render(request, NOT_FOUND, f"there is no {path}; GET /openapi.json lists the routes")
-    return await _unexpected(request, error)
+    return await unexpected(request, error)
 
 
 async def _query(request: Request, error: Exception) -> Response:
@@ -201,7 +200,8 @@ async def _query(request: Request, error: Exception) -> Response:
     return await _ours(request, invalid(error, "the request does not fit"))
 
 
-async def _unexpected(request: Request, error: Exception) -> Response:
+async def unexpected(request: Request, error: Exception) -> Response:
+    """For what no handler knows; the middleware calls it. The details go to the log."""
     own = context(request)
     log.error("request %s failed", own.id, exc_info=error)
     return render(request, INTERNAL, f"the service failed; its log has the details under request {own.id}")

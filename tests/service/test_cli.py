@@ -1,0 +1,138 @@
+"""`serve` and `index` as a person starts them: processes, sockets, signals, exit codes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+
+import httpx
+import pytest
+
+from models.cli import main
+
+
+@contextmanager
+def serving(bundles, data, *flags: str):
+    """The process, a client for it, and the file its log goes to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundles), "--port", str(port), *flags]
+    environment = {**os.environ, "CALMCLIP_DATA_DIR": str(data)}
+    data.mkdir(exist_ok=True)
+    log = data / "log"
+    process = subprocess.Popen(command, env=environment, stderr=log.open("w"))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20) as client:
+        try:
+            for _ in range(400):
+                assert process.poll() is None, log.read_text()
+                with suppress(httpx.TransportError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                time.sleep(0.05)
+            yield process, client, log
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def pictures(tmp_path, picture):
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for name in ("red", "green", "blue"):
+        (folder / f"{name}.png").write_bytes(picture(name))
+    (folder / "more" / "gelb.JPG").write_bytes(picture("yellow", kind="JPEG"))
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture either")
+    return folder
+
+
+@pytest.mark.parametrize(("number", "flags"), [(signal.SIGTERM, ["--json"]), (signal.SIGINT, ["--threads", "1"])])
+def test_serve_until_a_signal(bundles, tmp_path, picture, number, flags):
+    with serving(bundles, tmp_path / "data", *flags) as (process, client, file):
+        send = {"content": picture("red"), "headers": {"content-type": "image/png", "x-request-id": "one"}}
+        assert client.post("/v1/classify?labels=red", **send).status_code == 200
+        client.get("/no%0Apath")
+        process.send_signal(number)
+        status, log = process.wait(20), file.read_text()
+    assert status == 0
+    assert "Traceback" not in log
+    if "--json" in flags:
+        lines = [json.loads(line) for line in log.splitlines()]
+        (one,) = [line for line in lines if line.get("id") == "one"]
+        assert (one["path"], one["status"], one["task"], one["model"]) == (
+            "/v1/classify", 200, "classify", "colours-int8",
+        )  # fmt: skip
+        assert one["stages_ms"].keys() >= {"read", "decode", "infer"}
+    else:
+        (line,) = [line for line in log.splitlines() if "path" in line]
+        assert r"/no\npath" in line
+
+
+def test_index_through_a_service_and_again(bundles, tmp_path, pictures, picture, capsys):
+    with serving(bundles, tmp_path / "data") as (_, client, _log):
+
+        def index() -> dict:
+            arguments = ["index", str(pictures), "--collection", "c", "--url", str(client.base_url), "--json"]
+            assert main(arguments) == 0
+            return json.loads(capsys.readouterr().out)
+
+        first = index()
+        assert (first["added"], first["skipped"], first["items"]) == (4, 0, 4)
+        assert [one["id"] for one in first["broken"]] == ["broken.jpg"]
+        assert "JPEG, PNG or WebP" in first["broken"][0]["why"]
+        body = {"query": {"text": "yellow"}, "top_k": 1}
+        (hit,) = client.post("/v1/collections/c/search", json=body).json()["hits"]
+        assert hit["id"] == "more/gelb.JPG"
+        assert hit["meta"]["file"] == "gelb.JPG"
+
+        (pictures / "red.png").write_bytes(picture("white"))  # changed: sent again under the same id
+        again = index()
+        assert (again["added"], again["skipped"], again["items"]) == (1, 3, 4)
+
+
+def test_index_without_a_service(bundles, tmp_path, pictures, capsys, monkeypatch):
+    monkeypatch.setenv("CALMCLIP_DATA_DIR", str(tmp_path / "data"))
+    arguments = ["index", str(pictures), "--collection", "c", "--bundles", str(bundles), "--threads", "1"]
+    assert main(arguments) == 0
+    assert "4 added, 0 there already, 1 broken; 4 items" in capsys.readouterr().out
+    with serving(bundles, tmp_path / "data") as (_, client, _log):
+        assert client.get("/v1/collections/c").json()["items"] == 4
+
+
+def test_exit_codes(bundles, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CALMCLIP_DATA_DIR", str(tmp_path / "data"))
+
+    def said(status: int, *arguments: object) -> str:
+        assert main([str(one) for one in arguments]) == status
+        return capsys.readouterr().err
+
+    assert "export mini" in said(2, "serve", "--bundles", tmp_path / "none")
+    assert "colours-int8" in said(2, "serve", "--bundles", bundles, "--load", "colors-int8")
+    assert "not a folder" in said(2, "index", tmp_path / "none", "--collection", "c", "--bundles", bundles)
+    assert "no name" in said(2, "index", tmp_path, "--collection", "../x", "--bundles", bundles).replace(
+        "404", "no name"
+    )
+    assert "does not answer" in said(2, "index", tmp_path, "--collection", "c", "--url", "http://127.0.0.1:9")
+    (tmp_path / "broken.png").write_bytes(b"x")
+    said(1, "index", tmp_path, "--collection", "c", "--bundles", bundles)
+    with pytest.raises(SystemExit) as usage:
+        main(["index", str(tmp_path)])
+    assert usage.value.code == 2
+
+
+def test_a_taken_port_is_bad_usage(bundles, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundles)]
+        command += ["--port", str(taken.getsockname()[1])]
+        environment = {**os.environ, "CALMCLIP_DATA_DIR": str(tmp_path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "choose another --port" in done.stderr

@@ -1,0 +1,85 @@
+"""What Prometheus sees, read with Prometheus' own parser."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.metrics import EDGES_S, STAGES, outcome
+
+
+def scrape(client) -> dict[tuple[str, frozenset], float]:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(samples, name: str, **labels: str) -> float:
+    return samples.get((f"calmclip_{name}", frozenset(labels.items())), 0.0)
+
+
+def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
+    with serve(settings()) as client:
+        send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+        timing = client.post("/v1/detect?labels=red&min_score=0.5", **send).headers["server-timing"]
+        client.post("/v1/detect?labels=red", content=b"x", headers={"content-type": "image/png"})
+        client.post("/v1/detect?labels=red&model=other", **send)
+        samples = scrape(client)
+        model = {"model": "colours-int8"}
+        assert value(samples, "requests_total", task="detect", outcome="ok", **model) == 1
+        assert value(samples, "requests_total", task="detect", outcome="client_error", **model) == 1
+        assert value(samples, "requests_total", task="detect", outcome="client_error", model="") == 1
+        assert value(samples, "rejected_total", reason="unsupported-image") == 1
+        assert value(samples, "rejected_total", reason="model-not-found") == 1
+        assert value(samples, "request_duration_seconds_count", task="detect", **model) == 2
+        for graph in ("text", "regions", "detect"):
+            assert value(samples, "batch_size_sum", graph=graph, **model) == 1
+            for stage in ("queue", "infer"):
+                assert (
+                    value(samples, "stage_duration_seconds_count", task="detect", stage=stage, graph=graph, **model)
+                    == 1
+                )
+        inferred = sum(
+            value(samples, "stage_duration_seconds_sum", task="detect", stage="infer", graph=graph, **model)
+            for graph in ("text", "regions", "detect")
+        )
+        told = dict(entry.split(";dur=") for entry in timing.split(", "))
+        assert inferred == pytest.approx(float(told["infer"]) / 1000, abs=1e-5)
+        stages = {dict(labels)["stage"] for name, labels in samples if name == "calmclip_stage_duration_seconds_count"}
+        assert stages <= set(STAGES)
+        assert value(samples, "detections_kept_sum", **model) == 4
+        assert value(samples, "detections_candidates_sum", **model) == 4
+        assert ("process_resident_memory_bytes", frozenset()) in samples
+        info = [dict(labels) for name, labels in samples if name == "calmclip_bundle_info"]
+        assert [(one["model"], one["precision"]) for one in info] == [("colours-int8", "int8")]
+
+
+def test_labels_never_hold_what_a_caller_chose(client, picture):
+    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+    client.post("/v1/classify?labels=red&model=secret-model", **send)
+    client.get("/v1/collections/secret-name")
+    client.get("/secret/path")
+    assert "secret" not in client.get("/metrics").text
+
+
+def test_the_objective_is_a_bucket_edge(settings, serve):
+    with serve(settings(slo={"latency_ms": 80, "target": 0.95})) as client:
+        client.get("/healthz")
+        samples = scrape(client)
+        edges = {dict(labels)["le"] for name, labels in samples if name == "calmclip_request_duration_seconds_bucket"}
+        assert edges == {str(edge) for edge in EDGES_S} | {"0.08", "+Inf"}
+        assert value(samples, "slo_latency_seconds") == 0.08
+        assert value(samples, "slo_target_ratio") == 0.95
+
+
+def test_a_deleted_collection_has_no_series(client):
+    client.put("/v1/collections/here", json={})
+    assert 'collection="here"' in client.get("/metrics").text
+    client.delete("/v1/collections/here")
+    assert 'collection="here"' not in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("status", "wanted"),
+    [(200, "ok"), (204, "ok"), (404, "client_error"), (422, "client_error"), (499, "cancelled"), (503, "shed"),
+     (504, "deadline"), (500, "error")],
+)  # fmt: skip
+def test_outcomes(status, wanted):
+    assert outcome(status) == wanted

@@ -1,0 +1,45 @@
+"""Settings: from the environment, checked, frozen."""
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+
+def test_names_are_nested_with_two_underscores(monkeypatch):
+    monkeypatch.setenv("CALMCLIP_BATCH__MAX_SIZE", "16")
+    monkeypatch.setenv("CALMCLIP_LOAD", "a-int8, b-float,")
+    monkeypatch.setenv("CALMCLIP_SLO__LATENCY_MS", "80")
+    monkeypatch.setenv("CALMCLIP_STORE", "")
+    settings = Settings()
+    assert settings.batch.max_size == 16
+    assert settings.load == ("a-int8", "b-float")
+    assert settings.slo.latency_ms == 80
+    assert settings.store_url == "lancedb:data/collections"
+
+
+def test_given_values_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv("CALMCLIP_THREADS", "3")
+    assert Settings().cores == 3
+    assert Settings(threads=5).cores == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DEADLINE_MS", "0"),
+        ("QUEUE__MAX_PENDING", "-1"),
+        ("SLO__TARGET", "1.5"),
+        ("LOG", "xml"),
+        ("LIMITS__LABELS", "x"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(f"CALMCLIP_{name}", value)
+    with pytest.raises(ValidationError, match=name.split("__")[-1].lower()):
+        Settings()
+
+
+def test_frozen():
+    with pytest.raises(ValidationError):
+        Settings().threads = 2
