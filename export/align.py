@@ -270,7 +270,7 @@ def cropped(
 
 def balanced(categories: Tensor, power: float = 0.5) -> Tensor:
     """[N] -> chances [N]: a category that is n times as frequent is drawn n ** (1 - power) times as often."""
-    return torch.bincount(categories)[categories] ** -power
+    return torch.bincount(categories)[categories].float() ** -power
 
 
 def fresh(pictures: Tensor, captions: Tensor, names: Tensor) -> Heads:

@@ -76,7 +76,8 @@ def watch(
     inside = [name for name in names if name not in inputs]
     seen: dict[str, list[T]] = {name: [] for name in names}
     for feed in feeds:
-        found = {**feed, **dict(zip(inside, session.run(inside, dict(feed)), strict=True))}
+        computed = session.run(inside, dict(feed)) if inside else []  # no names would mean all outputs
+        found = {**feed, **dict(zip(inside, computed, strict=True))}
         for name in names:
             seen[name].append(see(name, found[name]))
     return seen
@@ -92,6 +93,8 @@ def write(model: onnx.ModelProto, ranges: Ranges, *, reduce_range: bool) -> onnx
         if np.ndim(low) == 0
     }
     nodes = products(copy)
+    if not nodes:  # the library takes an empty list for "all of them"
+        return copy
     written = {name for node in nodes if node.op_type == "Conv" for name in node.output}
     cuts = [node for node in copy.graph.node if node.op_type in CUTS and node.input[0] in written]
     quantizer = QDQQuantizer(

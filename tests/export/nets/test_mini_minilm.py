@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from export.nets.mini import minilm
+from export.nets.mini.weights import MINILM, minilm_state
+
+
+def test_equals_transformers_on_padded_and_whole_rows():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertModel.from_pretrained(MINILM.locate().parent, attn_implementation="eager").eval()
+    ours = minilm.from_state(minilm_state())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, minilm.VOCABULARY, (3, 19), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 11:] = 0
+    mask[2, 1:] = 0
+    with torch.inference_mode():
+        states = theirs(ids, attention_mask=mask).last_hidden_state
+        weight = mask[..., None]
+        expected = (states * weight).sum(1) / weight.sum(1)
+        assert torch.allclose(ours(ids, mask), expected, atol=2e-6)
+        assert torch.allclose(ours(ids[:1]), expected[:1], atol=2e-6)  # no mask: every id is a token
+
+
+def test_padding_changes_nothing():
+    ours = minilm.from_state(minilm_state())
+    ids = torch.tensor([[101, 1037, 4937, 102]])  # [CLS] a cat [SEP]
+    padded = torch.cat([ids, torch.full((1, 5), 77)], dim=1)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0]])
+    with torch.inference_mode():
+        assert torch.allclose(ours(ids), ours(padded, mask), atol=1e-6)
+
+
+def test_a_key_of_another_model_is_an_error():
+    state = minilm_state()
+    state["encoder.layer.6.output.dense.bias"] = torch.zeros(384)
+    with pytest.raises(ValueError, match=r"encoder\.layer\.6\.output\.dense\.bias"):
+        minilm.from_state(state)

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.nets.mini.towers import SHAPES, Heads, ImageHead, TextTower
+from models.errors import WeightsMissing
+
+
+@pytest.fixture
+def heads() -> Heads:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.rand(shape, generator=generator) for shape in SHAPES]
+    made[5] += 0.5  # deviations
+    return Heads(*made)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def test_image_head_is_the_formula_of_its_docstring(heads: Heads):
+    classifier = torch.nn.Linear(1280, 1000)
+    features = torch.rand(2, 3, 1280)
+    with torch.inference_mode():
+        found = ImageHead(heads, classifier)(features)
+    f, w, b, A, a, mean, std, table = (  # noqa: N806 - A is its name
+        t.detach().double().numpy()
+        for t in (
+            features,
+            classifier.weight,
+            classifier.bias,
+            heads.image_weight,
+            heads.image_bias,
+            heads.feature_mean,
+            heads.feature_std,
+            heads.class_table,
+        )
+    )
+    z = 6 * unit((f - mean) / std)
+    logits = f @ w.T + b
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    c = unit(p / p.sum(-1, keepdims=True) @ table)
+    expected = unit(np.concatenate([z, c], axis=-1) @ A.T + a)
+    assert found.shape == (2, 3, 384)
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_text_tower_centres_what_the_encoder_says(heads: Heads):
+    class Said(torch.nn.Module):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return said
+
+    said = torch.rand(2, 384)
+    with torch.inference_mode():
+        found = TextTower(Said(), heads)(torch.ones(2, 3), None)
+    t, centre, B = (x.double().numpy() for x in (said, heads.text_centre, heads.text_weight))  # noqa: N806
+    assert np.allclose(found, unit((unit(t) - centre) @ B.T), atol=1e-5)
+
+
+def test_heads_come_back_from_their_file(heads: Heads, tmp_path: Path):
+    heads.save(tmp_path / "heads.safetensors", {"net": "mini"})
+    found = Heads.load(tmp_path / "heads.safetensors")
+    assert torch.equal(found.image_weight, heads.image_weight.half().float())
+    assert found.class_table.dtype == torch.float32
+
+
+def test_other_tensors_are_refused(heads: Heads, tmp_path: Path):
+    file = tmp_path / "heads.safetensors"
+    with pytest.raises(WeightsMissing, match="holds no heads"):
+        Heads.load(file)
+    Heads(**{**vars(heads), "text_centre": torch.zeros(5)}).save(file, {})
+    with pytest.raises(WeightsMissing, match=r"'text_centre': \(5,\)"):
+        Heads.load(file)
