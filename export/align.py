@@ -351,7 +351,7 @@ def train(given: argparse.Namespace, quiet: bool) -> dict[str, Any]:
     result = {
         "heads": str(given.out / SHIPPED.name),
         "command": given.command,
-        "data": {source.name: [len(source.pictures), len(source.texts)] for source in sources},
+        "data": {s.name: {"pictures": len(s.pictures), "texts": len(s.texts)} for s in sources},
         "settings": asdict(training),
         "training": happened,
         "held_out": {},
