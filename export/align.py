@@ -67,8 +67,8 @@ class Training:
     dropout: float = 0.1
     noise: float = 0.3
     max_scale: float = 60.0
-    soft: float = 0.0
-    soft_temperature: float = 0.1
+    soft: float = 0.3
+    soft_temperature: float = 0.05
     seeds: int = 3
 
 
@@ -268,9 +268,12 @@ def cropped(
     return Source("crops", pictures, texts, draws, torch.tensor(means), owns[:, None], share, balanced(owns))
 
 
-def balanced(categories: Tensor, power: float = 0.5) -> Tensor:
-    """[N] -> chances [N]: a category that is n times as frequent is drawn n ** (1 - power) times as often."""
-    return torch.bincount(categories)[categories].float() ** -power
+def balanced(categories: Tensor) -> Tensor:
+    """[N] -> chances [N] by which every category is drawn equally often, however many pictures it has.
+
+    Otherwise the names of frequent objects come to lie near everything: "car" was the answer to most airplanes.
+    """
+    return 1 / torch.bincount(categories)[categories]
 
 
 def fresh(pictures: Tensor, captions: Tensor, names: Tensor) -> Heads:
