@@ -45,9 +45,10 @@ class _Entry:
 class Batcher:
     """The one door to a graph.
 
-    ``max_size``: rows in a merged run. ``max_wait_s``: how long the oldest call waits for company, and only
-    while ``company()`` says that some may come. ``max_pending``: calls in the queue; more raise `Overloaded`.
-    ``batch`` False: rows are no rows, every call runs alone.
+    ``max_size``, ``max_bytes``: rows, and bytes of feeds, in a merged run; one row always fits.
+    ``max_wait_s``: how long the oldest call waits for company, and only while ``company()`` says that some may
+    come. ``max_pending``: calls in the queue; more raise `Overloaded`. ``batch`` False: rows are no rows, every
+    call runs alone.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Batcher:
         *,
         batch: bool = True,
         max_size: int = 8,
+        max_bytes: int = 8 << 20,
         max_wait_s: float = 0.002,
         max_pending: int = 64,
         company: Callable[[], bool] = lambda: False,
@@ -66,6 +68,7 @@ class Batcher:
         self._run = run
         self._batch = batch
         self._max_size = max_size
+        self._max_bytes = max_bytes
         self._max_wait_s = max_wait_s
         self._max_pending = max_pending
         self._company = company
@@ -98,13 +101,18 @@ class Batcher:
         self._thread.shutdown(wait=True)
 
     def _pieces(self, feeds: Arrays) -> Iterator[Arrays]:
-        """A call of many rows goes in pieces of ``max_size``: others get between, and memory stays bounded."""
-        rows, size = _rows(feeds), self._max_size
+        """A call of many rows goes in pieces: others get between, and memory stays bounded."""
+        rows, size = _rows(feeds), self._most(feeds)
         if not self._batch or rows <= size:
             yield feeds
             return
         for start in range(0, rows, size):
             yield {name: array[start : start + size] for name, array in feeds.items()}
+
+    def _most(self, feeds: Arrays) -> int:
+        """Rows in one run of calls like this."""
+        row_bytes = sum(array.nbytes for array in feeds.values()) // max(1, _rows(feeds))
+        return max(1, min(self._max_size, self._max_bytes // max(1, row_bytes)))
 
     async def _one(self, feeds: Arrays) -> Answer:
         if len(self._queue) >= self._max_pending:
@@ -157,7 +165,7 @@ class Batcher:
         if not self._batch or not self._max_wait_s or not self._queue:
             return
         until = self._queue[0].born + self._max_wait_s
-        while self._company() and sum(e.rows for e in self._queue) < self._max_size:
+        while self._company() and sum(e.rows for e in self._queue) < self._most(self._queue[0].feeds):
             left = until - perf_counter()
             if left <= 0:
                 return
@@ -172,8 +180,9 @@ class Batcher:
         first = self._queue.popleft()
         taken, rows = [first], first.rows
         if self._batch:
+            most = self._most(first.feeds)
             for entry in [e for e in self._queue if e.signature == first.signature and not e.done.done()]:
-                if rows + entry.rows > self._max_size:
+                if rows + entry.rows > most:
                     break
                 taken.append(entry)
                 rows += entry.rows

@@ -22,7 +22,8 @@ from service.stores import Condition, Found, Info, Row, Store, Table, open_store
 log = logging.getLogger("calmclip")
 
 MAX_TOGETHER = 2048  # rows in one commit
-COMPACT_EVERY = 64  # commits
+COMPACT_AFTER = 64  # commits at the latest;
+COMPACT_IDLE = 8, 2.0  # or fewer, when nothing came for so many seconds
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Collection:
         self._metrics = metrics
         self._queue: _Queue = asyncio.Queue(max_pending)
         self._held: _Write | None = None  # taken from the queue, but not fit to join what came before
-        self._commits = 0
+        self._untidy = 0  # commits since the last compaction
         self._closed = False
         self._writer: asyncio.Task[None] | None = None
 
@@ -104,7 +105,7 @@ class Collection:
 
     async def _work(self) -> None:
         while True:
-            together = [self._held or await self._queue.get()]
+            together = [self._held or await self._next()]
             self._held = None
             while together[0].rows and not self._queue.empty():
                 write = self._queue.get_nowait()
@@ -125,7 +126,18 @@ class Collection:
             finally:
                 for _ in together:
                     self._queue.task_done()
+            self._untidy += 1
+            if self._untidy >= COMPACT_AFTER:
+                await self._tidy()
+
+    async def _next(self) -> _Write:
+        commits, seconds = COMPACT_IDLE
+        try:
+            async with asyncio.timeout(seconds if self._untidy >= commits else None):
+                return await self._queue.get()
+        except TimeoutError:
             await self._tidy()
+            return await self._queue.get()
 
     def _commit(self, together: Sequence[_Write]) -> list[int]:
         first = together[0]
@@ -139,9 +151,7 @@ class Collection:
         return counts
 
     async def _tidy(self) -> None:
-        self._commits += 1
-        if self._commits % COMPACT_EVERY:
-            return
+        self._untidy = 0
         try:
             await asyncio.to_thread(self.table.compact)
         except Exception:  # what is written stays written; the next turn tries again

@@ -121,6 +121,7 @@ class Hub:
             session.run,
             batch=bundle.graph(role).batch,
             max_size=settings.batch.max_size,
+            max_bytes=settings.batch.max_bytes,
             max_wait_s=settings.batch.max_wait_ms / 1000,
             max_pending=settings.queue.max_pending,
             company=self.company,

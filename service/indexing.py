@@ -46,7 +46,10 @@ def index(
     """What was added, skipped and broken. Raises `BadRequest`, and `CalmclipError` with what the service said."""
     if not folder.is_dir():
         raise BadRequest(f"{folder} is not a folder")
-    return asyncio.run(_index(folder, collection, model, url, settings))
+    try:
+        return asyncio.run(_index(folder, collection, model, url, settings))
+    except ExceptionGroup as group:  # of the requests under way; the first one says what is the matter
+        raise group.exceptions[0] from None
 
 
 async def _index(

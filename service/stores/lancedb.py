@@ -20,6 +20,7 @@ from service.stores import STORES, Condition, Found, Info, Row, Store, Table
 
 KEY = b"calmclip"  # of the schema's metadata: the Info, as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+CACHE_BYTES = 32 << 20  # of its own making LanceDB would take gigabytes; the operating system caches files anyway
 OLD = timedelta(minutes=10)  # versions that compaction removes; a search holds one for far less
 
 log = logging.getLogger("calmclip")
@@ -27,7 +28,8 @@ log = logging.getLogger("calmclip")
 
 class LanceStore:
     def __init__(self, place: str) -> None:
-        self._db = lancedb.connect(place)
+        session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES)
+        self._db = lancedb.connect(place, session=session)
 
     def names(self) -> list[str]:
         found: list[str] = []

@@ -95,6 +95,15 @@ def test_a_merged_run_has_at_most_max_size_rows_and_a_larger_call_goes_in_pieces
     assert [shape[0] for shape in graph.shapes] == [3, 3, 1]
 
 
+def test_a_merged_run_has_at_most_max_bytes_but_one_row_always():
+    async def scenario(batcher, graph):
+        await batcher.run(rows(*range(5)))  # 8 bytes a row
+        await batcher.run(rows(1, 2, width=100))
+
+    _, graph = run(scenario, max_bytes=17)
+    assert graph.shapes == [(2, 2), (2, 2), (1, 2), (1, 100), (1, 100)]
+
+
 def test_a_full_queue_is_refused_and_goes_on():
     async def scenario(batcher, graph):
         first, tasks = await behind(batcher, graph, rows(1), rows(2))

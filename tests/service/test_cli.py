@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from models.cli import main
+from service.indexing import _Service
 
 
 @contextmanager
@@ -94,6 +95,28 @@ def test_index_through_a_service_and_again(bundles, tmp_path, pictures, picture,
         (pictures / "red.png").write_bytes(picture("white"))  # changed: sent again under the same id
         again = index()
         assert (again["added"], again["skipped"], again["items"]) == (1, 3, 4)
+
+
+def test_a_service_that_dies_in_between_is_said_and_what_was_written_stays(
+    bundles, tmp_path, pictures, picture, capsys, monkeypatch
+):
+    for i in range(80):
+        (pictures / f"{i:03}.png").write_bytes(picture("red"))
+    plain, sent = _Service.add, []
+    with serving(bundles, tmp_path / "data") as (process, client, _log):
+
+        async def add(self, batch):
+            await plain(self, batch)
+            sent.append(len(batch))
+            if len(sent) == 2:
+                process.kill()
+                process.wait()
+
+        monkeypatch.setattr(_Service, "add", add)
+        assert main(["index", str(pictures), "--collection", "c", "--url", str(client.base_url)]) == 2
+        assert "does not answer" in capsys.readouterr().err
+    with serving(bundles, tmp_path / "data") as (_, client, _log):
+        assert client.get("/v1/collections/c").json()["items"] >= sum(sent[:2])
 
 
 def test_index_without_a_service(bundles, tmp_path, pictures, capsys, monkeypatch):
