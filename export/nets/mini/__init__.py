@@ -10,13 +10,15 @@ import json
 from pathlib import Path
 
 from export.nets import NETS, Net, NetPlugin, Tower
-from export.nets.mini import backbone, minilm
+from export.nets.mini import backbone, boxhead, minilm
 from export.nets.mini.features import PIXELS
+from export.nets.mini.regions import add_detection
 from export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
 from export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
 from models.bundle.manifest import Plugin, Source, Tensor, TextPreprocess
 
 RANGES = Path(__file__).with_name("ranges.json")
+BOXES = Path(__file__).with_name("boxhead.safetensors")
 TEMPLATES = ("a photo of a {}.", "a {}", "a picture of a {}.", "a close-up photo of a {}.", "a {} in the scene.")
 TEXTS = TextPreprocess(ids="ids", mask="mask", context=minilm.CONTEXT, pad="longest", pad_id=0)
 _EMBEDS = Tensor(dtype="float32", shape=("B", minilm.WIDTH))
@@ -38,7 +40,7 @@ def load(checkpoint: str) -> Net:
     heads = Heads.load(file)
     image = ImageTower(backbone.frozen(backbone_state(directory)), heads).eval()
     text = TextTower(minilm.from_state(minilm_state(directory)), heads).eval()
-    return Net(
+    net = Net(
         name="mini",
         source=Source(
             net="mini",
@@ -46,7 +48,7 @@ def load(checkpoint: str) -> Net:
             weights={
                 BACKBONE.origin: BACKBONE.sha256,
                 MINILM.origin: MINILM.sha256,
-                file.name: hashlib.sha256(file.read_bytes()).hexdigest(),
+                **{weights.name: hashlib.sha256(weights.read_bytes()).hexdigest() for weights in (file, BOXES)},
             },
             license="Apache-2.0",
             notes=_NOTES,
@@ -65,12 +67,13 @@ def load(checkpoint: str) -> Net:
         files={"tokenizer.json": _unlimited(tokenizer_json(directory))},
         prompts=Plugin(name="ensemble", params={"templates": list(TEMPLATES)}),
         head=Plugin(name="cosine", params={"scale": SCALE}),
-        ranges={"image": RANGES, "text": RANGES},
+        ranges=dict.fromkeys(("image", "text", "regions"), RANGES),
         keep_float=True,
     )
+    return add_detection(net, image, text, boxhead.load(BOXES))
 
 
-SCALE = 20.0  # of the cosines in a softmax over labels; see README.md, "Temperature"
+SCALE = 15.0  # of the cosines in a softmax over labels: the least log loss on labelled photographs, see README.md
 
 
 def _unlimited(tokenizer: bytes) -> bytes:

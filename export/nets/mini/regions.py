@@ -217,7 +217,7 @@ def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHea
             "objectness": _f32("B", PROPOSALS),
         },
         preprocess=PIXELS,
-        quantizer="static",
+        quantizer="smooth",  # as the image tower: the backbone's INT8 weights are the same bytes, stored once
     )
     return replace(
         net,
