@@ -14,14 +14,19 @@ from models.flow import Array, Arrays
 Run = Callable[[Arrays], Mapping[str, Array]]
 
 
-def compare(reference: Run, candidate: Run, feeds: Iterable[Arrays]) -> dict[str, dict[str, float]]:
+def compare(
+    reference: Run, candidate: Run, feeds: Iterable[Arrays], summary: Callable[[Arrays], Arrays] | None = None
+) -> dict[str, dict[str, float]]:
     """Per output: ``max_abs`` difference; ``cosine`` mean and ``cosine_min`` over rows; ``sqnr_db``.
 
     SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together.
+    ``summary``, where given, makes of a run's outputs what is compared (see `Tower`).
     """
     pairs: dict[str, list[tuple[Array, Array]]] = {}
     for feed in feeds:
         left, right = reference(feed), candidate(feed)
+        if summary:
+            left, right = summary(left), summary(right)
         for name in left:
             pairs.setdefault(name, []).append((_rows(left[name]), _rows(right[name])))
     result = {}

@@ -58,7 +58,7 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
             say(f"{role}: tracing")
             floats[role] = to_onnx(tower)
             few = calibrate.feeds(tower, directory, shown_pictures[:_PARITY_ROWS], shown_texts[:_PARITY_ROWS])
-            found = parity.compare(parity.torch_run(tower), parity.onnx_run(floats[role]), few)
+            found = parity.compare(parity.torch_run(tower), parity.onnx_run(floats[role]), few, tower.summary)
             parity.require(found, max_abs=recipe.bars.max_float_error, what=f"{role}: torch against float ONNX")
             how[role] = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
             facts[role] = {"quantizer": how[role].name, "float_against_torch": found}
@@ -67,7 +67,7 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
             quantized[role], facts[role]["ranges_from"] = _quantize(role, floats[role], how[role], feeds, shipped, say)
             few = calibrate.feeds(tower, directory, shown_pictures, shown_texts)
             facts[role]["int8_against_float"] = parity.compare(
-                parity.onnx_run(floats[role]), parity.onnx_run(quantized[role]), few
+                parity.onnx_run(floats[role]), parity.onnx_run(quantized[role]), few, tower.summary
             )
 
     with ExitStack() as stack:

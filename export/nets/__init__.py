@@ -9,6 +9,7 @@ import onnx
 import torch
 
 from models.bundle.manifest import ImagePreprocess, Plugin, Source, Task, Tensor, TextPreprocess
+from models.flow import Arrays
 from models.registry import Registry
 
 
@@ -18,7 +19,8 @@ class Tower:
 
     ``module(*inputs)`` takes tensors in the order of ``inputs`` and returns one tensor, or a tuple in the order
     of ``outputs``. String dimensions of the specs ("B", "T") are dynamic in the graph. ``quantizer``: the
-    plug-in that keeps this tower's accuracy, used unless the recipe names another.
+    plug-in that keeps this tower's accuracy, used unless the recipe names another. ``summary``: for outputs whose rows
+    may come in another order for a difference of rounding: outputs -> what two graphs are compared by.
     """
 
     module: torch.nn.Module
@@ -27,6 +29,7 @@ class Tower:
     preprocess: ImagePreprocess | TextPreprocess | None
     quantizer: str
     quantizer_params: Mapping[str, Any] = field(default_factory=dict)
+    summary: Callable[[Arrays], Arrays] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from export.nets.mini.boxhead import BoxHead
 from export.nets.mini.towers import ImageHead, ImageTower, TextTower
 from models.bundle.manifest import ImagePreprocess
 from models.bundle.manifest import Tensor as Spec
-from models.flow import Array
+from models.flow import Array, Arrays
 from models.ops.spec import DOMAIN, SOFT_NMS, VERSION
 
 SIZE = 640  # the letterboxed picture's sides
@@ -205,6 +205,21 @@ PIXELS = ImagePreprocess(
 )  # (x - 127) / 128; what is beside the picture is 0 to the backbone
 
 
+def summary(outputs: Arrays) -> Arrays:
+    """Of the proposals of each picture what does not depend on their order, nor much on the last of them.
+
+    Two that are equally good may swap, or the hundredth may be another, for one bit of rounding. So: means over the
+    proposals weighted by objectness squared (boxes as parts of the input), and the objectness itself, best first.
+    """
+    weight = outputs["objectness"][..., None].astype(np.float64) ** 2
+    total = np.maximum(weight.sum(axis=1), 1e-12)
+    means = {
+        name: (weight * outputs[name]).sum(axis=1) / total / unit
+        for name, unit in (("class_embeds", 1), ("boxes", SIZE))
+    }
+    return {**means, "objectness": outputs["objectness"]}
+
+
 def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHead) -> Net:
     """``net``, made of these towers, that also detects."""
     background = embed(text, net.files["tokenizer.json"], BACKGROUND)
@@ -218,6 +233,7 @@ def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHea
         },
         preprocess=PIXELS,
         quantizer="smooth",  # as the image tower: the backbone's INT8 weights are the same bytes, stored once
+        summary=summary,
     )
     return replace(
         net,
