@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
 
-from models.errors import BadRequest, CollectionMismatch, CollectionNotFound, Overloaded, suggestion
+from models.errors import BadRequest, CollectionError, CollectionMismatch, CollectionNotFound, Overloaded, suggestion
 from models.flow import Array
 from service.hub import Loaded
 from service.labels import check_name
@@ -168,14 +168,29 @@ class Collections:
         self._store: Store | None = None
         self._open: dict[str, Collection] = {}
         self._lock = asyncio.Lock()
+        self.failed: dict[str, str] = {}
 
     async def load(self) -> None:
-        """Open the store and what is in it. The engine's library is imported here, off the event loop."""
-        self._store = await asyncio.to_thread(open_store, self._url)
-        for name in await asyncio.to_thread(self._store.names):
-            table = await asyncio.to_thread(self._store.open, name)
-            self._open[name] = Collection(table, self._metrics, self._max_pending)
-            self._metrics.items(name, await self._open[name].count())
+        """Open the store and what is in it. The engine's library is imported here, off the event loop.
+
+        What does not open is logged and remembered in `failed`; the rest serves.
+        """
+        try:
+            store = await asyncio.to_thread(open_store, self._url)
+            names = await asyncio.to_thread(store.names)
+        except Exception as error:
+            log.exception("the store %s does not open", self._url)
+            self.failed["collections"] = f"{self._url} does not open: {error}"
+            return
+        for name in names:
+            try:
+                table = await asyncio.to_thread(store.open, name)
+                self._open[name] = Collection(table, self._metrics, self._max_pending)
+                self._metrics.items(name, await self._open[name].count())
+            except Exception as error:
+                log.exception("collection %s does not open", name)
+                self.failed[f"collection {name}"] = str(error)
+        self._store = store
 
     def all(self) -> list[Collection]:
         return [self._open[name] for name in sorted(self._open)]
@@ -221,5 +236,7 @@ class Collections:
 
     def _ready(self) -> Store:
         if self._store is None:
+            if self.failed:
+                raise CollectionError(f"the store {self._url} did not open")
             raise Overloaded("the collections are still being opened; try again in a second")
         return self._store

@@ -110,5 +110,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def _read(path: Path) -> LabelSet:
-    data = orjson.loads(path.read_bytes())
-    return LabelSet(data["name"], data["version"], tuple(data["labels"]), tuple(data["templates"]))
+    try:
+        data = orjson.loads(path.read_bytes())
+        return LabelSet(data["name"], data["version"], tuple(data["labels"]), tuple(data["templates"]))
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadRequest(f"{path} is no label set ({error!r}); repair it or move it away") from None

@@ -34,7 +34,8 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         own = scope["calmclip.context"] = Context(_request_id(scope), self.deadline_s)
-        wire = _Wire(own, receive, send)
+        bodied = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+        wire = _Wire(own, receive, send, bodied)
         try:
             await self.app(scope, wire.receive, wire.send)
         except asyncio.CancelledError:
@@ -85,12 +86,12 @@ class RequestContext:
 class _Wire:
     """One request's receive and send. Once the body is read, a hang-up cancels the task that answers."""
 
-    def __init__(self, own: Context, receive: Receive, send: Send) -> None:
+    def __init__(self, own: Context, receive: Receive, send: Send, bodied: bool) -> None:
         self.own = own
         self.gone = False
         self._receive = receive
         self._send = send
-        self._read = False
+        self._read = not bodied
         self._watch: asyncio.Task[None] | None = None
 
     async def receive(self) -> Message:
@@ -109,8 +110,10 @@ class _Wire:
                 self.own.clock.add("serialize", perf_counter() - self.own.answered)
             timing = ", ".join(f"{stage};dur={s * 1000:.2f}" for stage, s in list(self.own.clock.stages.items()))
             total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
+            # A body that was not read to its end is not read on: the connection goes with the answer.
             message["headers"] = [
                 *message["headers"],
+                *([] if self._read or message["status"] < 400 else [(b"connection", b"close")]),
                 (b"x-request-id", self.own.id.encode()),
                 (b"server-timing", f"{timing}, {total}".lstrip(", ").encode()),
             ]

@@ -340,7 +340,7 @@ class ModelAnswer(Answer):
 class ReadyAnswer(Answer):
     ready: bool
     loaded: list[str]
-    failed: dict[str, str] = Field(description="bundle -> why it did not load")
+    failed: dict[str, str] = Field(description="bundle or collection -> why it did not load")
 
 
 class ProblemAnswer(Answer):

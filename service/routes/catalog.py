@@ -53,11 +53,16 @@ async def healthz() -> Response:
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
-@router.get("/readyz", summary="All bundles are loaded", responses=answers(ReadyAnswer) | {503: {"model": ReadyAnswer}})
+@router.get(
+    "/readyz",
+    summary="Bundles and collections are loaded",
+    responses=answers(ReadyAnswer) | {503: {"model": ReadyAnswer}},
+)
 async def readyz(own: Own, parts: Parts) -> Response:
-    hub = parts.hub
-    answer = ReadyAnswer(ready=hub.ready, loaded=[one.name for one in hub.all()], failed=hub.failed)
-    return respond(own, answer, 200 if hub.ready else 503)
+    failed = {**parts.collections.failed, **parts.hub.failed}
+    ready = parts.hub.ready and not failed
+    loaded = [one.name for one in parts.hub.all()]
+    return respond(own, ReadyAnswer(ready=ready, loaded=loaded, failed=failed), 200 if ready else 503)
 
 
 @router.get("/metrics", summary="Prometheus text", response_class=Response)

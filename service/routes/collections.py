@@ -35,6 +35,7 @@ from service.uploads import body_of, check_picture
 router = APIRouter(tags=["collections"])
 MISSING = "collection-not-found"
 WRONG = "collection-bundle-mismatch"
+MAX_DEPTH = 16  # of metadata; what is read back is nested deeper still, and JSON writers have limits
 
 
 def busy(name: str) -> list[Any]:
@@ -133,6 +134,8 @@ async def add_items(
     for item in body.items:
         if "\0" in item.id:
             raise BadRequest(f"the id {item.id!r} holds a NUL character")
+        if not _within(item.meta, MAX_DEPTH):
+            raise BadRequest(f"the meta of item {item.id!r} is nested deeper than {MAX_DEPTH} levels")
         if (size := len(orjson.dumps(item.meta))) > limits.meta_bytes:
             raise BadRequest(f"the meta of item {item.id!r} has {size} bytes; at most {limits.meta_bytes} are kept")
     vectors = await _vectors(body.items, [f"item {item.id!r}" for item in body.items], loaded, parts, own)
@@ -155,6 +158,7 @@ async def delete_items(
     name: str, body: Annotated[DeleteItemsBody, Depends(body_of(DeleteItemsBody))], own: Own, parts: Parts
 ) -> Response:
     collection = parts.collections.get(name)
+    _at_most(len(body.ids), parts, "the number of ids")
     with own.clock.stage("write"):
         async with own.deadline():
             count = await collection.delete(body.ids)
@@ -216,6 +220,12 @@ def _filler(collection: Collection, parts: Service, own: Context) -> Loaded:
         )
     own.model = loaded.name
     return loaded
+
+
+def _within(value: object, levels: int) -> bool:
+    """Whether JSON ``value`` is nested no deeper than that."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_within(one, levels - 1) for one in inner)
 
 
 def _at_most(value: int, parts: Service, name: str) -> None:

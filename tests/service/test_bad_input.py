@@ -81,7 +81,7 @@ def test_pictures_that_are_none(client, picture, route, what, status, slug, word
 
 def test_bytes_are_counted_as_they_come(client):
     def endless():
-        for _ in range(1000):
+        while True:  # only the limit, or the deadline, ends it
             yield b"\0" * (1 << 20)
 
     check(
@@ -257,6 +257,10 @@ def test_items_and_searches(client, picture):
     check(add({**one, "id": ""}), 422, "invalid-request", "id")
     check(add({**one, "id": "a\0"}), 422, "invalid-request", "NUL")
     check(add({**one, "meta": {"x": "y" * 20_000}}), 422, "invalid-request", "20", "16384")
+    deep: object = 1
+    for _ in range(300):
+        deep = [deep]
+    check(add({**one, "meta": {"x": deep}}), 422, "invalid-request", "nested")
     check(add({**one, "meta": [1]}), 422, "invalid-request", "meta")
     check(add(*[{**one, "id": str(i)} for i in range(257)]), 422, "invalid-request", "257")
     check(add(), 422, "invalid-request", "items")
@@ -273,6 +277,8 @@ def test_items_and_searches(client, picture):
     check(search(filter={"a": {"between": [1, 2]}}), 422, "invalid-request", "filter")
     check(search(filter={"a": {"in": []}}), 422, "invalid-request", "filter")
     check(search(filter={"a": [1]}), 422, "invalid-request", "filter")
+    gone = client.request("DELETE", f"{url}/items", json={"ids": ["x"] * 1001})
+    check(gone, 422, "invalid-request", "1001", "1000")
     assert search(filter={"a": "x' OR 1 = 1 --"}).json()["hits"] == []
     assert search(filter={"a": {"gte": "'", "lt": 10**18}}).json()["hits"] == []
     assert len(search().json()["hits"]) == 1
@@ -291,6 +297,12 @@ def test_label_sets(client):
     check(put(labels=["x", ""]), 422, "invalid-request", "label 1")
     check(put(labels=["x"], templates=["none"]), 422, "invalid-request", "{}")
     check(client.get("/v1/label-sets/bad"), 404, "label-set-not-found")
+
+
+def test_the_connection_stays_open_unless_a_body_was_not_read(client):
+    assert "connection" not in client.get("/nothing").headers
+    assert client.post("/nothing", content=b"x" * 100).headers["connection"] == "close"
+    assert "connection" not in client.post("/v1/embed", json={}).headers
 
 
 def test_half_a_request_and_a_hang_up(client, picture):

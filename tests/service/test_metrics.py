@@ -36,6 +36,7 @@ def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
                     value(samples, "stage_duration_seconds_count", task="detect", stage=stage, graph=graph, **model)
                     == 1
                 )
+        assert not any(labels >= {("stage", "infer"), ("graph", "")} for _, labels in samples)
         inferred = sum(
             value(samples, "stage_duration_seconds_sum", task="detect", stage="infer", graph=graph, **model)
             for graph in ("text", "regions", "detect")

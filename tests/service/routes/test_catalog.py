@@ -2,6 +2,12 @@
 
 import shutil
 
+import lancedb
+import pytest
+
+from models.errors import BadRequest
+from service.app import create_app
+
 
 def test_models(client):
     (model,) = client.get("/v1/models").json()["models"]
@@ -43,6 +49,35 @@ def test_a_broken_bundle_is_named_and_the_others_serve(settings, serve, bundles,
         assert answer.status_code == 503
         assert "image.onnx" in answer.json()["failed"]["broken"]
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
+
+
+def test_what_is_no_collection_is_named_and_the_others_serve(settings, serve, tmp_path):
+    with serve(settings()) as client:
+        client.put("/v1/collections/mine", json={})
+    lancedb.connect(tmp_path / "data" / "collections").create_table("foreign", [{"a": 1}])
+    with serve(settings(), ready=False) as client:
+        while not (answer := client.get("/readyz")).json()["loaded"]:
+            pass
+        assert answer.status_code == 503
+        assert list(answer.json()["failed"]) == ["collection foreign"]
+        assert [one["name"] for one in client.get("/v1/collections").json()["collections"]] == ["mine"]
+
+
+def test_a_store_that_does_not_open_leaves_the_tasks(settings, serve, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with serve(settings(store=f"lancedb:{tmp_path / 'file'}"), ready=False) as client:
+        while not (answer := client.get("/readyz")).json()["loaded"]:
+            pass
+        assert list(answer.json()["failed"]) == ["collections"]
+        assert client.put("/v1/collections/c", json={}).status_code == 500
+        assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
+
+
+def test_a_damaged_label_set_is_said_at_once(settings, tmp_path):
+    (tmp_path / "data" / "label-sets").mkdir(parents=True)
+    (tmp_path / "data" / "label-sets" / "x.json").write_text("{")
+    with pytest.raises(BadRequest, match=r"x\.json is no label set"):
+        create_app(settings())
 
 
 def test_without_bundles_the_service_lives_but_is_not_ready(settings, serve, tmp_path):
