@@ -67,6 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     problems.install(app)
     for module in (classify, embed, detect, collections, labels, catalog):
         app.include_router(module.router)
+    app.include_router(catalog.page())
     openapi.install(
         app, ClassifyBody, EmbedBody, DetectBody, CollectionBody, ItemsBody, DeleteItemsBody, SearchBody, LabelSetBody
     )

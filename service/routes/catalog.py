@@ -70,8 +70,9 @@ async def metrics(parts: Parts) -> Response:
     return Response(parts.metrics.render(), media_type=parts.metrics.content_type)
 
 
-def page(router: APIRouter, folder: Path) -> None:
+def page(folder: Path = WEB) -> APIRouter:
     """A route per file of ``folder``, and `/` for its index.html: what is not there cannot be asked for."""
+    router = APIRouter(dependencies=[Depends(task("catalog"))])
 
     def serve(path: str, file: Path) -> None:
         @router.get(path, include_in_schema=False)
@@ -81,9 +82,7 @@ def page(router: APIRouter, folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file.is_file():
             serve("/" if file.name == "index.html" else f"/{file.name}", file)
-
-
-page(router, WEB)
+    return router
 
 
 def _summary(loaded: Loaded) -> ModelSummary:
