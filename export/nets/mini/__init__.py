@@ -37,6 +37,7 @@ def load(checkpoint: str) -> Net:
     """Raises `WeightsMissing`, which says what to install."""
     directory = None if checkpoint == "mini" else Path(checkpoint)
     file = (directory or SHIPPED.parent) / SHIPPED.name
+    boxes = directory / BOXES.name if directory and (directory / BOXES.name).is_file() else BOXES
     heads = Heads.load(file)
     image = ImageTower(backbone.frozen(backbone_state(directory)), heads).eval()
     text = TextTower(minilm.from_state(minilm_state(directory)), heads).eval()
@@ -48,7 +49,7 @@ def load(checkpoint: str) -> Net:
             weights={
                 BACKBONE.origin: BACKBONE.sha256,
                 MINILM.origin: MINILM.sha256,
-                **{weights.name: hashlib.sha256(weights.read_bytes()).hexdigest() for weights in (file, BOXES)},
+                **{weights.name: hashlib.sha256(weights.read_bytes()).hexdigest() for weights in (file, boxes)},
             },
             license="Apache-2.0",
             notes=_NOTES,
@@ -70,7 +71,7 @@ def load(checkpoint: str) -> Net:
         ranges=dict.fromkeys(("image", "text", "regions"), RANGES),
         keep_float=True,
     )
-    return add_detection(net, image, text, boxhead.load(BOXES))
+    return add_detection(net, image, text, boxhead.load(boxes))
 
 
 SCALE = 15.0  # of the cosines in a softmax over labels: the least log loss on labelled photographs, see README.md

@@ -1,0 +1,167 @@
+"""Detection of the built-in model on photographs it has not seen: cross-validation over the boxed photographs.
+
+Every fold trains a box head and the alignment heads anew without the fold's photographs (no view of them, no crop),
+exports the bundle, and measures it, float and INT8, on the fold alone through `calmclip eval`'s own code. What is done
+lies in --work and is not done again.
+
+    python tests/bench/detection_cv.py --data coco128 --captions captions.jsonl --pictures images \\
+        --names texts.json --name-views imagenet_sample_views.npz --work /tmp/cv
+
+Prints a line a fold, then mean and deviation, and writes them to figures.json in --work.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export import align, boxes, pipeline
+from export.evals.detection import measure, read_instances
+from export.nets.mini import features
+from export.nets.mini.backbone import frozen
+from export.nets.mini.regions import average
+from export.nets.mini.towers import SHIPPED
+from export.nets.mini.weights import backbone_state
+from export.recipe import Recipe
+from models.runner import open_bundle
+
+SMALLEST = 40 * 40  # area of a box worth a crop, in pixels of the 640-pixel letterbox
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, required=True, help="instances.json and images/")
+    options.add_argument("--captions", type=Path, required=True, help="as `calmclip align` takes them")
+    options.add_argument("--pictures", type=Path, required=True, help="the captioned pictures")
+    options.add_argument("--names", type=Path, required=True, help="as `calmclip align --names`")
+    options.add_argument("--name-views", type=Path, required=True, help="as `calmclip align --name-views`")
+    options.add_argument("--work", type=Path, required=True, help="folder for everything that is made")
+    options.add_argument("--views", type=int, default=20)
+    options.add_argument("--epochs", type=int, default=boxes.EPOCHS)
+    options.add_argument("--threads", type=int, default=1)
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    given.work.mkdir(parents=True, exist_ok=True)
+    photos = boxes.read_photos(given.data / "instances.json", given.data / "images")
+    parts = [_views(given, photos, part) for part in range(boxes.PARTS)]
+    sources = _once(given.work / "sources.pt", lambda: _sources(given))
+    figures = {}
+    for fold in range(boxes.PARTS):
+        folder = given.work / f"fold{fold}"
+        others = [part for number, part in enumerate(parts) if number != fold]
+        figures[fold] = _figures(given, folder, fold, others, sources)
+        for precision, numbers in figures[fold].items():
+            print(f"fold {fold}  {precision:5s}  " + "  ".join(f"{k} {v:.1f}" for k, v in numbers.items()), flush=True)
+    summary = {
+        precision: {
+            name: [float(np.mean(values)), float(np.std(values, ddof=1))]
+            for name in figures[0][precision]
+            for values in [[figures[fold][precision][name] for fold in figures]]
+        }
+        for precision in figures[0]
+    }
+    for precision, numbers in summary.items():
+        line = "  ".join(f"{name} {mean:.1f} ± {deviation:.1f}" for name, (mean, deviation) in numbers.items())
+        print(f"mean    {precision:5s}  {line}")
+    (given.work / "figures.json").write_text(json.dumps({"folds": figures, "mean": summary}, indent=2) + "\n")
+
+
+def _once(file: Path, make: Callable[[], Any]) -> Any:
+    if not file.is_file():
+        torch.save(make(), file)
+    return torch.load(file, weights_only=False)
+
+
+def _views(given: argparse.Namespace, photos: list[boxes.Photo], part: int) -> boxes.Views:
+    return _once(
+        given.work / f"views{part}.pt",
+        lambda: boxes.see(frozen(backbone_state()), photos[part :: boxes.PARTS], given.views, part),
+    )
+
+
+def _sources(given: argparse.Namespace) -> dict[str, Any]:
+    """What every fold's alignment shares: captioned pictures, class names, and the words for crops."""
+    captions = align.read_captions(given.captions)
+    files = sorted(captions)
+    pictures = features.of_pictures([given.pictures / name for name in files], given.work)
+    texts = features.of_texts([text for name in files for text in captions[name]])
+    names = json.loads(given.names.read_text(encoding="utf-8"))
+    with np.load(given.name_views) as data:
+        shown, numbers = torch.from_numpy(data["q"] * data["scale"]), data["class_index"].tolist()
+
+    def worded(labels: list[str]) -> Tensor:
+        return torch.stack([features.of_texts([t.format(x) for x in labels]) for t in names["templates_train"]], 1)
+
+    return {
+        "sources": [
+            align.captioned(pictures, texts, [len(captions[name]) for name in files]),
+            align.named(shown, numbers, names, worded(names["bag_text"])),
+        ],
+        "start": align.fresh(pictures, texts, features.of_texts(names["class_names"])),
+        "words": worded([*names["coco_names"], *align.PEOPLE]),
+        "means": [*range(len(names["coco_names"])), *[names["coco_names"].index("person")] * len(align.PEOPLE)],
+    }
+
+
+def _crops(given: argparse.Namespace, others: list[boxes.Views], fold: int) -> tuple[Tensor, list[int]]:
+    """Region features [n, 2, 1280] (as served, mirrored) and classes of the true boxes outside the fold."""
+    truth = read_instances(given.data).truth
+    rest = [list(range(len(truth)))[part :: boxes.PARTS] for part in range(boxes.PARTS) if part != fold]
+    found, classes = [], []
+    for part, numbers in zip(others, rest, strict=True):
+        for place, number in enumerate(numbers):
+            rows = [place * given.views + view for view in (0, 1)]
+            both = [average(part.map32[r][None].float() * (6 / 255), part.boxes[r][None])[0] for r in rows]
+            for index, box in enumerate(part.boxes[rows[0]]):
+                if (box[2:] - box[:2]).prod() >= SMALLEST:
+                    found.append(torch.stack([views[index] for views in both]))
+                    classes.append(int(truth[number].classes[index]))
+    return torch.stack(found), classes
+
+
+def _figures(
+    given: argparse.Namespace, folder: Path, fold: int, others: list[boxes.Views], shared: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    folder.mkdir(exist_ok=True)
+    figures = folder / "figures.json"
+    if figures.is_file():
+        return json.loads(figures.read_text())
+    head = folder / "boxhead.safetensors"
+    if not head.is_file():
+        boxes.save(boxes.train(boxes.Views.join(others), given.epochs, 0), head, f"all but fold {fold}")
+    if not (folder / SHIPPED.name).is_file():
+        pictures, classes = _crops(given, others, fold)
+        crops = align.cropped(pictures, classes, shared["means"], shared["words"])
+        heads, _ = align.align([*shared["sources"], crops], shared["start"], align.Training())
+        heads.save(folder / SHIPPED.name, {"net": "mini"})
+    recipe = Recipe(checkpoint=str(folder), net="mini", name="cv", keep_float=True, replace=True)
+    pipeline.build(recipe, folder, say=lambda line: print(f"fold {fold}  {line}", flush=True))
+    data = _alone(given.data, folder / "data", fold)
+    found = {
+        precision: dict(measure(open_bundle(folder / f"cv-{precision}", threads=given.threads), data))
+        for precision in ("float", "int8")
+    }
+    figures.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _alone(data: Path, target: Path, fold: int) -> Path:
+    """A data set of the fold's photographs, with all names."""
+    content = json.loads((data / "instances.json").read_text(encoding="utf-8"))
+    content["images"] = content["images"][fold :: boxes.PARTS]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+    target.mkdir(exist_ok=True)
+    (target / "instances.json").write_text(json.dumps(content))
+    if not (target / "images").exists():
+        (target / "images").symlink_to((data / "images").resolve())
+    return target
+
+
+if __name__ == "__main__":
+    main()
