@@ -28,7 +28,7 @@ USER calmclip
 RUN calmclip export mini --out /bundles
 VOLUME /bundles
 ENTRYPOINT ["calmclip", "export"]
-CMD ["mini", "--out", "/bundles"]
+CMD ["mini", "--out", "/bundles", "--replace"]
 
 
 FROM base AS packages

@@ -41,11 +41,15 @@ async function ask(method, path, body, signal) {
   return { data, ms: performance.now() - start, stages: timing(response.headers.get("Server-Timing")) };
 }
 
-/** "decode;dur=1.4, infer;dur=18.9" -> [["decode", 1.4], ["infer", 18.9]] in milliseconds, "total" left out. */
+/** As a request walks through them. */
+const STAGES = ["read", "decode", "preprocess", "queue", "infer", "postprocess", "search", "write", "serialize"];
+
+/** "infer;dur=18.9, decode;dur=1.4" -> [["decode", 1.4], ["infer", 18.9]] in milliseconds, in the order above. */
 const timing = (header) =>
   [...(header ?? "").matchAll(/([\w-]+)(?:;[^,]*?)?;dur=([\d.]+)/g)]
     .map(([, name, duration]) => [name, Number(duration)])
-    .filter(([name]) => name !== "total");
+    .filter(([name]) => STAGES.includes(name))
+    .sort(([one], [other]) => STAGES.indexOf(one) - STAGES.indexOf(other));
 
 let running = new AbortController();
 
@@ -85,6 +89,7 @@ const asked = (detail) => new Problem({ title: "Something is missing", detail })
 let chosen = []; // [{file, url}]
 let current = -1; // which of them is on the stage
 let shown = []; // the detections on the canvas
+const MOST_TAGS = 12; // boxes with a name on them; more would hide the picture
 
 function choose(files) {
   const pictures = [...files].filter((file) => file.type.startsWith("image/"));
@@ -135,6 +140,7 @@ function draw(detections, bright = -1, count = detections.length) {
     pen.strokeStyle = pen.fillStyle = colour(index);
     pen.lineWidth = (i === bright ? 4 : 2.5) * unit;
     pen.strokeRect(box.x0, box.y0, box.x1 - box.x0, box.y1 - box.y0);
+    if (i !== bright && i >= MOST_TAGS) continue;
     const text = `${label} ${score.toFixed(2)}`;
     const [width, height] = [pen.measureText(text).width + 8 * unit, 18 * unit];
     const left = Math.max(0, Math.min(box.x0, naturalWidth - width));
@@ -278,9 +284,6 @@ async function thumbnail(url) {
   return canvas.toDataURL("image/jpeg", 0.7);
 }
 
-const met = []; // stages in the order first met: each keeps its colour
-const stageColour = (name) => colour(met.includes(name) ? met.indexOf(name) : met.push(name) - 1);
-
 /** Put an answer on the page, and under it the stages it took. */
 function show({ stages, ms }, ...parts) {
   $("answer").replaceChildren(...parts);
@@ -290,12 +293,12 @@ function show({ stages, ms }, ...parts) {
   const slices = stages.map(([name, duration]) => {
     const slice = make("i", { title: `${name} ${duration.toFixed(1)} ms` });
     slice.style.flexGrow = duration;
-    slice.style.background = stageColour(name);
+    slice.style.background = colour(STAGES.indexOf(name));
     return slice;
   });
   const names = stages.map(([name, duration]) => {
     const key = make("span", {}, make("i"), `${name} ${duration.toFixed(1)}`);
-    key.firstChild.style.background = stageColour(name);
+    key.firstChild.style.background = colour(STAGES.indexOf(name));
     return key;
   });
   $("bar").replaceChildren(...slices);

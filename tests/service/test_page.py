@@ -192,3 +192,19 @@ def test_it_fits_a_phone(page: Page, file: Callable[..., FilePayload]) -> None:
         page.get_by_role("tab", name=name).click()
         page.wait_for_timeout(50)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_the_page_knows_every_stage(client: httpx.Client, picture: Callable[..., bytes]) -> None:
+    script = client.get("/app.js").text
+    known = set(re.findall(r'"(\w+)"', re.search(r"const STAGES = \[(.*?)\]", script)[1]))
+    client.put("/v1/collections/stages", json={})
+    files = {"image": picture("red")}
+    answers = [
+        client.post("/v1/collections/stages/items", json={"items": [{"id": "a", "text": "red"}]}),
+        client.post("/v1/collections/stages/search", json={"query": {"text": "red"}}),
+        client.post("/v1/classify", files=files, data={"labels": ["red"]}),
+        client.post("/v1/detect", files=files, data={"labels": ["red"]}),
+    ]
+    told = {name for one in answers for name in re.findall(r"([\w-]+);dur=", one.headers["server-timing"])}
+    assert {one.status_code for one in answers} == {200}
+    assert told - known == {"total"}
