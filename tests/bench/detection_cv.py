@@ -27,7 +27,7 @@ from export.nets.mini.backbone import frozen
 from export.nets.mini.regions import average
 from export.nets.mini.towers import SHIPPED
 from export.nets.mini.weights import backbone_state
-from export.recipe import Recipe
+from export.recipe import Calibration, Recipe
 from models.runner import open_bundle
 
 SMALLEST = 40 * 40  # area of a box worth a crop, in pixels of the 640-pixel letterbox
@@ -139,7 +139,8 @@ def _figures(
         crops = align.cropped(pictures, classes, shared["means"], shared["words"])
         heads, _ = align.align([*shared["sources"], crops], shared["start"], align.Training())
         heads.save(folder / SHIPPED.name, {"net": "mini"})
-    recipe = Recipe(checkpoint=str(folder), net="mini", name="cv", keep_float=True, replace=True)
+    seen = Calibration(images=given.pictures, count=64)  # the ranges that ship are of other heads
+    recipe = Recipe(checkpoint=str(folder), net="mini", name="cv", keep_float=True, replace=True, calibration=seen)
     pipeline.build(recipe, folder, say=lambda line: print(f"fold {fold}  {line}", flush=True))
     data = _alone(given.data, folder / "data", fold)
     found = {
