@@ -37,14 +37,18 @@ def constants(model: onnx.ModelProto) -> dict[str, TensorProto]:
     return {initializer.name: initializer for initializer in model.graph.initializer}
 
 
-def products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes that are quantized: an activation times a constant, in topological order.
+def products(model: onnx.ModelProto, keep: Sequence[str] = ()) -> list[onnx.NodeProto]:
+    """The nodes that are quantized: an activation times a constant, in topological order, without those in ``keep``.
 
     Not those that read probabilities: all but a few of these would round to 0 at 1/255 (see `pack`).
     """
     fixed = constants(model)
     floats = fixed.keys() | _probabilities(model)
-    return [n for n in model.graph.node if n.op_type in PRODUCTS and n.input[0] not in floats and n.input[1] in fixed]
+    return [
+        n
+        for n in model.graph.node
+        if n.op_type in PRODUCTS and n.input[0] not in floats and n.input[1] in fixed and n.name not in keep
+    ]
 
 
 def watched(model: onnx.ModelProto) -> list[str]:
@@ -83,7 +87,7 @@ def watch(
     return seen
 
 
-def write(model: onnx.ModelProto, ranges: Ranges, *, reduce_range: bool) -> onnx.ModelProto:
+def write(model: onnx.ModelProto, ranges: Ranges, *, keep: Sequence[str], reduce_range: bool) -> onnx.ModelProto:
     """-> a copy with QDQ pairs around its products. ``ranges`` holds one (min, max) for each `watched` tensor."""
     copy = onnx.ModelProto()
     copy.CopyFrom(shape_inference.infer_shapes(model))
@@ -92,7 +96,7 @@ def write(model: onnx.ModelProto, ranges: Ranges, *, reduce_range: bool) -> onnx
         for name, (low, high) in ranges.items()
         if np.ndim(low) == 0
     }
-    nodes = products(copy)
+    nodes = products(copy, keep)
     if not nodes:  # the library takes an empty list for "all of them"
         return copy
     written = {name for node in nodes if node.op_type == "Conv" for name in node.output}

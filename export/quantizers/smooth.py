@@ -12,6 +12,8 @@ Convolutions are quantized as by `static`. Ranges over the calibration feeds: (m
 and write, (minima [C], maxima [C]) for what matrix products read.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
@@ -24,6 +26,7 @@ from models.flow import Array
 
 class Params(FrozenModel):
     alpha: float = Field(0.75, ge=0.0, le=1.0)
+    keep: tuple[str, ...] = ()  # names of nodes that stay in float
     reduce_range: bool = False  # 7-bit weights; see `static`
 
 
@@ -43,18 +46,20 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
     packed = _qdq.pack(model)
-    smoothed, limits = smooth(packed, ranges, params.alpha)
-    return _qdq.write(smoothed, limits, reduce_range=params.reduce_range)
+    smoothed, limits = smooth(packed, ranges, params.alpha, params.keep)
+    return _qdq.write(smoothed, limits, keep=params.keep, reduce_range=params.reduce_range)
 
 
-def smooth(model: onnx.ModelProto, ranges: Ranges, alpha: float) -> tuple[onnx.ModelProto, Ranges]:
+def smooth(
+    model: onnx.ModelProto, ranges: Ranges, alpha: float, keep: Sequence[str] = ()
+) -> tuple[onnx.ModelProto, Ranges]:
     """-> the same function with even channels before its products, and the ranges of what these then read."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     fixed = _qdq.constants(copy)
     limits = dict(ranges)
     before: dict[str, onnx.NodeProto] = {}
-    for node in _matrices(copy):
+    for node in _matrices(copy, keep):
         weight = fixed[node.input[1]]
         flipped = _attribute(node, "transB")
         matrix = numpy_helper.to_array(weight)
@@ -81,8 +86,8 @@ def factors(activation: Array, weight: Array, alpha: float) -> Array:
     return even
 
 
-def _matrices(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in _qdq.products(model) if node.op_type != "Conv"]
+def _matrices(model: onnx.ModelProto, keep: Sequence[str] = ()) -> list[onnx.NodeProto]:
+    return [node for node in _qdq.products(model, keep) if node.op_type != "Conv"]
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:

@@ -19,6 +19,7 @@ from models.flow import Array
 
 class Params(FrozenModel):
     percentile: float = Field(100.0, gt=50.0, le=100.0)
+    keep: tuple[str, ...] = ()  # names of nodes that stay in float
     reduce_range: bool = False
 
 
@@ -36,7 +37,7 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    return _qdq.write(_qdq.pack(model), ranges, reduce_range=params.reduce_range)
+    return _qdq.write(_qdq.pack(model), ranges, keep=params.keep, reduce_range=params.reduce_range)
 
 
 QUANTIZERS.register("static")(Quantizer(Params, quantize, observe))

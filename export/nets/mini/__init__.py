@@ -62,6 +62,7 @@ def load(checkpoint: str) -> Net:
                 {"image_embeds": _EMBEDS},
                 PIXELS,
                 quantizer="smooth",
+                quantizer_params=backbone.QUANTIZE,
             ),
             "text": Tower(text, {"ids": _TOKENS, "mask": _TOKENS}, {"text_embeds": _EMBEDS}, TEXTS, quantizer="smooth"),
         },

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from export.functions.soft_nms import OPSET, soft_nms
 from export.nets import Built, Net, Tower
-from export.nets.mini.backbone import Backbone
+from export.nets.mini.backbone import QUANTIZE, Backbone
 from export.nets.mini.boxhead import BoxHead
 from export.nets.mini.towers import ImageHead, ImageTower, TextTower
 from models.bundle.manifest import ImagePreprocess
@@ -232,6 +232,7 @@ def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHea
             "objectness": _f32("B", PROPOSALS),
         },
         preprocess=PIXELS,
+        quantizer_params=QUANTIZE,
         quantizer="smooth",  # as the image tower: the backbone's INT8 weights are the same bytes, stored once
         summary=summary,
     )

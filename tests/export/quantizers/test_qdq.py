@@ -81,6 +81,17 @@ def test_a_relu_between_convolutions_vanishes(convolutions: onnx.ModelProto):
     assert kinds.count("QuantizeLinear") == 3  # x, r1, y
 
 
+def test_a_kept_node_reads_its_float_weights(convolutions: onnx.ModelProto):
+    x = np.random.default_rng(1).normal(size=(1, 3, 6, 6)).astype(np.float32)
+    params = static.Params(keep=("Conv.c1",))
+    quantized = static.quantize(convolutions, static.observe(convolutions, [{"x": x}], params), params)
+    fixed = {i.name: i.data_type for i in quantized.graph.initializer}
+    first, second = [n for n in quantized.graph.node if n.op_type == "Conv"]
+    assert first.input[0] == "x"
+    assert fixed[first.input[1]] == TensorProto.FLOAT
+    assert second.input[1] not in fixed  # dequantized
+
+
 def test_int8_weights_do_not_depend_on_the_ranges(convolutions: onnx.ModelProto):
     """Two graphs that share layers share their bytes, whatever pictures each of them saw."""
     made = []
