@@ -191,7 +191,20 @@ class ClassifyAnswer(Answer):
 
     @classmethod
     def of(cls, model: str, ranking: Ranking) -> "ClassifyAnswer":
-        return cls.model_construct(model=model, labels=[RankedLabel.model_construct(**vars(one)) for one in ranking])
+        return cls.model_construct(
+            model=model,
+            labels=[
+                RankedLabel.model_construct(
+                    label=one.label, index=one.index, score=tidy(one.score), cosine=tidy(one.cosine)
+                )
+                for one in ranking
+            ],
+        )
+
+
+def tidy(score: float) -> float:
+    """Six decimals: a float32 between 0 and 1 has no more to say, and JSON should be read."""
+    return round(score, 6)
 
 
 class EmbedAnswer(Answer):
@@ -246,6 +259,7 @@ class DetectAnswer(Answer):
 
     @classmethod
     def of(cls, model: str, found: Detections, used: Suppression) -> "DetectAnswer":
+        sides = ("x0", "y0", "x1", "y1")
         return cls.model_construct(
             model=model,
             image=Size.model_construct(width=found.width, height=found.height),
@@ -253,9 +267,14 @@ class DetectAnswer(Answer):
                 DetectedBox.model_construct(
                     label=one.label,
                     index=one.index,
-                    score=one.score,
-                    raw_score=one.raw_score,
-                    box=Box.model_construct(**dict(zip(("x0", "y0", "x1", "y1"), one.box.tolist(), strict=True))),
+                    score=tidy(one.score),
+                    raw_score=tidy(one.raw_score),
+                    box=Box.model_construct(
+                        **{
+                            side: round(x, 2)
+                            for side, x in zip(("x0", "y0", "x1", "y1"), one.box.tolist(), strict=True)
+                        }
+                    ),
                 )
                 for one in found
             ],

@@ -28,6 +28,7 @@ from service.schemas import (
     SearchAnswer,
     SearchBody,
     StoredItem,
+    tidy,
 )
 from service.stores import Row
 from service.uploads import body_of, check_picture
@@ -187,7 +188,7 @@ async def search_collection(
     with own.clock.stage("search"):
         async with own.deadline():
             found = await collection.search(vector, body.top_k, body.where())
-    hits = [Hit(id=one.id, score=one.score, meta=one.meta) for one in found]
+    hits = [Hit(id=one.id, score=tidy(one.score), meta=one.meta) for one in found]
     return respond(own, SearchAnswer(collection=name, hits=hits))
 
 
