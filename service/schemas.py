@@ -270,10 +270,7 @@ class DetectAnswer(Answer):
                     score=tidy(one.score),
                     raw_score=tidy(one.raw_score),
                     box=Box.model_construct(
-                        **{
-                            side: round(x, 2)
-                            for side, x in zip(("x0", "y0", "x1", "y1"), one.box.tolist(), strict=True)
-                        }
+                        **{side: round(x, 2) for side, x in zip(sides, one.box.tolist(), strict=True)}
                     ),
                 )
                 for one in found
