@@ -5,6 +5,7 @@ order), so ranges recorded for one build of a graph fit the next; `fingerprint` 
 """
 
 import hashlib
+import logging
 import warnings
 from collections import Counter
 
@@ -26,6 +27,8 @@ def to_onnx(tower: Tower) -> onnx.ModelProto:
     Raises `ExportError` when the graph's inputs or outputs are not those the tower promises.
     """
     dims = {d: torch.export.Dim(d, min=1) for spec in tower.inputs.values() for d in spec.shape if isinstance(d, str)}
+    # The exporter says which optional packages it does without; none of ours needs one.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's deprecations are its own business
         program = torch.onnx.export(

@@ -35,6 +35,7 @@ _EXTRAS = {
     "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export", "tomli_w": "export",
     "fastapi": "service", "uvicorn": "service", "prometheus_client": "service", "pydantic_settings": "service",
     "orjson": "service", "lancedb": "service", "pyarrow": "service", "httpx": "service",
+    "export": "export", "service": "service",  # an image may hold one package without the other
 }  # fmt: skip
 
 

@@ -21,7 +21,8 @@ EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25,
 BATCH_EDGES = (1, 2, 4, 8, 16, 32, 64, 128)
 BOX_EDGES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
-STAGES = ("read", "decode", "preprocess", "queue", "infer", "postprocess", "search", "serialize")
+# In the order in which a request goes through them.
+STAGES = ("read", "decode", "preprocess", "queue", "infer", "postprocess", "search", "write", "serialize")
 
 # HTTP status -> outcome; what is not here goes by its hundreds.
 OUTCOMES = {499: "cancelled", 503: "shed", 504: "deadline"}

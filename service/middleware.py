@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.context import Context
-from service.metrics import Metrics
+from service.metrics import STAGES, Metrics
 from service.problems import CLIENT_GONE, unexpected
 from service.settings import Settings
 
@@ -108,7 +108,8 @@ class _Wire:
             self.own.status = message["status"]
             if self.own.answered is not None:
                 self.own.clock.add("serialize", perf_counter() - self.own.answered)
-            timing = ", ".join(f"{stage};dur={s * 1000:.2f}" for stage, s in list(self.own.clock.stages.items()))
+            seen = dict(self.own.clock.stages)
+            timing = ", ".join(f"{stage};dur={seen[stage] * 1000:.2f}" for stage in STAGES if stage in seen)
             total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
             # A body that was not read to its end is not read on: the connection goes with the answer.
             message["headers"] = [

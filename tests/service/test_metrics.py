@@ -52,6 +52,23 @@ def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
         assert [(one["model"], one["precision"]) for one in info] == [("colours-int8", "int8")]
 
 
+def test_stages_are_told_in_the_order_of_a_request_and_none_is_left_out(client, picture):
+    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+    assert client.put("/v1/collections/order", json={}).status_code == 201
+    answers = [
+        client.post("/v1/classify?labels=red", **send),
+        client.post("/v1/collections/order/items", json={"items": [{"id": "a", "text": "red"}]}),
+        client.post("/v1/collections/order/search", json={"query": {"text": "red"}}),
+    ]
+    seen = set()
+    for answer in answers:
+        names = [entry.split(";")[0] for entry in answer.headers["server-timing"].split(", ")]
+        assert names[-1] == "total"
+        assert names[:-1] == [stage for stage in STAGES if stage in names]
+        seen |= set(names)
+    assert seen == {*STAGES, "total"}
+
+
 def test_labels_never_hold_what_a_caller_chose(client, picture):
     send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
     client.post("/v1/classify?labels=red&model=secret-model", **send)

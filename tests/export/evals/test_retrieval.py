@@ -11,7 +11,8 @@ from models.errors import BadRequest
 def test_recalls_worked_out_by_hand():
     # Three pictures on the axes, four captions. Similarities (caption x picture):
     #   0: (.9, .1, 0) of picture 0 -> rank 0      1: (.2, .8, 0) of picture 0 -> rank 1
-    #   2: (0, .6, .8) of picture 1 -> rank 1      3: (.7, .5, .5) of picture 2 -> rank 1 (a tie with picture 1 does not count)
+    #   2: (0, .6, .8) of picture 1 -> rank 1
+    #   3: (.7, .5, .5) of picture 2 -> rank 1: the tie with picture 1 does not count
     images = np.eye(3)
     texts = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.0, 0.6, 0.8], [0.7, 0.5, 0.5]])
     found = recalls(images, texts, np.array([0, 0, 1, 2]))
