@@ -69,7 +69,7 @@ def oracle(tiny_hf_clip: Path):
             images = unit(model.get_image_features(pixel_values=pixels))
             ids = [tokenizer([t], return_tensors="pt", return_token_type_ids=False) for t in texts]
             words = np.concatenate([unit(model.get_text_features(**one)) for one in ids])
-        return images, words, float(model.logit_scale.exp())
+        return images, words, float(model.logit_scale.detach().exp())
 
     return embed
 

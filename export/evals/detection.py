@@ -133,7 +133,7 @@ def read_instances(data: Path) -> Instances:
     """``data``/instances.json and ``data``/images/. Raises `BadRequest` naming what is missing or wrong."""
     path = data / "instances.json"
     if not path.is_file():
-        raise BadRequest(f"{path} is not there; detection is measured on COCO instances: instances.json and images/")
+        raise BadRequest(f"{path} is not there; the data directory must hold COCO's instances.json, and images/")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         place = {category["id"]: i for i, category in enumerate(content["categories"])}

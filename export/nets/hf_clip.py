@@ -78,7 +78,7 @@ def load(checkpoint: str) -> Net:
                 {"ids": Tensor(dtype="int64", shape=("B", "T"))},
                 {"text_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 TextPreprocess(context=context, pad="longest", pad_id=0),
-                quantizer="dynamic",
+                quantizer="smooth",
             ),
         },
         files={"tokenizer.json": tokenizer.backend_tokenizer.to_str().encode()},

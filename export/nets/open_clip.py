@@ -80,7 +80,7 @@ def load(checkpoint: str) -> Net:
                 {"ids": Tensor(dtype="int64", shape=("B", context))},
                 {"text_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 TextPreprocess(context=context, pad="context", pad_id=0),
-                quantizer="dynamic",
+                quantizer="smooth",
             ),
         },
         files={"tokenizer.json": tokenizer_json()},

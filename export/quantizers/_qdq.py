@@ -114,6 +114,7 @@ def write(model: onnx.ModelProto, ranges: Ranges, *, keep: Sequence[str], reduce
         extra_options=dict(_OPTIONS),
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()  # it appends its nodes anywhere; the standard wants an order
     return quantizer.model.model
 
 

@@ -8,6 +8,7 @@ that, at the price of calibration texts. Products of activations stay in float.
 
 import onnx
 from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 from onnxruntime.quantization.quant_utils import QuantizationMode
 
@@ -20,7 +21,9 @@ class Params(FrozenModel):
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    packed = _qdq.pack(model)
+    whole = ONNXModel(_qdq.pack(model))
+    whole.replace_gemm_with_matmul()  # the runtime has a dynamic MatMul, but no dynamic Gemm
+    packed = whole.model
     matrices = [node.name for node in _qdq.products(packed) if node.op_type != "Conv"]
     quantizer = ONNXQuantizer(
         onnx.shape_inference.infer_shapes(packed),
@@ -33,10 +36,11 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.Mod
         tensors_range=None,
         nodes_to_quantize=matrices,
         nodes_to_exclude=[],
-        op_types_to_quantize=["Gemm", "MatMul"],
+        op_types_to_quantize=["MatMul"],
         extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
     )
     quantizer.quantize_model()
+    quantizer.model.topological_sort()
     return quantizer.model.model
 
 

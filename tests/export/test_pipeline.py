@@ -28,7 +28,7 @@ def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Pa
     assert names(tiny_bundles) == ["tiny-float", "tiny-int8"]
     int8, whole = (read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
     assert (int8.manifest.precision, whole.manifest.precision) == ("int8", "float32")
-    assert int8.manifest.quantization.graphs == {"image": "static", "text": "dynamic"}
+    assert int8.manifest.quantization.graphs == {"image": "static", "text": "smooth"}
     reports = [json.loads((s.directory / "report.json").read_text()) for s in (int8, whole)]
     assert reports[0] == reports[1]
     assert set(reports[0]["graphs"]) == {"image", "text"}

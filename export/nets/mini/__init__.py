@@ -1,5 +1,8 @@
 """The built-in model: pretrained encoders out of ordinary Python packages, joined by heads we trained.
 
+Source: Tan & Le 2019 (arXiv 1905.11946), EfficientNet, its Lite2 form; Wang et al. 2020 (arXiv 2002.10957), MiniLM;
+Norouzi et al. 2013 (arXiv 1312.5650), ConSE. The training is in `export.align`.
+
 Not CLIP, but it answers like one: pixels -> unit vector, ids + mask -> unit vector, 384 numbers each. A
 checkpoint directory is one that `calmclip align` wrote: ``heads.safetensors``, and beside it, where the packages
 of weights.txt are not installed, their files.

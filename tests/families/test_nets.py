@@ -1,0 +1,82 @@
+"""What every net promises, on a checkpoint of each."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.nets import NETS, Net
+from export.quantizers import QUANTIZERS
+from export.trace import example
+
+CHECKPOINTS = {"mini": "mini", "hf_clip": "tiny_hf_clip", "open_clip": "tiny_open_clip"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(request: pytest.FixtureRequest):
+    def of(name: str) -> str:
+        fixture = CHECKPOINTS[name]
+        return "mini" if fixture == "mini" else str(request.getfixturevalue(fixture))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def net(checkpoint):
+    loaded: dict[str, Net] = {}
+
+    def of(name: str) -> Net:
+        if name not in loaded:
+            loaded[name] = NETS.get(name).load(checkpoint(name))
+        return loaded[name]
+
+    return of
+
+
+def test_every_net_has_a_checkpoint_to_be_tested_with():
+    assert sorted(CHECKPOINTS) == NETS.names()
+
+
+@pytest.mark.parametrize("name", NETS.names())
+def test_it_recognises_its_own_checkpoints_and_no_others(name: str, checkpoint, tmp_path: Path):
+    assert {other: NETS.get(name).recognise(checkpoint(other)) for other in CHECKPOINTS} == {
+        other: other == name for other in CHECKPOINTS
+    }
+    assert not NETS.get(name).recognise(str(tmp_path))
+    assert not NETS.get(name).recognise(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", NETS.names())
+def test_towers_answer_in_the_shapes_they_promise(name: str, net):
+    for role, tower in net(name).towers.items():
+        inputs = example(tower)
+        with torch.inference_mode():
+            found = tower.module(*inputs)
+        outputs = found if isinstance(found, tuple) else (found,)
+        assert len(outputs) == len(tower.outputs), role
+        for output, promised in zip(outputs, tower.outputs.values(), strict=True):
+            sizes = [2 if d == "B" else d for d in promised.shape]
+            assert list(output.shape) == sizes, role
+            assert torch.isfinite(output).all(), role
+        if role in ("image", "text"):
+            assert np.allclose(outputs[0].norm(dim=-1), 1.0, atol=1e-5), role
+
+
+@pytest.mark.parametrize("name", NETS.names())
+def test_what_the_pipeline_needs_is_there(name: str, net):
+    one = net(name)
+    assert one.name == name
+    assert one.source.weights, "a bundle must say which weights it was made of"
+    assert all(len(digest) == 64 for digest in one.source.weights.values())
+    assert all(tower.quantizer in QUANTIZERS.names() for tower in one.towers.values())
+    assert all(path.is_file() for path in one.ranges.values())
+    assert "tokenizer.json" in one.files
+
+
+@pytest.mark.parametrize("name", NETS.names())
+def test_it_says_what_it_is_and_where_it_is_from(name: str):
+    module = sys.modules[NETS.get(name).load.__module__]
+    assert module.__doc__
+    assert "Source: " in module.__doc__

@@ -1,0 +1,92 @@
+"""What every quantizer promises, on a small tower with an outlier channel."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from pydantic import ValidationError
+
+from export.nets import Tower
+from export.parity import compare, onnx_run
+from export.quantizers import QUANTIZERS
+from export.trace import to_onnx
+from models.bundle.manifest import Tensor
+
+NAMES = QUANTIZERS.names()
+RNG = np.random.default_rng(0)
+FEEDS = [{"x": RNG.standard_normal((4, 16)).astype(np.float32)} for _ in range(8)]
+
+
+@pytest.fixture(scope="module")
+def graph() -> onnx.ModelProto:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 8)
+    )
+    x, y = Tensor(dtype="float32", shape=("B", 16)), Tensor(dtype="float32", shape=("B", 8))
+    return to_onnx(Tower(layers, {"x": x}, {"y": y}, None, quantizer="none"))
+
+
+def quantized(name: str, graph: onnx.ModelProto) -> onnx.ModelProto:
+    quantizer = QUANTIZERS.get(name)
+    params = quantizer.params()
+    ranges = quantizer.observe(graph, FEEDS, params) if quantizer.observe else {}
+    return quantizer.quantize(graph, ranges, params)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_computes_nearly_the_same_with_the_same_inputs_and_outputs(name: str, graph: onnx.ModelProto):
+    model = quantized(name, graph)
+    onnx.checker.check_model(model)
+    for side in ("input", "output"):
+        assert [v.name for v in getattr(model.graph, side)] == [v.name for v in getattr(graph.graph, side)]
+    found = compare(onnx_run(graph), onnx_run(model), FEEDS)["y"]
+    assert found["cosine_min"] > 0.99
+    assert found["sqnr_db"] > 25
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_needs_no_operator_of_ours(name: str, graph: onnx.ModelProto):
+    assert {node.domain for node in quantized(name, graph).graph.node} <= {"", "com.microsoft"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
+def test_weights_are_stored_in_eight_bits(name: str, graph: onnx.ModelProto):
+    def stored(model: onnx.ModelProto) -> list[int]:
+        return [i.data_type for i in model.graph.initializer if len(i.dims) == 2 and np.prod(i.dims) >= 512]
+
+    assert set(stored(graph)) == {onnx.TensorProto.FLOAT}
+    assert set(stored(quantized(name, graph))) == {onnx.TensorProto.INT8}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_leaves_the_float_graph_alone_and_answers_the_same_twice(name: str, graph: onnx.ModelProto):
+    before = graph.SerializeToString(deterministic=True)
+    first, second = (quantized(name, graph).SerializeToString(deterministic=True) for _ in range(2))
+    assert first == second
+    assert graph.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if QUANTIZERS.get(name).observe])
+def test_with_fixed_ranges_a_row_does_not_depend_on_its_neighbours(name: str, graph: onnx.ModelProto):
+    run = onnx_run(quantized(name, graph), threads=1)
+    x = FEEDS[0]["x"]
+    together = run({"x": np.concatenate([x, 100 * x])})["y"]
+    assert np.array_equal(together[:1], run({"x": x[:1]})["y"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_is_and_where_it_is_from(name: str):
+    module = sys.modules[QUANTIZERS.get(name).quantize.__module__]
+    assert module.__doc__
+    assert "Source: " in module.__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_params_that_are_not_its_own_are_refused(name: str):
+    wrong: dict[str, Any] = {"no_such_param": 1}
+    with pytest.raises(ValidationError, match="no_such_param"):
+        QUANTIZERS.get(name).params.model_validate(wrong)
