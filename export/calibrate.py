@@ -47,6 +47,12 @@ def inputs(calibration: Calibration) -> tuple[list[Path], list[str]]:
     )
 
 
+def describe(calibration: Calibration, pictures: Sequence[Path], texts: Sequence[str]) -> str:
+    """In words, for the report: what this export's ranges were observed on."""
+    places = [place.name if place else "samples that ship" for place in (calibration.images, calibration.texts)]
+    return f"{len(pictures)} pictures ({places[0]}) and {len(texts)} texts ({places[1]}), seed {calibration.seed}"
+
+
 def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequence[str]) -> Iterator[Arrays]:
     """One row at a time, as the service prepares it; ``directory`` holds the tokenizer.
 

@@ -19,17 +19,17 @@ from export import calibrate, parity, report, samples, weights
 from export.nets import NETS, Net
 from export.quantizers import QUANTIZERS
 from export.recipe import Quantize, Recipe
-from export.trace import OPSET, fingerprint, to_onnx
+from export.trace import fingerprint, to_onnx
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import Graph, Manifest, Ops, Quantization
 from models.bundle.store import Sealed, describe, read, seal, stage
 from models.errors import BundleError
 from models.flow import Arrays
+from models.ops.spec import DOMAIN
 from models.runner import Runner
 
 Say = Callable[[str], None]
 _PARITY_ROWS = 4
-DOMAIN = "ai.calmclip"
 
 
 def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambda line: None) -> list[Sealed]:
@@ -64,7 +64,8 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
             facts[role] = {"quantizer": how[role].name, "float_against_torch": found}
             feeds = partial(calibrate.feeds, tower, directory, pictures, texts)
             shipped = None if recipe.calibration.images else net.ranges.get(role)
-            quantized[role], facts[role]["ranges_from"] = _quantize(role, floats[role], how[role], feeds, shipped, say)
+            quantized[role], recorded_from = _quantize(role, floats[role], how[role], feeds, shipped, say)
+            facts[role]["ranges_from"] = recorded_from or calibrate.describe(recipe.calibration, pictures, texts)
             few = calibrate.feeds(tower, directory, shown_pictures, shown_texts)
             facts[role]["int8_against_float"] = parity.compare(
                 parity.onnx_run(floats[role]), parity.onnx_run(quantized[role]), few, tower.summary
@@ -74,17 +75,17 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
         float_name = f"{recipe.name}-float"
         staged = {name: stack.enter_context(stage(out, name)) for name in (f"{recipe.name}-int8", float_name)}
         built = {role: one.model for role, one in net.built.items()}
-        versions = (("int8", quantized, names[0]), ("float32", floats, float_name))
+        versions = ((names[0], quantized, _quantization(how, facts)), (float_name, floats, FLOAT))
         manifests = {
-            name: _write(net, staged[name], {**graphs, **built}, name, precision, how, recipe)
-            for precision, graphs, name in versions
+            name: _write(net, staged[name], {**graphs, **built}, name, quantization)
+            for name, graphs, quantization in versions
         }
         say("measuring INT8 beside float")
         runners = [_open(staged[name]) for name in (names[0], float_name)]
         figures = {"graphs": facts, **report.measure(*runners, shown_pictures, shown_texts)}
         figures["measured_on"] = f"{len(shown_pictures)} pictures and {len(shown_texts)} texts that ship with calmclip"
         figures["bars"] = report.check(figures, recipe.bars)
-        figures["recipe"] = recipe.model_dump(mode="json")
+        figures["recipe"] = recipe.public()
         report.require(figures["bars"], names[0])
         sealed = []
         for name in names:
@@ -102,7 +103,7 @@ def _quantize(
     shipped: Path | None,
     say: Say,
 ) -> tuple[onnx.ModelProto, str]:
-    """-> the INT8 graph, and in words where its activation ranges came from."""
+    """-> the INT8 graph, and in words where its activation ranges came from; "" for this export's own inputs."""
     quantizer = QUANTIZERS.get(how.name)
     params = quantizer.params.model_validate(how.params)
     say(f"{role}: quantizing ({how.name})")
@@ -112,24 +113,21 @@ def _quantize(
         return quantizer.quantize(model, recorded.ranges, params), recorded.source
     say(f"{role}: observing activations on calibration pictures or texts")
     ranges = quantizer.observe(model, feeds(), params)
-    return quantizer.quantize(model, ranges, params), "calibration pictures and texts of this export"
+    return quantizer.quantize(model, ranges, params), ""
 
 
 def _write(
-    net: Net, directory: Path, graphs: Mapping[str, onnx.ModelProto], name: str,
-    precision: Literal["int8", "float32"], how: Mapping[str, Quantize], recipe: Recipe,
-) -> Manifest:  # fmt: skip
+    net: Net, directory: Path, graphs: Mapping[str, onnx.ModelProto], name: str, quantization: Quantization
+) -> Manifest:
     """Everything but the report, and a manifest that lists it, so that the directory opens like a sealed one."""
     copies = {role: onnx.ModelProto.FromString(model.SerializeToString()) for role, model in graphs.items()}
     weights.save(copies, directory)
     for file, data in net.files.items():
         (directory / file).write_bytes(data)
     parts = {**net.towers, **net.built}
-    used = {f.name for m in graphs.values() for f in m.functions if f.domain == DOMAIN}
-    quantizers = {role: QUANTIZERS.get(one.name) for role, one in how.items()}
     manifest = Manifest(
         name=name,
-        precision="mixed" if precision == "int8" and any(one.name == "none" for one in how.values()) else precision,
+        precision=_precision(quantization),
         tasks=net.tasks,
         source=net.source,
         graphs={
@@ -142,22 +140,35 @@ def _write(
             )
             for role, part in parts.items()
         },
-        ops=Ops(used=tuple(sorted(used))),
+        ops=Ops(used=tuple(sorted({f.name for m in graphs.values() for f in m.functions if f.domain == DOMAIN}))),
         prompts=net.prompts,
         head=net.head,
         labels=net.labels,
-        quantization=Quantization(name="none")
-        if precision == "float32"
-        else Quantization(
-            name=", ".join(sorted({one.name for one in how.values()})),
-            weights=", ".join(sorted({q.weights for q in quantizers.values()})),
-            activations=", ".join(sorted({q.activations for q in quantizers.values()})),
-            graphs={role: one.name for role, one in how.items()},
-            calibration=recipe.calibration.model_dump(mode="json", exclude_none=True) | {"opset": OPSET},
-        ),
+        quantization=quantization,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return describe(directory, manifest)
+
+
+FLOAT = Quantization(name="none")
+
+
+def _quantization(how: Mapping[str, Quantize], facts: Mapping[str, Mapping[str, Any]]) -> Quantization:
+    quantizers = {one.name: QUANTIZERS.get(one.name) for one in how.values()}
+    return Quantization(
+        name=", ".join(sorted(quantizers)),
+        weights=", ".join(sorted({q.weights for q in quantizers.values()})),
+        activations=", ".join(sorted({q.activations for q in quantizers.values()})),
+        graphs={role: one.name for role, one in how.items()},
+        calibration={role: facts[role]["ranges_from"] for role in how},
+    )
+
+
+def _precision(quantization: Quantization) -> Literal["int8", "float32", "mixed"]:
+    """A bundle with a tower left in float is not called int8."""
+    if quantization == FLOAT:
+        return "float32"
+    return "mixed" if "none" in quantization.graphs.values() else "int8"
 
 
 def _open(staged: Path) -> Runner:

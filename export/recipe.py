@@ -48,6 +48,13 @@ class Recipe(FrozenModel):
     keep_float: bool = False
     replace: bool = False
 
+    def public(self) -> dict[str, Any]:
+        """What a report may say: file and folder names, but not where on this machine they lie."""
+        data = self.model_dump(mode="json", exclude={"replace"})
+        data["checkpoint"] = Path(self.checkpoint).name
+        data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
+        return data
+
 
 def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
     """The net that reads ``checkpoint``. Raises `UnknownCheckpoint` naming what was tried."""

@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
+from export import samples
 from export.nets import NETS
 from export.pipeline import build
 from export.recipe import load_recipe
@@ -34,6 +36,16 @@ def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Pa
     assert set(reports[0]["graphs"]) == {"image", "text"}
     assert reports[0]["graphs"]["image"]["float_against_torch"]["image_embeds"]["max_abs"] < 1e-4
     assert {"cpu", "threads", "onnxruntime"} <= set(reports[0]["machine"])
+
+
+def test_a_bundle_says_what_it_was_calibrated_on_and_not_where_that_lay(tiny_bundles: Path, tiny_hf_clip: Path):
+    directory = tiny_bundles / "tiny-int8"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_hf_clip)
+    fitting = sum(len(tokenizer(text).input_ids) <= 40 for text in samples.texts())
+    source = read(directory).manifest.quantization.calibration["image"]
+    assert source == f"13 pictures (samples that ship) and {fitting} texts (samples that ship), seed 0"
+    for file in directory.iterdir():
+        assert str(tiny_hf_clip.parent).encode() not in file.read_bytes(), file.name
 
 
 def test_int8_graphs_are_int8_and_smaller(tiny_bundles: Path):
