@@ -111,6 +111,7 @@ class Hub:
 
     def _open(self, name: str, bundles: Path) -> tuple[Bundle, dict[str, Session]]:
         bundle = Bundle(read(find(name, bundles)), max_pixels=self.settings.limits.image_pixels)
+        bundle.warm()
         options = SessionOptions(threads=self.settings.cores)
         graphs = bundle.manifest.graphs
         return bundle, {role: Session(bundle.directory / g.file, g, options) for role, g in graphs.items()}

@@ -49,6 +49,17 @@ class Bundle:
                 f"bundle {self.name!r} does not serve {task!r}; it serves {', '.join(known)}", known=known
             )
 
+    def warm(self) -> None:
+        """Make now what is otherwise made at first use: a bundle that cannot serve says so before it is asked."""
+        for role, graph in self.manifest.graphs.items():
+            if isinstance(graph.preprocess, ImagePreprocess):
+                self.image(role)
+            elif graph.preprocess:
+                _ = self.text
+        if "classify" in self.manifest.tasks:
+            _ = self.head, self.prompts
+        _ = self.labels
+
     def image(self, role: str = "image") -> ImagePreparer:
         if role not in self._images:
             spec = self.graph(role).preprocess

@@ -321,6 +321,8 @@ def test_unknown_plugins_and_params_are_refused(with_file: Callable[..., Bundle]
     bundle = with_file({}, head=head.model_copy(update={"params": {"scale": 1.0, "temper": 2}}))
     with pytest.raises(BundleInvalid, match=r"head params .*temper: unknown key"):
         bundle.head  # noqa: B018 - binds the params
+    with pytest.raises(BundleInvalid, match=r"head params .*temper: unknown key"):
+        bundle.warm()
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
@@ -377,3 +379,8 @@ def test_a_graph_that_is_not_what_its_manifest_says_is_refused(with_file: Callab
     text = (sealed / "text.onnx").read_bytes()
     with pytest.raises(BundleInvalid, match=r"has the inputs \['ids'\]; the manifest promises \['pixels'\]"):
         reopen(with_file({"image.onnx": text}))
+
+
+def test_a_tokenizer_that_is_none_is_refused_before_the_first_text(with_file: Callable[..., Bundle]):
+    with pytest.raises(BundleInvalid, match=r"tokenizer\.json"):
+        with_file({"tokenizer.json": b"{}"}).warm()
