@@ -29,7 +29,7 @@ class Suppression:
     method: Method = "gaussian"
     sigma: float = 0.5
     iou_threshold: float = 0.3
-    min_score: float = 0.3
+    min_score: float = 0.15
     max_output: int = 100
     per_class: bool = True
 

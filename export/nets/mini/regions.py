@@ -4,7 +4,7 @@ The tower proposes boxes and embeds what each holds: the backbone's last map, av
 very image head that whole pictures go through. The graph compares the regions with the prompts and with phrases of
 background, which take what is none of the prompts, and hands box-prompt pairs to SoftNMS:
 
-    score = softmax(SCALE cos)[prompt] * sqrt(objectness)
+    score = softmax(SCALE cos)[prompt] * objectness
 """
 
 from collections.abc import Mapping, Sequence
@@ -169,8 +169,7 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
             chances = Softmax <axis = -1> (logits)
             labels = Shape <start = 0, end = 1> (text_embeds)
             wanted = Slice (chances, first, labels, axis)
-            certain = Sqrt (objectness)
-            column = Transpose (certain)
+            column = Transpose (objectness)
             pairs = Mul (wanted, column)
 
             flat = Reshape (pairs, last)

@@ -155,7 +155,7 @@ def test_the_detect_graph_is_its_formula(scene, method, per_class):
     texts = np.concatenate((scene["text_embeds"], scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ texts.T)
     chances = (powers / powers.sum(1, keepdims=True))[:, :5]
-    scores = chances * np.sqrt(scene["objectness"][0])[:, None]
+    scores = chances * scene["objectness"][0][:, None]
     box, label = np.nonzero(scores >= 0.02)
     kept = soft_nms(
         scene["boxes"][0][box],
