@@ -5,7 +5,7 @@ exports the bundle, and measures it, float and INT8, on the fold alone through `
 lies in --work and is not done again.
 
     python tests/bench/detection_cv.py --data coco128 --captions captions.jsonl --pictures images \\
-        --names texts.json --name-views imagenet_sample_views.npz --work /tmp/cv
+        --names texts.json --name-views imagenet_sample_views.npz --work cv
 
 Prints a line a fold, then mean and deviation, and writes them to figures.json in --work.
 """
