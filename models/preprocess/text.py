@@ -1,6 +1,7 @@
 """Strings -> int64 [B, T] ids and mask, from the bundle's tokenizer.json."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from models.bundle.manifest import TextPreprocess
 from models.errors import BadRequest, BundleInvalid, TextTooLong
 from models.flow import Array
 
+REMEMBERED = 4096  # texts whose tokens are kept: the same labels come again and again
+REMEMBERED_CHARACTERS = 256  # and longer ones are no labels
 MAX_CHARACTERS = 100_000  # a tokenizer takes a second for some millions, before their number is known
 
 
@@ -25,6 +28,7 @@ class TextPreparer:
             raise BundleInvalid(f"{path} is no tokenizer the `tokenizers` library reads: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def prepare(self, texts: Sequence[str]) -> dict[str, Array]:
         """Exactly the feeds the graph names: ids int64 [B, T], and mask int64 [B, T] (1 = a token) if it takes one.
@@ -43,9 +47,15 @@ class TextPreparer:
 
     def count(self, text: str) -> int:
         """Tokens of ``text``, the special ones included, however many."""
-        return len(self._tokenizer.encode(text).ids)
+        return len(self._ids(text))
 
-    def _row(self, text: str, index: int) -> list[int]:
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return self._remembered(text) if len(text) <= REMEMBERED_CHARACTERS else self._encode(text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text).ids)
+
+    def _row(self, text: str, index: int) -> Sequence[int]:
         if not text.strip():
             raise BadRequest(f"text {index} is empty; expected some words")
         if len(text) > MAX_CHARACTERS:
@@ -56,7 +66,7 @@ class TextPreparer:
             text.encode()
         except UnicodeEncodeError:
             raise BadRequest(f"text {index} holds a lone surrogate and is not Unicode text") from None
-        row: list[int] = self._tokenizer.encode(text).ids
+        row = self._ids(text)
         if not row:
             raise BadRequest(f"text {index} ({text[:40]!r}) holds nothing this model reads; expected some words")
         if len(row) <= self.spec.context:
