@@ -16,7 +16,7 @@ test: $(VENV)/.dev  ## what CI runs
 	$(BIN)/python -m pytest
 
 test-all: $(VENV)/.dev  ## also what is slow
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
