@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises `UnknownCheckpoint` naming the file that is absent or no JSON object."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnknownCheckpoint(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise UnknownCheckpoint(f"{path} holds a JSON {type(data).__name__}; expected an object")

@@ -1,4 +1,4 @@
-"""Hugging Face CLIP directories: config.json (model_type "clip"), weights, preprocessor_config.json, tokenizer.
+"""Hugging Face CLIP directories: config.json (model_type "clip"), weights, the processor's config, tokenizer.
 
 Source: Radford et al. 2021 (arXiv 2103.00020); modules are transformers' own `CLIPModel`.
 Graphs: image pixels [B, 3, S, S] -> image_embeds [B, D]; text ids [B, T] -> text_embeds [B, D]; unit rows.
@@ -19,6 +19,9 @@ from models.bundle.manifest import ImagePreprocess, Plugin, Source, Tensor, Text
 from models.errors import UnknownCheckpoint
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
+_STEPS = {  # of CLIP's preprocessing, as its config says them; a bundle's cannot leave one out
+    "do_resize": True, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True
+}  # fmt: skip
 
 
 class ImageTower(torch.nn.Module):
@@ -40,8 +43,10 @@ class TextTower(torch.nn.Module):
 
 
 def recognise(checkpoint: str) -> bool:
-    config = Path(checkpoint) / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == "clip"
+    try:
+        return read_json(Path(checkpoint) / "config.json").get("model_type") == "clip"
+    except UnknownCheckpoint:
+        return False
 
 
 def load(checkpoint: str) -> Net:
@@ -70,7 +75,7 @@ def load(checkpoint: str) -> Net:
                 ImageTower(clip),
                 {"pixels": Tensor(dtype="float32", shape=("B", 3, side, side))},
                 {"image_embeds": Tensor(dtype="float32", shape=("B", dim))},
-                image_preprocess(read_json(directory / "preprocessor_config.json"), side),
+                image_preprocess(_processor(directory), side),
                 quantizer="static",
             ),
             "text": Tower(
@@ -88,13 +93,22 @@ def load(checkpoint: str) -> Net:
 
 
 def image_preprocess(config: dict[str, Any], side: int) -> ImagePreprocess:
-    """preprocessor_config.json of `CLIPImageProcessor` -> ours. A size may be a number or {"shortest_edge": n}."""
+    """The config of `CLIPImageProcessor` -> ours. A size may be a number or {"shortest_edge": n}; null is the default.
+
+    Raises `UnknownCheckpoint` naming the setting that is absent or not CLIP's.
+    """
+    config = {name: value for name, value in config.items() if value is not None}
+    for name, usual in _STEPS.items():
+        if (value := config.get(name, usual)) != usual:
+            raise UnknownCheckpoint(f"the image processor has {name} = {value}; only CLIP's own {usual} is supported")
+    if absent := {"image_mean", "image_std"} - config.keys():
+        raise UnknownCheckpoint(f"the image processor's config lacks {' and '.join(sorted(absent))}")
     size, crop = config.get("size", side), config.get("crop_size", side)
     shortest = size["shortest_edge"] if isinstance(size, dict) and "shortest_edge" in size else size
     crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
     if not isinstance(shortest, int) or config.get("resample", 3) not in _RESAMPLE:
         raise UnknownCheckpoint(
-            f"preprocessor_config.json: size {size} with resample {config.get('resample')} is not CLIP's"
+            f"the image processor's size {size} with resample {config.get('resample')} is not CLIP's"
         )
     return ImagePreprocess(
         size=crop,
@@ -105,6 +119,13 @@ def image_preprocess(config: dict[str, Any], side: int) -> ImagePreprocess:
         mean=config["image_mean"],
         std=config["image_std"],
     )
+
+
+def _processor(directory: Path) -> dict[str, Any]:
+    """The image processor's config: a file of its own or, as transformers 5 saves it, a part of the processor's."""
+    own, whole = directory / "preprocessor_config.json", directory / "processor_config.json"
+    part = read_json(whole).get("image_processor") if whole.is_file() and not own.is_file() else None
+    return part if isinstance(part, dict) else read_json(own)
 
 
 def _license(directory: Path) -> str:

@@ -48,13 +48,17 @@ def load(checkpoint: str) -> Net:
     open_clip = require_package("open_clip", "the net open_clip")
     directory = Path(checkpoint)
     config = read_json(directory / CONFIG)
-    text = config["model_cfg"].get("text_cfg", {})
+    match config.get("model_cfg"):
+        case {"embed_dim": int(dim), "text_cfg": dict(text)}:
+            pass
+        case _:
+            raise UnknownCheckpoint(f"{directory / CONFIG} has no model_cfg with embed_dim and text_cfg")
     if "hf_tokenizer_name" in text or "hf_model_name" in text:
         raise UnknownCheckpoint(
             f"{directory}: text towers from Hugging Face ({text}) are not read yet; only open_clip's own"
         )
     model = open_clip.create_model(f"local-dir:{directory}", precision="fp32", device="cpu").eval()
-    context, dim = text.get("context_length", 77), config["model_cfg"]["embed_dim"]
+    context = text.get("context_length", 77)
     preprocess = image_preprocess(config.get("preprocess_cfg", {}), model.visual.image_size)
     bias = getattr(model, "logit_bias", None)
     scale = float(model.logit_scale.detach().exp())

@@ -49,6 +49,13 @@ def test_it_recognises_its_own_checkpoints_and_no_others(name: str, checkpoint, 
 
 
 @pytest.mark.parametrize("name", NETS.names())
+@pytest.mark.parametrize("content", [b"[]", b"no JSON", b"\xff", b"[" * 100_000, b'{"model_type": "bert"}'])
+def test_the_config_of_something_else_is_not_its_own(name: str, content: bytes, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(content)
+    assert NETS.get(name).recognise(str(tmp_path)) is False
+
+
+@pytest.mark.parametrize("name", NETS.names())
 def test_towers_answer_in_the_shapes_they_promise(name: str, net):
     for role, tower in net(name).towers.items():
         inputs = example(tower)

@@ -68,6 +68,33 @@ def test_a_checkpoint_without_its_preprocessor_says_so(tiny_hf_clip, tmp_path):
         load(str(copy))
 
 
+def test_a_processor_saved_whole_is_read_alike(tiny_hf_clip, tmp_path):
+    """transformers 5 writes processor_config.json alone, the image processor a part of it."""
+    copy = shutil.copytree(tiny_hf_clip, tmp_path / "whole")
+    (copy / "preprocessor_config.json").unlink()
+    transformers.CLIPProcessor.from_pretrained(tiny_hf_clip).save_pretrained(copy)
+    assert not (copy / "preprocessor_config.json").exists()
+    assert load(str(copy)).towers["image"].preprocess == load(str(tiny_hf_clip)).towers["image"].preprocess
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"do_center_crop": False}, "do_center_crop = False"),
+        ({"do_resize": False}, "do_resize = False"),
+        ({"do_normalize": False}, "do_normalize = False"),
+        ({"do_rescale": False}, "do_rescale = False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor = 0.0078"),
+        ({"image_mean": None}, "lacks image_mean"),
+    ],
+)
+def test_another_preprocessing_is_refused_by_name(change: dict, named: str):
+    usual = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "rescale_factor": 0.00392156862745098}
+    image_preprocess(usual | {"do_center_crop": None}, 224)
+    with pytest.raises(UnknownCheckpoint, match=named):
+        image_preprocess(usual | change, 224)
+
+
 def test_sizes_as_numbers_and_as_objects_mean_the_same():
     new = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
     old = {"size": 224, "crop_size": 224}

@@ -68,6 +68,7 @@ def test_texts_come_out_as_open_clip_embeds_them(runner: Runner, reference):
     ("change", "what"),
     [
         ({"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode 'longest'"),
+        ({"model_cfg": None}, "has no model_cfg"),
         ({"model_cfg": {"embed_dim": 16, "text_cfg": {"hf_model_name": "roberta"}}}, "not read yet"),
     ],
 )
