@@ -3,7 +3,7 @@
 A ranges file holds what one observation of a net's float graphs found, so that every export of that net makes
 the same bundle:
 
-    {"source": "which pictures and texts, and the command",
+    {"source": "which pictures and texts, and the command", "pictures": ["…"], "weights": {"heads.safetensors": "…"},
      "graphs": {"image": {"fingerprint": "…", "quantizer": "static", "params": {}, "ranges": {"Conv_0": [-1.0, 2.0]}}}}
 
 A quantizer that looks at channels records a list of minima and one of maxima instead of two numbers.
@@ -11,7 +11,7 @@ A quantizer that looks at channels records a list of minima and one of maxima in
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from export.nets import Net, Tower
 from export.quantizers import Ranges
 from export.recipe import Calibration, Quantize
 from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import BadRequest
+from models.errors import BadRequest, InputError
 from models.flow import Arrays
 from models.preprocess.image import ImagePreparer, decode
 from models.preprocess.text import TextPreparer
@@ -61,7 +61,11 @@ def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequen
     if isinstance(tower.preprocess, ImagePreprocess):
         preparer = ImagePreparer(tower.preprocess)
         for path in pictures:
-            yield {tower.preprocess.input: preparer.prepare(decode(path.read_bytes()))[0]}
+            try:
+                picture = decode(path.read_bytes())
+            except InputError as error:
+                raise type(error)(f"{path.name}: {error}") from None
+            yield {tower.preprocess.input: preparer.prepare(picture)[0]}
     elif tower.preprocess:
         text = TextPreparer(tower.preprocess, directory)
         for sentence in texts:
@@ -71,10 +75,17 @@ def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequen
 
 
 def fitting(net: Net, directory: Path, texts: Sequence[str]) -> list[str]:
-    """Those of ``texts`` that are not longer than the net's context (the samples suit most, not all)."""
+    """Those of ``texts`` that are not longer than the net's context (the samples suit most, not all).
+
+    Raises `BadRequest` when none is left.
+    """
     specs = [t.preprocess for t in net.towers.values() if isinstance(t.preprocess, TextPreprocess)]
     preparers = [TextPreparer(spec, directory) for spec in specs]
-    return [text for text in texts if all(p.count(text) <= p.spec.context for p in preparers)]
+    found = [text for text in texts if all(p.count(text) <= p.spec.context for p in preparers)]
+    if texts and not found:
+        context = min(spec.context for spec in specs)
+        raise BadRequest(f"all {len(texts)} calibration texts have more than {context} tokens; give shorter ones")
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,34 +94,34 @@ class Recorded:
     source: str
 
 
-def recorded(file: Path, role: str, fingerprint: str, how: Quantize) -> Recorded | None:
-    """The ranges in ``file`` for ``role``; None where they were recorded for another graph or quantizer."""
+def recorded(file: Path, role: str, graph: str, how: Quantize, weights: Mapping[str, str]) -> Recorded | None:
+    """The ranges in ``file`` for ``role``; None where they are of another graph, of other weights or for another
+    quantizer. ``graph``: its fingerprint; ``weights``: name -> sha256, as in the net's `Source`."""
     data = json.loads(file.read_text(encoding="utf-8"))
     entry = data["graphs"].get(role)
-    if entry is None or (entry["fingerprint"], entry["quantizer"], entry["params"]) != (
-        fingerprint,
-        how.name,
-        how.params,
-    ):
+    if entry is None or data["weights"] != dict(weights):
+        return None
+    if (entry["fingerprint"], entry["quantizer"], entry["params"]) != (graph, how.name, how.params):
         return None
     return Recorded({name: (low, high) for name, (low, high) in entry["ranges"].items()}, data["source"])
 
 
 def record(
-    file: Path, role: str, fingerprint: str, how: Quantize, ranges: Ranges, source: str, pictures: Sequence[str] = ()
+    file: Path,
+    source: str,
+    pictures: Sequence[str],
+    weights: Mapping[str, str],
+    graphs: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write or replace the entry of ``role``; one line a tensor. ``source`` in words, ``pictures`` by name."""
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"graphs": {}}
-    data["source"] = source
-    data["graphs"][role] = {"fingerprint": fingerprint, "quantizer": how.name, "params": how.params, "ranges": ranges}
-    graphs = ",\n".join(f"{json.dumps(name)}: {_entry(entry)}" for name, entry in sorted(data["graphs"].items()))
-    file.write_text(
-        f'{{"source": {json.dumps(source)},\n"pictures": {json.dumps([*pictures])},\n"graphs": {{\n{graphs}}}}}\n',
-        encoding="utf-8",
-    )
+    """Write ranges that ship, one line a tensor: ``source`` in words, ``pictures`` by name, ``weights`` name -> sha256,
+    and by role of the graph {"fingerprint", "quantizer", "params", "ranges"}."""
+    facts = {"source": source, "pictures": [*pictures], "weights": dict(weights)}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
+    entries = ",\n".join(f"{json.dumps(role)}: {_entry(entry)}" for role, entry in sorted(graphs.items()))
+    file.write_text("{" + ",\n".join([*lines, f'"graphs": {{\n{entries}}}']) + "}\n", encoding="utf-8")
 
 
-def _entry(entry: dict[str, Any]) -> str:
+def _entry(entry: Mapping[str, Any]) -> str:
     facts = ", ".join(f"{json.dumps(key)}: {json.dumps(entry[key])}" for key in ("fingerprint", "quantizer", "params"))
     lines = ",\n".join(f"{json.dumps(name)}: {_numbers(limits)}" for name, limits in sorted(entry["ranges"].items()))
     return f'{{{facts}, "ranges": {{\n{lines}}}}}'

@@ -7,7 +7,7 @@ from pathlib import Path
 import tomli_w
 
 from export.recipe import load_recipe, recognise
-from models.cli import BUNDLES, emit, parser
+from models.cli import BUNDLES, emit, parser, positive
 
 
 def export_command(argv: list[str]) -> int:
@@ -50,7 +50,7 @@ def recipe_command(argv: list[str]) -> int:
 def eval_command(argv: list[str]) -> int:
     """`calmclip eval BUNDLE EVAL --data DIR [--against BUNDLE]`: accuracy on a data set."""
     from export.evals import EVALS
-    from models.bundle.store import find, names
+    from models.bundle.store import find
     from models.runner import open_bundle
 
     options = parser("eval", "Measure accuracy on a data set.")
@@ -58,21 +58,33 @@ def eval_command(argv: list[str]) -> int:
     options.add_argument("eval", help=f"one of {', '.join(EVALS.names())}")
     options.add_argument("--data", type=Path, required=True, help="directory of the data set")
     options.add_argument("--against", help="a second bundle; default: the float one sealed beside an INT8 one")
-    options.add_argument("--limit", type=int, help="at most so many pictures")
+    options.add_argument("--limit", type=positive, help="at most so many pictures")
     options.add_argument("--bundles", type=Path, default=BUNDLES)
     options.add_argument("--threads", type=int, default=0)
     given = options.parse_args(argv)
     measure = EVALS.get(given.eval).measure
-    other = given.against or given.bundle.removesuffix("-int8") + "-float"
-    sides = [given.bundle]
-    if given.against or (other != given.bundle and other in names(given.bundles)):
-        sides.append(other)
+    sides = {given.bundle: find(given.bundle, given.bundles)}
+    if given.against:
+        sides[given.against] = find(given.against, given.bundles)
+    elif sibling := _float_of(sides[given.bundle]):
+        sides[sibling.name] = sibling
     table = {}
-    for name in sides:
-        runner = open_bundle(find(name, given.bundles), threads=given.threads)
-        table[runner.bundle.name] = {k: round(float(v), 2) for k, v in measure(runner, given.data, given.limit).items()}
+    for name, directory in sides.items():
+        found = measure(open_bundle(directory, threads=given.threads), given.data, given.limit)
+        table[name] = {key: round(float(value), 2) for key, value in found.items()}
     emit(given.json, {"eval": given.eval, "results": table}, _side_by_side)
     return 0
+
+
+def _float_of(directory: Path) -> Path | None:
+    """NAME-float beside NAME-int8, if it was made of the same weights."""
+    from models.bundle.store import MANIFEST, read
+
+    other = directory.with_name(directory.name.removesuffix("-int8") + "-float")
+    if other == directory or not (other / MANIFEST).is_file():
+        return None
+    same = read(other, verify=False).manifest.source == read(directory, verify=False).manifest.source
+    return other if same else None
 
 
 def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:

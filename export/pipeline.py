@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from export.trace import fingerprint, to_onnx
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import Graph, Manifest, Ops, Quantization
 from models.bundle.store import Sealed, describe, read, seal, stage
-from models.errors import BundleError
+from models.errors import BarMissed, BundleError
 from models.flow import Arrays
 from models.ops.spec import DOMAIN
 from models.runner import Runner
@@ -35,64 +36,101 @@ _PARITY_ROWS = 4
 def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambda line: None) -> list[Sealed]:
     """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first.
 
-    Raises `ParityLost`, `BarMissed` (nothing is sealed; the report's figures are in the message), `BundleError`
-    when a bundle of that name exists.
+    Raises `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for reading);
+    `BundleError` when a bundle of that name exists.
     """
-    names = [f"{recipe.name}-int8"] + ([f"{recipe.name}-float"] if recipe.keep_float else [])
+    int8_name, float_name = f"{recipe.name}-int8", f"{recipe.name}-float"
+    names = [float_name, int8_name] if recipe.keep_float else [int8_name]  # sealed last, INT8 never lacks its float
     if taken := [name for name in names if (out / name).exists() and not recipe.replace]:
         raise BundleError(
             f"{out / taken[0]} exists, and a sealed bundle never changes; pass --replace or another --name"
         )
     say(f"loading {recipe.checkpoint} with the net {recipe.net}")
     net = net or NETS.get(recipe.net).load(recipe.checkpoint)
-    pictures, texts = calibrate.inputs(recipe.calibration)
-    shown_pictures, shown_texts = samples.pictures(), samples.texts()
-
-    floats: dict[str, onnx.ModelProto] = {}
-    quantized: dict[str, onnx.ModelProto] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    how: dict[str, Quantize] = {}
     with _scratch(net) as directory:
-        texts, shown_texts = (calibrate.fitting(net, directory, some) for some in (texts, shown_texts))
-        for role, tower in net.towers.items():
-            say(f"{role}: tracing")
-            floats[role] = to_onnx(tower)
-            few = calibrate.feeds(tower, directory, shown_pictures[:_PARITY_ROWS], shown_texts[:_PARITY_ROWS])
-            found = parity.compare(parity.torch_run(tower), parity.onnx_run(floats[role]), few, tower.summary)
-            parity.require(found, max_abs=recipe.bars.max_float_error, what=f"{role}: torch against float ONNX")
-            how[role] = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
-            facts[role] = {"quantizer": how[role].name, "float_against_torch": found}
-            feeds = partial(calibrate.feeds, tower, directory, pictures, texts)
-            shipped = None if recipe.calibration.images else net.ranges.get(role)
-            quantized[role], recorded_from = _quantize(role, floats[role], how[role], feeds, shipped, say)
-            facts[role]["ranges_from"] = recorded_from or calibrate.describe(recipe.calibration, pictures, texts)
-            few = calibrate.feeds(tower, directory, shown_pictures, shown_texts)
-            facts[role]["int8_against_float"] = parity.compare(
-                parity.onnx_run(floats[role]), parity.onnx_run(quantized[role]), few, tower.summary
-            )
+        shown = samples.pictures(), calibrate.fitting(net, directory, samples.texts())
+        made = _convert(recipe, net, directory, shown, say)
 
     with ExitStack() as stack:
-        float_name = f"{recipe.name}-float"
-        staged = {name: stack.enter_context(stage(out, name)) for name in (f"{recipe.name}-int8", float_name)}
+        staged = {name: stack.enter_context(stage(out, name)) for name in (int8_name, float_name)}
+        versions = {int8_name: (made.quantized, _quantization(made)), float_name: (made.floats, FLOAT)}
         built = {role: one.model for role, one in net.built.items()}
-        versions = ((names[0], quantized, _quantization(how, facts)), (float_name, floats, FLOAT))
         manifests = {
             name: _write(net, staged[name], {**graphs, **built}, name, quantization)
-            for name, graphs, quantization in versions
+            for name, (graphs, quantization) in versions.items()
         }
         say("measuring INT8 beside float")
-        runners = [_open(staged[name]) for name in (names[0], float_name)]
-        figures = {"graphs": facts, **report.measure(*runners, shown_pictures, shown_texts)}
-        figures["measured_on"] = f"{len(shown_pictures)} pictures and {len(shown_texts)} texts that ship with calmclip"
+        figures = {
+            "graphs": made.facts,
+            **report.measure(_open(staged[int8_name]), _open(staged[float_name]), *shown),
+            "measured_on": f"{len(shown[0])} pictures and {len(shown[1])} texts that ship with calmclip",
+            "recipe": recipe.public(),
+        }
         figures["bars"] = report.check(figures, recipe.bars)
-        figures["recipe"] = recipe.public()
-        report.require(figures["bars"], names[0])
+        text = json.dumps(figures, indent=2) + "\n"
+        try:
+            report.require(figures["bars"], int8_name)
+        except BarMissed:
+            (out / f"{int8_name}.report.json").write_text(text, encoding="utf-8")
+            raise
         sealed = []
         for name in names:
-            (staged[name] / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            (staged[name] / "report.json").write_text(text, encoding="utf-8")
             sealed.append(seal(staged[name], manifests[name], replace=recipe.replace))
             say(f"sealed {sealed[-1].directory}")
-        return sealed
+        return sealed[::-1]
+
+
+@dataclass
+class _Made:
+    """By role: float and INT8 graphs, how they were quantized, and what was found on the way."""
+
+    floats: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    quantized: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    how: dict[str, Quantize] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path], list[str]], say: Say) -> _Made:
+    """Every tower traced, compared with torch, quantized, and compared with its float graph."""
+    made = _Made()
+    pictures, texts = calibrate.inputs(recipe.calibration)
+    fitting = calibrate.fitting(net, directory, texts)
+    if recipe.calibration.texts and len(fitting) < len(texts):
+        say(f"{len(texts) - len(fitting)} calibration texts are longer than the context and left out")
+    few = shown[0][:_PARITY_ROWS], shown[1][:_PARITY_ROWS]
+    for role, tower in net.towers.items():
+        say(f"{role}: tracing")
+        model = made.floats[role] = to_onnx(tower)
+        run = parity.onnx_run(model)
+        feeds = partial(calibrate.feeds, tower, directory)
+        found = parity.compare(parity.torch_run(tower), run, feeds(*few), tower.summary)
+        parity.require(found, max_abs=recipe.bars.max_float_error, what=f"{role}: torch against float ONNX")
+        how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
+        shipped = _shipped(recipe, net, role, model, how, say)
+        quantized, recorded_from = _quantize(role, model, how, partial(feeds, pictures, fitting), shipped, say)
+        made.how[role], made.quantized[role] = how, quantized
+        made.facts[role] = {
+            "quantizer": how.name,
+            "ranges_from": recorded_from or calibrate.describe(recipe.calibration, pictures, fitting),
+            "float_against_torch": found,
+            "int8_against_float": parity.compare(run, parity.onnx_run(quantized), feeds(*shown), tower.summary),
+        }
+    return made
+
+
+def _shipped(
+    recipe: Recipe, net: Net, role: str, model: onnx.ModelProto, how: Quantize, say: Say
+) -> calibrate.Recorded | None:
+    """The ranges that ship with the net, unless the recipe brings its own pictures or texts, or they do not fit."""
+    if role not in net.ranges or recipe.calibration.images or recipe.calibration.texts:
+        return None
+    found = calibrate.recorded(net.ranges[role], role, fingerprint(model), how, net.source.weights)
+    if found is None:
+        say(
+            f"{role}: the ranges that ship are of another graph or other weights; --images and --texts give better ones"
+        )
+    return found
 
 
 def _quantize(
@@ -100,7 +138,7 @@ def _quantize(
     model: onnx.ModelProto,
     how: Quantize,
     feeds: Callable[[], Iterator[Arrays]],
-    shipped: Path | None,
+    shipped: calibrate.Recorded | None,
     say: Say,
 ) -> tuple[onnx.ModelProto, str]:
     """-> the INT8 graph, and in words where its activation ranges came from; "" for this export's own inputs."""
@@ -109,8 +147,8 @@ def _quantize(
     say(f"{role}: quantizing ({how.name})")
     if quantizer.observe is None:
         return quantizer.quantize(model, {}, params), "none needed"
-    if shipped and (recorded := calibrate.recorded(shipped, role, fingerprint(model), how)):
-        return quantizer.quantize(model, recorded.ranges, params), recorded.source
+    if shipped:
+        return quantizer.quantize(model, shipped.ranges, params), shipped.source
     say(f"{role}: observing activations on calibration pictures or texts")
     ranges = quantizer.observe(model, feeds(), params)
     return quantizer.quantize(model, ranges, params), ""
@@ -153,19 +191,19 @@ def _write(
 FLOAT = Quantization(name="none")
 
 
-def _quantization(how: Mapping[str, Quantize], facts: Mapping[str, Mapping[str, Any]]) -> Quantization:
-    quantizers = {one.name: QUANTIZERS.get(one.name) for one in how.values()}
+def _quantization(made: _Made) -> Quantization:
+    quantizers = {one.name: QUANTIZERS.get(one.name) for one in made.how.values()}
     return Quantization(
         name=", ".join(sorted(quantizers)),
         weights=", ".join(sorted({q.weights for q in quantizers.values()})),
         activations=", ".join(sorted({q.activations for q in quantizers.values()})),
-        graphs={role: one.name for role, one in how.items()},
-        calibration={role: facts[role]["ranges_from"] for role in how},
+        graphs={role: one.name for role, one in made.how.items()},
+        calibration={role: facts["ranges_from"] for role, facts in made.facts.items()},
     )
 
 
 def _precision(quantization: Quantization) -> Literal["int8", "float32", "mixed"]:
-    """A bundle with a tower left in float is not called int8."""
+    """What the manifest says; a bundle with a tower left in float is mixed, whatever its name."""
     if quantization == FLOAT:
         return "float32"
     return "mixed" if "none" in quantization.graphs.values() else "int8"

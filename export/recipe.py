@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from export.nets import NETS, Net, NetPlugin
+from export.quantizers import QUANTIZERS
 from models.bundle.manifest import FrozenModel, Name
-from models.errors import BadRequest, UnknownCheckpoint
+from models.errors import BadRequest, UnknownCheckpoint, suggestion
 
 
 class Quantize(FrozenModel):
@@ -33,13 +34,14 @@ class Bars(FrozenModel):
     max_float_error: float = Field(1e-4, description="torch against float ONNX, largest absolute difference")
     min_image_cosine: float = Field(0.95, description="mean cosine of INT8 and float picture vectors")
     min_text_cosine: float = Field(0.97, description="the same for texts")
+    min_output_cosine: float = Field(0.9, description="the same for every output of every quantized graph")
     max_megabytes: float | None = None
 
 
 class Recipe(FrozenModel):
     checkpoint: str
     net: str
-    name: Name = Field(description="the bundles are NAME-int8 and, with keep_float, NAME-float")
+    name: Name = Field(max_length=57, description="the bundles are NAME-int8 and, with keep_float, NAME-float")
     quantize: dict[str, Quantize] = Field(
         default_factory=dict, description="role of a graph -> how; else as its net says"
     )
@@ -51,7 +53,7 @@ class Recipe(FrozenModel):
     def public(self) -> dict[str, Any]:
         """What a report may say: file and folder names, but not where on this machine they lie."""
         data = self.model_dump(mode="json", exclude={"replace"})
-        data["checkpoint"] = Path(self.checkpoint).name
+        data["checkpoint"] = Path(self.checkpoint).resolve().name
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
         return data
 
@@ -71,7 +73,9 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
 
     Raises `BadRequest` naming the key that does not fit.
     """
-    default_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(checkpoint).name.lower()).strip("._-")
+    default_name = "".join(
+        c if c.isalnum() or c in "._-" else "-" for c in Path(checkpoint).resolve().name.lower()
+    ).strip("._-")
     data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": default_name}
     if file:
         try:
@@ -81,10 +85,17 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})
     data |= {"checkpoint": checkpoint, "net": net_name}
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
+        for role, how in recipe.quantize.items():
+            if role not in net.towers:
+                raise BadRequest(
+                    f"recipe: quantize.{role}: {net.name} has no such graph; {suggestion(role, net.towers)}"
+                )
+            QUANTIZERS.get(how.name).params.model_validate(how.params)
     except ValidationError as error:
         first = error.errors()[0]
         raise BadRequest(f"recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return recipe
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def check(report: Mapping[str, Any], bars: Bars) -> dict[str, dict[str, float | 
         if role in report["embeddings"]:
             found = report["embeddings"][role]["cosine_mean"]
             rows[f"min_{role}_cosine"] = (bar, found, found >= bar)
+    for role, facts in report["graphs"].items():
+        for output, numbers in facts["int8_against_float"].items():
+            found, bar = numbers["cosine"], bars.min_output_cosine
+            rows[f"{role}.{output}"] = (bar, found, found >= bar)
     if bars.max_megabytes is not None:
         found = report["size_bytes"]["int8"] / 1e6
         rows["max_megabytes"] = (bars.max_megabytes, found, found <= bars.max_megabytes)

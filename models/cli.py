@@ -67,13 +67,15 @@ def main(argv: list[str] | None = None) -> int:
         if extra is None:
             raise
         return _fail(f"{verb!r} needs {error.name!r}, which is not installed; pip install 'calmclip[{extra}]'", 3)
-    except FileNotFoundError as error:
-        return _fail(f"{error.filename} is not there", 2)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left; nothing more to say
         sys.stderr.close()
         return 0
+    except FileNotFoundError as error:
+        return _fail(f"{error.filename} is not there", 2)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
 
 
 def usage() -> str:
@@ -86,6 +88,13 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog=f"calmclip {verb}", description=description)
     options.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return options
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def emit(as_json: bool, value: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:

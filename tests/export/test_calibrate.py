@@ -6,7 +6,7 @@ import pytest
 from export import calibrate
 from export.nets import NETS
 from export.recipe import Calibration, Quantize
-from models.errors import BadRequest
+from models.errors import BadImage, BadRequest
 
 
 def test_pictures_are_drawn_by_seed_and_never_more_than_asked(photographs: dict[str, Path]):
@@ -34,14 +34,34 @@ def test_feeds_are_what_the_service_would_feed(tiny_hf_clip: Path, tmp_path: Pat
     assert calibrate.fitting(net, tmp_path, ["a cat", "z" * 50]) == ["a cat"]
 
 
-def test_recorded_ranges_come_back_only_for_the_graph_and_quantizer_they_are_of(tmp_path: Path):
-    file, how = tmp_path / "ranges.json", Quantize(name="static", params={"percentile": 99.9})
-    calibrate.record(file, "image", "abc", how, {"x": (-1.5, 0.1234567891)}, "three pictures")
-    calibrate.record(file, "text", "def", how, {"y": (0.0, 1.0)}, "three pictures")
-    found = calibrate.recorded(file, "image", "abc", how)
+def test_recorded_ranges_come_back_only_for_the_graph_weights_and_quantizer_they_are_of(tmp_path: Path):
+    file, how, weights = tmp_path / "ranges.json", Quantize(name="static", params={"percentile": 99.9}), {"w": "12"}
+    entry = {"fingerprint": "abc", "quantizer": "static", "params": how.params}
+    graphs = {
+        "image": entry | {"ranges": {"x": (-1.5, 0.1234567891)}},
+        "text": entry | {"ranges": {"y": ([0.0, -1.0], [1.0, 2.0])}},
+    }
+    calibrate.record(file, "three pictures", ["a.jpg"], weights, graphs)
+    found = calibrate.recorded(file, "image", "abc", how, weights)
     assert found is not None
     assert found.source == "three pictures"
     assert np.allclose(found.ranges["x"], (-1.5, 0.1234567891), rtol=1e-5)
-    assert calibrate.recorded(file, "image", "abd", how) is None
-    assert calibrate.recorded(file, "image", "abc", Quantize(name="static")) is None
-    assert calibrate.recorded(file, "regions", "abc", how) is None
+    assert calibrate.recorded(file, "text", "abc", how, weights).ranges["y"] == ([0.0, -1.0], [1.0, 2.0])
+    assert calibrate.recorded(file, "image", "abd", how, weights) is None
+    assert calibrate.recorded(file, "image", "abc", Quantize(name="static"), weights) is None
+    assert calibrate.recorded(file, "image", "abc", how, {"w": "13"}) is None
+    assert calibrate.recorded(file, "regions", "abc", how, weights) is None
+
+
+def test_a_broken_calibration_picture_is_named(tiny_hf_clip: Path, tmp_path: Path):
+    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    (tmp_path / "half.jpg").write_bytes(b"\xff\xd8 no more")
+    with pytest.raises(BadImage, match=r"half\.jpg: "):
+        list(calibrate.feeds(net.towers["image"], tmp_path, [tmp_path / "half.jpg"], []))
+
+
+def test_texts_that_are_all_too_long_are_an_error(tiny_hf_clip: Path, tmp_path: Path):
+    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    (tmp_path / "tokenizer.json").write_bytes(net.files["tokenizer.json"])
+    with pytest.raises(BadRequest, match="all 1 calibration texts have more than 40 tokens"):
+        calibrate.fitting(net, tmp_path, ["z" * 90])

@@ -1,13 +1,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from export.nets import Net
+from export.nets import Net, Tower
 from export.recipe import load_recipe, recognise
 from models.bundle.manifest import Source
-from models.errors import BadRequest, UnknownCheckpoint
+from models.errors import BadRequest, UnknownCheckpoint, UnknownName
 
-NET = Net("n", Source(net="n", model="m", license="x"), ("raw",), {}, {}, keep_float=True, bars={"max_megabytes": 35.0})
+TOWERS = {"image": Tower(torch.nn.Identity(), {}, {}, None, "none")}
+SOURCE = Source(net="n", model="m", license="x")
+NET = Net("n", SOURCE, ("raw",), TOWERS, {}, keep_float=True, bars={"max_megabytes": 35.0})
 
 
 def test_defaults_come_from_the_net_then_the_file_then_the_flags(tmp_path: Path):
@@ -29,13 +32,17 @@ def test_defaults_come_from_the_net_then_the_file_then_the_flags(tmp_path: Path)
         ("nmae = 'x'", "nmae"),
         ("[bars]\nmin_image_cosinus = 1", "min_image_cosinus"),
         ("name = 'UPPER'", "name"),
+        ("name = '" + "x" * 60 + "'", "name"),
+        ("[quantize.imgae]\nname = 'none'", "did you mean 'image'"),
+        ("[quantize.image]\nname = 'smoooth'", "did you mean 'smooth'"),
+        ("[quantize.image]\nname = 'smooth'\nparams = {alpha = 5}", "alpha"),
         ("=", "cannot be read"),
     ],
 )
 def test_a_slip_in_the_file_is_named(tmp_path: Path, text: str, what: str):
     file = tmp_path / "r.toml"
     file.write_text(text)
-    with pytest.raises(BadRequest, match=what):
+    with pytest.raises((BadRequest, UnknownName), match=what):
         load_recipe("x", "n", NET, file)
 
 

@@ -1,7 +1,7 @@
 """Records the activation ranges that ship with the built-in model: `python -m export.nets.mini.record --help`.
 
-Run again after a change to a tower's graph; until then export says that the ranges do not fit, and observes the
-pictures that ship with calmclip instead.
+Run again after a change to a tower's graph or weights; until then export says that the ranges do not fit, and
+observes the pictures that ship with calmclip instead.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from export.align import read_captions
 from export.nets import NETS
 from export.nets.mini import RANGES, TEMPLATES
 from export.quantizers import QUANTIZERS
-from export.recipe import Quantize
 from export.trace import fingerprint, to_onnx
 from models.prompts import fill
 
@@ -41,17 +40,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in net.files.items():
             (Path(folder) / name).write_bytes(data)
+        graphs = {}
         for role, tower in net.towers.items():
-            model, how = to_onnx(tower), Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
-            quantizer = QUANTIZERS.get(how.name)
+            model, quantizer = to_onnx(tower), QUANTIZERS.get(tower.quantizer)
             if quantizer.observe is None:
                 continue
             feeds = calibrate.feeds(tower, Path(folder), pictures, texts)
-            ranges = quantizer.observe(model, feeds, quantizer.params.model_validate(how.params))
-            calibrate.record(
-                RANGES, role, fingerprint(model), how, ranges, given.source, [path.name for path in pictures]
-            )
+            ranges = quantizer.observe(model, feeds, quantizer.params.model_validate(tower.quantizer_params))
+            graphs[role] = {
+                "fingerprint": fingerprint(model),
+                "quantizer": tower.quantizer,
+                "params": dict(tower.quantizer_params),
+                "ranges": ranges,
+            }
             print(f"{role}: {len(ranges)} tensors", flush=True)
+    calibrate.record(RANGES, given.source, [path.name for path in pictures], net.source.weights, graphs)
 
 
 if __name__ == "__main__":
