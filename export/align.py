@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from export.captions import FORM, read_captions
 from export.nets.mini import features
 from export.nets.mini.backbone import from_state
 from export.nets.mini.minilm import WIDTH
@@ -190,31 +191,6 @@ def _run(
 
 
 # Where sources come from
-
-
-def read_captions(file: Path) -> dict[str, list[str]]:
-    """JSON {file: [captions]}, or JSON lines {"image": file, "captions": [captions]}.
-
-    Raises `BadRequest` naming the line that is neither.
-    """
-    text = file.read_text(encoding="utf-8")
-    try:
-        if file.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            found = {line["image"]: line["captions"] for line in lines}
-        else:
-            found = json.loads(text)
-        if not all(
-            isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts) for texts in found.values()
-        ):
-            raise ValueError("a picture without a list of captions")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRequest(
-            f"{file}: {error}; expected {{file: [captions]}}, or lines of {{'image': file, 'captions': [captions]}}"
-        ) from None
-    if not found:
-        raise BadRequest(f"{file} names no pictures")
-    return found
 
 
 def captioned(pictures: Tensor, texts: Tensor, per_picture: Sequence[int], share: int = 256) -> Source:
@@ -406,9 +382,7 @@ def _cached(file: Path) -> _Cached:
 
 def _parser() -> argparse.ArgumentParser:
     options = parser("align", "Train the projections of the built-in model on your own captioned pictures.")
-    options.add_argument(
-        "--captions", type=Path, required=True, help="JSON {file: [captions]}, or .jsonl of image, captions"
-    )
+    options.add_argument("--captions", type=Path, required=True, help=f"JSON: {FORM}")
     options.add_argument("--images", type=Path, required=True, help="folder of the pictures")
     options.add_argument(
         "--out", type=Path, default=Path("checkpoints/mini"), help="folder for heads.safetensors (default %(default)s)"

@@ -9,6 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from models.bundle.manifest import ImagePreprocess, TextPreprocess
+from models.errors import BadRequest
 from models.flow import Arrays
 from models.preprocess.image import decode
 from models.runner import Runner
@@ -33,8 +34,11 @@ def feeds(runner: Runner, picture: bytes) -> dict[str, Arrays]:
 def latency(runners: Sequence[Runner], picture: bytes, rounds: int = 50) -> dict[str, list[Mapping[str, float]]]:
     """Role -> per runner {"p50", "p95"} in milliseconds at batch 1.
 
-    The runners take turns inside every round, so a noisy moment hits them alike; 3 rounds warm up.
+    The runners take turns inside every round, so a noisy moment hits them alike; 3 rounds warm up. Raises
+    `BadRequest` for a single round, which has no quantiles.
     """
+    if rounds < 2:
+        raise BadRequest(f"rounds is {rounds}; expected at least 2")
     inputs = [feeds(runner, picture) for runner in runners]
     result: dict[str, list[Mapping[str, float]]] = {}
     for role in inputs[0]:

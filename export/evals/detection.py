@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from export.evals import EVALS, Eval
+from export.evals._data import first
 from models.errors import BadRequest
 from models.flow import Array, Call, Flow
 from models.preprocess.image import decode
@@ -158,7 +159,7 @@ def read_instances(data: Path) -> Instances:
 def measure(runner: Runner, data: Path, limit: int | None = None) -> Mapping[str, float]:
     """All names of the file as labels, then only those present in each picture, as a user would ask."""
     instances = read_instances(data)
-    pictures, truth = instances.pictures[:limit], instances.truth[:limit]
+    pictures, truth = first(instances.pictures, limit), first(instances.truth, limit)
     settings = replace(Suppression(), min_score=FLOOR, max_output=MOST)
     every = np.arange(len(instances.names))
 

@@ -5,15 +5,15 @@ the first K. Every caption is a query for its picture; every picture is a query 
 Data: captions.json {"file": [captions]}, or captions.jsonl lines {"image", "captions"}; pictures under images/.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from export.captions import read_captions
 from export.evals import EVALS, Eval
-from export.evals._data import read
+from export.evals._data import first
 from models.flow import Array
 from models.runner import Runner
 
@@ -22,7 +22,9 @@ _CHUNK = 64  # texts in one call
 
 
 def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float]:
-    captions = dict(list(_captions(data).items())[:limit])
+    lines = data / "captions.jsonl"
+    captions = read_captions(lines if lines.is_file() else data / "captions.json")
+    captions = dict(first(list(captions.items()), limit))
     names = list(captions)
     texts = [caption for name in names for caption in captions[name]]
     owner = np.repeat(np.arange(len(names)), [len(captions[name]) for name in names])
@@ -47,15 +49,6 @@ def recalls(images: Array, texts: Array, owner: Array) -> dict[str, float]:
     for direction, rank in (("text_to_image", text_rank), ("image_to_text", image_rank)):
         for k in (1, 5, 10):
             found[f"{direction}_r{k}"] = 100 * float((rank < k).mean())
-    return found
-
-
-def _captions(data: Path) -> dict[str, list[str]]:
-    lines = data / "captions.jsonl"
-    if lines.is_file():
-        rows = (json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip())
-        return {row["image"]: row["captions"] for row in rows}
-    found: dict[str, list[str]] = read(data / "captions.json", DATA)
     return found
 
 

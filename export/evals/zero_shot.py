@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from export.evals import EVALS, Eval
-from export.evals._data import read
+from export.evals._data import first, read
 from models.errors import BadRequest
 from models.runner import Runner
 
@@ -18,9 +18,7 @@ DATA = 'labels.json (a list of {"file", "label"}) and images/'
 
 
 def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float]:
-    rows = [(row["file"], row.get("label") or row.get("name")) for row in read(data / "labels.json", DATA)][:limit]
-    if not rows or not all(label for _, label in rows):
-        raise BadRequest(f"{data / 'labels.json'} names no labels; the data directory must hold {DATA}")
+    rows = first(_read(data / "labels.json"), limit)
     labels = sorted({label for _, label in rows})
     top1 = top5 = 0
     for file, label in tqdm(rows, desc=f"zero-shot {runner.bundle.name}", unit="picture", disable=None):
@@ -33,6 +31,21 @@ def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float
         "pictures": len(rows),
         "labels": len(labels),
     }
+
+
+def _read(path: Path) -> list[tuple[str, str]]:
+    """-> file and label of each picture. Raises `BadRequest` naming the first entry that is none."""
+    rows = read(path, DATA)
+    if not (isinstance(rows, list) and rows):
+        raise BadRequest(f"{path} holds no list of labels; the data directory must hold {DATA}")
+    found = []
+    for row in rows:
+        match row:
+            case {"file": str(file), "label": str(label)} | {"file": str(file), "name": str(label)} if label:
+                found.append((file, label))
+            case _:
+                raise BadRequest(f"{path} names no file or no label in {row!r}; the data directory must hold {DATA}")
+    return found
 
 
 EVALS.register("zero_shot")(Eval(measure, DATA))

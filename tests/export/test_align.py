@@ -93,21 +93,6 @@ def test_training_lowers_the_loss_and_finds_unseen_pairs():
     assert after > 60
 
 
-def test_captions_are_read_in_both_forms(tmp_path: Path):
-    expected = {"a.jpg": ["one", "two"], "b.jpg": ["three"]}
-    (tmp_path / "c.json").write_text(json.dumps(expected))
-    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"image": k, "captions": v}) for k, v in expected.items()))
-    assert align.read_captions(tmp_path / "c.json") == align.read_captions(tmp_path / "c.jsonl") == expected
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", '{"a.jpg": "one"}', '{"a.jpg": []}', "{}", "no JSON"])
-def test_other_captions_are_refused(tmp_path: Path, text: str):
-    file = tmp_path / "c.json"
-    file.write_text(text)
-    with pytest.raises(BadRequest, match=r"c\.json"):
-        align.read_captions(file)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_align_writes_a_checkpoint_that_export_reads(
     photographs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -49,5 +49,11 @@ def test_both_forms_of_captions_are_read(tmp_path: Path, lines: bool):
 
 
 def test_a_folder_without_captions_says_what_it_must_hold(tmp_path: Path):
-    with pytest.raises(BadRequest, match=r"must hold captions\.json"):
+    with pytest.raises(BadRequest, match=r"captions\.json .* must hold"):
         measure(Fake(), tmp_path, None)
+
+
+def test_a_limit_that_leaves_nothing_is_refused(tmp_path: Path):
+    (tmp_path / "captions.json").write_text('{"ant.jpg": ["an ant"]}')
+    with pytest.raises(BadRequest, match="limit is 0; expected at least 1"):
+        measure(Fake(), tmp_path, 0)

@@ -30,7 +30,24 @@ def test_top1_and_top5_worked_out_by_hand(tmp_path: Path):
     assert measure(Fake(table), tmp_path, 1)["top1"] == 100.0
 
 
-def test_data_without_labels_says_what_it_must_hold(tmp_path: Path):
-    (tmp_path / "labels.json").write_text('[{"file": "1.jpg"}]')
-    with pytest.raises(BadRequest, match="names no labels"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"file": "1.jpg"}]',
+        "[]",
+        '{"1.jpg": "cat"}',
+        "[1]",
+        '[{"label": "cat"}]',
+        '[{"file": "1.jpg", "label": ""}]',
+    ],
+)
+def test_data_without_labels_says_what_it_must_hold(tmp_path: Path, content: str):
+    (tmp_path / "labels.json").write_text(content)
+    with pytest.raises(BadRequest, match=r"labels\.json .* must hold"):
         measure(Fake({}), tmp_path, None)
+
+
+def test_a_limit_that_leaves_nothing_is_refused(tmp_path: Path):
+    (tmp_path / "labels.json").write_text('[{"file": "1.jpg", "label": "a"}]')
+    with pytest.raises(BadRequest, match="limit is -1; expected at least 1"):
+        measure(Fake({}), tmp_path, -1)

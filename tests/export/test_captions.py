@@ -1,0 +1,39 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from export.captions import read_captions
+from models.errors import BadRequest
+
+
+def test_captions_are_read_in_both_forms(tmp_path: Path):
+    expected = {"a.jpg": ["one", "two"], "b.jpg": ["three"]}
+    (tmp_path / "c.json").write_text(json.dumps(expected))
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"image": k, "captions": v}) for k, v in expected.items()))
+    assert read_captions(tmp_path / "c.json") == read_captions(tmp_path / "c.jsonl") == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", '{"a.jpg": "one"}', '{"a.jpg": []}', "{}", "no JSON", '{"a.jpg": [1]}', '"one"']
+)
+def test_other_captions_are_refused(tmp_path: Path, text: str):
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    with pytest.raises(BadRequest, match=r"c\.json"):
+        read_captions(file)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"image": "a.jpg"}', '{"captions": ["one"]}', '["a.jpg"]', '{"image": [], "captions": ["x"]}']
+)
+def test_other_lines_are_refused(tmp_path: Path, line: str):
+    file = tmp_path / "c.jsonl"
+    file.write_text(line)
+    with pytest.raises(BadRequest, match=r"c\.jsonl .* must hold"):
+        read_captions(file)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(BadRequest, match=r"lost\.json cannot be read"):
+        read_captions(tmp_path / "lost.json")
