@@ -1,9 +1,10 @@
-"""The only file that imports onnxruntime: threads, providers, and errors that name the graph."""
+"""The only file of models and service that imports onnxruntime: threads, providers, and errors that name the graph."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from models.bundle.manifest import Graph, fits
 from models.errors import BadRequest, BundleInvalid
@@ -68,13 +69,19 @@ class Session:
                     )
 
     def run(self, feeds: Arrays) -> dict[str, Array]:
-        """Arrays by input name -> arrays by output name. Raises `BadRequest` when the graph refuses the feeds."""
+        """Arrays by input name -> arrays by output name. Raises `BadRequest` for feeds the graph does not take.
+
+        What else goes wrong in ONNX Runtime rises as it is, with a note that names the graph.
+        """
         names = list(self.graph.outputs)
         try:
             return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
-        except Exception as error:
+        except InvalidArgument as error:
             shapes = {name: (str(a.dtype), a.shape) for name, a in feeds.items()}
             raise BadRequest(f"graph {self.path.name} refused {shapes}: {error}") from None
+        except Exception as error:  # no memory, a broken kernel: not the caller's doing
+            error.add_note(f"in graph {self.path}")
+            raise
 
     def end_profiling(self) -> str:
         """Path of the profile written; only with ``SessionOptions.profile``."""

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from models.bundle.manifest import Graph, Tensor
-from models.errors import BadRequest, BundleInvalid
+from models.errors import BadRequest, BundleInvalid, CalmclipError
 from models.runtime.session import Session, SessionOptions, versions
 
 Make = Callable[..., Session]
@@ -104,12 +104,10 @@ def test_an_absent_file_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     "feeds",
     [
-        {"a": A},
         {"a": A, "b": B, "c": B},
         {"a": A, "b": B.astype(np.int64)},
         {"a": A, "b": B[0]},
         {"a": A, "b": np.zeros((1, 4), np.float32)},
-        {"a": np.zeros((2, 3), np.float32), "b": np.zeros((3, 3), np.float32)},
         {"a": A, "b": np.array([["x"] * 3])},
     ],
 )
@@ -119,6 +117,14 @@ def test_feeds_the_graph_refuses_are_a_bad_request(
     with pytest.raises(BadRequest, match=r"graph two\.onnx refused \{'a': \('float32', "):
         make().run(feeds)
     assert capfd.readouterr().err == ""  # the error is raised, not also printed
+
+
+@pytest.mark.parametrize("feeds", [{"a": A}, {"a": np.zeros((2, 3), np.float32), "b": np.zeros((3, 3), np.float32)}])
+def test_a_run_that_fails_is_no_fault_of_the_caller(make: Make, feeds: dict[str, Any]):
+    with pytest.raises(Exception, match=r"missing|Non-zero status code") as caught:
+        make().run(feeds)
+    assert not isinstance(caught.value, CalmclipError)
+    assert caught.value.__notes__[0].endswith("two.onnx")
 
 
 def test_a_profile_is_written_where_asked(make: Make, tmp_path: Path):
