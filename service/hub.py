@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,13 +85,23 @@ class Hub:
     async def load(self) -> None:
         """Every bundle once. One that does not load is logged and remembered in `failed`; the others serve."""
         bundles = self.settings.bundles_dir
+        try:
+            await self._load(self.settings.load or names(bundles), bundles)
+        except Exception as error:
+            log.exception("no bundle of %s loads", bundles)
+            self.failed["bundles"] = f"{bundles}: {error!r}"
+        finally:
+            self._complete = True
+
+    async def _load(self, wanted: Sequence[str], bundles: Path) -> None:
         opened: list[Loaded] = []
-        for name in self.settings.load or names(bundles):
+        for name in wanted:
             try:
                 bundle, sessions = await asyncio.to_thread(self._open, name, bundles)
-            except CalmclipError as error:
-                log.error("bundle %s does not load: %s", name, error)
-                self.failed[name] = str(error)
+            except Exception as error:
+                ours = isinstance(error, CalmclipError)  # says enough; of others the log wants to know where
+                log.error("bundle %s does not load: %s", name, error, exc_info=not ours)
+                self.failed[name] = str(error) if ours else repr(error)
                 continue
             opened.append(Loaded(bundle, {role: self._batcher(bundle, role, s) for role, s in sessions.items()}))
             log.info("loaded %s (%s)", bundle.name, ", ".join(bundle.manifest.tasks))
@@ -102,7 +112,6 @@ class Hub:
             self.metrics.loaded(loaded.bundle)
         if not opened:
             log.error("no bundle in %s was loaded; 'calmclip export mini' makes one", bundles)
-        self._complete = True
 
     async def close(self) -> None:
         for loaded in self._loaded.values():

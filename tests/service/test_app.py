@@ -4,6 +4,7 @@ import base64
 import json
 import subprocess
 import sys
+import time
 
 import jsonschema
 import pytest
@@ -50,6 +51,22 @@ def test_a_fault_of_ours_is_500_without_details(settings, serve, monkeypatch, pi
         metrics = client.get("/metrics").text
         assert 'calmclip_requests_total{model="colours-int8",outcome="error",task="classify"} 1.0' in metrics
         assert "calmclip_requests_pending 0.0" in metrics
+
+
+@pytest.mark.parametrize("broken", ["service.hub.Bundle.warm", "service.hub.names"])
+def test_a_bundle_that_breaks_while_loading_is_told_and_loading_ends(settings, serve, monkeypatch, caplog, broken):
+    def fail(*_: object):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(broken, fail)
+    with serve(settings(), ready=False) as client:
+        for _ in range(500):
+            if failed := client.get("/readyz").json()["failed"]:
+                break
+            time.sleep(0.01)
+        assert "too large" in next(iter(failed.values()))
+        assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 409  # no longer "loading"
+    assert any(record.exc_info for record in caplog.records)
 
 
 @pytest.fixture(scope="module")
