@@ -9,8 +9,9 @@ RUN useradd --uid 10001 --home-dir /data --shell /usr/sbin/nologin calmclip \
     && install -d -o calmclip -g calmclip /data /bundles \
     && python -m venv /opt/calmclip
 WORKDIR /app
-# Without code first: a project of no packages, so that what it requires is installed once, whatever line changes.
+# Without code first, but for the version, so that what it requires is installed once, whatever line changes.
 COPY pyproject.toml README.md LICENSE ./
+COPY models/__init__.py models/
 
 
 FROM base AS export

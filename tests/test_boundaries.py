@@ -1,8 +1,10 @@
 """Who may know whom: service -> models <- export, torch in export alone, and each engine behind one door."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +57,14 @@ def test_no_file_imports_what_its_package_must_not_know(package: str):
 def test_an_engine_has_one_door(name: str):
     ours = [path for package in ("models", "service") for path in files(package)]
     assert [path.relative_to(ROOT).as_posix() for path in ours if name in imports(path)] == [ONE_DOOR[name]]
+
+
+def test_a_plain_install_holds_what_models_imports_and_no_more():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = {name for path in files("models") for name in imports(path)} - sys.stdlib_module_names - {*PACKAGES}
+    module = {"pillow": "PIL"}
+    names = [re.split(r"[^\w-]", line)[0] for line in project["dependencies"]]
+    assert {module.get(name, name) for name in names} == needed
 
 
 def test_the_reader_of_imports_sees_them_all(tmp_path: Path):

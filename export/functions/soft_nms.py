@@ -6,7 +6,7 @@ The three methods are one formula without a branch,
 
 in which the switches hard, linear and gaussian are 0 or 1. The state holds only the boxes that are still in the
 race, in their first order, so that ArgMax settles ties as the spec asks and every step is shorter than the last.
-A NaN score compares false and drops out: a function cannot raise, the reference and the kernels do.
+A NaN score compares false and drops out: a function cannot raise, the reference does.
 """
 
 import onnx

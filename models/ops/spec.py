@@ -51,5 +51,3 @@ SOFT_NMS = Op(
         "kept_classes": _tensor("int64", "K"),
     },
 )
-
-OPS = {op.name: op for op in (SOFT_NMS,)}

@@ -1,1 +1,1 @@
-"""Running graphs: `session` (the only file that imports onnxruntime) and `clock` (named stage durations)."""
+"""Running graphs: `session` (the one door to onnxruntime) and `clock` (named stage durations)."""
