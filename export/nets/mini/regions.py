@@ -34,6 +34,7 @@ FIRST = 400  # best cells that suppression looks at
 OVERLAP = 0.5  # of two proposals the worse goes over this IoU
 ROUNDS = 12
 SCALE = 20.0
+CANDIDATES = 2000  # box-prompt pairs, best first, that reach SoftNMS: its loop must end, whatever is asked
 BACKGROUND = (
     "the sky",
     "grass",
@@ -138,7 +139,7 @@ _NUMBERS = Spec(dtype="int64", shape=("K",))
 def detect_graph(background: Array, scale: float = SCALE) -> Built:
     """background [G, D] unit rows -> the graph that turns regions and prompts into detections.
 
-    A candidate is a box-prompt pair with a score of at least min_score; only candidates reach SoftNMS.
+    A candidate is a box-prompt pair with a score of at least min_score; the best `CANDIDATES` reach SoftNMS.
     """
     dim = background.shape[1]
     inputs = {
@@ -159,7 +160,7 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
         <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}]>
         detect ({_declare(inputs)}) => ({_declare(outputs)})
         <float[{len(background)}, {dim}] background, float scale = {{{scale}}},
-         int64[1] first = {{0}}, int64[1] last = {{-1}}, int64[1] axis = {{1}}>
+         int64[1] first = {{0}}, int64[1] last = {{-1}}, int64[1] axis = {{1}}, int64[1] most = {{{CANDIDATES}}}>
         {{
             described = Concat <axis = 0> (text_embeds, background)
             directions = Transpose (described)
@@ -175,13 +176,16 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
             flat = Reshape (pairs, last)
             good = GreaterOrEqual (flat, min_score)
             found = NonZero (good)
-            pair = Squeeze (found, first)
-            candidates = Shape (pair)
+            all_pairs = Squeeze (found, first)
+            candidates = Shape (all_pairs)
+            all_scores = Gather (flat, all_pairs)
+            count = Min (candidates, most)
+            pair_scores, best = TopK (all_scores, count)
+            pair = Gather (all_pairs, best)
             box_of = Div (pair, labels)
             class_of = Mod (pair, labels)
             all_boxes = Squeeze (boxes, first)
             pair_boxes = Gather (all_boxes, box_of)
-            pair_scores = Gather (flat, pair)
             kept, scores, classes = {DOMAIN}.{SOFT_NMS.name} (
                 pair_boxes, pair_scores, class_of, {", ".join(_SETTINGS)})
             kept_boxes = Gather (pair_boxes, kept)

@@ -10,6 +10,7 @@ from torchvision.ops import box_iou, nms
 
 from export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
 from export.nets.mini.regions import (
+    CANDIDATES,
     CELL,
     PROPOSALS,
     SCALE,
@@ -172,6 +173,27 @@ def test_the_detect_graph_is_its_formula(scene, method, per_class):
     np.testing.assert_array_equal(found["classes"], kept.classes)
     np.testing.assert_allclose(found["scores"], kept.scores, rtol=1e-4)
     np.testing.assert_allclose(found["raw_scores"], scores[box, label][kept.indices], rtol=1e-4)
+
+
+def test_however_many_pairs_are_asked_for_only_the_best_are_suppressed(scene):
+    dim = scene["text_embeds"].shape[1]
+    texts = np.random.default_rng(3).standard_normal((60, dim)).astype(np.float32)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    feeds = {name: scene[name] for name in ("class_embeds", "boxes", "objectness")} | {"text_embeds": texts}
+    settings = {"method": 0, "per_class": 0, "max_output": 1000, "iou_threshold": 0.3, "sigma": 0.5, "min_score": 0.0}
+    kinds = dict.fromkeys(("method", "per_class", "max_output"), np.int64)
+    feeds |= {name: np.array([value], kinds.get(name, np.float32)) for name, value in settings.items()}
+    built = detect_graph(scene["background"])
+    session = ort.InferenceSession(built.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = dict(zip(built.outputs, session.run(None, feeds), strict=True))
+    assert found["candidates"].tolist() == [60 * PROPOSALS]
+    every = np.concatenate((texts, scene["background"])).astype(np.float64)
+    powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ every.T)
+    scores = (powers / powers.sum(1, keepdims=True))[:, :60] * scene["objectness"][0][:, None]
+    best = np.argsort(-scores.ravel(), kind="stable")[:CANDIDATES]
+    kept = soft_nms(scene["boxes"][0][best // 60], scores.ravel()[best], method="hard", min_score=0.0, max_output=1000)
+    np.testing.assert_array_equal(found["kept_boxes"], scene["boxes"][0][best[kept.indices] // 60])
+    assert found["raw_scores"].min() >= scores.ravel()[best[-1]] * 0.999
 
 
 def test_the_detect_graph_finds_nothing_in_nothing(scene):
