@@ -33,8 +33,8 @@ up:  ## service, Prometheus and Grafana in containers
 clean:
 	rm -rf $(VENV) build *.egg-info models/bundles/mini-*
 
-models/bundles/mini-int8/bundle.json: | $(VENV)/.serve
-	$(BIN)/calmclip export mini
+models/bundles/mini-int8/bundle.json: $(wildcard export/nets/mini/*.safetensors export/nets/mini/*.json) | $(VENV)/.serve
+	$(BIN)/calmclip export mini --replace
 
 $(VENV)/.serve: pyproject.toml $(WEIGHTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
