@@ -1,6 +1,7 @@
 """Prometheus and Grafana name only what exists: metrics and labels of `service.metrics`, files, a data source."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -94,12 +95,14 @@ def test_grafana_is_provisioned_with_the_source_and_folder_that_the_files_name()
 
 
 def test_prometheus_accepts_its_configuration_and_every_expression(tmp_path: Path) -> None:
-    """Where promtool is installed, as it is in CI; elsewhere the YAML is at least read."""
+    """Where promtool is installed, as it must be in CI; elsewhere the YAML is at least read."""
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     assert [job["job_name"] for job in config["scrape_configs"]] == ["calmclip"]
     promtool = shutil.which("promtool")
+    if promtool is None and os.environ.get("CI") == "true":
+        pytest.fail("promtool is not installed; CI checks what Prometheus reads")
     if promtool is None:
-        return
+        pytest.skip("promtool is not installed: only the YAML was read")
     rules = [
         {"record": f"panel:{i}", "expr": expr.replace("$__rate_interval", "1m")}
         for i, (_, _, expr) in enumerate(QUERIES)
