@@ -335,11 +335,17 @@ function settings() {
   }
 }
 
+/** Asked again every second until all is loaded; the menu stays untouched where nothing changed. */
 async function models() {
-  const { data } = await ask("GET", "v1/models");
-  const options = data.models.map(({ name }) => make("option", { value: name }, name));
-  $("model").replaceChildren(...(options.length ? options : [make("option", { value: "" }, "none loaded")]));
-  $("model").disabled = options.length < 2;
+  const { ready, loaded } = await ask("GET", "readyz").then(({ data }) => data, ({ body }) => body ?? {});
+  const known = [...$("model").options].map(({ value }) => value);
+  if (loaded && loaded.join() !== known.join()) {
+    const options = loaded.map((name) => make("option", { value: name }, name));
+    $("model").replaceChildren(...(options.length ? options : [make("option", { value: "" }, "none loaded yet")]));
+    $("model").disabled = options.length < 2;
+  }
+  if (ready) await collections();
+  else setTimeout(models, 1000);
 }
 
 async function collections() {
@@ -402,4 +408,4 @@ addEventListener("drop", quietly(({ dataTransfer }) => {
 new ResizeObserver(() => draw(shown)).observe($("picture"));
 
 settings();
-Promise.all([models(), collections(), sets()]).catch(explain);
+Promise.all([models(), sets()]).catch(explain);

@@ -3,11 +3,21 @@
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
+
+from service.hub import Hub
+from service.indexing import index
+from service.settings import Settings
 
 BROKEN: FilePayload = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
 TABS = ("Classify", "Detect", "Search")
@@ -126,6 +136,58 @@ def test_a_collection_is_filled_and_searched_with_words_and_with_a_picture(
     page.get_by_role("button", name="blue.png").click()
     page.get_by_role("button", name="Search with the picture").click()
     expect(hits.first).to_have_text(re.compile(r"blue\.png\s*1\.000"))
+
+
+def test_an_indexed_folder_shows_its_pictures(
+    page: Page, file: Callable[..., FilePayload], client: httpx.Client, tmp_path: Path
+) -> None:
+    (tmp_path / "green.png").write_bytes(file("green")["buffer"])
+    (tmp_path / "broken.png").write_bytes(BROKEN["buffer"])
+    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (128, 128, 3))  # packs worst
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    turned, tags = Image.new("RGB", (512, 64), "blue"), Image.Exif()
+    tags[0x0112] = 6  # Orientation: a quarter to the right
+    turned.save(tmp_path / "blue.jpg", exif=tags)
+
+    def run() -> dict[str, object]:  # in a thread of its own: this one has Playwright's event loop
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(index, tmp_path, "folder", url=str(client.base_url)).result()
+
+    first, second = run(), run()
+    assert ([one["id"] for one in first["broken"]], first["added"], second["skipped"]) == (["broken.png"], 3, 3)
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Collection").fill("folder")
+    page.get_by_label("Sentence").fill("a photo of a green thing")
+    page.get_by_label("Sentence").press("Enter")
+    hits = page.locator("#answer li")
+    expect(hits).to_have_text([re.compile(name) for name in ("green.png", "noise.png", "blue.jpg")])
+    size = "image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])"
+    assert [hits.nth(i).locator("img").evaluate(size) for i in range(3)] == [[128, 128], [128, 128], [16, 128]]
+
+
+def test_a_page_opened_while_models_load_finds_them_later(
+    browser: Browser,
+    serve: Callable[..., AbstractContextManager[httpx.Client]],
+    settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, plain = threading.Event(), Hub._open
+    monkeypatch.setattr(Hub, "_open", lambda *arguments: gate.wait(10) and plain(*arguments))
+    with serve(settings(), ready=False) as client:
+        page = browser.new_page()
+        page.goto(str(client.base_url))
+        expect(page.get_by_label("Model")).to_have_text("none loaded yet")
+        gate.set()
+        expect(page.get_by_label("Model")).to_have_value("colours-int8")
+        page.close()
+
+
+def test_sliders_stand_where_the_api_does(page: Page, client: httpx.Client) -> None:
+    fields = client.get("/openapi.json").json()["components"]["schemas"]["DetectBody"]["properties"]
+    sliders = page.locator("#detect input[type=range]").evaluate_all("all => all.map((one) => [one.name, one.value])")
+    assert {name: float(value) for name, value in sliders} == {
+        name: fields[name]["default"] for name in ("sigma", "iou_threshold", "min_score")
+    }
 
 
 def test_a_picture_is_dropped_and_pasted(page: Page, file: Callable[..., FilePayload]) -> None:
