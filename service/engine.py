@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from hashlib import blake2b
 from time import perf_counter
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from service.settings import Settings
 
 T = TypeVar("T")
 Row = dict[str, Array]  # one row of a graph's answer, by output
+Name = tuple[str, str, bytes]  # bundle digest, graph, fingerprint of the key
 
 
 class Engine:
@@ -83,7 +85,7 @@ class Engine:
     async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
         if call.keys is None:
             return await self._run(loaded, call.graph, call.feeds, own)
-        names = [(loaded.digest, call.graph, key) for key in call.keys]
+        names = [(loaded.digest, call.graph, fingerprint(key)) for key in call.keys]
         rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
         missing = [i for i, name in enumerate(names) if name not in rows]
         self.metrics.cached(loaded.name, hits=len(names) - len(missing), misses=len(missing))
@@ -109,22 +111,27 @@ class Engine:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def fingerprint(key: str) -> bytes:
+    """Stands for a text in the cache: the text itself may have 100 000 characters."""
+    return blake2b(key.encode(), digest_size=16).digest()
+
+
 class RowCache:
-    """The rows used last, by bundle digest, graph and key. ``size`` 0 remembers nothing."""
+    """The rows used last, by bundle digest, graph and `fingerprint`. ``size`` 0 remembers nothing."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._rows: OrderedDict[tuple[str, str, str], Row] = OrderedDict()
+        self._rows: OrderedDict[Name, Row] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, name: tuple[str, str, str]) -> Row | None:
+    def get(self, name: Name) -> Row | None:
         if name in self._rows:
             self._rows.move_to_end(name)
         return self._rows.get(name)
 
-    def put(self, name: tuple[str, str, str], row: Row) -> None:
+    def put(self, name: Name, row: Row) -> None:
         self._rows[name] = row
         while len(self._rows) > self.size:
             self._rows.popitem(last=False)

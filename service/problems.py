@@ -23,6 +23,7 @@ from service.context import context
 
 log = logging.getLogger("calmclip")
 MEDIA_TYPE = "application/problem+json"
+MOST = 100  # findings and names in an answer; characters of a place
 CLIENT_GONE = 499  # never seen by anybody: the client hung up
 
 
@@ -159,12 +160,17 @@ def render(
 
 
 def invalid(error: ValidationError | RequestValidationError, what: str) -> InvalidRequest:
-    """Pydantic's findings as ours, without the values that were sent."""
+    """Pydantic's findings as ours, the first `MOST`, without the values that were sent."""
+    plain = {"include_url": False, "include_input": False, "include_context": False}
+    all_ = error.errors(**plain) if isinstance(error, ValidationError) else error.errors()
     found = [
-        {"where": ".".join(map(str, one["loc"])) or "body", "message": one["msg"].removeprefix("Value error, ")}
-        for one in error.errors()
+        {
+            "where": ".".join(map(str, one["loc"]))[:MOST] or "body",  # a place may be a key of the caller's
+            "message": one["msg"].removeprefix("Value error, "),
+        }
+        for one in all_[:MOST]
     ]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    more = f" (and {len(all_) - 1} more)" if len(all_) > 1 else ""
     return InvalidRequest(f"{what}: {found[0]['where']}: {found[0]['message']}{more}", found)
 
 
@@ -175,9 +181,9 @@ async def _ours(request: Request, error: Exception) -> Response:
     extra: dict[str, Any] = {}
     headers: dict[str, str] = {}
     if known := getattr(error, "known", None):
-        extra["known"] = known[:100]
+        extra["known"] = known[:MOST]
     if isinstance(error, InvalidRequest) and error.errors:
-        extra["errors"] = error.errors[:100]
+        extra["errors"] = error.errors
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     return render(request, problem, str(error), extra, **headers)

@@ -9,7 +9,16 @@ import binascii
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
 
 from models.flow import Array
 from models.tasks.classify import Ranking
@@ -48,20 +57,34 @@ Vectors = Annotated[
     Any, WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": "number"}}})
 ]  # numpy goes to orjson as it is
 Scalar = str | int | float | bool
+Bound = StrictFloat | StrictStr  # true is no number here
+MAX_KEYS = 64  # of one object: each unknown one would be an error of its own
+MAX_FIELDS = 32  # of a filter: the engine's parser recurses, and thousands overflow its stack
+MAX_IN = 1000  # values of all the filter's `in` together
 
 
 class Body(BaseModel):
-    """What a caller sends: unknown fields are errors, and so are NaN and infinity."""
+    """What a caller sends: unknown fields are errors, and so are NaN and infinity.
+
+    Lists stop at their first fault (``fail_fast``): millions of wrong elements must not become millions of errors.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise ValueError(f"{len(value)} fields were given; no object here has more than {MAX_KEYS}")
+        return value
 
 
 class LabelledPicture(Body):
     model: str | None = Field(None, description="a loaded bundle; else the first that serves the task")
     image: Picture
-    labels: list[str] = Field([], description="else the label set, else the bundle's own labels")
+    labels: list[str] = Field([], fail_fast=True, description="else the label set, else the bundle's own labels")
     label_set: str | None = Field(None, description="a registered label set, instead of labels")
-    templates: list[str] = Field([], description="sentences with a {}, instead of the bundle's prompts")
+    templates: list[str] = Field([], fail_fast=True, description="sentences with a {}, instead of the bundle's prompts")
 
     @model_validator(mode="after")
     def _one_source(self) -> "LabelledPicture":
@@ -112,7 +135,7 @@ class EmbedInput(Body):
 
 class EmbedBody(Body):
     model: str | None = Field(None, description="a loaded bundle; else the first that embeds")
-    inputs: list[EmbedInput] = Field(min_length=1)
+    inputs: list[EmbedInput] = Field(min_length=1, fail_fast=True)
 
 
 class CollectionBody(Body):
@@ -125,11 +148,14 @@ class Item(EmbedInput):
 
 
 class ItemsBody(Body):
-    items: list[Item] = Field(min_length=1)
+    items: list[Item] = Field(min_length=1, fail_fast=True)
 
 
 class DeleteItemsBody(Body):
-    ids: list[str] = Field(min_length=1)
+    ids: list[str] = Field(min_length=1, fail_fast=True)
+
+
+Values = Annotated[list[Scalar], Field(min_length=1, max_length=MAX_IN, fail_fast=True)]
 
 
 class Range(Body):
@@ -137,14 +163,25 @@ class Range(Body):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    in_: list[Scalar] | None = Field(None, alias="in", min_length=1, max_length=1000)
-    gt: float | str | None = None
-    gte: float | str | None = None
-    lt: float | str | None = None
-    lte: float | str | None = None
+    in_: Values | None = Field(None, alias="in")
+    gt: Bound | None = None
+    gte: Bound | None = None
+    lt: Bound | None = None
+    lte: Bound | None = None
 
 
-Filter = dict[Annotated[str, Field(pattern=r"^[\w][\w .:-]{0,63}$")], Scalar | Range]
+def _few_fields(value: Any) -> Any:
+    """Before they are looked at; pydantic's own ``max_length`` counts afterwards."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"{len(value)} fields were given; at most {MAX_FIELDS} are read")
+    return value
+
+
+Filter = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[\w][\w .:-]{0,63}$")], Scalar | Range],
+    BeforeValidator(_few_fields),
+    Field(max_length=MAX_FIELDS),
+]
 
 
 class SearchBody(Body):
@@ -152,6 +189,13 @@ class SearchBody(Body):
     model: str | None = Field(None, description="must be the bundle that filled the collection, where given")
     top_k: int = Field(10, ge=1)
     filter: Filter = Field({}, description='meta field -> value, {"in": [...]}, or {"gte": 1, "lt": 2}; all must hold')
+
+    @model_validator(mode="after")
+    def _few_values(self) -> "SearchBody":
+        count = sum(len(one.in_ or ()) for one in self.filter.values() if isinstance(one, Range))
+        if count > MAX_IN:
+            raise ValueError(f"the filter lists {count} values; at most {MAX_IN} are read, over all its fields")
+        return self
 
     def where(self) -> list[Condition]:
         found: list[Condition] = []
@@ -168,8 +212,8 @@ class SearchBody(Body):
 
 
 class LabelSetBody(Body):
-    labels: list[str] = Field(min_length=1)
-    templates: list[str] = []
+    labels: list[str] = Field(min_length=1, fail_fast=True)
+    templates: list[str] = Field([], fail_fast=True)
 
 
 class Answer(BaseModel):

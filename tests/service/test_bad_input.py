@@ -322,3 +322,45 @@ def _raw(port: int, data: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         connection.sendall(data)
         return connection.recv(65536)
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "word"),
+    [
+        ("classify", b'{"image": {"b64": ""}, "labels": [' + b"1," * 500_000 + b"1]}", "labels.0"),
+        ("embed", b'{"inputs": [' + b"1," * 500_000 + b"1]}", "inputs.0"),
+        ("embed", b'{"inputs": [{' + b",".join(b'"%d": 1' % i for i in range(100_000)) + b"}]}", "100000"),
+        ("classify", b"{" + b",".join(b'"%d": 1' % i for i in range(200_000)) + b"}", "200000"),
+        ("classify", b'{"' + b"x" * 1_000_000 + b'": 1}', "image"),
+    ],
+)
+def test_a_million_faults_are_a_handful_of_errors(client, route, body, word):
+    answer = client.post(f"/v1/{route}", content=body, headers={"content-type": "application/json"})
+    problem = check(answer, 422, "invalid-request", word)
+    assert len(problem["errors"]) < 4
+    assert len(answer.content) < 2000
+
+
+def test_filters_are_small(client):
+    client.put("/v1/collections/small", json={})
+
+    def search(**where: object):
+        body = {"query": {"text": "red"}, "filter": where}
+        return client.post("/v1/collections/small/search", json=body)
+
+    check(search(**{f"f{i}": 1 for i in range(40_000)}), 422, "invalid-request", "filter", "40000", "32")
+    check(search(a={"in": list(range(600))}, b={"in": list(range(600))}), 422, "invalid-request", "1200", "1000")
+    check(search(a={"in": [[]] * 1000}), 422, "invalid-request", "filter.a")
+    most = {"in": [f"it's {i}" for i in range(969)]} | {op: 1 for op in ("gt", "gte", "lt", "lte")}
+    assert search(a=most, **{f"f{i}": {"in": [1]} for i in range(31)}).json()["hits"] == []
+
+
+@pytest.mark.parametrize("value", [True, False, [], {}, None])
+def test_bounds_are_numbers_or_strings(client, value):
+    client.put("/v1/collections/small", json={})
+    body = {"query": {"text": "red"}, "filter": {"n": {"gte": value}}}
+    answer = client.post("/v1/collections/small/search", json=body)
+    if value is None:
+        assert answer.status_code == 200
+    else:
+        check(answer, 422, "invalid-request", "filter.n")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from service.engine import RowCache
+from service.engine import RowCache, fingerprint
 
 
 def metric(client, line: str) -> float:
@@ -38,6 +38,21 @@ def test_without_a_cache_answers_are_the_same(settings, serve):
         assert metric(client, 'calmclip_text_cache_total{model="colours-int8",outcome="miss"}') == 4
 
 
+def test_the_cache_keeps_fingerprints_not_sentences():
+    long = fingerprint("x" * 100_000)
+    assert len(long) == 16
+    assert long not in {fingerprint("x" * 99_999), fingerprint("")}
+    assert fingerprint("red") == fingerprint("red")
+
+
+def test_a_long_sentence_does_not_stay_in_memory(settings, serve, monkeypatch):
+    kept = []
+    monkeypatch.setattr(RowCache, "put", lambda self, name, row: kept.append(name))
+    with serve(settings()) as client:
+        embed(client, "red" + " " * 90_000)
+    assert [len(key) for _, _, key in kept] == [16]
+
+
 def test_many_texts_go_in_pieces(settings, serve):
     colours = ["red", "green", "blue"]
     texts = [f"{'photo ' * (i % 7)}{colours[i % 3]}" for i in range(100)]
@@ -47,7 +62,7 @@ def test_many_texts_go_in_pieces(settings, serve):
 
 def test_the_least_used_row_goes_first():
     cache = RowCache(2)
-    names = [("digest", "text", word) for word in "abc"]
+    names = [("digest", "text", fingerprint(word)) for word in "abc"]
     rows = [{"y": np.full(1, i)} for i in range(3)]
     cache.put(names[0], rows[0])
     cache.put(names[1], rows[1])
