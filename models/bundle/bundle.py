@@ -57,7 +57,9 @@ class Bundle:
             elif graph.preprocess:
                 _ = self.text
         if "classify" in self.manifest.tasks:
-            _ = self.head, self.prompts
+            _ = self.head
+        if {"classify", "detect"} & {*self.manifest.tasks}:
+            _ = self.prompts
         _ = self.labels
 
     def image(self, role: str = "image") -> ImagePreparer:

@@ -1,10 +1,53 @@
 """The verbs without torch or HTTP, where what they are given is wrong."""
 
+import json
 from pathlib import Path
 
+import onnx
 import pytest
 
+from models.bundle.manifest import Manifest
+from models.bundle.store import describe
 from models.cli import main
+
+
+def resealed(directory: Path) -> str:
+    """After a change: every hash is right again."""
+    describe(directory, Manifest.model_validate_json((directory / "bundle.json").read_text()))
+    return str(directory)
+
+
+def test_check_feeds_detect_what_regions_and_text_answer(detector: Path, capsys: pytest.CaptureFixture[str]):
+    main(["check", str(detector), "--json"])  # does not pass: to the hand-made `text` other words than colours are 0
+    found = {one["check"]: one["passed"] for one in json.loads(capsys.readouterr().out)["checks"]}
+    assert found["detect: kept_boxes [0, 4] float32, finite"]
+    assert [check for check, passed in found.items() if not passed] == ["text: text_embeds rows are unit vectors"]
+
+
+def test_check_runs_what_merely_loads(detector: Path, capsys: pytest.CaptureFixture[str]):
+    model = onnx.load(detector / "detect.onnx")
+    four = next(n for n in model.graph.node if "four" in n.output)
+    four.attribute[0].ints[:] = [5]  # boxes of four numbers cannot be shown as five
+    onnx.save(model, detector / "detect.onnx")
+    assert main(["check", resealed(detector)]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL detect: " in out
+    assert "ok   regions: boxes" in out
+
+
+@pytest.mark.parametrize("part", ["head", "prompts"])
+def test_a_bundle_that_cannot_serve_does_not_pass(sealed: Path, part: str, capsys: pytest.CaptureFixture[str]):
+    file = sealed / "bundle.json"
+    manifest = json.loads(file.read_text())
+    manifest[part] = {"name": "cosin"}
+    file.write_text(json.dumps(manifest))
+    assert main(["check", str(sealed)]) == 1
+    assert "FAIL there is no " in capsys.readouterr().out
+
+
+def test_a_bundle_that_is_not_there_is_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["check", "absent", "--bundles", str(tmp_path)]) == 2
+    assert "there is no bundle 'absent'" in capsys.readouterr().err
 
 
 def test_one_round_is_too_few_to_bench(tiny_bundles: Path, capsys: pytest.CaptureFixture[str]):
