@@ -20,6 +20,7 @@ from service.stores import STORES, Condition, Found, Info, Row, Store, Table
 
 KEY = b"calmclip"  # of the schema's metadata: the Info, as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+BESIDE_EMPTY = {"gt": '"_%"', "gte": '"%', "lt": '"', "lte": '""'}  # JSON texts of strings so ordered to ""
 CACHE_BYTES = 32 << 20  # of its own making LanceDB would take gigabytes; the operating system caches files anyway
 OLD = timedelta(minutes=10)  # versions that compaction removes; a search holds one for far less
 
@@ -109,12 +110,18 @@ class LanceTable:
 def sql(condition: Condition) -> str:
     """The condition for LanceDB's SQL. Everything a caller chose ends up inside a quoted literal.
 
-    Compares JSON texts, so types are told apart: "3" (a string) is not 3. Numbers go through a cast.
+    Equality compares JSON texts, so types are told apart: "3" (a string) is not 3. Numbers go through a cast.
+    The order of strings is a JSON path's: texts differ from what they say by quotes and escapes.
     """
-    path = json.dumps(condition.field, ensure_ascii=False)
-    text = f"json_extract(meta, {literal('$.' + path)})"
+    path = f"$.{json.dumps(condition.field, ensure_ascii=False)}"
+    text = f"json_extract(meta, {literal(path)})"
     if condition.op == "in":
         return "(" + " OR ".join(_compare(text, "=", value) for value in condition.value) + ")"
+    if condition.value == "":  # which a path cannot say
+        return f"{text} LIKE {literal(BESIDE_EMPTY[condition.op])}"
+    if isinstance(condition.value, str):
+        bound = f"{path}?(@ {OPERATORS[condition.op]} {json.dumps(condition.value, ensure_ascii=False)})"
+        return f"({text} LIKE '\"%' AND json_exists(meta, {literal(bound)}))"  # a path also looks into lists
     return _compare(text, OPERATORS[condition.op], condition.value)
 
 
@@ -126,8 +133,7 @@ def literal(text: str) -> str:
 def _compare(text: str, operator: str, value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"try_cast({text} AS double) {operator} {float(value)!r}"
-    wanted = f"{text} {operator} {literal(json.dumps(value, ensure_ascii=False))}"
-    return wanted if operator == "=" else f"({text} LIKE '\"%' AND {wanted})"
+    return f"{text} {operator} {literal(json.dumps(value, ensure_ascii=False))}"
 
 
 def open_lancedb(place: str) -> Store:

@@ -1,6 +1,7 @@
 """The contract of every store: what `service.stores` promises, against answers worked out by hand or by numpy."""
 
 import json
+import operator
 import subprocess
 import sys
 
@@ -127,6 +128,22 @@ META = [
 def test_filters_know_types_and_take_nothing_for_sql(table, condition, wanted):
     table.upsert([Row(str(i), AXES[i % 4], meta) for i, meta in enumerate(META)])
     assert sorted(ids(table.search(AXES[0], 50, [condition]))) == [str(i) for i in wanted]
+
+
+def test_strings_are_ordered_as_python_orders_them(table):
+    """By code points; words of letters that JSON writes in several ways."""
+    rng = np.random.default_rng(0)
+    letters = [*" !\"#'\\/ab\n\t\x01", "\x7f", "é", "\ud7ff", "\uffff", "🎨"]
+    words = ["", "a", "a b", 'a"', *("".join(rng.choice(letters, rng.integers(1, 5))) for _ in range(40))]
+    table.upsert([Row(f"{i:03}", AXES[0], {"a.b c": word}) for i, word in enumerate(words)])
+    table.upsert(
+        [Row(f"no{i}", AXES[0], {"a.b c": other}) for i, other in enumerate([3, True, None, ["b"], {"a": "b"}])]
+    )
+    orders = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte": operator.le}
+    for bound in words[:20]:
+        for op, holds in orders.items():
+            found = ids(table.search(AXES[0], 100, [Condition("a.b c", op, bound)]))
+            assert sorted(found) == [f"{i:03}" for i, word in enumerate(words) if holds(word, bound)], (op, bound)
 
 
 def test_all_conditions_must_hold_and_the_filter_comes_before_the_cut(table):
