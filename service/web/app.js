@@ -133,18 +133,29 @@ function draw(detections, bright = -1, count = detections.length) {
   const unit = naturalWidth / Math.max(clientWidth, 1); // picture pixels per page pixel
   pen.font = `600 ${13 * unit}px system-ui, sans-serif`;
   pen.textBaseline = "top";
-  const order = [...detections.keys()].slice(0, count).reverse(); // the best on top
-  for (const i of bright < 0 ? order : [...order.filter((i) => i !== bright), bright]) {
-    const { box, label, index, score } = detections[i];
-    pen.globalAlpha = bright < 0 || i === bright ? 1 : 0.25;
-    pen.strokeStyle = pen.fillStyle = colour(index);
+  const all = [...detections.keys()].slice(0, count);
+  const order = bright < 0 ? all : [bright, ...all.filter((i) => i !== bright)];
+  const alpha = (i) => (bright < 0 || i === bright ? 1 : 0.25);
+  for (const i of order.toReversed()) { // the best on top
+    const { box, index } = detections[i];
+    pen.globalAlpha = alpha(i);
+    pen.strokeStyle = colour(index);
     pen.lineWidth = (i === bright ? 4 : 2.5) * unit;
     pen.strokeRect(box.x0, box.y0, box.x1 - box.x0, box.y1 - box.y0);
-    if (i !== bright && i >= MOST_TAGS) continue;
+  }
+  const height = 18 * unit;
+  const tags = []; // the best first; one that would hide another moves down
+  for (const i of order.filter((i) => i === bright || i < MOST_TAGS)) {
+    const { box, label, index, score } = detections[i];
     const text = `${label} ${score.toFixed(2)}`;
-    const [width, height] = [pen.measureText(text).width + 8 * unit, 18 * unit];
+    const width = pen.measureText(text).width + 8 * unit;
     const left = Math.max(0, Math.min(box.x0, naturalWidth - width));
-    const top = box.y0 >= height ? box.y0 - height : box.y0;
+    let top = box.y0 >= height ? box.y0 - height : box.y0;
+    const hides = (tag) => Math.abs(tag.top - top) < height && tag.left < left + width && left < tag.left + tag.width;
+    for (let other; (other = tags.find(hides)); ) top = other.top + height + unit;
+    tags.push({ left, top, width });
+    pen.globalAlpha = alpha(i);
+    pen.fillStyle = colour(index);
     pen.fillRect(left, top, width, height);
     pen.fillStyle = "#fff";
     pen.fillText(text, left + 4 * unit, top + 2.5 * unit);

@@ -115,6 +115,16 @@ def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(
     expect(page.get_by_label("sigma")).to_be_disabled()
 
 
+def test_a_name_does_not_hide_another(page: Page, file: Callable[..., FilePayload]) -> None:
+    page.get_by_label("Labels").fill("red, yellow")  # 1 and 1 / sqrt(2), both of the red quarter's box
+    page.get_by_role("tab", name="Detect").click()
+    choose(page, file("blue", "blue", "blue", "red"))
+    expect(page.locator("#answer li")).to_have_count(2)
+    assert opaque(page, 165, 150)  # red, over the box's corner
+    assert opaque(page, 165, 175)  # yellow, under it
+    assert not opaque(page, 165, 190)
+
+
 def test_a_collection_is_filled_and_searched_with_words_and_with_a_picture(
     page: Page, file: Callable[..., FilePayload], client: httpx.Client
 ) -> None:
