@@ -1,15 +1,17 @@
 """`Collections`: named collections, which bundle filled them, and one writer each.
 
 Writes go through a queue: what waits there is written together, since a store dislikes many small commits. A
-write is answered when it is on disk. Searches do not wait for writes.
+write is answered when it is on disk. Searches do not wait for writes, nor writes for searches: what reads has
+threads of its own.
 """
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from models.errors import BadRequest, CollectionError, CollectionMismatch, CollectionNotFound, Overloaded, suggestion
 from models.flow import Array
@@ -19,6 +21,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.stores import Condition, Found, Info, Row, Store, Table, open_store
 
+T = TypeVar("T")
 log = logging.getLogger("calmclip")
 
 MAX_TOGETHER = 2048  # rows in one commit
@@ -37,12 +40,13 @@ _Queue: TypeAlias = "asyncio.Queue[_Write]"
 
 
 class Collection:
-    """One collection, open."""
+    """One collection, open. ``readers``: the threads in which it is read."""
 
-    def __init__(self, table: Table, metrics: Metrics, max_pending: int) -> None:
+    def __init__(self, table: Table, metrics: Metrics, max_pending: int, readers: Executor) -> None:
         self.table = table
         self.info = table.info
         self._metrics = metrics
+        self._readers = readers
         self._queue: _Queue = asyncio.Queue(max_pending)
         self._held: _Write | None = None  # taken from the queue, but not fit to join what came before
         self._untidy = 0  # commits since the last compaction
@@ -63,13 +67,13 @@ class Collection:
         return await self._write((), tuple(dict.fromkeys(ids)))
 
     async def search(self, vector: Array, top_k: int, where: Sequence[Condition]) -> list[Found]:
-        return await asyncio.to_thread(self.table.search, vector, top_k, where)
+        return await self._read(lambda: self.table.search(vector, top_k, where))
 
     async def page(self, after: str | None, limit: int) -> list[Found]:
-        return await asyncio.to_thread(self.table.page, after, limit)
+        return await self._read(lambda: self.table.page(after, limit))
 
     async def count(self) -> int:
-        return await asyncio.to_thread(self.table.count)
+        return await self._read(self.table.count)
 
     def require(self, model: str, digest: str) -> None:
         """Raises `CollectionMismatch` unless that bundle filled it."""
@@ -87,6 +91,9 @@ class Collection:
             await self._queue.join()
             self._writer.cancel()
             await asyncio.gather(self._writer, return_exceptions=True)
+
+    async def _read(self, what: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, what)
 
     async def _write(self, rows: Sequence[Row], ids: Sequence[str]) -> int:
         loop = asyncio.get_running_loop()
@@ -113,20 +120,21 @@ class Collection:
                     self._held = write
                     break
                 together.append(write)
+            wanted = [write for write in together if not write.done.done()]  # of the others nobody waits any more
             try:
-                counts = await asyncio.to_thread(self._commit, together)
+                counts = await asyncio.to_thread(self._commit, wanted) if wanted else []
             except Exception as error:
-                for write in together:
+                for write in wanted:
                     if not write.done.done():
                         write.done.set_exception(error)
             else:
-                for write, count in zip(together, counts, strict=True):
+                for write, count in zip(wanted, counts, strict=True):
                     if not write.done.done():
                         write.done.set_result(count)
             finally:
                 for _ in together:
                     self._queue.task_done()
-            self._untidy += 1
+            self._untidy += bool(wanted)
             if self._untidy >= COMPACT_AFTER:
                 await self._tidy()
 
@@ -164,6 +172,8 @@ class Collections:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._url = settings.store_url
         self._max_pending = settings.queue.max_pending
+        self._most = settings.limits.collections
+        self._readers = ThreadPoolExecutor(settings.cores, thread_name_prefix="read")
         self._metrics = metrics
         self._store: Store | None = None
         self._open: dict[str, Collection] = {}
@@ -184,15 +194,17 @@ class Collections:
             return
         for name in names:
             try:
-                table = await asyncio.to_thread(store.open, name)
-                self._open[name] = Collection(table, self._metrics, self._max_pending)
-                self._metrics.items(name, await self._open[name].count())
+                collection = self._collection(await asyncio.to_thread(store.open, name))
+                self._metrics.items(name, await collection.count())
+                self._open[name] = collection
             except Exception as error:
                 log.exception("collection %s does not open", name)
-                self.failed[f"collection {name}"] = str(error)
+                self.failed[_entry(name)] = str(error) or repr(error)
         self._store = store
 
     def all(self) -> list[Collection]:
+        """By name. Raises `Overloaded` while they are being opened."""
+        self._ready()
         return [self._open[name] for name in sorted(self._open)]
 
     def get(self, name: str) -> Collection:
@@ -207,36 +219,67 @@ class Collections:
             ) from None
 
     async def create(self, name: str, loaded: Loaded) -> tuple[Collection, bool]:
-        """The collection, and whether it is new. Raises `CollectionMismatch` if another bundle filled it."""
+        """The collection, and whether it is new.
+
+        Raises `CollectionMismatch` if another bundle filled it or it does not open, `BadRequest` if there are too
+        many. Who hangs up does not stop it: the thread in the store would go on, and nobody know of its table.
+        """
         check_name("collection", name)
-        store = self._ready()
+        return await asyncio.shield(self._create(self._ready(), name, loaded))
+
+    async def drop(self, name: str) -> None:
+        """Also one that does not open. Raises `CollectionNotFound`. Goes on when its caller hangs up."""
+        await asyncio.shield(self._drop(self._ready(), name))
+
+    async def close(self) -> None:
+        async with self._lock:  # what is being made or dropped is done first
+            for collection in self._open.values():
+                await collection.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    async def _create(self, store: Store, name: str, loaded: Loaded) -> tuple[Collection, bool]:
         async with self._lock:
+            if broken := self.failed.get(_entry(name)):
+                raise CollectionMismatch(
+                    f"there is a collection {name!r} that does not open ({broken}); delete it, or take another name"
+                )
             if name in self._open:
                 self._open[name].require(loaded.name, loaded.digest)
                 return self._open[name], False
+            if len(self._open) >= self._most:
+                raise BadRequest(f"there are {len(self._open)} collections, the most allowed; delete one first")
             created = datetime.now(UTC).isoformat(timespec="seconds")
             info = Info(name, loaded.name, loaded.digest, loaded.bundle.dim, created)
             table = await asyncio.to_thread(store.create, info)
-            self._open[name] = Collection(table, self._metrics, self._max_pending)
+            self._open[name] = self._collection(table)
             self._metrics.items(name, 0)
             return self._open[name], True
 
-    async def drop(self, name: str) -> None:
-        store = self._ready()
+    async def _drop(self, store: Store, name: str) -> None:
         async with self._lock:
-            collection = self.get(name)
-            del self._open[name]
-            await collection.close()
-            await asyncio.to_thread(store.drop, name)
+            if _entry(name) not in self.failed:
+                collection = self.get(name)
+                del self._open[name]
+                await collection.close()
+            try:
+                await asyncio.to_thread(store.drop, name)
+            except Exception as error:
+                self.failed[_entry(name)] = f"it was not deleted: {error}"
+                raise
+            self.failed.pop(_entry(name), None)
             self._metrics.items(name, None)
 
-    async def close(self) -> None:
-        for collection in self._open.values():
-            await collection.close()
+    def _collection(self, table: Table) -> Collection:
+        return Collection(table, self._metrics, self._max_pending, self._readers)
 
     def _ready(self) -> Store:
         if self._store is None:
-            if self.failed:
+            if "collections" in self.failed:
                 raise CollectionError(f"the store {self._url} did not open")
             raise Overloaded("the collections are still being opened; try again in a second")
         return self._store
+
+
+def _entry(name: str) -> str:
+    """What a collection is called in `failed`."""
+    return f"collection {name}"

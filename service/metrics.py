@@ -1,7 +1,8 @@
 """Every metric, its labels and its buckets. The only file that imports prometheus_client.
 
-Names follow Prometheus' practice: one prefix, seconds and bytes, labels from small closed sets (tasks, bundle
-names, stages; never paths or users). A registry per app, so that two apps in one process do not meet.
+Names follow Prometheus' practice: one prefix, seconds and bytes, labels from small sets (tasks, bundle names,
+stages, collections up to their limit; never paths or users). A registry per app, so that two apps in one process
+do not meet.
 """
 
 from collections.abc import Callable

@@ -48,6 +48,7 @@ class Limits(_Group):
     templates: int = Field(default=32, ge=1, description="prompt templates in a request or label set")
     texts: int = Field(default=256, ge=1, description="inputs of one embed request; items of one upload")
     top_k: int = Field(default=1000, ge=1, description="hits of one search; items of one page")
+    collections: int = Field(default=1000, ge=1, description="collections in the store")
     meta_bytes: int = Field(default=16384, ge=2, description="one item's metadata, as JSON")
 
 

@@ -36,6 +36,7 @@ from service.uploads import body_of, check_picture
 router = APIRouter(tags=["collections"])
 MISSING = "collection-not-found"
 WRONG = "collection-bundle-mismatch"
+STORE = ("overloaded", "deadline-exceeded")
 MAX_DEPTH = 16  # of metadata; what is read back is nested deeper still, and JSON writers have limits
 
 
@@ -47,11 +48,13 @@ def busy(name: str) -> list[Any]:
 @router.get(
     "/v1/collections",
     summary="All collections",
-    responses=answers(CollectionsAnswer),
+    responses=answers(CollectionsAnswer, *STORE),
     dependencies=[Depends(task("collections"))],
 )
 async def list_collections(own: Own, parts: Parts) -> Response:
-    return respond(own, CollectionsAnswer(collections=[await _describe(c) for c in parts.collections.all()]))
+    async with own.deadline():
+        found = [await _describe(collection) for collection in parts.collections.all()]
+    return respond(own, CollectionsAnswer(collections=found))
 
 
 @router.put(
@@ -60,42 +63,45 @@ async def list_collections(own: Own, parts: Parts) -> Response:
     description="201 when it is new, 200 when it is there already.",
     openapi_extra=takes(CollectionBody, {"model": "mini-int8"}),
     responses=answers(CollectionAnswer, *ENGINE, *INPUT, WRONG) | answers(CollectionAnswer, status=201),
-    dependencies=[Depends(task("collections"))],
+    dependencies=busy("collections"),
 )
 async def make_collection(
     name: str, body: Annotated[CollectionBody, Depends(body_of(CollectionBody))], own: Own, parts: Parts
 ) -> Response:
     loaded = parts.hub.get(body.model, "embed")
-    collection, new = await parts.collections.create(name, loaded)
-    return respond(own, await _describe(collection), 201 if new else 200)
+    async with own.deadline():
+        collection, new = await parts.collections.create(name, loaded)
+        return respond(own, await _describe(collection), 201 if new else 200)
 
 
 @router.get(
     "/v1/collections/{name}",
     summary="One collection",
-    responses=answers(CollectionAnswer, MISSING),
+    responses=answers(CollectionAnswer, MISSING, *STORE),
     dependencies=[Depends(task("collections"))],
 )
 async def get_collection(name: str, own: Own, parts: Parts) -> Response:
-    return respond(own, await _describe(parts.collections.get(name)))
+    async with own.deadline():
+        return respond(own, await _describe(parts.collections.get(name)))
 
 
 @router.delete(
     "/v1/collections/{name}",
     summary="Delete a collection and all in it",
     status_code=204,
-    responses=answers(None, MISSING, status=204),
+    responses=answers(None, MISSING, *STORE, status=204),
     dependencies=[Depends(task("collections"))],
 )
-async def delete_collection(name: str, parts: Parts) -> Response:
-    await parts.collections.drop(name)
+async def delete_collection(name: str, own: Own, parts: Parts) -> Response:
+    async with own.deadline():
+        await parts.collections.drop(name)
     return Response(status_code=204)
 
 
 @router.get(
     "/v1/collections/{name}/items",
     summary="Items, by id",
-    responses=answers(ItemsAnswer, MISSING, "invalid-request"),
+    responses=answers(ItemsAnswer, MISSING, *STORE, "invalid-request"),
     dependencies=[Depends(task("collections"))],
 )
 async def list_items(
@@ -108,7 +114,8 @@ async def list_items(
     collection = parts.collections.get(name)
     _at_most(limit, parts, "limit")
     with own.clock.stage("search"):
-        found = await collection.page(after, limit)
+        async with own.deadline():
+            found = await collection.page(after, limit)
     items = [StoredItem(id=one.id, meta=one.meta) for one in found]
     more = found[-1].id if len(found) == limit else None
     return respond(own, ItemsAnswer(collection=name, items=items, next=more))
@@ -152,7 +159,7 @@ async def add_items(
     summary="Remove items",
     description="Ids that are not there are passed over.",
     openapi_extra=takes(DeleteItemsBody, {"ids": ["a1"]}),
-    responses=answers(CountAnswer, *INPUT, MISSING, "overloaded", "deadline-exceeded"),
+    responses=answers(CountAnswer, *INPUT, MISSING, *STORE),
     dependencies=busy("index"),
 )
 async def delete_items(

@@ -4,7 +4,9 @@ import base64
 import json
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
@@ -67,6 +69,21 @@ def test_a_bundle_that_breaks_while_loading_is_told_and_loading_ends(settings, s
         assert "too large" in next(iter(failed.values()))
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 409  # no longer "loading"
     assert any(record.exc_info for record in caplog.records)
+
+
+def test_a_store_that_hangs_is_answered_504(settings, serve, monkeypatch):
+    gate = threading.Event()
+    with serve(settings(deadline_ms=1500)) as client:
+        assert [client.put(f"/v1/collections/{name}", json={}).status_code for name in "ab"] == [201, 201]
+        for call in ("LanceTable.count", "LanceTable.page", "LanceStore.create", "LanceStore.drop"):
+            monkeypatch.setattr(f"service.stores.lancedb.{call}", lambda *_: gate.wait(8))
+        calls = [("GET", ""), ("GET", "/a"), ("GET", "/a/items"), ("PUT", "/new"), ("DELETE", "/b")]
+        try:
+            with ThreadPoolExecutor(len(calls)) as pool:
+                found = pool.map(lambda c: client.request(c[0], f"/v1/collections{c[1]}", json={}).status_code, calls)
+                assert list(found) == [504] * len(calls)
+        finally:
+            gate.set()
 
 
 @pytest.fixture(scope="module")

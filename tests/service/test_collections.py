@@ -1,14 +1,16 @@
-"""The one writer of a collection, over a table that only takes notes."""
+"""The one writer of a collection, over a table that only takes notes; and all collections, over such a store."""
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import service.collections
-from models.errors import BadRequest, CollectionNotFound, Overloaded
-from service.collections import Collection
+from models.errors import BadRequest, CollectionMismatch, CollectionNotFound, Overloaded
+from service.collections import Collection, Collections
 from service.metrics import Metrics
 from service.settings import Settings
 from service.stores import Info, Row
@@ -49,10 +51,11 @@ def row(name: str, v: object = "") -> Row:
 def run(scenario, max_pending: int = 64):
     async def main():
         notes = Notes()
-        collection = Collection(notes, Metrics(Settings()), max_pending)
-        await scenario(collection, notes)
-        notes.gate.set()
-        await collection.close()
+        with ThreadPoolExecutor(1) as readers:
+            collection = Collection(notes, Metrics(Settings()), max_pending, readers)
+            await scenario(collection, notes)
+            notes.gate.set()
+            await collection.close()
         return notes
 
     return asyncio.run(main())
@@ -122,6 +125,19 @@ def test_close_writes_what_waits_and_takes_no_more():
     assert run(scenario).commits[-1] == ("upsert", ["waiting="])
 
 
+def test_what_nobody_waits_for_any_more_is_not_written():
+    async def scenario(collection, notes):
+        writes = [collection.upsert([row("late")]), collection.delete(["late"]), collection.upsert([row("kept")])]
+        first, late, too_late, kept = await behind(collection, notes, *writes)
+        late.cancel()
+        too_late.cancel()
+        await asyncio.sleep(0.02)
+        notes.gate.set()
+        assert await asyncio.gather(first, kept) == [1, 1]
+
+    assert run(scenario).commits == [("upsert", ["first="]), ("upsert", ["kept="])]
+
+
 def test_compaction_after_many_commits_and_after_fewer_when_idle(monkeypatch):
     monkeypatch.setattr(service.collections, "COMPACT_AFTER", 4)
     monkeypatch.setattr(service.collections, "COMPACT_IDLE", (2, 0.05))
@@ -138,3 +154,172 @@ def test_compaction_after_many_commits_and_after_fewer_when_idle(monkeypatch):
         assert await collection.upsert([row("y")]) == 1
 
     run(scenario)
+
+
+class Shelf:
+    """A store of `Notes`; `gate` holds back what changes it."""
+
+    def __init__(self, *names: str) -> None:
+        self.tables = {name: Notes() for name in names}
+        self.broken: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def names(self):
+        return sorted(self.tables)
+
+    def open(self, name):
+        if name in self.broken:
+            raise ValueError("no table")
+        return self.tables[name]
+
+    def create(self, info):
+        self.gate.wait(5)
+        assert info.name not in self.tables
+        self.tables[info.name] = Notes()
+        return self.tables[info.name]
+
+    def drop(self, name):
+        self.gate.wait(5)
+        if name == "stuck":
+            raise OSError("read-only")
+        del self.tables[name]
+
+
+BUNDLE = SimpleNamespace(name="m", digest="d", bundle=SimpleNamespace(dim=2))
+
+
+def shelf(monkeypatch, scenario, store: Shelf, **limits: int):
+    monkeypatch.setattr(service.collections, "open_store", lambda url: store)
+
+    async def main():
+        collections = Collections(Settings(threads=1, limits=limits), Metrics(Settings()))
+        try:
+            await asyncio.wait_for(scenario(collections), 4)
+        finally:
+            for gated in (store, *store.tables.values()):
+                gated.gate.set()
+            await collections.close()
+
+    asyncio.run(main())
+
+
+async def hang_up(doing):
+    """Starts it and lets go of it."""
+    task = asyncio.create_task(doing)
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_collection_whose_maker_hung_up_is_there(monkeypatch):
+    store = Shelf()
+
+    async def scenario(collections):
+        await collections.load()
+        store.gate.clear()
+        await hang_up(collections.create("a", BUNDLE))
+        store.gate.set()
+        assert (await collections.create("a", BUNDLE))[1] is False
+        assert [one.table for one in collections.all()] == [store.tables["a"]]
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_a_collection_whose_deleter_hung_up_is_gone_and_its_name_free(monkeypatch):
+    store = Shelf("a")
+    old = store.tables["a"]
+
+    async def scenario(collections):
+        await collections.load()
+        write, *_ = await behind(collections.get("a"), old)
+        await hang_up(collections.drop("a"))  # while it waits for the write
+        old.gate.set()
+        assert await write == 1
+        assert (await collections.create("a", BUNDLE))[1] is True
+        assert store.tables["a"] is not old
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_a_collection_that_does_not_open_keeps_its_name_until_deleted(monkeypatch):
+    store = Shelf("bad", "good")
+    store.broken = {"bad"}
+
+    async def scenario(collections):
+        await collections.load()
+        assert collections.failed == {"collection bad": "no table"}
+        with pytest.raises(CollectionMismatch, match="does not open"):
+            await collections.create("bad", BUNDLE)
+        await collections.drop("bad")
+        assert (collections.failed, store.names()) == ({}, ["good"])
+        assert (await collections.create("bad", BUNDLE))[1] is True
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_a_collection_that_cannot_be_counted_is_not_open(monkeypatch):
+    store = Shelf("bad")
+    monkeypatch.setattr(store.tables["bad"], "count", lambda: 1 / 0)
+
+    async def scenario(collections):
+        await collections.load()
+        assert list(collections.failed) == ["collection bad"]
+        assert collections.all() == []
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_a_collection_that_is_not_deleted_may_be_deleted_again(monkeypatch):
+    store = Shelf("stuck")
+
+    async def scenario(collections):
+        await collections.load()
+        for _ in range(2):
+            with pytest.raises(OSError, match="read-only"):
+                await collections.drop("stuck")
+            assert collections.failed == {"collection stuck": "it was not deleted: read-only"}
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_nothing_is_told_before_all_are_open(monkeypatch):
+    async def scenario(collections):
+        collections.failed["collection bad"] = "one of them does not open; the others are not tried yet"
+        for ask in (collections.all, lambda: collections.get("a")):
+            with pytest.raises(Overloaded, match="still being opened"):
+                ask()
+
+    shelf(monkeypatch, scenario, Shelf("a"))
+
+
+def test_slow_searches_leave_threads_for_writes(monkeypatch):
+    store = Shelf("a")
+    notes = store.tables["a"]
+    held = threading.Event()
+    monkeypatch.setattr(notes, "search", lambda *_: held.wait(5) and [], raising=False)
+
+    async def scenario(collections):
+        await collections.load()
+        collection = collections.get("a")
+        searches = [asyncio.create_task(collection.search(np.zeros(2, np.float32), 1, ())) for _ in range(64)]
+        await asyncio.sleep(0.02)
+        try:
+            assert await asyncio.wait_for(collection.upsert([row("x")]), 2) == 1
+        finally:
+            held.set()
+        assert await asyncio.gather(*searches) == [[]] * 64
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_no_more_collections_than_allowed(monkeypatch):
+    async def scenario(collections):
+        await collections.load()
+        with pytest.raises(BadRequest, match="1 collections, the most allowed"):
+            await collections.create("b", BUNDLE)
+        await collections.drop("a")
+        assert (await collections.create("b", BUNDLE))[1] is True
+
+    shelf(monkeypatch, scenario, Shelf("a"), collections=1)
