@@ -193,7 +193,9 @@ def plugins_command(argv: list[str]) -> int:
             module, name = where.split(":")
             try:
                 registry: Registry[Any] = getattr(import_module(module), name)
-                found[family] = registry.names()
+                if not (members := registry.names()) and registry.broken:
+                    raise next(iter(registry.broken.values()))
+                found[family] = members
             except ModuleNotFoundError as error:
                 if given.family:
                     extra = module.split(".")[0]

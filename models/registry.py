@@ -1,10 +1,13 @@
 """`Registry`: the one mechanism behind every plug-in family.
 
 A family is a package. A module of it registers what it holds when imported; packages of others join through
-the entry-point group ``calmclip.<family>``. Nothing is imported before somebody asks for a name.
+the entry-point group ``calmclip.<family>``. Nothing is imported before somebody asks for a name. One that does
+not import takes nothing from the others; its error is told to whoever asks for a name that is then not there.
 """
 
+import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
@@ -22,29 +25,35 @@ class Registry(Generic[T]):
     def __init__(self, family: str, package: str) -> None:
         self.family = family
         self.package = package
+        self.broken: dict[str, Exception] = {}  # module or entry point -> why it did not import
         self._things: dict[str, T] = {}
+        self._homes: dict[str, str] = {}  # name -> the module that registered it
         self._loaded = False
         self._loading = RLock()  # of one thread's imports the others wait for the end
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator. A second use of a name is an error, never a silent replacement."""
+        home = sys._getframe(1).f_globals["__name__"]
 
         def keep(thing: T) -> T:
             if name in self._things:
                 raise ValueError(f"{self.family} {name!r} is registered twice; choose another name")
-            self._things[name] = thing
+            self._things[name], self._homes[name] = thing, home
             return thing
 
         return keep
 
     def get(self, name: str) -> T:
-        """Raises `UnknownName`, which says the nearest and all known names."""
+        """Raises `UnknownName`, which says the nearest and all known names, and what did not import."""
         self.load()
         try:
             return self._things[name]
         except KeyError:
             known = self.names()
-            raise UnknownName(f"there is no {self.family} {name!r}; {suggestion(name, known)}", known=known) from None
+            why = "".join(f" {module} did not import: {error!r}." for module, error in self.broken.items())
+            raise UnknownName(
+                f"there is no {self.family} {name!r}; {suggestion(name, known)}{why}", known=known
+            ) from next(iter(self.broken.values()), None)
 
     def names(self) -> list[str]:
         self.load()
@@ -58,7 +67,17 @@ class Registry(Generic[T]):
             package = import_module(self.package)
             for module in iter_modules(package.__path__):
                 if not module.name.startswith("_"):
-                    import_module(f"{self.package}.{module.name}")
+                    name = f"{self.package}.{module.name}"
+                    self._try(name, name, partial(import_module, name))
             for point in entry_points(group=f"calmclip.{self.family}"):
-                point.load()
+                self._try(f"entry point {point.name} = {point.value}", point.module, point.load)
             self._loaded = True
+
+    def _try(self, title: str, home: str, load: Callable[[], object]) -> None:
+        """A module that fails half-way holds nothing, so that importing it again fails as it did, not for its names."""
+        try:
+            load()
+        except Exception as error:
+            self.broken[title] = error
+            for name in [name for name, where in self._homes.items() if where == home]:
+                del self._things[name], self._homes[name]

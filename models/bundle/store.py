@@ -40,6 +40,8 @@ def read(directory: Path, *, verify: bool = True) -> Sealed:
         return _read(directory, verify=verify)
     except OSError as error:
         raise BundleInvalid(f"{error.filename or directory} cannot be read: {error.strerror}") from None
+    except RecursionError:  # Python 3.11 walks folders by recursion
+        raise BundleInvalid(f"{directory} holds folders too deep to walk") from None
 
 
 def _read(directory: Path, *, verify: bool) -> Sealed:

@@ -15,7 +15,7 @@ from models.heads import HEADS, Head
 
 
 class Params(FrozenModel):
-    scale: float = Field(100.0, gt=0)  # exp of the learned log temperature
+    scale: float = Field(100.0, gt=0, le=1e4)  # exp of the learned log temperature
 
 
 def logits(image: Array, text: Array, assets: Arrays, params: Params) -> Array:

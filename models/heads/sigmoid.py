@@ -15,8 +15,8 @@ from models.heads import HEADS, Head
 
 
 class Params(FrozenModel):
-    scale: float = Field(10.0, gt=0)  # exp of the learned log temperature
-    bias: float = -10.0
+    scale: float = Field(10.0, gt=0, le=1e4)  # exp of the learned log temperature
+    bias: float = Field(-10.0, ge=-1e4, le=1e4)
 
 
 def logits(image: Array, text: Array, assets: Arrays, params: Params) -> Array:

@@ -89,7 +89,9 @@ def test_it_says_what_it_is_and_where_it_is_from(name: str):
         assert part in text, part
 
 
-@pytest.mark.parametrize("params", [{"no_such": 1}, {"scale": "warm"}, {"scale": float("nan")}, {"scale": 0.0}])
+@pytest.mark.parametrize(
+    "params", [{"no_such": 1}, {"scale": "warm"}, {"scale": float("nan")}, {"scale": 0.0}, {"scale": 1e39}]
+)
 def test_params_that_are_not_its_own_are_refused(name: str, params: dict[str, Any]):
     with pytest.raises(BundleInvalid, match=rf"head params .*: {next(iter(params))}: "):
         HEADS.get(name).bind(params, {})
@@ -131,3 +133,9 @@ def test_sigmoid_judges_every_label_alone():
     exact = 10.0 * IMAGE.astype(np.float64) @ TEXT.T.astype(np.float64) - 2.0
     assert logits == pytest.approx(exact, abs=1e-5)
     assert head.scores(logits) == pytest.approx(1 / (1 + np.exp(-exact)), abs=1e-6)
+
+
+@pytest.mark.parametrize("bias", [1e39, -1e39, float("inf")])
+def test_a_bias_that_drowns_every_score_is_refused(bias: float):
+    with pytest.raises(BundleInvalid, match=r"head params .*: bias: "):
+        HEADS.get("sigmoid").bind({"bias": bias}, {})

@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -78,22 +80,35 @@ def test_a_second_use_of_a_name_is_refused(family: Family):
 def test_packages_of_others_join_by_entry_point(family: Family, monkeypatch: pytest.MonkeyPatch):
     things = family("joined_family")
 
-    class Point:
+    class Point(EntryPoint):
         def load(self) -> None:
             things.register("guest")("GUEST")
 
     asked = []
-    monkeypatch.setattr(module, "entry_points", lambda group: asked.append(group) or [Point()])
+    monkeypatch.setattr(module, "entry_points", lambda group: asked.append(group) or [Point("guest", "guests", group)])
     assert things.get("guest") == "GUEST"
     assert things.names() == ["guest"]
     assert asked == ["calmclip.things"]  # once
 
 
-def test_a_module_that_does_not_import_says_so_each_time(family: Family):
-    things = family("broken_family", bad="raise RuntimeError('bad module')")
-    for _ in range(2):  # and is not half a family from then on
-        with pytest.raises(RuntimeError, match="bad module"):
-            things.names()
+def test_a_module_that_does_not_import_takes_nothing_from_the_others(family: Family, monkeypatch: pytest.MonkeyPatch):
+    things = family(
+        "broken_family",
+        bad="THINGS.register('half')('HALF')\nraise RuntimeError('bad module')",
+        good="THINGS.register('good')('GOOD')",
+    )
+    monkeypatch.setattr(module, "entry_points", lambda group: [EntryPoint("guest", "no_such_package", group)])
+    for _ in range(2):
+        assert things.get("good") == "GOOD"
+        assert things.names() == ["good"]
+        with pytest.raises(
+            UnknownName, match=r"broken_family\.bad did not import: RuntimeError\('bad module'\)"
+        ) as told:
+            things.get("half")
+        assert "entry point guest = no_such_package did not import" in str(told.value)
+        assert isinstance(told.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="bad module"):  # its own error, not "registered twice"
+        import_module("broken_family.bad")
 
 
 def test_threads_that_ask_at_once_all_wait_for_the_whole_family(family: Family):

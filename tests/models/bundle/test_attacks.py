@@ -204,6 +204,22 @@ def test_what_is_wrong_is_named(sealed: Path, attack: Callable[[Path], str]):
         read(sealed)
 
 
+def test_folders_without_end_are_refused(sealed: Path):
+    folder = str(sealed)
+    for _ in range(1500):
+        folder += "/d"
+        os.mkdir(folder)
+    (Path(folder) / "stray").touch()
+    try:
+        with pytest.raises(BundleInvalid, match=r"too deep to walk|stray is not listed"):
+            read(sealed)
+    finally:  # by hand: what cleans up after pytest walks by recursion, too
+        os.unlink(folder + "/stray")
+        while folder != str(sealed):
+            os.rmdir(folder)
+            folder = folder.removesuffix("/d")
+
+
 def test_without_verify_only_contents_go_unread(sealed: Path):
     changed_byte(sealed)
     assert read(sealed, verify=False).manifest.name == "colours"
