@@ -296,7 +296,8 @@ def align_command(argv: list[str]) -> int:
         print(f"wrote {result['heads']}; loss {result['training']['first_loss']} -> {result['training']['last_loss']}")
         for name, value in result["held_out"].items():
             print(f"  {name:18s} {value}")
-        print(f"export it with: calmclip export {given.out}")
+        where = given.out if given.out.is_absolute() else f"./{given.out}"  # "mini" alone is the built-in model
+        print(f"export it with: calmclip export {where}")
     return 0
 
 
@@ -385,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--captions", type=Path, required=True, help=f"JSON: {FORM}")
     options.add_argument("--images", type=Path, required=True, help="folder of the pictures")
     options.add_argument(
-        "--out", type=Path, default=Path("checkpoints/mini"), help="folder for heads.safetensors (default %(default)s)"
+        "--out", type=Path, default=Path("checkpoints/own"), help="folder for heads.safetensors (default %(default)s)"
     )
     options.add_argument("--start", type=Path, default=SHIPPED, help="heads to start from (default: those that ship)")
     options.add_argument("--fresh", action="store_true", help="start from nothing; needs --names")

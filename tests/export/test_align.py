@@ -114,6 +114,21 @@ def test_align_writes_a_checkpoint_that_export_reads(
     assert torch.equal(trained.class_table, shipped.class_table)
 
 
+@pytest.mark.parametrize(
+    ("out", "printed"),
+    [([], "./checkpoints/own"), (["--out", "mini"], "./mini"), (["--out", "../a"], "./../a"), (["--out", "/a"], "/a")],
+)
+def test_the_next_step_it_prints_is_of_what_it_wrote(
+    out: list[str], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`export mini` would take the heads that ship, and seal the name that is there already."""
+    monkeypatch.setattr(
+        align, "train", lambda *_: {"heads": "", "training": {"first_loss": 2, "last_loss": 1}, "held_out": {}}
+    )
+    align.align_command(["--captions", "c.json", "--images", ".", *out])
+    assert capsys.readouterr().out.splitlines()[-1] == f"export it with: calmclip export {printed}"
+
+
 def test_a_picture_that_is_not_there_is_named(tmp_path: Path):
     (tmp_path / "c.json").write_text('{"lost.jpg": ["one"]}')
     with pytest.raises(BadRequest, match=r"1 of 1 pictures .* lost\.jpg"):

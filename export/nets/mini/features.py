@@ -1,6 +1,7 @@
 """Pictures and texts -> what the frozen encoders of the built-in model make of them, for training its heads."""
 
 import hashlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from export.nets.mini.backbone import WIDTH32, frozen
 from export.nets.mini.minilm import CONTEXT, WIDTH, from_state
 from export.nets.mini.weights import BACKBONE, backbone_state, minilm_state, tokenizer_json
 from models.bundle.manifest import ImagePreprocess
+from models.errors import InputError
 from models.preprocess.image import ImagePreparer, decode
 
 PIXELS = ImagePreprocess(
@@ -27,23 +29,26 @@ VIEWS = ("upright", "mirrored")
 def of_pictures(paths: Sequence[Path], cache: Path | None = None, *, quiet: bool = False) -> Tensor:
     """-> float32 [N, 2, 1280], upright and mirrored. About 50 ms a picture on one core.
 
-    ``cache``: a folder that keeps them; the file's name says of which pictures and which backbone.
+    ``cache``: a folder that keeps them; the file's name says of which pictures and which backbone. Values are those
+    of float16, kept or not. Raises `InputError` naming the file that is no picture.
     """
     file = cache / f"features-{_digest(paths)}.npy" if cache else None
     if file and file.is_file():
         return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
     backbone = frozen(backbone_state()).to(memory_format=torch.channels_last)
     preparer = ImagePreparer(PIXELS)
-    found = torch.empty(len(paths), len(VIEWS), WIDTH32)
+    found = torch.empty(len(paths), len(VIEWS), WIDTH32, dtype=torch.float16)
     with torch.inference_mode():
         for row, path in zip(found, tqdm(paths, "pictures", unit="", disable=quiet), strict=True):
-            for slot, view in zip(row, _views(decode(path.read_bytes())), strict=True):
+            for slot, view in zip(row, _views(_picture(path)), strict=True):
                 pixels = torch.from_numpy(preparer.prepare(view)[0]).to(memory_format=torch.channels_last)
                 slot.copy_(backbone(pixels)[1].mean((2, 3))[0])
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, found.numpy().astype(np.float16))
-    return found
+        with tempfile.TemporaryDirectory(prefix=".features-", dir=file.parent) as folder:
+            np.save(whole := Path(folder) / file.name, found.numpy())
+            whole.replace(file)  # whoever looks sees all of it or none
+    return found.float()
 
 
 def of_texts(texts: Sequence[str], *, batch: int = 64, quiet: bool = False) -> Tensor:
@@ -66,6 +71,13 @@ def of_texts(texts: Sequence[str], *, batch: int = 64, quiet: bool = False) -> T
             found[group] = F.normalize(encoder(ids, mask), dim=-1)
             bar.update(len(group))
     return found
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        return decode(path.read_bytes())
+    except InputError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _views(picture: Image.Image) -> Iterator[Image.Image]:
