@@ -17,6 +17,7 @@ from models.errors import BadRequest, BundleNotFound
 from service.settings import Settings
 
 M_ARENA_MAX = -8  # of malloc.h
+MAX_HEADER_BYTES = 64 << 10  # of one request, with its line: 256 labels fit into a query
 
 
 def serve_command(argv: list[str]) -> int:
@@ -48,6 +49,8 @@ def serve_command(argv: list[str]) -> int:
         log_config=None,
         access_log=False,  # the middleware writes it, with request ids and stages
         server_header=False,
+        http="h11",  # the other one, httptools, buffers headers without end
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=int(settings.deadline_ms / 1000) + 1,
     )
     # uvicorn raises the signal again when it is done; that must not count as being killed

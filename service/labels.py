@@ -3,8 +3,10 @@
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import orjson
@@ -12,6 +14,8 @@ import orjson
 from models.errors import BadRequest, LabelSetNotFound, TooManyLabels, suggestion
 from service.schemas import NAME
 from service.settings import Limits
+
+MAX_CHARACTERS = 1000  # of a label or template; no text tower reads as many
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,16 @@ class LabelSet:
 
 
 class LabelSets:
-    """Read once at start, then held in memory; a `put` is on disk before it is answered."""
+    """Read once at start, then held in memory; a `put` is on disk before it returns. Threads may call it."""
 
     def __init__(self, directory: Path, limits: Limits) -> None:
         self.directory = directory
         self.limits = limits
+        self._lock = threading.Lock()  # one writer: memory and disk change together
         self._sets = {label_set.name: label_set for label_set in map(_read, sorted(directory.glob("*.json")))}
 
     def all(self) -> list[LabelSet]:
-        return [self._sets[name] for name in sorted(self._sets)]
+        return sorted(self._sets.values(), key=attrgetter("name"))
 
     def get(self, name: str) -> LabelSet:
         try:
@@ -58,19 +63,21 @@ class LabelSets:
         check_labels(labels, templates, self.limits)
         if repeated := {label for label in labels if labels.count(label) > 1}:
             raise BadRequest(f"the label {min(repeated)!r} is given twice; expected each once")
-        old = self._sets.get(name)
-        new = LabelSet(name, old.version + 1 if old else 1, tuple(labels), tuple(templates))
-        if old and (old.labels, old.templates) == (new.labels, new.templates):
-            return old
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self.directory / f"{name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
-        self._sets[name] = new
-        return new
+        with self._lock:
+            old = self._sets.get(name)
+            new = LabelSet(name, old.version + 1 if old else 1, tuple(labels), tuple(templates))
+            if old and (old.labels, old.templates) == (new.labels, new.templates):
+                return old
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_whole(self.directory / f"{name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
+            self._sets[name] = new
+            return new
 
     def delete(self, name: str) -> None:
-        self.get(name)
-        (self.directory / f"{name}.json").unlink(missing_ok=True)
-        del self._sets[name]
+        with self._lock:
+            self.get(name)
+            (self.directory / f"{name}.json").unlink(missing_ok=True)
+            del self._sets[name]
 
 
 def check_name(what: str, name: str) -> None:
@@ -87,6 +94,10 @@ def check_labels(labels: Sequence[str], templates: Sequence[str], limits: Limits
         raise TooManyLabels(f"{len(labels)} labels were given; at most {limits.labels} are read at once")
     if len(templates) > limits.templates:
         raise BadRequest(f"{len(templates)} templates were given; at most {limits.templates} are read at once")
+    for what, texts in (("label", labels), ("template", templates)):
+        for index, text in enumerate(texts):
+            if len(text) > MAX_CHARACTERS:
+                raise BadRequest(f"{what} {index} has {len(text)} characters; at most {MAX_CHARACTERS} are read")
     for label in labels:
         if not label.strip():
             raise BadRequest(f"label {labels.index(label)} is empty; expected some words")

@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from models import errors
 from models.errors import CalmclipError, Overloaded, suggestion
@@ -24,6 +25,7 @@ from service.context import context
 log = logging.getLogger("calmclip")
 MEDIA_TYPE = "application/problem+json"
 MOST = 100  # findings and names in an answer; characters of a place
+VERBS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 CLIENT_GONE = 499  # never seen by anybody: the client hung up
 
 
@@ -79,7 +81,10 @@ TABLE: dict[type[BaseException], Problem] = {
         "text-too-long", 422, "Text too long", "A text has more tokens than the model reads. Shorten it."
     ),
     BodyTooLarge: Problem(
-        "body-too-large", 413, "Body too large", "The request has more bytes than CALMCLIP_LIMITS__BODY_BYTES."
+        "body-too-large",
+        413,
+        "Body too large",
+        "The request has more bytes than CALMCLIP_LIMITS__BODY_BYTES, or than its route reads.",
     ),
     WrongContentType: Problem(
         "unsupported-media-type",
@@ -194,10 +199,17 @@ async def _starlette(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 405:
-        return render(request, METHOD, f"{path} does not take {request.method}", None, **dict(error.headers or {}))
+        return render(request, METHOD, f"{path} does not take {request.method}", Allow=_verbs(request))
     if error.status_code == 404:
         return render(request, NOT_FOUND, f"there is no {path}; GET /openapi.json lists the routes")
     return await unexpected(request, error)
+
+
+def _verbs(request: Request) -> str:
+    """Of all routes with this path; the router's own `Allow` knows the first one's only."""
+    asked = {verb: {**request.scope, "method": verb} for verb in VERBS}
+    routes = request.app.routes
+    return ", ".join(v for v, scope in asked.items() if any(r.matches(scope)[0] is Match.FULL for r in routes))
 
 
 async def _query(request: Request, error: Exception) -> Response:

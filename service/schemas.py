@@ -6,7 +6,7 @@ A request model is filled from JSON, from a multipart form, or from the query be
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import (
@@ -58,6 +58,7 @@ Vectors = Annotated[
 ]  # numpy goes to orjson as it is
 Scalar = str | int | float | bool
 Bound = StrictFloat | StrictStr  # true is no number here
+MIB = 1 << 20
 MAX_KEYS = 64  # of one object: each unknown one would be an error of its own
 MAX_FIELDS = 32  # of a filter: the engine's parser recurses, and thousands overflow its stack
 MAX_IN = 1000  # values of all the filter's `in` together
@@ -70,6 +71,7 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    max_bytes: ClassVar[int | None] = None  # of the JSON, where the limit of all bodies is far too much
 
     @model_validator(mode="before")
     @classmethod
@@ -139,6 +141,8 @@ class EmbedBody(Body):
 
 
 class CollectionBody(Body):
+    max_bytes = MIB
+
     model: str | None = Field(None, description="the bundle whose vectors it will hold; else the first that embeds")
 
 
@@ -212,6 +216,8 @@ class SearchBody(Body):
 
 
 class LabelSetBody(Body):
+    max_bytes = MIB
+
     labels: list[str] = Field(min_length=1, fail_fast=True)
     templates: list[str] = Field([], fail_fast=True)
 

@@ -65,7 +65,8 @@ def _check_picture(data: bytes, limits: Limits, where: str) -> None:
 async def _fields(request: Request, kind: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
     pictured = issubclass(model, (LabelledPicture, EmbedBody))
     if kind == "application/json":
-        return _json(await _whole(request, limits.body_bytes, BodyTooLarge, "the body"))
+        limit = min(limits.body_bytes, model.max_bytes or limits.body_bytes)
+        return _json(await _whole(request, limit, BodyTooLarge, "the body"))
     if pictured and kind == "multipart/form-data":
         return _shape(await _form(request, limits), model)
     if pictured and kind in PICTURES:
@@ -113,7 +114,7 @@ async def _form(request: Request, limits: Limits) -> list[tuple[str, Any]]:
     parser = _Parser(request.headers, stream, max_files=most, max_fields=most, max_part_size=limits.image_bytes)
     try:
         form = await parser.parse()
-    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+    except (MultiPartException, LookupError, ValueError) as error:  # the two of them also for a charset that is none
         raise BadRequest(f"the multipart body is broken: {getattr(error, 'message', error)}") from None
     try:
         return [(k, await v.read() if isinstance(v, UploadFile) else v) for k, v in form.multi_items()]

@@ -1,10 +1,11 @@
 """What is loaded and how it is: /v1/models, the probes, the metrics, the page."""
 
 import json
+import mimetypes
 from pathlib import Path
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 
 from models.errors import BundleNotFound, TaskNotServed, suggestion
 from service.context import Own, Parts, task
@@ -49,10 +50,12 @@ async def get_model(name: str, own: Own, parts: Parts) -> Response:
 
 
 @router.get("/healthz", summary="The process answers")
+@router.head("/healthz", include_in_schema=False)
 async def healthz() -> Response:
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Bundles and collections are loaded",
@@ -71,13 +74,15 @@ async def metrics(parts: Parts) -> Response:
 
 
 def page(folder: Path = WEB) -> APIRouter:
-    """A route per file of ``folder``, and `/` for its index.html: what is not there cannot be asked for."""
+    """A route per file of ``folder``, read once, and `/` for its index.html: what is not there cannot be asked for."""
     router = APIRouter(dependencies=[Depends(task("catalog"))])
 
     def serve(path: str, file: Path) -> None:
-        @router.get(path, include_in_schema=False)
-        async def send() -> FileResponse:
-            return FileResponse(file, headers=PAGE_HEADERS)
+        data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0]
+
+        @router.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
+        async def send() -> Response:
+            return Response(data, headers=PAGE_HEADERS, media_type=kind)
 
     for file in sorted(folder.iterdir()):
         if file.is_file():

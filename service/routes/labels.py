@@ -1,5 +1,6 @@
-"""/v1/label-sets: labels registered once, named by classify and detect."""
+"""/v1/label-sets: labels registered once, named by classify and detect. Files are written in a thread."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -8,7 +9,7 @@ from fastapi.responses import Response
 from service.context import Own, Parts, task
 from service.labels import LabelSet
 from service.openapi import INPUT, answers, takes
-from service.routes import respond
+from service.routes import admitted, respond
 from service.schemas import LabelSetAnswer, LabelSetBody, LabelSetsAnswer
 from service.uploads import body_of
 
@@ -26,12 +27,13 @@ async def list_label_sets(own: Own, parts: Parts) -> Response:
     summary="Register labels",
     description="A change counts the version up; the same content again does not.",
     openapi_extra=takes(LabelSetBody, {"labels": ["cat", "dog"], "templates": ["a photo of a {}."]}),
-    responses=answers(LabelSetAnswer, *INPUT, "too-many-labels"),
+    responses=answers(LabelSetAnswer, *INPUT, "too-many-labels", "overloaded", "deadline-exceeded"),
+    dependencies=[Depends(admitted)],
 )
 async def put_label_set(
     name: str, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
 ) -> Response:
-    return respond(own, _shape(parts.labels.put(name, body.labels, body.templates)))
+    return respond(own, _shape(await asyncio.to_thread(parts.labels.put, name, body.labels, body.templates)))
 
 
 @router.get("/v1/label-sets/{name}", summary="One label set", responses=answers(LabelSetAnswer, MISSING))
@@ -43,7 +45,7 @@ async def get_label_set(name: str, own: Own, parts: Parts) -> Response:
     "/v1/label-sets/{name}", summary="Forget a label set", status_code=204, responses=answers(None, MISSING, status=204)
 )
 async def delete_label_set(name: str, parts: Parts) -> Response:
-    parts.labels.delete(name)
+    await asyncio.to_thread(parts.labels.delete, name)
     return Response(status_code=204)
 
 

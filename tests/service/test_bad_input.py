@@ -174,6 +174,9 @@ def test_unknown_names_come_with_the_nearest(client, picture):
     answer = client.get("/v1/classify")
     check(answer, 405, "method-not-allowed", "GET")
     assert answer.headers["allow"] == "POST"
+    assert client.patch("/v1/collections/photos").headers["allow"] == "DELETE, GET, PUT"
+    assert client.put("/v1/label-sets").headers["allow"] == "GET"
+    assert client.post("/healthz").headers["allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +221,13 @@ def test_broken_multipart(client, body):
     check(answer, 422, "invalid-request")
     answer = client.post("/v1/classify", content=body, headers={"content-type": "multipart/form-data"})
     check(answer, 422, "invalid-request")
+
+
+@pytest.mark.parametrize("charset", ["undefined", "none-such", "idna", "hex", "utf-16"])
+def test_charsets_that_are_none(client, charset):
+    body = b'--b\r\nContent-Disposition: form-data; name="labels"\r\n\r\n\xff..red\r\n--b--\r\n'
+    kind = f"multipart/form-data; boundary=b; charset={charset}"
+    check(client.post("/v1/classify", content=body, headers={"content-type": kind}), 422, "invalid-request")
 
 
 def test_a_field_twice_and_both_sources_of_labels(client, picture):
@@ -296,7 +306,22 @@ def test_label_sets(client):
     check(put(labels=[str(i) for i in range(10_000)]), 422, "too-many-labels", "10000")
     check(put(labels=["x", ""]), 422, "invalid-request", "label 1")
     check(put(labels=["x"], templates=["none"]), 422, "invalid-request", "{}")
+    check(put(labels=["x", "y" * 1001]), 422, "invalid-request", "label 1 has 1001", "1000")
+    check(put(labels=["x"], templates=["{}" + "y" * 1000]), 422, "invalid-request", "template 0 has 1002", "1000")
+    check(put(labels=["y" * (1 << 20)]), 413, "body-too-large", str(1 << 20))
+    check(client.put("/v1/collections/big", json={"model": "y" * (1 << 20)}), 413, "body-too-large", str(1 << 20))
     check(client.get("/v1/label-sets/bad"), 404, "label-set-not-found")
+
+
+def test_every_route_with_a_body_needs_a_place(settings, serve, picture):
+    with serve(settings(queue={"max_pending": 1})) as client:
+        head = "POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as holder:
+            holder.sendall(head.encode())  # and no body: it keeps the only place
+            while "calmclip_requests_pending 1.0" not in client.get("/metrics").text:
+                pass
+            check(client.put("/v1/label-sets/x", json={"labels": ["red"]}), 503, "overloaded")
+            check(client.put("/v1/collections/x", json={}), 503, "overloaded")
 
 
 def test_the_connection_stays_open_unless_a_body_was_not_read(client):

@@ -75,6 +75,21 @@ def test_serve_until_a_signal(bundles, tmp_path, picture, number, flags):
         assert r"/no\npath" in line
 
 
+def test_headers_are_bounded_but_many_labels_fit(bundles, tmp_path, picture):
+    with serving(bundles, tmp_path / "data") as (_, client, _log):
+        send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+        labels = [f"{i:03} " + "x" * 190 for i in range(256)]
+        assert client.post("/v1/classify", params={"labels": labels}, **send).status_code == 200
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as connection:
+            with suppress(ConnectionError):  # it may hang up while this still writes
+                for chunk in (b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ", *[b"x" * 65536] * 32):
+                    connection.sendall(chunk)
+            with suppress(ConnectionResetError):
+                assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+                while connection.recv(65536):  # to its end: it hung up, with the endless header at 2 MiB
+                    pass
+
+
 def test_index_through_a_service_and_again(bundles, tmp_path, pictures, picture, capsys):
     with serving(bundles, tmp_path / "data") as (_, client, _log):
 

@@ -96,3 +96,19 @@ def test_the_page_and_its_policy(client):
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert client.get("/app.js").headers["content-type"].startswith(("text/javascript", "application/javascript"))
     assert client.get("/%2e%2e/app.py").status_code == 404
+
+
+@pytest.mark.parametrize("ranges", ["bytes=abc", "bytes=0-3", "bytes=9999999-", "x"])
+@pytest.mark.parametrize("path", ["/", "/app.js"])
+def test_the_page_knows_no_ranges(client, path, ranges):
+    answer = client.get(path, headers={"range": ranges})
+    assert answer.status_code == 200
+    assert answer.content == client.get(path).content
+
+
+@pytest.mark.parametrize("path", ["/", "/style.css", "/healthz", "/readyz"])
+def test_head_is_get_without_the_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(got.content))
+    assert head.headers["content-type"] == got.headers["content-type"]

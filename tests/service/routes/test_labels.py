@@ -1,6 +1,7 @@
 """Label sets: registered, versioned, kept, and used by name."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -42,3 +43,11 @@ def test_a_set_is_on_disk_and_back_after_a_restart(settings, serve, tmp_path):
     assert json.loads(files[0].read_text())["labels"] == ["röd", "grön"]
     with serve(settings()) as client:
         assert client.get("/v1/label-sets/kept").json()["version"] == 2
+
+
+def test_changes_at_the_same_time_are_all_counted(client):
+    def put(i: int) -> int:
+        return client.put("/v1/label-sets/crowd", json={"labels": [f"label {i}"]}).json()["version"]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(put, range(24))) == list(range(1, 25))
