@@ -9,7 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from export.evals.detection import THRESHOLDS, Boxes, average_precision, read_instances, recall
+from export.evals.detection import THRESHOLDS, Boxes, average_precision, measure, read_instances, recall
 from models.errors import BadRequest
 
 NAMES = 3
@@ -111,3 +111,9 @@ def test_a_directory_without_instances_is_refused(tmp_path, text, says):
         (tmp_path / "instances.json").write_text(text)
     with pytest.raises(BadRequest, match=says):
         read_instances(tmp_path)
+
+
+def test_a_limit_that_leaves_nothing_is_refused(tmp_path):
+    (tmp_path / "instances.json").write_text('{"categories": [], "images": [], "annotations": []}')
+    with pytest.raises(BadRequest, match="limit is 0; expected at least 1"):
+        measure(None, tmp_path, 0)
