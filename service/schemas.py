@@ -23,6 +23,7 @@ from pydantic import (
 from models.flow import Array
 from models.tasks.classify import Ranking
 from models.tasks.detect import Detections, Suppression
+from service.settings import MAX_TEXTS
 from service.stores import Condition
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -137,7 +138,7 @@ class EmbedInput(Body):
 
 class EmbedBody(Body):
     model: str | None = Field(None, description="a loaded bundle; else the first that embeds")
-    inputs: list[EmbedInput] = Field(min_length=1, fail_fast=True)
+    inputs: list[EmbedInput] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
 
 
 class CollectionBody(Body):
@@ -152,7 +153,7 @@ class Item(EmbedInput):
 
 
 class ItemsBody(Body):
-    items: list[Item] = Field(min_length=1, fail_fast=True)
+    items: list[Item] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
 
 
 class DeleteItemsBody(Body):

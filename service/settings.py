@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from models.preprocess.image import MAX_PIXELS
 
 MIB = 1 << 20
+MAX_TEXTS = 10_000  # what `Limits.texts` may be; more are not even looked at
 
 
 class _Group(BaseModel):
@@ -46,7 +47,7 @@ class Limits(_Group):
     )
     labels: int = Field(default=256, ge=1, description="labels in a request or label set")
     templates: int = Field(default=32, ge=1, description="prompt templates in a request or label set")
-    texts: int = Field(default=256, ge=1, description="inputs of one embed request; items of one upload")
+    texts: int = Field(default=256, ge=1, le=MAX_TEXTS, description="inputs of one embed request; items of one upload")
     top_k: int = Field(default=1000, ge=1, description="hits of one search; items of one page")
     collections: int = Field(default=1000, ge=1, description="collections in the store")
     meta_bytes: int = Field(default=16384, ge=2, description="one item's metadata, as JSON")

@@ -355,6 +355,7 @@ def _raw(port: int, data: bytes) -> bytes:
         ("classify", b'{"image": {"b64": ""}, "labels": [' + b"1," * 500_000 + b"1]}", "labels.0"),
         ("embed", b'{"inputs": [' + b"1," * 500_000 + b"1]}", "inputs.0"),
         ("embed", b'{"inputs": [{' + b",".join(b'"%d": 1' % i for i in range(100_000)) + b"}]}", "100000"),
+        ("embed", b'{"inputs": [' + b'{"text": "a"},' * 200_000 + b'{"text": "a"}]}', "10000"),
         ("classify", b"{" + b",".join(b'"%d": 1' % i for i in range(200_000)) + b"}", "200000"),
         ("classify", b'{"' + b"x" * 1_000_000 + b'": 1}', "image"),
     ],

@@ -32,6 +32,7 @@ def test_given_values_win_over_the_environment(monkeypatch):
         ("SLO__TARGET", "1.5"),
         ("LOG", "xml"),
         ("LIMITS__LABELS", "x"),
+        ("LIMITS__TEXTS", "10001"),
     ],
 )
 def test_what_makes_no_sense_is_refused(monkeypatch, name, value):
