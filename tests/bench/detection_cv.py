@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from export import align, boxes, pipeline
+from export.captions import read_captions
 from export.evals.detection import measure, read_instances
 from export.nets.mini import features
 from export.nets.mini.backbone import frozen
@@ -86,7 +87,7 @@ def _views(given: argparse.Namespace, photos: list[boxes.Photo], part: int) -> b
 
 def _sources(given: argparse.Namespace) -> dict[str, Any]:
     """What every fold's alignment shares: captioned pictures, class names, and the words for crops."""
-    captions = align.read_captions(given.captions)
+    captions = read_captions(given.captions)
     files = sorted(captions)
     pictures = features.of_pictures([given.pictures / name for name in files], given.work)
     texts = features.of_texts([text for name in files for text in captions[name]])

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from export import calibrate
-from export.align import read_captions
+from export.captions import read_captions
 from export.nets import NETS
 from export.nets.mini import RANGES, TEMPLATES
 from export.quantizers import QUANTIZERS
