@@ -206,7 +206,9 @@ def paint(*colours: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") ->
 @contextmanager
 def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]:
     """The app under uvicorn in a thread, on a free port; a client for it."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), port=0, http="h11", log_level="warning", lifespan="on")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
