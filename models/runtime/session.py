@@ -43,6 +43,8 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
+        # Its arena keeps the most a run ever took, for each graph; without it the same speed, and 40 MB less.
+        settings.enable_cpu_mem_arena = False
         settings.log_severity_level = 4  # fatal only: errors are raised, warnings are about its own optimizer
         # Spinning threads win microseconds and burn the cores that decode pictures.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
