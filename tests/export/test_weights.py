@@ -44,7 +44,7 @@ def test_two_shared_weights_start_on_pages(tmp_path: Path):
     small = RNG.standard_normal((64, 64)).astype(np.float32)[:33]  # 8448 bytes, no multiple of a page
     a, b = graph(COMMON + 1), graph(COMMON + 1)
     for model in (a, b):
-        model.graph.initializer.append(numpy_helper.from_array(small, "small"))
+        model.graph.initializer.insert(0, numpy_helper.from_array(small, "small"))  # what follows must be moved on
     save({"a": a, "b": b}, tmp_path)
     offsets = {
         int(entry.value)
