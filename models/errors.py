@@ -19,6 +19,8 @@
     ├── LabelSetNotFound
     ├── Overloaded                the queue is full; try again
     ├── DeadlineExceeded          too late to be of use
+    ├── OpsLibraryMissing         the op library was demanded and cannot be used; says why
+    ├── OpsNotBuilt               no compiler, no headers, or the compiler refused
     ├── ExtraMissing              an optional dependency is not installed; says which
     └── ExportError               raised only in export/
         ├── UnknownCheckpoint     a directory no net recognises
@@ -99,6 +101,12 @@ class Overloaded(CalmclipError):
 
 
 class DeadlineExceeded(CalmclipError): ...
+
+
+class OpsLibraryMissing(CalmclipError): ...
+
+
+class OpsNotBuilt(CalmclipError): ...
 
 
 class ExtraMissing(CalmclipError): ...

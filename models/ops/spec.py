@@ -5,7 +5,7 @@ A promise between the one who writes the node (`export`) and the one who runs it
 runtime can run it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from models.bundle.manifest import Tensor
@@ -15,20 +15,36 @@ VERSION = 1
 
 Method = Literal["hard", "linear", "gaussian"]
 METHODS: tuple[Method, ...] = ("hard", "linear", "gaussian")  # their places are the op's codes
+Attribute = int | float | str | tuple[int, ...] | tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Op:
-    """``inputs`` and ``outputs`` in order; string dimensions are known only at run time."""
+    """``inputs`` and ``outputs`` in order; string dimensions are known only at run time, "..." is any number of them.
+
+    ``attributes``: name -> default.
+    """
 
     name: str
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    attributes: dict[str, Attribute] = field(default_factory=dict)
 
 
 def _tensor(dtype: Literal["float32", "int64"], *shape: int | str) -> Tensor:
     return Tensor(dtype=dtype, shape=shape)
 
+
+# clamp((zeta - gamma) * softmax(x) + gamma, 0, 1) over one axis: Bondarenko et al. 2023 (arXiv 2306.12929), equation 4.
+# gamma <= 0 <= 1 <= zeta; 0 and 1 are plain softmax. Rows are not normalised again.
+# -inf counts as the lowest finite float32, so a row of nothing but masks is uniform, whichever the mask; a row that
+# holds NaN or +inf is NaN throughout; an empty axis gives an empty output.
+SOFTMAX = Op(
+    "Softmax",
+    inputs={"x": _tensor("float32", "...")},
+    outputs={"y": _tensor("float32", "...")},
+    attributes={"axis": -1, "gamma": 0.0, "zeta": 1.0},
+)
 
 # Greedy suppression that decays the scores of overlapping boxes: Bodla et al. 2017 (arXiv 1704.04503), section 3.
 # Its settings are inputs, not attributes, so that one graph serves every request.

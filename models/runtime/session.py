@@ -9,6 +9,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from models.bundle.manifest import Graph, fits
 from models.errors import BadRequest, BundleInvalid
 from models.flow import Array, Arrays
+from models.ops.library import Mode, find
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -22,10 +23,14 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """``threads``: intra-op threads, 0 = one per core. ``profile``: a file prefix for ONNX Runtime's profiler."""
+    """``threads``: intra-op threads, 0 = one per core. ``profile``: a file prefix for ONNX Runtime's profiler.
+
+    ``ops``: whether the op library is used (auto: where there is one), see `models.ops.library.find`.
+    """
 
     threads: int = 0
     profile: str | None = None
+    ops: Mode = "auto"
 
 
 class Session:
@@ -33,7 +38,7 @@ class Session:
 
     Weights that lie in a file of their own are found beside the graph; ONNX Runtime (since 1.24.1) refuses a
     graph that points out of its folder. Raises `BundleInvalid` for it, for a graph that does not load, and for
-    one whose inputs and outputs are not the manifest's.
+    one whose inputs and outputs are not the manifest's; `OpsLibraryMissing` as `library.find` does.
     """
 
     def __init__(self, path: Path, graph: Graph, options: SessionOptions | None = None) -> None:
@@ -51,6 +56,8 @@ class Session:
         if options.profile:
             settings.enable_profiling = True
             settings.profile_file_prefix = options.profile
+        if library := find(options.ops):
+            settings.register_custom_ops_library(str(library.path))
         try:
             self._session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exception types are not public

@@ -1,0 +1,22 @@
+// What ONNX Runtime calls when the library is registered with a session.
+#include "ops/op.h"
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "this ONNX Runtime is older than calmclip's op library");
+  Ort::InitApi(api);
+  return calmclip::guarded([&]() -> OrtStatusPtr {
+    static Ort::CustomOpDomain domain(calmclip::kDomain);  // lives as long as the library: sessions keep pointers
+    static const bool filled = [] {
+      for (const OrtCustomOp* op : {calmclip::softmax_op()}) domain.Add(op);
+      return true;
+    }();
+    (void)filled;
+    Ort::ThrowOnError(api->AddCustomOpDomain(options, domain));
+    return nullptr;
+  });
+}
+
+// The version of the operators' contract, `models.ops.spec.VERSION`.
+extern "C" __attribute__((visibility("default"))) int calmclip_ops_version() { return 1; }
