@@ -3,19 +3,26 @@ PYTHON ?= python3
 VENV   ?= .venv
 PORT   ?= 8080
 BIN    := $(VENV)/bin
+HEADER := /usr/include/onnxruntime/onnxruntime_cxx_api.h
+APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libonnxruntime-dev
 WEIGHTS := export/nets/mini/weights.txt
 
-.PHONY: setup serve test test-all lint bench up clean
+.PHONY: setup ops serve test test-all lint bench bench-ops up clean
 
 setup: $(VENV)/.dev  ## everything a developer needs
+
+ops: $(VENV)/.serve  ## the op library, where a compiler is; without it everything works, slower
+	@if command -v c++ apt-get >/dev/null && [ "$$(id -u)" = 0 ] && [ ! -e $(HEADER) ] && [ -z "$$ORT_INCLUDE_DIR" ]; then \
+	  $(APT) >/dev/null 2>&1 || { apt-get -qq update && $(APT); } >/dev/null 2>&1 || true; fi
+	@$(BIN)/calmclip ops build --if-possible
 
 serve: models/bundles/mini-int8/bundle.json  ## the main job: export the built-in model once, then answer over HTTP
 	$(BIN)/calmclip serve --load mini-int8 --port $(PORT)
 
-test: $(VENV)/.dev  ## what CI runs
+test: $(VENV)/.dev ops  ## what CI runs
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/.dev  ## also what is slow
+test-all: $(VENV)/.dev ops  ## also what is slow
 	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.dev
@@ -23,17 +30,22 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev models/bundles/mini-int8/bundle.json  ## figures of the built-in model on this machine
+bench: $(VENV)/.dev ops models/bundles/mini-int8/bundle.json  ## figures of the built-in model on this machine
 	$(BIN)/calmclip bench mini-int8 --against mini-float
 	$(BIN)/python tests/bench/bench_http.py models/bundles/mini-int8
+
+bench-ops: $(VENV)/.dev ops  ## our operators beside ONNX Runtime, torch, torchvision, Pillow and numpy
+	$(BIN)/python -m tests.bench.ops_softmax
+	$(BIN)/python -m tests.bench.ops_soft_nms
+	$(BIN)/python -m tests.bench.ops_pixels
 
 up:  ## service, Prometheus and Grafana in containers
 	docker compose up --build
 
 clean:
-	rm -rf $(VENV) build *.egg-info models/bundles/mini-*
+	rm -rf $(VENV) build models/ops/lib *.egg-info models/bundles/mini-*
 
-models/bundles/mini-int8/bundle.json: $(wildcard export/nets/mini/*.safetensors export/nets/mini/*.json) | $(VENV)/.serve
+models/bundles/mini-int8/bundle.json: $(wildcard export/nets/mini/*.safetensors export/nets/mini/*.json) | ops
 	$(BIN)/calmclip export mini --replace
 
 $(VENV)/.serve: pyproject.toml $(WEIGHTS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import tomli_w
 
 from export.recipe import load_recipe, recognise
-from models.cli import BUNDLES, emit, parser, positive
+from models.cli import BUNDLES, bundle_options, emit, parser, positive
 
 
 def export_command(argv: list[str]) -> int:
@@ -59,8 +59,7 @@ def eval_command(argv: list[str]) -> int:
     options.add_argument("--data", type=Path, required=True, help="directory of the data set")
     options.add_argument("--against", help="a second bundle; default: the float one sealed beside an INT8 one")
     options.add_argument("--limit", type=positive, help="at most so many pictures")
-    options.add_argument("--bundles", type=Path, default=BUNDLES)
-    options.add_argument("--threads", type=int, default=0)
+    bundle_options(options)
     given = options.parse_args(argv)
     measure = EVALS.get(given.eval).measure
     sides = {given.bundle: find(given.bundle, given.bundles)}
@@ -70,7 +69,7 @@ def eval_command(argv: list[str]) -> int:
         sides[sibling.name] = sibling
     table = {}
     for name, directory in sides.items():
-        found = measure(open_bundle(directory, threads=given.threads), given.data, given.limit)
+        found = measure(open_bundle(directory, threads=given.threads, ops=given.ops), given.data, given.limit)
         table[name] = {key: round(float(value), 2) for key, value in found.items()}
     emit(given.json, {"eval": given.eval, "results": table}, _side_by_side)
     return 0

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a check did not pass, 2 bad usage or bad input, 3 an extr
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -26,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "index": ("service.cli:index_command", "embed a folder of pictures into a collection"),
     "eval": ("export.cli:eval_command", "accuracy on a data set, INT8 beside float"),
     "bench": ("models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
+    "ops": ("models.ops.commands:ops_command", "build, info, check: the compiled operators"),
     "plugins": ("models.commands:plugins_command", "names in every plug-in family"),
     "serve": ("service.cli:serve_command", "answer over HTTP"),
 }
@@ -95,6 +97,25 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
+
+
+def bundle_options(options: argparse.ArgumentParser, *, threads: int = 0) -> None:
+    """What every verb takes that opens a bundle: where they are, and how their graphs run."""
+    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    options.add_argument("--threads", type=int, default=threads, help="0: one per core")
+    options.add_argument(
+        "--ops", type=ops_mode, default=os.environ.get("CALMCLIP_OPS") or "auto",
+        help="the op library: auto (where there is one), required or off; default: what CALMCLIP_OPS says, else auto",
+    )  # fmt: skip
+
+
+def ops_mode(text: str) -> str:
+    """An argparse type, of the environment's word too."""
+    from models.ops.library import MODES
+
+    if text not in MODES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MODES)}")
+    return text
 
 
 def emit(as_json: bool, value: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:

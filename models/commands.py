@@ -11,13 +11,13 @@ import numpy as np
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import Graph
 from models.bundle.store import find, names, read
-from models.cli import BUNDLES, emit, parser
+from models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
 from models.errors import BadRequest, BundleInvalid, ExtraMissing, UnknownName
 from models.flow import Array, Arrays
 from models.measure import latency, machine
 from models.ops.spec import METHODS
 from models.registry import Registry
-from models.runner import open_bundle
+from models.runner import Runner, open_bundle
 from models.tasks.detect import Suppression
 
 # family -> where its registry is. Families of other packages are listed only where their extra is installed.
@@ -54,12 +54,12 @@ def check_command(argv: list[str]) -> int:
     """`calmclip check BUNDLE`: every file hashed, every graph run once; exit 1 when something is not right."""
     options = parser("check", "Verify a bundle and run each of its graphs once.")
     options.add_argument("bundle")
-    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    bundle_options(options)
     given = options.parse_args(argv)
     directory = find(given.bundle, given.bundles)
     checks: list[dict[str, Any]] = []
     try:
-        for check, passed in _checks(directory):
+        for check, passed in _checks(open_bundle(directory, threads=given.threads, ops=given.ops)):
             checks.append({"check": check, "passed": passed})
     except (BundleInvalid, UnknownName) as error:
         checks.append({"check": str(error), "passed": False})
@@ -72,9 +72,8 @@ def check_command(argv: list[str]) -> int:
     return 0 if passed else 1
 
 
-def _checks(directory: Path) -> Iterator[tuple[str, bool]]:
+def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
     """What was looked at, and whether it is right. `detect` is fed what `regions` and `text` answered."""
-    runner = open_bundle(directory)
     bundle = runner.bundle
     yield f"{len(bundle.manifest.files)} files hashed", True
     bundle.warm()
@@ -127,10 +126,9 @@ def run_command(argv: list[str]) -> int:
     options.add_argument("--sigma", type=float, default=default.sigma)
     options.add_argument("--iou-threshold", type=float, default=default.iou_threshold)
     options.add_argument("--min-score", type=float, default=default.min_score)
-    options.add_argument("--bundles", type=Path, default=BUNDLES)
-    options.add_argument("--threads", type=int, default=0)
+    bundle_options(options)
     given = options.parse_args(argv)
-    runner = open_bundle(find(given.bundle, given.bundles), threads=given.threads)
+    runner = open_bundle(find(given.bundle, given.bundles), threads=given.threads, ops=given.ops)
     if given.task == "embed":
         vectors = runner.embed(texts=given.text, images=given.pictures)
         emit(
@@ -170,14 +168,17 @@ def bench_command(argv: list[str]) -> int:
     options.add_argument("--against")
     options.add_argument("--picture", type=Path, help="default: grey noise of 640 x 480")
     options.add_argument("--rounds", type=int, default=50)
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    options.add_argument("--against-ops", type=ops_mode, help="op library of the other side; alone: the same bundle")
+    bundle_options(options, threads=1)
     given = options.parse_args(argv)
-    sides = [given.bundle] + ([given.against] if given.against else [])
-    runners = [open_bundle(find(side, given.bundles), threads=given.threads) for side in sides]
+    sides = [(given.bundle, given.ops)]
+    if given.against or given.against_ops:
+        sides.append((given.against or given.bundle, given.against_ops or given.ops))
+    runners = [open_bundle(find(name, given.bundles), threads=given.threads, ops=ops) for name, ops in sides]
     picture = given.picture.read_bytes() if given.picture else _noise()
     table = latency(runners, picture, given.rounds)
-    value = {"machine": machine(given.threads), "bundles": sides, "latency_ms": table}
+    named = [f"{name} (ops {ops})" if given.against_ops else name for name, ops in sides]
+    value = {"machine": machine(given.threads), "bundles": named, "latency_ms": table}
     emit(given.json, value, _bench)
     return 0
 

@@ -14,6 +14,7 @@ import orjson
 from models.bundle.store import find, names
 from models.cli import emit, parser
 from models.errors import BadRequest, BundleNotFound
+from models.ops import library
 from service.settings import Settings
 
 M_ARENA_MAX = -8  # of malloc.h
@@ -37,6 +38,7 @@ def serve_command(argv: list[str]) -> int:
     options.add_argument("--load", help="bundles to load, by comma; the first that serves a task is its default")
     given = options.parse_args(argv)
     settings = _settings(given, load=given.load, log="json" if given.json else None)
+    library.find(settings.ops)  # demanded and not there: better said now than by every bundle
     for name in settings.load:
         find(name, settings.bundles_dir)
     if not names(settings.bundles_dir) and not settings.load:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from models.bundle.bundle import Bundle
 from models.bundle.store import find, names, read
 from models.errors import BundleNotFound, CalmclipError, Overloaded, TaskNotServed, suggestion
+from models.ops.library import find as find_library
+from models.ops.library import why_not
 from models.runtime.session import Session, SessionOptions
 from service.batching import Batcher
 from service.settings import Settings
@@ -94,6 +96,11 @@ class Hub:
             self._complete = True
 
     async def _load(self, wanted: Sequence[str], bundles: Path) -> None:
+        if library := find_library(self.settings.ops):
+            log.info("op library %s, %s", library.sha256[:12], ", ".join(sorted({*library.isas.values()})))
+        else:
+            log.info("no op library (%s): bundles run their own functions", why_not() or "CALMCLIP_OPS=off")
+        self.metrics.ops(library)
         opened: list[Loaded] = []
         for name in wanted:
             try:
@@ -121,7 +128,7 @@ class Hub:
     def _open(self, name: str, bundles: Path) -> tuple[Bundle, dict[str, Session]]:
         bundle = Bundle(read(find(name, bundles)), max_pixels=self.settings.limits.image_pixels)
         bundle.warm()
-        options = SessionOptions(threads=self.settings.cores)
+        options = SessionOptions(threads=self.settings.cores, ops=self.settings.ops)
         graphs = bundle.manifest.graphs
         return bundle, {role: Session(bundle.directory / g.file, g, options) for role, g in graphs.items()}
 

@@ -14,6 +14,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from models.bundle.bundle import Bundle
+from models.ops.library import Library
 from models.tasks.detect import Detections
 from service.context import Context
 from service.settings import Settings
@@ -78,6 +79,7 @@ class Metrics:
             Histogram, "detections_candidates", "Box-label pairs before suppression.", "model", buckets=BOX_EDGES
         )
         self.info = self._make(Gauge, "bundle_info", "1 for a loaded bundle.", "model", "sha256", "precision", "ops")
+        self.ops_info = self._make(Gauge, "ops_info", "1: the op library in use, or none.", "sha256", "isa")
         self.collection_items = self._make(Gauge, "collection_items", "Items of a collection.", "collection")
         self.slo_latency = self._make(Gauge, "slo_latency_seconds", "The declared objective's latency.")
         self.slo_target = self._make(Gauge, "slo_target_ratio", "The declared share of requests within it.")
@@ -124,6 +126,10 @@ class Metrics:
     def loaded(self, bundle: Bundle) -> None:
         ops = ",".join(bundle.manifest.ops.used)
         self.info.labels(bundle.name, bundle.digest, bundle.manifest.precision, ops).set(1)
+
+    def ops(self, library: Library | None) -> None:
+        isa = ",".join(sorted({*library.isas.values()})) if library else "none"
+        self.ops_info.labels(library.sha256 if library else "", isa).set(1)
 
     def items(self, collection: str, count: int | None) -> None:
         """``count`` None: the collection is gone."""

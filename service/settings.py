@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.ops.library import Mode
 from models.preprocess.image import MAX_PIXELS
 
 MIB = 1 << 20
@@ -71,6 +72,7 @@ class Settings(BaseSettings):
         description="names to load at start, by comma; the first that serves a task is its default. Empty: all",
     )
     threads: int = Field(default=0, ge=0, description="intra-op threads per graph; 0: one per core")
+    ops: Mode = Field(default="auto", description="the op library: where there is one (auto), required, or off")
     batch: Batch = Batch()
     queue: Queue = Queue()
     deadline_ms: float = Field(default=10_000, gt=0, description="a request older than this is answered 504")

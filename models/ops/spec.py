@@ -67,3 +67,5 @@ SOFT_NMS = Op(
         "kept_classes": _tensor("int64", "K"),
     },
 )
+
+OPS: tuple[Op, ...] = (SOFTMAX, SOFT_NMS)
