@@ -7,7 +7,7 @@ HEADER := /usr/include/onnxruntime/onnxruntime_cxx_api.h
 APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libonnxruntime-dev
 WEIGHTS := export/nets/mini/weights.txt
 
-.PHONY: setup ops serve test test-all lint bench bench-ops up clean
+.PHONY: setup ops serve test test-all sanitize lint bench bench-ops up clean
 
 setup: $(VENV)/.dev  ## everything a developer needs
 
@@ -24,6 +24,9 @@ test: $(VENV)/.dev ops  ## what CI runs
 
 test-all: $(VENV)/.dev ops  ## also what is slow
 	$(BIN)/python -m pytest -m ""
+
+sanitize: $(VENV)/.dev ops  ## the operators' tests over a library built with AddressSanitizer and UBSan
+	$(BIN)/python -m pytest -m slow -rs tests/models/ops/test_sanitizers.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -7,6 +7,17 @@ import pytest
 from export.samples import pictures
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ops-folder", type=Path, help="an op library other than the installed one, such as a sanitized")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if folder := config.getoption("--ops-folder"):
+        from models.ops import build
+
+        build.FOLDER = folder
+
+
 @pytest.fixture(scope="session")
 def photographs() -> dict[str, Path]:
     """Name -> a real photograph whose content is known: cat, coffee, astronaut, rocket, …"""

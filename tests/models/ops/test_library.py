@@ -1,0 +1,175 @@
+"""Which library is loaded: the one at its place, as it was built, and none other."""
+
+import json
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+
+from models.cli import main
+from models.errors import OpsLibraryMissing, OpsNotBuilt
+from models.ops import build, spec
+from models.ops.library import Library, find, look, why_not
+
+
+@pytest.fixture
+def folder(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the built library at the place where one is looked for."""
+    for path in (library.path, library.path.with_name(f"{build.NAME}.json")):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_the_library_as_it_was_built_is_taken(folder: Path):
+    found = find("required")
+    assert isinstance(found, Library)
+    assert found.path == folder / build.NAME
+    assert why_not() == ""
+
+
+def test_off_means_off(folder: Path):
+    assert find("off") is None
+
+
+def test_a_changed_byte_is_noticed_before_the_library_is_loaded(folder: Path):
+    path = folder / build.NAME
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert find() is None
+    assert "not the one it was built with" in why_not()
+    with pytest.raises(
+        OpsLibraryMissing, match=r"not the one it was built with.*calmclip ops build.*CALMCLIP_OPS=auto"
+    ):
+        find("required")
+
+
+@pytest.mark.parametrize("note", ["", "[]", '"text"', "{", "\x00"])
+def test_a_broken_note_is_no_library_and_no_crash(folder: Path, note: str):
+    (folder / f"{build.NAME}.json").write_text(note)
+    assert find() is None
+
+
+def test_a_library_of_other_sources_is_out_of_date(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DNDEBUG"))
+    assert find() is None
+    assert "other sources" in why_not()
+
+
+def test_without_one_auto_goes_on_and_required_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    assert find() is None
+    with pytest.raises(OpsLibraryMissing, match=r"no op library is built.*calmclip ops build"):
+        find("required")
+
+
+def test_a_bundle_and_a_working_directory_cannot_bring_one(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The place is fixed by the installed package; nothing a caller or a bundle names is ever loaded."""
+    planted = tmp_path / "models" / "ops" / "lib"
+    planted.mkdir(parents=True)
+    shutil.copy(library.path, planted / build.NAME)
+    monkeypatch.chdir(tmp_path)
+    look.cache_clear()
+    found = find("required")
+    assert found is not None
+    assert found.path == library.path
+    assert build.FOLDER.is_absolute()
+
+
+def test_the_list_of_kernels_is_whole(library: Library):
+    """Every line of list.inc once for each instruction set of this processor family, and scalar runs everywhere."""
+    text = (build.SOURCES / "kernels" / "list.inc").read_text()
+    names = [line.removeprefix("KERNEL(").split(",")[0] for line in text.splitlines() if line.startswith("KERNEL(")]
+    isas = {"x86_64": ["scalar", "avx2", "avx512"], "aarch64": ["scalar", "neon"]}.get(platform.machine(), ["scalar"])
+    assert [(k.name, k.isa) for k in library.kernels] == [(name, isa) for name in names for isa in isas]
+    assert all(k.runs for k in library.kernels if k.isa == "scalar")
+    assert len({k.address for k in library.kernels}) == len(library.kernels)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the oracle is Linux's own list of processor flags")
+def test_what_runs_is_what_the_kernel_says_the_processor_has(library: Library):
+    flags = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split(":")[1].split())
+    needs = {"scalar": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    for kernel in library.kernels:
+        if kernel.isa in needs:
+            assert kernel.runs == (needs[kernel.isa] <= flags), kernel
+
+
+def test_the_library_shows_four_names_and_needs_nothing_of_onnx_runtime(library: Library):
+    shown = subprocess.run(["nm", "-D", "--defined-only", library.path], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in shown.stdout.splitlines() if " T " in line}
+    assert "RegisterCustomOps" in names
+    assert all(name == "RegisterCustomOps" or name.startswith("calmclip_") for name in names)
+    linked = subprocess.run(["ldd", library.path], capture_output=True, text=True, check=True).stdout
+    assert "onnxruntime" not in linked
+
+
+def test_it_registers_with_a_session_more_than_once(library: Library):
+    for _ in range(2):
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(library.path))
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"CXX": "no-such-compiler", "PATH": "/nowhere"}, "compiler"),
+        ({"ORT_INCLUDE_DIR": "/nowhere"}, "libonnxruntime-dev"),
+    ],
+)
+def test_a_missing_tool_is_named_with_the_way_to_get_it(
+    env: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OpsNotBuilt, match=says):
+        build.build(tmp_path)
+    assert main(["ops", "build"]) == 2
+    assert says in capsys.readouterr().err
+    assert main(["ops", "build", "--if-possible"]) == 0
+    assert "bundles run their own functions" in capsys.readouterr().err
+    assert not (tmp_path / build.NAME).exists()
+
+
+def test_what_the_compiler_refuses_is_shown_and_the_old_library_stays(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    copy = tmp_path_factory.mktemp("sources") / "csrc"
+    shutil.copytree(build.SOURCES, copy)
+    (copy / "register.cc").write_text("int unused() { int never_read; return 0; }\n")
+    monkeypatch.setattr(build, "SOURCES", copy)
+    before = (folder / build.NAME).read_bytes()
+    with pytest.raises(OpsNotBuilt, match=r"never_read"):  # a warning is an error
+        build.build(folder)
+    assert (folder / build.NAME).read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == [build.NAME, f"{build.NAME}.json"]
+
+
+def test_info_shows_ops_kernels_and_library(library: Library, capsys: pytest.CaptureFixture[str]):
+    assert main(["ops", "info", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["library"]["sha256"] == library.sha256
+    assert list(value["ops"]) == [op.name for op in spec.OPS]
+    assert {name: kernel["used"] for name, kernel in value["kernels"].items()} == library.isas
+    assert main(["ops", "info"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {op.name} " in out for op in spec.OPS)
+    assert all(f"  {name} " in out for name in library.isas)
+
+
+def test_info_works_without_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    assert main(["ops", "info"]) == 0
+    assert "no op library is built" in capsys.readouterr().out
