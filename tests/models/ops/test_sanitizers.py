@@ -1,4 +1,4 @@
-"""Every test of the operators once more, over a library built with AddressSanitizer and UBSan, which stop at a finding."""
+"""Every test of the operators once more, over a library with AddressSanitizer and UBSan, which stop at a finding."""
 
 import os
 import subprocess
