@@ -35,7 +35,12 @@ ISA_FLAGS = {
     "neon": (),
     "scalar": (),
 }
-_ISAS = {"x86_64": {"scalar", "avx2", "avx512"}, "aarch64": {"scalar", "neon"}}
+# what `platform.machine` says -> the sets that processors of that family may have
+ISAS = {
+    "x86_64": ("scalar", "avx2", "avx512"),
+    "aarch64": ("scalar", "neon"),
+    "arm64": ("scalar", "neon"),  # as macOS calls it
+}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1")
 _INCLUDES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/include/onnxruntime/core/session")
 
@@ -67,7 +72,7 @@ def toolchain() -> Toolchain:
 
 def sources() -> list[Path]:
     """Every file the library of this processor family is made of, in a fixed order."""
-    isas = _ISAS.get(platform.machine(), {"scalar"})
+    isas = ISAS.get(platform.machine(), ("scalar",))
     return [
         path
         for path in sorted(SOURCES.rglob("*"))
@@ -100,7 +105,7 @@ def build(folder: Path = FOLDER, *, sanitize: bool = False) -> Path:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(lambda job: _run([*job[0], "-o", str(job[1])]), jobs))
         library = Path(scratch) / NAME
-        _run([*common, "-shared", "-Wl,-z,now", "-o", str(library), *(str(target) for _, target in jobs)])
+        _run([*common, "-shared", "-o", str(library), *(str(target) for _, target in jobs)])
         about = {
             "sha256": hashlib.sha256(library.read_bytes()).hexdigest(),
             "sources": fingerprint(),
