@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires
@@ -14,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
+from models.ops import build
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +25,8 @@ COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PROMETHEUS = yaml.safe_load((ROOT / "service/monitoring/prometheus.yml").read_text())
 GRAFANA = ROOT / "service/monitoring/grafana/provisioning"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LIBRARY = build.FOLDER.relative_to(ROOT).as_posix()
 
 
 @dataclass
@@ -88,8 +94,12 @@ def test_the_last_stage_is_the_service_and_compose_builds_stages_that_exist() ->
                 assert source[1] in STAGES
 
 
+def ignored_by_the_build() -> list[str]:
+    return [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+
+
 def test_the_build_context_has_what_is_copied_and_little_else() -> None:
-    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    ignored = ignored_by_the_build()
     assert ignored[0] == "*"
     allowed = {line[1:] for line in ignored if line.startswith("!")}
     copied = {
@@ -117,10 +127,93 @@ def test_the_service_image_has_no_torch() -> None:
     assert taken == {("/opt/calmclip", "/opt/calmclip"), ("/bundles/mini-int8", "/bundles/mini-int8")}
     installs = [text for stage in ("packages", "service") for text in STAGES[stage].all("RUN") if "pip install" in text]
     assert {extra for text in installs for extra in re.findall(r"\.\[(.*?)\]", text)} == {"service"}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = PROJECT["project"]
     closure = packages_behind([*project["dependencies"], *project["optional-dependencies"]["service"]])
     assert "onnxruntime" in closure
     assert not closure & {"torch", "torchvision", "onnx", "transformers"}
+
+
+def test_the_service_image_has_no_pip_and_no_compiler() -> None:
+    service, base, packages = STAGES["service"], STAGES["base"], STAGES["packages"]
+    assert not [text for text in service.all("RUN") if re.search(r"\bapt|pip install|venv|ensurepip", text)]
+    # COPY --from adds and replaces, it deletes nothing: what packages removes must not be in the stage below
+    assert service.base == "base"
+    assert base.base not in STAGES
+    assert not [text for text in [*base.all("RUN"), *base.all("COPY")] if "/opt/calmclip" in text]
+    last = packages.all("RUN")[-1]
+    assert {"pip", "setuptools"} <= removed(last[last.index("pip uninstall") :])
+    # the base image's own, /usr/local
+    assert {"pip", "setuptools", "wheel"} <= removed(service.all("RUN")[len(base.all("RUN"))])
+    first_copy = next(at for at, (name, _) in enumerate(service.steps) if name == "COPY")
+    assert "pip uninstall" in dict(service.steps[:first_copy])["RUN"], "after the copy python is the environment's"
+
+
+def removed(command: str) -> set[str]:
+    assert "pip uninstall --yes" in command
+    return {word for word in command.partition("uninstall")[2].split() if not word.startswith("-")}
+
+
+def test_the_export_image_reads_the_checkpoints_that_compose_speaks_of() -> None:
+    # an absolute path: `docker compose run --volume ./…` is refused, as a volume's name
+    spoken = r'--volume "\$PWD/([\w-]+):(/\1):ro" export \2 --out /bundles\n'
+    assert re.search(spoken, (ROOT / "docker-compose.yml").read_text())
+    (extras,) = (m[1] for text in STAGES["export"].all("RUN") if (m := re.search(r"\.\[(.*?)\]", text)))
+    assert set(extras.split(",")) == {"export", "nets"}
+
+
+def test_the_op_library_reaches_both_images_which_demand_it() -> None:
+    python = re.match(r"python:(\d+\.\d+)-", STAGES["base"].base)
+    assert python
+    installed = f"/opt/calmclip/lib/python{python[1]}/site-packages"
+    for name in ("export", "packages"):
+        taken = [text.split()[1:] for text in STAGES[name].all("COPY") if "--from=ops" in text]
+        assert taken == [[f"/app/{LIBRARY}", f"{installed}/{LIBRARY}"]]
+    for name in ("export", "service"):
+        steps = STAGES[name].steps
+        arrives = max(
+            at for at, (what, text) in enumerate(steps) if what == "COPY" and re.search("--from=(ops|packages)", text)
+        )
+        proven = next(at for at, (what, text) in enumerate(steps) if what == "RUN" and "calmclip ops build" in text)
+        assert arrives < proven  # without a compiler it loads the library, or the build ends
+        assert STAGES[name].env().get("CALMCLIP_OPS") == "required"
+        assert not [text for text in STAGES[name].all("RUN") if "apt-get" in text]
+    made = next(text for text in STAGES["export"].all("RUN") if "calmclip export" in text)
+    assert made.index("ops build") < made.index("export mini")  # a report is measured with it
+    assert LIBRARY in ignored_by_the_build(), "a library of this checkout must not stand in for the image's own"
+
+
+def test_the_ops_stage_has_what_its_build_imports_and_compiles(tmp_path: Path) -> None:
+    ops = STAGES["ops"]
+    (packages,) = (text for text in ops.all("RUN") if "apt-get install" in text)
+    assert {"g++", "libonnxruntime-dev"} <= set(packages.split())
+    assert ops.all("WORKDIR")[-1] == "/app"
+    for text in ops.all("COPY"):
+        *sources, target = text.split()
+        for source in sources:
+            if (ROOT / source).is_dir():
+                hidden = shutil.ignore_patterns("lib", "__pycache__")
+                shutil.copytree(ROOT / source, tmp_path / target, ignore=hidden, dirs_exist_ok=True)
+            else:
+                (tmp_path / target).mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / source, tmp_path / target)
+    python, flag, code = shlex.split(ops.all("RUN")[-1])
+    assert (python, flag) == ("python", "-c")
+    imports, call = code.split("; ")
+    assert call == "build()"
+    ask = f"{imports}; from models.ops.build import FOLDER, fingerprint; print(FOLDER, fingerprint())"
+    done = subprocess.run(  # -S -E: nothing is installed there
+        [sys.executable, "-S", "-E", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / LIBRARY), build.fingerprint()]
+
+
+def test_the_sources_that_a_library_is_held_against_ship_with_the_package() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["models"]
+    shipped = {path for pattern in patterns for path in (ROOT / "models").glob(pattern)}
+    every = {path for path in build.SOURCES.rglob("*") if path.suffix in (".cc", ".h", ".inc")}  # all processors'
+    assert set(build.sources()) <= every
+    assert every <= shipped
 
 
 def packages_behind(texts: list[str]) -> set[str]:
