@@ -32,7 +32,7 @@ class Softmax {
       const float* x = input.GetTensorData<float>();
       float* y = output.GetTensorMutableData<float>();
       spread(context, rows, 16384 / std::max<size_t>(cols, 1), [&](size_t first, size_t last) {
-        kernels().softmax_reload(x + first * cols, y + first * cols, last - first, cols, gamma_, zeta_);
+        kernels().softmax_reload(x + first * cols, y + first * cols, last - first, cols, gamma_, zeta_, false);
       });
       return nullptr;
     });
