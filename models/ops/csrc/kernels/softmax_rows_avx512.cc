@@ -75,6 +75,7 @@ void held_rows(const float* x, float* y, size_t rows, size_t cols, float gamma, 
   const float span = zeta - gamma;
   for (size_t r = 0; r < rows; ++r, x += cols, y += cols) {
     F v[count];
+    CALMCLIP_UNROLL for (size_t k = 0; k < count; ++k) ahead(x + k * w);
     CALMCLIP_UNROLL for (size_t k = 0; k < last; ++k) v[k] = V::load(x + k * w);
     v[last] = _mm512_mask_loadu_ps(nothing, tail, x + last * w);
     F part[4] = {nothing, nothing, nothing, nothing};
