@@ -17,8 +17,9 @@
 //                      lies within -9e5 .. 1e6; it hands others to softmax_recompute.
 // Sums of more than 1024 terms a lane are continued in double, so the error does not grow with the row.
 //
-// `stream`: the last pass of softmax_recompute and softmax_two_pass stores past the caches. For an output that they do
-// not hold; nobody's gain where x == y, and not done there.
+// `stream`: the last pass of softmax_recompute and softmax_two_pass stores past the caches, for an output that they do
+// not hold. Not done where x == y, whose lines are in the caches already; softmax_reload, whose last pass writes what it
+// has just read, ignores it.
 #pragma once
 
 #include <cstddef>

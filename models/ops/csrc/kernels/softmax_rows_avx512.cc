@@ -75,7 +75,7 @@ void held_rows(const float* x, float* y, size_t rows, size_t cols, float gamma, 
   const float span = zeta - gamma;
   for (size_t r = 0; r < rows; ++r, x += cols, y += cols) {
     F v[count];
-    CALMCLIP_UNROLL for (size_t k = 0; k < count; ++k) ahead(x + k * w);
+    CALMCLIP_UNROLL for (size_t k = 0; k < count; ++k) ahead(x + k * w), ahead_of_store(y + k * w);
     CALMCLIP_UNROLL for (size_t k = 0; k < last; ++k) v[k] = V::load(x + k * w);
     v[last] = _mm512_mask_loadu_ps(nothing, tail, x + last * w);
     F part[4] = {nothing, nothing, nothing, nothing};
@@ -114,8 +114,8 @@ constexpr HeldRows* kHeldRows[kHeld] = {
 
 }  // namespace
 
-void softmax_reload_avx512(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta, bool stream) {
-  if (cols == 0 || cols > kHeld * V::kWidth) return all_rows<Reload>(x, y, rows, cols, gamma, zeta, stream);
+void softmax_reload_avx512(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta, bool) {
+  if (cols == 0 || cols > kHeld * V::kWidth) return all_rows<Reload>(x, y, rows, cols, gamma, zeta, false);
   const V::Flush flush;
   const size_t count = (cols + V::kWidth - 1) / V::kWidth;
   const bool plain = gamma == 0 && zeta == 1;

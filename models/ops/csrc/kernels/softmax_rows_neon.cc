@@ -56,8 +56,8 @@ inline F V::scale(F m, F s) { return mul(m, power(add(max(s, set(-127.0f)), set(
 
 }  // namespace
 
-void softmax_reload_neon(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta, bool stream) {
-  all_rows<Reload>(x, y, rows, cols, gamma, zeta, stream);
+void softmax_reload_neon(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta, bool) {
+  all_rows<Reload>(x, y, rows, cols, gamma, zeta, false);
 }
 
 void softmax_recompute_neon(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta, bool stream) {

@@ -54,8 +54,8 @@ inline F V::scale(F m, F s) { return m * power((s > -127.0f ? s : -127.0f) + kBi
 
 }  // namespace
 
-void softmax_reload_scalar(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta, bool stream) {
-  all_rows<Reload>(x, y, rows, cols, gamma, zeta, stream);
+void softmax_reload_scalar(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta, bool) {
+  all_rows<Reload>(x, y, rows, cols, gamma, zeta, false);
 }
 
 void softmax_recompute_scalar(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta,
