@@ -15,7 +15,7 @@
 //                      exp again, scaled.                                          2 reads, 1 write, two exps.
 //                      Source: Dukhan and Ablavatski 2020 (arXiv 2001.04438), algorithm 3. Exact for rows whose greatest
 //                      lies within -9e5 .. 1e6; it hands others to softmax_recompute.
-// Sums of more than 1024 terms a lane are continued in double, so the error does not grow with the row.
+// Sums of more than 128 terms a lane go on in double, so the error does not grow with the row.
 //
 // `stream`: the last pass of softmax_recompute and softmax_two_pass stores past the caches, for an output that they do
 // not hold. Not done where x == y, whose lines are in the caches already; softmax_reload, whose last pass writes what it
