@@ -9,6 +9,31 @@ from models.flow import Array
 from models.ops.spec import METHODS, Method
 
 
+def softmax(x: Array, axis: int = -1, gamma: float = 0.0, zeta: float = 1.0) -> Array:
+    """clamp((zeta - gamma) * softmax(x) + gamma, 0, 1) along ``axis``; rows are not normalised again.
+
+    x float32 [...] -> float32 [...], float64 inside. gamma <= 0 and zeta >= 1 are read as float32; 0 and 1 are plain
+    softmax. -inf counts as the lowest finite float32, so a row of nothing but masks is uniform; a row that holds NaN
+    or +inf is NaN throughout; an empty axis gives an empty output.
+    Raises `BadRequest` for an axis that x does not have, and for gamma and zeta out of range.
+    Source: Bondarenko et al. 2023 (arXiv 2306.12929), equation 4.
+    """
+    value = np.asarray(x, np.float32).astype(np.float64)
+    low, high = float(np.float32(gamma)), float(np.float32(zeta))
+    if not -value.ndim <= axis < value.ndim:
+        raise BadRequest(f"axis is {axis} and x has the shape {list(value.shape)}; expected an axis that x has")
+    if not (-1e30 <= low <= 0 and 1 <= high <= 1e30):
+        raise BadRequest(f"gamma is {gamma} and zeta {zeta}; expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30")
+    if value.size == 0:
+        return value.astype(np.float32)
+    value = np.maximum(value, float(np.finfo(np.float32).min))
+    with np.errstate(invalid="ignore"):  # inf - inf is the NaN that is asked for
+        power = np.exp(value - value.max(axis, keepdims=True))
+        p = power / power.sum(axis, keepdims=True)
+    result: Array = np.clip((high - low) * p + low, 0.0, 1.0).astype(np.float32)
+    return result
+
+
 class Kept(NamedTuple):
     """Best first. ``indices`` int64 [K] into the input, ``scores`` float32 [K] decayed, ``classes`` int64 [K]."""
 

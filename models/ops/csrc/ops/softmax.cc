@@ -1,19 +1,60 @@
 // Softmax over one axis, plain or clipped. Source: Bondarenko et al. 2023 (arXiv 2306.12929), equation 4.
-#include "../kernels/dispatch.h"
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "../kernels/softmax_forms.h"
 #include "op.h"
 
 namespace calmclip {
 namespace {
 
+constexpr size_t kGrain = 16384;   // elements that are worth a thread; ONNX Runtime's own Softmax takes as many
+constexpr size_t kColumns = 16;    // along another axis than the last: gathered at a time, a cache line of floats
+constexpr size_t kGather = 65536;  // or fewer, so that they take no more floats than this
+
+// Whether the API call went well; what it complained of is forgotten.
+bool fine(OrtStatusPtr status) { return Ort::Status(status).IsOK(); }
+
+// ONNX Runtime fills in no defaults for a custom operator, and tells "absent" and "of another type" apart in words only.
+bool has_other_type(const OrtKernelInfo* info, const char* name) {
+  const OrtApi& api = Ort::GetApi();
+  int64_t whole;
+  float number;
+  size_t size = 0;
+  Ort::AllocatorWithDefaultOptions allocator;
+  OrtValue* tensor = nullptr;
+  if (fine(api.KernelInfoGetAttribute_tensor(info, name, allocator, &tensor))) return Ort::Value(tensor), true;
+  return fine(api.KernelInfoGetAttribute_int64(info, name, &whole)) ||
+         fine(api.KernelInfoGetAttribute_float(info, name, &number)) ||
+         fine(api.KernelInfoGetAttribute_string(info, name, nullptr, &(size = 0))) ||
+         fine(api.KernelInfoGetAttributeArray_int64(info, name, nullptr, &(size = 0))) ||
+         fine(api.KernelInfoGetAttributeArray_float(info, name, nullptr, &(size = 0)));
+}
+
+template <class T, class Get>
+T attribute(const OrtKernelInfo* info, const char* name, const char* type, T otherwise, Get get) {
+  T value;
+  if (fine(get(info, name, &value))) return value;
+  if (has_other_type(info, name))
+    throw Ort::Exception("Softmax: the attribute " + std::string(name) + " is not " + type, ORT_INVALID_ARGUMENT);
+  return otherwise;
+}
+
+// A row for each (outer, inner), in between the values along the axis; contiguous where inner is 1.
+struct Rows {
+  size_t outer = 1, cols = 1, inner = 1;
+};
+
 class Softmax {
  public:
   explicit Softmax(Ort::ConstKernelInfo info)
-      : axis_(info.GetAttribute<int64_t>("axis")),
-        gamma_(info.GetAttribute<float>("gamma")),
-        zeta_(info.GetAttribute<float>("zeta")) {
-    if (!(gamma_ <= 0 && zeta_ >= 1))
+      : axis_(attribute<int64_t>(info, "axis", "an integer", -1, Ort::GetApi().KernelInfoGetAttribute_int64)),
+        gamma_(attribute<float>(info, "gamma", "a float", 0, Ort::GetApi().KernelInfoGetAttribute_float)),
+        zeta_(attribute<float>(info, "zeta", "a float", 1, Ort::GetApi().KernelInfoGetAttribute_float)) {
+    if (!(gamma_ <= 0 && zeta_ >= 1 && gamma_ >= -1e30f && zeta_ <= 1e30f))  // beyond, zeta - gamma may be infinite
       throw Ort::Exception("Softmax: gamma is " + std::to_string(gamma_) + " and zeta " + std::to_string(zeta_) +
-                               "; expected gamma <= 0 and zeta >= 1",
+                               "; expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30",
                            ORT_INVALID_ARGUMENT);
   }
 
@@ -23,27 +64,81 @@ class Softmax {
       const auto input = context.GetInput(0);
       const auto shape = input.GetTensorTypeAndShapeInfo().GetShape();
       const auto rank = static_cast<int64_t>(shape.size());
-      if (axis_ < -rank || axis_ >= rank || (axis_ + rank) % rank != rank - 1)
-        return refuse("Softmax: axis is " + std::to_string(axis_) + " and x has the shape " + text(shape));
+      if (axis_ < -rank || axis_ >= rank)  // of rank 0 every axis is
+        return refuse("Softmax: axis is " + std::to_string(axis_) + " and x has the shape " + text(shape) +
+                      "; expected an axis that x has");
       auto output = context.GetOutput(0, shape);
-      const auto cols = static_cast<size_t>(shape.back());
-      size_t rows = 1;
-      for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= static_cast<size_t>(shape[i]);
+      if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return nullptr;
+      const auto axis = static_cast<size_t>(axis_ < 0 ? axis_ + rank : axis_);
+      Rows rows;
+      for (size_t i = 0; i < shape.size(); ++i)
+        (i < axis ? rows.outer : i == axis ? rows.cols : rows.inner) *= static_cast<size_t>(shape[i]);
       const float* x = input.GetTensorData<float>();
       float* y = output.GetTensorMutableData<float>();
-      spread(context, rows, 16384 / std::max<size_t>(cols, 1), [&](size_t first, size_t last) {
-        kernels().softmax_reload(x + first * cols, y + first * cols, last - first, cols, gamma_, zeta_);
-      });
-      return nullptr;
+      return rows.inner == 1 ? contiguous(context, x, y, rows) : strided(context, x, y, rows);
     });
   }
 
  private:
+  OrtStatusPtr contiguous(Ort::KernelContext& context, const float* x, float* y, const Rows& rows) const {
+    const size_t cols = rows.cols;
+    const double bytes = static_cast<double>(rows.outer) * static_cast<double>(cols) * (x == y ? 4 : 8);
+    const SoftmaxForm& form = softmax_form(cols, bytes);
+    SoftmaxRows* run = kernels().*form.rows;
+    spread(context, rows.outer, kGrain / cols, [&](size_t first, size_t last) {
+      run(x + first * cols, y + first * cols, last - first, cols, gamma_, zeta_, form.stream);
+    });
+    return nullptr;
+  }
+
+  // A few columns at a time are gathered into rows, and scattered from there. Exceptions stay on their thread.
+  OrtStatusPtr strided(Ort::KernelContext& context, const float* x, float* y, const Rows& rows) const {
+    const size_t cols = rows.cols, inner = rows.inner;
+    const size_t width = std::clamp<size_t>(kGather / cols, 1, std::min(kColumns, inner));
+    const size_t pieces = (inner + width - 1) / width;
+    std::atomic<bool> room = true;
+    spread(context, rows.outer * pieces, kGrain / (width * cols), [&](size_t first, size_t last) {
+      const std::unique_ptr<float[]> buffer(new (std::nothrow) float[width * cols]);
+      if (!buffer) {
+        room = false;
+        return;
+      }
+      for (size_t piece = first; piece < last; ++piece) {
+        const size_t column = piece % pieces * width, count = std::min(width, inner - column);
+        const size_t start = piece / pieces * cols * inner + column;
+        for (size_t i = 0; i < cols; ++i)
+          for (size_t k = 0; k < count; ++k) buffer[k * cols + i] = x[start + i * inner + k];
+        kernels().softmax_reload(buffer.get(), buffer.get(), count, cols, gamma_, zeta_, false);
+        for (size_t i = 0; i < cols; ++i)
+          for (size_t k = 0; k < count; ++k) y[start + i * inner + k] = buffer[k * cols + i];
+      }
+    });
+    if (!room) return Ort::GetApi().CreateStatus(ORT_FAIL, "Softmax: out of memory");
+    return nullptr;
+  }
+
   int64_t axis_;
   float gamma_, zeta_;
 };
 
 struct Schema : Op<Schema, Softmax> {
+  Schema() {
+    // y has the type and shape of x, and may take its place.
+    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
+      const OrtApi& api = Ort::GetApi();
+      OrtTensorTypeAndShapeInfo* x = nullptr;  // the context's own
+      if (!fine(api.ShapeInferContext_GetInputTypeShape(context, 0, &x)) || !x) return nullptr;
+      size_t rank = 0;  // of an x whose rank is not known it is 0, too
+      if (!fine(api.GetDimensionsCount(x, &rank)) || rank == 0) return nullptr;
+      return api.ShapeInferContext_SetOutputTypeShape(context, 0, x);
+    };
+    GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+      static int first = 0;
+      *inputs = *outputs = &first;
+      return 1;
+    };
+    ReleaseMayInplace = [](int*, int*) {};
+  }
   const char* GetName() const { return "Softmax"; }
   size_t GetInputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }

@@ -1,0 +1,488 @@
+"""Softmax: the reference, every kernel of this processor, and the op in ONNX Runtime, against float64."""
+
+import ctypes
+import platform
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper
+
+from models.errors import BadRequest
+from models.ops import reference
+from models.ops.spec import DOMAIN, SOFTMAX, VERSION
+
+LOWEST = np.finfo(np.float32).min
+ISAS = ("scalar", "neon") if platform.machine() == "aarch64" else ("scalar", "avx2", "avx512")
+FORMS = ("softmax_two_pass", "softmax_reload", "softmax_recompute")
+# What kernels take at once: 1, 4, 8, 16 lanes; 4 or 8 vectors; up to 20 vectors in registers; 128 sums a lane.
+COLS = [*range(1, 41), 47, 48, 49, 50, 51, 63, 64, 65, 77, 127, 128, 129, 197, 255, 256, 257, 303, 304, 305, 319, 320]
+COLS += [321, 322, 383, 384, 385, 511, 512, 513, 577, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 2063, 2064, 2065, 4096]
+RANGES = {"wide": (-1e4, 1e4), "over": (90, 100), "under": (-90, -80), "usual": (-4, 4), "million": (-1e6, 1e6)}
+FUNCTION = ctypes.CFUNCTYPE(
+    None, *[ctypes.c_void_p] * 2, *[ctypes.c_size_t] * 2, *[ctypes.c_float] * 2, ctypes.c_bool
+)  # SoftmaxRows of softmax_rows.h
+
+# A.1 of the method reference: float64, computed outside this project's code.
+GOLDEN_X = [2, 1, 0, -1, -6]
+GOLDEN = [
+    ((0, 1), [0.6437752, 0.23683166, 0.0871255, 0.03205168, 0.00021596]),
+    ((-0.03, 1), [0.63308845, 0.21393661, 0.05973926, 0.00301323, 0]),
+    ((-0.1, 1.1), [0.67253024, 0.18419799, 0.0045506, 0, 0]),
+    ((0, 1.03), [0.66308845, 0.24393661, 0.08973926, 0.03301323, 0.00022244]),
+]
+# A.2: gamma = -alpha / T and the largest p that it makes 0.
+THRESHOLDS = [(128, 3.2, 0.0243902), (512, 12, 0.0229008), (77, 4, 0.0493827), (197, 4, 0.0199005)]
+
+
+def exact(x, gamma=0.0, zeta=1.0):
+    """float64 [rows, cols]; of finite values and -inf."""
+    x = np.maximum(x.astype(np.float64), float(LOWEST))
+    e = np.exp(x - x.max(-1, keepdims=True))
+    low, high = float(np.float32(gamma)), float(np.float32(zeta))
+    return np.clip((high - low) * (e / e.sum(-1, keepdims=True)) + low, 0, 1)
+
+
+def compare(y, x):
+    """Plain softmax: the bar of the method reference, 1.8."""
+    p = exact(x)
+    seen = p > 1e-37
+    assert np.abs(y[seen] / p[seen] - 1).max() <= 2e-6
+    assert y[~seen].max(initial=0) <= 2e-37
+    assert np.abs(y.sum(-1, dtype=np.float64) - 1).max() <= 1e-5
+
+
+@pytest.fixture(params=[(form, isa, stream) for form in FORMS for isa in ISAS for stream in (False, True)], ids=str)
+def run(library, request):
+    """A kernel as a function of x [rows, cols], between guards that it must not touch, off every alignment by one."""
+    form, isa, stream = request.param
+    found = [kernel for kernel in library.kernels if (kernel.name, kernel.isa) == (form, isa)]
+    if not found or not found[0].runs:
+        pytest.skip(f"no {isa} here")
+    return kernel(found[0], stream)
+
+
+def kernel(found, stream=False):
+    function = FUNCTION(found.address)
+
+    def run(x, gamma=0.0, zeta=1.0, *, inplace=False, offset=1):
+        rows, cols = x.shape
+        size, guard = x.size, 32
+        room = [np.full(size + 2 * guard + 16, np.float32(-7.25)) for _ in range(2)]
+        starts = [(-(r.ctypes.data // 4) % 16) + guard // 2 + offset for r in room]
+        source, target = (r[s : s + size] for r, s in zip(room, starts, strict=True))
+        source[:] = x.ravel()
+        out = source if inplace else target
+        function(source.ctypes.data, out.ctypes.data, rows, cols, gamma, zeta, stream)
+        for r, s in zip(room, starts, strict=True):
+            assert (r[:s] == np.float32(-7.25)).all()
+            assert (r[s + size :] == np.float32(-7.25)).all()
+        if not inplace:
+            assert (source.view(np.uint32) == np.ascontiguousarray(x, np.float32).ravel().view(np.uint32)).all()
+        return out.reshape(rows, cols).copy()
+
+    return run
+
+
+# the reference
+
+
+@pytest.mark.parametrize(("how", "expected"), GOLDEN)
+def test_reference_golden_vectors(how, expected):
+    y = reference.softmax(np.array(GOLDEN_X), -1, *how)
+    assert y.dtype == np.float32
+    assert y == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("axis", [-3, -2, -1, 0, 1, 2])
+def test_reference_equals_torch(axis):
+    x = np.random.default_rng(0).normal(0, 9, (3, 5, 7)).astype(np.float32)
+    expected = torch.softmax(torch.from_numpy(x).double(), axis).numpy()
+    assert reference.softmax(x, axis) == pytest.approx(expected, rel=1e-6)
+
+
+def test_reference_masks_and_nan():
+    x = np.array([[-np.inf, LOWEST, -np.inf], [np.nan, 0, 0], [np.inf, 0, 0], [-np.inf, 0, 0], [1e30, -1e30, LOWEST]])
+    y = reference.softmax(x)
+    assert y[0] == pytest.approx([1 / 3] * 3)
+    assert np.isnan(y[1:3]).all()
+    assert y[3:].tolist() == [[0, 0.5, 0.5], [1, 0, 0]]
+    assert reference.softmax(np.empty((2, 0, 3)), 1).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("x", "how", "says"),
+    [
+        (0.0, {}, "axis"),
+        ([0.0], {"axis": 1}, "axis is 1"),
+        ([0.0], {"axis": -2}, "axis is -2"),
+        ([0.0], {"gamma": 0.1}, "gamma is 0.1"),
+        ([0.0], {"zeta": 0.9}, "zeta 0.9"),
+        ([0.0], {"gamma": np.nan}, "gamma is nan"),
+        ([0.0], {"zeta": np.inf}, "zeta inf"),
+    ],
+)
+def test_reference_refuses(x, how, says):
+    with pytest.raises(BadRequest, match=says):
+        reference.softmax(np.array(x), **how)
+
+
+# the kernels
+
+
+def test_every_form_is_there_for_every_instruction_set(library):
+    assert {kernel.name for kernel in library.kernels} >= set(FORMS)
+    isas = {kernel.isa for kernel in library.kernels}
+    assert all((form, isa) in {(k.name, k.isa) for k in library.kernels} for form in FORMS for isa in isas)
+
+
+@pytest.mark.parametrize("span", RANGES.values(), ids=RANGES)
+def test_equals_float64(run, span):
+    rng = np.random.default_rng(1)
+    for cols in COLS:
+        x = rng.uniform(*span, (3, cols)).astype(np.float32)
+        compare(run(x, offset=cols % 16), x)
+
+
+@pytest.mark.parametrize("cols", [16383, 16385, 1_000_000])
+def test_long_rows_equal_float64(run, cols):
+    rng = np.random.default_rng(2)
+    for low, high in list(RANGES.values())[: 2 if cols > 1e5 else None]:
+        x = rng.uniform(low, high, (1, cols)).astype(np.float32)
+        compare(run(x), x)
+
+
+@pytest.mark.parametrize("value", [-0.7, -0.1, 0.3, 0.99])
+def test_equal_values_do_not_add_up_their_roundings(run, value):
+    x = np.full((1, 200_003), value, np.float32)
+    x[0, 7] = 3.0
+    compare(run(x), x)
+
+
+@pytest.mark.slow
+def test_64_million_values(library):
+    x = np.random.default_rng(3).standard_normal((1, 64_000_000), dtype=np.float32)
+    e = np.exp(x[0].astype(np.float64))
+    for found in library.kernels:
+        if found.runs and found.name in FORMS and found.isa != "scalar":
+            y = np.empty_like(x)
+            FUNCTION(found.address)(x.ctypes.data, y.ctypes.data, *x.shape, 0.0, 1.0, True)
+            assert np.abs(y[0] / (e / e.sum()) - 1).max() <= 2e-6
+
+
+@pytest.mark.parametrize(("how", "expected"), GOLDEN)
+def test_golden_vectors(run, how, expected):
+    assert run(np.array([GOLDEN_X], np.float32), *how)[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        ([1, 2, 3, 4], [0.03205861, 0.08714432, 0.23688284, 0.6439142]),
+        ([1000, 1001, 999], [0.24472848, 0.66524094, 0.09003057]),
+    ],
+)
+def test_golden_vectors_of_two_pass(run, x, expected):  # A.3
+    assert run(np.array([x], np.float32))[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("length", "alpha", "threshold"), THRESHOLDS)
+def test_zeros_are_those_under_the_threshold(run, length, alpha, threshold):
+    gamma = -alpha / length
+    x = np.random.default_rng(length).normal(0, 2, (64, length)).astype(np.float32)
+    p, y = exact(x), run(x, gamma, 1.0)
+    assert -gamma / (1 - gamma) == pytest.approx(threshold, abs=1e-6)
+    sure = np.abs(p - threshold) > 1e-6
+    assert ((y == 0) == (p <= threshold))[sure].all()
+    assert np.abs(y - exact(x, gamma)).max() <= 1e-6
+
+
+@pytest.mark.parametrize(("gamma", "zeta"), [(-0.03, 1.0), (-0.1, 1.1), (0.0, 1.03), (-5.0, 7.0), (0.0, 1.0)])
+def test_clipped_equals_float64(run, gamma, zeta):
+    rng = np.random.default_rng(4)
+    for cols in (1, 2, 15, 16, 17, 50, 77, 197, 257, 320, 321, 577, 2500):
+        x = rng.normal(0, 4, (5, cols)).astype(np.float32)
+        y = run(x, gamma, zeta)
+        assert np.abs(y - exact(x, gamma, zeta)).max() <= 2e-6 * (zeta - gamma)
+        assert ((y >= 0) & (y <= 1)).all()
+
+
+@pytest.mark.parametrize("cols", [1, 3, 16, 17, 50, 197, 320, 330, 577, 5000])
+@pytest.mark.parametrize("mask", [-np.inf, LOWEST, -1e9, -3e38])
+def test_masked_values_are_zero_and_the_rest_as_without(run, cols, mask):
+    rng = np.random.default_rng(cols)
+    x = rng.uniform(-9, 9, (4, cols)).astype(np.float32)
+    hidden = rng.random((4, cols)) < 0.5
+    hidden[:, 0] = False
+    x[hidden] = mask
+    y = run(x)
+    assert (y[hidden] == 0).all()
+    for r in range(4):
+        kept = ~hidden[r]
+        assert y[r, kept] == pytest.approx(exact(x[r : r + 1, kept])[0], rel=2e-6)
+
+
+@pytest.mark.parametrize("cols", [1, 3, 16, 17, 50, 197, 320, 330, 577, 5000])
+def test_rows_of_nothing_but_masks_are_uniform(run, cols):
+    x = np.full((4, cols), -np.inf, np.float32)
+    x[1] = LOWEST
+    x[2, ::2] = LOWEST
+    x[3] = -3e38
+    assert run(x) == pytest.approx(np.full((4, cols), 1 / cols), rel=2e-6)
+    clipped = max(0.0, (1.5 / cols) - 0.25)
+    assert run(x, -0.25, 1.25) == pytest.approx(np.full((4, cols), min(1.0, clipped)), abs=1e-6)
+
+
+@pytest.mark.parametrize("cols", [1, 2, 15, 16, 17, 50, 77, 197, 257, 320, 330, 577, 5000])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_value_spoils_its_row_and_no_other(run, bad, cols):
+    rng = np.random.default_rng(5)
+    for place in {0, cols // 3, cols // 2, cols - 1}:
+        for fill in (None, -np.inf, LOWEST, 1e30):
+            x = rng.normal(0, 3, (3, cols)).astype(np.float32)
+            if fill is not None:
+                x[1] = fill
+            x[1, place] = bad
+            for gamma, zeta in ((0.0, 1.0), (-0.1, 1.1)):
+                y = run(x, gamma, zeta)
+                assert np.isnan(y[1]).all()
+                assert np.abs(y[::2] - exact(x[::2], gamma, zeta)).max() <= 1e-6
+
+
+@pytest.mark.parametrize("size", [1e6, 1.1e6, 1e7, 1e30, float(np.finfo(np.float32).max)])
+def test_great_values_are_exact_beyond_the_domain_of_two_pass(run, size):
+    rng = np.random.default_rng(6)
+    for cols in (1, 7, 50, 197, 400, 20_000):
+        x = rng.uniform(-1, 1, (3, cols)).astype(np.float32) * np.float32(size)
+        x[1] = np.abs(x[1])
+        x[2] = -np.abs(x[2])
+        assert np.abs(run(x) - exact(x)).max() <= 2e-6
+        x[0] = np.float32(size)
+        x[1] = np.float32(-size)
+        assert run(x[:2]) == pytest.approx(np.full((2, cols), 1 / cols), rel=2e-6)
+
+
+@pytest.mark.parametrize("top", [-8.9e5, -9e5, -9.1e5, -1e6, -1.1e6])
+def test_the_lower_end_of_two_pass(run, top):
+    x = np.full((1, 300), np.float32(top), np.float32)
+    x[0, 100:] -= np.random.default_rng(7).integers(0, 80, 200).astype(np.float32)
+    x[0, 200:] = np.float32(-2e6)
+    compare(run(x), x)
+
+
+def test_empty(run):
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        assert run(np.empty(shape, np.float32)).shape == shape
+
+
+def test_in_place(run):
+    rng = np.random.default_rng(8)
+    for cols in (1, 9, 16, 50, 197, 320, 321, 577, 5000):
+        x = rng.normal(0, 3, (5, cols)).astype(np.float32)
+        for how in ((0.0, 1.0), (-0.1, 1.1)):
+            assert (run(x, *how, inplace=True) == run(x, *how)).all()
+
+
+def test_the_callers_rounding_and_flushing_stay(library):
+    """Kernels flush subnormals while they run; numpy after them must not."""
+    tiny = np.float32(1e-39)
+    for found in library.kernels:
+        if found.runs and found.name in FORMS:
+            kernel(found)(np.zeros((3, 50), np.float32))
+            assert np.array([tiny]) * np.float32(1.0) > 0
+
+
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.floats(-60, 60, width=32)))
+@settings(max_examples=60, deadline=None)
+def test_every_kernel_equals_scalar(every, x):
+    """Up to what x - max loses in float32 where there is a max to subtract: half a unit in the last place of 120."""
+    results = {name: run(x) for name, run in every.items()}
+    base = results["softmax_reload", "scalar"]
+    for name, y in results.items():
+        assert y == pytest.approx(base, rel=1e-5, abs=1e-37), name
+
+
+@given(
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 90)), elements=st.floats(-30, 30, width=32)),
+    st.integers(-64, 64),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_neither_shift_nor_order_matters(every, x, shift, random):
+    x = np.round(x * 64) / 64  # so that adding the shift is exact
+    order = list(range(x.shape[1]))
+    random.shuffle(order)
+    for name, run in every.items():
+        y = run(x)
+        assert run(x + np.float32(shift)) == pytest.approx(y, rel=2e-6), name
+        assert run(x[:, order]) == pytest.approx(y[:, order], rel=2e-6), name
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(0, 3), st.integers(0, 40)), elements=st.floats(width=32)))
+@settings(max_examples=150, deadline=None)
+def test_any_float_at_all_equals_the_reference(every, x):
+    expected = reference.softmax(x)
+    for name, run in every.items():
+        y = run(x)
+        assert (np.isnan(y) == np.isnan(expected)).all(), name
+        assert np.nan_to_num(y) == pytest.approx(np.nan_to_num(expected), rel=1e-5, abs=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def every(library):
+    return {(k.name, k.isa): kernel(k) for k in library.kernels if k.runs and k.name in FORMS}
+
+
+# the op
+
+
+def op(library, shape=None, *, dtype=TensorProto.FLOAT, threads=1, **attributes):
+    node = helper.make_node(SOFTMAX.name, ["x"], ["y"], domain=DOMAIN, **attributes)
+    declare = lambda name: helper.make_tensor_value_info(name, dtype, shape)  # noqa: E731
+    graph = helper.make_graph([node], "alone", [declare("x")], [helper.make_tensor_value_info("y", dtype, None)])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
+    return session(library, helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+
+
+def session(library, model, threads=1):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library.path))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(5,), (3, 5), (2, 3, 4, 5), (12, 197, 197), (3, 5000, 7), (1, 70_000, 3), (40, 33, 100), (300, 1, 1, 9)]
+)
+def test_op_takes_any_axis(library, shape, threads):
+    x = np.random.default_rng(9).normal(0, 4, shape).astype(np.float32)
+    for axis in range(-len(shape), len(shape)):
+        plain = op(library, axis=axis, threads=threads).run(None, {"x": x})[0]
+        assert plain == pytest.approx(torch.softmax(torch.from_numpy(x), axis).numpy(), rel=1e-5, abs=1e-7)
+        clipped = op(library, axis=axis, gamma=-0.02, zeta=1.1, threads=threads).run(None, {"x": x})[0]
+        assert np.abs(clipped - reference.softmax(x, axis, -0.02, 1.1)).max() <= 1e-6
+
+
+def test_op_without_attributes_is_plain_along_the_last_axis(library):
+    x = np.array([GOLDEN_X, GOLDEN_X[::-1]], np.float32)
+    expected = np.array([GOLDEN[0][1], GOLDEN[0][1][::-1]])
+    assert op(library).run(None, {"x": x})[0] == pytest.approx(expected, abs=1e-6)
+    assert op(library, gamma=-0.03).run(None, {"x": x})[0][0] == pytest.approx(GOLDEN[1][1], abs=1e-6)
+
+
+def test_op_out_of_cache(library):
+    """Rows and tensors of a size for which the table of forms has a line of its own."""
+    rng = np.random.default_rng(10)
+    for shape in ((5, 2_000_000), (3, 1_000_000), (1, 9_000_000), (300, 50_000)):
+        x = rng.normal(0, 3, shape).astype(np.float32)
+        y = op(library).run(None, {"x": x})[0]
+        assert y == pytest.approx(exact(x[:5]) if len(x) == len(x[:5]) else np.vstack([exact(r[None]) for r in x]), rel=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3), (0, 0)])
+def test_op_empty(library, shape):
+    x = np.empty(shape, np.float32)
+    for axis in range(len(shape)):
+        assert op(library, axis=axis).run(None, {"x": x})[0].shape == shape
+
+
+def test_op_masks(library):
+    x = np.full((3, 9), -np.inf, np.float32)
+    x[1, 4] = np.nan
+    x[2, 3] = 1
+    y = op(library).run(None, {"x": x})[0]
+    assert y[0] == pytest.approx([1 / 9] * 9)
+    assert np.isnan(y[1]).all()
+    assert y[2].tolist() == [0] * 3 + [1] + [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((), 0), ((), -1), ((3,), 1), ((3,), -2), ((2, 3), 2), ((2, 3), -(2**63)), ((2, 3), 2**63 - 1)]
+)
+def test_op_refuses_an_axis_that_x_has_not(library, shape, axis):
+    at_hand = op(library, axis=axis)
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match=f"axis is {axis} and x has the shape"):
+        at_hand.run(None, {"x": np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "says"),
+    [
+        ({"gamma": 0.1}, "expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30"),
+        ({"zeta": 0.5}, "zeta 0.5"),
+        ({"gamma": float("nan")}, "gamma is nan"),
+        ({"zeta": float("nan")}, "zeta nan"),
+        ({"gamma": float("-inf")}, "gamma is -inf"),
+        ({"zeta": float("inf")}, "zeta inf"),
+        ({"gamma": 0}, "gamma is not a float"),
+        ({"zeta": "1"}, "zeta is not a float"),
+        ({"zeta": [1.0]}, "zeta is not a float"),
+        ({"axis": 1.0}, "axis is not an integer"),
+        ({"axis": [0, 1]}, "axis is not an integer"),
+        ({"axis": helper.make_tensor("t", TensorProto.INT64, [1], [0])}, "axis is not an integer"),
+    ],
+)
+def test_op_refuses_attributes_when_the_model_is_loaded(library, attributes, says):
+    with pytest.raises(Exception, match=says):
+        op(library, **attributes)
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.STRING])
+def test_op_refuses_other_types(library, dtype):
+    with pytest.raises(Exception, match="invalid"):
+        op(library, [3], dtype=dtype)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [([], ["y"]), (["x", "x"], ["y"]), (["x"], ["y", "z"]), ([""], ["y"])])
+def test_op_refuses_other_numbers_of_inputs_and_outputs(library, inputs, outputs):
+    node = helper.make_node(SOFTMAX.name, inputs, outputs, domain=DOMAIN)
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [3]) for n in ("x", *outputs)]
+    graph = helper.make_graph([node], "wrong", values[:1], values[1:])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
+    with pytest.raises(Exception, match="Softmax"):
+        session(library, helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+def test_op_shapes_flow(library):
+    assert op(library, ["a", 3, "b"]).get_outputs()[0].shape == ["a", 3, "b"]
+
+
+def test_op_in_the_place_of_its_input(library):
+    """Between nodes, one of whose values has a second reader and must stay."""
+    nodes = [
+        helper.make_node("Neg", ["x"], ["a"]),
+        helper.make_node(SOFTMAX.name, ["a"], ["b"], domain=DOMAIN),
+        helper.make_node("Neg", ["b"], ["c"]),
+        helper.make_node(SOFTMAX.name, ["c"], ["d"], domain=DOMAIN, axis=0),
+        helper.make_node("Add", ["c", "d"], ["y"]),
+    ]
+    declare = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["r", "c"])  # noqa: E731
+    graph = helper.make_graph(nodes, "chain", [declare("x")], [declare("y")])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(model)
+    x = np.random.default_rng(11).normal(0, 2, (300, 77)).astype(np.float32)
+    c = -torch.softmax(-torch.from_numpy(x), -1)
+    assert session(library, model).run(None, {"x": x})[0] == pytest.approx((c + torch.softmax(c, 0)).numpy(), abs=1e-6)
+
+
+def test_one_session_from_many_threads(library):
+    at_hand, x = op(library), np.random.default_rng(12).normal(0, 3, (64, 197)).astype(np.float32)
+    expected, gate = exact(x), threading.Barrier(4)
+
+    def work(_):
+        gate.wait()
+        return [at_hand.run(None, {"x": x})[0] for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(4)):
+            assert all(np.abs(y - expected).max() <= 1e-6 for y in results)
