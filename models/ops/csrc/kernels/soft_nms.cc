@@ -78,10 +78,10 @@ size_t suppress(SoftNms* race, const float* boxes, const float* scores, const in
     const float width = box[2] - box[0], height = box[3] - box[1], product = width * height;
     // written so that NaN is no good
     const bool good = width > 0 && height > 0 && product >= FLT_MIN && product <= FLT_MAX;
-    x0[i] = good ? box[0] : 0.0f;
-    y0[i] = good ? box[1] : 0.0f;
-    x1[i] = good ? box[2] : 0.0f;
-    y1[i] = good ? box[3] : 0.0f;
+    x0[i] = good ? box[0] : FLT_MAX;
+    y0[i] = good ? box[1] : FLT_MAX;
+    x1[i] = good ? box[2] : -FLT_MAX;
+    y1[i] = good ? box[3] : -FLT_MAX;
     area[i] = good ? product : 0.0f;
     score[i] = scores[index[i]];
   }

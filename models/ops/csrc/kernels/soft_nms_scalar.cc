@@ -3,17 +3,17 @@
 namespace calmclip {
 namespace {
 
-uint64_t touching(const Picks& picks, size_t at, const Box& box) {
+inline uint64_t touching(const Field& f, size_t at, const Box& box) {
   uint64_t found = 0;
   for (size_t j = 0; j < 64; ++j) {
-    const size_t p = at + j;
-    const bool touch = (picks.x0[p] < box.x1) & (box.x0 < picks.x1[p]) & (picks.y0[p] < box.y1) & (box.y0 < picks.y1[p]);
+    const size_t b = at + j;
+    const bool touch = (f.low_x[b] < box.x1) & (box.x0 < f.high_x[b]) & (f.low_y[b] < box.y1) & (box.y0 < f.high_y[b]);
     found |= static_cast<uint64_t>(touch) << j;
   }
   return found;
 }
 
-float power(float t) {
+inline float power(float t) {
   t = t < kFloor ? kFloor : t;
   const float rounded = t * kLog2E + kRound;
   const float n = rounded - kRound;
@@ -30,30 +30,47 @@ float power(float t) {
   return t < kLowest || y < FLT_MIN ? 0.0f : y;
 }
 
-bool weigh(const Rule& rule, const float* shared, const float* whole, size_t n, float* weight) {
-  bool gone = false;
-  for (size_t i = 0; i < n; ++i) {
-    const float iou = shared[i] / whole[i];
-    if (rule.method > 1)
-      weight[i] = power(iou * iou * rule.steepness);
-    else
-      weight[i] = iou > rule.threshold ? rule.method == 0 ? 0.0f : 1.0f - iou : 1.0f;
-    gone |= weight[i] == 0.0f;
+inline uint32_t meet(const Field& f, size_t block, const Box& box, const Rule& rule) {
+  uint32_t gone = 0;
+  int32_t best = kGone;
+  for (size_t i = block * kBlock; i < (block + 1) * kBlock; ++i) {
+    if (f.key[i] == kGone) continue;
+    const float left = f.x0[i] > box.x0 ? f.x0[i] : box.x0, top = f.y0[i] > box.y0 ? f.y0[i] : box.y0;
+    const float right = f.x1[i] < box.x1 ? f.x1[i] : box.x1, bottom = f.y1[i] < box.y1 ? f.y1[i] : box.y1;
+    if (left < right && top < bottom) {
+      const float shared = (right - left) * (bottom - top);
+      const float iou = shared / ((f.area[i] + box.area) - shared);
+      float weight = 1.0f;
+      if (rule.method > 1)
+        weight = power(iou * iou * rule.steepness);
+      else if (iou > rule.threshold)
+        weight = rule.method == 0 ? 0.0f : 1.0f - iou;
+      const float score = score_of(f.key[i]) * weight;
+      const bool stays = weight > 0 && score >= rule.min_score;
+      f.key[i] = stays ? key_of(score) : kGone;
+      gone += !stays;
+    }
+    best = f.key[i] > best ? f.key[i] : best;
   }
+  f.top[block] = best;
   return gone;
 }
 
-int32_t put(int32_t* keys, size_t n, size_t at, int32_t key) {
-  keys[at] = key;
-  int32_t top = keys[0];
-  for (size_t i = 1; i < n; ++i) top = keys[i] > top ? keys[i] : top;
-  return top;
+inline int32_t greatest(const int32_t* keys, size_t n) {
+  int32_t best = keys[0];
+  for (size_t i = 1; i < n; ++i) best = keys[i] > best ? keys[i] : best;
+  return best;
 }
 
-size_t first(const int32_t* keys, size_t, int32_t key) {
-  size_t i = 0;
-  while (keys[i] != key) ++i;
-  return i;
+inline int32_t drop(int32_t* keys, size_t lane) {
+  keys[lane] = kGone;
+  return greatest(keys, kBlock);
+}
+
+inline uint32_t equal(const int32_t* keys, int32_t key) {
+  uint32_t found = 0;
+  for (size_t j = 0; j < kBlock; ++j) found |= static_cast<uint32_t>(keys[j] == key) << j;
+  return found;
 }
 
 }  // namespace
