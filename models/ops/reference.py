@@ -29,12 +29,15 @@ class Suppression(TypedDict, total=False):
 
 
 def iou(box: Array, boxes: Array) -> Array:
-    """IoU of ``box`` [4] with each of ``boxes`` [N, 4]; 0 for a box whose area is no normal, finite float32."""
+    """IoU of ``box`` [4] with each of ``boxes`` [N, 4].
+
+    0 for a box whose area is no normal, finite float32, and for two whose areas add up to more than float32 holds.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
         shared = np.prod(np.maximum(high - low, 0.0), axis=1)
         mine, areas = _area(box[None]), _area(boxes)
-        good = (shared > 0) & _normal(mine) & _normal(areas)
+        good = (shared > 0) & _normal(mine) & _normal(areas) & _normal(mine + areas)
         return np.where(good, shared / np.where(good, mine + areas - shared, 1.0), 0.0)
 
 
@@ -67,11 +70,11 @@ def soft_nms(
     labels = np.zeros(len(score), np.int64) if classes is None else np.asarray(classes, np.int64)
     if (nan := np.flatnonzero(np.isnan(score))).size:
         raise BadRequest(f"score {nan[0]} is NaN; expected numbers")
+    threshold, least, sigma = float(np.float32(iou_threshold)), float(np.float32(min_score)), float(np.float32(sigma))
     if not sigma > 0:
         raise BadRequest(f"sigma is {sigma}; expected more than 0")
     if method not in METHODS:
         raise BadRequest(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    threshold, least, sigma = float(np.float32(iou_threshold)), float(np.float32(min_score)), float(np.float32(sigma))
 
     alive = score >= least
     found: list[tuple[int, float]] = []

@@ -49,8 +49,8 @@ SOFTMAX = Op(
 # Greedy suppression that decays the scores of overlapping boxes: Bodla et al. 2017 (arXiv 1704.04503), section 3.
 # Its settings are inputs, not attributes, so that one graph serves every request.
 #
-# Of one image, or of B at once: then boxes are [B, N, 4], scores and classes [B, N], every image is suppressed alone,
-# and the outputs follow one another, images in order. Ties go to the lower index.
+# Of one image, as the shapes below say, or of B at once: then boxes are [B, N, 4], scores and classes [B, N], every
+# image is suppressed alone, and the outputs follow one another, images in order. Ties go to the lower index.
 # IoU is rounded to float32, then compared: is it over the threshold? So a tie of whole pixels (7/10 and 0.7) is one
 # everywhere. A box overlaps nothing when its area is no normal, finite float32: turned inside out, infinite, NaN.
 # A box goes when its weight is 0 (or no normal float32) or its score falls under min_score.
@@ -60,9 +60,9 @@ SOFTMAX = Op(
 SOFT_NMS = Op(
     "SoftNMS",
     inputs={
-        "boxes": _tensor("float32", "...", "N", 4),  # x0 y0 x1 y1, continuous coordinates
-        "scores": _tensor("float32", "...", "N"),
-        "classes": _tensor("int64", "...", "N"),
+        "boxes": _tensor("float32", "N", 4),  # x0 y0 x1 y1, continuous coordinates
+        "scores": _tensor("float32", "N"),
+        "classes": _tensor("int64", "N"),
         "method": _tensor("int64", 1),  # 0 hard, 1 linear, 2 gaussian
         "per_class": _tensor("int64", 1),  # 0: boxes of all classes suppress each other; 1: only those of one class
         "iou_threshold": _tensor("float32", 1),  # hard and linear act over it
