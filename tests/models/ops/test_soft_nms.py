@@ -376,7 +376,7 @@ def test_exp_is_good_to_the_last_digits(image):
             kept, decayed = image(boxes, scores, method="gaussian", sigma=sigma, min_score=0.0)
             assert kept.tolist() == expected.indices.tolist()
             # the exponent, up to 87, is a product of three floats: 1.5 units of its last place
-            exponent = np.float32(width) ** 2 / sigma
+            exponent = float(width) ** 2 / sigma
             assert decayed == pytest.approx(expected.scores, rel=4e-7 + 2e-7 * exponent)
 
 
@@ -467,7 +467,7 @@ GOOD = feeds(BOXES, SCORES, [0] * 5)
         ({"boxes": np.zeros((5, 3), np.float32)}, r"boxes has the shape \[5, 3\]; expected \[N, 4\] or \[B, N, 4\]"),
         ({"boxes": np.zeros((4,), np.float32)}, r"boxes has the shape \[4\]"),
         ({"boxes": np.zeros((1, 1, 5, 4), np.float32)}, r"boxes has the shape \[1, 1, 5, 4\]"),
-        ({"boxes": np.float32(4)}, r"boxes has the shape \[\]"),
+        ({"boxes": np.array(4, np.float32)}, r"boxes has the shape \[\]"),
         ({"method": np.array([3])}, "method is 3; expected 0 .hard., 1 .linear. or 2"),
         ({"method": np.array([-1])}, "method is -1"),
         ({"method": np.array([2**40])}, "method is 1099511627776"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 ODD = np.array([np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, -0.0, 0.0, 1.0], np.float32)
+LARGE = np.array([-1, 2, 3, 2**62, -(2**63), 2**63 - 1])
 
 
 def fuzz(path: str, seed: int, count: int) -> dict[str, int]:
@@ -41,7 +42,7 @@ def fuzz(path: str, seed: int, count: int) -> dict[str, int]:
             tally["refused"] += 1
             continue
         tally["ran"] += 1
-        rows = feeds["scores"].reshape(-1, feeds["scores"].shape[-1])
+        rows = feeds["scores"] if feeds["scores"].ndim == 2 else feeds["scores"][None]
         least, most = feeds["min_score"].item(), feeds["max_output"].item()
         assert indices.shape == scores.shape == classes.shape == images.shape
         assert ((indices >= 0) & (indices < rows.shape[1])).all()
