@@ -1,4 +1,4 @@
-"""SoftNMS beside what others do the same with: kernel, op, local function, numpy, torchvision's hard NMS, ensemble-boxes.
+"""SoftNMS beside others that do the same: kernel, op, function, numpy, torchvision's hard NMS, ensemble-boxes.
 
     python tests/bench/ops_soft_nms.py [--quick] [--isas]
 
