@@ -1,6 +1,6 @@
 """Each op in plain numpy, float64 inside: the oracle of its kernels and of its local function."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Required, TypedDict, Unpack
 
 import numpy as np
 
@@ -42,13 +42,28 @@ class Kept(NamedTuple):
     classes: Array
 
 
+class Suppression(TypedDict, total=False):
+    """The settings of `soft_nms` by name, for those who hand them on."""
+
+    method: Required[Method]
+    per_class: bool
+    iou_threshold: float
+    sigma: float
+    min_score: float
+    max_output: int | None
+
+
 def iou(box: Array, boxes: Array) -> Array:
-    """IoU of ``box`` [4] with each of ``boxes`` [N, 4]; 0 for a box without (finite, positive) area."""
+    """IoU of ``box`` [4] with each of ``boxes`` [N, 4].
+
+    0 for a box whose area is no normal, finite float32, and for two whose areas add up to more than float32 holds.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
         shared = np.prod(np.maximum(high - low, 0.0), axis=1)
-        union = _area(box[None]) + _area(boxes) - shared
-        return np.where((shared > 0) & np.isfinite(union), shared / np.where(union > 0, union, 1.0), 0.0)
+        mine, areas = _area(box[None]), _area(boxes)
+        good = (shared > 0) & _normal(mine) & _normal(areas) & _normal(mine + areas)
+        return np.where(good, shared / np.where(good, mine + areas - shared, 1.0), 0.0)
 
 
 def soft_nms(
@@ -69,7 +84,9 @@ def soft_nms(
     Weight of a box with overlap o:   hard      0 where o > iou_threshold, else 1
                                       linear    1 - o where o > iou_threshold, else 1
                                       gaussian  exp(-o^2 / sigma)
-    A box of weight 0 goes, whatever ``min_score``. Ties go to the lower index. N = 0 gives empty outputs.
+    o is rounded to float32 before it is compared, so that float32 kernels agree on ties of whole pixels. A box whose
+    weight is 0, or no normal float32, goes, whatever ``min_score``. Ties go to the lower index. N = 0 gives empty
+    outputs.
     Raises `BadRequest` for a NaN score, naming its index, and for a sigma that is not positive.
     Source: Bodla et al. 2017 (arXiv 1704.04503), section 3; the score threshold as in mmcv, tested on every box.
     """
@@ -78,28 +95,56 @@ def soft_nms(
     labels = np.zeros(len(score), np.int64) if classes is None else np.asarray(classes, np.int64)
     if (nan := np.flatnonzero(np.isnan(score))).size:
         raise BadRequest(f"score {nan[0]} is NaN; expected numbers")
+    threshold, least, sigma = float(np.float32(iou_threshold)), float(np.float32(min_score)), float(np.float32(sigma))
     if not sigma > 0:
         raise BadRequest(f"sigma is {sigma}; expected more than 0")
     if method not in METHODS:
         raise BadRequest(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    threshold, least, sigma = float(np.float32(iou_threshold)), float(np.float32(min_score)), float(np.float32(sigma))
 
     alive = score >= least
     found: list[tuple[int, float]] = []
     while alive.any() and (max_output is None or len(found) < max_output):
-        best = int(np.argmax(np.where(alive, score, -np.inf)))
+        left = np.flatnonzero(alive)
+        best = int(left[np.argmax(score[left])])
         found.append((best, score[best]))
         alive[best] = False
         rest = np.flatnonzero(alive & (labels == labels[best])) if per_class else np.flatnonzero(alive)
         overlap = iou(box[best], box[rest])
         if method == "gaussian":
-            weight = np.exp(-(overlap**2) / sigma)
+            weight = np.exp(np.maximum(-(overlap**2) / sigma, -1e3))
         else:
-            weight = np.where(overlap > threshold, 0.0 if method == "hard" else 1.0 - overlap, 1.0)
-        score[rest] *= weight
-        alive[rest] = (weight > 0) & (score[rest] >= least)
+            over = overlap.astype(np.float32) > threshold
+            weight = np.where(over, 0.0 if method == "hard" else 1.0 - overlap, 1.0)
+        stays = weight >= np.finfo(np.float32).tiny
+        score[rest] *= np.where(stays, weight, 1.0)
+        alive[rest] = stays & (score[rest] >= least)
     indices = np.array([index for index, _ in found], np.int64)
     return Kept(indices, np.array([s for _, s in found], np.float32), labels[indices])
+
+
+def soft_nms_batch(
+    boxes: Array, scores: Array, classes: Array | None = None, **how: Unpack[Suppression]
+) -> tuple[Kept, Array]:
+    """`soft_nms` of each image alone: boxes [B, N, 4], scores and classes [B, N].
+
+    -> what is kept, one image after the other, ``indices`` into the N of their image, ``max_output`` of each; and
+    batch_indices int64 [K], the image of each. Raises `BadRequest` as `soft_nms` does, naming the image.
+    """
+    found: list[Kept] = []
+    for image in range(len(boxes)):
+        try:
+            found.append(soft_nms(boxes[image], scores[image], None if classes is None else classes[image], **how))
+        except BadRequest as error:
+            raise BadRequest(f"image {image}: {error}") from None
+    empty = Kept(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64))
+    kept = Kept(*(np.concatenate(parts) for parts in zip(empty, *found, strict=True)))
+    return kept, np.repeat(np.arange(len(found)), [len(one.indices) for one in found])
+
+
+def _normal(area: Array) -> Array:
+    limits = np.finfo(np.float32)
+    normal: Array = (area >= limits.tiny) & (area <= limits.max)
+    return normal
 
 
 def _area(boxes: Array) -> Array:

@@ -48,6 +48,15 @@ SOFTMAX = Op(
 
 # Greedy suppression that decays the scores of overlapping boxes: Bodla et al. 2017 (arXiv 1704.04503), section 3.
 # Its settings are inputs, not attributes, so that one graph serves every request.
+#
+# Of one image, as the shapes below say, or of B at once: then boxes are [B, N, 4], scores and classes [B, N], every
+# image is suppressed alone, and the outputs follow one another, images in order. Ties go to the lower index.
+# IoU is rounded to float32, then compared: is it over the threshold? So a tie of whole pixels (7/10 and 0.7) is one
+# everywhere. A box overlaps nothing when its area is no normal, finite float32: turned inside out, infinite, NaN.
+# A box goes when its weight is 0 (or no normal float32) or its score falls under min_score.
+# max_output 0, N = 0 and B = 0 give empty outputs. A NaN score, a sigma that is not positive, a method or per_class
+# out of range, a NaN threshold, a negative max_output, shapes that do not fit: the library raises InvalidArgument and
+# says which. A local function cannot raise: there a NaN score drops out, and the rest is not promised.
 SOFT_NMS = Op(
     "SoftNMS",
     inputs={
@@ -55,16 +64,17 @@ SOFT_NMS = Op(
         "scores": _tensor("float32", "N"),
         "classes": _tensor("int64", "N"),
         "method": _tensor("int64", 1),  # 0 hard, 1 linear, 2 gaussian
-        "per_class": _tensor("int64", 1),  # 0: boxes of all classes suppress each other
+        "per_class": _tensor("int64", 1),  # 0: boxes of all classes suppress each other; 1: only those of one class
         "iou_threshold": _tensor("float32", 1),  # hard and linear act over it
         "sigma": _tensor("float32", 1),  # > 0; weight = exp(-IoU^2 / sigma). TensorFlow's and OpenVINO's is half of it
         "min_score": _tensor("float32", 1),  # every output has at least this score
-        "max_output": _tensor("int64", 1),  # over all classes
+        "max_output": _tensor("int64", 1),  # of an image, over all classes
     },
     outputs={
-        "indices": _tensor("int64", "K"),  # into the inputs, best first
+        "indices": _tensor("int64", "K"),  # into the N of its image, best first
         "kept_scores": _tensor("float32", "K"),  # decayed
         "kept_classes": _tensor("int64", "K"),
+        "batch_indices": _tensor("int64", "K"),  # of which image; 0 for one image
     },
 )
 

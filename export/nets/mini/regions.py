@@ -186,7 +186,7 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
             class_of = Mod (pair, labels)
             all_boxes = Squeeze (boxes, first)
             pair_boxes = Gather (all_boxes, box_of)
-            kept, scores, classes = {DOMAIN}.{SOFT_NMS.name} (
+            kept, scores, classes, images = {DOMAIN}.{SOFT_NMS.name} (
                 pair_boxes, pair_scores, class_of, {", ".join(_SETTINGS)})
             kept_boxes = Gather (pair_boxes, kept)
             raw_scores = Gather (pair_scores, kept)

@@ -1,4 +1,6 @@
-"""SoftNMS as a local function in a plain ONNX Runtime, against the numpy reference."""
+"""SoftNMS as a local function: in a plain ONNX Runtime against the numpy reference, and against the op library."""
+
+import os
 
 import numpy as np
 import onnx
@@ -7,20 +9,50 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.functions.soft_nms import OPSET, soft_nms
-from models.ops import reference
+from models.ops import library, reference
 from models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
+
+
+def model(*front):
+    """The node and its body. ``front``: dimensions before N."""
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    shape = lambda t: (*front, *t.shape) if t.shape[0] == "N" else t.shape  # noqa: E731
+    declare = lambda tensors: [helper.make_tensor_value_info(k, kinds[t.dtype], shape(t)) for k, t in tensors.items()]  # noqa: E731
+    node = helper.make_node(SOFT_NMS.name, list(SOFT_NMS.inputs), list(SOFT_NMS.outputs), domain=DOMAIN)
+    graph = helper.make_graph([node], "alone", declare(SOFT_NMS.inputs), declare(SOFT_NMS.outputs))
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    whole = helper.make_model(graph, functions=[soft_nms()], opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(whole, full_check=True)
+    return whole.SerializeToString()
+
+
+def opened(content, path=None):
+    options = ort.SessionOptions()
+    if path:
+        options.register_custom_ops_library(str(path))
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 @pytest.fixture(scope="module")
 def session():
-    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    declare = lambda tensors: [helper.make_tensor_value_info(k, kinds[t.dtype], t.shape) for k, t in tensors.items()]  # noqa: E731
-    node = helper.make_node(SOFT_NMS.name, list(SOFT_NMS.inputs), list(SOFT_NMS.outputs), domain=DOMAIN)
-    graph = helper.make_graph([node], "alone", declare(SOFT_NMS.inputs), declare(SOFT_NMS.outputs))
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, functions=[soft_nms()], opset_imports=opsets, ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return opened(model())
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return opened(model("B"))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The same two files with the op library registered: its kernel runs, not the function."""
+    found = library.find()
+    if found is None:
+        reason = f"{library.why_not()}; 'calmclip ops build' makes one"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return opened(model(), found.path), opened(model("B"), found.path)
 
 
 def run(session, boxes, scores, classes, *, method, per_class=False, threshold=0.3, sigma=0.5, least=1e-3, most=100):
@@ -76,3 +108,65 @@ def test_a_nan_score_drops_out(session):
     boxes = np.array([[0, 0, 2, 2], [5, 5, 7, 7]], np.float32)
     kept = run(session, boxes, np.array([np.nan, 0.5], np.float32), np.zeros(2, np.int64), method="gaussian")
     assert kept[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(3, 20), (1, 9), (4, 1), (2, 0), (0, 5), (0, 0)])
+def test_a_batch_equals_the_reference(batches, shape, method, per_class):
+    boxes, scores, classes = scene(11, shape[0] * shape[1])
+    boxes, scores, classes = boxes.reshape(*shape, 4), scores.reshape(shape), classes.reshape(shape)
+    scores[:1] *= 1e-3  # nothing of this image is kept
+    for most in (0, 3, 1000):
+        kept = run(batches, boxes, scores, classes, method=method, per_class=per_class, most=most)
+        how = {"method": method, "per_class": per_class, "max_output": most}
+        expected, images = reference.soft_nms_batch(boxes, scores, classes, **how)
+        np.testing.assert_array_equal(kept[0], expected.indices)
+        np.testing.assert_allclose(kept[1], expected.scores, rtol=1e-5)
+        np.testing.assert_array_equal(kept[2], expected.classes)
+        np.testing.assert_array_equal(kept[3], images)
+        assert [part.dtype for part in kept] == [np.int64, np.float32, np.int64, np.int64]
+
+
+ODD = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-30, -0.0, 2e19, 0.0], np.float32)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_library_gives_what_the_function_gives(session, compiled, method, per_class):
+    """Boxes that are none, overlaps that tie with the threshold, settings at their limits."""
+    rng = np.random.default_rng(12)
+    for number in range(60):
+        boxes, scores, classes = scene(number, int(rng.integers(0, 70)))
+        if number % 2:
+            boxes, scores = boxes.round(), np.float32(scores + 0.01)
+        if number % 3 == 0:
+            boxes = np.where(rng.random(boxes.shape) < 0.1, rng.choice(ODD, boxes.shape), boxes)
+        how = {
+            "method": method,
+            "per_class": per_class,
+            "threshold": float(rng.choice([-1, 0, 0.25, 0.3, 0.5, 1])),
+            "sigma": float(rng.choice([1e-40, 0.1, 0.5, 1e30, np.inf])),
+            "least": float(rng.choice([-np.inf, 0, 1e-3, 0.2])),
+            "most": int(rng.choice([0, 1, 5, 1000])),
+        }
+        ours, theirs = (run(one, boxes, scores, classes, **how) for one in (compiled[0], session))
+        for place in (0, 2, 3):
+            np.testing.assert_array_equal(ours[place], theirs[place])
+        np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6, rtol=1e-6)
+        if method != "gaussian":  # no exp: the same bits
+            np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_library_gives_what_the_function_gives_for_a_batch(batches, compiled, method):
+    for shape in ((5, 40), (1, 1), (3, 0), (0, 3)):
+        boxes, scores, classes = scene(13, shape[0] * shape[1])
+        feeds = boxes.reshape(*shape, 4), scores.reshape(shape), classes.reshape(shape)
+        for most in (0, 4, 1000):
+            ours, theirs = (
+                run(one, *feeds, method=method, per_class=True, most=most) for one in (compiled[1], batches)
+            )
+            for place in (0, 2, 3):
+                np.testing.assert_array_equal(ours[place], theirs[place])
+            np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)

@@ -65,6 +65,7 @@ struct Op : Ort::CustomOpBase<Schema, Kernel, /*WithStatus=*/true> {
 };
 
 // All of them; register.cc hands them to ONNX Runtime.
+const OrtCustomOp* soft_nms_op();
 const OrtCustomOp* softmax_op();
 
 }  // namespace calmclip

@@ -1,0 +1,506 @@
+"""SoftNMS compiled: kernels of every instruction set against float64, against each other and against torchvision;
+the op in ONNX Runtime against the reference, and what it refuses."""
+
+import ctypes
+import itertools
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+from torchvision.ops import nms
+
+from models.errors import BadRequest
+from models.ops import reference
+from models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
+
+ISAS = ("scalar", "avx2", "avx512", "neon")
+SIZES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
+FLOAT, SIZE, POINTER = ctypes.c_float, ctypes.c_size_t, ctypes.c_void_p
+IMAGE = ctypes.CFUNCTYPE(  # SoftNmsImage of csrc/kernels/soft_nms.h
+    SIZE, *[POINTER] * 3, SIZE, *[ctypes.c_int] * 2, *[FLOAT] * 3, SIZE, *[POINTER] * 2
+)
+RACE = ctypes.CFUNCTYPE(SIZE, *[POINTER] * 6, SIZE, ctypes.c_int, *[FLOAT] * 3, SIZE, *[POINTER] * 3)  # SoftNms
+
+# Five boxes whose results were computed in float64 outside this project's code.
+BOXES = np.array([[0, 0, 100, 100], [10, 10, 110, 110], [20, 20, 120, 120], [200, 200, 300, 300], [0, 0, 50, 100]])
+SCORES = np.array([0.95, 0.9, 0.8, 0.85, 0.6])
+
+
+def found(library, name, kind):
+    return {k.isa: kind(k.address) for k in library.kernels if k.name == name and k.runs}
+
+
+def suppress(function, boxes, scores, classes=None, *, method, per_class=False, iou_threshold=0.3, sigma=0.5,
+             min_score=1e-3, max_output=None):  # fmt: skip
+    """-> indices, scores. What is beyond the results must stay as it was."""
+    boxes, scores = np.ascontiguousarray(boxes, np.float32), np.ascontiguousarray(scores, np.float32)
+    n, most = len(scores), len(scores) if max_output is None else max_output
+    labels = np.zeros(n, np.int64) if classes is None else np.ascontiguousarray(classes, np.int64)
+    room = min(n, most)
+    kept, decayed = np.full(room + 8, -7, np.int64), np.full(room + 8, -7, np.float32)
+    count = function(
+        *(part.ctypes.data for part in (boxes, scores, labels)),
+        n,
+        METHODS.index(method),
+        int(per_class),
+        iou_threshold,
+        sigma,
+        min_score,
+        most,
+        kept.ctypes.data,
+        decayed.ctypes.data,
+    )
+    assert count <= room
+    assert (kept[room:] == -7).all()
+    assert (decayed[room:] == -7).all()
+    return kept[:count], decayed[:count]
+
+
+@pytest.fixture(scope="module")
+def images(library):
+    """Instruction set -> `suppress` with its kernel."""
+    functions = found(library, "soft_nms_image", IMAGE)
+    return {isa: lambda *a, f=function, **how: suppress(f, *a, **how) for isa, function in functions.items()}
+
+
+@pytest.fixture(params=ISAS)
+def image(request, images):
+    if request.param not in images:
+        pytest.skip(f"this processor has no {request.param}")
+    return images[request.param]
+
+
+def random_boxes(rng, n, most=60.0):
+    corner = rng.uniform(0, 100, (n, 2))
+    return np.concatenate([corner, corner + rng.uniform(0, most, (n, 2))], axis=1).astype(np.float32)
+
+
+def random_scores(rng, n):
+    return (rng.permutation(n).astype(np.float32) + 1) / np.float32(n + 1)
+
+
+def close(kept, expected, rel=2e-6):
+    """The same boxes with the same scores. In float32 two scores may swap that float64 tells apart."""
+    assert dict(zip(kept[0].tolist(), kept[1].tolist(), strict=True)) == pytest.approx(
+        dict(zip(expected.indices.tolist(), expected.scores.tolist(), strict=True)), rel=rel, abs=1e-9
+    )
+    assert kept[1] == pytest.approx(expected.scores, rel=rel, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("how", "indices", "scores"),
+    [
+        ({"method": "hard"}, [0, 3], [0.95, 0.85]),
+        ({"method": "linear"}, [0, 3, 2, 4, 1], [0.95, 0.85, 0.423529, 0.3, 0.062792]),
+        ({"method": "gaussian"}, [0, 3, 2, 4, 1], [0.95, 0.85, 0.513734, 0.338447, 0.115548]),
+        ({"method": "gaussian", "sigma": 0.3}, [0, 3, 2, 4, 1], [0.95, 0.85, 0.382387, 0.231056, 0.029407]),
+    ],
+)
+def test_golden_vectors(image, how, indices, scores):
+    kept, decayed = image(BOXES, SCORES, **how)
+    assert kept.tolist() == indices
+    assert decayed == pytest.approx(scores, abs=1e-6)
+
+
+def test_boxes_without_area_suppress_nothing(image):
+    boxes = [[4, 3, 5, 3], [4, 3, 5, 4], *[[3, 1, 3, 1]] * 4]
+    scores = np.array([0.9, 0.9, 0.5, 0.5, 0.4, 0.0], np.float32)
+    kept, decayed = image(boxes, scores, method="linear", iou_threshold=0.6)
+    assert kept.tolist() == [0, 1, 2, 3, 4]  # the last is under min_score
+    assert decayed.tolist() == scores[:5].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", SIZES)
+def test_equals_float64(images, n, method):
+    rng = np.random.default_rng(n)
+    rounds = 1 if n == 1000 else 3
+    for _ in range(rounds):
+        boxes, scores, classes = random_boxes(rng, n), random_scores(rng, n), rng.integers(-2, 3, n)
+        for per_class in (False, True):
+            how = {"method": method, "per_class": per_class, "iou_threshold": 0.4, "sigma": 0.3}
+            expected = reference.soft_nms(boxes, scores, classes, **how)
+            results = [image(boxes, scores, classes, **how) for image in images.values()]
+            for kept in results:
+                close(kept, expected)
+                for part, first in zip(kept, results[0], strict=True):
+                    assert part.tobytes() == first.tobytes()  # not one bit differs between instruction sets
+
+
+def test_the_race_alone_gives_the_same_bits(library):
+    """`soft_nms` itself, arrays of coordinates, at addresses that are aligned to nothing."""
+    rng = np.random.default_rng(5)
+    for n, method in itertools.product((1, 16, 33, 300), range(3)):
+        boxes = random_boxes(rng, n)
+        boxes[rng.random(n) < 0.1] = [np.finfo(np.float32).max] * 2 + [-np.finfo(np.float32).max] * 2
+        x0, y0, x1, y1 = boxes.T
+        with np.errstate(over="ignore"):
+            area = np.where(x1 > x0, (x1 - x0) * (y1 - y0), 0)
+        columns = [np.concatenate([[0], c]).astype(np.float32)[1:] for c in (x0, y0, x1, y1, area, rng.random(n))]
+        good = area > 0
+        expected = reference.soft_nms(
+            np.where(good[:, None], boxes, 0), columns[5], method=METHODS[method], min_score=0.0
+        )
+        seen = set()
+        for function in found(library, "soft_nms", RACE).values():
+            scratch = np.full(64 * ((n + 63) // 64 * 64) + 4096 + 64, 0xA5, np.uint8)
+            kept, decayed = np.empty(n, np.int32), np.empty(n, np.float32)
+            count = function(
+                *(c.ctypes.data for c in columns), n, method, 0.3, 0.5, 0.0, n,
+                (scratch.ctypes.data + 63) // 64 * 64, kept.ctypes.data, decayed.ctypes.data
+            )  # fmt: skip
+            close((kept[:count], decayed[:count]), expected)
+            seen.add(kept[:count].tobytes() + decayed[:count].tobytes())
+        assert len(seen) == 1
+
+
+def test_hard_equals_torchvision_on_a_thousand_sets(image):
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        n = int(rng.integers(1, 80))
+        boxes, scores = random_boxes(rng, n), random_scores(rng, n)
+        threshold = float(rng.uniform(0.1, 0.9))
+        expected = nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).tolist()
+        kept, decayed = image(boxes, scores, method="hard", iou_threshold=threshold, min_score=0.0)
+        assert kept.tolist() == expected
+        assert decayed.tolist() == scores[expected].tolist()
+
+
+def mmcv(boxes, scores, method, threshold, sigma, least):
+    """mmcv's rule in float64, offset 0: `>=`; every box is tested each round; only the first taken never is."""
+    boxes, scores = boxes.astype(np.float64), scores.astype(np.float64)
+    left, kept = np.arange(len(scores)), []
+    while left.size:
+        best = left[np.argmax(scores[left])]
+        kept.append(int(best))
+        left = left[left != best]
+        low, high = np.maximum(boxes[best, :2], boxes[left, :2]), np.minimum(boxes[best, 2:], boxes[left, 2:])
+        shared = np.prod(np.clip(high - low, 0, None), axis=1)
+        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        o = shared / (areas[best] + areas[left] - shared)
+        scores[left] *= np.exp(-o * o / sigma) if method == "gaussian" else np.where(o >= threshold, 1 - o, 1)
+        left = left[scores[left] >= least]
+    return kept
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_keeps_what_mmcv_keeps_on_a_thousand_sets(images, method):
+    rng = np.random.default_rng(1)
+    for _ in range(1000):
+        n = int(rng.integers(1, 40))
+        boxes, scores = random_boxes(rng, n), random_scores(rng, n)
+        threshold, sigma, least = float(rng.uniform(0.1, 0.9)), float(rng.uniform(0.1, 1)), float(rng.uniform(0, 0.02))
+        expected = mmcv(boxes, scores, method, threshold, sigma, least)
+        for image in images.values():
+            how = {"iou_threshold": threshold, "sigma": sigma, "min_score": least}
+            assert image(boxes, scores, method=method, **how)[0].tolist() == expected
+
+
+def greedy32(boxes, scores, classes, *, method, per_class, iou_threshold, min_score, max_output):
+    """The rule box by box in numpy's float32, hard and linear: what the kernels must give to the bit."""
+    boxes, score = np.float32(boxes), np.float32(scores).copy()
+    alive, kept = [i for i in range(len(score)) if score[i] >= np.float32(min_score)], []
+    limits = np.finfo(np.float32)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    good = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (area >= limits.tiny) & (area <= limits.max)
+    while alive and len(kept) < max_output:
+        best = max(alive, key=lambda i: (score[i], -i))
+        kept.append((best, score[best]))
+        alive.remove(best)
+        for i in list(alive):
+            if per_class and classes[i] != classes[best]:
+                continue
+            iou = np.float32(0)
+            low, high = np.maximum(boxes[i, :2], boxes[best, :2]), np.minimum(boxes[i, 2:], boxes[best, 2:])
+            if good[i] and good[best] and (low < high).all():
+                shared = np.prod(high - low, dtype=np.float32)
+                iou = shared / ((area[i] + area[best]) - shared)
+            weight = np.float32(1)
+            if iou > np.float32(iou_threshold):
+                weight = np.float32(0) if method == "hard" else 1 - iou
+            if weight > 0:
+                score[i] *= weight
+            if not (weight > 0 and score[i] >= np.float32(min_score)):
+                alive.remove(i)
+    return [i for i, _ in kept], np.array([s for _, s in kept], np.float32)
+
+
+ODD = st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-30, -0.0, 2e19])
+COORDINATE = st.one_of(st.integers(0, 24).map(float), st.integers(0, 24).map(float), ODD)
+SCORE = st.one_of(st.integers(-4, 16).map(lambda x: x / 16), st.sampled_from([np.inf, -np.inf, -0.0, 1e-45, 3e38]))
+
+
+@st.composite
+def odd_scenes(draw, most=24):
+    n = draw(st.integers(0, most))
+    boxes = np.array([[draw(COORDINATE) for _ in range(4)] for _ in range(n)], np.float32).reshape(n, 4)
+    scores = np.array([draw(SCORE) for _ in range(n)], np.float32)
+    classes = np.array([draw(st.sampled_from([0, 1, 2, -(2**63), 2**63 - 1])) for _ in range(n)], np.int64)
+    return boxes, scores, classes
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(METHODS),
+        "per_class": st.booleans(),
+        "iou_threshold": st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 0.25, 0.5, 1.0, np.inf]),
+        "min_score": st.sampled_from([-np.inf, -0.2, 0.0, 1e-3, 0.25, np.inf]),
+        "max_output": st.integers(0, 26),
+    }
+)
+
+
+@given(odd_scenes(), SETTINGS, st.sampled_from([1e-40, 0.1, 0.5, 1e30, np.inf]))
+@settings(max_examples=200, deadline=None)
+def test_odd_floats_are_what_the_rule_says(images, scene, how, sigma):
+    """To the bit for hard and linear; gaussian the same for every instruction set."""
+    results = [image(*scene, **how, sigma=sigma) for image in images.values()]
+    for kept, decayed in results:
+        assert kept.tolist() == results[0][0].tolist()
+        assert decayed.tobytes() == results[0][1].tobytes()
+        assert (decayed >= np.float32(how["min_score"])).all()
+        assert len(set(kept.tolist())) == len(kept)
+    if how["method"] != "gaussian":
+        with np.errstate(all="ignore"):
+            indices, scores = greedy32(*scene, **how)
+        assert results[0][0].tolist() == indices
+        np.testing.assert_array_equal(results[0][1], scores)
+
+
+@st.composite
+def scenes(draw, most=40):
+    n = draw(st.integers(0, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    side = draw(st.sampled_from([2.0, 20.0, 100.0]))
+    return random_boxes(rng, n, side), random_scores(rng, n), rng.integers(0, 4, n)
+
+
+@given(scenes(), st.sampled_from(METHODS), st.integers(0, 40), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_scores_do_not_rise_and_max_output_is_a_prefix(images, scene, method, most, per_class):
+    for image in images.values():
+        kept, decayed = image(*scene, method=method, per_class=per_class)
+        assert (np.diff(decayed) <= 0).all()
+        assert (decayed >= np.float32(1e-3)).all()
+        cut = image(*scene, method=method, per_class=per_class, max_output=most)
+        assert cut[0].tolist() == kept[:most].tolist()
+        assert cut[1].tolist() == decayed[:most].tolist()
+
+
+@given(scenes(), st.sampled_from(METHODS), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_the_boxes_does_not_matter(images, scene, method, random):
+    boxes, scores, _ = scene
+    order = list(range(len(scores)))
+    random.shuffle(order)
+    for image in images.values():
+        plain, mixed = image(boxes, scores, method=method), image(boxes[order], scores[order], method=method)
+        assert [order[i] for i in mixed[0]] == plain[0].tolist()
+        assert mixed[1].tolist() == plain[1].tolist()
+
+
+@given(scenes(), st.sampled_from(METHODS), st.sampled_from([0.25, 2.0, 8.0, 2.0**40]))
+@settings(max_examples=40, deadline=None)
+def test_neither_shift_nor_scale_matters(images, scene, method, scale):
+    boxes, scores, _ = scene
+    boxes = boxes.round()  # so that a shift rounds nothing
+    for image in images.values():
+        plain = image(boxes, scores, method=method)
+        for moved in (boxes * np.float32(scale), boxes - 512):
+            again = image(moved, scores, method=method)
+            assert again[0].tolist() == plain[0].tolist()
+            assert again[1].tolist() == plain[1].tolist()
+
+
+@given(scenes(), st.sampled_from(METHODS), st.sampled_from([1, 10**18]))
+@settings(max_examples=60, deadline=None)
+def test_per_class_is_each_class_alone(images, scene, method, stride):
+    boxes, scores, classes = scene
+    for image in images.values():
+        kept, decayed = image(boxes, scores, classes * stride - 5, method=method, per_class=True)
+        alone = {}
+        for name in set(classes.tolist()):
+            rows = np.flatnonzero(classes == name)
+            mine = image(boxes[rows], scores[rows], method=method)
+            alone |= dict(zip(rows[mine[0]].tolist(), mine[1].tolist(), strict=True))
+        assert dict(zip(kept.tolist(), decayed.tolist(), strict=True)) == alone
+        assert (np.diff(decayed) <= 0).all()
+
+
+@given(scenes())
+@settings(max_examples=30, deadline=None)
+def test_an_endless_sigma_and_a_threshold_of_one_change_no_score(images, scene):
+    boxes, scores, _ = scene
+    for image in images.values():
+        for how in ({"method": "gaussian", "sigma": 1e12}, {"method": "gaussian", "sigma": np.inf},
+                    {"method": "linear", "iou_threshold": 1.0}):  # fmt: skip
+            kept, decayed = image(boxes, scores, **how)
+            assert decayed.tolist() == sorted(scores.tolist(), reverse=True)
+            assert kept.tolist() == np.argsort(-scores).tolist()
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_ties_go_to_the_lower_index(image, per_class):
+    n = 500  # apart, in an order that has nothing to do with where they are
+    rng = np.random.default_rng(2)
+    corner = np.stack(np.divmod(rng.permutation(n), 25), axis=1) * 10.0
+    boxes, classes = np.concatenate([corner, corner + 5], axis=1), rng.integers(0, 3, n)
+    for method in METHODS:
+        kept, _ = image(boxes, np.full(n, 0.5), classes, method=method, per_class=per_class)
+        assert kept.tolist() == list(range(n))
+    twins = np.repeat(boxes[:20], 2, axis=0)
+    kept, _ = image(twins, np.full(40, 0.5), method="hard")
+    assert kept.tolist() == list(range(0, 40, 2))
+
+
+@pytest.mark.parametrize(("shift", "over"), [(3, [0, 1]), (2, [0])])
+def test_an_overlap_equal_to_the_threshold_is_not_over_it(image, shift, over):
+    # 17 x 10 boxes shifted by 3 share 14 of 20 columns: 7/10, and 0.7 as float32 is what 7/10 rounds to
+    boxes = np.array([[0, 0, 17, 10], [shift, 0, 17 + shift, 10]])
+    scores = np.array([0.9, 0.8])
+    assert image(boxes, scores, method="hard", iou_threshold=0.7)[0].tolist() == over
+    assert reference.soft_nms(boxes, scores, method="hard", iou_threshold=0.7).indices.tolist() == over
+
+
+def test_exp_is_good_to_the_last_digits(image):
+    """One box of weight exp(-IoU^2 / sigma), over all that float32 holds."""
+    for width in np.geomspace(1e-3, 1, 60):
+        boxes, scores = np.array([[0, 0, 1, 1], [0, 0, width, 1]]), np.array([2.0, 1.0])
+        for sigma in (0.5, 0.1, 0.012, 0.0115, 0.011):
+            expected = reference.soft_nms(boxes, scores, method="gaussian", sigma=sigma, min_score=0.0)
+            kept, decayed = image(boxes, scores, method="gaussian", sigma=sigma, min_score=0.0)
+            assert kept.tolist() == expected.indices.tolist()
+            # the exponent, up to 87, is a product of three floats: 1.5 units of its last place
+            exponent = float(width) ** 2 / sigma
+            assert decayed == pytest.approx(expected.scores, rel=4e-7 + 2e-7 * exponent)
+
+
+def test_the_reference_of_a_batch_is_each_image_alone():
+    rng = np.random.default_rng(3)
+    boxes, scores = np.stack([random_boxes(rng, 30) for _ in range(3)]), rng.random((3, 30)).astype(np.float32)
+    scores[1] = 0  # nothing of this image is kept
+    kept, images = reference.soft_nms_batch(boxes, scores, method="linear", max_output=5)
+    assert images.tolist() == [0] * 5 + [2] * 5
+    for place, row in ((np.s_[:5], 0), (np.s_[5:], 2)):
+        alone = reference.soft_nms(boxes[row], scores[row], method="linear", max_output=5)
+        for part, whole in zip(alone, kept, strict=True):
+            np.testing.assert_array_equal(whole[place], part)
+    scores[2, 7] = np.nan
+    with pytest.raises(BadRequest, match="image 2: score 7 is NaN"):
+        reference.soft_nms_batch(boxes, scores, method="linear")
+
+
+# The op, in ONNX Runtime.
+
+
+@pytest.fixture(scope="module")
+def session(library):
+    """Nothing but the node; any shapes go in."""
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    declare = lambda tensors: [helper.make_tensor_value_info(k, kinds[t.dtype], None) for k, t in tensors.items()]  # noqa: E731
+    node = helper.make_node(SOFT_NMS.name, list(SOFT_NMS.inputs), list(SOFT_NMS.outputs), domain=DOMAIN)
+    graph = helper.make_graph([node], "alone", declare(SOFT_NMS.inputs), declare(SOFT_NMS.outputs))
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(str(library.path))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def feeds(boxes, scores, classes, *, method="gaussian", per_class=False, **others):
+    values = {"iou_threshold": 0.3, "sigma": 0.5, "min_score": 1e-3, "max_output": 1000} | others
+    values |= {"method": METHODS.index(method), "per_class": int(per_class)}
+    settings_ = {k: np.array([v], np.dtype(SOFT_NMS.inputs[k].dtype)) for k, v in values.items()}
+    return {
+        "boxes": np.float32(boxes),
+        "scores": np.float32(scores),
+        "classes": np.asarray(classes, np.int64),
+        **settings_,
+    }
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_op_equals_the_reference(session, method, per_class):
+    rng = np.random.default_rng(4)
+    for n in (0, 1, 40, 300):
+        boxes, scores, classes = random_boxes(rng, n), random_scores(rng, n), rng.integers(0, 4, n)
+        kept = session.run(None, feeds(boxes, scores, classes, method=method, per_class=per_class))
+        close(kept, reference.soft_nms(boxes, scores, classes, method=method, per_class=per_class))
+        assert kept[2].tolist() == classes[kept[0]].tolist()
+        assert kept[3].tolist() == [0] * len(kept[0])
+        assert [part.dtype for part in kept] == [np.int64, np.float32, np.int64, np.int64]
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (5, 300), (2, 1), (4, 0), (0, 7), (0, 0), (600, 9)])
+def test_a_batch_is_its_images_one_after_the_other(session, shape):
+    rng = np.random.default_rng(6)
+    boxes = random_boxes(rng, shape[0] * shape[1]).reshape(*shape, 4)
+    scores, classes = rng.random(shape).astype(np.float32), rng.integers(0, 4, shape)
+    scores[::2] *= 1e-3  # of these images nothing is left
+    for method, most in itertools.product(METHODS, (0, 3, 1000)):
+        how = {"method": method, "per_class": True, "max_output": most}
+        kept = session.run(None, feeds(boxes, scores, classes, **how))
+        alone = [session.run(None, feeds(*one, **how)) for one in zip(boxes, scores, classes, strict=True)]
+        for place in range(3):
+            parts = [one[place] for one in alone]
+            np.testing.assert_array_equal(kept[place], np.concatenate(parts) if parts else [])
+        assert kept[3].tolist() == [image for image, one in enumerate(alone) for _ in one[0]]
+
+
+GOOD = feeds(BOXES, SCORES, [0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scores": np.float32([0.5, 0.5, 0.5, np.nan, 0.5])}, "score 3 is NaN"),
+        ({"scores": np.float32([0.5] * 4)}, r"scores has the shape \[4\]; expected \[5\].*\[5, 4\]"),
+        ({"classes": np.zeros(6, np.int64)}, r"classes has the shape \[6\]; expected \[5\]"),
+        ({"scores": np.float32([[0.5] * 5])}, r"scores has the shape \[1, 5\]; expected \[5\]"),
+        ({"boxes": np.zeros((5, 3), np.float32)}, r"boxes has the shape \[5, 3\]; expected \[N, 4\] or \[B, N, 4\]"),
+        ({"boxes": np.zeros((4,), np.float32)}, r"boxes has the shape \[4\]"),
+        ({"boxes": np.zeros((1, 1, 5, 4), np.float32)}, r"boxes has the shape \[1, 1, 5, 4\]"),
+        ({"boxes": np.array(4, np.float32)}, r"boxes has the shape \[\]"),
+        ({"method": np.array([3])}, "method is 3; expected 0 .hard., 1 .linear. or 2"),
+        ({"method": np.array([-1])}, "method is -1"),
+        ({"method": np.array([2**40])}, "method is 1099511627776"),
+        ({"method": np.array([0, 0])}, r"method has the shape \[2\]; expected \[1\]"),
+        ({"method": np.empty(0, np.int64)}, r"method has the shape \[0\]"),
+        ({"sigma": np.float32([[0.5]])}, r"sigma has the shape \[1, 1\]"),
+        ({"per_class": np.array([2])}, "per_class is 2; expected 0 or 1"),
+        ({"iou_threshold": np.float32([np.nan])}, "iou_threshold is NaN"),
+        ({"sigma": np.float32([0])}, "sigma is 0.0*; expected more than 0"),
+        ({"sigma": np.float32([-1])}, "sigma is -1"),
+        ({"sigma": np.float32([np.nan])}, "sigma is -?nan"),
+        ({"min_score": np.float32([np.nan])}, "min_score is NaN"),
+        ({"max_output": np.array([-1])}, "max_output is -1; expected 0 or more"),
+    ],
+)
+def test_what_does_not_fit_is_refused(session, change, says):
+    with pytest.raises(InvalidArgument, match=f"SoftNMS: .*{says}"):
+        session.run(None, GOOD | change)
+    session.run(None, GOOD)  # and the session lives on
+
+
+def test_a_nan_score_of_a_batch_is_named_with_its_image(session):
+    scores = np.full((3, 5), 0.5)
+    scores[2, 4] = np.nan
+    with pytest.raises(InvalidArgument, match="score 4 of image 2 is NaN"):
+        session.run(None, feeds(np.zeros((3, 5, 4)), scores, np.zeros((3, 5))))
+
+
+def test_a_setting_may_be_a_scalar(session):
+    scalars = {name: GOOD[name].reshape(()) for name in ("method", "sigma", "max_output")}
+    for part, expected in zip(session.run(None, GOOD | scalars), session.run(None, GOOD), strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+def test_max_output_may_be_the_greatest_number(session):
+    assert len(session.run(None, GOOD | {"max_output": np.array([2**63 - 1])})[0]) == 5
