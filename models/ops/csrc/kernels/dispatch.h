@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "resize.h"
 #include "softmax_rows.h"
 
 // In rising order: the last one that a processor has is taken.
