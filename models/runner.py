@@ -9,6 +9,7 @@ from models.bundle.bundle import Bundle
 from models.bundle.store import read
 from models.errors import BadRequest
 from models.flow import Array, Arrays, Call, Flow, drive
+from models.ops.library import Mode
 from models.preprocess.image import MAX_PIXELS
 from models.runtime.clock import Stopwatch
 from models.runtime.session import Session, SessionOptions
@@ -81,10 +82,20 @@ class Runner:
 
 
 def open_bundle(
-    directory: str | Path, *, threads: int = 0, verify: bool = True, max_pixels: int = MAX_PIXELS
+    directory: str | Path,
+    *,
+    threads: int = 0,
+    verify: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    ops: Mode = "auto",
 ) -> Runner:
-    """Verify and open the bundle in ``directory``. Raises `BundleNotFound`, `BundleInvalid`, `BundleTooNew`."""
-    return Runner(Bundle(read(Path(directory), verify=verify), max_pixels=max_pixels), SessionOptions(threads=threads))
+    """Verify and open the bundle in ``directory``. Raises `BundleNotFound`, `BundleInvalid`, `BundleTooNew`.
+
+    ``ops``: whether graphs and pictures use the op library, see `models.ops.library.find`; `OpsLibraryMissing` where it
+    is required and absent.
+    """
+    bundle = Bundle(read(Path(directory), verify=verify), max_pixels=max_pixels, ops=ops)
+    return Runner(bundle, SessionOptions(threads=threads, ops=ops))
 
 
 def _bytes(picture: Picture) -> bytes:

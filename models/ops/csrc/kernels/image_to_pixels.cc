@@ -94,6 +94,7 @@ bool ImageToPixels::Axis::fill(size_t source, size_t resized, size_t first, size
 const char* ImageToPixels::check(const Picture& p, const Placement& q) {
   if (p.height < 1 || p.width < 1 || p.height > kMaxSide || p.width > kMaxSide)
     return "a side of the picture is not within 1 to 65536";
+  if (p.rows < 1 || p.first >= p.height || p.rows > p.height - p.first) return "the rows given are not the picture's";
   if ((p.pixel_stride != 3 && p.pixel_stride != 4) || p.row_stride / p.pixel_stride < p.width)
     return "a pixel is not of 3 or 4 bytes, or a row is shorter than its pixels";
   if (q.height < 1 || q.width < 1 || q.height > kMaxInput || q.width > kMaxInput)
@@ -152,8 +153,7 @@ bool both(const Picture& picture, size_t origin, const ImageToPixels::Axis& acro
         }
         const uint8_t* rows[kBlockRows];
         for (size_t r = 0; r < kBlockRows; ++r)
-          rows[r] = picture.data + std::min(done + r, picture.height - 1) * picture.row_stride +
-                    (base - origin) * picture.pixel_stride;
+          rows[r] = picture.row(done + r) + (base - origin) * picture.pixel_stride;
         pass(rows, picture.pixel_stride, base, end - base, taps, columns, reinterpret_cast<int16_t*>(scratch.get()),
              quads.get() + (done - held) / 4 * quad_bytes, quad_bytes);
         done += kBlockRows;
@@ -192,8 +192,16 @@ bool ImageToPixels::resize(size_t first, size_t last, const Sink& sink) const {
     for (size_t i = 0; i < n; ++i) out[i * 3] = line[i];
   };
   if (!both(picture_, 0, same_, span, down_, first, last, passes_.rows, keep)) return false;
-  const Picture narrow{between.get(), rows, span, span * 3, 3};
+  const Picture narrow{between.get(), rows, span, span * 3, 3, 0, rows};
   return both(narrow, from, across_, columns, each, 0, rows, passes_.rows, put(first));
+}
+
+bool ImageToPixels::covers(size_t first, size_t last) const {
+  last = std::min(last, placement_.rows());
+  size_t end = 0;
+  for (size_t y = first; y < last; ++y) end = std::max(end, down_.taps[y].first + down_.taps[y].pairs * 2);
+  // one tap at either end may weigh nothing, for the sake of even numbers
+  return first >= last || (down_.keep[first] + 1 >= picture_.first && end <= picture_.first + picture_.rows + 1);
 }
 
 bool ImageToPixels::run(size_t first, size_t last, const Sink& sink) const {
@@ -219,20 +227,18 @@ bool ImageToPixels::run(size_t first, size_t last, const Sink& sink) const {
 
 }  // namespace calmclip
 
-// From outside ONNX Runtime: float32 [3, height, width] into `out`. filter: 0 bilinear, 1 bicubic. `rows`, `columns`: a
-// form of the passes, null for the fastest. 0: done; 1: memory is short; 2: a number makes no sense.
+// From outside ONNX Runtime: rows [first, last) of `out`, float32 [3, height, width]. filter: 0 bilinear, 1 bicubic.
+// `rows`, `columns`: a form of the passes, null for the fastest. 0: done; 1: memory is short; 2: a number makes no sense.
 extern "C" __attribute__((visibility("default"))) int calmclip_image_to_pixels(
-    const uint8_t* data, size_t picture_height, size_t picture_width, size_t row_stride, size_t pixel_stride,
-    size_t resized_height, size_t resized_width, size_t top, size_t left, size_t height, size_t width, int pad,
-    int filter, const float* gain, const float* bias, float* out, calmclip::ResizeRows* rows,
+    const calmclip::Picture* picture, const calmclip::Placement* placement, int filter, const float* gain,
+    const float* bias, size_t first, size_t last, float* out, calmclip::ResizeRows* rows,
     calmclip::ResizeColumns* columns) {
   using namespace calmclip;
-  const Picture picture{data, picture_height, picture_width, row_stride, pixel_stride};
-  const Placement placement{resized_height, resized_width, top, left, height, width, static_cast<uint8_t>(pad)};
-  if (!data || !gain || !bias || !out || pad < 0 || pad > 255 || filter < 0 || filter > 1) return 2;
-  if (ImageToPixels::check(picture, placement)) return 2;
+  if (!picture || !picture->data || !placement || !gain || !bias || !out || filter < 0 || filter > 1) return 2;
+  if (ImageToPixels::check(*picture, *placement) || first > last || last > placement->height) return 2;
   ImageToPixels work;
   const Passes passes{rows ? rows : kernels().resize_rows, columns ? columns : kernels().resize_columns};
-  if (!work.prepare(picture, placement, filter ? Filter::bicubic : Filter::bilinear, passes)) return 1;
-  return work.run(0, height, Sink{out, gain, bias, nullptr, nullptr}) ? 0 : 1;
+  if (!work.prepare(*picture, *placement, filter ? Filter::bicubic : Filter::bilinear, passes)) return 1;
+  if (!work.covers(first, last)) return 2;
+  return work.run(first, last, Sink{out, gain, bias, nullptr, nullptr}) ? 0 : 1;
 }

@@ -17,11 +17,18 @@ inline constexpr size_t kMaxResized = size_t{1} << 31;
 
 enum class Filter { bilinear, bicubic };
 
-// RGB, 8 bits: 3 bytes a pixel, or 4 of which the last is not looked at.
+// RGB, 8 bits: 3 bytes a pixel, or 4 of which the last is not looked at. Of the picture's `height` rows those from
+// `first` on, `rows` of them, lie at `data`; mostly all do. models/ops/pixels.py lays it out the same.
 struct Picture {
   const uint8_t* data;
   size_t height, width;
   size_t row_stride, pixel_stride;  // bytes
+  size_t first, rows;
+
+  const uint8_t* row(size_t number) const {  // the nearest that is there
+    const size_t at = number < first ? 0 : number - first;
+    return data + (at < rows ? at : rows - 1) * row_stride;
+  }
 };
 
 // As Pillow does since version 13: along the columns first where the height shrinks by much more than the width. The
@@ -31,7 +38,7 @@ constexpr bool columns_first(size_t height, size_t width, size_t resized_height,
 }
 
 // The picture is resized to resized_height x resized_width; of that, what starts at (top, left) fills the output from
-// its upper left corner; what it does not fill is `pad`.
+// its upper left corner; what it does not fill is `pad`. models/ops/pixels.py lays it out the same.
 struct Placement {
   size_t resized_height, resized_width, top, left, height, width;
   uint8_t pad;
@@ -65,7 +72,10 @@ class ImageToPixels {
   // To be called once, with what `check` takes.
   bool prepare(const Picture&, const Placement&, Filter, Passes);
 
-  // Output rows [first, last).
+  // Whether the rows that are there make the output rows [first, last).
+  bool covers(size_t first, size_t last) const;
+
+  // Output rows [first, last), last <= height.
   bool run(size_t first, size_t last, const Sink&) const;
 
   // Source rows that one output row is made of, at most.
