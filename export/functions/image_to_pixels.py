@@ -1,10 +1,10 @@
 """`ImageToPixels` and `ImageToQuantizedPixels` as local functions: Pillow's 8-bit resize, to the bit, of standard ops.
 
-ONNX Runtime's own Resize (antialias, cubic, exclude_outside) is up to 2 grey levels off and has one order of its passes.
-So each pass is a product of matrices. The weights of an axis [source, outputs] are worked out in float64 as
+ONNX Runtime's own Resize (antialias, cubic, exclude_outside) is up to 2 grey levels off, and more where the columns go
+first. So each pass is a product of matrices. The weights of an axis [source, outputs] are worked out in float64 as
 csrc/kernels/image_to_pixels.cc does, rounded to 22 bits, and cut into three signed digits of 8 bits; MatMulInteger sums
-each exactly. Digits are stored plus 128, for products of unsigned bytes cannot saturate on any processor. Source samples
-that no output needs are sliced off first, so that a ribbon stays small.
+each exactly. Digits are stored plus 128, for products of unsigned bytes cannot saturate on any processor. Source
+samples that no output needs are sliced off first, so that a ribbon stays small.
 
 A graph's attributes are fixed, so the body is written for them; the node names them all the same, for the op.
 """

@@ -71,8 +71,8 @@ SOFT_NMS = Op(
 # A picture of any size -> what a graph takes. The attributes are `ImagePreprocess`, by name; shortest = 0 is none.
 # Resized as Pillow does it on 8 bits: weights rounded to 22 bits, one pass for each axis, rounded to 8 bits between the
 # two, in the order of Pillow 13 (`models.preprocess.image.columns_first`); then (x / 255 - mean) / std as one
-# multiply and one add in float32. mean and std are float32 here: against `ImagePreparer`, which has them in float64, the
-# last bit may differ. Sides of the picture: 1 to 65536.
+# multiply and one add in float32. mean and std are float32 here, float64 in `ImagePreparer`: the last bit may differ.
+# Sides of the picture: 1 to 65536.
 IMAGE_TO_PIXELS = Op(
     "ImageToPixels",
     inputs={"image": _tensor("uint8", "H", "W", 3)},
