@@ -9,7 +9,6 @@ from models.bundle.bundle import Bundle
 from models.bundle.store import read
 from models.errors import BadRequest
 from models.flow import Array, Arrays, Call, Flow, drive
-from models.ops import library
 from models.ops.library import Mode
 from models.preprocess.image import MAX_PIXELS
 from models.runtime.clock import Stopwatch
@@ -90,12 +89,12 @@ def open_bundle(
     max_pixels: int = MAX_PIXELS,
     ops: Mode = "auto",
 ) -> Runner:
-    """Verify and open the bundle in ``directory``. ``ops``: whether the op library is used, auto: where there is one.
+    """Verify and open the bundle in ``directory``. Raises `BundleNotFound`, `BundleInvalid`, `BundleTooNew`.
 
-    Raises `BundleNotFound`, `BundleInvalid`, `BundleTooNew`; `OpsLibraryMissing` when it is required and absent.
+    ``ops``: whether graphs and pictures use the op library, see `models.ops.library.find`; `OpsLibraryMissing` where it
+    is required and absent.
     """
-    library.find(ops)
-    bundle = Bundle(read(Path(directory), verify=verify), max_pixels=max_pixels)
+    bundle = Bundle(read(Path(directory), verify=verify), max_pixels=max_pixels, ops=ops)
     return Runner(bundle, SessionOptions(threads=threads, ops=ops))
 
 

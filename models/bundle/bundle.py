@@ -13,19 +13,24 @@ from models.bundle.store import Sealed
 from models.errors import BundleInvalid, TaskNotServed
 from models.flow import Array
 from models.heads import HEADS, BoundHead
+from models.ops.library import Library, Mode, find
 from models.preprocess.image import MAX_PIXELS, ImagePreparer
 from models.preprocess.text import TextPreparer
 from models.prompts import PROMPTS
 
 
 class Bundle:
-    """Manifest, preprocessing, prompts, head and assets. ``max_pixels``: the largest picture it decodes."""
+    """Manifest, preprocessing, prompts, head and assets. ``max_pixels``: the largest picture it decodes.
 
-    def __init__(self, sealed: Sealed, *, max_pixels: int = MAX_PIXELS) -> None:
+    ``ops``: whether pictures are prepared by the op library, see `models.ops.library.find`; the answers are the same.
+    """
+
+    def __init__(self, sealed: Sealed, *, max_pixels: int = MAX_PIXELS, ops: Mode = "auto") -> None:
         self.directory: Path = sealed.directory
         self.manifest: Manifest = sealed.manifest
         self.digest: str = sealed.digest
         self.max_pixels = max_pixels
+        self._library: Library | None = find(ops)
         self._images: dict[str, ImagePreparer] = {}
 
     @property
@@ -67,7 +72,7 @@ class Bundle:
             spec = self.graph(role).preprocess
             if not isinstance(spec, ImagePreprocess):
                 raise BundleInvalid(f"bundle {self.name!r}: graph {role!r} takes no pictures")
-            self._images[role] = ImagePreparer(spec)
+            self._images[role] = ImagePreparer(spec, self._library)
         return self._images[role]
 
     @cached_property

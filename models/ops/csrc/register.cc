@@ -9,7 +9,9 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   return calmclip::guarded([&]() -> OrtStatusPtr {
     static Ort::CustomOpDomain domain(calmclip::kDomain);  // lives as long as the library: sessions keep pointers
     static const bool filled = [] {
-      for (const OrtCustomOp* op : {calmclip::soft_nms_op(), calmclip::softmax_op()}) domain.Add(op);
+      for (const OrtCustomOp* op : {calmclip::softmax_op(), calmclip::soft_nms_op(), calmclip::image_to_pixels_op(),
+                                    calmclip::image_to_quantized_pixels_op()})
+        domain.Add(op);
       return true;
     }();
     (void)filled;

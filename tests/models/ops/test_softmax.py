@@ -299,7 +299,9 @@ def test_the_callers_rounding_and_flushing_stay(library):
             assert np.array([tiny]) * np.float32(1.0) > 0
 
 
-@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.floats(-60, 60, width=32)))
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=70), elements=st.floats(-60, 60, width=32))
+)
 @settings(max_examples=60, deadline=None)
 def test_every_kernel_equals_scalar(every, x):
     """Up to what x - max loses in float32 where there is a max to subtract: half a unit in the last place of 120."""
@@ -385,7 +387,9 @@ def test_op_out_of_cache(library):
     for shape in ((5, 2_000_000), (3, 1_000_000), (1, 9_000_000), (300, 50_000)):
         x = rng.normal(0, 3, shape).astype(np.float32)
         y = op(library).run(None, {"x": x})[0]
-        assert y == pytest.approx(exact(x[:5]) if len(x) == len(x[:5]) else np.vstack([exact(r[None]) for r in x]), rel=2e-6)
+        assert y == pytest.approx(
+            exact(x[:5]) if len(x) == len(x[:5]) else np.vstack([exact(r[None]) for r in x]), rel=2e-6
+        )
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3), (0, 0)])
@@ -410,7 +414,9 @@ def test_op_masks(library):
 )
 def test_op_refuses_an_axis_that_x_has_not(library, shape, axis):
     at_hand = op(library, axis=axis)
-    with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match=f"axis is {axis} and x has the shape"):
+    with pytest.raises(
+        ort.capi.onnxruntime_pybind11_state.InvalidArgument, match=f"axis is {axis} and x has the shape"
+    ):
         at_hand.run(None, {"x": np.zeros(shape, np.float32)})
 
 

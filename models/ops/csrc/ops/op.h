@@ -67,5 +67,7 @@ struct Op : Ort::CustomOpBase<Schema, Kernel, /*WithStatus=*/true> {
 // All of them; register.cc hands them to ONNX Runtime.
 const OrtCustomOp* soft_nms_op();
 const OrtCustomOp* softmax_op();
+const OrtCustomOp* image_to_pixels_op();
+const OrtCustomOp* image_to_quantized_pixels_op();
 
 }  // namespace calmclip

@@ -1,0 +1,539 @@
+"""ImageToPixels against Pillow, to the bit: kernels of every instruction set, op, local function and preparer."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import PIL
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from PIL import Image
+from pydantic import ValidationError
+
+from export.functions.image_to_pixels import OPSET, image_to_pixels, image_to_quantized_pixels
+from models.bundle.manifest import ImagePreprocess
+from models.errors import BadRequest
+from models.flow import Array
+from models.ops import pixels, reference
+from models.ops.library import Library, find
+from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, VERSION, Op
+from models.preprocess.image import ImagePreparer, columns_first
+
+PHOTOGRAPHS = sorted((Path(__file__).parents[3] / "export" / "samples").glob("*.jpg"))
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+ONE, NIL = np.ones(3, np.float32), np.zeros(3, np.float32)
+GUARD = 64
+
+# (height, width) -> (height, width)
+SIZES = [
+    ((480, 640), (224, 298)),
+    ((640, 480), (298, 224)),
+    ((1, 1), (224, 224)),
+    ((7, 5), (224, 160)),
+    ((1, 300), (3, 40)),
+    ((300, 1), (40, 3)),
+    ((3, 5000), (224, 30)),
+    ((5000, 3), (30, 224)),  # columns first
+    ((1, 40000), (1, 224)),
+    ((40000, 1), (224, 1)),
+    ((65536, 1), (1, 1)),
+    ((1, 65536), (1, 1)),
+    ((900, 300), (50, 40)),  # columns first
+    ((300, 900), (40, 50)),
+    ((97, 131), (97, 131)),  # nothing to do
+    ((97, 131), (97, 40)),
+    ((97, 131), (40, 131)),
+    ((97, 131), (300, 131)),
+    ((13, 17), (29, 700)),  # wider than a strip
+    ((33, 15), (16, 16)),
+    ((16, 1100), (17, 1030)),
+]
+
+
+def noise(height: int, width: int, seed: int = 0, kind: str = "grey") -> Array:
+    """Every frequency there is; ``black or white`` over- and undershoots most."""
+    found = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return np.where(found > 127, 255, 0).astype(np.uint8) if kind == "black or white" else found
+
+
+def pillow(image: Array, height: int, width: int, resample: str) -> Array:
+    """uint8 [H, W, 3] -> [3, height, width] in two calls of Pillow, in the order that the op promises."""
+    picture, mode = Image.fromarray(image), FILTERS[resample]
+    halfway = (picture.width, height) if columns_first(*picture.size, width, height) else (width, picture.height)
+    return np.asarray(picture.resize(halfway, mode).resize((width, height), mode)).transpose(2, 0, 1)
+
+
+def kernel(
+    library: Library,
+    image: Array,
+    resized: tuple[int, int],
+    size: tuple[int, int],
+    corner: tuple[int, int] = (0, 0),
+    resample: str = "bicubic",
+    **options: Any,
+) -> Array:
+    """uint8 [3, height, width], from the kernel's float32 with gain 1 and bias 0; what lies around it is checked."""
+    memory = np.full(3 * size[0] * size[1] + 2 * GUARD, np.nan, np.float32)
+    out = memory[GUARD:-GUARD].reshape(3, *size)
+    picture = pixels.Picture(image.ctypes.data, *image.shape[:2], *image.strides[:2], 0, image.shape[0])
+    place = pixels.Placement(*resized, *corner, *size, options.pop("pad", 0))
+    pixels.image_to_pixels(library, picture, place, resample, ONE, NIL, out, **options)
+    assert np.isnan(memory[:GUARD]).all()
+    assert np.isnan(memory[-GUARD:]).all()
+    assert np.array_equal(out, out.astype(np.uint8))
+    return out.astype(np.uint8)
+
+
+def isas(library: Library) -> list[str]:
+    return [line.isa for line in library.kernels if line.name == "resize_rows" and line.runs]
+
+
+def four_bytes(image: Array) -> Array:
+    """As Pillow keeps it; what is in the fourth must not matter."""
+    return np.concatenate([image, noise(*image.shape[:2], 9)[..., :1]], axis=2)
+
+
+# --- the kernels ----------------------------------------------------------------------------------------------------
+
+
+def test_the_library_holds_both_passes_for_the_same_instruction_sets(library: Library):
+    rows, columns = (
+        [line.isa for line in library.kernels if line.name == name] for name in ("resize_rows", "resize_columns")
+    )
+    assert rows == columns
+    assert "scalar" in rows
+
+
+@pytest.mark.parametrize("kind", ["grey", "black or white"])
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize(("source", "resized"), SIZES)
+def test_every_kernel_equals_pillow(library: Library, source, resized, resample: str, kind: str):
+    image = noise(*source, 1, kind)
+    expected = pillow(image, *resized, resample)
+    wide = four_bytes(image)
+    for isa in isas(library):
+        for form in (image, wide):
+            found = kernel(library, form, resized, resized, resample=resample, isa=isa)
+            assert np.array_equal(found, expected), (isa, form.shape)
+
+
+@pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.stem)
+def test_every_kernel_equals_pillow_on_photographs(library: Library, path: Path):
+    image = np.asarray(Image.open(path).convert("RGB"))
+    for resized in ((224, 300), (100, 130), (640, 500)):
+        expected = pillow(image, *resized, "bicubic")
+        for isa in isas(library):
+            assert np.array_equal(kernel(library, image, resized, resized, isa=isa), expected), isa
+
+
+@given(st.tuples(*[st.integers(1, 150)] * 4), st.sampled_from(sorted(FILTERS)), st.integers(0, 2**20), st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_cut_of_any_size(library: Library, sizes, resample: str, seed: int, data):
+    source, resized = sizes[:2], sizes[2:]
+    top, left = (data.draw(st.integers(0, side - 1)) for side in resized)
+    size = data.draw(st.integers(1, 160)), data.draw(st.integers(1, 160))
+    image = noise(*source, seed, "black or white" if seed % 2 else "grey")
+    whole = pillow(image, *resized, resample)[:, top : top + size[0], left : left + size[1]]
+    expected = np.full((3, *size), 7, np.uint8)
+    expected[:, : whole.shape[1], : whole.shape[2]] = whole
+    for isa in isas(library):
+        found = kernel(library, image, resized, size, (top, left), resample, pad=7, isa=isa)
+        assert np.array_equal(found, expected), isa
+
+
+def test_a_picture_inside_a_larger_buffer(library: Library):
+    """Rows further apart than their pixels; nothing is read past a row's end."""
+    frame = noise(70, 90, 3)
+    inside = frame[11:60, 5:76]
+    assert np.array_equal(
+        kernel(library, inside, (20, 30), (20, 30)), pillow(np.ascontiguousarray(inside), 20, 30, "bicubic")
+    )
+
+
+@pytest.mark.parametrize(("source", "resized"), [((500, 400), (90, 80)), ((900, 300), (50, 40)), ((50, 40), (90, 80))])
+def test_rows_in_parts_and_from_parts_of_the_picture(library: Library, source, resized):
+    image = noise(*source)
+    expected = pillow(image, *resized, "bicubic")
+    out = np.full((3, *resized), np.nan, np.float32)
+    place = pixels.Placement(*resized, 0, 0, *resized, 0)
+    scale = source[0] / resized[0]
+    for first in range(0, resized[0], 17):
+        last = min(first + 17, resized[0])
+        low = max(0, int((first + 0.5) * scale - 2 * max(scale, 1)) - 2)
+        high = min(source[0], int((last - 0.5) * scale + 2 * max(scale, 1)) + 3)
+        part = image[low:high].copy()
+        picture = pixels.Picture(part.ctypes.data, *source, *part.strides[:2], low, high - low)
+        pixels.image_to_pixels(library, picture, place, "bicubic", ONE, NIL, out, (first, last))
+    assert np.array_equal(out, expected)
+
+
+def test_numbers_that_make_no_sense_are_refused(library: Library):
+    image = noise(20, 20)
+    right = {"height": 20, "width": 20, "row": 60, "pixel": 3, "first": 0, "rows": 20}
+    where = {"rh": 8, "rw": 8, "top": 0, "left": 0, "h": 8, "w": 8}
+    out = np.empty((3, 8, 8), np.float32)
+
+    def run(outputs: tuple[int, int] = (0, 8), out: Array = out, **changes: int) -> None:
+        picture = pixels.Picture(image.ctypes.data, *(changes.get(name, value) for name, value in right.items()))
+        place = pixels.Placement(*(changes.get(name, value) for name, value in where.items()), 0)
+        pixels.image_to_pixels(library, picture, place, "bicubic", ONE, NIL, out, outputs)
+
+    run()
+    for changes in (
+        {"height": 0},
+        {"width": 0},
+        {"height": 2**64 - 1, "rows": 2**64 - 1},
+        {"width": 70000},
+        {"row": 59},
+        {"pixel": 2},
+        {"rows": 21},
+        {"rows": 0},
+        {"first": 5},
+        {"first": 10, "rows": 10},  # half of what the outputs need
+        {"rh": 0},
+        {"rw": 2**40},
+        {"top": 8},
+        {"left": 2**64 - 1},
+    ):
+        with pytest.raises(ValueError, match="refused rows 0 to 8"):
+            run(**changes)
+    with pytest.raises(ValueError, match="refused rows 0 to 9"):
+        run((0, 9))
+    with pytest.raises(ValueError, match="expected contiguous float32"):
+        run(h=9)
+    with pytest.raises(ValueError, match="expected contiguous float32"):
+        run(out=np.empty((3, 8, 8)))
+
+
+# --- the reference and its order ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older ones resize the width first, always")
+def test_the_order_is_that_of_the_installed_pillow():
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        height, width, *resized = map(int, rng.integers(1, 90, 4))
+        height *= int(rng.integers(1, 4))
+        image = noise(height, width, 2, "black or white")
+        expected = Image.fromarray(image).resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
+        assert np.array_equal(pillow(image, *resized, "bicubic"), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_the_reference_normalises_as_the_textbook_does():
+    image = noise(50, 40)
+    found = reference.image_to_pixels(image, size=(20, 24), resize="exact", mean=MEAN, std=STD)
+    grey = pillow(image, 20, 24, "bicubic").astype(np.float64)
+    mean, std = (np.array(v).reshape(3, 1, 1) for v in (MEAN, STD))
+    assert found.shape == (1, 3, 20, 24)
+    assert np.abs(found[0] - (grey / 255 - mean) / std).max() < 1e-6
+
+
+def test_the_reference_quantises_half_to_even_and_clips():
+    grey = np.repeat(np.array([[[0], [1], [2], [255]]], np.uint8), 3, axis=2)
+    step = 2 * float(np.float32(1 / 255))  # two grey levels, to the last bit
+    how: dict[str, Any] = {"size": (1, 4), "resize": "exact", "scale": step}
+    found = reference.image_to_quantized_pixels(grey, zero_point=200, **how)
+    assert found[0, 0, 0].tolist() == [200, 200, 201, 255]  # 0; 0.5 goes to 0; 1; 127.5 is over the top
+    found = reference.image_to_quantized_pixels(grey, zero_point=100, mean=(1.0,) * 3, **how)
+    assert found[0, 0, 0].tolist() == [0, 0, 0, 100]  # -127.5 is under the bottom
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (0, 4, 3), (1, 4, 4, 3)])
+def test_the_reference_refuses_what_is_no_picture(shape: tuple[int, ...]):
+    with pytest.raises(BadRequest, match=r"expected uint8 \[height, width, 3\]"):
+        reference.image_to_pixels(np.zeros(shape, np.uint8))
+
+
+# --- the op ---------------------------------------------------------------------------------------------------------
+
+NORMAL = {"mean": MEAN, "std": STD}
+MODES: dict[str, dict[str, Any]] = {
+    "clip": NORMAL,
+    "transformers": {"shortest": 256, "crop_offset": "floor", "resample": "bilinear", **NORMAL},
+    "siglip": {"size": (48, 64), "resize": "exact", "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "owl": {"size": (96, 64), "resize": "letterbox", "pad": 114, **NORMAL},
+    "square": {"size": (32, 32), "shortest": 40, "keep_square": 1, "crop_offset": "round"},
+}
+SHAPES = [(480, 640), (640, 480), (900, 300), (301, 900), (333, 500), (1, 1), (1, 300), (300, 1), (64, 64), (65, 64)]
+LOADING = "Exception during initialization: "
+RUNNING = "INVALID_ARGUMENT : Non-zero status code returned while running "
+QUANTIZED = {"scale": 0.0173, "zero_point": 114}
+
+
+def model(op: Op, attributes: dict[str, Any], function: onnx.FunctionProto | None = None) -> bytes:
+    full: dict[str, Any] = op.attributes | attributes
+    node = helper.make_node(op.name, list(op.inputs), list(op.outputs), domain=DOMAIN, **full)
+    kind = TensorProto.UINT8 if op.outputs["pixels"].dtype == "uint8" else TensorProto.FLOAT
+    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["H", "W", 3])
+    made = helper.make_tensor_value_info("pixels", kind, [1, 3, "h", "w"])
+    graph = helper.make_graph([node], "alone", [image], [made])
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    whole = helper.make_model(graph, functions=[function] if function else [], opset_imports=opsets, ir_version=10)
+    if function:
+        onnx.checker.check_model(whole, full_check=True)
+    return whole.SerializeToString()
+
+
+def session(model: bytes, library: Library | None = None, threads: int = 1) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if library:
+        options.register_custom_ops_library(str(library.path))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run(loaded: ort.InferenceSession, image: Array) -> Array:
+    return loaded.run(None, {"image": image})[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_op_function_and_reference_are_one(library: Library, mode: str):
+    """On the same model file. The function is exact as well: a grey level was allowed, none is needed."""
+    how, quantized = MODES[mode], MODES[mode] | QUANTIZED
+    file = model(IMAGE_TO_PIXELS, how, image_to_pixels(**how))
+    file8 = model(IMAGE_TO_QUANTIZED_PIXELS, quantized, image_to_quantized_pixels(**quantized))
+    op, function, op8, function8 = session(file, library), session(file), session(file8, library), session(file8)
+    assert op.get_outputs()[0].shape == [1, 3, *(IMAGE_TO_PIXELS.attributes | how)["size"]]
+    for number, shape in enumerate(SHAPES):
+        image = noise(*shape, number, "black or white" if number % 2 else "grey")
+        expected = reference.image_to_pixels(image, **how)
+        expected8 = reference.image_to_quantized_pixels(image, **quantized)
+        for found, wanted in (
+            (run(op, image), expected),
+            (run(function, image), expected),
+            (run(op8, image), expected8),
+            (run(function8, image), expected8),
+        ):
+            assert found.dtype == wanted.dtype
+            assert np.array_equal(found, wanted), shape
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_op_and_function_agree_on_ribbons(library: Library, mode: str):
+    """Where Pillow would resize to more than 40 million pixels, the op makes only those that are seen."""
+    how = MODES[mode]
+    file = model(IMAGE_TO_PIXELS, how, image_to_pixels(**how))
+    op, function = session(file, library), session(file)
+    for shape in ((2, 9000), (9000, 2)):
+        image = noise(*shape)
+        assert np.array_equal(run(op, image), run(function, image)), shape
+
+
+@pytest.mark.parametrize("mode", ["clip", "owl"])
+def test_the_op_is_the_same_on_several_threads(library: Library, mode: str):
+    file = model(IMAGE_TO_PIXELS, MODES[mode])
+    for shape in ((2000, 1500), (1500, 2000), (2400, 700)):  # the last one columns first
+        image = noise(*shape)
+        assert np.array_equal(run(session(file, library, threads=4), image), run(session(file, library), image))
+
+
+def test_every_grey_level_quantises_as_onnx_runtime_does(library: Library):
+    levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
+    for scale, zero_point in ((0.0173, 114), (1e-30, 0), (1e30, 255), (2.0, 7), (1 / 64, 128)):
+        how = {"size": (1, 256), "resize": "exact", **NORMAL, "scale": scale, "zero_point": zero_point}
+        file = model(IMAGE_TO_QUANTIZED_PIXELS, how, image_to_quantized_pixels(**how))
+        expected = reference.image_to_quantized_pixels(levels, **how)
+        assert np.array_equal(run(session(file, library), levels), expected)
+        assert np.array_equal(run(session(file), levels), expected)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "says"),
+    [
+        ({"size": (224,)}, "size has 1 numbers; expected height and width"),
+        ({"size": (0, 5)}, r"size is \[0, 5\]; expected sides within 1 to 4096"),
+        ({"size": (5, 4097)}, "expected sides within 1 to 4096"),
+        ({"resize": "stretch"}, "resize is 'stretch'; expected one of shortest, exact, letterbox"),
+        ({"resample": "nearest"}, "resample is 'nearest'; expected one of bilinear, bicubic"),
+        ({"crop_offset": "ceil"}, "crop_offset is 'ceil'; expected one of round, floor"),
+        ({"shortest": 223}, r"shortest is 223; expected the larger of size \[224, 224\] to 4096"),
+        ({"shortest": 2**62}, "expected the larger of size"),
+        ({"pad": 256}, "pad is 256; expected 0 to 255"),
+        ({"pad": -1}, "pad is -1; expected 0 to 255"),
+        ({"mean": (0.0, 0.0)}, "mean has 2 numbers and std 3; expected 3 each"),
+        ({"std": (1.0, 1.0, 0.0009)}, "of channel 2; expected"),
+        ({"std": (1.0, float("nan"), 1.0)}, "of channel 1; expected"),
+        ({"mean": (float("inf"), 0.0, 0.0)}, "of channel 0; expected"),
+        ({"scale": 0.0}, "scale is 0.000000; expected a finite number over 0"),
+        ({"scale": float("nan")}, "expected a finite number over 0"),
+        ({"zero_point": 256}, "zero_point is 256; expected 0 to 255"),
+        ({"size": "big"}, "size has 0 numbers; expected height and width"),
+        ({"pad": 1.5}, "the attribute pad cannot be read"),
+    ],
+)
+def test_attributes_out_of_range_are_refused(library: Library, attributes, says: str):
+    """When the model is loaded; ONNX Runtime makes an exception of its own of the status there."""
+    with pytest.raises(Exception, match=f"{LOADING}ImageToQuantizedPixels: .*{says}"):
+        session(model(IMAGE_TO_QUANTIZED_PIXELS, attributes), library)
+
+
+def test_a_missing_attribute_is_named(library: Library):
+    whole = onnx.load_from_string(model(IMAGE_TO_PIXELS, {}))
+    del whole.graph.node[0].attribute[0]
+    with pytest.raises(Exception, match=r"ImageToPixels: the attribute .* cannot be read"):
+        session(whole.SerializeToString(), library)
+
+
+def test_the_function_refuses_attributes_out_of_range():
+    with pytest.raises(ValidationError, match="shortest"):
+        image_to_pixels(shortest=100)
+    with pytest.raises(TypeError, match="has no attribute colour; it has size"):
+        image_to_pixels(colour=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((0, 5, 3), r"the picture has the shape \[0, 5, 3\]; expected sides within 1 to 65536"),
+        ((65537, 1, 3), "expected sides within 1 to 65536"),
+        ((5, 5, 4), r"the picture has the shape \[5, 5, 4\]; expected \[height, width, 3\]"),
+        ((1, 5, 5, 3), r"expected \[height, width, 3\]"),
+        ((), r"expected \[height, width, 3\]"),
+    ],
+)
+def test_what_is_no_picture_is_refused(library: Library, shape: tuple[int, ...], says: str):
+    whole = onnx.load_from_string(model(IMAGE_TO_PIXELS, {}))
+    whole.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.UINT8, None))
+    with pytest.raises(Exception, match=says) as caught:
+        run(session(whole.SerializeToString(), library), np.zeros(shape, np.uint8))
+    assert "InvalidArgument" in type(caught.value).__name__
+
+
+# --- nothing crashes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_malformed_inputs_crash_nothing(library: Library, count: int):
+    done = subprocess.run(
+        [sys.executable, __file__, str(count)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[3],
+        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-2:] == ["survived", str(count)]
+    refused = int(done.stdout.split()[0])
+    assert count / 10 < refused < count * 9 / 10  # and some of both
+
+
+def malform(count: int) -> None:
+    """Random nodes and pictures, good and bad; whatever is raised names the op as InvalidArgument."""
+    rng = np.random.default_rng(count)
+    library = find("required")
+
+    def any_of(*choices: Any) -> Any:
+        return choices[int(rng.integers(len(choices)))]
+
+    refused = 0
+    for number in range(count):
+        op = any_of(IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS)
+        side = int(rng.integers(1, 40))
+        attributes: dict[str, Any] = {
+            "size": (side, int(rng.integers(1, 40))),
+            "shortest": int(rng.integers(38, 60)),
+            "resize": any_of("shortest", "exact", "letterbox"),
+            "resample": any_of("bilinear", "bicubic"),
+            "keep_square": int(rng.integers(2)),
+            "crop_offset": any_of("round", "floor"),
+        }
+        if rng.random() < 0.3:
+            attributes |= any_of(
+                {"size": (-side, 3)},
+                {"size": (2**40, 3)},
+                {"size": ()},
+                {"size": tuple(range(50))},
+                {"size": 4.5},
+                {"shortest": int(rng.integers(-(2**63), 2**63))},
+                {"shortest": 4096},
+                {"std": (0.0,) * 3},
+                {"std": (float("nan"),) * 3},
+                {"mean": (1e38, -1e38, 0.0)},
+                {"mean": ()},
+                {"pad": int(rng.integers(-(2**63), 2**63))},
+                {"resize": "x" * 10_000},
+                {"resample": ""},
+                {"crop_offset": b"\xff\x00".decode("latin1")},
+            )
+        if op is IMAGE_TO_QUANTIZED_PIXELS and rng.random() < 0.2:
+            attributes |= any_of({"scale": float("inf")}, {"scale": -1.0}, {"zero_point": -1}, {"scale": 1e-45})
+        attributes = {name: value for name, value in attributes.items() if value != ()}
+        shape = (*map(int, rng.integers(0, any_of(2, 5, 100, 400), 2)), 3)
+        if rng.random() < 0.2:
+            shape = any_of((), (3,), (4, 3), (4, 4, 1), (1, 4, 4, 3), (0, 0, 0), (70_000, 1, 3), (1, 65_536, 3))
+        try:
+            whole = onnx.load_from_string(model(op, attributes))
+            whole.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.UINT8, None))
+            if rng.random() < 0.05:
+                del whole.graph.node[0].attribute[int(rng.integers(9))]
+            made = run(session(whole.SerializeToString(), library), rng.integers(0, 256, shape, np.uint8))
+            assert made.shape == (1, 3, *(op.attributes | attributes)["size"])
+        except Exception as error:
+            refusals = (
+                f"{LOADING}{op.name}: ",
+                f"INVALID_ARGUMENT : Non-zero status code returned while running {op.name}",
+            )
+            if not any(refusal in str(error) for refusal in refusals):
+                error.add_note(f"number {number}: {attributes}, picture {shape}")
+                raise
+            refused += 1
+    print(refused, "refused, survived", count)
+
+
+# --- the preparer ---------------------------------------------------------------------------------------------------
+
+
+def both(library: Library, spec: ImagePreprocess, picture: Image.Image) -> None:
+    plain, frame = ImagePreparer(spec).prepare(picture)
+    fast, same = ImagePreparer(spec, library).prepare(picture)
+    assert same == frame
+    assert fast.shape == plain.shape
+    assert fast.flags.c_contiguous
+    assert fast.tobytes() == plain.tobytes()
+
+
+def spec(mode: str) -> ImagePreprocess:
+    return ImagePreprocess.model_validate(IMAGE_TO_PIXELS.attributes | MODES[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_preparer_gives_the_same_bits_with_and_without_the_library(library: Library, mode: str):
+    for path in PHOTOGRAPHS:
+        both(library, spec(mode), Image.open(path).convert("RGB"))
+    for shape in [*SHAPES, (1, 70_000), (70_000, 1)]:
+        both(library, spec(mode), Image.fromarray(noise(*shape)))
+
+
+@given(st.integers(1, 250), st.integers(1, 250), st.sampled_from(sorted(MODES)), st.integers(0, 2**20))
+@settings(max_examples=100, deadline=None)
+def test_the_preparer_on_any_size(library: Library, width: int, height: int, mode: str, seed: int):
+    both(library, spec(mode), Image.fromarray(noise(height, width, seed)))
+
+
+@pytest.mark.parametrize("size", [(2400, 1900), (1000, 4300)])
+@pytest.mark.parametrize("mode", ["clip", "owl", "siglip"])
+def test_the_preparer_on_pictures_over_one_block_of_pillows(library: Library, size: tuple[int, int], mode: str):
+    """They are taken in bands; the second one is resized along its columns first."""
+    both(library, spec(mode), Image.fromarray(noise(*size[::-1])))
+
+
+def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("models.preprocess.memory.borrow", lambda image: None)
+    for band in (1 << 12, 4 << 20):
+        monkeypatch.setattr("models.preprocess.memory._BAND", band)
+        for mode in MODES:
+            for shape in SHAPES:
+                both(library, spec(mode), Image.fromarray(noise(*shape)))
+
+
+if __name__ == "__main__":
+    malform(int(sys.argv[1]))

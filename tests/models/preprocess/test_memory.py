@@ -1,0 +1,111 @@
+"""Pillow's own bytes, read through the Arrow interface, against numpy's copy of them."""
+
+import ctypes
+import gc
+import math
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image
+
+from models.flow import Array
+from models.preprocess import memory
+from models.preprocess.memory import Memory, bands, borrow, copy
+
+lends = pytest.mark.skipif(
+    not hasattr(Image.Image, "__arrow_c_array__"), reason=f"Pillow {PIL.__version__} lends nothing"
+)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def read(lent: Memory, rows: int, columns: int) -> Array:
+    """uint8 [rows, columns, 3] by its address alone."""
+    row, pixel = lent.strides
+    flat = np.frombuffer((ctypes.c_uint8 * (row * (rows - 1) + pixel * columns)).from_address(lent.address), np.uint8)
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns, 3), (row, pixel, 1)).copy()
+
+
+@lends
+@pytest.mark.parametrize("size", [(640, 480), (1, 1), (1, 300), (300, 1), (17, 13)])
+def test_what_is_lent_is_the_picture(size: tuple[int, int]):
+    image = picture(*size)
+    lent = borrow(image)
+    assert lent is not None
+    assert lent.strides == (size[0] * 4, 4)
+    assert np.array_equal(read(lent, *size[::-1]), np.asarray(image))
+
+
+@lends
+def test_what_is_lent_outlives_the_picture():
+    image = picture(640, 480)
+    expected, lent = np.asarray(image), borrow(image)
+    del image
+    gc.collect()
+    others = [picture(640, 480) for _ in range(5)]  # would take its place
+    assert lent is not None
+    assert np.array_equal(read(lent, 480, 640), expected)
+    assert others
+
+
+@lends
+def test_lending_leaks_nothing():
+    image = picture(64, 64)
+    for _ in range(3):
+        borrow(image)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(1000):
+        borrow(image)
+    assert len(gc.get_objects()) - before < 50
+
+
+def test_what_is_not_rgb_in_one_block_is_not_lent():
+    assert borrow(picture(4, 4).convert("L")) is None
+    assert borrow(picture(4, 4).convert("RGBA")) is None
+    assert borrow(Image.new("RGB", (3000, 2000))) is None  # 24 MB: two blocks
+
+
+def test_a_pillow_that_lends_otherwise_is_not_believed(monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: Image.Image) -> None:
+        raise ValueError("of no interest")
+
+    monkeypatch.setattr(Image.Image, "__arrow_c_array__", refuse, raising=False)
+    assert borrow(picture(4, 4)) is None
+    monkeypatch.delattr(Image.Image, "__arrow_c_array__")
+    assert borrow(picture(4, 4)) is None
+
+
+@lends
+def test_another_layout_is_not_believed(monkeypatch: pytest.MonkeyPatch):
+    lend = Image.Image.__arrow_c_array__
+    for other in (picture(4, 4).convert("L"), picture(5, 5)):  # of 1 byte a pixel; of more pixels
+        monkeypatch.setattr(Image.Image, "__arrow_c_array__", lambda self, other=other: lend(other))
+        assert borrow(picture(4, 4)) is None
+
+
+def test_a_copy_has_three_bytes_a_pixel():
+    image = picture(7, 5)
+    assert copy(image).strides == (21, 3)
+    assert np.array_equal(read(copy(image), 5, 7), np.asarray(image))
+
+
+@pytest.mark.parametrize("lent", [True, False])
+@pytest.mark.parametrize(("height", "outputs"), [(500, 50), (50, 500), (333, 100), (1, 40), (40, 1)])
+def test_bands_hold_what_their_rows_need(monkeypatch: pytest.MonkeyPatch, height: int, outputs: int, lent: bool):
+    monkeypatch.setattr(memory, "_BAND", 1)
+    find = memory.borrow
+    monkeypatch.setattr(memory, "borrow", lambda image: None if image.height == height or not lent else find(image))
+    image, scale, reach, done = picture(30, height), height / outputs, 3.5, 0
+    for band in bands(image, outputs, lambda row: (row + 0.5) * scale, reach):
+        first, last = band.outputs
+        assert first == done
+        assert band.first <= max(math.floor((first + 0.5) * scale - reach), 0)
+        assert band.first + band.rows >= min(math.ceil((last - 0.5) * scale + reach), height)
+        expected = np.asarray(image)[band.first : band.first + band.rows]
+        assert np.array_equal(read(band, band.rows, 30), expected)
+        done = last
+    assert done == outputs
