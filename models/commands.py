@@ -24,6 +24,7 @@ from models.tasks.detect import Suppression
 FAMILIES = {
     "nets": "export.nets:NETS",
     "quantizers": "export.quantizers:QUANTIZERS",
+    "rewrites": "export.rewrites:REWRITES",
     "evals": "export.evals:EVALS",
     "heads": "models.heads:HEADS",
     "prompts": "models.prompts:PROMPTS",

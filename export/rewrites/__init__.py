@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import onnx
-import onnx_ir as ir
+from onnxscript import ir
 
 from models.bundle.manifest import FrozenModel
 from models.errors import ExportError

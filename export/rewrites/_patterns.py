@@ -6,14 +6,17 @@ constants and renames what it likes; its matcher and its checks are what we want
 
 from collections.abc import Sequence
 
-import onnx_ir as ir
+from onnxscript import ir
 from onnxscript.rewriter import MatchingTracer, MatchStatus, RewriteRule, RewriteRuleClassBase
 
 from export.rewrites import Outcome
 
 
 def rewrite(model: ir.Model, rule: type[RewriteRuleClassBase], *, replaces: int) -> Outcome:
-    """``rule`` wherever it fits, operands in either order. Near misses: its check failed, or a value between is used."""
+    """``rule`` wherever it fits, operands in either order.
+
+    A near miss is a place where all but its check fits, or where a value between its ``replaces`` nodes is used.
+    """
     rules: Sequence[RewriteRule] = rule.rule().commute()
     fired, missed = 0, {}
     for node in model.graph:

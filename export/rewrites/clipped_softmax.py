@@ -5,7 +5,7 @@ gamma <= 0 and zeta >= 1. The factors of Mul and Add may stand on either side.
 """
 
 import numpy as np
-import onnx_ir as ir
+from onnxscript import ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase
 
 from export.functions.softmax import softmax

@@ -7,7 +7,7 @@ answers kept_boxes [K, 4], scores [K] (decayed), raw_scores [K] and classes [K],
 answered. The op's settings become inputs of shape [1]; one the graph takes already, it shares with the op.
 """
 
-import onnx_ir as ir
+from onnxscript import ir
 
 from export.functions.soft_nms import soft_nms
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite

@@ -7,7 +7,7 @@ QuantizeLinear, which ONNX Runtime runs in integers, and one whose NaN the graph
 attention do for rows that are masked throughout: ours answers such a row with numbers.
 """
 
-import onnx_ir as ir
+from onnxscript import ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase
 
 from export.functions.softmax import softmax
