@@ -12,12 +12,12 @@ from onnxscript.rewriter import MatchingTracer, MatchStatus, RewriteRule, Rewrit
 from export.rewrites import Outcome
 
 
-def rewrite(model: ir.Model, rule: type[RewriteRuleClassBase], *, replaces: int) -> Outcome:
-    """``rule`` wherever it fits, operands in either order.
+def rewrite(model: ir.Model, *forms: type[RewriteRuleClassBase], replaces: int) -> Outcome:
+    """Any of a rule's ``forms`` wherever it fits, operands in either order.
 
     A near miss is a place where all but its check fits, or where a value between its ``replaces`` nodes is used.
     """
-    rules: Sequence[RewriteRule] = rule.rule().commute()
+    rules = [rule for form in forms for rule in form.rule().commute()]
     fired, missed = 0, {}
     for node in model.graph:
         tracer = MatchingTracer()

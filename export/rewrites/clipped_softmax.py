@@ -1,7 +1,7 @@
 """Softmax -> Mul(a) -> Add(b) -> Clip(0, 1) becomes `ai.calmclip.Softmax` with gamma = b, zeta = a + b.
 
 Source: Bondarenko et al. 2023 (arXiv 2306.12929), equation 4: clip((zeta - gamma) softmax(x) + gamma, 0, 1), with
-gamma <= 0 and zeta >= 1. The factors of Mul and Add may stand on either side.
+gamma <= 0 and zeta >= 1. The numbers of Mul and Add may stand on either side; Sub(-b) is Add(b).
 """
 
 import numpy as np
@@ -17,9 +17,13 @@ _ROUNDING = 4 * 2.0**-24  # of a, b and their sum, at 1
 
 
 class Clipped(RewriteRuleClassBase):
+    sign = 1
+
     def pattern(self, op, x, a, b, low, high):  # type: ignore[no-untyped-def]
-        chances = op.Softmax(x, _allow_other_attributes=True, _outputs=["y"])
-        return op.Clip(op.Add(op.Mul(chances, a), b), low, high)
+        return op.Clip(op.Add(self.wide(op, x, a), b), low, high)
+
+    def wide(self, op, x, a):  # type: ignore[no-untyped-def]
+        return op.Mul(op.Softmax(x, _allow_other_attributes=True, _outputs=["y"]), a)
 
     def check(self, context, x, y, a, b, low, high, **_) -> MatchResult:  # type: ignore[no-untyped-def]
         if why := unfit(context.model, x, y):
@@ -31,14 +35,23 @@ class Clipped(RewriteRuleClassBase):
             return no(f"{' and '.join(names[name] for name in unknown)} is no constant number")
         if (found["low"], found["high"]) != (0.0, 1.0):
             return no(f"the clip is [{found['low']:g}, {found['high']:g}]; expected [0, 1]")
-        gamma, zeta = float(found["b"]), float(found["a"]) + float(found["b"])
+        gamma = self.sign * float(found["b"])
+        zeta = float(found["a"]) + gamma
         if not (gamma <= 0 and zeta >= 1 - _ROUNDING):
             return no(f"gamma is {gamma:g} and zeta {zeta:g}; expected gamma <= 0 and zeta >= 1")
         return MatchResult()
 
     def rewrite(self, op, x, y, a, b, **_):  # type: ignore[no-untyped-def]
-        factor, gamma = (np.float32(_patterns.constant(value).numpy().item()) for value in (a, b))
+        factor, summand = (np.float32(_patterns.constant(value).numpy().item()) for value in (a, b))
+        gamma = np.float32(self.sign) * summand
         return ours(op, x, axis(y), float(gamma), float(stretch(factor, gamma)))
+
+
+class Subtracted(Clipped):
+    sign = -1
+
+    def pattern(self, op, x, a, b, low, high):  # type: ignore[no-untyped-def]
+        return op.Clip(op.Sub(self.wide(op, x, a), b), low, high)
 
 
 def stretch(a: np.float32, gamma: np.float32) -> np.float32:
@@ -57,7 +70,7 @@ def _scalar(value: ir.Value | None, rank: int) -> float | None:
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:
-    return _patterns.rewrite(model, Clipped, replaces=4)
+    return _patterns.rewrite(model, Clipped, Subtracted, replaces=4)
 
 
 REWRITES.register("clipped_softmax")(Rewrite(SOFTMAX, lambda params: softmax(), rewrite, replaces=4))
