@@ -1,6 +1,7 @@
 """The four ops of clipped softmax -> one of ours; its numbers, its forms, and what only looks like it."""
 
 import itertools
+import re
 
 import numpy as np
 import onnx
@@ -124,8 +125,8 @@ def test_what_only_looks_like_it_keeps_its_clip_and_gets_a_plain_softmax(change,
     found = rewrites.apply(model, BOTH)
     assert found.counts == {"softmax": 1, "clipped_softmax": 0}
     assert settings(found.model) == {"axis": -1, "gamma": 0.0, "zeta": 1.0}
-    with pytest.raises(AssertionError, match=why):
-        raise AssertionError(str(rewrites.apply(model, ["clipped_softmax"]).missed["clipped_softmax"]))
+    (reason,) = rewrites.apply(model, ["clipped_softmax"]).missed["clipped_softmax"].values()
+    assert re.search(why, reason)
     before, after = (onnx_run(one)({"x": rows()})["y"] for one in (model, found.model))
     np.testing.assert_allclose(after, before, atol=2e-7)
 
