@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,15 @@ from export import calibrate, parity, report, rewrites, samples, weights
 from export.nets import NETS, Built, Net, Tower
 from export.quantizers import QUANTIZERS
 from export.recipe import Quantize, Recipe
+from export.rewrites import image_to_pixels
 from export.trace import fingerprint, to_onnx
 from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph, Manifest, Ops, Quantization, Tensor
+from models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor
 from models.bundle.store import Sealed, describe, read, seal, stage
 from models.errors import BarMissed, BundleError
 from models.flow import Arrays
-from models.ops.library import find
-from models.ops.spec import DOMAIN
+from models.ops.library import Library, find
+from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
 from models.runner import Runner
 
 Say = Callable[[str], None]
@@ -131,6 +132,11 @@ def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path],
         bound = _ROUNDING if how.name == "none" else _TIES
         made.quantized[role], as_int8 = _rewrite(recipe, quantized, seen, tower, f"{role} in INT8", bound)
         made.rewrites[role] = {"float32": as_float, "int8": as_int8}
+        if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess):
+            inside = replace(tower, preprocess=image_to_pixels.inside(tower.preprocess))
+            pairs = [one | other for one, other in zip(seen, calibrate.feeds(inside, directory, *few), strict=True)]
+            for graphs, found, limit in ((made.floats, as_float, _ROUNDING), (made.quantized, as_int8, bound)):
+                graphs[role] = _take_pictures(graphs[role], tower, tower.preprocess, pairs, role, found, limit)
     for role, one in net.built.items():
         made.built[role], found = _rewrite(recipe, one.model, one.examples, one, role)
         made.rewrites[role] = {"float32": found}
@@ -166,6 +172,37 @@ def _rewrite(
     )
     rewrites.require(done, part.promises, what)
     return done.model, {"counts": done.counts, "missed": done.missed, "against_standard": differences}
+
+
+def _take_pictures(
+    model: onnx.ModelProto,
+    tower: Tower,
+    spec: ImagePreprocess,
+    pairs: Sequence[Arrays],
+    role: str,
+    facts: dict[str, Any],
+    bound: Mapping[str, float],
+) -> onnx.ModelProto:
+    """-> the graph with ImageToPixels in front. ``pairs``: feeds of both graphs in one; ``facts``: its part of the
+    report, in which this is entered. Raises `ParityLost` when it answers otherwise than for prepared pixels.
+    """
+    name = "image_to_pixels"
+    done = rewrites.apply(model, [name], {name: {"preprocess": spec}})
+    rewrites.require(done, {IMAGE_TO_PIXELS.name: 1}, role)
+    facts["counts"] |= done.counts
+    for how, library in (("functions", None), ("library", find())):
+        if how == "functions" or library:
+            before, after = (_fed(one, library) for one in (model, done.model))
+            found = parity.compare(before, after, pairs, tower.summary)
+            facts.setdefault("picture_input", {})[how] = found
+            parity.require(found, **bound, what=f"{role}: prepared pixels against pictures, by our {how}")
+    return done.model
+
+
+def _fed(model: onnx.ModelProto, library: Library | None) -> parity.Run:
+    """The graph, fed with what it takes out of what there is."""
+    run, names = parity.onnx_run(model, library=library), [value.name for value in model.graph.input]
+    return lambda feeds: run({name: feeds[name] for name in names})
 
 
 def _shipped(
@@ -220,10 +257,9 @@ def _write(
         graphs={
             role: Graph(
                 file=f"{role}.onnx",
-                batch=getattr(part, "batch", True),
                 inputs=_specs(graphs[role].graph.input, getattr(part, "inputs", {})),
                 outputs=_specs(graphs[role].graph.output, getattr(part, "outputs", {})),
-                preprocess=getattr(part, "preprocess", None),
+                **_feeding(part, graphs[role]),
             )
             for role, part in parts.items()
         },
@@ -240,6 +276,14 @@ def _write(
 def _specs(values: Iterable[onnx.ValueInfoProto], promised: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs or outputs as the net promised them; those that a rewrite attached, as the graph declares them."""
     return {value.name: promised.get(value.name) or _spec(value) for value in values}
+
+
+def _feeding(part: Tower | Built, model: onnx.ModelProto) -> dict[str, Any]:
+    """The manifest's words on how the graph is fed: as the net says, unless it prepares pictures itself."""
+    spec = getattr(part, "preprocess", None)
+    if isinstance(spec, ImagePreprocess) and spec.input not in {value.name for value in model.graph.input}:
+        return {"batch": False, "preprocess": image_to_pixels.inside(spec)}
+    return {"batch": getattr(part, "batch", True), "preprocess": spec}
 
 
 def _spec(value: onnx.ValueInfoProto) -> Tensor:

@@ -49,6 +49,9 @@ class Recipe(FrozenModel):
     rewrites: tuple[str, ...] = Field(
         default_factory=swaps, description="rules that put our ops in the place of standard ones; [] for none"
     )
+    picture_input: bool = Field(
+        False, description="image graphs take decoded pictures, one at a time, and prepare them (op ImageToPixels)"
+    )
     calibration: Calibration = Calibration()
     bars: Bars = Bars()
     keep_float: bool = False
@@ -99,8 +102,8 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(
-                    f"recipe: rewrites: {name} attaches an op to a graph, which its net asks for; here go "
-                    f"{', '.join(swaps())}"
+                    f"recipe: rewrites: {name} attaches an op to a graph, which its net asks for, or picture_input; "
+                    f"here go {', '.join(swaps())}"
                 )
     except ValidationError as error:
         first = error.errors()[0]

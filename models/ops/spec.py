@@ -31,7 +31,7 @@ class Op:
     attributes: dict[str, Attribute] = field(default_factory=dict)
 
 
-def _tensor(dtype: Literal["float32", "int64"], *shape: int | str) -> Tensor:
+def _tensor(dtype: Literal["float32", "int64", "uint8"], *shape: int | str) -> Tensor:
     return Tensor(dtype=dtype, shape=shape)
 
 
@@ -66,4 +66,35 @@ SOFT_NMS = Op(
         "kept_scores": _tensor("float32", "K"),  # decayed
         "kept_classes": _tensor("int64", "K"),
     },
+)
+
+# A picture of any size -> what a graph takes. The attributes are `ImagePreprocess`, by name; shortest = 0 is none.
+# Resized as Pillow does it on 8 bits: weights rounded to 22 bits, one pass for each axis, rounded to 8 bits between the
+# two, in the order of Pillow 13 (`models.preprocess.image.columns_first`); then (x / 255 - mean) / std as one
+# multiply and one add in float32. mean and std are float32 here: against `ImagePreparer`, which has them in float64, the
+# last bit may differ. Sides of the picture: 1 to 65536.
+IMAGE_TO_PIXELS = Op(
+    "ImageToPixels",
+    inputs={"image": _tensor("uint8", "H", "W", 3)},
+    outputs={"pixels": _tensor("float32", 1, 3, "h", "w")},
+    attributes={
+        "size": (224, 224),  # h, w
+        "resize": "shortest",
+        "shortest": 224,
+        "keep_square": 0,
+        "crop_offset": "round",
+        "resample": "bicubic",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "pad": 0,
+    },
+)
+
+# The same as uint8: clip(rint(x / scale) + zero_point, 0, 255), half to even. An operator of its own, for an output's
+# type follows from the inputs' types, and these are the same.
+IMAGE_TO_QUANTIZED_PIXELS = Op(
+    "ImageToQuantizedPixels",
+    inputs=IMAGE_TO_PIXELS.inputs,
+    outputs={"pixels": _tensor("uint8", 1, 3, "h", "w")},
+    attributes=IMAGE_TO_PIXELS.attributes | {"scale": 1.0, "zero_point": 0},
 )

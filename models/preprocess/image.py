@@ -97,8 +97,13 @@ class ImagePreparer:
         self._bias = (-mean / std).astype(np.float32).reshape(3, 1, 1)
 
     def prepare(self, image: Image.Image) -> tuple[Array, Frame]:
-        """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`."""
+        """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`.
+
+        For a graph that does this itself (``in_graph``) the picture stays as it is: uint8 [height, width, 3].
+        """
         placed, frame = self._place(image)
+        if self.spec.in_graph:
+            return np.asarray(image, np.uint8), frame
         chw = np.asarray(placed, np.uint8).transpose(2, 0, 1)
         pixels = np.multiply(chw, self._gain, dtype=np.float32, order="C")
         pixels += self._bias

@@ -15,6 +15,7 @@ from export.pipeline import build
 from export.recipe import load_recipe
 from models.bundle.bundle import Bundle
 from models.bundle.store import names, read
+from models.commands import check_command
 from models.errors import BarMissed, BundleError, ExportError, ParityLost
 from models.runner import Runner, open_bundle
 from models.runtime.session import SessionOptions
@@ -177,3 +178,26 @@ def test_a_bundle_answers_the_same_with_the_op_library_and_without(
         np.testing.assert_allclose(one, other, atol=1e-5)
     else:  # where an activation was at a tie, it may be rounded to the other side
         assert np.sum(one * other, axis=1).min() > 0.999
+
+
+def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path, tmp_path: Path, photographs, capsys):
+    (sealed, _) = build(recipe(net, quantize=FLOAT, picture_input=True, keep_float=True), tmp_path, net=net)
+    graph = sealed.manifest.graphs["image"]
+    assert sealed.manifest.ops.used == ("ImageToPixels", "Softmax")
+    assert (graph.batch, list(graph.inputs), graph.inputs["picture"].dtype) == (False, ["picture"], "uint8")
+    assert (graph.preprocess.input, graph.preprocess.in_graph) == ("picture", True)
+    facts = json.loads((sealed.directory / "report.json").read_text())
+    found = facts["rewrites"]["image"]["float32"]
+    assert found["counts"]["image_to_pixels"] == 1
+    assert found["picture_input"]["functions"]["image_embeds"]["max_abs"] < 1e-5
+    assert "image" in facts["latency_ms"]
+    images = [photographs[one] for one in ("cat", "coffee", "rocket")]  # of three sizes
+    plain = open_bundle(tiny_bundles / "tiny-float")
+    scores = {one.label: one.score for one in plain.classify(images[0], ["a cat", "red"])}
+    for mode in ("auto", "off"):
+        runner = Runner(Bundle(read(sealed.directory)), SessionOptions(ops=mode))
+        np.testing.assert_allclose(runner.embed(images=images), plain.embed(images=images), atol=1e-5)
+        found = {one.label: one.score for one in runner.classify(images[0], ["a cat", "red"])}
+        assert found == pytest.approx(scores, abs=1e-4)
+    assert check_command(["tiny-int8", "--bundles", str(tmp_path)]) == 0
+    assert "image: image_embeds [1, 16] float32, finite" in capsys.readouterr().out

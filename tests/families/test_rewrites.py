@@ -20,12 +20,15 @@ EXAMPLES = {
     "softmax": "g (float[r, 7] x) => (float[r, 7] y) { s = Softmax (x) y = Relu (s) }",
     "clipped_softmax": f"""g (float[r, 7] x) => (float[r, 7] y) {_NUMBERS}
         {{ s = Softmax (x) m = Mul (s, a) t = Add (m, b) y = Clip (t, low, high) }}""",
+    "image_to_pixels": "g (float[b, 3, 8, 8] pixels) => (float[b, 3, 8, 8] y) { y = Relu (pixels) }",
     "soft_nms": """
         g (float[n, 4] b, float[n] s, int64[n] c) =>
           (float[n, 4] candidate_boxes, float[n] candidate_scores, int64[n] candidate_classes)
         { candidate_boxes = Relu (b) candidate_scores = Sigmoid (s) candidate_classes = Abs (c) }""",
 }
-PARAMS: dict[str, dict] = {}
+PARAMS: dict[str, dict] = {
+    "image_to_pixels": {"preprocess": {"size": (8, 8), "shortest": 8, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)}}
+}
 SWAPS = [name for name in NAMES if not REWRITES.get(name).attaches]
 NOTHING = "g (float[r, 7] x) => (float[r, 7] y) { y = Relu (x) }"
 
