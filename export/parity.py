@@ -10,6 +10,7 @@ import torch
 from export.nets import Tower
 from models.errors import ParityLost
 from models.flow import Array, Arrays
+from models.ops.library import Library
 
 Run = Callable[[Arrays], Mapping[str, Array]]
 
@@ -44,12 +45,19 @@ def compare(
     return result
 
 
-def require(found: Mapping[str, Mapping[str, float]], *, max_abs: float, what: str) -> None:
-    """Raises `ParityLost` naming the output that differs by more than ``max_abs``."""
+def require(
+    found: Mapping[str, Mapping[str, float]], *, max_abs: float = np.inf, min_cosine: float = -1.0, what: str
+) -> None:
+    """Raises `ParityLost` naming the output that differs by more than ``max_abs`` or has a row under ``min_cosine``."""
     for name, numbers in found.items():
         if not numbers["max_abs"] <= max_abs:
             raise ParityLost(
                 f"{what}: output {name!r} differs by {numbers['max_abs']:.2e}; at most {max_abs:.0e} is rounding"
+            )
+        if not numbers["cosine_min"] >= min_cosine:
+            raise ParityLost(
+                f"{what}: a row of output {name!r} has the cosine {numbers['cosine_min']:.7f}; at least {min_cosine} "
+                "is rounding"
             )
 
 
@@ -65,9 +73,11 @@ def torch_run(tower: Tower) -> Run:
     return run
 
 
-def onnx_run(model: onnx.ModelProto, *, threads: int = 0) -> Run:
-    """A graph in memory, answering arrays by output name."""
+def onnx_run(model: onnx.ModelProto, *, threads: int = 0, library: Library | None = None) -> Run:
+    """A graph in memory, answering arrays by output name; our ops by their local functions, or by ``library``."""
     options = ort.SessionOptions()
+    if library:
+        options.register_custom_ops_library(str(library.path))
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,14 +1,18 @@
 """`build(recipe)`: checkpoint -> sealed bundles. The only place that knows the order of the steps.
 
 load -> trace -> parity (torch against float ONNX) -> observe or read ranges -> quantize
+     -> rewrite with our ops -> parity (standard against rewritten)
      -> write float and INT8 side by side -> measure one against the other -> bars -> seal
+
+Quantized before rewritten: calibration opens sessions on graphs of standard ops, and what was quantized is the oracle
+for what was rewritten.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,21 +20,25 @@ from typing import Any, Literal
 
 import onnx
 
-from export import calibrate, parity, report, samples, weights
-from export.nets import NETS, Net
+from export import calibrate, parity, report, rewrites, samples, weights
+from export.nets import NETS, Built, Net, Tower
 from export.quantizers import QUANTIZERS
 from export.recipe import Quantize, Recipe
+from export.rewrites import image_to_pixels
 from export.trace import fingerprint, to_onnx
 from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph, Manifest, Ops, Quantization
+from models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor
 from models.bundle.store import Sealed, describe, read, seal, stage
 from models.errors import BarMissed, BundleError
 from models.flow import Arrays
-from models.ops.spec import DOMAIN
+from models.ops.library import Library, find
+from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
 from models.runner import Runner
 
 Say = Callable[[str], None]
 _PARITY_ROWS = 4
+_ROUNDING = {"max_abs": 1e-5, "min_cosine": 0.999999}  # between two ways to compute a graph in float32
+_TIES = {"min_cosine": 0.999}  # in INT8 an activation at a tie may fall a step, 1/255 of its range, to the other side
 
 
 def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambda line: None) -> list[Sealed]:
@@ -54,14 +62,14 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
     with ExitStack() as stack:
         staged = {name: stack.enter_context(stage(out, name)) for name in (int8_name, float_name)}
         versions = {int8_name: (made.quantized, _quantization(made)), float_name: (made.floats, FLOAT)}
-        built = {role: one.model for role, one in net.built.items()}
         manifests = {
-            name: _write(net, staged[name], {**graphs, **built}, name, quantization)
+            name: _write(net, staged[name], {**graphs, **made.built}, name, quantization)
             for name, (graphs, quantization) in versions.items()
         }
         say("measuring INT8 beside float")
         figures = {
             "graphs": made.facts,
+            "rewrites": made.rewrites,
             **report.measure(_open(staged[int8_name]), _open(staged[float_name]), *shown),
             "measured_on": f"{len(shown[0])} pictures and {len(shown[1])} texts that ship with calmclip",
             "recipe": recipe.public(),
@@ -83,16 +91,18 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
 
 @dataclass
 class _Made:
-    """By role: float and INT8 graphs, how they were quantized, and what was found on the way."""
+    """By role: float and INT8 graphs, those built without torch, how all came about, and what was found on the way."""
 
     floats: dict[str, onnx.ModelProto] = field(default_factory=dict)
     quantized: dict[str, onnx.ModelProto] = field(default_factory=dict)
+    built: dict[str, onnx.ModelProto] = field(default_factory=dict)
     how: dict[str, Quantize] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rewrites: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path], list[str]], say: Say) -> _Made:
-    """Every tower traced, compared with torch, quantized, and compared with its float graph."""
+    """Every tower traced, compared with torch, quantized, compared with its float graph, and rewritten."""
     made = _Made()
     pictures, texts = calibrate.inputs(recipe.calibration)
     fitting = calibrate.fitting(net, directory, texts)
@@ -101,7 +111,7 @@ def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path],
     few = shown[0][:_PARITY_ROWS], shown[1][:_PARITY_ROWS]
     for role, tower in net.towers.items():
         say(f"{role}: tracing")
-        model = made.floats[role] = to_onnx(tower)
+        model = to_onnx(tower)
         run = parity.onnx_run(model)
         feeds = partial(calibrate.feeds, tower, directory)
         found = parity.compare(parity.torch_run(tower), run, feeds(*few), tower.summary)
@@ -109,14 +119,90 @@ def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path],
         how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
         shipped = _shipped(recipe, net, role, model, how, say)
         quantized, recorded_from = _quantize(role, model, how, partial(feeds, pictures, fitting), shipped, say)
-        made.how[role], made.quantized[role] = how, quantized
+        made.how[role] = how
         made.facts[role] = {
             "quantizer": how.name,
             "ranges_from": recorded_from or calibrate.describe(recipe.calibration, pictures, fitting),
             "float_against_torch": found,
             "int8_against_float": parity.compare(run, parity.onnx_run(quantized), feeds(*shown), tower.summary),
         }
+        say(f"{role}: rewriting")
+        seen = list(feeds(*few))
+        made.floats[role], as_float = _rewrite(recipe, model, seen, tower, f"{role} in float")
+        bound = _ROUNDING if how.name == "none" else _TIES
+        made.quantized[role], as_int8 = _rewrite(recipe, quantized, seen, tower, f"{role} in INT8", bound)
+        made.rewrites[role] = {"float32": as_float, "int8": as_int8}
+        if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess):
+            inside = replace(tower, preprocess=image_to_pixels.inside(tower.preprocess))
+            pairs = [one | other for one, other in zip(seen, calibrate.feeds(inside, directory, *few), strict=True)]
+            for graphs, found, limit in ((made.floats, as_float, _ROUNDING), (made.quantized, as_int8, bound)):
+                graphs[role] = _take_pictures(graphs[role], tower, tower.preprocess, pairs, role, found, limit)
+    for role, one in net.built.items():
+        made.built[role], found = _rewrite(recipe, one.model, one.examples, one, role)
+        made.rewrites[role] = {"float32": found}
     return made
+
+
+def _rewrite(
+    recipe: Recipe,
+    model: onnx.ModelProto,
+    feeds: Sequence[Arrays],
+    part: Tower | Built,
+    what: str,
+    bound: Mapping[str, float] = _ROUNDING,
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """-> the graph with our ops, and what the report says of it.
+
+    Raises `ParityLost` when it answers otherwise than before, by the ops' local functions or by the op library;
+    `ExportError` when it holds fewer of an op than the net promised. What is attached changes the outputs, so it
+    comes last and is not compared.
+    """
+    swapped = rewrites.apply(model, recipe.rewrites)
+    differences = {}
+    if feeds and any(swapped.counts.values()):
+        before, summary = parity.onnx_run(model), getattr(part, "summary", None)
+        for name, library in (("functions", None), ("library", find())):
+            if name == "functions" or library:
+                after = parity.onnx_run(swapped.model, library=library)
+                differences[name] = parity.compare(before, after, feeds, summary)
+                parity.require(differences[name], **bound, what=f"{what}: standard ops against our {name}")
+    attached = rewrites.apply(swapped.model, getattr(part, "attach", ()))
+    done = rewrites.Applied(
+        attached.model, {**swapped.counts, **attached.counts}, {**swapped.missed, **attached.missed}
+    )
+    rewrites.require(done, part.promises, what)
+    return done.model, {"counts": done.counts, "missed": done.missed, "against_standard": differences}
+
+
+def _take_pictures(
+    model: onnx.ModelProto,
+    tower: Tower,
+    spec: ImagePreprocess,
+    pairs: Sequence[Arrays],
+    role: str,
+    facts: dict[str, Any],
+    bound: Mapping[str, float],
+) -> onnx.ModelProto:
+    """-> the graph with ImageToPixels in front. ``pairs``: feeds of both graphs in one; ``facts``: its part of the
+    report, in which this is entered. Raises `ParityLost` when it answers otherwise than for prepared pixels.
+    """
+    name = "image_to_pixels"
+    done = rewrites.apply(model, [name], {name: {"preprocess": spec}})
+    rewrites.require(done, {IMAGE_TO_PIXELS.name: 1}, role)
+    facts["counts"] |= done.counts
+    for how, library in (("functions", None), ("library", find())):
+        if how == "functions" or library:
+            before, after = (_fed(one, library) for one in (model, done.model))
+            found = parity.compare(before, after, pairs, tower.summary)
+            facts.setdefault("picture_input", {})[how] = found
+            parity.require(found, **bound, what=f"{role}: prepared pixels against pictures, by our {how}")
+    return done.model
+
+
+def _fed(model: onnx.ModelProto, library: Library | None) -> parity.Run:
+    """The graph, fed with what it takes out of what there is."""
+    run, names = parity.onnx_run(model, library=library), [value.name for value in model.graph.input]
+    return lambda feeds: run({name: feeds[name] for name in names})
 
 
 def _shipped(
@@ -171,10 +257,9 @@ def _write(
         graphs={
             role: Graph(
                 file=f"{role}.onnx",
-                batch=getattr(part, "batch", True),
-                inputs=dict(part.inputs),
-                outputs=dict(part.outputs),
-                preprocess=getattr(part, "preprocess", None),
+                inputs=_specs(graphs[role].graph.input, getattr(part, "inputs", {})),
+                outputs=_specs(graphs[role].graph.output, getattr(part, "outputs", {})),
+                **_feeding(part, graphs[role]),
             )
             for role, part in parts.items()
         },
@@ -186,6 +271,25 @@ def _write(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return describe(directory, manifest)
+
+
+def _specs(values: Iterable[onnx.ValueInfoProto], promised: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs or outputs as the net promised them; those that a rewrite attached, as the graph declares them."""
+    return {value.name: promised.get(value.name) or _spec(value) for value in values}
+
+
+def _feeding(part: Tower | Built, model: onnx.ModelProto) -> dict[str, Any]:
+    """The manifest's words on how the graph is fed: as the net says, unless it prepares pictures itself."""
+    spec = getattr(part, "preprocess", None)
+    if isinstance(spec, ImagePreprocess) and spec.input not in {value.name for value in model.graph.input}:
+        return {"batch": False, "preprocess": image_to_pixels.inside(spec)}
+    return {"batch": getattr(part, "batch", True), "preprocess": spec}
+
+
+def _spec(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    return Tensor(dtype=dtype, shape=tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim))  # type: ignore[arg-type]
 
 
 FLOAT = Quantization(name="none")

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
+from export.rewrites import REWRITES, swaps
 from models.bundle.manifest import FrozenModel, Name
 from models.errors import BadRequest, UnknownCheckpoint, suggestion
 
@@ -44,6 +45,12 @@ class Recipe(FrozenModel):
     name: Name = Field(max_length=57, description="the bundles are NAME-int8 and, with keep_float, NAME-float")
     quantize: dict[str, Quantize] = Field(
         default_factory=dict, description="role of a graph -> how; else as its net says"
+    )
+    rewrites: tuple[str, ...] = Field(
+        default_factory=swaps, description="rules that put our ops in the place of standard ones; [] for none"
+    )
+    picture_input: bool = Field(
+        False, description="image graphs take decoded pictures, one at a time, and prepare them (op ImageToPixels)"
     )
     calibration: Calibration = Calibration()
     bars: Bars = Bars()
@@ -92,6 +99,12 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                     f"recipe: quantize.{role}: {net.name} has no such graph; {suggestion(role, net.towers)}"
                 )
             QUANTIZERS.get(how.name).params.model_validate(how.params)
+        for name in recipe.rewrites:
+            if REWRITES.get(name).attaches:
+                raise BadRequest(
+                    f"recipe: rewrites: {name} attaches an op to a graph, which its net asks for, or picture_input; "
+                    f"here go {', '.join(swaps())}"
+                )
     except ValidationError as error:
         first = error.errors()[0]
         raise BadRequest(f"recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

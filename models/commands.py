@@ -24,6 +24,7 @@ from models.tasks.detect import Suppression
 FAMILIES = {
     "nets": "export.nets:NETS",
     "quantizers": "export.quantizers:QUANTIZERS",
+    "rewrites": "export.rewrites:REWRITES",
     "evals": "export.evals:EVALS",
     "heads": "models.heads:HEADS",
     "prompts": "models.prompts:PROMPTS",
@@ -108,6 +109,8 @@ def _feeds(bundle: Bundle, graph: Graph, known: Arrays) -> Arrays:
         return {name: known[name] for name in graph.inputs}
     if graph.preprocess.kind == "text":
         return bundle.text.prepare(["a self-test"])
+    if graph.preprocess.in_graph:
+        return {graph.preprocess.input: np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)}
     shape = [1 if isinstance(d, str) else d for d in graph.inputs[graph.preprocess.input].shape]
     return {graph.preprocess.input: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
 

@@ -20,7 +20,8 @@ class Tower:
     ``module(*inputs)`` takes tensors in the order of ``inputs`` and returns one tensor, or a tuple in the order
     of ``outputs``. String dimensions of the specs ("B", "T") are dynamic in the graph. ``quantizer``: the
     plug-in that keeps this tower's accuracy, used unless the recipe names another. ``summary``: for outputs whose rows
-    may come in another order for a difference of rounding: outputs -> what two graphs are compared by.
+    may come in another order for a difference of rounding: outputs -> what two graphs are compared by. ``promises``:
+    op of ours -> how many of it the rewrites must find a place for, by the checkpoint's own config.
     """
 
     module: torch.nn.Module
@@ -30,16 +31,22 @@ class Tower:
     quantizer: str
     quantizer_params: Mapping[str, Any] = field(default_factory=dict)
     summary: Callable[[Arrays], Arrays] | None = None
+    promises: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Built:
-    """A graph made of standard ops and local functions without torch (for example `detect`); never quantized."""
+    """A graph of standard ops made without torch (for example `detect`); never quantized.
+
+    ``attach``: rewrites that put an op of ours at its end, after which it takes and answers what the bundle promises.
+    ``examples``: feeds on which it is compared before and after it is rewritten. ``promises``: as of a `Tower`.
+    """
 
     model: onnx.ModelProto
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
     batch: bool = False
+    attach: tuple[str, ...] = ()
+    examples: tuple[Arrays, ...] = ()
+    promises: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from export.nets import NETS, Net, NetPlugin, Tower
 from export.nets._files import read_json, require_package, weights_sha256
 from models.bundle.manifest import ImagePreprocess, Plugin, Source, Tensor, TextPreprocess
 from models.errors import UnknownCheckpoint
+from models.ops.spec import SOFTMAX
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 _STEPS = {  # of CLIP's preprocessing, as its config says them; a bundle's cannot leave one out
@@ -77,6 +78,7 @@ def load(checkpoint: str) -> Net:
                 {"image_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 image_preprocess(_processor(directory), side),
                 quantizer="static",
+                promises={SOFTMAX.name: clip.config.vision_config.num_hidden_layers},
             ),
             "text": Tower(
                 TextTower(clip),
@@ -84,6 +86,7 @@ def load(checkpoint: str) -> Net:
                 {"text_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 TextPreprocess(context=context, pad="longest", pad_id=0),
                 quantizer="smooth",
+                promises={SOFTMAX.name: clip.config.text_config.num_hidden_layers},
             ),
         },
         files={"tokenizer.json": tokenizer.backend_tokenizer.to_str().encode()},

@@ -16,6 +16,7 @@ from export.nets._clip_bpe import tokenizer_json
 from export.nets._files import read_json, require_package, weights_sha256
 from models.bundle.manifest import ImagePreprocess, Plugin, Source, Tensor, TextPreprocess
 from models.errors import UnknownCheckpoint
+from models.ops.spec import SOFTMAX
 
 CONFIG = "open_clip_config.json"
 _RESIZE = {"shortest": "shortest", "squash": "exact"}
@@ -78,6 +79,7 @@ def load(checkpoint: str) -> Net:
                 {"image_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 preprocess,
                 quantizer="static",
+                promises=_attention(config["model_cfg"].get("vision_cfg", {})),
             ),
             "text": Tower(
                 TextTower(model),
@@ -85,6 +87,7 @@ def load(checkpoint: str) -> Net:
                 {"text_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 TextPreprocess(context=context, pad="context", pad_id=0),
                 quantizer="smooth",
+                promises=_attention(text),
             ),
         },
         files={"tokenizer.json": tokenizer_json()},
@@ -93,6 +96,14 @@ def load(checkpoint: str) -> Net:
         if bias is None
         else Plugin(name="sigmoid", params={"scale": scale, "bias": float(bias.detach())}),
     )
+
+
+def _attention(config: dict[str, Any]) -> dict[str, int]:
+    """One Softmax a layer; a ResNet's stages are a list, and only its pooling attends. What timm builds, timm knows."""
+    if config.get("timm_model_name"):
+        return {}
+    layers = config.get("layers", 12)  # open_clip's default
+    return {SOFTMAX.name: layers if isinstance(layers, int) else 1}
 
 
 def image_preprocess(config: dict[str, Any], size: Any) -> ImagePreprocess:

@@ -64,10 +64,13 @@ class ImagePreprocess(FrozenModel):
     resize  shortest   the short side becomes ``shortest``, the long side int(shortest * long / short); centre crop
             exact      both sides become ``size``
             letterbox  the largest size that fits ``size``, top left; the rest is ``pad`` (0-255)
+
+    With ``in_graph`` the graph does all this itself: it takes the upright picture, uint8 [height, width, 3].
     """
 
     kind: Literal["image"] = "image"
     input: str = "pixels"
+    in_graph: bool = Field(False, description="the graph prepares the picture: its input is uint8 [height, width, 3]")
     size: tuple[int, int] = Field(description="height, width of the graph's input")
     resize: Literal["shortest", "exact", "letterbox"] = "shortest"
     shortest: int | None = Field(None, description="short side in pixels, for resize = shortest")
@@ -94,6 +97,8 @@ class ImagePreprocess(FrozenModel):
 
     def feeds(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
         """Name -> dtype and shape of what it makes."""
+        if self.in_graph:
+            return {self.input: ("uint8", ("height", "width", 3))}
         return {self.input: ("float32", ("B", 3, *self.size))}
 
 
@@ -139,6 +144,8 @@ class Graph(FrozenModel):
         for name, (dtype, shape) in made.items():
             if self.inputs[name].dtype != dtype or not fits(shape, self.inputs[name].shape):
                 raise ValueError(f"preprocess makes {name!r} as {dtype} {list(shape)}; the graph takes another")
+        if self.batch and isinstance(self.preprocess, ImagePreprocess) and self.preprocess.in_graph:
+            raise ValueError("a graph that takes pictures of any size takes one at a time; `batch` must be false")
         return self
 
 

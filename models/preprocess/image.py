@@ -142,8 +142,13 @@ class ImagePreparer:
         self._bias = (-mean / std).astype(np.float32).reshape(3, 1, 1)
 
     def prepare(self, image: Image.Image) -> tuple[Array, Frame]:
-        """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`."""
+        """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`.
+
+        For a graph that does this itself (``in_graph``) the picture stays as it is: uint8 [height, width, 3].
+        """
         placement, frame = place(self.spec, *image.size)
+        if self.spec.in_graph:
+            return np.asarray(image, np.uint8), frame
         if self.library and max(image.size) <= kernel.MAX_SIDE and not self._is_ribbon(placement):
             return self._by_kernel(self.library, image, placement), frame
         chw = np.asarray(self._by_pillow(image, placement, frame), np.uint8).transpose(2, 0, 1)

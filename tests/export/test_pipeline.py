@@ -1,7 +1,10 @@
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -10,9 +13,12 @@ from export import samples
 from export.nets import NETS
 from export.pipeline import build
 from export.recipe import load_recipe
+from models.bundle.bundle import Bundle
 from models.bundle.store import names, read
-from models.errors import BarMissed, BundleError, ParityLost
-from models.runner import open_bundle
+from models.commands import check_command
+from models.errors import BarMissed, BundleError, ExportError, ParityLost
+from models.runner import Runner, open_bundle
+from models.runtime.session import SessionOptions
 
 FLOAT = {"image": {"name": "none"}, "text": {"name": "none"}}
 
@@ -49,13 +55,11 @@ def test_a_bundle_says_what_it_was_calibrated_on_and_not_where_that_lay(tiny_bun
 
 
 def test_int8_graphs_are_int8_and_smaller(tiny_bundles: Path):
-    import onnx
-
     for role in ("image", "text"):
         model = onnx.load(tiny_bundles / "tiny-int8" / f"{role}.onnx")
         stored = {i.data_type for i in model.graph.initializer if int(np.prod(i.dims)) >= 32 * 32}
         assert onnx.TensorProto.INT8 in stored or onnx.TensorProto.UINT8 in stored
-        assert {op.domain for op in model.opset_import} <= {"", "ai.onnx", "com.microsoft"}
+        assert {op.domain for op in model.opset_import} <= {"", "ai.onnx", "com.microsoft", "ai.calmclip"}
 
 
 def test_int8_says_nearly_what_float_says(tiny_bundles: Path, photographs):
@@ -97,8 +101,6 @@ def test_a_graph_that_differs_from_torch_stops_the_export(net, tmp_path: Path):
             found = self.inner(pixels)
             return found if torch.compiler.is_exporting() else found + 0.1
 
-    from dataclasses import replace
-
     image = replace(net.towers["image"], module=Drifting(net.towers["image"].module))
     other = replace(net, towers={**net.towers, "image": image})
     with pytest.raises(ParityLost, match=r"image: torch against float ONNX.*image_embeds"):
@@ -109,3 +111,93 @@ def test_a_graph_that_differs_from_torch_stops_the_export(net, tmp_path: Path):
 def test_a_graph_left_in_float_is_not_called_int8(net, tmp_path: Path):
     (sealed,) = build(recipe(net, quantize=FLOAT), tmp_path, net=net)
     assert sealed.manifest.precision == "mixed"
+
+
+@pytest.mark.parametrize("name", ["tiny-int8", "tiny-float"])
+def test_every_softmax_of_both_bundles_is_ours_and_the_report_counts_them(tiny_bundles: Path, name: str):
+    sealed = read(tiny_bundles / name)
+    assert sealed.manifest.ops.used == ("Softmax",)
+    facts = json.loads((sealed.directory / "report.json").read_text())["rewrites"]
+    for role in ("image", "text"):
+        found = facts[role]["int8" if name == "tiny-int8" else "float32"]
+        assert found["counts"] == {"clipped_softmax": 0, "softmax": 2}  # layers of tests/tiny.py
+        assert found["missed"] == {}
+        assert found["against_standard"]["functions"][f"{role}_embeds"]["cosine_min"] > 0.999999
+        nodes = onnx.load(sealed.directory / f"{role}.onnx").graph.node
+        assert [n.domain for n in nodes if n.op_type == "Softmax"] == ["ai.calmclip"] * 2
+
+
+def test_without_rewrites_a_bundle_holds_standard_ops_alone(net, tmp_path: Path):
+    (sealed,) = build(recipe(net, quantize=FLOAT, rewrites=()), tmp_path, net=net)
+    assert sealed.manifest.ops.used == ()
+    for role in ("image", "text"):
+        model = onnx.load(sealed.directory / f"{role}.onnx")
+        assert {op.domain for op in model.opset_import} == {""}
+        assert not model.functions
+
+
+def test_a_net_that_promises_more_than_is_found_stops_the_export(net, tmp_path: Path):
+    text = replace(net.towers["text"], promises={"Softmax": 3})
+    other = replace(net, towers={**net.towers, "text": text})
+    with pytest.raises(ExportError, match=r"text in float: the net promises 3 x Softmax, the rewrites made 2\."):
+        build(recipe(net, quantize=FLOAT), tmp_path, net=other)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path, monkeypatch):
+    """A rule that takes its attributes from nowhere: here a softmax stretched by a tenth."""
+    from export.rewrites import softmax
+
+    monkeypatch.setattr(softmax, "ours", partial(softmax.ours, zeta=1.1))
+    with pytest.raises(ParityLost, match=r"image in float: standard ops against our functions: .*image_embeds"):
+        build(recipe(net, quantize=FLOAT), tmp_path, net=net)
+
+
+@pytest.fixture(scope="module")
+def open_clip_bundles(tiny_open_clip: Path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("open_clip")
+    net = NETS.get("open_clip").load(str(tiny_open_clip))
+    bars = {"min_image_cosine": 0.9, "min_text_cosine": 0.9}
+    build(load_recipe("x", "open_clip", net, name="oc", keep_float=True, bars=bars), out, net=net)
+    return out
+
+
+@pytest.mark.parametrize("name", ["tiny-float", "oc-float", "tiny-int8", "oc-int8"])
+def test_a_bundle_answers_the_same_with_the_op_library_and_without(
+    tiny_bundles: Path, open_clip_bundles: Path, photographs, library, name: str
+):
+    directory = (tiny_bundles if name.startswith("tiny") else open_clip_bundles) / name
+    assert read(directory).manifest.ops.used == ("Softmax",)
+    images = [photographs[one] for one in ("cat", "coffee", "rocket")]
+    texts = ["a photo of a cat.", "two dogs", "red"]
+    one, other = (
+        Runner(Bundle(read(directory)), SessionOptions(ops=mode)).embed(texts=texts, images=images)
+        for mode in ("required", "off")
+    )
+    if name.endswith("float"):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    else:  # where an activation was at a tie, it may be rounded to the other side
+        assert np.sum(one * other, axis=1).min() > 0.999
+
+
+def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path, tmp_path: Path, photographs, capsys):
+    (sealed, _) = build(recipe(net, quantize=FLOAT, picture_input=True, keep_float=True), tmp_path, net=net)
+    graph = sealed.manifest.graphs["image"]
+    assert sealed.manifest.ops.used == ("ImageToPixels", "Softmax")
+    assert (graph.batch, list(graph.inputs), graph.inputs["picture"].dtype) == (False, ["picture"], "uint8")
+    assert (graph.preprocess.input, graph.preprocess.in_graph) == ("picture", True)
+    facts = json.loads((sealed.directory / "report.json").read_text())
+    found = facts["rewrites"]["image"]["float32"]
+    assert found["counts"]["image_to_pixels"] == 1
+    assert found["picture_input"]["functions"]["image_embeds"]["max_abs"] < 1e-5
+    assert "image" in facts["latency_ms"]
+    images = [photographs[one] for one in ("cat", "coffee", "rocket")]  # of three sizes
+    plain = open_bundle(tiny_bundles / "tiny-float")
+    scores = {one.label: one.score for one in plain.classify(images[0], ["a cat", "red"])}
+    for mode in ("auto", "off"):
+        runner = Runner(Bundle(read(sealed.directory)), SessionOptions(ops=mode))
+        np.testing.assert_allclose(runner.embed(images=images), plain.embed(images=images), atol=1e-5)
+        found = {one.label: one.score for one in runner.classify(images[0], ["a cat", "red"])}
+        assert found == pytest.approx(scores, abs=1e-4)
+    assert check_command(["tiny-int8", "--bundles", str(tmp_path)]) == 0
+    assert "image: image_embeds [1, 16] float32, finite" in capsys.readouterr().out

@@ -36,6 +36,8 @@ def test_defaults_come_from_the_net_then_the_file_then_the_flags(tmp_path: Path)
         ("[quantize.imgae]\nname = 'none'", "did you mean 'image'"),
         ("[quantize.image]\nname = 'smoooth'", "did you mean 'smooth'"),
         ("[quantize.image]\nname = 'smooth'\nparams = {alpha = 5}", "alpha"),
+        ("rewrites = ['sofmax']", "did you mean 'softmax'"),
+        ("rewrites = ['soft_nms']", "attaches an op to a graph"),
         ("=", "cannot be read"),
     ],
 )
@@ -54,3 +56,10 @@ def test_checkpoints_are_recognised_by_what_is_in_them(tiny_hf_clip: Path, tiny_
         recognise(str(tmp_path))
     with pytest.raises(UnknownCheckpoint, match="no directory and no built-in model"):
         recognise("vit-b-32")
+
+
+def test_every_rule_that_swaps_is_on_unless_the_file_says_otherwise(tmp_path: Path):
+    assert load_recipe("x", "n", NET).rewrites == ("clipped_softmax", "softmax")
+    file = tmp_path / "r.toml"
+    file.write_text("rewrites = []")
+    assert load_recipe("x", "n", NET, file).rewrites == ()

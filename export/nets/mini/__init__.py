@@ -19,6 +19,7 @@ from export.nets.mini.regions import add_detection
 from export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
 from export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
 from models.bundle.manifest import Plugin, Source, Tensor, TextPreprocess
+from models.ops.spec import SOFTMAX
 
 RANGES = Path(__file__).with_name("ranges.json")
 BOXES = Path(__file__).with_name("boxhead.safetensors")
@@ -66,8 +67,16 @@ def load(checkpoint: str) -> Net:
                 PIXELS,
                 quantizer="smooth",
                 quantizer_params=backbone.QUANTIZE,
+                promises={SOFTMAX.name: 1},  # of the backbone's classes
             ),
-            "text": Tower(text, {"ids": _TOKENS, "mask": _TOKENS}, {"text_embeds": _EMBEDS}, TEXTS, quantizer="smooth"),
+            "text": Tower(
+                text,
+                {"ids": _TOKENS, "mask": _TOKENS},
+                {"text_embeds": _EMBEDS},
+                TEXTS,
+                quantizer="smooth",
+                promises={SOFTMAX.name: minilm.LAYERS},
+            ),
         },
         files={"tokenizer.json": _unlimited(tokenizer_json(directory))},
         prompts=Plugin(name="ensemble", params={"templates": list(TEMPLATES)}),

@@ -2,7 +2,7 @@
 
 The tower proposes boxes and embeds what each holds: the backbone's last map, averaged over the box, goes through the
 very image head that whole pictures go through. The graph compares the regions with the prompts and with phrases of
-background, which take what is none of the prompts, and hands box-prompt pairs to SoftNMS:
+background, which take what is none of the prompts, and ends in box-prompt pairs, to which export attaches SoftNMS:
 
     score = softmax(SCALE cos)[prompt] * objectness
 """
@@ -17,15 +17,16 @@ from onnx import numpy_helper, parser
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from export.functions.soft_nms import OPSET, soft_nms
 from export.nets import Built, Net, Tower
 from export.nets.mini.backbone import QUANTIZE, Backbone
 from export.nets.mini.boxhead import BoxHead
 from export.nets.mini.towers import ImageHead, ImageTower, TextTower
+from export.rewrites.soft_nms import CANDIDATES as CANDIDATE
+from export.rewrites.soft_nms import SETTINGS
 from models.bundle.manifest import ImagePreprocess
 from models.bundle.manifest import Tensor as Spec
 from models.flow import Array, Arrays
-from models.ops.spec import DOMAIN, SOFT_NMS, VERSION
+from models.ops.spec import SOFT_NMS, SOFTMAX
 
 SIZE = 640  # the letterboxed picture's sides
 CELL = 32  # pixels of a cell of the map that regions are averaged from
@@ -132,14 +133,13 @@ def _f32(*shape: int | str) -> Spec:
     return Spec(dtype="float32", shape=shape)
 
 
-_SETTINGS = {k: v for k, v in SOFT_NMS.inputs.items() if v.shape == (1,)}
-_NUMBERS = Spec(dtype="int64", shape=("K",))
+OPSET = 18
 
 
 def detect_graph(background: Array, scale: float = SCALE) -> Built:
-    """background [G, D] unit rows -> the graph that turns regions and prompts into detections.
+    """background [G, D] unit rows -> the graph that turns regions and prompts into candidates for SoftNMS.
 
-    A candidate is a box-prompt pair with a score of at least min_score; the best `CANDIDATES` reach SoftNMS.
+    A candidate is a box-prompt pair with a score of at least min_score; the best `CANDIDATES` are answered.
     """
     dim = background.shape[1]
     inputs = {
@@ -147,17 +147,11 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
         "boxes": _f32(1, PROPOSALS, 4),
         "objectness": _f32(1, PROPOSALS),
         "text_embeds": _f32("Q", dim),
-        **_SETTINGS,
+        "min_score": SETTINGS["min_score"],
     }
-    outputs = {
-        "kept_boxes": _f32("K", 4),
-        "scores": _f32("K"),
-        "raw_scores": _f32("K"),
-        "classes": _NUMBERS,
-        "candidates": Spec(dtype="int64", shape=(1,)),
-    }
+    outputs = {**CANDIDATE, "candidates": Spec(dtype="int64", shape=(1,))}
     model = parser.parse_model(f"""
-        <ir_version: 10, opset_import: ["": {OPSET}, "{DOMAIN}": {VERSION}]>
+        <ir_version: 10, opset_import: ["": {OPSET}]>
         detect ({_declare(inputs)}) => ({_declare(outputs)})
         <float[{len(background)}, {dim}] background, float scale = {{{scale}}},
          int64[1] first = {{0}}, int64[1] last = {{-1}}, int64[1] axis = {{1}}, int64[1] most = {{{CANDIDATES}}}>
@@ -180,22 +174,34 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
             candidates = Shape (all_pairs)
             all_scores = Gather (flat, all_pairs)
             count = Min (candidates, most)
-            pair_scores, best = TopK (all_scores, count)
+            candidate_scores, best = TopK (all_scores, count)
             pair = Gather (all_pairs, best)
             box_of = Div (pair, labels)
-            class_of = Mod (pair, labels)
+            candidate_classes = Mod (pair, labels)
             all_boxes = Squeeze (boxes, first)
-            pair_boxes = Gather (all_boxes, box_of)
-            kept, scores, classes, images = {DOMAIN}.{SOFT_NMS.name} (
-                pair_boxes, pair_scores, class_of, {", ".join(_SETTINGS)})
-            kept_boxes = Gather (pair_boxes, kept)
-            raw_scores = Gather (pair_scores, kept)
+            candidate_boxes = Gather (all_boxes, box_of)
         }}
     """)
     model.graph.initializer.append(numpy_helper.from_array(background.astype(np.float32), "background"))
-    model.functions.append(soft_nms())
     onnx.checker.check_model(model, full_check=True)
-    return Built(model, inputs, outputs)
+    return Built(model, attach=("soft_nms",), examples=(_example(dim),), promises={SOFTMAX.name: 1, SOFT_NMS.name: 1})
+
+
+def _example(dim: int) -> Arrays:
+    """Regions that lie anywhere and look a little like one of five prompts each."""
+    random = np.random.default_rng(0)
+    texts = random.standard_normal((5, dim))
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    regions = texts[random.integers(0, len(texts), PROPOSALS)] + random.standard_normal((PROPOSALS, dim)) / dim**0.5
+    corners = random.uniform(0, SIZE / 2, (PROPOSALS, 2))
+    found = {
+        "class_embeds": regions[None] / np.linalg.norm(regions, axis=1)[None, :, None],
+        "boxes": np.concatenate((corners, corners + random.uniform(1, SIZE / 2, (PROPOSALS, 2))), axis=1)[None],
+        "objectness": np.sort(random.random((1, PROPOSALS)))[:, ::-1],
+        "text_embeds": texts,
+        "min_score": np.full(1, 0.1),
+    }
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
 
 
 def _declare(tensors: Mapping[str, Spec]) -> str:
@@ -238,6 +244,7 @@ def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHea
         quantizer_params=QUANTIZE,
         quantizer="smooth",  # as the image tower: the backbone's INT8 weights are the same bytes, stored once
         summary=summary,
+        promises={SOFTMAX.name: 1},
     )
     return replace(
         net,

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
 
+from export import rewrites
 from export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
 from export.nets.mini.regions import (
     CANDIDATES,
@@ -21,6 +22,7 @@ from export.nets.mini.regions import (
     propose,
     survivors,
 )
+from models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
 from models.ops.reference import soft_nms
 from models.ops.spec import METHODS
 
@@ -135,13 +137,39 @@ def scene():
     }
 
 
+def detector(background):
+    """The detect graph as a bundle holds it; -> its session."""
+    built = detect_graph(background)
+    model = rewrites.apply(built.model, [*rewrites.swaps(), *built.attach]).model
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def run(session, feeds):
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def test_the_detect_graph_takes_and_answers_what_its_task_needs(scene):
+    session = detector(scene["background"])
+    assert {i.name for i in session.get_inputs()} == {*REGIONS, "text_embeds", *SUPPRESSION}
+    assert {o.name for o in session.get_outputs()} == {*DETECTED}
+    shapes = {o.name: o.shape for o in session.get_outputs()}
+    assert (shapes["kept_boxes"], shapes["candidates"]) == (["K", 4], [1])
+
+
+def test_before_it_is_attached_the_graph_is_of_standard_ops_and_its_example_runs(scene):
+    built = detect_graph(scene["background"])
+    assert {node.domain for node in built.model.graph.node} == {""}
+    assert not built.model.functions
+    (example,) = built.examples
+    found = run(ort.InferenceSession(built.model.SerializeToString()), example)
+    assert 20 < found["candidates"].item() < 5 * PROPOSALS  # some pass the threshold, some do not
+
+
 @pytest.mark.parametrize("per_class", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_detect_graph_is_its_formula(scene, method, per_class):
-    built = detect_graph(scene["background"])
-    session = ort.InferenceSession(built.model.SerializeToString(), providers=["CPUExecutionProvider"])
-    assert [i.name for i in session.get_inputs()] == list(built.inputs)
-    assert [o.name for o in session.get_outputs()] == list(built.outputs)
+    session = detector(scene["background"])
     settings = {
         "method": np.array([METHODS.index(method)]),
         "per_class": np.array([per_class]),
@@ -151,7 +179,7 @@ def test_the_detect_graph_is_its_formula(scene, method, per_class):
         "max_output": np.array([20]),
     }
     feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes", "objectness")}
-    found = dict(zip(built.outputs, session.run(None, feeds | settings), strict=True))
+    found = run(session, feeds | settings)
 
     texts = np.concatenate((scene["text_embeds"], scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ texts.T)
@@ -183,9 +211,7 @@ def test_however_many_pairs_are_asked_for_only_the_best_are_suppressed(scene):
     settings = {"method": 0, "per_class": 0, "max_output": 1000, "iou_threshold": 0.3, "sigma": 0.5, "min_score": 0.0}
     kinds = dict.fromkeys(("method", "per_class", "max_output"), np.int64)
     feeds |= {name: np.array([value], kinds.get(name, np.float32)) for name, value in settings.items()}
-    built = detect_graph(scene["background"])
-    session = ort.InferenceSession(built.model.SerializeToString(), providers=["CPUExecutionProvider"])
-    found = dict(zip(built.outputs, session.run(None, feeds), strict=True))
+    found = run(detector(scene["background"]), feeds)
     assert found["candidates"].tolist() == [60 * PROPOSALS]
     every = np.concatenate((texts, scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ every.T)
@@ -197,14 +223,12 @@ def test_however_many_pairs_are_asked_for_only_the_best_are_suppressed(scene):
 
 
 def test_the_detect_graph_finds_nothing_in_nothing(scene):
-    session = ort.InferenceSession(detect_graph(scene["background"]).model.SerializeToString())
     one = lambda value, kind: np.array([value], kind)  # noqa: E731
     settings = {"method": one(2, np.int64), "per_class": one(1, np.int64), "max_output": one(9, np.int64)}
     settings |= {name: one(0.5, np.float32) for name in ("iou_threshold", "sigma", "min_score")}
     feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes")}
-    boxes, scores, *_, candidates = session.run(
-        None, {**feeds, **settings, "objectness": np.zeros((1, PROPOSALS), np.float32)}
-    )
-    assert boxes.shape == (0, 4)
-    assert scores.shape == (0,)
-    assert candidates.tolist() == [0]
+    feeds |= {**settings, "objectness": np.zeros((1, PROPOSALS), np.float32)}
+    found = run(detector(scene["background"]), feeds)
+    assert found["kept_boxes"].shape == (0, 4)
+    assert found["scores"].shape == (0,)
+    assert found["candidates"].tolist() == [0]

@@ -109,6 +109,20 @@ def test_a_wrong_value_is_refused_by_name(colours: Json, place: str, value: Any,
         read(colours)
 
 
+def test_a_graph_that_prepares_pictures_takes_one_at_a_time(colours: Json):
+    image = colours["graphs"]["image"]
+    image["preprocess"]["in_graph"] = True
+    with pytest.raises(
+        BundleInvalid, match=r"makes 'pixels' as uint8 \['height', 'width', 3\]; the graph takes another"
+    ):
+        read(colours)
+    image["inputs"] = {"pixels": {"dtype": "uint8", "shape": ["height", "width", 3]}}
+    with pytest.raises(BundleInvalid, match="`batch` must be false"):
+        read(colours)
+    image["batch"] = False
+    assert read(colours).graphs["image"].preprocess.in_graph
+
+
 PATHS = [
     "../image.onnx",
     "a/../../image.onnx",

@@ -1,0 +1,155 @@
+"""FAMILY rewrites: a graph of standard ops -> the same graph with our ops in it, and why not where it is not.
+
+A rule that *swaps* finds a pattern of standard ops and puts one op of ours in its place; what the graph takes and
+answers stays. A rule that *attaches* puts an op at an end of the graph, so inputs or outputs change; it runs only
+where a net or a recipe asks for it.
+
+Only the main graph is rewritten: the functions are the bodies of our own ops.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import onnx
+from onnxscript import ir
+
+from models.bundle.manifest import FrozenModel
+from models.errors import ExportError
+from models.ops.spec import DOMAIN, VERSION, Op
+from models.registry import Registry
+
+P = TypeVar("P", bound=FrozenModel)
+_ROUNDS = 10  # of all rules; one is enough for those there are, and no rule may make work for itself for ever
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run over a graph: how often the rule fired, and where (node or graph: why) it nearly did."""
+
+    fired: int
+    missed: Mapping[str, str]
+
+
+class NoParams(FrozenModel):
+    pass
+
+
+@dataclass(frozen=True)
+class Rewrite(Generic[P]):
+    """``rewrite(model, params)`` changes ``model`` in place, wherever the rule fits; -> `Outcome`.
+
+    ``op``: what it puts in; ``function(params)``: that op's body in standard ops. ``replaces``: how many nodes one op
+    takes the place of; of two rules that fit the same node the one that replaces more goes first.
+    """
+
+    op: Op
+    function: Callable[[P], onnx.FunctionProto]
+    rewrite: Callable[[ir.Model, P], Outcome]
+    replaces: int
+    attaches: bool = False
+    params: type[P] = NoParams  # type: ignore[assignment]
+
+
+REWRITES: Registry[Rewrite[Any]] = Registry("rewrites", "export.rewrites")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """``counts``: rule -> how often it fired. ``missed``: rule -> where it nearly fired -> why it did not."""
+
+    model: onnx.ModelProto
+    counts: Mapping[str, int]
+    missed: Mapping[str, Mapping[str, str]]
+
+    def ops(self) -> dict[str, int]:
+        """Op of ours -> its nodes in the graph."""
+        return dict(Counter(node.op_type for node in self.model.graph.node if node.domain == DOMAIN))
+
+
+def swaps() -> tuple[str, ...]:
+    """The rules that leave a graph's inputs and outputs alone; a recipe uses all of them unless it says otherwise."""
+    return tuple(name for name in REWRITES.names() if not REWRITES.get(name).attaches)
+
+
+def apply(
+    model: onnx.ModelProto, rules: Iterable[str], params: Mapping[str, Mapping[str, Any]] | None = None
+) -> Applied:
+    """Rewrite until no rule fires any more; ``params``: rule -> its params. ``model`` itself stays as it is.
+
+    Each op that was put in gets its local function (once) and its domain's opset import.
+    Raises `ExportError` when the rules make work for each other without end.
+    """
+    chosen = {name: REWRITES.get(name) for name in rules}
+    given = {name: rule.params.model_validate((params or {}).get(name, {})) for name, rule in chosen.items()}
+    order = sorted(chosen, key=lambda name: (chosen[name].attaches, -chosen[name].replaces))
+    # the types of what lies inside, which a rule asks for; a graph need not state them
+    whole = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    counts = dict.fromkeys(chosen, 0)
+    missed: dict[str, Mapping[str, str]] = {}
+    for _ in range(_ROUNDS):
+        fired = 0
+        for name in order:
+            if chosen[name].attaches and counts[name]:
+                continue  # once is what was asked for
+            found = chosen[name].rewrite(whole, given[name])
+            counts[name] += found.fired
+            missed[name] = found.missed
+            fired += found.fired
+        if not fired:
+            break
+    else:
+        raise ExportError(f"the rewrites {', '.join(order)} still fire after {_ROUNDS} rounds; one undoes another")
+    changed = ir.to_proto(whole) if any(counts.values()) else _copy(model)
+    stated = {value.name for value in model.graph.value_info}
+    kept = [value for value in changed.graph.value_info if value.name in stated]
+    del changed.graph.value_info[:]
+    changed.graph.value_info.extend(kept)
+    _complete(changed, [chosen[name].function(given[name]) for name in order if counts[name]])
+    return Applied(changed, counts, {name: where for name, where in missed.items() if where})
+
+
+def require(applied: Applied, promises: Mapping[str, int], what: str) -> None:
+    """Raises `ExportError` where a graph holds fewer of an op than its net promises: which places are left, and why.
+
+    A promise counts where all rules that could keep it were applied.
+    """
+    found = applied.ops()
+    for op, promised in promises.items():
+        rules = [name for name in REWRITES.names() if REWRITES.get(name).op.name == op]
+        if not applied.counts.keys() >= {*rules} or found.get(op, 0) >= promised:
+            continue
+        left = [f"{rule} at {where}: {why}" for rule in rules for where, why in applied.missed.get(rule, {}).items()]
+        raise ExportError(
+            f"{what}: the net promises {promised} x {op}, the rewrites made {found.get(op, 0)}. "
+            + ("; ".join(left) or "Nothing else in the graph looks like it")
+            + ". A rule in export/rewrites must learn the new form, or `rewrites` in the recipe leave it out."
+        )
+
+
+def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
+    """Add ``functions``, each once, and what they import.
+
+    Their bodies are written for an older opset than graphs are traced to. The checker wants one for all, and later
+    versions of what they use only add types.
+    """
+    imports = {opset.domain: opset.version for opset in model.opset_import}
+    there = {(function.domain, function.name) for function in model.functions}
+    for function in functions:
+        if (function.domain, function.name) in there:
+            continue
+        there.add((function.domain, function.name))
+        copy = model.functions.add()
+        copy.CopyFrom(function)
+        for opset in copy.opset_import:
+            opset.version = max(opset.version, imports.get(opset.domain, 0))
+        if function.domain not in imports:
+            imports[function.domain] = VERSION
+            model.opset_import.append(onnx.helper.make_opsetid(function.domain, VERSION))
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy

@@ -1,0 +1,86 @@
+"""Rules together: order, fixed point, and counts against promises."""
+
+import pytest
+from onnx import parser
+
+from export import rewrites
+from models.errors import ExportError, UnknownName
+
+ALL = ["softmax", "clipped_softmax"]
+NOTHING = '<ir_version: 10, opset_import: ["": 20]> g (float[r, 7] x) => (float[r, 7] y) { y = Relu (x) }'
+
+
+def graph():
+    """A plain Softmax, a clipped one, and one in half precision."""
+    return parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[r, n] x) => (float16[r, n] y)
+        <float a = {1.1}, float b = {-0.1}, float low = {0.0}, float high = {1.0}>
+        {
+            plain = Softmax (x)
+            s = Softmax (plain) m = Mul (s, a) t = Add (m, b) clipped = Clip (t, low, high)
+            half = Cast <to = 10> (clipped)
+            y = Softmax (half)
+        }
+    """)
+
+
+@pytest.mark.parametrize("order", [ALL, ALL[::-1]])
+def test_the_longer_pattern_goes_first_whatever_the_order_of_the_names(order):
+    found = rewrites.apply(graph(), order)
+    assert found.counts == {"softmax": 1, "clipped_softmax": 1}
+    assert found.ops() == {"Softmax": 2}
+    assert found.missed == {"softmax": {"the Softmax that makes y": "its input is FLOAT16; the op takes FLOAT"}}
+
+
+def test_each_function_and_each_import_is_there_once():
+    model = rewrites.apply(rewrites.apply(graph(), ["softmax"]).model, ALL).model
+    assert [f.name for f in model.functions] == ["Softmax"]
+    assert [o.domain for o in model.opset_import] == ["", "ai.calmclip"]
+
+
+def test_no_rules_change_nothing():
+    found = rewrites.apply(graph(), [])
+    assert (found.model, found.counts, found.missed) == (graph(), {}, {})
+
+
+def test_a_name_that_is_no_rule_is_refused():
+    with pytest.raises(UnknownName, match="did you mean 'softmax'"):
+        rewrites.apply(graph(), ["sofmax"])
+
+
+def test_rules_that_undo_each_other_are_stopped(monkeypatch):
+    from dataclasses import replace
+
+    from export.rewrites import REWRITES, Outcome
+
+    restless = replace(REWRITES.get("softmax"), rewrite=lambda model, params: Outcome(1, {}))
+    monkeypatch.setitem(REWRITES._things, "softmax", restless)
+    with pytest.raises(ExportError, match=r"the rewrites softmax still fire after \d+ rounds"):
+        rewrites.apply(graph(), ["softmax"])
+
+
+def test_a_promise_that_is_kept_says_nothing():
+    rewrites.require(rewrites.apply(graph(), ALL), {"Softmax": 2}, "text")
+
+
+def test_a_promise_that_is_broken_lists_what_is_left_and_why():
+    with pytest.raises(ExportError) as error:
+        rewrites.require(rewrites.apply(graph(), ALL), {"Softmax": 3}, "text")
+    assert str(error.value).startswith(
+        "text: the net promises 3 x Softmax, the rewrites made 2. "
+        "softmax at the Softmax that makes y: its input is FLOAT16; the op takes FLOAT."
+    )
+
+
+def test_a_promise_of_what_is_not_there_at_all_says_so():
+    found = rewrites.apply(graph(), [*ALL, "soft_nms"])
+    with pytest.raises(ExportError, match=r"SoftNMS, the rewrites made 0\. soft_nms at the graph: it has no output"):
+        rewrites.require(found, {"SoftNMS": 1, "Softmax": 2}, "detect")
+    without = rewrites.apply(parser.parse_model(NOTHING), ALL)
+    with pytest.raises(ExportError, match=r"the rewrites made 0\. Nothing else in the graph looks like it"):
+        rewrites.require(without, {"Softmax": 1}, "text")
+
+
+def test_a_promise_does_not_bind_where_its_rules_are_off():
+    rewrites.require(rewrites.apply(graph(), ["clipped_softmax"]), {"Softmax": 3}, "text")

@@ -1,0 +1,167 @@
+"""The four ops of clipped softmax -> one of ours; its numbers, its forms, and what only looks like it."""
+
+import itertools
+import re
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import parser
+
+from export import rewrites
+from export.nets import Tower
+from export.parity import onnx_run
+from export.rewrites.clipped_softmax import stretch
+from export.trace import to_onnx
+from models.bundle.manifest import Tensor
+from models.ops.spec import DOMAIN
+
+BOTH = ["softmax", "clipped_softmax"]
+
+
+def graph(a=1.03, b=-0.03, low=0.0, high=1.0, *, mul="s, a", add="m, b", more="", outputs="float[r, n] y"):
+    return parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[r, n] x) => ({outputs})
+        <float a = {{{a}}}, float b = {{{b}}}, float low = {{{low}}}, float high = {{{high}}}>
+        {{ s = Softmax <axis = -1> (x) m = Mul ({mul}) t = Add ({add}) y = Clip (t, low, high) {more} }}
+    """)
+
+
+def settings(model):
+    (node,) = [n for n in model.graph.node if n.domain == DOMAIN]
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def rows(seed=0):
+    return np.random.default_rng(seed).standard_normal((50, 40)).astype(np.float32) * 4
+
+
+def clipped(x, gamma, zeta):
+    chances = torch.softmax(torch.from_numpy(x).double(), -1)
+    return torch.clip((zeta - gamma) * chances + gamma, 0, 1).numpy()
+
+
+class Written(torch.nn.Module):
+    def __init__(self, gamma, zeta, minus):
+        super().__init__()
+        self.gamma, self.zeta, self.minus = gamma, zeta, minus
+
+    def forward(self, x):
+        wide = torch.softmax(x, dim=-1) * (self.zeta - self.gamma)
+        return torch.clip(wide - -self.gamma if self.minus else wide + self.gamma, 0, 1)
+
+
+@pytest.mark.parametrize(("mul", "add"), [*itertools.product(("s, a", "a, s"), ("m, b", "b, m"))])
+def test_operands_in_either_order(mul, add):
+    model = graph(mul=mul, add=add)
+    found = rewrites.apply(model, BOTH)
+    assert found.counts == {"softmax": 0, "clipped_softmax": 1}
+    assert [n.op_type for n in found.model.graph.node] == ["Softmax"]
+    assert settings(found.model) == {"axis": -1, "gamma": pytest.approx(-0.03), "zeta": 1.0}
+    x = rows()
+    before, after = (onnx_run(one)({"x": x})["y"] for one in (model, found.model))
+    np.testing.assert_allclose(after, before, atol=2e-7)
+    np.testing.assert_allclose(after, clipped(x, -0.03, 1.0), atol=1e-6)
+    assert 0.2 < (after == 0).mean() < 1  # it clips
+
+
+@pytest.mark.parametrize("minus", [False, True])
+def test_what_torch_makes_of_it(minus):
+    spec = Tensor(dtype="float32", shape=("B", 40))
+    tower = Tower(Written(-0.025, 1.003, minus), {"x": spec}, {"y": spec}, None, quantizer="none")
+    model = to_onnx(tower)
+    assert ("Sub" in [node.op_type for node in model.graph.node]) == minus
+    found = rewrites.apply(model, BOTH)
+    assert found.counts == {"softmax": 0, "clipped_softmax": 1}
+    assert settings(found.model) == {"axis": -1, "gamma": pytest.approx(-0.025), "zeta": pytest.approx(1.003)}
+    np.testing.assert_allclose(onnx_run(found.model)({"x": rows()})["y"], clipped(rows(), -0.025, 1.003), atol=1e-6)
+
+
+def test_the_library_runs_it_too(library):
+    found = rewrites.apply(graph(1.1, -0.05), BOTH).model
+    np.testing.assert_allclose(
+        onnx_run(found, library=library)({"x": rows()})["y"], clipped(rows(), -0.05, 1.05), atol=1e-6
+    )
+
+
+def test_the_factor_comes_back_to_within_an_ulp():
+    """What the kernel multiplies by, float32(zeta - gamma), is the graph's own factor but for its last bit."""
+    for gamma in -np.logspace(-7, 1, 400).astype(np.float32):
+        for zeta in (1.0, 1.0 + 1e-6, 1.003, 1.1, 2.5, 12.0):
+            a = np.float32(np.float32(zeta) - gamma)
+            found = stretch(a, gamma)
+            assert found.dtype == np.float32
+            assert found >= 1
+            assert abs(np.float32(found - gamma) - a) <= np.spacing(a)
+
+
+def test_zeta_is_never_a_rounding_below_one():
+    for step in np.arange(1, 2000):
+        gamma = np.float32(-step / 1000)
+        a = np.float32(1 - float(gamma))
+        found = rewrites.apply(graph(float(a), float(gamma)), BOTH) if step % 250 == 0 else None
+        assert stretch(a, gamma) == 1.0
+        assert found is None or found.counts["clipped_softmax"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"high": 0.9}, r"the clip is \[0, 0.9\]; expected \[0, 1\]"),
+        ({"low": -0.5}, r"the clip is \[-0.5, 1\]; expected \[0, 1\]"),
+        ({"b": 0.1}, r"gamma is 0.1 and zeta 1.13; expected gamma <= 0 and zeta >= 1"),
+        ({"a": 0.9}, r"gamma is -0.03 and zeta 0.87; expected gamma <= 0 and zeta >= 1"),
+        ({"mul": "s, x"}, "the factor is no constant number"),
+        ({"mul": "s, x", "add": "m, x"}, "the factor and the summand is no constant number"),
+        ({"a": 0.0}, "gamma is -0.03 and zeta -0.03"),
+        ({"more": "w = Relu (m)", "outputs": "float[r, n] y, float[r, n] w"}, "a value between its nodes is used"),
+        ({"outputs": "float[r, n] y, float[r, n] s"}, "a value between its nodes is used"),
+    ],
+)
+def test_what_only_looks_like_it_keeps_its_clip_and_gets_a_plain_softmax(change, why):
+    model = graph(**change)
+    found = rewrites.apply(model, BOTH)
+    assert found.counts == {"softmax": 1, "clipped_softmax": 0}
+    assert settings(found.model) == {"axis": -1, "gamma": 0.0, "zeta": 1.0}
+    (reason,) = rewrites.apply(model, ["clipped_softmax"]).missed["clipped_softmax"].values()
+    assert re.search(why, reason)
+    before, after = (onnx_run(one)({"x": rows()})["y"] for one in (model, found.model))
+    np.testing.assert_allclose(after, before, atol=2e-7)
+
+
+def test_a_factor_for_each_head_is_not_one_number():
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[r, 2] x) => (float[r, 2] y)
+        <float[2] a = {1.1, 1.2}, float[1] b = {-0.1}, float low = {0.0}, float high = {1.0}>
+        { s = Softmax (x) m = Mul (s, a) t = Add (m, b) y = Clip (t, low, high) }
+    """)
+    found = rewrites.apply(model, BOTH)
+    assert found.counts == {"softmax": 1, "clipped_softmax": 0}
+
+
+def test_numbers_that_would_add_an_axis_are_not_taken():
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[r, 2] x) => (float[1, r, 2] y)
+        <float[1, 1, 1] a = {1.1}, float[1] b = {-0.1}, float low = {0.0}, float high = {1.0}>
+        { s = Softmax (x) m = Mul (s, a) t = Add (m, b) y = Clip (t, low, high) }
+    """)
+    assert rewrites.apply(model, BOTH).counts == {"softmax": 1, "clipped_softmax": 0}
+
+
+def test_constants_may_be_nodes():
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[r, n] x) => (float[r, n] y)
+        {
+            a = Constant <value_float = 1.5> () b = Constant <value = float[1] {-0.25}> ()
+            low = Constant <value_float = 0.0> () high = Constant <value_float = 1.0> ()
+            s = Softmax (x) m = Mul (s, a) t = Add (m, b) y = Clip (t, low, high)
+        }
+    """)
+    found = rewrites.apply(model, BOTH)
+    assert settings(found.model) == {"axis": -1, "gamma": -0.25, "zeta": 1.25}
+    onnx.checker.check_model(found.model, full_check=True)

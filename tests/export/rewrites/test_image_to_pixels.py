@@ -1,0 +1,113 @@
+"""ImageToPixels attached: the graph on pictures against the same graph on pixels that Pillow made."""
+
+import re
+
+import numpy as np
+import onnx
+import pytest
+from onnx import parser
+from PIL import Image
+
+from export import rewrites
+from export.parity import onnx_run
+from export.rewrites.image_to_pixels import inside
+from models.bundle.manifest import ImagePreprocess
+from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
+from models.preprocess.image import ImagePreparer
+
+RULE = ["image_to_pixels"]
+CLIP = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+
+
+MEANS = "sum = ReduceMean <keepdims = 0> (pixels, axes) y = Neg (sum)"
+
+
+def tower(inputs="float[b, 3, 24, 20] pixels", body=MEANS):
+    """Mean of each channel, with its sign turned: pixels are read twice."""
+    return parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]> g ({inputs}) => (float[b, 3] y, float[b, 3, 24, 20] z)
+        <int64[2] axes = {{2, 3}}> {{ {body} z = Identity (pixels) }}
+    """)
+
+
+def spec(**change):
+    return ImagePreprocess(**{"size": (24, 20), "shortest": 30, **CLIP, **change})
+
+
+def attach(model, preprocess):
+    return rewrites.apply(model, RULE, {"image_to_pixels": {"preprocess": preprocess}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"crop_offset": "floor", "resample": "bilinear"},
+        {"keep_square": True},
+        {"resize": "exact", "shortest": None},
+        {"resize": "letterbox", "shortest": None, "pad": 127},
+    ],
+)
+def test_pictures_of_any_size_give_what_prepared_pixels_give(change):
+    found = attach(tower(), spec(**change))
+    assert found.counts == {"image_to_pixels": 1}
+    before, after = onnx_run(tower()), onnx_run(found.model)
+    for height, width in ((48, 64), (101, 33), (40, 40), (7, 9)):
+        pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        prepared = ImagePreparer(spec(**change)).prepare(Image.fromarray(pixels))[0]
+        expected, answer = before({"pixels": prepared}), after({"picture": pixels})
+        grey = 1 / 255 / min(CLIP["std"])  # one level
+        assert np.abs(answer["z"] - expected["z"]).max() <= grey * 1.01
+        np.testing.assert_allclose(answer["y"], expected["y"], atol=0.1 * grey)
+
+
+def test_only_the_input_is_another():
+    before, after = tower(), attach(tower(), spec()).model
+    assert [(v.name, v.type.tensor_type.elem_type) for v in after.graph.input] == [("picture", onnx.TensorProto.UINT8)]
+    assert after.graph.output == before.graph.output
+    assert [n.op_type for n in after.graph.node] == ["ImageToPixels", *(n.op_type for n in before.graph.node)]
+    assert after.graph.node[0].output == ["pixels"]
+    onnx.checker.check_model(after, full_check=True)
+
+
+def test_the_node_says_how_pictures_are_prepared():
+    (node,) = [n for n in attach(tower(), spec(keep_square=True)).model.graph.node if n.domain == DOMAIN]
+    found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert found.keys() == IMAGE_TO_PIXELS.attributes.keys()
+    assert (found["size"], found["shortest"], found["keep_square"], found["resize"]) == ([24, 20], 30, 1, b"shortest")
+    assert found["mean"] == pytest.approx(CLIP["mean"])
+    letterbox = spec(resize="letterbox", shortest=None)
+    (node,) = [n for n in attach(tower(), letterbox).model.graph.node if n.domain == DOMAIN]
+    assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}["shortest"] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "preprocess", "why"),
+    [
+        (tower(), spec(input="image"), "it has no input 'image'; it takes pixels"),
+        (tower(), spec(size=(24, 24)), r"its input 'pixels' is FLOAT .* expected float32 \['B', 3, 24, 24\]"),
+        (tower("float[b, 3, 24, 20] pixels, float picture"), spec(), "it has an input 'picture' already"),
+        (
+            tower(
+                "float16[b, 3, 24, 20] half",
+                "pixels = Cast <to = 1> (half) y = ReduceMean <keepdims = 0> (pixels, axes)",
+            ),
+            spec(input="half"),
+            "its input 'half' is FLOAT16",
+        ),
+    ],
+)
+def test_a_graph_that_takes_something_else_stays_as_it_is_and_says_why(model, preprocess, why):
+    found = attach(model, preprocess)
+    assert found.counts == {"image_to_pixels": 0}
+    assert found.model == model
+    assert re.search(why, found.missed["image_to_pixels"]["the graph"])
+
+
+def test_what_the_service_hands_over_is_the_picture_itself_and_the_frame_is_the_same():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    prepared, frame = ImagePreparer(inside(spec())).prepare(picture)
+    assert (prepared.dtype, prepared.shape) == (np.uint8, (48, 64, 3))
+    np.testing.assert_array_equal(prepared, np.asarray(picture))
+    assert frame == ImagePreparer(spec()).prepare(picture)[1]
+    assert inside(spec()).feeds() == {"picture": ("uint8", ("height", "width", 3))}
