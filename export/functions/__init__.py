@@ -1,1 +1,41 @@
 """Our operators as ONNX local functions of standard ops: how a bundle runs without the compiled library."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
+from export.functions.soft_nms import OPSET, soft_nms
+from export.functions.softmax import softmax
+from models.bundle.manifest import Tensor
+from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, SOFT_NMS, SOFTMAX, VERSION, Op
+
+# op -> its body, for a node with these attributes; only of pictures does the text of the body hang on them
+BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
+    SOFTMAX.name: lambda **_: softmax(),
+    SOFT_NMS.name: lambda **_: soft_nms(),
+    IMAGE_TO_PIXELS.name: image_to_pixels,
+    IMAGE_TO_QUANTIZED_PIXELS.name: image_to_quantized_pixels,
+}
+
+
+def alone(op: Op, inputs: dict[str, Tensor], outputs: dict[str, Tensor], attributes: dict[str, Any]) -> onnx.ModelProto:
+    """A model of one node of ``op``, with every attribute named, and its body."""
+    attributes = op.attributes | attributes
+    node = helper.make_node(op.name, list(op.inputs), list(op.outputs), domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "alone", _declare(inputs), _declare(outputs))
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    body = BODIES[op.name](**attributes)
+    model = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10, producer_name="calmclip")
+    onnx.checker.check_model(model)
+    return model
+
+
+def _declare(tensors: dict[str, Tensor]) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape)
+        for name, tensor in tensors.items()
+    ]

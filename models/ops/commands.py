@@ -80,4 +80,16 @@ def _show(value: dict[str, Any]) -> None:
 
 
 def _check(given: argparse.Namespace) -> int:
-    raise NotImplementedError
+    """Exit 1 where an operator differs from its oracle, or there is no library."""
+    from models.ops.check import as_json, check
+
+    results = [as_json(result) for result in check()]
+    passed = all(result["passed"] for result in results)
+    emit(given.json, {"passed": passed, "results": results}, _show_check)
+    return 0 if passed else 1
+
+
+def _show_check(value: dict[str, Any]) -> None:
+    for result in value["results"]:
+        said = result["trouble"] or f"{result['rounds']} inputs, at most {result['difference']:.1e} from the oracle"
+        print(f"{'ok  ' if result['passed'] else 'FAIL'} {result['probe']:26s} {result['way']:9s} {said}")

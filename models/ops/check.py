@@ -1,0 +1,152 @@
+"""Each operator beside its oracle: compiled, and by the function that bundles carry, on the same small models.
+
+The models ship in ``probes/``, for to make one takes the onnx package; `python -m export.functions` prints them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from models.bundle.manifest import Graph, Tensor
+from models.flow import Array, Arrays
+from models.ops import reference
+from models.ops.library import Mode, find, why_not
+from models.ops.spec import IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, METHODS, SOFT_NMS, SOFTMAX, Attribute, Op
+from models.runtime.session import Session, SessionOptions
+
+FOLDER = Path(__file__).with_name("probes")
+ROUNDS = 20
+
+Random = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One node of ``op``. ``draw`` makes inputs, ``expected`` the oracle's outputs of them, in order.
+
+    ``most``: how far an output may be from the oracle. ``inputs``, ``outputs``: where they say more than the spec.
+    """
+
+    name: str
+    op: Op
+    draw: Callable[[Random], dict[str, Array]]
+    expected: Callable[[Arrays], tuple[Array, ...]]
+    most: float
+    attributes: dict[str, Attribute] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        inputs, outputs = self.op.inputs | self.inputs, self.op.outputs | self.outputs
+        return Graph(file=f"{self.name}.onnx", batch=False, inputs=inputs, outputs=outputs, preprocess=None)
+
+
+def _rows(random: Random) -> dict[str, Array]:
+    """Rows at, below and beyond a few vectors; masked ones among them."""
+    x = random.normal(0, 5, (int(random.integers(1, 30)), int(random.integers(1, 700)))).astype(np.float32)
+    x[random.random(x.shape) < 0.1] = -np.inf if random.random() < 0.5 else np.finfo(np.float32).min
+    return {"x": x}
+
+
+def _softmax(**attributes: Any) -> Callable[[Arrays], tuple[Array, ...]]:
+    return lambda feeds: (reference.softmax(feeds["x"], **attributes),)
+
+
+def _boxes(random: Random) -> dict[str, Array]:
+    count = int(random.integers(0, 200))
+    corner = random.uniform(0, 100, (count, 2))
+    boxes = np.hstack([corner, corner + random.uniform(0, 40, (count, 2))]).astype(np.float32)
+    return {
+        "boxes": boxes,
+        "scores": random.random(count).astype(np.float32),
+        "classes": random.integers(0, 4, count),
+        "method": random.integers(0, len(METHODS), 1),
+        "per_class": random.integers(0, 2, 1),
+        "iou_threshold": np.array([0.3], np.float32),
+        "sigma": np.array([0.5], np.float32),
+        "min_score": np.array([0.01], np.float32),
+        "max_output": np.array([100]),
+    }
+
+
+def _suppressed(feeds: Arrays) -> tuple[Array, ...]:
+    how = {name: feeds[name].item() for name in ("iou_threshold", "sigma", "min_score", "max_output")}
+    how |= {"method": METHODS[feeds["method"].item()], "per_class": bool(feeds["per_class"].item())}
+    kept = reference.soft_nms(feeds["boxes"], feeds["scores"], feeds["classes"], **how)
+    return *kept, np.zeros(len(kept.indices), np.int64)
+
+
+def _picture(random: Random) -> dict[str, Array]:
+    height, width = (int(side) for side in random.integers(1, 400, 2))
+    return {"image": random.integers(0, 256, (height, width, 3), np.uint8)}
+
+
+_CLIP: dict[str, Attribute] = {"gamma": -0.003, "zeta": 1.003}
+_ROWS = Tensor(dtype="float32", shape=("R", "C"))
+_PLACE: dict[str, Attribute] = {"size": (48, 40), "shortest": 56, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+_STEPS: dict[str, Attribute] = _PLACE | {"scale": 0.02, "zero_point": 120}
+
+PROBES = (
+    Probe("softmax", SOFTMAX, _rows, _softmax(), 1e-6, {}, {"x": _ROWS}, {"y": _ROWS}),
+    Probe("clipped_softmax", SOFTMAX, _rows, _softmax(**_CLIP), 1e-6, _CLIP, {"x": _ROWS}, {"y": _ROWS}),
+    Probe("soft_nms", SOFT_NMS, _boxes, _suppressed, 1e-5),
+    # Between Pillow and the kernel there is no difference; a node's float32 mean and std may cost the last bit
+    Probe("image_to_pixels", IMAGE_TO_PIXELS, _picture, lambda f: (reference.image_to_pixels(f["image"], **_PLACE),),
+          1e-6, _PLACE, outputs={"pixels": Tensor(dtype="float32", shape=(1, 3, 48, 40))}),
+    Probe("image_to_quantized_pixels", IMAGE_TO_QUANTIZED_PIXELS, _picture,
+          lambda f: (reference.image_to_quantized_pixels(f["image"], **_STEPS),),  # type: ignore[arg-type]
+          0, _STEPS, outputs={"pixels": Tensor(dtype="uint8", shape=(1, 3, 48, 40))}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """How far the farthest output of a probe was from the oracle; ``trouble``: why nothing could be said."""
+
+    probe: str
+    way: str
+    rounds: int = ROUNDS
+    difference: float = 0.0
+    trouble: str = ""
+    passed: bool = True
+
+
+def check(probes: tuple[Probe, ...] = PROBES) -> Iterator[Result]:
+    """Every probe, by the library and by its function. A missing library is a failure: it is what is asked about."""
+    if find() is None:
+        yield Result("library", "library", 0, trouble=why_not(), passed=False)
+    for probe in probes:
+        ways: tuple[tuple[str, Mode], ...] = (("library", "required"), ("function", "off"))
+        for way, mode in ways:
+            if mode == "off" or find() is not None:
+                yield _compare(probe, way, mode)
+
+
+def _compare(probe: Probe, way: str, mode: Mode) -> Result:
+    result = Result(probe.name, way)
+    random = np.random.default_rng(0)
+    session = Session(FOLDER / f"{probe.name}.onnx", probe.graph, SessionOptions(threads=1, ops=mode))
+    farthest = 0.0
+    for _ in range(ROUNDS):
+        feeds = probe.draw(random)
+        try:
+            found = session.run(feeds)
+        except Exception as error:  # also those of ONNX Runtime, whose types are not public
+            return replace(result, trouble=str(error), passed=False)
+        for (name, array), expected in zip(found.items(), probe.expected(feeds), strict=True):
+            if array.shape != expected.shape or array.dtype != expected.dtype:
+                is_, should = (f"{a.dtype} {list(a.shape)}" for a in (array, expected))
+                trouble = f"{name} is {is_}; expected {should}"
+                return replace(result, trouble=trouble, passed=False)
+            if array.size:
+                apart = np.abs(array.astype(np.float64) - expected.astype(np.float64))
+                farthest = max(farthest, float(apart.max()) if np.isfinite(apart).all() else np.inf)
+    return replace(result, difference=farthest, passed=farthest <= probe.most)
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in Result.__dataclass_fields__}
