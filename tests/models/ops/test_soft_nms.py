@@ -514,6 +514,12 @@ def test_a_nan_score_of_a_batch_is_named_with_its_image(session):
         session.run(None, feeds(np.zeros((3, 5, 4)), scores, np.zeros((3, 5))))
 
 
+@pytest.mark.parametrize("shape", [(2**40, 0), (0, 2**40)])
+def test_a_batch_without_boxes_may_claim_any_size(session, shape):
+    kept = session.run(None, feeds(np.empty((*shape, 4)), np.empty(shape), np.empty(shape)))
+    assert [part.shape for part in kept] == [(0,)] * 4
+
+
 def test_a_setting_may_be_a_scalar(session):
     scalars = {name: GOOD[name].reshape(()) for name in ("method", "sigma", "max_output")}
     for part, expected in zip(session.run(None, GOOD | scalars), session.run(None, GOOD), strict=True):
