@@ -171,6 +171,18 @@ def test_hard_equals_torchvision_on_a_thousand_sets(image):
         assert decayed.tolist() == scores[expected].tolist()
 
 
+@pytest.mark.parametrize("n", [1024, 1025, 5000])  # the blocks' bounds are compared 64 x 16 boxes at a time
+def test_many_boxes(images, n):
+    rng = np.random.default_rng(n)
+    boxes, scores = random_boxes(rng, n, 10.0), random_scores(rng, n)
+    expected = nms(torch.from_numpy(boxes), torch.from_numpy(scores), 0.3).tolist()
+    bits = set()
+    for image in images.values():
+        assert image(boxes, scores, method="hard", min_score=0.0)[0].tolist() == expected
+        bits.add(b"".join(part.tobytes() for part in image(boxes, scores, method="linear", iou_threshold=0.1)))
+    assert len(bits) == 1
+
+
 def mmcv(boxes, scores, method, threshold, sigma, least):
     """mmcv's rule in float64, offset 0: `>=`; every box is tested each round; only the first taken never is."""
     boxes, scores = boxes.astype(np.float64), scores.astype(np.float64)
