@@ -52,7 +52,8 @@ SOFTMAX = Op(
 # Of one image, as the shapes below say, or of B at once: then boxes are [B, N, 4], scores and classes [B, N], every
 # image is suppressed alone, and the outputs follow one another, images in order. Ties go to the lower index.
 # IoU is rounded to float32, then compared: is it over the threshold? So a tie of whole pixels (7/10 and 0.7) is one
-# everywhere. A box overlaps nothing when its area is no normal, finite float32: turned inside out, infinite, NaN.
+# everywhere. A box overlaps nothing when its area is no normal, finite float32: turned inside out, infinite, NaN; nor
+# do two whose areas add up to more than a float32 holds.
 # A box goes when its weight is 0 (or no normal float32) or its score falls under min_score.
 # max_output 0, N = 0 and B = 0 give empty outputs. A NaN score, a sigma that is not positive, a method or per_class
 # out of range, a NaN threshold, a negative max_output, shapes that do not fit: the library raises InvalidArgument and

@@ -171,6 +171,18 @@ def test_hard_equals_torchvision_on_a_thousand_sets(image):
         assert decayed.tolist() == scores[expected].tolist()
 
 
+@pytest.mark.parametrize("n", [1024, 1025, 5000])  # the blocks' bounds are compared 64 x 16 boxes at a time
+def test_many_boxes(images, n):
+    rng = np.random.default_rng(n)
+    boxes, scores = random_boxes(rng, n, 10.0), random_scores(rng, n)
+    expected = nms(torch.from_numpy(boxes), torch.from_numpy(scores), 0.3).tolist()
+    bits = set()
+    for image in images.values():
+        assert image(boxes, scores, method="hard", min_score=0.0)[0].tolist() == expected
+        bits.add(b"".join(part.tobytes() for part in image(boxes, scores, method="linear", iou_threshold=0.1)))
+    assert len(bits) == 1
+
+
 def mmcv(boxes, scores, method, threshold, sigma, least):
     """mmcv's rule in float64, offset 0: `>=`; every box is tested each round; only the first taken never is."""
     boxes, scores = boxes.astype(np.float64), scores.astype(np.float64)
@@ -256,7 +268,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(odd_scenes(), SETTINGS, st.sampled_from([1e-40, 0.1, 0.5, 1e30, np.inf]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_odd_floats_are_what_the_rule_says(images, scene, how, sigma):
     """To the bit for hard and linear; gaussian the same for every instruction set."""
     results = [image(*scene, **how, sigma=sigma) for image in images.values()]
@@ -365,6 +377,24 @@ def test_an_overlap_equal_to_the_threshold_is_not_over_it(image, shift, over):
     scores = np.array([0.9, 0.8])
     assert image(boxes, scores, method="hard", iou_threshold=0.7)[0].tolist() == over
     assert reference.soft_nms(boxes, scores, method="hard", iou_threshold=0.7).indices.tolist() == over
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", [1e-30, 1e-20])  # areas 0 and 1e-40: beneath what a float32 holds in full
+def test_an_area_that_is_no_normal_float_overlaps_nothing(image, side, method):
+    boxes, scores = np.array([[0, 0, side, side]] * 3), np.float32([0.9, 0.8, 0.7])
+    kept, decayed = image(boxes, scores, method=method)
+    assert kept.tolist() == [0, 1, 2]
+    assert decayed.tolist() == scores.tolist()
+    assert reference.soft_nms(boxes, scores, method=method).indices.tolist() == [0, 1, 2]
+
+
+def test_the_smallest_sigma_changes_nothing_where_the_overlap_is_nothing(image):
+    # IoU 1e-30 / 2e10: its square is 0 in float32, 1 / sigma is infinite there, and the weight is 1 all the same
+    boxes = np.array([[0, 0, 1e5, 1e5], [-1e5, -1e5, 1e-15, 1e-15]])
+    kept, decayed = image(boxes, np.float32([0.9, 0.8]), method="gaussian", sigma=1e-40)
+    assert kept.tolist() == [0, 1]
+    assert decayed.tolist() == np.float32([0.9, 0.8]).tolist()
 
 
 def test_exp_is_good_to_the_last_digits(image):
@@ -494,6 +524,12 @@ def test_a_nan_score_of_a_batch_is_named_with_its_image(session):
     scores[2, 4] = np.nan
     with pytest.raises(InvalidArgument, match="score 4 of image 2 is NaN"):
         session.run(None, feeds(np.zeros((3, 5, 4)), scores, np.zeros((3, 5))))
+
+
+@pytest.mark.parametrize("shape", [(2**40, 0), (0, 2**40)])
+def test_a_batch_without_boxes_may_claim_any_size(session, shape):
+    kept = session.run(None, feeds(np.empty((*shape, 4)), np.empty(shape), np.empty(shape)))
+    assert [part.shape for part in kept] == [(0,)] * 4
 
 
 def test_a_setting_may_be_a_scalar(session):

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <memory>
 #include <vector>
 
 #include "dispatch.h"
@@ -67,8 +68,8 @@ size_t suppress(SoftNms* race, const float* boxes, const float* scores, const in
   const size_t most = std::min(count, max_output);
   // x0, y0, x1, y1, area, score; then what the races give; then their scratch
   const size_t bytes = (7 * count * sizeof(float) + count * sizeof(int32_t) + 63) / 64 * 64;
-  std::vector<unsigned char> memory(bytes + soft_nms_scratch(longest) + 64);
-  unsigned char* aligned = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  const auto memory = std::make_unique_for_overwrite<unsigned char[]>(bytes + soft_nms_scratch(longest) + 64);
+  unsigned char* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
   float *x0 = reinterpret_cast<float*>(aligned), *y0 = x0 + count, *x1 = y0 + count, *y1 = x1 + count,
         *area = y1 + count, *score = area + count, *left_scores = score + count;
   int32_t* left = reinterpret_cast<int32_t*>(left_scores + count);

@@ -11,7 +11,6 @@
 #include "soft_nms.h"
 
 #include <cfloat>
-#include <cstring>
 
 namespace calmclip {
 namespace {
@@ -68,14 +67,14 @@ constexpr float kRest[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
 inline int32_t key_of(float score) {
   const float plain = score + 0.0f;
   int32_t bits;
-  std::memcpy(&bits, &plain, sizeof bits);
+  __builtin_memcpy(&bits, &plain, sizeof bits);
   return bits ^ ((bits >> 31) & INT32_MAX);
 }
 
 inline float score_of(int32_t key) {
   const int32_t bits = key ^ ((key >> 31) & INT32_MAX);
   float score;
-  std::memcpy(&score, &bits, sizeof score);
+  __builtin_memcpy(&score, &bits, sizeof score);
   return score;
 }
 
@@ -86,7 +85,8 @@ inline uint32_t spread_bits(uint32_t x) {
   return (x | x << 1) & 0x5555;
 }
 
-// order[i]: which box comes i-th along the curve. `cell` has room for n, `start` for 4 n + 2 numbers.
+// order[i]: which box comes i-th along the curve. `cell` has room for n, `start` for 4 n + 2 numbers. Any order is
+// right; one box far out puts all others into one cell, and then every pick meets every block.
 inline void sort_along_curve(const float* x0, const float* y0, const float* x1, const float* y1, size_t n,
                              uint32_t* order, uint32_t* cell, uint32_t* start) {
   if (n <= 2 * kBlock) {

@@ -22,11 +22,11 @@ inline float power(float t) {
   for (const float e : kRest) p = p * r + e;
   p = (p * (r * r) + r) + 1.0f;
   uint32_t bits, shift;
-  std::memcpy(&bits, &p, sizeof bits);
-  std::memcpy(&shift, &rounded, sizeof shift);
+  __builtin_memcpy(&bits, &p, sizeof bits);
+  __builtin_memcpy(&shift, &rounded, sizeof shift);
   bits += shift << 23;  // the low bits of `rounded` are n
   float y;
-  std::memcpy(&y, &bits, sizeof y);
+  __builtin_memcpy(&y, &bits, sizeof y);
   return t < kLowest || y < FLT_MIN ? 0.0f : y;
 }
 

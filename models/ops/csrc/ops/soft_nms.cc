@@ -71,9 +71,10 @@ class SoftNmsKernel {
         if (const auto found = shape_of(context, which); found != rows)
           invalid(std::string(kNames[which]) + " has the shape " + text(found) + "; expected " + text(rows) +
                   ", for boxes has the shape " + text(shape));
-      const auto images = static_cast<size_t>(rows.size() == 2 ? rows[0] : 1);
       const auto n = static_cast<size_t>(rows.back());
-      if (n > static_cast<size_t>(std::numeric_limits<int32_t>::max()) - 64)
+      // without boxes the number of images may be anything: there is no memory that bounds it
+      const auto images = n == 0 ? size_t{0} : static_cast<size_t>(rows.size() == 2 ? rows[0] : 1);
+      if (images && n > static_cast<size_t>(std::numeric_limits<int32_t>::max()) - 64)
         invalid("there are " + std::to_string(n) + " boxes in an image; expected fewer than 2^31 - 64");
 
       const float* boxes = context.GetInput(kBoxes).GetTensorData<float>();
