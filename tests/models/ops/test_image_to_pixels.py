@@ -528,8 +528,8 @@ def test_the_preparer_on_pictures_over_one_block_of_pillows(library: Library, si
 
 def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("models.preprocess.memory.borrow", lambda image: None)
-    for band in (1 << 12, 4 << 20):
-        monkeypatch.setattr("models.preprocess.memory._BAND", band)
+    for size in (1 << 12, 8 << 20):
+        monkeypatch.setattr("models.preprocess.memory._BAND", size)
         for mode in MODES:
             for shape in SHAPES:
                 both(library, spec(mode), Image.fromarray(noise(*shape)))

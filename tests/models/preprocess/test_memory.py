@@ -11,7 +11,7 @@ from PIL import Image
 
 from models.flow import Array
 from models.preprocess import memory
-from models.preprocess.memory import Memory, bands, borrow, copy
+from models.preprocess.memory import Band, Memory, borrow, copy, in_bands
 
 lends = pytest.mark.skipif(
     not hasattr(Image.Image, "__arrow_c_array__"), reason=f"Pillow {PIL.__version__} lends nothing"
@@ -100,7 +100,9 @@ def test_bands_hold_what_their_rows_need(monkeypatch: pytest.MonkeyPatch, height
     find = memory.borrow
     monkeypatch.setattr(memory, "borrow", lambda image: None if image.height == height or not lent else find(image))
     image, scale, reach, done = picture(30, height), height / outputs, 3.5, 0
-    for band in bands(image, outputs, lambda row: (row + 0.5) * scale, reach):
+
+    def use(band: Band) -> None:
+        nonlocal done
         first, last = band.outputs
         assert first == done
         assert band.first <= max(math.floor((first + 0.5) * scale - reach), 0)
@@ -108,4 +110,6 @@ def test_bands_hold_what_their_rows_need(monkeypatch: pytest.MonkeyPatch, height
         expected = np.asarray(image)[band.first : band.first + band.rows]
         assert np.array_equal(read(band, band.rows, 30), expected)
         done = last
+
+    in_bands(image, outputs, lambda row: (row + 0.5) * scale, reach, use)
     assert done == outputs
