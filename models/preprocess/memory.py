@@ -104,10 +104,10 @@ def borrow(image: Image.Image) -> Memory | None:
         return None
     try:
         schema_capsule, array_capsule = image.__arrow_c_array__()
+        schema = _Schema.from_address(_pointer(schema_capsule, b"arrow_schema"))
+        array = _Array.from_address(_pointer(array_capsule, b"arrow_array"))
     except Exception:  # several blocks, a mode it does not lend: whatever it says, there is another way
         return None
-    schema = _Schema.from_address(_pointer(schema_capsule, b"arrow_schema"))
-    array = _Array.from_address(_pointer(array_capsule, b"arrow_array"))
     pixels = image.width * image.height
     if schema.format != b"+w:4" or schema.n_children != 1 or schema.children[0].contents.format != b"C":
         return None  # not lists of 4 uint8

@@ -17,13 +17,16 @@ from PIL import Image
 from pydantic import ValidationError
 
 from export.functions.image_to_pixels import OPSET, image_to_pixels, image_to_quantized_pixels
+from models.bundle.bundle import Bundle
 from models.bundle.manifest import ImagePreprocess
-from models.errors import BadRequest
+from models.bundle.store import read
+from models.errors import BadRequest, OpsLibraryMissing
 from models.flow import Array
 from models.ops import pixels, reference
 from models.ops.library import Library, find
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, VERSION, Op
 from models.preprocess.image import ImagePreparer, columns_first
+from models.runner import open_bundle
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[3] / "export" / "samples").glob("*.jpg"))
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
@@ -533,6 +536,19 @@ def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: 
         for mode in MODES:
             for shape in SHAPES:
                 both(library, spec(mode), Image.fromarray(noise(*shape)))
+
+
+def test_a_bundle_says_who_prepares(library: Library, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert Bundle(read(sealed)).image().library is library
+    assert Bundle(read(sealed), ops="required").image().library is library
+    assert Bundle(read(sealed), ops="off").image().library is None
+    runner = open_bundle(sealed, ops="off")
+    assert runner.bundle.image().library is None
+    assert runner.options.ops == "off"
+    monkeypatch.setattr("models.ops.build.FOLDER", tmp_path)
+    assert Bundle(read(sealed)).image().library is None
+    with pytest.raises(OpsLibraryMissing, match="no op library is built"):
+        open_bundle(sealed, ops="required")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,20 @@ def test_another_layout_is_not_believed(monkeypatch: pytest.MonkeyPatch):
     for other in (picture(4, 4).convert("L"), picture(5, 5)):  # of 1 byte a pixel; of more pixels
         monkeypatch.setattr(Image.Image, "__arrow_c_array__", lambda self, other=other: lend(other))
         assert borrow(picture(4, 4)) is None
+    image = picture(4, 4)
+    monkeypatch.setattr(
+        Image.Image, "__arrow_c_array__", lambda self: lend(self)[::-1]
+    )  # the capsules' names are wrong
+    assert borrow(image) is None
+
+
+@lends
+def test_the_picture_can_be_written_to_afterwards():
+    image = picture(4, 4)
+    lent = borrow(image)
+    del lent
+    image.putpixel((1, 2), (1, 2, 3))
+    assert image.getpixel((1, 2)) == (1, 2, 3)
 
 
 def test_a_copy_has_three_bytes_a_pixel():
