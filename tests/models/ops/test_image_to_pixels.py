@@ -340,8 +340,15 @@ def test_the_op_is_the_same_on_several_threads(library: Library, mode: str):
 
 def test_every_grey_level_quantises_as_onnx_runtime_does(library: Library):
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
-    for scale, zero_point in ((0.0173, 114), (1e-30, 0), (1e30, 255), (2.0, 7), (1 / 64, 128)):
-        how = {"size": (1, 256), "resize": "exact", **NORMAL, "scale": scale, "zero_point": zero_point}
+    halves = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # by two grey levels, to the last bit: the odd ones are halves
+    for scale, zero_point, normal in (
+        (0.0173, 114, NORMAL),
+        (1e-30, 0, NORMAL),
+        (1e30, 255, NORMAL),
+        (2 * float(np.float32(1 / 255)), 7, halves),
+        (1 / 64, 128, NORMAL),
+    ):
+        how = {"size": (1, 256), "resize": "exact", **normal, "scale": scale, "zero_point": zero_point}
         file = model(IMAGE_TO_QUANTIZED_PIXELS, how, image_to_quantized_pixels(**how))
         expected = reference.image_to_quantized_pixels(levels, **how)
         assert np.array_equal(run(session(file, library), levels), expected)

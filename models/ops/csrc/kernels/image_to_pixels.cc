@@ -129,7 +129,7 @@ bool both(const Picture& picture, size_t origin, const ImageToPixels::Axis& acro
           const ImageToPixels::Axis& down, size_t first, size_t last, ResizeRows* pass, const Put& put) {
   const size_t widest = std::min(kStrip, count);
   const size_t most = (widest + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4 * 3;
-  const size_t room = down.widest / 4 + 2 + 2 * kBlockRows / 4 + 32;  // quads
+  const size_t room = down.widest / 4 + 2 + 4 * kBlockRows / 4;  // quads
   const Block quads = block(room * most);
   const Block scratch = block(resize_scratch(across.end - across.keep[0]) * sizeof(int16_t));
   if (!quads || !scratch) return false;
@@ -151,10 +151,10 @@ bool both(const Picture& picture, size_t origin, const ImageToPixels::Axis& acro
           std::memmove(quads.get(), quads.get() + (start - held) / 4 * quad_bytes, (done - start) / 4 * quad_bytes);
           held = start;
         }
-        const uint8_t* rows[kBlockRows];
-        for (size_t r = 0; r < kBlockRows; ++r)
+        const uint8_t* rows[2 * kBlockRows];
+        for (size_t r = 0; r < 2 * kBlockRows; ++r)
           rows[r] = picture.row(done + r) + (base - origin) * picture.pixel_stride;
-        pass(rows, picture.pixel_stride, base, end - base, taps, columns, reinterpret_cast<int16_t*>(scratch.get()),
+        pass(rows, rows + kBlockRows, picture.pixel_stride, base, end - base, taps, columns, reinterpret_cast<int16_t*>(scratch.get()),
              quads.get() + (done - held) / 4 * quad_bytes, quad_bytes);
         done += kBlockRows;
       }

@@ -18,8 +18,9 @@ static uint32_t weight(const int16_t* weights, size_t tap) {
 static const uint32_t kHalf = 1u << (kWeightBits - 1);
 static const size_t kPlace[4] = {0, 2, 1, 3};  // of a row in its quad
 
-void resize_rows_scalar(const uint8_t* const* rows, size_t pixel_stride, size_t base, size_t width, const Taps* taps,
-                        size_t columns, int16_t*, uint8_t* quads, size_t quad_stride) {
+void resize_rows_scalar(const uint8_t* const* rows, const uint8_t* const*, size_t pixel_stride, size_t base,
+                        size_t width, const Taps* taps, size_t columns, int16_t*, uint8_t* quads,
+                        size_t quad_stride) {
   const size_t plane = (columns + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4;
   for (size_t i = 0; i < columns; ++i) {
     const size_t from = taps[i].first - base;
