@@ -19,6 +19,9 @@ static __m256i finish(__m256i hi, __m256i lo) {
 
 namespace {
 
+// Of a row, in bytes: after so many the processor sees by itself where it is going.
+constexpr size_t kAhead = 2048;
+
 // Asks for a share of the next rows at each group of columns, in the background of the sums.
 struct Ahead {
   const uint8_t* const* row;
@@ -83,8 +86,8 @@ void resize_rows_avx2(const uint8_t* const* rows, const uint8_t* const* next, si
       turn(copies, 0, order, turned + x / 2 * 3);
     }
 
-    const size_t bytes = width * pixel_stride, groups = (columns + 3) / 4;
-    Ahead ahead{next + 8 * part, next + 8 * part + 8, bytes, 0, (bytes / 64 + 1) * 8 / groups + 1};
+    const size_t wanted = width * pixel_stride < kAhead ? width * pixel_stride : kAhead, groups = (columns + 3) / 4;
+    Ahead ahead{next + 8 * part, next + 8 * part + 8, wanted, 0, (wanted / 64 + 1) * 8 / groups + 1};
     for (size_t i = 0; i < columns; i += 4) {
       ahead.fetch();
       __m256i sum[3][4];

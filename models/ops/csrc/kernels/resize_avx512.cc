@@ -19,6 +19,9 @@ static __m512i finish(__m512i hi, __m512i lo) {
 
 namespace {
 
+// Of a row, in bytes: after so many the processor sees by itself where it is going.
+constexpr size_t kAhead = 2048;
+
 // Asks for a share of the next rows at each group of columns, in the background of the sums.
 struct Ahead {
   const uint8_t* const* row;
@@ -83,8 +86,8 @@ void resize_rows_avx512(const uint8_t* const* rows, const uint8_t* const* next, 
   }
 
   const __m512i half = _mm512_set1_epi32(1 << (kWeightBits - 1));
-  const size_t bytes = width * pixel_stride, groups = (columns + 3) / 4;
-  Ahead ahead{next, next + kBlockRows, bytes, 0, (bytes / 64 + 1) * kBlockRows / groups + 1};
+  const size_t wanted = width * pixel_stride < kAhead ? width * pixel_stride : kAhead, groups = (columns + 3) / 4;
+  Ahead ahead{next, next + kBlockRows, wanted, 0, (wanted / 64 + 1) * kBlockRows / groups + 1};
   for (size_t i = 0; i < columns; i += 4) {
     ahead.fetch();
     __m512i sum[3][4];
