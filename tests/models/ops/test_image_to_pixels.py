@@ -264,7 +264,8 @@ MODES: dict[str, dict[str, Any]] = {
     "owl": {"size": (96, 64), "resize": "letterbox", "pad": 114, **NORMAL},
     "square": {"size": (32, 32), "shortest": 40, "keep_square": 1, "crop_offset": "round"},
 }
-SHAPES = [(480, 640), (640, 480), (900, 300), (301, 900), (333, 500), (1, 1), (1, 300), (300, 1), (64, 64), (65, 64)]
+# 900 x 300 goes columns first; 600 x 300 just does not
+SHAPES = [(480, 640), (640, 480), (900, 300), (600, 300), (301, 900), (333, 500), (1, 1), (1, 300), (300, 1), (64, 64)]
 LOADING = "Exception during initialization: "
 RUNNING = "INVALID_ARGUMENT : Non-zero status code returned while running "
 QUANTIZED = {"scale": 0.0173, "zero_point": 114}
@@ -541,7 +542,7 @@ def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: 
     for size in (1 << 12, 8 << 20):
         monkeypatch.setattr("models.preprocess.memory._BAND", size)
         for mode in MODES:
-            for shape in SHAPES:
+            for shape in SHAPES[:5]:
                 both(library, spec(mode), Image.fromarray(noise(*shape)))
 
 

@@ -38,7 +38,8 @@ void resize_rows_scalar(const uint8_t* const* rows, const uint8_t* const*, size_
       }
     }
     for (size_t r = 0; r < kBlockRows; ++r)
-      for (size_t c = 0; c < 3; ++c) quads[r / 4 * quad_stride + c * plane + i * 4 + kPlace[r % 4]] = to_byte(sum[r][c]);
+      for (size_t c = 0; c < 3; ++c)
+        quads[r / 4 * quad_stride + c * plane + i * 4 + kPlace[r % 4]] = to_byte(sum[r][c]);
   }
 }
 
