@@ -6,7 +6,8 @@ csrc/kernels/image_to_pixels.cc does, rounded to 22 bits, and cut into three sig
 each exactly. Digits are stored plus 128, for products of unsigned bytes cannot saturate on any processor. Source
 samples that no output needs are sliced off first, so that a ribbon stays small.
 
-A graph's attributes are fixed, so the body is written for them; the node names them all the same, for the op.
+A graph's attributes are fixed, so the body is written for them; the node names them all the same, for the op. Nodes of
+one graph with other attributes would need a body each, under one name: there can be none.
 """
 
 from typing import Any

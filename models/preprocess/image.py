@@ -16,7 +16,7 @@ from models.errors import BadImage, ImageTooLarge
 from models.flow import Array
 from models.ops import pixels as kernel
 from models.ops.library import Library
-from models.preprocess.memory import bands
+from models.preprocess.memory import Band, in_bands
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000
@@ -167,9 +167,12 @@ class ImagePreparer:
         # a margin of two rows for what rounding adds to the filter's reach
         scale = height / placement.height
         reach = (2 if spec.resample == "bicubic" else 1) * max(scale, 1.0) + 2
-        for band in bands(image, spec.size[0], lambda row: (placement.top + row + 0.5) * scale, reach):
+
+        def use(band: Band) -> None:
             picture = kernel.Picture(band.address, height, width, *band.strides, band.first, band.rows)
             kernel.image_to_pixels(library, picture, where, spec.resample, self._gain, self._bias, pixels, band.outputs)
+
+        in_bands(image, spec.size[0], lambda row: (placement.top + row + 0.5) * scale, reach, use)
         return pixels
 
     def _by_pillow(self, image: Image.Image, placement: Placement, frame: Frame) -> Image.Image:

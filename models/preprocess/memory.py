@@ -7,14 +7,14 @@ Pillow keeps RGB as 4 bytes a pixel and, since 11.2, lends them by the Arrow C d
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-_BAND = 4 << 20  # bytes: well within a block of Pillow's and the second cache
+_BAND = 8 << 20  # bytes: within a block of Pillow's, and some ten times what two neighbours share of a large picture
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Band(Memory):
     outputs: tuple[int, int]
 
 
-def bands(image: Image.Image, outputs: int, centre: Callable[[int], float], reach: float) -> Iterator[Band]:
-    """An RGB picture in as few bands as it takes, in order, each valid until the next is asked for.
+def in_bands(
+    image: Image.Image, outputs: int, centre: Callable[[int], float], reach: float, use: Callable[[Band], None]
+) -> None:
+    """Hand an RGB picture to ``use`` in as few bands as it takes, in order, each gone before the next is made.
 
     Output row i of ``outputs`` is made of the source rows within ``reach`` of ``centre(i)``; rows whose centre lies
     past the picture's end are of padding.
@@ -46,7 +48,7 @@ def bands(image: Image.Image, outputs: int, centre: Callable[[int], float], reac
     width, height = image.size
     if whole or width * height * 4 <= _BAND:
         whole = whole or copy(image)
-        yield Band(whole.address, whole.strides, whole.owner, 0, height, (0, outputs))
+        use(Band(whole.address, whole.strides, whole.owner, 0, height, (0, outputs)))
         return
     rows = max(64, _BAND // (width * 4))
     step = max(1, int(rows / max(centre(1) - centre(0), 1e-9)))
@@ -54,9 +56,13 @@ def bands(image: Image.Image, outputs: int, centre: Callable[[int], float], reac
         last = min(first + step, outputs)
         low = min(max(math.floor(centre(first) - reach), 0), height - 1)
         high = max(min(math.ceil(centre(last - 1) + reach), height), low + 1)
-        part = image.crop((0, low, width, high))
-        memory = borrow(part) or copy(part)
-        yield Band(memory.address, memory.strides, memory.owner, low, high - low, (first, last))
+        use(_band(image, low, high, (first, last)))
+
+
+def _band(image: Image.Image, low: int, high: int, outputs: tuple[int, int]) -> Band:
+    part = image.crop((0, low, image.width, high))
+    memory = borrow(part) or copy(part)
+    return Band(memory.address, memory.strides, memory.owner, low, high - low, outputs)
 
 
 def copy(image: Image.Image) -> Memory:
@@ -98,10 +104,10 @@ def borrow(image: Image.Image) -> Memory | None:
         return None
     try:
         schema_capsule, array_capsule = image.__arrow_c_array__()
+        schema = _Schema.from_address(_pointer(schema_capsule, b"arrow_schema"))
+        array = _Array.from_address(_pointer(array_capsule, b"arrow_array"))
     except Exception:  # several blocks, a mode it does not lend: whatever it says, there is another way
         return None
-    schema = _Schema.from_address(_pointer(schema_capsule, b"arrow_schema"))
-    array = _Array.from_address(_pointer(array_capsule, b"arrow_array"))
     pixels = image.width * image.height
     if schema.format != b"+w:4" or schema.n_children != 1 or schema.children[0].contents.format != b"C":
         return None  # not lists of 4 uint8

@@ -11,7 +11,7 @@ from PIL import Image
 
 from models.flow import Array
 from models.preprocess import memory
-from models.preprocess.memory import Memory, bands, borrow, copy
+from models.preprocess.memory import Band, Memory, borrow, copy, in_bands
 
 lends = pytest.mark.skipif(
     not hasattr(Image.Image, "__arrow_c_array__"), reason=f"Pillow {PIL.__version__} lends nothing"
@@ -85,6 +85,20 @@ def test_another_layout_is_not_believed(monkeypatch: pytest.MonkeyPatch):
     for other in (picture(4, 4).convert("L"), picture(5, 5)):  # of 1 byte a pixel; of more pixels
         monkeypatch.setattr(Image.Image, "__arrow_c_array__", lambda self, other=other: lend(other))
         assert borrow(picture(4, 4)) is None
+    image = picture(4, 4)
+    monkeypatch.setattr(
+        Image.Image, "__arrow_c_array__", lambda self: lend(self)[::-1]
+    )  # the capsules' names are wrong
+    assert borrow(image) is None
+
+
+@lends
+def test_the_picture_can_be_written_to_afterwards():
+    image = picture(4, 4)
+    lent = borrow(image)
+    del lent
+    image.putpixel((1, 2), (1, 2, 3))
+    assert image.getpixel((1, 2)) == (1, 2, 3)
 
 
 def test_a_copy_has_three_bytes_a_pixel():
@@ -100,7 +114,9 @@ def test_bands_hold_what_their_rows_need(monkeypatch: pytest.MonkeyPatch, height
     find = memory.borrow
     monkeypatch.setattr(memory, "borrow", lambda image: None if image.height == height or not lent else find(image))
     image, scale, reach, done = picture(30, height), height / outputs, 3.5, 0
-    for band in bands(image, outputs, lambda row: (row + 0.5) * scale, reach):
+
+    def use(band: Band) -> None:
+        nonlocal done
         first, last = band.outputs
         assert first == done
         assert band.first <= max(math.floor((first + 0.5) * scale - reach), 0)
@@ -108,4 +124,6 @@ def test_bands_hold_what_their_rows_need(monkeypatch: pytest.MonkeyPatch, height
         expected = np.asarray(image)[band.first : band.first + band.rows]
         assert np.array_equal(read(band, band.rows, 30), expected)
         done = last
+
+    in_bands(image, outputs, lambda row: (row + 0.5) * scale, reach, use)
     assert done == outputs

@@ -120,16 +120,16 @@ bool ImageToPixels::prepare(const Picture& picture, const Placement& placement, 
 
 namespace {
 
-// Both passes, for the rows [first, last) of `down` and the first `count` outputs of `across`. The picture's first column
-// is number `origin` (even) to `across`. put(quads, quad_stride, taps, c, y, x, n) makes n columns from x on of row y.
-// Sixteen source rows at a time go through the first pass; as soon as an output row has all it needs, it is made. Of the
-// quads between the passes only those that are still needed are kept.
+// Both passes, for the rows [first, last) of `down` and the first `count` outputs of `across`. The picture's first
+// column is number `origin` (even) to `across`. put(quads, quad_stride, taps, c, y, x, n) makes n columns from x on of
+// row y. Sixteen source rows at a time go through the first pass; as soon as an output row has all it needs, it is
+// made. Of the quads between the passes only those that are still needed are kept.
 template <class Put>
 bool both(const Picture& picture, size_t origin, const ImageToPixels::Axis& across, size_t count,
           const ImageToPixels::Axis& down, size_t first, size_t last, ResizeRows* pass, const Put& put) {
   const size_t widest = std::min(kStrip, count);
   const size_t most = (widest + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4 * 3;
-  const size_t room = down.widest / 4 + 2 + 2 * kBlockRows / 4 + 32;  // quads
+  const size_t room = down.widest / 4 + 2 + 4 * kBlockRows / 4;  // quads
   const Block quads = block(room * most);
   const Block scratch = block(resize_scratch(across.end - across.keep[0]) * sizeof(int16_t));
   if (!quads || !scratch) return false;
@@ -151,15 +151,15 @@ bool both(const Picture& picture, size_t origin, const ImageToPixels::Axis& acro
           std::memmove(quads.get(), quads.get() + (start - held) / 4 * quad_bytes, (done - start) / 4 * quad_bytes);
           held = start;
         }
-        const uint8_t* rows[kBlockRows];
-        for (size_t r = 0; r < kBlockRows; ++r)
+        const uint8_t* rows[2 * kBlockRows];
+        for (size_t r = 0; r < 2 * kBlockRows; ++r)
           rows[r] = picture.row(done + r) + (base - origin) * picture.pixel_stride;
-        pass(rows, picture.pixel_stride, base, end - base, taps, columns, reinterpret_cast<int16_t*>(scratch.get()),
-             quads.get() + (done - held) / 4 * quad_bytes, quad_bytes);
+        pass(rows, rows + kBlockRows, picture.pixel_stride, base, end - base, taps, columns,
+             reinterpret_cast<int16_t*>(scratch.get()), quads.get() + (done - held) / 4 * quad_bytes, quad_bytes);
         done += kBlockRows;
       }
-      for (size_t c = 0; c < 3; ++c)
-        put(quads.get() + (tap.first / 4 * 4 - held) / 4 * quad_bytes + c * plane, quad_bytes, &tap, c, y, left, columns);
+      const uint8_t* quad = quads.get() + (tap.first / 4 * 4 - held) / 4 * quad_bytes;
+      for (size_t c = 0; c < 3; ++c) put(quad + c * plane, quad_bytes, &tap, c, y, left, columns);
     }
   }
   return true;
@@ -171,7 +171,8 @@ bool ImageToPixels::resize(size_t first, size_t last, const Sink& sink) const {
   const auto put = [&](size_t from) {
     return [&, from](const uint8_t* quads, size_t stride, const Taps* taps, size_t c, size_t y, size_t x, size_t n) {
       const size_t at = (c * placement_.height + from + y) * placement_.width + x;
-      if (sink.values) return passes_.columns(quads, stride, taps, n, sink.gain[c], sink.bias[c], sink.values + at, nullptr);
+      if (sink.values)
+        return passes_.columns(quads, stride, taps, n, sink.gain[c], sink.bias[c], sink.values + at, nullptr);
       uint8_t* out = sink.bytes + at;
       passes_.columns(quads, stride, taps, n, 0, 0, nullptr, out);
       for (size_t i = 0; i < n; ++i) out[i] = sink.table[c][out[i]];
@@ -228,7 +229,8 @@ bool ImageToPixels::run(size_t first, size_t last, const Sink& sink) const {
 }  // namespace calmclip
 
 // From outside ONNX Runtime: rows [first, last) of `out`, float32 [3, height, width]. filter: 0 bilinear, 1 bicubic.
-// `rows`, `columns`: a form of the passes, null for the fastest. 0: done; 1: memory is short; 2: a number makes no sense.
+// `rows`, `columns`: a form of the passes, null for the fastest. -> 0: done; 1: memory is short; 2: a number makes no
+// sense.
 extern "C" __attribute__((visibility("default"))) int calmclip_image_to_pixels(
     const calmclip::Picture* picture, const calmclip::Placement* placement, int filter, const float* gain,
     const float* bias, size_t first, size_t last, float* out, calmclip::ResizeRows* rows,

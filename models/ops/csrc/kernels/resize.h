@@ -30,12 +30,16 @@ constexpr size_t resize_scratch(size_t width) { return (width + 3) / 4 * 4 * 3 *
 // there to read; the taps stay within them, save for those that weigh 0. columns >= 1.
 // scratch: int16 [resize_scratch(width)]; quads: uint8 [4][3][padded columns][4], quad_stride bytes apart. Both 64-byte
 // aligned, quad_stride a multiple of 64. Padding is written or not.
-using ResizeRows = void(const uint8_t* const* rows, size_t pixel_stride, size_t base, size_t width, const Taps* taps,
-                        size_t columns, int16_t* scratch, uint8_t* quads, size_t quad_stride);
+// next: the same of the 16 rows that will be asked for next, to be fetched into the cache meanwhile: a picture that
+// lies further away costs as much as the sums do.
+using ResizeRows = void(const uint8_t* const* rows, const uint8_t* const* next, size_t pixel_stride, size_t base,
+                        size_t width, const Taps* taps, size_t columns, int16_t* scratch, uint8_t* quads,
+                        size_t quad_stride);
 
 // Along the columns: one output row of one channel. quads: the channel's plane in the quad that holds row taps->first,
 // the next quad quad_stride bytes on; padded as ResizeRows leaves it.
-// Where `values` is not null: values[i] = byte * gain + bias, two roundings; else bytes[i] = byte. No more than `columns`.
+// Where `values` is not null: values[i] = byte * gain + bias, two roundings; else bytes[i] = byte.
+// No more than `columns` are written.
 using ResizeColumns = void(const uint8_t* quads, size_t quad_stride, const Taps* taps, size_t columns, float gain,
                            float bias, float* values, uint8_t* bytes);
 

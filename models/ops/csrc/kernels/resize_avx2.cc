@@ -17,6 +17,28 @@ static __m256i finish(__m256i hi, __m256i lo) {
   return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(hi, 16), lo), kWeightBits);
 }
 
+namespace {
+
+// Of a row, in bytes: after so many the processor sees by itself where it is going.
+constexpr size_t kAhead = 2048;
+
+// Asks for a share of the next rows at each group of columns, in the background of the sums.
+struct Ahead {
+  const uint8_t* const* row;
+  const uint8_t* const* end;
+  size_t bytes, at, share;  // of a row; of it asked for; lines a group
+
+  void fetch() {
+    for (size_t k = 0; k < share && row != end; ++k) {
+      _mm_prefetch(reinterpret_cast<const char*>(*row + at), _MM_HINT_T1);
+      at += 64;
+      if (at >= bytes) at = 0, ++row;
+    }
+  }
+};
+
+}  // namespace
+
 // Two rows, 16 bytes each, of which lane l holds row 4 l + `row`.
 static __m256i gather(const uint8_t* const* rows, size_t row, size_t offset) {
   const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset));
@@ -40,8 +62,9 @@ static void turn(const uint8_t* const* rows, size_t offset, __m256i order, __m25
   }
 }
 
-void resize_rows_avx2(const uint8_t* const* rows, size_t pixel_stride, size_t base, size_t width, const Taps* taps,
-                      size_t columns, int16_t* scratch, uint8_t* quads, size_t quad_stride) {
+void resize_rows_avx2(const uint8_t* const* rows, const uint8_t* const* next, size_t pixel_stride, size_t base,
+                      size_t width, const Taps* taps, size_t columns, int16_t* scratch, uint8_t* quads,
+                      size_t quad_stride) {
   const size_t plane = (columns + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4;
   const __m256i order = _mm256_broadcastsi128_si256(
       pixel_stride == 4 ? _mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, -1, -1, -1, -1)
@@ -63,7 +86,10 @@ void resize_rows_avx2(const uint8_t* const* rows, size_t pixel_stride, size_t ba
       turn(copies, 0, order, turned + x / 2 * 3);
     }
 
+    const size_t wanted = width * pixel_stride < kAhead ? width * pixel_stride : kAhead, groups = (columns + 3) / 4;
+    Ahead ahead{next + 8 * part, next + 8 * part + 8, wanted, 0, (wanted / 64 + 1) * 8 / groups + 1};
     for (size_t i = 0; i < columns; i += 4) {
+      ahead.fetch();
       __m256i sum[3][4];
       for (size_t k = 0; k < 4; ++k) {
         const Taps& tap = taps[i + k < columns ? i + k : columns - 1];
@@ -135,6 +161,7 @@ void resize_columns_avx2(const uint8_t* quads, size_t quad_stride, const Taps* t
     const __m256i byte1 = _mm256_min_epi32(_mm256_max_epi32(finish(hi1, lo1), zero), top);
     const size_t left = columns - i < 16 ? columns - i : 16;
     if (values) {
+      _mm_prefetch(reinterpret_cast<const char*>(values + i + columns), _MM_HINT_T0);  // where the next row goes
       alignas(32) float line[16];
       float* out = left == 16 ? values + i : line;
       _mm256_storeu_ps(out, _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(byte0), gains), biases));

@@ -17,6 +17,28 @@ static __m512i finish(__m512i hi, __m512i lo) {
   return _mm512_srai_epi32(_mm512_add_epi32(_mm512_slli_epi32(hi, 16), lo), kWeightBits);
 }
 
+namespace {
+
+// Of a row, in bytes: after so many the processor sees by itself where it is going.
+constexpr size_t kAhead = 2048;
+
+// Asks for a share of the next rows at each group of columns, in the background of the sums.
+struct Ahead {
+  const uint8_t* const* row;
+  const uint8_t* const* end;
+  size_t bytes, at, share;  // of a row; of it asked for; lines a group
+
+  void fetch() {
+    for (size_t k = 0; k < share && row != end; ++k) {
+      _mm_prefetch(reinterpret_cast<const char*>(*row + at), _MM_HINT_T1);
+      at += 64;
+      if (at >= bytes) at = 0, ++row;
+    }
+  }
+};
+
+}  // namespace
+
 // Four rows, 16 bytes each, of which lane l holds row 4 l + `row`.
 static __m512i gather(const uint8_t* const* rows, size_t row, size_t offset) {
   __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + offset)));
@@ -41,8 +63,9 @@ static void turn(const uint8_t* const* rows, size_t offset, __m512i order, __m51
   }
 }
 
-void resize_rows_avx512(const uint8_t* const* rows, size_t pixel_stride, size_t base, size_t width, const Taps* taps,
-                        size_t columns, int16_t* scratch, uint8_t* quads, size_t quad_stride) {
+void resize_rows_avx512(const uint8_t* const* rows, const uint8_t* const* next, size_t pixel_stride, size_t base,
+                        size_t width, const Taps* taps, size_t columns, int16_t* scratch, uint8_t* quads,
+                        size_t quad_stride) {
   const size_t plane = (columns + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4;
   const __m512i order = _mm512_broadcast_i32x4(
       pixel_stride == 4 ? _mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, -1, -1, -1, -1)
@@ -63,7 +86,10 @@ void resize_rows_avx512(const uint8_t* const* rows, size_t pixel_stride, size_t 
   }
 
   const __m512i half = _mm512_set1_epi32(1 << (kWeightBits - 1));
+  const size_t wanted = width * pixel_stride < kAhead ? width * pixel_stride : kAhead, groups = (columns + 3) / 4;
+  Ahead ahead{next, next + kBlockRows, wanted, 0, (wanted / 64 + 1) * kBlockRows / groups + 1};
   for (size_t i = 0; i < columns; i += 4) {
+    ahead.fetch();
     __m512i sum[3][4];
     for (size_t k = 0; k < 4; ++k) {
       const Taps& tap = taps[i + k < columns ? i + k : columns - 1];
@@ -138,11 +164,13 @@ void resize_columns_avx512(const uint8_t* quads, size_t quad_stride, const Taps*
     for (size_t k = 0; k < (two ? 2 : 1); ++k) {
       const size_t at = i + 16 * k, left = columns - at;
       const __mmask16 mask = left >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << left) - 1);
-      if (values)
+      if (values) {
+        _mm_prefetch(reinterpret_cast<const char*>(values + at + columns), _MM_HINT_T0);  // where the next row goes
         _mm512_mask_storeu_ps(values + at, mask,
                               _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(byte[k]), gains), biases));
-      else
+      } else {
         _mm_mask_storeu_epi8(bytes + at, mask, _mm512_cvtepi32_epi8(byte[k]));
+      }
     }
   }
 }

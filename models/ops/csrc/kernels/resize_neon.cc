@@ -12,8 +12,9 @@ static int16x4_t finish(int32x4_t hi, int32x4_t lo) {
   return vqmovn_s32(vshrq_n_s32(vaddq_s32(vshlq_n_s32(hi, 16), lo), kWeightBits));
 }
 
-void resize_rows_neon(const uint8_t* const* rows, size_t pixel_stride, size_t base, size_t width, const Taps* taps,
-                      size_t columns, int16_t* scratch, uint8_t* quads, size_t quad_stride) {
+void resize_rows_neon(const uint8_t* const* rows, const uint8_t* const*, size_t pixel_stride, size_t base,
+                      size_t width, const Taps* taps, size_t columns, int16_t* scratch, uint8_t* quads,
+                      size_t quad_stride) {
   static const size_t kRow[4] = {0, 2, 1, 3};  // whose bytes follow one another in a quad
   const size_t plane = (columns + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4;
   for (size_t part = 0; part < 2; ++part, rows += 8, quads += 2 * quad_stride) {

@@ -153,7 +153,8 @@ class Settings {
       p.resized_height = std::max<size_t>(1, static_cast<size_t>(std::nearbyint(h * ratio)));
       return p;
     }
-    const size_t longer = static_cast<size_t>(static_cast<double>(shortest_ * std::max(width, height)) / std::min(w, h));
+    const auto product = static_cast<double>(shortest_ * std::max(width, height));
+    const auto longer = static_cast<size_t>(product / std::min(w, h));
     p.resized_width = width <= height ? shortest_ : longer;
     p.resized_height = width <= height ? longer : shortest_;
     p.left = margin(p.resized_width - columns_);
@@ -179,8 +180,10 @@ struct Kernel {
       Ort::KernelContext context(raw);
       if (OrtStatusPtr status = settings.check(context)) return status;
       auto output = context.GetOutput(0, settings.shape());
-      if constexpr (quantized) return settings.compute(context, nullptr, output.template GetTensorMutableData<uint8_t>());
-      else return settings.compute(context, output.template GetTensorMutableData<float>(), nullptr);
+      if constexpr (quantized)
+        return settings.compute(context, nullptr, output.template GetTensorMutableData<uint8_t>());
+      else
+        return settings.compute(context, output.template GetTensorMutableData<float>(), nullptr);
     });
   }
 
