@@ -157,8 +157,8 @@ def test_half_precision_is_left_alone():
         <ir_version: 10, opset_import: ["": 20]>
         g (float16[r, 2] x) => (float16[r, 2] y)
         {
-            a = Constant <value = float16 {1.5}> () b = Constant <value = float16 {-0.25}> ()
-            low = Constant <value = float16 {0.0}> () high = Constant <value = float16 {1.0}> ()
+            two = Constant <value_float = 2.0> () one = Constant <value_float = 1.0> ()
+            a = Cast <to = 10> (two) b = Cast <to = 10> (one) low = Neg (b) high = Neg (low)
             s = Softmax (x) m = Mul (s, a) t = Add (m, b) y = Clip (t, low, high)
         }
     """)
