@@ -113,6 +113,11 @@ def test_a_graph_left_in_float_is_not_called_int8(net, tmp_path: Path):
     assert sealed.manifest.precision == "mixed"
 
 
+def only(net, role, **change):
+    """The net with one of its towers, which halves the time."""
+    return replace(net, towers={role: replace(net.towers[role], **change)}, tasks=("raw",))
+
+
 @pytest.mark.parametrize("name", ["tiny-int8", "tiny-float"])
 def test_every_softmax_of_both_bundles_is_ours_and_the_report_counts_them(tiny_bundles: Path, name: str):
     sealed = read(tiny_bundles / name)
@@ -128,17 +133,16 @@ def test_every_softmax_of_both_bundles_is_ours_and_the_report_counts_them(tiny_b
 
 
 def test_without_rewrites_a_bundle_holds_standard_ops_alone(net, tmp_path: Path):
-    (sealed,) = build(recipe(net, quantize=FLOAT, rewrites=()), tmp_path, net=net)
+    how = {"quantize": {"text": {"name": "none"}}, "rewrites": ()}
+    (sealed,) = build(recipe(net, **how), tmp_path, net=only(net, "text"))
     assert sealed.manifest.ops.used == ()
-    for role in ("image", "text"):
-        model = onnx.load(sealed.directory / f"{role}.onnx")
-        assert {op.domain for op in model.opset_import} == {""}
-        assert not model.functions
+    model = onnx.load(sealed.directory / "text.onnx")
+    assert {op.domain for op in model.opset_import} == {""}
+    assert not model.functions
 
 
 def test_a_net_that_promises_more_than_is_found_stops_the_export(net, tmp_path: Path):
-    text = replace(net.towers["text"], promises={"Softmax": 3})
-    other = replace(net, towers={**net.towers, "text": text})
+    other = only(net, "text", promises={"Softmax": 3})
     with pytest.raises(ExportError, match=r"text in float: the net promises 3 x Softmax, the rewrites made 2\."):
         build(recipe(net, quantize=FLOAT), tmp_path, net=other)
     assert list(tmp_path.iterdir()) == []
@@ -181,7 +185,8 @@ def test_a_bundle_answers_the_same_with_the_op_library_and_without(
 
 
 def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path, tmp_path: Path, photographs, capsys):
-    (sealed, _) = build(recipe(net, quantize=FLOAT, picture_input=True, keep_float=True), tmp_path, net=net)
+    how = {"quantize": {"image": {"name": "none"}}, "picture_input": True}
+    (sealed,) = build(recipe(net, **how), tmp_path, net=only(net, "image"))
     graph = sealed.manifest.graphs["image"]
     assert sealed.manifest.ops.used == ("ImageToPixels", "Softmax")
     assert (graph.batch, list(graph.inputs), graph.inputs["picture"].dtype) == (False, ["picture"], "uint8")
@@ -193,11 +198,10 @@ def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path,
     assert "image" in facts["latency_ms"]
     images = [photographs[one] for one in ("cat", "coffee", "rocket")]  # of three sizes
     plain = open_bundle(tiny_bundles / "tiny-float")
-    scores = {one.label: one.score for one in plain.classify(images[0], ["a cat", "red"])}
     for mode in ("auto", "off"):
-        runner = Runner(Bundle(read(sealed.directory)), SessionOptions(ops=mode))
+        opened = read(sealed.directory)
+        embeds = opened._replace(manifest=opened.manifest.model_copy(update={"tasks": ("embed",)}))
+        runner = Runner(Bundle(embeds), SessionOptions(ops=mode))
         np.testing.assert_allclose(runner.embed(images=images), plain.embed(images=images), atol=1e-5)
-        found = {one.label: one.score for one in runner.classify(images[0], ["a cat", "red"])}
-        assert found == pytest.approx(scores, abs=1e-4)
     assert check_command(["tiny-int8", "--bundles", str(tmp_path)]) == 0
     assert "image: image_embeds [1, 16] float32, finite" in capsys.readouterr().out

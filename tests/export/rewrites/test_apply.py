@@ -34,9 +34,17 @@ def test_the_longer_pattern_goes_first_whatever_the_order_of_the_names(order):
 
 
 def test_each_function_and_each_import_is_there_once():
-    model = rewrites.apply(rewrites.apply(graph(), ["softmax"]).model, ALL).model
-    assert [f.name for f in model.functions] == ["Softmax"]
-    assert [o.domain for o in model.opset_import] == ["", "ai.calmclip"]
+    together = rewrites.apply(graph(), ALL)
+    in_turn = rewrites.apply(rewrites.apply(graph(), ["clipped_softmax"]).model, ["softmax"])
+    for found in (together, in_turn):
+        assert found.ops() == {"Softmax": 2}
+        assert [f.name for f in found.model.functions] == ["Softmax"]
+        assert [o.domain for o in found.model.opset_import] == ["", "ai.calmclip"]
+
+
+def test_types_that_were_worked_out_are_not_written_down():
+    assert not graph().graph.value_info
+    assert not rewrites.apply(graph(), ALL).model.graph.value_info
 
 
 def test_no_rules_change_nothing():

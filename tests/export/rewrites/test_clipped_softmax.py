@@ -152,6 +152,21 @@ def test_numbers_that_would_add_an_axis_are_not_taken():
     assert rewrites.apply(model, BOTH).counts == {"softmax": 1, "clipped_softmax": 0}
 
 
+def test_half_precision_is_left_alone():
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float16[r, 2] x) => (float16[r, 2] y)
+        {
+            two = Constant <value_float = 2.0> () one = Constant <value_float = 1.0> ()
+            a = Cast <to = 10> (two) b = Cast <to = 10> (one) low = Neg (b) high = Neg (low)
+            s = Softmax (x) m = Mul (s, a) t = Add (m, b) y = Clip (t, low, high)
+        }
+    """)
+    found = rewrites.apply(model, BOTH)
+    assert found.ops() == {}
+    assert list(found.missed["clipped_softmax"].values()) == ["its input is FLOAT16; the op takes FLOAT"]
+
+
 def test_constants_may_be_nodes():
     model = parser.parse_model("""
         <ir_version: 10, opset_import: ["": 20]>
