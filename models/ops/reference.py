@@ -154,8 +154,9 @@ def image_to_pixels(image: Array, **attributes: Any) -> Array:
     """uint8 [H, W, 3] -> float32 [1, 3, h, w] by Pillow and numpy, as `ImagePreparer` without a library does it.
 
     ``attributes`` of `IMAGE_TO_PIXELS`, the rest its defaults; mean and std count as a node holds them, in float32.
-    A picture that `ImagePreparer` resizes only where it is seen (over 40 million pixels) may differ from the op by 2
-    grey levels. Raises `BadRequest` for what is no picture, pydantic's ValidationError for attributes out of range.
+    A picture that `ImagePreparer` resizes only where it is seen (over 40 million pixels) may differ from the op by a
+    grey level, for Pillow takes the place in float32. Raises `BadRequest` for what is no picture, pydantic's
+    ValidationError for attributes out of range.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise BadRequest(f"the picture is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")

@@ -179,9 +179,7 @@ class ImagePreparer:
         spec, (rows, cols) = self.spec, self.spec.size
         left, top = placement.left, placement.top
         if self._is_ribbon(placement):
-            (x, y) = frame.scale
-            box = (left / x, top / y, (left + cols) / x, (top + rows) / y)
-            return image.resize((cols, rows), _RESAMPLE[spec.resample], box)
+            return self._ribbon(image, placement, frame)
         resized = self._resize(image, placement.width, placement.height)
         if resized.size == (cols, rows):
             return resized
@@ -190,6 +188,19 @@ class ImagePreparer:
         canvas = Image.new("RGB", (cols, rows), (spec.pad,) * 3)
         canvas.paste(resized)
         return canvas
+
+    def _ribbon(self, image: Image.Image, placement: Placement, frame: Frame) -> Image.Image:
+        """Only what is seen, and the sides one by one, so that their order is that of the whole."""
+        (rows, cols), how = self.spec.size, _RESAMPLE[self.spec.resample]
+        down_first = columns_first(*image.size, placement.width, placement.height)
+        left, right, width = _seen(placement.left, cols, frame.scale[0], image.width)
+        top, bottom, height = _seen(placement.top, rows, frame.scale[1], image.height)
+        image = image.crop((width.start, height.start, width.stop, height.stop))
+        for down in (down_first, not down_first):
+            size = (image.width, rows) if down else (cols, image.height)
+            box = (0, top, image.width, bottom) if down else (left, 0, right, image.height)
+            image = image.resize(size, how, box)
+        return image
 
     def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """In two steps, so that their order does not hang on Pillow's version."""
@@ -202,6 +213,13 @@ class ImagePreparer:
 
 def _margin(spec: ImagePreprocess, spare: int) -> int:
     return spare // 2 if spec.crop_offset == "floor" else round(spare / 2.0)
+
+
+def _seen(start: int, count: int, scale: float, side: int) -> tuple[float, float, range]:
+    """The source samples that ``count`` outputs from ``start`` on are made of, and where the outputs lie in them."""
+    low, high, reach = start / scale, (start + count) / scale, 2 * max(1 / scale, 1.0) + 2
+    within = range(max(int(low - reach), 0), min(int(high + reach) + 1, side))
+    return low - within.start, min(high, side) - within.start, within
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
