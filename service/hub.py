@@ -126,7 +126,7 @@ class Hub:
                 await batcher.close()
 
     def _open(self, name: str, bundles: Path) -> tuple[Bundle, dict[str, Session]]:
-        bundle = Bundle(read(find(name, bundles)), max_pixels=self.settings.limits.image_pixels)
+        bundle = Bundle(read(find(name, bundles)), max_pixels=self.settings.limits.image_pixels, ops=self.settings.ops)
         bundle.warm()
         options = SessionOptions(threads=self.settings.cores, ops=self.settings.ops)
         graphs = bundle.manifest.graphs
