@@ -7,6 +7,7 @@ import pytest
 
 from models.cli import VERBS
 from models.commands import FAMILIES
+from models.ops.spec import OPS, Op
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "models/README.md", "export/README.md", "service/README.md"]
@@ -59,6 +60,13 @@ def test_every_plug_in_is_in_its_packages_page(family: str):
     page = read(f"{module.split('.')[0]}/README.md")
     for plugin in getattr(import_module(module), name).names():
         assert f"`{plugin}`" in page, f"{module.split('.')[0]}/README.md does not name {family} {plugin!r}"
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_every_operator_and_what_it_takes_is_in_its_page(op: Op):
+    page = read("models/README.md").split("\n## Operators\n")[1]
+    for name in (op.name, *op.inputs, *op.outputs, *op.attributes):
+        assert f"`{name}`" in page, f"models/README.md does not say what {name} of {op.name} is"
 
 
 @pytest.mark.parametrize("package", ["models", "export", "service"])

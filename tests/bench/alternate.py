@@ -19,22 +19,29 @@ class Timing:
     calls: int
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, least: int = 7) -> dict[str, Timing]:
-    """Call the sides in turn, each in every place of the order, for about ``seconds`` and at least ``least`` rounds.
+def alternate(
+    sides: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, least: int = 7, turn: float = 0.001
+) -> dict[str, Timing]:
+    """The sides in turn, each in every place of the order, for about ``seconds`` and at least ``least`` rounds.
 
-    Two rounds of warm-up are not counted.
+    A side that is done in less than ``turn`` seconds is called as often as fills them, lest it be measured with the
+    caches as a slower side left them. Two rounds of warm-up are not counted.
     """
     names = list(sides)
     spent: dict[str, list[float]] = {name: [] for name in names}
+    calls = dict.fromkeys(names, 1)
     start, rounds = perf_counter(), -2
     while rounds < least or perf_counter() - start < seconds:
         for place in range(len(names)):
             name = names[(place + rounds) % len(names)]
             begin = perf_counter()
-            sides[name]()
-            took = perf_counter() - begin
+            for _ in range(calls[name]):
+                sides[name]()
+            took = (perf_counter() - begin) / calls[name]
             if rounds >= 0:
                 spent[name].append(took)
+            else:
+                calls[name] = max(1, round(turn / took))
         rounds += 1
         if rounds == 0:
             start = perf_counter()

@@ -61,7 +61,7 @@ def main() -> None:
             }
             if shape in ATTENTION:
                 sides["function"] = _bound(function, x, y)
-            _measure(name, sides, x.size, seconds)
+            _measure(name, sides, seconds)
 
     print(f"\nclipped (gamma {GAMMA}, zeta 1): the op, against Softmax, Mul, Add, Clip")
     ours = _session([_node(gamma=GAMMA)], given.threads, str(library.path))
@@ -69,7 +69,7 @@ def main() -> None:
     for shape in ATTENTION:
         for name, x in _inputs(shape):
             y = np.zeros_like(x)
-            _measure(name, {"op": _bound(ours, x, y), "four ops": _bound(theirs, x, y)}, x.size, seconds)
+            _measure(name, {"op": _bound(ours, x, y), "four ops": _bound(theirs, x, y)}, seconds)
 
     best = {kernel.name: kernel for kernel in library.kernels if kernel.runs}  # the last that runs is taken
     print(f"\nkernels alone ({best['softmax_reload'].isa}, one thread; + s: stores past the caches)")
@@ -83,7 +83,7 @@ def main() -> None:
             if not (stream and fits)  # a streamed y would be out of the caches for the next side
         }
         sides["copy"] = lambda x=x, y=y: np.copyto(y, x)
-        _measure(_shape(shape), sides, x.size, seconds)
+        _measure(_shape(shape), sides, seconds)
 
 
 def _normal(shape: tuple[int, ...]) -> np.ndarray:
@@ -103,13 +103,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(str(size) for size in shape)
 
 
-def _measure(case: str, sides: dict[str, Callable[[], object]], size: int, seconds: float) -> None:
-    """Small cases are called several times in a turn, so that a turn is long beside its clock."""
-    turns = max(1, 1_000_000 // size)
-    repeated = {name: (lambda do=do: [do() for _ in range(turns)]) for name, do in sides.items()}
-    print(
-        line(case if turns == 1 else f"{case} ({turns} calls)", alternate(repeated, seconds=seconds), next(iter(sides)))
-    )
+def _measure(case: str, sides: dict[str, Callable[[], object]], seconds: float) -> None:
+    print(line(case, alternate(sides, seconds=seconds), next(iter(sides))))
 
 
 def _node(**attributes: float):

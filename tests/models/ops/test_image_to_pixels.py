@@ -1,5 +1,6 @@
 """ImageToPixels against Pillow, to the bit: kernels of every instruction set, op, local function and preparer."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from models.bundle.store import read
 from models.errors import BadRequest, OpsLibraryMissing
 from models.flow import Array
 from models.ops import pixels, reference
-from models.ops.library import Library, find
+from models.ops.library import Library, look
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, VERSION, Op
 from models.preprocess.image import ImagePreparer, columns_first
 from models.runner import open_bundle
@@ -427,12 +428,12 @@ def test_what_is_no_picture_is_refused(library: Library, shape: tuple[int, ...],
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_malformed_inputs_crash_nothing(library: Library, count: int):
     done = subprocess.run(
-        [sys.executable, __file__, str(count)],
+        [sys.executable, __file__, str(count), library.path],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[3],
-        env={"PYTHONPATH": str(Path(__file__).parents[3])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split()[-2:] == ["survived", str(count)]
@@ -440,10 +441,9 @@ def test_malformed_inputs_crash_nothing(library: Library, count: int):
     assert count / 10 < refused < count * 9 / 10  # and some of both
 
 
-def malform(count: int) -> None:
+def malform(count: int, library: Library) -> None:
     """Random nodes and pictures, good and bad; whatever is raised names the op as InvalidArgument."""
     rng = np.random.default_rng(count)
-    library = find("required")
 
     def any_of(*choices: Any) -> Any:
         return choices[int(rng.integers(len(choices)))]
@@ -563,4 +563,6 @@ def test_a_bundle_says_who_prepares(library: Library, sealed: Path, tmp_path: Pa
 
 
 if __name__ == "__main__":
-    malform(int(sys.argv[1]))
+    at_hand = look(Path(sys.argv[2]).parent)
+    assert isinstance(at_hand, Library), at_hand
+    malform(int(sys.argv[1]), at_hand)
