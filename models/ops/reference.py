@@ -181,6 +181,7 @@ def image_to_quantized_pixels(image: Array, *, scale: float = 1.0, zero_point: i
 
 
 def _area(boxes: Array) -> Array:
-    """[N, 4] -> [N]; a box turned inside out has none."""
-    area: Array = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0), axis=1)
+    """[N, 4] -> [N]; a box turned inside out has none, one with a side that float32 does not hold an infinite one."""
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
+    area: Array = np.prod(np.where(sides > np.finfo(np.float32).max, np.inf, sides), axis=1)
     return area
