@@ -291,6 +291,7 @@ def session(model: bytes, library: Library | None = None, threads: int = 1) -> o
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if library:
+        options.enable_cpu_mem_arena = False  # each tensor has memory of its own, whose ends a sanitizer knows
         options.register_custom_ops_library(str(library.path))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -29,6 +29,7 @@ def fuzz(path: str, seed: int, count: int) -> dict[str, int]:
     ).SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # refusals are what we are after
+    options.enable_cpu_mem_arena = False  # each tensor has memory of its own, whose ends a sanitizer knows
     options.register_custom_ops_library(path)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
