@@ -475,7 +475,7 @@ def test_the_op_equals_the_reference(session, method, per_class):
         assert [part.dtype for part in kept] == [np.int64, np.float32, np.int64, np.int64]
 
 
-@pytest.mark.parametrize("shape", [(3, 40), (5, 300), (2, 1), (4, 0), (0, 7), (0, 0), (600, 9)])
+@pytest.mark.parametrize("shape", [(3, 40), (5, 300), (2, 1), (4, 0), (0, 7), (0, 0), (600, 9), (45, 300)])
 def test_a_batch_is_its_images_one_after_the_other(session, shape):
     rng = np.random.default_rng(6)
     boxes = random_boxes(rng, shape[0] * shape[1]).reshape(*shape, 4)
