@@ -25,7 +25,8 @@ def softmax(x: Array, axis: int = -1, gamma: float = 0.0, zeta: float = 1.0) -> 
     low, high = float(np.float32(gamma)), float(np.float32(zeta))
     if not -value.ndim <= axis < value.ndim:
         raise BadRequest(f"axis is {axis} and x has the shape {list(value.shape)}; expected an axis that x has")
-    if not (-1e30 <= low <= 0 and 1 <= high <= 1e30):
+    most = float(np.float32(1e30))
+    if not (-most <= low <= 0 and 1 <= high <= most):
         raise BadRequest(f"gamma is {gamma} and zeta {zeta}; expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30")
     if value.size == 0:
         return value.astype(np.float32)
@@ -180,6 +181,7 @@ def image_to_quantized_pixels(image: Array, *, scale: float = 1.0, zero_point: i
 
 
 def _area(boxes: Array) -> Array:
-    """[N, 4] -> [N]; a box turned inside out has none."""
-    area: Array = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0), axis=1)
+    """[N, 4] -> [N]; a box turned inside out has none, one with a side that float32 does not hold an infinite one."""
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
+    area: Array = np.prod(np.where(sides > np.finfo(np.float32).max, np.inf, sides), axis=1)
     return area

@@ -5,7 +5,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                                                                                const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "this ONNX Runtime is older than calmclip's op library");
-  Ort::InitApi(api);
+  static const bool known = (Ort::InitApi(api), true);  // written once: sessions on other threads read it as they run
+  (void)known;
   return calmclip::guarded([&]() -> OrtStatusPtr {
     static Ort::CustomOpDomain domain(calmclip::kDomain);  // lives as long as the library: sessions keep pointers
     static const bool filled = [] {

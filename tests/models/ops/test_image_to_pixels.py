@@ -178,6 +178,31 @@ def test_rows_in_parts_and_from_parts_of_the_picture(library: Library, source, r
     assert np.array_equal(out, expected)
 
 
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize("resized", [90, 97, 300, 1000])
+def test_a_row_that_is_needed_and_missing_is_noticed(library: Library, resized: int, resample: str):
+    """A picture of a single white row tells whether an output looks at it."""
+    size = (resized, 4)
+    place = pixels.Placement(*size, 0, 0, *size, 0)
+    radius = {"bilinear": 1, "bicubic": 2}[resample] * max(500 / resized, 1)
+    for first in range(0, resized - 7, 13):
+        low, high = (int((edge + 0.5) * 500 / resized) for edge in (first, first + 6))
+        for row in {*range(int(low - radius) - 3, low), *range(high, int(high + radius) + 4)} & set(range(500)):
+            image = np.zeros((500, 4, 3), np.uint8)
+            image[row] = 255
+            part = image[:row] if row >= high else image[row + 1 :]
+            picture = pixels.Picture(
+                part.ctypes.data, 500, 4, *image.strides[:2], 500 - len(part) if row < low else 0, len(part)
+            )
+            out = np.empty((3, *size), np.float32)
+            try:
+                pixels.image_to_pixels(library, picture, place, resample, ONE, NIL, out, (first, first + 7))
+            except ValueError:
+                continue
+            made = kernel(library, image, size, size, resample=resample)
+            assert not made[:, first : first + 7].any(), (first, row)
+
+
 def test_numbers_that_make_no_sense_are_refused(library: Library):
     image = noise(20, 20)
     right = {"height": 20, "width": 20, "row": 60, "pixel": 3, "first": 0, "rows": 20}
@@ -291,6 +316,7 @@ def session(model: bytes, library: Library | None = None, threads: int = 1) -> o
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if library:
+        options.enable_cpu_mem_arena = False  # each tensor has memory of its own, whose ends a sanitizer knows
         options.register_custom_ops_library(str(library.path))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

@@ -22,12 +22,18 @@ def sanitized(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def environment() -> dict[str, str]:
-    """Python itself is not instrumented, so the run-time library comes first; Python's own leaks are not ours."""
+    """Python itself is not instrumented, so the run-time library comes first; Python's own leaks are not ours.
+
+    libstdc++ comes with it: AddressSanitizer looks for `__cxa_throw` when it starts, and aborts at a throw without.
+    """
     compiler = build.toolchain().compiler
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    paths = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     return {
         **os.environ,
-        "LD_PRELOAD": runtime.stdout.strip(),
+        "LD_PRELOAD": " ".join(path.strip() for path in paths),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }

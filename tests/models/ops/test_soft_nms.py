@@ -389,6 +389,13 @@ def test_an_area_that_is_no_normal_float_overlaps_nothing(image, side, method):
     assert reference.soft_nms(boxes, scores, method=method).indices.tolist() == [0, 1, 2]
 
 
+def test_a_side_beyond_float32_overlaps_nothing(image):
+    """6e38 by 1/1024: the area would be a float32, had the width been one."""
+    boxes, scores = np.float32([[-3e38, 0, 3e38, 2**-10]] * 2), np.float32([0.9, 0.8])
+    assert image(boxes, scores, method="hard")[0].tolist() == [0, 1]
+    assert reference.soft_nms(boxes, scores, method="hard").indices.tolist() == [0, 1]
+
+
 def test_the_smallest_sigma_changes_nothing_where_the_overlap_is_nothing(image):
     # IoU 1e-30 / 2e10: its square is 0 in float32, 1 / sigma is infinite there, and the weight is 1 all the same
     boxes = np.array([[0, 0, 1e5, 1e5], [-1e5, -1e5, 1e-15, 1e-15]])
@@ -468,7 +475,7 @@ def test_the_op_equals_the_reference(session, method, per_class):
         assert [part.dtype for part in kept] == [np.int64, np.float32, np.int64, np.int64]
 
 
-@pytest.mark.parametrize("shape", [(3, 40), (5, 300), (2, 1), (4, 0), (0, 7), (0, 0), (600, 9)])
+@pytest.mark.parametrize("shape", [(3, 40), (5, 300), (2, 1), (4, 0), (0, 7), (0, 0), (600, 9), (45, 300)])
 def test_a_batch_is_its_images_one_after_the_other(session, shape):
     rng = np.random.default_rng(6)
     boxes = random_boxes(rng, shape[0] * shape[1]).reshape(*shape, 4)

@@ -441,6 +441,14 @@ def test_op_refuses_attributes_when_the_model_is_loaded(library, attributes, say
         op(library, **attributes)
 
 
+def test_op_and_reference_take_the_same_limits(library):
+    """1e30 as float32 lies above 1e30."""
+    x = np.array([GOLDEN_X], np.float32)
+    expected = [[1, 0, 0, 0, 0]]  # 2e30 p - 1e30, cut: 0.64 is over a half
+    assert op(library, gamma=-1e30, zeta=1e30).run(None, {"x": x})[0].tolist() == expected
+    assert reference.softmax(x, -1, -1e30, 1e30).tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.STRING])
 def test_op_refuses_other_types(library, dtype):
     with pytest.raises(Exception, match="invalid"):

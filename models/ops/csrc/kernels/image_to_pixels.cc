@@ -199,10 +199,15 @@ bool ImageToPixels::resize(size_t first, size_t last, const Sink& sink) const {
 
 bool ImageToPixels::covers(size_t first, size_t last) const {
   last = std::min(last, placement_.rows());
-  size_t end = 0;
-  for (size_t y = first; y < last; ++y) end = std::max(end, down_.taps[y].first + down_.taps[y].pairs * 2);
-  // one tap at either end may weigh nothing, for the sake of even numbers
-  return first >= last || (down_.keep[first] + 1 >= picture_.first && end <= picture_.first + picture_.rows + 1);
+  size_t begin = picture_.height, end = 0;
+  for (size_t y = first; y < last; ++y) {
+    const Taps& tap = down_.taps[y];
+    // one tap at either end may weigh nothing, for the sake of even numbers
+    const int16_t *head = tap.weights, *tail = head + (tap.pairs - 1) * 4;
+    begin = std::min(begin, tap.first + (head[0] == 0 && head[2] == 0));
+    end = std::max(end, tap.first + tap.pairs * 2 - (tail[1] == 0 && tail[3] == 0));
+  }
+  return first >= last || (begin >= picture_.first && end <= picture_.first + picture_.rows);
 }
 
 bool ImageToPixels::run(size_t first, size_t last, const Sink& sink) const {
