@@ -174,3 +174,15 @@ def test_a_taken_port_is_bad_usage(bundles, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert "choose another --port" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [["serve"], ["index", ".", "--collection", "c"]])
+@pytest.mark.parametrize(
+    ("name", "value"), [("OPS", "nonsense"), ("BATCH__MAX_SIZE", "x"), ("BATCH__LEAST", "1"), ("BATCH", "x")]
+)
+def test_a_setting_that_makes_no_sense_is_bad_usage_and_named(monkeypatch, capsys, verb, name, value):
+    monkeypatch.setenv(f"CALMCLIP_{name}", value)
+    assert main(verb) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert (f"CALMCLIP_{name} is '{value}'" if name != "BATCH" else '"batch"') in said
