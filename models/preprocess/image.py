@@ -144,8 +144,11 @@ class ImagePreparer:
     def prepare(self, image: Image.Image) -> tuple[Array, Frame]:
         """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`.
 
-        For a graph that does this itself (``in_graph``) the picture stays as it is: uint8 [height, width, 3].
+        For a graph that does this itself (``in_graph``) the picture stays as it is: uint8 [height, width, 3]. Raises
+        ValueError for a picture of another mode, which `decode` gives none of.
         """
+        if image.mode != "RGB":
+            raise ValueError(f"the picture is {image.mode}; expected RGB")
         placement, frame = place(self.spec, *image.size)
         if self.spec.in_graph:
             return np.asarray(image, np.uint8), frame
