@@ -36,8 +36,10 @@ class Band(Memory):
 
 
 def worth_it(image: Image.Image, reach: float) -> bool:
-    """Whether `in_bands` copies each row twice at most, and then into one block of Pillow's: what two neighbouring bands
-    share is no larger than a band. Not so of wide pictures that become a few rows."""
+    """Whether what two neighbouring bands share is no larger than a band.
+
+    Then `in_bands` copies a row twice at most, and Pillow lends the band. Not so of wide pictures that become few rows.
+    """
     return min(image.height, 2 * reach) * image.width * 4 <= _BAND
 
 
