@@ -60,6 +60,12 @@ def test_a_library_of_other_sources_is_out_of_date(folder: Path, monkeypatch: py
     assert "other sources" in why_not()
 
 
+def test_a_library_of_another_version_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("models.ops.library.VERSION", 2)
+    assert find() is None
+    assert "is of version 1, not 2" in why_not()
+
+
 def test_without_one_auto_goes_on_and_required_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     assert find() is None
