@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from models.cli import main
+from models.errors import BadRequest
+from service.cli import _listen
 from service.indexing import _Service
 
 
@@ -186,3 +188,15 @@ def test_a_setting_that_makes_no_sense_is_bad_usage_and_named(monkeypatch, capsy
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert (f"CALMCLIP_{name} is '{value}'" if name != "BATCH" else '"batch"') in said
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(host):
+    try:
+        door = _listen(host, 0)
+    except BadRequest:
+        pytest.skip(f"this machine has no {host}")
+    with door, socket.create_connection(door.getsockname()[:2]):
+        accepted, _ = door.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
