@@ -12,7 +12,7 @@ WEIGHTS := export/nets/mini/weights.txt
 setup: $(VENV)/.dev  ## everything a developer needs
 
 ops: $(VENV)/.serve  ## the op library, where a compiler is; without it everything works, slower
-	@if command -v c++ apt-get >/dev/null && [ "$$(id -u)" = 0 ] && [ ! -e $(HEADER) ] && [ -z "$$ORT_INCLUDE_DIR" ]; then \
+	@if command -v c++ >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && [ ! -e $(HEADER) ] && [ -z "$$ORT_INCLUDE_DIR" ]; then \
 	  $(APT) >/dev/null 2>&1 || { apt-get -qq update && $(APT); } >/dev/null 2>&1 || true; fi
 	@$(BIN)/calmclip ops build --if-possible
 

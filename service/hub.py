@@ -99,7 +99,8 @@ class Hub:
         if library := find_library(self.settings.ops):
             log.info("op library %s, %s", library.sha256[:12], ", ".join(sorted({*library.isas.values()})))
         else:
-            log.info("no op library (%s): bundles run their own functions", why_not() or "CALMCLIP_OPS=off")
+            why = "CALMCLIP_OPS=off" if self.settings.ops == "off" else why_not()
+            log.info("%s: bundles run their own functions", why)
         self.metrics.ops(library)
         opened: list[Loaded] = []
         for name in wanted:

@@ -80,6 +80,45 @@ def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, pho
     assert {role: len(sides) for role, sides in timed["latency_ms"].items()} == {"image": 2, "text": 2}
 
 
+@pytest.mark.parametrize("verb", ["check", "bench", "run", "eval"])
+def test_the_op_library_is_used_as_the_environment_and_then_the_flag_say(
+    verb: str, tiny_bundles: Path, photographs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr("models.ops.build.FOLDER", tmp_path)  # none is there
+    rest = {"bench": ["--rounds", "2"], "run": ["embed", str(photographs["cat"])], "eval": ["retrieval"]}
+    argv = [verb, "tiny-int8", *rest.get(verb, []), "--bundles", str(tiny_bundles)]
+    if verb == "eval":
+        (tmp_path / "captions.txt").touch()
+        argv += ["--data", str(tmp_path)]
+    wants = "no op library is built, and CALMCLIP_OPS=required"
+    monkeypatch.setenv("CALMCLIP_OPS", "required")
+    assert main(argv) == 2
+    assert wants in capsys.readouterr().err
+    assert verb == "eval" or main([*argv, "--ops", "off"]) == 0  # of no pictures there is no eval
+    monkeypatch.delenv("CALMCLIP_OPS")
+    assert main([*argv, "--ops", "required"]) == 2
+    assert wants in capsys.readouterr().err
+    for where in ("flag", "environment"):
+        monkeypatch.setenv("CALMCLIP_OPS", "nonsense" if where == "environment" else "")
+        with pytest.raises(SystemExit) as stopped:
+            main([*argv, *(["--ops", "nonsense"] if where == "flag" else [])])
+        assert stopped.value.code == 2
+        assert "'nonsense' is none of auto, required, off" in capsys.readouterr().err
+
+
+def test_bench_of_a_bundle_against_itself_without_the_op_library(
+    tiny_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    argv = ["bench", "tiny-int8", "--rounds", "2", "--bundles", str(tiny_bundles), "--json", "--against-ops"]
+    assert main([*argv, "off"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bundles"] == ["tiny-int8 (ops auto)", "tiny-int8 (ops off)"]
+    assert {len(sides) for sides in found["latency_ms"].values()} == {2}
+    monkeypatch.setattr("models.ops.build.FOLDER", tmp_path)
+    assert main([*argv, "required"]) == 2
+    assert "no op library is built" in capsys.readouterr().err
+
+
 def test_check_fails_with_status_1_when_a_graph_answers_otherwise_than_promised(
     tiny_bundles: Path, tmp_path: Path, capsys
 ):

@@ -50,6 +50,7 @@ def test_every_make_target_a_page_shows_is_there():
     assert {"serve", "test"} <= shown["README.md"]
     for page, found in shown.items():
         assert found <= targets, f"{page} shows {sorted(found - targets)}"
+    assert targets <= set.union(*shown.values()), "a target nobody is told of"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,7 +17,7 @@ def ops_command(argv: list[str]) -> int:
     options.add_argument(
         "--if-possible",
         action="store_true",
-        help="build: without a compiler or headers, or when the compiler refuses, say so in a line and exit 0",
+        help="build: where that cannot be done, for want of a compiler, headers or else, say so in a line and exit 0",
     )
     given = options.parse_args(argv)
     return {"build": _build, "info": _info, "check": _check}[given.do](given)
@@ -25,20 +25,22 @@ def ops_command(argv: list[str]) -> int:
 
 def _build(given: argparse.Namespace) -> int:
     """Does nothing where the library is of these sources already."""
-    done = not isinstance(library.look(build.FOLDER), Library)
-    if done:
-        try:
-            build.build()
-        except OpsNotBuilt as error:
-            if not given.if_possible:
-                raise
-            reason = str(error).splitlines()
-            print(f"calmclip: no op library ({reason[0]}); bundles run their own functions instead", file=sys.stderr)
-            print(*reason[1:20], sep="\n", end="\n" if reason[1:] else "", file=sys.stderr)
-            return 0
-        library.look.cache_clear()
-    found = library.find("required")
-    assert found is not None
+    found = library.look(build.FOLDER)
+    done = not isinstance(found, Library)
+    try:
+        if done:
+            build.build(build.FOLDER)
+            library.look.cache_clear()
+            found = library.look(build.FOLDER)
+        if not isinstance(found, Library):
+            raise OpsNotBuilt(f"what was built cannot be used: {found}")
+    except (OpsNotBuilt, OSError) as error:  # OSError: the package's folder is not ours to write to, or full
+        if not given.if_possible:
+            raise
+        reason = str(error).splitlines()
+        print(f"calmclip: no op library ({reason[0]}); bundles run their own functions instead", file=sys.stderr)
+        print(*reason[1:20], sep="\n", end="\n" if reason[1:] else "", file=sys.stderr)
+        return 0
     value = {"library": str(found.path), "sha256": found.sha256, "built": done}
     emit(given.json, value, lambda v: print(f"{v['library']} {'built' if v['built'] else 'is up to date'}"))
     return 0

@@ -16,7 +16,7 @@ from models.errors import BadImage, ImageTooLarge
 from models.flow import Array
 from models.ops import pixels as kernel
 from models.ops.library import Library
-from models.preprocess.memory import Band, in_bands
+from models.preprocess.memory import Band, in_bands, worth_it
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000
@@ -144,17 +144,30 @@ class ImagePreparer:
     def prepare(self, image: Image.Image) -> tuple[Array, Frame]:
         """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`.
 
-        For a graph that does this itself (``in_graph``) the picture stays as it is: uint8 [height, width, 3].
+        For a graph that does this itself (``in_graph``) the picture stays as it is: uint8 [height, width, 3]. Raises
+        ValueError for a picture of another mode, which `decode` gives none of.
         """
+        if image.mode != "RGB":
+            raise ValueError(f"the picture is {image.mode}; expected RGB")
         placement, frame = place(self.spec, *image.size)
         if self.spec.in_graph:
             return np.asarray(image, np.uint8), frame
-        if self.library and max(image.size) <= kernel.MAX_SIDE and not self._is_ribbon(placement):
+        if self.library and self._suits_kernel(image, placement):
             return self._by_kernel(self.library, image, placement), frame
         chw = np.asarray(self._by_pillow(image, placement, frame), np.uint8).transpose(2, 0, 1)
         pixels = np.multiply(chw, self._gain, dtype=np.float32, order="C")
         pixels += self._bias
         return pixels[None], frame
+
+    def _suits_kernel(self, image: Image.Image, placement: Placement) -> bool:
+        """Of what does not, Pillow makes the same, and sooner."""
+        small = max(image.size) <= kernel.MAX_SIDE and not self._is_ribbon(placement)
+        return small and worth_it(image, self._reach(image, placement))
+
+    def _reach(self, image: Image.Image, placement: Placement) -> float:
+        """How far from its centre, in source rows, an output row looks."""
+        taps = 2 if self.spec.resample == "bicubic" else 1
+        return taps * max(image.height / placement.height, 1.0) + 2  # two for what rounding adds
 
     def _is_ribbon(self, placement: Placement) -> bool:
         """So long that, resized whole, it would not fit in memory."""
@@ -164,9 +177,7 @@ class ImagePreparer:
         spec, (width, height) = self.spec, image.size
         pixels = np.empty((1, 3, *spec.size), np.float32)
         where = kernel.Placement(placement.height, placement.width, placement.top, placement.left, *spec.size, spec.pad)
-        # a margin of two rows for what rounding adds to the filter's reach
-        scale = height / placement.height
-        reach = (2 if spec.resample == "bicubic" else 1) * max(scale, 1.0) + 2
+        scale, reach = height / placement.height, self._reach(image, placement)
 
         def use(band: Band) -> None:
             picture = kernel.Picture(band.address, height, width, *band.strides, band.first, band.rows)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_BAND = 8 << 20  # bytes: within a block of Pillow's, and some ten times what two neighbours share of a large picture
+_BAND = 8 << 20  # bytes: half a block of Pillow's
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ class Band(Memory):
     outputs: tuple[int, int]
 
 
+def worth_it(image: Image.Image, reach: float) -> bool:
+    """Whether what two neighbouring bands share is no larger than a band.
+
+    Then `in_bands` copies a row twice at most, and Pillow lends the band. Not so of wide pictures that become few rows.
+    """
+    return min(image.height, 2 * reach) * image.width * 4 <= _BAND
+
+
 def in_bands(
     image: Image.Image, outputs: int, centre: Callable[[int], float], reach: float, use: Callable[[Band], None]
 ) -> None:
@@ -50,8 +58,7 @@ def in_bands(
         whole = whole or copy(image)
         use(Band(whole.address, whole.strides, whole.owner, 0, height, (0, outputs)))
         return
-    rows = max(64, _BAND // (width * 4))
-    step = max(1, int(rows / max(centre(1) - centre(0), 1e-9)))
+    step = max(1, int(_BAND / (width * 4) / max(centre(1) - centre(0), 1e-9)))
     for first in range(0, outputs, step):
         last = min(first + step, outputs)
         low = min(max(math.floor(centre(first) - reach), 0), height - 1)

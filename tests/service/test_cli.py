@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from models.cli import main
+from models.errors import BadRequest
+from service.cli import _listen
 from service.indexing import _Service
 
 
@@ -174,3 +176,27 @@ def test_a_taken_port_is_bad_usage(bundles, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert "choose another --port" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [["serve"], ["index", ".", "--collection", "c"]])
+@pytest.mark.parametrize(
+    ("name", "value"), [("OPS", "nonsense"), ("BATCH__MAX_SIZE", "x"), ("BATCH__LEAST", "1"), ("BATCH", "x")]
+)
+def test_a_setting_that_makes_no_sense_is_bad_usage_and_named(monkeypatch, capsys, verb, name, value):
+    monkeypatch.setenv(f"CALMCLIP_{name}", value)
+    assert main(verb) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert (f"CALMCLIP_{name} is '{value}'" if name != "BATCH" else '"batch"') in said
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(host):
+    try:
+        door = _listen(host, 0)
+    except BadRequest:
+        pytest.skip(f"this machine has no {host}")
+    with door, socket.create_connection(door.getsockname()[:2]):
+        accepted, _ = door.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -26,6 +26,7 @@ from models.flow import Array
 from models.ops import pixels, reference
 from models.ops.library import Library, look
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, VERSION, Op
+from models.preprocess import memory
 from models.preprocess.image import ImagePreparer, columns_first
 from models.runner import open_bundle
 
@@ -564,6 +565,31 @@ def test_the_preparer_on_any_size(library: Library, width: int, height: int, mod
 def test_the_preparer_on_pictures_over_one_block_of_pillows(library: Library, size: tuple[int, int], mode: str):
     """They are taken in bands; the second one is resized along its columns first."""
     both(library, spec(mode), Image.fromarray(noise(*size[::-1])))
+
+
+@pytest.mark.parametrize("size", [(560, 560), (1750, 180), (2650, 118), (3500, 89), (5800, 53), (53, 5800)])
+@pytest.mark.parametrize("mode", ["clip", "owl", "siglip"])
+def test_no_picture_is_copied_many_times_over(
+    library: Library, size: tuple[int, int], mode: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Everything 128 times smaller than for 40 million pixels. A wide letterboxed picture went 60 times into bands."""
+    monkeypatch.setattr(memory, "_BAND", (8 << 20) // 128)
+    cut, copied = memory._band, 0
+
+    def band(image: Image.Image, low: int, high: int, outputs: tuple[int, int]) -> memory.Band:
+        nonlocal copied
+        copied += high - low
+        return cut(image, low, high, outputs)
+
+    monkeypatch.setattr(memory, "_band", band)
+    monkeypatch.setattr(memory, "borrow", lambda image: None)
+    for target in ((20, 20), (57, 57)):
+        copied = 0
+        small = ImagePreprocess.model_validate(
+            IMAGE_TO_PIXELS.attributes | MODES[mode] | {"size": target, "shortest": target[0]}
+        )
+        both(library, small, Image.fromarray(noise(*size[::-1])))
+        assert copied <= 2.2 * size[1] + target[0], (target, copied)
 
 
 def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,12 @@ def test_a_library_of_other_sources_is_out_of_date(folder: Path, monkeypatch: py
     assert "other sources" in why_not()
 
 
+def test_a_library_of_another_version_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("models.ops.library.VERSION", 2)
+    assert find() is None
+    assert "is of version 1, not 2" in why_not()
+
+
 def test_without_one_auto_goes_on_and_required_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     assert find() is None
@@ -145,15 +151,41 @@ def test_a_missing_tool_is_named_with_the_way_to_get_it(
 def test_what_the_compiler_refuses_is_shown_and_the_old_library_stays(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    copy = tmp_path_factory.mktemp("sources") / "csrc"
-    shutil.copytree(build.SOURCES, copy)
-    (copy / "register.cc").write_text("int unused() { int never_read; return 0; }\n")
-    monkeypatch.setattr(build, "SOURCES", copy)
+    other = tmp_path_factory.mktemp("sources")
+    (other / "register.cc").write_text("int unused() { int never_read; return 0; }\n")
+    monkeypatch.setattr(build, "SOURCES", other)
     before = (folder / build.NAME).read_bytes()
     with pytest.raises(OpsNotBuilt, match=r"never_read"):  # a warning is an error
         build.build(folder)
     assert (folder / build.NAME).read_bytes() == before
     assert sorted(path.name for path in folder.iterdir()) == [build.NAME, f"{build.NAME}.json"]
+
+
+def test_what_is_built_and_does_not_load_is_no_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As with a compiler whose own shared libraries are not where the loader looks."""
+    source = tmp_path / "csrc" / "register.cc"
+    source.parent.mkdir()
+    source.write_text("extern int absent; int* there() { return &absent; }\n")
+    monkeypatch.setattr(build, "SOURCES", source.parent)
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "lib")
+    assert main(["ops", "build", "--if-possible"]) == 0
+    said = capsys.readouterr().err
+    assert "does not load" in said
+    assert "undefined symbol: absent" in said
+    assert said.endswith("bundles run their own functions instead\n")
+    assert main(["ops", "build"]) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(build, "FOLDER", tmp_path / "file" / "lib")
+    assert main(["ops", "build", "--if-possible"]) == 0
+    assert "Not a directory" in capsys.readouterr().err
+    assert main(["ops", "build"]) == 2
 
 
 def test_info_shows_ops_kernels_and_library(library: Library, capsys: pytest.CaptureFixture[str]):

@@ -144,6 +144,14 @@ def test_a_ribbon_equals_the_whole_resize_cut(monkeypatch: pytest.MonkeyPatch):
     assert step.max() <= 2  # Pillow may take its two passes in the other order
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_what_is_not_rgb_is_refused(mode: str, in_graph: bool):
+    """Some have 4 bytes a pixel, of which the first three would do."""
+    with pytest.raises(ValueError, match=f"the picture is {mode}; expected RGB"):
+        ImagePreparer(clip(in_graph=in_graph)).prepare(Image.new(mode, (300, 200)))
+
+
 # --- frames ---------------------------------------------------------------------------------------------------------
 
 

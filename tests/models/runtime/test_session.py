@@ -12,6 +12,8 @@ from onnx import TensorProto, helper
 
 from models.bundle.manifest import Graph, Tensor
 from models.errors import BadRequest, BundleInvalid, CalmclipError
+from models.ops.library import Library, Mode
+from models.ops.spec import DOMAIN, VERSION
 from models.runtime.session import Session, SessionOptions, versions
 
 Make = Callable[..., Session]
@@ -135,3 +137,23 @@ def test_a_profile_is_written_where_asked(make: Make, tmp_path: Path):
 
 def test_versions_name_the_runtime():
     assert versions() == {"onnxruntime": onnxruntime.__version__}
+
+
+@pytest.mark.parametrize(("ops", "by_kernel"), [("off", False), ("auto", True), ("required", True)])
+def test_the_op_library_runs_our_nodes_unless_it_is_off(library: Library, tmp_path: Path, ops: Mode, by_kernel: bool):
+    """The function that this graph carries is a wrong one, so the answer says who ran the node."""
+    name, opsets = "Softmax", [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
+    body = helper.make_node("Identity", ["x"], ["y"])
+    defaults = [
+        helper.make_attribute("axis", -1),
+        helper.make_attribute("gamma", 0.0),
+        helper.make_attribute("zeta", 1.0),
+    ]
+    function = helper.make_function(DOMAIN, name, ["x"], ["y"], [body], opsets[:1], attribute_protos=defaults)
+    ends = [helper.make_tensor_value_info(end, TensorProto.FLOAT, ("B", 3)) for end in ("a", "sum")]
+    nodes = helper.make_graph([helper.make_node(name, ["a"], ["sum"], domain=DOMAIN)], "one", ends[:1], ends[1:])
+    model = helper.make_model(nodes, opset_imports=opsets, functions=[function], ir_version=9)
+    (tmp_path / "one.onnx").write_bytes(model.SerializeToString())
+    session = Session(tmp_path / "one.onnx", graph(inputs="a", outputs="sum"), SessionOptions(ops=ops))
+    found = session.run({"a": np.zeros((1, 3), np.float32)})["sum"]
+    assert found[0].tolist() == pytest.approx([1 / 3] * 3 if by_kernel else [0] * 3)

@@ -1,0 +1,99 @@
+"""The op library as the service uses it: by its setting, told in the log and the metrics."""
+
+import logging
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from models.cli import main
+from models.ops import build
+from models.runtime.session import SessionOptions
+from service import hub
+
+
+@pytest.fixture
+def told(settings, serve, monkeypatch, caplog):
+    """Serve with a setting; -> what the log says of the library, labels of `calmclip_ops_info`, who prepares pictures,
+    and the options of the sessions."""
+    sessions: list[SessionOptions] = []
+    bundles = []
+
+    def session(path, graph, options):
+        sessions.append(options)
+        return real(path, graph, options)
+
+    def bundle(*args, **options):
+        bundles.append(opened(*args, **options))
+        return bundles[-1]
+
+    real, opened = hub.Session, hub.Bundle
+    monkeypatch.setattr(hub, "Session", session)
+    monkeypatch.setattr(hub, "Bundle", bundle)
+
+    def ask(ops: str):
+        with caplog.at_level(logging.INFO, "calmclip"), serve(settings(ops=ops)) as client:
+            families = text_string_to_metric_families(client.get("/metrics").text)
+        (info,) = [s for family in families for s in family.samples if s.name == "calmclip_ops_info"]
+        assert info.value == 1
+        lines = [m for m in caplog.messages if m.startswith("op library") or "own functions" in m]
+        assert len(lines) == 1
+        return (
+            lines[0],
+            info.labels,
+            [b.image(role).library for b in bundles for role in ("image", "regions")],
+            sessions,
+        )
+
+    return ask
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_with_the_library(told, library, mode):
+    line, labels, prepare, sessions = told(mode)
+    assert line.startswith(f"op library {library.sha256[:12]}, ")
+    best = {"scalar": 0, "avx2": 1, "neon": 1, "avx512": 2}
+    assert labels["sha256"] == library.sha256
+    assert labels["isa"] in line
+    assert labels["isa"] in best
+    assert prepare == [library] * 2
+    assert {options.ops for options in sessions} == {mode}
+
+
+def test_off_means_off_to_pictures_and_graphs(told, library, monkeypatch):
+    looked: list[object] = []
+    monkeypatch.setattr("models.ops.library.look", lambda folder: looked.append(folder) or library)
+    line, labels, prepare, sessions = told("off")
+    assert not looked
+    assert line == "CALMCLIP_OPS=off: bundles run their own functions"
+    assert labels == {"sha256": "", "isa": "none"}
+    assert prepare == [None] * 2
+    assert {options.ops for options in sessions} == {"off"}
+
+
+def test_without_one_it_is_said_once(told, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    line, labels, prepare, _ = told("auto")
+    assert line == "no op library is built: bundles run their own functions"
+    assert labels["isa"] == "none"
+    assert prepare == [None] * 2
+
+
+def test_demanded_and_absent_nothing_starts(bundles, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setattr("service.cli._listen", lambda *_: pytest.fail("it listens"))
+    monkeypatch.setenv("CALMCLIP_OPS", "required")
+    assert main(["serve", "--bundles", str(bundles)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "no op library is built, and CALMCLIP_OPS=required. Run 'calmclip ops build'" in said
+
+
+def test_demanded_and_absent_an_app_without_the_command_line_is_not_ready(settings, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    with serve(settings(ops="required"), ready=False) as client:
+        for _ in range(200):
+            answer = client.get("/readyz")
+            if answer.json()["failed"]:
+                break
+        assert answer.status_code == 503
+        assert "no op library is built" in answer.json()["failed"]["bundles"]
