@@ -26,7 +26,7 @@ class Clipped(RewriteRuleClassBase):
         return op.Mul(op.Softmax(x, _allow_other_attributes=True, _outputs=["y"]), a)
 
     def check(self, context, x, y, a, b, low, high, **_) -> MatchResult:  # type: ignore[no-untyped-def]
-        if why := unfit(context.model, x, y):
+        if why := unfit(x, y):
             return no(why)
         rank = 1 if x.shape is None else max(1, len(x.shape))
         found = {name: _scalar(value, rank) for name, value in (("a", a), ("b", b), ("low", low), ("high", high))}
