@@ -57,7 +57,8 @@ REWRITES: Registry[Rewrite[Any]] = Registry("rewrites", "export.rewrites")
 
 @dataclass(frozen=True)
 class Applied:
-    """``counts``: rule -> how often it fired. ``missed``: rule -> where it nearly fired -> why it did not."""
+    """``counts``: rule -> how often it fired. ``missed``: rule -> where it nearly fired -> why it did not, though
+    another rule may have done so there since."""
 
     model: onnx.ModelProto
     counts: Mapping[str, int]
@@ -98,7 +99,7 @@ def apply(
                 continue  # once is what was asked for
             found = chosen[name].rewrite(whole, given[name])
             counts[name] += found.fired
-            missed[name] = found.missed
+            missed.setdefault(name, found.missed)  # of the first round: later the place may be another rule's
             fired += found.fired
         if not fired:
             break

@@ -49,6 +49,7 @@ def test_every_rule_has_an_example():
 def test_it_fires_once_and_says_so(name: str):
     found = applied(name, graph(EXAMPLES[name]))
     assert found.counts == {name: 1}
+    assert found.missed == {}
     assert found.ops() == {REWRITES.get(name).op.name: 1}
     onnx.checker.check_model(found.model, full_check=True)
 

@@ -125,7 +125,7 @@ def test_what_only_looks_like_it_keeps_its_clip_and_gets_a_plain_softmax(change,
     found = rewrites.apply(model, BOTH)
     assert found.counts == {"softmax": 1, "clipped_softmax": 0}
     assert settings(found.model) == {"axis": -1, "gamma": 0.0, "zeta": 1.0}
-    (reason,) = rewrites.apply(model, ["clipped_softmax"]).missed["clipped_softmax"].values()
+    (reason,) = found.missed["clipped_softmax"].values()
     assert re.search(why, reason)
     before, after = (onnx_run(one)({"x": rows()})["y"] for one in (model, found.model))
     np.testing.assert_allclose(after, before, atol=2e-7)
@@ -165,7 +165,7 @@ def test_a_number_that_the_caller_may_change_is_no_constant(name):
     np.testing.assert_allclose(after, before, atol=2e-7)
 
 
-@pytest.mark.parametrize(("a", "b"), [("inf", -0.1), (3.4e38, -3.3e38), (2e30, -1e29)])
+@pytest.mark.parametrize(("a", "b"), [("inf", -0.1), (3.4e38, -3.3e38), (2e30, -1e29), (2e30, -1.5e30)])
 def test_numbers_that_the_op_refuses_are_left_to_the_standard_ops(library, a, b):
     model = graph(b=b)
     (number,) = [i for i in model.graph.initializer if i.name == "a"]
