@@ -57,7 +57,8 @@ REWRITES: Registry[Rewrite[Any]] = Registry("rewrites", "export.rewrites")
 
 @dataclass(frozen=True)
 class Applied:
-    """``counts``: rule -> how often it fired. ``missed``: rule -> where it nearly fired -> why it did not."""
+    """``counts``: rule -> how often it fired. ``missed``: rule -> where it nearly fired -> why it did not, though
+    another rule may have done so there since."""
 
     model: onnx.ModelProto
     counts: Mapping[str, int]
@@ -78,16 +79,19 @@ def apply(
 ) -> Applied:
     """Rewrite until no rule fires any more; ``params``: rule -> its params. ``model`` itself stays as it is.
 
-    Each op that was put in gets its local function (once) and its domain's opset import.
+    Each op that was put in gets its local function (once) and its domain's opset import. A model older than the
+    function is missed: it has one opset for all.
     Raises `ExportError` when the rules make work for each other without end.
     """
     chosen = {name: REWRITES.get(name) for name in rules}
     given = {name: rule.params.model_validate((params or {}).get(name, {})) for name, rule in chosen.items()}
-    order = sorted(chosen, key=lambda name: (chosen[name].attaches, -chosen[name].replaces))
+    bodies = {name: rule.function(given[name]) for name, rule in chosen.items()}
+    missed = _too_old(model, bodies)
+    fitting = sorted(chosen.keys() - missed.keys())
+    order = sorted(fitting, key=lambda name: (chosen[name].attaches, -chosen[name].replaces))
     # the types of what lies inside, which a rule asks for; a graph need not state them
     whole = ir.from_proto(onnx.shape_inference.infer_shapes(model))
     counts = dict.fromkeys(chosen, 0)
-    missed: dict[str, Mapping[str, str]] = {}
     for _ in range(_ROUNDS):
         fired = 0
         for name in order:
@@ -95,7 +99,7 @@ def apply(
                 continue  # once is what was asked for
             found = chosen[name].rewrite(whole, given[name])
             counts[name] += found.fired
-            missed[name] = found.missed
+            missed.setdefault(name, found.missed)  # of the first round: later the place may be another rule's
             fired += found.fired
         if not fired:
             break
@@ -106,7 +110,7 @@ def apply(
     kept = [value for value in changed.graph.value_info if value.name in stated]
     del changed.graph.value_info[:]
     changed.graph.value_info.extend(kept)
-    _complete(changed, [chosen[name].function(given[name]) for name in order if counts[name]])
+    _complete(changed, [bodies[name] for name in order if counts[name]])
     return Applied(changed, counts, {name: where for name, where in missed.items() if where})
 
 
@@ -126,6 +130,25 @@ def require(applied: Applied, promises: Mapping[str, int], what: str) -> None:
             + ("; ".join(left) or "Nothing else in the graph looks like it")
             + ". A rule in export/rewrites must learn the new form, or `rewrites` in the recipe leave it out."
         )
+
+
+def inner(graph: ir.Graph) -> set[str | None]:
+    """Names of what nodes make and initializers hold; a new input or output can have none of them."""
+    return {value.name for node in graph for value in node.outputs} | graph.initializers.keys()
+
+
+def _too_old(model: onnx.ModelProto, bodies: Mapping[str, onnx.FunctionProto]) -> dict[str, Mapping[str, str]]:
+    """Rule -> why not, for those whose op has a body of a later opset than ``model``."""
+    found = _standard(model)
+    return {
+        name: {"the graph": f"it is of opset {found}; the body of the op needs {_standard(body)}"}
+        for name, body in bodies.items()
+        if found < _standard(body)
+    }
+
+
+def _standard(thing: onnx.ModelProto | onnx.FunctionProto) -> int:
+    return max((opset.version for opset in thing.opset_import if opset.domain in ("", "ai.onnx")), default=0)
 
 
 def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:

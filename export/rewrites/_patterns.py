@@ -48,5 +48,5 @@ def _fire(model: ir.Model, node: ir.Node, rules: Sequence[RewriteRule], tracer: 
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """What an initializer or a Constant node holds; None for anything else."""
-    return None if value is None else ir.convenience.get_const_tensor(value)
+    """What an initializer or a Constant node holds; None for anything else, an input's default among it."""
+    return None if value is None or value.is_graph_input() else ir.convenience.get_const_tensor(value)

@@ -14,6 +14,7 @@ from export.rewrites.softmax import axis, no, ours, unfit
 from models.ops.spec import SOFTMAX
 
 _ROUNDING = 4 * 2.0**-24  # of a, b and their sum, at 1
+_LARGEST = 1e30  # of gamma and zeta, which the op takes
 
 
 class Clipped(RewriteRuleClassBase):
@@ -26,7 +27,7 @@ class Clipped(RewriteRuleClassBase):
         return op.Mul(op.Softmax(x, _allow_other_attributes=True, _outputs=["y"]), a)
 
     def check(self, context, x, y, a, b, low, high, **_) -> MatchResult:  # type: ignore[no-untyped-def]
-        if why := unfit(context.model, x, y):
+        if why := unfit(x, y):
             return no(why)
         rank = 1 if x.shape is None else max(1, len(x.shape))
         found = {name: _scalar(value, rank) for name, value in (("a", a), ("b", b), ("low", low), ("high", high))}
@@ -37,8 +38,8 @@ class Clipped(RewriteRuleClassBase):
             return no(f"the clip is [{found['low']:g}, {found['high']:g}]; expected [0, 1]")
         gamma = self.sign * float(found["b"])
         zeta = float(found["a"]) + gamma
-        if not (gamma <= 0 and zeta >= 1 - _ROUNDING):
-            return no(f"gamma is {gamma:g} and zeta {zeta:g}; expected gamma <= 0 and zeta >= 1")
+        if not (-_LARGEST <= gamma <= 0 and 1 - _ROUNDING <= zeta <= _LARGEST):
+            return no(f"gamma is {gamma:g} and zeta {zeta:g}; expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30")
         return MatchResult()
 
     def rewrite(self, op, x, y, a, b, **_):  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from typing import Any
 from onnxscript import ir
 
 from export.functions.image_to_pixels import image_to_pixels
-from export.rewrites import REWRITES, Outcome, Rewrite
+from export.rewrites import REWRITES, Outcome, Rewrite, inner
 from models.bundle.manifest import FrozenModel, ImagePreprocess, fits
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, VERSION
 
@@ -60,8 +60,10 @@ def _unfit(graph: ir.Graph, spec: ImagePreprocess) -> str:
     shape = () if value.shape is None else tuple(d if isinstance(d, int) else str(d) for d in value.shape)
     if value.dtype != ir.DataType.FLOAT or not fits(shape, expected):
         return f"its input {spec.input!r} is {value.dtype} {list(shape)}; expected float32 {list(expected)}"
-    if PICTURE in found:
-        return f"it has an input {PICTURE!r} already"
+    if PICTURE in found.keys() | inner(graph):
+        return f"it has a tensor {PICTURE!r} already, which is what the new input is called"
+    if value.is_graph_output():
+        return f"its input {spec.input!r} is an output too, which would be gone"
     return ""
 
 

@@ -10,7 +10,7 @@ answered. The op's settings become inputs of shape [1]; one the graph takes alre
 from onnxscript import ir
 
 from export.functions.soft_nms import soft_nms
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
+from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, inner
 from models.bundle.manifest import Tensor, fits
 from models.ops.spec import DOMAIN, SOFT_NMS, VERSION
 
@@ -68,10 +68,10 @@ def _unfit(graph: ir.Graph) -> str:
         expected = CANDIDATES.get(str(name)) or SETTINGS.get(str(name))
         if expected and not _is(value, expected):
             return f"{name} is {value.dtype} {value.shape}; expected {expected.dtype} {list(expected.shape)}"
-    new = {*ANSWERS, *SOFT_NMS.outputs} - _NAMES.keys()
-    inside = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
-    if clash := sorted(new & (inside | graph.initializers.keys())):
-        return f"it has a tensor {clash[0]!r} already, which is what the op's answer is called"
+    taken = {value.name for value in graph.inputs}
+    new = ({*ANSWERS, *SOFT_NMS.outputs} - _NAMES.keys()) | (SETTINGS.keys() - taken)
+    if clash := sorted(new & (taken | inner(graph))):
+        return f"it has a tensor {clash[0]!r} already, which is what a setting or an answer of the op is called"
     return ""
 
 

@@ -14,24 +14,20 @@ from export.functions.softmax import softmax
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
 from models.ops.spec import DOMAIN, SOFTMAX, VERSION
 
-_ONE_AXIS = 13  # before this opset Softmax went over all axes from `axis` on
-
 
 class Plain(RewriteRuleClassBase):
     def pattern(self, op, x):  # type: ignore[no-untyped-def]
         return op.Softmax(x, _allow_other_attributes=True, _outputs=["y"])
 
     def check(self, context, x: ir.Value, y: ir.Value, **_) -> MatchResult:  # type: ignore[no-untyped-def]
-        return no(why) if (why := unfit(context.model, x, y)) else MatchResult()
+        return no(why) if (why := unfit(x, y)) else MatchResult()
 
     def rewrite(self, op, x: ir.Value, y: ir.Value, **_):  # type: ignore[no-untyped-def]
         return ours(op, x, axis(y))
 
 
-def unfit(model: ir.Model, x: ir.Value, y: ir.Value) -> str:
+def unfit(x: ir.Value, y: ir.Value) -> str:
     """Why the op cannot stand for ``y = Softmax(x)``; "" when it can."""
-    if model.graph.opset_imports.get("", 0) < _ONE_AXIS:
-        return f"before opset {_ONE_AXIS} Softmax is another op; this graph has {model.graph.opset_imports.get('')}"
     if x.dtype != ir.DataType.FLOAT:
         return f"its input is {x.dtype.name if x.dtype else 'of unknown type'}; the op takes FLOAT"
     readers = {use.node.op_type for use in y.uses()}

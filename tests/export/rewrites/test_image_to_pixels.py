@@ -86,7 +86,16 @@ def test_the_node_says_how_pictures_are_prepared():
     [
         (tower(), spec(input="image"), "it has no input 'image'; it takes pixels"),
         (tower(), spec(size=(24, 24)), r"its input 'pixels' is FLOAT .* expected float32 \['B', 3, 24, 24\]"),
-        (tower("float[b, 3, 24, 20] pixels, float picture"), spec(), "it has an input 'picture' already"),
+        (tower("float[b, 3, 24, 20] pixels, float picture"), spec(), "it has a tensor 'picture' already"),
+        (tower(body=MEANS.replace("sum", "picture")), spec(), "it has a tensor 'picture' already"),
+        (
+            parser.parse_model(
+                '<ir_version: 10, opset_import: ["": 20]> g (float[b, 3, 24, 20] pixels) => '
+                "(float[b, 3, 24, 20] pixels, float[b, 3, 24, 20] y) { y = Relu (pixels) }"
+            ),
+            spec(),
+            "its input 'pixels' is an output too",
+        ),
         (
             tower(
                 "float16[b, 3, 24, 20] half",

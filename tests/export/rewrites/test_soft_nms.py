@@ -109,6 +109,11 @@ def test_a_setting_that_the_graph_takes_already_is_shared():
             r"sigma is FLOAT \[3\]; expected float32 \[1\]",
         ),
         (detector(body=BODY + "scores = Relu (s)"), "it has a tensor 'scores' already"),
+        (detector(body=BODY.replace("scaled", "sigma")), "it has a tensor 'sigma' already"),
+        (
+            parser.parse_model(str(onnx.printer.to_text(detector())).replace("two", "sigma")),
+            "it has a tensor 'sigma' already",
+        ),
     ],
 )
 def test_a_graph_without_candidates_stays_as_it_is_and_says_why(graph, why):

@@ -131,10 +131,6 @@ def test_half_precision_is_left_alone():
     )
 
 
-def test_before_opset_13_it_is_another_op():
-    assert "opset 13" in left(graph("y = Softmax (x)", opset=12))
-
-
 def test_types_that_the_graph_does_not_state_are_worked_out():
     body = "z = Cast <to = 1> (x) p = Softmax (z) y = Cast <to = 10> (p)"
     assert rewrites.apply(graph(body, "float16[b, 7] x", "float16[b, 7] y"), RULE).counts == {"softmax": 1}
