@@ -322,9 +322,9 @@ def _function(op: Op, attributes: dict[str, Any], end: str) -> onnx.FunctionProt
     if unknown := attributes.keys() - op.attributes.keys():
         raise TypeError(f"{op.name} has no attribute {', '.join(sorted(unknown))}; it has {', '.join(op.attributes)}")
     values: dict[str, Any] = {name: (op.attributes | attributes)[name] for name in IMAGE_TO_PIXELS.attributes}
-    mean, std = (np.float32(values[name]).astype(np.float64) for name in ("mean", "std"))
+    places = {name: value for name, value in values.items() if name not in ("gain", "bias")}
     ImagePreprocess.model_validate(
-        values | {"shortest": values["shortest"] or None, "mean": mean.tolist(), "std": std.tolist()}
+        places | {"shortest": values["shortest"] or None, "mean": (0.0,) * 3, "std": (1.0,) * 3}
     )
     text = _BODY.format(
         domain=DOMAIN,
@@ -336,8 +336,8 @@ def _function(op: Op, attributes: dict[str, Any], end: str) -> onnx.FunctionProt
         cols=values["size"][1],
         shortest=values["shortest"],
         keep_square=int(values["keep_square"]),
-        gain=", ".join(map(_text, 1 / (255 * std))),
-        bias=", ".join(map(_text, -mean / std)),
+        gain=", ".join(map(_text, values["gain"])),
+        bias=", ".join(map(_text, values["bias"])),
         place=_PLACE[values["resize"]].format(margin=_MARGIN[values["crop_offset"]]),
         weights_h=_weights("h_", values["resample"]),
         weights_w=_weights("w_", values["resample"]),

@@ -14,6 +14,7 @@ from export.functions.image_to_pixels import image_to_pixels
 from export.rewrites import REWRITES, Outcome, Rewrite, inner
 from models.bundle.manifest import FrozenModel, ImagePreprocess, fits
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, VERSION
+from models.preprocess.image import normalisation
 
 PICTURE = "picture"
 
@@ -29,10 +30,12 @@ def inside(spec: ImagePreprocess) -> ImagePreprocess:
 
 def attributes(spec: ImagePreprocess) -> dict[str, Any]:
     """The op's attributes, by name those of ``spec``; ONNX has no None and no booleans."""
-    found = {name: getattr(spec, name) for name in IMAGE_TO_PIXELS.attributes}
-    return {
+    gain, bias = (tuple(map(float, three.ravel())) for three in normalisation(spec))
+    found = {name: getattr(spec, name) for name in IMAGE_TO_PIXELS.attributes if name not in ("gain", "bias")}
+    whole = {
         name: int(value or 0) if value is None or isinstance(value, bool) else value for name, value in found.items()
     }
+    return whole | {"gain": gain, "bias": bias}
 
 
 def rewrite(model: ir.Model, params: Params) -> Outcome:

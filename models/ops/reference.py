@@ -154,7 +154,7 @@ def _normal(area: Array) -> Array:
 def image_to_pixels(image: Array, **attributes: Any) -> Array:
     """uint8 [H, W, 3] -> float32 [1, 3, h, w] by Pillow and numpy, as `ImagePreparer` without a library does it.
 
-    ``attributes`` of `IMAGE_TO_PIXELS`, the rest its defaults; mean and std count as a node holds them, in float32.
+    ``attributes`` of `IMAGE_TO_PIXELS`, the rest its defaults.
     A picture that `ImagePreparer` resizes only where it is seen (over 40 million pixels) may differ from the op by a
     grey level, for Pillow takes the place in float32. Raises `BadRequest` for what is no picture, pydantic's
     ValidationError for attributes out of range.
@@ -163,10 +163,12 @@ def image_to_pixels(image: Array, **attributes: Any) -> Array:
         raise BadRequest(f"the picture is {image.dtype} {list(image.shape)}; expected uint8 [height, width, 3]")
     values = IMAGE_TO_PIXELS.attributes | attributes
     values["shortest"] = values["shortest"] or None
-    for name in ("mean", "std"):
-        values[name] = np.float32(values[name]).astype(np.float64).tolist()
-    spec = ImagePreprocess.model_validate(values)
-    return ImagePreparer(spec).prepare(Image.fromarray(np.ascontiguousarray(image)))[0]
+    gain, bias = (np.array(values.pop(name), np.float32) for name in ("gain", "bias"))
+    if gain.shape != (3,) or bias.shape != (3,) or not np.isfinite([gain, bias]).all():
+        raise BadRequest(f"gain is {gain.tolist()} and bias {bias.tolist()}; expected 3 finite numbers each")
+    preparer = ImagePreparer(ImagePreprocess.model_validate(values | {"mean": (0.0,) * 3, "std": (1.0,) * 3}))
+    preparer.gain, preparer.bias = gain.reshape(3, 1, 1), bias.reshape(3, 1, 1)
+    return preparer.prepare(Image.fromarray(np.ascontiguousarray(image)))[0]
 
 
 def image_to_quantized_pixels(image: Array, *, scale: float = 1.0, zero_point: int = 0, **attributes: Any) -> Array:

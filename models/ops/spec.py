@@ -80,10 +80,10 @@ SOFT_NMS = Op(
 )
 
 # A picture of any size -> what a graph takes. The attributes are `ImagePreprocess`, by name; shortest = 0 is none.
+# Of mean and std a node holds what they come to in float32, for in float32 they would come to another last bit.
 # Resized as Pillow does it on 8 bits: weights rounded to 22 bits, one pass for each axis, rounded to 8 bits between the
-# two, in the order of Pillow 13 (`models.preprocess.image.columns_first`); then (x / 255 - mean) / std as one
-# multiply and one add in float32. mean and std are float32 here, float64 in `ImagePreparer`: the last bit may differ.
-# Sides of the picture: 1 to 65536.
+# two, in the order of Pillow 13 (`models.preprocess.image.columns_first`); then x * gain + bias in
+# float32, two roundings; gain is 1 / (255 std), bias -mean / std. Sides of the picture: 1 to 65536.
 IMAGE_TO_PIXELS = Op(
     "ImageToPixels",
     inputs={"image": _tensor("uint8", "H", "W", 3)},
@@ -95,8 +95,8 @@ IMAGE_TO_PIXELS = Op(
         "keep_square": 0,
         "crop_offset": "round",
         "resample": "bicubic",
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
+        "gain": (1 / 255, 1 / 255, 1 / 255),
+        "bias": (0.0, 0.0, 0.0),
         "pad": 0,
     },
 )

@@ -130,16 +130,19 @@ def columns_first(width: int, height: int, to_width: int, to_height: int) -> boo
     return height > to_height and height - to_height > 2 * (width - to_width)
 
 
+def normalisation(spec: ImagePreprocess) -> tuple[Array, Array]:
+    """-> gain, bias float32 [3, 1, 1]: (x / 255 - mean) / std = x * gain + bias, worked out in float64."""
+    mean, std = (np.array(three, np.float64).reshape(3, 1, 1) for three in (spec.mean, spec.std))
+    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+
 class ImagePreparer:
     """`ImagePreprocess` at work: by the kernel of ``library``, or by Pillow, which gives the same bits."""
 
     def __init__(self, spec: ImagePreprocess, library: Library | None = None) -> None:
         self.spec = spec
         self.library = library
-        # (x / 255 - mean) / std as one multiply-add, worked out in float64
-        mean, std = np.array(spec.mean, np.float64), np.array(spec.std, np.float64)
-        self._gain = (1 / (255 * std)).astype(np.float32).reshape(3, 1, 1)
-        self._bias = (-mean / std).astype(np.float32).reshape(3, 1, 1)
+        self.gain, self.bias = normalisation(spec)
 
     def prepare(self, image: Image.Image) -> tuple[Array, Frame]:
         """Upright RGB picture of any size -> pixels float32 [1, 3, H, W] and its `Frame`.
@@ -155,8 +158,8 @@ class ImagePreparer:
         if self.library and self._suits_kernel(image, placement):
             return self._by_kernel(self.library, image, placement), frame
         chw = np.asarray(self._by_pillow(image, placement, frame), np.uint8).transpose(2, 0, 1)
-        pixels = np.multiply(chw, self._gain, dtype=np.float32, order="C")
-        pixels += self._bias
+        pixels = np.multiply(chw, self.gain, dtype=np.float32, order="C")
+        pixels += self.bias
         return pixels[None], frame
 
     def _suits_kernel(self, image: Image.Image, placement: Placement) -> bool:
@@ -181,7 +184,7 @@ class ImagePreparer:
 
         def use(band: Band) -> None:
             picture = kernel.Picture(band.address, height, width, *band.strides, band.first, band.rows)
-            kernel.image_to_pixels(library, picture, where, spec.resample, self._gain, self._bias, pixels, band.outputs)
+            kernel.image_to_pixels(library, picture, where, spec.resample, self.gain, self.bias, pixels, band.outputs)
 
         in_bands(image, spec.size[0], lambda row: (placement.top + row + 0.5) * scale, reach, use)
         return pixels

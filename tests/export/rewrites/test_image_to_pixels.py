@@ -75,7 +75,8 @@ def test_the_node_says_how_pictures_are_prepared():
     found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert found.keys() == IMAGE_TO_PIXELS.attributes.keys()
     assert (found["size"], found["shortest"], found["keep_square"], found["resize"]) == ([24, 20], 30, 1, b"shortest")
-    assert found["mean"] == pytest.approx(CLIP["mean"])
+    assert found["gain"] == pytest.approx(1 / (255 * np.array(CLIP["std"])))
+    assert found["bias"] == pytest.approx(-np.array(CLIP["mean"]) / CLIP["std"])
     letterbox = spec(resize="letterbox", shortest=None)
     (node,) = [n for n in attach(tower(), letterbox).model.graph.node if n.domain == DOMAIN]
     assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}["shortest"] == 0

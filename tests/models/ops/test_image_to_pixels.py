@@ -258,7 +258,7 @@ def test_the_order_is_that_of_the_installed_pillow():
 
 def test_the_reference_normalises_as_the_textbook_does():
     image = noise(50, 40)
-    found = reference.image_to_pixels(image, size=(20, 24), resize="exact", mean=MEAN, std=STD)
+    found = reference.image_to_pixels(image, size=(20, 24), resize="exact", **NORMAL)
     grey = pillow(image, 20, 24, "bicubic").astype(np.float64)
     mean, std = (np.array(v).reshape(3, 1, 1) for v in (MEAN, STD))
     assert found.shape == (1, 3, 20, 24)
@@ -271,7 +271,7 @@ def test_the_reference_quantises_half_to_even_and_clips():
     how: dict[str, Any] = {"size": (1, 4), "resize": "exact", "scale": step}
     found = reference.image_to_quantized_pixels(grey, zero_point=200, **how)
     assert found[0, 0, 0].tolist() == [200, 200, 201, 255]  # 0; 0.5 goes to 0; 1; 127.5 is over the top
-    found = reference.image_to_quantized_pixels(grey, zero_point=100, mean=(1.0,) * 3, **how)
+    found = reference.image_to_quantized_pixels(grey, zero_point=100, bias=(-1.0,) * 3, **how)
     assert found[0, 0, 0].tolist() == [0, 0, 0, 100]  # -127.5 is under the bottom
 
 
@@ -283,11 +283,18 @@ def test_the_reference_refuses_what_is_no_picture(shape: tuple[int, ...]):
 
 # --- the op ---------------------------------------------------------------------------------------------------------
 
-NORMAL = {"mean": MEAN, "std": STD}
+
+def scaled(mean: Any, std: Any) -> dict[str, Any]:
+    """What a node holds of mean and std."""
+    mean, std = np.array(mean), np.array(std)
+    return {"gain": np.float32(1 / (255 * std)).tolist(), "bias": np.float32(-mean / std).tolist()}
+
+
+NORMAL = scaled(MEAN, STD)
 MODES: dict[str, dict[str, Any]] = {
     "clip": NORMAL,
     "transformers": {"shortest": 256, "crop_offset": "floor", "resample": "bilinear", **NORMAL},
-    "siglip": {"size": (48, 64), "resize": "exact", "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "siglip": {"size": (48, 64), "resize": "exact", **scaled((0.5,) * 3, (0.5,) * 3)},
     "owl": {"size": (96, 64), "resize": "letterbox", "pad": 114, **NORMAL},
     "square": {"size": (32, 32), "shortest": 40, "keep_square": 1, "crop_offset": "round"},
 }
@@ -358,7 +365,7 @@ def test_op_and_function_agree_on_ribbons(library: Library, mode: str):
         image = noise(*shape)
         made = run(op, image)
         assert np.array_equal(made, run(function, image)), shape
-        level = 1 / (255 * np.array((IMAGE_TO_PIXELS.attributes | how)["std"]).reshape(3, 1, 1))
+        level = np.array((IMAGE_TO_PIXELS.attributes | how)["gain"]).reshape(3, 1, 1)
         assert (np.abs(made - reference.image_to_pixels(image, **how)) < 1.01 * level).all(), shape
 
 
@@ -372,7 +379,7 @@ def test_the_op_is_the_same_on_several_threads(library: Library, mode: str):
 
 def test_every_grey_level_quantises_as_onnx_runtime_does(library: Library):
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
-    halves = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # by two grey levels, to the last bit: the odd ones are halves
+    halves = scaled((0.0,) * 3, (1.0,) * 3)  # by two grey levels, to the last bit: the odd ones are halves
     for scale, zero_point, normal in (
         (0.0173, 114, NORMAL),
         (1e-30, 0, NORMAL),
@@ -400,10 +407,9 @@ def test_every_grey_level_quantises_as_onnx_runtime_does(library: Library):
         ({"shortest": 2**62}, "expected the larger of size"),
         ({"pad": 256}, "pad is 256; expected 0 to 255"),
         ({"pad": -1}, "pad is -1; expected 0 to 255"),
-        ({"mean": (0.0, 0.0)}, "mean has 2 numbers and std 3; expected 3 each"),
-        ({"std": (1.0, 1.0, 0.0009)}, "of channel 2; expected"),
-        ({"std": (1.0, float("nan"), 1.0)}, "of channel 1; expected"),
-        ({"mean": (float("inf"), 0.0, 0.0)}, "of channel 0; expected"),
+        ({"bias": (0.0, 0.0)}, "gain has 3 numbers and bias 2; expected 3 each"),
+        ({"gain": (1.0, float("nan"), 1.0)}, "of channel 1; expected"),
+        ({"bias": (float("inf"), 0.0, 0.0)}, "of channel 0; expected"),
         ({"scale": 0.0}, "scale is 0.000000; expected a finite number over 0"),
         ({"scale": float("nan")}, "expected a finite number over 0"),
         ({"zero_point": 256}, "zero_point is 256; expected 0 to 255"),
@@ -496,10 +502,10 @@ def malform(count: int, library: Library) -> None:
                 {"size": 4.5},
                 {"shortest": int(rng.integers(-(2**63), 2**63))},
                 {"shortest": 4096},
-                {"std": (0.0,) * 3},
-                {"std": (float("nan"),) * 3},
-                {"mean": (1e38, -1e38, 0.0)},
-                {"mean": ()},
+                {"gain": (0.0,) * 3},
+                {"gain": (float("nan"),) * 3},
+                {"bias": (1e38, -1e38, 0.0)},
+                {"bias": ()},
                 {"pad": int(rng.integers(-(2**63), 2**63))},
                 {"resize": "x" * 10_000},
                 {"resample": ""},
@@ -542,8 +548,9 @@ def both(library: Library, spec: ImagePreprocess, picture: Image.Image) -> None:
     assert fast.tobytes() == plain.tobytes()
 
 
-def spec(mode: str) -> ImagePreprocess:
-    return ImagePreprocess.model_validate(IMAGE_TO_PIXELS.attributes | MODES[mode])
+def spec(mode: str, **others: Any) -> ImagePreprocess:
+    places = {k: v for k, v in (IMAGE_TO_PIXELS.attributes | MODES[mode] | others).items() if k not in ("gain", "bias")}
+    return ImagePreprocess.model_validate(places | {"mean": MEAN, "std": STD})
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -585,9 +592,7 @@ def test_no_picture_is_copied_many_times_over(
     monkeypatch.setattr(memory, "borrow", lambda image: None)
     for target in ((20, 20), (57, 57)):
         copied = 0
-        small = ImagePreprocess.model_validate(
-            IMAGE_TO_PIXELS.attributes | MODES[mode] | {"size": target, "shortest": target[0]}
-        )
+        small = spec(mode, size=target, shortest=target[0])
         both(library, small, Image.fromarray(noise(*size[::-1])))
         assert copied <= 2.2 * size[1] + target[0], (target, copied)
 

@@ -20,7 +20,7 @@ class Settings {
  public:
   Settings(Ort::ConstKernelInfo info, bool quantized) : name_(kName[quantized]) {
     const auto size = list<int64_t>(info, "size");
-    const auto mean = list<float>(info, "mean"), std = list<float>(info, "std");
+    const auto gain = list<float>(info, "gain"), bias = list<float>(info, "bias");
     const auto resize = one<std::string>(info, "resize"), resample = one<std::string>(info, "resample");
     const auto crop_offset = one<std::string>(info, "crop_offset");
     const auto shortest = one<int64_t>(info, "shortest"), pad = one<int64_t>(info, "pad");
@@ -37,16 +37,15 @@ class Settings {
       refuse_("shortest is " + std::to_string(shortest) + "; expected the larger of size " + text(size) + " to " +
               std::to_string(most));
     if (pad < 0 || pad > 255) refuse_("pad is " + std::to_string(pad) + "; expected 0 to 255");
-    if (mean.size() != 3 || std.size() != 3)
-      refuse_("mean has " + std::to_string(mean.size()) + " numbers and std " + std::to_string(std.size()) +
+    if (gain.size() != 3 || bias.size() != 3)
+      refuse_("gain has " + std::to_string(gain.size()) + " numbers and bias " + std::to_string(bias.size()) +
               "; expected 3 each");
     for (size_t c = 0; c < 3; ++c) {
-      if (!(std::fabs(mean[c]) <= 1e6f) || !std::isfinite(std[c]) || !(std[c] >= 1e-3f))
-        refuse_("mean is " + std::to_string(mean[c]) + " and std " + std::to_string(std[c]) + " of channel " +
-                std::to_string(c) + "; expected mean within a million of 0, std finite and at least 0.001");
-      // (x / 255 - mean) / std as one multiply-add, worked out in double
-      gain_[c] = static_cast<float>(1.0 / (255.0 * static_cast<double>(std[c])));
-      bias_[c] = static_cast<float>(-static_cast<double>(mean[c]) / static_cast<double>(std[c]));
+      if (!std::isfinite(gain[c]) || !std::isfinite(bias[c]))
+        refuse_("gain is " + std::to_string(gain[c]) + " and bias " + std::to_string(bias[c]) + " of channel " +
+                std::to_string(c) + "; expected finite numbers");
+      gain_[c] = gain[c];
+      bias_[c] = bias[c];
     }
     rows_ = static_cast<size_t>(size[0]);
     columns_ = static_cast<size_t>(size[1]);
