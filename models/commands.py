@@ -79,7 +79,7 @@ def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
     yield f"{len(bundle.manifest.files)} files hashed", True
     bundle.warm()
     yield "tokenizer, prompts, head and labels load", True
-    known: dict[str, Array] = Suppression().tensors()
+    known: dict[str, Array] = Suppression(min_score=0.0).tensors()  # so that `detect` has boxes to suppress
     for role, graph in sorted(bundle.manifest.graphs.items(), key=lambda item: item[1].preprocess is None):
         try:
             session = runner.session(role)
