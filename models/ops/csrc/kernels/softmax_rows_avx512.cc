@@ -73,11 +73,17 @@ void held_rows(const float* x, float* y, size_t rows, size_t cols, float gamma, 
   const __mmask16 tail = V::first(cols - last * w);
   const F one = V::set(1.0f), low = V::set(gamma), nothing = V::set(kLowest);
   const float span = zeta - gamma;
+  // The first vector of a row is loaded before the row ahead of it is stored: where x == y, a load that the masked store
+  // of a row's last vector reaches into would wait until that store has left for the cache.
+  const __mmask16 whole = count == 1 ? tail : V::first(w);
+  F next = rows ? _mm512_mask_loadu_ps(nothing, whole, x) : nothing;
   for (size_t r = 0; r < rows; ++r, x += cols, y += cols) {
     F v[count];
     CALMCLIP_UNROLL for (size_t k = 0; k < count; ++k) ahead(x + k * w), ahead_of_store(y + k * w);
-    CALMCLIP_UNROLL for (size_t k = 0; k < last; ++k) v[k] = V::load(x + k * w);
-    v[last] = _mm512_mask_loadu_ps(nothing, tail, x + last * w);
+    v[0] = next;
+    CALMCLIP_UNROLL for (size_t k = 1; k < last; ++k) v[k] = V::load(x + k * w);
+    if (count > 1) v[last] = _mm512_mask_loadu_ps(nothing, tail, x + last * w);
+    if (r + 1 < rows) next = _mm512_mask_loadu_ps(nothing, whole, x + cols);
     F part[4] = {nothing, nothing, nothing, nothing};
     CALMCLIP_UNROLL for (size_t k = 0; k < count; ++k) part[k % 4] = V::max(v[k], part[k % 4]);
     const F top = V::highest_all(V::max(V::max(part[0], part[1]), V::max(part[2], part[3])));
