@@ -3,6 +3,7 @@ the op in ONNX Runtime against the reference, and what it refuses."""
 
 import ctypes
 import itertools
+import platform
 
 import numpy as np
 import onnxruntime as ort
@@ -15,10 +16,10 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from torchvision.ops import nms
 
 from models.errors import BadRequest
-from models.ops import reference
+from models.ops import build, reference
 from models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
 
-ISAS = ("scalar", "avx2", "avx512", "neon")
+ISAS = build.ISAS.get(platform.machine(), ("scalar",))
 SIZES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
 FLOAT, SIZE, POINTER = ctypes.c_float, ctypes.c_size_t, ctypes.c_void_p
 IMAGE = ctypes.CFUNCTYPE(  # SoftNmsImage of csrc/kernels/soft_nms.h

@@ -16,11 +16,11 @@ from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
 from models.errors import BadRequest
-from models.ops import reference
+from models.ops import build, reference
 from models.ops.spec import DOMAIN, SOFTMAX, VERSION
 
 LOWEST = np.finfo(np.float32).min
-ISAS = ("scalar", "neon") if platform.machine() == "aarch64" else ("scalar", "avx2", "avx512")
+ISAS = build.ISAS.get(platform.machine(), ("scalar",))
 FORMS = ("softmax_two_pass", "softmax_reload", "softmax_recompute")
 # What kernels take at once: 1, 4, 8, 16 lanes; 4 or 8 vectors; up to 20 vectors in registers; 128 sums a lane.
 COLS = [*range(1, 41), 47, 48, 49, 50, 51, 63, 64, 65, 77, 127, 128, 129, 197, 255, 256, 257, 303, 304, 305, 319, 320]
