@@ -1,10 +1,12 @@
 """Fixtures that several packages' tests share: tiny checkpoints, and bundles made of them by the real pipeline."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from export.samples import pictures
+from models.ops.library import Library, find, why_not
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,6 +18,18 @@ def pytest_configure(config: pytest.Config) -> None:
         from models.ops import build
 
         build.FOLDER = folder
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    """The compiled op library; where none is built, what needs it is skipped with one line, in CI it fails."""
+    found = find()
+    if found is None:
+        reason = f"{why_not()}; 'calmclip ops build' makes one"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """SoftNMS as a local function: in a plain ONNX Runtime against the numpy reference, and against the op library."""
 
-import os
-
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -9,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from export.functions.soft_nms import OPSET, soft_nms
-from models.ops import library, reference
+from models.ops import reference
 from models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
 
 
@@ -44,15 +42,9 @@ def batches():
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(library):
     """The same two files with the op library registered: its kernel runs, not the function."""
-    found = library.find()
-    if found is None:
-        reason = f"{library.why_not()}; 'calmclip ops build' makes one"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return opened(model(), found.path), opened(model("B"), found.path)
+    return opened(model(), library.path), opened(model("B"), library.path)
 
 
 def run(session, boxes, scores, classes, *, method, per_class=False, threshold=0.3, sigma=0.5, least=1e-3, most=100):

@@ -9,7 +9,6 @@ from onnx import TensorProto, helper
 
 from export.functions.softmax import OPSET, softmax
 from models.ops import reference
-from models.ops.library import find, why_not
 from models.ops.spec import DOMAIN, SOFTMAX, VERSION
 
 LOWEST = np.finfo(np.float32).min
@@ -95,10 +94,7 @@ def test_what_is_left_when_it_is_loaded(tmp_path, how, left):
 
 
 @pytest.mark.parametrize("how", SETTINGS)
-def test_the_library_gives_the_same_on_the_same_file(how, tmp_path):
-    library = find()
-    if library is None:
-        pytest.skip(f"{why_not()}; 'calmclip ops build' makes one")
+def test_the_library_gives_the_same_on_the_same_file(library, how, tmp_path):
     content = model(**how)
     plain, fast = session(content), session(content, library, tmp_path / "fast.onnx")
     assert [(n.op_type, n.domain) for n in onnx.load(tmp_path / "fast.onnx").graph.node] == [(SOFTMAX.name, DOMAIN)]

@@ -2,6 +2,8 @@
 
 #include <immintrin.h>
 
+#include "resize_ahead.h"
+
 namespace calmclip {
 
 extern "C" ResizeRows resize_rows_avx2;
@@ -16,28 +18,6 @@ static __m256i broadcast(const int16_t* pair) {
 static __m256i finish(__m256i hi, __m256i lo) {
   return _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(hi, 16), lo), kWeightBits);
 }
-
-namespace {
-
-// Of a row, in bytes: after so many the processor sees by itself where it is going.
-constexpr size_t kAhead = 2048;
-
-// Asks for a share of the next rows at each group of columns, in the background of the sums.
-struct Ahead {
-  const uint8_t* const* row;
-  const uint8_t* const* end;
-  size_t bytes, at, share;  // of a row; of it asked for; lines a group
-
-  void fetch() {
-    for (size_t k = 0; k < share && row != end; ++k) {
-      _mm_prefetch(reinterpret_cast<const char*>(*row + at), _MM_HINT_T1);
-      at += 64;
-      if (at >= bytes) at = 0, ++row;
-    }
-  }
-};
-
-}  // namespace
 
 // Two rows, 16 bytes each, of which lane l holds row 4 l + `row`.
 static __m256i gather(const uint8_t* const* rows, size_t row, size_t offset) {
