@@ -28,9 +28,6 @@ from models.bundle.manifest import Manifest
 from models.bundle.store import Sealed, seal, stage
 from service.app import create_app
 from service.settings import Settings
-from tests.models.ops.conftest import library
-
-__all__ = ["library"]
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "white": (1, 1, 1)}
 WORDS = ["[UNK]", *COLOURS, "a", "photo", "of", "thing"]

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from models.bundle.manifest import ImagePreprocess
 from models.errors import BadImage, ImageTooLarge
-from models.preprocess.image import MAX_PIXELS, Frame, Header, ImagePreparer, decode, inspect
+from models.preprocess.image import MAX_PIXELS, Frame, Header, ImagePreparer, decode, inspect, normalisation
 
 ASSETS = Path(__file__).parents[3] / "export" / "samples"
 PHOTOGRAPHS = sorted(ASSETS.glob("*.jpg"))
@@ -417,3 +417,11 @@ def test_decoding_is_safe_in_threads():
     with ThreadPoolExecutor(8) as pool:
         first, *rest = pool.map(lambda _: preparer.prepare(decode(data))[0], range(32))
     assert all(np.array_equal(first, other) for other in rest)
+
+
+def test_mean_and_std_are_worked_out_in_float64():
+    # (x / 255 - 127/255) / (128/255) = (x - 127) / 128, exact in binary; from float32 the last bit would be another
+    gain, bias = normalisation(clip(mean=(127 / 255,) * 3, std=(128 / 255,) * 3))
+    assert gain.dtype == bias.dtype == np.float32
+    assert set(gain.ravel().tolist()) == {0.0078125}
+    assert set(bias.ravel().tolist()) == {-0.9921875}
