@@ -7,7 +7,7 @@ the SHA-256 that `build` wrote; a library that differs, or one of other sources,
 import ctypes
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ class Library:
     sha256: str
     about: dict[str, str]
     kernels: tuple[Kernel, ...]
-    handle: ctypes.CDLL
+    handle: ctypes.CDLL = field(compare=False)  # of one file loaded twice they are two
 
     @property
     def isas(self) -> dict[str, str]:

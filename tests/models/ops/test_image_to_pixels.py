@@ -607,8 +607,8 @@ def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: 
 
 
 def test_a_bundle_says_who_prepares(library: Library, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert Bundle(read(sealed)).image().library is library
-    assert Bundle(read(sealed), ops="required").image().library is library
+    assert Bundle(read(sealed)).image().library == library
+    assert Bundle(read(sealed), ops="required").image().library == library
     assert Bundle(read(sealed), ops="off").image().library is None
     runner = open_bundle(sealed, ops="off")
     assert runner.bundle.image().library is None
