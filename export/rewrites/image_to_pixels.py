@@ -56,6 +56,8 @@ def rewrite(model: ir.Model, params: Params) -> Outcome:
 
 
 def _unfit(graph: ir.Graph, spec: ImagePreprocess) -> str:
+    if spec.resample == "gaussian":
+        return "its pictures are resampled by a Gaussian, which the op does not do; leave `picture_input` out"
     found = {value.name: value for value in graph.inputs}
     if spec.input not in found:
         return f"it has no input {spec.input!r}; it takes {', '.join(map(str, found))}"

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,21 +64,24 @@ class ImagePreprocess(FrozenModel):
     resize  shortest   the short side becomes ``shortest``, the long side int(shortest * long / short); centre crop
             exact      both sides become ``size``
             letterbox  the largest size that fits ``size``, top left; the rest is ``pad`` (0-255)
+            square     ``pad`` is added below or on the right until the picture is square, then both sides become ``size``
+    resample  bicubic, bilinear   as Pillow: antialiased, rounded to 8 bits
+              gaussian            a Gaussian of (shrink - 1) / 2 pixels, then bilinear; nothing is rounded
 
-    With ``in_graph`` the graph does all this itself: it takes the upright picture, uint8 [height, width, 3].
+    ``square`` and ``gaussian`` go together, and the graph cannot do them itself. With ``in_graph`` the graph does all this itself: it takes the upright picture, uint8 [height, width, 3].
     """
 
     kind: Literal["image"] = "image"
     input: str = "pixels"
     in_graph: bool = Field(False, description="the graph prepares the picture: its input is uint8 [height, width, 3]")
     size: tuple[int, int] = Field(description="height, width of the graph's input")
-    resize: Literal["shortest", "exact", "letterbox"] = "shortest"
+    resize: Literal["shortest", "exact", "letterbox", "square"] = "shortest"
     shortest: int | None = Field(None, description="short side in pixels, for resize = shortest")
     keep_square: bool = Field(False, description="a square picture is resized to `size` and not cropped")
     crop_offset: Literal["round", "floor"] = Field(
         "round", description="torchvision rounds half an odd margin, transformers floors it"
     )
-    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    resample: Literal["bicubic", "bilinear", "gaussian"] = "bicubic"
     mean: Triple
     std: Triple
     pad: int = Field(0, ge=0, le=255)
@@ -91,6 +94,12 @@ class ImagePreprocess(FrozenModel):
             raise ValueError(
                 f"resize = shortest needs `shortest` from {max(self.size)} to {MAX_SIDE}; it is {self.shortest}"
             )
+        if (self.resize == "square") != (self.resample == "gaussian"):
+            raise ValueError(
+                f"resize = square and resample = gaussian go together; they are {self.resize} and {self.resample}"
+            )
+        if self.in_graph and self.resample == "gaussian":
+            raise ValueError("no operator resamples by a Gaussian; `in_graph` must be false")
         if min(self.std) < 1e-3:
             raise ValueError(f"std {self.std} is in units of x / 255; each is at least 0.001")
         return self
@@ -185,6 +194,17 @@ class Quantization(FrozenModel):
     calibration: Mapping[str, Any] = Field(default_factory=dict)
 
 
+class SuppressionDefaults(FrozenModel):
+    """How a detect request that says nothing else thins its boxes out; what is absent here is calmclip's own default."""
+
+    method: Literal["hard", "linear", "gaussian"] | None = None
+    sigma: float | None = Field(None, ge=1e-6, le=1e6)
+    iou_threshold: float | None = Field(None, ge=0, le=1)
+    min_score: float | None = Field(None, ge=0, le=1)
+    max_output: int | None = Field(None, ge=1, le=1000)
+    per_class: bool | None = None
+
+
 class File(FrozenModel):
     sha256: str = Field(pattern=_SHA256)
     bytes: int = Field(ge=0)
@@ -197,7 +217,8 @@ ROLES: dict[str, dict[str, type[ImagePreprocess] | type[TextPreprocess] | None]]
     "classify": {"image": ImagePreprocess, "text": TextPreprocess},
     "detect": {"regions": ImagePreprocess, "text": TextPreprocess, "detect": None},
 }
-REGIONS = ("boxes", "class_embeds", "objectness")  # the outputs of `regions`, which `detect` takes
+REGIONS = ("boxes", "class_embeds", "objectness")  # outputs of `regions`; it may have more
+QUERIED = ("boxes", "class_embeds", "text_embeds")  # what `detect` takes besides its settings, and more of `regions`
 SUPPRESSION = ("iou_threshold", "max_output", "method", "min_score", "per_class", "sigma")
 DETECTED = ("candidates", "classes", "kept_boxes", "raw_scores", "scores")
 
@@ -215,6 +236,7 @@ class Manifest(FrozenModel):
     prompts: Plugin | None = None
     head: Plugin | None = None
     labels: Path | None = Field(None, description="JSON list of strings: the bundle's own label set")
+    suppression: SuppressionDefaults | None = Field(None, description="of a detect request, where it differs")
     quantization: Quantization
     created: str = Field(description="UTC, ISO 8601")
     files: Mapping[Path, File] = Field(default_factory=dict, description="every file but this one")
@@ -248,9 +270,15 @@ class Manifest(FrozenModel):
         if task == "detect":
             if not self.prompts:
                 raise ValueError("task 'detect' needs `prompts`")
-            _named("regions", "outputs", self.graphs["regions"].outputs, REGIONS)
-            _named("detect", "inputs", self.graphs["detect"].inputs, (*REGIONS, "text_embeds", *SUPPRESSION))
+            made, taken = self.graphs["regions"].outputs, self.graphs["detect"].inputs
+            _named("regions", "outputs", made, REGIONS, also=made)
+            _named("detect", "inputs", taken, (*QUERIED, *SUPPRESSION), also=made)
             _named("detect", "outputs", self.graphs["detect"].outputs, DETECTED)
+            for name in made.keys() & taken.keys():
+                if made[name].dtype != taken[name].dtype or not fits((1, *made[name].shape[1:]), taken[name].shape):
+                    raise ValueError(
+                        f"`detect` takes {name!r} as another tensor than `regions` answers for one picture"
+                    )
 
 
 def fits(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
@@ -270,9 +298,11 @@ def _embeds(role: str, graph: Graph) -> int:
     raise ValueError(f"graph {role!r} embeds, so it has one output, float32 [B, D] with D a number")
 
 
-def _named(role: str, side: str, found: Mapping[str, Tensor], names: tuple[str, ...]) -> None:
-    if set(found) != set(names):
-        raise ValueError(f"`graphs.{role}.{side}` are {sorted(found)}; expected {sorted(names)}")
+def _named(role: str, side: str, found: Mapping[str, Tensor], names: tuple[str, ...], also: Iterable[str] = ()) -> None:
+    """All of ``names``, and nothing else but some of ``also``."""
+    if not set(names) <= set(found) <= {*names, *also}:
+        besides = f", and besides only some of {sorted(also)}" if also else ""
+        raise ValueError(f"`graphs.{role}.{side}` are {sorted(found)}; expected {sorted(names)}{besides}")
 
 
 # format of the file -> what turns it into the next one. Empty until there is a format 2.

@@ -2,7 +2,8 @@
 
 Equal to the reference processors (torchvision's PIL transforms, transformers' CLIPImageProcessor) because it
 does what they do: Pillow's antialiased bicubic on uint8, then float32 arithmetic. With the op library its kernel
-does both, some ten times as fast and with the same bits.
+does both, some ten times as fast and with the same bits. What is resampled by a Gaussian, `models.preprocess.gaussian`
+makes, as no kernel does.
 """
 
 import io
@@ -16,6 +17,7 @@ from models.errors import BadImage, ImageTooLarge
 from models.flow import Array
 from models.ops import pixels as kernel
 from models.ops.library import Library
+from models.preprocess.gaussian import square_to
 from models.preprocess.memory import Band, in_bands, worth_it
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -68,6 +70,11 @@ class Frame:
         moved: Array = np.clip((boxes - offset) / scale, 0.0, limit).astype(np.float32)
         return moved
 
+    def to_input(self, boxes: Array) -> Array:
+        """The way back: float32 [N, 4] in the original's pixels -> in the input's."""
+        moved: Array = boxes * np.array(self.scale * 2, np.float32) + np.array(self.offset * 2, np.float32)
+        return moved.astype(np.float32)
+
 
 def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """Read the header only. Raises `BadImage` for anything but JPEG, PNG, WebP; `ImageTooLarge` over the limit."""
@@ -109,6 +116,9 @@ def place(spec: ImagePreprocess, width: int, height: int) -> tuple[Placement, Fr
     rows, cols = spec.size
     if spec.resize == "exact" or (spec.keep_square and width == height):
         return Placement(cols, rows), Frame(width, height, (cols / width, rows / height), (0.0, 0.0))
+    if spec.resize == "square":
+        square = max(width, height)
+        return Placement(cols, rows), Frame(width, height, (cols / square, rows / square), (0.0, 0.0))
     if spec.resize == "letterbox":
         ratio = min(cols / width, rows / height)
         w, h = max(1, round(width * ratio)), max(1, round(height * ratio))
@@ -155,6 +165,11 @@ class ImagePreparer:
         placement, frame = place(self.spec, *image.size)
         if self.spec.in_graph:
             return np.asarray(image, np.uint8), frame
+        if self.spec.resample == "gaussian":
+            pixels = square_to(image, self.spec.size, self.spec.pad)
+            pixels *= self.gain
+            pixels += self.bias
+            return pixels[None], frame
         if self.library and self._suits_kernel(image, placement):
             return self._by_kernel(self.library, image, placement), frame
         chw = np.asarray(self._by_pillow(image, placement, frame), np.uint8).transpose(2, 0, 1)

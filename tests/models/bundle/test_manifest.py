@@ -280,6 +280,49 @@ def test_detection_asks_for_its_graphs_by_role_and_name(colours: Json):
         read(whole)
 
 
+def test_regions_may_answer_more_and_detect_takes_what_it_likes_of_it(colours: Json):
+    whole = regions(colours)
+    made, taken = whole["graphs"]["regions"]["outputs"], whole["graphs"]["detect"]["inputs"]
+    made["shift"] = {"dtype": "float32", "shape": ["B", 7]}
+    assert read(whole).tasks == ("detect",)
+    taken["shift"] = {"dtype": "float32", "shape": [1, 7]}
+    del taken["objectness"]
+    assert read(whole).tasks == ("detect",)
+    for wrong in ({"dtype": "float32", "shape": [1, 8]}, {"dtype": "int64", "shape": [1, 7]}):
+        taken["shift"] = wrong
+        with pytest.raises(BundleInvalid, match="`detect` takes 'shift' as another tensor than `regions` answers"):
+            read(whole)
+    del taken["shift"]
+    taken["scale"] = made["shift"]
+    with pytest.raises(
+        BundleInvalid, match=r"`graphs\.detect\.inputs` are .*'scale'.*; expected .*besides only some of"
+    ):
+        read(whole)
+
+
+def test_defaults_of_suppression_are_the_bundles_to_set(colours: Json):
+    assert read(colours).suppression is None
+    colours["suppression"] = {"min_score": 0.1}
+    assert read(colours).suppression.model_dump(exclude_none=True) == {"min_score": 0.1}
+    for name, value in (("min_score", 1.5), ("sigma", 0), ("max_output", 0), ("method", "soft"), ("per_class", 1)):
+        colours["suppression"] = {name: value}
+        with pytest.raises(BundleInvalid, match=rf"suppression\.{name}"):
+            read(colours)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"resize": "square"}, "resize = square and resample = gaussian go together"),
+        ({"resample": "gaussian"}, "resize = square and resample = gaussian go together"),
+        ({"resize": "square", "resample": "gaussian", "in_graph": True}, "`in_graph` must be false"),
+    ],
+)
+def test_only_a_squared_picture_is_resampled_by_a_gaussian(change: Json, says: str):
+    with pytest.raises(ValidationError, match=says):
+        ImagePreprocess(**{"size": (4, 4), "shortest": 4, "mean": (0, 0, 0), "std": (1, 1, 1)} | change)
+
+
 def test_embed_needs_a_graph_that_embeds(colours: Json):
     colours["tasks"] = ["embed"]
     del colours["graphs"]["text"]
@@ -320,6 +363,7 @@ def test_the_format_page_has_a_row_for_every_key():
         *keys(module.Ops, "ops."),
         *keys(Plugin, "head."),
         *keys(module.Quantization, "quantization."),
+        *keys(module.SuppressionDefaults, "suppression."),
         *keys(module.File, "files.*."),
     }
     assert rows == expected
