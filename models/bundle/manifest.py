@@ -64,11 +64,13 @@ class ImagePreprocess(FrozenModel):
     resize  shortest   the short side becomes ``shortest``, the long side int(shortest * long / short); centre crop
             exact      both sides become ``size``
             letterbox  the largest size that fits ``size``, top left; the rest is ``pad`` (0-255)
-            square     ``pad`` is added below or on the right until the picture is square, then both sides become ``size``
+            square     made square by ``pad``, below or on the right, then both sides become ``size``
     resample  bicubic, bilinear   as Pillow: antialiased, rounded to 8 bits
               gaussian            a Gaussian of (shrink - 1) / 2 pixels, then bilinear; nothing is rounded
 
-    ``square`` and ``gaussian`` go together, and the graph cannot do them itself. With ``in_graph`` the graph does all this itself: it takes the upright picture, uint8 [height, width, 3].
+    ``square`` and ``gaussian`` go together, and not with ``in_graph``.
+
+    With ``in_graph`` the graph does all this itself: it takes the upright picture, uint8 [height, width, 3].
     """
 
     kind: Literal["image"] = "image"
@@ -195,7 +197,7 @@ class Quantization(FrozenModel):
 
 
 class SuppressionDefaults(FrozenModel):
-    """How a detect request that says nothing else thins its boxes out; what is absent here is calmclip's own default."""
+    """What a detect request asks for that does not say otherwise; what is absent here is calmclip's own default."""
 
     method: Literal["hard", "linear", "gaussian"] | None = None
     sigma: float | None = Field(None, ge=1e-6, le=1e6)
@@ -276,9 +278,7 @@ class Manifest(FrozenModel):
             _named("detect", "outputs", self.graphs["detect"].outputs, DETECTED)
             for name in made.keys() & taken.keys():
                 if made[name].dtype != taken[name].dtype or not fits((1, *made[name].shape[1:]), taken[name].shape):
-                    raise ValueError(
-                        f"`detect` takes {name!r} as another tensor than `regions` answers for one picture"
-                    )
+                    raise ValueError(f"`detect` takes {name!r} as another tensor than `regions` answers")
 
 
 def fits(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:

@@ -32,7 +32,7 @@ class Block:
 
     @property
     def end(self) -> int:
-        return self.first + self.weights.shape[1]
+        return self.first + int(self.weights.shape[1])
 
 
 def blocks(side: int, square: int, to: int, width: int = 1) -> Iterator[Block]:

@@ -193,6 +193,7 @@ class ImagePreparer:
 
     def _by_kernel(self, library: Library, image: Image.Image, placement: Placement) -> Array:
         spec, (width, height) = self.spec, image.size
+        assert spec.resample != "gaussian"  # which is not the kernel's
         pixels = np.empty((1, 3, *spec.size), np.float32)
         where = kernel.Placement(placement.height, placement.width, placement.top, placement.left, *spec.size, spec.pad)
         scale, reach = height / placement.height, self._reach(image, placement)
