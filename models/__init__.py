@@ -9,6 +9,7 @@ from typing import Any
 _PUBLIC = {
     "open_bundle": "models.runner",
     "Runner": "models.runner",
+    "Example": "models.tasks.detect",
     "Suppression": "models.tasks.detect",
     "CalmclipError": "models.errors",
 }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from models.measure import latency, machine
 from models.ops.spec import METHODS
 from models.registry import Registry
 from models.runner import Runner, open_bundle
-from models.tasks.detect import Suppression
+from models.tasks.detect import Suppression, default_suppression
 
 # family -> where its registry is. Families of other packages are listed only where their extra is installed.
 FAMILIES = {
@@ -124,11 +125,10 @@ def run_command(argv: list[str]) -> int:
     options.add_argument("--label", action="append", default=[], help="may be given many times")
     options.add_argument("--text", action="append", default=[], help="for embed; may be given many times")
     options.add_argument("--top", type=int, default=5)
-    default = Suppression()
-    options.add_argument("--method", choices=METHODS, default=default.method)
-    options.add_argument("--sigma", type=float, default=default.sigma)
-    options.add_argument("--iou-threshold", type=float, default=default.iou_threshold)
-    options.add_argument("--min-score", type=float, default=default.min_score)
+    options.add_argument("--example", action="append", default=[], type=Path, help="picture of what detect looks for")
+    options.add_argument("--method", choices=METHODS, help="of detect; it and what follows: else the bundle's default")
+    for name in ("sigma", "iou-threshold", "min-score"):
+        options.add_argument(f"--{name}", type=float)
     bundle_options(options)
     given = options.parse_args(argv)
     runner = open_bundle(find(given.bundle, given.bundles), threads=given.threads, ops=given.ops)
@@ -149,7 +149,9 @@ def run_command(argv: list[str]) -> int:
                 {"label": r.label, "score": r.score} for r in runner.classify(path, given.label, top_k=given.top)
             ]
         else:
-            how = Suppression(given.method, given.sigma, given.iou_threshold, given.min_score, given.top)
+            asked = {name: getattr(given, name) for name in ("method", "sigma", "iou_threshold", "min_score")}
+            asked = {name: value for name, value in asked.items() if value is not None} | {"max_output": given.top}
+            how = replace(default_suppression(runner.bundle), **asked)
             rows = [
                 {
                     "label": d.label,
@@ -157,7 +159,7 @@ def run_command(argv: list[str]) -> int:
                     "raw_score": d.raw_score,
                     "box": [round(float(x), 1) for x in d.box],
                 }
-                for d in runner.detect(path, given.label, suppression=how)
+                for d in runner.detect(path, given.label, suppression=how, examples=given.example)
             ]
         answers.append({"picture": str(path), given.task: rows})
     emit(given.json, {"answers": answers}, lambda v: _answers(v["answers"], given.task))

@@ -14,7 +14,7 @@ from models.preprocess.image import MAX_PIXELS
 from models.runtime.clock import Stopwatch
 from models.runtime.session import Session, SessionOptions
 from models.tasks.classify import ClassifyRequest, Ranking, classify
-from models.tasks.detect import Detections, DetectRequest, Suppression, detect
+from models.tasks.detect import Detections, DetectRequest, Example, Suppression, detect
 from models.tasks.embed import EmbedRequest, embed
 from models.tasks.raw import RawRequest, raw
 
@@ -60,10 +60,11 @@ class Runner:
         *,
         templates: Sequence[str] = (),
         suppression: Suppression | None = None,
+        examples: Sequence[Example | Picture] = (),
     ) -> Detections:
-        return self.run(
-            detect(self.bundle, DetectRequest(_bytes(image), labels, templates, suppression or Suppression()))
-        )
+        """``suppression`` None: the bundle's own. ``examples``: pictures of what is wanted, with or without labels."""
+        shown = [one if isinstance(one, Example) else Example(_bytes(one)) for one in examples]
+        return self.run(detect(self.bundle, DetectRequest(_bytes(image), labels, templates, suppression, shown)))
 
     def raw(self, graph: str, feeds: Arrays) -> Arrays:
         return self.run(raw(self.bundle, RawRequest(graph, feeds)))

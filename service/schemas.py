@@ -6,6 +6,7 @@ A request model is filled from JSON, from a multipart form, or from the query be
 
 import base64
 import binascii
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
@@ -22,7 +23,7 @@ from pydantic import (
 
 from models.flow import Array
 from models.tasks.classify import Ranking
-from models.tasks.detect import Detections, Suppression
+from models.tasks.detect import Detections, Example, Suppression
 from service.settings import MAX_TEXTS
 from service.stores import Condition
 
@@ -103,8 +104,25 @@ class ClassifyBody(LabelledPicture):
 _DEFAULT = Suppression()
 
 
+class ExampleBody(Body):
+    """A picture of what is wanted; in a form it is a file."""
+
+    image: Picture
+    box: Annotated[list[StrictFloat], Field(min_length=4, max_length=4, fail_fast=True)] | None = Field(
+        None, description="where in it: x0, y0, x1, y1 in pixels of the upright picture; else what it shows"
+    )
+    label: str | None = Field(None, min_length=1, description="its name in the answer; else 'example N'")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file(cls, value: Any) -> Any:
+        return {"image": value} if isinstance(value, bytes) else value
+
+
 class DetectBody(LabelledPicture):
-    """Ranges of the thresholds are the task's own."""
+    """Ranges of the thresholds are the task's own; their defaults those of a bundle that brings none along."""
+
+    examples: list[ExampleBody] = Field([], fail_fast=True, description="what to look for, beside labels or instead")
 
     method: Literal["hard", "linear", "gaussian"] = _DEFAULT.method
     sigma: float = Field(_DEFAULT.sigma, description="gaussian: a larger one suppresses less")
@@ -113,8 +131,13 @@ class DetectBody(LabelledPicture):
     max_output: int = Field(_DEFAULT.max_output, description="at most this many boxes")
     per_class: bool = Field(_DEFAULT.per_class, description="boxes of different labels leave each other alone")
 
-    def suppression(self) -> Suppression:
-        return Suppression(self.method, self.sigma, self.iou_threshold, self.min_score, self.max_output, self.per_class)
+    def suppression(self, default: Suppression) -> Suppression:
+        """``default``, but for what was sent."""
+        sent = vars(default).keys() & self.model_fields_set
+        return replace(default, **{name: getattr(self, name) for name in sent})
+
+    def shown(self) -> list[Example]:
+        return [Example(one.image, one.box, one.label) for one in self.examples]
 
 
 class EmbedInput(Body):
@@ -280,7 +303,7 @@ class Box(Answer):
 
 class DetectedBox(Answer):
     label: str
-    index: int = Field(description="place among the labels sent")
+    index: int = Field(description="place among the labels sent, examples counted on behind them")
     score: float = Field(description="after suppression")
     raw_score: float = Field(description="before")
     box: Box

@@ -48,6 +48,7 @@ class Limits(_Group):
     )
     labels: int = Field(default=256, ge=1, description="labels in a request or label set")
     templates: int = Field(default=32, ge=1, description="prompt templates in a request or label set")
+    examples: int = Field(default=8, ge=1, description="example pictures in a detect request")
     texts: int = Field(default=256, ge=1, le=MAX_TEXTS, description="inputs of one embed request; items of one upload")
     top_k: int = Field(default=1000, ge=1, description="hits of one search; items of one page")
     collections: int = Field(default=1000, ge=1, description="collections in the store")

@@ -7,7 +7,7 @@
 Bytes are counted as they come in; nothing is kept of a body that is too large.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import orjson
@@ -20,8 +20,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from models.errors import BadRequest, ImageTooLarge, InputError
 from models.preprocess.image import inspect
 from service.context import Context, context, service
+from service.labels import MAX_CHARACTERS
 from service.problems import BodyTooLarge, InvalidRequest, WrongContentType, invalid
-from service.schemas import Body, EmbedBody, LabelledPicture
+from service.schemas import Body, EmbedBody, ExampleBody, LabelledPicture
 from service.settings import Limits
 
 B = TypeVar("B", bound=Body)
@@ -49,6 +50,17 @@ def check_picture(data: bytes, own: Context, limits: Limits, where: str = "") ->
     """Bytes and header, before anything is decoded; ``where`` begins the message. Raises `InputError`s."""
     with own.clock.stage("decode"):
         _check_picture(data, limits, where)
+
+
+def check_examples(examples: Sequence[ExampleBody], own: Context, limits: Limits) -> None:
+    """Their number and names, then each picture as `check_picture` does. Raises `InputError`s."""
+    if len(examples) > limits.examples:
+        raise BadRequest(f"{len(examples)} examples were given; at most {limits.examples} are looked at")
+    for index, one in enumerate(examples):
+        if one.label and len(one.label) > MAX_CHARACTERS:
+            count = len(one.label)
+            raise BadRequest(f"example {index}: its label has {count} characters; at most {MAX_CHARACTERS} are read")
+        check_picture(one.image, own, limits, f"example {index}")
 
 
 def _check_picture(data: bytes, limits: Limits, where: str) -> None:
@@ -110,7 +122,7 @@ class _Parser(MultiPartParser):
 
 async def _form(request: Request, limits: Limits) -> list[tuple[str, Any]]:
     stream = _stream(request, limits.body_bytes, BodyTooLarge, "the body")
-    most = limits.texts + limits.labels + limits.templates + 16
+    most = limits.texts + limits.labels + limits.templates + limits.examples + 16
     parser = _Parser(request.headers, stream, max_files=most, max_fields=most, max_part_size=limits.image_bytes)
     try:
         form = await parser.parse()

@@ -19,7 +19,7 @@ from models.errors import BadRequest
 from models.flow import Array, Call, Flow
 from models.preprocess.image import decode
 from models.runner import Runner
-from models.tasks.detect import Detections, Suppression
+from models.tasks.detect import Detections, default_suppression
 
 THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).round(2))
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -160,7 +160,7 @@ def measure(runner: Runner, data: Path, limit: int | None = None) -> Mapping[str
     """All names of the file as labels, then only those present in each picture, as a user would ask."""
     instances = read_instances(data)
     pictures, truth = first(instances.pictures, limit), first(instances.truth, limit)
-    settings = replace(Suppression(), min_score=FLOOR, max_output=MOST)
+    settings = replace(default_suppression(runner.bundle), min_score=FLOOR, max_output=MOST)
     every = np.arange(len(instances.names))
 
     def search(labels: Callable[[Boxes], Array]) -> Iterable[Boxes]:

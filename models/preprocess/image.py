@@ -193,14 +193,15 @@ class ImagePreparer:
 
     def _by_kernel(self, library: Library, image: Image.Image, placement: Placement) -> Array:
         spec, (width, height) = self.spec, image.size
-        assert spec.resample != "gaussian"  # which is not the kernel's
+        resample = spec.resample
+        assert resample != "gaussian"  # which is not the kernel's
         pixels = np.empty((1, 3, *spec.size), np.float32)
         where = kernel.Placement(placement.height, placement.width, placement.top, placement.left, *spec.size, spec.pad)
         scale, reach = height / placement.height, self._reach(image, placement)
 
         def use(band: Band) -> None:
             picture = kernel.Picture(band.address, height, width, *band.strides, band.first, band.rows)
-            kernel.image_to_pixels(library, picture, where, spec.resample, self.gain, self.bias, pixels, band.outputs)
+            kernel.image_to_pixels(library, picture, where, resample, self.gain, self.bias, pixels, band.outputs)
 
         in_bands(image, spec.size[0], lambda row: (placement.top + row + 0.5) * scale, reach, use)
         return pixels

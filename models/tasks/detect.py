@@ -1,21 +1,28 @@
-"""Picture + labels -> boxes in pixels of the original upright picture.
+"""Picture + labels and examples -> boxes in pixels of the original upright picture.
 
 The `regions` graph proposes boxes and says what each looks like; the `detect` graph compares them with the
 labels and suppresses (op SoftNMS: Bodla et al. 2017, arXiv 1704.04503). Thresholds are inputs of that graph,
-so one bundle serves every setting.
+so one bundle serves every setting. An example is a picture of what is wanted: its own regions give a query, which takes
+the place of a text's vector.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite
+from typing import Any, TypeVar
 
 import numpy as np
 
 from models.bundle.bundle import Bundle
-from models.errors import BadRequest
+from models.errors import BadRequest, InputError
 from models.flow import Array, Call, Flow, Work
 from models.ops.spec import METHODS, Method
-from models.preprocess.image import decode
+from models.preprocess.image import Frame, decode
+from models.tasks.examples import pick
 from models.tasks.texts import choose, embed_labels
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,38 @@ class Suppression:
         }
 
 
+def default_suppression(bundle: Bundle) -> Suppression:
+    """What a request that says nothing else asks for: the manifest's words, over calmclip's own."""
+    said = bundle.manifest.suppression
+    return replace(Suppression(), **said.model_dump(exclude_none=True)) if said else Suppression()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of what is wanted. ``box``: where in it, x0 y0 x1 y1 in pixels of the upright picture; None: what it
+    shows. ``label``: what it is called in the answer; None: "example N", counted from 0."""
+
+    image: bytes
+    box: Sequence[float] | None = None
+    label: str | None = None
+
+
 @dataclass(frozen=True)
 class DetectRequest:
+    """The bundle's own labels are looked for where there are neither labels nor examples. ``suppression`` None: the
+    bundle's default."""
+
     image: bytes
     labels: Sequence[str] = ()
     templates: Sequence[str] = ()
-    suppression: Suppression = field(default_factory=Suppression)
+    suppression: Suppression | None = None
+    examples: Sequence[Example] = ()
 
 
 @dataclass(frozen=True)
 class Detection:
     label: str
-    index: int  # in the request's labels
+    index: int  # in the request's labels, examples counted on behind them
     score: float  # after suppression
     raw_score: float  # before
     box: Array  # float32 [4] x0 y0 x1 y1
@@ -88,14 +115,19 @@ class Detections:
 
 def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
     bundle.require("detect")
-    settings = request.suppression.tensors()
-    labels = choose(bundle, request.labels)
+    settings = (request.suppression or default_suppression(bundle)).tensors()
+    labels = () if request.examples and not request.labels else choose(bundle, request.labels)
     picture = yield Work("decode", lambda: decode(request.image, max_pixels=bundle.max_pixels))
     preparer = bundle.image("regions")
     pixels, frame = preparer.prepare(picture)
-    text = yield from embed_labels(bundle, labels, request.templates)
+    queries = [(yield from embed_labels(bundle, labels, request.templates))] if labels else []
+    for number, example in enumerate(request.examples):
+        queries.append((yield from _embed_example(bundle, number, example)))
+        labels = (*labels, f"example {number}" if example.label is None else example.label)
     regions = yield Call("regions", {preparer.spec.input: pixels})
-    found = yield Call("detect", {**regions, "text_embeds": text, **settings})
+    wanted = bundle.graph("detect").inputs.keys() & regions.keys()
+    feeds = {name: regions[name] for name in sorted(wanted)}
+    found = yield Call("detect", {**feeds, "text_embeds": np.concatenate(queries), **settings})
 
     boxes = frame.to_original(found["kept_boxes"])
     return Detections(
@@ -107,3 +139,35 @@ def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
         ),
         int(found["candidates"][0]),
     )
+
+
+def _embed_example(bundle: Bundle, number: int, example: Example) -> Flow[Array]:
+    """-> float32 [1, D], the query. Raises `InputError`s that name the example."""
+
+    def named(do: Callable[..., T], *given: Any) -> T:
+        try:
+            return do(*given)
+        except InputError as error:
+            raise type(error)(f"example {number}: {error}") from None
+
+    preparer = bundle.image("regions")
+    if example.box is not None:
+        named(_checked, example.box)
+    picture = yield Work("decode", lambda: named(lambda: decode(example.image, max_pixels=bundle.max_pixels)))
+    pixels, frame = yield Work("preprocess", lambda: preparer.prepare(picture))
+    box = named(_within, example.box or (0.0, 0.0, frame.width, frame.height), frame)
+    regions = yield Call("regions", {preparer.spec.input: pixels})
+    return named(partial(pick, drawn=example.box is not None), regions, frame.to_input(box))
+
+
+def _checked(box: Sequence[float]) -> None:
+    if len(box) != 4 or not all(map(isfinite, box)) or not (box[0] < box[2] and box[1] < box[3]):
+        raise BadRequest(f"box is {[*box]}; expected x0, y0, x1, y1 in pixels, x0 < x1 and y0 < y1")
+
+
+def _within(box: Sequence[float], frame: Frame) -> Array:
+    """What of the box is in the picture. Raises `BadRequest` when nothing is."""
+    cut: Array = np.clip(np.array(box, np.float64), 0.0, [frame.width, frame.height] * 2).astype(np.float32)
+    if not (cut[0] < cut[2] and cut[1] < cut[3]):
+        raise BadRequest(f"box {[*box]} lies outside of its picture, {frame.width} x {frame.height} pixels")
+    return cut

@@ -1,16 +1,16 @@
-"""POST /v1/detect: picture + labels -> boxes in pixels of the original picture."""
+"""POST /v1/detect: picture + labels and examples -> boxes in pixels of the original picture."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
-from models.tasks.detect import DetectRequest, detect
+from models.tasks.detect import DetectRequest, default_suppression, detect
 from service.context import Own, Parts, task
 from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
 from service.routes import admitted, respond
 from service.schemas import DetectAnswer, DetectBody
-from service.uploads import body_of, check_picture
+from service.uploads import body_of, check_examples, check_picture
 
 router = APIRouter(tags=["tasks"], dependencies=[Depends(task("detect")), Depends(admitted)])
 
@@ -19,7 +19,7 @@ EXAMPLE = {"image": {"b64": "/9j/4AAQSkZJRg=="}, "labels": ["car", "bicycle"], "
 
 @router.post(
     "/v1/detect",
-    summary="Where labels are in a picture",
+    summary="Where labels, or what examples show, are in a picture",
     openapi_extra=takes(DetectBody, EXAMPLE),
     responses=answers(
         DetectAnswer, *ENGINE, *INPUT, *PICTURE, "label-set-not-found", "too-many-labels", "text-too-long"
@@ -30,6 +30,7 @@ async def detect_boxes(body: Annotated[DetectBody, Depends(body_of(DetectBody))]
     own.model = loaded.name
     labels, templates = parts.labels.resolve(body.labels, body.label_set, body.templates)
     check_picture(body.image, own, parts.settings.limits)
-    suppression = body.suppression()
-    flow = detect(loaded.bundle, DetectRequest(body.image, labels, templates, suppression))
+    check_examples(body.examples, own, parts.settings.limits)
+    suppression = body.suppression(default_suppression(loaded.bundle))
+    flow = detect(loaded.bundle, DetectRequest(body.image, labels, templates, suppression, body.shown()))
     return respond(own, DetectAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own), suppression))

@@ -8,12 +8,13 @@ import pytest
 import models
 from models.errors import CalmclipError
 from models.runner import Runner, open_bundle
-from models.tasks.detect import Suppression
+from models.tasks.detect import Example, Suppression
 
 
 def test_the_public_names_are_these():
-    assert sorted(models.__all__) == ["CalmclipError", "Runner", "Suppression", "open_bundle"]
+    assert sorted(models.__all__) == ["CalmclipError", "Example", "Runner", "Suppression", "open_bundle"]
     assert (models.open_bundle, models.Runner, models.Suppression) == (open_bundle, Runner, Suppression)
+    assert models.Example is Example
     assert models.CalmclipError is CalmclipError
 
 

@@ -1,0 +1,81 @@
+"""Examples instead of words: in JSON, in a form, beside labels, and what is refused. Regions are the four quarters."""
+
+import base64
+
+import pytest
+
+from models.tasks.detect import Suppression
+from service.schemas import DetectBody
+
+
+def b64(data: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(data).decode()}
+
+
+def labels(answer) -> list[tuple[str, int, dict[str, float]]]:
+    assert answer.status_code == 200, answer.text
+    return [(one["label"], one["index"], one["box"]) for one in answer.json()["detections"]]
+
+
+LOWER_RIGHT = {"x0": 32, "y0": 32, "x1": 64, "y1": 64}
+
+
+def test_an_example_finds_its_like(client, picture):
+    image = picture("red", "green", "green", "blue", size=(64, 64))
+    body = {"image": b64(image), "examples": [{"image": b64(picture("blue")), "label": "mine"}], "min_score": 0.99}
+    assert labels(client.post("/v1/detect", json=body)) == [("mine", 0, LOWER_RIGHT)]
+
+
+def test_a_box_says_where_in_the_example(client, picture):
+    image = picture("red", "green", "green", "blue", size=(64, 64))
+    # the same picture is its own example: the box is its lower right quarter
+    example = {"image": b64(image), "box": [33, 33.5, 64, 64]}
+    body = {"image": b64(image), "labels": ["red"], "examples": [example], "min_score": 0.99}
+    found = labels(client.post("/v1/detect", json=body))
+    assert ("example 0", 1, LOWER_RIGHT) in found
+    assert sorted(index for _, index, _ in found) == [0, 1]
+
+
+def test_in_a_form_examples_are_files(client, picture):
+    image = picture("red", "green", "green", "blue", size=(64, 64))
+    files = [("image", image), ("examples", picture("white")), ("examples", picture("blue"))]
+    answer = client.post("/v1/detect", files=files, data={"min_score": "0.99"})
+    assert labels(answer) == [("example 1", 1, LOWER_RIGHT)]
+
+
+@pytest.mark.parametrize(
+    ("example", "status", "words"),
+    [
+        ({"image": {"b64": "aGVsbG8="}}, 415, "example 0: 5 bytes"),
+        ({"image": {"b64": ""}}, 415, "example 0: the picture has 0 bytes"),
+        ({"image": {"url": "x"}}, 422, "b64"),
+        ({"box": [0, 0, 1, 1]}, 422, "image"),
+        ({"box": [0, 0, 1], "image": None}, 422, "box"),
+        ({"box": [0, 0, 1, True], "image": None}, 422, "box"),
+        ({"box": [0, 0, 0, 1]}, 422, "example 0: box is"),
+        ({"box": [99, 0, 100, 1]}, 422, "lies outside of its picture"),
+        ({"label": ""}, 422, "label"),
+        ({"label": "x" * 1001}, 422, "example 0: its label has 1001 characters"),
+        ({"size": 3}, 422, "size"),
+        ("hello", 422, "examples"),
+    ],
+)
+def test_what_is_no_example_is_refused_in_words(client, picture, example, status, words):
+    if isinstance(example, dict) and "image" not in example and words != "image":
+        example = {"image": b64(picture("red"))} | example
+    answer = client.post("/v1/detect", json={"image": b64(picture("red")), "examples": [example]})
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert words in answer.text
+
+
+def test_there_are_few_examples_in_a_request(client, picture):
+    body = {"image": b64(picture("red")), "examples": [{"image": b64(picture("red"))}] * 9}
+    answer = client.post("/v1/detect", json=body)
+    assert answer.status_code == 422
+    assert "9 examples were given; at most 8 are looked at" in answer.json()["detail"]
+
+
+def test_only_what_was_sent_goes_before_the_bundles_defaults():
+    body = DetectBody.model_validate({"image": b"", "sigma": 0.5, "labels": ["a"]})
+    own = Suppression("hard", sigma=3, min_score=0.01, max_output=7, per_class=False)
+    assert body.suppression(own) == Suppression("hard", sigma=0.5, min_score=0.01, max_output=7, per_class=False)
