@@ -267,6 +267,7 @@ def _write(
         prompts=net.prompts,
         head=net.head,
         labels=net.labels,
+        suppression=net.suppression,
         quantization=quantization,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import torch
 
-from models.bundle.manifest import ImagePreprocess, Plugin, Source, Task, Tensor, TextPreprocess
+from models.bundle.manifest import ImagePreprocess, Plugin, Source, SuppressionDefaults, Task, Tensor, TextPreprocess
 from models.flow import Arrays
 from models.registry import Registry
 
@@ -69,6 +69,7 @@ class Net:
     ranges: Mapping[str, Path] = field(default_factory=dict)
     keep_float: bool = False  # export seals NAME-float beside NAME-int8 unless told otherwise
     bars: Mapping[str, float] = field(default_factory=dict)  # defaults of the recipe's bars for this net
+    suppression: SuppressionDefaults | None = None  # of a detect request, where calmclip's do not suit its scores
 
 
 @dataclass(frozen=True)

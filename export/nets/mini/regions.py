@@ -7,26 +7,22 @@ background, which take what is none of the prompts, and ends in box-prompt pairs
     score = softmax(SCALE cos)[prompt] * objectness
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper, parser
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from export.nets import Built, Net, Tower
+from export.nets import Built, Net, Tower, _detect
 from export.nets.mini.backbone import QUANTIZE, Backbone
 from export.nets.mini.boxhead import BoxHead
 from export.nets.mini.towers import ImageHead, ImageTower, TextTower
-from export.rewrites.soft_nms import CANDIDATES as CANDIDATE
-from export.rewrites.soft_nms import SETTINGS
 from models.bundle.manifest import ImagePreprocess
 from models.bundle.manifest import Tensor as Spec
 from models.flow import Array, Arrays
-from models.ops.spec import SOFT_NMS, SOFTMAX
+from models.ops.spec import SOFTMAX
 
 SIZE = 640  # the letterboxed picture's sides
 CELL = 32  # pixels of a cell of the map that regions are averaged from
@@ -35,7 +31,6 @@ FIRST = 400  # best cells that suppression looks at
 OVERLAP = 0.5  # of two proposals the worse goes over this IoU
 ROUNDS = 12
 SCALE = 20.0
-CANDIDATES = 2000  # box-prompt pairs, best first, that reach SoftNMS: its loop must end, whatever is asked
 BACKGROUND = (
     "the sky",
     "grass",
@@ -133,58 +128,27 @@ def _f32(*shape: int | str) -> Spec:
     return Spec(dtype="float32", shape=shape)
 
 
-OPSET = 18
-
-
 def detect_graph(background: Array, scale: float = SCALE) -> Built:
-    """background [G, D] unit rows -> the graph that turns regions and prompts into candidates for SoftNMS.
-
-    A candidate is a box-prompt pair with a score of at least min_score; the best `CANDIDATES` are answered.
-    """
+    """background [G, D] unit rows -> the graph that turns regions and prompts into candidates for SoftNMS."""
     dim = background.shape[1]
-    inputs = {
+    regions = {
         "class_embeds": _f32(1, PROPOSALS, dim),
         "boxes": _f32(1, PROPOSALS, 4),
         "objectness": _f32(1, PROPOSALS),
-        "text_embeds": _f32("Q", dim),
-        "min_score": SETTINGS["min_score"],
     }
-    outputs = {**CANDIDATE, "candidates": Spec(dtype="int64", shape=(1,))}
-    model = parser.parse_model(f"""
-        <ir_version: 10, opset_import: ["": {OPSET}]>
-        detect ({_declare(inputs)}) => ({_declare(outputs)})
-        <float[{len(background)}, {dim}] background, float scale = {{{scale}}},
-         int64[1] first = {{0}}, int64[1] last = {{-1}}, int64[1] axis = {{1}}, int64[1] most = {{{CANDIDATES}}}>
-        {{
-            described = Concat <axis = 0> (text_embeds, background)
-            directions = Transpose (described)
-            region = Squeeze (class_embeds, first)
-            cosines = MatMul (region, directions)
-            logits = Mul (cosines, scale)
-            chances = Softmax <axis = -1> (logits)
-            labels = Shape <start = 0, end = 1> (text_embeds)
-            wanted = Slice (chances, first, labels, axis)
-            column = Transpose (objectness)
-            pairs = Mul (wanted, column)
-
-            flat = Reshape (pairs, last)
-            good = GreaterOrEqual (flat, min_score)
-            found = NonZero (good)
-            all_pairs = Squeeze (found, first)
-            candidates = Shape (all_pairs)
-            all_scores = Gather (flat, all_pairs)
-            count = Min (candidates, most)
-            candidate_scores, best = TopK (all_scores, count)
-            pair = Gather (all_pairs, best)
-            box_of = Div (pair, labels)
-            candidate_classes = Mod (pair, labels)
-            all_boxes = Squeeze (boxes, first)
-            candidate_boxes = Gather (all_boxes, box_of)
-        }}
-    """)
-    model.graph.initializer.append(numpy_helper.from_array(background.astype(np.float32), "background"))
-    onnx.checker.check_model(model, full_check=True)
-    return Built(model, attach=("soft_nms",), examples=(_example(dim),), promises={SOFTMAX.name: 1, SOFT_NMS.name: 1})
+    score = """
+        described = Concat <axis = 0> (text_embeds, background)
+        directions = Transpose (described)
+        region = Squeeze (class_embeds, first)
+        cosines = MatMul (region, directions)
+        logits = Mul (cosines, scale)
+        chances = Softmax <axis = -1> (logits)
+        wanted = Slice (chances, first, labels, axis)
+        column = Transpose (objectness)
+        pairs = Mul (wanted, column)
+    """
+    constants = {"background": background.astype(np.float32), "scale": np.float32(scale), "axis": np.array([1])}
+    return _detect.detect_graph(regions, dim, score, constants, _example(dim), {SOFTMAX.name: 1})
 
 
 def _example(dim: int) -> Arrays:
@@ -202,11 +166,6 @@ def _example(dim: int) -> Arrays:
         "min_score": np.full(1, 0.1),
     }
     return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
-
-
-def _declare(tensors: Mapping[str, Spec]) -> str:
-    kinds = {"float32": "float", "int64": "int64"}
-    return ", ".join(f"{kinds[t.dtype]}[{', '.join(map(str, t.shape))}] {name}" for name, t in tensors.items())
 
 
 PIXELS = ImagePreprocess(

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
 
 from export import rewrites
+from export.nets._detect import CANDIDATES
 from export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
 from export.nets.mini.regions import (
-    CANDIDATES,
     CELL,
     PROPOSALS,
     SCALE,
