@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tomli_w
 
-from export.recipe import load_recipe, recognise
+from export.nets import Net, NetPlugin
+from export.recipe import Recipe, load_recipe, load_weights, recognise
 from models.cli import BUNDLES, bundle_options, emit, parser, positive
 
 
@@ -16,8 +17,7 @@ def export_command(argv: list[str]) -> int:
 
     options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
     net_name, plugin = recognise(options.checkpoint)
-    net = plugin.load(options.checkpoint)
-    recipe = _recipe(options, net_name, net)
+    recipe, net = _recipe(options, net_name, plugin)
     sealed = build(recipe, options.out, net=net, say=lambda line: None if options.json else print(line, flush=True))
     report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
     rows = [
@@ -37,8 +37,7 @@ def recipe_command(argv: list[str]) -> int:
     """`calmclip recipe CHECKPOINT`: the recipe that export would use, as TOML."""
     options = _export_parser("recipe", "Print the recipe that export would use.").parse_args(argv)
     net_name, plugin = recognise(options.checkpoint)
-    net = plugin.load(options.checkpoint)
-    recipe = _recipe(options, net_name, net)
+    recipe, net = _recipe(options, net_name, plugin)
     data = recipe.model_dump(mode="json", exclude_none=True, exclude={"checkpoint", "net", "replace"})
     data["quantize"] = {
         role: {"name": tower.quantizer, "params": dict(tower.quantizer_params)} for role, tower in net.towers.items()
@@ -95,16 +94,25 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--images", type=Path, help="calibration pictures (a folder)")
     options.add_argument("--texts", type=Path, help="calibration texts (one a line)")
     options.add_argument("--keep-float", action=argparse.BooleanOptionalAction, help="seal the float bundle too")
+    options.add_argument(
+        "--activation",
+        choices=("gelu", "gelu_tanh", "quick_gelu"),
+        help="of the blocks, where the checkpoint does not say it",
+    )
     options.add_argument("--replace", action="store_true", default=None, help="replace bundles of the same name")
     return options
 
 
-def _recipe(options: argparse.Namespace, net_name: str, net):  # type: ignore[no-untyped-def]
+def _recipe(options: argparse.Namespace, net_name: str, plugin: NetPlugin) -> tuple[Recipe, Net]:
+    weights = load_weights(options.recipe, activation=options.activation)
+    net = plugin.load(options.checkpoint, weights)
     calibration = {k: v for k, v in (("images", options.images), ("texts", options.texts)) if v is not None}
-    return load_recipe(
+    recipe = load_recipe(
         options.checkpoint, net_name, net, options.recipe,
         name=options.name, keep_float=options.keep_float, replace=options.replace, calibration=calibration or None,
+        weights=weights.model_dump(),
     )  # fmt: skip
+    return recipe, net
 
 
 def _summary(value: dict) -> None:  # type: ignore[type-arg]

@@ -54,7 +54,7 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
             f"{out / taken[0]} exists, and a sealed bundle never changes; pass --replace or another --name"
         )
     say(f"loading {recipe.checkpoint} with the net {recipe.net}")
-    net = net or NETS.get(recipe.net).load(recipe.checkpoint)
+    net = net or NETS.get(recipe.net).load(recipe.checkpoint, recipe.weights)
     with _scratch(net) as directory:
         shown = samples.pictures(), calibrate.fitting(net, directory, samples.texts())
         made = _convert(recipe, net, directory, shown, say)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from export.checkpoints import Weights
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
 from export.rewrites import REWRITES, swaps
@@ -52,6 +53,7 @@ class Recipe(FrozenModel):
     picture_input: bool = Field(
         False, description="image graphs take decoded pictures, one at a time, and prepare them (op ImageToPixels)"
     )
+    weights: Weights = Weights()
     calibration: Calibration = Calibration()
     bars: Bars = Bars()
     keep_float: bool = False
@@ -71,8 +73,20 @@ def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
         plugin = NETS.get(name)
         if plugin.recognise(checkpoint):
             return name, plugin
-    kind = "a directory no net recognises" if Path(checkpoint).is_dir() else "no directory and no built-in model"
+    kind = "of no kind that a net recognises" if Path(checkpoint).exists() else "no directory and no built-in model"
     raise UnknownCheckpoint(f"{checkpoint!r} is {kind}; tried: {', '.join(NETS.names())}. The built-in one is 'mini'.")
+
+
+def load_weights(file: Path | None = None, **flags: Any) -> Weights:
+    """What the recipe says of the weights, which a net is loaded with: the TOML ``file``'s, then ``flags`` not None.
+
+    Raises `BadRequest` naming the key that does not fit.
+    """
+    data = _merge(_toml(file).get("weights", {}), {key: value for key, value in flags.items() if value is not None})
+    try:
+        return Weights.model_validate(data)
+    except ValidationError as error:
+        raise _bad(error, "weights.") from None
 
 
 def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = None, **flags: Any) -> Recipe:
@@ -84,11 +98,7 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
         c if c.isalnum() or c in "._-" else "-" for c in Path(checkpoint).resolve().name.lower()
     ).strip("._-")
     data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": default_name}
-    if file:
-        try:
-            data = _merge(data, tomllib.loads(file.read_text(encoding="utf-8")))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise BadRequest(f"recipe {file} cannot be read: {error}") from None
+    data = _merge(data, _toml(file))
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})
     data |= {"checkpoint": checkpoint, "net": net_name}
     try:
@@ -106,9 +116,22 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                     f"here go {', '.join(swaps())}"
                 )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadRequest(f"recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise _bad(error) from None
     return recipe
+
+
+def _toml(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"recipe {file} cannot be read: {error}") from None
+
+
+def _bad(error: ValidationError, where: str = "") -> BadRequest:
+    first = error.errors()[0]
+    return BadRequest(f"recipe: {where}{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

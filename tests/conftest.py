@@ -60,8 +60,8 @@ def tiny_bundles(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
     from export.recipe import load_recipe
 
     out = tmp_path_factory.mktemp("bundles")
-    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    net = NETS.get("clip").load(str(tiny_hf_clip))
     # random towers keep no accuracy bar worth the name; the walk is what is under test
     bars = {"min_image_cosine": 0.9, "min_text_cosine": 0.9}
-    build(load_recipe(str(tiny_hf_clip), "hf_clip", net, name="tiny", keep_float=True, bars=bars), out, net=net)
+    build(load_recipe(str(tiny_hf_clip), "clip", net, name="tiny", keep_float=True, bars=bars), out, net=net)
     return out

@@ -175,5 +175,5 @@ def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
     found = json.loads(capsys.readouterr().out)
     assert {"cosine", "sigmoid"} <= set(found["heads"])
     assert {"single", "ensemble"} <= set(found["prompts"])
-    assert {"mini", "hf_clip", "open_clip"} <= set(found["nets"])
+    assert {"mini", "clip"} <= set(found["nets"])
     assert all(found.values()), "an empty family is printed"

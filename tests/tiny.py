@@ -69,6 +69,54 @@ def open_clip(directory: Path) -> Path:
     return directory
 
 
+def open_clip_custom_text(directory: Path) -> Path:
+    """The same with the text tower under a name of its own, not causal, pooled at the last of 77 tokens (SigLIP's)."""
+    from open_clip.model import CustomTextCLIP
+
+    torch.manual_seed(0)
+    more = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
+    config = {
+        "embed_dim": 16,
+        "init_logit_bias": -10,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+        "text_cfg": {
+            "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2,
+            "no_causal_mask": True, "pool_type": "last", "proj_bias": True, **more,
+        },
+    }  # fmt: skip
+    clip = CustomTextCLIP(**config)
+    _spread(clip)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return directory
+
+
+def openai_module() -> torch.nn.Module:
+    """A CLIP in OpenAI's names and with its three marks, as open_clip builds it: heads 64 wide, QuickGELU."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    clip = CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
+        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+        quick_gelu=True,
+    )
+    _spread(clip)
+    return clip.eval()
+
+
+def openai(directory: Path) -> Path:
+    """OpenAI's state dict in a file: DIRECTORY/clip.pt."""
+    marks = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
+    state = {**openai_module().state_dict(), **{name: torch.tensor(value) for name, value in marks.items()}}
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(state, directory / "clip.pt")
+    return directory / "clip.pt"
+
+
 def tokenizer() -> Tokenizer:
     """Whole words for `WORDS`, single letters for the rest; <s> text </s>."""
     letters = "abcdefghijklmnopqrstuvwxyz'?!,"

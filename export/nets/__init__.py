@@ -74,10 +74,13 @@ class Net:
 
 @dataclass(frozen=True)
 class NetPlugin:
-    """``recognise(checkpoint)``: is this directory (or built-in name) one of ours? ``load(checkpoint) -> Net``."""
+    """``recognise(checkpoint)``: is this directory, file or built-in name one of ours? ``load(checkpoint, weights)``.
+
+    ``weights``: what the recipe says of them; the default says nothing.
+    """
 
     recognise: Callable[[str], bool]
-    load: Callable[[str], Net]
+    load: Callable[..., Net]
 
 
 NETS: Registry[NetPlugin] = Registry("nets", "export.nets")

@@ -25,7 +25,7 @@ def test_an_empty_folder_is_an_error_that_says_what_was_expected(tmp_path: Path)
 
 
 def test_feeds_are_what_the_service_would_feed(tiny_hf_clip: Path, tmp_path: Path, photographs: dict[str, Path]):
-    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    net = NETS.get("clip").load(str(tiny_hf_clip))
     (tmp_path / "tokenizer.json").write_bytes(net.files["tokenizer.json"])
     (image,) = calibrate.feeds(net.towers["image"], tmp_path, [photographs["cat"]], [])
     assert image["pixels"].shape == (1, 3, 32, 32)
@@ -54,14 +54,14 @@ def test_recorded_ranges_come_back_only_for_the_graph_weights_and_quantizer_they
 
 
 def test_a_broken_calibration_picture_is_named(tiny_hf_clip: Path, tmp_path: Path):
-    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    net = NETS.get("clip").load(str(tiny_hf_clip))
     (tmp_path / "half.jpg").write_bytes(b"\xff\xd8 no more")
     with pytest.raises(BadImage, match=r"half\.jpg: "):
         list(calibrate.feeds(net.towers["image"], tmp_path, [tmp_path / "half.jpg"], []))
 
 
 def test_texts_that_are_all_too_long_are_an_error(tiny_hf_clip: Path, tmp_path: Path):
-    net = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    net = NETS.get("clip").load(str(tiny_hf_clip))
     (tmp_path / "tokenizer.json").write_bytes(net.files["tokenizer.json"])
     with pytest.raises(BadRequest, match="all 1 calibration texts have more than 40 tokens"):
         calibrate.fitting(net, tmp_path, ["z" * 90])

@@ -32,9 +32,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_vit_b_32_becomes_an_int8_bundle_of_a_third_of_its_size(checkpoint: Path, tmp_path: Path, photographs):
-    net = NETS.get("hf_clip").load(str(checkpoint))
+    net = NETS.get("clip").load(str(checkpoint))
     # random towers map everything to nearly one point, which flatters the cosine; size and walk are under test
-    recipe = load_recipe(str(checkpoint), "hf_clip", net, name="vit-b-32", keep_float=True)
+    recipe = load_recipe(str(checkpoint), "clip", net, name="vit-b-32", keep_float=True)
     int8, whole = build(recipe, tmp_path, net=net)
     sizes = [sum(file.bytes for file in sealed.manifest.files.values()) for sealed in (int8, whole)]
     assert sizes[1] > 590e6  # 151 million numbers in float32

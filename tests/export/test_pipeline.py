@@ -25,11 +25,11 @@ FLOAT = {"image": {"name": "none"}, "text": {"name": "none"}}
 
 @pytest.fixture(scope="module")
 def net(tiny_hf_clip: Path):
-    return NETS.get("hf_clip").load(str(tiny_hf_clip))
+    return NETS.get("clip").load(str(tiny_hf_clip))
 
 
 def recipe(net, **flags):
-    return load_recipe("x", "hf_clip", net, name="tiny", **flags)
+    return load_recipe("x", "clip", net, name="tiny", **flags)
 
 
 def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Path):
@@ -160,9 +160,9 @@ def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path
 @pytest.fixture(scope="module")
 def open_clip_bundles(tiny_open_clip: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("open_clip")
-    net = NETS.get("open_clip").load(str(tiny_open_clip))
+    net = NETS.get("clip").load(str(tiny_open_clip))
     bars = {"min_image_cosine": 0.9, "min_text_cosine": 0.9}
-    build(load_recipe("x", "open_clip", net, name="oc", keep_float=True, bars=bars), out, net=net)
+    build(load_recipe("x", "clip", net, name="oc", keep_float=True, bars=bars), out, net=net)
     return out
 
 

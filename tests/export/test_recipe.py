@@ -49,10 +49,10 @@ def test_a_slip_in_the_file_is_named(tmp_path: Path, text: str, what: str):
 
 
 def test_checkpoints_are_recognised_by_what_is_in_them(tiny_hf_clip: Path, tiny_open_clip: Path, tmp_path: Path):
-    assert recognise(str(tiny_hf_clip))[0] == "hf_clip"
-    assert recognise(str(tiny_open_clip))[0] == "open_clip"
+    assert recognise(str(tiny_hf_clip))[0] == "clip"
+    assert recognise(str(tiny_open_clip))[0] == "clip"
     assert recognise("mini")[0] == "mini"
-    with pytest.raises(UnknownCheckpoint, match="a directory no net recognises"):
+    with pytest.raises(UnknownCheckpoint, match="of no kind that a net recognises"):
         recognise(str(tmp_path))
     with pytest.raises(UnknownCheckpoint, match="no directory and no built-in model"):
         recognise("vit-b-32")

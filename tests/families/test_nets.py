@@ -11,7 +11,7 @@ from export.nets import NETS, Net
 from export.quantizers import QUANTIZERS
 from export.trace import example
 
-CHECKPOINTS = {"mini": "mini", "hf_clip": "tiny_hf_clip", "open_clip": "tiny_open_clip"}
+CHECKPOINTS = {"mini": "mini", "clip": "tiny_hf_clip"}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from export.checkpoints import Weights
 from export.nets import NETS, Net, NetPlugin, Tower
 from export.nets.mini import backbone, boxhead, minilm
 from export.nets.mini.features import PIXELS
@@ -19,6 +20,7 @@ from export.nets.mini.regions import add_detection
 from export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
 from export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
 from models.bundle.manifest import Plugin, Source, Tensor, TextPreprocess
+from models.errors import BadRequest
 from models.ops.spec import SOFTMAX
 
 RANGES = Path(__file__).with_name("ranges.json")
@@ -37,8 +39,10 @@ def recognise(checkpoint: str) -> bool:
     return checkpoint == "mini" or (Path(checkpoint) / SHIPPED.name).is_file()
 
 
-def load(checkpoint: str) -> Net:
-    """Raises `WeightsMissing`, which says what to install."""
+def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
+    """Raises `WeightsMissing`, which says what to install; `BadRequest` where the recipe says something of weights."""
+    if weights != Weights():
+        raise BadRequest("the built-in model's weights are what they are; the recipe's [weights] do not apply to it")
     directory = None if checkpoint == "mini" else Path(checkpoint)
     file = (directory or SHIPPED.parent) / SHIPPED.name
     boxes = directory / BOXES.name if directory and (directory / BOXES.name).is_file() else BOXES
@@ -53,7 +57,7 @@ def load(checkpoint: str) -> Net:
             weights={
                 BACKBONE.origin: BACKBONE.sha256,
                 MINILM.origin: MINILM.sha256,
-                **{weights.name: hashlib.sha256(weights.read_bytes()).hexdigest() for weights in (file, boxes)},
+                **{one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in (file, boxes)},
             },
             license="Apache-2.0",
             notes=_NOTES,

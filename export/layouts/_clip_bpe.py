@@ -6,7 +6,7 @@ open_clip also repairs broken Unicode (ftfy) and unescapes HTML first; texts tha
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from export.nets._files import require_package
+from export.checkpoints.files import require_package
 
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 

@@ -10,7 +10,8 @@ import torch
 import transformers
 from PIL import Image
 
-from export.nets.hf_clip import image_preprocess, load
+from export.layouts._hugging_face import image_preprocess
+from export.nets.clip import load
 from models.errors import UnknownCheckpoint
 from models.runner import open_bundle
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.nets._clip_bpe import tokenizer_json
-from export.nets.open_clip import load
+from export.layouts._clip_bpe import tokenizer_json
+from export.nets.clip import load
 from export.pipeline import build
 from export.recipe import load_recipe
 from models.errors import UnknownCheckpoint
@@ -32,7 +32,7 @@ def runner(tiny_open_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     out = tmp_path_factory.mktemp("bundles")
     net = load(str(tiny_open_clip))
     float_only = {"image": {"name": "none"}, "text": {"name": "none"}}
-    build(load_recipe(str(tiny_open_clip), "open_clip", net, name="oc", quantize=float_only), out, net=net)
+    build(load_recipe(str(tiny_open_clip), "clip", net, name="oc", quantize=float_only), out, net=net)
     return open_bundle(out / "oc-int8")
 
 
@@ -69,7 +69,8 @@ def test_texts_come_out_as_open_clip_embeds_them(runner: Runner, reference):
     [
         ({"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode 'longest'"),
         ({"model_cfg": None}, "has no model_cfg"),
-        ({"model_cfg": {"embed_dim": 16, "text_cfg": {"hf_model_name": "roberta"}}}, "not read yet"),
+        ({"model_cfg": {"embed_dim": 16, "text_cfg": {}, "vision_cfg": {"pool_type": "avg"}}}, "pool_type is 'avg'"),
+        ({"model_cfg": {"embed_dim": 16, "text_cfg": {"pool_type": "eos"}, "vision_cfg": {}}}, "pool_type is 'eos'"),
     ],
 )
 def test_what_is_not_supported_is_named(tiny_open_clip: Path, tmp_path: Path, change: dict, what: str):

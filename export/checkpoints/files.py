@@ -1,14 +1,11 @@
-"""What nets share in reading a checkpoint directory."""
+"""What readers of checkpoints share: a JSON file, an optional package."""
 
-import hashlib
 import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from models.errors import ExtraMissing, UnknownCheckpoint
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,22 +19,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def weights_sha256(directory: Path) -> dict[str, str]:
-    """Weight file -> sha256, for the manifest's `source`."""
-    found = {}
-    for path in sorted(p for p in directory.iterdir() if p.suffix in _WEIGHTS):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
 def require_package(name: str, what: str) -> Any:
     """The module ``name``; `ExtraMissing` says which extra holds it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        package, _, _ = name.partition(".")
+        if error.name != package:
             raise
         raise ExtraMissing(
-            f"{what} reads checkpoints with {name!r}, which is not installed; pip install 'calmclip[nets]'"
+            f"{what} is read with {package!r}, which is not installed; pip install 'calmclip[nets]'"
         ) from None

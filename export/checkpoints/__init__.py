@@ -1,0 +1,59 @@
+"""A checkpoint as research code left it: tensors by name, and the configs beside them. Nothing of it is executed.
+
+`Checkpoint` is what layouts look at; `read` makes one of a directory or of one file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from export.checkpoints.files import read_json
+from export.checkpoints.weights import load_tensors, weight_files
+from models.bundle.manifest import FrozenModel
+from models.errors import UnknownCheckpoint
+
+CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
+
+
+class Weights(FrozenModel):
+    """What the recipe says of the weights: facts that a checkpoint leaves out."""
+
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``tensors``: without the prefixes that training adds (``module.``); as they lie on disk, float16 too."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    given: Weights = field(default_factory=Weights)
+
+    @property
+    def directory(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, empty where there is none."""
+        return self.configs.get("config.json", {})
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
+
+
+def read(checkpoint: str | Path, given: Weights | None = None) -> Checkpoint:
+    """Raises `UnknownCheckpoint` naming the file, and the key where it is about one."""
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UnknownCheckpoint(f"{path} does not exist; expected a checkpoint's directory or file")
+    files, configs = weight_files(path), {}
+    if path.is_dir():
+        configs = {name: read_json(path / name) for name in CONFIGS if (path / name).is_file()}
+    return Checkpoint(path, load_tensors(files), configs, given or Weights())

@@ -1,0 +1,94 @@
+"""Tensors out of a TorchScript archive (OpenAI's CLIP .pt), without loading the program in it.
+
+An archive is a zip: ``NAME/data.pkl`` pickles the module tree, ``NAME/data/0`` and so on hold the numbers,
+``NAME/code/`` the program. `torch.jit.load` would compile that program. Here data.pkl goes through an unpickler that
+knows three things: tensors, ordered dictionaries, and module objects, which become plain dictionaries.
+"""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import UnknownCheckpoint
+
+_STORAGES = {
+    f"{kind}Storage": dtype
+    for kind, dtype in {
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Double": torch.float64,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Bool": torch.bool,
+    }.items()
+}
+
+
+def is_archive(file: Path) -> bool:
+    """A zip with a program in it."""
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """Tensor by the path of its module: ``visual.conv1.weight``."""
+    with zipfile.ZipFile(file) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
+        tree = _Unpickler(archive, name.removesuffix("data.pkl"), file).load()
+    found: dict[str, Tensor] = {}
+    _collect(tree, "", found)
+    return found
+
+
+def _collect(value: Any, name: str, found: dict[str, Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found[name] = value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _collect(inner, f"{name}.{key}" if name else str(key), found)
+
+
+class _Module(dict[str, Any]):
+    """What stands for any object of the program: its attributes."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.update(state)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, archive: zipfile.ZipFile, root: str, file: Path) -> None:
+        super().__init__(archive.open(f"{root}data.pkl"))
+        self.archive, self.root, self.file = archive, root, file
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Module
+        match module, name:
+            case "torch._utils", "_rebuild_tensor_v2":
+                return _tensor
+            case "collections", "OrderedDict":
+                return OrderedDict
+            case "torch", storage if storage in _STORAGES:
+                return storage
+            case "torch.jit._pickle", _:
+                return lambda values, *_: values  # build_intlist and its like, restore_type_tag
+        raise UnknownCheckpoint(f"{self.file} is a TorchScript archive that asks for {module}.{name}, which is not run")
+
+    def persistent_load(self, reference: Any) -> Tensor:
+        _, kind, key, _, number = reference
+        raw = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        values = torch.frombuffer(raw, dtype=_STORAGES[kind]) if raw else torch.empty(0, dtype=_STORAGES[kind])
+        if len(values) < number:
+            raise UnknownCheckpoint(f"{self.file}: data/{key} holds {len(values)} numbers; expected {number}")
+        return values
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, tuple(size), tuple(stride), offset)

@@ -1,0 +1,204 @@
+"""FAMILY layouts: how a research code names the tensors of a CLIP -> our names, and what shapes do not say.
+
+A layout is data: which names are decisive, a table of names, and a function for the settings. Names are templates:
+``{i}``, ``{e}`` stand for a number, ``{p}`` for weight or bias; so a table reads both ways, and what is missing is
+reported by the name it has in the checkpoint.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.checkpoints import Checkpoint
+from export.towers import part
+from models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
+from models.errors import UnknownCheckpoint
+from models.registry import Registry
+
+_HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias"}
+DROP = ""  # as a target: known, and not needed
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``theirs`` -> ``ours``, or `DROP`. ``how`` is done to the tensor; ``piece``: of several that are stacked, in
+    order, along the first axis."""
+
+    theirs: str
+    ours: str
+    how: Callable[[Tensor], Tensor] | None = None
+    piece: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a bundle is made of, beside the tensors.
+
+    ``image``, ``text``: the tensors of a tower, without its prefix -> an empty module with those names.
+    """
+
+    image: Callable[[Mapping[str, Tensor]], nn.Module]
+    text: Callable[[Mapping[str, Tensor]], nn.Module]
+    pixels: ImagePreprocess
+    tokens: TextPreprocess
+    tokenizer: bytes
+    license: str = "not stated in the checkpoint"
+    prompts: Plugin = field(default_factory=lambda: Plugin(name="single", params={"template": "a photo of a {}."}))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides: ``keys``, templates, each of which some tensor has, and ``without``, which none has; ``file``, a
+    config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say.
+
+    ``settings(checkpoint, tensors by our names)``; ``needs``: our names that are always there.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    settings: Callable[[Checkpoint, Mapping[str, Tensor]], Settings]
+    without: tuple[str, ...] = ()
+    file: str | None = None
+    no_file: str | None = None
+    model_type: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say
+
+    def fits(self, checkpoint: Checkpoint) -> bool:
+        if self.file and self.file not in checkpoint.configs:
+            return False
+        if self.no_file in checkpoint.configs:
+            return False
+        if self.model_type and checkpoint.config.get("model_type") not in self.model_type:
+            return False
+        found = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.keys]
+        barred = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.without]
+        return all(found) and not any(barred)
+
+
+LAYOUTS: Registry[Layout] = Registry("layouts", "export.layouts")
+
+
+def find(checkpoint: Checkpoint) -> tuple[str, Layout] | None:
+    """The one layout that fits; None where none does. Two that fit are a defect of the table."""
+    fitting = [(name, LAYOUTS.get(name)) for name in LAYOUTS.names() if LAYOUTS.get(name).fits(checkpoint)]
+    if len(fitting) > 1:
+        raise UnknownCheckpoint(f"{checkpoint.path} fits several layouts: {', '.join(name for name, _ in fitting)}")
+    return fitting[0] if fitting else None
+
+
+def nearest(checkpoint: Checkpoint) -> str | None:
+    """Why no layout fits, where one knows nearly all names of the tensors; None where none does."""
+    known = {name: sum(_apply(LAYOUTS.get(name).rules, key)[0] is not None for key in checkpoint.names)
+             for name in LAYOUTS.names()}  # fmt: skip
+    best = max(known, key=known.__getitem__)
+    layout = LAYOUTS.get(best)
+    if known[best] < 0.8 * len(checkpoint.names):
+        return None
+    absent = [key for key in layout.keys if not any(_match(key, name) for name in checkpoint.names)]
+    return f"its tensors are nearly those of {layout.title}" + (f", but {', '.join(absent)} is missing" * bool(absent))
+
+
+def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Tensors by our names, float32. Raises `UnknownCheckpoint` naming what the table does not know or wants."""
+    found: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
+    unexpected = []
+    for name, tensor in checkpoint.tensors.items():
+        rule, ours = _apply(layout.rules, name)
+        if rule is None:
+            unexpected.append(name)
+        elif rule.ours != DROP:
+            value = tensor.float() if tensor.is_floating_point() else tensor
+            value = rule.how(value) if rule.how else value
+            if rule.piece is None:
+                found[ours] = value
+            else:
+                pieces.setdefault(ours, {})[rule.piece] = value
+    if unexpected:
+        raise UnknownCheckpoint(
+            f"{checkpoint.path}: {len(unexpected)} tensors are not of the layout {layout.title!r}, "
+            f"{_some(unexpected)} among them"
+        )
+    missing = []
+    for ours, parts in pieces.items():
+        numbers = [rule.piece for rule in layout.rules if rule.piece is not None and _match(rule.ours, ours)]
+        if absent := [n for n in numbers if n not in parts]:
+            missing += [_theirs(layout, ours, n) for n in absent]
+        elif len({tensor.shape[1:] for tensor in parts.values()}) > 1:
+            names = [f"{_theirs(layout, ours, n)} {list(tensor.shape)}" for n, tensor in sorted(parts.items())]
+            raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of {', '.join(names)} do not go together")
+        else:
+            found[ours] = torch.cat([parts[n] for n in sorted(parts)])
+    missing += [_theirs(layout, ours) for ours in layout.needs if ours not in found and ours not in pieces]
+    if missing:
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
+    return layout.finish(found)
+
+
+def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any) -> nn.Module:
+    """The tower whose tensors are those of ``state`` under ``prefix``, ready to run: ``make(tensors)`` with them in.
+
+    Raises `UnknownCheckpoint` naming, as the checkpoint does, what is missing, unexpected or of another shape.
+    """
+    tensors = part(state, prefix)
+    try:
+        module = make(tensors)
+    except KeyError as error:  # a tensor that shapes are read from
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {_theirs(layout, error.args[0])}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    theirs = {name: _theirs(layout, prefix + name) for name in {*wanted, *tensors}}
+    if missing := sorted(theirs[name] for name in wanted.keys() - tensors.keys()):
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
+    if extra := sorted(theirs[name] for name in tensors.keys() - wanted.keys()):
+        raise UnknownCheckpoint(f"{checkpoint.path}: {len(extra)} tensors belong nowhere, {_some(extra)} among them")
+    for name, shape in wanted.items():
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise UnknownCheckpoint(
+                f"{checkpoint.path}: {theirs[name]} has the shape {list(found)}; expected {list(shape)}"
+            )
+    module.load_state_dict(tensors, assign=True)
+    module.requires_grad_(False)
+    module.fold()
+    return module.eval()
+
+
+def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:
+    for rule in rules:
+        if match := _pattern(rule.theirs).fullmatch(name):
+            return rule, rule.ours.format(**match.groupdict())
+    return None, ""
+
+
+def _theirs(layout: Layout, ours: str, piece: int | None = None) -> str:
+    """The checkpoint's name of a tensor of ours; ours where the table has none."""
+    for rule in layout.rules:
+        if rule.ours and (match := _match(rule.ours, ours)) and (piece is None or rule.piece == piece):
+            return rule.theirs.format(**{**dict.fromkeys(_HOLES, "*"), **match.groupdict()})
+    return ours
+
+
+def _match(template: str, name: str) -> re.Match[str] | None:
+    return _pattern(template).fullmatch(name)
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    text, seen = re.escape(template), set()
+    for hole, what in _HOLES.items():
+        mark = re.escape(f"{{{hole}}}")
+        if mark in text:
+            first, _, rest = text.partition(mark)
+            text = f"{first}(?P<{hole}>{what}){rest.replace(mark, f'(?P={hole})')}"
+            seen.add(hole)
+    return re.compile(text)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most])

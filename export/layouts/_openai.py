@@ -1,0 +1,90 @@
+"""The names of OpenAI's CLIP, which most research code keeps, and CLIP's own preprocessing.
+
+Source: Radford et al. 2021 (arXiv 2103.00020) and its published code; projections there are [W, D], ours [D, W].
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from export.layouts import DROP, Rule
+from models.bundle.manifest import ImagePreprocess
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEAD_WIDTH = 64
+
+
+def blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """Residual blocks as `torch.nn.MultiheadAttention` names them, numbered behind ``theirs``."""
+    names = {
+        "ln_1.{p}": "norm1.{p}",
+        "attn.in_proj_{p}": "attn.qkv.{p}",
+        "attn.out_proj.{p}": "attn.out.{p}",
+        "ln_2.{p}": "norm2.{p}",
+        "mlp.c_fc.{p}": "mlp.up.{p}",
+        "mlp.c_proj.{p}": "mlp.down.{p}",
+    }
+    return tuple(Rule(f"{theirs}.{{i}}.{one}", f"{ours}.blocks.{{i}}.{other}") for one, other in names.items())
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.T.contiguous()
+
+
+IMAGE = (
+    Rule("visual.class_embedding", "image.cls"),
+    Rule("visual.positional_embedding", "image.positions"),
+    Rule("visual.conv1.weight", "image.patch.weight"),
+    Rule("visual.conv1.bias", "image.patch.bias"),
+    Rule("visual.ln_pre.{p}", "image.norm_pre.{p}"),
+    *blocks("visual.transformer.resblocks", "image"),
+    Rule("visual.ln_post.{p}", "image.norm_post.{p}"),
+    Rule("visual.proj", "image.projection.weight", transposed),
+)
+
+
+def text(prefix: str = "") -> tuple[Rule, ...]:
+    return (
+        Rule(f"{prefix}token_embedding.weight", "text.tokens.weight"),
+        Rule(f"{prefix}positional_embedding", "text.positions"),
+        *blocks(f"{prefix}transformer.resblocks", "text"),
+        Rule(f"{prefix}ln_final.{{p}}", "text.norm_post.{p}"),
+        Rule(f"{prefix}text_projection", "text.projection.weight", transposed),
+        Rule(f"{prefix}text_projection.{{p}}", "text.projection.{p}"),
+        Rule(f"{prefix}attn_mask", DROP),
+    )
+
+
+SCALARS = (
+    Rule("logit_scale", "logit_scale", torch.Tensor.squeeze),
+    Rule("logit_bias", "logit_bias", torch.Tensor.squeeze),
+    *(Rule(name, DROP) for name in ("input_resolution", "context_length", "vocab_size")),
+)
+NEEDS = (
+    "image.patch.weight",
+    "image.cls",
+    "image.positions",
+    "image.norm_pre.weight",
+    "image.norm_post.weight",
+    "image.projection.weight",
+    "text.tokens.weight",
+    "text.positions",
+    "text.norm_post.weight",
+    "text.projection.weight",
+    "logit_scale",
+)
+
+
+def side(state: Mapping[str, Tensor]) -> int:
+    """Pixels of a square picture's side, by the patches and their positions."""
+    tokens = state["image.positions"].shape[0] - ("image.cls" in state)
+    return round(tokens**0.5) * state["image.patch.weight"].shape[-1]
+
+
+def pixels(side: int) -> ImagePreprocess:
+    """Short side to ``side``, bicubic, centre crop, OpenAI's mean and std."""
+    return ImagePreprocess(
+        size=(side, side), resize="shortest", shortest=side, crop_offset="round", resample="bicubic", mean=MEAN, std=STD
+    )

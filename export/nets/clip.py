@@ -1,0 +1,102 @@
+"""Checkpoints of the CLIP family, whatever their layout: tensors translated to our names, towers of `export.towers`.
+
+Source: Radford et al. 2021 (arXiv 2103.00020); each layout in `export.layouts` names its own.
+Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T] -> text_embeds [B, D]; unit rows.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from export import layouts
+from export.checkpoints import Checkpoint, Weights, read
+from export.checkpoints.weights import weight_files, weights_sha256
+from export.nets import NETS, Net, NetPlugin, Tower
+from models.bundle.manifest import Plugin, Source
+from models.bundle.manifest import Tensor as Spec
+from models.errors import UnknownCheckpoint
+from models.ops.spec import SOFTMAX
+
+
+def recognise(checkpoint: str) -> bool:
+    """Raises `UnknownCheckpoint` for weights that cannot be read, or lack what decides their layout."""
+    try:
+        weight_files(Path(checkpoint))
+    except (UnknownCheckpoint, OSError):
+        return False
+    found = read(checkpoint)
+    if layouts.find(found):
+        return True
+    if why := layouts.nearest(found):
+        raise UnknownCheckpoint(f"{checkpoint}: {why}")
+    return False
+
+
+def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
+    """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported."""
+    found = read(checkpoint, weights)
+    fitting = layouts.find(found)
+    if fitting is None:
+        raise UnknownCheckpoint(f"{checkpoint}: its tensors are of no layout in the table")
+    name, layout = fitting
+    state = layouts.translate(layout, found)
+    settings = layout.settings(found, state)
+    image = layouts.fill(layout, found, state, "image.", settings.image)
+    text = layouts.fill(layout, found, state, "text.", settings.text)
+    dim = state.get("image.projection.weight", state["text.projection.weight"]).shape[0]
+    embeds = Spec(dtype="float32", shape=("B", dim))
+    return Net(
+        name="clip",
+        source=Source(
+            net="clip",
+            model=_name(found),
+            weights=weights_sha256(found.path),
+            license=settings.license,
+            notes=f"layout {name}: {layout.title}",
+        ),
+        tasks=("classify", "embed", "raw"),
+        towers={
+            "image": Tower(
+                image,
+                {settings.pixels.input: Spec(dtype="float32", shape=("B", 3, *settings.pixels.size))},
+                {"image_embeds": embeds},
+                settings.pixels,
+                quantizer="static",
+                promises=_attention(image),
+            ),
+            "text": Tower(
+                text,
+                {name: Spec(dtype=dtype, shape=shape) for name, (dtype, shape) in settings.tokens.feeds().items()},  # type: ignore[arg-type]
+                {"text_embeds": embeds},
+                settings.tokens,
+                quantizer="smooth",
+                promises=_attention(text),
+            ),
+        },
+        files={"tokenizer.json": settings.tokenizer},
+        prompts=settings.prompts,
+        head=head(state),
+    )
+
+
+def head(state: Mapping[str, Tensor]) -> Plugin:
+    scale = float(state["logit_scale"].exp())
+    if "logit_bias" in state:
+        return Plugin(name="sigmoid", params={"scale": scale, "bias": float(state["logit_bias"])})
+    return Plugin(name="cosine", params={"scale": scale})
+
+
+def _attention(tower: nn.Module) -> dict[str, int]:
+    """One Softmax a block, one for a pool that attends; towers of libraries promise nothing."""
+    blocks = getattr(tower, "blocks", None)
+    if blocks is None:
+        return {}
+    return {SOFTMAX.name: len(blocks) + (getattr(tower, "pool", None) is not None)}
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return Path(checkpoint.path).resolve().name
+
+
+NETS.register("clip")(NetPlugin(recognise, load))

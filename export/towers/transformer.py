@@ -1,0 +1,173 @@
+"""Pre-norm transformer blocks: q, k and v from one product, the scale of attention folded into its weights.
+
+Source: Vaswani et al. 2017 (arXiv 1706.03762); pre-norm: Radford et al. 2021 (arXiv 2103.00020), section 2.4;
+norms of q and k: Dehghani et al. 2023 (arXiv 2302.05442); experts: CLIP-MoE, Zhang et al. 2024 (arXiv 2409.19291).
+
+Tokens are float32 [B, T, W]. A mask is float32, added to the logits [B, H, T, T]: 0, or -inf for what is not seen.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from export.towers import State, Style, count, part
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
+def linear(state: State, name: str, inputs: int, outputs: int | None = None, *, bias: bool = True) -> nn.Linear:
+    """An empty layer; as many outputs as ``state`` has for ``name`` where that is free."""
+    return nn.Linear(inputs, outputs or state[f"{name}.weight"].shape[0], bias=bias)
+
+
+def projection(state: State, width: int) -> nn.Module:
+    """What makes vectors of the pooled token: with or without a bias, or nothing."""
+    if "projection.weight" not in state:
+        return nn.Identity()
+    return linear(state, "projection", width, bias="projection.bias" in state)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """q [B, S, W], already scaled, and k, v [B, T, W] -> [B, S, W]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    logits = q @ k.transpose(-1, -2)
+    if mask is not None:
+        logits = logits + mask
+    return (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(-2)
+
+
+class Attention(nn.Module):
+    def __init__(self, state: State, style: Style, width: int) -> None:
+        super().__init__()
+        self.heads = style.heads
+        self.qkv = linear(state, "qkv", width, 3 * width)
+        self.out = linear(state, "out", width, width)
+        self.normed = "q_norm.weight" in state
+        if self.normed:  # over each head
+            self.q_norm = nn.LayerNorm(width // style.heads, eps=style.qk_eps)
+            self.k_norm = nn.LayerNorm(width // style.heads, eps=style.qk_eps)
+
+    def fold(self) -> None:
+        """The scale d^-1/2 of the logits goes into what makes q. Once, when the weights are in."""
+        width = self.qkv.out_features // 3
+        scale = (width // self.heads) ** -0.5
+        layers = [(self.q_norm, width)] if self.normed else [(self.qkv, width)]
+        for layer, rows in layers:
+            layer.weight = _scaled(layer.weight, rows, scale)
+            if layer.bias is not None:
+                layer.bias = _scaled(layer.bias, rows, scale)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.mix(q, k, v, mask)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.normed:
+            q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
+        return self.out(attend(q, k, v, self.heads, mask))
+
+
+class MLP(nn.Module):
+    def __init__(self, state: State, style: Style, width: int) -> None:
+        super().__init__()
+        self.up, self.act = linear(state, "up", width), ACTIVATIONS[style.activation]()
+        self.down = linear(state, "down", self.up.out_features, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Experts(nn.Module):
+    """p = softmax(gate(x)) over experts; the `top` best, renormalised to sum 1, mix their answers.
+
+    Dense: every expert answers every token, which is exact and needs no gathering.
+    """
+
+    def __init__(self, state: State, style: Style, width: int) -> None:
+        super().__init__()
+        number = count(state, "experts.")
+        self.top = style.top
+        self.gate = linear(state, "gate", width, number, bias=False)
+        self.experts = nn.ModuleList(MLP(part(state, f"experts.{e}."), style, width) for e in range(number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chances = self.gate(x).softmax(dim=-1)
+        best, which = chances.topk(self.top, dim=-1)
+        best = best / best.sum(dim=-1, keepdim=True)
+        weights = torch.zeros_like(chances).scatter(-1, which, best)
+        return sum(weights[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]
+
+
+class Block(nn.Module):
+    def __init__(self, state: State, style: Style, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=style.eps), nn.LayerNorm(width, eps=style.eps)
+        self.attn = Attention(part(state, "attn."), style, width)
+        mixture = "mlp.gate.weight" in state
+        self.mlp = (Experts if mixture else MLP)(part(state, "mlp."), style, width)
+
+    def fold(self) -> None:
+        self.attn.fold()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class LastBlock(Block):
+    """The last block for one token a row: of the others only k and v are needed.
+
+    ``own(x) -> [B, 1, W]`` takes that token, ``mask`` is its row. Equal to `Block`, then ``own``.
+    """
+
+    def fold(self) -> None:
+        super().fold()
+        width = self.attn.out.in_features
+        self.q, self.kv = _rows(self.attn.qkv, 0, width), _rows(self.attn.qkv, width, 3 * width)
+        del self.attn.qkv
+
+    def forward(self, x: Tensor, own, mask: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def, override]
+        normed = self.norm1(x)
+        k, v = self.kv(normed).chunk(2, dim=-1)
+        x = own(x) + self.attn.mix(self.q(own(normed)), k, v, mask)
+        return x + self.mlp(self.norm2(x))
+
+
+def blocks(state: State, style: Style, width: int, *, one_token: bool) -> nn.ModuleList:
+    """``state`` holds {i}.norm1.weight and so on. ``one_token``: the last is a `LastBlock`."""
+    number = count(state, "")
+    kinds = [Block] * (number - 1) + [LastBlock if one_token else Block]
+    return nn.ModuleList(kind(part(state, f"{i}."), style, width) for i, kind in enumerate(kinds[:number]))
+
+
+def causal(context: int) -> Tensor:
+    """[1, 1, C, C]: no token sees one that follows it."""
+    return torch.full((context, context), -torch.inf).triu(1)[None, None]
+
+
+def _scaled(weights: Tensor, rows: int, scale: float) -> nn.Parameter:
+    return nn.Parameter(torch.cat([weights[:rows] * scale, weights[rows:]]), requires_grad=False)
+
+
+def _rows(layer: nn.Linear, first: int, last: int) -> nn.Linear:
+    with torch.device("meta"):
+        part = nn.Linear(layer.in_features, last - first, bias=layer.bias is not None)
+    part.weight = nn.Parameter(layer.weight[first:last].clone(), requires_grad=False)
+    if layer.bias is not None:
+        part.bias = nn.Parameter(layer.bias[first:last].clone(), requires_grad=False)
+    return part
+
+
+def unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows, dim=-1)

@@ -1,0 +1,160 @@
+"""What every layout promises, on a checkpoint of each: one test module, `CHECKPOINTS` grows with the family."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from export import layouts
+from export.checkpoints import Checkpoint, read
+from export.layouts import LAYOUTS
+from export.nets.clip import load, recognise
+from export.trace import example, to_onnx
+from models.errors import UnknownCheckpoint
+from tests import tiny
+
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "hf_clip": tiny.hf_clip,
+    "open_clip": tiny.open_clip,
+    "open_clip_custom_text": tiny.open_clip_custom_text,
+    "openai": tiny.openai,
+}
+ALL = pytest.mark.parametrize("name", LAYOUTS.names())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = CHECKPOINTS[name](tmp_path_factory.mktemp("layouts") / name)
+        return made[name]
+
+    return of
+
+
+def test_every_layout_has_a_checkpoint_to_be_tested_with():
+    assert sorted(CHECKPOINTS) == LAYOUTS.names()
+
+
+@ALL
+def test_its_checkpoint_fits_it_alone(name: str, checkpoint):
+    found = read(checkpoint(name))
+    assert [other for other in LAYOUTS.names() if LAYOUTS.get(other).fits(found)] == [name]
+
+
+@ALL
+def test_towers_answer_unit_rows_and_trace_to_graphs(name: str, checkpoint):
+    net = load(str(checkpoint(name)))
+    for role, tower in net.towers.items():
+        with torch.inference_mode():
+            found = tower.module(*example(tower))
+        assert found.shape == (2, tower.outputs[f"{role}_embeds"].shape[1])
+        assert np.allclose(found.norm(dim=-1), 1.0, atol=1e-5)
+        assert [v.name for v in to_onnx(tower).graph.input] == list(tower.inputs)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    return dict(read(path).tensors)
+
+
+def _damaged(path: Path, tensors: dict[str, torch.Tensor], target: Path) -> Path:
+    """The checkpoint at ``path`` with other tensors: its configs stay."""
+    if path.is_dir():
+        shutil.copytree(path, target)
+        for file in (*target.glob("*.safetensors"), *target.glob("*.bin"), *target.glob("*.pt")):
+            file.unlink()
+        file = target / "model.safetensors"
+    else:
+        file = target = target.with_suffix(".safetensors")
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    return target
+
+
+def _needed(name: str, checkpoint: Checkpoint) -> list[str]:
+    """Some of its tensors, by the checkpoint's names, that are translated."""
+    rules = LAYOUTS.get(name).rules
+    return [key for key in sorted(checkpoint.tensors) if (rule := layouts._apply(rules, key)[0]) and rule.ours]
+
+
+@ALL
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_tensor_that_is_missing_is_named(name: str, place: float, checkpoint, tmp_path: Path):
+    path = checkpoint(name)
+    needed = _needed(name, read(path))
+    tensors = _tensors(path)
+    decisive = [key for key in needed if any(layouts._match(one, key) for one in LAYOUTS.get(name).keys)]
+    others = [key for key in needed if key not in decisive]
+    gone = others[int(place * len(others))]
+    del tensors[gone]
+    lame = _damaged(path, tensors, tmp_path / "lame")
+    with pytest.raises(UnknownCheckpoint, match=gone.replace(".", r"\.")):
+        load(str(lame))
+
+
+@ALL
+def test_where_what_decides_is_missing_the_nearest_layout_is_named(name: str, checkpoint, tmp_path: Path):
+    tensors = _tensors(checkpoint(name))
+    gone = next(key for key in tensors if layouts._match(LAYOUTS.get(name).keys[0], key))
+    lame = _damaged(checkpoint(name), {k: t for k, t in tensors.items() if k != gone}, tmp_path / "lame")
+    with pytest.raises(UnknownCheckpoint, match=gone.replace(".", r"\.")):
+        recognise(str(lame))
+
+
+@ALL
+def test_a_tensor_that_is_unexpected_is_named(name: str, checkpoint, tmp_path: Path):
+    tensors = _tensors(checkpoint(name)) | {"somewhere.else.weight": torch.zeros(3)}
+    with pytest.raises(UnknownCheckpoint, match=r"somewhere\.else\.weight"):
+        load(str(_damaged(checkpoint(name), tensors, tmp_path / "more")))
+
+
+@ALL
+@pytest.mark.parametrize("place", [0.35, 0.65])
+def test_a_tensor_of_another_shape_is_named(name: str, place: float, checkpoint, tmp_path: Path):
+    path = checkpoint(name)
+    tensors = _tensors(path)
+    matrices = [key for key in _needed(name, read(path)) if tensors[key].ndim == 2]
+    bent = matrices[int(place * len(matrices))]
+    tensors[bent] = torch.cat([tensors[bent], tensors[bent][:, :1]], dim=1)
+    with pytest.raises(UnknownCheckpoint) as raised:
+        load(str(_damaged(path, tensors, tmp_path / "bent")))
+    assert "shape" in str(raised.value)
+    assert path.name in str(raised.value) or "bent" in str(raised.value)
+
+
+@ALL
+def test_a_file_cut_short_is_named(name: str, checkpoint, tmp_path: Path):
+    path = _damaged(checkpoint(name), _tensors(checkpoint(name)), tmp_path / "cut")
+    file = path / "model.safetensors" if path.is_dir() else path
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UnknownCheckpoint, match=file.name.replace(".", r"\.")):
+        load(str(path))
+
+
+@ALL
+def test_float16_weights_come_out_as_float32_towers(name: str, checkpoint, tmp_path: Path):
+    halves = {n: t.half() if t.is_floating_point() else t for n, t in _tensors(checkpoint(name)).items()}
+    net = load(str(_damaged(checkpoint(name), halves, tmp_path / "half")))
+    assert {p.dtype for tower in net.towers.values() for p in tower.module.parameters()} <= {torch.float32}
+
+
+@ALL
+def test_it_says_where_it_is_from(name: str):
+    module = sys.modules[LAYOUTS.get(name).settings.__module__]
+    assert module.__doc__
+    assert "Source: " in module.__doc__
+    assert LAYOUTS.get(name).title
+
+
+def test_no_two_rules_of_a_layout_read_the_same_name(checkpoint):
+    for name in LAYOUTS.names():
+        rules = LAYOUTS.get(name).rules
+        for key in read(checkpoint(name)).names:
+            fitting = [rule for rule in rules if layouts._match(rule.theirs, key)]
+            assert len(fitting) <= 1, f"{name}: {key} is read by {[rule.theirs for rule in fitting]}"
