@@ -53,6 +53,13 @@ def tiny_open_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+
+    return tiny.owl(tmp_path_factory.mktemp("checkpoints") / "tiny-owl")
+
+
+@pytest.fixture(scope="session")
 def tiny_bundles(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny-int8 and tiny-float, sealed by `export.pipeline.build`. Not to be changed: copy it."""
     from export.nets import NETS

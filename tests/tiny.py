@@ -117,6 +117,38 @@ def openai(directory: Path) -> Path:
     return directory / "clip.pt"
 
 
+def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -> Path:
+    """A Hugging Face OWL-ViT (kind "owlvit") or OWLv2 directory: 16 tokens of context, 32-d vectors."""
+    import transformers
+
+    torch.manual_seed(0)
+    names = {"owlvit": ("OwlViT", 3), "owlv2": ("Owlv2", 2)}
+    name, resample = names[kind]
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        text_config={**tower, "vocab_size": 600, "max_position_embeddings": 16},
+        vision_config={**tower, "hidden_size": 64, "image_size": side, "patch_size": patch},
+        projection_dim=32,
+    )
+    model = getattr(transformers, f"{name}ForObjectDetection")(config)
+    _spread(getattr(model, kind))
+    with torch.no_grad():  # heads that say something, and do not drown in their sigmoids
+        for head, gain in (("box_head", 1.0), ("objectness_head", 1.0), ("class_head", 0.5)):
+            for layer in getattr(model, head, torch.nn.Module()).modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.weight.normal_(std=gain * layer.in_features**-0.5)
+                    layer.bias.normal_(std=0.1)
+        model.class_head.logit_scale.bias.fill_(4.0)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(directory)
+    processor = getattr(transformers, f"{name}ImageProcessor")(size={"height": side, "width": side}, resample=resample)
+    processor.save_pretrained(directory)
+    return directory
+
+
 def tokenizer() -> Tokenizer:
     """Whole words for `WORDS`, single letters for the rest; <s> text </s>."""
     letters = "abcdefghijklmnopqrstuvwxyz'?!,"

@@ -102,7 +102,8 @@ class Detection:
 
 @dataclass(frozen=True)
 class Detections:
-    """Best first. ``width``, ``height``: of the upright picture. ``candidates``: box-label pairs over min_score."""
+    """Best first, none that lies beside the picture. ``width``, ``height``: of the upright picture.
+    ``candidates``: box-label pairs over min_score."""
 
     width: int
     height: int
@@ -136,6 +137,7 @@ def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
         tuple(
             Detection(labels[c], int(c), float(score), float(raw), box)
             for c, score, raw, box in zip(found["classes"], found["scores"], found["raw_scores"], boxes, strict=True)
+            if box[0] < box[2] and box[1] < box[3]  # else it lies in what was added to the picture
         ),
         int(found["candidates"][0]),
     )

@@ -11,7 +11,7 @@ from export.nets import NETS, Net
 from export.quantizers import QUANTIZERS
 from export.trace import example
 
-CHECKPOINTS = {"mini": "mini", "clip": "tiny_hf_clip"}
+CHECKPOINTS = {"mini": "mini", "clip": "tiny_hf_clip", "owl": "tiny_owl"}
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,13 @@ def test_the_detect_graph_takes_regions_unit_texts_and_settings(finder: Bundle, 
     }
 
 
+def test_a_box_in_the_padding_is_no_answer(finder: Bundle, png: Png):
+    # 16 x 32 fills 4 x 8 of the letterbox; the second box begins where the picture ends
+    kept = KEPT | {"kept_boxes": np.array([[3, 0, 5, 8], [4, 0, 8, 8]], np.float32)}
+    found, _ = find(finder, png("red", (16, 32)), kept)
+    assert [one.box.tolist() for one in found] == [[12, 0, 16, 32]]
+
+
 def test_nothing_found_is_an_answer(finder: Bundle, png: Png):
     none: dict[str, Array] = {name: array[:0] for name, array in KEPT.items()} | {"candidates": np.array([0])}
     found, _ = find(finder, png("red"), none)
