@@ -60,6 +60,19 @@ def tiny_owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def owl_bundles(tiny_owl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with owl-int8 and owl-float, an OWLv2. Not to be changed: copy it."""
+    from export.nets import NETS
+    from export.pipeline import build
+    from export.recipe import load_recipe
+
+    out = tmp_path_factory.mktemp("detectors")
+    net = NETS.get("owl").load(str(tiny_owl))
+    build(load_recipe(str(tiny_owl), "owl", net, name="owl", keep_float=True), out, net=net)
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_bundles(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny-int8 and tiny-float, sealed by `export.pipeline.build`. Not to be changed: copy it."""
     from export.nets import NETS

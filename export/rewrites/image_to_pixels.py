@@ -13,6 +13,7 @@ from onnxscript import ir
 from export.functions.image_to_pixels import image_to_pixels
 from export.rewrites import REWRITES, Outcome, Rewrite, inner
 from models.bundle.manifest import FrozenModel, ImagePreprocess, fits
+from models.errors import BadRequest
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, VERSION
 from models.preprocess.image import normalisation
 
@@ -24,7 +25,12 @@ class Params(FrozenModel):
 
 
 def inside(spec: ImagePreprocess) -> ImagePreprocess:
-    """``spec`` of a graph that does all of it itself."""
+    """``spec`` of a graph that does all of it itself. Raises `BadRequest` for what the op does not do."""
+    if spec.resample == "gaussian":
+        raise BadRequest(
+            "the pictures of this net are resampled by a Gaussian, which ImageToPixels does not do; "
+            "leave picture_input out of the recipe"
+        )
     return spec.model_copy(update={"input": PICTURE, "in_graph": True})
 
 
@@ -56,8 +62,6 @@ def rewrite(model: ir.Model, params: Params) -> Outcome:
 
 
 def _unfit(graph: ir.Graph, spec: ImagePreprocess) -> str:
-    if spec.resample == "gaussian":
-        return "its pictures are resampled by a Gaussian, which the op does not do; leave `picture_input` out"
     found = {value.name: value for value in graph.inputs}
     if spec.input not in found:
         return f"it has no input {spec.input!r}; it takes {', '.join(map(str, found))}"

@@ -1,0 +1,413 @@
+"""OWL-ViT and OWLv2 against transformers on the checkpoints it wrote: what patches see, boxes, queries by picture."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+
+from export import parity, rewrites
+from export.nets import NETS, Net
+from export.nets._detect import CANDIDATES
+from export.nets.owl import detect_graph, grid_bias, pixels
+from export.rewrites import image_to_pixels
+from models.bundle.bundle import Bundle
+from models.bundle.manifest import DETECTED, Manifest
+from models.bundle.store import Sealed
+from models.commands import check_command
+from models.errors import BadRequest, UnknownCheckpoint
+from models.flow import Array, Arrays, Call, drive
+from models.ops.reference import soft_nms
+from models.preprocess.image import decode
+from models.preprocess.text import TextPreparer
+from models.runner import Runner, open_bundle
+from models.tasks.detect import Detections, DetectRequest, Example, Suppression, detect
+from tests import tiny
+
+KINDS = {"owlvit": "OwlViT", "owlv2": "Owlv2"}
+EVERYTHING = Suppression("hard", iou_threshold=1.0, min_score=0.0, max_output=1000)  # nothing overlaps by more than all
+LABELS = ["a cat", "two dogs", "a photo of red"]
+
+
+@dataclass
+class Made:
+    """One checkpoint: our net, and transformers' model and processor of it."""
+
+    directory: Path
+    net: Net
+    bundle: Bundle
+    run: Callable[[Call], Arrays]
+    model: Any
+    processor: Any
+    seen: dict[bytes, torch.Tensor] = field(default_factory=dict)
+
+    def find(self, picture: bytes, labels: list[str], **more: Any) -> Detections:
+        return drive(detect(self.bundle, DetectRequest(picture, labels, ["{}"], EVERYTHING, **more)), self.run)
+
+    def sees(self, picture: bytes) -> torch.Tensor:
+        if picture not in self.seen:  # the reference takes its time
+            upright = ImageOps.exif_transpose(Image.open(io.BytesIO(picture))).convert("RGB")
+            pixels = self.processor(upright, return_tensors="np")["pixel_values"]
+            self.seen[picture] = torch.tensor(np.asarray(pixels))
+        return self.seen[picture]
+
+    def reads(self, labels: list[str]) -> dict[str, torch.Tensor]:
+        """As transformers' processor feeds them: always 16 tokens, the rest padding that a mask hides."""
+        rows = [tiny.tokenizer().encode(label).ids for label in labels]
+        ids, mask = (torch.zeros((len(rows), 16), dtype=torch.int64) for _ in range(2))
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def assemble(net: Net, directory: Path) -> tuple[Bundle, Callable[[Call], Arrays]]:
+    """A bundle whose towers are the torch modules themselves, and whose `detect` graph is the real one."""
+    for name, data in net.files.items():
+        (directory / name).write_bytes(data)
+    built = net.built["detect"]
+    graph = rewrites.apply(built.model, built.attach).model
+    runs = {role: parity.torch_run(tower) for role, tower in net.towers.items()} | {"detect": parity.onnx_run(graph)}
+    regions = net.towers["regions"].outputs
+    f32, i64 = ({"dtype": dtype, "shape": (1,)} for dtype in ("float32", "int64"))
+    taken = {"text_embeds": {"dtype": "float32", "shape": ("Q", 32)}}
+    for value in graph.graph.input:
+        if value.name not in {*regions, *taken}:
+            taken[value.name] = i64 if value.name in ("method", "per_class", "max_output") else f32
+        elif value.name in regions:
+            taken[value.name] = {"dtype": "float32", "shape": (1, *regions[value.name].shape[1:])}
+    graphs: dict[str, Any] = {
+        role: {"file": f"{role}.onnx", "inputs": t.inputs, "outputs": t.outputs, "preprocess": t.preprocess}
+        for role, t in net.towers.items()
+    }
+    graphs["detect"] = {
+        "file": "detect.onnx", "batch": False, "inputs": taken, "outputs": dict.fromkeys(DETECTED, f32)
+    }  # fmt: skip
+    manifest = Manifest(
+        name="assembled",
+        precision="float32",
+        tasks=net.tasks,
+        source=net.source,
+        graphs=graphs,
+        prompts=net.prompts,
+        suppression=net.suppression,
+        quantization={"name": "none"},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    return Bundle(Sealed(directory, manifest, "0" * 64)), lambda call: runs[call.graph](call.feeds)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_owl: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    known: dict[str, Made] = {}
+
+    def of(kind: str) -> Made:
+        if kind not in known:
+            directory = (
+                tiny_owl if kind == "owlv2" else tiny.owl(tmp_path_factory.mktemp(kind), kind, side=128, patch=32)
+            )
+            net = NETS.get("owl").load(str(directory))
+            name = KINDS[kind]
+            model = getattr(transformers, f"{name}ForObjectDetection").from_pretrained(directory).eval()
+            # of OWLv2 there is torchvision's processor alone without scipy; of OWL-ViT ours is Pillow's, to the bit
+            processor = getattr(transformers, f"{name}ImageProcessor{'Pil' if kind == 'owlvit' else ''}")
+            bundle, run = assemble(net, tmp_path_factory.mktemp("assembled"))
+            known[kind] = Made(directory, net, bundle, run, model, processor.from_pretrained(directory))
+        return known[kind]
+
+    return of
+
+
+def saved(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shown(photographs: dict[str, Path]) -> dict[str, bytes]:
+    """The same things in several shapes; `turned` is stored lying on its side and stood up by its EXIF tag."""
+    astronaut = Image.open(photographs["astronaut"]).convert("RGB")
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    return {
+        "wide": photographs["cat"].read_bytes(),
+        "tall": saved(astronaut.crop((100, 0, 230, astronaut.height))),
+        "turned": saved(Image.open(photographs["coffee"]).convert("RGB"), "JPEG", quality=95, exif=tags),
+        "tiny": saved(astronaut.resize((9, 5))),
+    }
+
+
+SHAPES = ["wide", "tall", "turned", "tiny"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_see_what_those_of_transformers_do(made: Callable[[str], Made], shown, kind: str, shape: str):
+    one = made(kind)
+    inputs = one.sees(shown[shape])
+    side = inputs.shape[-1]
+    feeds = one.reads(LABELS)
+    with torch.inference_mode():
+        want = one.model(pixel_values=inputs, **feeds)
+        names = list(one.net.towers["regions"].outputs)
+        found = dict(zip(names, one.net.towers["regions"].module(inputs), strict=True))
+        texts = TextPreparer(one.net.towers["text"].preprocess, one.bundle.directory).prepare(LABELS)
+        texts = one.net.towers["text"].module(torch.tensor(texts["ids"]))
+    assert (texts - want.text_embeds[0]).abs().max() < 1e-5
+    logits = (found["class_embeds"] @ texts.T + found["logit_shift"][..., None]) * found["logit_scale"][..., None]
+    assert want.logits.std() > 0.5, "an oracle that says the same of everything proves nothing"
+    assert (logits - want.logits).abs().max() < 1e-4
+    centre, size = want.pred_boxes[..., :2], want.pred_boxes[..., 2:]
+    corners = torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+    assert (found["boxes"] / side - corners).abs().max() < 1e-5
+    assert found["class_embeds"].norm(dim=-1) == pytest.approx(1, abs=1e-4)
+    if kind == "owlv2":
+        assert (found["objectness"] - want.objectness_logits.sigmoid()).abs().max() < 1e-5
+        assert found["objectness"].std() > 0.01
+    else:
+        assert (found["objectness"] == 1).all()
+
+
+def expected(made: Made, boxes: torch.Tensor, scores: torch.Tensor, picture: bytes) -> tuple[Array, Array]:
+    """What lies in the picture, cut to it, best first. Boxes x0 y0 x1 y1 in pixels, from transformers."""
+    size = ImageOps.exif_transpose(Image.open(io.BytesIO(picture))).size
+    cut = np.clip(boxes.numpy(), 0, [*size, *size])
+    there = (cut[:, 0] < cut[:, 2]) & (cut[:, 1] < cut[:, 3])
+    order = np.argsort(-scores.numpy()[there], kind="stable")
+    return cut[there][order], scores.numpy()[there][order]
+
+
+def agree(found: Detections, boxes: Array, scores: Array, index: int = 0):
+    mine = [one for one in found if one.index == index]
+    assert len(mine) == len(boxes) > 0
+    assert [one.score for one in mine] == pytest.approx(scores, abs=1e-4)
+    assert np.ptp(scores) > 0.01
+    assert np.abs(np.array([one.box for one in mine]) - boxes).max() < 0.1  # pixels
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_lie_where_transformers_finds_them(made: Callable[[str], Made], shown, kind: str, shape: str):
+    """`post_process_grounded_object_detection`, label by label, for it answers the best label of each box alone."""
+    one, picture = made(kind), shown[shape]
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(picture)))
+    found = one.find(picture, LABELS)
+    assert (found.width, found.height) == upright.size
+    post = getattr(transformers, f"{KINDS[kind]}Processor").post_process_grounded_object_detection
+    owner = type("Processor", (), {"image_processor": one.processor})()
+    for index, label in enumerate(LABELS):
+        with torch.inference_mode():
+            outputs = one.model(pixel_values=one.sees(picture), **one.reads([label]))
+        sizes = torch.tensor([upright.size[::-1]])
+        (want,) = post(owner, outputs, threshold=0.0, target_sizes=sizes, text_labels=[[label]])
+        agree(found, *expected(one, want["boxes"], want["scores"], picture), index)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_example_asks_as_image_guided_detection_does(made: Callable[[str], Made], photographs, shown, kind: str):
+    one, picture = made(kind), shown["wide"]
+    size = Image.open(io.BytesIO(picture)).size
+    chosen = set()
+    for name in ("flower", "clock", "turned", "tall"):
+        example = shown[name] if name in shown else photographs[name].read_bytes()
+        with torch.inference_mode():
+            want = one.model.image_guided_detection(one.sees(picture), one.sees(example))
+            patches = one.model.image_embedder(one.sees(example))[0]
+            chosen.add(int(one.model.embed_image_query(patches.flatten(1, 2), patches)[1]))
+            boxes = transformers.image_transforms.center_to_corners_format(want.target_pred_boxes[0])
+        scale = torch.tensor([*size, *size] if kind == "owlvit" else [max(size)] * 4)
+        found = one.find(picture, [], examples=[Example(example)])
+        agree(found, *expected(one, boxes * scale, want.logits[0, :, 0].sigmoid(), picture))
+    assert len(chosen) > 1, "the rule must have had a choice"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_grids_bias_is_the_reference(made: Callable[[str], Made], kind: str):
+    model = made(kind).model
+    side = model.num_patches_height
+    assert (grid_bias(side) - model.compute_box_bias(side, side)).abs().max() < 1e-6
+
+
+def test_the_detect_graph_scores_and_suppresses_as_written_out():
+    """(cos + shift) scale through a sigmoid, and SoftNMS by its oracle; of too many pairs the best go in."""
+    patches, dim, prompts = 60, 8, 50
+    random = np.random.default_rng(1)
+    built = detect_graph(patches, dim, 100)
+    run = parity.onnx_run(rewrites.apply(built.model, built.attach).model)
+    feeds = dict(built.examples[0]) | {"text_embeds": random.standard_normal((prompts, dim)).astype(np.float32)}
+    feeds["text_embeds"] /= np.linalg.norm(feeds["text_embeds"], axis=1, keepdims=True)
+    settings = Suppression("gaussian", min_score=0.2, max_output=500)
+    found = run(feeds | settings.tensors())
+    cosines = feeds["class_embeds"][0].astype(np.float64) @ feeds["text_embeds"].T
+    logits = (cosines + feeds["logit_shift"].T) * feeds["logit_scale"].T
+    scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    assert found["candidates"] == (scores >= 0.2).sum()
+    best = np.argsort(-scores.ravel(), kind="stable")
+    best = best[scores.ravel()[best] >= 0.2][:CANDIDATES]
+    kept = soft_nms(
+        feeds["boxes"][0][best // prompts],
+        scores.ravel()[best],
+        best % prompts,
+        method="gaussian",
+        per_class=True,
+        iou_threshold=0.3,
+        sigma=0.5,
+        min_score=0.2,
+        max_output=500,
+    )
+    assert len(kept.indices) == len(found["scores"]) > 100
+    assert found["scores"] == pytest.approx(kept.scores, abs=1e-5)
+    assert found["classes"].tolist() == (best[kept.indices] % prompts).tolist()
+    every = run(feeds | Suppression("hard", min_score=0.0, iou_threshold=1.0, max_output=1000).tensors())
+    assert every["candidates"] == patches * prompts > CANDIDATES
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "want"),
+    [
+        ("owlvit", {"size": [768, 768]}, ("exact", "bicubic", 0)),
+        ("owlvit", {"size": {"height": 768, "width": 768}, "resample": 2}, ("exact", "bilinear", 0)),
+        ("owlvit", {"size": 768, "do_center_crop": None, "crop_size": 768}, ("exact", "bicubic", 0)),
+        ("owlv2", {"size": {"height": 768, "width": 768}, "resample": 2}, ("square", "gaussian", 0)),
+        ("owlv2", {"do_pad": True, "resample": 77}, ("square", "gaussian", 0)),  # which the reference does not look at
+    ],
+)
+def test_how_pictures_are_made_is_read_from_the_processor(kind: str, config: dict[str, Any], want):
+    found = pixels(kind, {"image_mean": tiny.MEAN, "image_std": tiny.STD} | config, 768)
+    assert (found.size, (found.resize, found.resample, found.pad)) == ((768, 768), want)
+    assert (found.mean, found.std) == (tiny.MEAN, tiny.STD)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "says"),
+    [
+        ("owlvit", {"do_center_crop": True}, "do_center_crop = True; only owlvit's own False"),
+        ("owlv2", {"do_pad": False}, "do_pad = False; only owlv2's own True"),
+        ("owlv2", {"do_normalize": False}, "do_normalize = False"),
+        ("owlv2", {"size": {"height": 960, "width": 768}}, r"pictures of \[960, 768\]; the model sees 768 x 768"),
+        ("owlvit", {"size": {"shortest_edge": 768}}, "the model sees 768 x 768"),
+        ("owlvit", {"resample": 1}, "resample = 1; expected 2 or 3"),
+        ("owlvit", {"image_std": None}, "lacks image_std"),
+    ],
+)
+def test_a_processor_of_another_kind_is_refused(kind: str, config: dict[str, Any], says: str):
+    with pytest.raises(UnknownCheckpoint, match=says):
+        pixels(kind, {"image_mean": tiny.MEAN, "image_std": tiny.STD} | config, 768)
+
+
+@pytest.fixture
+def broken(tiny_owl: Path, tmp_path: Path) -> Callable[..., str]:
+    """A copy of the checkpoint with other tensors or another config."""
+
+    def make(tensors: Callable[[dict[str, torch.Tensor]], Any] | None = None, **config: Any) -> str:
+        copy = tmp_path / "copy"
+        shutil.copytree(tiny_owl, copy)
+        state = load_file(copy / "model.safetensors")
+        if tensors:
+            tensors(state)
+        save_file(state, copy / "model.safetensors")
+        said = json.loads((copy / "config.json").read_text())
+        for name, value in config.items():
+            said[name] = said[name] | value if isinstance(value, dict) else value
+        (copy / "config.json").write_text(json.dumps(said))
+        return str(copy)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "says"),
+    [
+        (lambda s: s.pop("box_head.dense1.bias"), {}, "box_head.dense1.bias"),
+        (lambda s: s.pop("class_head.logit_shift.weight"), {}, "lacks 1 tensors, class_head.logit_shift.weight"),
+        (lambda s: s.pop("owlv2.vision_model.pre_layernorm.weight"), {}, "pre_layernorm"),
+        (lambda s: s.pop("objectness_head.dense0.weight"), {}, "objectness_head.dense0.weight"),
+        (lambda s: s.pop("owlv2.vision_model.embeddings.position_embedding.weight"), {}, "position_embedding"),
+        (lambda s: s.update(extra=torch.zeros(1)), {}, "extra"),
+        (lambda s: s.update({"layer_norm.bias": torch.zeros(3)}), {}, r"layer_norm.bias has the shape \[3\]"),
+        (lambda s: s.update({"owlv2.text_projection.weight": torch.zeros(31, 32)}), {}, "texts become 31 numbers"),
+        (None, {"vision_config": {"image_size": 112}}, "37 positions are not those"),
+        (None, {"vision_config": {"num_hidden_layers": 3}}, "num_hidden_layers is 3; the weights hold 2"),
+        (None, {"text_config": {"hidden_act": "tanh"}}, "hidden_act is 'tanh'"),
+        (None, {"model_type": "owlvit"}, "not of the layout 'Hugging Face OWL-ViT'"),
+    ],
+)
+def test_weights_and_config_must_say_the_same(broken, change, config, says: str):
+    with pytest.raises(UnknownCheckpoint, match=says):
+        NETS.get("owl").load(broken(change, **config))
+
+
+def test_a_net_without_objectness_says_one(made: Callable[[str], Made]):
+    names = {kind: set(made(kind).net.towers["regions"].module.state_dict()) for kind in KINDS}
+    assert {name.split(".")[0] for name in names["owlv2"] - names["owlvit"]} == {"objectness"}
+
+
+# --- exported -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runners(owl_bundles: Path) -> dict[str, Runner]:
+    return {side: open_bundle(owl_bundles / f"owl-{side}", threads=1) for side in ("float", "int8")}
+
+
+def test_graphs_answer_as_the_towers_do(runners: dict[str, Runner], made: Callable[[str], Made], shown):
+    one = made("owlv2")
+    inputs = one.sees(shown["tall"]).numpy()
+    want, found = (run({"pixels": inputs}) for run in (
+        parity.torch_run(one.net.towers["regions"]), lambda feeds: runners["float"].raw("regions", feeds)
+    ))  # fmt: skip
+    for name in want:
+        assert np.abs(want[name] - found[name]).max() < (1e-2 if name == "boxes" else 1e-4), name
+
+
+def test_int8_sees_what_float_sees(runners: dict[str, Runner], photographs, shown):
+    cosines, moved = [], []
+    for picture in [*shown.values(), *(photographs[n].read_bytes() for n in ("cat", "rocket", "coffee"))]:
+        feeds = {"pixels": runners["int8"].bundle.image("regions").prepare(decode(picture))[0]}
+        small, whole = (runners[side].raw("regions", feeds) for side in ("int8", "float"))
+        cosines += (small["class_embeds"] * whole["class_embeds"]).sum(axis=-1).ravel().tolist()
+        moved += np.abs(small["boxes"] - whole["boxes"]).ravel().tolist()
+    assert np.mean(cosines) >= 0.99
+    assert np.min(cosines) >= 0.97
+    assert np.mean(moved) < 1  # pixels of 96
+
+
+def test_the_report_counts_our_operators(owl_bundles: Path):
+    report = json.loads((owl_bundles / "owl-int8" / "report.json").read_text())
+    counts = {role: {name: found["counts"] for name, found in one.items()} for role, one in report["rewrites"].items()}
+    assert [counts[role][side]["softmax"] for role in ("regions", "text") for side in ("float32", "int8")] == [2] * 4
+    assert counts["detect"]["float32"]["soft_nms"] == 1
+    manifest = json.loads((owl_bundles / "owl-int8" / "bundle.json").read_text())
+    assert sorted(manifest["ops"]["used"]) == ["SoftNMS", "Softmax"]
+    assert manifest["suppression"]["min_score"] == 0.1
+    assert all(row["measured"] > 0.99 for row in report["bars"].values())
+
+
+def test_check_is_green(owl_bundles: Path, capsys: pytest.CaptureFixture[str]):
+    assert check_command(["owl-int8", "--bundles", str(owl_bundles), "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert {"detect: kept_boxes", "regions: class_embeds rows are unit vectors"} <= {
+        check["check"].split(" [")[0] for check in checks
+    }
+
+
+def test_int8_finds_what_float_finds(runners: dict[str, Runner], shown):
+    for more in ({"labels": LABELS}, {"examples": [shown["turned"]]}):
+        best = [next(iter(runners[side].detect(shown["wide"], **more))) for side in ("float", "int8")]
+        assert best[0].score == pytest.approx(best[1].score, abs=0.05)
+        assert best[0].index == best[1].index
+
+
+def test_pictures_are_not_taken_into_a_graph_that_no_operator_prepares(made: Callable[[str], Made]):
+    with pytest.raises(BadRequest, match="resampled by a Gaussian, which ImageToPixels does not do"):
+        image_to_pixels.inside(made("owlv2").net.towers["regions"].preprocess)
+    assert image_to_pixels.inside(made("owlvit").net.towers["regions"].preprocess).in_graph
