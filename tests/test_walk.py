@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -26,11 +27,18 @@ LABELS = ["a cat", "two dogs", "red", "a photo of a cup", "green green"]
 
 @pytest.fixture(scope="module")
 def server(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with serving(tiny_bundles, tmp_path_factory.mktemp("data")) as client:
+        yield client
+
+
+@contextmanager
+def serving(bundles: Path, data: Path) -> Iterator[httpx.Client]:
+    """`calmclip serve` in a process of its own, from its start to its end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(tiny_bundles), "--port", str(port)]
-    environment = os.environ | {"CALMCLIP_DATA_DIR": str(tmp_path_factory.mktemp("data")), "CALMCLIP_THREADS": "1"}
+    command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
+    environment = os.environ | {"CALMCLIP_DATA_DIR": str(data), "CALMCLIP_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:

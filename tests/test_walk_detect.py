@@ -1,0 +1,84 @@
+"""The whole walk of a detector: transformers writes an OWLv2, export seals it, a real server answers over HTTP."""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from tests import tiny
+from tests.test_walk import serving
+
+LABELS = ["a cat", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def server(owl_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with serving(owl_bundles, tmp_path_factory.mktemp("data")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def turned(photographs: dict[str, Path]) -> bytes:
+    """A tall photograph, stored on its side."""
+    tags = Image.Exif()
+    tags[0x0112] = 6  # a quarter to the right makes it upright
+    file = io.BytesIO()
+    Image.open(photographs["cat"]).convert("RGB").save(file, "PNG", exif=tags)
+    return file.getvalue()
+
+
+def test_labels_are_found_where_transformers_finds_them(server: httpx.Client, tiny_owl: Path, turned: bytes):
+    model = transformers.Owlv2ForObjectDetection.from_pretrained(tiny_owl).eval()
+    processor = transformers.Owlv2ImageProcessor.from_pretrained(tiny_owl)
+    upright = Image.open(io.BytesIO(turned)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    rows = [tiny.tokenizer().encode(f"a photo of a {label}").ids for label in LABELS]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    with torch.inference_mode():
+        outputs = model(
+            input_ids=ids,
+            attention_mask=torch.tensor([[i < len(row) for i in range(length)] for row in rows]).long(),
+            pixel_values=torch.tensor(np.asarray(processor(upright, return_tensors="np")["pixel_values"])),
+        )
+    (want,) = processor.post_process_object_detection(outputs, 0.0, target_sizes=[upright.size[::-1]])
+    inside = want["boxes"][:, 1] < upright.height - 1
+    inside &= want["boxes"][:, 0] < upright.width - 1
+    best = int(torch.where(inside, want["scores"], 0.0).argmax())
+
+    form = {"labels": LABELS, "method": "hard", "max_output": 1000}
+    for name, score, pixels in (("owl-float", 1e-3, 0.1), ("owl-int8", 0.15, None)):
+        answer = server.post("/v1/detect", files={"image": turned}, data={**form, "model": name})
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert found["image"] == {"width": upright.width, "height": upright.height}
+        assert found["suppression"]["min_score"] == 0.1  # the bundle's own, for nobody asked for another
+        one = found["detections"][0]
+        assert one["raw_score"] == pytest.approx(float(want["scores"][best]), abs=score)
+        if pixels:
+            assert one["index"] == int(want["labels"][best])
+            box = np.clip(want["boxes"][best].numpy(), 0, [*upright.size] * 2)
+            assert list(one["box"].values()) == pytest.approx(box.tolist(), abs=pixels)
+
+
+def test_an_example_is_found_again(server: httpx.Client, photographs: dict[str, Path]):
+    picture = {"b64": base64.b64encode(photographs["rocket"].read_bytes()).decode()}
+    body = {"image": picture, "labels": LABELS, "examples": [{"image": picture, "label": "this"}], "max_output": 1000}
+    for name in ("owl-float", "owl-int8"):
+        answer = server.post("/v1/detect", json=body | {"model": name})
+        assert answer.status_code == 200, answer.text
+        found = [one for one in answer.json()["detections"] if one["index"] == 2]
+        assert {one["label"] for one in found} == {"this"}
+        assert max(one["raw_score"] for one in found) > 0.5
+
+
+def test_a_detector_classifies_nothing(server: httpx.Client, photographs: dict[str, Path]):
+    files = {"image": photographs["cat"].read_bytes()}
+    answer = server.post("/v1/classify", files=files, data={"labels": LABELS, "model": "owl-int8"})
+    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/task-not-served")
