@@ -307,7 +307,7 @@ def _flat(array: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
+    return 0.5 + 0.5 * np.tanh(0.5 * x)  # which overflows nowhere
 
 
 def detect_graph(patches: int, dim: int, side: int) -> Built:
