@@ -18,7 +18,8 @@ def export_command(argv: list[str]) -> int:
     options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
     net_name, plugin = recognise(options.checkpoint)
     recipe, net = _recipe(options, net_name, plugin)
-    sealed = build(recipe, options.out, net=net, say=lambda line: None if options.json else print(line, flush=True))
+    say = lambda line: None if options.json else print(line, flush=True)  # noqa: E731
+    sealed = build(recipe, options.out, net=net, release=True, say=say)
     report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
     rows = [
         {

@@ -1,12 +1,12 @@
 """Two ways to compute one thing, on the same feeds: how far apart, per output."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 
+from export import light
 from export.nets import Tower
 from models.errors import ParityLost
 from models.flow import Array, Arrays
@@ -75,18 +75,19 @@ def torch_run(tower: Tower) -> Run:
 
 def onnx_run(model: onnx.ModelProto, *, threads: int = 0, library: Library | None = None) -> Run:
     """A graph in memory, answering arrays by output name; our ops by their local functions, or by ``library``."""
-    options = ort.SessionOptions()
-    if library:
-        options.register_custom_ops_library(str(library.path))
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = light.Session(model, threads=threads, library=library)
     names = [o.name for o in model.graph.output]
 
     def run(feeds: Arrays) -> dict[str, Array]:
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
     return run
+
+
+def kept(run: Run, feeds: Sequence[Arrays]) -> Run:
+    """What ``run`` answers to each of ``feeds``, worked out now, so that its graph need not stay open."""
+    answers = [(feed, run(feed)) for feed in feeds]
+    return lambda feed: next(answer for one, answer in answers if one is feed)
 
 
 def _rows(array: Array) -> Array:

@@ -1,11 +1,12 @@
 """`build(recipe)`: checkpoint -> sealed bundles. The only place that knows the order of the steps.
 
-load -> trace -> parity (torch against float ONNX) -> observe or read ranges -> quantize
-     -> rewrite with our ops -> parity (standard against rewritten)
+load -> trace -> parity (torch against float ONNX), tower by tower
+     -> observe or read ranges -> quantize -> rewrite with our ops -> parity (standard against rewritten), again so
      -> write float and INT8 side by side -> measure one against the other -> bars -> seal
 
 Quantized before rewritten: calibration opens sessions on graphs of standard ops, and what was quantized is the oracle
-for what was rewritten.
+for what was rewritten. All towers are traced before the first is quantized, so that torch's weights may go; graphs
+stay in memory, each weight once, and no more than one session with it.
 """
 
 import json
@@ -41,9 +42,12 @@ _ROUNDING = {"max_abs": 1e-5, "min_cosine": 0.999999}  # between two ways to com
 _TIES = {"min_cosine": 0.999}  # in INT8 an activation at a tie may fall a step, 1/255 of its range, to the other side
 
 
-def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambda line: None) -> list[Sealed]:
+def build(
+    recipe: Recipe, out: Path, *, net: Net | None = None, release: bool = False, say: Say = lambda line: None
+) -> list[Sealed]:
     """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first.
 
+    ``net``: the checkpoint, where it is loaded already; with ``release`` its modules are emptied once they are traced.
     Raises `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for reading);
     `BundleError` when a bundle of that name exists.
     """
@@ -54,25 +58,32 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
             f"{out / taken[0]} exists, and a sealed bundle never changes; pass --replace or another --name"
         )
     say(f"loading {recipe.checkpoint} with the net {recipe.net}")
-    net = net or NETS.get(recipe.net).load(recipe.checkpoint, recipe.weights)
+    step, release = report.Steps(), release or net is None
+    with step("load"):
+        net = net or NETS.get(recipe.net).load(recipe.checkpoint, recipe.weights)
     with _scratch(net) as directory:
         shown = samples.pictures(), calibrate.fitting(net, directory, samples.texts())
-        made = _convert(recipe, net, directory, shown, say)
+        made = _convert(recipe, net, directory, shown, step, release, say)
 
     with ExitStack() as stack:
         staged = {name: stack.enter_context(stage(out, name)) for name in (int8_name, float_name)}
         versions = {int8_name: (made.quantized, _quantization(made)), float_name: (made.floats, FLOAT)}
-        manifests = {
-            name: _write(net, staged[name], {**graphs, **made.built}, name, quantization)
-            for name, (graphs, quantization) in versions.items()
-        }
+        manifests = {}
+        with step("write"):
+            for name, (graphs, quantization) in versions.items():
+                manifests[name] = _write(net, staged[name], {**graphs, **made.built}, name, quantization)
+                graphs.clear()  # they are on disk now
         say("measuring INT8 beside float")
+        with step("measure"):
+            measured = report.measure(_open(staged[int8_name]), _open(staged[float_name]), *shown)
         figures = {
             "graphs": made.facts,
             "rewrites": made.rewrites,
-            **report.measure(_open(staged[int8_name]), _open(staged[float_name]), *shown),
+            **measured,
             "measured_on": f"{len(shown[0])} pictures and {len(shown[1])} texts that ship with calmclip",
             "recipe": recipe.public(),
+            "seconds": step.seconds,
+            "peak_rss_mb": report.peak_rss_mb(),
         }
         figures["bars"] = report.check(figures, recipe.bars)
         text = json.dumps(figures, indent=2) + "\n"
@@ -81,9 +92,10 @@ def build(recipe: Recipe, out: Path, *, net: Net | None = None, say: Say = lambd
         except BarMissed:
             (out / f"{int8_name}.report.json").write_text(text, encoding="utf-8")
             raise
+        for name in names:  # all that takes room comes before the first is sealed
+            (staged[name] / "report.json").write_text(text, encoding="utf-8")
         sealed = []
         for name in names:
-            (staged[name] / "report.json").write_text(text, encoding="utf-8")
             sealed.append(seal(staged[name], manifests[name], replace=recipe.replace))
             say(f"sealed {sealed[-1].directory}")
         return sealed[::-1]
@@ -101,7 +113,15 @@ class _Made:
     rewrites: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path], list[str]], say: Say) -> _Made:
+def _convert(
+    recipe: Recipe,
+    net: Net,
+    directory: Path,
+    shown: tuple[list[Path], list[str]],
+    step: report.Steps,
+    release: bool,
+    say: Say,
+) -> _Made:
     """Every tower traced, compared with torch, quantized, compared with its float graph, and rewritten."""
     made = _Made()
     pictures, texts = calibrate.inputs(recipe.calibration)
@@ -109,28 +129,42 @@ def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path],
     if recipe.calibration.texts and len(fitting) < len(texts):
         say(f"{len(texts) - len(fitting)} calibration texts are longer than the context and left out")
     few = shown[0][:_PARITY_ROWS], shown[1][:_PARITY_ROWS]
+    traced: dict[str, onnx.ModelProto] = {}
     for role, tower in net.towers.items():
         say(f"{role}: tracing")
-        model = to_onnx(tower)
-        run = parity.onnx_run(model)
-        feeds = partial(calibrate.feeds, tower, directory)
-        found = parity.compare(parity.torch_run(tower), run, feeds(*few), tower.summary)
+        with step(f"{role}: trace"):
+            traced[role] = to_onnx(tower)
+        with step(f"{role}: parity"):
+            seen = calibrate.feeds(tower, directory, *few)
+            found = parity.compare(parity.torch_run(tower), parity.onnx_run(traced[role]), seen, tower.summary)
         parity.require(found, max_abs=recipe.bars.max_float_error, what=f"{role}: torch against float ONNX")
+        made.facts[role] = {"float_against_torch": found}
+    if release:
+        _empty(net)
+        report.trim()
+    for role, tower in net.towers.items():
+        model = traced.pop(role)
+        feeds = partial(calibrate.feeds, tower, directory)
         how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
         shipped = _shipped(recipe, net, role, model, how, say)
-        quantized, recorded_from = _quantize(role, model, how, partial(feeds, pictures, fitting), shipped, say)
+        with step(f"{role}: quantize"):
+            quantized, recorded_from = _quantize(role, model, how, partial(feeds, pictures, fitting), shipped, say)
+        with step(f"{role}: compare"):
+            runs = parity.onnx_run(model), parity.onnx_run(quantized)
+            agreement = parity.compare(*runs, feeds(*shown), tower.summary)
+            del runs
         made.how[role] = how
-        made.facts[role] = {
+        made.facts[role] |= {
             "quantizer": how.name,
             "ranges_from": recorded_from or calibrate.describe(recipe.calibration, pictures, fitting),
-            "float_against_torch": found,
-            "int8_against_float": parity.compare(run, parity.onnx_run(quantized), feeds(*shown), tower.summary),
+            "int8_against_float": agreement,
         }
         say(f"{role}: rewriting")
         seen = list(feeds(*few))
-        made.floats[role], as_float = _rewrite(recipe, model, seen, tower, f"{role} in float")
-        bound = _ROUNDING if how.name == "none" else _TIES
-        made.quantized[role], as_int8 = _rewrite(recipe, quantized, seen, tower, f"{role} in INT8", bound)
+        with step(f"{role}: rewrite"):
+            made.floats[role], as_float = _rewrite(recipe, model, seen, tower, f"{role} in float")
+            bound = _ROUNDING if how.name == "none" else _TIES
+            made.quantized[role], as_int8 = _rewrite(recipe, quantized, seen, tower, f"{role} in INT8", bound)
         made.rewrites[role] = {"float32": as_float, "int8": as_int8}
         if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess):
             inside = replace(tower, preprocess=image_to_pixels.inside(tower.preprocess))
@@ -141,6 +175,13 @@ def _convert(recipe: Recipe, net: Net, directory: Path, shown: tuple[list[Path],
         made.built[role], found = _rewrite(recipe, one.model, one.examples, one, role)
         made.rewrites[role] = {"float32": found}
     return made
+
+
+def _empty(net: Net) -> None:
+    """Let go of the modules' weights in place: torch's exporter keeps the parameters themselves in its caches."""
+    for tower in net.towers.values():
+        for parameter in (*tower.module.parameters(), *tower.module.buffers()):
+            parameter.data = parameter.new_empty(0)
 
 
 def _rewrite(
@@ -160,11 +201,12 @@ def _rewrite(
     swapped = rewrites.apply(model, recipe.rewrites)
     differences = {}
     if feeds and any(swapped.counts.values()):
-        before, summary = parity.onnx_run(model), getattr(part, "summary", None)
+        before, summary = parity.kept(parity.onnx_run(model), feeds), getattr(part, "summary", None)
         for name, library in (("functions", None), ("library", find())):
             if name == "functions" or library:
-                after = parity.onnx_run(swapped.model, library=library)
-                differences[name] = parity.compare(before, after, feeds, summary)
+                differences[name] = parity.compare(
+                    before, parity.onnx_run(swapped.model, library=library), feeds, summary
+                )
                 parity.require(differences[name], **bound, what=f"{what}: standard ops against our {name}")
     attached = rewrites.apply(swapped.model, getattr(part, "attach", ()))
     done = rewrites.Applied(
@@ -244,8 +286,7 @@ def _write(
     net: Net, directory: Path, graphs: Mapping[str, onnx.ModelProto], name: str, quantization: Quantization
 ) -> Manifest:
     """Everything but the report, and a manifest that lists it, so that the directory opens like a sealed one."""
-    copies = {role: onnx.ModelProto.FromString(model.SerializeToString()) for role, model in graphs.items()}
-    weights.save(copies, directory)
+    weights.save(graphs, directory)
     for file, data in net.files.items():
         (directory / file).write_bytes(data)
     parts = {**net.towers, **net.built}

@@ -3,9 +3,14 @@
 Both sides are opened with `models.runner`, the code that serves, so a number here is about what is served.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -61,6 +66,37 @@ def require(bars: Mapping[str, Mapping[str, float | bool]], name: str) -> None:
             f"{name} was not sealed: {'; '.join(missed)}. More or better calibration pictures (--images), another "
             f"quantizer in the recipe, or another bar may help."
         )
+
+
+class Steps:
+    """Seconds that each step of an export took: ``with steps("image: trace"): …``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[name] = round(perf_counter() - start, 2)
+        trim()
+
+
+def trim() -> None:
+    """Give back what was freed: glibc keeps it, in pieces too small for the next large graph."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def peak_rss_mb() -> float | None:
+    """The most memory this process ever held, in 10^6 bytes; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
 def _agreement(vectors: Sequence[np.ndarray], count: int) -> dict[str, float]:

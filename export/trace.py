@@ -12,6 +12,7 @@ from collections import Counter
 import onnx
 import torch
 
+from export import light
 from export.nets import Tower
 from models.errors import ExportError
 
@@ -46,12 +47,14 @@ def to_onnx(tower: Tower) -> onnx.ModelProto:
         )
     assert program is not None  # only the old exporter returns None
     model = program.model_proto
+    for value in program.model.graph.initializers.values():
+        value.const_value = None  # the exporter's caches keep the program; torch's weights need not stay with it
     _strip(model)
     _rename(model, keep={name for name, _ in tower.module.named_parameters()})
     found = [o.name for o in model.graph.output]
     if found != list(tower.outputs):
         raise ExportError(f"the traced graph has the outputs {found}; the net promises {list(tower.outputs)}")
-    onnx.checker.check_model(model)
+    light.check(model)
     return model
 
 

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import onnx
 from onnxscript import ir
 
+from export import light
 from models.bundle.manifest import FrozenModel
 from models.errors import ExportError
 from models.ops.spec import DOMAIN, VERSION, Op
@@ -89,8 +90,11 @@ def apply(
     missed = _too_old(model, bodies)
     fitting = sorted(chosen.keys() - missed.keys())
     order = sorted(fitting, key=lambda name: (chosen[name].attaches, -chosen[name].replaces))
-    # the types of what lies inside, which a rule asks for; a graph need not state them
-    whole = ir.from_proto(onnx.shape_inference.infer_shapes(model))
+    # without big weights; with the types of what lies inside, which a rule asks for and a graph need not state
+    bare = light.lighten(model)
+    del bare.graph.value_info[:]
+    bare.graph.value_info.extend(light.shapes(model))
+    whole = ir.from_proto(bare)
     counts = dict.fromkeys(chosen, 0)
     for _ in range(_ROUNDS):
         fired = 0
@@ -105,7 +109,9 @@ def apply(
             break
     else:
         raise ExportError(f"the rewrites {', '.join(order)} still fire after {_ROUNDS} rounds; one undoes another")
-    changed = ir.to_proto(whole) if any(counts.values()) else _copy(model)
+    if not any(counts.values()):
+        return Applied(model, counts, {name: where for name, where in missed.items() if where})
+    changed = light.fill(ir.to_proto(whole), model)
     stated = {value.name for value in model.graph.value_info}
     kept = [value for value in changed.graph.value_info if value.name in stated]
     del changed.graph.value_info[:]
@@ -170,9 +176,3 @@ def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -
         if function.domain not in imports:
             imports[function.domain] = VERSION
             model.opset_import.append(onnx.helper.make_opsetid(function.domain, VERSION))
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy

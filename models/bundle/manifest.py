@@ -116,8 +116,9 @@ class ImagePreprocess(FrozenModel):
 class TextPreprocess(FrozenModel):
     """Strings -> int64 [B, T] ids (and mask, where the graph takes one), from the bundle's tokenizer.json.
 
-    ``pad``: to the ``context`` always, or to the ``longest`` of the batch. A text of more than ``context``
-    tokens is an error, or cut (its last token kept) when ``truncate``.
+    ``pad``: to the ``context`` always, or to the ``longest`` of the batch, rounded up to a ``multiple`` of tokens but
+    never over the context: texts of nearly one length then have one shape, and a server may run them together. A text
+    of more than ``context`` tokens is an error, or cut (its last token kept) when ``truncate``.
     """
 
     kind: Literal["text"] = "text"
@@ -126,8 +127,23 @@ class TextPreprocess(FrozenModel):
     mask: str | None = None
     context: int = Field(ge=1, le=65_536)
     pad: Literal["context", "longest"] = "longest"
+    multiple: int = Field(1, ge=1, le=65_536, description="for pad = longest: the width is a multiple of it")
     pad_id: int = Field(0, ge=0, lt=2**31)
     truncate: bool = False
+
+    @model_validator(mode="after")
+    def _even(self) -> "TextPreprocess":
+        if self.pad == "context" and self.multiple != 1:
+            raise ValueError(
+                f"pad = context is one width already, so `multiple` must be 1; it is {self.multiple}. Use pad = longest"
+            )
+        return self
+
+    def width(self, longest: int) -> int:
+        """How wide a batch is whose longest text has so many tokens, at most ``context``."""
+        if self.pad == "context":
+            return self.context
+        return min(self.context, -(-longest // self.multiple) * self.multiple)
 
     def feeds(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
         """Name -> dtype and shape of what it makes."""

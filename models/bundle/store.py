@@ -20,6 +20,7 @@ from models.errors import BundleError, BundleInvalid, BundleNotFound, suggestion
 
 MAX_MANIFEST_BYTES = 1 << 20  # a manifest is a page; more is an attack or a mistake
 MAX_FILES = 1000
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Sealed(NamedTuple):
@@ -80,7 +81,10 @@ def names(bundles: Path) -> list[str]:
 
 @contextmanager
 def stage(bundles: Path, name: str) -> Iterator[Path]:
-    """A hidden directory under ``bundles`` to write ``name`` in; gone afterwards unless `seal` renamed it."""
+    """A hidden directory under ``bundles`` to write ``name`` in; gone afterwards unless `seal` renamed it.
+
+    Raises `BundleError` where it cannot be made, and when the disk or a quota is full before all is written.
+    """
     try:
         bundles.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=bundles))
@@ -88,6 +92,13 @@ def stage(bundles: Path, name: str) -> Iterator[Path]:
         raise BundleError(f"{bundles} cannot be written: {error.strerror}") from None
     try:
         yield directory
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise BundleError(
+            f"{bundles} took no more of {name}: {error.strerror}. Nothing of it was sealed; make room, or give another "
+            "place (--out)"
+        ) from None
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

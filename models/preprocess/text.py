@@ -37,7 +37,7 @@ class TextPreparer:
         for a text that is empty, is not Unicode (a lone surrogate), or has no token.
         """
         rows = [self._row(text, index) for index, text in enumerate(texts)]
-        width = self.spec.context if self.spec.pad == "context" else max(map(len, rows), default=1)
+        width = self.spec.width(max(map(len, rows), default=1))
         ids = np.full((len(rows), width), self.spec.pad_id, np.int64)
         mask = np.zeros((len(rows), width), np.int64)
         for index, row in enumerate(rows):

@@ -1,4 +1,5 @@
 import json
+import resource
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,34 @@ def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path
     monkeypatch.setattr(softmax, "ours", partial(softmax.ours, zeta=1.1))
     with pytest.raises(ParityLost, match=r"image in float: standard ops against our functions: .*image_embeds"):
         build(recipe(net, quantize=FLOAT), tmp_path, net=net)
+
+
+def test_a_report_says_how_long_each_step_took_and_how_much_memory(tiny_bundles: Path):
+    report = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())
+    assert {"load", "image: trace", "text: quantize", "write", "measure"} <= report["seconds"].keys()
+    assert all(0 <= seconds < 600 for seconds in report["seconds"].values())
+    assert 100 < report["peak_rss_mb"] < 1e5
+
+
+def test_a_full_disk_leaves_no_bundle_and_no_half_of_one(net, tmp_path: Path):
+    """The system's own refusal: no file of this process may grow over 30 kB; every graph is larger."""
+    how, most = recipe(net, quantize=FLOAT), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, most[1]))
+    try:
+        with pytest.raises(BundleError, match=r"took no more of tiny-(int8|float): .*make room"):
+            build(how, tmp_path, net=net)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_net_keeps_its_weights_unless_it_is_given_away(tiny_hf_clip: Path, tmp_path: Path):
+    own = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    (first,) = build(recipe(own, quantize=FLOAT), tmp_path, net=own)
+    (second,) = build(recipe(own, quantize=FLOAT, replace=True), tmp_path, net=own, release=True)
+    graphs = [{n: f.sha256 for n, f in s.manifest.files.items() if n.endswith(".onnx")} for s in (first, second)]
+    assert graphs[0] == graphs[1]
+    assert not any(p.numel() for tower in own.towers.values() for p in tower.module.parameters())
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from export import weights
 from export.weights import SHARED, save
 
 RNG = np.random.default_rng(0)
@@ -38,6 +39,25 @@ def test_what_two_graphs_hold_is_stored_once_and_both_still_run(tmp_path: Path):
 def test_one_graph_alone_keeps_its_weights_inside(tmp_path: Path):
     save({"image": graph(COMMON + 1)}, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["image.onnx"]
+
+
+def test_a_graph_with_too_much_inside_gets_a_file_for_its_own_weights(tmp_path: Path, monkeypatch):
+    """Protobuf's limit, made small: 16 KiB fit, 32 do not. What is shared lies with what is shared."""
+    monkeypatch.setattr(weights, "LARGEST", 16 << 10)
+    graphs = {"image": graph(COMMON + 1), "text": graph(COMMON + 2), "regions": graph(COMMON + 1)}
+    graphs["text"].graph.initializer[0].CopyFrom(numpy_helper.from_array(COMMON + 3, "common"))
+    before = {role: model.SerializeToString() for role, model in graphs.items()}
+    save(graphs, tmp_path)
+    assert {role: model.SerializeToString() for role, model in graphs.items()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "image.onnx", "regions.onnx", "text.bin", "text.onnx", "weights.bin",
+    ]  # fmt: skip
+    assert (tmp_path / "text.bin").stat().st_size == 2 * COMMON.nbytes
+    x = RNG.standard_normal((3, 64)).astype(np.float32)
+    for role, first, second in (("text", COMMON + 3, COMMON + 2), ("image", COMMON, COMMON + 1)):
+        session = ort.InferenceSession(tmp_path / f"{role}.onnx", providers=["CPUExecutionProvider"])
+        want = x.astype(np.float64) @ first.astype(np.float64) @ second.astype(np.float64)
+        assert session.run(None, {"x": x})[0] == pytest.approx(want, rel=1e-3, abs=1e-3)
 
 
 def test_two_shared_weights_start_on_pages(tmp_path: Path):

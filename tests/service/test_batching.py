@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from models.bundle.manifest import TextPreprocess
 from models.errors import BadRequest, Overloaded
 from service.batching import Batcher
 
@@ -74,6 +75,21 @@ def test_other_lengths_are_not_merged_and_order_holds_within_a_length():
 
     _, graph = run(scenario)
     assert graph.shapes == [(1, 9), (2, 2), (2, 3)]
+
+
+def test_texts_of_nearly_one_length_share_a_run_where_their_widths_are_rounded_up():
+    """Of 5, 7, 8 and 9 tokens the first three are 8 wide, the last is 16."""
+    widths = [TextPreprocess(context=77, multiple=8).width(tokens) for tokens in (5, 7, 8, 9)]
+
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, *(rows(i, width=width) for i, width in enumerate(widths)))
+        graph.gate.set()
+        await first
+        return [a.outputs["y"][:, 0].tolist() for a in await asyncio.gather(*tasks)]
+
+    answers, graph = run(scenario)
+    assert answers == [[0], [2], [4], [6]]
+    assert graph.shapes == [(1, 9), (3, 8), (1, 16)]
 
 
 def test_a_graph_without_batch_runs_every_call_alone():

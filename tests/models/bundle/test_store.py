@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -41,6 +42,18 @@ def test_a_sealed_bundle_lists_every_file_with_its_hash(sealed: Path):
     assert found.digest == hashlib.sha256((sealed / "bundle.json").read_bytes()).hexdigest()
     assert sealed.stat().st_mode & 0o777 == 0o755
     assert os.listdir(sealed.parent) == ["colours"]
+
+
+def test_a_full_disk_is_said_in_one_sentence_and_leaves_nothing(tmp_path: Path, write: Write):
+    """The system's own refusal: no file of this process may grow over 100 kB."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most[1]))
+    try:
+        with pytest.raises(BundleError, match=r"took no more of colours: File too large\. Nothing of it was sealed"):
+            export(tmp_path, write, note="x" * 100_001)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert os.listdir(tmp_path) == []
 
 
 def test_files_may_lie_in_folders(tmp_path: Path, write: Write):

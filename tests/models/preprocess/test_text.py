@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast, CLIPTokenizerFast
 
@@ -95,6 +96,24 @@ def test_a_batch_is_as_wide_as_its_longest_or_as_the_context(make: Make):
     assert make(wordpiece(), context=9).prepare(["a", "a cat"])["ids"].shape == (2, 4)
     padded = make(wordpiece(), context=9, pad="context", pad_id=5).prepare(["a"])["ids"]
     assert padded.tolist() == [[2, 4, 3, 5, 5, 5, 5, 5, 5]]
+
+
+def test_widths_are_rounded_up_to_a_multiple_but_never_over_the_context(make: Make):
+    """[CLS], n words, [SEP]: n + 2 tokens. By hand: the next multiple of 4, and of 9 at most."""
+    preparer = make(wordpiece(), context=9, multiple=4, mask="mask", pad_id=5)
+    for tokens, width in ((3, 4), (4, 4), (5, 8), (8, 8), (9, 9)):
+        feeds = preparer.prepare([" ".join(["cat"] * (tokens - 2)), "a"])
+        assert feeds["ids"].shape == feeds["mask"].shape == (2, width), tokens
+        assert feeds["mask"].sum(axis=1).tolist() == [tokens, 3]
+        assert feeds["ids"][1].tolist() == [2, 4, 3] + [5] * (width - 3)
+    assert make(wordpiece(), context=9, multiple=16).prepare(["a"])["ids"].shape == (1, 9)
+
+
+def test_one_width_knows_no_multiple():
+    with pytest.raises(ValidationError, match="`multiple` must be 1; it is 8"):
+        TextPreprocess(context=77, pad="context", multiple=8)
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        TextPreprocess(context=77, multiple=0)
 
 
 def test_a_text_over_the_context_is_refused_with_both_numbers(make: Make):

@@ -1,0 +1,90 @@
+"""Graphs opened, checked and given shapes without their weights, against ONNX's and ONNX Runtime's plain ways."""
+
+import gc
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export import light
+from export.trace import to_onnx
+
+
+@pytest.fixture(scope="module")
+def model(tiny_hf_clip):
+    from export.nets import NETS
+
+    return to_onnx(NETS.get("hf_clip").load(str(tiny_hf_clip)).towers["text"])
+
+
+def test_only_big_weights_are_left_out_and_all_come_back(model):
+    bare = light.lighten(model)
+    left = {t.name for t in bare.graph.initializer if t.data_location == TensorProto.EXTERNAL}
+    assert left == {t.name for t in model.graph.initializer if len(t.raw_data) >= light.SMALL}
+    assert 0 < len(left) < len(model.graph.initializer)
+    assert len(bare.SerializeToString()) < len(model.SerializeToString()) / 4
+    assert light.lighten(bare) == bare
+    whole = light.fill(bare, model)
+    for part in ("node", "input", "output", "value_info", "initializer"):
+        assert list(getattr(whole.graph, part)) == list(getattr(model.graph, part)), part
+    assert list(whole.opset_import) == list(model.opset_import)
+    assert (whole.ir_version, whole.producer_name) == (model.ir_version, model.producer_name)
+
+
+def test_a_session_answers_as_a_plain_one_does_also_when_the_graph_is_gone(model):
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    session = light.Session(copy)
+    del copy
+    gc.collect()
+    ids = {"ids": np.arange(14).reshape(2, 7)}
+    plain = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for _ in range(3):
+        noise = [np.full(100_000, np.nan) for _ in range(20)]  # what was freed is written over
+        np.testing.assert_array_equal(session.run(None, ids)[0], plain.run(None, ids)[0])
+        del noise
+
+
+def test_shapes_are_those_of_the_whole_graph(model):
+    assert light.shapes(model) == list(onnx.shape_inference.infer_shapes(model).graph.value_info)
+
+
+def test_the_checker_still_finds_what_is_wrong(model):
+    light.check(model)
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model)
+    broken.graph.node[-1].input[0] = "nowhere"
+    with pytest.raises(onnx.checker.ValidationError, match="nowhere"):
+        light.check(broken)
+
+
+@pytest.mark.slow
+def test_a_graph_over_two_gigabytes_is_run_checked_and_saved(tmp_path):
+    """protobuf ends at 2 GiB; y = x W V with 2.4 GB of W and V, whose entries are 1/rows: means of x."""
+    from export import weights
+
+    rows, columns = 12_000, 25_000
+    names, shapes = ("w", "v"), ((rows, columns), (columns, rows))
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", rows])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", rows])],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    for name, shape in zip(names, shapes, strict=True):
+        tensor = numpy_helper.from_array(np.full(shape, 1 / shape[0], np.float32), name)
+        model.graph.initializer.append(tensor)
+        del tensor
+    light.check(model)
+    weights.save({"image": model}, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["image.bin", "image.onnx"]
+    x = np.random.default_rng(0).random((1, rows), np.float32)
+    del model
+    session = ort.InferenceSession(tmp_path / "image.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], np.full((1, rows), x.mean()), rtol=1e-4)

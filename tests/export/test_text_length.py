@@ -1,0 +1,95 @@
+"""Padding behind a text changes no answer: so texts of nearly one length may be padded to one width and run together.
+
+A causal tower pools at the end of the text, before all padding; a masked one leaves padding out. What differs is the
+order in which a matrix product of another height is summed: 1e-6 at most.
+"""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from export.nets import NETS, Tower
+from export.parity import onnx_run
+from export.trace import to_onnx
+from models.bundle.bundle import Bundle
+from models.bundle.manifest import Tensor, TextPreprocess
+from models.bundle.store import read
+from models.preprocess.text import TextPreparer
+from models.runner import Runner
+from tests import tiny
+
+TEXTS = ["red", "a red cat", "a photo of a dog.", "a photo of two green dogs."]  # 3 to 10 tokens
+IDS = Tensor(dtype="int64", shape=("B", "T"))
+
+
+class Masked(torch.nn.Module):
+    """transformers' BERT, its last state averaged over what the mask keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = transformers.BertConfig(vocab_size=600, max_position_embeddings=40, **sizes)
+        config._attn_implementation = "eager"
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        tiny._spread(self.bert)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        state = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        kept = mask.to(state.dtype)[..., None]
+        return torch.nn.functional.normalize((state * kept).sum(1) / kept.sum(1), dim=-1)
+
+
+@pytest.fixture(scope="module")
+def causal(tiny_hf_clip):
+    return NETS.get("hf_clip").load(str(tiny_hf_clip)).towers["text"]
+
+
+@pytest.fixture(scope="module")
+def masked():
+    spec = TextPreprocess(context=40, mask="mask", pad_id=7)
+    outputs = {"text_embeds": Tensor(dtype="float32", shape=("B", 32))}
+    return Tower(Masked(), {"ids": IDS, "mask": IDS}, outputs, spec, quantizer="smooth")
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize("multiple", [8, 16])
+def test_padding_behind_a_text_changes_no_answer(kind: str, multiple: int, request, tmp_path):
+    tower = request.getfixturevalue(kind)
+    (tmp_path / "tokenizer.json").write_text(tiny.tokenizer().to_str())
+    run = onnx_run(to_onnx(tower))
+    plain = TextPreparer(tower.preprocess.model_copy(update={"multiple": 1}), tmp_path)
+    padded = TextPreparer(tower.preprocess.model_copy(update={"multiple": multiple}), tmp_path)
+    alone = np.concatenate([run(plain.prepare([text]))["text_embeds"] for text in TEXTS])
+    feeds = [padded.prepare([text]) for text in TEXTS]
+    assert {feed["ids"].shape[1] % multiple for feed in feeds} == {0}
+    together = np.concatenate([run(feed)["text_embeds"] for feed in feeds])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    np.testing.assert_allclose(run(padded.prepare(TEXTS))["text_embeds"], alone, atol=1e-6)
+    whole = {name: torch.from_numpy(array) for name, array in padded.prepare(TEXTS).items()}
+    with torch.inference_mode():
+        np.testing.assert_allclose(tower.module(*whole.values()).numpy(), alone, atol=1e-5)
+
+
+def test_an_int8_bundle_answers_the_same_whatever_its_texts_are_padded_to(tiny_bundles):
+    """Static ranges: no row knows of its neighbours, nor of its own padding."""
+    sealed = read(tiny_bundles / "tiny-int8")
+    graphs = dict(sealed.manifest.graphs)
+    found = []
+    for multiple in (1, 8):
+        spec = graphs["text"].preprocess.model_copy(update={"multiple": multiple})
+        graph = graphs["text"].model_copy(update={"preprocess": spec})
+        manifest = sealed.manifest.model_copy(update={"graphs": graphs | {"text": graph}})
+        runner = Runner(Bundle(sealed._replace(manifest=manifest)))
+        found.append(np.concatenate([runner.embed(texts=[text]) for text in TEXTS]))
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+def test_without_its_mask_a_masked_tower_would_answer_otherwise(masked):
+    """What the tests above would miss if padding did nothing anyway."""
+    run = onnx_run(to_onnx(masked))
+    ids, ones = np.array([[1, 2, 3, 7, 7]]), np.ones((1, 5), np.int64)
+    kept = np.array([[1, 1, 1, 0, 0]])
+    one, other = (run({"ids": ids, "mask": mask})["text_embeds"] for mask in (ones, kept))
+    assert np.abs(one - other).max() > 1e-3
