@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tomli_w
 
+from export.checkpoints import Weights
 from export.nets import Net, NetPlugin
 from export.recipe import Recipe, load_recipe, load_weights, recognise
 from models.cli import BUNDLES, bundle_options, emit, parser, positive
@@ -100,12 +101,18 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
         choices=("gelu", "gelu_tanh", "quick_gelu"),
         help="of the blocks, where the checkpoint does not say it",
     )
+    options.add_argument("--experts", choices=("dense", "routed"), help="how a mixture of experts is computed")
+    options.add_argument("--over", type=Path, help="a checkpoint whose image tower takes the place of this one's")
+    options.add_argument("--mix", type=Path, help="a checkpoint of the same shapes to mix with this one, by --alpha")
+    options.add_argument("--alpha", type=float, help="the share of --mix: 0 is this checkpoint, 1 the other")
+    options.add_argument("--stretch", type=int, help="tokens of context to stretch the table of positions to: 248")
     options.add_argument("--replace", action="store_true", default=None, help="replace bundles of the same name")
     return options
 
 
 def _recipe(options: argparse.Namespace, net_name: str, plugin: NetPlugin) -> tuple[Recipe, Net]:
-    weights = load_weights(options.recipe, activation=options.activation)
+    given = {name: getattr(options, name) for name in Weights.model_fields}
+    weights = load_weights(options.recipe, **given)
     net = plugin.load(options.checkpoint, weights)
     calibration = {k: v for k, v in (("images", options.images), ("texts", options.texts)) if v is not None}
     recipe = load_recipe(

@@ -63,6 +63,7 @@ class Recipe(FrozenModel):
         """What a report may say: file and folder names, but not where on this machine they lie."""
         data = self.model_dump(mode="json", exclude={"replace"})
         data["checkpoint"] = Path(self.checkpoint).resolve().name
+        data["weights"] = self.weights.public()
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
         return data
 

@@ -1,13 +1,13 @@
 """FAMILY layouts: how a research code names the tensors of a CLIP -> our names, and what shapes do not say.
 
 A layout is data: which names are decisive, a table of names, and a function for the settings. Names are templates:
-``{i}``, ``{e}`` stand for a number, ``{p}`` for weight or bias; so a table reads both ways, and what is missing is
-reported by the name it has in the checkpoint.
+``{i}``, ``{e}`` stand for a number, ``{p}`` for weight or bias, ``{b}`` for what a batch norm has, ``{rest}`` for
+anything; so a table reads both ways, and what is missing is reported by the name it has in the checkpoint.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -20,8 +20,20 @@ from models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
 from models.errors import UnknownCheckpoint
 from models.registry import Registry
 
-_HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias"}
+_HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias", "b": "weight|bias|running_mean|running_var", "rest": ".+"}
 DROP = ""  # as a target: known, and not needed
+_AXES = {  # our names, by their ends, of what shapes are read from -> how many axes they must have
+    "patch.weight": 4, "positions": 2, "cls": 1, "tokens.weight": 2, "qkv.weight": 2, "up.weight": 2, "gate.weight": 2,
+    "projection.weight": 2, "logit_scale": 0, "logit_bias": 0,
+}  # fmt: skip
+
+
+class Misfit(Exception):
+    """Of `Layout.finish`: a sentence with {} for each of the tensors ``names`` (ours); piece n of one: (name, n)."""
+
+    def __init__(self, sentence: str, *names: str) -> None:
+        super().__init__(sentence)
+        self.sentence, self.names = sentence, names
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,8 @@ class Layout:
     no_file: str | None = None
     model_type: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say; `Misfit`
+    note: str = ""  # what who serves it should know
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         if self.file and self.file not in checkpoint.configs:
@@ -97,11 +110,12 @@ def nearest(checkpoint: Checkpoint) -> str | None:
     """Why no layout fits, where one knows nearly all names of the tensors; None where none does."""
     known = {name: sum(_apply(LAYOUTS.get(name).rules, key)[0] is not None for key in checkpoint.names)
              for name in LAYOUTS.names()}  # fmt: skip
-    best = max(known, key=known.__getitem__)
-    layout = LAYOUTS.get(best)
+    lacks = {name: [key for key in LAYOUTS.get(name).keys if not any(_match(key, one) for one in checkpoint.names)]
+             for name in LAYOUTS.names()}  # fmt: skip
+    best = max(known, key=lambda name: (known[name], -len(lacks[name])))
     if known[best] < 0.8 * len(checkpoint.names):
         return None
-    absent = [key for key in layout.keys if not any(_match(key, name) for name in checkpoint.names)]
+    layout, absent = LAYOUTS.get(best), lacks[best]
     return f"its tensors are nearly those of {layout.title}" + (f", but {', '.join(absent)} is missing" * bool(absent))
 
 
@@ -117,6 +131,8 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
         elif rule.ours != DROP:
             value = tensor.float() if tensor.is_floating_point() else tensor
             value = rule.how(value) if rule.how else value
+            if problem := _problem(value, ours):
+                raise UnknownCheckpoint(f"{checkpoint.path}: {name} {problem}")
             if rule.piece is None:
                 found[ours] = value
             else:
@@ -139,7 +155,51 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
     missing += [_theirs(layout, ours) for ours in layout.needs if ours not in found and ours not in pieces]
     if missing:
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
-    return layout.finish(found)
+    try:
+        return layout.finish(found)
+    except KeyError as error:
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {_theirs(layout, error.args[0])}") from None
+    except Misfit as error:
+        names = [f"{_theirs(layout, name)} {list(found[name].shape)}" for name in error.names]
+        raise UnknownCheckpoint(f"{checkpoint.path}: {error.sentence.format(*names)}") from None
+
+
+def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The image tower alone (names under ``image.``) of a checkpoint that may hold more, or have lost its prefix.
+
+    By the layout that knows most of its names, ``layout`` before others. Raises as `translate`.
+    """
+    best, most = (layout, checkpoint), 0
+    for one in (layout, *(LAYOUTS.get(name) for name in LAYOUTS.names())):
+        for prefix in ("", "visual."):
+            named = replace(checkpoint, tensors={prefix + name: t for name, t in checkpoint.tensors.items()})
+            known = sum(_apply(one.rules, name)[1].startswith("image.") for name in named.names)
+            if known > most:
+                best, most = (one, named), known
+            if known:
+                break
+    if not most:
+        raise UnknownCheckpoint(f"{checkpoint.path} holds no image tower of a layout in the table")
+    one, named = best
+    rules = tuple(rule if rule.ours.startswith("image.") else replace(rule, ours=DROP) for rule in one.rules)
+    return translate(replace(one, rules=rules, needs=()), named)
+
+
+def theirs(layout: Layout, ours: str) -> str:
+    """What the checkpoint calls a tensor of ours."""
+    return _theirs(layout, ours)
+
+
+def _problem(value: Tensor, ours: str) -> str | None:
+    """Why a tensor can be no weight of ours; None where it can."""
+    for end, axes in _AXES.items():
+        if (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
+            return f"has the shape {list(value.shape)}; expected {axes} axes"
+    if not value.numel():
+        return f"is empty, its shape is {list(value.shape)}"
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        return "holds numbers that are infinite or not numbers; the file is damaged, or its training went astray"
+    return None
 
 
 def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any) -> nn.Module:
@@ -152,7 +212,10 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
         module = make(tensors)
     except KeyError as error:  # a tensor that shapes are read from
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {_theirs(layout, error.args[0])}") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    except (ArithmeticError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
+        raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {error}") from None
+    empty = module.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}
     theirs = {name: _theirs(layout, prefix + name) for name in {*wanted, *tensors}}
     if missing := sorted(theirs[name] for name in wanted.keys() - tensors.keys()):
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
@@ -162,6 +225,11 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
         if (found := tuple(tensors[name].shape)) != shape:
             raise UnknownCheckpoint(
                 f"{checkpoint.path}: {theirs[name]} has the shape {list(found)}; expected {list(shape)}"
+            )
+        if empty[name].is_floating_point() and not tensors[name].is_floating_point():
+            raise UnknownCheckpoint(
+                f"{checkpoint.path}: {theirs[name]} is of {str(tensors[name].dtype).removeprefix('torch.')}; "
+                "expected floating-point numbers, as they were before any quantization"
             )
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False)

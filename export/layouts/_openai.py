@@ -3,13 +3,19 @@
 Source: Radford et al. 2021 (arXiv 2103.00020) and its published code; projections there are [W, D], ours [D, W].
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.layouts import DROP, Rule
-from models.bundle.manifest import ImagePreprocess
+from export.towers import Style
+from export.towers.image import VisionTransformer
+from export.towers.text import TextTransformer
+from models.bundle.manifest import ImagePreprocess, TextPreprocess
+from models.errors import UnknownCheckpoint
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,11 +63,9 @@ def text(prefix: str = "") -> tuple[Rule, ...]:
     )
 
 
-SCALARS = (
-    Rule("logit_scale", "logit_scale", torch.Tensor.squeeze),
-    Rule("logit_bias", "logit_bias", torch.Tensor.squeeze),
-    *(Rule(name, DROP) for name in ("input_resolution", "context_length", "vocab_size")),
-)
+LOGIT_SCALE = Rule("logit_scale", "logit_scale", torch.Tensor.squeeze)
+MARKS = tuple(Rule(name, DROP) for name in ("input_resolution", "context_length", "vocab_size"))
+SCALARS = (LOGIT_SCALE, Rule("logit_bias", "logit_bias", torch.Tensor.squeeze), *MARKS)
 NEEDS = (
     "image.patch.weight",
     "image.cls",
@@ -78,9 +82,38 @@ NEEDS = (
 
 
 def side(state: Mapping[str, Tensor]) -> int:
-    """Pixels of a square picture's side, by the patches and their positions."""
+    """Pixels of a square picture's side, by the patches and their positions. Raises `UnknownCheckpoint`: no square."""
     tokens = state["image.positions"].shape[0] - ("image.cls" in state)
-    return round(tokens**0.5) * state["image.patch.weight"].shape[-1]
+    if tokens < 1 or (cells := round(tokens**0.5)) ** 2 != tokens:
+        raise UnknownCheckpoint(f"the picture's table of positions is for {tokens} patches; expected those of a square")
+    return cells * state["image.patch.weight"].shape[-1]
+
+
+def heads(width: int, tower: str) -> int:
+    """Attention heads, 64 wide. Raises `UnknownCheckpoint` for a width that has none."""
+    if width % HEAD_WIDTH:
+        raise UnknownCheckpoint(
+            f"the {tower} tower is {width} wide; expected a multiple of {HEAD_WIDTH}, a head's width"
+        )
+    return width // HEAD_WIDTH
+
+
+def image_tower(state: Mapping[str, Tensor], activation: str, **more: Any) -> Callable[..., nn.Module]:
+    """OpenAI's ViT: pooled at the class token."""
+    wide = heads(state["image.patch.weight"].shape[0], "image")
+    style = Style(heads=wide, activation=activation, pool="cls", **more)  # type: ignore[arg-type]
+    return partial(VisionTransformer, style=style)
+
+
+def text_tower(state: Mapping[str, Tensor], activation: str, **more: Any) -> Callable[..., nn.Module]:
+    """OpenAI's text tower: causal, pooled at the highest id."""
+    wide = heads(state["text.positions"].shape[1], "text")
+    style = Style(heads=wide, activation=activation, pool="eot", causal=True, **more)  # type: ignore[arg-type]
+    return partial(TextTransformer, style=style)
+
+
+def tokens(state: Mapping[str, Tensor]) -> TextPreprocess:
+    return TextPreprocess(context=state["text.positions"].shape[0], pad="longest", pad_id=0)
 
 
 def pixels(side: int) -> ImagePreprocess:

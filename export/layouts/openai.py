@@ -5,17 +5,12 @@ wide, the activation is QuickGELU, which no tensor tells: the archive's own mark
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 from torch import Tensor
 
 from export.checkpoints import Checkpoint
 from export.layouts import LAYOUTS, Layout, Settings, _openai
 from export.layouts._clip_bpe import tokenizer_json
-from export.towers import Style
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from models.bundle.manifest import TextPreprocess
 from models.errors import UnknownCheckpoint
 
 MARKS = {"input_resolution", "context_length", "vocab_size"}
@@ -35,14 +30,11 @@ def activation(checkpoint: Checkpoint) -> str:
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     kind = activation(checkpoint)
-    context, width = state["text.positions"].shape
-    image = Style(heads=state["image.patch.weight"].shape[0] // _openai.HEAD_WIDTH, activation=kind, pool="cls")  # type: ignore[arg-type]
-    text = Style(heads=width // _openai.HEAD_WIDTH, activation=kind, pool="eot", causal=True)  # type: ignore[arg-type]
     return Settings(
-        image=partial(VisionTransformer, style=image),
-        text=partial(TextTransformer, style=text),
+        image=_openai.image_tower(state, kind),
+        text=_openai.text_tower(state, kind),
         pixels=_openai.pixels(_openai.side(state)),
-        tokens=TextPreprocess(context=context, pad="longest", pad_id=0),
+        tokens=_openai.tokens(state),
         tokenizer=tokenizer_json(),
     )
 
@@ -51,7 +43,7 @@ LAYOUTS.register("openai")(
     Layout(
         title="OpenAI CLIP, ViT",
         keys=("visual.conv1.weight", "visual.class_embedding", "token_embedding.weight", "logit_scale"),
-        without=("positional_embedding_res",),
+        without=("positional_embedding_res", "{rest}.gate.weight", "{rest}.fc_V.weight"),
         no_file="open_clip_config.json",
         rules=(*_openai.IMAGE, *_openai.text(), *_openai.SCALARS),
         needs=_openai.NEEDS,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from export import layouts
 from export.checkpoints import Checkpoint, Weights, read
 from export.checkpoints.weights import weight_files, weights_sha256
+from export.layouts._edited import edited
 from export.nets import NETS, Net, NetPlugin, Tower
 from models.bundle.manifest import Plugin, Source
 from models.bundle.manifest import Tensor as Spec
@@ -40,8 +41,11 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
     if fitting is None:
         raise UnknownCheckpoint(f"{checkpoint}: its tensors are of no layout in the table")
     name, layout = fitting
-    state = layouts.translate(layout, found)
+    state, edits = edited(layout, layouts.translate(layout, found), weights)
     settings = layout.settings(found, state)
+    tokens = settings.tokens
+    if weights.stretch:
+        tokens = tokens.model_copy(update={"context": weights.stretch})
     image = layouts.fill(layout, found, state, "image.", settings.image)
     text = layouts.fill(layout, found, state, "text.", settings.text)
     dim = state.get("image.projection.weight", state["text.projection.weight"]).shape[0]
@@ -51,9 +55,9 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         source=Source(
             net="clip",
             model=_name(found),
-            weights=weights_sha256(found.path),
+            weights=weights_sha256(found.path) | edits.files,
             license=settings.license,
-            notes=f"layout {name}: {layout.title}",
+            notes="; ".join((f"layout {name}: {layout.title}", *filter(None, (layout.note,)), *edits.notes)),
         ),
         tasks=("classify", "embed", "raw"),
         towers={
@@ -67,9 +71,9 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
             ),
             "text": Tower(
                 text,
-                {name: Spec(dtype=dtype, shape=shape) for name, (dtype, shape) in settings.tokens.feeds().items()},  # type: ignore[arg-type]
+                {name: Spec(dtype=dtype, shape=shape) for name, (dtype, shape) in tokens.feeds().items()},  # type: ignore[arg-type]
                 {"text_embeds": embeds},
-                settings.tokens,
+                tokens,
                 quantizer="smooth",
                 promises=_attention(text),
             ),

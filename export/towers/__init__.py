@@ -41,6 +41,7 @@ class Style:
     eps: float = 1e-5
     qk_eps: float = 1e-6
     top: int = 2  # of a mixture of experts, how many a token goes to
+    routed: bool = False  # experts compute only the tokens that go to them, instead of all
 
 
 class Part(dict[str, Tensor]):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from export.towers import State, Style, part
-from export.towers.transformer import MLP, attend, blocks, linear, projection, unit
+from export.towers.fold import fold_batch_norms
+from export.towers.transformer import MLP, attend, blocks, linear, projection, rows, unit
 
 
 class VisionTransformer(nn.Module):
@@ -116,10 +117,45 @@ class Trunk(nn.Module):
         width = state["projection.weight"].shape[1] if "projection.weight" in state else 0
         self.projection = projection(state, width)
 
-    def fold(self) -> None: ...
+    def fold(self) -> None:
+        for inner in self.trunk.modules():
+            if isinstance(inner, MeanPool):
+                inner.fold()
+        fold_batch_norms(self.trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return unit(self.projection(self.trunk(pixels)))
+
+
+class MeanPool(nn.Module):
+    """The mean of a map [B, W, h, w] asks, all places and the mean answer -> [B, D] (CLIP's ResNets).
+
+    ``positions`` [1 + h w, W]: the mean's first. Only the mean asks, though all of them are asked in training.
+    """
+
+    def __init__(self, state: State, prefix: str, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positions = nn.Parameter(torch.empty(state[f"{prefix}positions"].shape))
+        width = self.positions.shape[1]
+        self.qkv = linear(state, f"{prefix}qkv", width, 3 * width)
+        self.out = linear(state, f"{prefix}out", width)
+
+    def fold(self) -> None:
+        """q and the scale of attention apart from k and v."""
+        width, layer = self.positions.shape[1], self.qkv
+        scale = (width // self.heads) ** -0.5
+        self.q, self.kv = rows(layer, 0, width), rows(layer, width, 3 * width)
+        with torch.no_grad():
+            self.q.weight.mul_(scale)
+            self.q.bias.mul_(scale)
+        del self.qkv
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positions
+        k, v = self.kv(x).chunk(2, dim=-1)
+        return self.out(attend(self.q(first(x)), k, v, self.heads, None)).flatten(1)
 
 
 def first(x: Tensor) -> Tensor:

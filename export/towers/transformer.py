@@ -91,13 +91,14 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """p = softmax(gate(x)) over experts; the `top` best, renormalised to sum 1, mix their answers.
 
-    Dense: every expert answers every token, which is exact and needs no gathering.
+    Dense: every expert answers every token, and what was not chosen counts 0. Routed: an expert's tokens are gathered,
+    answered and added where they belong. Both are exact.
     """
 
     def __init__(self, state: State, style: Style, width: int) -> None:
         super().__init__()
         number = count(state, "experts.")
-        self.top = style.top
+        self.top, self.routed = min(style.top, number), style.routed
         self.gate = linear(state, "gate", width, number, bias=False)
         self.experts = nn.ModuleList(MLP(part(state, f"experts.{e}."), style, width) for e in range(number))
 
@@ -106,7 +107,18 @@ class Experts(nn.Module):
         best, which = chances.topk(self.top, dim=-1)
         best = best / best.sum(dim=-1, keepdim=True)
         weights = torch.zeros_like(chances).scatter(-1, which, best)
+        if self.routed:
+            return self.route(x.flatten(0, 1), weights.flatten(0, 1)).reshape(x.shape)
         return sum(weights[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]
+
+    def route(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x [N, W], weights [N, E], 0 for what was not chosen -> [N, W]."""
+        found = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            own = weights[:, e].nonzero()[:, 0]
+            answers = expert(x.index_select(0, own)) * weights[:, e].index_select(0, own)[:, None]
+            found = found.index_add(0, own, answers)
+        return found
 
 
 class Block(nn.Module):
@@ -134,7 +146,7 @@ class LastBlock(Block):
     def fold(self) -> None:
         super().fold()
         width = self.attn.out.in_features
-        self.q, self.kv = _rows(self.attn.qkv, 0, width), _rows(self.attn.qkv, width, 3 * width)
+        self.q, self.kv = rows(self.attn.qkv, 0, width), rows(self.attn.qkv, width, 3 * width)
         del self.attn.qkv
 
     def forward(self, x: Tensor, own, mask: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def, override]
@@ -160,7 +172,8 @@ def _scaled(weights: Tensor, rows: int, scale: float) -> nn.Parameter:
     return nn.Parameter(torch.cat([weights[:rows] * scale, weights[rows:]]), requires_grad=False)
 
 
-def _rows(layer: nn.Linear, first: int, last: int) -> nn.Linear:
+def rows(layer: nn.Linear, first: int, last: int) -> nn.Linear:
+    """A layer of its own that answers outputs ``first`` to ``last``."""
     with torch.device("meta"):
         part = nn.Linear(layer.in_features, last - first, bias=layer.bias is not None)
     part.weight = nn.Parameter(layer.weight[first:last].clone(), requires_grad=False)

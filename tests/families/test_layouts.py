@@ -16,13 +16,23 @@ from export.layouts import LAYOUTS
 from export.nets.clip import load, recognise
 from export.trace import example, to_onnx
 from models.errors import UnknownCheckpoint
-from tests import tiny
+from tests import tiny, tiny_layouts
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "hf_clip": tiny.hf_clip,
     "open_clip": tiny.open_clip,
     "open_clip_custom_text": tiny.open_clip_custom_text,
     "openai": tiny.openai,
+    "openai_resnet": tiny_layouts.openai_resnet,
+    "open_clip_resnet": tiny_layouts.open_clip_resnet,
+    "long_clip": tiny_layouts.long_clip,
+    "clip_moe": tiny_layouts.clip_moe,
+    "clip_svd": tiny_layouts.clip_svd,
+    "cloob": tiny_layouts.cloob,
+    "cloob_flat": tiny_layouts.cloob_flat,
+    "cloob_vit": tiny_layouts.cloob_vit,
+    "cloob_vit_flat": tiny_layouts.cloob_vit_flat,
+    "slip": tiny_layouts.slip,
 }
 ALL = pytest.mark.parametrize("name", LAYOUTS.names())
 
@@ -39,6 +49,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return of
 
 
+@pytest.fixture(scope="module")
+def traced() -> set[str]:
+    """Makes of towers that were traced."""
+    return set()
+
+
 def test_every_layout_has_a_checkpoint_to_be_tested_with():
     assert sorted(CHECKPOINTS) == LAYOUTS.names()
 
@@ -50,14 +66,17 @@ def test_its_checkpoint_fits_it_alone(name: str, checkpoint):
 
 
 @ALL
-def test_towers_answer_unit_rows_and_trace_to_graphs(name: str, checkpoint):
+def test_towers_answer_unit_rows_and_trace_to_graphs(name: str, checkpoint, traced: set[str]):
     net = load(str(checkpoint(name)))
     for role, tower in net.towers.items():
         with torch.inference_mode():
             found = tower.module(*example(tower))
         assert found.shape == (2, tower.outputs[f"{role}_embeds"].shape[1])
         assert np.allclose(found.norm(dim=-1), 1.0, atol=1e-5)
-        assert [v.name for v in to_onnx(tower).graph.input] == list(tower.inputs)
+        make = f"{tower.module} {getattr(tower.module, 'style', None)}"
+        if make not in traced:  # seconds each, and many layouts come to the same towers
+            assert [v.name for v in to_onnx(tower).graph.input] == list(tower.inputs)
+            traced.add(make)
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

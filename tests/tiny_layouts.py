@@ -1,0 +1,207 @@
+"""Tiny checkpoints of layouts whose reference code is no library: torch modules in their names, random and seeded."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+
+MARKS = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
+
+
+def saved(state: dict[str, Tensor], directory: Path, name: str = "clip.pt", wrap: Callable = dict) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(wrap(state), directory / name)
+    return directory / name
+
+
+def openai(seed: int = 0, context: int = 77) -> nn.Module:
+    """OpenAI's ViT as open_clip builds it."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(seed)
+    clip = CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
+        text_cfg={"context_length": context, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+        quick_gelu=True,
+    )
+    return spread(clip)
+
+
+def resnet_module(seed: int = 0) -> nn.Module:
+    """CLIP's ResNet with one block a stage, 64-pixel pictures, statistics of batch norms that are no fresh ones."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(seed)
+    clip = CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
+        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+        quick_gelu=True,
+    )
+    with torch.no_grad():
+        for part in clip.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.running_mean.normal_(0, 0.2)
+                part.running_var.uniform_(0.5, 2)
+                part.weight.uniform_(0.5, 1.5)
+                part.bias.normal_(0, 0.2)
+        clip.visual.attnpool.positional_embedding.mul_(2)
+    return spread(clip)
+
+
+def spread(module: nn.Module) -> nn.Module:
+    tiny._spread(module)
+    return module.eval()
+
+
+def openai_resnet(directory: Path) -> Path:
+    marks = {**MARKS, "input_resolution": 64}
+    return saved(
+        {**resnet_module().state_dict(), **{name: torch.tensor(value) for name, value in marks.items()}}, directory
+    )
+
+
+def open_clip_resnet(directory: Path) -> Path:
+    import json
+
+    from safetensors.torch import save_file
+
+    clip = resnet_module()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
+    config = {
+        "embed_dim": 16,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+    preprocess = {"mean": tiny.MEAN, "std": tiny.STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return directory
+
+
+CONTEXT = 40  # of the tiny Long-CLIP and CLIP-MoE
+
+
+def long_clip_state() -> dict[str, Tensor]:
+    state = dict(openai(context=CONTEXT).state_dict())
+    state["positional_embedding_res"] = torch.randn_like(state["positional_embedding"]) * 0.1
+    return state
+
+
+def long_clip(directory: Path) -> Path:
+    return saved(long_clip_state(), directory, "longclip.pt")
+
+
+def clip_moe_state(experts: int = 4, first: int = 1) -> dict[str, Tensor]:
+    """The blocks from ``first`` on are of experts."""
+    state = long_clip_state()
+    torch.manual_seed(5)
+    for prefix in ("visual.transformer.resblocks", "transformer.resblocks"):
+        for i in range(first, 2):
+            for name in ("c_fc", "c_proj"):
+                for p in ("weight", "bias"):
+                    tensor = state.pop(f"{prefix}.{i}.mlp.{name}.{p}")
+                    for e in range(experts):
+                        state[f"{prefix}.{i}.experts.{e}.{name}.{p}"] = tensor + 0.3 * torch.randn_like(tensor)
+            width = state[f"{prefix}.{i}.ln_1.weight"].shape[0]
+            state[f"{prefix}.{i}.gate.weight"] = torch.randn(experts, width)
+    return state
+
+
+def clip_moe(directory: Path) -> Path:
+    return saved(clip_moe_state(), directory, "clipmoe.pt")
+
+
+def svd_state(scale: float = 1.0, rank: int | None = None) -> dict[str, Tensor]:
+    """Every matrix of a block factored; the singular values times ``scale``."""
+    state = dict(openai().state_dict())
+    for name in list(state):
+        if ".resblocks." not in name or ".ln_" in name or name.endswith("bias"):
+            continue
+        weight = state.pop(name)
+        bias = state.pop(name.replace("weight", "bias"))
+        layer = name.removesuffix(".weight").removesuffix(".in_proj_weight").replace("attn.out_proj", "attn.proj")
+        parts = {"": (weight, bias)}
+        if name.endswith("in_proj_weight"):
+            pairs = zip(weight.chunk(3), bias.chunk(3), strict=True)
+            parts = {f".{one}_proj": pair for one, pair in zip("qkv", pairs, strict=True)}
+        for part, (matrix, offset) in parts.items():
+            u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+            state[f"{layer}{part}.fc_V.weight"] = v[:rank].float()
+            state[f"{layer}{part}.vector_S"] = (s[:rank] * scale).float()[None]
+            state[f"{layer}{part}.fc_U.weight"] = u[:, :rank].float()
+            state[f"{layer}{part}.fc_U.bias"] = offset
+    return state
+
+
+def clip_svd(directory: Path) -> Path:
+    return saved(svd_state(), directory, "svd.pth", lambda state: {"state_dict": state, "epoch": 3})
+
+
+def cloob_state(module: nn.Module, nested: bool) -> dict[str, Tensor]:
+    state = {}
+    for name, tensor in module.state_dict().items():
+        if name == "logit_scale":
+            state["logit_inv_tau"] = torch.tensor(14.3).log()
+        else:
+            state[name if name.startswith("visual.") or not nested else f"transformer.{name}"] = tensor
+    return {f"module.{name}": tensor for name, tensor in state.items()}
+
+
+def cloob(directory: Path) -> Path:
+    return saved(cloob_state(resnet_module(), True), directory, "cloob.pt", lambda s: {"epoch": 1, "state_dict": s})
+
+
+def cloob_flat(directory: Path) -> Path:
+    return saved(cloob_state(resnet_module(), False), directory, "cloob.pt")
+
+
+def cloob_vit(directory: Path) -> Path:
+    return saved(cloob_state(openai(), True), directory, "cloob.pt")
+
+
+def cloob_vit_flat(directory: Path) -> Path:
+    return saved(cloob_state(openai(), False), directory, "cloob.pt")
+
+
+class Slip(nn.Module):
+    """timm's ViT, open_clip's text tower, and a projection: SLIP's names but for those of the text."""
+
+    def __init__(self, *, qk_norm: bool, width: int = 64, heads: int = 2) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer
+
+        torch.manual_seed(0)
+        self.visual = VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=heads, qk_norm=qk_norm, num_classes=0
+        )
+        self.text = openai()
+        self.image_projection = nn.Parameter(torch.randn(width, 16) * 0.2)
+        with torch.no_grad():
+            for name, parameter in self.visual.named_parameters():
+                if "norm" in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        spread(self.visual)
+        self.eval()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return nn.functional.normalize(self.visual(pixels) @ self.image_projection, dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.text.encode_text(ids, normalize=True)
+
+    def state(self) -> dict[str, Tensor]:
+        state = {f"visual.{name}": tensor for name, tensor in self.visual.state_dict().items()}
+        text = {n: t for n, t in self.text.state_dict().items() if not n.startswith("visual.") and n != "attn_mask"}
+        return {**state, **text, "image_projection": self.image_projection.detach()}
+
+
+def slip(directory: Path) -> Path:
+    """LaCLIP's, as DataParallel saved it."""
+    state = {f"module.{name}": tensor for name, tensor in Slip(qk_norm=True).state().items()}
+    return saved(state, directory, "laclip.pt", lambda state: {"epoch": 1, "state_dict": state})
