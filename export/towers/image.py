@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from export.towers import State, Style, part
+from export.towers.fold import fold_batch_norms
 from export.towers.transformer import MLP, attend, blocks, linear, projection, unit
 
 
@@ -116,7 +117,8 @@ class Trunk(nn.Module):
         width = state["projection.weight"].shape[1] if "projection.weight" in state else 0
         self.projection = projection(state, width)
 
-    def fold(self) -> None: ...
+    def fold(self) -> None:
+        fold_batch_norms(self.trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return unit(self.projection(self.trunk(pixels)))
