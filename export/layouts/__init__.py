@@ -1,8 +1,8 @@
 """FAMILY layouts: how a research code names the tensors of a CLIP -> our names, and what shapes do not say.
 
 A layout is data: which names are decisive, a table of names, and a function for the settings. Names are templates:
-``{i}``, ``{e}`` stand for a number, ``{p}`` for weight or bias; so a table reads both ways, and what is missing is
-reported by the name it has in the checkpoint.
+``{i}``, ``{e}`` stand for a number, ``{p}`` for weight or bias, ``{rest}`` for whatever is left; so a table reads both
+ways, and what is missing is reported by the name it has in the checkpoint.
 """
 
 import re
@@ -20,7 +20,7 @@ from models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
 from models.errors import UnknownCheckpoint
 from models.registry import Registry
 
-_HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias"}
+_HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias", "rest": ".+"}
 DROP = ""  # as a target: known, and not needed
 
 
@@ -54,7 +54,8 @@ class Settings:
 @dataclass(frozen=True)
 class Layout:
     """What decides: ``keys``, templates, each of which some tensor has, and ``without``, which none has; ``file``, a
-    config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say.
+    config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say;
+    ``also``: what the configs say, where no name of a tensor tells.
 
     ``settings(checkpoint, tensors by our names)``; ``needs``: our names that are always there.
     """
@@ -67,6 +68,7 @@ class Layout:
     file: str | None = None
     no_file: str | None = None
     model_type: tuple[str, ...] = ()
+    also: Callable[[Checkpoint], bool] = lambda checkpoint: True
     needs: tuple[str, ...] = ()
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say
 
@@ -76,6 +78,8 @@ class Layout:
         if self.no_file in checkpoint.configs:
             return False
         if self.model_type and checkpoint.config.get("model_type") not in self.model_type:
+            return False
+        if not self.also(checkpoint):
             return False
         found = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.keys]
         barred = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.without]

@@ -17,11 +17,16 @@ from export.nets.clip import load, recognise
 from export.trace import example, to_onnx
 from models.errors import UnknownCheckpoint
 from tests import tiny
+from tests.tiny_layouts import siglip, trunks
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "hf_clip": tiny.hf_clip,
+    "hf_siglip": siglip.hf_siglip,
     "open_clip": tiny.open_clip,
     "open_clip_custom_text": tiny.open_clip_custom_text,
+    "open_clip_siglip": siglip.open_clip_siglip,
+    "open_clip_timm": trunks.open_clip_timm,
+    "open_clip_timm_custom_text": trunks.open_clip_timm_custom_text,
     "openai": tiny.openai,
 }
 ALL = pytest.mark.parametrize("name", LAYOUTS.names())
