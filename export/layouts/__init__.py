@@ -66,7 +66,8 @@ class Settings:
 @dataclass(frozen=True)
 class Layout:
     """What decides: ``keys``, templates, each of which some tensor has, and ``without``, which none has; ``file``, a
-    config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say.
+    config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say;
+    ``also``: what the configs say, where no name of a tensor tells.
 
     ``settings(checkpoint, tensors by our names)``; ``needs``: our names that are always there.
     """
@@ -79,6 +80,7 @@ class Layout:
     file: str | None = None
     no_file: str | None = None
     model_type: tuple[str, ...] = ()
+    also: Callable[[Checkpoint], bool] = lambda checkpoint: True
     needs: tuple[str, ...] = ()
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say; `Misfit`
     note: str = ""  # what who serves it should know
@@ -89,6 +91,8 @@ class Layout:
         if self.no_file in checkpoint.configs:
             return False
         if self.model_type and checkpoint.config.get("model_type") not in self.model_type:
+            return False
+        if not self.also(checkpoint):
             return False
         found = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.keys]
         barred = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.without]

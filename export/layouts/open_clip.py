@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Settings, _openai
+from export.layouts import LAYOUTS, Layout, Settings, _open_clip_text, _openai
 from export.layouts._clip_bpe import tokenizer_json
 from export.towers import Style
 from export.towers.image import VisionTransformer
@@ -34,11 +34,8 @@ _USUAL = {  # settings of a tower that change what it computes, and the one valu
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """Raises `UnknownCheckpoint` naming the setting that is not supported."""
     config = model_config(checkpoint)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    for part, usual in _USUAL.items():
-        for name, value in usual.items():
-            if value is not None and (found := config[part].get(name, value)) != value:
-                raise UnknownCheckpoint(f"{CONFIG}: {part}.{name} is {found!r}; only {value!r} is supported")
+    vision = config["vision_cfg"]
+    require_usual(config, *_USUAL)
     width = state["image.patch.weight"].shape[0]
     image = Style(
         heads=width // vision.get("head_width", _openai.HEAD_WIDTH),
@@ -52,9 +49,25 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
         pixels=image_preprocess(
             checkpoint.configs[CONFIG].get("preprocess_cfg") or {}, vision.get("image_size", _openai.side(state))
         ),
-        tokens=text_tokens(text),
-        tokenizer=tokenizer_json(),
+        **text_parts(checkpoint, config),
     )
+
+
+def require_usual(config: Mapping[str, Any], *parts: str) -> None:
+    """Raises `UnknownCheckpoint` naming a setting of vision_cfg or text_cfg that our towers do not have."""
+    for part in parts:
+        for name, value in _USUAL[part].items():
+            if value is not None and (found := config[part].get(name, value)) != value:
+                raise UnknownCheckpoint(f"{CONFIG}: {part}.{name} is {found!r}; only {value!r} is supported")
+
+
+def text_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `Settings` what texts need: CLIP's tokenizer, or the one in the directory where the config names one."""
+    text = config["text_cfg"]
+    if not text.get("hf_tokenizer_name"):
+        return {"tokens": text_tokens(text), "tokenizer": tokenizer_json()}
+    tokenizer, pad = _open_clip_text.tokenizer(checkpoint, text)
+    return {"tokens": text_tokens({**text, "pad_id": pad}), "tokenizer": tokenizer}
 
 
 def model_config(checkpoint: Checkpoint) -> dict[str, Any]:

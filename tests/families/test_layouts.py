@@ -16,23 +16,28 @@ from export.layouts import LAYOUTS
 from export.nets.clip import load, recognise
 from export.trace import example, to_onnx
 from models.errors import UnknownCheckpoint
-from tests import tiny, tiny_layouts
+from tests import tiny
+from tests.tiny_layouts import openai_like, siglip, trunks
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "hf_clip": tiny.hf_clip,
+    "hf_siglip": siglip.hf_siglip,
     "open_clip": tiny.open_clip,
     "open_clip_custom_text": tiny.open_clip_custom_text,
+    "open_clip_siglip": siglip.open_clip_siglip,
+    "open_clip_timm": trunks.open_clip_timm,
+    "open_clip_timm_custom_text": trunks.open_clip_timm_custom_text,
     "openai": tiny.openai,
-    "openai_resnet": tiny_layouts.openai_resnet,
-    "open_clip_resnet": tiny_layouts.open_clip_resnet,
-    "long_clip": tiny_layouts.long_clip,
-    "clip_moe": tiny_layouts.clip_moe,
-    "clip_svd": tiny_layouts.clip_svd,
-    "cloob": tiny_layouts.cloob,
-    "cloob_flat": tiny_layouts.cloob_flat,
-    "cloob_vit": tiny_layouts.cloob_vit,
-    "cloob_vit_flat": tiny_layouts.cloob_vit_flat,
-    "slip": tiny_layouts.slip,
+    "openai_resnet": openai_like.openai_resnet,
+    "open_clip_resnet": openai_like.open_clip_resnet,
+    "long_clip": openai_like.long_clip,
+    "clip_moe": openai_like.clip_moe,
+    "clip_svd": openai_like.clip_svd,
+    "cloob": openai_like.cloob,
+    "cloob_flat": openai_like.cloob_flat,
+    "cloob_vit": openai_like.cloob_vit,
+    "cloob_vit_flat": openai_like.cloob_vit_flat,
+    "slip": openai_like.slip,
 }
 ALL = pytest.mark.parametrize("name", LAYOUTS.names())
 

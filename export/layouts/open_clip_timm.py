@@ -1,0 +1,124 @@
+"""open_clip directories with an image tower of timm's: SigLIP's ViT becomes ours, any other is built by timm.
+
+Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773), `TimmModel`: ``visual.trunk`` and ``visual.head``; SigLIP:
+Zhai et al. 2023 (arXiv 2303.15343); MobileCLIP: Vasu et al. 2024 (arXiv 2311.17049); ViTamin: Chen et al. 2024
+(arXiv 2404.02132); EVA: Sun et al. 2023 (arXiv 2303.15389).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.checkpoints import Checkpoint
+from export.checkpoints.files import require_package
+from export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _timm, open_clip
+from export.towers import Style
+from export.towers.image import VisionTransformer
+from export.towers.text import TextTransformer
+from models.errors import UnknownCheckpoint
+
+_NAME = f"{open_clip.CONFIG}: vision_cfg.timm_model_name"
+SIGLIP = (
+    Rule("visual.trunk.patch_embed.proj.{p}", "image.patch.{p}"),
+    Rule("visual.trunk.pos_embed", "image.positions", lambda tensor: tensor.squeeze(0)),
+    *_timm.blocks("visual.trunk.blocks", "image"),
+    Rule("visual.trunk.norm.{p}", "image.norm_post.{p}"),
+    Rule("visual.trunk.attn_pool.latent", "image.pool.probe", torch.Tensor.flatten),
+    Rule("visual.trunk.attn_pool.q.{p}", "image.pool.qkv.{p}", piece=0),
+    Rule("visual.trunk.attn_pool.kv.{p}", "image.pool.qkv.{p}", piece=1),
+    Rule("visual.trunk.attn_pool.proj.{p}", "image.pool.out.{p}"),
+    Rule("visual.trunk.attn_pool.norm.{p}", "image.pool.norm.{p}"),
+    Rule("visual.trunk.attn_pool.mlp.fc1.{p}", "image.pool.mlp.up.{p}"),
+    Rule("visual.trunk.attn_pool.mlp.fc2.{p}", "image.pool.mlp.down.{p}"),
+    Rule("visual.head.proj.{p}", "image.projection.{p}"),
+)
+_TEXT_NEEDS = ("text.tokens.weight", "text.positions", "text.norm_post.weight", "text.projection.weight", "logit_scale")
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+
+
+def is_siglip(checkpoint: Checkpoint) -> bool:
+    vision = (checkpoint.configs.get(open_clip.CONFIG, {}).get("model_cfg") or {}).get("vision_cfg") or {}
+    return "siglip" in str(vision.get("timm_model_name")) and vision.get("timm_pool") == "map"
+
+
+def siglip(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
+    config = open_clip.model_config(checkpoint)
+    return _settings(checkpoint, config, partial(VisionTransformer, style=_style(config["vision_cfg"])))
+
+
+def _style(vision: Mapping[str, Any]) -> Style:
+    """What shapes do not say, timm's own model of that name does; made without memory for its weights."""
+    timm = require_package("timm", "an image tower of timm's")
+    name = _timm.known(vision.get("timm_model_name"), _NAME)
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    block = model.blocks[0]
+    kind = type(block.mlp.act).__name__
+    if kind not in _ACTIVATIONS:
+        raise UnknownCheckpoint(f"{_NAME} {name!r} has the activation {kind}; expected {' or '.join(_ACTIVATIONS)}")
+    tanh = getattr(block.mlp.act, "approximate", "none") == "tanh"
+    return Style(
+        heads=block.attn.num_heads,
+        activation="gelu_tanh" if tanh else _ACTIVATIONS[kind],  # type: ignore[arg-type]
+        eps=block.norm1.eps,
+        pool="map",
+    )
+
+
+def trunk(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
+    config = open_clip.model_config(checkpoint)
+    return _settings(checkpoint, config, partial(_build, config=config))
+
+
+def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
+    """The empty tower, as open_clip's adapter puts it together."""
+    adapter = require_package("open_clip.timm_model", "an open_clip directory")
+    vision = config["vision_cfg"]
+    name = _timm.known(vision.get("timm_model_name"), _NAME)
+    made = {new: vision[f"timm_{new}"] for new in ("pool", "proj", "proj_bias") if f"timm_{new}" in vision}
+    try:
+        tower = adapter.TimmModel(name, config["embed_dim"], vision.get("image_size", 224), **made)
+    except Exception as error:  # whatever a builder of timm's raises
+        raise UnknownCheckpoint(f"{_NAME} {name!r} with {made} cannot be built: {error}") from None
+    return _timm.TimmTrunk(tensors, tower)
+
+
+def _settings(checkpoint: Checkpoint, config: Mapping[str, Any], image: Any) -> Settings:
+    open_clip.require_usual(config, "text_cfg")
+    return Settings(
+        image=image,
+        text=partial(TextTransformer, style=open_clip.text_style(config)),
+        pixels=open_clip.image_preprocess(
+            checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {},
+            config["vision_cfg"].get("image_size", 224),
+        ),
+        **open_clip.text_parts(checkpoint, config),
+    )
+
+
+LAYOUTS.register("open_clip_siglip")(
+    Layout(
+        title="open_clip, SigLIP's ViT of timm",
+        keys=("visual.trunk.patch_embed.proj.weight", "visual.trunk.attn_pool.latent", "text.token_embedding.weight"),
+        file=open_clip.CONFIG,
+        also=is_siglip,
+        rules=(*SIGLIP, *_openai.text("text."), *_openai.SCALARS),
+        needs=("image.patch.weight", "image.positions", "image.pool.probe", "image.norm_post.weight", *_TEXT_NEEDS),
+        settings=siglip,
+    )
+)
+for _name, _prefix in (("open_clip_timm", ""), ("open_clip_timm_custom_text", "text.")):
+    LAYOUTS.register(_name)(
+        Layout(
+            title="open_clip, an image tower of timm's" + (" (custom text)" if _prefix else ""),
+            keys=(f"{_prefix}token_embedding.weight", "visual.trunk.{rest}"),
+            file=open_clip.CONFIG,
+            also=lambda checkpoint: not is_siglip(checkpoint),
+            rules=(Rule("visual.{rest}", "image.trunk.{rest}"), *_openai.text(_prefix), *_openai.SCALARS),
+            needs=_TEXT_NEEDS,
+            settings=trunk,
+        )
+    )

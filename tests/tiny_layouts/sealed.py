@@ -1,0 +1,16 @@
+"""A sealed float bundle of a net, as the pipeline writes it, without what the pipeline measures on the way."""
+
+from pathlib import Path
+
+from export.nets import Net
+from export.pipeline import FLOAT, _write
+from export.trace import to_onnx
+from models.bundle.store import seal, stage
+from models.runner import Runner, open_bundle
+
+
+def runner(net: Net, out: Path, name: str) -> Runner:
+    with stage(out, name) as directory:
+        graphs = {role: to_onnx(tower) for role, tower in net.towers.items()}
+        sealed = seal(directory, _write(net, directory, graphs, name, FLOAT), replace=False)
+    return open_bundle(sealed.directory)
