@@ -69,6 +69,7 @@ class Layout:
     model_type: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say
+    refuses: Callable[[Checkpoint], str | None] = lambda checkpoint: None  # one of this kind that does not fit: why
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         if self.file and self.file not in checkpoint.configs:
@@ -94,7 +95,10 @@ def find(checkpoint: Checkpoint) -> tuple[str, Layout] | None:
 
 
 def nearest(checkpoint: Checkpoint) -> str | None:
-    """Why no layout fits, where one knows nearly all names of the tensors; None where none does."""
+    """Why no layout fits, where one says so or knows nearly all names of the tensors; None where none does."""
+    for name in LAYOUTS.names():
+        if why := LAYOUTS.get(name).refuses(checkpoint):
+            return why
     known = {name: sum(_apply(LAYOUTS.get(name).rules, key)[0] is not None for key in checkpoint.names)
              for name in LAYOUTS.names()}  # fmt: skip
     best = max(known, key=known.__getitem__)
@@ -167,6 +171,12 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
     module.requires_grad_(False)
     module.fold()
     return module.eval()
+
+
+def dim(state: Mapping[str, Tensor]) -> int:
+    """How long the vectors are that both towers answer, by the projection that is there."""
+    names = ("image.projection.weight", "text.projection.weight", "text.projection.down.weight")
+    return next(len(state[name]) for name in names if name in state)
 
 
 def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:

@@ -62,13 +62,16 @@ SCALARS = (
     Rule("logit_bias", "logit_bias", torch.Tensor.squeeze),
     *(Rule(name, DROP) for name in ("input_resolution", "context_length", "vocab_size")),
 )
-NEEDS = (
+IMAGE_NEEDS = (
     "image.patch.weight",
     "image.cls",
     "image.positions",
     "image.norm_pre.weight",
     "image.norm_post.weight",
     "image.projection.weight",
+)
+NEEDS = (
+    *IMAGE_NEEDS,
     "text.tokens.weight",
     "text.positions",
     "text.norm_post.weight",

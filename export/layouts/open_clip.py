@@ -34,27 +34,35 @@ _USUAL = {  # settings of a tower that change what it computes, and the one valu
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """Raises `UnknownCheckpoint` naming the setting that is not supported."""
     config = model_config(checkpoint)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    for part, usual in _USUAL.items():
-        for name, value in usual.items():
-            if value is not None and (found := config[part].get(name, value)) != value:
-                raise UnknownCheckpoint(f"{CONFIG}: {part}.{name} is {found!r}; only {value!r} is supported")
-    width = state["image.patch.weight"].shape[0]
-    image = Style(
-        heads=width // vision.get("head_width", _openai.HEAD_WIDTH),
+    return Settings(
+        image=partial(VisionTransformer, style=vision_style(config, state)),
+        text=partial(TextTransformer, style=text_style(config)),
+        pixels=pixels(checkpoint, config, state),
+        tokens=text_tokens(config["text_cfg"]),
+        tokenizer=tokenizer_json(),
+    )
+
+
+def require_usual(config: Mapping[str, Any], part: str) -> None:
+    for name, value in _USUAL[part].items():
+        if value is not None and (found := config[part].get(name, value)) != value:
+            raise UnknownCheckpoint(f"{CONFIG}: {part}.{name} is {found!r}; only {value!r} is supported")
+
+
+def vision_style(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Style:
+    require_usual(config, "vision_cfg")
+    vision = config["vision_cfg"]
+    return Style(
+        heads=state["image.patch.weight"].shape[0] // vision.get("head_width", _openai.HEAD_WIDTH),
         activation=activation(config, vision),  # type: ignore[arg-type]
         eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
         pool="cls",
     )
-    return Settings(
-        image=partial(VisionTransformer, style=image),
-        text=partial(TextTransformer, style=text_style(config)),
-        pixels=image_preprocess(
-            checkpoint.configs[CONFIG].get("preprocess_cfg") or {}, vision.get("image_size", _openai.side(state))
-        ),
-        tokens=text_tokens(text),
-        tokenizer=tokenizer_json(),
-    )
+
+
+def pixels(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ImagePreprocess:
+    size = config["vision_cfg"].get("image_size", _openai.side(state))
+    return image_preprocess(checkpoint.configs[CONFIG].get("preprocess_cfg") or {}, size)
 
 
 def model_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -71,6 +79,7 @@ def activation(config: Mapping[str, Any], tower: Mapping[str, Any]) -> str:
 
 
 def text_style(config: Mapping[str, Any]) -> Style:
+    require_usual(config, "text_cfg")
     text = config["text_cfg"]
     pool = text.get("pool_type", "argmax")
     if pool not in _POOLS:

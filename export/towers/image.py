@@ -20,7 +20,7 @@ class VisionTransformer(nn.Module):
         width, channels, *size = state["patch.weight"].shape
         self.patch = nn.Conv2d(channels, width, tuple(size), stride=tuple(size), bias="patch.bias" in state)
         self.cls = nn.Parameter(torch.empty(width)) if "cls" in state else None
-        self.positions = nn.Parameter(torch.empty(state["positions"].shape))
+        self.positions = nn.Parameter(torch.empty(len(state["positions"]), width))
         self.norm_pre = nn.LayerNorm(width, eps=style.eps) if "norm_pre.weight" in state else nn.Identity()
         self.blocks = blocks(part(state, "blocks."), style, width, one_token=style.pool == "cls")
         self.norm_post = nn.LayerNorm(width, eps=style.eps) if "norm_post.weight" in state else nn.Identity()
