@@ -75,11 +75,12 @@ def tower(
 ) -> tuple[partial[BertText], TextPreprocess]:
     """``config``: transformers' of the text tower, as far as there is one; heads are 64 wide where it does not say.
 
-    ``more``: ``pool`` first or mean, and ``pooler``. Raises `UnknownCheckpoint` naming a setting we do not have.
+    ``more``: ``pool`` first or mean, ``pooler``, and ``clean`` of the texts. Raises `UnknownCheckpoint` naming a
+    setting we do not have.
     """
     if (how := config.get("position_embedding_type", "absolute")) != "absolute":
         raise UnknownCheckpoint(f"the text tower's position_embedding_type is {how!r}; only 'absolute' is supported")
-    pad = config.get("pad_token_id", kind.pad_id)
+    pad, clean = config.get("pad_token_id", kind.pad_id), more.pop("clean", None)
     offset = pad + 1 if kind.offset else 0
     style = Style(
         heads=config.get("num_attention_heads", state["text.tokens.weight"].shape[1] // HEAD_WIDTH),
@@ -90,7 +91,7 @@ def tower(
     context = min(context, len(state["text.positions"]) - offset)
     return (
         partial(BertText, style=style, context=context, offset=offset, **more),
-        TextPreprocess(context=context, pad="longest", pad_id=pad, mask="mask"),
+        TextPreprocess(context=context, pad="longest", pad_id=pad, mask="mask", clean=clean),
     )
 
 

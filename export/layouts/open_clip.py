@@ -12,7 +12,7 @@ from torch import Tensor
 
 from export.checkpoints import Checkpoint
 from export.layouts import LAYOUTS, Layout, Settings, _openai
-from export.layouts._clip_bpe import tokenizer_json
+from export.layouts._clip_bpe import CLEAN, tokenizer_json
 from export.towers import Style
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
@@ -97,7 +97,10 @@ def text_tokens(text: Mapping[str, Any]) -> TextPreprocess:
     """A causal tower pooled at the end of the text does not see what follows it; any other sees its padding."""
     short = not text.get("no_causal_mask", False) and text.get("pool_type", "argmax") == "argmax"
     return TextPreprocess(
-        context=text.get("context_length", 77), pad="longest" if short else "context", pad_id=text.get("pad_id", 0)
+        context=text.get("context_length", 77),
+        pad="longest" if short else "context",
+        pad_id=text.get("pad_id", 0),
+        clean=CLEAN,
     )
 
 

@@ -42,7 +42,8 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     kind = _bert.KINDS.get(checkpoint.config.get("model_type", ""))
     own = checkpoint.config if kind else {}
     kind = kind or (_bert.ROBERTA if len(state["text.types"]) == 1 else _bert.BERT)
-    text, tokens = _bert.tower(own, state, kind, text_cfg.get("context_length", 77), **POOLERS[pooler])
+    context = text_cfg.get("context_length", 77)
+    text, tokens = _bert.tower(own, state, kind, context, clean="whitespace", **POOLERS[pooler])
     return Settings(
         image=partial(VisionTransformer, style=open_clip.vision_style(config, state)),
         text=text,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from export.checkpoints import Checkpoint
 from export.layouts import LAYOUTS, Layout, Settings, _openai
-from export.layouts._clip_bpe import tokenizer_json
+from export.layouts._clip_bpe import CLEAN, tokenizer_json
 from export.towers import Style
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
@@ -42,7 +42,7 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
         image=partial(VisionTransformer, style=image),
         text=partial(TextTransformer, style=text),
         pixels=_openai.pixels(_openai.side(state)),
-        tokens=TextPreprocess(context=context, pad="longest", pad_id=0),
+        tokens=TextPreprocess(context=context, pad="longest", pad_id=0, clean=CLEAN),
         tokenizer=tokenizer_json(),
     )
 

@@ -13,11 +13,10 @@ from tests import tiny
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
-PIECES = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red green blue cat dog two . , ! ? ' ##s ##ing ##l ##a ##b ##c "
-    "cafe na ##ive x 1 2 3 0 ##0 ##1 一 只 猫 狗 的 照 片 张 红 色 两 ， 。 ！ 日 本 語 の ｶ ##ﾀ # & ; http : / ( )"
-).split()
-WORDPIECE = {piece: index for index, piece in enumerate(dict.fromkeys(PIECES))}
+PIECES = """[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red green blue cat dog two . , ! ? ' ##s ##ing ##l ##a ##b ##c
+cafe na ##ive x 1 2 3 0 ##0 ##1 一 只 猫 狗 的 照 片 张 红 色 两 \uff0c 。 \uff01 日 本 語 の \uff76 ##\uff80
+# & ; http : / ( )"""
+WORDPIECE = {piece: index for index, piece in enumerate(dict.fromkeys(PIECES.split()))}
 CORPUS = [
     "a photo of a red cat.", "two green dogs and a blue bird on the grass", "it's the cat's, isn't it?",
     "一只猫的照片。", "两只红色的狗", "日本語のカタカナ", "naïve café déjà vu", "http://example.org/a?b=1&c=2",
@@ -127,10 +126,11 @@ def altclip(directory: Path) -> Path:
     return directory
 
 
+ROBERTA = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}  # as their published configs say
 HF_KINDS = {
-    "xlm-roberta": lambda **sizes: transformers.XLMRobertaConfig(**sizes, pad_token_id=1, type_vocab_size=1),
-    "roberta": lambda **sizes: transformers.RobertaConfig(**sizes, pad_token_id=1, type_vocab_size=1),
-    "bert": lambda **sizes: transformers.BertConfig(**sizes),
+    "xlm-roberta": lambda **sizes: transformers.XLMRobertaConfig(**sizes, **ROBERTA),
+    "roberta": lambda **sizes: transformers.RobertaConfig(**sizes, **ROBERTA),
+    "bert": transformers.BertConfig,
 }
 
 
