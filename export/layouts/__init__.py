@@ -84,6 +84,7 @@ class Layout:
     needs: tuple[str, ...] = ()
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say; `Misfit`
     note: str = ""  # what who serves it should know
+    refuses: Callable[[Checkpoint], str | None] = lambda checkpoint: None  # one of this kind that does not fit: why
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         if self.file and self.file not in checkpoint.configs:
@@ -111,14 +112,19 @@ def find(checkpoint: Checkpoint) -> tuple[str, Layout] | None:
 
 
 def nearest(checkpoint: Checkpoint) -> str | None:
-    """Why no layout fits, where one knows nearly all names of the tensors; None where none does."""
+    """Why no layout fits, where one says so or knows nearly all names of the tensors; None where none does."""
+    for name in LAYOUTS.names():
+        if why := LAYOUTS.get(name).refuses(checkpoint):
+            return why
     known = {name: sum(_apply(LAYOUTS.get(name).rules, key)[0] is not None for key in checkpoint.names)
              for name in LAYOUTS.names()}  # fmt: skip
     lacks = {name: [key for key in LAYOUTS.get(name).keys if not any(_match(key, one) for one in checkpoint.names)]
              for name in LAYOUTS.names()}  # fmt: skip
-    best = max(known, key=lambda name: (known[name], -len(lacks[name])))
-    if known[best] < 0.8 * len(checkpoint.names):
+    close = [name for name in known if known[name] >= 0.8 * len(checkpoint.names)]
+    if not close:
         return None
+    # one that lacks a tensor says more than one that lacks none and still does not fit
+    best = max(close, key=lambda name: (bool(lacks[name]), known[name], -len(lacks[name])))
     layout, absent = LAYOUTS.get(best), lacks[best]
     return f"its tensors are nearly those of {layout.title}" + (f", but {', '.join(absent)} is missing" * bool(absent))
 
@@ -239,6 +245,12 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
     module.requires_grad_(False)
     module.fold()
     return module.eval()
+
+
+def dim(state: Mapping[str, Tensor]) -> int:
+    """How long the vectors are that both towers answer, by the projection that is there."""
+    names = ("image.projection.weight", "text.projection.weight", "text.projection.down.weight")
+    return next(len(state[name]) for name in names if name in state)
 
 
 def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:

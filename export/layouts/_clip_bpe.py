@@ -1,14 +1,18 @@
 """CLIP's byte-pair tokenizer as a tokenizer.json, from the vocabulary that open_clip ships.
 
 Source: Radford et al. 2021, section 2.4: lower-cased BPE of 49 152 merges, [SOS] text [EOS].
-open_clip also repairs broken Unicode (ftfy) and unescapes HTML first; texts that need neither come out equal.
+What is done to a text before it is the bundle's `clean`, and `CLEAN` goes with this tokenizer.
 """
+
+from typing import Literal
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from export.checkpoints.files import require_package
 
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLEAN: Literal["lower"] = "lower"
+# a text that spells <end_of_text> is read as these letters: no text writes tokens of control, as it can in open_clip
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def tokenizer_json() -> bytes:

@@ -71,6 +71,9 @@ def image_preprocess(config: dict[str, Any], side: int) -> ImagePreprocess:
     Raises `UnknownCheckpoint` naming the setting that is absent or not CLIP's.
     """
     config = {name: value for name, value in config.items() if value is not None}
+    squash = not config.get("do_center_crop", True) and {"height", "width"} == set(config.get("size") or ())
+    if squash:  # to the size itself, which leaves nothing to crop
+        config |= {"do_center_crop": True, "crop_size": config["size"]}
     for name, usual in _STEPS.items():
         if (value := config.get(name, usual)) != usual:
             raise UnknownCheckpoint(f"the image processor has {name} = {value}; only CLIP's own {usual} is supported")
@@ -79,14 +82,14 @@ def image_preprocess(config: dict[str, Any], side: int) -> ImagePreprocess:
     size, crop = config.get("size", side), config.get("crop_size", side)
     shortest = size["shortest_edge"] if isinstance(size, dict) and "shortest_edge" in size else size
     crop = (crop["height"], crop["width"]) if isinstance(crop, dict) else (crop, crop)
-    if not isinstance(shortest, int) or config.get("resample", 3) not in _RESAMPLE:
+    if not (squash or isinstance(shortest, int)) or config.get("resample", 3) not in _RESAMPLE:
         raise UnknownCheckpoint(
             f"the image processor's size {size} with resample {config.get('resample')} is not CLIP's"
         )
     return ImagePreprocess(
         size=crop,
-        resize="shortest",
-        shortest=shortest,
+        resize="exact" if squash else "shortest",
+        shortest=None if squash else shortest,
         crop_offset="floor",
         resample=_RESAMPLE[config.get("resample", 3)],  # type: ignore[arg-type]
         mean=config["image_mean"],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from export.layouts import DROP, Rule
+from export.layouts._clip_bpe import CLEAN
 from export.towers import Style
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
@@ -66,13 +67,16 @@ def text(prefix: str = "") -> tuple[Rule, ...]:
 LOGIT_SCALE = Rule("logit_scale", "logit_scale", torch.Tensor.squeeze)
 MARKS = tuple(Rule(name, DROP) for name in ("input_resolution", "context_length", "vocab_size"))
 SCALARS = (LOGIT_SCALE, Rule("logit_bias", "logit_bias", torch.Tensor.squeeze), *MARKS)
-NEEDS = (
+IMAGE_NEEDS = (
     "image.patch.weight",
     "image.cls",
     "image.positions",
     "image.norm_pre.weight",
     "image.norm_post.weight",
     "image.projection.weight",
+)
+NEEDS = (
+    *IMAGE_NEEDS,
     "text.tokens.weight",
     "text.positions",
     "text.norm_post.weight",
@@ -113,7 +117,7 @@ def text_tower(state: Mapping[str, Tensor], activation: str, **more: Any) -> Cal
 
 
 def tokens(state: Mapping[str, Tensor]) -> TextPreprocess:
-    return TextPreprocess(context=state["text.positions"].shape[0], pad="longest", pad_id=0)
+    return TextPreprocess(context=state["text.positions"].shape[0], pad="longest", pad_id=0, clean=CLEAN)
 
 
 def pixels(side: int) -> ImagePreprocess:

@@ -18,16 +18,21 @@ from export.towers.text import TextTransformer
 from models.bundle.manifest import TextPreprocess
 from models.errors import UnknownCheckpoint
 
-VISION = (
-    Rule("vision_model.embeddings.class_embedding", "image.cls"),
-    Rule("vision_model.embeddings.patch_embedding.{p}", "image.patch.{p}"),
-    Rule("vision_model.embeddings.position_embedding.weight", "image.positions"),
-    Rule("vision_model.embeddings.position_ids", DROP),
-    Rule("vision_model.pre_layrnorm.{p}", "image.norm_pre.{p}"),
-    *_hugging_face.blocks("vision_model.encoder.layers", "image"),
-    Rule("vision_model.post_layernorm.{p}", "image.norm_post.{p}"),
-    Rule("visual_projection.weight", "image.projection.weight"),
-)
+
+def vision_rules(layers: str = "layers") -> tuple[Rule, ...]:
+    return (
+        Rule("vision_model.embeddings.class_embedding", "image.cls"),
+        Rule("vision_model.embeddings.patch_embedding.{p}", "image.patch.{p}"),
+        Rule("vision_model.embeddings.position_embedding.weight", "image.positions"),
+        Rule("vision_model.embeddings.position_ids", DROP),
+        Rule("vision_model.pre_layrnorm.{p}", "image.norm_pre.{p}"),
+        *_hugging_face.blocks(f"vision_model.encoder.{layers}", "image"),
+        Rule("vision_model.post_layernorm.{p}", "image.norm_post.{p}"),
+        Rule("visual_projection.weight", "image.projection.weight"),
+    )
+
+
+VISION = vision_rules()
 TEXT = (
     Rule("text_model.embeddings.token_embedding.weight", "text.tokens.weight"),
     Rule("text_model.embeddings.position_embedding.weight", "text.positions"),
@@ -38,12 +43,12 @@ TEXT = (
 )
 # of CLIPTextConfig and CLIPVisionConfig: what a config that was saved as a difference leaves out
 _TEXT = {"num_attention_heads": 8, "layer_norm_eps": 1e-5, "eos_token_id": 49407, "num_hidden_layers": 12}
-_VISION = {"num_attention_heads": 12, "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
+VISION_USUAL = {"num_attention_heads": 12, "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    vision = _VISION | tower_config(checkpoint, "vision_config", state, "image.blocks.", _VISION)
-    text = _TEXT | tower_config(checkpoint, "text_config", state, "text.blocks.", _TEXT)
+    vision = tower_config(checkpoint, "vision_config", state, "image.blocks.", VISION_USUAL)
+    text = tower_config(checkpoint, "text_config", state, "text.blocks.", _TEXT)
     end = text["eos_token_id"]
     return Settings(
         image=partial(VisionTransformer, style=style(vision, pool="cls")),

@@ -6,13 +6,13 @@ our towers do not have is refused by name. A model with `logit_bias` (SigLIP's l
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from export.checkpoints import Checkpoint
 from export.layouts import LAYOUTS, Layout, Settings, _open_clip_text, _openai
-from export.layouts._clip_bpe import tokenizer_json
+from export.layouts._clip_bpe import CLEAN, tokenizer_json
 from export.towers import Style
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
@@ -34,23 +34,28 @@ _USUAL = {  # settings of a tower that change what it computes, and the one valu
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """Raises `UnknownCheckpoint` naming the setting that is not supported."""
     config = model_config(checkpoint)
-    vision = config["vision_cfg"]
+    return Settings(
+        image=partial(VisionTransformer, style=vision_style(config, state)),
+        text=partial(TextTransformer, style=text_style(config)),
+        pixels=pixels(checkpoint, config, state),
+        **text_parts(checkpoint, config),
+    )
+
+
+def vision_style(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Style:
     require_usual(config, *_USUAL)
-    width = state["image.patch.weight"].shape[0]
-    image = Style(
-        heads=width // vision.get("head_width", _openai.HEAD_WIDTH),
+    vision = config["vision_cfg"]
+    return Style(
+        heads=state["image.patch.weight"].shape[0] // vision.get("head_width", _openai.HEAD_WIDTH),
         activation=activation(config, vision),  # type: ignore[arg-type]
         eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
         pool="cls",
     )
-    return Settings(
-        image=partial(VisionTransformer, style=image),
-        text=partial(TextTransformer, style=text_style(config)),
-        pixels=image_preprocess(
-            checkpoint.configs[CONFIG].get("preprocess_cfg") or {}, vision.get("image_size", _openai.side(state))
-        ),
-        **text_parts(checkpoint, config),
-    )
+
+
+def pixels(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ImagePreprocess:
+    size = config["vision_cfg"].get("image_size", _openai.side(state))
+    return image_preprocess(checkpoint.configs[CONFIG].get("preprocess_cfg") or {}, size)
 
 
 def require_usual(config: Mapping[str, Any], *parts: str) -> None:
@@ -65,7 +70,7 @@ def text_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, A
     """Of `Settings` what texts need: CLIP's tokenizer, or the one in the directory where the config names one."""
     text = config["text_cfg"]
     if not text.get("hf_tokenizer_name"):
-        return {"tokens": text_tokens(text), "tokenizer": tokenizer_json()}
+        return {"tokens": text_tokens(text, clean=CLEAN), "tokenizer": tokenizer_json()}
     tokenizer, pad = _open_clip_text.tokenizer(checkpoint, text)
     return {"tokens": text_tokens({**text, "pad_id": pad}), "tokenizer": tokenizer}
 
@@ -84,6 +89,7 @@ def activation(config: Mapping[str, Any], tower: Mapping[str, Any]) -> str:
 
 
 def text_style(config: Mapping[str, Any]) -> Style:
+    require_usual(config, "text_cfg")
     text = config["text_cfg"]
     pool = text.get("pool_type", "argmax")
     if pool not in _POOLS:
@@ -97,11 +103,14 @@ def text_style(config: Mapping[str, Any]) -> Style:
     )
 
 
-def text_tokens(text: Mapping[str, Any]) -> TextPreprocess:
+def text_tokens(text: Mapping[str, Any], *, clean: Literal["lower", "whitespace"] | None = None) -> TextPreprocess:
     """A causal tower pooled at the end of the text does not see what follows it; any other sees its padding."""
     short = not text.get("no_causal_mask", False) and text.get("pool_type", "argmax") == "argmax"
     return TextPreprocess(
-        context=text.get("context_length", 77), pad="longest" if short else "context", pad_id=text.get("pad_id", 0)
+        context=text.get("context_length", 77),
+        pad="longest" if short else "context",
+        pad_id=text.get("pad_id", 0),
+        clean=clean,
     )
 
 

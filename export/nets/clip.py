@@ -48,8 +48,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         tokens = tokens.model_copy(update={"context": weights.stretch})
     image = layouts.fill(layout, found, state, "image.", settings.image)
     text = layouts.fill(layout, found, state, "text.", settings.text)
-    dim = state.get("image.projection.weight", state["text.projection.weight"]).shape[0]
-    embeds = Spec(dtype="float32", shape=("B", dim))
+    embeds = Spec(dtype="float32", shape=("B", layouts.dim(state)))
     return Net(
         name="clip",
         source=Source(

@@ -3,7 +3,7 @@
 A tower is made of its tensors (`State`: name -> tensor) and a `Style`, which says what shapes do not. Names:
 
     patch.weight  patch.bias?  cls?  positions  norm_pre?.*              image
-    tokens.weight  positions                                            text
+    tokens.weight  positions                                            text (more of BERT's kind: `bert`)
     blocks.{i}.norm1.*  .attn.qkv.*  .attn.q_norm?.*  .attn.k_norm?.*  .attn.out.*
     blocks.{i}.norm2.*  .mlp.up.*  .mlp.down.*      or  .mlp.gate.weight  .mlp.experts.{e}.up.*  .down.*
     norm_post?.*  pool?.*  projection?.weight  projection?.bias

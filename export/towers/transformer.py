@@ -156,11 +156,14 @@ class LastBlock(Block):
         return x + self.mlp(self.norm2(x))
 
 
-def blocks(state: State, style: Style, width: int, *, one_token: bool) -> nn.ModuleList:
-    """``state`` holds {i}.norm1.weight and so on. ``one_token``: the last is a `LastBlock`."""
+def blocks(
+    state: State, style: Style, width: int, *, one_token: bool, kinds: tuple[type[Block], type[Block]] | None = None
+) -> nn.ModuleList:
+    """``state`` holds {i}.norm1.weight and so on. ``one_token``: the last is of the second of ``kinds``."""
+    usual, last = kinds or (Block, LastBlock)
     number = count(state, "")
-    kinds = [Block] * (number - 1) + [LastBlock if one_token else Block]
-    return nn.ModuleList(kind(part(state, f"{i}."), style, width) for i, kind in enumerate(kinds[:number]))
+    made = [usual] * (number - 1) + [last if one_token else usual]
+    return nn.ModuleList(kind(part(state, f"{i}."), style, width) for i, kind in enumerate(made[:number]))
 
 
 def causal(context: int) -> Tensor:

@@ -116,6 +116,8 @@ class ImagePreprocess(FrozenModel):
 class TextPreprocess(FrozenModel):
     """Strings -> int64 [B, T] ids (and mask, where the graph takes one), from the bundle's tokenizer.json.
 
+    ``clean``: what is done to a text first, as open_clip calls it: HTML unescaped, white space joined, odd widths,
+    ligatures and quotes made plain (`models.preprocess.clean`); ``lower`` also makes it lower case.
     ``pad``: to the ``context`` always, or to the ``longest`` of the batch, rounded up to a ``multiple`` of tokens but
     never over the context: texts of nearly one length then have one shape, and a server may run them together. A text
     of more than ``context`` tokens is an error, or cut (its last token kept) when ``truncate``.
@@ -123,6 +125,7 @@ class TextPreprocess(FrozenModel):
 
     kind: Literal["text"] = "text"
     tokenizer: Path = "tokenizer.json"
+    clean: Literal["lower", "whitespace"] | None = None
     ids: str = "ids"
     mask: str | None = None
     context: int = Field(ge=1, le=65_536)

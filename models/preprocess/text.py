@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from models.bundle.manifest import TextPreprocess
 from models.errors import BadRequest, BundleInvalid, TextTooLong
 from models.flow import Array
+from models.preprocess.clean import CLEANERS
 
 REMEMBERED = 4096  # texts whose tokens are kept: the same labels come again and again
 REMEMBERED_CHARACTERS = 256  # and longer ones are no labels
@@ -53,6 +54,8 @@ class TextPreparer:
         return self._remembered(text) if len(text) <= REMEMBERED_CHARACTERS else self._encode(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        if self.spec.clean:
+            text = CLEANERS[self.spec.clean](text)
         return tuple(self._tokenizer.encode(text).ids)
 
     def _row(self, text: str, index: int) -> Sequence[int]:

@@ -17,9 +17,14 @@ from export.nets.clip import load, recognise
 from export.trace import example, to_onnx
 from models.errors import UnknownCheckpoint
 from tests import tiny
-from tests.tiny_layouts import openai_like, siglip, trunks
+from tests.tiny_layouts import bert, openai_like, siglip, trunks
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "altclip": bert.altclip,
+    "altclip_resaved": bert.altclip_resaved,
+    "chinese_clip": bert.chinese_clip,
+    "hf_chinese_clip": bert.hf_chinese_clip,
+    "open_clip_bert": bert.open_clip_bert,
     "hf_clip": tiny.hf_clip,
     "hf_siglip": siglip.hf_siglip,
     "open_clip": tiny.open_clip,
