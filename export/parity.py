@@ -18,7 +18,7 @@ Run = Callable[[Arrays], Mapping[str, Array]]
 def compare(
     reference: Run, candidate: Run, feeds: Iterable[Arrays], summary: Callable[[Arrays], Arrays] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Per output: ``max_abs`` difference; ``cosine`` mean, ``cosine_error`` (its standard error) and ``cosine_min`` over
+    """Per output: ``max_abs`` difference; ``cosine`` mean, its standard error ``cosine_error`` and ``cosine_min`` over
     rows; ``sqnr_db``.
 
     SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together.

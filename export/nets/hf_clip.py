@@ -77,7 +77,7 @@ def load(checkpoint: str) -> Net:
                 {"pixels": Tensor(dtype="float32", shape=("B", 3, side, side))},
                 {"image_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 image_preprocess(_processor(directory), side),
-                quantizer="static",
+                quantizer="search",
                 promises={SOFTMAX.name: clip.config.vision_config.num_hidden_layers},
             ),
             "text": Tower(
@@ -85,7 +85,7 @@ def load(checkpoint: str) -> Net:
                 {"ids": Tensor(dtype="int64", shape=("B", "T"))},
                 {"text_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 TextPreprocess(context=context, pad="longest", pad_id=0),
-                quantizer="smooth",
+                quantizer="search",
                 promises={SOFTMAX.name: clip.config.text_config.num_hidden_layers},
             ),
         },

@@ -78,7 +78,7 @@ def load(checkpoint: str) -> Net:
                 {"pixels": Tensor(dtype="float32", shape=("B", 3, *preprocess.size))},
                 {"image_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 preprocess,
-                quantizer="static",
+                quantizer="search",
                 promises=_attention(config["model_cfg"].get("vision_cfg", {})),
             ),
             "text": Tower(
@@ -86,7 +86,7 @@ def load(checkpoint: str) -> Net:
                 {"ids": Tensor(dtype="int64", shape=("B", context))},
                 {"text_embeds": Tensor(dtype="float32", shape=("B", dim))},
                 TextPreprocess(context=context, pad="context", pad_id=0),
-                quantizer="smooth",
+                quantizer="search",
                 promises=_attention(text),
             ),
         },

@@ -39,6 +39,11 @@ class Settled:
     ranges: Ranges
     history: Mapping[str, Any] = field(default_factory=dict)
 
+    def written(self) -> dict[str, Any]:
+        """The params as JSON, without those that are empty or off."""
+        params = self.params.model_dump(mode="json")
+        return {key: value for key, value in params.items() if value not in ({}, [], False)}
+
 
 @dataclass(frozen=True)
 class Quantizer(Generic[P]):

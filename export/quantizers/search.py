@@ -8,7 +8,7 @@ of the output's error; bias correction: Nagel et al. 2019 (arXiv 1906.04721), se
 
 What is tried, each step on top of the best so far, and only until the goal is reached:
 
-1. `smooth` at ``alphas[0]``, minima and maxima;
+1. `smooth` at each of ``alphas``, minima and maxima;
 2. an alpha for each tensor, by the least squared error of what its products make of sampled rows;
 3. a range for each tensor in the same way: percentiles, and the extremes times a grid (convolutions: by the least
    squared error of the values themselves);
@@ -51,7 +51,7 @@ _ALONE = 24  # matrix products left in float one by one, the noisiest; convoluti
 
 
 class Params(FrozenModel):
-    alphas: tuple[float | None, ...] = Field((0.75, None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), min_length=1)
+    alphas: tuple[float | None, ...] = Field((0.75, 0.6, 0.85, 0.5, 0.95, None), min_length=1)
     aim: float | None = Field(0.99, description="mean cosine to look for where the bars ask for less")
     attention: Literal["never", "needed", "scores", "all"] = "needed"
     keep: tuple[str, ...] = ()  # names of nodes that stay in float whatever is found
@@ -86,12 +86,14 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
         alpha=params.alphas[0], keep=params.keep, attention=attention, reduce_range=params.reduce_range
     )
     if not _qdq.watched(model, attention):
-        return Settled("smooth", first, {}, {"candidates": [], "reached": True})
+        return Settled("smooth", first, {}, {"candidates": [], "reached": True, "cosine": 1.0})
     calibrating, held, apart = _split(feeds)
     seen = _look(model, calibrating, attention)
     ranges = {name: (one.low.tolist(), one.high.tolist()) for name, one in seen.items()}
     trial = _Trial(model, ranges, held, goal, max(goal.cosine, params.aim or -1.0))
-    trial.run(first, f"alpha {first.alpha}, extremes")
+    for alpha in params.alphas:
+        if not trial.reached:
+            trial.run(first.model_copy(update={"alpha": alpha}), f"{_said(alpha)}, extremes")
     if not trial.reached:
         alphas = {name: one.alpha for name, one in _tune(model, seen, params, trial.best, alphas=True).items()}
         trial.run(trial.best.model_copy(update={"alphas": alphas}), "an alpha for each tensor")
@@ -327,6 +329,10 @@ def _give_up(trial: _Trial, tuned: Mapping[str, _Tuned], goal: Goal) -> None:
             before = trial.cosine
             trial.run(_without(trial.best, name), f"{name} in float")
             left -= cost[name] if trial.cosine > before else 0
+
+
+def _said(alpha: float | None) -> str:
+    return "no alpha" if alpha is None else f"alpha {alpha}"
 
 
 def _without(params: smooth.Params, name: str) -> smooth.Params:
