@@ -7,13 +7,19 @@ MatMul [.., M, K] x [.., K, N]: (..) M N K. Gemm the same. Conv: numbers written
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
 
 from models.errors import ExportError
 
 _WHOLE = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul")
 _KINDS = ("Conv", "Gemm", "MatMul", *_WHOLE)
+_SHAPING = (
+    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Gather", "Identity", "Max", "Min", "Mod", "Mul",
+    "Range", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze",
+)  # fmt: skip
 _SMALL = 1 << 10  # numbers; shapes are made of constants as small as this, and weights are larger
 _EIGHT = (TensorProto.INT8, TensorProto.UINT8)
 
@@ -121,10 +127,41 @@ def _shapes(model: onnx.ModelProto, dims: Mapping[str, int]) -> dict[str, list[i
         else:
             graph.input.append(helper.make_tensor_value_info(constant.name, constant.data_type, list(constant.dims)))
     graph.output.extend(helper.make_empty_tensor_value_info(value.name) for value in model.graph.output)
-    inferred = shape_inference.infer_shapes(light, data_prop=True).graph
+    while True:
+        shapes = _inferred(light)
+        if not _fold(light, shapes):
+            return shapes
+
+
+def _inferred(light: onnx.ModelProto) -> dict[str, list[int]]:
+    graph = shape_inference.infer_shapes(light, data_prop=True).graph
     shapes = {constant.name: list(constant.dims) for constant in graph.initializer}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+    for value in (*graph.input, *graph.value_info, *graph.output):
         sides = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(side.HasField("dim_value") for side in sides):
             shapes[value.name] = [side.dim_value for side in sides]
     return shapes
+
+
+def _fold(light: onnx.ModelProto, shapes: Mapping[str, list[int]]) -> bool:
+    """Work out what inference does not follow, small tensors of shapes and constants; -> whether there were any."""
+    known = {constant.name: numpy_helper.to_array(constant) for constant in light.graph.initializer}
+    left = []
+    for node in light.graph.node:
+        value = None
+        if node.op_type == "Shape" and node.input[0] in shapes:
+            ends = {one.name: one.i for one in node.attribute}
+            value = np.array(shapes[node.input[0]], np.int64)[ends.get("start") : ends.get("end")]
+        elif node.op_type in _SHAPING and all(name in known or not name for name in node.input):
+            body = helper.make_graph([node], "one", [], [helper.make_empty_tensor_value_info(node.output[0])])
+            alone = helper.make_model(body, opset_imports=light.opset_import)
+            value = ReferenceEvaluator(alone).run(None, {name: known[name] for name in node.input if name})[0]
+        if value is None or value.size > _SMALL:
+            left.append(node)
+            continue
+        known[node.output[0]] = value
+        light.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
+    changed = len(left) < len(light.graph.node)
+    del light.graph.node[:]
+    light.graph.node.extend(left)
+    return changed

@@ -203,5 +203,5 @@ def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path,
         embeds = opened._replace(manifest=opened.manifest.model_copy(update={"tasks": ("embed",)}))
         runner = Runner(Bundle(embeds), SessionOptions(ops=mode))
         np.testing.assert_allclose(runner.embed(images=images), plain.embed(images=images), atol=1e-5)
-    assert check_command(["tiny-int8", "--bundles", str(tmp_path)]) == 0
+    assert check_command(["tiny-mixed", "--bundles", str(tmp_path)]) == 0
     assert "image: image_embeds [1, 16] float32, finite" in capsys.readouterr().out
