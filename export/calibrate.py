@@ -4,9 +4,11 @@ A ranges file holds what one observation of a net's float graphs found, so that 
 the same bundle:
 
     {"source": "which pictures and texts, and the command", "pictures": ["…"], "weights": {"heads.safetensors": "…"},
-     "graphs": {"image": {"fingerprint": "…", "quantizer": "static", "params": {}, "ranges": {"Conv_0": [-1.0, 2.0]}}}}
+     "graphs": {"image": {"fingerprint": "…", "quantizer": "search", "params": {},
+                          "settled": {"name": "smooth", "params": {"alpha": 0.75}}, "ranges": {"Conv_0": [-1.0, 2.0]}}}}
 
-A quantizer that looks at channels records a list of minima and one of maxima instead of two numbers.
+A quantizer that looks at channels records a list of minima and one of maxima instead of two numbers. ``settled`` is
+what a search found (`Settled`), so that it need not search again.
 """
 
 import json
@@ -90,8 +92,11 @@ def fitting(net: Net, directory: Path, texts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Recorded:
+    """``settled``: the quantizer that the ranges are for; what was asked for, or what a search made of it."""
+
     ranges: Ranges
     source: str
+    settled: Quantize
 
 
 def recorded(file: Path, role: str, graph: str, how: Quantize, weights: Mapping[str, str]) -> Recorded | None:
@@ -103,7 +108,8 @@ def recorded(file: Path, role: str, graph: str, how: Quantize, weights: Mapping[
         return None
     if (entry["fingerprint"], entry["quantizer"], entry["params"]) != (graph, how.name, how.params):
         return None
-    return Recorded({name: (low, high) for name, (low, high) in entry["ranges"].items()}, data["source"])
+    ranges = {name: (low, high) for name, (low, high) in entry["ranges"].items()}
+    return Recorded(ranges, data["source"], Quantize(**entry["settled"]) if "settled" in entry else how)
 
 
 def record(
@@ -114,7 +120,8 @@ def record(
     graphs: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write ranges that ship, one line a tensor: ``source`` in words, ``pictures`` by name, ``weights`` name -> sha256,
-    and by role of the graph {"fingerprint", "quantizer", "params", "ranges"}."""
+    and by role of the graph {"fingerprint", "quantizer", "params", "ranges"}; "settled" too where there was a search.
+    """
     facts = {"source": source, "pictures": [*pictures], "weights": dict(weights)}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
     entries = ",\n".join(f"{json.dumps(role)}: {_entry(entry)}" for role, entry in sorted(graphs.items()))
@@ -122,7 +129,8 @@ def record(
 
 
 def _entry(entry: Mapping[str, Any]) -> str:
-    facts = ", ".join(f"{json.dumps(key)}: {json.dumps(entry[key])}" for key in ("fingerprint", "quantizer", "params"))
+    keys = [key for key in ("fingerprint", "quantizer", "params", "settled") if key in entry]
+    facts = ", ".join(f"{json.dumps(key)}: {json.dumps(entry[key])}" for key in keys)
     lines = ",\n".join(f"{json.dumps(name)}: {_numbers(limits)}" for name, limits in sorted(entry["ranges"].items()))
     return f'{{{facts}, "ranges": {{\n{lines}}}}}'
 

@@ -13,7 +13,7 @@ from models.cli import BUNDLES, bundle_options, emit, parser, positive
 
 
 def export_command(argv: list[str]) -> int:
-    """`calmclip export CHECKPOINT|mini`: seal NAME-int8 and, where kept, NAME-float."""
+    """`calmclip export CHECKPOINT|mini`: seal NAME-int8 (or NAME-mixed) and, where kept, NAME-float."""
     from export.pipeline import build
 
     options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
@@ -31,7 +31,8 @@ def export_command(argv: list[str]) -> int:
         }
         for s in sealed
     ]
-    emit(options.json, {"sealed": rows, "bars": report["bars"], "latency_ms": report["latency_ms"]}, _summary)
+    keys = ("bars", "latency_ms", "slower_than_float", "int8", "accuracy")
+    emit(options.json, {"sealed": rows, **{key: report[key] for key in keys}}, _summary)
     return 0
 
 
@@ -77,10 +78,10 @@ def eval_command(argv: list[str]) -> int:
 
 
 def _float_of(directory: Path) -> Path | None:
-    """NAME-float beside NAME-int8, if it was made of the same weights."""
+    """NAME-float beside NAME-int8 or NAME-mixed, if it was made of the same weights."""
     from models.bundle.store import MANIFEST, read
 
-    other = directory.with_name(directory.name.removesuffix("-int8") + "-float")
+    other = directory.with_name(directory.name.removesuffix("-int8").removesuffix("-mixed") + "-float")
     if other == directory or not (other / MANIFEST).is_file():
         return None
     same = read(other, verify=False).manifest.source == read(directory, verify=False).manifest.source
@@ -126,8 +127,13 @@ def _recipe(options: argparse.Namespace, net_name: str, plugin: NetPlugin) -> tu
 def _summary(value: dict) -> None:  # type: ignore[type-arg]
     for row in value["sealed"]:
         print(f"{row['bundle']:24s} {row['megabytes']:6.1f} MB  {row['directory']}")
+    found = value["int8"]
+    print(f"  {found['share']:.1%} of the multiply-accumulates in INT8, {found['size_ratio']:.3f} of the float size")
     for name, bar in value["bars"].items():
         print(f"  {name:20s} {bar['measured']:<10} bar {bar['bar']}  {'passed' if bar['passed'] else 'MISSED'}")
+    for name, sides in value["accuracy"].items():
+        for key in sides["int8"]:
+            print(f"  {name} {key:16s} int8 {sides['int8'][key]:.2f}, float {sides['float32'][key]:.2f}")
     for role, pair in value["latency_ms"].items():
         gain = pair["float32"]["p50"] / pair["int8"]["p50"]
         note = "" if gain >= 1 else "   INT8 IS SLOWER THAN FLOAT HERE"

@@ -18,7 +18,8 @@ Run = Callable[[Arrays], Mapping[str, Array]]
 def compare(
     reference: Run, candidate: Run, feeds: Iterable[Arrays], summary: Callable[[Arrays], Arrays] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Per output: ``max_abs`` difference; ``cosine`` mean and ``cosine_min`` over rows; ``sqnr_db``.
+    """Per output: ``max_abs`` difference; ``cosine`` mean, its standard error ``cosine_error`` and ``cosine_min`` over
+    rows; ``sqnr_db``.
 
     SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together.
     ``summary``, where given, makes of a run's outputs what is compared (see `Tower`).
@@ -39,6 +40,7 @@ def compare(
         result[name] = {
             "max_abs": float(np.max(np.abs(a - b))),
             "cosine": float(cosine.mean()) if cosine.size else 1.0,
+            "cosine_error": float(cosine.std(ddof=1) / cosine.size**0.5) if cosine.size > 1 else 0.0,
             "cosine_min": float(cosine.min()) if cosine.size else 1.0,
             "sqnr_db": round(10 * float(np.log10(signal / noise)), 2) if noise > 0 and signal > 0 else 999.0,
         }

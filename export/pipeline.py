@@ -9,7 +9,6 @@ for what was rewritten. All towers are traced before the first is quantized, so 
 stay in memory, each weight once, and no more than one session with it.
 """
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,18 +16,18 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
 from export import calibrate, parity, report, rewrites, samples, weights
 from export.nets import NETS, Built, Net, Tower
-from export.quantizers import QUANTIZERS
+from export.quantizers import QUANTIZERS, Goal, Settled
 from export.recipe import Quantize, Recipe
 from export.rewrites import image_to_pixels
 from export.trace import fingerprint, to_onnx
 from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor
+from models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor, TextPreprocess
 from models.bundle.store import Sealed, describe, read, seal, stage
 from models.errors import BarMissed, BundleError
 from models.flow import Arrays
@@ -45,15 +44,16 @@ _TIES = {"min_cosine": 0.999}  # in INT8 an activation at a tie may fall a step,
 def build(
     recipe: Recipe, out: Path, *, net: Net | None = None, release: bool = False, say: Say = lambda line: None
 ) -> list[Sealed]:
-    """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first.
+    """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first. It is NAME-int8 or, where too little of it is
+    in INT8 (`report.precision`), NAME-mixed.
 
     ``net``: the checkpoint, where it is loaded already; with ``release`` its modules are emptied once they are traced.
     Raises `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for reading);
     `BundleError` when a bundle of that name exists.
     """
-    int8_name, float_name = f"{recipe.name}-int8", f"{recipe.name}-float"
-    names = [float_name, int8_name] if recipe.keep_float else [int8_name]  # sealed last, INT8 never lacks its float
-    if taken := [name for name in names if (out / name).exists() and not recipe.replace]:
+    int8_name, mixed_name, float_name = (f"{recipe.name}-{kind}" for kind in ("int8", "mixed", "float"))
+    may_be = [int8_name, mixed_name, *([float_name] if recipe.keep_float else [])]
+    if taken := [name for name in may_be if (out / name).exists() and not recipe.replace]:
         raise BundleError(
             f"{out / taken[0]} exists, and a sealed bundle never changes; pass --replace or another --name"
         )
@@ -75,28 +75,36 @@ def build(
                 graphs.clear()  # they are on disk now
         say("measuring INT8 beside float")
         with step("measure"):
-            measured = report.measure(_open(staged[int8_name]), _open(staged[float_name]), *shown)
-        figures = {
+            pair = _open(staged[int8_name]), _open(staged[float_name])
+            figures = report.measure(*pair, *shown)
+        figures |= {
+            "measured_on": f"{len(shown[0])} pictures and {len(shown[1])} texts that ship with calmclip",
+            "accuracy": report.accuracy(*pair, recipe.evals),
+            "int8": report.int8(made.facts, figures["size_bytes"]),
             "graphs": made.facts,
             "rewrites": made.rewrites,
-            **measured,
-            "measured_on": f"{len(shown[0])} pictures and {len(shown[1])} texts that ship with calmclip",
             "recipe": recipe.public(),
             "seconds": step.seconds,
             "peak_rss_mb": report.peak_rss_mb(),
         }
         figures["bars"] = report.check(figures, recipe.bars)
-        text = json.dumps(figures, indent=2) + "\n"
+        name, kind = int8_name, report.precision(figures["int8"])
+        if kind == "mixed":
+            name = mixed_name
+            say(report.why_mixed(figures["int8"], name))
+        manifests[int8_name] = manifests[int8_name].model_copy(update={"name": name, "precision": kind})
+        text = report.text(figures)
         try:
-            report.require(figures["bars"], int8_name)
+            report.require(figures["bars"], name, made.facts)
         except BarMissed:
-            (out / f"{int8_name}.report.json").write_text(text, encoding="utf-8")
+            (out / f"{name}.report.json").write_text(text, encoding="utf-8")
             raise
-        for name in names:  # all that takes room comes before the first is sealed
-            (staged[name] / "report.json").write_text(text, encoding="utf-8")
+        wanted = [float_name, int8_name] if recipe.keep_float else [int8_name]  # sealed last, INT8 never lacks its float
+        for which in wanted:  # all that takes room comes before the first is sealed
+            (staged[which] / "report.json").write_text(text, encoding="utf-8")
         sealed = []
-        for name in names:
-            sealed.append(seal(staged[name], manifests[name], replace=recipe.replace))
+        for which in wanted:
+            sealed.append(seal(staged[which], manifests[which], replace=recipe.replace))
             say(f"sealed {sealed[-1].directory}")
         return sealed[::-1]
 
@@ -147,8 +155,11 @@ def _convert(
         feeds = partial(calibrate.feeds, tower, directory)
         how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
         shipped = _shipped(recipe, net, role, model, how, say)
+        goal = Goal(recipe.bars.cosine(role), share=report.SHARE, dims=nominal(tower), summary=tower.summary)
         with step(f"{role}: quantize"):
-            quantized, recorded_from = _quantize(role, model, how, partial(feeds, pictures, fitting), shipped, say)
+            quantized, recorded_from, settled = _quantize(
+                role, model, how, goal, partial(feeds, pictures, fitting), shipped, say
+            )
         with step(f"{role}: compare"):
             runs = parity.onnx_run(model), parity.onnx_run(quantized)
             agreement = parity.compare(*runs, feeds(*shown), tower.summary)
@@ -158,6 +169,7 @@ def _convert(
             "quantizer": how.name,
             "ranges_from": recorded_from or calibrate.describe(recipe.calibration, pictures, fitting),
             "int8_against_float": agreement,
+            **report.graph(model, quantized, list(feeds(*few)), goal.dims, how, settled),
         }
         say(f"{role}: rewriting")
         seen = list(feeds(*few))
@@ -265,21 +277,36 @@ def _quantize(
     role: str,
     model: onnx.ModelProto,
     how: Quantize,
+    goal: Goal,
     feeds: Callable[[], Iterator[Arrays]],
     shipped: calibrate.Recorded | None,
     say: Say,
-) -> tuple[onnx.ModelProto, str]:
-    """-> the INT8 graph, and in words where its activation ranges came from; "" for this export's own inputs."""
+) -> tuple[onnx.ModelProto, str, Settled]:
+    """-> the INT8 graph, in words where its activation ranges came from ("" for this export's own inputs), and the
+    settings it was made with."""
     quantizer = QUANTIZERS.get(how.name)
     params = quantizer.params.model_validate(how.params)
+    settled, source = Settled(how.name, params, {}), "none needed"
     say(f"{role}: quantizing ({how.name})")
-    if quantizer.observe is None:
-        return quantizer.quantize(model, {}, params), "none needed"
     if shipped:
-        return quantizer.quantize(model, shipped.ranges, params), shipped.source
-    say(f"{role}: observing activations on calibration pictures or texts")
-    ranges = quantizer.observe(model, feeds(), params)
-    return quantizer.quantize(model, ranges, params), ""
+        chosen = QUANTIZERS.get(shipped.settled.name)
+        settings = chosen.params.model_validate(shipped.settled.params)
+        settled, source = Settled(shipped.settled.name, settings, shipped.ranges), shipped.source
+    elif quantizer.search:
+        say(f"{role}: searching settings that reach a cosine of {goal.cosine} on calibration pictures or texts")
+        settled, source = quantizer.search(model, feeds(), params, goal), ""
+    elif quantizer.observe:
+        say(f"{role}: observing activations on calibration pictures or texts")
+        settled, source = Settled(how.name, params, quantizer.observe(model, feeds(), params)), ""
+    made = QUANTIZERS.get(settled.quantizer).quantize(model, settled.ranges, settled.params)
+    return made, source, settled
+
+
+def nominal(tower: Tower) -> dict[str, int]:
+    """The sizes at which multiply-accumulates are counted: one picture, or one text of CLIP's 77 tokens at most."""
+    context = tower.preprocess.context if isinstance(tower.preprocess, TextPreprocess) else 1
+    names = {dim for spec in tower.inputs.values() for dim in spec.shape if isinstance(dim, str)}
+    return {name: 1 if name == "B" else min(context, 77) for name in sorted(names)}
 
 
 def _write(
@@ -292,7 +319,7 @@ def _write(
     parts = {**net.towers, **net.built}
     manifest = Manifest(
         name=name,
-        precision=_precision(quantization),
+        precision="float32" if quantization == FLOAT else "mixed",  # until it is measured
         tasks=net.tasks,
         source=net.source,
         graphs={
@@ -346,13 +373,6 @@ def _quantization(made: _Made) -> Quantization:
         graphs={role: one.name for role, one in made.how.items()},
         calibration={role: facts["ranges_from"] for role, facts in made.facts.items()},
     )
-
-
-def _precision(quantization: Quantization) -> Literal["int8", "float32", "mixed"]:
-    """What the manifest says; a bundle with a tower left in float is mixed, whatever its name."""
-    if quantization == FLOAT:
-        return "float32"
-    return "mixed" if "none" in quantization.graphs.values() else "int8"
 
 
 def _open(staged: Path) -> Runner:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from export.checkpoints import Weights
+from export.evals import EVALS
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
 from export.rewrites import REWRITES, swaps
@@ -37,13 +38,20 @@ class Bars(FrozenModel):
     min_image_cosine: float = Field(0.95, description="mean cosine of INT8 and float picture vectors")
     min_text_cosine: float = Field(0.97, description="the same for texts")
     min_output_cosine: float = Field(0.9, description="the same for every output of every quantized graph")
+    min_int8_share: float | None = Field(None, description="part of the multiply-accumulates in INT8, 0 to 1")
+    max_size_ratio: float | None = Field(None, description="INT8 bytes for one of float, the whole bundles")
     max_megabytes: float | None = None
+
+    def cosine(self, role: str) -> float:
+        """The bar of the graph ``role``."""
+        own = {"image": self.min_image_cosine, "text": self.min_text_cosine}.get(role, 0.0)
+        return max(own, self.min_output_cosine)
 
 
 class Recipe(FrozenModel):
     checkpoint: str
     net: str
-    name: Name = Field(max_length=57, description="the bundles are NAME-int8 and, with keep_float, NAME-float")
+    name: Name = Field(max_length=57, description="bundles are NAME-int8 (or -mixed) and, with keep_float, NAME-float")
     quantize: dict[str, Quantize] = Field(
         default_factory=dict, description="role of a graph -> how; else as its net says"
     )
@@ -55,6 +63,9 @@ class Recipe(FrozenModel):
     )
     weights: Weights = Weights()
     calibration: Calibration = Calibration()
+    evals: dict[str, Path] = Field(
+        default_factory=dict, description="name of an eval -> its data, measured in float and in INT8 for the report"
+    )
     bars: Bars = Bars()
     keep_float: bool = False
     replace: bool = False
@@ -64,6 +75,7 @@ class Recipe(FrozenModel):
         data = self.model_dump(mode="json", exclude={"replace"})
         data["checkpoint"] = Path(self.checkpoint).resolve().name
         data["weights"] = self.weights.public()
+        data["evals"] = {name: path.name for name, path in self.evals.items()}
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
         return data
 
@@ -110,6 +122,8 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                     f"recipe: quantize.{role}: {net.name} has no such graph; {suggestion(role, net.towers)}"
                 )
             QUANTIZERS.get(how.name).params.model_validate(how.params)
+        for name in recipe.evals:
+            EVALS.get(name)
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(

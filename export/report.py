@@ -1,22 +1,31 @@
 """What was measured of a finished bundle, float and INT8 side by side -> report.json.
 
-Both sides are opened with `models.runner`, the code that serves, so a number here is about what is served.
+Both sides are opened with `models.runner`, the code that serves, so a number here is about what is served. What is said
+of single graphs (shares, ranges, outliers, what each product loses) is of the graphs before our ops go in.
 """
 
 import ctypes
 import gc
+import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import onnx
 
-from export.recipe import Bars
+from export import layers
+from export.evals import EVALS
+from export.quantizers import Settled
+from export.recipe import Bars, Quantize
+from export.share import count, share
 from models.errors import BarMissed
+from models.flow import Arrays
 from models.measure import latency, machine
 from models.runner import Runner
 
@@ -41,6 +50,74 @@ def measure(
     }
 
 
+SHARE, SIZE = 0.9, 0.35  # of the multiply-accumulates, at least, and of the float size, at most: what is called int8
+
+
+def graph(
+    model: onnx.ModelProto,
+    quantized: onnx.ModelProto,
+    feeds: Sequence[Arrays],
+    dims: Mapping[str, int],
+    how: Quantize,
+    settled: Settled,
+) -> dict[str, Any]:
+    """Of one graph: its INT8 share at ``dims``, how it was settled, what stayed in float and why, what each product
+    loses and where outliers are (on ``feeds``), and the range of each tensor in 8 bits."""
+    found = share(count(quantized, dims))
+    params = settled.written()
+    fitted = {key: len(params.pop(key)) for key in ("clips", "shifts") if key in params}
+    return {
+        "share": {"macs": found.macs, "int8": found.int8, "part": round(found.part, 5), "counted_at": dict(dims)},
+        "settled": {"quantizer": settled.quantizer, "params": params, "fitted": fitted},
+        "search": dict(settled.history),
+        "in_float": layers.in_float(model, quantized, dims, how.params.get("keep", ())),
+        "compared_on": f"{len(feeds)} inputs that ship with calmclip",
+        **layers.compare(model, quantized, feeds, dims),
+        "ranges": layers.ranges(quantized),
+    }
+
+
+def int8(graphs: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Of the whole bundle: the part of its towers' multiply-accumulates in INT8, one input of each, and of the float
+    bundle's bytes."""
+    macs, whole = (sum(facts["share"][key] for facts in graphs.values()) for key in ("macs", "int8"))
+    return {
+        "share": round(whole / macs, 5) if macs else 0.0,
+        "macs": macs,
+        "size_ratio": round(sizes["int8"] / sizes["float32"], 5),
+    }
+
+
+def precision(found: Mapping[str, Any]) -> Literal["int8", "mixed"]:
+    """What a bundle may be called, by what `int8` found."""
+    return "int8" if found["share"] >= SHARE and found["size_ratio"] <= SIZE else "mixed"
+
+
+def why_mixed(found: Mapping[str, Any], name: str) -> str:
+    return (
+        f"called {name}, not int8: {found['share']:.1%} of the multiply-accumulates are in INT8 and its size is "
+        f"{found['size_ratio']:.3f} of float; int8 is at least {SHARE:.0%} and at most {SIZE}"
+    )
+
+
+def accuracy(quantized: Runner, reference: Runner, evals: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Every eval that the recipe names, on its data: eval -> {"int8": figures, "float32": figures}."""
+    sides = {"int8": quantized, "float32": reference}
+    return {
+        name: {
+            side: {key: round(float(value), 3) for key, value in EVALS.get(name).measure(runner, data, None).items()}
+            for side, runner in sides.items()
+        }
+        for name, data in evals.items()
+    }
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    """report.json, a line for each short list of numbers."""
+    whole = json.dumps(figures, indent=2) + "\n"
+    return re.sub(r"\[\s+[-\d.e+]+(?:,\s+[-\d.e+]+)*\s+\]", lambda found: " ".join(found[0].split()), whole)
+
+
 def check(report: Mapping[str, Any], bars: Bars) -> dict[str, dict[str, float | bool]]:
     """Every bar, what was measured against it, and whether it passed."""
     rows: dict[str, tuple[float, float, bool]] = {}
@@ -52,19 +129,32 @@ def check(report: Mapping[str, Any], bars: Bars) -> dict[str, dict[str, float | 
         for output, numbers in facts["int8_against_float"].items():
             found, bar = numbers["cosine"], bars.min_output_cosine
             rows[f"{role}.{output}"] = (bar, found, found >= bar)
+    for name, key in (("min_int8_share", "share"), ("max_size_ratio", "size_ratio")):
+        bar = getattr(bars, name)
+        if bar is not None:
+            found = report["int8"][key]
+            rows[name] = (bar, found, found >= bar if name.startswith("min") else found <= bar)
     if bars.max_megabytes is not None:
         found = report["size_bytes"]["int8"] / 1e6
         rows["max_megabytes"] = (bars.max_megabytes, found, found <= bars.max_megabytes)
     return {name: {"bar": bar, "measured": round(found, 5), "passed": ok} for name, (bar, found, ok) in rows.items()}
 
 
-def require(bars: Mapping[str, Mapping[str, float | bool]], name: str) -> None:
-    """Raises `BarMissed` with every bar that was not passed."""
+def require(
+    bars: Mapping[str, Mapping[str, float | bool]], name: str, graphs: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Raises `BarMissed` with every bar that was not passed, and what the searches for settings came to."""
     missed = [f"{key} is {row['measured']}, the bar {row['bar']}" for key, row in bars.items() if not row["passed"]]
     if missed:
+        searched = {role: facts["search"] for role, facts in (graphs or {}).items() if facts.get("search")}
+        best = [
+            f"{role}: the best of {len(one['candidates'])} settings tried reached the cosine {one['cosine']}"
+            for role, one in searched.items()
+            if not one["reached"]
+        ]
         raise BarMissed(
-            f"{name} was not sealed: {'; '.join(missed)}. More or better calibration pictures (--images), another "
-            f"quantizer in the recipe, or another bar may help."
+            f"{name} was not sealed: {'; '.join([*missed, *best])}. More or better calibration pictures (--images), "
+            f"another quantizer in the recipe, or another bar may help."
         )
 
 

@@ -65,7 +65,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 {settings.pixels.input: Spec(dtype="float32", shape=("B", 3, *settings.pixels.size))},
                 {"image_embeds": embeds},
                 settings.pixels,
-                quantizer="static",
+                quantizer="search",
                 promises=_attention(image),
             ),
             "text": Tower(
@@ -73,7 +73,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 {name: Spec(dtype=dtype, shape=shape) for name, (dtype, shape) in tokens.feeds().items()},  # type: ignore[arg-type]
                 {"text_embeds": embeds},
                 tokens,
-                quantizer="smooth",
+                quantizer="search",
                 promises=_attention(text),
             ),
         },

@@ -37,7 +37,7 @@ from models.errors import UnknownCheckpoint
 from models.flow import Array, Arrays
 from models.ops.spec import SOFTMAX
 
-QUANTIZERS = {"regions": "static", "text": "smooth"}
+QUANTIZERS = {"regions": "search", "text": "search"}
 MIN_SCORE = 0.1  # customary for these sigmoids, in the papers' code and in transformers
 _LEAST = 1e-6  # what the reference adds to a length before it divides by it
 

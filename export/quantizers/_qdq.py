@@ -3,56 +3,108 @@
 Products of an activation and a constant (Conv, Gemm, MatMul) read uint8 activations, one scale a tensor, and int8
 weights, one scale an output channel: U8S8, because ONNX Runtime's S8S8 is 1.6 to 2.9 times slower. Convolutions
 write uint8 too, which lets the runtime stay in integers from one to the next; matrix products write float, and so
-does everything between them. Products of two activations (attention) stay in float: a few percent of the time, and
-the part that loses most.
+does everything between them. What else reads a matrix product's input (a residual branch) reads it in float.
+
+Products of two activations (attention) stay in float unless they are asked for: a few percent of the time, and the
+part that loses most. Where they are quantized, the first factor is uint8 and the second int8 around 0.
+
+Source: Jacob et al. 2017 (arXiv 1712.05877), sections 2.1 and 2.4 (the bias is int32 at the product of both scales).
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper, shape_inference
-from onnxruntime.quantization import CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import TensorData, TensorsData
-from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnx import TensorProto, helper, numpy_helper
 
 from export.quantizers import Feeds, Ranges
+from models.errors import BadRequest, ExportError
 from models.flow import Array
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 CUTS = ("Clip", "Relu")  # vanish into the uint8 range of the convolution before them
-_OPTIONS = {
-    "MatMulConstBOnly": True,
-    "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
-    "ActivationSymmetric": False,
-    "WeightSymmetric": True,
-}
+BACK = "_back"  # ends the name of a tensor that went through 8 bits
 _TABLE = 1 << 20  # numbers; smaller tables are not worth three more nodes
+_INT32 = 2.0**32 - 2  # a bias that is larger than half of this, in steps, would overflow
 T = TypeVar("T")
+
+
+class Draft:
+    """A graph being changed: its nodes and constants, without a copy of the weights it does not touch."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.fixed = constants(model)
+
+    def array(self, name: str) -> Array:
+        return numpy_helper.to_array(self.fixed[name])
+
+    def add(self, name: str, array: Array) -> str:
+        self.fixed[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
+        return name
+
+    def own(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """A copy of ``node`` that may be changed."""
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        return copy
+
+    def finish(self) -> onnx.ModelProto:
+        """-> a model of the nodes as they are now, with the constants they read."""
+        old, new = self.model, onnx.ModelProto()
+        new.ir_version, new.producer_name = old.ir_version, old.producer_name
+        new.producer_version = old.producer_version
+        new.opset_import.extend(old.opset_import)
+        new.functions.extend(old.functions)
+        graph, before = new.graph, old.graph
+        graph.name = before.name
+        graph.node.extend(self.nodes)
+        graph.input.extend(before.input)
+        graph.output.extend(before.output)
+        made = {name for node in self.nodes for name in node.output}
+        graph.value_info.extend(value for value in before.value_info if value.name in made)
+        used = {name for node in self.nodes for name in node.input} | {value.name for value in before.output}
+        graph.initializer.extend(tensor for name, tensor in self.fixed.items() if name in used)
+        return new
 
 
 def constants(model: onnx.ModelProto) -> dict[str, TensorProto]:
     return {initializer.name: initializer for initializer in model.graph.initializer}
 
 
-def products(model: onnx.ModelProto, keep: Sequence[str] = ()) -> list[onnx.NodeProto]:
+def products(model: onnx.ModelProto | Draft, keep: Collection[str] = ()) -> list[onnx.NodeProto]:
     """The nodes that are quantized: an activation times a constant, in topological order, without those in ``keep``.
 
-    Not those that read probabilities: all but a few of these would round to 0 at 1/255 (see `pack`).
+    Not those that read probabilities: all but a few of these would round to 0 at 1/255 (see `pack`). Nor a Gemm that
+    scales or flips its activation, or a MatMul with a stack of matrices, which no net of ours has.
     """
-    fixed = constants(model)
-    floats = fixed.keys() | _probabilities(model)
+    nodes, fixed = _parts(model)
+    floats = fixed.keys() | probabilities(nodes)
     return [
         n
-        for n in model.graph.node
-        if n.op_type in PRODUCTS and n.input[0] not in floats and n.input[1] in fixed and n.name not in keep
+        for n in nodes
+        if n.op_type in PRODUCTS
+        and n.input[0] not in floats
+        and n.input[1] in fixed
+        and n.name not in keep
+        and (n.op_type == "Conv" or len(fixed[n.input[1]].dims) == 2)
+        and (n.op_type != "Gemm" or _plain(n))
     ]
 
 
-def watched(model: onnx.ModelProto) -> list[str]:
-    """Every tensor that becomes uint8: what products read, what convolutions write, and what is left of a cut."""
+def pairs(model: onnx.ModelProto | Draft) -> list[onnx.NodeProto]:
+    """The products of two activations: attention, in topological order."""
+    nodes, fixed = _parts(model)
+    return [n for n in nodes if n.op_type == "MatMul" and not fixed.keys() & {*n.input}]
+
+
+def watched(model: onnx.ModelProto, attention: Collection[str] = ()) -> list[str]:
+    """Every tensor that becomes 8 bits: what products read, what convolutions write, and what is left of a cut;
+    and both factors of the products of activations named in ``attention``."""
     names: dict[str, None] = {}
     written = {name for node in products(model) if node.op_type == "Conv" for name in node.output}
     for node in products(model):
@@ -60,115 +112,245 @@ def watched(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         if written & {*node.output} or (node.op_type in CUTS and node.input[0] in written):
             names[node.output[0]] = None
+    for node in pairs(model):
+        if node.name in attention:
+            names |= dict.fromkeys(node.input)
     return list(names)
 
 
 def watch(
     model: onnx.ModelProto, feeds: Feeds, names: Sequence[str], see: Callable[[str, Array], T]
 ) -> dict[str, list[T]]:
-    """Run the float graph over ``feeds``; -> per tensor what ``see(tensor, values)`` made of it, feed by feed."""
-    taps = onnx.ModelProto()
-    taps.CopyFrom(model)
-    outputs = {output.name for output in taps.graph.output}
-    inputs = {value.name for value in taps.graph.input}
-    taps.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names if name not in outputs | inputs
-    )
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    session = ort.InferenceSession(taps.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    inside = [name for name in names if name not in inputs]
+    """Run the float graph over ``feeds``; -> per tensor what ``see(tensor, values)`` made of it, feed by feed.
+
+    Raises `BadRequest` where there are no feeds; `ExportError` naming a tensor that is NaN or infinite.
+    """
+    run = tap(model, names)
     seen: dict[str, list[T]] = {name: [] for name in names}
-    for feed in feeds:
-        computed = session.run(inside, dict(feed)) if inside else []  # no names would mean all outputs
-        found = {**feed, **dict(zip(inside, computed, strict=True))}
-        for name in names:
-            seen[name].append(see(name, found[name]))
+    number = 0
+    for number, feed in enumerate(feeds, 1):
+        for name, values in run(feed).items():
+            if not np.isfinite(values).all():
+                raise ExportError(
+                    f"the float graph's tensor {name!r} holds NaN or infinity on calibration input {number}, so it has "
+                    "no range; look at the checkpoint's weights, or at that input"
+                )
+            seen[name].append(see(name, values))
+    if names and not number:
+        raise BadRequest("there is nothing to calibrate on; give pictures (--images) or texts (--texts)")
     return seen
 
 
-def write(model: onnx.ModelProto, ranges: Ranges, *, keep: Sequence[str], reduce_range: bool) -> onnx.ModelProto:
-    """-> a copy with QDQ pairs around its products. ``ranges`` holds one (min, max) for each `watched` tensor."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(shape_inference.infer_shapes(model))
-    limits = {
-        name: TensorData(lowest=np.float32(min(low, 0.0)), highest=np.float32(max(high, 0.0)))
-        for name, (low, high) in ranges.items()
-        if np.ndim(low) == 0
-    }
-    nodes = products(copy, keep)
-    if not nodes:  # the library takes an empty list for "all of them"
-        return copy
-    written = {name for node in nodes if node.op_type == "Conv" for name in node.output}
-    cuts = [node for node in copy.graph.node if node.op_type in CUTS and node.input[0] in written]
-    quantizer = QDQQuantizer(
-        copy,
-        per_channel=True,
-        reduce_range=reduce_range,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, limits),
-        nodes_to_quantize=[node.name for node in (*nodes, *cuts)],
-        nodes_to_exclude=[],
-        op_types_to_quantize=[*PRODUCTS, *CUTS],
-        extra_options=dict(_OPTIONS),
-    )
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()  # it appends its nodes anywhere; the standard wants an order
-    return quantizer.model.model
+def tap(model: onnx.ModelProto, names: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """-> a function from feeds to the tensors ``names``, wherever in the graph they lie."""
+    outputs, inputs = ({value.name for value in side} for side in (model.graph.output, model.graph.input))
+    inside = [name for name in names if name not in inputs]
+    more = [name for name in inside if name not in outputs]
+    kept = len(model.graph.output)
+    try:  # lent, not copied: a large graph has large weights
+        model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in more)
+        data = model.SerializeToString()
+    finally:
+        del model.graph.output[kept:]
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
+    del data
+
+    def run(feed: Mapping[str, Array]) -> dict[str, Array]:
+        computed = session.run(inside, dict(feed)) if inside else []  # no names would mean all outputs
+        found = {**feed, **dict(zip(inside, computed, strict=True))}
+        return {name: found[name] for name in names}
+
+    return run
 
 
-def pack(model: onnx.ModelProto) -> onnx.ModelProto:
-    """-> a copy that stores in int8 what is computed in float all the same: one scale a row or column.
+def write(
+    draft: Draft,
+    ranges: Ranges,
+    *,
+    keep: Collection[str],
+    reduce_range: bool = False,
+    attention: Collection[str] = (),
+    shifts: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """Put QDQ pairs around the products of ``draft``.
+
+    ``ranges`` holds one (min, max) for each `watched` tensor; 0 is made part of it. ``shifts``: node -> what is added
+    to each of its output channels.
+    """
+    chosen = {node.name: node for node in products(draft, keep)}
+    twos = {node.name for node in pairs(draft) if node.name in attention}
+    convolutions = [node for node in chosen.values() if node.op_type == "Conv"]
+    written = {node.output[0] for node in convolutions}
+    cuts = [node for node in draft.nodes if node.op_type in CUTS and node.input[0] in written]
+    ends = {value.name for value in draft.model.graph.output}
+    readers = Counter(name for node in draft.nodes for name in node.input)
+    # a cut vanishes where nothing else reads its convolution: the range, which ends where it cuts, cuts as well
+    gone = {n.output[0]: n.input[0] for n in cuts if readers[n.input[0]] == 1 and n.input[0] not in ends}
+    eight = {node.input[0] for node in convolutions} | (written - {*gone.values()}) | {node.output[0] for node in cuts}
+    source = dict(gone)
+    made: dict[tuple[str, bool], tuple[str, np.float32]] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def through(name: str, around_zero: bool = False) -> tuple[str, np.float32]:
+        """The pair for the tensor ``name``, made once; -> what is read instead, and the scale."""
+        if (name, around_zero) not in made:
+            low, high = (float(bound) for bound in ranges[name])
+            size, zero = step(low, high, around_zero)
+            kind = "int8" if around_zero else "uint8"
+            back = f"{name}_int8{BACK}" if around_zero else name if name in eight & ends else f"{name}{BACK}"
+            how = [draft.add(f"{name}_{kind}_step", size), draft.add(f"{name}_{kind}_zero", zero)]
+            nodes.append(node_of("QuantizeLinear", [source.get(name, name), *how], f"{name}_{kind}"))
+            nodes.append(node_of("DequantizeLinear", [f"{name}_{kind}", *how], back))
+            made[name, around_zero] = back, size
+        return made[name, around_zero]
+
+    for original in draft.nodes:
+        if original.output[0] in gone:
+            continue
+        node = draft.own(original)
+        for place, name in enumerate(original.input):
+            if name in eight or (place == 0 and node.name in chosen) or node.name in twos:
+                node.input[place], size = through(name, around_zero=place == 1 and node.name in twos)
+                if place == 0 and node.name in chosen:
+                    nodes += _weights(draft, node, size, reduce_range, (shifts or {}).get(node.name))
+        renamed = [name for name in node.output if name in eight & ends]
+        for place, name in enumerate(node.output):
+            if name in renamed:  # the graph's output keeps its name, and is what went through 8 bits
+                node.output[place] = source[name] = f"{name}_float"
+        nodes.append(node)
+        shift = (shifts or {}).get(node.name)
+        if node.name in chosen and node.op_type == "MatMul" and shift is not None:
+            out, node.output[0] = node.output[0], f"{node.output[0]}_unshifted"
+            added = draft.add(f"{out}_shift", np.asarray(shift, np.float32))
+            nodes.append(node_of("Add", [node.output[0], added], out))
+        for name in renamed:
+            through(name)
+        for name in (name for name, conv in gone.items() if conv == node.output[0] and name in ends):
+            through(name)
+    draft.nodes = nodes
+
+
+def step(low: float, high: float, around_zero: bool = False) -> tuple[np.float32, np.uint8 | np.int8]:
+    """Scale and zero point of a range; 0 is in it and exact."""
+    low, high = float(np.float32(min(low, 0.0))), float(np.float32(max(high, 0.0)))
+    if around_zero:
+        scale = max(-low, high) / 127
+        return np.float32(scale if scale >= np.finfo(np.float32).tiny else 1.0), np.int8(0)
+    scale = (high - low) / 255
+    if scale < np.finfo(np.float32).tiny:
+        return np.float32(1.0), np.uint8(0)
+    return np.float32(scale), np.uint8(np.round(-low / scale))
+
+
+def _weights(
+    draft: Draft, node: onnx.NodeProto, step: np.float32, reduce_range: bool, shift: Sequence[float] | None
+) -> list[onnx.NodeProto]:
+    """Turn weight and bias of ``node`` into int8 and int32; -> what gives them back."""
+    name = node.input[1]
+    axis = 0 if node.op_type == "Conv" or attribute(node, "transB") else 1
+    weight = draft.array(name)
+    bias = None
+    if node.op_type != "MatMul":
+        given = node.input[2] if len(node.input) > 2 and node.input[2] else ""
+        if given or shift is not None:
+            bias = np.zeros(weight.shape[axis], np.float32)
+            bias = bias + draft.array(given).reshape(-1) if given else bias
+            bias = bias if shift is None else (bias + np.asarray(shift)).astype(np.float32)
+    whole, scale = integers(weight, axis, reduce_range, step, bias)
+    stem = f"{name}_int8" if f"{name}_int8" not in draft.fixed else f"{name}_{node.output[0]}_int8"
+    node.input[1] = f"{stem}{BACK}"
+    how = [draft.add(f"{stem}_step", scale), draft.add(f"{stem}_zero", np.zeros(len(scale), np.int8))]
+    made = [node_of("DequantizeLinear", [draft.add(stem, whole), *how], node.input[1], axis=axis)]
+    if bias is not None:
+        stem = f"{node.output[0]}_bias"
+        steps = step * scale
+        large = np.iinfo(np.int32).max
+        whole = np.clip(np.rint(bias.astype(np.float64) / steps), -large, large).astype(np.int32)
+        how = [draft.add(f"{stem}_step", steps), draft.add(f"{stem}_zero", np.zeros(len(steps), np.int32))]
+        made.append(node_of("DequantizeLinear", [draft.add(f"{stem}_int32", whole), *how], f"{stem}{BACK}", axis=0))
+        del node.input[2:]
+        node.input.append(f"{stem}{BACK}")
+    return made
+
+
+def integers(
+    weight: Array, axis: int, reduce_range: bool = False, step: np.float32 | None = None, bias: Array | None = None
+) -> tuple[Array, Array]:
+    """-> int8 like ``weight`` and float32 scales along ``axis``, wide enough for the int32 ``bias`` at ``step``."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    largest = np.abs(weight).max(axis=others).astype(np.float64)
+    scale = largest / (64 if reduce_range else 127)
+    scale = np.where(scale < np.finfo(np.float32).tiny, 1.0, scale).astype(np.float32)
+    if step is not None and bias is not None:
+        least = 1.0001 * 2 * np.abs(bias, dtype=np.float64) / _INT32
+        found = np.float64(step) * scale
+        scale = np.where(found < least, scale * (least / found), scale).astype(np.float32)
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    limit = 64 if reduce_range else 127
+    return np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8), scale
+
+
+def pack(draft: Draft) -> None:
+    """Store in int8 what is computed in float all the same: one scale a row or column.
 
     Big embedding tables (Gather), which are read a few rows at a time, and matrices that mix their rows by
     probabilities (MatMul behind Softmax). The runtime casts such a matrix once, when it loads the graph.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    fixed, mixers = constants(copy), _probabilities(copy)
+    mixers = probabilities(draft.nodes)
     nodes: list[onnx.NodeProto] = []
-    for node in copy.graph.node:
+    for node in draft.nodes:
         out = node.output[0]
-        if node.op_type == "Gather" and node.input[0] in fixed and np.prod(fixed[node.input[0]].dims) >= _TABLE:
-            table, scale = _pack(copy, fixed[node.input[0]], axis=1)
+        if node.op_type == "Gather" and node.input[0] in draft.fixed and _large(draft.fixed[node.input[0]]):
+            table, scale = _pack(draft, node.input[0], axis=1)
             nodes += [
-                _node("Gather", [table, node.input[1]], f"{out}_int8"),
-                _node("Gather", [scale, node.input[1]], f"{out}_scale"),
-                _node("Cast", [f"{out}_int8"], f"{out}_whole", to=TensorProto.FLOAT),
-                _node("Mul", [f"{out}_whole", f"{out}_scale"], out),
+                node_of("Gather", [table, node.input[1]], f"{out}_int8"),
+                node_of("Gather", [scale, node.input[1]], f"{out}_scale"),
+                node_of("Cast", [f"{out}_int8"], f"{out}_whole", to=TensorProto.FLOAT),
+                node_of("Mul", [f"{out}_whole", f"{out}_scale"], out),
             ]
-        elif node.op_type == "MatMul" and node.input[0] in mixers and node.input[1] in fixed:
-            table, scale = _pack(copy, fixed[node.input[1]], axis=0)
+        elif node.op_type == "MatMul" and node.input[0] in mixers and node.input[1] in draft.fixed:
+            table, scale = _pack(draft, node.input[1], axis=0)
             nodes += [
-                _node("Cast", [table], f"{table}_whole", to=TensorProto.FLOAT),
-                _node("MatMul", [node.input[0], f"{table}_whole"], f"{out}_whole"),
-                _node("Mul", [f"{out}_whole", scale], out),
+                node_of("Cast", [table], f"{table}_whole", to=TensorProto.FLOAT),
+                node_of("MatMul", [node.input[0], f"{table}_whole"], f"{out}_whole"),
+                node_of("Mul", [f"{out}_whole", scale], out),
             ]
         else:
             nodes.append(node)
-    del copy.graph.node[:]
-    copy.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [initializer for initializer in copy.graph.initializer if initializer.name in used]
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(kept)
-    return copy
+    draft.nodes = nodes
 
 
-def _pack(model: onnx.ModelProto, matrix: TensorProto, axis: int) -> tuple[str, str]:
-    """Adds int8 and scales to the model; -> their names. One scale for all along ``axis``."""
-    values = numpy_helper.to_array(matrix)
+def _large(tensor: TensorProto) -> bool:
+    return tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and int(np.prod(tensor.dims)) >= _TABLE
+
+
+def _pack(draft: Draft, name: str, axis: int) -> tuple[str, str]:
+    """Adds int8 and scales to the draft; -> their names. One scale for all along ``axis``."""
+    values = draft.array(name)
     scale = np.maximum(np.abs(values).max(axis=axis, keepdims=True) / 127, 1e-12).astype(np.float32)
-    table, gain = f"{matrix.name}_int8", f"{matrix.name}_scale"
-    for name, array in ((table, np.rint(values / scale).astype(np.int8)), (gain, scale)):
-        model.graph.initializer.append(numpy_helper.from_array(array, name))
-    return table, gain
+    return draft.add(f"{name}_int8", np.rint(values / scale).astype(np.int8)), draft.add(f"{name}_scale", scale)
 
 
-def _probabilities(model: onnx.ModelProto) -> set[str]:
-    return {node.output[0] for node in model.graph.node if node.op_type == "Softmax"}
+def probabilities(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    return {node.output[0] for node in nodes if node.op_type == "Softmax"}
 
 
-def _node(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> onnx.NodeProto:
+def node_of(kind: str, inputs: Sequence[str], output: str, **attributes: int) -> onnx.NodeProto:
     return helper.make_node(kind, inputs, [output], f"{kind}.{output}", **attributes)
+
+
+def attribute(node: onnx.NodeProto, name: str) -> int:
+    return next((one.i for one in node.attribute if one.name == name), 0)
+
+
+def _plain(node: onnx.NodeProto) -> bool:
+    """A Gemm that is x W + b."""
+    return not attribute(node, "transA") and all(
+        one.f == 1.0 for one in node.attribute if one.name in ("alpha", "beta")
+    )
+
+
+def _parts(model: onnx.ModelProto | Draft) -> tuple[Sequence[onnx.NodeProto], Mapping[str, TensorProto]]:
+    return (model.nodes, model.fixed) if isinstance(model, Draft) else (model.graph.node, constants(model))

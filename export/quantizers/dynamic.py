@@ -21,7 +21,9 @@ class Params(FrozenModel):
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    whole = ONNXModel(_qdq.pack(model))
+    draft = _qdq.Draft(model)
+    _qdq.pack(draft)
+    whole = ONNXModel(draft.finish())
     whole.replace_gemm_with_matmul()  # the runtime has a dynamic MatMul, but no dynamic Gemm
     packed = whole.model
     matrices = [node.name for node in _qdq.products(packed) if node.op_type != "Conv"]

@@ -1,7 +1,7 @@
 """Static U8S8: activation ranges are measured once, over calibration pictures.
 
 Source: Jacob et al. 2017 (arXiv 1712.05877), section 2; per-channel weights: Krishnamoorthi 2018
-(arXiv 1806.08342), section 3. For image towers; what keeps text towers accurate is `smooth`.
+(arXiv 1806.08342), section 3. The plain method; what looks for better settings is `search`.
 
 A row's answer depends on that row alone. ``percentile`` below 100 leaves out the outermost values of each feed
 before the extremes over all feeds are averaged; 100 is the plain minimum and maximum. ``reduce_range``: 7-bit
@@ -37,7 +37,10 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    return _qdq.write(_qdq.pack(model), ranges, keep=params.keep, reduce_range=params.reduce_range)
+    draft = _qdq.Draft(model)
+    _qdq.pack(draft)
+    _qdq.write(draft, ranges, keep=params.keep, reduce_range=params.reduce_range)
+    return draft.finish()
 
 
 QUANTIZERS.register("static")(Quantizer(Params, quantize, observe))

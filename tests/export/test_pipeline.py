@@ -37,7 +37,7 @@ def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Pa
     assert names(tiny_bundles) == ["tiny-float", "tiny-int8"]
     int8, whole = (read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
     assert (int8.manifest.precision, whole.manifest.precision) == ("int8", "float32")
-    assert int8.manifest.quantization.graphs == {"image": "static", "text": "smooth"}
+    assert int8.manifest.quantization.graphs == {"image": "search", "text": "search"}
     reports = [json.loads((s.directory / "report.json").read_text()) for s in (int8, whole)]
     assert reports[0] == reports[1]
     assert set(reports[0]["graphs"]) == {"image", "text"}
@@ -76,7 +76,7 @@ def test_a_bundle_below_a_bar_is_not_sealed_and_its_report_is_kept(net, tmp_path
     with pytest.raises(BarMissed, match=r"min_image_cosine is .*, the bar 1\.1"):
         build(recipe(net, quantize=FLOAT, bars={"min_image_cosine": 1.1}), tmp_path, net=net)
     (report,) = tmp_path.iterdir()
-    assert report.name == "tiny-int8.report.json"
+    assert report.name == "tiny-mixed.report.json"
     assert json.loads(report.read_text())["bars"]["min_image_cosine"]["passed"] is False
 
 
@@ -87,7 +87,7 @@ def test_a_sealed_bundle_is_replaced_only_when_asked(net, tmp_path: Path):
     assert read(first.directory).digest == first.digest
     (second,) = build(recipe(net, quantize=FLOAT, replace=True), tmp_path, net=net)
     assert read(first.directory).digest == second.digest
-    assert names(tmp_path) == ["tiny-int8"]
+    assert names(tmp_path) == ["tiny-mixed"]
 
 
 def test_a_graph_that_differs_from_torch_stops_the_export(net, tmp_path: Path):
@@ -232,5 +232,5 @@ def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path,
         embeds = opened._replace(manifest=opened.manifest.model_copy(update={"tasks": ("embed",)}))
         runner = Runner(Bundle(embeds), SessionOptions(ops=mode))
         np.testing.assert_allclose(runner.embed(images=images), plain.embed(images=images), atol=1e-5)
-    assert check_command(["tiny-int8", "--bundles", str(tmp_path)]) == 0
+    assert check_command(["tiny-mixed", "--bundles", str(tmp_path)]) == 0
     assert "image: image_embeds [1, 16] float32, finite" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 {"pixels": Tensor(dtype="float32", shape=("B", 3, *PIXELS.size))},
                 {"image_embeds": _EMBEDS},
                 PIXELS,
-                quantizer="smooth",
+                quantizer="search",
                 quantizer_params=backbone.QUANTIZE,
                 promises={SOFTMAX.name: 1},  # of the backbone's classes
             ),
@@ -78,7 +78,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 {"ids": _TOKENS, "mask": _TOKENS},
                 {"text_embeds": _EMBEDS},
                 TEXTS,
-                quantizer="smooth",
+                quantizer="search",
                 promises={SOFTMAX.name: minilm.LAYERS},
             ),
         },

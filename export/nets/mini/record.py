@@ -1,4 +1,6 @@
-"""Records the activation ranges that ship with the built-in model: `python -m export.nets.mini.record --help`.
+"""Searches and records the settings and activation ranges that ship with the built-in model.
+
+`python -m export.nets.mini.record --help`
 
 Run again after a change to a tower's graph or weights; until then export says that the ranges do not fit, and
 observes the pictures that ship with calmclip instead.
@@ -14,7 +16,9 @@ from export import calibrate
 from export.captions import read_captions
 from export.nets import NETS
 from export.nets.mini import RANGES, TEMPLATES
-from export.quantizers import QUANTIZERS
+from export.pipeline import nominal
+from export.quantizers import QUANTIZERS, Goal
+from export.recipe import Bars
 from export.trace import fingerprint, to_onnx
 from models.prompts import fill
 
@@ -37,23 +41,25 @@ def main() -> None:
     texts = draw.sample(captions, given.texts)
     texts += [fill(draw.choice(TEMPLATES), name) for name in draw.sample(names, given.texts // 2)]
     net = NETS.get("mini").load("mini")
+    bars = Bars.model_validate(net.bars)
     with tempfile.TemporaryDirectory() as folder:
         for name, data in net.files.items():
             (Path(folder) / name).write_bytes(data)
         graphs = {}
         for role, tower in net.towers.items():
             model, quantizer = to_onnx(tower), QUANTIZERS.get(tower.quantizer)
-            if quantizer.observe is None:
-                continue
+            assert quantizer.search
             feeds = calibrate.feeds(tower, Path(folder), pictures, texts)
-            ranges = quantizer.observe(model, feeds, quantizer.params.model_validate(tower.quantizer_params))
+            goal = Goal(bars.cosine(role), dims=nominal(tower), summary=tower.summary)
+            found = quantizer.search(model, feeds, quantizer.params.model_validate(tower.quantizer_params), goal)
             graphs[role] = {
                 "fingerprint": fingerprint(model),
                 "quantizer": tower.quantizer,
                 "params": dict(tower.quantizer_params),
-                "ranges": ranges,
+                "settled": {"name": found.quantizer, "params": found.written()},
+                "ranges": found.ranges,
             }
-            print(f"{role}: {len(ranges)} tensors", flush=True)
+            print(f"{role}: {json.dumps(found.history, indent=1)}", flush=True)
     calibrate.record(RANGES, given.source, [path.name for path in pictures], net.source.weights, graphs)
 
 

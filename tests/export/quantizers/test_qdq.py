@@ -113,7 +113,9 @@ def test_tables_are_stored_in_int8_and_read_within_half_a_step():
         [Value("rows", TensorProto.FLOAT, ["B", 512])],
         {"table": table},
     )
-    packed = _qdq.pack(model)
+    draft = _qdq.Draft(model)
+    _qdq.pack(draft)
+    packed = draft.finish()
     onnx.checker.check_model(packed, full_check=True)
     ids = np.array([0, 5, 2047])
     found = onnx_run(packed)({"ids": ids})["rows"]

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.parity import onnx_run
-from export.quantizers import QUANTIZERS, smooth
+from export.quantizers import QUANTIZERS, _qdq, smooth
 from models.flow import Array
 
 WIDTH, OUT = 32, 8
@@ -58,9 +58,10 @@ def test_factors_by_hand():
 def test_moving_outliers_leaves_the_function_alone(outlier):
     model, feeds = outlier
     ranges = smooth.observe(model, feeds, smooth.Params())
-    moved, limits = smooth.smooth(model, ranges, 0.75)
-    assert rms(moved, feeds, model) < 1e-5
-    low, high = limits["W_input"]
+    draft = _qdq.Draft(model)
+    limits = smooth.smooth(draft, ranges, {"x": 0.75})
+    assert rms(draft.finish(), feeds, model) < 1e-5
+    low, high = limits[smooth.evened("x")]
     largest = max(np.abs(ranges["x"][0]).max(), np.abs(ranges["x"][1]).max())
     assert max(-low, high) < largest / 5
 

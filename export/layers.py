@@ -1,0 +1,122 @@
+"""A graph in float and in INT8 at work, side by side: what each product loses, and where outliers are.
+
+Outliers as Bondarenko et al. 2023 (arXiv 2306.12929), section 3, measure them: of one input's whole tensor the largest
+magnitude, and the kurtosis mean((x - mean)^4) / (std^4 + 1e-6) with the unbiased std, 3 for a Gaussian; both averaged
+over the inputs.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from export.quantizers import _qdq
+from export.share import count
+from models.flow import Array, Arrays
+
+_WORST = 5
+
+
+def compare(
+    model: onnx.ModelProto, quantized: onnx.ModelProto, feeds: Iterable[Arrays], dims: Mapping[str, int]
+) -> dict[str, Any]:
+    """``sqnr_db``: node -> of its output, float against INT8 with all that came before (10 log10 of squared float over
+    squared difference, all feeds together), for each product that runs in INT8. ``outliers``: of what products read,
+    in float."""
+    whole = {one.name for one in count(quantized, dims) if one.int8}
+    there = {name for node in quantized.graph.node for name in node.output}
+    after = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in _qdq.CUTS}
+    outputs = {}
+    for node in model.graph.node:
+        if node.name in whole:
+            out = node.output[0]
+            cut = after.get(out, "")
+            options = ((cut, f"{cut}{_qdq.BACK}"), (out, f"{out}{_qdq.BACK}"), (out, out))
+            outputs[node.name] = next(pair for pair in options if pair[1] in there)
+    read = list(dict.fromkeys(node.input[0] for node in _qdq.products(model)))
+    run = _qdq.tap(model, [*dict.fromkeys([*read, *(left for left, _ in outputs.values())])])
+    run_quantized = _qdq.tap(quantized, [*dict.fromkeys(right for _, right in outputs.values())])
+    squares = {name: [0.0, 0.0] for name in outputs}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in read}
+    for feed in feeds:
+        one, other = run(feed), run_quantized(feed)
+        for name, (left, right) in outputs.items():
+            true = one[left].astype(np.float64)
+            squares[name][0] += float(np.square(true).sum())
+            squares[name][1] += float(np.square(true - other[right]).sum())
+        for name in read:
+            found[name].append((float(np.abs(one[name]).max()), kurtosis(one[name])))
+    return {
+        "sqnr_db": {name: _decibels(*pair) for name, pair in squares.items()},
+        "outliers": _summary({name: np.mean(values, axis=0) for name, values in found.items() if values}),
+    }
+
+
+def kurtosis(values: Array) -> float:
+    """Of all numbers of ``values``; 0 where they are all the same."""
+    flat = values.reshape(-1).astype(np.float64)
+    if flat.size < 2:
+        return 0.0
+    apart = flat - flat.mean()
+    return float(np.mean(apart**4) / (flat.std(ddof=1) ** 4 + 1e-6))
+
+
+def ranges(quantized: onnx.ModelProto) -> dict[str, tuple[float, float]]:
+    """Tensor -> the least and the largest number that its 8 bits hold, as the graph's own steps say."""
+    fixed = _qdq.constants(quantized)
+    found = {}
+    for node in quantized.graph.node:
+        if node.op_type == "QuantizeLinear":
+            step, zero = (numpy_helper.to_array(fixed[name]) for name in node.input[1:3])
+            limits = np.iinfo(zero.dtype)
+            low, high = (float(step) * (bound - int(zero)) for bound in (limits.min, limits.max))
+            found[node.input[0]] = float(f"{low:.6g}"), float(f"{high:.6g}")
+    return found
+
+
+def in_float(
+    model: onnx.ModelProto, quantized: onnx.ModelProto, dims: Mapping[str, int], asked: Iterable[str]
+) -> dict[str, str]:
+    """Node -> why its product is left in float; ``asked``: those that the recipe or the net keeps."""
+    whole = {one.name for one in count(quantized, dims) if one.int8}
+    mixers = _qdq.probabilities(model.graph.node)
+    possible = {node.name for node in _qdq.products(model)}
+    pairs, asked = {node.name for node in _qdq.pairs(model)}, set(asked)
+    reasons = {}
+    for node in model.graph.node:
+        if node.op_type not in _qdq.PRODUCTS or node.name in whole:
+            continue
+        if node.name in asked:
+            reasons[node.name] = "asked for"
+        elif node.name in possible:
+            reasons[node.name] = "found sensitive by the search"
+        elif node.name in pairs:
+            reasons[node.name] = "a product of two activations"
+        elif node.input[0] in mixers:
+            reasons[node.name] = "reads probabilities; its weights are stored in int8"
+        else:
+            reasons[node.name] = "no form that is quantized"
+    return reasons
+
+
+def _summary(found: Mapping[str, Array]) -> dict[str, Any]:
+    if not found:
+        return {}
+    norms, peaks = (np.array([pair[place] for pair in found.values()]) for place in (0, 1))
+    worst = sorted(found, key=lambda name: -found[name][1])[:_WORST]
+    return {
+        "max_inf_norm": round(float(norms.max()), 3),
+        "avg_inf_norm": round(float(norms.mean()), 3),
+        "max_kurtosis": round(float(peaks.max()), 3),
+        "avg_kurtosis": round(float(peaks.mean()), 3),
+        "worst": {
+            name: {"inf_norm": round(float(found[name][0]), 3), "kurtosis": round(float(found[name][1]), 3)}
+            for name in worst
+        },
+    }
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return round(10 * float(np.log10(signal / noise)), 2) if signal > 0 and noise > 0 else 999.0
