@@ -17,11 +17,12 @@ def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
     """``openapi_extra`` of a route that reads ``model`` through `uploads.body_of`."""
     content: dict[str, Any] = {"application/json": {"schema": _ref(model), "example": example}}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
-    flat = {name: field for name, field in model.model_fields.items() if name not in ("image", "inputs")}
+    flat = {name: field for name, field in model.model_fields.items() if name not in ("image", "inputs", "examples")}
     schemas = model.model_json_schema(ref_template=_REF)["properties"]
     if issubclass(model, LabelledPicture):
         fields = {name: schemas[name] for name in flat}
-        content["multipart/form-data"] = _form({"image": _BINARY, **fields}, required=["image"])
+        files = {"examples": {"type": "array", "items": _BINARY}} if "examples" in model.model_fields else {}
+        content["multipart/form-data"] = _form({"image": _BINARY, **files, **fields}, required=["image"])
     if issubclass(model, EmbedBody):
         many = {"text": {"type": "array", "items": {"type": "string"}}, "image": {"type": "array", "items": _BINARY}}
         content["multipart/form-data"] = _form({**many, **{name: schemas[name] for name in flat}}, required=[])

@@ -1,6 +1,7 @@
 """The verbs without torch or HTTP, where what they are given is wrong."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -63,3 +64,24 @@ def test_a_file_that_cannot_be_read_is_bad_input_and_named(
     assert f"{tmp_path}: Is a directory" in capsys.readouterr().err
     assert main([*where, str(tmp_path / "lost.jpg")]) == 2
     assert "lost.jpg is not there" in capsys.readouterr().err
+
+
+def test_run_detects_by_labels_and_examples_with_the_bundles_defaults(
+    detector: Path, png: Callable[..., bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for colour in ("red", "blue"):
+        (tmp_path / f"{colour}.png").write_bytes(png(colour, (8, 8)))
+    manifest = json.loads((detector / "bundle.json").read_text())
+    (detector / "bundle.json").write_text(json.dumps(manifest | {"suppression": {"min_score": 0.9}}))
+
+    def found(*more: str) -> list[tuple[str, float]]:
+        assert main(["run", resealed(detector), "detect", str(tmp_path / "red.png"), *more, "--json"]) == 0
+        (answer,) = json.loads(capsys.readouterr().out)["answers"]
+        return [(one["label"], round(one["score"], 2)) for one in answer["detect"]]
+
+    examples = [f"--example={tmp_path / name}.png" for name in ("blue", "red")]
+    assert found(*examples) == [("example 1", 1.0)]
+    assert found("--label=red", "--label=red green", examples[0]) == [("red", 1.0)]  # 0.71 is under the bundle's 0.9
+    assert len(found("--label=red", "--label=red green", "--min-score=0.5")) == 2
+    assert main(["run", str(detector), "detect", str(tmp_path / "red.png"), "--example=nowhere.png"]) == 2
+    assert "nowhere.png' cannot be read" in capsys.readouterr().err

@@ -43,6 +43,16 @@ def test_in_a_form_examples_are_files(client, picture):
     assert labels(answer) == [("example 1", 1, LOWER_RIGHT)]
 
 
+def test_the_specification_says_where_examples_go(client):
+    spec = client.get("/openapi.json").json()
+    route = spec["paths"]["/v1/detect"]["post"]
+    form = route["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert form["examples"] == {"type": "array", "items": {"type": "string", "format": "binary"}}
+    assert "examples" not in [one["name"] for one in route["parameters"]]
+    (item,) = [spec["components"]["schemas"]["DetectBody"]["properties"]["examples"]["items"]["$ref"]]
+    assert set(spec["components"]["schemas"][item.split("/")[-1]]["properties"]) == {"image", "box", "label"}
+
+
 @pytest.mark.parametrize(
     ("example", "status", "words"),
     [
