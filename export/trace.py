@@ -11,6 +11,7 @@ from collections import Counter
 
 import onnx
 import torch
+from onnxscript import ir
 
 from export import light
 from export.nets import Tower
@@ -47,8 +48,7 @@ def to_onnx(tower: Tower) -> onnx.ModelProto:
         )
     assert program is not None  # only the old exporter returns None
     model = program.model_proto
-    for value in program.model.graph.initializers.values():
-        value.const_value = None  # the exporter's caches keep the program; torch's weights need not stay with it
+    _forget(program.model.graph)
     _strip(model)
     _rename(model, keep={name for name, _ in tower.module.named_parameters()})
     found = [o.name for o in model.graph.output]
@@ -79,6 +79,16 @@ def fingerprint(model: onnx.ModelProto) -> str:
         for node in model.graph.node
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _forget(graph: ir.Graph) -> None:
+    """Empty the exporter's own graph: its caches keep that, and with it a copy of all weights."""
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        value.const_value = None
+    for node in graph:
+        node.attributes.clear()
+    graph.initializers.clear()
+    graph.remove([*graph])
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -116,8 +126,8 @@ def _rename(model: onnx.ModelProto, keep: set[str]) -> None:
             raise ExportError(f"the traced graph has control flow ({node.op_type}); export without branches")
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
-    kept = [i for i in graph.initializer if i.name in names]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    for place in reversed(range(len(graph.initializer))):  # not anew: protobuf keeps what a message once held
+        if graph.initializer[place].name not in names:
+            del graph.initializer[place]
     for thing in (*graph.initializer, *graph.value_info):
         thing.name = names.get(thing.name, thing.name)
