@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from export.checkpoints import Checkpoint
+from export.checkpoints.weights import one_line
 from export.towers import part
 from models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
 from models.errors import UnknownCheckpoint
@@ -202,6 +203,17 @@ def _problem(value: Tensor, ours: str) -> str | None:
     return None
 
 
+def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
+    """`Layout.settings`; configs whose values are of other kinds than expected are `UnknownCheckpoint` too."""
+    try:
+        return layout.settings(checkpoint, state)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        files = ", ".join(checkpoint.configs) or "tensors"
+        raise UnknownCheckpoint(
+            f"{checkpoint.path}: its {files} cannot be made sense of: {one_line(repr(error))}"
+        ) from None
+
+
 def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any) -> nn.Module:
     """The tower whose tensors are those of ``state`` under ``prefix``, ready to run: ``make(tensors)`` with them in.
 
@@ -213,7 +225,7 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
     except KeyError as error:  # a tensor that shapes are read from
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {_theirs(layout, error.args[0])}") from None
     except (ArithmeticError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
-        raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {error}") from None
+        raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {one_line(error)}") from None
     empty = module.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}
     theirs = {name: _theirs(layout, prefix + name) for name in {*wanted, *tensors}}
