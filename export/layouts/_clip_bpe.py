@@ -4,6 +4,8 @@ Source: Radford et al. 2021, section 2.4: lower-cased BPE of 49 152 merges, [SOS
 open_clip also repairs broken Unicode (ftfy) and unescapes HTML first; texts that need neither come out equal.
 """
 
+from functools import cache
+
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from export.checkpoints.files import require_package
@@ -11,6 +13,7 @@ from export.checkpoints.files import require_package
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
+@cache
 def tokenizer_json() -> bytes:
     simple = require_package("open_clip.tokenizer", "the net open_clip").SimpleTokenizer()
     end = "<end_of_text>" if "<end_of_text>" in simple.encoder else "<|endoftext|>"
