@@ -196,6 +196,8 @@ def _problem(value: Tensor, ours: str) -> str | None:
     for end, axes in _AXES.items():
         if (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
             return f"has the shape {list(value.shape)}; expected {axes} axes"
+    if not value.is_floating_point() and ".trunk." not in ours:  # libraries' modules count their steps
+        return f"is of {str(value.dtype).removeprefix('torch.')}; expected floating-point numbers"
     if not value.numel():
         return f"is empty, its shape is {list(value.shape)}"
     if value.is_floating_point() and not bool(value.isfinite().all()):

@@ -162,7 +162,7 @@ def test_two_tables_of_two_shapes_are_both_named(tmp_path: Path):
 
 
 def moe_block(state: dict[str, Tensor], prefix: str, x: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """papers: y = x + sum_k p_k expert_k(ln_2(x)), p = softmax(gate) of the two best, renormalised. Float64, by token."""
+    """y = x + sum_k p_k expert_k(ln_2(x)), p = softmax(gate), the two best renormalised. Float64, token by token."""
     own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     width = x.shape[-1]
     normed = F.layer_norm(x, (width,), own["ln_1.weight"], own["ln_1.bias"])
