@@ -131,7 +131,12 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
             unexpected.append(name)
         elif rule.ours != DROP:
             value = tensor.float() if tensor.is_floating_point() else tensor
-            value = rule.how(value) if rule.how else value
+            try:
+                value = rule.how(value) if rule.how else value
+            except (IndexError, RuntimeError):
+                raise UnknownCheckpoint(
+                    f"{checkpoint.path}: {name} has the shape {list(tensor.shape)}, which is none it may have"
+                ) from None
             if problem := _problem(value, ours):
                 raise UnknownCheckpoint(f"{checkpoint.path}: {name} {problem}")
             if rule.piece is None:
@@ -148,7 +153,7 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
         numbers = [rule.piece for rule in layout.rules if rule.piece is not None and _match(rule.ours, ours)]
         if absent := [n for n in numbers if n not in parts]:
             missing += [_theirs(layout, ours, n) for n in absent]
-        elif len({tensor.shape[1:] for tensor in parts.values()}) > 1:
+        elif len({(tensor.ndim, tensor.shape[1:]) for tensor in parts.values()}) > 1:
             names = [f"{_theirs(layout, ours, n)} {list(tensor.shape)}" for n, tensor in sorted(parts.items())]
             raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of {', '.join(names)} do not go together")
         else:

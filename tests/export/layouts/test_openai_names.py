@@ -348,3 +348,16 @@ def test_what_a_clip_keeps_for_its_training_is_left_out(tmp_path: Path):
     whole = load(str(tiny_layouts.saved(state | extra, tmp_path, "aclip.pt")))
     for role, inputs in (("image", pixels(32)), ("text", TEXTS)):
         assert torch.equal(embedded(plain, role, inputs), embedded(whole, role, inputs))
+
+
+def test_grain_answers_by_the_pictures_query(tmp_path: Path):
+    net = load(str(tiny_layouts.grain(tmp_path)))
+    backbone, decoder = tiny_layouts.Slip(qk_norm=True), tiny_layouts.Decoder()
+    with torch.no_grad():
+        want = F.normalize(decoder(backbone.visual.forward_features(pixels(32))), dim=-1)
+        close(embedded(net, "text", TEXTS), backbone.encode_text(LONG))
+    close(embedded(net, "image", pixels(32)), want)
+    close(by_onnx(net, "image", pixels(32)), want)
+    spec = net.towers["image"].preprocess
+    assert (spec.resize, spec.shortest, spec.resample) == ("exact", None, "bicubic")
+    assert "regions are not" in net.source.notes
