@@ -19,6 +19,7 @@ from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from export.quantizers import Feeds, Ranges
+from models.errors import ExportError
 from models.flow import Array
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -83,7 +84,13 @@ def watch(
         computed = session.run(inside, dict(feed)) if inside else []  # no names would mean all outputs
         found = {**feed, **dict(zip(inside, computed, strict=True))}
         for name in names:
-            seen[name].append(see(name, found[name]))
+            if found[name].size:  # an expert of a mixture may get no token
+                seen[name].append(see(name, found[name]))
+    if unseen := [name for name in names if not seen[name]]:
+        raise ExportError(
+            f"no calibration input gives {unseen[0]} a value, and {len(unseen)} tensors in all, so they have no range; "
+            "give more pictures or texts, or, where experts are routed, export with --experts dense"
+        )
     return seen
 
 
