@@ -39,7 +39,10 @@ def is_archive(file: Path) -> bool:
 def read(file: Path) -> dict[str, Tensor]:
     """Tensor by the path of its module: ``visual.conv1.weight``."""
     with zipfile.ZipFile(file) as archive:
-        (name,) = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
+        names = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
+        if len(names) != 1:
+            raise UnknownCheckpoint(f"{file} is a TorchScript archive with {len(names)} parts data.pkl; expected one")
+        (name,) = names
         tree = _Unpickler(archive, name.removesuffix("data.pkl"), file).load()
     found: dict[str, Tensor] = {}
     _collect(tree, "", found)
@@ -83,6 +86,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, reference: Any) -> Tensor:
         _, kind, key, _, number = reference
+        if kind not in _STORAGES:
+            raise UnknownCheckpoint(f"{self.file}: data/{key} is of {kind}; expected one of {', '.join(_STORAGES)}")
         raw = bytearray(self.archive.read(f"{self.root}data/{key}"))
         values = torch.frombuffer(raw, dtype=_STORAGES[kind]) if raw else torch.empty(0, dtype=_STORAGES[kind])
         if len(values) < number:

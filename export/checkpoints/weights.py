@@ -1,12 +1,15 @@
 """Files of weights -> tensors by name: safetensors, torch's zip and older pickles, TorchScript archives.
 
-What a file is, its first bytes say, not its name. Pickles are read with ``weights_only``: tensors and plain containers,
-anything else is refused by name. TorchScript archives (OpenAI's .pt) are read without running what they hold: see
-`scripted`.
+What a file is, its first bytes say, not its name. Pickles are read with ``weights_only``: tensors, plain containers and
+the parsed flags that trainings keep beside them (argparse.Namespace); anything else is refused by name. TorchScript
+archives (OpenAI's .pt) are read without running what they hold: see `torchscript`. Whatever is wrong is one
+`UnknownCheckpoint` of one line that names the file, and the key where it is about one.
 """
 
+import argparse
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from export.checkpoints import torchscript
+from export.checkpoints import pickles, torchscript
 from models.errors import UnknownCheckpoint
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -28,30 +31,42 @@ NAMES = (  # of a directory's weights, the first that is there
     "pytorch_model.bin.index.json",
 )
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # a training's keys, under which the tensors are
+DECODER = "decoder."  # of GRAIN, whose training keeps two modules: its backbone comes without a prefix
 PREFIXES = ("module.", "_orig_mod.", "model.module.")
 
 
+class NoWeights(UnknownCheckpoint):
+    """Nothing there that could be weights."""
+
+
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors. Raises `UnknownCheckpoint` when it is not clear which."""
+    """The files that hold a checkpoint's tensors. Raises `UnknownCheckpoint` when it is not clear which, and its kind
+    `NoWeights` when there are none."""
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise NoWeights(f"{path} is no file or directory; expected a checkpoint's")
     for name in NAMES:
         if (path / name).is_file():
             return _shards(path / name) if name.endswith(".json") else [path / name]
     found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if len(found) == 1:
         return found
-    what = f"several files of weights ({', '.join(p.name for p in found)})" if found else "no file of weights"
-    raise UnknownCheckpoint(f"{path} holds {what}; name one file, or call it {NAMES[1]}")
+    if not found:
+        raise NoWeights(f"{path} holds no file of weights; name one file, or call it {NAMES[1]}")
+    names = ", ".join(p.name for p in found)
+    raise UnknownCheckpoint(f"{path} holds several files of weights ({names}); name one, or call it {NAMES[1]}")
 
 
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UnknownCheckpoint(f"{index} is no index of shards: {error!r}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UnknownCheckpoint(f"{index} is no index of shards: {one_line(repr(error))}") from None
+    if not names:
+        raise UnknownCheckpoint(f"{index} names no shard")
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise UnknownCheckpoint(f"{index} names the shard {name!r}, which is not beside it")
     return [index.parent / name for name in names]
 
@@ -60,7 +75,10 @@ def load_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
     """All tensors, unwrapped. Raises `UnknownCheckpoint` naming the file that is damaged or holds something else."""
     found: dict[str, Tensor] = {}
     for file in files:
-        found |= _unwrap(_load(file), file)
+        more = _unwrap(_load(file), file)
+        if twice := found.keys() & more.keys():
+            raise UnknownCheckpoint(f"{file} holds {min(twice)}, which another shard holds too")
+        found |= more
     return found
 
 
@@ -73,45 +91,86 @@ def weights_sha256(path: Path) -> dict[str, str]:
     return found
 
 
+def one_line(text: object, most: int = 200) -> str:
+    """Somebody else's words, as a part of a sentence."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "?" for c in words[:most])
+
+
 def _load(file: Path) -> Any:
-    with file.open("rb") as stream:
-        start = stream.read(9)
     try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
         if start[:2] == b"PK":
+            _bounded(file)
             if torchscript.is_archive(file):
                 return torchscript.read(file)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return _unpickled(file, mmap=True)
         if start[8:9] == b"{":
             with safe_open(file, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return _unpickled(file, mmap=False)
     except SafetensorError as error:
-        raise UnknownCheckpoint(f"{file} is a damaged safetensors file: {error}") from None
+        raise UnknownCheckpoint(f"{file} is a damaged safetensors file: {one_line(error)}") from None
     except UnknownCheckpoint:
         raise
     except Exception as error:  # torch raises whatever its unpickler met
-        raise UnknownCheckpoint(f"{file} {_why(error)}") from None
+        if foreign := pickles.foreign(file):
+            raise UnknownCheckpoint(
+                f"{file} is a pickle that asks for {one_line(foreign)}, which is not run; save its tensors alone, best "
+                "as safetensors"
+            ) from None
+        raise UnknownCheckpoint(
+            f"{file} is damaged or holds no weights: {one_line(error, 160) or type(error).__name__}"
+        ) from None
 
 
-def _why(error: Exception) -> str:
-    """torch's page of advice, in one clause."""
-    text = " ".join(str(error).split())
-    for mark in ("GLOBAL ", "Unsupported global: GLOBAL ", "Unsupported class "):
-        if mark in text:
-            name = text.split(mark, 1)[1].split(" ")[0].strip(".,`'\"")
-            return f"is a pickle that asks for {name}, which is not run; save its tensors alone, best as safetensors"
-    return f"is damaged or holds no weights: {text[:160] or type(error).__name__}"
+def _unpickled(file: Path, *, mmap: bool) -> Any:
+    """As an open file where it is not mapped: a path that ends in .safetensors torch reads as that, whatever it is."""
+    with torch.serialization.safe_globals([argparse.Namespace]), file.open("rb") as stream:
+        mmap = mmap and file.suffix != ".safetensors"
+        return torch.load(file if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _bounded(file: Path) -> None:
+    """Torch compresses programs alone, which are not read: nothing else of its may unpack to more than the file."""
+    with zipfile.ZipFile(file) as archive:
+        for part in archive.infolist():
+            if "/code/" not in part.filename and part.compress_type != zipfile.ZIP_STORED:
+                raise UnknownCheckpoint(f"{file}: its part {one_line(part.filename)} is compressed; torch's never are")
 
 
 def _unwrap(found: Any, file: Path) -> dict[str, Tensor]:
-    for key in WRAPPERS:
-        while isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
+    """The mapping of tensors in what a training saved."""
+    if isinstance(found, Mapping) and isinstance(found.get("backbone_state_dict"), Mapping):
+        decoder = found.get("state_dict")
+        more = _tensors(decoder, file) if isinstance(decoder, Mapping) else {}
+        return _tensors(found["backbone_state_dict"], file) | {DECODER + name: tensor for name, tensor in more.items()}
+    for _ in range(8):  # one may hold itself
+        inner = [found[key] for key in WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
+        if not inner:
+            break
+        found = inner[0]
     if not isinstance(found, Mapping):
         raise UnknownCheckpoint(f"{file} holds a {type(found).__name__}; expected tensors by name")
+    return _tensors(found, file)
+
+
+def _tensors(found: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise UnknownCheckpoint(f"{file} holds no tensors; its keys are {', '.join(map(str, list(found)[:5]))}")
+        keys = ", ".join(one_line(key, 40) for key in list(found)[:5]) or "none"
+        raise UnknownCheckpoint(f"{file} holds no tensors; its keys are {keys}")
+    for name, tensor in tensors.items():
+        if not name.isprintable() or len(name) > 200:
+            raise UnknownCheckpoint(f"{file} holds a tensor with the name {name[:60]!r}; expected a printable one")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+            raise UnknownCheckpoint(f"{file}: {name} is {kind}; expected plain numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UnknownCheckpoint(
+                f"{file}: {name} has the shape {list(tensor.shape)}, more numbers than the file holds"
+            )
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from export.checkpoints import Checkpoint
+from export.checkpoints.weights import one_line
 from export.towers import part
 from models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
 from models.errors import UnknownCheckpoint
@@ -140,7 +141,12 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
             unexpected.append(name)
         elif rule.ours != DROP:
             value = tensor.float() if tensor.is_floating_point() else tensor
-            value = rule.how(value) if rule.how else value
+            try:
+                value = rule.how(value) if rule.how else value
+            except (IndexError, RuntimeError):
+                raise UnknownCheckpoint(
+                    f"{checkpoint.path}: {name} has the shape {list(tensor.shape)}, which is none it may have"
+                ) from None
             if problem := _problem(value, ours):
                 raise UnknownCheckpoint(f"{checkpoint.path}: {name} {problem}")
             if rule.piece is None:
@@ -157,7 +163,7 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
         numbers = [rule.piece for rule in layout.rules if rule.piece is not None and _match(rule.ours, ours)]
         if absent := [n for n in numbers if n not in parts]:
             missing += [_theirs(layout, ours, n) for n in absent]
-        elif len({tensor.shape[1:] for tensor in parts.values()}) > 1:
+        elif len({(tensor.ndim, tensor.shape[1:]) for tensor in parts.values()}) > 1:
             names = [f"{_theirs(layout, ours, n)} {list(tensor.shape)}" for n, tensor in sorted(parts.items())]
             raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of {', '.join(names)} do not go together")
         else:
@@ -205,11 +211,24 @@ def _problem(value: Tensor, ours: str) -> str | None:
     for end, axes in _AXES.items():
         if (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
             return f"has the shape {list(value.shape)}; expected {axes} axes"
+    if not value.is_floating_point() and ".trunk." not in ours:  # libraries' modules count their steps
+        return f"is of {str(value.dtype).removeprefix('torch.')}; expected floating-point numbers"
     if not value.numel():
         return f"is empty, its shape is {list(value.shape)}"
     if value.is_floating_point() and not bool(value.isfinite().all()):
         return "holds numbers that are infinite or not numbers; the file is damaged, or its training went astray"
     return None
+
+
+def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
+    """`Layout.settings`; configs whose values are of other kinds than expected are `UnknownCheckpoint` too."""
+    try:
+        return layout.settings(checkpoint, state)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        files = ", ".join(checkpoint.configs) or "tensors"
+        raise UnknownCheckpoint(
+            f"{checkpoint.path}: its {files} cannot be made sense of: {one_line(repr(error))}"
+        ) from None
 
 
 def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any) -> nn.Module:
@@ -223,7 +242,7 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
     except KeyError as error:  # a tensor that shapes are read from
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {_theirs(layout, error.args[0])}") from None
     except (ArithmeticError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
-        raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {error}") from None
+        raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {one_line(error)}") from None
     empty = module.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}
     theirs = {name: _theirs(layout, prefix + name) for name in {*wanted, *tensors}}

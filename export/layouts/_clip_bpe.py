@@ -4,6 +4,7 @@ Source: Radford et al. 2021, section 2.4: lower-cased BPE of 49 152 merges, [SOS
 What is done to a text before it is the bundle's `clean`, and `CLEAN` goes with this tokenizer.
 """
 
+from functools import cache
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -15,6 +16,7 @@ CLEAN: Literal["lower"] = "lower"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
+@cache
 def tokenizer_json() -> bytes:
     simple = require_package("open_clip.tokenizer", "the net open_clip").SimpleTokenizer()
     end = "<end_of_text>" if "<end_of_text>" in simple.encoder else "<|endoftext|>"

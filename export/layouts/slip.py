@@ -7,7 +7,6 @@ ImageNet's mean and std; GELU in the image tower, QuickGELU in the text tower.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,9 +49,7 @@ A_CLIP = tuple(
 NEEDS = tuple(name for name in _openai.NEEDS if name != "image.norm_pre.weight")
 
 
-def settings(
-    checkpoint: Checkpoint, state: Mapping[str, Tensor], resample: Literal["bilinear", "bicubic"] = "bilinear"
-) -> Settings:
+def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """torchvision's default resizing is bilinear, and LaCLIP and A-CLIP leave it at that."""
     width = state["image.patch.weight"].shape[0]
     norm = state.get("image.blocks.0.attn.q_norm.weight")
@@ -63,7 +60,7 @@ def settings(
         image=partial(VisionTransformer, style=image),
         text=_openai.text_tower(state, checkpoint.given.activation or "quick_gelu"),
         pixels=pixels.model_copy(
-            update={"resample": resample, "mean": _openai.IMAGENET_MEAN, "std": _openai.IMAGENET_STD}
+            update={"resample": "bilinear", "mean": _openai.IMAGENET_MEAN, "std": _openai.IMAGENET_STD}
         ),
         tokens=_openai.tokens(state),
         tokenizer=tokenizer_json(),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export import layouts
 from export.checkpoints import Checkpoint, Weights, read
-from export.checkpoints.weights import weight_files, weights_sha256
+from export.checkpoints.weights import NoWeights, weight_files, weights_sha256
 from export.layouts._edited import edited
 from export.nets import NETS, Net, NetPlugin, Tower
 from models.bundle.manifest import Plugin, Source
@@ -24,7 +24,7 @@ def recognise(checkpoint: str) -> bool:
     """Raises `UnknownCheckpoint` for weights that cannot be read, or lack what decides their layout."""
     try:
         weight_files(Path(checkpoint))
-    except (UnknownCheckpoint, OSError):
+    except (NoWeights, OSError):
         return False
     found = read(checkpoint)
     if layouts.find(found):
@@ -42,7 +42,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         raise UnknownCheckpoint(f"{checkpoint}: its tensors are of no layout in the table")
     name, layout = fitting
     state, edits = edited(layout, layouts.translate(layout, found), weights)
-    settings = layout.settings(found, state)
+    settings = layouts.settings(layout, found, state)
     tokens = settings.tokens
     if weights.stretch:
         tokens = tokens.model_copy(update={"context": weights.stretch})
@@ -85,6 +85,8 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
 
 def head(state: Mapping[str, Tensor]) -> Plugin:
     scale = float(state["logit_scale"].exp())
+    if not 0 < scale < 1e6:
+        raise UnknownCheckpoint(f"logit_scale is {float(state['logit_scale']):g}; its exponential makes no temperature")
     if "logit_bias" in state:
         return Plugin(name="sigmoid", params={"scale": scale, "bias": float(state["logit_bias"])})
     return Plugin(name="cosine", params={"scale": scale})

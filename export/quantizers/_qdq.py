@@ -135,9 +135,15 @@ def watch(
                     f"the float graph's tensor {name!r} holds NaN or infinity on calibration input {number}, so it has "
                     "no range; look at the checkpoint's weights, or at that input"
                 )
-            seen[name].append(see(name, values))
+            if values.size:  # an expert of a mixture may get no token
+                seen[name].append(see(name, values))
     if names and not number:
         raise BadRequest("there is nothing to calibrate on; give pictures (--images) or texts (--texts)")
+    if unseen := [name for name in names if not seen[name]]:
+        raise ExportError(
+            f"no calibration input gives {unseen[0]} a value, and {len(unseen)} tensors in all, so they have no range; "
+            "give more pictures or texts, or, where experts are routed, export with --experts dense"
+        )
     return seen
 
 

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "cloob_vit": openai_like.cloob_vit,
     "cloob_vit_flat": openai_like.cloob_vit_flat,
     "slip": openai_like.slip,
+    "grain": openai_like.grain,
 }
 ALL = pytest.mark.parametrize("name", LAYOUTS.names())
 
@@ -155,6 +157,32 @@ def test_a_tensor_of_another_shape_is_named(name: str, place: float, checkpoint,
         load(str(_damaged(path, tensors, tmp_path / "bent")))
     assert "shape" in str(raised.value)
     assert path.name in str(raised.value) or "bent" in str(raised.value)
+
+
+DAMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "not numbers": lambda t: torch.full_like(t, torch.nan),
+    "integers": lambda t: torch.ones(t.shape, dtype=torch.int8),
+    "empty": lambda t: t.reshape(-1)[:0],
+    "one axis more": lambda t: t[None, None],
+    "a number": lambda t: torch.tensor(1.0) if t.ndim else torch.ones(3),
+}
+
+
+@ALL
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_tensor_that_can_be_no_weight_is_refused_in_one_line(name: str, kind: str, checkpoint, monkeypatch):
+    found = read(checkpoint(name))
+    needed = [key for key in _needed(name, found) if not key.startswith("logit")]  # which may be [1] as well as []
+    for place in (0.05, 0.4, 0.75):
+        bad = needed[int(place * len(needed))]
+        spoiled = dict(found.tensors) | {bad: DAMAGE[kind](found.tensors[bad])}
+        monkeypatch.setattr("export.nets.clip.read", lambda *_, tensors=spoiled: replace(found, tensors=tensors))
+        with pytest.raises(UnknownCheckpoint) as raised:
+            load(str(checkpoint(name)))
+        assert "\n" not in str(raised.value)
+        assert found.path.name in str(raised.value)
+        if kind in ("not numbers", "integers"):
+            assert bad in str(raised.value)
 
 
 @ALL

@@ -205,3 +205,45 @@ def slip(directory: Path) -> Path:
     """LaCLIP's, as DataParallel saved it."""
     state = {f"module.{name}": tensor for name, tensor in Slip(qk_norm=True).state().items()}
     return saved(state, directory, "laclip.pt", lambda state: {"epoch": 1, "state_dict": state})
+
+
+class Decoder(nn.Module):
+    """GRAIN's decoder in its names, on torch's own attention: two layers, three queries, the picture's the last."""
+
+    def __init__(self, width: int = 64, inner: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.proj = nn.Linear(width, inner, bias=False)
+        self.query_embed = nn.Embedding(3, inner)
+        self.img_proj = nn.Parameter(torch.randn(inner, 16) * 0.3)
+        self.obj_proj = nn.Parameter(torch.randn(inner, 16))
+        self.class_embed, self.pos_embed = nn.Linear(inner, 5), nn.Parameter(torch.zeros(1, 17, inner))
+        self.transformer = nn.Module()
+        self.transformer.pre_norm = nn.LayerNorm(inner)
+        self.transformer.decoder = nn.Module()
+        self.transformer.decoder.layers = nn.ModuleList(nn.Module() for _ in range(2))
+        self.transformer.decoder.norm = nn.LayerNorm(inner)
+        for layer in self.transformer.decoder.layers:
+            layer.self_attn, layer.multihead_attn = (nn.MultiheadAttention(inner, 8) for _ in range(2))
+            layer.linear1, layer.linear2 = nn.Linear(inner, 2 * inner), nn.Linear(2 * inner, inner)
+            layer.norm1, layer.norm2, layer.norm3 = (nn.LayerNorm(inner) for _ in range(3))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        memory = self.transformer.pre_norm(self.proj(tokens)).transpose(0, 1)
+        names = self.query_embed.weight[:, None].expand(-1, len(tokens), -1)
+        x = torch.zeros_like(names)
+        for layer in self.transformer.decoder.layers:
+            normed = layer.norm1(x)
+            x = x + layer.self_attn(normed + names, normed + names, normed)[0]
+            x = x + layer.multihead_attn(layer.norm2(x) + names, memory, memory)[0]
+            x = x + layer.linear2(layer.linear1(layer.norm3(x)).relu())
+        return self.transformer.decoder.norm(x)[-1] @ self.img_proj
+
+
+def grain(directory: Path) -> Path:
+    states = {"state_dict": Decoder().state_dict(), "backbone_state_dict": Slip(qk_norm=True).state()}
+    return saved({name: {f"module.{n}": t for n, t in state.items()} for name, state in states.items()}, directory)

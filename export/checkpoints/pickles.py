@@ -1,0 +1,53 @@
+"""Which names a pickle asks for, read without running it."""
+
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+_PLAIN = ("torch.", "__torch__.", "collections.OrderedDict", "argparse.Namespace")
+_MOST = 1 << 26  # bytes of a pickle that are looked at: names come before numbers
+
+
+def foreign(file: Path) -> str | None:
+    """The first name that is neither torch's nor a container's; None where there is none, or no pickle."""
+    try:
+        for stream in _streams(file):
+            for name in _globals(stream):
+                if not name.startswith(_PLAIN):
+                    return name
+    except Exception:  # whatever a damaged file gives rise to: there is nothing to tell of it
+        return None
+    return None
+
+
+def _streams(file: Path) -> Iterator[BinaryIO]:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for part in archive.infolist():
+                if part.filename.endswith("data.pkl") and part.file_size < _MOST:
+                    yield BytesIO(archive.read(part))
+    else:
+        with file.open("rb") as stream:
+            yield stream
+
+
+def _globals(stream: BinaryIO) -> Iterator[str]:
+    """``module.name`` of GLOBAL, INST and STACK_GLOBAL, whose two strings may come from the memo."""
+    strings: list[str] = []
+    memo: list[str] = []
+    while stream.tell() < _MOST:
+        for opcode, value, _ in pickletools.genops(stream):
+            match opcode.name:
+                case "GLOBAL" | "INST":
+                    yield str(value).replace(" ", ".")
+                case "STACK_GLOBAL":
+                    yield ".".join(strings[-2:])
+                case "MEMOIZE":
+                    memo.append(strings[-1] if strings else "")
+                case "BINGET" | "LONG_BINGET" if isinstance(value, int) and value < len(memo):
+                    strings.append(memo[value])
+                case _ if isinstance(value, str):
+                    strings.append(value)

@@ -1,0 +1,367 @@
+"""What is damaged, mislabelled or malicious is refused in one line that names the file, and the key if any."""
+
+import argparse
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from export import checkpoints
+from export.checkpoints import pickles, torchscript
+from export.checkpoints.weights import NoWeights, load_tensors, weight_files
+from models.cli import main
+from models.errors import UnknownCheckpoint
+
+TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5), "count": torch.tensor(7)}
+
+
+class Payload:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+class Holder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 3)
+        self.register_buffer("flags", torch.ones(2, 3, dtype=torch.float16).T)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def refused(file: Path, *named: str) -> str:
+    """The one line."""
+    with pytest.raises(UnknownCheckpoint) as raised:
+        load_tensors(weight_files(file))
+    text = str(raised.value)
+    assert "\n" not in text
+    assert text.isprintable()
+    assert len(text) < 600
+    for one in (*named, file.name):
+        assert one in text
+    return text
+
+
+def safetensors(file: Path, header: dict | bytes, data: bytes, length: int | None = None) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+    return file
+
+
+def one(offsets: tuple[int, int], shape: tuple[int, ...] = (2,), dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length"),
+    [
+        (b'{"a": ', b"", None),
+        (b"{}", b"", 1 << 60),
+        (b"{}", b"", 100),
+        ({"a": one((0, 8)), "b": one((4, 12))}, bytes(12), None),
+        ({"a": one((0, 8))}, bytes(4), None),
+        ({"a": one((0, 8))}, bytes(16), None),
+        ({"a": one((0, 8), (3,))}, bytes(8), None),
+        ({"a": one((0, 8), (1 << 40, 1 << 40))}, bytes(8), None),
+        ({"a": one((8, 0))}, bytes(8), None),
+        ({"a": one((0, 8), dtype="F33")}, bytes(8), None),
+        ({"a": {"dtype": "F32"}}, bytes(8), None),
+    ],
+    ids=[
+        "header-cut", "header-of-an-exabyte", "header-longer-than-the-file", "offsets-overlap", "data-cut",
+        "data-left-over", "shape-of-other-size", "shape-that-overflows", "offsets-backwards", "dtype", "no-shape",
+    ],
+)  # fmt: skip
+def test_a_bad_safetensors_file(header, data: bytes, length: int | None, tmp_path: Path):
+    refused(safetensors(tmp_path / "model.safetensors", header, data, length))
+
+
+def zipped(tmp_path: Path) -> Path:
+    torch.save(TENSORS, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def legacy(tmp_path: Path) -> Path:
+    torch.save(TENSORS, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    return tmp_path / "model.pt"
+
+
+def scripted(tmp_path: Path) -> Path:
+    torch.jit.script(Holder()).save(str(tmp_path / "model.pt"))
+    return tmp_path / "model.pt"
+
+
+def tensors(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+FORMATS = pytest.mark.parametrize("write", [zipped, legacy, scripted, tensors])
+
+
+@FORMATS
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9])
+def test_a_file_cut_short(write: Callable[[Path], Path], share: float, tmp_path: Path):
+    file = write(tmp_path)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: int(share * len(raw))])
+    refused(file)
+
+
+@FORMATS
+def test_what_a_file_is_its_bytes_say_not_its_name(write: Callable[[Path], Path], tmp_path: Path):
+    file = write(tmp_path)
+    for suffix in (".safetensors", ".bin", ".pth", ".ckpt", ".pt"):
+        file = file.rename(tmp_path / f"model{suffix}")
+        found = load_tensors(weight_files(tmp_path))
+        if write is scripted:
+            assert found["flags"].dtype == torch.float16
+            assert found.keys() == {"inner.weight", "inner.bias", "flags"}
+        else:
+            assert found.keys() == TENSORS.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"PK\x03\x04", b"\x00" * 64, b"GIF89a", b"{}", b"\x80\x02}q\x00."])
+def test_what_is_no_file_of_weights(content: bytes, tmp_path: Path):
+    (tmp_path / "model.bin").write_bytes(content)
+    refused(tmp_path / "model.bin")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+def test_a_pickle_that_would_run_a_command_does_not_and_is_told_of(protocol: int, tmp_path: Path):
+    sign = tmp_path / "it-ran"
+    file = tmp_path / "model.bin"
+    file.write_bytes(pickle.dumps({"a": Payload(f"touch {sign}")}, protocol=protocol))
+    refused(file, f"{os.system.__module__}.system", "not run")
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_payload_beside_tensors_in_torchs_own_format(new: bool, tmp_path: Path):
+    sign, file = tmp_path / "it-ran", tmp_path / "model.pt"
+    torch.save(TENSORS | {"x": Payload(f"touch {sign}")}, file, _use_new_zipfile_serialization=new)
+    refused(file, "posix.system" if os.name == "posix" else "system", "not run")
+    assert not sign.exists()
+
+
+def test_names_of_a_pickle_are_read_through_its_memo_too(tmp_path: Path):
+    """Two of one kind: the second comes from the memo."""
+    file = tmp_path / "model.bin"
+    file.write_bytes(pickle.dumps([argparse.Namespace(a=1), Payload("true"), Payload("false")], protocol=4))
+    assert pickles.foreign(file) == f"{os.system.__module__}.system"
+
+
+def test_flags_that_a_training_keeps_beside_its_tensors_are_no_obstacle(tmp_path: Path):
+    torch.save({"state_dict": TENSORS, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, tmp_path / "m.pt")
+    assert load_tensors([tmp_path / "m.pt"]).keys() == TENSORS.keys()
+
+
+def rewritten(file: Path, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> Path:
+    """The archive with other bytes in its parts; None leaves one out."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in parts.items():
+            if (new := change(name, data)) is not None:
+                archive.writestr(name, new)
+    return file
+
+
+def test_a_torchscript_archive_with_a_foreign_name_runs_nothing(tmp_path: Path):
+    sign = tmp_path / "it-ran"
+    payload = pickle.dumps({"a": Payload(f"touch {sign}")}, protocol=2)
+    file = rewritten(scripted(tmp_path), lambda n, d: payload if n.endswith("/data.pkl") else d)
+    refused(file, f"{os.system.__module__}.system", "not run")
+    assert not sign.exists()
+
+
+def test_a_torchscript_archive_that_lacks_numbers_names_the_part(tmp_path: Path):
+    refused(rewritten(scripted(tmp_path), lambda n, d: None if n.endswith("data/0") else d), "data/0")
+
+
+def test_a_torchscript_archive_whose_numbers_are_cut_names_the_part(tmp_path: Path):
+    refused(rewritten(scripted(tmp_path), lambda n, d: d[:4] if "/data/" in n else d), "data/")
+
+
+def test_a_torchscript_archive_without_its_tree(tmp_path: Path):
+    refused(rewritten(scripted(tmp_path), lambda n, d: None if n.endswith("data.pkl") else d), "data.pkl")
+
+
+def test_a_torchscript_archive_whose_tree_is_no_pickle(tmp_path: Path):
+    refused(rewritten(scripted(tmp_path), lambda n, d: b"\x80\x02}" if n.endswith("data.pkl") else d))
+
+
+def test_numbers_of_an_unknown_kind_name_the_part(tmp_path: Path):
+    file = rewritten(scripted(tmp_path), lambda n, d: d.replace(b"FloatStorage", b"QInt8Storage"))
+    refused(file, "QInt8Storage")
+
+
+@pytest.mark.parametrize("write", [zipped, scripted])
+def test_a_compressed_archive_is_not_unpacked(write: Callable[[Path], Path], tmp_path: Path):
+    refused(rewritten(write(tmp_path), lambda n, d: d, zipfile.ZIP_DEFLATED), "compressed")
+
+
+def test_an_archive_without_a_pickle(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    refused(tmp_path / "model.pt")
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_named(tmp_path: Path):
+    """A stride of 0 makes a tebibyte of four bytes."""
+    torch.save({"a": torch.ones(1).expand(1 << 19, 1 << 19), "b": torch.ones(3)}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "a has the shape", "than the file holds")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "a" * 300, "a\u202eb"])
+def test_a_name_that_does_not_print_is_refused(name: str, tmp_path: Path):
+    torch.save({name: torch.ones(2)}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "name")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "sparse_coo"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8), "quantized"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_named(tensor: torch.Tensor, kind: str, tmp_path: Path):
+    torch.save({"odd": tensor, "b": torch.ones(2)}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "odd")
+
+
+@pytest.mark.parametrize("value", [[1, 2], 7, {}, {"epoch": 3, "lr\n": 0.1}, torch.ones(2)])
+def test_a_file_of_something_else_says_what_it_holds(value: object, tmp_path: Path):
+    torch.save(value, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt")
+
+
+def test_a_mapping_that_holds_itself_ends(tmp_path: Path):
+    state: dict = {}
+    state["state_dict"] = state
+    torch.save(state, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("index", "named"),
+    [
+        ({"weight_map": {"a": "part-1.safetensors"}}, "part-1.safetensors"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, "../outside.safetensors"),
+        ({"weight_map": {"a": "/etc/hostname"}}, "/etc/hostname"),
+        ({"weight_map": {"a": ".."}}, ".."),
+        ({"weight_map": {"a": 3}}, "3"),
+        ({"weight_map": {"a": [1]}}, "index"),
+        ({"weight_map": {}}, "no shard"),
+        ({"weight_map": []}, "index"),
+        ({}, "weight_map"),
+        ([], "index"),
+    ],
+)
+def test_shards_that_are_missing_or_lie_elsewhere(index: object, named: str, tmp_path: Path):
+    save_file(TENSORS, tmp_path / "outside.safetensors")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnknownCheckpoint, match="index") as raised:
+        checkpoints.read(directory)
+    assert named in str(raised.value)
+
+
+def test_shards_are_put_together_and_none_may_repeat_another(tmp_path: Path):
+    names = ["one.safetensors", "two.safetensors"]
+    save_file({"a": torch.ones(1)}, tmp_path / names[0])
+    save_file({"b": torch.zeros(1)}, tmp_path / names[1])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(zip("ab", names))}))  # noqa: B905
+    assert load_tensors(weight_files(tmp_path)).keys() == {"a", "b"}
+    save_file({"a": torch.zeros(1)}, tmp_path / names[1])
+    with pytest.raises(UnknownCheckpoint, match=r"two\.safetensors holds a, "):
+        load_tensors(weight_files(tmp_path))
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_are_not_there(tmp_path: Path):
+    """As a cache of a model hub is made."""
+    save_file(TENSORS, tmp_path / "blob")
+    directory = tmp_path / "snapshot"
+    directory.mkdir()
+    (directory / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert load_tensors(weight_files(directory)).keys() == TENSORS.keys()
+    (tmp_path / "blob").unlink()
+    with pytest.raises(NoWeights, match="snapshot"):
+        weight_files(directory)
+    (directory / "round").symlink_to(directory / "round")
+    with pytest.raises(UnknownCheckpoint, match="round"):
+        checkpoints.read(directory / "round")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NoWeights, match="pipe"):
+        checkpoints.read(tmp_path / "pipe")
+
+
+def test_several_files_of_weights_are_a_question(tmp_path: Path):
+    for name in ("a.pt", "b.pt"):
+        torch.save(TENSORS, tmp_path / name)
+    with pytest.raises(UnknownCheckpoint, match=r"a\.pt, b\.pt"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"no JSON", b"[]", b"\xff", b"[" * 100_000])
+def test_a_damaged_config_is_named(content: bytes, tmp_path: Path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UnknownCheckpoint, match=r"config\.json") as raised:
+        checkpoints.read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_a_training_wraps_is_unwrapped(tmp_path: Path):
+    state = {f"module.{name}": tensor for name, tensor in TENSORS.items()}
+    for wrapped in (state, {"state_dict": state}, {"model": {"state_dict": state}}, {"epoch": 1, "module": state}):
+        torch.save(wrapped, tmp_path / "model.pt")
+        assert load_tensors([tmp_path / "model.pt"]).keys() == TENSORS.keys()
+
+
+def test_an_archive_read_without_its_program_is_what_torch_reads_with_it(tmp_path: Path):
+    torch.manual_seed(0)
+    file = scripted(tmp_path)
+    want = torch.jit.load(str(file)).state_dict()
+    found = torchscript.read(file)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write_bytes(pickle.dumps({"a": Payload("true")}, protocol=4)),
+        lambda file: file.write_bytes(b"PK\x03\x04 cut"),
+        lambda file: safetensors(file, b'{"a": ', b""),
+        lambda file: torch.save({"unknown.weight": torch.ones(2)}, file),
+    ],
+)
+@pytest.mark.parametrize("verb", ["export", "recipe"])
+def test_the_command_line_prints_one_line_and_ends_with_status_2(write, verb: str, tmp_path: Path, capsys):
+    file = tmp_path / "clip.pt"
+    write(file)
+    assert main([verb, str(file), "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "clip.pt" in err
