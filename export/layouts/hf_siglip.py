@@ -74,13 +74,14 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     text = _USUAL | tower_config(checkpoint, "text_config", state, "text.blocks.", _USUAL)
     if state["image.patch.weight"].ndim != 4:
         raise UnknownCheckpoint(
-            f"{checkpoint.directory} is a SigLIP 2 of the NaFlex kind (model_type siglip2), which takes pictures of any "
-            "shape as packed patches; only checkpoints of fixed resolution (model_type siglip) are supported"
+            f"{checkpoint.directory} is a SigLIP 2 of the NaFlex kind (model_type siglip2), which takes pictures of "
+            "any shape as packed patches; only checkpoints of fixed resolution (model_type siglip) are supported"
         )
     widths = state["text.projection.weight"].shape[0], state["image.norm_post.weight"].shape[0]
     if widths[0] != widths[1]:
         raise UnknownCheckpoint(
-            f"{checkpoint.path}: text_model.head.weight makes vectors of {widths[0]} numbers, the image tower of {widths[1]}"
+            f"{checkpoint.path}: text_model.head.weight makes vectors of {widths[0]} numbers, "
+            f"the image tower of {widths[1]}"
         )
     tokenizer, pad = _siglip_text.tokenizer(checkpoint)
     return Settings(

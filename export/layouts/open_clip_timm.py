@@ -1,7 +1,7 @@
 """open_clip directories with an image tower of timm's: SigLIP's ViT becomes ours, any other is built by timm.
 
-Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773), `TimmModel`: ``visual.trunk`` and ``visual.head``; SigLIP:
-Zhai et al. 2023 (arXiv 2303.15343); MobileCLIP: Vasu et al. 2024 (arXiv 2311.17049); ViTamin: Chen et al. 2024
+Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773), `TimmModel`: ``visual.trunk`` and ``visual.head``.
+SigLIP: Zhai et al. 2023 (arXiv 2303.15343); MobileCLIP: Vasu et al. 2024 (arXiv 2311.17049); ViTamin: Chen et al. 2024
 (arXiv 2404.02132); EVA: Sun et al. 2023 (arXiv 2303.15389).
 """
 
@@ -88,13 +88,11 @@ def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Modul
 
 def _settings(checkpoint: Checkpoint, config: Mapping[str, Any], image: Any) -> Settings:
     open_clip.require_usual(config, "text_cfg")
+    preprocess = checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {}
     return Settings(
         image=image,
         text=partial(TextTransformer, style=open_clip.text_style(config)),
-        pixels=open_clip.image_preprocess(
-            checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {},
-            config["vision_cfg"].get("image_size", 224),
-        ),
+        pixels=open_clip.image_preprocess(preprocess, config["vision_cfg"].get("image_size", 224)),
         **open_clip.text_parts(checkpoint, config),
     )
 

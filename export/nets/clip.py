@@ -88,11 +88,11 @@ def head(state: Mapping[str, Tensor]) -> Plugin:
 
 
 def _attention(tower: nn.Module) -> dict[str, int]:
-    """One Softmax a block, one for a pool that attends; towers of libraries promise nothing."""
+    """One Softmax a block that attends, one for a pool that does; towers of libraries promise nothing."""
     blocks = getattr(tower, "blocks", None)
     if blocks is None:
         return {}
-    return {SOFTMAX.name: len(blocks) + (getattr(tower, "pool", None) is not None)}
+    return {SOFTMAX.name: sum(hasattr(one, "attn") for one in blocks) + (getattr(tower, "pool", None) is not None)}
 
 
 def _name(checkpoint: Checkpoint) -> str:

@@ -17,11 +17,13 @@ from export.nets.clip import load, recognise
 from export.trace import example, to_onnx
 from models.errors import UnknownCheckpoint
 from tests import tiny
-from tests.tiny_layouts import siglip, trunks
+from tests.tiny_layouts import mobileclip, siglip, trunks
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "hf_clip": tiny.hf_clip,
     "hf_siglip": siglip.hf_siglip,
+    "mobileclip": mobileclip.mobileclip,
+    "mobileclip_b": mobileclip.mobileclip_b,
     "open_clip": tiny.open_clip,
     "open_clip_custom_text": tiny.open_clip_custom_text,
     "open_clip_siglip": siglip.open_clip_siglip,
