@@ -180,6 +180,11 @@ def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:
     return None, ""
 
 
+def theirs(layout: Layout, ours: str) -> str:
+    """What the checkpoint calls a tensor of ours."""
+    return _theirs(layout, ours)
+
+
 def _theirs(layout: Layout, ours: str, piece: int | None = None) -> str:
     """The checkpoint's name of a tensor of ours; ours where the table has none."""
     for rule in layout.rules:

@@ -44,8 +44,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
     settings = layout.settings(found, state)
     image = layouts.fill(layout, found, state, "image.", settings.image)
     text = layouts.fill(layout, found, state, "text.", settings.text)
-    dim = state.get("image.projection.weight", state["text.projection.weight"]).shape[0]
-    embeds = Spec(dtype="float32", shape=("B", dim))
+    embeds = Spec(dtype="float32", shape=("B", _dim(found, layout, state)))
     return Net(
         name="clip",
         source=Source(
@@ -78,6 +77,15 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         prompts=settings.prompts,
         head=head(state),
     )
+
+
+def _dim(checkpoint: Checkpoint, layout: layouts.Layout, state: Mapping[str, Tensor]) -> int:
+    """Numbers in a vector, by the projections. Raises `UnknownCheckpoint` where the two differ."""
+    names = [name for role in ("image", "text") if (name := f"{role}.projection.weight") in state]
+    if len(found := {state[name].shape[0] for name in names}) > 1:
+        both = " and ".join(f"{layouts.theirs(layout, name)} for {state[name].shape[0]}" for name in names)
+        raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of its projections differ: {both} numbers in a vector")
+    return found.pop()
 
 
 def head(state: Mapping[str, Tensor]) -> Plugin:
