@@ -162,21 +162,21 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
     for ours, parts in pieces.items():
         numbers = [rule.piece for rule in layout.rules if rule.piece is not None and _match(rule.ours, ours)]
         if absent := [n for n in numbers if n not in parts]:
-            missing += [_theirs(layout, ours, n) for n in absent]
+            missing += [theirs(layout, ours, n) for n in absent]
         elif len({(tensor.ndim, tensor.shape[1:]) for tensor in parts.values()}) > 1:
-            names = [f"{_theirs(layout, ours, n)} {list(tensor.shape)}" for n, tensor in sorted(parts.items())]
+            names = [f"{theirs(layout, ours, n)} {list(tensor.shape)}" for n, tensor in sorted(parts.items())]
             raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of {', '.join(names)} do not go together")
         else:
             found[ours] = torch.cat([parts[n] for n in sorted(parts)])
-    missing += [_theirs(layout, ours) for ours in layout.needs if ours not in found and ours not in pieces]
+    missing += [theirs(layout, ours) for ours in layout.needs if ours not in found and ours not in pieces]
     if missing:
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
     try:
         return layout.finish(found)
     except KeyError as error:
-        raise UnknownCheckpoint(f"{checkpoint.path} lacks {_theirs(layout, error.args[0])}") from None
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {theirs(layout, error.args[0])}") from None
     except Misfit as error:
-        names = [f"{_theirs(layout, name)} {list(found[name].shape)}" for name in error.names]
+        names = [f"{theirs(layout, name)} {list(found[name].shape)}" for name in error.names]
         raise UnknownCheckpoint(f"{checkpoint.path}: {error.sentence.format(*names)}") from None
 
 
@@ -200,10 +200,6 @@ def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]
     rules = tuple(rule if rule.ours.startswith("image.") else replace(rule, ours=DROP) for rule in one.rules)
     return translate(replace(one, rules=rules, needs=()), named)
 
-
-def theirs(layout: Layout, ours: str) -> str:
-    """What the checkpoint calls a tensor of ours."""
-    return _theirs(layout, ours)
 
 
 def _problem(value: Tensor, ours: str) -> str | None:
@@ -240,24 +236,24 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
     try:
         module = make(tensors)
     except KeyError as error:  # a tensor that shapes are read from
-        raise UnknownCheckpoint(f"{checkpoint.path} lacks {_theirs(layout, error.args[0])}") from None
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {theirs(layout, error.args[0])}") from None
     except (ArithmeticError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
         raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {one_line(error)}") from None
     empty = module.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}
-    theirs = {name: _theirs(layout, prefix + name) for name in {*wanted, *tensors}}
-    if missing := sorted(theirs[name] for name in wanted.keys() - tensors.keys()):
+    named = {name: theirs(layout, prefix + name) for name in {*wanted, *tensors}}
+    if missing := sorted(named[name] for name in wanted.keys() - tensors.keys()):
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
-    if extra := sorted(theirs[name] for name in tensors.keys() - wanted.keys()):
+    if extra := sorted(named[name] for name in tensors.keys() - wanted.keys()):
         raise UnknownCheckpoint(f"{checkpoint.path}: {len(extra)} tensors belong nowhere, {_some(extra)} among them")
     for name, shape in wanted.items():
         if (found := tuple(tensors[name].shape)) != shape:
             raise UnknownCheckpoint(
-                f"{checkpoint.path}: {theirs[name]} has the shape {list(found)}; expected {list(shape)}"
+                f"{checkpoint.path}: {named[name]} has the shape {list(found)}; expected {list(shape)}"
             )
         if empty[name].is_floating_point() and not tensors[name].is_floating_point():
             raise UnknownCheckpoint(
-                f"{checkpoint.path}: {theirs[name]} is of {str(tensors[name].dtype).removeprefix('torch.')}; "
+                f"{checkpoint.path}: {named[name]} is of {str(tensors[name].dtype).removeprefix('torch.')}; "
                 "expected floating-point numbers, as they were before any quantization"
             )
     module.load_state_dict(tensors, assign=True)
@@ -266,10 +262,14 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
     return module.eval()
 
 
-def dim(state: Mapping[str, Tensor]) -> int:
-    """How long the vectors are that both towers answer, by the projection that is there."""
-    names = ("image.projection.weight", "text.projection.weight", "text.projection.down.weight")
-    return next(len(state[name]) for name in names if name in state)
+def dim(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> int:
+    """Numbers in a vector, by the projections. Raises `UnknownCheckpoint` where two differ."""
+    ends = ("image.projection.weight", "text.projection.weight", "text.projection.down.weight")
+    names = [name for name in ends if name in state]
+    if len(found := {len(state[name]) for name in names}) > 1:
+        both = " and ".join(f"{theirs(layout, name)} for {len(state[name])}" for name in names)
+        raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of its projections differ: {both} numbers in a vector")
+    return found.pop()
 
 
 def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:
@@ -279,7 +279,8 @@ def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:
     return None, ""
 
 
-def _theirs(layout: Layout, ours: str, piece: int | None = None) -> str:
+
+def theirs(layout: Layout, ours: str, piece: int | None = None) -> str:
     """The checkpoint's name of a tensor of ours; ours where the table has none."""
     for rule in layout.rules:
         if rule.ours and (match := _match(rule.ours, ours)) and (piece is None or rule.piece == piece):

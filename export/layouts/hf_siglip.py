@@ -20,8 +20,20 @@ from export.towers.text import TextTransformer
 from models.bundle.manifest import ImagePreprocess, TextPreprocess
 from models.errors import UnknownCheckpoint
 
+
+def of_fixed_resolution(patch: Tensor) -> Tensor:
+    """The kernel of the patches [W, 3, P, P]. Raises `UnknownCheckpoint` for NaFlex's matrix."""
+    if patch.ndim != 4:
+        raise UnknownCheckpoint(
+            "the checkpoint is a SigLIP 2 of the NaFlex kind (model_type siglip2), which takes pictures of any shape "
+            "as packed patches; only those of fixed resolution (model_type siglip) are supported"
+        )
+    return patch
+
+
 VISION = (
-    Rule("vision_model.embeddings.patch_embedding.{p}", "image.patch.{p}"),
+    Rule("vision_model.embeddings.patch_embedding.weight", "image.patch.weight", of_fixed_resolution),
+    Rule("vision_model.embeddings.patch_embedding.bias", "image.patch.bias"),
     Rule("vision_model.embeddings.position_embedding.weight", "image.positions"),
     Rule("vision_model.embeddings.position_ids", DROP),
     *_hugging_face.blocks("vision_model.encoder.layers", "image"),
@@ -72,15 +84,11 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """Raises `UnknownCheckpoint` naming the setting that is not supported."""
     vision = _USUAL | tower_config(checkpoint, "vision_config", state, "image.blocks.", _USUAL)
     text = _USUAL | tower_config(checkpoint, "text_config", state, "text.blocks.", _USUAL)
-    if state["image.patch.weight"].ndim != 4:
-        raise UnknownCheckpoint(
-            f"{checkpoint.directory} is a SigLIP 2 of the NaFlex kind (model_type siglip2), which takes pictures of "
-            "any shape as packed patches; only checkpoints of fixed resolution (model_type siglip) are supported"
-        )
     widths = state["text.projection.weight"].shape[0], state["image.norm_post.weight"].shape[0]
     if widths[0] != widths[1]:
         raise UnknownCheckpoint(
-            f"{checkpoint.path}: text_model.head.weight makes {widths[0]} numbers, the image tower {widths[1]}"
+            f"{checkpoint.path}: text_model.head.weight makes vectors of {widths[0]} numbers, "
+            f"the image tower of {widths[1]}"
         )
     tokenizer, pad = _siglip_text.tokenizer(checkpoint)
     return Settings(

@@ -1,7 +1,7 @@
 """open_clip directories with an image tower of timm's: SigLIP's ViT becomes ours, any other is built by timm.
 
-Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773), `TimmModel`: ``visual.trunk`` and ``visual.head``; SigLIP:
-Zhai et al. 2023 (arXiv 2303.15343); MobileCLIP: Vasu et al. 2024 (arXiv 2311.17049); ViTamin: Chen et al. 2024
+Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773), `TimmModel`: ``visual.trunk`` and ``visual.head``.
+SigLIP: Zhai et al. 2023 (arXiv 2303.15343); MobileCLIP: Vasu et al. 2024 (arXiv 2311.17049); ViTamin: Chen et al. 2024
 (arXiv 2404.02132); EVA: Sun et al. 2023 (arXiv 2303.15389).
 """
 
@@ -46,7 +46,7 @@ def is_siglip(checkpoint: Checkpoint) -> bool:
 
 def siglip(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     config = open_clip.model_config(checkpoint)
-    return _settings(checkpoint, config, partial(VisionTransformer, style=_style(config["vision_cfg"])))
+    return _settings(checkpoint, config, state, partial(VisionTransformer, style=_style(config["vision_cfg"])))
 
 
 def _style(vision: Mapping[str, Any]) -> Style:
@@ -70,7 +70,7 @@ def _style(vision: Mapping[str, Any]) -> Style:
 
 def trunk(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     config = open_clip.model_config(checkpoint)
-    return _settings(checkpoint, config, partial(_build, config=config))
+    return _settings(checkpoint, config, state, partial(_build, config=config))
 
 
 def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
@@ -86,15 +86,17 @@ def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Modul
     return _timm.TimmTrunk(tensors, tower)
 
 
-def _settings(checkpoint: Checkpoint, config: Mapping[str, Any], image: Any) -> Settings:
+def _settings(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Tensor], image: Any) -> Settings:
     open_clip.require_usual(config, "text_cfg")
+    if (dim := state["text.projection.weight"].shape[0]) != config["embed_dim"]:
+        raise UnknownCheckpoint(
+            f"{open_clip.CONFIG}: embed_dim is {config['embed_dim']}; the shape of text_projection makes it {dim}"
+        )
+    preprocess = checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {}
     return Settings(
         image=image,
         text=partial(TextTransformer, style=open_clip.text_style(config)),
-        pixels=open_clip.image_preprocess(
-            checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {},
-            config["vision_cfg"].get("image_size", 224),
-        ),
+        pixels=open_clip.image_preprocess(preprocess, config["vision_cfg"].get("image_size", 224)),
         **open_clip.text_parts(checkpoint, config),
     )
 

@@ -48,7 +48,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         tokens = tokens.model_copy(update={"context": weights.stretch})
     image = layouts.fill(layout, found, state, "image.", settings.image)
     text = layouts.fill(layout, found, state, "text.", settings.text)
-    embeds = Spec(dtype="float32", shape=("B", layouts.dim(state)))
+    embeds = Spec(dtype="float32", shape=("B", layouts.dim(layout, found, state)))
     return Net(
         name="clip",
         source=Source(
@@ -93,11 +93,11 @@ def head(state: Mapping[str, Tensor]) -> Plugin:
 
 
 def _attention(tower: nn.Module) -> dict[str, int]:
-    """One Softmax a block, one for a pool that attends; towers of libraries promise nothing."""
+    """One Softmax a block that attends, one for a pool that does; towers of libraries promise nothing."""
     blocks = getattr(tower, "blocks", None)
     if blocks is None:
         return {}
-    return {SOFTMAX.name: len(blocks) + (getattr(tower, "pool", None) is not None)}
+    return {SOFTMAX.name: sum(hasattr(one, "attn") for one in blocks) + (getattr(tower, "pool", None) is not None)}
 
 
 def _name(checkpoint: Checkpoint) -> str:

@@ -18,7 +18,7 @@ from export.nets.clip import load, recognise
 from export.trace import example, to_onnx
 from models.errors import UnknownCheckpoint
 from tests import tiny
-from tests.tiny_layouts import bert, openai_like, siglip, trunks
+from tests.tiny_layouts import bert, mobileclip, openai_like, siglip, trunks
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "altclip": bert.altclip,
@@ -28,6 +28,8 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "open_clip_bert": bert.open_clip_bert,
     "hf_clip": tiny.hf_clip,
     "hf_siglip": siglip.hf_siglip,
+    "mobileclip": mobileclip.mobileclip,
+    "mobileclip_b": mobileclip.mobileclip_b,
     "open_clip": tiny.open_clip,
     "open_clip_custom_text": tiny.open_clip_custom_text,
     "open_clip_siglip": siglip.open_clip_siglip,

@@ -24,7 +24,7 @@ def hf_siglip(directory: Path) -> Path:
 
 
 def hf_siglip2(directory: Path) -> Path:
-    """SigLIP 2's: bilinear, and a tokenizer of Gemma's kind that the directory calls GemmaTokenizer, as the hub's do."""
+    """SigLIP 2's: bilinear, and a tokenizer of Gemma's kind that the directory calls GemmaTokenizer, as hubs do."""
     _hf(directory, words=600, resample=2)
     gemma().save(str(directory / "tokenizer.json"))
     names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token", "mask_token"), _SPECIAL, strict=True))

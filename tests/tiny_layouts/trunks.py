@@ -74,10 +74,14 @@ def fastvit_mci_test(pretrained: bool = False, **more):  # type: ignore[no-untyp
     return fastvit_mci0(pretrained, **{"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64), **more})
 
 
+def fastvit_mci_2_test(pretrained: bool = False, **more):  # type: ignore[no-untyped-def]
+    return fastvit_mci_test(pretrained, **{"layers": (1, 1, 2, 1), **more})
+
+
 def register() -> None:
     """Make timm know the tiny models."""
     import timm
 
-    for one in (convnext_tiny_test, fastvit_mci_test):
+    for one in (convnext_tiny_test, fastvit_mci_test, fastvit_mci_2_test):
         if not timm.is_model(one.__name__):
             timm.models.register_model(one)

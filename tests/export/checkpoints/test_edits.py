@@ -11,7 +11,8 @@ from export.nets.clip import load
 from export.recipe import load_recipe, load_weights
 from models.cli import main
 from models.errors import BadRequest, UnknownCheckpoint
-from tests import tiny, tiny_layouts
+from tests import tiny
+from tests.tiny_layouts import openai_like
 
 RAMP = {"text.positions": torch.arange(77.0)[:, None].expand(77, 3).contiguous(), "other": torch.ones(2)}
 
@@ -107,7 +108,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned() -> torch.nn.Module:
-    return tiny_layouts.openai(seed=7)
+    return openai_like.openai(seed=7)
 
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -180,7 +181,7 @@ def test_an_image_tower_without_a_projection_keeps_the_bases(base: Path, tuned, 
     del state["visual.proj"]
     torch.save(state, tmp_path / "tuned.pth")
     net = load(str(base), Weights(over=tmp_path / "tuned.pth"))
-    mixed = tiny_layouts.openai(seed=7)
+    mixed = openai_like.openai(seed=7)
     mixed.visual.proj = tiny.openai_module().visual.proj
     with torch.no_grad():
         assert torch.allclose(vectors(net, "image"), F.normalize(mixed.encode_image(PIXELS), dim=-1), atol=2e-5)
@@ -213,7 +214,7 @@ def test_a_file_without_an_image_tower_is_none_to_lay_over(base: Path, tmp_path:
 def test_a_mix_of_files_is_the_model_of_mixed_weights(base: Path, tuned, tmp_path: Path):
     torch.save(tuned.state_dict(), tmp_path / "tuned.pt")
     net = load(str(base), Weights(mix=tmp_path / "tuned.pt", alpha=0.3))
-    clip, one, other = tiny_layouts.openai(), tiny.openai_module().state_dict(), tuned.state_dict()
+    clip, one, other = openai_like.openai(), tiny.openai_module().state_dict(), tuned.state_dict()
     clip.load_state_dict({name: torch.lerp(tensor, other[name], 0.3) for name, tensor in one.items()})
     with torch.no_grad():
         assert torch.allclose(vectors(net, "image"), F.normalize(clip.encode_image(PIXELS), dim=-1), atol=2e-5)

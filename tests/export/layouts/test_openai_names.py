@@ -15,7 +15,7 @@ from export.nets.clip import load
 from export.parity import onnx_run
 from export.trace import to_onnx
 from models.errors import UnknownCheckpoint
-from tests import tiny_layouts
+from tests.tiny_layouts import openai_like
 
 TEXTS = torch.zeros(3, 40, dtype=torch.int64)
 for row, length in enumerate((3, 9, 38)):
@@ -53,7 +53,7 @@ class Jit(nn.Module):
             setattr(self, name, part)
         for name, parameter in clip.named_parameters(recurse=False):
             setattr(self, name, parameter)
-        for name, value in tiny_layouts.MARKS.items():
+        for name, value in openai_like.MARKS.items():
             self.register_buffer(name, torch.tensor(value))
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class Jit(nn.Module):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_published_archive_answers_as_torch_jit_runs_it(half: bool, tmp_path: Path):
-    clip = tiny_layouts.openai()
+    clip = openai_like.openai()
     with torch.no_grad():
         if half:  # as published: matrices and convolutions in float16
             for part in clip.modules():
@@ -86,7 +86,7 @@ def test_the_published_archive_answers_as_torch_jit_runs_it(half: bool, tmp_path
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Net]:
-    return tiny_layouts.resnet_module(), load(str(tiny_layouts.openai_resnet(tmp_path_factory.mktemp("rn"))))
+    return openai_like.resnet_module(), load(str(openai_like.openai_resnet(tmp_path_factory.mktemp("rn"))))
 
 
 def test_a_resnet_answers_as_open_clips_in_torch_and_as_a_graph_of_any_batch(resnet):
@@ -109,7 +109,7 @@ def test_a_resnets_preprocessing_and_heads_come_from_its_pool(resnet):
 
 
 def test_an_open_clip_directory_of_a_resnet_is_the_same(resnet, tmp_path: Path):
-    net = load(str(tiny_layouts.open_clip_resnet(tmp_path / "rn")))
+    net = load(str(openai_like.open_clip_resnet(tmp_path / "rn")))
     for role, inputs in (("image", pixels(64)), ("text", TEXTS)):
         assert torch.equal(embedded(net, role, inputs), embedded(resnet[1], role, inputs))
 
@@ -117,10 +117,10 @@ def test_an_open_clip_directory_of_a_resnet_is_the_same(resnet, tmp_path: Path):
 @pytest.mark.parametrize(
     ("write", "module"),
     [
-        (tiny_layouts.cloob, tiny_layouts.resnet_module),
-        (tiny_layouts.cloob_flat, tiny_layouts.resnet_module),
-        (tiny_layouts.cloob_vit, tiny_layouts.openai),
-        (tiny_layouts.cloob_vit_flat, tiny_layouts.openai),
+        (openai_like.cloob, openai_like.resnet_module),
+        (openai_like.cloob_flat, openai_like.resnet_module),
+        (openai_like.cloob_vit, openai_like.openai),
+        (openai_like.cloob_vit_flat, openai_like.openai),
     ],
 )
 def test_cloob_is_its_towers_and_its_own_temperature(write: Callable, module: Callable, tmp_path: Path):
@@ -134,31 +134,31 @@ def test_cloob_is_its_towers_and_its_own_temperature(write: Callable, module: Ca
 
 def long_reference(state: dict[str, Tensor]) -> nn.Module:
     """open_clip's CLIP with the table made as Long-CLIP adds it: two masks, two tables."""
-    clip = tiny_layouts.openai(context=tiny_layouts.CONTEXT)
+    clip = openai_like.openai(context=openai_like.CONTEXT)
     own = {name: tensor for name, tensor in state.items() if name != "positional_embedding_res"}
-    keep = (torch.arange(tiny_layouts.CONTEXT) < 20)[:, None]
+    keep = (torch.arange(openai_like.CONTEXT) < 20)[:, None]
     own["positional_embedding"] = own["positional_embedding"] * keep + state["positional_embedding_res"] * ~keep
     clip.load_state_dict(own)
     return clip
 
 
 def test_long_clip_adds_its_two_tables(tmp_path: Path):
-    net, clip = load(str(tiny_layouts.long_clip(tmp_path))), long_reference(tiny_layouts.long_clip_state())
+    net, clip = load(str(openai_like.long_clip(tmp_path))), long_reference(openai_like.long_clip_state())
     with torch.no_grad():
         close(embedded(net, "image", pixels(32)), clip.encode_image(pixels(32), normalize=True))
         want = clip.encode_text(TEXTS, normalize=True)
     close(embedded(net, "text", TEXTS), want)
     close(by_onnx(net, "text", TEXTS), want)
-    assert net.towers["text"].preprocess.context == tiny_layouts.CONTEXT
+    assert net.towers["text"].preprocess.context == openai_like.CONTEXT
 
 
 def test_two_tables_of_two_shapes_are_both_named(tmp_path: Path):
-    state = tiny_layouts.long_clip_state()
+    state = openai_like.long_clip_state()
     state["positional_embedding_res"] = state["positional_embedding_res"][:-1]
     with pytest.raises(
         UnknownCheckpoint, match=r"positional_embedding \[40, 64\] and positional_embedding_res \[39, 64\]"
     ):
-        load(str(tiny_layouts.saved(state, tmp_path)))
+        load(str(openai_like.saved(state, tmp_path)))
 
 
 def moe_block(state: dict[str, Tensor], prefix: str, x: Tensor, heads: int, mask: Tensor | None) -> Tensor:
@@ -213,19 +213,19 @@ def moe_reference(state: dict[str, Tensor], images: Tensor, ids: Tensor) -> tupl
 
 @pytest.mark.parametrize("first", [1, 0])
 def test_experts_answer_as_the_paper_has_it_dense_and_routed(first: int, tmp_path: Path):
-    state = tiny_layouts.clip_moe_state(first=first)
-    file = tiny_layouts.saved(state, tmp_path)
+    state = openai_like.clip_moe_state(first=first)
+    file = openai_like.saved(state, tmp_path)
     images, texts = moe_reference(state, pixels(32), TEXTS)
     dense, routed = load(str(file)), load(str(file), Weights(experts="routed"))
     for net in (dense, routed):
         close(embedded(net, "image", pixels(32)), images)
         close(embedded(net, "text", TEXTS), texts)
-    assert dense.towers["text"].preprocess.context == tiny_layouts.CONTEXT
+    assert dense.towers["text"].preprocess.context == openai_like.CONTEXT
 
 
 def test_routed_experts_are_a_graph_of_any_batch_and_length(tmp_path: Path):
-    state = tiny_layouts.clip_moe_state(first=0)
-    net = load(str(tiny_layouts.saved(state, tmp_path)), Weights(experts="routed"))
+    state = openai_like.clip_moe_state(first=0)
+    net = load(str(openai_like.saved(state, tmp_path)), Weights(experts="routed"))
     images, texts = moe_reference(state, pixels(32), TEXTS)
     run = onnx_run(to_onnx(net.towers["image"]), threads=1)
     close(run({"pixels": pixels(32).numpy()})["image_embeds"], images)
@@ -236,14 +236,14 @@ def test_routed_experts_are_a_graph_of_any_batch_and_length(tmp_path: Path):
 
 
 def test_experts_that_are_all_alike_are_the_dense_model(tmp_path: Path):
-    state, plain = tiny_layouts.clip_moe_state(first=0), tiny_layouts.long_clip_state()
+    state, plain = openai_like.clip_moe_state(first=0), openai_like.long_clip_state()
     for name in state:
         if ".experts." in name:
             before, _, after = name.partition(".experts.")
             state[name] = plain[f"{before}.mlp.{after.partition('.')[2]}"]
     for way in ("dense", "routed"):
-        mixed = load(str(tiny_layouts.saved(state, tmp_path)), Weights(experts=way))
-        net = load(str(tiny_layouts.saved(plain, tmp_path, "plain.pt")))
+        mixed = load(str(openai_like.saved(state, tmp_path)), Weights(experts=way))
+        net = load(str(openai_like.saved(plain, tmp_path, "plain.pt")))
         for role, inputs in (("image", pixels(32)), ("text", TEXTS)):
             close(embedded(mixed, role, inputs), embedded(net, role, inputs), 5e-6)
 
@@ -279,8 +279,8 @@ def svd_block(state: dict[str, Tensor], prefix: str, x: Tensor, heads: int, mask
 
 @pytest.mark.parametrize(("scale", "rank"), [(1.0, None), (1.7, 20)])
 def test_factored_weights_merged_answer_as_the_factored_layers(scale: float, rank: int | None, tmp_path: Path):
-    state = tiny_layouts.svd_state(scale, rank)
-    net = load(str(tiny_layouts.saved(state, tmp_path)))
+    state = openai_like.svd_state(scale, rank)
+    net = load(str(openai_like.saved(state, tmp_path)))
     wide = {name: tensor.double() for name, tensor in state.items()}
     x = wide["token_embedding.weight"][LONG] + wide["positional_embedding"]
     mask = torch.full((77, 77), -torch.inf, dtype=torch.float64).triu(1)
@@ -292,26 +292,26 @@ def test_factored_weights_merged_answer_as_the_factored_layers(scale: float, ran
 
 
 def test_singular_values_that_were_not_touched_give_the_weights_back(tmp_path: Path):
-    net = load(str(tiny_layouts.saved(tiny_layouts.svd_state(), tmp_path)))
-    clip = tiny_layouts.openai()
+    net = load(str(openai_like.saved(openai_like.svd_state(), tmp_path)))
+    clip = openai_like.openai()
     with torch.no_grad():
         close(embedded(net, "image", pixels(32)), clip.encode_image(pixels(32), normalize=True))
     assert "merged" in net.source.notes
 
 
 def test_factors_that_do_not_go_together_are_named(tmp_path: Path):
-    state = tiny_layouts.svd_state()
+    state = openai_like.svd_state()
     name = "visual.transformer.resblocks.1.mlp.c_fc.vector_S"
     state[name] = state[name][:, :-1]
     with pytest.raises(UnknownCheckpoint, match=r"c_fc\.fc_U\.weight \[512, 128\], .*c_fc\.vector_S \[127\]"):
-        load(str(tiny_layouts.saved(state, tmp_path)))
+        load(str(openai_like.saved(state, tmp_path)))
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_slip_is_timms_vit_and_open_clips_text(qk_norm: bool, tmp_path: Path):
     """With norms of q and k the heads are read from them; without, they are 64 wide."""
-    reference = tiny_layouts.Slip(qk_norm=qk_norm, heads=2 if qk_norm else 1)
-    net = load(str(tiny_layouts.saved(reference.state(), tmp_path)))
+    reference = openai_like.Slip(qk_norm=qk_norm, heads=2 if qk_norm else 1)
+    net = load(str(openai_like.saved(reference.state(), tmp_path)))
     with torch.no_grad():
         images, texts = reference.encode_image(pixels(32)), reference.encode_text(LONG)
     close(embedded(net, "image", pixels(32)), images)
@@ -321,22 +321,22 @@ def test_slip_is_timms_vit_and_open_clips_text(qk_norm: bool, tmp_path: Path):
 
 
 def test_a_slip_vit_of_384_has_12_heads(tmp_path: Path):
-    reference = tiny_layouts.Slip(qk_norm=False, width=384, heads=12)
-    net = load(str(tiny_layouts.saved(reference.state(), tmp_path)))
+    reference = openai_like.Slip(qk_norm=False, width=384, heads=12)
+    net = load(str(openai_like.saved(reference.state(), tmp_path)))
     with torch.no_grad():
         close(embedded(net, "image", pixels(32)), reference.encode_image(pixels(32)))
 
 
 def test_slip_sees_pictures_as_torchvision_does_by_default(tmp_path: Path):
-    spec = load(str(tiny_layouts.slip(tmp_path))).towers["image"].preprocess
+    spec = load(str(openai_like.slip(tmp_path))).towers["image"].preprocess
     assert (spec.resample, spec.shortest, spec.size) == ("bilinear", 32, (32, 32))
     assert spec.mean == pytest.approx((0.485, 0.456, 0.406))
     assert spec.std == pytest.approx((0.229, 0.224, 0.225))
 
 
 def test_what_a_clip_keeps_for_its_training_is_left_out(tmp_path: Path):
-    state = tiny_layouts.Slip(qk_norm=False, heads=1).state()
-    plain = load(str(tiny_layouts.saved(state, tmp_path, "plain.pt")))
+    state = openai_like.Slip(qk_norm=False, heads=1).state()
+    plain = load(str(openai_like.saved(state, tmp_path, "plain.pt")))
     extra = {f"visual_ema.{n.removeprefix('visual.')}": t + 1 for n, t in state.items() if n.startswith("visual.")}
     extra |= {
         f"transformer_e.{n.removeprefix('transformer.')}": t for n, t in state.items() if n.startswith("transformer.")
@@ -345,14 +345,14 @@ def test_what_a_clip_keeps_for_its_training_is_left_out(tmp_path: Path):
         "image_projection_e", "text_projection_e", "image_mlp.layer1.weight", "image_mlp.bn1.running_var",
         "im_proj_byol.0.weight", "im_proj_byol_e.1.bias", "im_pred_byol.3.weight",
     )}  # fmt: skip
-    whole = load(str(tiny_layouts.saved(state | extra, tmp_path, "aclip.pt")))
+    whole = load(str(openai_like.saved(state | extra, tmp_path, "aclip.pt")))
     for role, inputs in (("image", pixels(32)), ("text", TEXTS)):
         assert torch.equal(embedded(plain, role, inputs), embedded(whole, role, inputs))
 
 
 def test_grain_answers_by_the_pictures_query(tmp_path: Path):
-    net = load(str(tiny_layouts.grain(tmp_path)))
-    backbone, decoder = tiny_layouts.Slip(qk_norm=True), tiny_layouts.Decoder()
+    net = load(str(openai_like.grain(tmp_path)))
+    backbone, decoder = openai_like.Slip(qk_norm=True), openai_like.Decoder()
     with torch.no_grad():
         want = F.normalize(decoder(backbone.visual.forward_features(pixels(32))), dim=-1)
         close(embedded(net, "text", TEXTS), backbone.encode_text(LONG))

@@ -7,19 +7,19 @@ import pytest
 
 from models.bundle.store import read
 from models.cli import main
-from tests import tiny_layouts
+from tests.tiny_layouts import openai_like
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "flags"),
     [
-        (tiny_layouts.openai_resnet, []),
-        (tiny_layouts.slip, []),
-        (tiny_layouts.grain, []),
-        (tiny_layouts.long_clip, ["--activation", "quick_gelu"]),
-        (tiny_layouts.clip_moe, []),
-        (tiny_layouts.clip_moe, ["--experts", "routed"]),
+        (openai_like.openai_resnet, []),
+        (openai_like.slip, []),
+        (openai_like.grain, []),
+        (openai_like.long_clip, ["--activation", "quick_gelu"]),
+        (openai_like.clip_moe, []),
+        (openai_like.clip_moe, ["--experts", "routed"]),
     ],
 )
 def test_one_command_from_a_file_to_a_bundle_that_checks(write: Callable, flags: list[str], tmp_path: Path, capsys):
