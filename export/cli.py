@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tomli_w
 
-from export.checkpoints import Weights
+from export.checkpoints import Weights, hub
 from export.nets import Net, NetPlugin
 from export.recipe import Recipe, load_recipe, load_weights, recognise
 from models.cli import BUNDLES, bundle_options, emit, parser, positive
@@ -17,6 +17,7 @@ def export_command(argv: list[str]) -> int:
     from export.pipeline import build
 
     options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
+    options.checkpoint = str(hub.locate(options.checkpoint))
     net_name, plugin = recognise(options.checkpoint)
     recipe, net = _recipe(options, net_name, plugin)
     say = lambda line: None if options.json else print(line, flush=True)  # noqa: E731
@@ -39,6 +40,7 @@ def export_command(argv: list[str]) -> int:
 def recipe_command(argv: list[str]) -> int:
     """`calmclip recipe CHECKPOINT`: the recipe that export would use, as TOML."""
     options = _export_parser("recipe", "Print the recipe that export would use.").parse_args(argv)
+    options.checkpoint = str(hub.locate(options.checkpoint))
     net_name, plugin = recognise(options.checkpoint)
     recipe, net = _recipe(options, net_name, plugin)
     data = recipe.model_dump(mode="json", exclude_none=True, exclude={"checkpoint", "net", "replace"})
@@ -90,7 +92,7 @@ def _float_of(directory: Path) -> Path | None:
 
 def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options = parser(verb, description)
-    options.add_argument("checkpoint", help="a checkpoint directory, or the built-in model 'mini'")
+    options.add_argument("checkpoint", help="a checkpoint: directory, file, hf:owner/name[@revision]; or 'mini'")
     options.add_argument("--recipe", type=Path, help="TOML file; 'calmclip recipe' prints one")
     options.add_argument("--out", type=Path, default=BUNDLES, help=f"where bundles go (default {BUNDLES})")
     options.add_argument("--name", help="bundles are called NAME-int8 and NAME-float")

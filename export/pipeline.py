@@ -99,7 +99,9 @@ def build(
         except BarMissed:
             (out / f"{name}.report.json").write_text(text, encoding="utf-8")
             raise
-        wanted = [float_name, int8_name] if recipe.keep_float else [int8_name]  # sealed last, INT8 never lacks its float
+        wanted = (
+            [float_name, int8_name] if recipe.keep_float else [int8_name]
+        )  # sealed last, INT8 never lacks its float
         for which in wanted:  # all that takes room comes before the first is sealed
             (staged[which] / "report.json").write_text(text, encoding="utf-8")
         sealed = []

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from export.checkpoints import Weights
+from export.checkpoints import Weights, hub
 from export.evals import EVALS
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
@@ -73,7 +73,7 @@ class Recipe(FrozenModel):
     def public(self) -> dict[str, Any]:
         """What a report may say: file and folder names, but not where on this machine they lie."""
         data = self.model_dump(mode="json", exclude={"replace"})
-        data["checkpoint"] = Path(self.checkpoint).resolve().name
+        data["checkpoint"] = hub.name(Path(self.checkpoint))
         data["weights"] = self.weights.public()
         data["evals"] = {name: path.name for name, path in self.evals.items()}
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
@@ -107,9 +107,9 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
 
     Raises `BadRequest` naming the key that does not fit.
     """
-    default_name = "".join(
-        c if c.isalnum() or c in "._-" else "-" for c in Path(checkpoint).resolve().name.lower()
-    ).strip("._-")
+    default_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in hub.short(Path(checkpoint)).lower()).strip(
+        "._-"
+    )
     data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": default_name}
     data = _merge(data, _toml(file))
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})

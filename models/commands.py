@@ -24,6 +24,7 @@ from models.tasks.detect import Suppression, default_suppression
 # family -> where its registry is. Families of other packages are listed only where their extra is installed.
 FAMILIES = {
     "nets": "export.nets:NETS",
+    "layouts": "export.layouts:LAYOUTS",
     "quantizers": "export.quantizers:QUANTIZERS",
     "rewrites": "export.rewrites:REWRITES",
     "evals": "export.evals:EVALS",

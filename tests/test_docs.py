@@ -63,6 +63,16 @@ def test_every_plug_in_is_in_its_packages_page(family: str):
         assert f"`{plugin}`" in page, f"{module.split('.')[0]}/README.md does not name {family} {plugin!r}"
 
 
+def test_every_layout_has_a_row_that_says_what_how_and_against_what():
+    from export.layouts import LAYOUTS
+
+    table = read("export/README.md").split("\n## Layouts\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(LAYOUTS.names()) <= named
+    assert all(len(row) == 4 and all(row) for row in rows)
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_operator_and_what_it_takes_is_in_its_page(op: Op):
     page = read("models/README.md").split("\n## Operators\n")[1]

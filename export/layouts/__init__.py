@@ -201,7 +201,6 @@ def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]
     return translate(replace(one, rules=rules, needs=()), named)
 
 
-
 def _problem(value: Tensor, ours: str) -> str | None:
     """Why a tensor can be no weight of ours; None where it can."""
     for end, axes in _AXES.items():
@@ -277,7 +276,6 @@ def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:
         if match := _pattern(rule.theirs).fullmatch(name):
             return rule, rule.ours.format(**match.groupdict())
     return None, ""
-
 
 
 def theirs(layout: Layout, ours: str, piece: int | None = None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from export import layouts
-from export.checkpoints import Checkpoint, Weights, read
+from export.checkpoints import Checkpoint, Weights, hub, read
 from export.checkpoints.weights import NoWeights, weight_files, weights_sha256
 from export.layouts._edited import edited
 from export.nets import NETS, Net, NetPlugin, Tower
@@ -101,7 +101,7 @@ def _attention(tower: nn.Module) -> dict[str, int]:
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    return Path(checkpoint.path).resolve().name
+    return hub.name(checkpoint.path)
 
 
 NETS.register("clip")(NetPlugin(recognise, load))

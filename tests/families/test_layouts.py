@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from export import layouts
 from export.checkpoints import Checkpoint, read
-from export.layouts import LAYOUTS
+from export.layouts import LAYOUTS, _clip_bpe
 from export.nets.clip import load, recognise
 from export.trace import example, to_onnx
 from models.errors import UnknownCheckpoint
@@ -201,6 +201,13 @@ def test_float16_weights_come_out_as_float32_towers(name: str, checkpoint, tmp_p
     halves = {n: t.half() if t.is_floating_point() else t for n, t in _tensors(checkpoint(name)).items()}
     net = load(str(_damaged(checkpoint(name), halves, tmp_path / "half")))
     assert {p.dtype for tower in net.towers.values() for p in tower.module.parameters()} <= {torch.float32}
+
+
+@ALL
+def test_clips_own_tokenizer_comes_with_its_cleaning(name: str, checkpoint):
+    net = load(str(checkpoint(name)))
+    if net.files["tokenizer.json"] == _clip_bpe.tokenizer_json():
+        assert net.towers["text"].preprocess.clean == _clip_bpe.CLEAN
 
 
 @ALL

@@ -1,0 +1,171 @@
+"""A hub of one repository on this machine: huggingface_hub speaks to it as it does to the real one."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from export.checkpoints import hub
+from export.nets.clip import load
+from models.errors import UnknownCheckpoint
+from tests import tiny
+
+REPO, COMMIT = "some-body/Tiny-CLIP_1.0", "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    folder: Path
+    gated: ClassVar[bool] = False
+    fetched: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        files = {str(p.relative_to(self.folder)): p.read_bytes() for p in self.folder.rglob("*") if p.is_file()}
+        tree = [
+            {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()
+        ]
+        answers = {
+            f"/api/models/{REPO}/revision/{name}": {
+                "id": REPO,
+                "sha": COMMIT,
+                "siblings": [{"rfilename": n} for n in files],
+            }
+            for name in ("main", "v1", COMMIT)
+        } | {f"/api/models/{REPO}/tree/{COMMIT}": tree}
+        if self.gated:
+            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        elif path in answers:
+            self.answer(200, json.dumps(answers[path]).encode(), {"Content-Type": "application/json"})
+        elif (name := path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")) in files:
+            self.fetched.append(name)
+            self.answer(
+                200, files[name], {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            )
+        else:
+            code = "RevisionNotFound" if f"/{REPO}/" in path else "RepoNotFound"
+            self.answer(404, b"", {"X-Error-Code": code})
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the repository holds: a checkpoint, and what must not be fetched."""
+    folder = tiny.hf_clip(tmp_path_factory.mktemp("hub") / "repo")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    for name in ("modeling.py", "pytorch_model.bin", "weights.pt", "training.pkl", "onnx/model.json", "picture.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"never to be fetched")
+    return folder
+
+
+@pytest.fixture
+def endpoint(folder: Path) -> Iterator[str]:
+    Hub.folder, Hub.fetched, Hub.gated = folder, [], False
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_becomes_a_directory_of_tensors_and_texts(endpoint: str, folder: Path, tmp_path: Path):
+    path = hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
+    there = {p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".md")}
+    assert {p.name for p in path.iterdir()} == there
+    assert set(Hub.fetched) == there
+    assert (path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_the_commit_is_what_a_manifest_names(endpoint: str, tmp_path: Path):
+    for given in (f"hf:{REPO}", f"hf:{REPO}@v1", f"hf:{REPO}@{COMMIT}"):
+        path = hub.locate(given, cache=tmp_path, endpoint=endpoint)
+        assert hub.name(path) == f"{REPO}@{COMMIT}"
+    source = load(str(path)).source
+    assert (source.model, source.license) == (f"{REPO}@{COMMIT}", "mit")
+
+
+def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path: Path):
+    path = hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
+    nowhere = "http://127.0.0.1:9"
+    assert hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=nowhere) == path
+    with pytest.raises(UnknownCheckpoint, match=f"hf:{REPO}@v9: the hub cannot be reached and no copy is here"):
+        hub.locate(f"hf:{REPO}@v9", cache=tmp_path, endpoint=nowhere)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ("hf:some-body", "is no name on the hub; expected hf:owner/name"),
+        ("hf:../../etc", "is no name on the hub"),
+        ("hf:../etc", "is no name on the hub"),
+        ("hf:a/b@c@d", "is no name on the hub"),
+        ("hf:some-body/else", "is not on the hub, or private"),
+        (f"hf:{REPO}@v9", "has no revision 'v9'"),
+    ],
+)
+def test_what_is_not_there_is_named(given: str, what: str, endpoint: str, tmp_path: Path):
+    with pytest.raises(UnknownCheckpoint, match=what) as raised:
+        hub.locate(given, cache=tmp_path, endpoint=endpoint)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_gated_one_says_what_to_do(endpoint: str, tmp_path: Path):
+    Hub.gated = True
+    with pytest.raises(UnknownCheckpoint, match=f"hf:{REPO} is gated: accept its terms"):
+        hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
+
+
+def test_one_of_pickles_alone_is_refused_before_anything_is_fetched(endpoint: str, tmp_path: Path):
+    Hub.folder = tmp_path / "pickles"
+    Hub.folder.mkdir()
+    (Hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (Hub.folder / "config.json").write_text("{}")
+    with pytest.raises(UnknownCheckpoint, match=r"holds no safetensors, only pytorch_model\.bin"):
+        hub.locate(f"hf:{REPO}", cache=tmp_path / "cache", endpoint=endpoint)
+    assert Hub.fetched == []
+
+
+def test_shards_come_by_their_index_and_no_other_weights(endpoint: str, tmp_path: Path):
+    Hub.folder = tmp_path / "shards"
+    Hub.folder.mkdir()
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in (*shards, "model.fp16.safetensors"):
+        (Hub.folder / name).write_bytes(b"x")
+    index = {"weight_map": {"a": shards[0], "b": shards[1], "c": "evil.bin"}}
+    (Hub.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (Hub.folder / "evil.bin").write_bytes(b"x")
+    path = hub.locate(f"hf:{REPO}", cache=tmp_path / "cache", endpoint=endpoint)
+    assert {p.name for p in path.iterdir()} == {*shards, "model.safetensors.index.json"}
+
+
+def test_a_directory_stays_what_it_is(tmp_path: Path):
+    assert hub.locate(str(tmp_path)) == tmp_path
+    assert hub.name(tmp_path / "vit@2") == hub.short(tmp_path / "vit@2") == "vit@2"
+
+
+def test_the_verb_takes_it(endpoint: str, tmp_path: Path):
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-m", "models.cli", "recipe", f"hf:{REPO}@v1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert tomllib.loads(done.stdout)["name"] == "tiny-clip_1.0"
