@@ -61,7 +61,7 @@ def tiny_owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_weights():  # type: ignore[no-untyped-def]
-    """A tiny net's weights are no larger than what is written around them: its bundle may be called int8 all the same."""
+    """Tiny nets' weights are no larger than what is written around them: their bundles may be called int8 too."""
     from export import report
 
     with pytest.MonkeyPatch.context() as patch:

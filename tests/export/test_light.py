@@ -16,7 +16,7 @@ from export.trace import to_onnx
 def model(tiny_hf_clip):
     from export.nets import NETS
 
-    return to_onnx(NETS.get("hf_clip").load(str(tiny_hf_clip)).towers["text"])
+    return to_onnx(NETS.get("clip").load(str(tiny_hf_clip)).towers["text"])
 
 
 def test_only_big_weights_are_left_out_and_all_come_back(model):

@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_no_bundle_and_no_half_of_one(net, tmp_path: Path):
 
 
 def test_a_net_keeps_its_weights_unless_it_is_given_away(tiny_hf_clip: Path, tmp_path: Path):
-    own = NETS.get("hf_clip").load(str(tiny_hf_clip))
+    own = NETS.get("clip").load(str(tiny_hf_clip))
     (first,) = build(recipe(own, quantize=FLOAT), tmp_path, net=own)
     (second,) = build(recipe(own, quantize=FLOAT, replace=True), tmp_path, net=own, release=True)
     graphs = [{n: f.sha256 for n, f in s.manifest.files.items() if n.endswith(".onnx")} for s in (first, second)]

@@ -43,7 +43,7 @@ class Masked(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def causal(tiny_hf_clip):
-    return NETS.get("hf_clip").load(str(tiny_hf_clip)).towers["text"]
+    return NETS.get("clip").load(str(tiny_hf_clip)).towers["text"]
 
 
 @pytest.fixture(scope="module")
