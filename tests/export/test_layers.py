@@ -1,0 +1,108 @@
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+from export import layers
+from export.quantizers import static
+from export.report import text
+from models.flow import Array
+
+
+@pytest.fixture(scope="module")
+def model() -> onnx.ModelProto:
+    """Two 1x1 convolutions with a ReLU6 between them, a mean, and a matrix product behind a Softmax and one before."""
+    rng = np.random.default_rng(0)
+    made = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[B, 3, 6, 6] x) => (float[B, 5] y)
+        <float zero = {0}, float six = {6}, int64[2] sides = {2, 3}>
+        {
+            c = Conv (x, w1)
+            r = Clip (c, zero, six)
+            d = Conv (r, w2)
+            f = ReduceMean <keepdims = 0> (d, sides)
+            g = MatMul (f, w3)
+            p = Softmax (g)
+            y = MatMul (p, w4)
+        }""")
+    shapes = {"w1": (4, 3, 1, 1), "w2": (8, 4, 1, 1), "w3": (8, 6), "w4": (6, 5)}
+    for name, shape in shapes.items():
+        made.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    for node in made.graph.node:
+        node.name = f"{node.op_type}.{node.output[0]}"
+    return made
+
+
+FEEDS = [{"x": np.random.default_rng(seed).standard_normal((1, 3, 6, 6)).astype(np.float32)} for seed in range(4)]
+
+
+def quantized(model: onnx.ModelProto, **params: object) -> onnx.ModelProto:
+    settings = static.Params.model_validate(params)
+    return static.quantize(model, static.observe(model, FEEDS, settings), settings)
+
+
+def test_each_product_in_int8_has_its_signal_to_noise_ratio(model: onnx.ModelProto):
+    found = layers.compare(model, quantized(model), FEEDS, {"B": 1})["sqnr_db"]
+    assert set(found) == {"Conv.c", "Conv.d", "MatMul.g"}  # not what reads probabilities
+    assert all(20 < db < 60 for db in found.values())
+
+    # of the first by hand: the picture in 8 bits, the weights in 8 bits a channel, what comes out after the cut
+    def eight(values: Array, low: float, high: float) -> Array:
+        step = (high - low) / 255
+        return np.clip(np.rint(values / step), np.rint(low / step), np.rint(high / step)) * step
+
+    w = next(numpy_helper.to_array(i) for i in model.graph.initializer if i.name == "w1").astype(np.float64)[:, :, 0, 0]
+    step = np.abs(w).max(1, keepdims=True) / 127
+    x = np.concatenate([feed["x"] for feed in FEEDS])
+    true = np.clip(np.einsum("oi,bihw->bohw", w, x), 0, 6)
+    seen = eight(x, float(x.min()), float(x.max()))
+    out = eight(np.clip(np.einsum("oi,bihw->bohw", np.rint(w / step) * step, seen), 0, 6), 0.0, float(true.max()))
+    expected = 10 * np.log10((true**2).sum() / ((true - out) ** 2).sum())
+    assert found["Conv.c"] == pytest.approx(expected, abs=0.1)
+
+
+def test_outliers_are_named(model: onnx.ModelProto):
+    feeds = [{"x": feed["x"].copy()} for feed in FEEDS]
+    for feed in feeds:
+        feed["x"][0, 1, 2, 3] = 100.0
+    before, after = (layers.compare(model, quantized(model), some, {"B": 1})["outliers"] for some in (FEEDS, feeds))
+    assert after["max_inf_norm"] == 100.0
+    assert next(iter(after["worst"])) == "x"
+    assert after["worst"]["x"]["kurtosis"] > 10 * before["max_kurtosis"]
+    assert after["avg_kurtosis"] < after["max_kurtosis"]
+
+
+def test_kurtosis_of_known_numbers():
+    """767 zeros and one 100 (n = 768), worked out with exact fractions: 764.0078; Gaussian noise: near 3."""
+    spike = np.zeros((16, 48), np.float32)
+    spike[3, 5] = 100.0
+    assert layers.kurtosis(spike) == pytest.approx(764.0078, abs=1e-3)
+    assert layers.kurtosis(np.random.default_rng(0).standard_normal(100_000)) == pytest.approx(3.0, abs=0.1)
+    assert layers.kurtosis(np.ones(7)) == 0.0
+
+
+def test_ranges_are_those_of_the_graph_and_hold_zero(model: onnx.ModelProto):
+    found = layers.ranges(quantized(model))
+    low, high = found["x"]
+    seen = np.concatenate([feed["x"] for feed in FEEDS])
+    step = float(seen.max() - seen.min()) / 255
+    assert low == pytest.approx(float(seen.min()), abs=step)
+    assert high == pytest.approx(float(seen.max()), abs=step)
+    assert all(low <= 0 <= high for low, high in found.values())
+
+
+def test_what_stays_in_float_has_a_reason(model: onnx.ModelProto):
+    made = quantized(model, keep=("Conv.c", "Conv.d"))
+    found = layers.in_float(model, made, {"B": 1}, asked=("Conv.c",))
+    assert found == {
+        "Conv.c": "asked for",
+        "Conv.d": "found sensitive by the search",
+        "MatMul.y": "reads probabilities; its weights are stored in int8",
+    }
+
+
+def test_a_report_writes_a_range_on_one_line():
+    written = text({"ranges": {"x": [-1.5, 2e-05]}, "names": ["a", "b"], "rows": [{"a": 1}]})
+    assert '"x": [ -1.5, 2e-05 ]' in written
+    assert '"a",\n' in written
