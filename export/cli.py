@@ -88,7 +88,7 @@ def _float_of(directory: Path) -> Path | None:
 
 def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options = parser(verb, description)
-    options.add_argument("checkpoint", help="a checkpoint directory, or the built-in model 'mini'")
+    options.add_argument("checkpoint", help="a checkpoint's directory or file, or the built-in model 'mini'")
     options.add_argument("--recipe", type=Path, help="TOML file; 'calmclip recipe' prints one")
     options.add_argument("--out", type=Path, default=BUNDLES, help=f"where bundles go (default {BUNDLES})")
     options.add_argument("--name", help="bundles are called NAME-int8 and NAME-float")
