@@ -25,7 +25,7 @@ _HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias", "b": "weight|bias|runnin
 DROP = ""  # as a target: known, and not needed
 _AXES = {  # our names, by their ends, of what shapes are read from -> how many axes they must have
     "patch.weight": 4, "positions": 2, "cls": 1, "tokens.weight": 2, "qkv.weight": 2, "up.weight": 2, "gate.weight": 2,
-    "projection.weight": 2, "logit_scale": 0, "logit_bias": 0,
+    "projection.weight": 2,
 }  # fmt: skip
 
 
@@ -203,10 +203,13 @@ def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]
 
 def _problem(value: Tensor, ours: str) -> str | None:
     """Why a tensor can be no weight of ours; None where it can."""
+    inside = ".trunk." in ours  # of a module that a library builds, and `fill` compares with it
     for end, axes in _AXES.items():
-        if (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
+        if not inside and (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
             return f"has the shape {list(value.shape)}; expected {axes} axes"
-    if not value.is_floating_point() and ".trunk." not in ours:  # libraries' modules count their steps
+    if ours.startswith("logit_") and value.numel() != 1:
+        return f"has the shape {list(value.shape)}; expected one number"
+    if not value.is_floating_point() and not inside:  # libraries' modules count their steps
         return f"is of {str(value.dtype).removeprefix('torch.')}; expected floating-point numbers"
     if not value.numel():
         return f"is empty, its shape is {list(value.shape)}"

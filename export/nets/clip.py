@@ -93,11 +93,9 @@ def head(state: Mapping[str, Tensor]) -> Plugin:
 
 
 def _attention(tower: nn.Module) -> dict[str, int]:
-    """One Softmax a block that attends, one for a pool that does; towers of libraries promise nothing."""
-    blocks = getattr(tower, "blocks", None)
-    if blocks is None:
-        return {}
-    return {SOFTMAX.name: sum(hasattr(one, "attn") for one in blocks) + (getattr(tower, "pool", None) is not None)}
+    """One Softmax for each module of ours that attends; towers of libraries promise nothing."""
+    number = sum(getattr(module, "attends", 0) for module in tower.modules())
+    return {SOFTMAX.name: number} if number else {}
 
 
 def _name(checkpoint: Checkpoint) -> str:

@@ -75,6 +75,8 @@ class AttentionPool(nn.Module):
     ``q`` is what the query becomes: it does not depend on the picture, so it is worked out once.
     """
 
+    attends = 1  # Softmax ops in its graph
+
     def __init__(self, state: State, style: Style, width: int) -> None:
         super().__init__()
         self.heads = style.heads
@@ -132,6 +134,8 @@ class MeanPool(nn.Module):
 
     ``positions`` [1 + h w, W]: the mean's first. Only the mean asks, though all of them are asked in training.
     """
+
+    attends = 1  # Softmax ops in its graph
 
     def __init__(self, state: State, prefix: str, heads: int) -> None:
         super().__init__()

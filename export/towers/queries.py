@@ -16,6 +16,8 @@ from export.towers.transformer import attend, linear, rows, unit
 class Asked(nn.Module):
     """Attention whose queries and keys may come from elsewhere than its values; heads share the width."""
 
+    attends = 1  # Softmax ops in its graph
+
     def __init__(self, state: State, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads

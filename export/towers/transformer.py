@@ -47,6 +47,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> 
 
 
 class Attention(nn.Module):
+    attends = 1  # Softmax ops in its graph
+
     def __init__(self, state: State, style: Style, width: int) -> None:
         super().__init__()
         self.heads = style.heads

@@ -49,8 +49,13 @@ def resnet_module(seed: int = 0) -> nn.Module:
                 part.running_var.uniform_(0.5, 2)
                 part.weight.uniform_(0.5, 1.5)
                 part.bias.normal_(0, 0.2)
-        clip.visual.attnpool.positional_embedding.mul_(2)
-    return spread(clip)
+        spread(clip)
+        pool = clip.visual.attnpool
+        pool.positional_embedding.mul_(2)
+        for layer in (pool.q_proj, pool.k_proj):  # logits of some size: a softmax of one place hides what is wrong
+            layer.weight.mul_(0.03)
+            layer.bias.normal_(0, 0.5)
+    return clip.eval()
 
 
 def spread(module: nn.Module) -> nn.Module:
