@@ -5,10 +5,11 @@ folded once the weights are in. Source: timm (doi 10.5281/zenodo.4414861); branc
 (arXiv 2206.04040), section 3.1.
 """
 
-from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from torch import Tensor, nn
+from torch.fx.proxy import TraceError
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from export.checkpoints.files import require_package
 from export.layouts import Rule
@@ -40,11 +41,10 @@ def known(name: Any, where: str) -> str:
 class TimmTrunk(Trunk):
     """`Trunk` whose branches (RepVGG's, MobileOne's, FastViT's) become one convolution each."""
 
-    def __init__(self, state: Mapping[str, Tensor], trunk: nn.Module) -> None:
-        super().__init__(state, trunk)
-
     def fold(self) -> None:
         models = require_package("timm.models", "an image tower of timm's")
         models.reparameterize_model(self.trunk, inplace=True)
         self.trunk.requires_grad_(False)  # what it made anew
-        super().fold()
+        if any(isinstance(one, _BatchNorm) for one in self.trunk.modules()):
+            with suppress(TraceError):  # a course that hangs on values; the exporter folds what it finds then
+                super().fold()

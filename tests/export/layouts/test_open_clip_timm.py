@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return of
 
 
-@pytest.mark.parametrize("name", list(WRITERS))
+@pytest.mark.parametrize("name", [pytest.param("convnext", marks=pytest.mark.slow), "mobileclip"])
 def test_pictures_and_texts_come_out_as_open_clip_embeds_them(name: str, checkpoint, photographs, tmp_path: Path):
     runner = sealed.runner(load(str(checkpoint(name))), tmp_path, name)
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{checkpoint(name)}")
