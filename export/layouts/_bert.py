@@ -80,6 +80,7 @@ def tower(
     """
     if (how := config.get("position_embedding_type", "absolute")) != "absolute":
         raise UnknownCheckpoint(f"the text tower's position_embedding_type is {how!r}; only 'absolute' is supported")
+    config = {name: value for name, value in config.items() if value is not None}
     pad, clean = config.get("pad_token_id", kind.pad_id), more.pop("clean", None)
     offset = pad + 1 if kind.offset else 0
     style = Style(

@@ -27,6 +27,15 @@ _OTHERS = ("mt5", "t5", "m2m", "nllb")
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """Raises `UnknownCheckpoint` naming the setting that is not supported."""
     config = open_clip.model_config(checkpoint)
+    return Settings(
+        image=partial(VisionTransformer, style=open_clip.vision_style(config, state)),
+        pixels=open_clip.pixels(checkpoint, config, state),
+        **text_parts(checkpoint, config, state),
+    )
+
+
+def text_parts(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of `Settings` what texts need: ``text``, ``tokens`` and ``tokenizer``, whatever the image tower is."""
     open_clip.require_usual(config, "text_cfg")
     text_cfg = config["text_cfg"]
     pooler = text_cfg.get("hf_pooler_type") or "mean_pooler"
@@ -44,13 +53,7 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     kind = kind or (_bert.ROBERTA if len(state["text.types"]) == 1 else _bert.BERT)
     context = text_cfg.get("context_length", 77)
     text, tokens = _bert.tower(own, state, kind, context, clean="whitespace", **POOLERS[pooler])
-    return Settings(
-        image=partial(VisionTransformer, style=open_clip.vision_style(config, state)),
-        text=text,
-        pixels=open_clip.pixels(checkpoint, config, state),
-        tokens=tokens,
-        tokenizer=_bert.tokenizer(checkpoint, state).to_str().encode(),
-    )
+    return {"text": text, "tokens": tokens, "tokenizer": _bert.tokenizer(checkpoint, state).to_str().encode()}
 
 
 def refuses(checkpoint: Checkpoint) -> str | None:
@@ -61,6 +64,14 @@ def refuses(checkpoint: Checkpoint) -> str | None:
     return None
 
 
+RULES = (
+    *_bert.rules("text.transformer."),
+    Rule("text.proj.weight", "text.projection.weight"),
+    Rule("text.proj.0.weight", "text.projection.up.weight"),
+    Rule("text.proj.2.weight", "text.projection.down.weight"),
+    *_openai.SCALARS,
+)
+
 LAYOUTS.register("open_clip_bert")(
     Layout(
         title="open_clip, its own ViT and a Hugging Face text tower of BERT's kind",
@@ -68,14 +79,7 @@ LAYOUTS.register("open_clip_bert")(
             "visual.conv1.weight", "visual.class_embedding", "text.transformer.embeddings.word_embeddings.weight",
         ),
         file=open_clip.CONFIG,
-        rules=(
-            *_openai.IMAGE,
-            *_bert.rules("text.transformer."),
-            Rule("text.proj.weight", "text.projection.weight"),
-            Rule("text.proj.0.weight", "text.projection.up.weight"),
-            Rule("text.proj.2.weight", "text.projection.down.weight"),
-            *_openai.SCALARS,
-        ),
+        rules=(*_openai.IMAGE, *RULES),
         needs=(*_openai.IMAGE_NEEDS, *_bert.NEEDS, "logit_scale"),
         settings=settings,
         refuses=refuses,
