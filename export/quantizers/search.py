@@ -13,7 +13,10 @@ What is tried, each step on top of the best so far, and only until the goal is r
 3. a range for each tensor in the same way: percentiles, and the extremes times a grid (convolutions: by the least
    squared error of the values themselves);
 4. bias correction: E[float output - INT8 output] of each output channel, added to its bias;
-5. products in float: each of those that fit is left out alone and measured; then, by gain in cosine for each
+5. depthwise convolutions in float, all together: few of the multiply-accumulates, but each of their channels has a
+   range of its own, which one scale for the tensor does not serve (Nagel et al., section 3.1), and left out one by one
+   they gain nothing;
+6. other products in float: each of those that fit is left out alone and measured; then, by gain in cosine for each
    multiply-accumulate given up, one after another while it helps, never below the goal's share of INT8.
 
 Measured is the mean cosine of the graph's outputs, the least of them, on feeds held out: every fourth, where there are
@@ -104,6 +107,9 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
     if not trial.reached:
         shifts = _shifts(model, _tune(model, seen, params, trial.best), seen, params)
         trial.run(trial.best.model_copy(update={"shifts": shifts}), "biases corrected")
+    if not trial.reached and (spared := _depthwise(trial, goal)):
+        keep = (*trial.best.keep, *spared)
+        trial.run(trial.best.model_copy(update={"keep": keep}), f"{len(spared)} depthwise convolutions in float")
     if not trial.reached:
         _give_up(trial, _tune(model, seen, params, trial.best), goal)
     if apart and not (trial.best.clips or trial.best.shifts):
@@ -307,6 +313,19 @@ def _shifts(
         owner = np.arange(len(weight)) // (len(weight) // len(means))
         found[node.name] = np.sum(lost * means[owner], axis=1)
     return {name: tuple(np.asarray(shift, np.float64).tolist()) for name, shift in found.items()}
+
+
+def _depthwise(trial: _Trial, goal: Goal) -> list[str]:
+    """The depthwise convolutions in INT8, where the goal's share is kept without them; else none."""
+    fixed, whole = _qdq.constants(trial.model), share(trial.products)
+    macs = {one.name: one.macs for one in trial.products if one.int8}
+    convolutions = [node for node in _qdq.products(trial.model, trial.best.keep) if node.op_type == "Conv"]
+    found = [
+        node.name
+        for node in convolutions
+        if _qdq.attribute(node, "group") > 1 and fixed[node.input[1]].dims[1] == 1 and node.name in macs
+    ]
+    return found if whole.int8 - sum(macs[name] for name in found) >= goal.share * whole.macs else []
 
 
 def _give_up(trial: _Trial, tuned: Mapping[str, _Tuned], goal: Goal) -> None:

@@ -290,3 +290,40 @@ def test_a_conv_net_is_searched_too():
     assert found.history["cosine"] >= found.history["candidates"][0]["cosine"]
     assert cosine(model, made(model, found), OTHERS) > 0.999
     assert {row["tried"] for row in found.history["candidates"]} >= {"ranges of least error", "biases corrected"}
+
+
+@pytest.fixture(scope="module")
+def depthwise() -> onnx.ModelProto:
+    """A chain of depthwise convolutions whose first gives each channel a size of its own, and a product that evens
+    them out: 8 bits for all channels together lose the small ones, in each link of the chain anew."""
+    torch.manual_seed(0)
+    gains = torch.logspace(-2.5, 0.5, 32)
+    links = [nn.Conv2d(32, 32, 3, 1, 1, groups=32) for _ in range(4)]
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 7, 2), links[0], nn.GELU(), *links[1:], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32)
+    )  # fmt: skip
+    with torch.no_grad():
+        for link in links:
+            link.bias.zero_()
+        links[0].weight *= gains.view(-1, 1, 1, 1)
+        net[-1].weight /= gains.repeat_interleave(4)
+        pictures = torch.from_numpy(np.concatenate([feed["pixels"] for feed in FEEDS]))
+        net[-1].bias -= net(pictures).mean(0)
+    return traced(net)
+
+
+def test_depthwise_convolutions_go_to_float_together(depthwise: onnx.ModelProto):
+    found = search.search(depthwise, FEEDS, search.Params(), Goal(share=0.75))
+    rows = {row["tried"]: row for row in found.history["candidates"]}
+    assert rows["biases corrected"]["cosine"] < 0.97
+    assert found.history["reached"]
+    assert rows["4 depthwise convolutions in float"]["better"]
+    kept = [node for node in depthwise.graph.node if node.name in found.params.keep]
+    assert [onnx.helper.get_node_attr_value(node, "group") for node in kept] == [32] * 4
+    assert cosine(depthwise, made(depthwise, found), OTHERS) >= 0.99
+
+
+def test_depthwise_convolutions_stay_where_the_share_asks_for_them(depthwise: onnx.ModelProto):
+    found = search.search(depthwise, FEEDS, search.Params(), Goal(share=0.97))
+    assert not any("depthwise" in row["tried"] for row in found.history["candidates"])
+    assert share(count(made(depthwise, found), {})).part >= 0.97
