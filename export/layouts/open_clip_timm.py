@@ -35,6 +35,7 @@ SIGLIP = (
     Rule("visual.trunk.attn_pool.mlp.fc2.{p}", "image.pool.mlp.down.{p}"),
     Rule("visual.head.proj.{p}", "image.projection.{p}"),
 )
+TRUNK = tuple(Rule(f"visual.{part}.{{rest}}", f"image.trunk.{part}.{{rest}}") for part in ("trunk", "head"))
 _TEXT_NEEDS = ("text.tokens.weight", "text.positions", "text.norm_post.weight", "text.projection.weight", "logit_scale")
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
@@ -119,7 +120,7 @@ for _name, _prefix in (("open_clip_timm", ""), ("open_clip_timm_custom_text", "t
             keys=(f"{_prefix}token_embedding.weight", "visual.trunk.{rest}"),
             file=open_clip.CONFIG,
             also=lambda checkpoint: not is_siglip(checkpoint),
-            rules=(Rule("visual.{rest}", "image.trunk.{rest}"), *_openai.text(_prefix), *_openai.SCALARS),
+            rules=(*TRUNK, *_openai.text(_prefix), *_openai.SCALARS),
             needs=_TEXT_NEEDS,
             settings=trunk,
         )

@@ -13,18 +13,15 @@ from torch.nn.functional import normalize
 
 from export.checkpoints import read
 from export.nets.clip import load
-from export.pipeline import build
-from export.recipe import load_recipe
 from models.bundle.manifest import ImagePreprocess
 from models.errors import UnknownCheckpoint
 from models.preprocess.image import ImagePreparer, decode
-from models.runner import Runner, open_bundle
+from models.runner import Runner
 from tests import tiny
-from tests.tiny_layouts import bert
+from tests.tiny_layouts import bert, sealed
 
 TEXTS = ["a photo of a red cat.", "一只猫的照片", "two dogs!", "a", "Two  BLUE cats, 两只狗。 naïve? " * 2]
 PICTURES = ("cat", "astronaut", "rocket", "coffee")  # wide, square, tall
-FLOAT = {"image": {"name": "none"}, "text": {"name": "none"}}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(checkpoint: Path, out: Path) -> Runner:
-    net = load(str(checkpoint))
-    build(load_recipe(str(checkpoint), "clip", net, name=checkpoint.name.lower(), quantize=FLOAT), out, net=net)
-    return open_bundle(out / f"{checkpoint.name.lower()}-int8")
+    return sealed.runner(load(str(checkpoint)), out, checkpoint.name.lower())
 
 
 def features(found) -> np.ndarray:  # type: ignore[no-untyped-def]

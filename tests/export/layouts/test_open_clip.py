@@ -12,10 +12,9 @@ from tokenizers import Tokenizer
 
 from export.layouts._clip_bpe import tokenizer_json
 from export.nets.clip import load
-from export.pipeline import build
-from export.recipe import load_recipe
 from models.errors import UnknownCheckpoint
-from models.runner import Runner, open_bundle
+from models.runner import Runner
+from tests.tiny_layouts import sealed
 
 TEXTS = [
     "a photo of a cat.",
@@ -29,11 +28,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def runner(tiny_open_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    out = tmp_path_factory.mktemp("bundles")
-    net = load(str(tiny_open_clip))
-    float_only = {"image": {"name": "none"}, "text": {"name": "none"}}
-    build(load_recipe(str(tiny_open_clip), "clip", net, name="oc", quantize=float_only), out, net=net)
-    return open_bundle(out / "oc-int8")
+    return sealed.runner(load(str(tiny_open_clip)), tmp_path_factory.mktemp("bundles"), "oc")
 
 
 @pytest.fixture(scope="module")
