@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from export import light
 from export.quantizers import Feeds, Ranges
 from models.errors import BadRequest, ExportError
 from models.flow import Array
@@ -155,13 +155,9 @@ def tap(model: onnx.ModelProto, names: Sequence[str]) -> Callable[[Mapping[str, 
     kept = len(model.graph.output)
     try:  # lent, not copied: a large graph has large weights
         model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in more)
-        data = model.SerializeToString()
+        session = light.Session(model)
     finally:
         del model.graph.output[kept:]
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    session = ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
-    del data
 
     def run(feed: Mapping[str, Array]) -> dict[str, Array]:
         computed = session.run(inside, dict(feed)) if inside else []  # no names would mean all outputs
