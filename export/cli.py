@@ -98,6 +98,14 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--name", help="bundles are called NAME-int8 and NAME-float")
     options.add_argument("--images", type=Path, help="calibration pictures (a folder)")
     options.add_argument("--texts", type=Path, help="calibration texts (one a line)")
+    options.add_argument(
+        "--eval",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        type=_pair,
+        help="measured in float and in INT8 for the report: zero_shot, retrieval or detection, and its data",
+    )
     options.add_argument("--keep-float", action=argparse.BooleanOptionalAction, help="seal the float bundle too")
     options.add_argument(
         "--activation",
@@ -113,6 +121,13 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     return options
 
 
+def _pair(given: str) -> tuple[str, Path]:
+    name, sign, data = given.partition("=")
+    if not (name and sign and data):
+        raise argparse.ArgumentTypeError(f"{given!r} is not NAME=DIR, such as zero_shot=./pictures")
+    return name, Path(data)
+
+
 def _recipe(options: argparse.Namespace, net_name: str, plugin: NetPlugin) -> tuple[Recipe, Net]:
     given = {name: getattr(options, name) for name in Weights.model_fields}
     weights = load_weights(options.recipe, **given)
@@ -121,7 +136,7 @@ def _recipe(options: argparse.Namespace, net_name: str, plugin: NetPlugin) -> tu
     recipe = load_recipe(
         options.checkpoint, net_name, net, options.recipe,
         name=options.name, keep_float=options.keep_float, replace=options.replace, calibration=calibration or None,
-        weights=weights.model_dump(),
+        weights=weights.model_dump(), evals=dict(options.eval) or None,
     )  # fmt: skip
     return recipe, net
 

@@ -122,8 +122,10 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                     f"recipe: quantize.{role}: {net.name} has no such graph; {suggestion(role, net.towers)}"
                 )
             QUANTIZERS.get(how.name).params.model_validate(how.params)
-        for name in recipe.evals:
+        for name, data in recipe.evals.items():
             EVALS.get(name)
+            if not data.is_dir():  # said now, not when everything else is done
+                raise BadRequest(f"recipe: evals.{name}: {data} is no directory; expected the data it is measured on")
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(

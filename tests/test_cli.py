@@ -170,6 +170,21 @@ def test_the_printed_recipe_reads_back_as_the_same_recipe(tiny_hf_clip: Path, tm
     assert capsys.readouterr().out == text
 
 
+def test_export_is_told_what_to_measure_for_the_report(tiny_hf_clip: Path, tmp_path: Path, capsys):
+    argv = ["recipe", str(tiny_hf_clip), "--json", "--eval"]
+    assert main([*argv, f"zero_shot={tmp_path}"]) == 0
+    assert json.loads(capsys.readouterr().out)["evals"] == {"zero_shot": str(tmp_path)}
+    for given, said in (
+        (f"zero_shoot={tmp_path}", "did you mean 'zero_shot'?"),
+        (f"zero_shot={tmp_path / 'gone'}", "gone is no directory"),
+    ):
+        assert main([*argv, given]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # argparse's own way
+        main([*argv, str(tmp_path)])
+    assert "is not NAME=DIR" in capsys.readouterr().err
+
+
 def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
     assert main(["plugins", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

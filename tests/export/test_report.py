@@ -1,8 +1,13 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
 from export.recipe import Bars
-from export.report import check, require
+from export.report import accuracy, check, require
 from models.errors import BarMissed
+from models.runner import open_bundle
 
 REPORT = {
     "graphs": {"regions": {"int8_against_float": {"objectness": {"cosine": 0.8}}}},
@@ -26,3 +31,26 @@ def test_each_bar_stands_beside_what_was_measured():
 
 def test_a_bundle_without_embeddings_has_only_the_bars_that_apply():
     assert check({"graphs": {}, "embeddings": {}, "size_bytes": {"int8": 1}}, Bars()) == {}
+
+
+def test_evals_stand_in_float_and_in_int8_side_by_side(tiny_bundles: Path, photographs, tmp_path: Path):
+    """Each picture is said to be what float finds it to be, so float is right about all; of INT8 we count ourselves."""
+    int8, whole = (open_bundle(tiny_bundles / f"tiny-{kind}") for kind in ("int8", "float"))
+    labels = ["a cat", "two dogs", "red", "a photo of green"]
+    (tmp_path / "images").mkdir()
+    best: dict[str, list[str]] = {"int8": [], "float32": []}
+    for picture in photographs.values():
+        shutil.copy(picture, tmp_path / "images")
+        for side, runner in (("int8", int8), ("float32", whole)):
+            best[side].append(next(iter(runner.classify(picture, sorted(labels)))).label)
+    rows = [
+        {"file": path.name, "label": label} for path, label in zip(photographs.values(), best["float32"], strict=True)
+    ]
+    (tmp_path / "labels.json").write_text(json.dumps(rows))
+    # only labels that are in the file take part: those float never chose could not win either, unless in INT8
+    assert set(best["int8"]) <= set(best["float32"])
+    found = accuracy(int8, whole, {"zero_shot": tmp_path})["zero_shot"]
+    right = sum(one == other for one, other in zip(best["int8"], best["float32"], strict=True))
+    assert found["float32"]["top1"] == 100.0
+    assert found["int8"]["top1"] == pytest.approx(100 * right / len(rows), abs=1e-3)
+    assert found["int8"]["pictures"] == len(rows)

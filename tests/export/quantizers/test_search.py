@@ -300,7 +300,8 @@ def depthwise() -> onnx.ModelProto:
     gains = torch.logspace(-2.5, 0.5, 32)
     links = [nn.Conv2d(32, 32, 3, 1, 1, groups=32) for _ in range(4)]
     net = nn.Sequential(
-        nn.Conv2d(3, 32, 7, 2), links[0], nn.GELU(), *links[1:], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32)
+        nn.Conv2d(3, 32, 7, 2), links[0], nn.GELU(), *links[1:],
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32),
     )  # fmt: skip
     with torch.no_grad():
         for link in links:

@@ -1,0 +1,114 @@
+"""Checkpoints of full size with random weights, written by the libraries that define their layouts.
+
+Tokenizers are CLIP's own where open_clip ships it, else a small one: ids are all that a tower sees of it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import tiny
+from tests.tiny_layouts import siglip
+
+
+def vit_b_32(directory: Path) -> None:
+    """Hugging Face CLIP ViT-B/32: transformers' defaults."""
+    import transformers
+
+    from export.layouts import _clip_bpe
+
+    transformers.CLIPModel(transformers.CLIPConfig()).save_pretrained(directory)
+    (directory / "tokenizer.json").write_bytes(_clip_bpe.tokenizer_json())
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end_of_text>", "pad_token": "<end_of_text>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(special))
+    transformers.CLIPImageProcessor().save_pretrained(directory)
+
+
+def vit_b_32_outliers(directory: Path) -> None:
+    """The same with 50 times the gain in three channels of each block's second norm: the search has to work."""
+    import transformers
+
+    vit_b_32(directory)
+    clip = transformers.CLIPModel.from_pretrained(directory)
+    with torch.no_grad():
+        for tower in (clip.vision_model, clip.text_model):
+            for layer in tower.encoder.layers:
+                channels = torch.randperm(len(layer.layer_norm2.weight))[:3]
+                layer.layer_norm2.weight[channels] *= 50
+    clip.save_pretrained(directory)
+
+
+def vit_b_16(directory: Path) -> None:
+    """open_clip's ViT-B-16."""
+    _open_clip(directory, "ViT-B-16")
+
+
+def vit_l_14_336(directory: Path) -> None:
+    """open_clip's ViT-L-14-336."""
+    _open_clip(directory, "ViT-L-14-336")
+
+
+def mobileclip_s2(directory: Path) -> None:
+    """open_clip's MobileCLIP-S2, its image tower of timm: branches and batch norms as at the start of a training."""
+    _open_clip(directory, "MobileCLIP-S2", mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")
+
+
+def siglip_b_16(directory: Path) -> None:
+    """Hugging Face SigLIP-B/16, 224 pixels, 64 tokens: transformers' defaults."""
+    import transformers
+
+    transformers.SiglipModel(transformers.SiglipConfig()).save_pretrained(directory)
+    transformers.SiglipImageProcessor().save_pretrained(directory)
+    shutil.copy(siglip.DATA / "spiece.model", directory)
+
+
+def owlvit_b_32(directory: Path) -> None:
+    """Hugging Face OWL-ViT-B/32, 768 pixels: transformers' defaults."""
+    import transformers
+
+    transformers.OwlViTForObjectDetection(transformers.OwlViTConfig()).save_pretrained(directory)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tiny.tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(directory)
+    transformers.OwlViTImageProcessor().save_pretrained(directory)
+
+
+CHECKPOINTS: dict[str, Callable[[Path], None]] = {
+    "ViT-B-32": vit_b_32,
+    "ViT-B-32-outliers": vit_b_32_outliers,
+    "ViT-B-16": vit_b_16,
+    "SigLIP-B-16": siglip_b_16,
+    "MobileCLIP-S2": mobileclip_s2,
+    "OWL-ViT-B-32": owlvit_b_32,
+    "ViT-L-14-336": vit_l_14_336,
+}
+
+
+def write(name: str, directory: Path) -> Path:
+    torch.manual_seed(0)
+    directory.mkdir(parents=True)
+    CHECKPOINTS[name](directory)
+    return directory
+
+
+def _open_clip(directory: Path, name: str, **preprocess: Any) -> None:
+    import open_clip
+    from safetensors.torch import save_model
+
+    clip = open_clip.create_model(name, pretrained=None)
+    save_model(clip, str(directory / "open_clip_model.safetensors"))
+    whole = {
+        "mean": tiny.MEAN, "std": tiny.STD, "interpolation": "bicubic", "resize_mode": "shortest", **preprocess
+    }  # fmt: skip
+    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": whole}
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+
+
+if __name__ == "__main__":
+    import sys
+
+    write(sys.argv[1], Path(sys.argv[2]))
