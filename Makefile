@@ -7,7 +7,7 @@ HEADER := /usr/include/onnxruntime/onnxruntime_cxx_api.h
 APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libonnxruntime-dev
 WEIGHTS := export/nets/mini/weights.txt
 
-.PHONY: setup ops serve test test-all sanitize lint bench bench-ops up clean
+.PHONY: setup ops serve test test-all sanitize lint bench bench-ops bench-export up clean
 
 setup: $(VENV)/.dev  ## everything a developer needs
 
@@ -41,6 +41,10 @@ bench-ops: $(VENV)/.bench ops  ## our operators beside ONNX Runtime, torch, torc
 	$(BIN)/python -m tests.bench.ops_softmax
 	$(BIN)/python -m tests.bench.ops_soft_nms
 	$(BIN)/python -m tests.bench.ops_pixels
+
+bench-export: $(VENV)/.dev ops  ## checkpoints of full size with random weights: how long, how much memory, how near to float
+	$(BIN)/python -m tests.bench.full_size
+	$(BIN)/python -m tests.bench.text_length
 
 up:  ## service, Prometheus and Grafana in containers
 	docker compose up --build

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests import tiny
-from tests.tiny_layouts import siglip
+from tests.tiny_layouts import siglip, trunks
 
 
 def vit_b_32(directory: Path) -> None:
@@ -28,20 +28,6 @@ def vit_b_32(directory: Path) -> None:
     transformers.CLIPImageProcessor().save_pretrained(directory)
 
 
-def vit_b_32_outliers(directory: Path) -> None:
-    """The same with 50 times the gain in three channels of each block's second norm: the search has to work."""
-    import transformers
-
-    vit_b_32(directory)
-    clip = transformers.CLIPModel.from_pretrained(directory)
-    with torch.no_grad():
-        for tower in (clip.vision_model, clip.text_model):
-            for layer in tower.encoder.layers:
-                channels = torch.randperm(len(layer.layer_norm2.weight))[:3]
-                layer.layer_norm2.weight[channels] *= 50
-    clip.save_pretrained(directory)
-
-
 def vit_b_16(directory: Path) -> None:
     """open_clip's ViT-B-16."""
     _open_clip(directory, "ViT-B-16")
@@ -53,8 +39,8 @@ def vit_l_14_336(directory: Path) -> None:
 
 
 def mobileclip_s2(directory: Path) -> None:
-    """open_clip's MobileCLIP-S2, its image tower of timm: branches and batch norms as at the start of a training."""
-    _open_clip(directory, "MobileCLIP-S2", mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")
+    """open_clip's MobileCLIP-S2, its image tower of timm; batch norms and scales as if trained (`trunks.trained`)."""
+    _open_clip(directory, "MobileCLIP-S2", trunks.trained, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")
 
 
 def siglip_b_16(directory: Path) -> None:
@@ -79,7 +65,6 @@ def owlvit_b_32(directory: Path) -> None:
 
 CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "ViT-B-32": vit_b_32,
-    "ViT-B-32-outliers": vit_b_32_outliers,
     "ViT-B-16": vit_b_16,
     "SigLIP-B-16": siglip_b_16,
     "MobileCLIP-S2": mobileclip_s2,
@@ -95,11 +80,16 @@ def write(name: str, directory: Path) -> Path:
     return directory
 
 
-def _open_clip(directory: Path, name: str, **preprocess: Any) -> None:
+def _open_clip(
+    directory: Path, name: str, change: Callable[[torch.nn.Module], None] | None = None, **preprocess: Any
+) -> None:
+    """``change``: what is done to the image tower before it is saved."""
     import open_clip
     from safetensors.torch import save_model
 
     clip = open_clip.create_model(name, pretrained=None)
+    if change:
+        change(clip.visual)
     save_model(clip, str(directory / "open_clip_model.safetensors"))
     whole = {
         "mean": tiny.MEAN, "std": tiny.STD, "interpolation": "bicubic", "resize_mode": "shortest", **preprocess

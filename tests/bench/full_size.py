@@ -4,9 +4,9 @@
 
 Each checkpoint is written with random weights by the library that defines it (`tests.bench.checkpoints`), then
 exported by `calmclip export` and looked at by `calmclip check`, each in a process of its own, with the pictures and
-texts that ship. Peak is the most memory the export held (its largest resident set). Random towers map all pictures to
-nearly one vector, so cosines say little about trained ones; "-outliers" makes the search work. Latencies are of one
-picture, and of the texts that ship one at a time, INT8 and float in turn.
+texts that ship. Peak is the most memory the export held (its largest resident set). Random towers are kinder to INT8
+than trained ones, so cosines say little about those, and a search may take longer on those. Latencies are of one
+picture, and of one text, INT8 and float in turn.
 """
 
 import argparse
