@@ -131,7 +131,7 @@ def run_command(argv: list[str]) -> int:
     for name in ("sigma", "iou-threshold", "min-score"):
         options.add_argument(f"--{name}", type=float)
     bundle_options(options)
-    given = options.parse_args(argv)
+    given = options.parse_intermixed_args(argv)  # pictures may stand behind options
     runner = open_bundle(find(given.bundle, given.bundles), threads=given.threads, ops=given.ops)
     if given.task == "embed":
         vectors = runner.embed(texts=given.text, images=given.pictures)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,8 +63,12 @@ class Runner:
         suppression: Suppression | None = None,
         examples: Sequence[Example | Picture] = (),
     ) -> Detections:
-        """``suppression`` None: the bundle's own. ``examples``: pictures of what is wanted, with or without labels."""
-        shown = [one if isinstance(one, Example) else Example(_bytes(one)) for one in examples]
+        """``suppression`` None: the bundle's own. ``examples``: pictures of what is wanted, with or without labels; the
+        picture of an `Example` may be a path too."""
+        if isinstance(examples, (str, Path, bytes, Example)):
+            raise BadRequest("examples is one picture; expected a list of them")
+        shown = [one if isinstance(one, Example) else Example(one) for one in examples]
+        shown = [replace(one, image=_bytes(one.image)) for one in shown]
         return self.run(detect(self.bundle, DetectRequest(_bytes(image), labels, templates, suppression, shown)))
 
     def raw(self, graph: str, feeds: Arrays) -> Arrays:

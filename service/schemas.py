@@ -116,7 +116,11 @@ class ExampleBody(Body):
     @model_validator(mode="before")
     @classmethod
     def _file(cls, value: Any) -> Any:
-        return {"image": value} if isinstance(value, bytes) else value
+        if isinstance(value, bytes):
+            return {"image": value}
+        if not isinstance(value, dict):
+            raise ValueError('expected {"image": {"b64": …}} with or without `box` and `label`, in a form a file')
+        return value
 
 
 class DetectBody(LabelledPicture):
@@ -314,13 +318,18 @@ class Size(Answer):
     height: int
 
 
-class SuppressionUsed(Answer):
+class SuppressionAsked(Answer):
+    """How overlapping boxes are thinned out, as a detect request says it."""
+
     method: str
     sigma: float
     iou_threshold: float
     min_score: float
     max_output: int
     per_class: bool
+
+
+class SuppressionUsed(SuppressionAsked):
     candidates: int = Field(description="box-label pairs that went in")
     kept: int
 
@@ -414,6 +423,10 @@ class ModelSummary(Answer):
     precision: str
     dim: int | None
     labels: int = Field(description="labels the bundle brings along")
+    suppression: SuppressionAsked | None = Field(
+        description="of a detect request that says nothing else; null: no detect"
+    )
+    examples: int = Field(description="example pictures that a detect request may hold; 0 where the bundle takes none")
 
 
 class ModelsAnswer(Answer):

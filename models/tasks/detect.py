@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -71,11 +72,12 @@ def default_suppression(bundle: Bundle) -> Suppression:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture of what is wanted. ``box``: where in it, x0 y0 x1 y1 in pixels of the upright picture; None: what it
-    shows. ``label``: what it is called in the answer; None: "example N", counted from 0."""
+    """A picture of what is wanted: the bytes of its file; a `Runner` reads paths too. ``box``: where in it, x0 y0 x1 y1
+    in pixels of the upright picture; None: what it shows. ``label``: its name in the answer; None: "example N", counted
+    from 0."""
 
-    image: bytes
-    box: Sequence[float] | None = None
+    image: bytes | str | Path
+    box: Sequence[float] | Array | None = None
     label: str | None = None
 
 
@@ -128,19 +130,23 @@ def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
     regions = yield Call("regions", {preparer.spec.input: pixels})
     wanted = bundle.graph("detect").inputs.keys() & regions.keys()
     feeds = {name: regions[name] for name in sorted(wanted)}
+    most = settings["max_output"]
+    beside = np.count_nonzero(~_inside(frame.to_original(regions["boxes"][0])))  # which shall cost no other its place
+    settings = {**settings, "max_output": most + beside * len(labels)}
     found = yield Call("detect", {**feeds, "text_embeds": np.concatenate(queries), **settings})
 
     boxes = frame.to_original(found["kept_boxes"])
-    return Detections(
-        frame.width,
-        frame.height,
-        tuple(
-            Detection(labels[c], int(c), float(score), float(raw), box)
-            for c, score, raw, box in zip(found["classes"], found["scores"], found["raw_scores"], boxes, strict=True)
-            if box[0] < box[2] and box[1] < box[3]  # else it lies in what was added to the picture
-        ),
-        int(found["candidates"][0]),
-    )
+    rows = zip(*(found[name] for name in ("classes", "scores", "raw_scores")), boxes, _inside(boxes), strict=True)
+    kept = [
+        Detection(labels[c], int(c), float(score), float(raw), box) for c, score, raw, box, inside in rows if inside
+    ]
+    return Detections(frame.width, frame.height, tuple(kept[: most[0]]), int(found["candidates"][0]))
+
+
+def _inside(boxes: Array) -> Array:
+    """Boxes [N, 4] cut to the picture -> bool [N]: what is left of the others lies in what was added to the picture."""
+    inside: Array = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
+    return inside
 
 
 def _embed_example(bundle: Bundle, number: int, example: Example) -> Flow[Array]:
@@ -153,21 +159,29 @@ def _embed_example(bundle: Bundle, number: int, example: Example) -> Flow[Array]
             raise type(error)(f"example {number}: {error}") from None
 
     preparer = bundle.image("regions")
-    if example.box is not None:
-        named(_checked, example.box)
-    picture = yield Work("decode", lambda: named(lambda: decode(example.image, max_pixels=bundle.max_pixels)))
+    data = named(_checked, example)
+    picture = yield Work("decode", lambda: named(lambda: decode(data, max_pixels=bundle.max_pixels)))
     pixels, frame = yield Work("preprocess", lambda: preparer.prepare(picture))
-    box = named(_within, example.box or (0.0, 0.0, frame.width, frame.height), frame)
+    whole = (0.0, 0.0, frame.width, frame.height)
+    box = named(_within, whole if example.box is None else example.box, frame)
     regions = yield Call("regions", {preparer.spec.input: pixels})
     return named(partial(pick, drawn=example.box is not None), regions, frame.to_input(box))
 
 
-def _checked(box: Sequence[float]) -> None:
-    if len(box) != 4 or not all(map(isfinite, box)) or not (box[0] < box[2] and box[1] < box[3]):
-        raise BadRequest(f"box is {[*box]}; expected x0, y0, x1, y1 in pixels, x0 < x1 and y0 < y1")
+def _checked(example: Example) -> bytes:
+    """The bytes of the picture. Raises `BadRequest` where the example says nonsense."""
+    if not isinstance(example.image, bytes):
+        raise BadRequest(f"its picture is a {type(example.image).__name__}; expected the bytes of a file")
+    if example.label is not None and not example.label.strip():
+        raise BadRequest("its label is empty; expected some words, or none at all")
+    if example.box is not None:
+        box = [*map(float, example.box)]
+        if len(box) != 4 or not all(map(isfinite, box)) or not (box[0] < box[2] and box[1] < box[3]):
+            raise BadRequest(f"box is {box}; expected x0, y0, x1, y1 in pixels, x0 < x1 and y0 < y1")
+    return example.image
 
 
-def _within(box: Sequence[float], frame: Frame) -> Array:
+def _within(box: Sequence[float] | Array, frame: Frame) -> Array:
     """What of the box is in the picture. Raises `BadRequest` when nothing is."""
     cut: Array = np.clip(np.array(box, np.float64), 0.0, [frame.width, frame.height] * 2).astype(np.float32)
     if not (cut[0] < cut[2] and cut[1] < cut[3]):

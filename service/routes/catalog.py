@@ -8,11 +8,12 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from models.errors import BundleNotFound, TaskNotServed, suggestion
+from models.tasks.detect import default_suppression
 from service.context import Own, Parts, task
 from service.hub import Loaded
 from service.openapi import answers
 from service.routes import respond
-from service.schemas import ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer
+from service.schemas import ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer, SuppressionAsked
 
 router = APIRouter(tags=["catalog"], dependencies=[Depends(task("catalog"))])
 
@@ -28,7 +29,9 @@ PAGE_HEADERS = {
 
 @router.get("/v1/models", summary="Loaded bundles", responses=answers(ModelsAnswer))
 async def list_models(own: Own, parts: Parts) -> Response:
-    return respond(own, ModelsAnswer(models=[_summary(loaded) for loaded in parts.hub.all()]))
+    return respond(
+        own, ModelsAnswer(models=[_summary(loaded, parts.settings.limits.examples) for loaded in parts.hub.all()])
+    )
 
 
 @router.get("/v1/models/{name}", summary="Manifest and report", responses=answers(ModelAnswer, "model-not-found"))
@@ -90,8 +93,10 @@ def page(folder: Path = WEB) -> APIRouter:
     return router
 
 
-def _summary(loaded: Loaded) -> ModelSummary:
+def _summary(loaded: Loaded, most: int) -> ModelSummary:
+    """``most``: examples that a request may hold."""
     bundle = loaded.bundle
+    detects = "detect" in bundle.manifest.tasks
     try:
         dim = bundle.dim
     except TaskNotServed:
@@ -103,4 +108,6 @@ def _summary(loaded: Loaded) -> ModelSummary:
         precision=bundle.manifest.precision,
         dim=dim,
         labels=len(bundle.labels),
+        suppression=SuppressionAsked(**vars(default_suppression(bundle))) if detects else None,
+        examples=most if detects else 0,
     )

@@ -1,5 +1,5 @@
 // The page's whole client, over the public routes only. From top to bottom: asking the service, the picture
-// and its boxes, one function per answer, the stages, and at the end what listens to whom.
+// and its boxes, examples, settings of detect, one function per answer, the stages, and at the end what listens to whom.
 
 const $ = (id) => document.getElementById(id);
 
@@ -52,9 +52,11 @@ const timing = (header) =>
     .sort(([one], [other]) => STAGES.indexOf(one) - STAGES.indexOf(other));
 
 let running = new AbortController();
+let pause; // until a slider rests
 
 /** Run what fills the answer: a newer run replaces an older one, and a problem is shown in words. */
 async function answer(work) {
+  clearTimeout(pause);
   running.abort();
   const { signal } = (running = new AbortController());
   $("problem").replaceChildren();
@@ -91,11 +93,12 @@ let current = -1; // which of them is on the stage
 let shown = []; // the detections on the canvas
 const MOST_TAGS = 12; // boxes with a name on them; more would hide the picture
 
+const pictures = (files) => [...files].filter((file) => file.type.startsWith("image/"));
+
 function choose(files) {
-  const pictures = [...files].filter((file) => file.type.startsWith("image/"));
-  if (!pictures.length) return;
+  if (!pictures(files).length) return;
   chosen.forEach(({ url }) => URL.revokeObjectURL(url));
-  chosen = pictures.map((file) => ({ file, url: URL.createObjectURL(file) }));
+  chosen = pictures(files).map((file) => ({ file, url: URL.createObjectURL(file) }));
   $("strip").replaceChildren(
     ...chosen.map(({ file, url }, index) => {
       const button = make("button", { type: "button", onclick: () => select(index) });
@@ -175,17 +178,93 @@ function unroll(detections) {
   requestAnimationFrame(step);
 }
 
+// ---- examples: each row of the list holds its file, and the name for what is found by it
+
+function exemplify(files) {
+  if (!pictures(files).length) return;
+  for (const file of pictures(files)) {
+    const url = URL.createObjectURL(file);
+    const title = file.name || "the pasted example";
+    const name = make("input", { type: "text", ariaLabel: `Name for ${title}`, autocomplete: "off", onchange: again });
+    const remove = make("button", { type: "button", ariaLabel: `Remove ${title}` }, "×");
+    const row = make("li", { file, title }, make("img", { src: url, alt: "" }), name, remove);
+    remove.onclick = () => {
+      URL.revokeObjectURL(url);
+      row.remove();
+      count();
+      $("example-files").focus();
+    };
+    $("shown").append(row);
+  }
+  count();
+}
+
+/** Rows are called as the service calls them where they have no name. */
+function count() {
+  [...$("shown").children].forEach((row, index) => (row.querySelector("input").placeholder = `example ${index}`));
+  again();
+}
+
+const examples = () =>
+  $("examples").hidden
+    ? []
+    : [...$("shown").children].map((row) => ({ file: row.file, label: row.querySelector("input").value.trim() }));
+
+// ---- settings of detect: the model's own, until somebody moves one
+
+let catalogue = new Map(); // name -> what the service says of the model
+const moved = new Set(); // names of the settings that are sent
+
+const model = () => catalogue.get($("model").value) ?? {};
+
+/** What was moved is forgotten: the form shows what the model does with a request that says nothing. */
+function adopt() {
+  const { suppression, examples: most } = model();
+  moved.clear();
+  for (const [name, value] of Object.entries(suppression ?? {})) {
+    const control = $("detect").elements[name];
+    if (control?.type === "checkbox") control.checked = value;
+    else if (control) control.value = value;
+  }
+  $("examples").hidden = !most;
+  $("most").textContent = most;
+  settings();
+}
+
+function setting(name) {
+  const control = $("detect").elements[name];
+  return { checkbox: control.checked, range: control.valueAsNumber }[control.type] ?? control.value;
+}
+
+/** The sliders' values beside them; those that the method does not use are off. */
+function settings() {
+  $("sigma").disabled = setting("method") !== "gaussian";
+  $("iou").disabled = setting("method") === "gaussian";
+  $("untouched").hidden = !moved.size;
+  for (const output of document.querySelectorAll("#detect output")) {
+    const { name } = $(output.htmlFor.value);
+    const value = (!moved.has(name) && model().suppression?.[name]) || setting(name); // which may lie off the slider's steps
+    output.value = value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 4 });
+  }
+}
+
 // ---- answers
 
 const task = () => document.querySelector("[role=tab][aria-selected=true]").getAttribute("aria-controls");
 
-/** The form that classify and detect share: picture, labels, model. */
-function form() {
+/** What classify and detect are both asked: picture, labels, model. */
+function question() {
+  const asking = { image: picture() };
+  if ($("model").value) asking.model = $("model").value;
+  if ($("label-set").value) asking.label_set = $("label-set").value;
+  else asking.labels = labels();
+  return asking;
+}
+
+/** Fields as a form, a list by repeating its field. */
+function form(fields) {
   const data = new FormData();
-  data.append("image", picture());
-  if ($("model").value) data.append("model", $("model").value);
-  if ($("label-set").value) data.append("label_set", $("label-set").value);
-  else for (const label of labels()) data.append("labels", label);
+  for (const [name, values] of Object.entries(fields)) [values].flat().forEach((value) => data.append(name, value));
   return data;
 }
 
@@ -196,7 +275,7 @@ function labels() {
 
 const classify = () =>
   answer(async (signal) => {
-    const found = await ask("POST", "v1/classify", form(), signal);
+    const found = await ask("POST", "v1/classify", form(question()), signal);
     draw([]);
     const rows = found.data.labels.slice(0, 12).map(({ label, score }) => {
       const fill = make("i");
@@ -208,10 +287,10 @@ const classify = () =>
 
 const detect = (unrolled = true) =>
   answer(async (signal) => {
-    const data = form();
-    for (const [name, value] of new FormData($("detect"))) data.append(name, value);
-    data.append("per_class", $("apart").checked);
-    const found = await ask("POST", "v1/detect", data, signal);
+    const asking = question();
+    for (const name of moved) asking[name] = setting(name);
+    const shown = examples(); // only JSON can name them
+    const found = await ask("POST", "v1/detect", shown.length ? await exemplified(asking, shown) : form(asking), signal);
     const { detections, suppression: by } = found.data;
     unrolled && detections.length ? unroll(detections) : draw(detections);
     const rows = detections.map(({ label, index, score, raw_score }, i) => {
@@ -225,6 +304,12 @@ const detect = (unrolled = true) =>
     const kept = `${by.kept} of ${by.candidates} kept by ${by.method} soft-NMS`;
     show(found, make("p", {}, kept), make("ul", { className: "found" }, ...rows));
   });
+
+async function exemplified(asking, shown) {
+  const picture = async (file) => ({ b64: await base64(file) });
+  const one = async ({ file, label }) => ({ image: await picture(file), ...(label && { label }) });
+  return { ...asking, image: await picture(asking.image), examples: await Promise.all(shown.map(one)) };
+}
 
 const search = (query) =>
   answer(async (signal) => {
@@ -318,6 +403,9 @@ function show({ stages, ms }, ...parts) {
 
 // ---- what listens to whom
 
+/** Where detect is what is looked at: once more, for something of what it is asked was changed. */
+const again = () => current >= 0 && task() === "detect" && detect(false);
+
 const submit = () => ({ classify, detect, search: () => {} })[task()]();
 
 function tab(button) {
@@ -336,16 +424,6 @@ function tab(button) {
   if (current >= 0) submit();
 }
 
-/** The sliders' values beside them; those that the method does not use are off. */
-function settings() {
-  const { value } = document.querySelector("[name=method]:checked");
-  $("sigma").disabled = value !== "gaussian";
-  $("iou").disabled = value === "gaussian";
-  for (const output of document.querySelectorAll("#detect output")) {
-    output.value = Number($(output.htmlFor.value).value).toFixed(2);
-  }
-}
-
 /** Asked again every second until all is loaded; the menu stays untouched where nothing changed. */
 async function models() {
   const { ready, loaded } = await ask("GET", "readyz").then(({ data }) => data, ({ body }) => body ?? {});
@@ -354,9 +432,21 @@ async function models() {
     const options = loaded.map((name) => make("option", { value: name }, name));
     $("model").replaceChildren(...(options.length ? options : [make("option", { value: "" }, "none loaded yet")]));
     $("model").disabled = options.length < 2;
+    const { data } = await ask("GET", "v1/models");
+    catalogue = new Map(data.models.map((one) => [one.name, one]));
+    change();
   }
   if (ready) await collections();
   else setTimeout(models, 1000);
+}
+
+/** Another model: its own settings, and of the tabs one that it serves. */
+function change() {
+  adopt();
+  const served = (button) => !model().tasks || model().tasks.includes(button.dataset.task);
+  const open = tabs.find((button) => button.ariaSelected === "true");
+  if (!served(open) && tabs.some(served)) tab(tabs.find(served));
+  else if (current >= 0 && task() !== "search") submit();
 }
 
 async function collections() {
@@ -377,13 +467,23 @@ const quietly = (act) => (event) => {
   act(event);
 };
 
-let pause; // until the slider rests
 on("classify", "submit", quietly(classify));
 on("detect", "submit", quietly(() => detect()));
-on("detect", "input", () => {
+on("detect", "input", ({ target }) => {
+  if (!target.name) return; // an example's
+  moved.add(target.name);
   settings();
   clearTimeout(pause);
-  if (current >= 0) pause = setTimeout(() => detect(false), 120);
+  pause = setTimeout(again, 120);
+});
+on("untouched", "click", () => {
+  adopt();
+  again();
+  document.querySelector("[name=method]:checked").focus(); // the button is gone
+});
+on("example-files", "change", ({ target }) => {
+  exemplify(target.files);
+  target.value = ""; // or the same file, taken out, could not be added again
 });
 on("collect", "submit", quietly(add));
 on("query", "submit", quietly(() => search(() => {
@@ -396,7 +496,8 @@ on("files", "change", ({ target }) => choose(target.files));
 on("labels", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) quietly(submit)(event);
 });
-for (const id of ["model", "label-set"]) on(id, "change", () => current >= 0 && submit());
+on("label-set", "change", () => current >= 0 && submit());
+on("model", "change", change);
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 for (const [index, button] of tabs.entries()) {
@@ -409,12 +510,15 @@ for (const [index, button] of tabs.entries()) {
   };
 }
 
-addEventListener("paste", ({ clipboardData }) => choose(clipboardData.files));
-addEventListener("dragover", quietly(() => document.body.classList.add("over")));
-addEventListener("dragleave", () => document.body.classList.remove("over"));
-addEventListener("drop", quietly(({ dataTransfer }) => {
-  document.body.classList.remove("over");
-  choose(dataTransfer.files);
+const zone = (target) => target.closest?.("#examples")?.querySelector(".drop") ?? $("drop");
+const take = (target, files) => (zone(target) === $("drop") ? choose : exemplify)(files);
+const over = (aim) => document.querySelectorAll(".drop").forEach((one) => one.classList.toggle("over", one === aim));
+addEventListener("paste", ({ target, clipboardData }) => take(target, clipboardData.files));
+addEventListener("dragover", quietly(({ target }) => over(zone(target))));
+addEventListener("dragleave", () => over(null));
+addEventListener("drop", quietly(({ target, dataTransfer }) => {
+  over(null);
+  take(target, dataTransfer.files);
 }));
 new ResizeObserver(() => draw(shown)).observe($("picture"));
 

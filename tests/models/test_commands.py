@@ -83,5 +83,9 @@ def test_run_detects_by_labels_and_examples_with_the_bundles_defaults(
     assert found(*examples) == [("example 1", 1.0)]
     assert found("--label=red", "--label=red green", examples[0]) == [("red", 1.0)]  # 0.71 is under the bundle's 0.9
     assert len(found("--label=red", "--label=red green", "--min-score=0.5")) == 2
+    assert (
+        main(["run", str(detector), "detect", "--example", str(tmp_path / "red.png"), str(tmp_path / "red.png")]) == 0
+    )
+    assert "1.000  example 0" in capsys.readouterr().out  # the picture stands behind an option
     assert main(["run", str(detector), "detect", str(tmp_path / "red.png"), "--example=nowhere.png"]) == 2
     assert "nowhere.png' cannot be read" in capsys.readouterr().err

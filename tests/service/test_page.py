@@ -1,20 +1,23 @@
 """The page in a real browser, over a real service whose answers are known by hand (see conftest)."""
 
+import base64
+import json
 import os
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Page, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, Response, expect, sync_playwright
 
+from models.bundle.store import Sealed
 from service.hub import Hub
 from service.indexing import index
 from service.settings import Settings
@@ -38,6 +41,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, client: httpx.Client) -> Iterator[Page]:
+    with opened(browser, client) as page:
+        expect(page.get_by_label("Model")).to_have_value("colours-int8")
+        yield page
+
+
+@contextmanager
+def opened(browser: Browser, client: httpx.Client) -> Iterator[Page]:
     """The page, opened. At the end: nothing was asked of another host, nothing broke the content policy."""
     context = browser.new_context(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
@@ -48,12 +58,54 @@ def page(browser: Browser, client: httpx.Client) -> Iterator[Page]:
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "Failed to load" not in m.text else None)
     page.goto(str(client.base_url))
-    expect(page.get_by_label("Model")).to_have_value("colours-int8")
     yield page
     context.close()
     own = (str(client.base_url), "blob:", "data:")
     assert [url for url in asked if not url.startswith(own)] == []
     assert wrong == []
+
+
+OWN = {"min_score": 0.123, "sigma": 3.0, "method": "hard", "per_class": False}  # off the sliders' steps, and range
+
+
+@pytest.fixture(scope="module")
+def several(
+    owl_bundles: Path,
+    bundle_maker: Callable[..., Sealed],
+    serve: Callable[..., AbstractContextManager[httpx.Client]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[httpx.Client]:
+    """A service of an OWLv2, and of the colours: as they are, with settings of their own, and as classifiers alone."""
+    folder = tmp_path_factory.mktemp("several")
+    shutil.copytree(owl_bundles / "owl-int8", folder / "bundles" / "owl-int8")
+    for name, changes in (("colours-int8", {}), ("own-int8", {"suppression": OWN}), ("words", {"tasks": ["classify"]})):
+        made = bundle_maker(folder / "bundles", name).directory / "bundle.json"
+        made.write_text(json.dumps(json.loads(made.read_text()) | changes))
+    with serve(Settings(bundles_dir=folder / "bundles", data_dir=folder / "data", threads=1)) as client:
+        yield client
+
+
+@pytest.fixture
+def models(browser: Browser, several: httpx.Client) -> Iterator[Page]:
+    """The page over several models, at Detect."""
+    with opened(browser, several) as page:
+        expect(page.get_by_label("Model")).to_have_value("colours-int8")
+        page.get_by_role("tab", name="Detect").click()
+        yield page
+
+
+def detected(page: Page, act: Callable[[], object]) -> Response:
+    """The answer of the detect request that ``act`` leads to, once none is under way."""
+    expect(page.locator("#work")).not_to_have_attribute("aria-busy", "true")
+    with page.expect_response("**/v1/detect") as waiting:
+        act()
+    assert waiting.value.status == 200, waiting.value.text()
+    return waiting.value
+
+
+def used(response: Response) -> dict[str, object]:
+    found = response.json()["suppression"]
+    return {name: found[name] for name in OWN}
 
 
 @pytest.fixture
@@ -200,18 +252,126 @@ def test_sliders_stand_where_the_api_does(page: Page, client: httpx.Client) -> N
     }
 
 
+def test_a_models_own_settings_hold_until_one_is_moved(models: Page, file: Callable[..., FilePayload]) -> None:
+    least, beside = models.get_by_label("least score"), models.locator("output[for=least]")
+    untouched = models.get_by_role("button", name="As the model has it")
+    models.get_by_label("Labels").fill("red")
+    detected(models, lambda: choose(models, file("red")))
+    usual = {"min_score": 0.15, "sigma": 0.5, "method": "gaussian", "per_class": True}
+    switch = models.get_by_label("Model").select_option
+    assert used(detected(models, lambda: switch("owl-int8"))) == usual | {"min_score": 0.1}  # what its manifest says
+    expect(beside).to_have_text("0.10")
+    assert used(detected(models, lambda: switch("own-int8"))) == OWN
+    expect(beside).to_have_text("0.123")
+    expect(models.get_by_label("hard")).to_be_checked()
+    expect(models.get_by_label("each label by itself")).not_to_be_checked()
+    expect(untouched).to_be_hidden()
+
+    assert used(detected(models, lambda: least.fill("0.4"))) == OWN | {"min_score": 0.4}
+    expect(beside).to_have_text("0.40")
+    assert used(detected(models, lambda: models.get_by_label("gaussian").check())) == OWN | {
+        "min_score": 0.4,
+        "method": "gaussian",
+    }
+    expect(models.locator("output[for=sigma]")).to_have_text("3.00")  # which the slider cannot show
+    assert used(detected(models, untouched.click)) == OWN
+    expect(untouched).to_be_hidden()
+    expect(models.get_by_label("hard")).to_be_focused()
+
+    detected(models, lambda: least.fill("0.4"))
+    assert used(detected(models, lambda: switch("colours-int8"))) == usual
+    expect(beside).to_have_text("0.15")
+
+
+def test_examples_are_looked_for_beside_labels_or_alone(models: Page, file: Callable[..., FilePayload]) -> None:
+    models.get_by_label("Labels").fill("red")
+    models.get_by_label("least score").fill("0.9")
+    detected(models, lambda: choose(models, file("red", "green", "green", "blue")))
+    rows = models.locator("#answer li")
+    expect(rows).to_have_text([re.compile("red1.00")])
+    expect(models.get_by_role("group", name="Examples")).to_contain_text("At most 8")
+    expect(models.get_by_role("group", name="Examples")).to_contain_text("sent whole, without a box")
+
+    sent = detected(models, lambda: add(models, file("white"), file("blue"))).request.post_data_json
+    assert [sorted(one) for one in sent["examples"]] == [["image"], ["image"]]
+    assert base64.b64decode(sent["examples"][1]["image"]["b64"]) == file("blue")["buffer"]
+    assert sorted({*sent} - {"image", "examples"}) == ["labels", "min_score", "model"]
+    expect(rows).to_have_text([re.compile("red1.00"), re.compile("example 11.00")])
+    name = models.get_by_label("Name for blue.png")
+    expect(name).to_have_attribute("placeholder", "example 1")
+    name.fill("mine")
+    detected(models, lambda: name.press("Enter"))
+    expect(rows).to_have_text([re.compile("red1.00"), re.compile("mine1.00")])
+
+    detected(models, models.get_by_role("button", name="Remove white.png").click)
+    expect(models.get_by_label("Add example pictures")).to_be_focused()
+    expect(name).to_have_attribute("placeholder", "example 0")
+    models.get_by_label("Labels").fill("")
+    found = detected(models, models.get_by_role("button", name="Detect").click).json()["detections"]
+    assert [(one["label"], one["index"]) for one in found] == [("mine", 0)]
+    expect(rows).to_have_text([re.compile("mine1.00")])
+    assert opaque(models, 160, 240)  # the blue quarter's left edge
+    assert not opaque(models, 160, 80)
+
+
+def add(page: Page, *files: FilePayload) -> None:
+    page.get_by_label("Add example pictures").set_input_files(list(files))
+
+
+def test_a_detector_of_a_real_kind_finds_its_example(models: Page, photographs: dict[str, Path]) -> None:
+    models.get_by_label("Model").select_option("owl-int8")
+    models.get_by_label("Labels").fill("")
+    models.get_by_label("Add example pictures").set_input_files(photographs["rocket"])
+    models.get_by_label("Name for rocket.jpg").fill("this")
+    models.get_by_label("Choose a picture").set_input_files(photographs["rocket"])
+    rows = models.locator("#answer li")
+    expect(rows.first).to_have_text(re.compile(r"this0\.\d\d"))
+    assert {row[:4] for row in rows.all_inner_texts()} == {"this"}
+
+
+def test_examples_are_there_where_the_model_takes_them(models: Page, file: Callable[..., FilePayload]) -> None:
+    models.get_by_label("Labels").fill("red")
+    detected(models, lambda: choose(models, file("red")))
+    detected(models, lambda: add(models, file("blue")))
+    models.get_by_label("Model").select_option("words")  # which detects nothing: there is a tab it serves
+    expect(models.get_by_role("tab", name="Classify")).to_have_attribute("aria-selected", "true")
+    expect(models.locator("#answer li")).to_have_text([re.compile("red")])
+    models.get_by_role("tab", name="Detect").click()
+    expect(models.get_by_role("alert")).to_contain_text("does not serve 'detect'")
+    expect(models.get_by_role("group", name="Examples")).to_be_hidden()
+    answer = detected(models, lambda: models.get_by_label("Model").select_option("colours-int8"))
+    assert len(answer.request.post_data_json["examples"]) == 1
+
+
+def test_nine_examples_are_refused_in_words(models: Page, file: Callable[..., FilePayload]) -> None:
+    detected(models, lambda: choose(models, file("red")))
+    add(models, *[file("blue")] * 9)
+    expect(models.get_by_role("alert")).to_contain_text("9 examples were given; at most 8 are looked at")
+    detected(models, models.get_by_role("button", name="Remove blue.png").first.click)
+    expect(models.get_by_role("alert")).to_be_empty()
+
+
+# what a hand does: a PNG dropped on, or pasted into, an element
+HAND = """(element, [bytes, event, carrier]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([new Uint8Array(bytes)], "", { type: "image/png" }));
+    const Kind = event === "paste" ? ClipboardEvent : DragEvent;
+    element.dispatchEvent(new Kind(event, { [carrier]: data, cancelable: true, bubbles: true }));
+}"""
+
+
+def test_examples_are_dropped_and_pasted_where_they_belong(models: Page, file: Callable[..., FilePayload]) -> None:
+    zone = models.locator("#examples .drop")
+    for number, (event, carrier) in enumerate((("drop", "dataTransfer"), ("paste", "clipboardData"))):
+        zone.evaluate(HAND, [list(file("blue")["buffer"]), event, carrier])
+        expect(models.locator("#shown li")).to_have_count(number + 1)
+    expect(models.locator("#stage")).to_be_hidden()  # none became the picture
+
+
 def test_a_picture_is_dropped_and_pasted(page: Page, file: Callable[..., FilePayload]) -> None:
     page.get_by_label("Labels").fill("red, green, blue")
     for colour, event, carrier in (("green", "drop", "dataTransfer"), ("red", "paste", "clipboardData")):
-        page.evaluate(
-            """([bytes, event, carrier]) => {
-                const data = new DataTransfer();
-                data.items.add(new File([new Uint8Array(bytes)], "", { type: "image/png" }));
-                const Kind = event === "paste" ? ClipboardEvent : DragEvent;
-                dispatchEvent(new Kind(event, { [carrier]: data, cancelable: true }));
-            }""",
-            [list(file(colour)["buffer"]), event, carrier],
-        )
+        page.locator("body").evaluate(HAND, [list(file(colour)["buffer"]), event, carrier])
         expect(page.locator("#answer li").first).to_have_text(re.compile(colour))
 
 
@@ -260,6 +420,8 @@ def test_the_keyboard_is_enough(page: Page, file: Callable[..., FilePayload]) ->
 def test_it_fits_a_phone(page: Page, file: Callable[..., FilePayload]) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     choose(page, *[file(colour) for colour in ("red", "green", "blue", "white", "yellow")])
+    page.get_by_role("tab", name="Detect").click()
+    add(page, file("red"), file("blue"))
     for name in TABS:
         page.get_by_role("tab", name=name).click()
         page.wait_for_timeout(50)

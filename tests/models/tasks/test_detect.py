@@ -17,7 +17,7 @@ from models.tasks.detect import Detections, DetectRequest, Suppression, detect
 Png = Callable[..., bytes]
 PROPOSED = {
     "class_embeds": np.zeros((1, 7, 3), np.float32),
-    "boxes": np.zeros((1, 7, 4), np.float32),
+    "boxes": np.full((1, 7, 4), (0, 0, 8, 8), np.float32),
     "objectness": np.zeros((1, 7), np.float32),
 }
 KEPT = {  # in pixels of the 8 x 8 letterbox
@@ -84,6 +84,19 @@ def test_a_box_in_the_padding_is_no_answer(finder: Bundle, png: Png):
     # 16 x 32 fills 4 x 8 of the letterbox; the second box begins where the picture ends
     kept = KEPT | {"kept_boxes": np.array([[3, 0, 5, 8], [4, 0, 8, 8]], np.float32)}
     found, _ = find(finder, png("red", (16, 32)), kept)
+    assert [one.box.tolist() for one in found] == [[12, 0, 16, 32]]
+
+
+def test_boxes_in_the_padding_cost_no_other_its_place(finder: Bundle, png: Png, monkeypatch: pytest.MonkeyPatch):
+    # of the regions two lie beside 4 x 8, and with two labels each may be kept twice, before the one that is asked for
+    boxes = np.array([[[0, 0, 8, 8]] * 5 + [[4, 0, 8, 8], [5, 1, 6, 2]]], np.float32)
+    monkeypatch.setitem(PROPOSED, "boxes", boxes)
+    kept: Arrays = KEPT | {
+        "kept_boxes": np.array([[4, 0, 8, 8], [5, 1, 6, 2], [3, 0, 5, 8], [0, 0, 1, 1]], np.float32),
+        **{name: KEPT[name].repeat(2) for name in ("scores", "raw_scores", "classes")},
+    }
+    found, calls = find(finder, png("red", (16, 32)), kept, suppression=Suppression(max_output=1))
+    assert calls[-1].feeds["max_output"].tolist() == [1 + 2 * 2]
     assert [one.box.tolist() for one in found] == [[12, 0, 16, 32]]
 
 

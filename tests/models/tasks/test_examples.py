@@ -131,6 +131,20 @@ def test_an_answer_names_its_example(detector: Path, png: Png):
     assert (two.label, two.index) == ("this", 1)
 
 
+def test_a_runner_reads_examples_from_paths(detector: Path, png: Png, tmp_path: Path):
+    runner, red = open_bundle(detector), png("red", (8, 8))
+    (tmp_path / "red.png").write_bytes(red)
+    for path in (tmp_path / "red.png", str(tmp_path / "red.png")):
+        (one,) = runner.detect(red, examples=[Example(path, (0, 0, 8, 8), "mine")])
+        assert (one.label, round(one.score, 3)) == ("mine", 1.0)
+        with pytest.raises(BadRequest, match="examples is one picture; expected a list of them"):
+            runner.detect(red, examples=path)  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match=r"'nowhere.png' cannot be read"):
+        runner.detect(red, examples=[Example("nowhere.png")])
+    with pytest.raises(BadRequest, match="example 0: its picture is a str; expected the bytes of a file"):
+        runner.run(detect(runner.bundle, DetectRequest(red, examples=[Example("red.png")])))
+
+
 @pytest.mark.parametrize(
     ("box", "says"),
     [
@@ -147,6 +161,22 @@ def test_a_box_that_is_none_is_refused_with_its_place(finder: Bundle, png: Png, 
     request = DetectRequest(png("red"), examples=[Example(png("red")), Example(png("red"), box)])
     with pytest.raises(BadRequest, match=f"example 1: .*{says}" if "example" not in says else says):
         queries(finder, request, [found([[0, 0, 8, 8]], [0])] * 3)
+
+
+def test_a_box_may_be_the_array_of_an_answer(finder: Bundle, png: Png):
+    regions = found([[0, 0, 8, 8], [0, 0, 2, 2]], [0, 1])
+    box = np.array([0, 0, 2, 2], np.float32)
+    asked, _ = queries(finder, DetectRequest(png("red"), examples=[Example(png("red", (8, 8)), box)]), [regions] * 2)
+    assert asked.tolist() == [[0, 1, 0]]
+    wrong = Example(png("red"), np.array([2, 0, 2, 2], np.float32))
+    with pytest.raises(BadRequest, match=r"box is \[2.0, 0.0, 2.0, 2.0\]; expected"):
+        queries(finder, DetectRequest(png("red"), examples=[wrong]), [regions] * 2)
+
+
+@pytest.mark.parametrize("label", ["", " \n"])
+def test_a_name_without_words_is_refused_as_labels_are(finder: Bundle, png: Png, label: str):
+    with pytest.raises(BadRequest, match="example 0: its label is empty"):
+        queries(finder, DetectRequest(png("red"), examples=[Example(png("red"), label=label)]), [])
 
 
 def test_a_broken_example_is_named(finder: Bundle, png: Png):

@@ -1,5 +1,6 @@
 """Models, probes, the page."""
 
+import json
 import shutil
 
 import lancedb
@@ -18,6 +19,22 @@ def test_models(client):
     assert one["digest"] == model["digest"]
     assert one["manifest"]["head"] == {"name": "cosine", "params": {"scale": 10.0}, "assets": {}}
     assert one["report"] == {"measured": "nothing"}
+
+
+def test_models_say_what_a_detect_request_that_says_nothing_asks_for(settings, serve, bundle_maker, tmp_path):
+    bundles = tmp_path / "bundles"
+    own = {"min_score": 0.25, "method": "hard"}
+    for name, changes in (("plain", {}), ("own", {"suppression": own}), ("words", {"tasks": ["classify"]})):
+        folder = bundle_maker(bundles, name).directory
+        manifest = json.loads((folder / "bundle.json").read_text())
+        (folder / "bundle.json").write_text(json.dumps(manifest | changes))
+    with serve(settings(bundles_dir=bundles, limits={"examples": 3})) as client:
+        found = {
+            one["name"]: (one["suppression"], one["examples"]) for one in client.get("/v1/models").json()["models"]
+        }
+    usual = {"method": "gaussian", "sigma": 0.5, "iou_threshold": 0.3, "min_score": 0.15, "max_output": 100}
+    usual["per_class"] = True
+    assert found == {"plain": (usual, 3), "own": (usual | own, 3), "words": (None, 0)}
 
 
 def test_probes(client):

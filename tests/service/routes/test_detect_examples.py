@@ -43,6 +43,13 @@ def test_in_a_form_examples_are_files(client, picture):
     assert labels(answer) == [("example 1", 1, LOWER_RIGHT)]
 
 
+def test_a_field_is_no_file_and_words_say_so(client, picture):
+    answer = client.post("/v1/detect", files={"image": picture("red")}, data={"examples": "cat.jpg"})  # curl without @
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["where"] == "examples.0"
+    assert "in a form a file" in answer.json()["detail"]
+
+
 def test_the_specification_says_where_examples_go(client):
     spec = client.get("/openapi.json").json()
     route = spec["paths"]["/v1/detect"]["post"]
@@ -67,7 +74,8 @@ def test_the_specification_says_where_examples_go(client):
         ({"label": ""}, 422, "label"),
         ({"label": "x" * 1001}, 422, "example 0: its label has 1001 characters"),
         ({"size": 3}, 422, "size"),
-        ("hello", 422, "examples"),
+        ({"label": " "}, 422, "example 0: its label is empty"),
+        ("hello", 422, 'expected {\\"image\\": {\\"b64\\"'),
     ],
 )
 def test_what_is_no_example_is_refused_in_words(client, picture, example, status, words):
