@@ -10,8 +10,8 @@ from export.checkpoints import Weights, hub
 from export.evals import EVALS
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
-from export.rewrites import REWRITES, swaps
-from models.bundle.manifest import FrozenModel, Name
+from export.rewrites import REWRITES, image_to_pixels, swaps
+from models.bundle.manifest import FrozenModel, ImagePreprocess, Name
 from models.errors import BadRequest, UnknownCheckpoint, suggestion
 
 
@@ -130,6 +130,9 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                     f"recipe: rewrites: {name} attaches an op to a graph, which its net asks for, or picture_input; "
                     f"here go {', '.join(swaps())}"
                 )
+        for tower in net.towers.values():
+            if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess):
+                image_to_pixels.inside(tower.preprocess)  # which refuses what the op does not do
     except ValidationError as error:
         raise _bad(error) from None
     return recipe
