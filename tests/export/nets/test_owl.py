@@ -152,6 +152,23 @@ SHAPES = ["wide", "tall", "turned", "tiny"]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
+def test_pictures_come_out_as_transformers_prepares_them(made: Callable[[str], Made], shown, kind: str, shape: str):
+    """Within a grey level; OWLv2's lie at the upper left of a square that is black beyond them."""
+    one, picture = made(kind), shown[shape]
+    mine, want = one.bundle.image("regions").prepare(decode(picture))[0], one.sees(picture).numpy()
+    mean, std = (np.reshape(three, (3, 1, 1)) * 255 for three in (tiny.MEAN, tiny.STD))
+    assert np.abs((mine - want) * std).max() < 1
+    if kind == "owlv2" and shape in ("wide", "tall"):
+        width, height = Image.open(io.BytesIO(picture)).size
+        assert (width > height) is (shape == "wide")
+        levels = (mine * std + mean)[0]
+        beyond = levels[:, -5:] if shape == "wide" else levels[:, :, -5:]
+        assert np.abs(beyond).max() < 0.01
+        assert levels[:, :5, :5].max() > 20
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_patches_see_what_those_of_transformers_do(made: Callable[[str], Made], shown, kind: str, shape: str):
     one = made(kind)
     inputs = one.sees(shown[shape])
