@@ -60,6 +60,8 @@ def tokenizer_json(checkpoint: Checkpoint, wanted: tuple[str, ...] = CLIP_TOKENI
     expected = ", or ".join(files.replace("+", " with ") for files in wanted)
     if not any(all((where / name).is_file() for name in files.split("+")) for files in wanted):
         raise UnknownCheckpoint(f"{where} has no tokenizer; expected {expected}, as published beside the weights")
+    if (where / "tokenizer.json").is_file():
+        read_json(where / "tokenizer.json")
     transformers.logging.set_verbosity_error()
     try:
         found = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
