@@ -194,7 +194,7 @@ def test_files_that_do_not_come_are_told_of_in_one_line(endpoint: str, tmp_path:
         raise OSError("no space left\n  on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(UnknownCheckpoint, match="could not be fetched: no space left on device$"):
+    with pytest.raises(UnknownCheckpoint, match=r"could not be fetched: no space left on device$"):
         hub.locate(f"hf:{REPO}", cache=tmp_path / "cache", endpoint=endpoint)
 
 

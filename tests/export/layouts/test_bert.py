@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(checkpoint: Path, out: Path) -> Runner:
     net = load(str(checkpoint))
-    build(load_recipe(str(checkpoint), "clip", net, name=checkpoint.name.lower(), quantize=FLOAT), out, net=net)
-    return open_bundle(out / f"{checkpoint.name.lower()}-int8")
+    recipe = load_recipe(str(checkpoint), "clip", net, name=checkpoint.name.lower(), quantize=FLOAT)
+    return open_bundle(build(recipe, out, net=net)[0].directory)
 
 
 def features(found) -> np.ndarray:  # type: ignore[no-untyped-def]
