@@ -32,8 +32,8 @@ def runner(tiny_open_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     out = tmp_path_factory.mktemp("bundles")
     net = load(str(tiny_open_clip))
     float_only = {"image": {"name": "none"}, "text": {"name": "none"}}
-    build(load_recipe(str(tiny_open_clip), "clip", net, name="oc", quantize=float_only), out, net=net)
-    return open_bundle(out / "oc-int8")
+    recipe = load_recipe(str(tiny_open_clip), "clip", net, name="oc", quantize=float_only)
+    return open_bundle(build(recipe, out, net=net)[0].directory)
 
 
 @pytest.fixture(scope="module")
