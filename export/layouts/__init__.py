@@ -191,15 +191,13 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
 def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The image tower alone (names under ``image.``) of a checkpoint that may hold more, or have lost its prefix.
 
-    By the layout that knows most of its names, ``layout`` before others, whose rules for {rest} would know any name.
-    Raises as `translate`.
+    By the layout that knows most of its names, ``layout`` before others. Raises as `translate`.
     """
     best, most = (layout, checkpoint), 0
     for one in (layout, *(LAYOUTS.get(name) for name in LAYOUTS.names())):
         for prefix in ("", "visual."):
             named = replace(checkpoint, tensors={prefix + name: t for name, t in checkpoint.tensors.items()})
-            rules = one.rules if one is layout else tuple(rule for rule in one.rules if "{rest}" not in rule.theirs)
-            known = sum(_apply(rules, name)[1].startswith("image.") for name in named.names)
+            known = sum(_apply(one.rules, name)[1].startswith("image.") for name in named.names)
             if known > most:
                 best, most = (one, named), known
             if known:
