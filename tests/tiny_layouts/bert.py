@@ -24,15 +24,6 @@ CORPUS = [
 ]  # fmt: skip
 
 
-def spread(module: torch.nn.Module) -> None:
-    """As `tiny`'s, and no norm or bias left at its beginning, where one stands for another and order is nothing."""
-    tiny._spread(module)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim == 1 and "logit" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-
-
 def unigram() -> Tokenizer:
     """XLM-R's kind: <s> pieces </s>, spaces as ▁, <pad> 1, <unk> 3, trained on `CORPUS`."""
     found = Tokenizer(models.Unigram())
@@ -86,7 +77,7 @@ class ChineseClip(torch.nn.Module):
 def chinese_clip_module() -> ChineseClip:
     torch.manual_seed(0)
     clip = ChineseClip()
-    spread(clip.bert)
+    tiny.spread(clip.bert)
     return clip.eval()
 
 
@@ -104,7 +95,7 @@ def hf_chinese_clip(directory: Path) -> Path:
     text = {**TOWER, "vocab_size": len(WORDPIECE), "max_position_embeddings": 64}
     config = transformers.ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
     clip = transformers.ChineseCLIPModel(config)
-    spread(clip)
+    tiny.spread(clip)
     clip.save_pretrained(directory)
     vocab_txt(directory)
     _processor(directory, {"size": {"height": 32, "width": 32}, "do_center_crop": False})
@@ -116,7 +107,7 @@ def altclip_resaved(directory: Path) -> Path:
     text = {**TOWER, "vocab_size": 300, "max_position_embeddings": 60, "project_dim": 24}
     config = transformers.AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
     clip = transformers.AltCLIPModel(config)
-    spread(clip)
+    tiny.spread(clip)
     clip.save_pretrained(directory)
     xlmr_tokenizer(directory)
     _processor(directory, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
@@ -163,7 +154,7 @@ def open_clip_bert_module(
         config["embed_dim"] = width
     torch.manual_seed(0)
     clip = CustomTextCLIP(**config)
-    spread(clip)
+    tiny.spread(clip)
     named = {**config["text_cfg"], "hf_model_name": f"{kind}-base", "hf_tokenizer_name": f"{kind}-base"}
     return clip.eval(), {**config, "text_cfg": named}
 
