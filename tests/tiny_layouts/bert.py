@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from tests import tiny
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "initializer_range": 0.06,  # at the usual 0.02 and this width all texts come out as one
+}  # fmt: skip
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
 PIECES = """[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red green blue cat dog two . , ! ? ' ##s ##ing ##l ##a ##b ##c
 cafe na ##ive x 1 2 3 0 ##0 ##1 一 只 猫 狗 的 照 片 张 红 色 两 \uff0c 。 \uff01 日 本 語 の \uff76 ##\uff80
