@@ -27,7 +27,7 @@ from tests.families.test_layouts import CHECKPOINTS
 from tests.test_walk import serving
 from tests.tiny_layouts.references import REFERENCES
 
-FLAGS = {"long_clip": ["--activation", "quick_gelu"], "clip_moe_routed": ["--experts", "routed"]}
+FLAGS = {"clip_moe_routed": ["--experts", "routed"]}  # all other checkpoints say what they are
 FEW = ("hf_siglip", "openai_resnet")
 REST = tuple(name for name in (*LAYOUTS.names(), "clip_moe_routed") if name not in FEW)
 EACH = pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
