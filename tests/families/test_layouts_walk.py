@@ -1,7 +1,8 @@
 """What every layout promises from end to end: one command makes a sealed bundle of a checkpoint, `calmclip check` finds
 nothing wrong with it, and a real server answers from it as the layout's reference does.
 
-A checkpoint of each (`test_layouts.CHECKPOINTS`): a few of different kinds in the fast suite, the others slow.
+A checkpoint of each (`test_layouts.CHECKPOINTS`), all but one of them slow: `test_walk` and `test_walk_detect` walk two
+more of other kinds in the fast suite.
 """
 
 import base64
@@ -28,7 +29,7 @@ from tests.test_walk import serving
 from tests.tiny_layouts.references import REFERENCES
 
 FLAGS = {"clip_moe_routed": ["--experts", "routed"]}  # all other checkpoints say what they are
-FEW = ("hf_siglip", "openai_resnet")
+FEW = ("openai_resnet",)
 REST = tuple(name for name in (*LAYOUTS.names(), "clip_moe_routed") if name not in FEW)
 EACH = pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
 TEXTS = ["a photo of a cat.", "two dogs", "red"]
@@ -129,8 +130,9 @@ def test_classify_over_http_is_the_references_cosines_through_the_head(name: str
         form = {"labels": TEXTS, "templates": ["{}"], "model": f"{name}-{precision}"}
         answer = walk.server.post("/v1/classify", files={"image": picture.read_bytes()}, data=form)
         assert answer.status_code == 200, answer.text
-        scores = {row["label"]: row["score"] for row in answer.json()["labels"]}
+        scores, cosines = ({row["label"]: row[key] for row in answer.json()["labels"]} for key in ("score", "cosine"))
         if precision == "float":
+            assert cosines == pytest.approx(dict(zip(TEXTS, texts @ images[0], strict=True)), abs=1e-4)
             assert scores == pytest.approx(dict(zip(TEXTS, want, strict=True)), abs=1e-3)
         same = walk.runner(name, precision).classify(picture, TEXTS, templates=["{}"])
         assert scores == pytest.approx({one.label: one.score for one in same}, abs=1e-5)
