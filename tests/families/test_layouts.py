@@ -86,6 +86,34 @@ def test_towers_answer_unit_rows(name: str, checkpoint):
         assert np.allclose(found.norm(dim=-1), 1.0, atol=1e-5)
 
 
+IDLE = {  # what changes no answer, whatever it is
+    "*k_norm.bias": "adds the same to all logits of a token",
+    "*.at.k.bias": "the same",
+    "*.among.[qk].bias": "the same where queries are alike, as GRAIN's first are",
+    "image.layers.0.norm1.weight": "GRAIN's first queries are zeros",
+    "*.experts.*": "no token may be sent to an expert",
+    "*stages.0.blocks.0.norm.*": "timm's own, nearly scaled away",
+}
+
+
+@pytest.mark.slow
+@ALL
+def test_no_norm_or_bias_of_its_checkpoint_could_go_unnoticed(name: str, checkpoint, photographs, tmp_path: Path):
+    net = load(str(checkpoint(name)))
+    for file, data in net.files.items():
+        (tmp_path / file).write_bytes(data)
+    for role, tower in net.towers.items():
+        run = torch_run(tower)
+        shown = list(feeds(tower, tmp_path, [photographs["cat"], photographs["rocket"]], ["a photo of a cat.", "red"]))
+        before = [run(feed)[f"{role}_embeds"] for feed in shown]
+        for key, parameter in tower.module.named_parameters():
+            if parameter.ndim == 1 and not any(fnmatch(f"{role}.{key}", pattern) for pattern in IDLE):
+                own, parameter.data = parameter.data, torch.full_like(parameter, float(key.endswith("weight")))
+                after = [run(feed)[f"{role}_embeds"] for feed in shown]
+                assert max(np.abs(one - other).max() for one, other in zip(before, after, strict=True)) > 1e-4, key
+                parameter.data = own
+
+
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(read(path).tensors)
 
