@@ -168,9 +168,10 @@ def _convert(
                 role, model, how, goal, partial(feeds, pictures, fitting), shipped, say
             )
         with step(f"{role}: compare"):
-            runs = parity.onnx_run(model), parity.onnx_run(quantized)
-            agreement = parity.compare(*runs, feeds(*shown), tower.summary)
-            del runs
+            seen = list(feeds(*shown))
+            whole = parity.kept(parity.onnx_run(model), seen)  # one graph open at a time
+            agreement = parity.compare(whole, parity.onnx_run(quantized), seen, tower.summary)
+            del seen, whole
         made.how[role] = how
         made.facts[role] |= {
             "quantizer": how.name,
