@@ -10,7 +10,7 @@ from service.schemas import Body, EmbedBody, LabelledPicture, ProblemAnswer
 from service.uploads import PICTURES, is_list
 
 _REF = "#/components/schemas/{model}"
-_BINARY = {"type": "string", "format": "binary"}
+BINARY = {"type": "string", "format": "binary"}
 
 
 def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
@@ -21,13 +21,13 @@ def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
     schemas = model.model_json_schema(ref_template=_REF)["properties"]
     if issubclass(model, LabelledPicture):
         fields = {name: schemas[name] for name in flat}
-        files = {"examples": {"type": "array", "items": _BINARY}} if "examples" in model.model_fields else {}
-        content["multipart/form-data"] = _form({"image": _BINARY, **files, **fields}, required=["image"])
+        files = {"examples": {"type": "array", "items": BINARY}} if "examples" in model.model_fields else {}
+        content["multipart/form-data"] = _form({"image": BINARY, **files, **fields}, required=["image"])
     if issubclass(model, EmbedBody):
-        many = {"text": {"type": "array", "items": {"type": "string"}}, "image": {"type": "array", "items": _BINARY}}
+        many = {"text": {"type": "array", "items": {"type": "string"}}, "image": {"type": "array", "items": BINARY}}
         content["multipart/form-data"] = _form({**many, **{name: schemas[name] for name in flat}}, required=[])
     if issubclass(model, (LabelledPicture, EmbedBody)):
-        content |= {kind: {"schema": _BINARY} for kind in PICTURES}
+        content |= {kind: {"schema": BINARY} for kind in PICTURES}
         extra["parameters"] = [
             {
                 "name": name,

@@ -159,6 +159,9 @@ def render(
         "detail": detail,
         "instance": request.url.path,
         "request_id": own.id,
+        **(
+            {"error": detail} if request.url.path.startswith("/v2/") else {}
+        ),  # the Open Inference Protocol's one member
         **(extra or {}),
     }
     return Response(orjson.dumps(body), problem.status, headers, MEDIA_TYPE)

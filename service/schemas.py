@@ -528,6 +528,7 @@ class ProblemAnswer(Answer):
     detail: str
     instance: str
     request_id: str
+    error: str | None = Field(None, description="under /v2: the detail, as the Open Inference Protocol calls it")
     known: list[str] | None = Field(None, description="names that would have worked")
     errors: list[dict[str, str]] | None = Field(None, description="where the body does not fit the schema")
 
