@@ -11,6 +11,13 @@ from service.uploads import PICTURES, is_list
 
 _REF = "#/components/schemas/{model}"
 BINARY = {"type": "string", "format": "binary"}
+RETRY_AFTER = {
+    "Retry-After": {
+        "description": "seconds until there is likely to be room",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
 
 
 def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +55,8 @@ def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[
     for slug in (*slugs, "internal"):
         known = found.setdefault(PROBLEMS[slug].status, {"description": "", **problem})
         known["description"] = ", ".join(filter(None, [known.get("description"), slug]))
+        if slug == "overloaded":
+            known["headers"] = RETRY_AFTER
     return found
 
 
@@ -57,12 +66,18 @@ PICTURE = ("unsupported-image", "image-too-large")
 
 
 def install(app: FastAPI, *models: type[Body]) -> None:
-    """Puts the models that routes read by hand among the components."""
+    """Puts the models that routes read by hand among the components, and takes FastAPI's own 422 away."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = plain()["components"]["schemas"]
+            spec = plain()
+            schemas = spec["components"]["schemas"]
+            for operation in (one for path in spec["paths"].values() for one in path.values()):
+                if "HTTPValidationError" in str(operation["responses"].get("422")):  # ours are problems
+                    del operation["responses"]["422"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
             named: tuple[type[BaseModel], ...] = (*models, ProblemAnswer)
             for model in named:
                 schema = model.model_json_schema(ref_template=_REF)

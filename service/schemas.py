@@ -513,6 +513,10 @@ class ModelAnswer(Answer):
     report: dict[str, Any] | None = Field(description="report.json: what was measured when it was exported")
 
 
+class HealthAnswer(Answer):
+    status: Literal["ok"]
+
+
 class ReadyAnswer(Answer):
     ready: bool
     loaded: list[str]

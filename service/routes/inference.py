@@ -77,12 +77,19 @@ def _takes() -> dict[str, Any]:
     return extra
 
 
+def _answers(*slugs: str) -> dict[int | str, dict[str, Any]]:
+    found = answers(InferAnswer, *slugs)
+    length = {"description": "bytes of the JSON, where more follows it", "schema": {"type": "integer"}}
+    found[200] |= {"content": {BYTES: {"schema": BINARY}}, "headers": {LENGTH: length}}
+    return found
+
+
 @router.post(
     "/models/{name}/infer",
     summary="Run one graph on tensors",
     description="With the binary tensor data extension: bytes of tensors behind the JSON, in both directions.",
     openapi_extra=_takes(),
-    responses=answers(InferAnswer, *MISSING, *INPUT, "deadline-exceeded", "text-too-long", "image-too-large"),
+    responses=_answers(*MISSING, *INPUT, "deadline-exceeded", "text-too-long", "image-too-large"),
     dependencies=[Depends(admitted)],
 )
 async def run(
