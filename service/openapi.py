@@ -11,6 +11,8 @@ from service.uploads import PICTURES, is_list
 
 _REF = "#/components/schemas/{model}"
 BINARY = {"type": "string", "format": "binary"}
+# A PNG, for examples that work.
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGM4UaEBAAN0AWnL+tDXAAAAAElFTkSuQmCC"
 RETRY_AFTER = {
     "Retry-After": {
         "description": "seconds until there is likely to be room",

@@ -146,8 +146,14 @@ class DetectBody(LabelledPicture):
         return [Example(one.image, one.box, one.label) for one in self.examples]
 
 
+_TEXT: dict[str, Any] = {"required": ["text"], "properties": {"text": {"type": "string"}, "image": {"type": "null"}}}
+_IMAGE: dict[str, Any] = {"required": ["image"], "properties": {"image": {"type": "object"}, "text": {"type": "null"}}}
+
+
 class EmbedInput(Body):
     """One of the two."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_TEXT, _IMAGE]})
 
     text: str | None = None
     image: Picture | None = None
@@ -206,7 +212,9 @@ class EmbeddingsBody(Body):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
     ]
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: of little-endian float32")
-    dimensions: int | None = Field(None, description="the bundle's own, where given: its vectors cannot be cut short")
+    dimensions: int | None = Field(
+        None, ge=1, description="the bundle's own, where given: its vectors cannot be cut short"
+    )
     user: str | None = Field(None, description="read and forgotten")
 
 

@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from models.errors import BadRequest
 from service.context import Own, Parts, task
-from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import admitted, respond
 from service.routes.embed import vectors_of
 from service.schemas import EmbeddingsAnswer, EmbeddingsBody
@@ -15,7 +15,7 @@ from service.uploads import body_of
 
 router = APIRouter(tags=["compatible"], dependencies=[Depends(task("embed")), Depends(admitted)])
 
-EXAMPLE = {"model": "mini-int8", "input": ["a red bicycle", "data:image/jpeg;base64,/9j/4AAQSkZJRg=="]}
+EXAMPLE = {"model": "mini-int8", "input": ["a red bicycle", f"data:image/png;base64,{PIXEL}"]}
 
 
 @router.post(

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header
 from fastapi.responses import Response
+from pydantic import WithJsonSchema
 
 import models
 from service import inference
@@ -24,6 +25,7 @@ from service.uploads import bytes_of
 
 JSON, BYTES = "application/json", "application/octet-stream"
 LENGTH = "Inference-Header-Content-Length"
+LENGTH_SAYS, LENGTH_IS = "bytes of the JSON, where more follows it", {"type": "integer", "minimum": 0}
 NOT_READY = 400  # the protocol: 200 is true, 4xx is false
 MISSING = ("model-not-found", "overloaded")
 
@@ -79,8 +81,8 @@ def _takes() -> dict[str, Any]:
 
 def _answers(*slugs: str) -> dict[int | str, dict[str, Any]]:
     found = answers(InferAnswer, *slugs)
-    length = {"description": "bytes of the JSON, where more follows it", "schema": {"type": "integer"}}
-    found[200] |= {"content": {BYTES: {"schema": BINARY}}, "headers": {LENGTH: length}}
+    length = {LENGTH: {"description": LENGTH_SAYS, "schema": LENGTH_IS}}
+    found[200] |= {"content": {BYTES: {"schema": BINARY}}, "headers": length}
     return found
 
 
@@ -97,7 +99,7 @@ async def run(
     body: Annotated[bytes, Depends(bytes_of(JSON, BYTES))],
     own: Own,
     parts: Parts,
-    length: Annotated[str | None, Header(alias=LENGTH, description="bytes of the JSON, where more follows it")] = None,
+    length: Annotated[str | None, Header(alias=LENGTH, description=LENGTH_SAYS), WithJsonSchema(LENGTH_IS)] = None,
 ) -> Response:
     loaded, role = inference.find(parts.hub, name)
     own.model = loaded.name

@@ -192,6 +192,19 @@ def test_examples_in_the_specification_are_valid(spec):
                     jsonschema.validate(content["example"], schema)
 
 
+def test_examples_in_the_specification_are_answered(client, spec):
+    client.put("/v1/collections/colours-int8", json={})
+    for path, verbs in spec["paths"].items():
+        for verb, operation in verbs.items():
+            for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                if "example" in content:
+                    name = "colours-int8.text" if path.startswith("/v2") else "colours-int8"
+                    text = json.dumps(content["example"]).replace("mini-int8", "colours-int8")
+                    asked = {"content": text, "headers": {"content-type": kind}}
+                    answer = client.request(verb, path.replace("{name}", name), **asked)
+                    assert answer.is_success, f"{verb} {path}: {answer.text}"
+
+
 def test_nothing_happens_before_the_app_starts(settings, tmp_path):
     create_app(settings(data_dir=tmp_path / "untouched"))
     assert not (tmp_path / "untouched").exists()
