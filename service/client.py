@@ -370,7 +370,7 @@ class Calls:
     @staticmethod
     def upsert(collection: str, items: Sequence[Item]) -> Call[Count]:
         """Add or replace items, all or none; on disk when answered."""
-        sent = [{"id": one.id, **_query(one.text, one.image), "meta": one.meta} for one in items]
+        sent = [{"id": one.id, **_query(one.text, one.image), "meta": dict(one.meta)} for one in items]
         return Call("POST", _collection(collection, "/items"), _reader(Count), {"items": sent})
 
     @staticmethod

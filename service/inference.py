@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, WithJsonSchema
 
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import Graph, Tensor
-from models.errors import BadRequest, BundleNotFound, suggestion
+from models.errors import BadRequest, BundleNotFound, Overloaded, suggestion
 from models.flow import Array, Arrays, Flow
 from models.tasks.raw import RawRequest, run
 from service.hub import Hub, Loaded
@@ -161,7 +161,7 @@ def find(hub: Hub, name: str) -> tuple[Loaded, str]:
     if name in known:
         return known[name]
     if hub.loading:
-        hub.get(name, "raw")  # says so
+        raise Overloaded("the bundles are still loading; try again in a second", retry_after=1.0)
     raise BundleNotFound(f"no model named {name!r} is served as BUNDLE.GRAPH; {suggestion(name, known)}", known=known)
 
 
@@ -179,12 +179,13 @@ def infer(bundle: Bundle, role: str, body: bytes, json_bytes: str | None, most_r
 
     Raises `InvalidRequest` and `BadRequest`, naming the tensor.
     """
+    graph = bundle.graph(role)
     asked, rest = _parse(body, json_bytes)
     feeds = _feeds(asked, rest)
     for name, array in feeds.items():
-        if array.ndim and len(array) > most_rows:
+        if graph.batch and array.ndim and len(array) > most_rows:
             raise BadRequest(f"input {name!r} has {len(array)} rows; at most {most_rows} are read at once")
-    wanted = _wanted(asked, bundle.graph(role))
+    wanted = _wanted(asked, graph)
     found = yield from run(bundle, RawRequest(role, feeds))
     return _reply(f"{bundle.name}.{role}", asked.id, {name: (found[name], binary) for name, binary in wanted.items()})
 

@@ -4,6 +4,7 @@ Requests and answers are those of the specification and of the binary tensor dat
 """
 
 import json
+import math
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -71,6 +72,12 @@ def test_a_bundle_that_serves_raw_opens_all_its_graphs(settings, serve, bundle_m
     with serve(settings(bundles_dir=tmp_path / "bundles")) as client:
         (scores,) = (t for t in client.get("/v2/models/colours-int8.detect").json()["outputs"] if t["name"] == "scores")
         assert scores == tensor("scores", "FP32", [-1])
+        sent = {"class_embeds": [1, 1, 3], "boxes": [1, 1, 4], "objectness": [1, 1], "text_embeds": [300, 3]}
+        sent |= {key: [1] for key in ("iou_threshold", "sigma", "min_score")}
+        inputs = [tensor(n, "FP32", shape, data=[1] * math.prod(shape)) for n, shape in sent.items()]
+        inputs += [tensor(n, "INT64", [1], data=[1]) for n in ("method", "per_class", "max_output")]
+        answer = client.post("/v2/models/colours-int8.detect/infer", json={"inputs": inputs})  # 300 texts are no rows
+        assert {one["name"]: one["data"] for one in answer.json()["outputs"]}["candidates"] == [300]
 
 
 def test_before_anything_is_loaded(settings, serve, tmp_path, monkeypatch):
