@@ -257,7 +257,7 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
         module = make(tensors)
     except KeyError as error:  # a tensor that shapes are read from
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {theirs(layout, error.args[0])}") from None
-    except (ArithmeticError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
         raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {one_line(error)}") from None
     empty = module.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}

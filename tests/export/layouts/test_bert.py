@@ -174,7 +174,7 @@ def test_any_depth_and_width_is_read(layers: int, width: int, tmp_path: Path):
     config = transformers.BertConfig(**bert.TOWER | sizes, vocab_size=len(bert.WORDPIECE))
     clip = bert.chinese_clip_module()
     clip.bert = transformers.BertModel(config, add_pooling_layer=False).eval()
-    bert.spread(clip.bert)
+    tiny.spread(clip.bert)
     clip.text_projection = torch.nn.Parameter(torch.randn(width, 16))
     bert.vocab_txt(tmp_path)
     torch.save(clip.state_dict(), tmp_path / "clip_cn.pt")
