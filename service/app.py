@@ -12,16 +12,18 @@ from service.collections import Collections
 from service.context import Service
 from service.engine import Engine
 from service.hub import Hub
+from service.inference import InferBody
 from service.labels import LabelSets
 from service.metrics import Metrics
 from service.middleware import RequestContext
-from service.routes import catalog, classify, collections, detect, embed, labels
+from service.routes import catalog, classify, collections, detect, embed, embeddings, inference, labels
 from service.schemas import (
     ClassifyBody,
     CollectionBody,
     DeleteItemsBody,
     DetectBody,
     EmbedBody,
+    EmbeddingsBody,
     ItemsBody,
     LabelSetBody,
     SearchBody,
@@ -65,11 +67,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.service = parts
     app.add_middleware(RequestContext, settings=settings, metrics=metrics)
     problems.install(app)
-    for module in (classify, embed, detect, collections, labels, catalog):
+    for module in (classify, embed, embeddings, detect, collections, labels, inference, catalog):
         app.include_router(module.router)
     app.include_router(catalog.page())
     openapi.install(
-        app, ClassifyBody, EmbedBody, DetectBody, CollectionBody, ItemsBody, DeleteItemsBody, SearchBody, LabelSetBody
+        app,
+        ClassifyBody,
+        EmbedBody,
+        EmbeddingsBody,
+        DetectBody,
+        CollectionBody,
+        ItemsBody,
+        DeleteItemsBody,
+        SearchBody,
+        LabelSetBody,
+        InferBody,
     )
     return app
 

@@ -10,7 +10,16 @@ from service.schemas import Body, EmbedBody, LabelledPicture, ProblemAnswer
 from service.uploads import PICTURES, is_list
 
 _REF = "#/components/schemas/{model}"
-_BINARY = {"type": "string", "format": "binary"}
+BINARY = {"type": "string", "format": "binary"}
+# A PNG, for examples that work.
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGM4UaEBAAN0AWnL+tDXAAAAAElFTkSuQmCC"
+RETRY_AFTER = {
+    "Retry-After": {
+        "description": "seconds until there is likely to be room",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
 
 
 def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
@@ -21,13 +30,13 @@ def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
     schemas = model.model_json_schema(ref_template=_REF)["properties"]
     if issubclass(model, LabelledPicture):
         fields = {name: schemas[name] for name in flat}
-        files = {"examples": {"type": "array", "items": _BINARY}} if "examples" in model.model_fields else {}
-        content["multipart/form-data"] = _form({"image": _BINARY, **files, **fields}, required=["image"])
+        files = {"examples": {"type": "array", "items": BINARY}} if "examples" in model.model_fields else {}
+        content["multipart/form-data"] = _form({"image": BINARY, **files, **fields}, required=["image"])
     if issubclass(model, EmbedBody):
-        many = {"text": {"type": "array", "items": {"type": "string"}}, "image": {"type": "array", "items": _BINARY}}
+        many = {"text": {"type": "array", "items": {"type": "string"}}, "image": {"type": "array", "items": BINARY}}
         content["multipart/form-data"] = _form({**many, **{name: schemas[name] for name in flat}}, required=[])
     if issubclass(model, (LabelledPicture, EmbedBody)):
-        content |= {kind: {"schema": _BINARY} for kind in PICTURES}
+        content |= {kind: {"schema": BINARY} for kind in PICTURES}
         extra["parameters"] = [
             {
                 "name": name,
@@ -48,6 +57,8 @@ def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[
     for slug in (*slugs, "internal"):
         known = found.setdefault(PROBLEMS[slug].status, {"description": "", **problem})
         known["description"] = ", ".join(filter(None, [known.get("description"), slug]))
+        if slug == "overloaded":
+            known["headers"] = RETRY_AFTER
     return found
 
 
@@ -57,12 +68,18 @@ PICTURE = ("unsupported-image", "image-too-large")
 
 
 def install(app: FastAPI, *models: type[Body]) -> None:
-    """Puts the models that routes read by hand among the components."""
+    """Puts the models that routes read by hand among the components, and takes FastAPI's own 422 away."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = plain()["components"]["schemas"]
+            spec = plain()
+            schemas = spec["components"]["schemas"]
+            for operation in (one for path in spec["paths"].values() for one in path.values()):
+                if "HTTPValidationError" in str(operation["responses"].get("422")):  # ours are problems
+                    del operation["responses"]["422"]
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
             named: tuple[type[BaseModel], ...] = (*models, ProblemAnswer)
             for model in named:
                 schema = model.model_json_schema(ref_template=_REF)

@@ -138,7 +138,15 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _query)
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=CLIENT_GONE))
 
-    @app.get("/problems/{slug}", response_class=HTMLResponse, tags=["catalog"], summary="What a problem means")
+    from service.openapi import answers  # which knows the table
+
+    @app.get(
+        "/problems/{slug}",
+        response_class=HTMLResponse,
+        tags=["catalog"],
+        summary="What a problem means",
+        responses=answers(None, "not-found"),
+    )
     async def explain(slug: str) -> HTMLResponse:
         if slug not in PROBLEMS:
             raise errors.UnknownName(f"there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}", known=PROBLEMS)
@@ -159,6 +167,9 @@ def render(
         "detail": detail,
         "instance": request.url.path,
         "request_id": own.id,
+        **(
+            {"error": detail} if request.url.path.startswith("/v2/") else {}
+        ),  # the Open Inference Protocol's one member
         **(extra or {}),
     }
     return Response(orjson.dumps(body), problem.status, headers, MEDIA_TYPE)

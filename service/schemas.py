@@ -6,6 +6,7 @@ A request model is filled from JSON, from a multipart form, or from the query be
 
 import base64
 import binascii
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,6 +25,7 @@ from pydantic import (
 from models.flow import Array
 from models.tasks.classify import Ranking
 from models.tasks.detect import Detections, Example, Suppression
+from models.tasks.embed import Embeddings
 from service.settings import MAX_TEXTS
 from service.stores import Condition
 
@@ -144,8 +146,14 @@ class DetectBody(LabelledPicture):
         return [Example(one.image, one.box, one.label) for one in self.examples]
 
 
+_TEXT: dict[str, Any] = {"required": ["text"], "properties": {"text": {"type": "string"}, "image": {"type": "null"}}}
+_IMAGE: dict[str, Any] = {"required": ["image"], "properties": {"image": {"type": "object"}, "text": {"type": "null"}}}
+
+
 class EmbedInput(Body):
     """One of the two."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_TEXT, _IMAGE]})
 
     text: str | None = None
     image: Picture | None = None
@@ -166,6 +174,48 @@ class EmbedInput(Body):
 class EmbedBody(Body):
     model: str | None = Field(None, description="a loaded bundle; else the first that embeds")
     inputs: list[EmbedInput] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
+
+
+DATA_URI = "data:image/"
+
+
+def _openai_inputs(value: object) -> object:
+    """One text or several -> texts and, where a text is a data URI of a picture, its bytes."""
+    given = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, str) for one in given):
+        raise ValueError(
+            "expected a text or a list of texts; tokens are of another model's vocabulary, so send the text"
+        )
+    return [
+        _data_uri(one, index) if one[: len(DATA_URI)].lower() == DATA_URI else one for index, one in enumerate(given)
+    ]
+
+
+def _data_uri(text: str, index: int) -> bytes:
+    head, _, data = text.partition(",")
+    try:
+        if not head.lower().endswith(";base64"):
+            raise ValueError("expected data:image/…;base64,…")
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ValueError(f"input {index} is no data URI of a picture: {error}") from None
+
+
+class EmbeddingsBody(Body):
+    """What OpenAI's `POST /v1/embeddings` takes; a text that is a data URI of a picture is that picture."""
+
+    model: str = Field(description="a loaded bundle")
+    input: Annotated[
+        list[str | bytes],
+        BeforeValidator(_openai_inputs),
+        Field(min_length=1, max_length=MAX_TEXTS),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+    ]
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: of little-endian float32")
+    dimensions: int | None = Field(
+        None, ge=1, description="the bundle's own, where given: its vectors cannot be cut short"
+    )
+    user: str | None = Field(None, description="read and forgotten")
 
 
 class CollectionBody(Body):
@@ -294,6 +344,37 @@ class EmbedAnswer(Answer):
     @classmethod
     def of(cls, model: str, vectors: Array) -> "EmbedAnswer":
         return cls.model_construct(model=model, dim=vectors.shape[1], normalized=True, embeddings=vectors)
+
+
+class Embedding(Answer):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: Annotated[
+        Any, WithJsonSchema({"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]})
+    ] = Field(description="a unit vector, or the base64 of its little-endian float32 numbers")
+
+
+class Usage(Answer):
+    prompt_tokens: int = Field(description="of the texts; pictures have none")
+    total_tokens: int
+
+
+class EmbeddingsAnswer(Answer):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding] = Field(description="in the order of the inputs")
+    usage: Usage
+
+    @classmethod
+    def of(cls, model: str, found: Embeddings, encoding: str) -> "EmbeddingsAnswer":
+        rows: Iterable[Any] = found.vectors
+        if encoding == "base64":
+            rows = (base64.b64encode(row.astype("<f4").tobytes()).decode() for row in found.vectors)
+        return cls.model_construct(
+            model=model,
+            data=[Embedding.model_construct(index=index, embedding=row) for index, row in enumerate(rows)],
+            usage=Usage.model_construct(prompt_tokens=found.tokens, total_tokens=found.tokens),
+        )
 
 
 class Box(Answer):
@@ -440,6 +521,10 @@ class ModelAnswer(Answer):
     report: dict[str, Any] | None = Field(description="report.json: what was measured when it was exported")
 
 
+class HealthAnswer(Answer):
+    status: Literal["ok"]
+
+
 class ReadyAnswer(Answer):
     ready: bool
     loaded: list[str]
@@ -455,6 +540,7 @@ class ProblemAnswer(Answer):
     detail: str
     instance: str
     request_id: str
+    error: str | None = Field(None, description="under /v2: the detail, as the Open Inference Protocol calls it")
     known: list[str] | None = Field(None, description="names that would have worked")
     errors: list[dict[str, str]] | None = Field(None, description="where the body does not fit the schema")
 

@@ -7,7 +7,8 @@
 Bytes are counted as they come in; nothing is kept of a body that is too large.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar, get_args, get_origin
 
 import orjson
@@ -33,17 +34,37 @@ def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
     """A dependency: the request's body as ``model``. Raises `InputError`s; the time so far counts as `read`."""
 
     async def read(request: Request) -> B:
-        own, limits = context(request), service(request).settings.limits
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        try:
-            async with own.deadline():
+        async with _reading(request) as (kind, limits):
+            try:
                 return model.model_validate(await _fields(request, kind, model, limits))
-        except ValidationError as error:
-            raise invalid(error, "the request does not fit") from None
-        finally:
-            own.clock.add("read", own.clock.elapsed)  # with routing, which comes before
+            except ValidationError as error:
+                raise invalid(error, "the request does not fit") from None
 
     return read
+
+
+def bytes_of(*kinds: str) -> Callable[[Request], Awaitable[bytes]]:
+    """A dependency: the request's body as it is, of one of these content types or of none that it names."""
+
+    async def read(request: Request) -> bytes:
+        async with _reading(request) as (kind, limits):
+            if kind and kind not in kinds:
+                raise WrongContentType(f"the content type is {kind!r}; expected {', '.join(kinds)}")
+            return await _whole(request, limits.body_bytes, BodyTooLarge, "the body")
+
+    return read
+
+
+@asynccontextmanager
+async def _reading(request: Request) -> AsyncIterator[tuple[str, Limits]]:
+    """The content type, and what may be read in the request's time; the time so far counts as `read`."""
+    own = context(request)
+    try:
+        async with own.deadline():
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            yield kind, service(request).settings.limits
+    finally:
+        own.clock.add("read", own.clock.elapsed)  # with routing, which comes before
 
 
 def check_picture(data: bytes, own: Context, limits: Limits, where: str = "") -> None:

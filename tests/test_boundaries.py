@@ -67,6 +67,13 @@ def test_a_plain_install_holds_what_models_imports_and_no_more():
     assert {module.get(name, name) for name in names} == needed
 
 
+def test_the_client_holds_httpx_and_nothing_else():
+    assert {*imports(ROOT / "service/client.py")} - sys.stdlib_module_names == {"httpx"}
+    assert not list(imports(ROOT / "service/__init__.py"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [re.split(r"[^\w-]", line)[0] for line in extras["client"]] == ["httpx"]
+
+
 def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
     path = tmp_path / "example.py"
     path.write_text("import a.b as c\nfrom d.e import f\ndef g():\n    import h\n    import_module('i.j')\n")
@@ -78,6 +85,10 @@ def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
     [
         ("service.app", ("torch", "export", "onnx", "transformers")),
         ("models.runner", ("torch", "export", "service", "onnx", "fastapi")),
+        (
+            "service.client",
+            ("torch", "models", "numpy", "pydantic", "fastapi", "starlette", "uvicorn", "orjson", "lancedb"),
+        ),
         ("models.cli", ("torch", "export", "service", "onnx", "onnxruntime", "numpy", "fastapi")),
     ],
 )

@@ -22,6 +22,10 @@ import torch
 import transformers
 from PIL import Image
 
+from models.preprocess.image import decode
+from models.runner import open_bundle
+from service.client import Client
+
 LABELS = ["a cat", "two dogs", "red", "a photo of a cup", "green green"]
 
 
@@ -120,3 +124,36 @@ def test_the_report_that_was_sealed_is_served(server: httpx.Client, tiny_bundles
     served = server.get("/v1/models/tiny-int8").json()
     sealed = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())
     assert served["report"] == sealed
+
+
+def test_every_door_of_the_service_gives_the_vectors_of_the_runner(
+    server: httpx.Client, tiny_bundles: Path, photographs
+):
+    """The client, OpenAI's shape and the Open Inference Protocol, as JSON and as bytes: one graph, the same numbers."""
+    runner = open_bundle(tiny_bundles / "tiny-int8")
+    picture = photographs["cat"]
+    want = runner.embed(texts=["two dogs"], images=[picture])
+
+    with Client(str(server.base_url)) as client:
+        found = client.embed(texts=["two dogs"], images=[picture], model="tiny-int8")
+        assert np.array(found.embeddings) == pytest.approx(want, abs=1e-6)
+        ranked = client.classify(picture, LABELS, model="tiny-int8").labels
+        assert [one.label for one in ranked] == [one.label for one in runner.classify(picture, LABELS)]
+
+    uri = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    body = {"model": "tiny-int8", "input": ["two dogs", uri], "encoding_format": "base64"}
+    data = server.post("/v1/embeddings", json=body).json()["data"]
+    rows = [np.frombuffer(base64.b64decode(one["embedding"]), "<f4") for one in data]
+    assert np.stack(rows) == pytest.approx(want, abs=1e-6)
+
+    pixels = runner.bundle.image().prepare(decode(picture.read_bytes()))[0]
+    tensor = {"name": "pixels", "datatype": "FP32", "shape": list(pixels.shape)}
+    head = {"inputs": [tensor | {"parameters": {"binary_data_size": pixels.nbytes}}]}
+    head["parameters"] = {"binary_data_output": True}
+    text, data = json.dumps(head).encode(), pixels.astype("<f4").tobytes()
+    path, length = "/v2/models/tiny-int8.image/infer", "Inference-Header-Content-Length"
+    answer = server.post(path, content=text + data, headers={length: str(len(text))})
+    vector = np.frombuffer(answer.content[int(answer.headers[length]) :], "<f4")
+    assert vector == pytest.approx(want[1], abs=1e-6)
+    answer = server.post(path, json={"inputs": [tensor | {"data": pixels.tolist()}]}).json()
+    assert answer["outputs"][0]["data"] == pytest.approx(want[1], abs=1e-6)

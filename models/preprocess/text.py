@@ -1,7 +1,7 @@
 """Strings -> int64 [B, T] ids and mask, from the bundle's tokenizer.json."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,11 @@ class TextPreparer:
     def count(self, text: str) -> int:
         """Tokens of ``text``, the special ones included, however many."""
         return len(self._ids(text))
+
+    @cached_property
+    def ids(self) -> int:
+        """One more than the largest id of a token."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return self._remembered(text) if len(text) <= REMEMBERED_CHARACTERS else self._encode(text)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.bundle.bundle import Bundle
-from models.errors import BadRequest
-from models.flow import Arrays, Call, Flow
+from models.bundle.manifest import ImagePreprocess, TextPreprocess
+from models.errors import BadRequest, ImageTooLarge, TextTooLong
+from models.flow import Array, Arrays, Call, Flow
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,14 @@ class RawRequest:
 
 
 def raw(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
-    """Raises `BadRequest` naming the input that is absent, unknown, of another dtype, or of another shape."""
+    """Raises `TaskNotServed` unless the bundle serves it, and what `run` raises."""
     bundle.require("raw")
+    return (yield from run(bundle, request))
+
+
+def run(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
+    """Raises `BadRequest` naming the input that is absent, unknown, of another dtype, or of another shape;
+    `TextTooLong`, `ImageTooLarge` as the preprocessing of the graph would."""
     wanted = bundle.graph(request.graph).inputs
     if sorted(wanted) != sorted(request.feeds):
         raise BadRequest(
@@ -38,5 +45,23 @@ def raw(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
             )
         if 0 in array.shape:
             raise BadRequest(f"input {name!r} has shape {list(array.shape)}; it holds nothing")
+        _within(bundle, request.graph, name, array)
     answer: Arrays = yield Call(request.graph, request.feeds)
     return answer
+
+
+def _within(bundle: Bundle, role: str, name: str, array: Array) -> None:
+    """What the manifest leaves open, but the graph's preprocessing does not.
+
+    A driver may run the calls of several requests as one: what the graph would refuse must not fail the others.
+    """
+    spec, shape = bundle.graph(role).preprocess, array.shape
+    if isinstance(spec, TextPreprocess):
+        if shape[1] > spec.context:
+            raise TextTooLong(
+                f"input {name!r} has {shape[1]} tokens in a row; graph {role!r} reads at most {spec.context}"
+            )
+        if role == "text" and name == spec.ids and not 0 <= array.min() <= array.max() < bundle.text.ids:
+            raise BadRequest(f"input {name!r} holds ids that are no tokens'; they are from 0 to {bundle.text.ids - 1}")
+    if isinstance(spec, ImagePreprocess) and spec.in_graph and shape[0] * shape[1] > bundle.max_pixels:
+        raise ImageTooLarge(f"input {name!r} has {shape[0]} x {shape[1]} pixels; at most {bundle.max_pixels} are read")

@@ -13,7 +13,7 @@ from service.context import Own, Parts, task
 from service.hub import Loaded
 from service.openapi import answers
 from service.routes import respond
-from service.schemas import ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer, SuppressionAsked
+from service.schemas import HealthAnswer, ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer, SuppressionAsked
 
 router = APIRouter(tags=["catalog"], dependencies=[Depends(task("catalog"))])
 
@@ -52,7 +52,7 @@ async def get_model(name: str, own: Own, parts: Parts) -> Response:
     )
 
 
-@router.get("/healthz", summary="The process answers")
+@router.get("/healthz", summary="The process answers", responses=answers(HealthAnswer))
 @router.head("/healthz", include_in_schema=False)
 async def healthz() -> Response:
     return Response(b'{"status":"ok"}', media_type="application/json")
@@ -62,7 +62,7 @@ async def healthz() -> Response:
 @router.get(
     "/readyz",
     summary="Bundles and collections are loaded",
-    responses=answers(ReadyAnswer) | {503: {"model": ReadyAnswer}},
+    responses=answers(ReadyAnswer) | {503: {"model": ReadyAnswer, "description": "Not ready"}},
 )
 async def readyz(own: Own, parts: Parts) -> Response:
     failed = {**parts.collections.failed, **parts.hub.failed}
@@ -71,7 +71,13 @@ async def readyz(own: Own, parts: Parts) -> Response:
     return respond(own, ReadyAnswer(ready=ready, loaded=loaded, failed=failed), 200 if ready else 503)
 
 
-@router.get("/metrics", summary="Prometheus text", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus text",
+    response_class=Response,
+    responses=answers(None)
+    | {200: {"description": "Metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(parts: Parts) -> Response:
     return Response(parts.metrics.render(), media_type=parts.metrics.content_type)
 

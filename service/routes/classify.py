@@ -7,14 +7,14 @@ from fastapi.responses import Response
 
 from models.tasks.classify import ClassifyRequest, classify
 from service.context import Own, Parts, task
-from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import admitted, respond
 from service.schemas import ClassifyAnswer, ClassifyBody
 from service.uploads import body_of, check_picture
 
 router = APIRouter(tags=["tasks"], dependencies=[Depends(task("classify")), Depends(admitted)])
 
-EXAMPLE = {"image": {"b64": "/9j/4AAQSkZJRg=="}, "labels": ["a cat", "a dog"], "top_k": 2}
+EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["a cat", "a dog"], "top_k": 2}
 
 
 @router.post(

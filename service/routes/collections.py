@@ -13,7 +13,7 @@ from models.tasks.embed import EmbedRequest, embed
 from service.collections import Collection
 from service.context import Context, Own, Parts, Service, task
 from service.hub import Loaded
-from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import admitted, respond
 from service.schemas import (
     CollectionAnswer,
@@ -125,9 +125,7 @@ async def list_items(
     "/v1/collections/{name}/items",
     summary="Add or replace items",
     description="All of them or none. On disk when answered.",
-    openapi_extra=takes(
-        ItemsBody, {"items": [{"id": "a1", "image": {"b64": "/9j/4AAQSkZJRg=="}, "meta": {"title": "dunes"}}]}
-    ),
+    openapi_extra=takes(ItemsBody, {"items": [{"id": "a1", "image": {"b64": PIXEL}, "meta": {"title": "dunes"}}]}),
     responses=answers(CountAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
     dependencies=busy("index"),
 )

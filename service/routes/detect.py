@@ -7,14 +7,14 @@ from fastapi.responses import Response
 
 from models.tasks.detect import DetectRequest, default_suppression, detect
 from service.context import Own, Parts, task
-from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import admitted, respond
 from service.schemas import DetectAnswer, DetectBody
 from service.uploads import body_of, check_examples, check_picture
 
 router = APIRouter(tags=["tasks"], dependencies=[Depends(task("detect")), Depends(admitted)])
 
-EXAMPLE = {"image": {"b64": "/9j/4AAQSkZJRg=="}, "labels": ["car", "bicycle"], "method": "gaussian", "sigma": 0.5}
+EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["car", "bicycle"], "method": "gaussian", "sigma": 0.5}
 
 
 @router.post(

@@ -1,21 +1,23 @@
 """POST /v1/embed: texts and pictures -> unit vectors in one space."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from models.errors import BadRequest
-from models.tasks.embed import EmbedRequest, embed
-from service.context import Own, Parts, task
-from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from models.tasks.embed import Embeddings, EmbedRequest, embed
+from service.context import Context, Own, Parts, Service, task
+from service.hub import Loaded
+from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import admitted, respond
 from service.schemas import EmbedAnswer, EmbedBody
 from service.uploads import body_of, check_picture
 
 router = APIRouter(tags=["tasks"], dependencies=[Depends(task("embed")), Depends(admitted)])
 
-EXAMPLE = {"inputs": [{"text": "a red bicycle"}, {"image": {"b64": "/9j/4AAQSkZJRg=="}}]}
+EXAMPLE = {"inputs": [{"text": "a red bicycle"}, {"image": {"b64": PIXEL}}]}
 
 
 @router.post(
@@ -25,14 +27,18 @@ EXAMPLE = {"inputs": [{"text": "a red bicycle"}, {"image": {"b64": "/9j/4AAQSkZJ
     responses=answers(EmbedAnswer, *ENGINE, *INPUT, *PICTURE, "text-too-long"),
 )
 async def embed_inputs(body: Annotated[EmbedBody, Depends(body_of(EmbedBody))], own: Own, parts: Parts) -> Response:
-    limits = parts.settings.limits
     loaded = parts.hub.get(body.model, "embed")
     own.model = loaded.name
-    if len(body.inputs) > limits.texts:
-        raise BadRequest(f"{len(body.inputs)} inputs were given; at most {limits.texts} are read at once")
-    for index, one in enumerate(body.inputs):
-        if one.image is not None:
-            check_picture(one.image, own, limits, f"input {index}")
-    flow = embed(loaded.bundle, EmbedRequest([one.value for one in body.inputs]))
-    found = await parts.engine.answer(loaded, flow, own)
+    found = await vectors_of([one.value for one in body.inputs], loaded, own, parts)
     return respond(own, EmbedAnswer.of(loaded.name, found.vectors))
+
+
+async def vectors_of(inputs: Sequence[str | bytes], loaded: Loaded, own: Context, parts: Service) -> Embeddings:
+    """Raises what the inputs' number, or a picture or text among them, is wrong with."""
+    limits = parts.settings.limits
+    if len(inputs) > limits.texts:
+        raise BadRequest(f"{len(inputs)} inputs were given; at most {limits.texts} are read at once")
+    for index, one in enumerate(inputs):
+        if isinstance(one, bytes):
+            check_picture(one, own, limits, f"input {index}")
+    return await parts.engine.answer(loaded, embed(loaded.bundle, EmbedRequest(inputs)), own)

@@ -6,11 +6,13 @@ unit; `regions` are the four quarters of the picture. So a red picture has cosin
 """
 
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -203,12 +205,29 @@ def paint(*colours: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") ->
     return file.getvalue()
 
 
+def declared(answer: httpx.Response, spec: dict[str, Any]) -> None:
+    """The specification knows this status of this operation, its content type and its `Retry-After`."""
+    path, method = answer.url.path, answer.request.method.lower()
+    templates = [one for one in spec["paths"] if re.fullmatch(re.sub(r"{\w+}", "[^/]+", one), path)]
+    operations = [spec["paths"][one][method] for one in templates if method in spec["paths"][one]]
+    if not operations:  # no such path or verb; the page
+        return
+    (operation,) = operations
+    known = operation["responses"].get(str(answer.status_code))
+    assert known, (
+        f"{method} {path} answered {answer.status_code}, which /openapi.json does not declare: {answer.read()!r}"
+    )
+    if "content-type" in answer.headers:
+        kind = answer.headers["content-type"].partition(";")[0]
+        assert kind in known["content"], f"{method} {path} answered {answer.status_code} as {kind}"
+    assert ("retry-after" in answer.headers) == ("Retry-After" in known.get("headers", {})), f"{method} {path}"
+
+
 @contextmanager
 def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]:
-    """The app under uvicorn in a thread, on a free port; a client for it."""
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), port=0, http="h11", log_level="warning", lifespan="on")
-    )
+    """The app under uvicorn in a thread, on a free port; a client for it, which wants all answers in the OpenAPI."""
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -216,7 +235,10 @@ def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]
             assert thread.is_alive()
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+        hooks = {"response": [lambda answer: declared(answer, app.openapi())]}
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False, event_hooks=hooks
+        ) as client:
             while ready and client.get("/readyz").status_code != 200:
                 time.sleep(0.01)
             yield client

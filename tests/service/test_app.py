@@ -114,10 +114,21 @@ def test_answers_are_as_the_specification_says(client, spec, picture):
     client.put("/v1/collections/spec", json={})
     client.put("/v1/label-sets/spec", json={"labels": ["red"]})
     item = {"id": "a", "image": image, "meta": {"n": 1}}
+    ids = {"datatype": "INT64", "shape": [1, 1], "data": [1]}
     calls = [
         ("post", "/v1/classify", {"image": image, "labels": ["red", "blue"]}),
         ("post", "/v1/detect", {"image": image, "labels": ["red"], "min_score": 0.1}),
         ("post", "/v1/embed", {"inputs": [{"text": "red"}, {"image": image}]}),
+        ("post", "/v1/embeddings", {"model": "colours-int8", "input": ["red"], "encoding_format": "base64"}),
+        ("post", "/v1/embeddings", {"model": "colours-int8", "input": "red"}),
+        ("get", "/v2", None),
+        ("get", "/v2/health/live", None),
+        ("get", "/v2/health/ready", None),
+        ("get", "/v2/models/{name}.text", None),
+        ("get", "/v2/models/{name}.text/ready", None),
+        ("post", "/v2/models/{name}.text/infer", {"inputs": [ids | {"name": name} for name in ("ids", "mask")]}),
+        ("post", "/v2/models/{name}.text/infer", {"inputs": []}),
+        ("get", "/healthz", None),
         ("get", "/v1/models", None),
         ("get", "/v1/models/{name}", None),
         ("get", "/v1/collections", None),
@@ -138,11 +149,38 @@ def test_answers_are_as_the_specification_says(client, spec, picture):
     for method, path, body in calls:
         name = "colours-int8" if "models" in path else "spec"
         answer = client.request(method, path.replace("{name}", name), json=body)
-        described = spec["paths"][path.replace("{unknown}", "{name}")][method]["responses"][str(answer.status_code)]
-        (content,) = described["content"].items()
-        assert answer.headers["content-type"] == content[0]
-        schema = {"components": spec["components"], **content[1]["schema"]}
+        template = path.replace("{unknown}", "{name}").replace(".text", "")
+        described = spec["paths"][template][method]["responses"][str(answer.status_code)]
+        content = described["content"][answer.headers["content-type"]]
+        schema = {"components": spec["components"], **content["schema"]}
         jsonschema.validate(json.loads(answer.text), schema)
+
+
+def test_every_operation_declares_what_it_may_answer(spec):
+    """What it did answer in all these tests is held against it too: `declared` in conftest.py."""
+    ready = {"/readyz", "/v2/health/ready"}  # 503, and 400, are their answers
+    seen = 0
+    for path, verbs in spec["paths"].items():
+        for verb, operation in verbs.items():
+            responses = operation["responses"]
+            must = {"500"}
+            if "requestBody" in operation:
+                must |= {"413", "415", "422", "503", "504"}
+            if "{" in path and verb != "put":
+                must |= {"404"}
+            assert must <= responses.keys(), f"{verb} {path} declares {sorted(responses)}; expected {sorted(must)} too"
+            assert responses.keys() & {"200", "201", "204"}
+            for status, response in responses.items():
+                assert response["description"], f"{verb} {path} {status}"
+                if status >= "400" and path not in ready:
+                    (kind,) = response["content"]
+                    assert kind == "application/problem+json"
+                    assert response["content"][kind]["schema"] == {"$ref": "#/components/schemas/ProblemAnswer"}
+                if status == "503" and path not in ready:
+                    assert response["headers"]["Retry-After"]["required"]
+                seen += 1
+    assert seen > 100
+    assert "HTTPValidationError" not in spec["components"]["schemas"]
 
 
 def test_examples_in_the_specification_are_valid(spec):
@@ -152,6 +190,19 @@ def test_examples_in_the_specification_are_valid(spec):
                 if "example" in content:
                     schema = {"components": spec["components"], **content["schema"]}
                     jsonschema.validate(content["example"], schema)
+
+
+def test_examples_in_the_specification_are_answered(client, spec):
+    client.put("/v1/collections/colours-int8", json={})
+    for path, verbs in spec["paths"].items():
+        for verb, operation in verbs.items():
+            for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+                if "example" in content:
+                    name = "colours-int8.text" if path.startswith("/v2") else "colours-int8"
+                    text = json.dumps(content["example"]).replace("mini-int8", "colours-int8")
+                    asked = {"content": text, "headers": {"content-type": kind}}
+                    answer = client.request(verb, path.replace("{name}", name), **asked)
+                    assert answer.is_success, f"{verb} {path}: {answer.text}"
 
 
 def test_nothing_happens_before_the_app_starts(settings, tmp_path):

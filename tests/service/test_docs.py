@@ -94,6 +94,19 @@ def test_examples_run(client, block):
         assert answer.is_success, f"{line}: {answer.text}"
 
 
+def test_the_python_example_runs(client, monkeypatch, capsys):
+    (block,) = blocks("python")
+    monkeypatch.chdir(ASSETS)
+    exec(block.replace("http://127.0.0.1:8080", str(client.base_url)), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "3"
+    assert lines[3:5] == [
+        "['cat']",
+        "['cat', 'sand']",
+    ]
+    assert lines[5].startswith("404 collection-not-found ")
+
+
 def test_json_examples_fit_the_schema(client):
     spec = client.get("/openapi.json").json()
     for block in blocks("json"):
@@ -103,7 +116,7 @@ def test_json_examples_fit_the_schema(client):
 
 def curl(client, line: str):
     """As much of curl as the examples use."""
-    program, *words = shlex.split(line)
+    program, *words = shlex.split(line.replace("mini-int8", "colours-int8"))
     assert program == "curl"
     method, url, headers, body, form = "GET", "", {}, None, []
     while words:

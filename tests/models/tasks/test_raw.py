@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph, Tensor
-from models.errors import BadRequest, TaskNotServed
+from models.bundle.manifest import Graph, ImagePreprocess, Tensor
+from models.errors import BadRequest, ImageTooLarge, TaskNotServed, TextTooLong
 from models.flow import Arrays, Call, drive
 from models.tasks.raw import RawRequest, raw
 
@@ -68,3 +68,25 @@ def test_an_unknown_graph_and_a_closed_door(bundle: Bundle):
     bundle.manifest = bundle.manifest.model_copy(update={"tasks": ("embed",)})
     with pytest.raises(TaskNotServed, match="does not serve 'raw'"):
         run(bundle, "text", {"ids": ids(1, 1)})
+
+
+def test_texts_no_longer_than_their_tokenizer_makes_them_and_of_its_tokens(bundle: Bundle):
+    run(bundle, "text", {"ids": ids(2, 6)})
+    with pytest.raises(TextTooLong, match="input 'ids' has 7 tokens in a row; graph 'text' reads at most 6"):
+        run(bundle, "text", {"ids": ids(2, 7)})
+    last = 4  # of [PAD], [UNK], red, green, blue
+    run(bundle, "text", {"ids": np.array([[0, last]])})
+    for wrong in (-1, last + 1):
+        with pytest.raises(BadRequest, match=f"holds ids that are no tokens'; they are from 0 to {last}"):
+            run(bundle, "text", {"ids": np.array([[0, wrong]])})
+
+
+def test_a_picture_no_larger_than_those_that_are_decoded(bundle: Bundle):
+    spec = ImagePreprocess(input="picture", in_graph=True, size=(4, 4), shortest=4, mean=(0, 0, 0), std=(1, 1, 1))
+    tensor = Tensor(dtype="uint8", shape=("height", "width", 3))
+    graph = Graph(file="i.onnx", batch=False, inputs={"picture": tensor}, outputs={"y": tensor}, preprocess=spec)
+    bundle.manifest = bundle.manifest.model_copy(update={"graphs": {"image": graph}})
+    bundle.max_pixels = 12
+    run(bundle, "image", {"picture": ids(3, 4, 3, dtype=np.uint8)})
+    with pytest.raises(ImageTooLarge, match="has 4 x 4 pixels; at most 12"):
+        run(bundle, "image", {"picture": ids(4, 4, 3, dtype=np.uint8)})

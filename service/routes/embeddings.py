@@ -1,0 +1,39 @@
+"""POST /v1/embeddings: what /v1/embed does, asked and answered in OpenAI's words."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+
+from models.errors import BadRequest
+from service.context import Own, Parts, task
+from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
+from service.routes import admitted, respond
+from service.routes.embed import vectors_of
+from service.schemas import EmbeddingsAnswer, EmbeddingsBody
+from service.uploads import body_of
+
+router = APIRouter(tags=["compatible"], dependencies=[Depends(task("embed")), Depends(admitted)])
+
+EXAMPLE = {"model": "mini-int8", "input": ["a red bicycle", f"data:image/png;base64,{PIXEL}"]}
+
+
+@router.post(
+    "/v1/embeddings",
+    summary="Texts and pictures as vectors, in OpenAI's shape",
+    description="Pictures are data URIs among the texts.",
+    openapi_extra=takes(EmbeddingsBody, EXAMPLE),
+    responses=answers(EmbeddingsAnswer, *ENGINE, *INPUT, *PICTURE, "text-too-long"),
+)
+async def create_embeddings(
+    body: Annotated[EmbeddingsBody, Depends(body_of(EmbeddingsBody))], own: Own, parts: Parts
+) -> Response:
+    loaded = parts.hub.get(body.model, "embed")
+    own.model = loaded.name
+    if body.dimensions not in (None, dim := loaded.bundle.dim):
+        raise BadRequest(
+            f"dimensions is {body.dimensions}; vectors of {loaded.name!r} have {dim} and cannot be cut short, "
+            "so leave it out"
+        )
+    found = await vectors_of(body.input, loaded, own, parts)
+    return respond(own, EmbeddingsAnswer.of(loaded.name, found, body.encoding_format))
