@@ -1,0 +1,55 @@
+"""`Pace`: how fast work gets finished, measured while there is some; what `Retry-After` and early refusals go by."""
+
+from collections.abc import Callable
+from math import exp
+from time import monotonic
+
+WINDOW_S = 5.0  # busy seconds that count; older ones fade
+LONGEST_S = 60.0  # nobody is sent away for longer
+
+
+class Pace:
+    """Finished per second of busy time, the last ``window_s`` of it above all. Idle time does not count.
+
+    ``now``: a clock in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = monotonic, window_s: float = WINDOW_S) -> None:
+        self.under_way = 0
+        self._now = now
+        self._window_s = window_s
+        self._seen = 0.0  # the clock when this was brought up to date
+        self._busy_s = 0.0
+        self._finished = 0.0
+
+    def begin(self) -> None:
+        self._advance()
+        self.under_way += 1
+
+    def end(self, *, finished: bool = True) -> None:
+        """``finished`` False: given up, so it says nothing about how fast work is done."""
+        self._advance()
+        self.under_way -= 1
+        self._finished += finished
+
+    @property
+    def rate(self) -> float:
+        """Per second; 0 while nothing has been finished."""
+        return self._finished / self._busy_s if self._busy_s else 0.0
+
+    def seconds_for(self, count: float) -> float:
+        """How long ``count`` of them will take; 0 where that is not known yet."""
+        return count / self.rate if self.rate else 0.0
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds until all that is under way is done, within 1 and `LONGEST_S`."""
+        return min(LONGEST_S, max(1.0, self.seconds_for(self.under_way)))
+
+    def _advance(self) -> None:
+        now = self._now()
+        if self.under_way:
+            kept = exp((self._seen - now) / self._window_s)
+            self._busy_s = self._busy_s * kept + self._window_s * (1 - kept)
+            self._finished *= kept
+        self._seen = now
