@@ -31,7 +31,7 @@ class Place:
         """Raises `Overloaded`."""
         gate = self._gate
         others = gate.bytes - self.bytes
-        if others and gate.bytes + count > gate.max_bytes:
+        if count and others and gate.bytes + count > gate.max_bytes:
             raise gate.full("bytes", f"requests under way have {gate.bytes} bytes, and at most {gate.max_bytes} may be")
         self.bytes += count
         gate.bytes += count
