@@ -33,7 +33,8 @@ async def list_label_sets(own: Own, parts: Parts) -> Response:
 async def put_label_set(
     name: str, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
 ) -> Response:
-    return respond(own, _shape(await asyncio.to_thread(parts.labels.put, name, body.labels, body.templates)))
+    put = asyncio.to_thread(parts.labels.put, name, body.labels, body.templates, body.temperature, body.none_below)
+    return respond(own, _shape(await put))
 
 
 @router.get("/v1/label-sets/{name}", summary="One label set", responses=answers(LabelSetAnswer, MISSING))
@@ -50,4 +51,4 @@ async def delete_label_set(name: str, parts: Parts) -> Response:
 
 
 def _shape(one: LabelSet) -> LabelSetAnswer:
-    return LabelSetAnswer(name=one.name, version=one.version, labels=list(one.labels), templates=list(one.templates))
+    return LabelSetAnswer(**{**vars(one), "labels": list(one.labels), "templates": list(one.templates)})
