@@ -15,7 +15,7 @@ from service.context import Context
 from service.pace import Pace
 from service.settings import Settings
 
-HOPE = 0.8  # of the time that is left: an estimate that just fits is missed every other time
+HOPE = 0.5  # of the time that is left: the pace is a mean, and what just fits is late every other time
 
 
 class Place:

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from math import exp
 from time import monotonic
 
-WINDOW_S = 5.0  # busy seconds that count; older ones fade
+WINDOW_S = 3.0  # busy seconds that count; older ones fade
 LONGEST_S = 60.0  # nobody is sent away for longer
 
 
 class Pace:
     """Finished per second of busy time, the last ``window_s`` of it above all. Idle time does not count.
 
+    Count and seconds fade alike, and only when something is finished: of steady work the rate is exact, however slow.
     ``now``: a clock in seconds.
     """
 
@@ -19,7 +20,8 @@ class Pace:
         self._now = now
         self._window_s = window_s
         self._seen = 0.0  # the clock when this was brought up to date
-        self._busy_s = 0.0
+        self._open_s = 0.0  # busy since something was finished last
+        self._busy_s = 0.0  # before
         self._finished = 0.0
 
     def begin(self) -> None:
@@ -30,12 +32,18 @@ class Pace:
         """``finished`` False: given up, so it says nothing about how fast work is done."""
         self._advance()
         self.under_way -= 1
-        self._finished += finished
+        if finished:
+            kept = exp(-self._open_s / self._window_s)
+            self._busy_s = self._busy_s * kept + self._open_s
+            self._finished = self._finished * kept + 1
+            self._open_s = 0.0
 
     @property
     def rate(self) -> float:
         """Per second; 0 while nothing has been finished."""
-        return self._finished / self._busy_s if self._busy_s else 0.0
+        self._advance()
+        seconds = self._busy_s + self._open_s
+        return self._finished / seconds if seconds else 0.0
 
     def seconds_for(self, count: float) -> float:
         """How long ``count`` of them will take; 0 where that is not known yet."""
@@ -49,7 +57,5 @@ class Pace:
     def _advance(self) -> None:
         now = self._now()
         if self.under_way:
-            kept = exp((self._seen - now) / self._window_s)
-            self._busy_s = self._busy_s * kept + self._window_s * (1 - kept)
-            self._finished *= kept
+            self._open_s += now - self._seen
         self._seen = now
