@@ -18,6 +18,7 @@ from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.routes import catalog, classify, collections, detect, embed, labels
 from service.schemas import (
+    CalibrateBody,
     ClassifyBody,
     CollectionBody,
     DeleteItemsBody,
@@ -72,7 +73,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(module.router)
     app.include_router(catalog.page())
     openapi.install(
-        app, ClassifyBody, EmbedBody, DetectBody, CollectionBody, ItemsBody, DeleteItemsBody, SearchBody, LabelSetBody
+        app,
+        ClassifyBody,
+        EmbedBody,
+        DetectBody,
+        CollectionBody,
+        ItemsBody,
+        DeleteItemsBody,
+        SearchBody,
+        LabelSetBody,
+        CalibrateBody,
     )
     return app
 

@@ -78,11 +78,22 @@ class LabelSets:
             new = LabelSet(name, version, tuple(labels), tuple(templates), temperature, none_below)
             if old == new:
                 return new
-            new = replace(new, version=version + 1)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_whole(self.directory / f"{name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
-            self._sets[name] = new
-            return new
+            return self._write(replace(new, version=version + 1))
+
+    def set_temperature(self, old: LabelSet, temperature: float) -> LabelSet:
+        """Raises `LabelSetNotFound`, and `BadRequest` where the set is no longer ``old``."""
+        with self._lock:
+            if self.get(old.name) != old:
+                raise BadRequest(
+                    f"label set {old.name!r} was changed while it was being calibrated; calibrate it again"
+                )
+            return self._write(replace(old, temperature=temperature, version=old.version + 1))
+
+    def _write(self, new: LabelSet) -> LabelSet:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.directory / f"{new.name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
+        self._sets[new.name] = new
+        return new
 
     def delete(self, name: str) -> None:
         with self._lock:

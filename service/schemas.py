@@ -249,6 +249,16 @@ class SearchBody(Body):
         return found
 
 
+class KnownPicture(Body):
+    image: Picture
+    label: str = Field(description="which of the set's labels is right")
+
+
+class CalibrateBody(Body):
+    model: str | None = Field(None, description="the bundle to calibrate with; else the first that classifies")
+    items: list[KnownPicture] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
+
+
 class LabelSetBody(Body):
     max_bytes = MIB
 

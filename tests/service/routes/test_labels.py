@@ -1,5 +1,6 @@
 """Label sets: registered, versioned, kept, and used by name."""
 
+import base64
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -94,3 +95,33 @@ def test_a_set_written_before_there_were_temperatures_is_read(settings, serve, t
         assert client.get("/v1/label-sets/old").json() == {
             "name": "old", "version": 3, "labels": ["red"], "templates": [], **PLAIN,
         }  # fmt: skip
+
+
+def test_a_set_is_calibrated_by_pictures_whose_labels_are_known(client, picture):
+    """Four red ones, one of them called blue: logits 10 and 0. With N = 4 the targets are 5/6 and 1/6, in the mean
+    (3 * 5/6 + 1/6) / 4 = 2/3 for red, and 1 / (1 + exp(-10 / T)) = 2/3 at T = 10 / ln 2 = 14.43."""
+    image = {"b64": base64.b64encode(picture("red")).decode()}
+    client.put("/v1/label-sets/sure", json={"labels": ["red", "blue"]})
+    items = [{"image": image, "label": label} for label in ("red", "red", "red", "blue")]
+    answer = client.post("/v1/label-sets/sure/calibrate", json={"items": items}).json()
+    assert answer["temperature"] == pytest.approx(10 / math.log(2), rel=0.025)
+    assert answer["version"] == 2
+    assert client.get("/v1/label-sets/sure").json() == answer
+    ask = {"params": {"label_set": "sure"}, "content": picture("red"), "headers": {"content-type": "image/png"}}
+    assert client.post("/v1/classify", **ask).json()["labels"][0]["score"] == pytest.approx(2 / 3, abs=0.006)
+    # all told right: sure, but not without end. Targets 5/6: T = 10 / ln 5
+    right = client.post("/v1/label-sets/sure/calibrate", json={"items": items[:1] * 4}).json()
+    assert right["temperature"] == pytest.approx(10 / math.log(5), rel=0.025)
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "status", "word"),
+    [("pair", [("green", "green")], 422, "'green' of item 0"), ("one", [("red", "red")], 422, "at least 2"),
+     ("pair", [], 422, "items"), ("nobody", [("red", "red")], 404, "nobody")],
+)  # fmt: skip
+def test_what_cannot_be_calibrated(client, picture, name, items, status, word):
+    client.put("/v1/label-sets/pair", json={"labels": ["red", "blue"]})
+    client.put("/v1/label-sets/one", json={"labels": ["red"]})
+    body = {"items": [{"image": {"b64": base64.b64encode(picture(c)).decode()}, "label": label} for c, label in items]}
+    answer = client.post(f"/v1/label-sets/{name}/calibrate", json=body)
+    assert (answer.status_code, word in answer.json()["detail"]) == (status, True)
