@@ -55,4 +55,5 @@ def fit(logits: Array, truth: Sequence[int], scores: Callable[[Array], Array]) -
         sure = np.clip(scores(logits.astype(np.float64) / temperature), 1e-12, 1 - 1e-12)
         return float(-(targets * np.log(sure) + (1 - targets) * np.log1p(-sure)).mean())
 
-    return round(min(TEMPERATURES, key=loss), 4)
+    best: float = min(TEMPERATURES, key=loss)
+    return round(best, 4)
