@@ -88,6 +88,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 async def _load(parts: Service) -> None:
-    await parts.collections.load()
-    await parts.hub.load()
+    await asyncio.gather(parts.collections.load(), parts.hub.load())
     await parts.hub.tend()

@@ -1,10 +1,11 @@
 """`Hub`: which bundles are loaded, under which names, ready or not; renewed when they change, at rest when unused."""
 
 import asyncio
+import ctypes
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -155,10 +156,11 @@ class Hub:
 
     async def rest(self) -> None:
         """Close the sessions that no request used for as long as the settings say."""
-        for loaded in self.all():
-            for role, graph in loaded.graphs.items():
-                if await asyncio.to_thread(graph.rest, self.settings.idle_unload_s):
-                    log.info("graph %s of %s rests", role, loaded.name)
+        graphs = [(f"{one.name}.{role}", graph) for one in self.all() for role, graph in one.graphs.items()]
+        rested = [name for name, graph in graphs if await asyncio.to_thread(graph.rest, self.settings.idle_unload_s)]
+        if rested:
+            await asyncio.to_thread(_give_back)
+            log.info("at rest: %s", ", ".join(rested))
 
     def drain(self) -> None:
         """Nothing waits for company any more: the service is leaving."""
@@ -275,6 +277,12 @@ class Hub:
             observe=self.metrics.batch(bundle.name, role),
             name=f"{bundle.name}.{role}",
         )
+
+
+def _give_back() -> None:
+    """Memory that is free goes back to the system; glibc keeps it otherwise. Elsewhere this does nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def _repeat(do: Callable[[], Any], seconds: float) -> None:
