@@ -203,6 +203,10 @@ class Collections:
                 self.failed[_entry(name)] = str(error) or repr(error)
         self._store = store
 
+    @property
+    def loading(self) -> bool:
+        return self._store is None and "collections" not in self.failed
+
     def all(self) -> list[Collection]:
         """By name. Raises `Overloaded` while they are being opened."""
         self._ready()
