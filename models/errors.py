@@ -93,11 +93,12 @@ class LabelSetNotFound(CalmclipError): ...
 
 
 class Overloaded(CalmclipError):
-    """``retry_after``: seconds after which a place in the queue is likely to be free."""
+    """``retry_after``: seconds after which a place is likely to be free; ``reason``: one word for what was full."""
 
-    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after: float = 1.0, reason: str = "queue") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class DeadlineExceeded(CalmclipError): ...

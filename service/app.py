@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 import models
 from service import openapi, problems
+from service.admission import Admission
 from service.collections import Collections
 from service.context import Service
 from service.engine import Engine
@@ -18,6 +19,7 @@ from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.routes import catalog, classify, collections, detect, embed, embeddings, inference, labels
 from service.schemas import (
+    CalibrateBody,
     ClassifyBody,
     CollectionBody,
     DeleteItemsBody,
@@ -34,12 +36,14 @@ from service.settings import Settings
 def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     metrics = Metrics(settings)
+    admission = Admission(settings)
     engine = Engine(settings, metrics)
-    metrics.watch_pending(lambda: engine.pending)
+    metrics.watch_admission(admission)
     parts = Service(
         settings=settings,
         metrics=metrics,
-        hub=Hub(settings, metrics, engine.company),
+        admission=admission,
+        hub=Hub(settings, metrics, admission.company),
         engine=engine,
         collections=Collections(settings, metrics),
         labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
@@ -65,7 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = parts
-    app.add_middleware(RequestContext, settings=settings, metrics=metrics)
+    app.add_middleware(RequestContext, settings=settings, metrics=metrics, admission=admission)
     problems.install(app)
     for module in (classify, embed, embeddings, detect, collections, labels, inference, catalog):
         app.include_router(module.router)
@@ -82,10 +86,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         SearchBody,
         LabelSetBody,
         InferBody,
+        CalibrateBody,
     )
     return app
 
 
 async def _load(parts: Service) -> None:
-    await parts.collections.load()
-    await parts.hub.load()
+    await asyncio.gather(parts.collections.load(), parts.hub.load())
+    await parts.hub.tend()

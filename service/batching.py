@@ -1,24 +1,30 @@
 """`Batcher`: merges compatible calls to one graph, runs them once, and splits the answer. Bounded.
 
 Calls fit together when every feed has the same dtype and the same shape behind the first dimension: texts of
-another length T wait for their own kind, so a merged answer holds the very rows a lone one would.
+another length T wait for their own kind, so company changes no answer by padding: with an INT8 bundle the rows are
+the very bits of a lone call; in float a lone row may differ by the last bit, for its products are summed in another
+order.
 """
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from time import perf_counter
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from models.errors import Overloaded
+from models.errors import DeadlineExceeded, Overloaded
 from models.flow import Array, Arrays
+from service.pace import Pace
 
 Signature: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 Outputs: TypeAlias = dict[str, Array]
+# Why a batch went: no room for more; the oldest call had waited its time; nobody else was due; no waiting any more.
+Release: TypeAlias = Literal["full", "timeout", "idle", "drain"]
+RELEASES: tuple[Release, ...] = ("full", "timeout", "idle", "drain")
 
 
 class Answer(NamedTuple):
@@ -32,11 +38,12 @@ class Answer(NamedTuple):
 class _Entry:
     """One call in the queue; carries its own times and the future its caller waits on."""
 
-    __slots__ = ("born", "done", "feeds", "rows", "signature")
+    __slots__ = ("born", "done", "feeds", "rows", "signature", "until")
 
-    def __init__(self, feeds: Arrays, done: "asyncio.Future[Answer]") -> None:
+    def __init__(self, feeds: Arrays, done: "asyncio.Future[Answer]", until: float) -> None:
         self.feeds = feeds
         self.done = done
+        self.until = until
         self.born = perf_counter()
         self.rows = _rows(feeds)
         self.signature: Signature = tuple((name, a.dtype.name, a.shape[1:]) for name, a in sorted(feeds.items()))
@@ -48,7 +55,7 @@ class Batcher:
     ``max_size``, ``max_bytes``: rows, and bytes of feeds, in a merged run; one row always fits.
     ``max_wait_s``: how long the oldest call waits for company, and only while ``company()`` says that some may
     come. ``max_pending``: calls in the queue; more raise `Overloaded`. ``batch`` False: rows are no rows, every
-    call runs alone.
+    call runs alone. ``observe``: told the rows of each run, and why it was not held back for more.
     """
 
     def __init__(
@@ -61,7 +68,7 @@ class Batcher:
         max_wait_s: float = 0.002,
         max_pending: int = 64,
         company: Callable[[], bool] = lambda: False,
-        observe: Callable[[int], None] = lambda rows: None,
+        observe: Callable[[int, Release], None] = lambda rows, release: None,
         name: str = "graph",
     ) -> None:
         self.name = name
@@ -77,27 +84,36 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"infer-{name}")
         self._worker: asyncio.Task[None] | None = None
-        self._pace_s = 0.0  # smoothed seconds per call, for Retry-After
+        self._pace = Pace()
+        self._draining = False
+        self._closed = False
 
     @property
     def depth(self) -> int:
         """Calls that wait."""
         return len(self._queue)
 
-    async def run(self, feeds: Arrays) -> Answer:
-        """Raises `Overloaded` when the queue is full. A cancelled caller's call is dropped before it runs."""
-        answers = [await self._one(piece) for piece in self._pieces(feeds)]
+    async def run(self, feeds: Arrays, *, until: float = inf) -> Answer:
+        """``until``: on `perf_counter`; what is still in the queue then is not run.
+
+        Raises `Overloaded` when the queue is full, `DeadlineExceeded`. A cancelled caller's call is dropped too.
+        """
+        answers = [await self._one(piece, until) for piece in self._pieces(feeds)]
         if len(answers) == 1:
             return answers[0]
         outputs = {name: np.concatenate([a.outputs[name] for a in answers]) for name in answers[0].outputs}
         return Answer(outputs, sum(a.queue_s for a in answers), sum(a.infer_s for a in answers))
 
+    def drain(self) -> None:
+        """From now on nothing waits for company."""
+        self._draining = True
+
     async def close(self) -> None:
+        """What is in the queue is run first."""
+        self._draining = self._closed = True
+        self._arrived.set()
         if self._worker:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
-        for entry in self._queue:
-            entry.done.cancel()
+            await self._worker
         self._thread.shutdown(wait=True)
 
     def _pieces(self, feeds: Arrays) -> Iterator[Arrays]:
@@ -114,33 +130,37 @@ class Batcher:
         row_bytes = sum(array.nbytes for array in feeds.values()) // max(1, _rows(feeds))
         return max(1, min(self._max_size, self._max_bytes // max(1, row_bytes)))
 
-    async def _one(self, feeds: Arrays) -> Answer:
+    async def _one(self, feeds: Arrays, until: float) -> Answer:
         if len(self._queue) >= self._max_pending:
-            wait = max(1.0, self._pace_s * len(self._queue))
+            wait = self._pace.retry_after_s
             raise Overloaded(
-                f"{len(self._queue)} calls wait for {self.name} already, the most allowed; "
-                f"try again in {math.ceil(wait)} s",
+                f"{len(self._queue)} calls wait for {self.name} already, the most allowed; try again in {wait:.0f} s",
                 retry_after=wait,
             )
+        if self._closed:
+            raise Overloaded(f"{self.name} has just been unloaded; try again in a second", reason="replaced")
         loop = asyncio.get_running_loop()
         if self._worker is None:
             self._worker = loop.create_task(self._work(), name=f"batcher-{self.name}")
-        entry = _Entry(feeds, loop.create_future())
+        entry = _Entry(feeds, loop.create_future(), until)
         self._queue.append(entry)
         self._arrived.set()
-        return await entry.done
+        self._pace.begin()
+        try:
+            return await entry.done
+        finally:
+            self._pace.end(finished=not entry.done.cancelled())
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while self._queue or not self._closed:
             await self._arrived.wait()
-            await self._gather()
+            release = await self._gather()
             entries = self._take()
-            if not self._queue:
+            if not self._queue and not self._closed:
                 self._arrived.clear()
             if not entries:
                 continue
-            start = perf_counter()
             try:
                 outputs, infer_s = await loop.run_in_executor(self._thread, self._timed, _merge(entries))
             except Exception as error:
@@ -149,9 +169,7 @@ class Batcher:
                         entry.done.set_exception(error)
                 continue
             end = perf_counter()
-            self._observe(sum(entry.rows for entry in entries))
-            spent = (end - start) / len(entries)
-            self._pace_s = spent if not self._pace_s else 0.8 * self._pace_s + 0.2 * spent
+            self._observe(sum(entry.rows for entry in entries), release)
             at = 0
             for entry in entries:
                 mine = outputs if len(entries) == 1 else {k: v[at : at + entry.rows] for k, v in outputs.items()}
@@ -160,28 +178,48 @@ class Batcher:
                     # waiting for the thread is waiting too: queue + infer is all of it
                     entry.done.set_result(Answer(mine, end - entry.born - infer_s, infer_s))
 
-    async def _gather(self) -> None:
-        """Waits for company, but no longer than the oldest call may, nor when none is due."""
-        if not self._batch or not self._max_wait_s or not self._queue:
-            return
-        until = self._queue[0].born + self._max_wait_s
-        while self._company() and sum(e.rows for e in self._queue) < self._most(self._queue[0].feeds):
-            left = until - perf_counter()
+    async def _gather(self) -> Release:
+        """Waits for company, but no longer than the oldest call may, nor when none is due; says what ended it."""
+        while True:
+            self._drop()
+            if not self._queue or self._full():
+                return "full"
+            if self._draining:
+                return "drain"
+            if not self._max_wait_s or not self._company():
+                return "idle"
+            left = self._queue[0].born + self._max_wait_s - perf_counter()
             if left <= 0:
-                return
+                return "timeout"
             await asyncio.sleep(min(left, 0.0005))
+
+    def _full(self) -> bool:
+        """Whether no more fit beside the oldest call."""
+        first = self._queue[0]
+        return not self._batch or sum(e.rows for e in self._mates(first)) >= self._most(first.feeds)
+
+    def _mates(self, first: _Entry) -> Iterator[_Entry]:
+        """Those in the queue that fit with ``first``, and itself."""
+        return (e for e in self._queue if e.signature == first.signature and not e.done.done())
+
+    def _drop(self) -> None:
+        """From the head of the queue, what nobody waits for and what is too late."""
+        now = perf_counter()
+        while self._queue and (self._queue[0].done.done() or self._queue[0].until < now):
+            entry = self._queue.popleft()
+            if not entry.done.done():
+                entry.done.set_exception(DeadlineExceeded(f"the deadline passed while waiting for {self.name}"))
 
     def _take(self) -> list[_Entry]:
         """The oldest call that somebody waits for, and those that fit with it, in order; the rest stays."""
-        while self._queue and self._queue[0].done.done():
-            self._queue.popleft()
+        self._drop()
         if not self._queue:
             return []
         first = self._queue.popleft()
         taken, rows = [first], first.rows
         if self._batch:
             most = self._most(first.feeds)
-            for entry in [e for e in self._queue if e.signature == first.signature and not e.done.done()]:
+            for entry in [e for e in self._mates(first) if e.until >= perf_counter()]:
                 if rows + entry.rows > most:
                     break
                 taken.append(entry)

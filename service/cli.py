@@ -32,6 +32,7 @@ def serve_command(argv: list[str]) -> int:
     import uvicorn
 
     from service.app import create_app
+    from service.server import Server
 
     options = parser("serve", "Answer over HTTP.")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
@@ -48,8 +49,9 @@ def serve_command(argv: list[str]) -> int:
 
     _log_to_stderr(settings.log)
     door = _listen(given.host, given.port)
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         log_config=None,
         access_log=False,  # the middleware writes it, with request ids and stages
         server_header=False,
@@ -60,7 +62,7 @@ def serve_command(argv: list[str]) -> int:
     # uvicorn raises the signal again when it is done; that must not count as being killed
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(config)
+    server = Server(config, app.state.service)
     server.run(sockets=[door])
     return 0 if server.started else 1
 

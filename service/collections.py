@@ -106,7 +106,8 @@ class Collection:
             self._queue.put_nowait(write)
         except asyncio.QueueFull:
             raise Overloaded(
-                f"{self._queue.maxsize} writes wait for collection {self.info.name!r} already; try again in a second"
+                f"{self._queue.maxsize} writes wait for collection {self.info.name!r} already; try again in a second",
+                reason="writes",
             ) from None
         return await write.done
 
@@ -155,7 +156,7 @@ class Collection:
             latest = {row.id: row for write in together for row in write.rows}  # the later write wins
             self.table.upsert(list(latest.values()))
             counts = [len(write.rows) for write in together]
-        self._metrics.items(self.info.name, self.table.count())
+        self._metrics.committed(self.info.name, self.table.count())
         return counts
 
     async def _tidy(self) -> None:
@@ -201,6 +202,10 @@ class Collections:
                 log.exception("collection %s does not open", name)
                 self.failed[_entry(name)] = str(error) or repr(error)
         self._store = store
+
+    @property
+    def loading(self) -> bool:
+        return self._store is None and "collections" not in self.failed
 
     def all(self) -> list[Collection]:
         """By name. Raises `Overloaded` while they are being opened."""
@@ -252,7 +257,7 @@ class Collections:
             info = Info(name, loaded.name, loaded.digest, loaded.bundle.dim, created)
             table = await asyncio.to_thread(store.create, info)
             self._open[name] = self._collection(table)
-            self._metrics.items(name, 0)
+            self._metrics.committed(name, 0)
             return self._open[name], True
 
     async def _drop(self, store: Store, name: str) -> None:
@@ -276,7 +281,7 @@ class Collections:
         if self._store is None:
             if "collections" in self.failed:
                 raise CollectionError(f"the store {self._url} did not open")
-            raise Overloaded("the collections are still being opened; try again in a second")
+            raise Overloaded("the collections are still being opened; try again in a second", reason="loading")
         return self._store
 
 

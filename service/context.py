@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
@@ -12,6 +13,7 @@ from models.errors import DeadlineExceeded
 from models.runtime.clock import Stopwatch
 
 if TYPE_CHECKING:
+    from service.admission import Admission, Place
     from service.collections import Collections
     from service.engine import Engine
     from service.hub import Hub
@@ -25,12 +27,16 @@ class Context:
     """One request: who it is, what it has cost so far, when it must be over. Made by the middleware."""
 
     id: str
-    deadline_s: float  # seconds after the start
+    deadline_s: float  # seconds after the start; the caller may ask for less than the service allows
     clock: Stopwatch = field(default_factory=Stopwatch)
     graphs: dict[tuple[str, str], float] = field(default_factory=dict)  # (stage, graph) -> seconds
     task: str = "other"
     model: str = ""
     problem: str = ""  # slug of the problem that was answered
+    head_s: float = 0.0  # until the first byte of the answer
+    shed: str = ""  # why it was turned away, if it was
+    pictures: list[tuple[int, int]] = field(default_factory=list)  # bytes and pixels of those that passed
+    place: "Place | None" = None  # what it holds of the bytes and pixels under way, once it is admitted
     status: int = 0
     answered: float | None = None  # perf_counter when the answer was there
 
@@ -42,15 +48,27 @@ class Context:
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
         """Raises `DeadlineExceeded` when the block is not done in what is left of the request's time."""
-        left = self.deadline_s - self.clock.elapsed
         try:
-            async with asyncio.timeout(left):
+            async with asyncio.timeout(self.left_s):
                 yield
         except TimeoutError:
-            raise DeadlineExceeded(
-                f"the request was not done after {self.deadline_s * 1000:.0f} ms; it was {self.where()}. "
-                "Send less at once, or try later."
-            ) from None
+            raise self.late() from None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; negative behind it."""
+        return self.deadline_s - self.clock.elapsed
+
+    @property
+    def until(self) -> float:
+        """The deadline on `perf_counter`."""
+        return perf_counter() + self.left_s
+
+    def late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"the request was not done after {self.deadline_s * 1000:.0f} ms; it was {self.where()}. "
+            "Send less at once, or try later."
+        )
 
     def where(self) -> str:
         stages = self.clock.stages
@@ -63,6 +81,7 @@ class Service:
 
     settings: "Settings"
     metrics: "Metrics"
+    admission: "Admission"
     hub: "Hub"
     engine: "Engine"
     collections: "Collections"

@@ -1,18 +1,15 @@
 """`Engine`: the async driver of flows. Steps in a bounded pool, calls through batchers, every second on the clock."""
 
 import asyncio
-import math
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from hashlib import blake2b
 from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
 
-from models.errors import Overloaded
 from models.flow import Array, Arrays, Call, Flow, Walk
 from service.context import Context
 from service.hub import Loaded
@@ -29,47 +26,18 @@ class Engine:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._max_pending = settings.queue.max_pending
         self._pool = ThreadPoolExecutor(settings.cores, thread_name_prefix="step")
         self._cache = RowCache(settings.text_cache)
-        self._pending = 0
-        self._pace_s = 0.0  # smoothed seconds between two finished requests under load, for Retry-After
-
-    @property
-    def pending(self) -> int:
-        """Requests under way."""
-        return self._pending
-
-    def company(self) -> bool:
-        """Whether more than one request is under way, so that calls may come that can be merged."""
-        return self._pending > 1
-
-    @asynccontextmanager
-    async def admit(self) -> AsyncIterator[None]:
-        """A place among the requests under way. Raises `Overloaded`, before a byte of the body is read."""
-        if self._pending >= self._max_pending:
-            wait = max(1.0, self._pace_s * self._pending)
-            raise Overloaded(
-                f"{self._pending} requests are under way, the most allowed; try again in {math.ceil(wait)} s",
-                retry_after=wait,
-            )
-        self._pending += 1
-        start = perf_counter()
-        try:
-            yield
-        finally:
-            spent = (perf_counter() - start) / self._pending
-            self._pending -= 1
-            self._pace_s = 0.9 * self._pace_s + 0.1 * spent
 
     async def answer(self, loaded: Loaded, flow: Flow[T], own: Context) -> T:
         """Drive ``flow`` to its end within the request's deadline. Raises what the flow raises, `DeadlineExceeded`."""
         walk = Walk(flow, own.clock)
-        async with own.deadline():
-            state = await self.thread(walk.step, own)
-            while isinstance(state, Call):
-                outputs = await self._call(loaded, state, own)
-                state = await self.thread(walk.step, own, outputs)
+        with loaded.lease():
+            async with own.deadline():
+                state = await self.thread(walk.step, own)
+                while isinstance(state, Call):
+                    outputs = await self._call(loaded, state, own)
+                    state = await self.thread(walk.step, own, outputs)
         self.metrics.answered(loaded.name, state.value)
         return state.value
 
@@ -101,7 +69,7 @@ class Engine:
 
     async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
         start = perf_counter()
-        answer = await loaded.batchers[graph].run(feeds)
+        answer = await loaded.batchers[graph].run(feeds, until=own.until)
         # all that is not the run itself is waiting: for the queue, for a thread, for the event loop's turn
         own.spent("queue", graph, perf_counter() - start - answer.infer_s)
         own.spent("infer", graph, answer.infer_s)

@@ -5,7 +5,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -20,12 +20,17 @@ MAX_CHARACTERS = 1000  # of a label or template; no text tower reads as many
 
 @dataclass(frozen=True)
 class LabelSet:
-    """``version`` counts the changes, from 1. No templates: the bundle's own prompts."""
+    """``version`` counts the changes, from 1. No templates: the bundle's own prompts.
+
+    ``temperature`` and ``none_below``: of `ClassifyRequest`.
+    """
 
     name: str
     version: int
     labels: tuple[str, ...]
     templates: tuple[str, ...] = ()
+    temperature: float = 1.0
+    none_below: float | None = None
 
 
 class LabelSets:
@@ -47,17 +52,21 @@ class LabelSets:
             known = sorted(self._sets)
             raise LabelSetNotFound(f"there is no label set {name!r}; {suggestion(name, known)}", known=known) from None
 
-    def resolve(
-        self, labels: Sequence[str], label_set: str | None, templates: Sequence[str]
-    ) -> tuple[Sequence[str], Sequence[str]]:
-        """Labels and templates of a request: the set's where one is named, but the request's own templates win."""
-        if label_set is not None:
-            found = self.get(label_set)
-            labels, templates = found.labels, templates or found.templates
-        check_labels(labels, templates, self.limits)
-        return labels, templates
+    def resolve(self, labels: Sequence[str], label_set: str | None, templates: Sequence[str]) -> LabelSet:
+        """What a request asks for: the set where one is named, but the request's own templates win."""
+        named = LabelSet("", 0, tuple(labels)) if label_set is None else self.get(label_set)
+        found = replace(named, templates=tuple(templates) or named.templates)
+        check_labels(found.labels, found.templates, self.limits)
+        return found
 
-    def put(self, name: str, labels: Sequence[str], templates: Sequence[str] = ()) -> LabelSet:
+    def put(
+        self,
+        name: str,
+        labels: Sequence[str],
+        templates: Sequence[str] = (),
+        temperature: float = 1.0,
+        none_below: float | None = None,
+    ) -> LabelSet:
         """Raises `BadRequest`, `TooManyLabels`. The same content again keeps its version."""
         check_name("label set", name)
         check_labels(labels, templates, self.limits)
@@ -65,13 +74,26 @@ class LabelSets:
             raise BadRequest(f"the label {min(repeated)!r} is given twice; expected each once")
         with self._lock:
             old = self._sets.get(name)
-            new = LabelSet(name, old.version + 1 if old else 1, tuple(labels), tuple(templates))
-            if old and (old.labels, old.templates) == (new.labels, new.templates):
-                return old
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_whole(self.directory / f"{name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
-            self._sets[name] = new
-            return new
+            version = old.version if old else 0
+            new = LabelSet(name, version, tuple(labels), tuple(templates), temperature, none_below)
+            if old == new:
+                return new
+            return self._write(replace(new, version=version + 1))
+
+    def set_temperature(self, old: LabelSet, temperature: float) -> LabelSet:
+        """Raises `LabelSetNotFound`, and `BadRequest` where the set is no longer ``old``."""
+        with self._lock:
+            if self.get(old.name) != old:
+                raise BadRequest(
+                    f"label set {old.name!r} was changed while it was being calibrated; calibrate it again"
+                )
+            return self._write(replace(old, temperature=temperature, version=old.version + 1))
+
+    def _write(self, new: LabelSet) -> LabelSet:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_whole(self.directory / f"{new.name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
+        self._sets[new.name] = new
+        return new
 
     def delete(self, name: str) -> None:
         with self._lock:
@@ -123,6 +145,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def _read(path: Path) -> LabelSet:
     try:
         data = orjson.loads(path.read_bytes())
-        return LabelSet(data["name"], data["version"], tuple(data["labels"]), tuple(data["templates"]))
+        # keyword by keyword: a file of an older version has no temperature
+        return LabelSet(**{**data, "labels": tuple(data["labels"]), "templates": tuple(data["templates"])})
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise BadRequest(f"{path} is no label set ({error!r}); repair it or move it away") from None

@@ -5,7 +5,9 @@ stages, collections up to their limit; never paths or users). A registry per app
 do not meet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import time
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -13,18 +15,29 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+import models
 from models.bundle.bundle import Bundle
 from models.ops.library import Library
 from models.tasks.detect import Detections
+from service.admission import Admission
+from service.batching import RELEASES, Release
 from service.context import Context
 from service.settings import Settings
 
 EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+SHED_EDGES_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0)
 BATCH_EDGES = (1, 2, 4, 8, 16, 32, 64, 128)
+BYTE_EDGES = tuple(1 << at for at in range(12, 25))  # 4 KiB to 16 MiB
+PIXEL_EDGES = (1e4, 3e4, 1e5, 3e5, 1e6, 2e6, 4e6, 8e6, 1.6e7, 4e7)
 BOX_EDGES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 # In the order in which a request goes through them.
 STAGES = ("read", "decode", "preprocess", "queue", "infer", "postprocess", "search", "write", "serialize")
+
+# Why a request was turned away: `Overloaded.reason`.
+SHED = ("requests", "bytes", "pixels", "deadline", "queue", "writes", "loading", "leaving", "replaced")
+# Slugs of the problems that are a picture's fault.
+PICTURE_FAULTS = ("unsupported-image", "image-too-large")
 
 # HTTP status -> outcome; what is not here goes by its hundreds.
 OUTCOMES = {499: "cancelled", 503: "shed", 504: "deadline"}
@@ -67,9 +80,35 @@ class Metrics:
         self.batches = self._make(
             Histogram, "batch_size", "Rows in one run of a graph.", "model", "graph", buckets=BATCH_EDGES
         )
+        self.releases = self._make(
+            Counter, "batch_releases", "Runs of a graph, by why they were not held back.", "model", "graph", "reason"
+        )
         self.queue_depth = self._make(Gauge, "queue_depth", "Calls that wait for a graph.", "model", "graph")
         self.queue_limit = self._make(Gauge, "queue_limit", "Calls that may wait for a graph.", "model", "graph")
         self.pending = self._make(Gauge, "requests_pending", "Requests under way.")
+        self.pending_limit = self._make(Gauge, "requests_limit", "Requests that may be under way.")
+        self.pending_bytes = self._make(Gauge, "pending_bytes", "Bodies of requests under way, as announced.")
+        self.pending_bytes_limit = self._make(Gauge, "pending_bytes_limit", "What they may have together.")
+        self.pending_pixels = self._make(Gauge, "pending_pixels", "Pixels of pictures under way.")
+        self.pending_pixels_limit = self._make(Gauge, "pending_pixels_limit", "What they may have together.")
+        self.drain_rate = self._make(Gauge, "drain_rate", "Requests finished per second while some were under way.")
+        self.retry_after = self._make(Gauge, "retry_after_seconds", "What a request turned away now would be told.")
+        self.shed = self._make(
+            Histogram,
+            "shed_duration_seconds",
+            "From the headers to the 503, by reason.",
+            "reason",
+            buckets=SHED_EDGES_S,
+        )
+        for reason in SHED:
+            self.shed.labels(reason)
+        self.picture_bytes = self._make(Histogram, "picture_bytes", "Bytes of a picture.", buckets=BYTE_EDGES)
+        self.picture_pixels = self._make(Histogram, "picture_pixels", "Pixels of a picture.", buckets=PIXEL_EDGES)
+        self.pictures_rejected = self._make(
+            Counter, "pictures_rejected", "Requests refused for a picture, by the problem's slug.", "reason"
+        )
+        for slug in PICTURE_FAULTS:
+            self.pictures_rejected.labels(slug)
         self.rejected = self._make(Counter, "rejected", "Requests answered with a problem, by its slug.", "reason")
         self.text_cache = self._make(Counter, "text_cache", "Sentences looked up (hit, miss).", "model", "outcome")
         self.kept = self._make(
@@ -79,8 +118,21 @@ class Metrics:
             Histogram, "detections_candidates", "Box-label pairs before suppression.", "model", buckets=BOX_EDGES
         )
         self.info = self._make(Gauge, "bundle_info", "1 for a loaded bundle.", "model", "sha256", "precision", "ops")
+        self.build = self._make(Gauge, "build_info", "1: this version.", "version")
+        self.build.labels(models.__version__).set(1)
+        self.load_seconds = self._make(Gauge, "bundle_load_seconds", "The last load, until it was warm.", "model")
+        self.reloads = self._make(
+            Counter, "bundle_reloads", "Loads of a changed bundle (ok, failed).", "model", "outcome"
+        )
+        self.graph_open = self._make(Gauge, "graph_open", "1 in memory, 0 at rest.", "model", "graph")
+        self.graph_open_seconds = self._make(
+            Gauge, "graph_open_seconds", "The last opening of its session.", "model", "graph"
+        )
         self.ops_info = self._make(Gauge, "ops_info", "1: the op library in use, or none.", "sha256", "isa")
         self.collection_items = self._make(Gauge, "collection_items", "Items of a collection.", "collection")
+        self.last_commit = self._make(
+            Gauge, "collection_last_commit_timestamp_seconds", "When it was last written here.", "collection"
+        )
         self.slo_latency = self._make(Gauge, "slo_latency_seconds", "The declared objective's latency.")
         self.slo_target = self._make(Gauge, "slo_target_ratio", "The declared share of requests within it.")
         self.slo_latency.set(settings.slo.latency_ms / 1000)
@@ -95,6 +147,13 @@ class Metrics:
         self.duration.labels(own.task, own.model).observe(own.clock.elapsed)
         if own.problem:
             self.rejected.labels(own.problem).inc()
+        if own.problem in PICTURE_FAULTS:
+            self.pictures_rejected.labels(own.problem).inc()
+        if own.shed:
+            self.shed.labels(own.shed).observe(own.head_s)
+        for size, pixels in own.pictures:
+            self.picture_bytes.observe(size)
+            self.picture_pixels.observe(pixels)
         for (stage, graph), seconds in list(own.graphs.items()):
             self.stages.labels(own.model, own.task, stage, graph).observe(seconds)
         for stage, seconds in list(own.clock.stages.items()):  # a thread given up may still add
@@ -112,20 +171,51 @@ class Metrics:
         self.text_cache.labels(model, "hit").inc(hits)
         self.text_cache.labels(model, "miss").inc(misses)
 
-    def batch(self, model: str, graph: str) -> Callable[[int], None]:
-        observe: Callable[[int], None] = self.batches.labels(model, graph).observe
+    def batch(self, model: str, graph: str) -> Callable[[int, Release], None]:
+        rows = self.batches.labels(model, graph)
+        released = {reason: self.releases.labels(model, graph, reason) for reason in RELEASES}
+
+        def observe(count: int, release: Release) -> None:
+            rows.observe(count)
+            released[release].inc()
+
         return observe
 
     def watch_queue(self, model: str, graph: str, depth: Callable[[], int], limit: int) -> None:
         self.queue_depth.labels(model, graph).set_function(depth)
         self.queue_limit.labels(model, graph).set(limit)
 
-    def watch_pending(self, pending: Callable[[], int]) -> None:
-        self.pending.set_function(pending)
+    def watch_admission(self, gate: Admission) -> None:
+        self.pending.set_function(lambda: gate.pending)
+        self.pending_bytes.set_function(lambda: gate.bytes)
+        self.pending_pixels.set_function(lambda: gate.pixels)
+        self.drain_rate.set_function(lambda: gate.pace.rate)
+        self.retry_after.set_function(lambda: gate.pace.retry_after_s)
+        self.pending_limit.set(gate.max_pending)
+        self.pending_bytes_limit.set(gate.max_bytes)
+        self.pending_pixels_limit.set(gate.max_pixels)
 
-    def loaded(self, bundle: Bundle) -> None:
-        ops = ",".join(bundle.manifest.ops.used)
-        self.info.labels(bundle.name, bundle.digest, bundle.manifest.precision, ops).set(1)
+    def loaded(self, bundles: Sequence[Bundle]) -> None:
+        """These and no others are loaded now."""
+        self.info.clear()
+        for bundle in bundles:
+            ops = ",".join(bundle.manifest.ops.used)
+            self.info.labels(bundle.name, bundle.digest, bundle.manifest.precision, ops).set(1)
+            for outcome in ("ok", "failed"):
+                self.reloads.labels(bundle.name, outcome)
+
+    def load_time(self, model: str, seconds: float) -> None:
+        self.load_seconds.labels(model).set(seconds)
+
+    def renewed(self, model: str, outcome: str) -> None:
+        self.reloads.labels(model, outcome).inc()
+
+    def graph_opened(self, model: str, graph: str, seconds: float) -> None:
+        self.graph_open.labels(model, graph).set(1)
+        self.graph_open_seconds.labels(model, graph).set(seconds)
+
+    def graph_closed(self, model: str, graph: str) -> None:
+        self.graph_open.labels(model, graph).set(0)
 
     def ops(self, library: Library | None) -> None:
         isa = ",".join(sorted({*library.isas.values()})) if library else "none"
@@ -135,8 +225,14 @@ class Metrics:
         """``count`` None: the collection is gone."""
         if count is None:
             self.collection_items.remove(collection)
+            with suppress(KeyError):  # never written here
+                self.last_commit.remove(collection)
         else:
             self.collection_items.labels(collection).set(count)
+
+    def committed(self, collection: str, count: int) -> None:
+        self.items(collection, count)
+        self.last_commit.labels(collection).set(time())
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 import secrets
 from time import perf_counter
@@ -10,22 +11,25 @@ import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.admission import Admission
 from service.context import Context
 from service.metrics import STAGES, Metrics
-from service.problems import CLIENT_GONE, unexpected
+from service.problems import CLIENT_GONE, InvalidHeader, answer
 from service.settings import Settings
 
 access = logging.getLogger("calmclip.access")
 
+_MS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 DRAIN_BYTES = 1 << 20  # of a body nobody reads, so that an early answer is not lost to a reset
 DRAIN_S = 0.5
 
 
 class RequestContext:
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, admission: Admission) -> None:
         self.app = app
         self.metrics = metrics
+        self.admission = admission
         self.deadline_s = settings.deadline_ms / 1000
         self.json = settings.log == "json"
 
@@ -35,8 +39,9 @@ class RequestContext:
             return
         own = scope["calmclip.context"] = Context(_request_id(scope), self.deadline_s)
         bodied = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
-        wire = _Wire(own, receive, send, bodied)
+        wire = _Wire(own, receive, send, bodied, self.admission)
         try:
+            own.deadline_s = min(self.deadline_s, _deadline_s(scope))
             await self.app(scope, wire.receive, wire.send)
         except asyncio.CancelledError:
             own.status = CLIENT_GONE
@@ -45,7 +50,7 @@ class RequestContext:
                 raise
             task.uncancel()
         except Exception as error:
-            response = await unexpected(Request(scope), error)
+            response = await answer(Request(scope), error)
             if own.status:  # the answer had begun; all that is left is to break it off
                 raise
             await response(scope, wire.receive, wire.send)
@@ -86,8 +91,9 @@ class RequestContext:
 class _Wire:
     """One request's receive and send. Once the body is read, a hang-up cancels the task that answers."""
 
-    def __init__(self, own: Context, receive: Receive, send: Send, bodied: bool) -> None:
+    def __init__(self, own: Context, receive: Receive, send: Send, bodied: bool, admission: Admission) -> None:
         self.own = own
+        self.admission = admission
         self.gone = False
         self._receive = receive
         self._send = send
@@ -106,15 +112,18 @@ class _Wire:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.own.status = message["status"]
+            self.own.head_s = self.own.clock.elapsed
             if self.own.answered is not None:
                 self.own.clock.add("serialize", perf_counter() - self.own.answered)
             seen = dict(self.own.clock.stages)
             timing = ", ".join(f"{stage};dur={seen[stage] * 1000:.2f}" for stage in STAGES if stage in seen)
             total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
-            # A body that was not read to its end is not read on: the connection goes with the answer.
+            # A body that was not read to its end is not read on: the connection goes with the answer. So does every
+            # connection when the service is leaving: the next request should find another.
+            last = self.admission.leaving or not (self._read or message["status"] < 400)
             message["headers"] = [
                 *message["headers"],
-                *([] if self._read or message["status"] < 400 else [(b"connection", b"close")]),
+                *([(b"connection", b"close")] if last else []),
                 (b"x-request-id", self.own.id.encode()),
                 (b"server-timing", f"{timing}, {total}".lstrip(", ").encode()),
             ]
@@ -156,3 +165,16 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _ID.fullmatch(given):
             return given
     return secrets.token_hex(8)
+
+
+def _deadline_s(scope: Scope) -> float:
+    """What `X-Request-Deadline-Ms` asks for, infinity without it. Raises `InvalidHeader`."""
+    given = [str(value, "latin-1").strip() for name, value in scope["headers"] if name == b"x-request-deadline-ms"]
+    if not given:
+        return math.inf
+    if len(given) > 1 or not _MS.fullmatch(given[0]) or not float(given[0]):
+        raise InvalidHeader(
+            f"X-Request-Deadline-Ms is {', '.join(given)[:40]!r}; expected one number of milliseconds over 0, "
+            "such as 250; leave it out for the longest that the service allows"
+        )
+    return float(given[0]) / 1000

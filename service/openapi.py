@@ -54,7 +54,7 @@ def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[
     """``responses`` of a route: its answer, and the problems it may come to, with those every route may."""
     found: dict[int | str, dict[str, Any]] = {status: {"model": model}} if model else {status: {"description": "Done"}}
     problem = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
-    for slug in (*slugs, "internal"):
+    for slug in (*slugs, "invalid-header", "internal"):
         known = found.setdefault(PROBLEMS[slug].status, {"description": "", **problem})
         known["description"] = ", ".join(filter(None, [known.get("description"), slug]))
         if slug == "overloaded":

@@ -37,6 +37,10 @@ class WrongContentType(errors.InputError):
     """A body in none of the shapes the route reads."""
 
 
+class InvalidHeader(errors.InputError):
+    """A header of ours with a value that makes no sense."""
+
+
 class InvalidRequest(errors.InputError):
     """A body that does not fit the schema; ``errors`` says where."""
 
@@ -92,6 +96,9 @@ TABLE: dict[type[BaseException], Problem] = {
         "Unsupported media type",
         "Send application/json, multipart/form-data or, where one picture is all, image/jpeg, image/png, image/webp.",
     ),
+    InvalidHeader: Problem(
+        "invalid-header", 400, "Invalid header", "A header has a value that makes no sense; `detail` says which."
+    ),
     errors.BundleNotFound: Problem("model-not-found", 404, "Model not found", "No bundle of that name is loaded."),
     errors.UnknownName: NOT_FOUND,
     errors.CollectionNotFound: Problem(
@@ -116,10 +123,13 @@ TABLE: dict[type[BaseException], Problem] = {
         "overloaded",
         503,
         "Overloaded",
-        "The queue is full, or bundles are still loading. `Retry-After` says when to try again.",
+        "Too much is under way, or the service is loading or leaving. `Retry-After` says when to try again.",
     ),
     errors.DeadlineExceeded: Problem(
-        "deadline-exceeded", 504, "Deadline exceeded", "The answer would have come later than CALMCLIP_DEADLINE_MS."
+        "deadline-exceeded",
+        504,
+        "Deadline exceeded",
+        "The answer would have come later than CALMCLIP_DEADLINE_MS, or than X-Request-Deadline-Ms asked for.",
     ),
     errors.CalmclipError: INTERNAL,
 }
@@ -133,7 +143,7 @@ def find(error: BaseException) -> Problem:
 
 def install(app: FastAPI) -> None:
     """The handlers, and the page that explains a slug."""
-    app.add_exception_handler(CalmclipError, _ours)
+    app.add_exception_handler(CalmclipError, answer)
     app.add_exception_handler(HTTPException, _starlette)
     app.add_exception_handler(RequestValidationError, _query)
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=CLIENT_GONE))
@@ -190,7 +200,8 @@ def invalid(error: ValidationError | RequestValidationError, what: str) -> Inval
     return InvalidRequest(f"{what}: {found[0]['where']}: {found[0]['message']}{more}", found)
 
 
-async def _ours(request: Request, error: Exception) -> Response:
+async def answer(request: Request, error: Exception) -> Response:
+    """The problem that ``error`` is; one that we did not raise on purpose is `internal`."""
     problem = find(error)
     if problem is INTERNAL:
         return await unexpected(request, error)
@@ -201,6 +212,7 @@ async def _ours(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidRequest) and error.errors:
         extra["errors"] = error.errors
     if isinstance(error, Overloaded):
+        context(request).shed = error.reason
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     return render(request, problem, str(error), extra, **headers)
 
@@ -226,7 +238,7 @@ def _verbs(request: Request) -> str:
 async def _query(request: Request, error: Exception) -> Response:
     """Path and query parameters that FastAPI itself reads."""
     assert isinstance(error, RequestValidationError)
-    return await _ours(request, invalid(error, "the request does not fit"))
+    return await answer(request, invalid(error, "the request does not fit"))
 
 
 async def unexpected(request: Request, error: Exception) -> Response:

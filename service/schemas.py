@@ -85,6 +85,10 @@ class Body(BaseModel):
         return value
 
 
+_TEMPERATURE = "divides the logits, 0.01 to 100: over 1, scores are less sure of themselves"
+_NONE_BELOW = "`none_of_these` is true when no score reaches it"
+
+
 class LabelledPicture(Body):
     model: str | None = Field(None, description="a loaded bundle; else the first that serves the task")
     image: Picture
@@ -101,6 +105,8 @@ class LabelledPicture(Body):
 
 class ClassifyBody(LabelledPicture):
     top_k: int | None = Field(None, ge=1, description="how many labels to answer; all by default")
+    temperature: float | None = Field(None, description=f"{_TEMPERATURE}; else the label set's, else 1")
+    none_below: float | None = Field(None, description=f"{_NONE_BELOW}; else the label set's, if it has one")
 
 
 _DEFAULT = Suppression()
@@ -293,11 +299,23 @@ class SearchBody(Body):
         return found
 
 
+class KnownPicture(Body):
+    image: Picture
+    label: str = Field(description="which of the set's labels is right")
+
+
+class CalibrateBody(Body):
+    model: str | None = Field(None, description="the bundle to calibrate with; else the first that classifies")
+    items: list[KnownPicture] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
+
+
 class LabelSetBody(Body):
     max_bytes = MIB
 
     labels: list[str] = Field(min_length=1, fail_fast=True)
     templates: list[str] = Field([], fail_fast=True)
+    temperature: float = Field(1.0, ge=0.01, le=100, description=_TEMPERATURE)
+    none_below: float | None = Field(None, gt=0, le=1, description=_NONE_BELOW)
 
 
 class Answer(BaseModel):
@@ -316,6 +334,7 @@ class RankedLabel(Answer):
 class ClassifyAnswer(Answer):
     model: str
     labels: list[RankedLabel] = Field(description="best first")
+    none_of_these: bool | None = Field(description="whether no score reaches `none_below`; null where it is not given")
 
     @classmethod
     def of(cls, model: str, ranking: Ranking) -> "ClassifyAnswer":
@@ -327,6 +346,7 @@ class ClassifyAnswer(Answer):
                 )
                 for one in ranking
             ],
+            none_of_these=ranking.none,
         )
 
 
@@ -491,6 +511,8 @@ class LabelSetAnswer(Answer):
     version: int = Field(description="counts the changes")
     labels: list[str]
     templates: list[str]
+    temperature: float = Field(description=_TEMPERATURE)
+    none_below: float | None = Field(description=_NONE_BELOW)
 
 
 class LabelSetsAnswer(Answer):

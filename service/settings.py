@@ -36,6 +36,8 @@ class Queue(_Group):
     """How much work may be under way; beyond: 503 with `Retry-After`."""
 
     max_pending: int = Field(default=64, ge=1, description="requests under way, and calls waiting for one graph")
+    max_bytes: int = Field(default=256 * MIB, ge=1, description="bodies of all requests under way")
+    max_pixels: int = Field(default=4 * MAX_PIXELS, ge=1, description="pictures of all requests under way")
 
 
 class Limits(_Group):
@@ -77,6 +79,9 @@ class Settings(BaseSettings):
     batch: Batch = Batch()
     queue: Queue = Queue()
     deadline_ms: float = Field(default=10_000, gt=0, description="a request older than this is answered 504")
+    grace_s: float = Field(default=1.0, ge=0, description="after SIGTERM: still serving, but no longer ready")
+    idle_unload_s: float = Field(default=0, ge=0, description="a graph unused for so long leaves memory; 0: never")
+    reload_s: float = Field(default=5.0, ge=0, description="how often bundles are looked at for changes; 0: never")
     limits: Limits = Limits()
     text_cache: int = Field(default=4096, ge=0, description="embedded sentences remembered")
     data_dir: Path = Field(default=Path("data"), description="where label sets and, by default, collections live")

@@ -68,9 +68,15 @@ async def _reading(request: Request) -> AsyncIterator[tuple[str, Limits]]:
 
 
 def check_picture(data: bytes, own: Context, limits: Limits, where: str = "") -> None:
-    """Bytes and header, before anything is decoded; ``where`` begins the message. Raises `InputError`s."""
+    """Bytes and header, before anything is decoded; ``where`` begins the message.
+
+    Raises `InputError`s; `Overloaded` where more pixels are under way than may be.
+    """
     with own.clock.stage("decode"):
-        _check_picture(data, limits, where)
+        pixels = _check_picture(data, limits, where)
+    own.pictures.append((len(data), pixels))
+    if own.place:
+        own.place.more_pixels(pixels)
 
 
 def check_examples(examples: Sequence[ExampleBody], own: Context, limits: Limits) -> None:
@@ -84,13 +90,13 @@ def check_examples(examples: Sequence[ExampleBody], own: Context, limits: Limits
         check_picture(one.image, own, limits, f"example {index}")
 
 
-def _check_picture(data: bytes, limits: Limits, where: str) -> None:
+def _check_picture(data: bytes, limits: Limits, where: str) -> int:
     try:
         if len(data) > limits.image_bytes:
             raise ImageTooLarge(
                 f"the picture has {len(data)} bytes; at most {limits.image_bytes} are read. Scale it down."
             )
-        inspect(data, max_pixels=limits.image_pixels)
+        return inspect(data, max_pixels=limits.image_pixels).pixels
     except InputError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
@@ -116,8 +122,11 @@ async def _stream(request: Request, limit: int, error: type[InputError], what: s
     if announced.isdigit() and int(announced) > limit:
         raise error(message)
     count = 0
+    place = context(request).place
     async for chunk in request.stream():
         count += len(chunk)
+        if place and not announced:  # else it is counted already
+            place.more_bytes(len(chunk))
         if count > limit:
             raise error(message)
         yield chunk

@@ -72,6 +72,15 @@ def find(name: str, bundles: Path) -> Path:
     raise BundleNotFound(f"there is no bundle {name!r} in {bundles}; {suggestion(name, known)}", known=known)
 
 
+def digest_of(directory: Path) -> str | None:
+    """sha256 of its bundle.json, which names the whole content; None where there is none to read."""
+    try:
+        with (directory / MANIFEST).open("rb") as file:
+            return hashlib.sha256(file.read(MAX_MANIFEST_BYTES)).hexdigest()
+    except OSError:
+        return None
+
+
 def names(bundles: Path) -> list[str]:
     """Bundle directories under ``bundles``, sorted; hidden ones are exports under way."""
     if not bundles.is_dir():

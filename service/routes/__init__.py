@@ -6,16 +6,21 @@ from time import perf_counter
 from fastapi import Request
 from fastapi.responses import Response
 
-from service.context import Context, service
+from service.context import Context, context, service
 from service.schemas import Answer, encode
 
 
 async def admitted(request: Request) -> AsyncIterator[None]:
     """A dependency: a place among the requests under way, taken before the body is read."""
-    async with service(request).engine.admit():
+    own = context(request)
+    announced = request.headers.get("content-length", "")
+    async with service(request).admission.admit(own, int(announced) if announced.isdigit() else 0) as own.place:
         yield
 
 
 def respond(own: Context, answer: Answer, status: int = 200) -> Response:
+    """Raises `DeadlineExceeded` where the answer comes too late."""
+    if own.left_s < 0:
+        raise own.late()
     own.answered = perf_counter()  # from here to the headers is `serialize`, which the middleware adds up
     return Response(encode(answer), status, media_type="application/json")

@@ -66,7 +66,9 @@ async def healthz() -> Response:
 )
 async def readyz(own: Own, parts: Parts) -> Response:
     failed = {**parts.collections.failed, **parts.hub.failed}
-    ready = parts.hub.ready and not failed
+    if parts.admission.leaving:
+        failed["service"] = "it is shutting down"
+    ready = parts.hub.ready and not parts.collections.loading and not failed
     loaded = [one.name for one in parts.hub.all()]
     return respond(own, ReadyAnswer(ready=ready, loaded=loaded, failed=failed), 200 if ready else 503)
 

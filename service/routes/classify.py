@@ -30,7 +30,15 @@ async def classify_picture(
 ) -> Response:
     loaded = parts.hub.get(body.model, "classify")
     own.model = loaded.name
-    labels, templates = parts.labels.resolve(body.labels, body.label_set, body.templates)
+    asked = parts.labels.resolve(body.labels, body.label_set, body.templates)
     check_picture(body.image, own, parts.settings.limits)
-    flow = classify(loaded.bundle, ClassifyRequest(body.image, labels, templates, body.top_k))
+    request = ClassifyRequest(
+        body.image,
+        asked.labels,
+        asked.templates,
+        body.top_k,
+        asked.temperature if body.temperature is None else body.temperature,
+        asked.none_below if body.none_below is None else body.none_below,
+    )
+    flow = classify(loaded.bundle, request)
     return respond(own, ClassifyAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own)))

@@ -28,9 +28,9 @@ EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["car", "bicycle"], "method": "gau
 async def detect_boxes(body: Annotated[DetectBody, Depends(body_of(DetectBody))], own: Own, parts: Parts) -> Response:
     loaded = parts.hub.get(body.model, "detect")
     own.model = loaded.name
-    labels, templates = parts.labels.resolve(body.labels, body.label_set, body.templates)
+    asked = parts.labels.resolve(body.labels, body.label_set, body.templates)
     check_picture(body.image, own, parts.settings.limits)
     check_examples(body.examples, own, parts.settings.limits)
     suppression = body.suppression(default_suppression(loaded.bundle))
-    flow = detect(loaded.bundle, DetectRequest(body.image, labels, templates, suppression, body.shown()))
+    flow = detect(loaded.bundle, DetectRequest(body.image, asked.labels, asked.templates, suppression, body.shown()))
     return respond(own, DetectAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own), suppression))

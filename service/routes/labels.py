@@ -6,12 +6,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
+from models.errors import BadRequest
+from models.tasks.calibrate import CalibrateRequest, calibrate
 from service.context import Own, Parts, task
 from service.labels import LabelSet
-from service.openapi import INPUT, answers, takes
+from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
 from service.routes import admitted, respond
-from service.schemas import LabelSetAnswer, LabelSetBody, LabelSetsAnswer
-from service.uploads import body_of
+from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer
+from service.uploads import body_of, check_picture
 
 router = APIRouter(tags=["label sets"], dependencies=[Depends(task("labels"))])
 MISSING = "label-set-not-found"
@@ -33,7 +35,34 @@ async def list_label_sets(own: Own, parts: Parts) -> Response:
 async def put_label_set(
     name: str, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
 ) -> Response:
-    return respond(own, _shape(await asyncio.to_thread(parts.labels.put, name, body.labels, body.templates)))
+    put = asyncio.to_thread(parts.labels.put, name, body.labels, body.templates, body.temperature, body.none_below)
+    return respond(own, _shape(await put))
+
+
+@router.post(
+    "/v1/label-sets/{name}/calibrate",
+    summary="Set its temperature by pictures whose labels are known",
+    description="With one bundle; with another the temperature may be wrong.",
+    openapi_extra=takes(CalibrateBody, {"items": [{"image": {"b64": "/9j/4AAQSkZJRg=="}, "label": "cat"}]}),
+    responses=answers(LabelSetAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, "text-too-long"),
+    dependencies=[Depends(admitted)],
+)
+async def calibrate_label_set(
+    name: str, body: Annotated[CalibrateBody, Depends(body_of(CalibrateBody))], own: Own, parts: Parts
+) -> Response:
+    known, limits = parts.labels.get(name), parts.settings.limits
+    loaded = parts.hub.get(body.model, "classify")
+    own.model = loaded.name
+    if len(body.items) > limits.texts:
+        raise BadRequest(f"{len(body.items)} items were given; at most {limits.texts} are read at once")
+    for index, item in enumerate(body.items):
+        if item.label not in known.labels:
+            raise BadRequest(f"the label {item.label[:100]!r} of item {index} is not in label set {name!r}")
+        check_picture(item.image, own, limits, f"item {index}")
+    truth = [known.labels.index(item.label) for item in body.items]
+    request = CalibrateRequest([item.image for item in body.items], truth, known.labels, known.templates)
+    temperature = await parts.engine.answer(loaded, calibrate(loaded.bundle, request), own)
+    return respond(own, _shape(await asyncio.to_thread(parts.labels.set_temperature, known, temperature)))
 
 
 @router.get("/v1/label-sets/{name}", summary="One label set", responses=answers(LabelSetAnswer, MISSING))
@@ -50,4 +79,4 @@ async def delete_label_set(name: str, parts: Parts) -> Response:
 
 
 def _shape(one: LabelSet) -> LabelSetAnswer:
-    return LabelSetAnswer(name=one.name, version=one.version, labels=list(one.labels), templates=list(one.templates))
+    return LabelSetAnswer(**{**vars(one), "labels": list(one.labels), "templates": list(one.templates)})

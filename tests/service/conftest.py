@@ -122,7 +122,7 @@ def _tensor(dtype: str, *shape: int | str) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape}
 
 
-def make_bundle(bundles: Path, name: str = "colours-int8", *, note: str = "") -> Sealed:
+def make_bundle(bundles: Path, name: str = "colours-int8", *, note: str = "", replace: bool = False) -> Sealed:
     """Another ``note`` gives another digest with the same graphs."""
     picture = {"kind": "image", "size": (8, 8), "resample": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
     settings = {"method": "int64", "per_class": "int64", "iou_threshold": "float32", "sigma": "float32",
@@ -193,7 +193,7 @@ def make_bundle(bundles: Path, name: str = "colours-int8", *, note: str = "") ->
         (directory / "detect.onnx").write_bytes(_graph(DETECT))
         _tokenizer().save(str(directory / "tokenizer.json"))
         (directory / "report.json").write_text('{"measured": "nothing"}')
-        return seal(directory, manifest)
+        return seal(directory, manifest, replace=replace)
 
 
 def paint(*colours: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:

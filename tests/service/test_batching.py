@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+from time import perf_counter
 
 import numpy as np
 import pytest
 
 from models.bundle.manifest import TextPreprocess
-from models.errors import BadRequest, Overloaded
+from models.errors import BadRequest, DeadlineExceeded, Overloaded
 from service.batching import Batcher
 
 
@@ -178,3 +179,67 @@ def test_waiting_and_running_are_told_apart():
     assert first.infer_s >= 0.05
     assert second.queue_s >= 0.05
     assert second.infer_s < 0.05
+
+
+def releases(scenario, **options):
+    """Rows and reason of each run."""
+    seen = []
+    run(scenario, observe=lambda rows, release: seen.append((rows, release)), **options)
+    return seen
+
+
+def test_each_run_says_why_it_was_not_held_back():
+    async def alone(batcher, graph):
+        await batcher.run(rows(1))
+
+    async def together(batcher, graph):
+        await asyncio.gather(*(batcher.run(rows(i)) for i in range(2)))
+
+    async def leaving(batcher, graph):
+        batcher.drain()
+        await together(batcher, graph)
+
+    busy = {"company": lambda: True}
+    assert releases(alone) == [(1, "idle")]
+    assert releases(alone, max_wait_s=0.01, **busy) == [(1, "timeout")]
+    assert releases(together, max_wait_s=5.0, max_size=2, **busy) == [(2, "full")]
+    assert releases(alone, batch=False, **busy) == [(1, "full")]
+    assert releases(leaving, max_wait_s=5.0, **busy) == [(2, "drain")]
+
+
+def test_calls_of_another_length_do_not_make_a_batch_full():
+    async def scenario(batcher, graph):
+        await asyncio.gather(*(batcher.run(rows(i, width=2 + i)) for i in range(2)))
+
+    assert releases(scenario, max_wait_s=0.02, max_size=2, company=lambda: True) == [(1, "timeout"), (1, "timeout")]
+
+
+def test_what_is_past_its_deadline_is_dropped_when_its_turn_comes():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1))
+        late = asyncio.create_task(batcher.run(rows(2), until=perf_counter() + 0.02))
+        await asyncio.sleep(0.05)
+        graph.gate.set()
+        await asyncio.gather(first, *tasks)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        return batcher.depth
+
+    depth, graph = run(scenario, max_size=1)
+    assert depth == 0
+    assert graph.shapes == [(1, 9), (1, 2)]
+
+
+def test_closing_runs_what_is_queued_first():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(1), rows(2, width=3))
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0.01)
+        graph.gate.set()
+        await closing
+        answers = await asyncio.gather(first, *tasks)
+        with pytest.raises(Overloaded, match="unloaded"):
+            await batcher.run(rows(3))
+        return [answer.outputs["y"].tolist() for answer in answers[1:]]
+
+    assert run(scenario)[0] == [[[2, 2]], [[4, 4, 4]]]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import httpx
@@ -75,6 +76,65 @@ def test_serve_until_a_signal(bundles, tmp_path, picture, number, flags):
     else:
         (line,) = [line for line in log.splitlines() if "path" in line]
         assert r"/no\npath" in line
+
+
+def until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_sigterm_finishes_what_is_under_way(bundles, tmp_path, picture, monkeypatch):
+    """A request whose body comes only when new ones are turned away already is answered; probes are, all along."""
+    monkeypatch.setenv("CALMCLIP_GRACE_S", "0.5")
+    body = picture("red")
+    head = b"POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    send = {"content": body, "headers": {"content-type": "image/png"}}
+    with serving(bundles, tmp_path / "data") as (process, client, file):
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as connection:
+            connection.sendall(head % len(body) + body[:10])
+            until(lambda: "calmclip_requests_pending 1.0" in client.get("/metrics").text)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: client.get("/readyz").status_code == 503)
+            assert client.get("/readyz").json()["failed"] == {"service": "it is shutting down"}
+            answer = client.post("/v1/classify?labels=red", **send)  # the grace: somebody has not noticed yet
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+            until(lambda: client.post("/v1/classify?labels=red", **send).status_code == 503)
+            shed = client.post("/v1/classify?labels=red", **send)
+            assert shed.headers["retry-after"] == "1"
+            assert "shutting down" in shed.json()["detail"]
+            assert client.get("/healthz").status_code == 200
+            assert process.poll() is None
+            connection.sendall(body[10:])
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        assert process.wait(10) == 0
+    assert "Traceback" not in file.read_text()
+
+
+def test_sigterm_under_requests_drops_none(bundles, tmp_path, picture, monkeypatch):
+    """Eight clients that go elsewhere, as a load balancer does, once they are told: none of their requests fails."""
+    monkeypatch.setenv("CALMCLIP_GRACE_S", "0.5")
+    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+    statuses: list[int] = []
+    with serving(bundles, tmp_path / "data") as (process, client, _log):
+
+        def ask() -> None:
+            with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as own:
+                told = False
+                while not told:
+                    answer = own.post("/v1/classify?labels=red", **send)
+                    statuses.append(answer.status_code)
+                    told = answer.headers.get("connection") == "close"
+
+        with ThreadPoolExecutor(8) as pool:
+            asking = [pool.submit(ask) for _ in range(8)]
+            until(lambda: len(statuses) > 100)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            for one in asking:
+                one.result()
+    assert set(statuses) == {200}
 
 
 def test_headers_are_bounded_but_many_labels_fit(bundles, tmp_path, picture):

@@ -29,6 +29,8 @@ def test_sentences_are_embedded_once(settings, serve, picture):
         assert answer.status_code == 200
         assert (metric(client, hit), metric(client, miss)) == (3, 3)
         assert "infer" in answer.headers["server-timing"]  # the picture's
+        assert client.post("/v1/detect", params={"labels": "green thing"}, **send).status_code == 200
+        assert (metric(client, hit), metric(client, miss)) == (4, 3)  # and so does detect
 
 
 def test_without_a_cache_answers_are_the_same(settings, serve):

@@ -12,7 +12,7 @@ import service.hub
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Every run of the image graph takes ``slow.seconds``; ``slow.runs`` counts them."""
+    """Every run of the image graph for a request takes ``slow.seconds``; ``slow.runs`` counts them."""
 
     class Slow(service.hub.Session):
         seconds = 0.0
@@ -20,7 +20,7 @@ def slow(monkeypatch):
         running = threading.Event()
 
         def run(self, feeds):
-            if "pixels" in feeds:
+            if "pixels" in feeds and threading.current_thread().name.startswith("infer"):  # not the warm-up
                 Slow.runs += 1
                 Slow.running.set()
                 time.sleep(Slow.seconds)
@@ -112,11 +112,14 @@ def test_who_hangs_up_frees_the_place_and_the_work(settings, serve, slow, pictur
                 b"POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
-            until(lambda: metric(client, "calmclip_requests_pending") == 2)
+            until(lambda: metric(client, "calmclip_pending_pixels") == 2 * 64 * 48)
+            assert metric(client, "calmclip_requests_pending") == 2
+            assert metric(client, "calmclip_pending_bytes") == len(body) + len(picture("red"))
         assert first.result().status_code == 200
         cancelled = 'calmclip_requests_total{model="colours-int8",outcome="cancelled",task="classify"}'
         until(lambda: metric(client, cancelled) == 1)
-        assert metric(client, "calmclip_requests_pending") == 0
+        for held in ("requests_pending", "pending_bytes", "pending_pixels"):
+            assert metric(client, f"calmclip_{held}") == 0
         time.sleep(0.05)
         assert slow.runs == 1
 
@@ -152,3 +155,60 @@ def test_calls_of_many_clients_are_merged_and_each_gets_its_own(settings, serve,
         with ThreadPoolExecutor(15) as pool:
             assert list(pool.map(best, colours)) == colours
         assert slow.runs < len(colours)
+
+
+@pytest.mark.parametrize("given", ["", "0", "-1", "soon", "nan", "inf", "1e3", "1,5", "0.0"])
+def test_a_deadline_that_is_none_is_400(client, picture, given):
+    headers = {"content-type": "image/png", "x-request-deadline-ms": given}
+    answer = client.post("/v1/classify?labels=red", content=picture("red"), headers=headers)
+    assert (answer.status_code, answer.json()["type"]) == (400, "/problems/invalid-header")
+    assert f"X-Request-Deadline-Ms is {given!r}; expected" in answer.json()["detail"]
+
+
+def test_a_deadline_given_twice_is_400(client):
+    answer = client.get("/v1/models", headers=[("x-request-deadline-ms", "100")] * 2)
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(("service", "asked", "told"), [(10_000, "150.5", "150 ms"), (150, "9999", "150 ms")])
+def test_the_earlier_deadline_counts(settings, serve, slow, picture, service, asked, told):
+    slow.seconds = 0.4
+    with serve(settings(deadline_ms=service)) as client:
+        headers = {"content-type": "image/png", "x-request-deadline-ms": asked}
+        answer = client.post("/v1/classify?labels=red", content=picture("red"), headers=headers)
+        assert (answer.status_code, answer.json()["type"]) == (504, "/problems/deadline-exceeded")
+        assert told in answer.json()["detail"]
+
+
+def test_an_answer_that_is_late_is_504_though_it_is_there(client):
+    answer = client.get("/v1/models", headers={"x-request-deadline-ms": "0.000001"})
+    assert answer.status_code == 504
+
+
+def test_too_many_pixels_or_bytes_at_once_are_shed(settings, serve, slow, picture):
+    small = {"max_pixels": 64 * 48 + 1, "max_bytes": 100_000}
+    slow.seconds = 0.5
+    with serve(settings(queue=small)) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, client, picture("red"))
+        assert slow.running.wait(5)
+        pixels = ask(client, picture("blue"))
+        assert (pixels.status_code, "3072 pixels" in pixels.json()["detail"]) == (503, True)
+        chunked = client.post("/v1/embed", content=iter([b"x" * 200_000]), headers={"content-type": "image/png"})
+        assert (chunked.status_code, "bytes" in chunked.json()["detail"]) == (503, True)
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as connection:
+            connection.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000\r\n\r\n"
+            )
+            assert b" 503 " in connection.recv(4096)
+        assert not waiting.done()
+        assert waiting.result().status_code == 200
+        for reason, count in (("pixels", 1), ("bytes", 2), ("requests", 0)):
+            assert metric(client, f'calmclip_shed_duration_seconds_count{{reason="{reason}"}}') == count
+        assert metric(client, "calmclip_picture_pixels_sum") == 2 * 64 * 48
+
+
+def test_runs_say_why_they_went(settings, serve, picture):
+    with serve(settings()) as client:
+        assert ask(client, picture("red")).status_code == 200
+        run = 'calmclip_batch_releases_total{graph="image",model="colours-int8",reason="%s"}'
+        assert [metric(client, run % reason) for reason in ("idle", "full", "timeout", "drain")] == [1, 0, 0, 0]

@@ -68,13 +68,19 @@ def test_a_broken_bundle_is_named_and_the_others_serve(settings, serve, bundles,
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
 
 
+def until_loaded(client):
+    """What `/readyz` says once bundles and collections are opened, as far as they can be."""
+    while not client.get("/readyz").json()["loaded"] or client.get("/v1/collections").status_code == 503:
+        pass
+    return client.get("/readyz")
+
+
 def test_what_is_no_collection_is_named_and_the_others_serve(settings, serve, tmp_path):
     with serve(settings()) as client:
         client.put("/v1/collections/mine", json={})
     lancedb.connect(tmp_path / "data" / "collections").create_table("foreign", [{"a": 1}])
     with serve(settings(), ready=False) as client:
-        while not (answer := client.get("/readyz")).json()["loaded"]:
-            pass
+        answer = until_loaded(client)
         assert answer.status_code == 503
         assert list(answer.json()["failed"]) == ["collection foreign"]
         assert [one["name"] for one in client.get("/v1/collections").json()["collections"]] == ["mine"]
@@ -83,8 +89,7 @@ def test_what_is_no_collection_is_named_and_the_others_serve(settings, serve, tm
 def test_a_store_that_does_not_open_leaves_the_tasks(settings, serve, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with serve(settings(store=f"lancedb:{tmp_path / 'file'}"), ready=False) as client:
-        while not (answer := client.get("/readyz")).json()["loaded"]:
-            pass
+        answer = until_loaded(client)
         assert list(answer.json()["failed"]) == ["collections"]
         assert client.put("/v1/collections/c", json={}).status_code == 500
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200

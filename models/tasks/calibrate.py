@@ -1,0 +1,59 @@
+"""Pictures whose labels are known -> the temperature with which scores are as sure as they are right.
+
+Source: Guo et al. 2017 (arXiv 1706.04599), temperature scaling; Platt 1999 for targets of (N + 1) / (N + 2) and
+1 / (N + 2) instead of 1 and 0, without which pictures that are all told right would ask for a temperature of 0.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.bundle.bundle import Bundle
+from models.errors import BadRequest
+from models.flow import Array, Call, Flow, Work
+from models.preprocess.image import decode
+from models.tasks.texts import embed_labels, only_output
+
+TEMPERATURES: list[float] = np.geomspace(
+    0.01, 100, 401
+).tolist()  # steps of 2.3 %, closer than a few hundred pictures can tell
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """``truth``: for each picture the place of its label among ``labels``."""
+
+    images: Sequence[bytes]
+    truth: Sequence[int]
+    labels: Sequence[str]
+    templates: Sequence[str] = ()
+
+
+def calibrate(bundle: Bundle, request: CalibrateRequest) -> Flow[float]:
+    """Raises `BadRequest` for fewer than two labels: there is nothing to be unsure between."""
+    bundle.require("classify")
+    if len(request.labels) < 2:
+        raise BadRequest(f"there are {len(request.labels)} labels; expected at least 2 to calibrate between")
+    text = yield from embed_labels(bundle, request.labels, request.templates)
+    preparer, rows = bundle.image(), []
+    for data in request.images:
+        picture = yield Work("decode", lambda data=data: decode(data, max_pixels=bundle.max_pixels))  # type: ignore[misc]
+        pixels = yield Work("preprocess", lambda picture=picture: preparer.prepare(picture)[0])  # type: ignore[misc]
+        found = yield Call("image", {preparer.spec.input: pixels})
+        rows.append(found[only_output(bundle, "image")])
+    return fit(bundle.head.logits(np.concatenate(rows), text), request.truth, bundle.head.scores)
+
+
+def fit(logits: Array, truth: Sequence[int], scores: Callable[[Array], Array]) -> float:
+    """The one of `TEMPERATURES` with the least log loss; ``logits`` float [N, C], ``scores`` of the head."""
+    count = len(logits)
+    targets = np.full(logits.shape, 1 / (count + 2))
+    targets[np.arange(count), truth] = (count + 1) / (count + 2)
+
+    def loss(temperature: float) -> float:
+        sure = np.clip(scores(logits.astype(np.float64) / temperature), 1e-12, 1 - 1e-12)
+        return float(-(targets * np.log(sure) + (1 - targets) * np.log1p(-sure)).mean())
+
+    best: float = min(TEMPERATURES, key=loss)
+    return round(best, 4)

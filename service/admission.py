@@ -1,0 +1,113 @@
+"""`Admission`: the two gates. What is let in is counted until its request ends, whichever way it ends.
+
+The first gate is before the body: requests under way, the bytes they announced, and whether this one can still be
+in time. The second is behind the picture's header: pixels that will be decoded. Who finds nothing of a kind under way
+passes whatever its size: the limits of a single request are others' business.
+"""
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from time import monotonic
+
+from models.errors import DeadlineExceeded, Overloaded
+from service.context import Context
+from service.pace import Pace
+from service.settings import Settings
+
+HOPE = 0.5  # of the time that is left: the pace is a mean, and what just fits is late every other time
+
+
+class Place:
+    """What one request holds of the bytes and pixels under way."""
+
+    def __init__(self, gate: "Admission", size: int) -> None:
+        self._gate = gate
+        self.bytes = 0
+        self.pixels = 0
+        self.more_bytes(size)
+
+    def more_bytes(self, count: int) -> None:
+        """Raises `Overloaded`."""
+        gate = self._gate
+        others = gate.bytes - self.bytes
+        if count and others and gate.bytes + count > gate.max_bytes:
+            raise gate.full("bytes", f"requests under way have {gate.bytes} bytes, and at most {gate.max_bytes} may be")
+        self.bytes += count
+        gate.bytes += count
+
+    def more_pixels(self, count: int) -> None:
+        """Raises `Overloaded`."""
+        gate = self._gate
+        others = gate.pixels - self.pixels
+        if others and gate.pixels + count > gate.max_pixels:
+            raise gate.full(
+                "pixels", f"pictures under way have {gate.pixels} pixels, and at most {gate.max_pixels} may be"
+            )
+        self.pixels += count
+        gate.pixels += count
+
+    def leave(self) -> None:
+        self._gate.bytes -= self.bytes
+        self._gate.pixels -= self.pixels
+
+
+class Admission:
+    """One per app. ``now``: a clock in seconds."""
+
+    def __init__(self, settings: Settings, now: Callable[[], float] = monotonic) -> None:
+        self.max_pending = settings.queue.max_pending
+        self.max_bytes = settings.queue.max_bytes
+        self.max_pixels = settings.queue.max_pixels
+        self.bytes = 0
+        self.pixels = 0
+        self.leaving = False  # shutting down, and still serving: who asks whether this is ready is told
+        self.closed = False  # what is under way is the last
+        self.pace = Pace(now)
+        self._paces: defaultdict[str, Pace] = defaultdict(lambda: Pace(now))  # by task: they cost differently
+        self._max_body = settings.limits.body_bytes
+
+    @property
+    def pending(self) -> int:
+        """Requests under way."""
+        return self.pace.under_way
+
+    def company(self) -> bool:
+        """Whether more than one request is under way, so that calls may come that can be merged."""
+        return self.pending > 1 and not self.leaving
+
+    def full(self, reason: str, what: str) -> Overloaded:
+        wait = self.pace.retry_after_s
+        return Overloaded(f"{what}; try again in {wait:.0f} s", retry_after=wait, reason=reason)
+
+    @asynccontextmanager
+    async def admit(self, own: Context, announced: int = 0) -> AsyncIterator[Place]:
+        """A place for a request whose body will have ``announced`` bytes, so far as is known.
+
+        Raises `Overloaded`, before a byte of the body is read.
+        """
+        if self.closed:
+            raise self.full("leaving", "the service is shutting down")
+        if self.pending >= self.max_pending:
+            raise self.full("requests", f"{self.pending} requests are under way, the most allowed")
+        pace = self._paces[own.task]
+        needed = pace.seconds_for(pace.under_way + 1)
+        if pace.under_way and needed > HOPE * own.left_s:
+            raise self.full(
+                "deadline",
+                f"this would take {needed:.1f} s behind {pace.under_way} requests under way, "
+                f"and must be done in {max(0.0, own.left_s):.1f} s",
+            )
+        place = Place(self, min(announced, self._max_body))
+        for one in (self.pace, pace):
+            one.begin()
+        late = False
+        try:
+            yield place
+        except DeadlineExceeded:
+            late = True
+            raise
+        finally:
+            place.leave()
+            for one in (self.pace, pace):
+                one.end(finished=not late)

@@ -1,0 +1,51 @@
+"""`Server`: uvicorn that leaves without dropping anybody.
+
+SIGTERM, the way out of a rollout: first `/readyz` says 503 and every answer ends its connection, while requests are
+still served, for `CALMCLIP_GRACE_S`, so that load balancers look elsewhere; then new requests are turned away until
+those under way are answered; only then the sockets close, so a probe for life is answered all along. Ctrl-C, or a
+second signal, goes straight to the last step, which also finishes what is under way.
+"""
+
+import asyncio
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from service.context import Service
+
+POLL_S = 0.02
+
+
+class Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, parts: Service) -> None:
+        super().__init__(config)
+        self.parts = parts
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leaving: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM and self._loop and not self.parts.admission.leaving:
+            self.parts.admission.leaving = True
+            self._loop.call_soon_threadsafe(self._leave)
+        else:
+            super().handle_exit(sig, frame)
+
+    def _leave(self) -> None:
+        self._leaving = asyncio.get_running_loop().create_task(self._finish(), name="leave")
+
+    async def _finish(self) -> None:
+        admission, settings = self.parts.admission, self.parts.settings
+        self.parts.hub.drain()
+        await asyncio.sleep(settings.grace_s)
+        admission.closed = True
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + settings.deadline_ms / 1000
+        while admission.pending and loop.time() < latest:
+            await asyncio.sleep(POLL_S)
+        self.should_exit = True

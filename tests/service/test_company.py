@@ -1,0 +1,61 @@
+"""Company changes no answer: rows of real bundles, alone and merged with others by the batcher."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from models.bundle.bundle import Bundle
+from models.bundle.store import read
+from models.runtime.session import Session, SessionOptions
+from service.batching import Batcher
+
+ROWS = 7
+
+
+def feeds_of(bundle: Bundle, role: str) -> dict[str, np.ndarray]:
+    """As many different rows as `ROWS`, as requests would bring them."""
+    if role == "text":
+        return dict(bundle.text.prepare([f"a photo of {thing}" for thing in "abcdefg"]))
+    ((name, tensor),) = bundle.graph(role).inputs.items()
+    shape = (ROWS, *(int(side) for side in tensor.shape[1:]))
+    return {name: np.random.default_rng(7).standard_normal(shape).astype(np.float32)}
+
+
+def asked(session: Session, feeds: dict[str, np.ndarray], *, together: bool) -> list[bytes | np.ndarray]:
+    """Each row's answer, all in one run or each in its own, through the batcher as the engine uses it."""
+    sizes = []
+
+    async def main():
+        batcher = Batcher(
+            session.run,
+            max_size=ROWS if together else 1,
+            max_wait_s=5.0,
+            company=lambda: together,
+            observe=lambda rows, _: sizes.append(rows),
+        )
+        calls = [{name: array[i : i + 1] for name, array in feeds.items()} for i in range(ROWS)]
+        answers = await asyncio.gather(*map(batcher.run, calls))
+        await batcher.close()
+        return [next(iter(answer.outputs.values())) for answer in answers]
+
+    answers = asyncio.run(main())
+    assert sizes == ([ROWS] if together else [1] * ROWS)
+    return answers
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("role", ["image", "text"])
+@pytest.mark.parametrize("name", ["tiny-int8", "tiny-float"])
+def test_a_row_is_the_same_alone_and_in_company(tiny_bundles, name, role, threads):
+    """INT8 to the bit; float to 1e-6, for a lone row's products may be summed in another order."""
+    bundle = Bundle(read(tiny_bundles / name))
+    graph = bundle.graph(role)
+    session = Session(bundle.directory / graph.file, graph, SessionOptions(threads=threads))
+    feeds = feeds_of(bundle, role)
+    alone, merged = (np.concatenate(asked(session, feeds, together=together)) for together in (False, True))
+    assert len(np.unique(alone, axis=0)) == ROWS
+    if name.endswith("int8"):
+        assert alone.tobytes() == merged.tobytes()
+    else:
+        assert np.abs(alone - merged).max() <= 1e-6
