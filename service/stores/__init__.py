@@ -4,6 +4,7 @@ A store is synchronous and may be called from several threads; `service.collecti
 collection has one writer.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -79,22 +80,35 @@ class Table(Protocol):
 class Store(Protocol):
     """Collections at one place."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write there too, so that nothing read from it stays true."""
+
     def names(self) -> list[str]: ...
 
     def create(self, info: Info) -> Table:
         """An empty one. The name is free; the caller has checked."""
 
-    def open(self, name: str) -> Table: ...
+    def open(self, name: str) -> Table:
+        """Equal to one opened before as long as it is the same. Raises `CollectionNotFound` where ``shared``."""
 
     def drop(self, name: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 STORES: Registry[Callable[[str], Store]] = Registry("stores", "service.stores")
 
 
 def open_store(url: str) -> Store:
-    """``KIND:PLACE``, for example ``lancedb:data/collections``. Raises `BadRequest`, `UnknownName`."""
+    """``KIND:PLACE``, for example ``lancedb:data/collections``. Raises `BadRequest`, `UnknownName`, and what the
+    engine is asked in vain for."""
     kind, colon, place = url.partition(":")
     if not colon or not place:
-        raise BadRequest(f"the store {url!r} is not KIND:PLACE; for example 'lancedb:data/collections'")
+        raise BadRequest(f"the store {shown(url)!r} is not KIND:PLACE; for example 'lancedb:data/collections'")
     return STORES.get(kind)(place)
+
+
+def shown(url: str) -> str:
+    """``url`` for logs and answers: without user, password and options."""
+    return re.sub(r"//[^/]*@", "//", url.partition("?")[0])

@@ -28,6 +28,8 @@ log = logging.getLogger("calmclip")
 
 
 class LanceStore:
+    shared = False
+
     def __init__(self, place: str) -> None:
         session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES)
         self._db = lancedb.connect(place, session=session)
@@ -58,6 +60,9 @@ class LanceStore:
 
     def drop(self, name: str) -> None:
         self._db.drop_table(name)
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 class LanceTable:

@@ -15,9 +15,16 @@ INFO = Info("photos", "tiny-int8", "ab" * 32, 4, "2026-01-01T00:00:00+00:00")
 AXES = np.eye(4, dtype=np.float32)
 
 
-@pytest.fixture(params=STORES.names())
+@pytest.fixture(params=["lancedb", "pgvector"])
 def url(request, tmp_path):
+    """A place of its own for each test: a folder, or a database of a real server."""
+    if request.param == "pgvector":
+        return f"pgvector:{request.getfixturevalue('postgres').database()}"
     return f"{request.param}:{tmp_path / 'store'}"
+
+
+def test_every_store_is_under_test():
+    assert set(STORES.names()) <= {"lancedb", "pgvector"}
 
 
 @pytest.fixture
