@@ -118,6 +118,12 @@ TABLE: dict[type[BaseException], Problem] = {
         "Overloaded",
         "The queue is full, or bundles are still loading. `Retry-After` says when to try again.",
     ),
+    errors.StoreUnavailable: Problem(
+        "store-unavailable",
+        503,
+        "Store unavailable",
+        "The database of the collections does not answer; all else does. `Retry-After` says when to try again.",
+    ),
     errors.DeadlineExceeded: Problem(
         "deadline-exceeded", 504, "Deadline exceeded", "The answer would have come later than CALMCLIP_DEADLINE_MS."
     ),

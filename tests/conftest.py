@@ -37,7 +37,7 @@ def library() -> Library:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[own.Server]:
-    """A running PostgreSQL with pgvector; where there is none, what needs it is skipped with one line, in CI it fails."""
+    """A running PostgreSQL with pgvector; where there is none, it is skipped with one line, in CI it fails."""
     if reason := own.why_not():
         if os.environ.get("CI"):
             pytest.fail(reason)

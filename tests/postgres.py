@@ -93,8 +93,8 @@ def serving(folder: Path) -> Iterator[Server]:
 
 def _run(command: list[str]) -> str:
     user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
-    with open(os.devnull) as nothing:
-        done = subprocess.run(command, **user, stdin=nothing, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True, check=False, cwd="/", timeout=60)  # fmt: skip
+    done = subprocess.run(
+        command, **user, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd="/", timeout=60
+    )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()

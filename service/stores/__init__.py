@@ -5,9 +5,9 @@ collection has one writer.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from models.errors import BadRequest
 from models.flow import Array
@@ -75,6 +75,23 @@ class Table(Protocol):
 
     def compact(self) -> None:
         """Tidy up what many small writes left; readers and answers are not disturbed."""
+
+
+@runtime_checkable
+class OwnTable(Table, Protocol):
+    """One that nobody else writes to, so that what is kept of it in memory stays true.
+
+    A row's *place* is a number that is its own as long as its id is there, whatever is written or tidied up.
+    """
+
+    def places(self, ids: Sequence[str]) -> dict[str, int]:
+        """Of those that are there."""
+
+    def fetch(self, places: Sequence[int]) -> list[Row]:
+        """The rows that are there, in any order."""
+
+    def scan(self, most: int | None = None) -> Iterator[tuple[list[str], list[int], Array]]:
+        """Ids, places and vectors, float32 [N, dim], of all rows, a few thousand at a time; or of ``most``."""
 
 
 class Store(Protocol):

@@ -6,13 +6,14 @@ process leaves the last committed one. Search is exact (a flat scan), cosine dis
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import lancedb
 import pyarrow as pa
+from lancedb.index import BTree
 from lancedb.query import ColumnOrdering
 
 from models.flow import Array
@@ -22,6 +23,9 @@ KEY = b"calmclip"  # of the schema's metadata: the Info, as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 BESIDE_EMPTY = {"gt": '"_%"', "gte": '"%', "lt": '"', "lte": '""'}  # JSON texts of strings so ordered to ""
 CACHE_BYTES = 32 << 20  # of its own making LanceDB would take gigabytes; the operating system caches files anyway
+STABLE = {"new_table_enable_stable_row_ids": "true"}  # a row's number outlives updates and compaction
+SCANNED = 8192  # rows at a time
+INDEXED_FROM = 5_000  # rows
 OLD = timedelta(minutes=10)  # versions that compaction removes; a search holds one for far less
 
 log = logging.getLogger("calmclip")
@@ -53,7 +57,7 @@ class LanceStore:
             ],
             metadata={KEY: json.dumps(asdict(info)).encode()},
         )
-        return LanceTable(self._db.create_table(info.name, schema=schema))
+        return LanceTable(self._db.create_table(info.name, schema=schema, storage_options=STABLE))
 
     def open(self, name: str) -> Table:
         return LanceTable(self._db.open_table(name))
@@ -83,7 +87,7 @@ class LanceTable:
         self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
 
     def delete(self, ids: Sequence[str]) -> int:
-        where = f"id IN ({', '.join(map(literal, ids))})"
+        where = _among(ids)
         there: int = self._table.count_rows(where)
         if there:
             self._table.delete(where)
@@ -108,7 +112,24 @@ class LanceTable:
         rows: int = self._table.count_rows()
         return rows
 
+    def places(self, ids: Sequence[str]) -> dict[str, int]:
+        found = self._table.search().where(_among(ids)).with_row_id(True).select(["id"]).limit(len(ids)).to_arrow()
+        return dict(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
+
+    def fetch(self, places: Sequence[int]) -> list[Row]:
+        found = self._table.take_row_ids(list(places)).select(["id", "vector", "meta"]).to_arrow()
+        columns = (found["id"].to_pylist(), _vectors(found["vector"].combine_chunks()), found["meta"].to_pylist())
+        return [Row(id_, vector, json.loads(meta)) for id_, vector, meta in zip(*columns, strict=True)]
+
+    def scan(self, most: int | None = None) -> Iterator[tuple[list[str], list[int], Array]]:
+        query = self._table.search().with_row_id(True).select(["id", "vector"]).limit(most)
+        for batch in query.to_batches(batch_size=SCANNED):
+            yield batch["id"].to_pylist(), batch["_rowid"].to_pylist(), _vectors(batch["vector"])
+
     def compact(self) -> None:
+        """Also an index of the ids, once reading a few rows by them is slower than it need be."""
+        if self.count() >= INDEXED_FROM and not self._table.list_indices():
+            self._table.create_index("id", config=BTree())
         self._table.optimize(cleanup_older_than=OLD)
 
 
@@ -128,6 +149,16 @@ def sql(condition: Condition) -> str:
         bound = f"{path}?(@ {OPERATORS[condition.op]} {json.dumps(condition.value, ensure_ascii=False)})"
         return f"({text} LIKE '\"%' AND json_exists(meta, {literal(bound)}))"  # a path also looks into lists
     return _compare(text, OPERATORS[condition.op], condition.value)
+
+
+def _among(ids: Sequence[str]) -> str:
+    return f"id IN ({', '.join(map(literal, ids))})"
+
+
+def _vectors(column: Any) -> Array:
+    """A column of fixed-size lists -> float32 [N, dim]."""
+    found: Array = column.flatten().to_numpy().reshape(len(column), -1)
+    return found
 
 
 def literal(text: str) -> str:

@@ -48,7 +48,7 @@ CREATE TABLE IF NOT EXISTS calmclip_collections (
     created text NOT NULL
 )
 """
-CONNECTION = {
+CONNECTION: dict[str, Any] = {
     "connect_timeout": PATIENCE_S,
     "application_name": "calmclip",
     "tcp_user_timeout": 10_000,  # ms: a peer that has vanished is an error, not a wait without end
@@ -224,7 +224,9 @@ class _Server:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("postgresql", "postgres"):
-            raise BadRequest("the place of the store pgvector is no URL; expected pgvector:postgresql://USER@HOST/DATABASE")
+            raise BadRequest(
+                "the place of the store pgvector is no URL; expected pgvector:postgresql://USER@HOST/DATABASE"
+            )
         self._text = f"{parts.path.lstrip('/') or 'default'} at {parts.netloc.rpartition('@')[2] or 'this machine'}"
         try:
             with psycopg.connect(url, **CONNECTION):
@@ -269,7 +271,7 @@ def _configure(connection: Any) -> None:
 
 
 def _table(number: int, dim: int) -> Iterator[str]:
-    """PLAIN keeps vectors in the table's own pages, where sorting all of them reads them at once, as far as they fit."""
+    """PLAIN keeps vectors in the table's own pages, where a search that sorts them all reads them."""
     name = f"calmclip_c{number}"
     yield f'CREATE TABLE {name} (id text COLLATE "C" PRIMARY KEY, vector vector({dim}) NOT NULL, meta jsonb NOT NULL)'
     yield f"ALTER TABLE {name} ALTER COLUMN vector SET STORAGE {'PLAIN' if dim <= 1536 else 'EXTERNAL'}"
