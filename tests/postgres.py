@@ -5,11 +5,11 @@ import pwd
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 
@@ -18,6 +18,7 @@ class Server:
     bin: Path
     folder: Path
     port: int
+    _numbers: Iterator[int] = field(default_factory=count)
     secret: str = "hush-5up3r"  # of the user `keeper`, to look for where it must not be
 
     def start(self) -> None:
@@ -25,18 +26,15 @@ class Server:
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder} -c shared_buffers=64MB"
         self._ctl("start", "-w", "-l", str(self.folder / "log"), "-o", options)
 
+    def running(self) -> bool:
+        return (self.folder / "data" / "postmaster.pid").exists()
+
     def stop(self, mode: str = "fast") -> None:
         self._ctl("stop", "-w", "-m", mode)
 
-    def kill(self) -> None:
-        """SIGKILL to the postmaster; its children see that it is gone, and end."""
-        os.kill(int((self.folder / "data" / "postmaster.pid").read_text().split()[0]), 9)
-        time.sleep(0.5)
-
     def database(self) -> str:
         """The URL of a fresh one, in which `keeper` may do everything."""
-        self._databases = getattr(self, "_databases", 0) + 1
-        name = f"d{self._databases}"
+        name = f"d{next(self._numbers)}"
         self.psql(f"CREATE DATABASE {name} OWNER keeper")
         self.psql("CREATE EXTENSION vector", name)
         return self.url(name)

@@ -128,4 +128,4 @@ def open_store(url: str) -> Store:
 
 def shown(url: str) -> str:
     """``url`` for logs and answers: without user, password and options."""
-    return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
+    return re.sub(r"//.*@", "//", url).partition("?")[0]

@@ -35,7 +35,8 @@ OVERSAMPLED = 4
 MOST_PROPOSED = 1000  # the largest hnsw.ef_search; a search that needs more sorts
 LEAST_PROPOSED = 200
 MOST_INDEXED = 4000  # the longest halfvec HNSW takes
-PATIENCE_S = 5  # for a connection, and for a free one of the pool
+PATIENCE_S = 5  # for a connection to be made,
+WAIT_S = 2.0  # and for one of the pool, which has some to spare unless the server does not answer
 LOCK = 0x63616C6D  # "calm": of an advisory lock, so that services that start together make one schema
 
 SCHEMA = """
@@ -227,6 +228,10 @@ class _Server:
             raise BadRequest(
                 "the place of the store pgvector is no URL; expected pgvector:postgresql://USER@HOST/DATABASE"
             )
+        if url.count("@") != parts.netloc.count("@") or parts.netloc.count("@") > 1:  # libpq quotes what it cannot read
+            raise BadRequest(
+                "the URL of the database has an @ too many; in a password it is %40, and / is %2F, ? is %3F"
+            )
         self._text = f"{parts.path.lstrip('/') or 'default'} at {parts.netloc.rpartition('@')[2] or 'this machine'}"
         try:
             with psycopg.connect(url, **CONNECTION):
@@ -240,7 +245,7 @@ class _Server:
             kwargs={**CONNECTION, "autocommit": True},
             min_size=1,
             max_size=16,
-            timeout=PATIENCE_S,
+            timeout=WAIT_S,
             configure=_configure,
             check=ConnectionPool.check_connection,  # one that died is replaced before anybody is handed it
             reconnect_timeout=PATIENCE_S,
