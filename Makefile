@@ -19,8 +19,8 @@ ops: $(VENV)/.serve  ## the op library, where a compiler is; without it everythi
 serve: models/bundles/mini-int8/bundle.json  ## the main job: export the built-in model once, then answer over HTTP
 	$(BIN)/calmclip serve --load mini-int8 --port $(PORT)
 
-test: $(VENV)/.dev ops  ## what CI runs
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev ops  ## what CI runs; a process for each core, files whole, for their fixtures' sake
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-all: $(VENV)/.dev ops  ## also what is slow
 	$(BIN)/python -m pytest -m ""

@@ -24,7 +24,7 @@ def compare(
 ) -> dict[str, Any]:
     """``sqnr_db``: node -> of its output, float against INT8 with all that came before (10 log10 of squared float over
     squared difference, all feeds together), for each product that runs in INT8. ``outliers``: of what products read,
-    in float."""
+    in float. Where tokens are routed, an expert is left out for a feed that sends it none, or other tokens in INT8."""
     whole = {one.name for one in count(quantized, dims) if one.int8}
     there = {name for node in quantized.graph.node for name in node.output}
     after = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in _qdq.CUTS}
@@ -38,18 +38,21 @@ def compare(
     read = list(dict.fromkeys(node.input[0] for node in _qdq.products(model)))
     run = _qdq.tap(model, [*dict.fromkeys([*read, *(left for left, _ in outputs.values())])])
     run_quantized = _qdq.tap(quantized, [*dict.fromkeys(right for _, right in outputs.values())])
-    squares = {name: [0.0, 0.0] for name in outputs}
+    squares: dict[str, list[float]] = {}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in read}
     for feed in feeds:
         one, other = run(feed), run_quantized(feed)
         for name, (left, right) in outputs.items():
             true = one[left].astype(np.float64)
-            squares[name][0] += float(np.square(true).sum())
-            squares[name][1] += float(np.square(true - other[right]).sum())
+            if true.size and true.shape == other[right].shape:
+                pair = squares.setdefault(name, [0.0, 0.0])
+                pair[0] += float(np.square(true).sum())
+                pair[1] += float(np.square(true - other[right]).sum())
         for name in read:
-            found[name].append((float(np.abs(one[name]).max()), kurtosis(one[name])))
+            if one[name].size:
+                found[name].append((float(np.abs(one[name]).max()), kurtosis(one[name])))
     return {
-        "sqnr_db": {name: _decibels(*pair) for name, pair in squares.items()},
+        "sqnr_db": {name: _decibels(*squares[name]) for name in outputs if name in squares},
         "outliers": _summary({name: np.mean(values, axis=0) for name, values in found.items() if values}),
     }
 

@@ -13,6 +13,7 @@ from models.flow import Array
 from models.ops.library import Library
 
 SMALL = 4096  # bytes; what is smaller may be a shape or a limit, and its value matters to who reads a graph
+LARGE = 1 << 29  # bytes of weights; beyond, a session does not pack a second copy of them for speed's sake
 _ELSEWHERE = "elsewhere"
 
 
@@ -68,6 +69,8 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         settings.log_severity_level = 3
         if library:
             settings.register_custom_ops_library(str(library.path))
+        if sum(size(t) for t in model.graph.initializer if big(t)) > LARGE:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
         # ONNX Runtime reads them where they lie, so they have to live as long as it does
         self._lent = {t.name: ort.OrtValue.ortvalue_from_numpy(_array(t)) for t in model.graph.initializer if big(t)}
         if self._lent:

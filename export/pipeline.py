@@ -139,6 +139,11 @@ def _convert(
     if recipe.calibration.texts and len(fitting) < len(texts):
         say(f"{len(texts) - len(fitting)} calibration texts are longer than the context and left out")
     few = shown[0][:_PARITY_ROWS], shown[1][:_PARITY_ROWS]
+    inside = {
+        role: replace(tower, preprocess=image_to_pixels.inside(tower.preprocess))
+        for role, tower in net.towers.items()
+        if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess)
+    }
     traced: dict[str, onnx.ModelProto] = {}
     for role, tower in net.towers.items():
         say(f"{role}: tracing")
@@ -163,9 +168,10 @@ def _convert(
                 role, model, how, goal, partial(feeds, pictures, fitting), shipped, say
             )
         with step(f"{role}: compare"):
-            runs = parity.onnx_run(model), parity.onnx_run(quantized)
-            agreement = parity.compare(*runs, feeds(*shown), tower.summary)
-            del runs
+            seen = list(feeds(*shown))
+            whole = parity.kept(parity.onnx_run(model), seen)  # one graph open at a time
+            agreement = parity.compare(whole, parity.onnx_run(quantized), seen, tower.summary)
+            del seen, whole
         made.how[role] = how
         made.facts[role] |= {
             "quantizer": how.name,
@@ -180,9 +186,9 @@ def _convert(
             bound = _ROUNDING if how.name == "none" else _TIES
             made.quantized[role], as_int8 = _rewrite(recipe, quantized, seen, tower, f"{role} in INT8", bound)
         made.rewrites[role] = {"float32": as_float, "int8": as_int8}
-        if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess):
-            inside = replace(tower, preprocess=image_to_pixels.inside(tower.preprocess))
-            pairs = [one | other for one, other in zip(seen, calibrate.feeds(inside, directory, *few), strict=True)]
+        if role in inside:
+            fed = calibrate.feeds(inside[role], directory, *few)
+            pairs = [one | other for one, other in zip(seen, fed, strict=True)]
             for graphs, found, limit in ((made.floats, as_float, _ROUNDING), (made.quantized, as_int8, bound)):
                 graphs[role] = _take_pictures(graphs[role], tower, tower.preprocess, pairs, role, found, limit)
     for role, one in net.built.items():

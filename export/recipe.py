@@ -6,12 +6,12 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from export.checkpoints import Weights, hub
+from export.checkpoints import Weights, hub, read
 from export.evals import EVALS
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
-from export.rewrites import REWRITES, swaps
-from models.bundle.manifest import FrozenModel, Name
+from export.rewrites import REWRITES, image_to_pixels, swaps
+from models.bundle.manifest import FrozenModel, ImagePreprocess, Name
 from models.errors import BadRequest, UnknownCheckpoint, suggestion
 
 
@@ -86,8 +86,14 @@ def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
         plugin = NETS.get(name)
         if plugin.recognise(checkpoint):
             return name, plugin
-    kind = "of no kind that a net recognises" if Path(checkpoint).exists() else "no directory and no built-in model"
-    raise UnknownCheckpoint(f"{checkpoint!r} is {kind}; tried: {', '.join(NETS.names())}. The built-in one is 'mini'.")
+    tried = f"tried: {', '.join(NETS.names())}. The built-in one is 'mini'."
+    if not Path(checkpoint).exists():
+        raise UnknownCheckpoint(f"{checkpoint!r} is no directory and no built-in model; {tried}")
+    names = sorted(read(checkpoint).names)
+    raise UnknownCheckpoint(
+        f"{checkpoint!r} is of no kind that a net recognises: {', '.join(names[:3])} are among its {len(names)} "
+        f"tensors; {tried}"
+    )
 
 
 def load_weights(file: Path | None = None, **flags: Any) -> Weights:
@@ -132,6 +138,9 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                     f"recipe: rewrites: {name} attaches an op to a graph, which its net asks for, or picture_input; "
                     f"here go {', '.join(swaps())}"
                 )
+        for tower in net.towers.values():
+            if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess):
+                image_to_pixels.inside(tower.preprocess)  # which refuses what the op does not do
     except ValidationError as error:
         raise _bad(error) from None
     return recipe

@@ -1,5 +1,6 @@
 """How much of a graph's arithmetic runs in INT8: the multiply-accumulates of every Conv, Gemm and MatMul, for one
-nominal input. Products of two activations (attention) count; the bodies of functions, lookups and sums do not.
+nominal input. Products of two activations (attention) count; the bodies of functions, lookups and sums do not. Where
+data decide how many rows a product has (experts that tokens are routed to), all they may be count.
 
 MatMul [.., M, K] x [.., K, N]: (..) M N K. Gemm the same. Conv: numbers written x inputs of a group x kernel.
 """
@@ -156,6 +157,11 @@ def _fold(light: onnx.ModelProto, shapes: Mapping[str, list[int]]) -> bool:
             body = helper.make_graph([node], "one", [], [helper.make_empty_tensor_value_info(node.output[0])])
             alone = helper.make_model(body, opset_imports=light.opset_import)
             value = ReferenceEvaluator(alone).run(None, {name: known[name] for name in node.input if name})[0]
+        elif node.op_type == "NonZero" and node.input[0] in shapes:  # what only data tell: the most it may be
+            shape = shapes[node.input[0]]
+            most = [len(shape), _size(shape)]
+            light.graph.input.append(helper.make_tensor_value_info(node.output[0], TensorProto.INT64, most))
+            continue
         if value is None or value.size > _SMALL:
             left.append(node)
             continue

@@ -88,26 +88,18 @@ def _small_weights():  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="session")
 def owl_bundles(tiny_owl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with owl-int8 and owl-float, an OWLv2. Not to be changed: copy it."""
-    from export.nets import NETS
-    from export.pipeline import build
-    from export.recipe import load_recipe
-
-    out = tmp_path_factory.mktemp("detectors")
-    net = NETS.get("owl").load(str(tiny_owl))
-    build(load_recipe(str(tiny_owl), "owl", net, name="owl", keep_float=True), out, net=net)
-    return out
+    return _exported(tiny_owl, tmp_path_factory.mktemp("detectors"), "owl")
 
 
 @pytest.fixture(scope="session")
 def tiny_bundles(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny-int8 and tiny-float, sealed by `export.pipeline.build`. Not to be changed: copy it."""
-    from export.nets import NETS
-    from export.pipeline import build
-    from export.recipe import load_recipe
+    """A folder with tiny-int8 and tiny-float. Not to be changed: copy it."""
+    return _exported(tiny_hf_clip, tmp_path_factory.mktemp("bundles"), "tiny")
 
-    out = tmp_path_factory.mktemp("bundles")
-    net = NETS.get("clip").load(str(tiny_hf_clip))
-    # random towers keep no accuracy bar worth the name; the walk is what is under test
-    bars = {"min_image_cosine": 0.9, "min_text_cosine": 0.9}
-    build(load_recipe(str(tiny_hf_clip), "clip", net, name="tiny", keep_float=True, bars=bars), out, net=net)
+
+def _exported(checkpoint: Path, out: Path, name: str) -> Path:
+    """``out``, with NAME-int8 and NAME-float in it, by the one command that a user types."""
+    from models.cli import main
+
+    assert main(["export", str(checkpoint), "--out", str(out), "--name", name, "--keep-float"]) == 0
     return out

@@ -33,25 +33,28 @@ def server(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @contextmanager
 def serving(bundles: Path, data: Path) -> Iterator[httpx.Client]:
-    """`calmclip serve` in a process of its own, from its start to its end."""
+    """`calmclip serve` in a process of its own, from its start to its end. Its log goes to a file: a pipe that nobody
+    reads is full after a few hundred requests, and the server waits."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
     environment = os.environ | {"CALMCLIP_DATA_DIR": str(data), "CALMCLIP_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = data.with_name(f"{data.name}.log")
+    with log.open("w") as written:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=written)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            _until_ready(client, process)
+            _until_ready(client, process, log)
             yield client
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 
 
-def _until_ready(client: httpx.Client, process: subprocess.Popen) -> None:
+def _until_ready(client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
     for _ in range(600):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, log.read_text()
         try:
             if client.get("/readyz").status_code == 200:
                 return

@@ -1,8 +1,11 @@
-"""The whole walk of a detector: transformers writes an OWLv2, export seals it, a real server answers over HTTP."""
+"""The whole walk of a detector: transformers writes an OWLv2 or OWL-ViT, one command seals it, `calmclip check` finds
+nothing wrong with it, and a real server answers over HTTP as transformers does."""
 
 import base64
 import io
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -12,6 +15,7 @@ import torch
 import transformers
 from PIL import Image
 
+from models.cli import main
 from tests import tiny
 from tests.test_walk import serving
 
@@ -34,9 +38,39 @@ def turned(photographs: dict[str, Path]) -> bytes:
     return file.getvalue()
 
 
-def test_labels_are_found_where_transformers_finds_them(server: httpx.Client, tiny_owl: Path, turned: bytes):
+@dataclass(frozen=True)
+class Detector:
+    server: httpx.Client
+    bundles: Path
+    model: transformers.PreTrainedModel
+    processor: transformers.BaseImageProcessor
+
+
+@pytest.fixture
+def owlv2(server: httpx.Client, owl_bundles: Path, tiny_owl: Path) -> Detector:
     model = transformers.Owlv2ForObjectDetection.from_pretrained(tiny_owl).eval()
-    processor = transformers.Owlv2ImageProcessor.from_pretrained(tiny_owl)
+    return Detector(server, owl_bundles, model, transformers.Owlv2ImageProcessor.from_pretrained(tiny_owl))
+
+
+@pytest.fixture(scope="module")
+def owlvit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Detector]:
+    root = tmp_path_factory.mktemp("owlvit")
+    checkpoint = tiny.owl(root / "owl", "owlvit", side=128, patch=32)
+    assert main(["export", str(checkpoint), "--out", str(root / "bundles"), "--keep-float"]) == 0
+    model = transformers.OwlViTForObjectDetection.from_pretrained(checkpoint).eval()
+    processor = transformers.OwlViTImageProcessorPil.from_pretrained(checkpoint)
+    with serving(root / "bundles", root / "data") as client:
+        yield Detector(client, root / "bundles", model, processor)
+
+
+@pytest.fixture
+def detector(request: pytest.FixtureRequest) -> Detector:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("detector", ["owlv2", pytest.param("owlvit", marks=pytest.mark.slow)], indirect=True)
+def test_labels_are_found_where_transformers_finds_them(detector: Detector, turned: bytes):
+    model, processor = detector.model, detector.processor
     upright = Image.open(io.BytesIO(turned)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
     rows = [tiny.tokenizer().encode(f"a photo of a {label}").ids for label in LABELS]
     length = max(map(len, rows))
@@ -54,7 +88,8 @@ def test_labels_are_found_where_transformers_finds_them(server: httpx.Client, ti
 
     form = {"labels": LABELS, "method": "hard", "max_output": 1000}
     for name, score, pixels in (("owl-float", 1e-3, 0.1), ("owl-int8", 0.15, None)):
-        answer = server.post("/v1/detect", files={"image": turned}, data={**form, "model": name})
+        assert main(["check", name, "--bundles", str(detector.bundles)]) == 0
+        answer = detector.server.post("/v1/detect", files={"image": turned}, data={**form, "model": name})
         assert answer.status_code == 200, answer.text
         found = answer.json()
         assert found["image"] == {"width": upright.width, "height": upright.height}
@@ -65,6 +100,15 @@ def test_labels_are_found_where_transformers_finds_them(server: httpx.Client, ti
             assert one["index"] == int(want["labels"][best])
             box = np.clip(want["boxes"][best].numpy(), 0, [*upright.size] * 2)
             assert list(one["box"].values()) == pytest.approx(box.tolist(), abs=pixels)
+
+
+@pytest.mark.parametrize("detector", ["owlv2", pytest.param("owlvit", marks=pytest.mark.slow)], indirect=True)
+def test_int8_sees_and_reads_as_float_does(detector: Detector):
+    report = json.loads((detector.bundles / "owl-int8" / "report.json").read_text())
+    assert report["int8"]["share"] >= 0.9
+    for facts in report["graphs"].values():
+        assert all(found["max_abs"] <= 1e-4 for found in facts["float_against_torch"].values())
+        assert all(found["cosine"] >= 0.99 for found in facts["int8_against_float"].values())
 
 
 def test_an_example_is_found_again(server: httpx.Client, photographs: dict[str, Path]):

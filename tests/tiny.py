@@ -33,7 +33,7 @@ def hf_clip(directory: Path) -> Path:
         projection_dim=16,
     )
     clip = transformers.CLIPModel(config)
-    _spread(clip)
+    spread(clip)
     directory.mkdir(parents=True, exist_ok=True)
     clip.save_pretrained(directory)
     transformers.PreTrainedTokenizerFast(
@@ -61,7 +61,7 @@ def open_clip(directory: Path) -> Path:
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
     clip = CLIP(**config)
-    _spread(clip)
+    spread(clip)
     directory.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -85,7 +85,7 @@ def open_clip_custom_text(directory: Path) -> Path:
         },
     }  # fmt: skip
     clip = CustomTextCLIP(**config)
-    _spread(clip)
+    spread(clip)
     directory.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
     preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
@@ -104,7 +104,7 @@ def openai_module() -> torch.nn.Module:
         text_cfg={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
         quick_gelu=True,
     )
-    _spread(clip)
+    spread(clip)
     return clip.eval()
 
 
@@ -131,7 +131,8 @@ def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -
         projection_dim=32,
     )
     model = getattr(transformers, f"{name}ForObjectDetection")(config)
-    _spread(getattr(model, kind))
+    spread(getattr(model, kind))
+    spread(model.layer_norm)
     with torch.no_grad():  # heads that say something, and do not drown in their sigmoids
         for head, gain in (("box_head", 1.0), ("objectness_head", 1.0), ("class_head", 0.5)):
             for layer in getattr(model, head, torch.nn.Module()).modules():
@@ -179,9 +180,14 @@ def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
     return list(merges)
 
 
-def _spread(module: torch.nn.Module) -> None:
-    """Random initialisations are too small to tell inputs apart; spread the matrices out."""
+def spread(module: torch.nn.Module) -> torch.nn.Module:
+    """Matrices three times as large, for random initialisations are too small to tell inputs apart; and no norm or bias
+    left at its 1 or 0, where one stands for another and what is dropped is not missed. Returns ``module`` to evaluate.
+    """
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(3.0)
+            elif parameter.ndim == 1 and "logit" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return module.eval()

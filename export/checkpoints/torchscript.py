@@ -2,10 +2,13 @@
 
 An archive is a zip: ``NAME/data.pkl`` pickles the module tree, ``NAME/data/0`` and so on hold the numbers,
 ``NAME/code/`` the program. `torch.jit.load` would compile that program. Here data.pkl goes through an unpickler that
-knows three things: tensors, ordered dictionaries, and module objects, which become plain dictionaries.
+knows three things: tensors, ordered dictionaries, and module objects, which become plain dictionaries. Numbers are
+mapped, not read: only those that are used come into memory.
 """
 
+import mmap
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from models.errors import UnknownCheckpoint
 
+_LOCAL = 30  # bytes of a zip's local header; the lengths of the name and of the extra field behind it end it
 _STORAGES = {
     f"{kind}Storage": dtype
     for kind, dtype in {
@@ -69,6 +73,8 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str, file: Path) -> None:
         super().__init__(archive.open(f"{root}data.pkl"))
         self.archive, self.root, self.file = archive, root, file
+        with file.open("rb") as stream:
+            self.mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
@@ -88,8 +94,15 @@ class _Unpickler(pickle.Unpickler):
         _, kind, key, _, number = reference
         if kind not in _STORAGES:
             raise UnknownCheckpoint(f"{self.file}: data/{key} is of {kind}; expected one of {', '.join(_STORAGES)}")
-        raw = bytearray(self.archive.read(f"{self.root}data/{key}"))
-        values = torch.frombuffer(raw, dtype=_STORAGES[kind]) if raw else torch.empty(0, dtype=_STORAGES[kind])
+        part, dtype = self.archive.getinfo(f"{self.root}data/{key}"), _STORAGES[kind]
+        start = part.header_offset + _LOCAL
+        start += sum(struct.unpack("<HH", self.mapped[start - 4 : start]))
+        held = part.file_size // dtype.itemsize
+        values = (
+            torch.frombuffer(self.mapped, dtype=dtype, count=held, offset=start)
+            if held
+            else torch.empty(0, dtype=dtype)
+        )
         if len(values) < number:
             raise UnknownCheckpoint(f"{self.file}: data/{key} holds {len(values)} numbers; expected {number}")
         return values

@@ -9,6 +9,7 @@ archives (OpenAI's .pt) are read without running what they hold: see `torchscrip
 import argparse
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from export.checkpoints import pickles, torchscript
+from export.checkpoints.files import mistaken
 from models.errors import UnknownCheckpoint
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -32,7 +34,9 @@ NAMES = (  # of a directory's weights, the first that is there
 )
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # a training's keys, under which the tensors are
 DECODER = "decoder."  # of GRAIN, whose training keeps two modules: its backbone comes without a prefix
-PREFIXES = ("module.", "_orig_mod.", "model.module.")
+PREFIXES = ("module.", "model.", "clip.")  # that all names may have: of parallel training, and of who holds the model
+INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch's wrappers, at any depth
+_REFUSED = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")  # in torch's words
 
 
 class NoWeights(UnknownCheckpoint):
@@ -46,14 +50,20 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise NoWeights(f"{path} is no file or directory; expected a checkpoint's")
+    try:
+        there = {p.name: p for p in path.iterdir() if p.is_file()}
+    except OSError as error:
+        raise UnknownCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     for name in NAMES:
-        if (path / name).is_file():
-            return _shards(path / name) if name.endswith(".json") else [path / name]
-    found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+        if name in there:
+            return _shards(there[name]) if name.endswith(".json") else [there[name]]
+    found = sorted(p for p in there.values() if p.suffix in SUFFIXES)
     if len(found) == 1:
         return found
     if not found:
-        raise NoWeights(f"{path} holds no file of weights; name one file, or call it {NAMES[1]}")
+        raise NoWeights(
+            f"{path} holds no file of weights; expected {NAMES[1]}, or one that ends in {', '.join(SUFFIXES)}"
+        )
     names = ", ".join(p.name for p in found)
     raise UnknownCheckpoint(f"{path} holds several files of weights ({names}); name one, or call it {NAMES[1]}")
 
@@ -101,28 +111,38 @@ def _load(file: Path) -> Any:
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
+        if start[8:9] == b"{":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if why := mistaken(file):
+            raise UnknownCheckpoint(f"{file} {why}")
         if start[:2] == b"PK":
             _bounded(file)
             if torchscript.is_archive(file):
                 return torchscript.read(file)
             return _unpickled(file, mmap=True)
-        if start[8:9] == b"{":
-            with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return _unpickled(file, mmap=False)
     except SafetensorError as error:
         raise UnknownCheckpoint(f"{file} is a damaged safetensors file: {one_line(error)}") from None
     except UnknownCheckpoint:
         raise
     except Exception as error:  # torch raises whatever its unpickler met
-        if foreign := pickles.foreign(file):
-            raise UnknownCheckpoint(
-                f"{file} is a pickle that asks for {one_line(foreign)}, which is not run; save its tensors alone, best "
-                "as safetensors"
-            ) from None
-        raise UnknownCheckpoint(
-            f"{file} is damaged or holds no weights: {one_line(error, 160) or type(error).__name__}"
-        ) from None
+        raise UnknownCheckpoint(f"{file} {_why(error, file)}") from None
+
+
+def _why(error: Exception, file: Path) -> str:
+    """A clause. Torch's own words are a paragraph on how to run what a pickle asks for: of those the name alone."""
+    words = str(error)
+    refused = _REFUSED.search(words)
+    if name := refused[1] if refused else pickles.foreign(file):
+        return (
+            f"is a pickle that asks for {one_line(name)}, which is not run; save its tensors alone, best as safetensors"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    if "weights_only" in words:
+        return "is damaged or no file of weights; expected safetensors, or a state dict that torch.save wrote"
+    return f"is damaged or holds no weights: {one_line(words, 160) or type(error).__name__}"
 
 
 def _unpickled(file: Path, *, mmap: bool) -> Any:
@@ -135,6 +155,9 @@ def _unpickled(file: Path, *, mmap: bool) -> Any:
 def _bounded(file: Path) -> None:
     """Torch compresses programs alone, which are not read: nothing else of its may unpack to more than the file."""
     with zipfile.ZipFile(file) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            parts = ", ".join(one_line(name, 40) for name in archive.namelist()[:3])
+            raise UnknownCheckpoint(f"{file} is a zip without data.pkl, which torch's have; it holds {parts}")
         for part in archive.infolist():
             if "/code/" not in part.filename and part.compress_type != zipfile.ZIP_STORED:
                 raise UnknownCheckpoint(f"{file}: its part {one_line(part.filename)} is compressed; torch's never are")
@@ -171,7 +194,8 @@ def _tensors(found: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
             raise UnknownCheckpoint(
                 f"{file}: {name} has the shape {list(tensor.shape)}, more numbers than the file holds"
             )
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    for wrapper in INSIDE:
+        tensors = {name.replace(wrapper, ""): tensor for name, tensor in tensors.items()}
+    while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors

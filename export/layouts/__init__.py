@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from export.checkpoints import Checkpoint
@@ -124,6 +125,13 @@ def nearest(checkpoint: Checkpoint) -> str | None:
     close = [name for name in known if known[name] >= 0.8 * len(checkpoint.names)]
     if not close:
         return None
+    said = checkpoint.config.get("model_type")
+    for layout in (LAYOUTS.get(name) for name in close if known[name] == len(checkpoint.names) and not lacks[name]):
+        if layout.model_type and said not in layout.model_type:
+            return (
+                f"its tensors are those of {layout.title}, but its config.json says model_type {said!r}; "
+                f"expected {' or '.join(layout.model_type)}"
+            )
     # one that lacks a tensor says more than one that lacks none and still does not fit
     best = max(close, key=lambda name: (bool(lacks[name]), known[name], -len(lacks[name])))
     layout, absent = LAYOUTS.get(best), lacks[best]
@@ -207,9 +215,11 @@ def _problem(value: Tensor, ours: str) -> str | None:
     for end, axes in _AXES.items():
         if not inside and (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
             return f"has the shape {list(value.shape)}; expected {axes} axes"
+    if not inside and ours.endswith("patch.weight") and (value.shape[1] != 3 or value.shape[2] != value.shape[3]):
+        return f"has the shape {list(value.shape)}; expected [width, 3, patch, patch]"
     if ours.startswith("logit_") and value.numel() != 1:
         return f"has the shape {list(value.shape)}; expected one number"
-    if not value.is_floating_point() and not inside and not ours.endswith(".num_batches_tracked"):
+    if not (value.is_floating_point() or inside or ours.endswith("num_batches_tracked")):  # batch norms count steps
         return f"is of {str(value.dtype).removeprefix('torch.')}; expected floating-point numbers"
     if not value.numel():
         return f"is empty, its shape is {list(value.shape)}"
@@ -219,14 +229,22 @@ def _problem(value: Tensor, ours: str) -> str | None:
 
 
 def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    """`Layout.settings`; configs whose values are of other kinds than expected are `UnknownCheckpoint` too."""
+    """`Layout.settings`; configs whose values are of other kinds than expected are `UnknownCheckpoint` too, and a
+    tokenizer with more tokens than the weights have rows for."""
     try:
-        return layout.settings(checkpoint, state)
+        made = layout.settings(checkpoint, state)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         files = ", ".join(checkpoint.configs) or "tensors"
         raise UnknownCheckpoint(
             f"{checkpoint.path}: its {files} cannot be made sense of: {one_line(repr(error))}"
         ) from None
+    words, rows = Tokenizer.from_str(made.tokenizer.decode()).get_vocab_size(), len(state["text.tokens.weight"])
+    if words > rows:
+        raise UnknownCheckpoint(
+            f"{checkpoint.path}: its tokenizer has {words} tokens, but {theirs(layout, 'text.tokens.weight')} {rows} "
+            "rows: it is another model's"
+        )
+    return made
 
 
 def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any) -> nn.Module:
@@ -239,7 +257,7 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
         module = make(tensors)
     except KeyError as error:  # a tensor that shapes are read from
         raise UnknownCheckpoint(f"{checkpoint.path} lacks {theirs(layout, error.args[0])}") from None
-    except (ArithmeticError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
         raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {one_line(error)}") from None
     empty = module.state_dict()
     wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}

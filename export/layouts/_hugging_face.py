@@ -5,6 +5,7 @@ from typing import Any
 
 from export.checkpoints import Checkpoint
 from export.checkpoints.files import read_json, require_package
+from export.checkpoints.weights import one_line
 from export.layouts import Rule
 from models.bundle.manifest import ImagePreprocess
 from models.errors import UnknownCheckpoint
@@ -13,6 +14,8 @@ _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 _STEPS = {  # of CLIP's preprocessing, as its config says them; a bundle's cannot leave one out
     "do_resize": True, "do_center_crop": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True
 }  # fmt: skip
+CLIP_TOKENIZER = ("tokenizer.json", "vocab.json+merges.txt")
+_FEW = 10  # words: beside special tokens transformers makes up a blank of its own for a T5
 ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -46,15 +49,27 @@ def activation(config: dict[str, Any]) -> str:
     return ACTIVATIONS[name]
 
 
-def tokenizer_json(checkpoint: Checkpoint) -> bytes:
+def tokenizer_json(checkpoint: Checkpoint, wanted: tuple[str, ...] = CLIP_TOKENIZER) -> bytes:
+    """``wanted``: sets of files, one of which must be there: where none is, transformers makes a tokenizer of nothing
+    but special tokens.
+
+    Raises `UnknownCheckpoint` naming the directory, and the files where they are absent or hold no words.
+    """
     transformers = require_package("transformers", "the tokenizer of a Hugging Face directory")
+    where = checkpoint.directory
+    expected = ", or ".join(files.replace("+", " with ") for files in wanted)
+    if not any(all((where / name).is_file() for name in files.split("+")) for files in wanted):
+        raise UnknownCheckpoint(f"{where} has no tokenizer; expected {expected}, as published beside the weights")
+    if (where / "tokenizer.json").is_file():
+        read_json(where / "tokenizer.json")
     transformers.logging.set_verbosity_error()
     try:
-        found = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.directory, local_files_only=True, trust_remote_code=False
-        )
+        found = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+        words = found.backend_tokenizer.get_vocab().keys() - {*found.all_special_tokens}
     except Exception as error:  # whatever its parts raise
-        raise UnknownCheckpoint(f"{checkpoint.directory} has no tokenizer that transformers reads: {error}") from None
+        raise UnknownCheckpoint(f"{where} has no tokenizer that transformers reads: {one_line(error)}") from None
+    if len(words) < _FEW:
+        raise UnknownCheckpoint(f"the tokenizer of {where} knows {len(words)} words; expected a whole {expected}")
     return found.backend_tokenizer.to_str().encode()
 
 

@@ -14,6 +14,7 @@ from export.checkpoints import Checkpoint
 from export.layouts import _hugging_face, _siglip_text
 from models.errors import UnknownCheckpoint
 
+_FILES = (*_hugging_face.CLIP_TOKENIZER, "vocab.txt", _siglip_text.SENTENCEPIECE, "sentencepiece.bpe.model")
 _WHITE = [normalizers.Replace(_siglip_text.WHITE, " "), normalizers.Strip()]
 _CLEAN: dict[str, list[Normalizer]] = {
     "whitespace": _WHITE,
@@ -34,7 +35,7 @@ def tokenizer(checkpoint: Checkpoint, text: Mapping[str, Any]) -> tuple[bytes, i
     mode = {"tokenizer_mode": text.get("tokenizer_mode")}
     if odd := {name: value for name, value in {**how, **mode}.items() if value}:
         raise UnknownCheckpoint(f"text_cfg: the tokenizer is used with {odd}, which is not supported")
-    found = Tokenizer.from_str(_hugging_face.tokenizer_json(checkpoint).decode())
+    found = Tokenizer.from_str(_hugging_face.tokenizer_json(checkpoint, _FILES).decode())
     own = [] if found.normalizer is None else [found.normalizer]
     found.normalizer = normalizers.Sequence([*_CLEAN[clean], *own])  # type: ignore[assignment]
     return found.to_str().encode(), _siglip_text.pad_id(checkpoint.directory, found, "<pad>")

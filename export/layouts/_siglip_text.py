@@ -49,7 +49,7 @@ def tokenizer(checkpoint: Checkpoint) -> tuple[bytes, int]:
         found = sentencepiece(directory / SENTENCEPIECE)
         usual = "</s>"
     else:
-        found = Tokenizer.from_str(_hugging_face.tokenizer_json(checkpoint).decode())
+        found = Tokenizer.from_str(_hugging_face.tokenizer_json(checkpoint, ("tokenizer.json", SENTENCEPIECE)).decode())
         before = [] if found.normalizer is None else [found.normalizer]
         found.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])  # type: ignore[assignment]
         usual = "<pad>"

@@ -74,7 +74,14 @@ def tower_config(
     checkpoint: Checkpoint, name: str, state: Mapping[str, Tensor], prefix: str, usual: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A tower's part of config.json. Raises `UnknownCheckpoint` when it counts other layers than there are."""
-    found = {**usual, **(checkpoint.config.get(name) or {})}
+    own = checkpoint.config.get(name) or {}
+    if not isinstance(own, dict):
+        raise UnknownCheckpoint(f"{checkpoint.directory / 'config.json'}: {name} is {own!r}; expected an object")
+    found = {**usual, **own}
+    if not isinstance(heads := found["num_attention_heads"], int) or heads < 1:
+        raise UnknownCheckpoint(
+            f"{checkpoint.directory / 'config.json'}: {name}.num_attention_heads is {heads!r}; expected a number"
+        )
     layers, there = found["num_hidden_layers"], count(state, prefix)
     if layers != there:
         raise UnknownCheckpoint(

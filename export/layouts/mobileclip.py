@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from export.checkpoints import Checkpoint
 from export.checkpoints.files import require_package
 from export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _timm
-from export.layouts._clip_bpe import tokenizer_json
+from export.layouts._clip_bpe import CLEAN, tokenizer_json
 from export.towers import Style, count
 from export.towers.mixer import MixedText
 from models.bundle.manifest import ImagePreprocess, TextPreprocess
@@ -199,7 +199,9 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
             size=(side, side), resize="shortest", shortest=side, crop_offset="round", resample="bilinear",
             mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
         ),
-        tokens=TextPreprocess(context=context, pad="longest" if hybrid else "context", pad_id=0),
+        tokens=TextPreprocess(
+            context=context, pad="longest" if hybrid else "context", pad_id=0, clean=CLEAN
+        ),
         tokenizer=tokenizer_json(),
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ _USUAL = {  # settings of a tower that change what it computes, and the one valu
     "vision_cfg": {
         "attentional_pool": False, "pool_type": "tok", "final_ln_after_pool": False, "no_ln_pre": False,
         "pos_embed_type": "learnable", "output_tokens": False, "input_patchnorm": False, "global_average_pool": False,
+        "timm_model_name": "",
     },
     "text_cfg": {"embed_cls": False, "output_tokens": False, "mlp_ratio": None, "correct_cls_mask": None},
 }  # fmt: skip
@@ -62,7 +63,7 @@ def require_usual(config: Mapping[str, Any], *parts: str) -> None:
     """Raises `UnknownCheckpoint` naming a setting of vision_cfg or text_cfg that our towers do not have."""
     for part in parts:
         for name, value in _USUAL[part].items():
-            if value is not None and (found := config[part].get(name, value)) != value:
+            if value is not None and (found := config[part].get(name) or value) != value:
                 raise UnknownCheckpoint(f"{CONFIG}: {part}.{name} is {found!r}; only {value!r} is supported")
 
 

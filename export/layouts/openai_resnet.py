@@ -34,8 +34,7 @@ def open_clip_settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> S
         pixels=open_clip.image_preprocess(
             checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {}, _resnet.side(state)
         ),
-        tokens=open_clip.text_tokens(config["text_cfg"]),
-        tokenizer=tokenizer_json(),
+        **open_clip.text_parts(checkpoint, config),
     )
 
 

@@ -73,8 +73,8 @@ class BertText(nn.Module):
         self.style, self.context, self.offset, self.pooled = style, context, offset, pooler
         words, width = state["tokens.weight"].shape
         self.tokens = nn.Embedding(words, width)
-        self.positions = nn.Parameter(torch.empty(len(state["positions"]), width))
-        self.types = nn.Parameter(torch.empty(len(state["types"]), width))
+        self.positions = nn.Parameter(torch.empty(state["positions"].shape[0], width))
+        self.types = nn.Parameter(torch.empty(state["types"].shape[0], width))
         self.norm_pre = nn.LayerNorm(width, eps=style.eps)
         self.blocks = blocks(
             part(state, "blocks."), style, width, one_token=style.pool == "first", kinds=(PostBlock, LastPostBlock)

@@ -73,6 +73,37 @@ def test_outliers_are_named(model: onnx.ModelProto):
     assert after["avg_kurtosis"] < after["max_kurtosis"]
 
 
+def test_rows_that_are_routed_count_where_both_graphs_have_them():
+    """Rows above a limit go through w; the second feed has none, and of the third INT8 finds another number."""
+    made = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[N, 4] x, float[N] chance) => (float[n, 5] y)
+        <float limit = {0.5}, int64 zero = {0}>
+        {
+            above = Greater (chance, limit)
+            places = NonZero (above)
+            own = Gather (places, zero)
+            rows = Gather (x, own)
+            y = MatMul (rows, w)
+        }""")
+    random = np.random.default_rng(0)
+    made.graph.initializer.append(numpy_helper.from_array(random.standard_normal((4, 5)).astype(np.float32), "w"))
+    for node in made.graph.node:
+        node.name = f"{node.op_type}.{node.output[0]}"
+    feeds = [
+        {"x": random.standard_normal((3, 4)).astype(np.float32), "chance": np.array(chances, np.float32)}
+        for chances in ([0.9, 0.1, 0.9], [0.1, 0.2, 0.3], [0.6, 0.9, 0.9])
+    ]
+    small = static.quantize(made, static.observe(made, feeds, static.Params()), static.Params())
+    (limit,) = (one for one in small.graph.initializer if one.name == "limit")
+    limit.CopyFrom(numpy_helper.from_array(np.float32(0.7), "limit"))
+    found = layers.compare(made, small, feeds, {"N": 3})
+    assert found == layers.compare(made, small, feeds[:1], {"N": 3}) | {"outliers": found["outliers"]}
+    assert 20 < found["sqnr_db"]["MatMul.y"] < 60
+    assert found["outliers"]["max_inf_norm"] > 0
+    assert layers.compare(made, small, feeds[1:], {"N": 3})["sqnr_db"] == {}
+
+
 def test_kurtosis_of_known_numbers():
     """767 zeros and one 100 (n = 768), worked out with exact fractions: 764.0078; Gaussian noise: near 3."""
     spike = np.zeros((16, 48), np.float32)

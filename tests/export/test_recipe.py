@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from export.nets import Net, Tower
 from export.recipe import load_recipe, recognise
@@ -52,7 +53,10 @@ def test_checkpoints_are_recognised_by_what_is_in_them(tiny_hf_clip: Path, tiny_
     assert recognise(str(tiny_hf_clip))[0] == "clip"
     assert recognise(str(tiny_open_clip))[0] == "clip"
     assert recognise("mini")[0] == "mini"
-    with pytest.raises(UnknownCheckpoint, match="of no kind that a net recognises"):
+    with pytest.raises(UnknownCheckpoint, match=r"holds no file of weights; expected model\.safetensors"):
+        recognise(str(tmp_path))
+    save_file({"bert.pooler.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UnknownCheckpoint, match=r"of no kind that a net recognises: bert\.pooler\.weight"):
         recognise(str(tmp_path))
     with pytest.raises(UnknownCheckpoint, match="no directory and no built-in model"):
         recognise("vit-b-32")

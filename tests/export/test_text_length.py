@@ -33,7 +33,7 @@ class Masked(torch.nn.Module):
         config = transformers.BertConfig(vocab_size=600, max_position_embeddings=40, **sizes)
         config._attn_implementation = "eager"
         self.bert = transformers.BertModel(config, add_pooling_layer=False)
-        tiny._spread(self.bert)
+        tiny.spread(self.bert)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         state = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state

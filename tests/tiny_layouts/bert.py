@@ -11,7 +11,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from tests import tiny
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "initializer_range": 0.06,  # at the usual 0.02 and this width all texts come out as one
+}  # fmt: skip
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
 PIECES = """[PAD] [UNK] [CLS] [SEP] [MASK] a photo of red green blue cat dog two . , ! ? ' ##s ##ing ##l ##a ##b ##c
 cafe na ##ive x 1 2 3 0 ##0 ##1 一 只 猫 狗 的 照 片 张 红 色 两 \uff0c 。 \uff01 日 本 語 の \uff76 ##\uff80
@@ -22,15 +25,6 @@ CORPUS = [
     "一只猫的照片。", "两只红色的狗", "日本語のカタカナ", "naïve café déjà vu", "http://example.org/a?b=1&c=2",
     "1234567890 42 3.14", "Ein großes Haus, über dem Fluß", "это кошка и собака", "هذا كلب", "🐱 and 🐶 emoji",
 ]  # fmt: skip
-
-
-def spread(module: torch.nn.Module) -> None:
-    """As `tiny`'s, and no norm or bias left at its beginning, where one stands for another and order is nothing."""
-    tiny._spread(module)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim == 1 and "logit" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
 def unigram() -> Tokenizer:
@@ -86,7 +80,7 @@ class ChineseClip(torch.nn.Module):
 def chinese_clip_module() -> ChineseClip:
     torch.manual_seed(0)
     clip = ChineseClip()
-    spread(clip.bert)
+    tiny.spread(clip.bert)
     return clip.eval()
 
 
@@ -104,7 +98,7 @@ def hf_chinese_clip(directory: Path) -> Path:
     text = {**TOWER, "vocab_size": len(WORDPIECE), "max_position_embeddings": 64}
     config = transformers.ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
     clip = transformers.ChineseCLIPModel(config)
-    spread(clip)
+    tiny.spread(clip)
     clip.save_pretrained(directory)
     vocab_txt(directory)
     _processor(directory, {"size": {"height": 32, "width": 32}, "do_center_crop": False})
@@ -116,7 +110,7 @@ def altclip_resaved(directory: Path) -> Path:
     text = {**TOWER, "vocab_size": 300, "max_position_embeddings": 60, "project_dim": 24}
     config = transformers.AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
     clip = transformers.AltCLIPModel(config)
-    spread(clip)
+    tiny.spread(clip)
     clip.save_pretrained(directory)
     xlmr_tokenizer(directory)
     _processor(directory, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
@@ -163,7 +157,7 @@ def open_clip_bert_module(
         config["embed_dim"] = width
     torch.manual_seed(0)
     clip = CustomTextCLIP(**config)
-    spread(clip)
+    tiny.spread(clip)
     named = {**config["text_cfg"], "hf_model_name": f"{kind}-base", "hf_tokenizer_name": f"{kind}-base"}
     return clip.eval(), {**config, "text_cfg": named}
 

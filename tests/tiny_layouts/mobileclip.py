@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import _spread
+from tests.tiny import spread
 from tests.tiny_layouts.trunks import trained
 
 DIM = 16
@@ -42,7 +42,7 @@ def small_fastvit() -> nn.Module:
 
 def write(directory: Path, image: nn.Module, text: "OriginalText") -> Path:
     trained(image)
-    _spread(text)
+    spread(text)
     trained_text(text)
     names = _vit_names if hasattr(image, "pos_embed") else _fastvit_names
     state = {f"image_encoder.model.{key}": tensor for key, tensor in names(image.state_dict()).items()}
@@ -102,8 +102,6 @@ def trained_text(text: nn.Module) -> None:
         for name, parameter in text.named_parameters():
             if "layer_scale" in name:
                 parameter.uniform_(0.2, 0.8)
-            elif parameter.ndim == 1:
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.2, 0.2))
         for one in text.modules():
             if isinstance(one, nn.BatchNorm2d):
                 one.running_mean.uniform_(-0.3, 0.3)

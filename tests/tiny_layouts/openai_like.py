@@ -28,7 +28,7 @@ def openai(seed: int = 0, context: int = 77) -> nn.Module:
         text_cfg={"context_length": context, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
         quick_gelu=True,
     )
-    return spread(clip)
+    return tiny.spread(clip)
 
 
 def resnet_module(seed: int = 0) -> nn.Module:
@@ -49,18 +49,13 @@ def resnet_module(seed: int = 0) -> nn.Module:
                 part.running_var.uniform_(0.5, 2)
                 part.weight.uniform_(0.5, 1.5)
                 part.bias.normal_(0, 0.2)
-        spread(clip)
+        tiny.spread(clip)
         pool = clip.visual.attnpool
         pool.positional_embedding.mul_(2)
         for layer in (pool.q_proj, pool.k_proj):  # logits of some size: a softmax of one place hides what is wrong
             layer.weight.mul_(0.03)
             layer.bias.normal_(0, 0.5)
     return clip.eval()
-
-
-def spread(module: nn.Module) -> nn.Module:
-    tiny._spread(module)
-    return module.eval()
 
 
 def openai_resnet(directory: Path) -> Path:
@@ -103,7 +98,8 @@ def long_clip(directory: Path) -> Path:
 
 
 def clip_moe_state(experts: int = 4, first: int = 1) -> dict[str, Tensor]:
-    """The blocks from ``first`` on are of experts."""
+    """The blocks from ``first`` on are of experts, which are kin, as those tuned from one MLP: a token that rounding
+    sends to another expert finds an answer that is another, but not any other."""
     state = long_clip_state()
     torch.manual_seed(5)
     for prefix in ("visual.transformer.resblocks", "transformer.resblocks"):
@@ -112,7 +108,9 @@ def clip_moe_state(experts: int = 4, first: int = 1) -> dict[str, Tensor]:
                 for p in ("weight", "bias"):
                     tensor = state.pop(f"{prefix}.{i}.mlp.{name}.{p}")
                     for e in range(experts):
-                        state[f"{prefix}.{i}.experts.{e}.{name}.{p}"] = tensor + 0.3 * torch.randn_like(tensor)
+                        state[f"{prefix}.{i}.experts.{e}.{name}.{p}"] = tensor + 0.3 * tensor.std() * torch.randn_like(
+                            tensor
+                        )
             width = state[f"{prefix}.{i}.ln_1.weight"].shape[0]
             state[f"{prefix}.{i}.gate.weight"] = torch.randn(experts, width)
     return state
@@ -187,11 +185,7 @@ class Slip(nn.Module):
         )
         self.text = openai()
         self.image_projection = nn.Parameter(torch.randn(width, 16) * 0.2)
-        with torch.no_grad():
-            for name, parameter in self.visual.named_parameters():
-                if "norm" in name:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-        spread(self.visual)
+        tiny.spread(self.visual)
         self.eval()
 
     def encode_image(self, pixels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from tests.tiny import _spread
+from tests.tiny import spread
 
 DATA = Path(__file__).parents[1] / "data" / "siglip"  # a SentencePiece model of 420 pieces, and what it makes of texts
 CONTEXT = 64
@@ -43,13 +43,10 @@ def _hf(directory: Path, words: int, resample: int) -> None:
         vision_config={**_TOWER, "image_size": 32, "patch_size": 8},
     )
     model = transformers.SiglipModel(config)
-    _spread(model)
+    spread(model)
     with torch.no_grad():
         model.logit_scale.fill_(2.3)
         model.logit_bias.fill_(-9.0)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") and "logit" not in name:
-                parameter.uniform_(-0.2, 0.2)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     preprocessor = {
@@ -98,11 +95,7 @@ def open_clip_siglip(directory: Path) -> Path:
         },
     }  # fmt: skip
     clip = CustomTextCLIP(**config)
-    _spread(clip)
-    with torch.no_grad():
-        for name, parameter in clip.named_parameters():
-            if name.endswith("bias") and "logit" not in name:
-                parameter.uniform_(-0.2, 0.2)
+    spread(clip)
     directory.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}

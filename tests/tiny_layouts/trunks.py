@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.tiny import _spread
+from tests.tiny import spread
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 
@@ -32,7 +32,8 @@ def write(directory: Path, kind: str, vision: dict[str, Any], text: dict[str, An
     torch.manual_seed(0)
     config = {"embed_dim": 16, "vision_cfg": {**vision, "timm_model_pretrained": False}, "text_cfg": text}
     clip = getattr(open_clip.model, kind)(**config)
-    _spread(clip.transformer if kind == "CLIP" else clip.text)
+    for part in (clip.token_embedding, clip.transformer, clip.ln_final) if kind == "CLIP" else (clip.text,):
+        spread(part)
     trained(clip.visual)
     directory.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")

@@ -1,17 +1,22 @@
 """What is damaged, mislabelled or malicious is refused in one line that names the file, and the key if any."""
 
 import argparse
+import errno
 import json
 import os
 import pickle
+import shutil
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from export import checkpoints
 from export.checkpoints import pickles, torchscript
@@ -331,11 +336,21 @@ def test_a_damaged_config_is_named(content: bytes, tmp_path: Path):
     assert "\n" not in str(raised.value)
 
 
-def test_what_a_training_wraps_is_unwrapped(tmp_path: Path):
-    state = {f"module.{name}": tensor for name, tensor in TENSORS.items()}
-    for wrapped in (state, {"state_dict": state}, {"model": {"state_dict": state}}, {"epoch": 1, "module": state}):
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.", "model.", "clip."],
+)
+def test_what_a_training_wraps_is_unwrapped(prefix: str, tmp_path: Path):
+    state = {f"{prefix}{name}": tensor for name, tensor in TENSORS.items()}
+    more = {"epoch": 1, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}}
+    for wrapped in (state, {"state_dict": state} | more, {"model": {"state_dict": state}}, {"module": state} | more):
         torch.save(wrapped, tmp_path / "model.pt")
         assert load_tensors([tmp_path / "model.pt"]).keys() == TENSORS.keys()
+
+
+def test_wrappers_of_layers_inside_are_taken_off_too(tmp_path: Path):
+    torch.save({"layers.0._checkpoint_wrapped_module._fsdp_wrapped_module.up": torch.ones(2)}, tmp_path / "m.pt")
+    assert load_tensors([tmp_path / "m.pt"]).keys() == {"layers.0.up"}
 
 
 def test_an_archive_read_without_its_program_is_what_torch_reads_with_it(tmp_path: Path):
@@ -345,6 +360,176 @@ def test_an_archive_read_without_its_program_is_what_torch_reads_with_it(tmp_pat
     found = torchscript.read(file)
     assert found.keys() == want.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
+def test_an_archive_is_mapped_and_only_what_is_used_comes_into_memory(tmp_path: Path):
+    big = Holder()
+    big.inner.weight = torch.nn.Parameter(torch.ones(1024, 1024))  # 4 MB
+    torch.jit.script(big).save(str(tmp_path / "model.pt"))
+    tracemalloc.start()
+    found = torchscript.read(tmp_path / "model.pt")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found["inner.weight"].sum() == 1024**2
+    assert most < 1e6
+
+
+@pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), Holder(), {"model": torch.nn.Linear(2, 2)}])
+def test_a_module_saved_whole_says_which_class_it_asks_for(value: object, tmp_path: Path):
+    torch.save(value, tmp_path / "model.pt")
+    module = value["model"] if isinstance(value, dict) else value
+    refused(tmp_path / "model.pt", f"asks for {type(module).__module__}.", "as safetensors")
+
+
+@pytest.mark.parametrize("write", [zipped, legacy, scripted, tensors])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9])
+def test_torchs_advice_to_run_what_a_file_asks_for_is_not_passed_on(write, share: float, tmp_path: Path):
+    file = write(tmp_path)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    for text in (refused(file), refused(_written(file, b"no weights")), refused(_written(file, b"\x80\x02}q\x00."))):
+        assert "weights_only" not in text
+        assert "PyTorch 2" not in text
+
+
+def _written(file: Path, content: bytes) -> Path:
+    file.write_bytes(content)
+    return file
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 605157884\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("model.safetensors", POINTER, "is a Git LFS pointer"),
+        ("config.json", POINTER, "is a Git LFS pointer"),
+        ("tokenizer.json", POINTER, "is a Git LFS pointer"),
+        ("model.safetensors", b"\n<!DOCTYPE html><html>", "is a web page"),
+        ("model.safetensors", b"", "is empty"),
+        ("config.json", b"", "is empty"),
+        ("model.safetensors", b"GGUF\x03" + bytes(60), "is a GGUF file"),
+        ("model.safetensors", b"\x08\x08\x12\x07pytorch", "is an ONNX file"),
+        ("model.safetensors", b"\x89HDF\r\n\x1a\n" + bytes(60), "is an HDF5 file"),
+        ("model.safetensors", b"\x1f\x8b\x08" + bytes(60), "is compressed by gzip"),
+        ("model.safetensors", None, "holds no file of weights; expected model.safetensors, or one that ends in"),
+        ("config.json", None, "its config.json says model_type None; expected clip"),
+    ],
+)
+def test_a_file_that_is_another_or_nothing_is_told_apart(name: str, content: bytes | None, why: str, damaged):
+    directory, told = damaged
+    (directory / name).unlink()
+    if content is not None:
+        (directory / name).write_bytes(content)
+        why = f"{name} {why}"
+    assert why in told(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"model_type": "bert"}, "its config.json says model_type 'bert'; expected clip"),
+        ({"vision_config": [1]}, "config.json: vision_config is [1]; expected an object"),
+        ({"vision_config": {"num_attention_heads": 0}}, "config.json: vision_config.num_attention_heads is 0"),
+        ({"text_config": {"num_attention_heads": "two"}}, "config.json: text_config.num_attention_heads is 'two'"),
+        ({"text_config": {"num_hidden_layers": 7}}, "config.json: text_config.num_hidden_layers is 7"),
+    ],
+)
+def test_a_config_of_another_model_names_its_key(change: dict, why: str, damaged):
+    directory, told = damaged
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | change))
+    assert why in told(directory)
+
+
+PATCH, SCALE = "vision_model.embeddings.patch_embedding.weight", "logit_scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda s: {k: t.to(torch.int8) for k, t in s.items()}, "is of int8; expected floating-point numbers"),
+        (
+            lambda s: s | {PATCH: s[PATCH].permute(0, 2, 3, 1)},
+            f"{PATCH} has the shape [32, 8, 8, 3]; expected [width, 3",
+        ),
+        (lambda s: {k: t for k, t in s.items() if k != SCALE}, f"lacks 1 tensors, {SCALE} among them"),
+        (lambda s: {f"base_model.{k}.lora_A": t for k, t in s.items()}, "kind that a net recognises: base_model."),
+        (lambda s: s | {f"{PATCH}.absmax": torch.ones(3)}, f"{PATCH}.absmax among them"),
+    ],
+)
+def test_weights_of_another_kind_name_the_tensor(change, why: str, damaged):
+    directory, told = damaged
+    state = load_file(directory / "model.safetensors")
+    save_file({k: t.contiguous() for k, t in change(state).items()}, directory / "model.safetensors")
+    assert why in told(directory)
+
+
+def test_a_tokenizer_of_more_words_than_the_weights_have_rows_is_anothers(damaged):
+    directory, told = damaged
+    made = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    made.add_tokens([f"word{i}" for i in range(700)])
+    made.save(str(directory / "tokenizer.json"))
+    assert (
+        f"tokenizer has {made.get_vocab_size()} tokens, but text_model.embeddings.token_embedding.weight 600"
+        in told(directory)
+    )
+
+
+@pytest.mark.parametrize("name", ["iterdir", "open"])
+def test_what_may_not_be_read_is_not_called_damaged(name: str, damaged, monkeypatch: pytest.MonkeyPatch):
+    """Tests may run as root, whom no permission stops."""
+    directory, told = damaged
+    own = getattr(Path, name)
+
+    def refuse(path: Path, *args: object, **more: object) -> object:
+        if path == (directory if name == "iterdir" else directory / "model.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return own(path, *args, **more)
+
+    monkeypatch.setattr(Path, name, refuse)
+    assert "cannot be read: Permission denied" in told(directory)
+
+
+def test_a_link_to_itself_is_no_weights(damaged):
+    directory, told = damaged
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to(directory / "model.safetensors")
+    assert "holds no file of weights" in told(directory)
+
+
+def test_a_zip_of_something_else_says_what_it_holds(damaged):
+    directory, told = damaged
+    np.savez(directory / "weights.npz", a=np.ones(3))
+    assert "weights.npz is a zip without data.pkl, which torch's have; it holds a.npy" in told(
+        directory / "weights.npz"
+    )
+
+
+def test_an_open_clip_config_with_another_tower_than_the_weights_names_it(tiny_open_clip: Path, damaged):
+    directory, told = damaged
+    shutil.rmtree(directory)
+    shutil.copytree(tiny_open_clip, directory)
+    config = json.loads((directory / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_nowhere"
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    assert "open_clip_config.json: vision_cfg.timm_model_name is 'vit_nowhere'" in told(directory)
+
+
+@pytest.fixture
+def damaged(tiny_hf_clip: Path, tmp_path: Path, capsys) -> tuple[Path, Callable[[Path], str]]:
+    """A copy of a checkpoint to damage, and the one line that export then says."""
+
+    def told(path: Path) -> str:
+        capsys.readouterr()
+        assert main(["export", str(path), "--out", str(tmp_path / "out")]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert str(path) in err or "open_clip_config.json" in err
+        return err
+
+    return shutil.copytree(tiny_hf_clip, tmp_path / "copy"), told
 
 
 @pytest.mark.parametrize(

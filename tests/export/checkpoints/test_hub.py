@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,44 +12,49 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import unquote
 
+import huggingface_hub
 import pytest
 
 from export.checkpoints import hub
 from export.nets.clip import load
-from models.errors import UnknownCheckpoint
+from models.errors import ExtraMissing, UnknownCheckpoint
 from tests import tiny
 
 REPO, COMMIT = "some-body/Tiny-CLIP_1.0", "0123456789abcdef0123456789abcdef01234567"
+OLD = COMMIT[::-1]  # of the revision v1
 
 
 class Hub(BaseHTTPRequestHandler):
     folder: Path
+    before: Path  # what it held at v1
+    broken: ClassVar[bool] = False
     gated: ClassVar[bool] = False
     fetched: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        files = {str(p.relative_to(self.folder)): p.read_bytes() for p in self.folder.rglob("*") if p.is_file()}
+        commit = OLD if {OLD, "v1"} & set(path.split("/")) else COMMIT
+        folder = self.before if commit == OLD else self.folder
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         tree = [
             {"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in files.items()
         ]
-        answers = {
-            f"/api/models/{REPO}/revision/{name}": {
-                "id": REPO,
-                "sha": COMMIT,
-                "siblings": [{"rfilename": n} for n in files],
-            }
-            for name in ("main", "v1", COMMIT)
-        } | {f"/api/models/{REPO}/tree/{COMMIT}": tree}
+        info = {"id": REPO, "sha": commit, "siblings": [{"rfilename": n} for n in files]}
+        names = ("v1", OLD) if commit == OLD else ("main", COMMIT)
+        answers: dict[str, object] = {f"/api/models/{REPO}/revision/{name}": info for name in names}
+        answers |= {f"/api/models/{REPO}/tree/{commit}": tree}
         if self.gated:
             self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         elif path in answers:
             self.answer(200, json.dumps(answers[path]).encode(), {"Content-Type": "application/json"})
-        elif (name := path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")) in files:
+        elif self.broken:
+            self.answer(400, b"", {})
+        elif (name := unquote(path.removeprefix(f"/{REPO}/resolve/{commit}/"))) in files:
             self.fetched.append(name)
             self.answer(
-                200, files[name], {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                200, files[name], {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": commit}
             )
         else:
             code = "RevisionNotFound" if f"/{REPO}/" in path else "RepoNotFound"
@@ -72,6 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the repository holds: a checkpoint, and what must not be fetched."""
     folder = tiny.hf_clip(tmp_path_factory.mktemp("hub") / "repo")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    for name in ("merges.txt", "spiece.model", "notes[1].txt"):
+        (folder / name).write_text("texts")
     for name in ("modeling.py", "pytorch_model.bin", "weights.pt", "training.pkl", "onnx/model.json", "picture.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"never to be fetched")
@@ -79,8 +87,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def endpoint(folder: Path) -> Iterator[str]:
-    Hub.folder, Hub.fetched, Hub.gated = folder, [], False
+def endpoint(folder: Path, tmp_path: Path) -> Iterator[str]:
+    Hub.folder, Hub.fetched, Hub.gated, Hub.broken = folder, [], False, False
+    Hub.before = shutil.copytree(folder, tmp_path / "before")
+    (Hub.before / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -90,18 +100,23 @@ def endpoint(folder: Path) -> Iterator[str]:
 
 def test_a_repository_becomes_a_directory_of_tensors_and_texts(endpoint: str, folder: Path, tmp_path: Path):
     path = hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
-    there = {p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".md")}
+    there = {p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".md", ".txt", ".model")}
     assert {p.name for p in path.iterdir()} == there
     assert set(Hub.fetched) == there
     assert (path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_the_commit_is_what_a_manifest_names(endpoint: str, tmp_path: Path):
-    for given in (f"hf:{REPO}", f"hf:{REPO}@v1", f"hf:{REPO}@{COMMIT}"):
-        path = hub.locate(given, cache=tmp_path, endpoint=endpoint)
-        assert hub.name(path) == f"{REPO}@{COMMIT}"
-    source = load(str(path)).source
-    assert (source.model, source.license) == (f"{REPO}@{COMMIT}", "mit")
+    for revision, commit, license in (
+        ("", COMMIT, "mit"),
+        (f"@{COMMIT}", COMMIT, "mit"),
+        ("@v1", OLD, "apache-2.0"),
+        (f"@{OLD}", OLD, "apache-2.0"),
+    ):
+        path = hub.locate(f"hf:{REPO}{revision}", cache=tmp_path / "cache", endpoint=endpoint)
+        assert hub.name(path) == f"{REPO}@{commit}"
+        source = load(str(path)).source
+        assert (source.model, source.license) == (f"{REPO}@{commit}", license)
 
 
 def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path: Path):
@@ -158,9 +173,52 @@ def test_shards_come_by_their_index_and_no_other_weights(endpoint: str, tmp_path
     assert {p.name for p in path.iterdir()} == {*shards, "model.safetensors.index.json"}
 
 
+def test_shards_are_those_of_the_revision(endpoint: str, tmp_path: Path):
+    Hub.before, Hub.folder = (tmp_path / name for name in ("old", "new"))
+    for folder in (Hub.before, Hub.folder):
+        folder.mkdir()
+        (folder / "one.safetensors").write_text(folder.name)
+        index = {"weight_map": {"a": "one.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    path = hub.locate(f"hf:{REPO}@v1", cache=tmp_path / "cache", endpoint=endpoint)
+    assert path.name == OLD
+    assert (path / "one.safetensors").read_text() == "old"
+
+
+def test_files_that_do_not_come_are_told_of_in_one_line(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Hub.broken = True
+    with pytest.raises(UnknownCheckpoint, match=f"hf:{REPO} could not be fetched: "):
+        hub.locate(f"hf:{REPO}", cache=tmp_path / "cache", endpoint=endpoint)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left\n  on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(UnknownCheckpoint, match=r"could not be fetched: no space left on device$"):
+        hub.locate(f"hf:{REPO}", cache=tmp_path / "cache", endpoint=endpoint)
+
+
+def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        ExtraMissing, match=r"'huggingface_hub', which is not installed; pip install 'calmclip\[nets\]'"
+    ):
+        hub.locate(f"hf:{REPO}")
+
+
 def test_a_directory_stays_what_it_is(tmp_path: Path):
-    assert hub.locate(str(tmp_path)) == tmp_path
+    for path in (tmp_path, tmp_path / "hf:owner" / "name"):
+        assert hub.locate(str(path)) == path
     assert hub.name(tmp_path / "vit@2") == hub.short(tmp_path / "vit@2") == "vit@2"
+
+
+def test_a_name_is_read_from_where_the_cache_keeps_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for place in ("snapshots", "blobs"):
+        (tmp_path / "models--a--b" / place / COMMIT).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "models--a--b" / "snapshots" / COMMIT)
+    assert hub.name(Path()) == f"a/b@{COMMIT}"
+    assert hub.short(Path()) == "b"
+    assert hub.name(tmp_path / "models--a--b" / "blobs" / COMMIT) == COMMIT
 
 
 def test_the_verb_takes_it(endpoint: str, tmp_path: Path):

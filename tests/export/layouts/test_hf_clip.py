@@ -69,6 +69,31 @@ def test_a_checkpoint_without_its_preprocessor_says_so(tiny_hf_clip, tmp_path):
         load(str(copy))
 
 
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        ({}, r"has no tokenizer; expected tokenizer\.json, or vocab\.json with merges\.txt"),
+        ({"vocab.json": '{"a</w>": 0}'}, "has no tokenizer; expected"),  # without its merges
+        ({"vocab.txt": "a\nb\n"}, "has no tokenizer; expected"),  # another kind's, for which transformers does not look
+        ({"vocab.json": '{"a</w>": 0}', "merges.txt": "#version: 0.2\n"}, "knows 1 words; expected a whole"),
+        ({"tokenizer.json": "{}"}, "has no tokenizer that transformers reads"),
+    ],
+)
+def test_a_directory_without_its_tokenizer_says_which_files_it_lacks(
+    there: dict[str, str], named: str, tiny_hf_clip, tmp_path
+):
+    """Of nothing transformers makes a tokenizer that knows two special tokens and no word."""
+    copy = shutil.copytree(tiny_hf_clip, tmp_path / "lame")
+    for file in copy.glob("*token*"):
+        file.unlink()
+    for name, text in there.items():
+        (copy / name).write_text(text)
+    with pytest.raises(UnknownCheckpoint, match=named) as raised:
+        load(str(copy))
+    assert str(copy) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_processor_saved_whole_is_read_alike(tiny_hf_clip, tmp_path):
     """transformers 5 writes processor_config.json alone, the image processor a part of it."""
     copy = shutil.copytree(tiny_hf_clip, tmp_path / "whole")

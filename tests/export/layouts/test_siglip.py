@@ -186,6 +186,24 @@ def test_another_preprocessing_is_refused_by_name(change: dict, named: str):
         image_preprocess({"size": {"height": 32, "width": 32}} | change, 32)
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("hf", "tokenizer.json, or spiece.model"),
+        ("hf2", "tokenizer.json, or spiece.model"),
+        ("open_clip", "tokenizer.json, or vocab.json with merges.txt, or vocab.txt, or spiece.model"),
+    ],
+)
+def test_a_directory_without_its_tokenizer_says_which_files_it_lacks(
+    name: str, files: str, checkpoints, tmp_path: Path
+):
+    copy = shutil.copytree(checkpoints[name], tmp_path / "lame")
+    for file in (*copy.glob("*token*"), *copy.glob("spiece.model")):
+        file.unlink()
+    with pytest.raises(UnknownCheckpoint, match=f"lame has no tokenizer; expected {files}"):
+        load(str(copy))
+
+
 def test_what_a_tokenizer_cannot_be_is_named(checkpoints, tmp_path: Path):
     left = changed(checkpoints["hf2"], tmp_path / "left", "tokenizer_config.json", padding_side="left")
     with pytest.raises(UnknownCheckpoint, match="padding_side is 'left'"):

@@ -15,14 +15,15 @@ import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from export import parity, rewrites
+from export import parity, pipeline, rewrites
 from export.nets import NETS, Net
 from export.nets._detect import CANDIDATES
 from export.nets.owl import detect_graph, grid_bias, pixels
-from export.rewrites import image_to_pixels
+from export.recipe import Recipe
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import DETECTED, Manifest
 from models.bundle.store import Sealed
+from models.cli import main
 from models.commands import check_command
 from models.errors import BadRequest, UnknownCheckpoint
 from models.flow import Array, Arrays, Call, drive
@@ -147,6 +148,23 @@ def shown(photographs: dict[str, Path]) -> dict[str, bytes]:
 
 
 SHAPES = ["wide", "tall", "turned", "tiny"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_come_out_as_transformers_prepares_them(made: Callable[[str], Made], shown, kind: str, shape: str):
+    """Within a grey level; OWLv2's lie at the upper left of a square that is black beyond them."""
+    one, picture = made(kind), shown[shape]
+    mine, want = one.bundle.image("regions").prepare(decode(picture))[0], one.sees(picture).numpy()
+    mean, std = (np.reshape(three, (3, 1, 1)) * 255 for three in (tiny.MEAN, tiny.STD))
+    assert np.abs((mine - want) * std).max() < 1
+    if kind == "owlv2" and shape in ("wide", "tall"):
+        width, height = Image.open(io.BytesIO(picture)).size
+        assert (width > height) is (shape == "wide")
+        levels = (mine * std + mean)[0]
+        beyond = levels[:, -5:] if shape == "wide" else levels[:, :, -5:]
+        assert np.abs(beyond).max() < 0.01
+        assert levels[:, :5, :5].max() > 20
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -407,7 +425,20 @@ def test_int8_finds_what_float_finds(runners: dict[str, Runner], shown):
         assert best[0].index == best[1].index
 
 
-def test_pictures_are_not_taken_into_a_graph_that_no_operator_prepares(made: Callable[[str], Made]):
-    with pytest.raises(BadRequest, match="resampled by a Gaussian, which ImageToPixels does not do"):
-        image_to_pixels.inside(made("owlv2").net.towers["regions"].preprocess)
-    assert image_to_pixels.inside(made("owlvit").net.towers["regions"].preprocess).in_graph
+def test_a_recipe_that_puts_a_gaussian_into_a_graph_is_refused_before_anything_is_traced(
+    made: Callable[[str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    one, other, file = made("owlv2"), made("owlvit"), tmp_path / "recipe.toml"
+    capsys.readouterr()
+    file.write_text('name = "owl"\npicture_input = true\n')
+    monkeypatch.setattr(pipeline, "to_onnx", lambda tower: pytest.fail("it was traced"))
+    out = ["--out", str(tmp_path / "out"), "--recipe", str(file)]
+    for verb in ("recipe", "export"):
+        assert main([verb, str(one.directory), *out]) == 2
+        why = capsys.readouterr().err
+        assert "resampled by a Gaussian, which ImageToPixels does not do; leave picture_input out" in why
+        assert why.count("\n") == 1
+    assert main(["recipe", str(other.directory), *out]) == 0
+    recipe = Recipe(checkpoint="x", net="owl", name="owl", picture_input=True)
+    with pytest.raises(BadRequest, match="Gaussian"):
+        pipeline.build(recipe, tmp_path / "out", net=one.net)
