@@ -10,7 +10,8 @@ Memory: 9/8 bytes for a component and about 150 for an id; 100 000 x 512 take 73
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,17 +41,18 @@ class Quantized:
         self._renew()
 
     def upsert(self, rows: Sequence[Row]) -> None:
-        self._table.upsert(rows)
-        if self._copy:
-            places = self._table.places([row.id for row in rows])
-            self._copy.put(
-                [row.id for row in rows], [places[row.id] for row in rows], np.stack([r.vector for r in rows])
-            )
+        with self._in_step():
+            self._table.upsert(rows)
+            if self._copy:
+                ids = [row.id for row in rows]
+                places = self._table.places(ids)
+                self._copy.put(ids, [places[id_] for id_ in ids], np.stack([row.vector for row in rows]))
 
     def delete(self, ids: Sequence[str]) -> int:
-        there = self._table.delete(ids)
-        if self._copy:
-            self._copy.remove(ids)
+        with self._in_step():
+            there = self._table.delete(ids)
+            if self._copy:
+                self._copy.remove(ids)
         return there
 
     def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
@@ -70,6 +72,15 @@ class Quantized:
     def compact(self) -> None:
         self._table.compact()
         self._renew()
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Nobody knows how far a write came that failed: the copy is given up, and `compact` makes another."""
+        try:
+            yield
+        except Exception:
+            self._copy = None
+            raise
 
     def _renew(self) -> None:
         """A copy where none is and one should be, or where the one there has grown too far from its ranges."""

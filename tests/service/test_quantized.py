@@ -107,6 +107,18 @@ def test_few_rows_and_too_many_bytes_have_no_copy(plain, scans, monkeypatch, lea
     assert len(scans) == 1
 
 
+def test_after_a_write_that_failed_half_way_the_table_is_asked(table, plain, scans, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(plain, "places", lambda ids: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            table.upsert(rows(3000, 3010))
+    assert table.search(VECTORS[3005], 1)[0].id == "03005"
+    assert len(scans) == 1
+    table.compact()
+    assert table.search(VECTORS[3005], 1)[0].id == "03005"
+    assert len(scans) == 1
+
+
 def test_filters_and_many_hits_are_the_table_s(table, scans):
     assert [one.id for one in table.search(QUERIES[0], 5, [Condition("n", "in", (9,))])] == ["00009"]
     assert len(table.search(QUERIES[0], 300)) == 300
