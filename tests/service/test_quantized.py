@@ -88,6 +88,20 @@ def test_deleted_rows_leave_no_gap_in_an_answer(table):
         assert [one.id for one in table.search(query, 10)] == best(query, there)
 
 
+def test_a_replaced_row_is_found_once(table):
+    table.upsert(rows(0, 300))  # the store gives them the places they had
+    found = [one.id for one in table.search(VECTORS[5], 10)]
+    assert found == best(VECTORS[5], np.arange(3000))
+    table.delete([f"{i:05}" for i in range(300, 3000)])  # fewer are left than the first sieve would let through
+    assert [one.id for one in table.search(VECTORS[5], 10)] == best(VECTORS[5], np.arange(300))
+
+
+def test_what_a_row_was_stands_in_nobody_s_way(table):
+    table.upsert([Row(f"{i:05}", QUERIES[0], {}) for i in range(100)])
+    table.upsert(rows(0, 100))
+    assert [one.id for one in table.search(QUERIES[0], 10)] == best(QUERIES[0], np.arange(3000))
+
+
 def test_it_is_made_anew_when_the_collection_has_doubled(table):
     before = table._copy
     table.upsert(rows(3000, 5000))
