@@ -67,7 +67,7 @@ class Table(Protocol):
 
     def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
         """Nearest by cosine among the rows on which all conditions hold, best first. Scores are exact; among many rows
-        one in a hundred hits may be missed."""
+        a few in a hundred hits may be missed."""
 
     def page(self, after: str | None, limit: int) -> list[Found]:
         """By id, from the first one behind ``after``."""

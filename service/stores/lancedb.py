@@ -33,7 +33,7 @@ NEAR = "near"  # and the rows it was made for: its name
 PARTITION = 4096
 REMADE = 2  # times the rows
 ALL = 1 << 20
-PROPOSED = 30  # rows that the index proposes for each hit that is wanted; float32 decides
+PROPOSED = 50  # rows that the index proposes for each hit that is wanted; float32 decides
 OLD = timedelta(minutes=10)  # versions that compaction removes; a search holds one for far less
 
 log = logging.getLogger("calmclip")
