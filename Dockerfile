@@ -49,7 +49,7 @@ CMD ["mini", "--out", "/bundles", "--replace"]
 
 
 FROM venv AS packages
-RUN pip install ".[service]"
+RUN pip install ".[service,postgres]"
 COPY models models
 COPY service service
 RUN pip install --no-deps . && pip uninstall --yes --quiet pip setuptools

@@ -7,7 +7,7 @@ HEADER := /usr/include/onnxruntime/onnxruntime_cxx_api.h
 APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libonnxruntime-dev
 WEIGHTS := export/nets/mini/weights.txt
 
-.PHONY: setup ops serve test test-all sanitize lint bench bench-ops bench-export up clean
+.PHONY: setup ops serve test test-all sanitize lint bench bench-ops bench-export bench-search up clean
 
 setup: $(VENV)/.dev  ## everything a developer needs
 
@@ -46,6 +46,9 @@ bench-export: $(VENV)/.dev ops  ## checkpoints of full size with random weights:
 	$(BIN)/python -m tests.bench.full_size
 	$(BIN)/python -m tests.bench.text_length
 
+bench-search: $(VENV)/.dev ops models/bundles/mini-int8/bundle.json  ## search of 100 000 vectors, each way there is
+	$(BIN)/python -m tests.bench.search
+
 up:  ## service, Prometheus and Grafana in containers
 	docker compose up --build
 
@@ -66,5 +69,5 @@ $(VENV)/.bench: $(VENV)/.dev
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,export,nets,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,export,nets,dev]'
 	touch $@

@@ -18,6 +18,7 @@
     │   └── CollectionMismatch    vectors of one bundle, asked with another
     ├── LabelSetNotFound
     ├── Overloaded                the queue is full; try again
+    │   └── StoreUnavailable      the database of the collections does not answer; try again
     ├── DeadlineExceeded          too late to be of use
     ├── OpsLibraryMissing         the op library was demanded and cannot be used; says why
     ├── OpsNotBuilt               no compiler, no headers, or the compiler refused
@@ -99,6 +100,9 @@ class Overloaded(CalmclipError):
         super().__init__(message)
         self.retry_after = retry_after
         self.reason = reason
+
+
+class StoreUnavailable(Overloaded): ...
 
 
 class DeadlineExceeded(CalmclipError): ...

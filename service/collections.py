@@ -9,17 +9,28 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias, TypeVar
 
-from models.errors import BadRequest, CollectionError, CollectionMismatch, CollectionNotFound, Overloaded, suggestion
+from models.errors import (
+    BadRequest,
+    CalmclipError,
+    CollectionError,
+    CollectionMismatch,
+    CollectionNotFound,
+    Overloaded,
+    StoreUnavailable,
+    suggestion,
+)
 from models.flow import Array
 from service.hub import Loaded
 from service.labels import check_name
 from service.metrics import Metrics
+from service.quantized import Quantized
 from service.settings import Settings
-from service.stores import Condition, Found, Info, Row, Store, Table, open_store
+from service.stores import Condition, Found, Info, OwnTable, Row, Store, Table, open_store, shown
 
 T = TypeVar("T")
 log = logging.getLogger("calmclip")
@@ -27,6 +38,7 @@ log = logging.getLogger("calmclip")
 MAX_TOGETHER = 2048  # rows in one commit
 COMPACT_AFTER = 64  # commits at the latest;
 COMPACT_IDLE = 8, 2.0  # or fewer, when nothing came for so many seconds
+AGAIN_S = 3.0  # after which a store that did not answer is tried again
 
 
 @dataclass(frozen=True)
@@ -168,60 +180,59 @@ class Collection:
 
 
 class Collections:
-    """All of them, at one store."""
+    """All of them, at one store. Where it is shared, it is asked each time which there are."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._url = settings.store_url
         self._max_pending = settings.queue.max_pending
         self._most = settings.limits.collections
+        self._copy_bytes = settings.copy_bytes
         self._readers = ThreadPoolExecutor(settings.cores, thread_name_prefix="read")
         self._metrics = metrics
         self._store: Store | None = None
         self._open: dict[str, Collection] = {}
         self._lock = asyncio.Lock()
+        self._trying: asyncio.Task[None] | None = None
         self.failed: dict[str, str] = {}
 
     async def load(self) -> None:
         """Open the store and what is in it. The engine's library is imported here, off the event loop.
 
-        What does not open is logged and remembered in `failed`; the rest serves.
+        What does not open is logged and remembered in `failed`; the rest serves. A store that does not answer is
+        tried again until it does.
         """
         try:
-            store = await asyncio.to_thread(open_store, self._url)
-            names = await asyncio.to_thread(store.names)
+            await self._load()
+        except StoreUnavailable as error:
+            self._fail(error)
+            self._trying = asyncio.create_task(self._try_again(), name="store")
         except Exception as error:
-            log.exception("the store %s does not open", self._url)
-            self.failed["collections"] = f"{self._url} does not open: {error}"
-            return
-        for name in names:
-            try:
-                collection = self._collection(await asyncio.to_thread(store.open, name))
-                self._metrics.items(name, await collection.count())
-                self._open[name] = collection
-            except Exception as error:
-                log.exception("collection %s does not open", name)
-                self.failed[_entry(name)] = str(error) or repr(error)
-        self._store = store
+            self._fail(error)
 
     @property
     def loading(self) -> bool:
         return self._store is None and "collections" not in self.failed
 
-    def all(self) -> list[Collection]:
+    async def all(self) -> list[Collection]:
         """By name. Raises `Overloaded` while they are being opened."""
-        self._ready()
+        store = self._ready()
+        if store.shared:
+            for name in {*await self._read(store.names), *self._open}:
+                with suppress(CollectionNotFound):
+                    await self.get(name)
         return [self._open[name] for name in sorted(self._open)]
 
-    def get(self, name: str) -> Collection:
+    async def get(self, name: str) -> Collection:
         """Raises `CollectionNotFound`."""
-        self._ready()
-        try:
-            return self._open[name]
-        except KeyError:
-            known = sorted(self._open)
-            raise CollectionNotFound(
-                f"there is no collection {name!r}; {suggestion(name, known)}", known=known
-            ) from None
+        store = self._ready()
+        if not store.shared:
+            return self._known(name)
+        with suppress(CollectionNotFound):
+            table = await self._read(lambda: store.open(name))
+            if name in self._open and self._open[name].table == table:
+                return self._open[name]
+        async with self._lock:
+            return await self._current(store, name)
 
     async def create(self, name: str, loaded: Loaded) -> tuple[Collection, bool]:
         """The collection, and whether it is new.
@@ -237,10 +248,71 @@ class Collections:
         await asyncio.shield(self._drop(self._ready(), name))
 
     async def close(self) -> None:
+        if self._trying:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
         async with self._lock:  # what is being made or dropped is done first
             for collection in self._open.values():
                 await collection.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
+        if self._store:
+            await asyncio.to_thread(self._store.close)
+
+    async def _load(self) -> None:
+        store = await asyncio.to_thread(open_store, self._url)
+        for name in await asyncio.to_thread(store.names):
+            try:
+                collection = await self._collection(store, await asyncio.to_thread(store.open, name))
+                self._metrics.items(name, await collection.count())
+                self._open[name] = collection
+            except Exception as error:
+                log.exception("collection %s does not open", name)
+                self.failed[_entry(name)] = str(error) or repr(error)
+        self._store = store
+
+    async def _try_again(self) -> None:
+        while self._store is None:
+            await asyncio.sleep(AGAIN_S)
+            try:
+                await self._load()
+                del self.failed["collections"]
+                log.info("the store %s is open", shown(self._url))
+            except StoreUnavailable as error:
+                self.failed["collections"] = str(error)
+            except Exception as error:
+                self._fail(error)
+                return
+
+    def _fail(self, error: Exception) -> None:
+        """Ours say all in a sentence; of others the log has the whole story."""
+        log.error(
+            "the store %s does not open: %s", shown(self._url), error, exc_info=not isinstance(error, CalmclipError)
+        )
+        self.failed["collections"] = f"{shown(self._url)} does not open: {error}"
+
+    def _known(self, name: str) -> Collection:
+        try:
+            return self._open[name]
+        except KeyError:
+            known = sorted(self._open)
+            raise CollectionNotFound(
+                f"there is no collection {name!r}; {suggestion(name, known)}", known=known
+            ) from None
+
+    async def _current(self, store: Store, name: str) -> Collection:
+        """What the shared store has under this name now, which another service may have made, or made anew."""
+        try:
+            table = await self._read(lambda: store.open(name))
+        except CollectionNotFound:
+            if gone := self._open.pop(name, None):
+                await gone.close()
+                self._metrics.items(name, None)
+            return self._known(name)
+        if name not in self._open or self._open[name].table != table:
+            if gone := self._open.pop(name, None):
+                await gone.close()
+            self._open[name] = await self._collection(store, table)
+        return self._open[name]
 
     async def _create(self, store: Store, name: str, loaded: Loaded) -> tuple[Collection, bool]:
         async with self._lock:
@@ -248,6 +320,9 @@ class Collections:
                 raise CollectionMismatch(
                     f"there is a collection {name!r} that does not open ({broken}); delete it, or take another name"
                 )
+            if store.shared:
+                with suppress(CollectionNotFound):
+                    await self._current(store, name)
             if name in self._open:
                 self._open[name].require(loaded.name, loaded.digest)
                 return self._open[name], False
@@ -256,14 +331,15 @@ class Collections:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             info = Info(name, loaded.name, loaded.digest, loaded.bundle.dim, created)
             table = await asyncio.to_thread(store.create, info)
-            self._open[name] = self._collection(table)
+            self._open[name] = await self._collection(store, table)
+            self._open[name].require(loaded.name, loaded.digest)  # in a shared store another may have been first
             self._metrics.committed(name, 0)
             return self._open[name], True
 
     async def _drop(self, store: Store, name: str) -> None:
         async with self._lock:
             if _entry(name) not in self.failed:
-                collection = self.get(name)
+                collection = await self._current(store, name) if store.shared else self._known(name)
                 del self._open[name]
                 await collection.close()
             try:
@@ -274,13 +350,20 @@ class Collections:
             self.failed.pop(_entry(name), None)
             self._metrics.items(name, None)
 
-    def _collection(self, table: Table) -> Collection:
+    async def _read(self, what: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, what)
+
+    async def _collection(self, store: Store, table: Table) -> Collection:
+        if self._copy_bytes and not store.shared and isinstance(table, OwnTable):
+            table = await asyncio.to_thread(Quantized, table, self._copy_bytes)
         return Collection(table, self._metrics, self._max_pending, self._readers)
 
     def _ready(self) -> Store:
         if self._store is None:
+            if self._trying and not self._trying.done():
+                raise StoreUnavailable(f"the store {shown(self._url)} does not answer; try again in a few seconds")
             if "collections" in self.failed:
-                raise CollectionError(f"the store {self._url} did not open")
+                raise CollectionError(f"the store {shown(self._url)} did not open")
             raise Overloaded("the collections are still being opened; try again in a second", reason="loading")
         return self._store
 

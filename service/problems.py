@@ -125,6 +125,12 @@ TABLE: dict[type[BaseException], Problem] = {
         "Overloaded",
         "Too much is under way, or the service is loading or leaving. `Retry-After` says when to try again.",
     ),
+    errors.StoreUnavailable: Problem(
+        "store-unavailable",
+        503,
+        "Store unavailable",
+        "The database of the collections does not answer; all else does. `Retry-After` says when to try again.",
+    ),
     errors.DeadlineExceeded: Problem(
         "deadline-exceeded",
         504,

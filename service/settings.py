@@ -85,7 +85,14 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     text_cache: int = Field(default=4096, ge=0, description="embedded sentences remembered")
     data_dir: Path = Field(default=Path("data"), description="where label sets and, by default, collections live")
-    store: str | None = Field(default=None, description="where collections live, `lancedb:FOLDER`; else under data_dir")
+    store: str | None = Field(
+        default=None,
+        repr=False,  # it may hold a password
+        description="where collections live, `lancedb:FOLDER` or `pgvector:postgresql://…`; else under data_dir",
+    )
+    copy_bytes: int = Field(
+        default=1024 * MIB, ge=0, description="a quantised copy of one collection's vectors in memory; 0: none is kept"
+    )
     slo: Slo = Slo()
     log: Literal["text", "json"] = Field(default="text", description="shape of the access log")
 

@@ -1,12 +1,15 @@
 """Fixtures that several packages' tests share: tiny checkpoints, and bundles made of them by the real pipeline."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from export.samples import pictures
 from models.ops.library import Library, find, why_not
+from tests import postgres as own
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +33,19 @@ def library() -> Library:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[own.Server]:
+    """A running PostgreSQL with pgvector; where there is none, it is skipped with one line, in CI it fails."""
+    if reason := own.why_not():
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # pytest's own is closed to other users, and too long
+        Path(folder).chmod(0o755)
+        with own.serving(Path(folder) / "cluster") as server:
+            yield server
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ def test_the_service_image_has_no_torch() -> None:
     taken = {tuple(text.split()[-2:]) for text in service.all("COPY") if "--from" in text}
     assert taken == {("/opt/calmclip", "/opt/calmclip"), ("/bundles/mini-int8", "/bundles/mini-int8")}
     installs = [text for stage in ("packages", "service") for text in STAGES[stage].all("RUN") if "pip install" in text]
-    assert {extra for text in installs for extra in re.findall(r"\.\[(.*?)\]", text)} == {"service"}
+    assert {extra for text in installs for extra in re.findall(r"\.\[(.*?)\]", text)} == {"service,postgres"}
     project = PROJECT["project"]
     closure = packages_behind([*project["dependencies"], *project["optional-dependencies"]["service"]])
     assert "onnxruntime" in closure

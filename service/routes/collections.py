@@ -36,7 +36,8 @@ from service.uploads import body_of, check_picture
 router = APIRouter(tags=["collections"])
 MISSING = "collection-not-found"
 WRONG = "collection-bundle-mismatch"
-STORE = ("overloaded", "deadline-exceeded")
+DOWN = "store-unavailable"
+STORE = ("overloaded", DOWN, "deadline-exceeded")
 MAX_DEPTH = 16  # of metadata; what is read back is nested deeper still, and JSON writers have limits
 
 
@@ -53,7 +54,7 @@ def busy(name: str) -> list[Any]:
 )
 async def list_collections(own: Own, parts: Parts) -> Response:
     async with own.deadline():
-        found = [await _describe(collection) for collection in parts.collections.all()]
+        found = [await _describe(collection) for collection in await parts.collections.all()]
     return respond(own, CollectionsAnswer(collections=found))
 
 
@@ -62,7 +63,7 @@ async def list_collections(own: Own, parts: Parts) -> Response:
     summary="Make a collection",
     description="201 when it is new, 200 when it is there already.",
     openapi_extra=takes(CollectionBody, {"model": "mini-int8"}),
-    responses=answers(CollectionAnswer, *ENGINE, *INPUT, WRONG) | answers(CollectionAnswer, status=201),
+    responses=answers(CollectionAnswer, *ENGINE, DOWN, *INPUT, WRONG) | answers(CollectionAnswer, status=201),
     dependencies=busy("collections"),
 )
 async def make_collection(
@@ -82,7 +83,7 @@ async def make_collection(
 )
 async def get_collection(name: str, own: Own, parts: Parts) -> Response:
     async with own.deadline():
-        return respond(own, await _describe(parts.collections.get(name)))
+        return respond(own, await _describe(await parts.collections.get(name)))
 
 
 @router.delete(
@@ -111,7 +112,8 @@ async def list_items(
     after: Annotated[str | None, Query(description="the last id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, description="at most CALMCLIP_LIMITS__TOP_K")] = 100,
 ) -> Response:
-    collection = parts.collections.get(name)
+    async with own.deadline():
+        collection = await parts.collections.get(name)
     _at_most(limit, parts, "limit")
     with own.clock.stage("search"):
         async with own.deadline():
@@ -126,14 +128,15 @@ async def list_items(
     summary="Add or replace items",
     description="All of them or none. On disk when answered.",
     openapi_extra=takes(ItemsBody, {"items": [{"id": "a1", "image": {"b64": PIXEL}, "meta": {"title": "dunes"}}]}),
-    responses=answers(CountAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
+    responses=answers(CountAnswer, *ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
     dependencies=busy("index"),
 )
 async def add_items(
     name: str, body: Annotated[ItemsBody, Depends(body_of(ItemsBody))], own: Own, parts: Parts
 ) -> Response:
     limits = parts.settings.limits
-    collection = parts.collections.get(name)
+    async with own.deadline():
+        collection = await parts.collections.get(name)
     loaded = _filler(collection, parts, own)
     if len(body.items) > limits.texts:
         raise BadRequest(f"{len(body.items)} items were given; at most {limits.texts} are read at once")
@@ -163,7 +166,8 @@ async def add_items(
 async def delete_items(
     name: str, body: Annotated[DeleteItemsBody, Depends(body_of(DeleteItemsBody))], own: Own, parts: Parts
 ) -> Response:
-    collection = parts.collections.get(name)
+    async with own.deadline():
+        collection = await parts.collections.get(name)
     _at_most(len(body.ids), parts, "the number of ids")
     with own.clock.stage("write"):
         async with own.deadline():
@@ -177,13 +181,14 @@ async def delete_items(
     openapi_extra=takes(
         SearchBody, {"query": {"text": "sand in the evening"}, "top_k": 3, "filter": {"year": {"gte": 2020}}}
     ),
-    responses=answers(SearchAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
+    responses=answers(SearchAnswer, *ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
     dependencies=busy("search"),
 )
 async def search_collection(
     name: str, body: Annotated[SearchBody, Depends(body_of(SearchBody))], own: Own, parts: Parts
 ) -> Response:
-    collection = parts.collections.get(name)
+    async with own.deadline():
+        collection = await parts.collections.get(name)
     if body.model is not None:
         asked = parts.hub.get(body.model, "embed")
         collection.require(asked.name, asked.digest)

@@ -4,9 +4,10 @@ A store is synchronous and may be called from several threads; `service.collecti
 collection has one writer.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from models.errors import BadRequest
 from models.flow import Array
@@ -65,7 +66,8 @@ class Table(Protocol):
         """How many there were."""
 
     def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
-        """Nearest by cosine among the rows on which all conditions hold, best first."""
+        """Nearest by cosine among the rows on which all conditions hold, best first. Scores are exact; among many rows
+        a few in a hundred hits may be missed."""
 
     def page(self, after: str | None, limit: int) -> list[Found]:
         """By id, from the first one behind ``after``."""
@@ -76,25 +78,55 @@ class Table(Protocol):
         """Tidy up what many small writes left; readers and answers are not disturbed."""
 
 
+@runtime_checkable
+class OwnTable(Table, Protocol):
+    """One that nobody else writes to, so that what is kept of it in memory stays true.
+
+    A row's *place* is a number that is its own as long as its id is there, whatever is written or tidied up.
+    """
+
+    def places(self, ids: Sequence[str]) -> dict[str, int]:
+        """Of those that are there."""
+
+    def fetch(self, places: Sequence[int]) -> list[Row]:
+        """The rows that are there, in any order."""
+
+    def scan(self, most: int | None = None) -> Iterator[tuple[list[str], list[int], Array]]:
+        """Ids, places and vectors, float32 [N, dim], of all rows, a few thousand at a time; or of ``most``."""
+
+
 class Store(Protocol):
     """Collections at one place."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write there too, so that nothing read from it stays true."""
 
     def names(self) -> list[str]: ...
 
     def create(self, info: Info) -> Table:
         """An empty one. The name is free; the caller has checked."""
 
-    def open(self, name: str) -> Table: ...
+    def open(self, name: str) -> Table:
+        """Equal to one opened before as long as it is the same. Raises `CollectionNotFound` where ``shared``."""
 
     def drop(self, name: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 STORES: Registry[Callable[[str], Store]] = Registry("stores", "service.stores")
 
 
 def open_store(url: str) -> Store:
-    """``KIND:PLACE``, for example ``lancedb:data/collections``. Raises `BadRequest`, `UnknownName`."""
+    """``KIND:PLACE``, for example ``lancedb:data/collections``. Raises `BadRequest`, `UnknownName`, and what the
+    engine is asked in vain for."""
     kind, colon, place = url.partition(":")
     if not colon or not place:
-        raise BadRequest(f"the store {url!r} is not KIND:PLACE; for example 'lancedb:data/collections'")
+        raise BadRequest(f"the store {shown(url)!r} is not KIND:PLACE; for example 'lancedb:data/collections'")
     return STORES.get(kind)(place)
+
+
+def shown(url: str) -> str:
+    """``url`` for logs and answers: without user, password and options."""
+    return re.sub(r"//.*@", "//", url).partition("?")[0]

@@ -1,18 +1,20 @@
 """Collections in LanceDB, embedded: a folder, or the URI of an object store.
 
 Source: LanceDB (Apache-2.0). Every write is a new, atomically committed version of the table, so a killed
-process leaves the last committed one. Search is exact (a flat scan), cosine distance.
+process leaves the last committed one. Search reads all rows while they are few; then an index proposes, and float32
+decides.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 import lancedb
 import pyarrow as pa
+from lancedb.index import BTree, IvfRq
 from lancedb.query import ColumnOrdering
 
 from models.flow import Array
@@ -22,12 +24,24 @@ KEY = b"calmclip"  # of the schema's metadata: the Info, as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 BESIDE_EMPTY = {"gt": '"_%"', "gte": '"%', "lt": '"', "lte": '""'}  # JSON texts of strings so ordered to ""
 CACHE_BYTES = 32 << 20  # of its own making LanceDB would take gigabytes; the operating system caches files anyway
+STABLE = {"new_table_enable_stable_row_ids": "true"}  # a row's number outlives updates and compaction
+SCANNED = 8192  # rows at a time
+INDEXED_FROM = 10_000  # rows
+# RaBitQ, arXiv:2405.12497: a bit for each component. All partitions are read. There are several since LanceDB splits
+# one that grows large, and (0.40) loses most of it: before that, the index is made anew.
+NEAR = "near"  # and the rows it was made for: its name
+PARTITION = 4096
+REMADE = 2  # times the rows
+ALL = 1 << 20
+PROPOSED = 50  # rows that the index proposes for each hit that is wanted; float32 decides
 OLD = timedelta(minutes=10)  # versions that compaction removes; a search holds one for far less
 
 log = logging.getLogger("calmclip")
 
 
 class LanceStore:
+    shared = False
+
     def __init__(self, place: str) -> None:
         session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES)
         self._db = lancedb.connect(place, session=session)
@@ -51,13 +65,16 @@ class LanceStore:
             ],
             metadata={KEY: json.dumps(asdict(info)).encode()},
         )
-        return LanceTable(self._db.create_table(info.name, schema=schema))
+        return LanceTable(self._db.create_table(info.name, schema=schema, storage_options=STABLE))
 
     def open(self, name: str) -> Table:
         return LanceTable(self._db.open_table(name))
 
     def drop(self, name: str) -> None:
         self._db.drop_table(name)
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 class LanceTable:
@@ -78,7 +95,7 @@ class LanceTable:
         self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
 
     def delete(self, ids: Sequence[str]) -> int:
-        where = f"id IN ({', '.join(map(literal, ids))})"
+        where = _among(ids)
         there: int = self._table.count_rows(where)
         if there:
             self._table.delete(where)
@@ -86,6 +103,7 @@ class LanceTable:
 
     def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
         query = self._table.search(vector).distance_type("cosine").select(["id", "meta", "_distance"]).limit(top_k)
+        query = query.nprobes(ALL).refine_factor(PROPOSED)  # which say nothing where there is no index
         if where:
             query = query.where(" AND ".join(map(sql, where)), prefilter=True)
         return [
@@ -103,8 +121,35 @@ class LanceTable:
         rows: int = self._table.count_rows()
         return rows
 
+    def places(self, ids: Sequence[str]) -> dict[str, int]:
+        found = self._table.search().where(_among(ids)).with_row_id(True).select(["id"]).limit(len(ids)).to_arrow()
+        return dict(zip(found["id"].to_pylist(), found["_rowid"].to_pylist(), strict=True))
+
+    def fetch(self, places: Sequence[int]) -> list[Row]:
+        found = self._table.take_row_ids(list(places)).select(["id", "vector", "meta"]).to_arrow()
+        columns = (found["id"].to_pylist(), _vectors(found["vector"].combine_chunks()), found["meta"].to_pylist())
+        return [Row(id_, vector, json.loads(meta)) for id_, vector, meta in zip(*columns, strict=True)]
+
+    def scan(self, most: int | None = None) -> Iterator[tuple[list[str], list[int], Array]]:
+        query = self._table.search().with_row_id(True).select(["id", "vector"]).limit(most)
+        for batch in query.to_batches(batch_size=SCANNED):
+            yield batch["id"].to_pylist(), batch["_rowid"].to_pylist(), _vectors(batch["vector"])
+
     def compact(self) -> None:
+        """Also indexes, once there is something to gain. Rows written since are read beside them."""
         self._table.optimize(cleanup_older_than=OLD)
+        rows = self.count()
+        if rows < INDEXED_FROM or self.info.dim % 8:
+            return
+        there = {index.name for index in self._table.list_indices()}
+        if "id" not in there:
+            self._table.create_index("id", config=BTree(), name="id")
+        made_for = max((int(name.removeprefix(NEAR)) for name in there if name.startswith(NEAR)), default=0)
+        if rows >= REMADE * made_for:
+            config = IvfRq(distance_type="cosine", num_partitions=-(-rows // PARTITION))
+            self._table.create_index("vector", config=config, name=f"{NEAR}{rows}")
+            if made_for:
+                self._table.drop_index(f"{NEAR}{made_for}")
 
 
 def sql(condition: Condition) -> str:
@@ -123,6 +168,16 @@ def sql(condition: Condition) -> str:
         bound = f"{path}?(@ {OPERATORS[condition.op]} {json.dumps(condition.value, ensure_ascii=False)})"
         return f"({text} LIKE '\"%' AND json_exists(meta, {literal(bound)}))"  # a path also looks into lists
     return _compare(text, OPERATORS[condition.op], condition.value)
+
+
+def _among(ids: Sequence[str]) -> str:
+    return f"id IN ({', '.join(map(literal, ids))})"
+
+
+def _vectors(column: Any) -> Array:
+    """A column of fixed-size lists -> float32 [N, dim]."""
+    found: Array = column.flatten().to_numpy().reshape(len(column), -1)
+    return found
 
 
 def literal(text: str) -> str:

@@ -4,25 +4,48 @@ import json
 import operator
 import subprocess
 import sys
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
 
 from models.errors import BadRequest, UnknownName
+from service import quantized
 from service.stores import STORES, Condition, Info, Row, open_store
 
 INFO = Info("photos", "tiny-int8", "ab" * 32, 4, "2026-01-01T00:00:00+00:00")
 AXES = np.eye(4, dtype=np.float32)
 
 
-@pytest.fixture(params=STORES.names())
+@pytest.fixture(params=["lancedb", "copied", "pgvector"])
 def url(request, tmp_path):
-    return f"{request.param}:{tmp_path / 'store'}"
+    """A place of its own for each test: a folder, or a database of a real server."""
+    if request.param == "pgvector":
+        return f"pgvector:{request.getfixturevalue('postgres').database()}"
+    return f"lancedb:{tmp_path / 'store'}"
 
 
 @pytest.fixture
-def table(url):
-    return open_store(url).create(INFO)
+def opened():
+    """`open_store`, for the time of a test."""
+    with ExitStack() as stack:
+        yield lambda url: stack.enter_context(closing(open_store(url)))
+
+
+def test_every_store_is_under_test():
+    assert set(STORES.names()) <= {"lancedb", "pgvector"}
+
+
+@pytest.fixture
+def table(url, opened, request, monkeypatch):
+    """An empty one; of ``copied``, one whose vectors are also in memory, however few."""
+    table = opened(url).create(INFO)
+    if "copied" in request.node.name:
+        monkeypatch.setattr(quantized, "LEAST", 1)
+        table.upsert([Row(f"before{i}", axis) for i, axis in enumerate([*AXES, *-AXES])])
+        table = quantized.Quantized(table, 1 << 20)
+        table.delete([f"before{i}" for i in range(8)])
+    return table
 
 
 def ids(found):
@@ -36,9 +59,9 @@ def test_a_store_url_has_a_kind_and_a_place():
         open_store("lancdb:data")
 
 
-def test_a_collection_is_what_it_was_after_a_restart(url, table):
+def test_a_collection_is_what_it_was_after_a_restart(url, table, opened):
     table.upsert([Row("a", AXES[0], {"title": "dünes «x»", "deep": {"list": [1, 2.5, None, True]}})])
-    store = open_store(url)
+    store = opened(url)
     assert store.names() == ["photos"]
     again = store.open("photos")
     assert again.info == INFO
@@ -46,9 +69,9 @@ def test_a_collection_is_what_it_was_after_a_restart(url, table):
     assert again.page(None, 10)[0].meta == {"title": "dünes «x»", "deep": {"list": [1, 2.5, None, True]}}
 
 
-def test_drop_forgets_a_collection_and_frees_its_name(url, table):
+def test_drop_forgets_a_collection_and_frees_its_name(url, table, opened):
     table.upsert([Row("a", AXES[0])])
-    store = open_store(url)
+    store = opened(url)
     store.drop("photos")
     assert store.names() == []
     assert store.create(INFO).count() == 0
@@ -172,11 +195,12 @@ for i in range(10_000):
 """
 
 
-def test_a_killed_writer_leaves_every_acknowledged_row(url, table):
+def test_a_killed_writer_leaves_every_acknowledged_row(url, table, opened):
     with subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True) as writer:
         acknowledged = [int(writer.stdout.readline()) for _ in range(15)]
         writer.kill()
         acknowledged += [int(line) for line in writer.stdout.read().splitlines()]
-    found = {one.meta["n"] for one in open_store(url).open("photos").page(None, 10_000)}
+    again = opened(url).open("photos")
+    found = {one.meta["n"] for one in again.page(None, 10_000)}
     assert found >= set(acknowledged), json.dumps(sorted(found))
-    open_store(url).open("photos").upsert([Row("after", AXES[0])])
+    again.upsert([Row("after", AXES[0])])

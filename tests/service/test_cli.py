@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -17,31 +17,7 @@ from models.cli import main
 from models.errors import BadRequest
 from service.cli import _listen
 from service.indexing import _Service
-
-
-@contextmanager
-def serving(bundles, data, *flags: str):
-    """The process, a client for it, and the file its log goes to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundles), "--port", str(port), *flags]
-    environment = {**os.environ, "CALMCLIP_DATA_DIR": str(data)}
-    data.mkdir(exist_ok=True)
-    log = data / "log"
-    process = subprocess.Popen(command, env=environment, stderr=log.open("w"))
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=20) as client:
-        try:
-            for _ in range(400):
-                assert process.poll() is None, log.read_text()
-                with suppress(httpx.TransportError):
-                    if client.get("/readyz").status_code == 200:
-                        break
-                time.sleep(0.05)
-            yield process, client, log
-        finally:
-            process.kill()
-            process.wait()
+from tests.process import serving
 
 
 @pytest.fixture

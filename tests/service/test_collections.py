@@ -159,6 +159,8 @@ def test_compaction_after_many_commits_and_after_fewer_when_idle(monkeypatch):
 class Shelf:
     """A store of `Notes`; `gate` holds back what changes it."""
 
+    shared = False
+
     def __init__(self, *names: str) -> None:
         self.tables = {name: Notes() for name in names}
         self.broken: set[str] = set()
@@ -184,6 +186,9 @@ class Shelf:
         if name == "stuck":
             raise OSError("read-only")
         del self.tables[name]
+
+    def close(self):
+        self.closed = True
 
 
 BUNDLE = SimpleNamespace(name="m", digest="d", bundle=SimpleNamespace(dim=2))
@@ -222,7 +227,7 @@ def test_a_collection_whose_maker_hung_up_is_there(monkeypatch):
         await hang_up(collections.create("a", BUNDLE))
         store.gate.set()
         assert (await collections.create("a", BUNDLE))[1] is False
-        assert [one.table for one in collections.all()] == [store.tables["a"]]
+        assert [one.table for one in await collections.all()] == [store.tables["a"]]
 
     shelf(monkeypatch, scenario, store)
 
@@ -233,7 +238,7 @@ def test_a_collection_whose_deleter_hung_up_is_gone_and_its_name_free(monkeypatc
 
     async def scenario(collections):
         await collections.load()
-        write, *_ = await behind(collections.get("a"), old)
+        write, *_ = await behind(await collections.get("a"), old)
         await hang_up(collections.drop("a"))  # while it waits for the write
         old.gate.set()
         assert await write == 1
@@ -266,7 +271,7 @@ def test_a_collection_that_cannot_be_counted_is_not_open(monkeypatch):
     async def scenario(collections):
         await collections.load()
         assert list(collections.failed) == ["collection bad"]
-        assert collections.all() == []
+        assert await collections.all() == []
 
     shelf(monkeypatch, scenario, store)
 
@@ -287,9 +292,9 @@ def test_a_collection_that_is_not_deleted_may_be_deleted_again(monkeypatch):
 def test_nothing_is_told_before_all_are_open(monkeypatch):
     async def scenario(collections):
         collections.failed["collection bad"] = "one of them does not open; the others are not tried yet"
-        for ask in (collections.all, lambda: collections.get("a")):
+        for ask in (collections.all(), collections.get("a")):
             with pytest.raises(Overloaded, match="still being opened"):
-                ask()
+                await ask
 
     shelf(monkeypatch, scenario, Shelf("a"))
 
@@ -302,7 +307,7 @@ def test_slow_searches_leave_threads_for_writes(monkeypatch):
 
     async def scenario(collections):
         await collections.load()
-        collection = collections.get("a")
+        collection = await collections.get("a")
         searches = [asyncio.create_task(collection.search(np.zeros(2, np.float32), 1, ())) for _ in range(64)]
         await asyncio.sleep(0.02)
         try:

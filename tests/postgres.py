@@ -1,0 +1,98 @@
+"""A PostgreSQL with pgvector of the tests' own: a cluster in a temporary folder, on a port of its own."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+
+
+@dataclass
+class Server:
+    bin: Path
+    folder: Path
+    port: int
+    _numbers: Iterator[int] = field(default_factory=count)
+    secret: str = "hush-5up3r"  # of the user `keeper`, to look for where it must not be
+
+    def start(self) -> None:
+        # fsync stays on: what is under test is that acknowledged rows are on disk
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder} -c shared_buffers=64MB"
+        self._ctl("start", "-w", "-l", str(self.folder / "log"), "-o", options)
+
+    def running(self) -> bool:
+        return (self.folder / "data" / "postmaster.pid").exists()
+
+    def stop(self, mode: str = "fast") -> None:
+        self._ctl("stop", "-w", "-m", mode)
+
+    def database(self) -> str:
+        """The URL of a fresh one, in which `keeper` may do everything."""
+        name = f"d{next(self._numbers)}"
+        self.psql(f"CREATE DATABASE {name} OWNER keeper")
+        self.psql("CREATE EXTENSION vector", name)
+        return self.url(name)
+
+    def url(self, name: str, secret: str | None = None) -> str:
+        return f"postgresql://keeper:{secret or self.secret}@127.0.0.1:{self.port}/{name}"
+
+    def psql(self, statement: str, database: str = "postgres") -> str:
+        command = [str(self.bin / "psql"), "-h", str(self.folder), "-p", str(self.port), "-U", "owner", "-AtX"]
+        return _run([*command, "-d", database, "-v", "ON_ERROR_STOP=1", "-c", statement])
+
+    def _ctl(self, verb: str, *options: str) -> None:
+        _run([str(self.bin / "pg_ctl"), verb, "-D", str(self.folder / "data"), *options])
+
+
+def why_not() -> str | None:
+    """What is missing here, or None."""
+    if find_spec("psycopg") is None:
+        return "psycopg is not installed; pip install 'calmclip[postgres]'"
+    if binaries() is None:
+        return "there is no PostgreSQL with pgvector; apt-get install postgresql-17 postgresql-17-pgvector"
+    if os.getuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
+        return "PostgreSQL does not run as root, and there is no user postgres"
+    return None
+
+
+def binaries() -> Path | None:
+    """The newest version's, among those that have pgvector."""
+    found = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if (path.parent / "lib" / "vector.so").exists()]
+    return max(found, key=lambda path: int(path.parent.name), default=None)
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """``folder`` is made; short, since a socket lies in it."""
+    bin_ = binaries()
+    assert bin_, why_not()
+    folder.mkdir()
+    if os.getuid() == 0:
+        shutil.chown(folder, "postgres", "postgres")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        server = Server(bin_, folder, probe.getsockname()[1])
+    # over TCP with a password, over the socket without
+    _run([str(bin_ / "initdb"), "-D", str(folder / "data"), "-U", "owner", "-E", "UTF8", "--locale=C.UTF-8",
+          "--auth-local=trust", "--auth-host=scram-sha-256"])  # fmt: skip
+    server.start()
+    try:
+        server.psql(f"CREATE ROLE keeper LOGIN PASSWORD '{server.secret}'")
+        yield server
+    finally:
+        server.stop("immediate")
+
+
+def _run(command: list[str]) -> str:
+    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+    done = subprocess.run(
+        command, **user, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd="/", timeout=60
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout.strip()

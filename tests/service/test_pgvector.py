@@ -1,0 +1,173 @@
+"""PostgreSQL as the service meets it: absent, wrong, gone in the middle, shared. What may be read holds no password."""
+
+import logging
+import re
+import time
+
+import pytest
+
+from models.errors import BadRequest, CollectionError, StoreUnavailable
+from service import collections
+from service.stores import open_store, shown
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What is waited for is not waited for long."""
+    monkeypatch.setattr(collections, "AGAIN_S", 0.2)
+    monkeypatch.setattr("service.stores.pgvector.WAIT_S", 0.3)
+
+
+def put(client, *items, name="c"):
+    assert client.put(f"/v1/collections/{name}", json={}).status_code in (200, 201)
+    return client.post(f"/v1/collections/{name}/items", json={"items": [{"id": i, "text": t} for i, t in items]})
+
+
+def find(client, text, name="c"):
+    answer = client.post(f"/v1/collections/{name}/search", json={"query": {"text": text}, "top_k": 1})
+    return [one["id"] for one in answer.json()["hits"]] if answer.status_code == 200 else answer.status_code
+
+
+def until(holds, seconds=15):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def sentence(url, error):
+    with pytest.raises(error) as caught:
+        open_store(f"pgvector:{url}")
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def test_what_is_wrong_is_said_in_a_sentence_without_the_password(postgres):
+    host = f"127.0.0.1:{postgres.port}"
+    assert "expected pgvector:postgresql://" in sentence("data/collections", BadRequest)
+    for url, error, words in [
+        (
+            "postgresql://keeper:hush-w@127.0.0.1:9/d?password=hush-w",
+            StoreUnavailable,
+            "d at 127.0.0.1:9 does not answer",
+        ),
+        (postgres.url("nowhere"), StoreUnavailable, f'nowhere at {host} does not answer: .*"nowhere" does not exist'),
+        (postgres.url("postgres", "hush-no"), StoreUnavailable, f"postgres at {host} .*authentication failed"),
+        (f"postgresql://keeper:hush-w@{host}/d?hush-w=1", BadRequest, "none that libpq reads"),
+        (f"postgresql://keeper:x@hush-w@{host}/d", BadRequest, "@ too many"),
+        (f"postgresql://keeper:x/hush-w@{host}/d", BadRequest, "@ too many"),
+        (f"postgresql://keeper:x?hush-w@{host}/d", BadRequest, "@ too many"),
+        (f"postgresql://keeper:hush%zz@{host}/d", BadRequest, "none that libpq reads"),
+        (f"postgresql://keeper:hush-w@{host}x/d", StoreUnavailable, "does not answer: .*invalid integer value"),
+    ]:
+        said = sentence(url, error)
+        assert re.search(words, said), said
+        assert "hush" not in said
+
+
+def test_a_url_is_shown_without_its_secrets():
+    for secret in ("a:b", "a:b@c", "a:b/c", "a:b?c", "a:b#c"):
+        assert shown(f"pgvector:postgresql://{secret}@h:1/d?password=x") == "pgvector:postgresql://h:1/d"
+    assert shown("lancedb:data/collections") == "lancedb:data/collections"
+
+
+def test_a_missing_extension_is_made_or_asked_for(postgres):
+    postgres.psql("CREATE DATABASE bare OWNER keeper")
+    said = sentence(postgres.url("bare"), CollectionError)
+    assert "bare at 127.0.0.1" in said
+    assert "let a superuser run CREATE EXTENSION vector" in said
+    postgres.psql("ALTER ROLE keeper SUPERUSER")
+    try:
+        open_store(f"pgvector:{postgres.url('bare')}").close()
+    finally:
+        postgres.psql("ALTER ROLE keeper NOSUPERUSER")
+    assert postgres.psql("SELECT extname FROM pg_extension WHERE extname = 'vector'", "bare") == "vector"
+
+
+def test_a_lost_server_is_503_and_passes(postgres, settings, serve, quick, caplog, capfd):
+    url = f"pgvector:{postgres.database()}"
+    with caplog.at_level(logging.DEBUG), serve(settings(store=url)) as client:
+        assert put(client, ("r", "red"), ("g", "green")).status_code == 200
+        postgres.stop("immediate")
+        try:
+            for answer in (
+                client.post("/v1/collections/c/search", json={"query": {"text": "red"}}),
+                client.post("/v1/collections/c/items", json={"items": [{"id": "b", "text": "blue"}]}),
+                client.get("/v1/collections"),
+                client.put("/v1/collections/d", json={}),
+            ):
+                assert (answer.status_code, answer.json()["type"]) == (503, "/problems/store-unavailable")
+                assert int(answer.headers["retry-after"]) >= 1
+                assert "hush" not in answer.text
+            assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
+        finally:
+            postgres.start()
+        until(lambda: find(client, "red") == ["r"])
+        assert put(client, ("b", "blue")).json()["items"] == 3
+        seen = client.get("/metrics").text + client.get("/readyz").text
+    assert "hush" not in seen + caplog.text + "".join(capfd.readouterr())
+
+
+def test_connections_that_die_are_replaced_before_they_are_used(postgres, settings, serve):
+    with serve(settings(store=f"pgvector:{postgres.database()}")) as client:
+        put(client, ("r", "red"))
+        for _ in range(3):
+            postgres.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'keeper'")
+            assert find(client, "red") == ["r"]
+
+
+def test_a_server_that_comes_later_is_waited_for(postgres, settings, serve, quick, caplog):
+    url = f"pgvector:{postgres.database()}"
+    postgres.stop()
+    try:
+        with caplog.at_level(logging.INFO), serve(settings(store=url), ready=False) as client:
+            until(lambda: client.get("/readyz").json().get("failed"))
+            ready = client.get("/readyz")
+            assert ready.status_code == 503
+            assert "does not answer" in ready.json()["failed"]["collections"]
+            answer = client.get("/v1/collections")
+            assert (answer.status_code, answer.json()["type"]) == (503, "/problems/store-unavailable")
+            postgres.start()
+            until(lambda: client.get("/readyz").status_code == 200)
+            assert put(client, ("r", "red")).status_code == 200
+            assert "hush" not in ready.text + answer.text + caplog.text
+    finally:
+        if not postgres.running():
+            postgres.start()
+
+
+def test_services_that_share_a_store_see_each_other_s_collections_at_once(
+    postgres, settings, serve, bundle_maker, tmp_path
+):
+    store = f"pgvector:{postgres.database()}"
+    bundle_maker(tmp_path / "other", note="trained longer")
+    with serve(settings(store=store)) as one, serve(settings(store=store)) as two:
+        assert put(one, ("r", "red")).status_code == 200
+        assert find(two, "red") == ["r"]
+        assert put(two, ("g", "green")).json()["items"] == 2
+        assert find(one, "green") == ["g"]
+        assert two.delete("/v1/collections/c").status_code == 204
+        assert find(one, "red") == 404
+        assert one.get("/v1/collections").json()["collections"] == []
+        assert put(two, ("x", "red")).status_code == 200  # another collection of the same name
+        assert find(one, "red") == ["x"]
+        with serve(settings(store=store, bundles_dir=tmp_path / "other")) as third:
+            assert third.put("/v1/collections/c", json={}).status_code == 409
+            assert find(third, "red") == 409
+
+
+def test_what_postgresql_cannot_keep_is_the_caller_s_fault(postgres, settings, serve):
+    with serve(settings(store=f"pgvector:{postgres.database()}")) as client:
+        put(client, ("r", "red"))
+        items = [{"id": "good", "text": "red"}, {"id": "bad", "text": "red", "meta": {"a": "x\0y"}}]
+        answer = client.post("/v1/collections/c/items", json={"items": items})
+        assert answer.status_code == 422
+        assert "NUL" in answer.json()["detail"]
+        assert client.get("/v1/collections/c").json()["items"] == 1  # none of both
+        body = {"query": {"text": "red"}, "filter": {"a": {"gt": "x\0y"}}}
+        assert client.post("/v1/collections/c/search", json=body).status_code == 422
+        big = [{"id": "big", "text": "red", "meta": {"n": 1e300, "small": 5e-324, "i": 2**64 - 1}}]
+        assert client.post("/v1/collections/c/items", json={"items": big}).status_code == 200
+        (item,) = client.get("/v1/collections/c/items", params={"limit": 1}).json()["items"]
+        assert item["meta"] == {"n": 1e300, "small": 5e-324, "i": 2**64 - 1}
