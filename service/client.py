@@ -108,10 +108,11 @@ class RankedLabel:
 
 @dataclass(frozen=True)
 class Ranking:
-    """``labels``: best first."""
+    """``labels``: best first. ``none_of_these``: whether no score reaches `none_below`; None where there is none."""
 
     model: str
     labels: list[RankedLabel]
+    none_of_these: bool | None
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ class LabelSet:
     version: int
     labels: list[str]
     templates: list[str]
+    temperature: float
+    none_below: float | None
 
 
 @dataclass(frozen=True)
@@ -300,10 +303,20 @@ class Calls:
         label_set: str | None = None,
         templates: Sequence[str] = (),
         top_k: int | None = None,
+        temperature: float | None = None,
+        none_below: float | None = None,
         model: str | None = None,
     ) -> Call[Ranking]:
         """Which labels fit a picture. Without labels or a label set: the bundle's own."""
-        asked = _said(labels=_texts(labels), label_set=label_set, templates=_texts(templates), top_k=top_k, model=model)
+        asked = _said(
+            labels=_texts(labels),
+            label_set=label_set,
+            templates=_texts(templates),
+            top_k=top_k,
+            temperature=temperature,
+            none_below=none_below,
+            model=model,
+        )
         return Call("POST", "/v1/classify", _reader(Ranking), {"image": _picture(image), **asked})
 
     @staticmethod
@@ -403,10 +416,27 @@ class Calls:
         return Call("GET", "/v1/label-sets", _reader(list[LabelSet], "label_sets"))
 
     @staticmethod
-    def put_label_set(name: str, labels: Sequence[str], templates: Sequence[str] = ()) -> Call[LabelSet]:
+    def put_label_set(
+        name: str,
+        labels: Sequence[str],
+        templates: Sequence[str] = (),
+        *,
+        temperature: float | None = None,
+        none_below: float | None = None,
+    ) -> Call[LabelSet]:
         """Register labels under a name; a change counts its version up."""
-        body = {"labels": _texts(labels), "templates": _texts(templates)}
+        more = _said(temperature=temperature, none_below=none_below)
+        body = {"labels": _texts(labels), "templates": _texts(templates), **more}
         return Call("PUT", f"/v1/label-sets/{quote(name, safe='')}", _reader(LabelSet), body)
+
+    @staticmethod
+    def calibrate_label_set(
+        name: str, items: Sequence[tuple[Picture, str]], *, model: str | None = None
+    ) -> Call[LabelSet]:
+        """Set its temperature by pictures whose labels are known."""
+        known = [{"image": _picture(picture), "label": label} for picture, label in items]
+        body = {"items": known, **_said(model=model)}
+        return Call("POST", f"/v1/label-sets/{quote(name, safe='')}/calibrate", _reader(LabelSet), body)
 
     @staticmethod
     def label_set(name: str) -> Call[LabelSet]:
@@ -613,6 +643,7 @@ class Client:
     search = _sync(Calls.search)
     label_sets = _sync(Calls.label_sets)
     put_label_set = _sync(Calls.put_label_set)
+    calibrate_label_set = _sync(Calls.calibrate_label_set)
     label_set = _sync(Calls.label_set)
     delete_label_set = _sync(Calls.delete_label_set)
     models = _sync(Calls.models)
@@ -679,6 +710,7 @@ class AsyncClient:
     search = _async(Calls.search)
     label_sets = _async(Calls.label_sets)
     put_label_set = _async(Calls.put_label_set)
+    calibrate_label_set = _async(Calls.calibrate_label_set)
     label_set = _async(Calls.label_set)
     delete_label_set = _async(Calls.delete_label_set)
     models = _async(Calls.models)

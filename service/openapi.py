@@ -54,7 +54,7 @@ def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[
     """``responses`` of a route: its answer, and the problems it may come to, with those every route may."""
     found: dict[int | str, dict[str, Any]] = {status: {"model": model}} if model else {status: {"description": "Done"}}
     problem = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
-    for slug in (*slugs, "invalid-header", "internal"):
+    for slug in dict.fromkeys((*slugs, "invalid-header", "deadline-exceeded", "internal")):
         known = found.setdefault(PROBLEMS[slug].status, {"description": "", **problem})
         known["description"] = ", ".join(filter(None, [known.get("description"), slug]))
         if slug == "overloaded":
@@ -62,7 +62,7 @@ def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[
     return found
 
 
-ENGINE = ("overloaded", "deadline-exceeded", "model-not-found", "task-not-served")
+ENGINE = ("overloaded", "model-not-found", "task-not-served")
 INPUT = ("invalid-request", "unsupported-media-type", "body-too-large")
 PICTURE = ("unsupported-image", "image-too-large")
 

@@ -37,7 +37,7 @@ router = APIRouter(tags=["collections"])
 MISSING = "collection-not-found"
 WRONG = "collection-bundle-mismatch"
 DOWN = "store-unavailable"
-STORE = ("overloaded", DOWN, "deadline-exceeded")
+STORE = ("overloaded", DOWN)
 MAX_DEPTH = 16  # of metadata; what is read back is nested deeper still, and JSON writers have limits
 
 

@@ -91,7 +91,7 @@ def _answers(*slugs: str) -> dict[int | str, dict[str, Any]]:
     summary="Run one graph on tensors",
     description="With the binary tensor data extension: bytes of tensors behind the JSON, in both directions.",
     openapi_extra=_takes(),
-    responses=_answers(*MISSING, *INPUT, "deadline-exceeded", "text-too-long", "image-too-large"),
+    responses=_answers(*MISSING, *INPUT, "text-too-long", "image-too-large"),
     dependencies=[Depends(admitted)],
 )
 async def run(

@@ -10,7 +10,7 @@ from models.errors import BadRequest
 from models.tasks.calibrate import CalibrateRequest, calibrate
 from service.context import Own, Parts, task
 from service.labels import LabelSet
-from service.openapi import ENGINE, INPUT, PICTURE, answers, takes
+from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import admitted, respond
 from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer
 from service.uploads import body_of, check_picture
@@ -29,7 +29,7 @@ async def list_label_sets(own: Own, parts: Parts) -> Response:
     summary="Register labels",
     description="A change counts the version up; the same content again does not.",
     openapi_extra=takes(LabelSetBody, {"labels": ["cat", "dog"], "templates": ["a photo of a {}."]}),
-    responses=answers(LabelSetAnswer, *INPUT, "too-many-labels", "overloaded", "deadline-exceeded"),
+    responses=answers(LabelSetAnswer, *INPUT, "too-many-labels", "overloaded"),
     dependencies=[Depends(admitted)],
 )
 async def put_label_set(
@@ -43,7 +43,7 @@ async def put_label_set(
     "/v1/label-sets/{name}/calibrate",
     summary="Set its temperature by pictures whose labels are known",
     description="With one bundle; with another the temperature may be wrong.",
-    openapi_extra=takes(CalibrateBody, {"items": [{"image": {"b64": "/9j/4AAQSkZJRg=="}, "label": "cat"}]}),
+    openapi_extra=takes(CalibrateBody, {"items": [{"image": {"b64": PIXEL}, "label": "cat"}]}),
     responses=answers(LabelSetAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, "text-too-long"),
     dependencies=[Depends(admitted)],
 )

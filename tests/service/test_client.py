@@ -162,13 +162,25 @@ def test_collections(ask, runner, picture):
 
 def test_label_sets(ask, runner, picture):
     made = ask("put_label_set", "pets", ["red", "blue"], templates=["a {}"])
-    assert made == LabelSet("pets", 1, ["red", "blue"], ["a {}"])
+    assert made == LabelSet("pets", 1, ["red", "blue"], ["a {}"], 1.0, None)
     assert ask("label_set", "pets") == made
     assert ask("label_sets") == [made]
     (first, _) = ask("classify", picture("blue"), label_set="pets").labels
     assert first.label == "blue"
     assert ask("delete_label_set", "pets") is None
     assert ask("label_sets") == []
+
+
+def test_a_label_set_may_be_calibrated_and_say_none(ask, picture):
+    made = ask("put_label_set", "doubts", ["red", "blue"], temperature=2.0, none_below=0.9)
+    assert ask("label_set", "doubts").temperature == 2.0
+    known = [(picture("blue"), "blue"), (picture("red"), "red")]
+    calibrated = ask("calibrate_label_set", "doubts", known)
+    assert calibrated.version == made.version + 1
+    assert calibrated.temperature != 2.0
+    assert ask("classify", picture("blue"), label_set="doubts", temperature=50.0).none_of_these
+    assert ask("classify", picture("blue"), ["red", "blue"]).none_of_these is None
+    ask("delete_label_set", "doubts")
 
 
 def test_models(ask, runner):
