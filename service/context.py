@@ -32,6 +32,7 @@ class Context:
     graphs: dict[tuple[str, str], float] = field(default_factory=dict)  # (stage, graph) -> seconds
     task: str = "other"
     model: str = ""
+    key: str = ""  # name of the one it came with
     problem: str = ""  # slug of the problem that was answered
     head_s: float = 0.0  # until the first byte of the answer
     shed: str = ""  # why it was turned away, if it was

@@ -20,6 +20,7 @@ from starlette.routing import Match
 
 from models import errors
 from models.errors import CalmclipError, Overloaded, suggestion
+from service.access import Forbidden, Unauthorized
 from service.context import context
 
 log = logging.getLogger("calmclip")
@@ -98,6 +99,15 @@ TABLE: dict[type[BaseException], Problem] = {
     ),
     InvalidHeader: Problem(
         "invalid-header", 400, "Invalid header", "A header has a value that makes no sense; `detail` says which."
+    ),
+    Unauthorized: Problem(
+        "unauthorized", 401, "Unauthorized", "The service has keys, and the request brought none that it knows."
+    ),
+    Forbidden: Problem(
+        "forbidden",
+        403,
+        "Forbidden",
+        "The key is known, but not for this; `detail` says what it needs to be for.",
     ),
     errors.BundleNotFound: Problem("model-not-found", 404, "Model not found", "No bundle of that name is loaded."),
     errors.UnknownName: NOT_FOUND,
@@ -217,6 +227,8 @@ async def answer(request: Request, error: Exception) -> Response:
         extra["known"] = known[:MOST]
     if isinstance(error, InvalidRequest) and error.errors:
         extra["errors"] = error.errors
+    if isinstance(error, Unauthorized | Forbidden):
+        headers["WWW-Authenticate"] = error.challenge
     if isinstance(error, Overloaded):
         context(request).shed = error.reason
         headers["Retry-After"] = str(math.ceil(error.retry_after))

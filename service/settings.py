@@ -93,6 +93,10 @@ class Settings(BaseSettings):
     copy_bytes: int = Field(
         default=1024 * MIB, ge=0, description="a quantised copy of one collection's vectors in memory; 0: none is kept"
     )
+    keys: Path | None = Field(default=None, description="a file of `calmclip keys`; every route but health is closed")
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="where /metrics is instead of at the service's own port"
+    )
     slo: Slo = Slo()
     log: Literal["text", "json"] = Field(default="text", description="shape of the access log")
 
