@@ -14,6 +14,7 @@ from service.admission import Admission
 from service.collections import Collections
 from service.context import Service
 from service.engine import Engine
+from service.fetching import Fetcher
 from service.hub import Hub
 from service.inference import InferBody
 from service.labels import LabelSets
@@ -51,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         engine=engine,
         collections=Collections(settings, metrics),
         labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
+        fetcher=Fetcher(settings.url_hosts, settings.limits),
     )
 
     @asynccontextmanager

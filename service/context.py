@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from service.admission import Admission, Place
     from service.collections import Collections
     from service.engine import Engine
+    from service.fetching import Fetcher
     from service.hub import Hub
     from service.labels import LabelSets
     from service.metrics import Metrics
@@ -87,6 +88,7 @@ class Service:
     engine: "Engine"
     collections: "Collections"
     labels: "LabelSets"
+    fetcher: "Fetcher"
 
 
 def context(request: Request) -> Context:

@@ -71,7 +71,7 @@ def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[
 
 
 ENGINE = ("overloaded", "model-not-found", "task-not-served")
-INPUT = ("invalid-request", "unsupported-media-type", "body-too-large")
+INPUT = ("invalid-request", "picture-not-fetched", "unsupported-media-type", "body-too-large")
 PICTURE = ("unsupported-image", "image-too-large")
 
 

@@ -22,6 +22,7 @@ from models import errors
 from models.errors import CalmclipError, Overloaded, suggestion
 from service.access import Forbidden, Unauthorized
 from service.context import context
+from service.fetching import NotFetched
 
 log = logging.getLogger("calmclip")
 MEDIA_TYPE = "application/problem+json"
@@ -84,6 +85,12 @@ TABLE: dict[type[BaseException], Problem] = {
     ),
     errors.TextTooLong: Problem(
         "text-too-long", 422, "Text too long", "A text has more tokens than the model reads. Shorten it."
+    ),
+    NotFetched: Problem(
+        "picture-not-fetched",
+        422,
+        "Picture not fetched",
+        "The address of a picture is not one that is asked, or it gave none. CALMCLIP_URL_HOSTS names the hosts.",
     ),
     BodyTooLarge: Problem(
         "body-too-large",
