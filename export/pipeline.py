@@ -165,7 +165,8 @@ def _convert(
         feeds = partial(calibrate.feeds, tower, directory)
         how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
         shipped = _shipped(recipe, net, role, model, how, say)
-        goal = Goal(recipe.bars.cosine(role), share=report.SHARE, dims=nominal(tower), summary=tower.summary)
+        part = max(report.SHARE, recipe.bars.min_int8_share or 0.0)
+        goal = Goal(recipe.bars.cosine(role), share=part, dims=nominal(tower), summary=tower.summary)
         with step(f"{role}: quantize"):
             quantized, recorded_from, settled = _quantize(
                 role, model, how, goal, partial(feeds, pictures, fitting), shipped, say

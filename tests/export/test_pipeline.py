@@ -133,6 +133,15 @@ def test_every_softmax_of_both_bundles_is_ours_and_the_report_counts_them(tiny_b
         assert [n.domain for n in nodes if n.op_type == "Softmax"] == ["ai.calmclip"] * 2
 
 
+def test_a_bar_of_the_share_is_what_the_search_keeps_to(net, tmp_path: Path):
+    """At the usual 90 % one of attention's products stays in float; all that there are, and each is in 8 bits."""
+    bars = {"min_int8_share": 1.0, "min_output_cosine": 0.5, "min_text_cosine": 0.5}
+    (sealed,) = build(recipe(net, bars=bars), tmp_path, net=only(net, "text"))
+    facts = json.loads((sealed.directory / "report.json").read_text())
+    assert facts["graphs"]["text"]["share"]["part"] == 1.0
+    assert facts["bars"]["min_int8_share"]["passed"]
+
+
 def test_without_rewrites_a_bundle_holds_standard_ops_alone(net, tmp_path: Path):
     how = {"quantize": {"text": {"name": "none"}}, "rewrites": ()}
     (sealed,) = build(recipe(net, **how), tmp_path, net=only(net, "text"))
