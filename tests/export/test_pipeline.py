@@ -134,11 +134,11 @@ def test_every_softmax_of_both_bundles_is_ours_and_the_report_counts_them(tiny_b
 
 
 def test_a_bar_of_the_share_is_what_the_search_keeps_to(net, tmp_path: Path):
-    """At the usual 90 % one of attention's products stays in float; all that there are, and each is in 8 bits."""
-    bars = {"min_int8_share": 1.0, "min_output_cosine": 0.5, "min_text_cosine": 0.5}
-    (sealed,) = build(recipe(net, bars=bars), tmp_path, net=only(net, "text"))
+    """At the usual 90 % the second of attention's products stays in float."""
+    bars = {"min_int8_share": 1.0, "min_output_cosine": 0.5, "min_image_cosine": 0.5}
+    (sealed,) = build(recipe(net, bars=bars), tmp_path, net=only(net, "image"))
     facts = json.loads((sealed.directory / "report.json").read_text())
-    assert facts["graphs"]["text"]["share"]["part"] == 1.0
+    assert facts["graphs"]["image"]["share"]["part"] == 1.0
     assert facts["bars"]["min_int8_share"]["passed"]
 
 
