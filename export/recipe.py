@@ -129,9 +129,12 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                 )
             QUANTIZERS.get(how.name).params.model_validate(how.params)
         for name, data in recipe.evals.items():
-            EVALS.get(name)
-            if not data.is_dir():  # said now, not when everything else is done
-                raise BadRequest(f"recipe: evals.{name}: {data} is no directory; expected the data it is measured on")
+            measured = EVALS.get(name)
+            if measured.task not in net.tasks:  # said now, not when everything else is done
+                raise BadRequest(
+                    f"recipe: evals.{name}: it measures {measured.task}, but {net.name} serves {', '.join(net.tasks)}"
+                )
+            measured.read(data)
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(
