@@ -74,7 +74,7 @@ class Recipe(FrozenModel):
         """What a report may say: file and folder names, but not where on this machine they lie."""
         data = self.model_dump(mode="json", exclude={"replace"})
         data["checkpoint"] = hub.name(Path(self.checkpoint))
-        data["weights"] = self.weights.public()
+        data["weights"] |= {key: hub.name(path) for key in ("over", "mix") if (path := getattr(self.weights, key))}
         data["evals"] = {name: path.name for name, path in self.evals.items()}
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
         return data
@@ -99,13 +99,16 @@ def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
 def load_weights(file: Path | None = None, **flags: Any) -> Weights:
     """What the recipe says of the weights, which a net is loaded with: the TOML ``file``'s, then ``flags`` not None.
 
-    Raises `BadRequest` naming the key that does not fit.
+    Other checkpoints are fetched where they are on the hub. Raises `BadRequest` naming the key that does not fit;
+    as `hub.locate`.
     """
     data = _merge(_toml(file).get("weights", {}), {key: value for key, value in flags.items() if value is not None})
     try:
-        return Weights.model_validate(data)
+        weights = Weights.model_validate(data)
     except ValidationError as error:
         raise _bad(error, "weights.") from None
+    named = {key: path for key in ("over", "mix") if (path := getattr(weights, key))}
+    return weights.model_copy(update={key: hub.locate(path.as_posix()) for key, path in named.items()})
 
 
 def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = None, **flags: Any) -> Recipe:
