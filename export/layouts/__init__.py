@@ -144,12 +144,17 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Tensors by our names, float32. Raises `UnknownCheckpoint` naming what the table does not know or wants."""
     found: dict[str, Tensor] = {}
     pieces: dict[str, dict[int, Tensor]] = {}
+    read: dict[tuple[str, int | None], str] = {}
     unexpected = []
     for name, tensor in checkpoint.tensors.items():
         rule, ours = _apply(layout.rules, name)
         if rule is None:
             unexpected.append(name)
         elif rule.ours != DROP:
+            if (other := read.setdefault((ours, rule.piece), name)) != name:
+                raise UnknownCheckpoint(
+                    f"{checkpoint.path}: {other} and {name} are two names of one tensor of {layout.title}; expected one"
+                )
             value = tensor.float() if tensor.is_floating_point() else tensor
             try:
                 value = rule.how(value) if rule.how else value

@@ -149,6 +149,7 @@ def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path:
         ("hf:../../etc", "is no name on the hub"),
         ("hf:../etc", "is no name on the hub"),
         ("hf:a/b@c@d", "is no name on the hub"),
+        ("hf:a/b@../../c", "is no name on the hub"),
         ("hf:some-body/else", "is not on the hub, or private"),
         (f"hf:{REPO}@v9", "has no revision 'v9'"),
     ],
