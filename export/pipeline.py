@@ -30,7 +30,7 @@ from export.trace import fingerprint, to_onnx
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor, TextPreprocess
 from models.bundle.store import Sealed, describe, read, seal, stage
-from models.errors import BarMissed, BundleError, ExportError
+from models.errors import BadRequest, BarMissed, BundleError, ExportError
 from models.flow import Arrays
 from models.ops.library import Library, find
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
@@ -312,6 +312,11 @@ def _quantize(
     settings it was made with."""
     quantizer = QUANTIZERS.get(how.name)
     params = quantizer.params.model_validate(how.params)
+    if unknown := {*getattr(params, "keep", ())} - {node.name for node in model.graph.node}:
+        raise BadRequest(
+            f"recipe: quantize.{role}: keep: {min(unknown)!r} is no node of the graph; a report's sqnr_db and in_float "
+            "name them"
+        )
     settled, source = Settled(how.name, params, {}), "none needed"
     say(f"{role}: quantizing ({how.name})")
     if shipped:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from export.checkpoints import Weights, hub, read
+from export.checkpoints.weights import SUFFIXES
 from export.evals import EVALS
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
@@ -116,10 +117,7 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
 
     Raises `BadRequest` naming the key that does not fit.
     """
-    default_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in hub.short(Path(checkpoint)).lower()).strip(
-        "._-"
-    )
-    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": default_name}
+    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": _called(checkpoint)}
     data = _merge(data, _toml(file))
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})
     data |= {"checkpoint": checkpoint, "net": net_name}
@@ -150,6 +148,13 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
     except ValidationError as error:
         raise _bad(error) from None
     return recipe
+
+
+def _called(checkpoint: str) -> str:
+    """A bundle's name out of a directory's or a file's, without the suffix of weights."""
+    name = hub.short(Path(checkpoint)).lower()
+    name = next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip("._-")
 
 
 def _toml(file: Path | None) -> dict[str, Any]:
