@@ -29,7 +29,7 @@ from export.checkpoints.files import read_json
 from export.checkpoints.weights import weights_sha256
 from export.layouts import DROP, Layout, Rule, Settings, _hugging_face, fill, translate
 from export.layouts.hf_clip import TEXT, style, tower_config
-from export.nets import NETS, Built, Net, NetPlugin, Tower, _detect
+from export.nets import NETS, Built, Net, NetPlugin, Tower, _detect, bucketed
 from export.towers import State, Style, part
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
@@ -281,7 +281,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 text,
                 {"ids": Tensor(dtype="int64", shape=("B", "T"))},
                 {"text_embeds": _f32("B", dim)},
-                made.tokens,
+                bucketed(made.tokens),
                 quantizer=QUANTIZERS["text"],
                 promises={SOFTMAX.name: len(text.blocks)},
             ),
