@@ -35,7 +35,7 @@ def serve_command(argv: list[str]) -> int:
     import uvicorn
 
     from service.app import create_app
-    from service.server import Server
+    from service.server import Protocol, Server
 
     options = parser("serve", "Answer over HTTP.")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
@@ -50,9 +50,9 @@ def serve_command(argv: list[str]) -> int:
     if not names(settings.bundles_dir) and not settings.load:
         raise BundleNotFound(f"there is no bundle in {settings.bundles_dir}; 'calmclip export mini' makes one")
 
-    _log_to_stderr(settings.log)
     if settings.metrics_port == given.port:
         raise BadRequest(f"CALMCLIP_METRICS_PORT is {given.port}, the service's own port; choose another")
+    _log_to_stderr(settings.log)
     doors = [_listen(given.host, port) for port in (given.port, settings.metrics_port) if port is not None]
     app = create_app(settings)
     config = uvicorn.Config(
@@ -60,7 +60,7 @@ def serve_command(argv: list[str]) -> int:
         log_config=None,
         access_log=False,  # the middleware writes it, with request ids and stages
         server_header=False,
-        http="h11",  # the other one, httptools, buffers headers without end
+        http=Protocol,  # of h11; the other one, httptools, buffers headers without end
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=int(settings.deadline_ms / 1000) + 1,
     )

@@ -1,4 +1,4 @@
-"""`Server`: uvicorn that leaves without dropping anybody.
+"""`Server`: uvicorn that leaves without dropping anybody. `Protocol`: one that does not wait for headers without end.
 
 SIGTERM, the way out of a rollout: first `/readyz` says 503 and every answer ends its connection, while requests are
 still served, for `CALMCLIP_GRACE_S`, so that load balancers look elsewhere; then new requests are turned away until
@@ -12,10 +12,49 @@ import socket
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.context import Service
 
 POLL_S = 0.02
+HEAD_S = 10.0
+
+
+class Protocol(H11Protocol):
+    """A connection that is closed where a request's line and headers are not there within `HEAD_S`, however they drip.
+
+    uvicorn's own clock runs between requests alone. From the headers on it is the request's deadline that counts.
+    """
+
+    _clock: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wind()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wind()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wind()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _wind(self) -> None:
+        """It runs while no request is under way; more bytes do not set it back."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._clock is None and not self.transport.is_closing():
+            self._clock = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._clock:
+            self._clock.cancel()
+            self._clock = None
 
 
 class Server(uvicorn.Server):

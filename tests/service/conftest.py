@@ -29,6 +29,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from models.bundle.manifest import Manifest
 from models.bundle.store import Sealed, seal, stage
 from service.app import create_app
+from service.server import Protocol
 from service.settings import Settings
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "white": (1, 1, 1)}
@@ -227,7 +228,7 @@ def declared(answer: httpx.Response, spec: dict[str, Any]) -> None:
 def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]:
     """The app under uvicorn in a thread, on a free port; a client for it, which wants all answers in the OpenAPI."""
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="warning", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=Protocol, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -4,11 +4,15 @@ import base64
 import io
 import socket
 import struct
+import time
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from service import server
 
 
 def b64(data: bytes) -> dict[str, str]:
@@ -347,6 +351,31 @@ def _raw(port: int, data: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         connection.sendall(data)
         return connection.recv(65536)
+
+
+def test_headers_that_drip_are_cut_off_and_idle_pauses_are_not_mistaken_for_them(client, picture, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_S", 0.4)
+    port = client.base_url.port
+    whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    for first in (b"", whole):  # of a new connection, and of one that was answered once
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            if first:
+                connection.sendall(first)
+                assert b"200" in connection.recv(65536)
+            start = time.monotonic()
+            with suppress(OSError):  # the connection is gone
+                for byte in b"GET /healthz HTTP/1.1\r\nX-Slow: " + b"x" * 100:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.02)
+            assert time.monotonic() - start < 2
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        body = picture("red")
+        head = "POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        head += f"Content-Length: {len(body)}"
+        connection.sendall(head.encode() + b"\r\n\r\n" + body[:10])
+        time.sleep(0.8)  # a body has the request's deadline
+        connection.sendall(body[10:])
+        assert b" 200 OK" in connection.recv(65536)
 
 
 @pytest.mark.parametrize(
