@@ -48,6 +48,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         collections=Collections(settings, metrics),
         labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
     )
+    metrics.watch_health(parts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
