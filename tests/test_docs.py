@@ -18,6 +18,7 @@ PAGES = [
     "export/README.md",
     "service/README.md",
     "service/monitoring/README.md",
+    "service/deploy/k8s/README.md",
 ]
 
 
