@@ -39,7 +39,11 @@ def inputs(calibration: Calibration) -> tuple[list[Path], list[str]]:
         if not pictures:
             raise BadRequest(f"{calibration.images} holds no pictures; expected files ending in {', '.join(_SUFFIXES)}")
     if calibration.texts:
-        texts = [line for line in calibration.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = calibration.texts.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"{calibration.texts} is no text in UTF-8 ({error}); expected one text a line") from None
+        texts = [line for line in lines if line.strip()]
         if not texts:
             raise BadRequest(f"{calibration.texts} holds no texts; expected one a line")
     draw = random.Random(calibration.seed)

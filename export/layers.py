@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from export import parity
 from export.quantizers import _qdq
 from export.share import count
 from models.flow import Array, Arrays
@@ -52,7 +53,7 @@ def compare(
             if one[name].size:
                 found[name].append((float(np.abs(one[name]).max()), kurtosis(one[name])))
     return {
-        "sqnr_db": {name: _decibels(*squares[name]) for name in outputs if name in squares},
+        "sqnr_db": {name: parity.decibels(*squares[name]) for name in outputs if name in squares},
         "outliers": _summary({name: np.mean(values, axis=0) for name, values in found.items() if values}),
     }
 
@@ -119,7 +120,3 @@ def _summary(found: Mapping[str, Array]) -> dict[str, Any]:
             for name in worst
         },
     }
-
-
-def _decibels(signal: float, noise: float) -> float:
-    return round(10 * float(np.log10(signal / noise)), 2) if signal > 0 and noise > 0 else 999.0

@@ -21,30 +21,42 @@ def compare(
     """Per output: ``max_abs`` difference; ``cosine`` mean, its standard error ``cosine_error`` and ``cosine_min`` over
     rows; ``sqnr_db``.
 
-    SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together.
-    ``summary``, where given, makes of a run's outputs what is compared (see `Tower`).
+    SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together; see `decibels`.
+    Rows that are zero on both sides have no cosine and do not count; one that is zero on one side, or holds NaN or
+    infinity, has the cosine 0. ``summary``, where given, makes of a run's outputs what is compared (see `Tower`).
     """
-    pairs: dict[str, list[tuple[Array, Array]]] = {}
+    cosines: dict[str, list[Array]] = {}
+    largest: dict[str, float] = {}
+    squares: dict[str, tuple[float, float]] = {}  # of the reference, of the difference
     for feed in feeds:
         left, right = reference(feed), candidate(feed)
         if summary:
             left, right = summary(left), summary(right)
         for name in left:
-            pairs.setdefault(name, []).append((_rows(left[name]), _rows(right[name])))
+            a, b = _rows(left[name]), _rows(right[name])
+            lost = a - b
+            cosines.setdefault(name, []).append(_cosines(a, b))
+            largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(lost).max()))
+            signal, noise = squares.get(name, (0.0, 0.0))
+            squares[name] = signal + float(np.sum(a**2)), noise + float(np.sum(lost**2))
     result = {}
-    for name, both in pairs.items():
-        a, b = (np.concatenate([pair[side] for pair in both]) for side in (0, 1))
-        noise, signal = float(np.sum((a - b) ** 2)), float(np.sum(a**2))
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        cosine = np.sum(a * b, axis=1)[norms > 0] / norms[norms > 0]
+    for name, parts in cosines.items():
+        cosine = np.concatenate(parts)
         result[name] = {
-            "max_abs": float(np.max(np.abs(a - b))),
+            "max_abs": largest[name],
             "cosine": float(cosine.mean()) if cosine.size else 1.0,
             "cosine_error": float(cosine.std(ddof=1) / cosine.size**0.5) if cosine.size > 1 else 0.0,
             "cosine_min": float(cosine.min()) if cosine.size else 1.0,
-            "sqnr_db": round(10 * float(np.log10(signal / noise)), 2) if noise > 0 and signal > 0 else 999.0,
+            "sqnr_db": decibels(*squares[name]),
         }
     return result
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two sums of squares; 999 where nothing was lost, -999 where nothing was kept."""
+    if noise == 0:
+        return 999.0
+    return round(10 * float(np.log10(signal / noise)), 2) if signal > 0 and np.isfinite(noise) else -999.0
 
 
 def require(
@@ -90,6 +102,16 @@ def kept(run: Run, feeds: Sequence[Arrays]) -> Run:
     """What ``run`` answers to each of ``feeds``, worked out now, so that its graph need not stay open."""
     answers = [(feed, run(feed)) for feed in feeds]
     return lambda feed: next(answer for one, answer in answers if one is feed)
+
+
+def _cosines(a: Array, b: Array) -> Array:
+    """float64 [N, C] twice -> of each row, without those that are zero twice."""
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    length, there = norms[0] * norms[1], (norms[0] != 0) | (norms[1] != 0)
+    fine = np.isfinite(length) & (length > 0)
+    found: Array = np.zeros(len(a))
+    found[fine] = np.sum(a[fine] * b[fine], axis=1) / length[fine]
+    return found[there]
 
 
 def _rows(array: Array) -> Array:

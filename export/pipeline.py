@@ -21,6 +21,7 @@ from typing import Any
 import onnx
 
 from export import calibrate, parity, report, rewrites, samples, weights
+from export.checkpoints.weights import one_line
 from export.nets import NETS, Built, Net, Tower
 from export.quantizers import QUANTIZERS, Goal, Settled
 from export.recipe import Quantize, Recipe
@@ -29,7 +30,7 @@ from export.trace import fingerprint, to_onnx
 from models.bundle.bundle import Bundle
 from models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor, TextPreprocess
 from models.bundle.store import Sealed, describe, read, seal, stage
-from models.errors import BarMissed, BundleError
+from models.errors import BadRequest, BarMissed, BundleError, ExportError
 from models.flow import Arrays
 from models.ops.library import Library, find
 from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
@@ -147,11 +148,13 @@ def _convert(
     traced: dict[str, onnx.ModelProto] = {}
     for role, tower in net.towers.items():
         say(f"{role}: tracing")
+        seen = list(calibrate.feeds(tower, directory, *few))
+        with step(f"{role}: torch"):
+            answers = _answers(tower, seen, role)
         with step(f"{role}: trace"):
             traced[role] = to_onnx(tower)
         with step(f"{role}: parity"):
-            seen = calibrate.feeds(tower, directory, *few)
-            found = parity.compare(parity.torch_run(tower), parity.onnx_run(traced[role]), seen, tower.summary)
+            found = parity.compare(answers, parity.onnx_run(traced[role]), seen, tower.summary)
         parity.require(found, max_abs=recipe.bars.max_float_error, what=f"{role}: torch against float ONNX")
         made.facts[role] = {"float_against_torch": found}
     if release:
@@ -162,7 +165,8 @@ def _convert(
         feeds = partial(calibrate.feeds, tower, directory)
         how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
         shipped = _shipped(recipe, net, role, model, how, say)
-        goal = Goal(recipe.bars.cosine(role), share=report.SHARE, dims=nominal(tower), summary=tower.summary)
+        part = max(report.SHARE, recipe.bars.min_int8_share or 0.0)
+        goal = Goal(recipe.bars.cosine(role), share=part, dims=nominal(tower), summary=tower.summary)
         with step(f"{role}: quantize"):
             quantized, recorded_from, settled = _quantize(
                 role, model, how, goal, partial(feeds, pictures, fitting), shipped, say
@@ -195,6 +199,20 @@ def _convert(
         made.built[role], found = _rewrite(recipe, one.model, one.examples, one, role)
         made.rewrites[role] = {"float32": found}
     return made
+
+
+def _answers(tower: Tower, feeds: Sequence[Arrays], role: str) -> parity.Run:
+    """What torch makes of ``feeds``; before anything is traced, for a tower that cannot run fills pages there.
+
+    Raises `ExportError` with the shapes that it cannot run on.
+    """
+    try:
+        return parity.kept(parity.torch_run(tower), feeds)
+    except (AssertionError, IndexError, RuntimeError) as error:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds[0].items())
+        raise ExportError(
+            f"{role}: the tower does not run on {shapes}, which its configs ask for: {one_line(error)}"
+        ) from None
 
 
 def _empty(net: Net) -> None:
@@ -294,6 +312,11 @@ def _quantize(
     settings it was made with."""
     quantizer = QUANTIZERS.get(how.name)
     params = quantizer.params.model_validate(how.params)
+    if unknown := {*getattr(params, "keep", ())} - {node.name for node in model.graph.node}:
+        raise BadRequest(
+            f"recipe: quantize.{role}: keep: {min(unknown)!r} is no node of the graph; a report's sqnr_db and in_float "
+            "name them"
+        )
     settled, source = Settled(how.name, params, {}), "none needed"
     say(f"{role}: quantizing ({how.name})")
     if shipped:

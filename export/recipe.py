@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from export.checkpoints import Weights, hub, read
+from export.checkpoints.weights import SUFFIXES
 from export.evals import EVALS
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
@@ -74,7 +75,7 @@ class Recipe(FrozenModel):
         """What a report may say: file and folder names, but not where on this machine they lie."""
         data = self.model_dump(mode="json", exclude={"replace"})
         data["checkpoint"] = hub.name(Path(self.checkpoint))
-        data["weights"] = self.weights.public()
+        data["weights"] |= {key: hub.name(path) for key in ("over", "mix") if (path := getattr(self.weights, key))}
         data["evals"] = {name: path.name for name, path in self.evals.items()}
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
         return data
@@ -99,13 +100,16 @@ def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
 def load_weights(file: Path | None = None, **flags: Any) -> Weights:
     """What the recipe says of the weights, which a net is loaded with: the TOML ``file``'s, then ``flags`` not None.
 
-    Raises `BadRequest` naming the key that does not fit.
+    Other checkpoints are fetched where they are on the hub. Raises `BadRequest` naming the key that does not fit;
+    as `hub.locate`.
     """
     data = _merge(_toml(file).get("weights", {}), {key: value for key, value in flags.items() if value is not None})
     try:
-        return Weights.model_validate(data)
+        weights = Weights.model_validate(data)
     except ValidationError as error:
         raise _bad(error, "weights.") from None
+    named = {key: path for key in ("over", "mix") if (path := getattr(weights, key))}
+    return weights.model_copy(update={key: hub.locate(path.as_posix()) for key, path in named.items()})
 
 
 def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = None, **flags: Any) -> Recipe:
@@ -113,10 +117,7 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
 
     Raises `BadRequest` naming the key that does not fit.
     """
-    default_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in hub.short(Path(checkpoint)).lower()).strip(
-        "._-"
-    )
-    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": default_name}
+    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": _called(checkpoint)}
     data = _merge(data, _toml(file))
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})
     data |= {"checkpoint": checkpoint, "net": net_name}
@@ -129,9 +130,12 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                 )
             QUANTIZERS.get(how.name).params.model_validate(how.params)
         for name, data in recipe.evals.items():
-            EVALS.get(name)
-            if not data.is_dir():  # said now, not when everything else is done
-                raise BadRequest(f"recipe: evals.{name}: {data} is no directory; expected the data it is measured on")
+            measured = EVALS.get(name)
+            if measured.task not in net.tasks:  # said now, not when everything else is done
+                raise BadRequest(
+                    f"recipe: evals.{name}: it measures {measured.task}, but {net.name} serves {', '.join(net.tasks)}"
+                )
+            measured.read(data)
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(
@@ -144,6 +148,13 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
     except ValidationError as error:
         raise _bad(error) from None
     return recipe
+
+
+def _called(checkpoint: str) -> str:
+    """A bundle's name out of a directory's or a file's, without the suffix of weights."""
+    name = hub.short(Path(checkpoint)).lower()
+    name = next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip("._-")
 
 
 def _toml(file: Path | None) -> dict[str, Any]:

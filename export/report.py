@@ -127,7 +127,7 @@ def check(report: Mapping[str, Any], bars: Bars) -> dict[str, dict[str, float | 
             rows[f"min_{role}_cosine"] = (bar, found, found >= bar)
     for role, facts in report["graphs"].items():
         for output, numbers in facts["int8_against_float"].items():
-            found, bar = numbers["cosine"], bars.min_output_cosine
+            found, bar = numbers["cosine"], bars.cosine(role)
             rows[f"{role}.{output}"] = (bar, found, found >= bar)
     for name, key in (("min_int8_share", "share"), ("max_size_ratio", "size_ratio")):
         bar = getattr(bars, name)

@@ -53,8 +53,8 @@ def share(products: Iterable[Product]) -> Share:
 def count(model: onnx.ModelProto, dims: Mapping[str, int]) -> list[Product]:
     """The products of ``model`` in topological order; ``dims``: dynamic dimension -> its nominal size, else 1.
 
-    A product runs in INT8 where both factors come out of a DequantizeLinear of 8 bits (a convolution's result must go
-    into a QuantizeLinear too, or the runtime computes it in float), and where its op is an integer one.
+    A product runs in INT8 where both factors come out of a DequantizeLinear of 8 bits, and where its op is an integer
+    one. What reads its result is one QuantizeLinear or, but for convolutions, none: else the runtime computes in float.
     Raises `ExportError` naming a product whose shape cannot be inferred.
     """
     shapes, small = _shapes(model, dims), {i.name: i.data_type for i in model.graph.initializer}
@@ -63,6 +63,8 @@ def count(model: onnx.ModelProto, dims: Mapping[str, int]) -> list[Product]:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
+    for value in model.graph.output:
+        readers.setdefault(value.name, []).append("output")
 
     def eight(name: str) -> bool:
         node = made.get(name)
@@ -78,9 +80,9 @@ def count(model: onnx.ModelProto, dims: Mapping[str, int]) -> list[Product]:
     for node in model.graph.node:
         if node.op_type not in _KINDS:
             continue
-        whole = node.op_type in _WHOLE or (eight(node.input[0]) and eight(node.input[1]))
-        if node.op_type == "Conv" and whole:
-            whole = set(readers.get(node.output[0], [])) == {"QuantizeLinear"}
+        after = readers.get(node.output[0], [])
+        fused = after == ["QuantizeLinear"] or (node.op_type != "Conv" and "QuantizeLinear" not in after)
+        whole = node.op_type in _WHOLE or (fused and eight(node.input[0]) and eight(node.input[1]))
         found.append(Product(node.name or node.output[0], _macs(node, shapes), whole))
     return found
 

@@ -172,11 +172,14 @@ def test_the_printed_recipe_reads_back_as_the_same_recipe(tiny_hf_clip: Path, tm
 
 def test_export_is_told_what_to_measure_for_the_report(tiny_hf_clip: Path, tmp_path: Path, capsys):
     argv = ["recipe", str(tiny_hf_clip), "--json", "--eval"]
+    (tmp_path / "labels.json").write_text('[{"file": "a.jpg", "label": "a"}]')
     assert main([*argv, f"zero_shot={tmp_path}"]) == 0
     assert json.loads(capsys.readouterr().out)["evals"] == {"zero_shot": str(tmp_path)}
     for given, said in (
         (f"zero_shoot={tmp_path}", "did you mean 'zero_shot'?"),
-        (f"zero_shot={tmp_path / 'gone'}", "gone is no directory"),
+        (f"zero_shot={tmp_path / 'gone'}", "gone/labels.json cannot be read"),
+        (f"retrieval={tmp_path}", "captions.json cannot be read"),  # there are labels, no captions
+        (f"detection={tmp_path}", "it measures detect, but clip serves classify, embed, raw"),
     ):
         assert main([*argv, given]) == 2
         assert said in capsys.readouterr().err

@@ -133,13 +133,7 @@ def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -
     model = getattr(transformers, f"{name}ForObjectDetection")(config)
     spread(getattr(model, kind))
     spread(model.layer_norm)
-    with torch.no_grad():  # heads that say something, and do not drown in their sigmoids
-        for head, gain in (("box_head", 1.0), ("objectness_head", 1.0), ("class_head", 0.5)):
-            for layer in getattr(model, head, torch.nn.Module()).modules():
-                if isinstance(layer, torch.nn.Linear):
-                    layer.weight.normal_(std=gain * layer.in_features**-0.5)
-                    layer.bias.normal_(std=0.1)
-        model.class_head.logit_scale.bias.fill_(4.0)
+    owl_heads(model)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     transformers.PreTrainedTokenizerFast(
@@ -148,6 +142,17 @@ def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -
     processor = getattr(transformers, f"{name}ImageProcessor")(size={"height": side, "width": side}, resample=resample)
     processor.save_pretrained(directory)
     return directory
+
+
+def owl_heads(model: torch.nn.Module) -> None:
+    """Heads that say something, and do not drown in their sigmoids, as transformers' fresh ones do."""
+    with torch.no_grad():
+        for head, gain in (("box_head", 1.0), ("objectness_head", 1.0), ("class_head", 0.5)):
+            for layer in getattr(model, head, torch.nn.Module()).modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.weight.normal_(std=gain * layer.in_features**-0.5)
+                    layer.bias.normal_(std=0.1)
+        model.class_head.logit_scale.bias.fill_(4.0)
 
 
 def tokenizer() -> Tokenizer:

@@ -41,10 +41,6 @@ class Weights(FrozenModel):
             raise ValueError("mix and alpha go together: which checkpoint, and its share")
         return self
 
-    def public(self) -> dict[str, Any]:
-        """Without where on this machine files lie."""
-        return self.model_dump(mode="json") | {k: p.name for k in ("over", "mix") if (p := getattr(self, k))}
-
 
 @dataclass(frozen=True)
 class Checkpoint:

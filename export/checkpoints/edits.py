@@ -48,11 +48,13 @@ def stretch(base: State, context: int, keep: int = KEEP) -> dict[str, Tensor]:
 
     The first ``keep`` rows stay; those that follow are interpolated, ratio - 1 between two neighbours, and the last
     goes on with the step before it. Source: Long-CLIP (arXiv 2403.15378), section 3.1. Raises `BadRequest` for a
-    ``context`` that no whole ratio gives.
+    ``context`` that no whole ratio gives, and for a BERT, of whose table only a part was ever trained on captions.
     """
     name = "text.positions"
     if name not in base:
         raise BadRequest("stretch: the text tower has no table of positions to stretch")
+    if "text.types" in base:
+        raise BadRequest("stretch: the text tower is a BERT, whose table is longer than its context already")
     table = base[name]
     rest = len(table) - keep
     ratio, left = divmod(context - keep, rest) if rest > 1 else (0, 1)

@@ -18,7 +18,7 @@ from models.errors import UnknownCheckpoint
 PREFIX = "hf:"
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 CARD = "README.md"  # says the licence
-_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)[\w./-]+))?")
 _CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 

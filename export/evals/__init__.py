@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from models.registry import Registry
 from models.runner import Runner
@@ -10,9 +11,14 @@ from models.runner import Runner
 
 @dataclass(frozen=True)
 class Eval:
-    """``measure(runner, data, limit) -> {name: value}``; accuracies in percent. ``limit``: at most so many pictures."""
+    """``measure(runner, data, limit) -> {name: value}``; accuracies in percent. ``limit``: at most so many pictures.
+
+    ``read(data)``: what is measured on, but for the pictures; `BadRequest` where the directory does not hold it.
+    """
 
     measure: Callable[[Runner, Path, int | None], Mapping[str, float]]
+    read: Callable[[Path], Any]
+    task: str  # that a bundle must serve
     data: str  # the files the directory must hold, in words
 
 

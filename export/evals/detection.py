@@ -203,4 +203,4 @@ def _boxes(found: Detections, labels: Array) -> Boxes:
     )
 
 
-EVALS.register("detection")(Eval(measure, "instances.json (COCO form), images/"))
+EVALS.register("detection")(Eval(measure, read_instances, "detect", "instances.json (COCO form), images/"))

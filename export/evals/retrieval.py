@@ -22,9 +22,7 @@ _CHUNK = 64  # texts in one call
 
 
 def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float]:
-    lines = data / "captions.jsonl"
-    captions = read_captions(lines if lines.is_file() else data / "captions.json")
-    captions = dict(first(list(captions.items()), limit))
+    captions = dict(first(list(captions_of(data).items()), limit))
     names = list(captions)
     texts = [caption for name in names for caption in captions[name]]
     owner = np.repeat(np.arange(len(names)), [len(captions[name]) for name in names])
@@ -35,6 +33,12 @@ def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float
     vectors = np.concatenate([runner.embed(texts=texts[i : i + _CHUNK]) for i in chunks])
     numbers = recalls(images, vectors, owner)
     return {**numbers, "mean": float(np.mean(list(numbers.values()))), "pictures": len(names), "captions": len(texts)}
+
+
+def captions_of(data: Path) -> dict[str, list[str]]:
+    """Of whichever file there is. Raises as `read_captions`."""
+    lines = data / "captions.jsonl"
+    return read_captions(lines if lines.is_file() else data / "captions.json")
 
 
 def recalls(images: Array, texts: Array, owner: Array) -> dict[str, float]:
@@ -52,4 +56,4 @@ def recalls(images: Array, texts: Array, owner: Array) -> dict[str, float]:
     return found
 
 
-EVALS.register("retrieval")(Eval(measure, DATA))
+EVALS.register("retrieval")(Eval(measure, captions_of, "embed", DATA))

@@ -18,7 +18,7 @@ DATA = 'labels.json (a list of {"file", "label"}) and images/'
 
 
 def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float]:
-    rows = first(_read(data / "labels.json"), limit)
+    rows = first(read_labels(data), limit)
     labels = sorted({label for _, label in rows})
     top1 = top5 = 0
     for file, label in tqdm(rows, desc=f"zero-shot {runner.bundle.name}", unit="picture", disable=None):
@@ -33,8 +33,9 @@ def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float
     }
 
 
-def _read(path: Path) -> list[tuple[str, str]]:
+def read_labels(data: Path) -> list[tuple[str, str]]:
     """-> file and label of each picture. Raises `BadRequest` naming the first entry that is none."""
+    path = data / "labels.json"
     rows = read(path, DATA)
     if not (isinstance(rows, list) and rows):
         raise BadRequest(f"{path} holds no list of labels; the data directory must hold {DATA}")
@@ -48,4 +49,4 @@ def _read(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-EVALS.register("zero_shot")(Eval(measure, DATA))
+EVALS.register("zero_shot")(Eval(measure, read_labels, "classify", DATA))

@@ -19,7 +19,7 @@ from export.checkpoints import Checkpoint
 from export.checkpoints.weights import one_line
 from export.towers import part
 from models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
-from models.errors import UnknownCheckpoint
+from models.errors import BadRequest, UnknownCheckpoint
 from models.registry import Registry
 
 _HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias", "b": "weight|bias|running_mean|running_var", "rest": ".+"}
@@ -71,7 +71,8 @@ class Layout:
     config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say;
     ``also``: what the configs say, where no name of a tensor tells.
 
-    ``settings(checkpoint, tensors by our names)``; ``needs``: our names that are always there.
+    ``settings(checkpoint, tensors by our names)``; ``needs``: our names that are always there; ``asks``: which facts of
+    `Weights` it leaves to the recipe.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Layout:
     model_type: tuple[str, ...] = ()
     also: Callable[[Checkpoint], bool] = lambda checkpoint: True
     needs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say; `Misfit`
     note: str = ""  # what who serves it should know
     refuses: Callable[[Checkpoint], str | None] = lambda checkpoint: None  # one of this kind that does not fit: why
@@ -142,12 +144,17 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Tensors by our names, float32. Raises `UnknownCheckpoint` naming what the table does not know or wants."""
     found: dict[str, Tensor] = {}
     pieces: dict[str, dict[int, Tensor]] = {}
+    read: dict[tuple[str, int | None], str] = {}
     unexpected = []
     for name, tensor in checkpoint.tensors.items():
         rule, ours = _apply(layout.rules, name)
         if rule is None:
             unexpected.append(name)
         elif rule.ours != DROP:
+            if (other := read.setdefault((ours, rule.piece), name)) != name:
+                raise UnknownCheckpoint(
+                    f"{checkpoint.path}: {other} and {name} are two names of one tensor of {layout.title}; expected one"
+                )
             value = tensor.float() if tensor.is_floating_point() else tensor
             try:
                 value = rule.how(value) if rule.how else value
@@ -230,7 +237,11 @@ def _problem(value: Tensor, ours: str) -> str | None:
 
 def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """`Layout.settings`; configs whose values are of other kinds than expected are `UnknownCheckpoint` too, and a
-    tokenizer with more tokens than the weights have rows for."""
+    tokenizer or a context with more tokens than the weights have rows for. Raises `BadRequest` for a fact that the
+    layout does not ask for."""
+    for name in ("activation", "experts"):
+        if name not in layout.asks and (said := getattr(checkpoint.given, name)):
+            raise BadRequest(f"{name} {said!r} does not apply to {checkpoint.path}, {layout.title}; leave it out")
     try:
         made = layout.settings(checkpoint, state)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -243,6 +254,11 @@ def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]
         raise UnknownCheckpoint(
             f"{checkpoint.path}: its tokenizer has {words} tokens, but {theirs(layout, 'text.tokens.weight')} {rows} "
             "rows: it is another model's"
+        )
+    if made.tokens.context > (rows := len(state["text.positions"])):
+        raise UnknownCheckpoint(
+            f"{checkpoint.path}: its context is {made.tokens.context} tokens, but "
+            f"{theirs(layout, 'text.positions')} has {rows} rows"
         )
     return made
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from export import layouts
-from export.checkpoints import Weights, edits, read
+from export.checkpoints import Weights, edits, hub, read
 from export.checkpoints.weights import weights_sha256
 from export.layouts import Layout
 from models.errors import UnknownCheckpoint
@@ -30,13 +30,13 @@ def edited(layout: Layout, state: dict[str, Tensor], weights: Weights) -> tuple[
     done, said = Done(), partial(layouts.theirs, layout)
     if path := weights.over:
         state = edits.over(state, layouts.translate_image(layout, read(path, weights)), str(path), said)
-        done.add("over", path, f"image tower of {path.name}")
+        done.add("over", path, f"image tower of {hub.name(path)}")
     if path := weights.mix:
         other = read(path, weights)
         if (found := layouts.find(other)) is None:
             raise UnknownCheckpoint(f"{path}: its tensors are of no layout in the table")
         state = edits.mix(state, layouts.translate(found[1], other), weights.alpha or 0.0, str(path), said)
-        done.add("mix", path, f"{weights.alpha or 0.0:g} of {path.name} mixed in")
+        done.add("mix", path, f"{weights.alpha or 0.0:g} of {hub.name(path)} mixed in")
     if weights.stretch:
         before = len(state.get("text.positions", ()))
         state = edits.stretch(state, weights.stretch)

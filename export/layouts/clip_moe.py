@@ -44,6 +44,7 @@ LAYOUTS.register("clip_moe")(
         ),
         needs=_openai.NEEDS,
         finish=_long.fold_positions,
+        asks=("activation", "experts"),
         settings=settings,
     )
 )

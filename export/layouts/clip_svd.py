@@ -81,6 +81,7 @@ LAYOUTS.register("clip_svd")(
         ),
         needs=_openai.NEEDS,
         finish=merge,
+        asks=("activation",),
         settings=long_clip.settings,
     )
 )

@@ -45,6 +45,7 @@ for _name, (_key, _image, _needs, _settings) in _IMAGES.items():
                     Rule("logit_inv_tau", "logit_scale", torch.Tensor.squeeze),
                 ),
                 needs=_needs,
+                asks=("activation",),
                 settings=_settings,
             )
         )

@@ -31,6 +31,7 @@ LAYOUTS.register("long_clip")(
         rules=(*_openai.IMAGE, *_openai.text(), *_openai.SCALARS, _long.RULE),
         needs=(*_openai.NEEDS, "text.positions_res"),
         finish=_long.fold_positions,
+        asks=("activation",),
         settings=settings,
     )
 )

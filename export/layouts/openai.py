@@ -47,6 +47,7 @@ LAYOUTS.register("openai")(
         no_file="open_clip_config.json",
         rules=(*_openai.IMAGE, *_openai.text(), *_openai.SCALARS),
         needs=_openai.NEEDS,
+        asks=("activation",),
         settings=settings,
     )
 )

@@ -53,6 +53,7 @@ LAYOUTS.register("openai_resnet")(
         no_file=open_clip.CONFIG,
         rules=_RULES,
         needs=_resnet.NEEDS,
+        asks=("activation",),
         settings=settings,
     )
 )

@@ -74,6 +74,7 @@ LAYOUTS.register("slip")(
         without=("decoder.query_embed.weight",),
         rules=(*IMAGE, *_openai.text(), _openai.LOGIT_SCALE, *A_CLIP),
         needs=NEEDS,
+        asks=("activation",),
         settings=settings,
     )
 )

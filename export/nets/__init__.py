@@ -83,4 +83,10 @@ class NetPlugin:
     load: Callable[..., Net]
 
 
+def bucketed(tokens: TextPreprocess) -> TextPreprocess:
+    """Where texts are as long as the longest of their call: made up to a multiple of 4, so that more of them are of one
+    length and share a run. 8 and 16 cost more tokens than they merge calls."""
+    return tokens if tokens.pad == "context" else tokens.model_copy(update={"multiple": 4})
+
+
 NETS: Registry[NetPlugin] = Registry("nets", "export.nets")

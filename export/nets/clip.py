@@ -13,7 +13,7 @@ from export import layouts
 from export.checkpoints import Checkpoint, Weights, hub, read
 from export.checkpoints.weights import NoWeights, weight_files, weights_sha256
 from export.layouts._edited import edited
-from export.nets import NETS, Net, NetPlugin, Tower
+from export.nets import NETS, Net, NetPlugin, Tower, bucketed
 from models.bundle.manifest import Plugin, Source
 from models.bundle.manifest import Tensor as Spec
 from models.errors import UnknownCheckpoint
@@ -43,7 +43,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
     name, layout = fitting
     state, edits = edited(layout, layouts.translate(layout, found), weights)
     settings = layouts.settings(layout, found, state)
-    tokens = settings.tokens
+    tokens = bucketed(settings.tokens)
     if weights.stretch:
         tokens = tokens.model_copy(update={"context": weights.stretch})
     image = layouts.fill(layout, found, state, "image.", settings.image)

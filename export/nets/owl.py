@@ -29,13 +29,13 @@ from export.checkpoints.files import read_json
 from export.checkpoints.weights import weights_sha256
 from export.layouts import DROP, Layout, Rule, Settings, _hugging_face, fill, translate
 from export.layouts.hf_clip import TEXT, style, tower_config
-from export.nets import NETS, Built, Net, NetPlugin, Tower, _detect
+from export.nets import NETS, Built, Net, NetPlugin, Tower, _detect, bucketed
 from export.towers import State, Style, part
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
 from export.towers.transformer import linear
 from models.bundle.manifest import ImagePreprocess, Plugin, Source, SuppressionDefaults, Tensor, TextPreprocess
-from models.errors import UnknownCheckpoint
+from models.errors import BadRequest, UnknownCheckpoint
 from models.flow import Array, Arrays
 from models.ops.spec import SOFTMAX
 
@@ -170,7 +170,7 @@ def _side(checkpoint: Checkpoint, state: Mapping[str, TorchTensor]) -> int:
     patch = state["regions.vision.patch.weight"].shape[-1]
     grid = round((len(state["regions.vision.positions"]) - 1) ** 0.5)
     side = (checkpoint.config.get("vision_config") or {}).get("image_size", 768)
-    if side // patch != grid or len(state["regions.vision.positions"]) != grid**2 + 1:
+    if side != grid * patch or len(state["regions.vision.positions"]) != grid**2 + 1:
         raise UnknownCheckpoint(
             f"{checkpoint.path}: {len(state['regions.vision.positions'])} positions are not those of a class token and "
             f"the patches of {patch} pixels in a square of {side}"
@@ -241,7 +241,10 @@ def recognise(checkpoint: str) -> bool:
 
 
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
-    """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported."""
+    """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
+    `BadRequest` where the recipe says something of weights."""
+    if weights != Weights():
+        raise BadRequest("weights of OWL-ViT are read as they are; the recipe's [weights] do not apply to them")
     found = read(checkpoint, weights)
     layout = LAYOUTS[found.config["model_type"]]
     state = translate(layout, found)
@@ -278,7 +281,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 text,
                 {"ids": Tensor(dtype="int64", shape=("B", "T"))},
                 {"text_embeds": _f32("B", dim)},
-                made.tokens,
+                bucketed(made.tokens),
                 quantizer=QUANTIZERS["text"],
                 promises={SOFTMAX.name: len(text.blocks)},
             ),

@@ -53,10 +53,12 @@ def siglip_b_16(directory: Path) -> None:
 
 
 def owlvit_b_32(directory: Path) -> None:
-    """Hugging Face OWL-ViT-B/32, 768 pixels: transformers' defaults."""
+    """Hugging Face OWL-ViT-B/32, 768 pixels: transformers' defaults, but for its heads."""
     import transformers
 
-    transformers.OwlViTForObjectDetection(transformers.OwlViTConfig()).save_pretrained(directory)
+    detector = transformers.OwlViTForObjectDetection(transformers.OwlViTConfig())
+    tiny.owl_heads(detector)
+    detector.save_pretrained(directory)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tiny.tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     ).save_pretrained(directory)

@@ -22,6 +22,9 @@ def test_an_empty_folder_is_an_error_that_says_what_was_expected(tmp_path: Path)
     (tmp_path / "t.txt").write_text("\n\n")
     with pytest.raises(BadRequest, match="holds no texts"):
         calibrate.inputs(Calibration(texts=tmp_path / "t.txt"))
+    (tmp_path / "t.txt").write_bytes("schön\n".encode("latin-1"))
+    with pytest.raises(BadRequest, match=r"t\.txt is no text in UTF-8 .*; expected one text a line"):
+        calibrate.inputs(Calibration(texts=tmp_path / "t.txt"))
 
 
 def test_feeds_are_what_the_service_would_feed(tiny_hf_clip: Path, tmp_path: Path, photographs: dict[str, Path]):

@@ -17,7 +17,7 @@ from export.recipe import load_recipe
 from models.bundle.bundle import Bundle
 from models.bundle.store import names, read
 from models.commands import check_command
-from models.errors import BarMissed, BundleError, ExportError, ParityLost
+from models.errors import BadRequest, BarMissed, BundleError, ExportError, ParityLost
 from models.runner import Runner, open_bundle
 from models.runtime.session import SessionOptions
 
@@ -131,6 +131,21 @@ def test_every_softmax_of_both_bundles_is_ours_and_the_report_counts_them(tiny_b
         assert found["against_standard"]["functions"][f"{role}_embeds"]["cosine_min"] > 0.999999
         nodes = onnx.load(sealed.directory / f"{role}.onnx").graph.node
         assert [n.domain for n in nodes if n.op_type == "Softmax"] == ["ai.calmclip"] * 2
+
+
+def test_a_bar_of_the_share_is_what_the_search_keeps_to(net, tmp_path: Path):
+    """At the usual 90 % the second of attention's products stays in float."""
+    bars = {"min_int8_share": 1.0, "min_output_cosine": 0.5, "min_image_cosine": 0.5}
+    (sealed,) = build(recipe(net, bars=bars), tmp_path, net=only(net, "image"))
+    facts = json.loads((sealed.directory / "report.json").read_text())
+    assert facts["graphs"]["image"]["share"]["part"] == 1.0
+    assert facts["bars"]["min_int8_share"]["passed"]
+
+
+def test_a_node_to_keep_in_float_that_is_not_there_is_named(net, tmp_path: Path):
+    how = {"quantize": {"text": {"name": "static", "params": {"keep": ["MatMul.MatMul_0", "MatMul.MatMull_1"]}}}}
+    with pytest.raises(BadRequest, match=r"quantize\.text: keep: 'MatMul\.MatMull_1' is no node"):
+        build(recipe(net, **how), tmp_path, net=only(net, "text"))
 
 
 def test_without_rewrites_a_bundle_holds_standard_ops_alone(net, tmp_path: Path):

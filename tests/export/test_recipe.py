@@ -28,6 +28,18 @@ def test_defaults_come_from_the_net_then_the_file_then_the_flags(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("downloads/ViT-B-32.pt", "vit-b-32"),
+        ("downloads/LaCLIP_1.5.ckpt", "laclip_1.5"),
+        ("downloads/café-v1.0", "caf--v1.0"),  # a directory
+    ],
+)
+def test_a_bundle_is_called_like_its_checkpoint_but_for_the_suffix(checkpoint: str, name: str):
+    assert load_recipe(checkpoint, "n", NET).name == name
+
+
+@pytest.mark.parametrize(
     ("text", "what"),
     [
         ("nmae = 'x'", "nmae"),

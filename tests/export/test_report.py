@@ -29,6 +29,13 @@ def test_each_bar_stands_beside_what_was_measured():
     assert "min_image_cosine" not in str(caught.value)
 
 
+def test_the_texts_of_a_detector_have_the_bar_of_texts():
+    """A bundle that serves no embed has no embeddings; its text graph is measured all the same."""
+    report = {**REPORT, "graphs": {"text": {"int8_against_float": {"text_embeds": {"cosine": 0.95}}}}, "embeddings": {}}
+    assert check(report, Bars()) == {"text.text_embeds": {"bar": 0.97, "measured": 0.95, "passed": False}}
+    assert check(report, Bars(min_text_cosine=0.94))["text.text_embeds"]["passed"]
+
+
 def test_a_bundle_without_embeddings_has_only_the_bars_that_apply():
     assert check({"graphs": {}, "embeddings": {}, "size_bytes": {"int8": 1}}, Bars()) == {}
 

@@ -1,7 +1,10 @@
 """Multiply-accumulates, by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
@@ -129,6 +132,26 @@ def test_a_convolution_that_writes_float_runs_in_float():
     through = "c = Conv (d, w) r = QuantizeLinear (c, one, zero) y = DequantizeLinear (r, one, zero)"
     assert share(count(plain, {"B": 1})).part == 0.0
     assert share(count(model_of(text.format(through), **constants), {"B": 1})).part == 1.0
+
+
+@pytest.mark.parametrize("op", ["Gemm", "MatMul"])
+@pytest.mark.parametrize("read_in_float", [False, True])
+def test_what_runs_in_int8_the_runtime_says(op: str, read_in_float: bool, tmp_path: Path):
+    """Of two products in a row the first may also be read in float: ONNX Runtime then computes it in float."""
+    more = ("z = Exp (h)", ", float[N, 8] z") if read_in_float else ("", "")
+    model = model_of(
+        f"g (float[N, 8] x) => (float[N, 8] y{more[1]}) {{ h = {op} (x, a)  y = {op} (h, b)  {more[0]} }}",
+        a=drawn(8, 8), b=drawn(8, 8),
+    )  # fmt: skip
+    quantizer, feeds = QUANTIZERS.get("static"), [{"x": drawn(4, 8)}]
+    small = quantizer.quantize(model, quantizer.observe(model, feeds, quantizer.params()), quantizer.params())
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    ort.InferenceSession(small.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count(op) == read_in_float
+    assert [one.int8 for one in count(small, {})] == [not read_in_float, True]
 
 
 def test_a_shape_nobody_knows_is_an_error_that_names_the_product():

@@ -72,6 +72,25 @@ def test_padding_behind_a_text_changes_no_answer(kind: str, multiple: int, reque
         np.testing.assert_allclose(tower.module(*whole.values()).numpy(), alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("net", ["hf", "owl", "mini"])
+def test_nets_make_texts_up_to_a_multiple_of_four_and_no_longer_than_their_context(net: str, request):
+    checkpoint = (
+        "mini" if net == "mini" else str(request.getfixturevalue("tiny_hf_clip" if net == "hf" else "tiny_owl"))
+    )
+    spec = NETS.get({"hf": "clip"}.get(net, net)).load(checkpoint).towers["text"].preprocess
+    assert [spec.width(tokens) for tokens in (1, 4, 5, spec.context - 1, spec.context)] == [
+        4,
+        4,
+        8,
+        *[spec.context] * 2,
+    ]
+
+
+def test_texts_of_a_fixed_width_stay_as_they_are(tmp_path):
+    spec = NETS.get("clip").load(str(tiny.open_clip_custom_text(tmp_path / "oc"))).towers["text"].preprocess
+    assert (spec.pad, spec.multiple, spec.width(3)) == ("context", 1, 77)
+
+
 def test_an_int8_bundle_answers_the_same_whatever_its_texts_are_padded_to(tiny_bundles):
     """Static ranges: no row knows of its neighbours, nor of its own padding."""
     sealed = read(tiny_bundles / "tiny-int8")

@@ -18,6 +18,8 @@ def test_a_folder_without_its_data_is_refused_and_the_message_says_what_belongs_
     with pytest.raises(BadRequest, match="must hold") as caught:
         EVALS.get(name).measure(runner, tmp_path, None)
     assert EVALS.get(name).data.split()[0] in str(caught.value)
+    with pytest.raises(BadRequest, match="must hold"):  # an export says so before it begins
+        EVALS.get(name).read(tmp_path)
 
 
 @pytest.mark.parametrize("name", EVALS.names())

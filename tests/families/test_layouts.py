@@ -168,6 +168,14 @@ def test_a_tensor_that_is_unexpected_is_named(name: str, checkpoint, tmp_path: P
         load(str(_damaged(checkpoint(name), tensors, tmp_path / "more")))
 
 
+def test_a_tensor_under_both_of_its_names_is_refused(checkpoint, tmp_path: Path):
+    """A projection of texts is [W, D] without a suffix and [D, W] with one; of both nobody knows which is meant."""
+    tensors = _tensors(path := checkpoint("openai"))
+    tensors |= {"text_projection.weight": 2 * tensors["text_projection"].T.contiguous()}
+    with pytest.raises(UnknownCheckpoint, match=r"text_projection.* and text_projection.* are two names of one tensor"):
+        load(str(_damaged(path, tensors, tmp_path / "both")))
+
+
 @ALL
 @pytest.mark.parametrize("place", [0.35, 0.65])
 def test_a_tensor_of_another_shape_is_named(name: str, place: float, checkpoint, tmp_path: Path):

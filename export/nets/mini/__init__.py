@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from export.checkpoints import Weights
-from export.nets import NETS, Net, NetPlugin, Tower
+from export.nets import NETS, Net, NetPlugin, Tower, bucketed
 from export.nets.mini import backbone, boxhead, minilm
 from export.nets.mini.features import PIXELS
 from export.nets.mini.regions import add_detection
@@ -26,7 +26,7 @@ from models.ops.spec import SOFTMAX
 RANGES = Path(__file__).with_name("ranges.json")
 BOXES = Path(__file__).with_name("boxhead.safetensors")
 TEMPLATES = ("a photo of a {}.", "a {}", "a picture of a {}.", "a close-up photo of a {}.", "a {} in the scene.")
-TEXTS = TextPreprocess(ids="ids", mask="mask", context=minilm.CONTEXT, pad="longest", pad_id=0)
+TEXTS = bucketed(TextPreprocess(ids="ids", mask="mask", context=minilm.CONTEXT, pad="longest", pad_id=0))
 _EMBEDS = Tensor(dtype="float32", shape=("B", minilm.WIDTH))
 _TOKENS = Tensor(dtype="int64", shape=("B", "T"))
 _NOTES = (

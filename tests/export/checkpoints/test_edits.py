@@ -1,5 +1,6 @@
 """Edits of weights. Oracles: golden A.5, rules worked out by hand, bits, open_clip with weights edited elsewhere."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from export.recipe import load_recipe, load_weights
 from models.cli import main
 from models.errors import BadRequest, UnknownCheckpoint
 from tests import tiny
-from tests.tiny_layouts import openai_like
+from tests.tiny_layouts import bert, openai_like
 
 RAMP = {"text.positions": torch.arange(77.0)[:, None].expand(77, 3).contiguous(), "other": torch.ones(2)}
 
@@ -251,6 +252,26 @@ def test_a_recipe_says_which_files_but_not_where(base: Path, tmp_path: Path):
 def test_wishes_that_make_no_sense_are_one_line(flags: list[str], base: Path, capsys):
     assert main(["recipe", str(base), "--activation", "quick_gelu", *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("net", "flags", "says"),
+    [
+        ("hf", ["--activation", "gelu"], "activation 'gelu' does not apply to .*, Hugging Face CLIP; leave it out"),
+        ("hf", ["--experts", "routed"], "experts 'routed' does not apply to .*, Hugging Face CLIP; leave it out"),
+        ("openai", ["--experts", "dense", "--activation", "gelu"], "experts 'dense' does not apply"),
+        ("owl", ["--stretch", "28"], r"weights of OWL-ViT .*; the recipe's \[weights\] do not apply"),
+        ("owl", ["--activation", "gelu"], "weights of OWL-ViT"),
+        ("bert", ["--stretch", "1004"], "stretch: the text tower is a BERT"),  # 20 + 2 (512 - 20)
+    ],
+)
+def test_a_wish_that_would_do_nothing_is_refused(
+    net: str, flags: list[str], says: str, base: Path, tiny_hf_clip: Path, tiny_owl: Path, tmp_path: Path, capsys
+):
+    made = {"hf": tiny_hf_clip, "owl": tiny_owl, "openai": base}
+    checkpoint = made.get(net) or bert.chinese_clip(tmp_path)
+    assert main(["recipe", str(checkpoint), *flags]) == 2
+    assert re.search(says, capsys.readouterr().err)
 
 
 def test_the_command_line_takes_edits(base: Path, tuned, tmp_path: Path, capsys):

@@ -9,6 +9,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,7 @@ import pytest
 
 from export.checkpoints import hub
 from export.nets.clip import load
+from export.recipe import load_recipe, load_weights
 from models.errors import ExtraMissing, UnknownCheckpoint
 from tests import tiny
 
@@ -119,6 +121,19 @@ def test_the_commit_is_what_a_manifest_names(endpoint: str, tmp_path: Path):
         assert (source.model, source.license) == (f"{REPO}@{commit}", license)
 
 
+@pytest.mark.parametrize("edit", ["over", "mix"])
+def test_what_goes_into_a_checkpoint_may_be_on_the_hub_too(
+    edit: str, endpoint: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub, "locate", partial(hub.locate, cache=tmp_path / "cache", endpoint=endpoint))
+    weights = load_weights(None, **{edit: f"hf:{REPO}@v1"}, alpha=0.5 if edit == "mix" else None)
+    net = load(str(folder), weights)
+    assert f"of {REPO}@{OLD}" in net.source.notes
+    assert f"{edit}/model.safetensors" in net.source.weights
+    public = load_recipe(str(folder), "clip", net, weights=weights.model_dump()).public()
+    assert public["weights"][edit] == f"{REPO}@{OLD}"
+
+
 def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path: Path):
     path = hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
     nowhere = "http://127.0.0.1:9"
@@ -134,6 +149,7 @@ def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path:
         ("hf:../../etc", "is no name on the hub"),
         ("hf:../etc", "is no name on the hub"),
         ("hf:a/b@c@d", "is no name on the hub"),
+        ("hf:a/b@../../c", "is no name on the hub"),
         ("hf:some-body/else", "is not on the hub, or private"),
         (f"hf:{REPO}@v9", "has no revision 'v9'"),
     ],

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from export.layouts._clip_bpe import tokenizer_json
 from export.nets.clip import load
+from models.cli import main
 from models.errors import UnknownCheckpoint
 from models.runner import Runner
 from tests.tiny_layouts import sealed
@@ -74,3 +75,26 @@ def test_what_is_not_supported_is_named(tiny_open_clip: Path, tmp_path: Path, ch
     (copy / "open_clip_config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnknownCheckpoint, match=what):
         load(str(copy))
+
+
+def configured(checkpoint: Path, to: Path, tower: str, **change: int) -> Path:
+    """A copy whose config says something else of a tower."""
+    copy = shutil.copytree(checkpoint, to)
+    config = json.loads((copy / "open_clip_config.json").read_text())
+    config["model_cfg"][tower] |= change
+    (copy / "open_clip_config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_a_context_longer_than_the_table_of_positions_is_refused(tiny_open_clip: Path, tmp_path: Path):
+    copy = configured(tiny_open_clip, tmp_path / "other", "text_cfg", context_length=100)
+    with pytest.raises(UnknownCheckpoint, match="its context is 100 tokens, but positional_embedding has 77 rows"):
+        load(str(copy))
+
+
+def test_pictures_of_a_size_that_the_weights_cannot_see_are_one_line(tiny_open_clip: Path, tmp_path: Path, capsys):
+    copy = configured(tiny_open_clip, tmp_path / "other", "vision_cfg", image_size=64)
+    assert main(["export", str(copy), "--out", str(tmp_path / "bundles")]) == 2
+    error = capsys.readouterr().err
+    assert "image: the tower does not run on pixels [1, 3, 64, 64], which its configs ask for: " in error
+    assert error.count("\n") == 1

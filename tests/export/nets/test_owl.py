@@ -354,6 +354,7 @@ def broken(tiny_owl: Path, tmp_path: Path) -> Callable[..., str]:
         (lambda s: s.update({"layer_norm.bias": torch.zeros(3)}), {}, r"layer_norm.bias has the shape \[3\]"),
         (lambda s: s.update({"owlv2.text_projection.weight": torch.zeros(31, 32)}), {}, "texts become 31 numbers"),
         (None, {"vision_config": {"image_size": 112}}, "37 positions are not those"),
+        (None, {"vision_config": {"image_size": 100}}, "in a square of 100"),  # 6 patches of 16, and 4 pixels
         (None, {"vision_config": {"num_hidden_layers": 3}}, "num_hidden_layers is 3; the weights hold 2"),
         (None, {"text_config": {"hidden_act": "tanh"}}, "hidden_act is 'tanh'"),
         (None, {"model_type": "owlvit"}, "not of the layout 'Hugging Face OWL-ViT'"),
