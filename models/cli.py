@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "ops": ("models.ops.commands:ops_command", "build, info, check: the compiled operators"),
     "plugins": ("models.commands:plugins_command", "names in every plug-in family"),
     "serve": ("service.cli:serve_command", "answer over HTTP"),
+    "keys": ("service.cli:keys_command", "add, list, remove: the keys of a service"),
 }
 
 # what a missing module means: the extra that holds it

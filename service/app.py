@@ -5,13 +5,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 import models
 from service import openapi, problems
+from service.access import Access
 from service.admission import Admission
 from service.collections import Collections
 from service.context import Service
 from service.engine import Engine
+from service.fetching import Fetcher
 from service.hub import Hub
 from service.inference import InferBody
 from service.labels import LabelSets
@@ -37,6 +40,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     metrics = Metrics(settings)
     admission = Admission(settings)
+    page = catalog.page()
+    access = Access(settings, {route.path for route in page.routes if isinstance(route, APIRoute)})
     engine = Engine(settings, metrics)
     metrics.watch_admission(admission)
     parts = Service(
@@ -47,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         engine=engine,
         collections=Collections(settings, metrics),
         labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
+        fetcher=Fetcher(settings.url_hosts, settings.limits),
     )
     metrics.watch_health(parts)
 
@@ -70,13 +76,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = parts
-    app.add_middleware(RequestContext, settings=settings, metrics=metrics, admission=admission)
+    app.add_middleware(RequestContext, settings=settings, metrics=metrics, admission=admission, access=access)
     problems.install(app)
     for module in (classify, embed, embeddings, detect, collections, labels, inference, catalog):
         app.include_router(module.router)
-    app.include_router(catalog.page())
+    app.include_router(page)
     openapi.install(
         app,
+        access,
         ClassifyBody,
         EmbedBody,
         EmbeddingsBody,

@@ -1,13 +1,15 @@
-"""The verbs `serve` and `index`."""
+"""The verbs `serve`, `index` and `keys`."""
 
 import argparse
 import ctypes
 import logging
+import os
 import signal
 import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import orjson
 from pydantic import ValidationError
@@ -17,6 +19,7 @@ from models.bundle.store import find, names
 from models.cli import emit, parser
 from models.errors import BadRequest, BundleNotFound
 from models.ops import library
+from service import keys
 from service.settings import Settings
 
 M_ARENA_MAX = -8  # of malloc.h
@@ -48,7 +51,9 @@ def serve_command(argv: list[str]) -> int:
         raise BundleNotFound(f"there is no bundle in {settings.bundles_dir}; 'calmclip export mini' makes one")
 
     _log_to_stderr(settings.log)
-    door = _listen(given.host, given.port)
+    if settings.metrics_port == given.port:
+        raise BadRequest(f"CALMCLIP_METRICS_PORT is {given.port}, the service's own port; choose another")
+    doors = [_listen(given.host, port) for port in (given.port, settings.metrics_port) if port is not None]
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -63,7 +68,7 @@ def serve_command(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = Server(config, app.state.service)
-    server.run(sockets=[door])
+    server.run(sockets=doors)
     return 0 if server.started else 1
 
 
@@ -81,9 +86,37 @@ def index_command(argv: list[str]) -> int:
     options.add_argument("--threads", type=int)
     given = options.parse_args(argv)
     settings = None if given.url else _settings(given, deadline_ms=600_000)
-    result = index(given.folder, given.collection, model=given.model, url=given.url, settings=settings)
+    key = os.environ.get("CALMCLIP_API_KEY")
+    result = index(given.folder, given.collection, model=given.model, url=given.url, settings=settings, key=key)
     emit(given.json, result, _show)
     return 1 if result["broken"] and not (result["added"] or result["skipped"]) else 0
+
+
+def keys_command(argv: list[str]) -> int:
+    """`calmclip keys add|list|remove`: the file that CALMCLIP_KEYS names."""
+    options = parser("keys", "The keys of a service: a file of names, hashes and scopes.")
+    options.add_argument("--file", type=Path, default=os.environ.get("CALMCLIP_KEYS"), help="default: CALMCLIP_KEYS")
+    verbs = options.add_subparsers(dest="verb", required=True)
+    adding = verbs.add_parser("add", help="make a key and print it, this once")
+    adding.add_argument("name")
+    adding.add_argument(
+        "--scope", action="append", choices=keys.SCOPES, required=True,
+        help="read (ask, search, look), write (change collections and label sets), metrics; may be repeated",
+    )  # fmt: skip
+    verbs.add_parser("list", help="names and scopes")
+    verbs.add_parser("remove", help="from now on it opens nothing").add_argument("name")
+    given = options.parse_args(argv)
+    if given.file is None:
+        raise BadRequest("there is no file to keep keys in; say --file or set CALMCLIP_KEYS")
+    if given.verb == "add":
+        secret = keys.add(given.file, given.name, given.scope)
+        emit(given.json, {"name": given.name, "key": secret}, lambda value: print(value["key"]))
+        return 0
+    if given.verb == "remove":
+        keys.remove(given.file, given.name)
+    found = [{"name": key.name, "scopes": list(key.scopes)} for key in keys.read(given.file)]
+    emit(given.json, {"keys": found}, _show_keys)
+    return 0
 
 
 def _few_heaps() -> None:
@@ -144,6 +177,11 @@ class _JsonLines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return orjson.dumps(line).decode()
+
+
+def _show_keys(result: dict[str, Any]) -> None:
+    for one in result["keys"]:
+        print(f"{one['name']:24s} {' '.join(one['scopes'])}")
 
 
 def _show(result: dict[str, object]) -> None:

@@ -9,6 +9,8 @@ send it and when to wait; each client drives that in its own world.
     ├── Unreadable             an answer that is not calmclip's
     └── Problem                the service said no, and why
         ├── Rejected           4xx: the request itself; the same again will be refused again
+        │   ├── Unauthorized   401: no key, or none that the service knows
+        │   ├── Forbidden      403: not with this key
         │   ├── NotFound       404: no such model, collection or label set
         │   └── Conflict       409: not with this bundle
         └── Failed             5xx
@@ -80,6 +82,12 @@ class Problem(ClientError):
 class Rejected(Problem): ...
 
 
+class Unauthorized(Rejected): ...
+
+
+class Forbidden(Rejected): ...
+
+
 class NotFound(Rejected): ...
 
 
@@ -95,7 +103,14 @@ class Overloaded(Failed): ...
 class DeadlineExceeded(Failed): ...
 
 
-PROBLEMS: dict[int, type[Problem]] = {404: NotFound, 409: Conflict, 503: Overloaded, 504: DeadlineExceeded}
+PROBLEMS: dict[int, type[Problem]] = {
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    503: Overloaded,
+    504: DeadlineExceeded,
+}
 
 
 @dataclass(frozen=True)
@@ -589,11 +604,16 @@ def _async(make: Callable[P, Call[T]]) -> "Callable[Concatenate[AsyncClient, P],
     return method
 
 
+def _headers(given: Mapping[str, str] | None, key: str | None) -> dict[str, str]:
+    return {**(given or {}), **({"Authorization": f"Bearer {key}"} if key is not None else {})}
+
+
 class Client:
     """Synchronous; may be shared between threads. Methods raise `ClientError`, and `OSError` for a path.
 
     ``retries``: how often a request is sent again that was answered 503, after as many seconds as the service asked
-    for; not where it asked for more than ``longest_wait``. ``headers`` go with every request.
+    for; not where it asked for more than ``longest_wait``. ``headers`` go with every request, and so does
+    ``key``, where the service has keys.
     """
 
     def __init__(
@@ -604,9 +624,10 @@ class Client:
         retries: int = 2,
         longest_wait: float = 30.0,
         headers: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> None:
         self._patience = (retries, longest_wait)
-        self._http = httpx.Client(base_url=url, timeout=timeout, headers=headers)
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers=_headers(headers, key))
 
     def __enter__(self) -> "Client":
         return self
@@ -671,9 +692,10 @@ class AsyncClient:
         retries: int = 2,
         longest_wait: float = 30.0,
         headers: Mapping[str, str] | None = None,
+        key: str | None = None,
     ) -> None:
         self._patience = (retries, longest_wait)
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, headers=headers)
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, headers=_headers(headers, key))
 
     async def __aenter__(self) -> "AsyncClient":
         return self

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from service.admission import Admission, Place
     from service.collections import Collections
     from service.engine import Engine
+    from service.fetching import Fetcher
     from service.hub import Hub
     from service.labels import LabelSets
     from service.metrics import Metrics
@@ -32,6 +33,7 @@ class Context:
     graphs: dict[tuple[str, str], float] = field(default_factory=dict)  # (stage, graph) -> seconds
     task: str = "other"
     model: str = ""
+    key: str = ""  # name of the one it came with
     problem: str = ""  # slug of the problem that was answered
     head_s: float = 0.0  # until the first byte of the answer
     shed: str = ""  # why it was turned away, if it was
@@ -86,6 +88,7 @@ class Service:
     engine: "Engine"
     collections: "Collections"
     labels: "LabelSets"
+    fetcher: "Fetcher"
 
     @property
     def failed(self) -> dict[str, str]:

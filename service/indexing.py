@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -66,23 +66,32 @@ def _base64(data: bytes) -> str:
 
 
 def index(
-    folder: Path, collection: str, *, model: str | None = None, url: str | None = None, settings: Settings | None = None
+    folder: Path,
+    collection: str,
+    *,
+    model: str | None = None,
+    url: str | None = None,
+    settings: Settings | None = None,
+    key: str | None = None,
 ) -> dict[str, Any]:
-    """What was added, skipped and broken. Raises `BadRequest`, and `CalmclipError` with what the service said."""
+    """What was added, skipped and broken. ``key``: for the service at ``url``.
+
+    Raises `BadRequest`, and `CalmclipError` with what the service said.
+    """
     if not folder.is_dir():
         raise BadRequest(f"{folder} is not a folder")
     try:
-        return asyncio.run(_index(folder, collection, model, url, settings))
+        return asyncio.run(_index(folder, collection, model, _client(url, settings, key)))
     except ExceptionGroup as group:  # of the requests under way; the first one says what is the matter
         raise group.exceptions[0] from None
 
 
 async def _index(
-    folder: Path, collection: str, model: str | None, url: str | None, settings: Settings | None
+    folder: Path, collection: str, model: str | None, opening: AbstractAsyncContextManager[httpx.AsyncClient]
 ) -> dict[str, Any]:
     start = perf_counter()
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    async with _client(url, settings) as client:
+    async with opening as client:
         service = _Service(client, f"/v1/collections/{collection}")
         made = await service.ask("PUT", "", {"model": model} if model else {})
         there = await service.hashes()
@@ -195,15 +204,16 @@ class _Service:
 
 
 @asynccontextmanager
-async def _client(url: str | None, settings: Settings | None) -> AsyncIterator[httpx.AsyncClient]:
+async def _client(url: str | None, settings: Settings | None, key: str | None) -> AsyncIterator[httpx.AsyncClient]:
     """Of the service at ``url``, or of an app in this process, with its own collections open."""
     if url is not None:
-        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(base_url=url, timeout=120, headers=headers) as client:
             yield client
         return
     from service.app import create_app
 
-    app = create_app(settings)
+    app = create_app((settings or Settings()).model_copy(update={"keys": None}))  # nobody else asks it
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

@@ -1,4 +1,4 @@
-"""`RequestContext`, plain ASGI around everything: request id, Server-Timing, metrics, access log, hang-ups."""
+"""`RequestContext`, plain ASGI around everything: request id, keys, Server-Timing, metrics, access log, hang-ups."""
 
 import asyncio
 import logging
@@ -11,6 +11,7 @@ import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.access import Access
 from service.admission import Admission
 from service.context import Context
 from service.metrics import STAGES, Metrics
@@ -26,8 +27,11 @@ DRAIN_S = 0.5
 
 
 class RequestContext:
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, admission: Admission) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, metrics: Metrics, admission: Admission, access: Access
+    ) -> None:
         self.app = app
+        self.access = access
         self.metrics = metrics
         self.admission = admission
         self.deadline_s = settings.deadline_ms / 1000
@@ -41,6 +45,7 @@ class RequestContext:
         bodied = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         wire = _Wire(own, receive, send, bodied, self.admission)
         try:
+            own.key = self.access.check(scope)
             own.deadline_s = min(self.deadline_s, _deadline_s(scope))
             await self.app(scope, wire.receive, wire.send)
         except asyncio.CancelledError:
@@ -71,13 +76,14 @@ class RequestContext:
                 "task": own.task,
                 "model": own.model,
                 "problem": own.problem,
+                "key": own.key,
                 "stages_ms": {name: round(s * 1000, 2) for name, s in list(own.clock.stages.items())},
             }
             access.info(orjson.dumps(line).decode())
         else:
             # !r: a path may hold a decoded newline, and a log line is one line
             access.info(
-                "%s %s %r %d %.1f ms %s %s",
+                "%s %s %r %d %.1f ms %s %s %s",
                 own.id,
                 scope["method"],
                 scope["path"],
@@ -85,6 +91,7 @@ class RequestContext:
                 ms,
                 own.model,
                 own.problem,
+                own.key,
             )
 
 

@@ -5,11 +5,13 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from service.access import METRICS, Access, needs
 from service.problems import MEDIA_TYPE, PROBLEMS
 from service.schemas import Body, EmbedBody, LabelledPicture, ProblemAnswer
 from service.uploads import PICTURES, is_list
 
 _REF = "#/components/schemas/{model}"
+PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
 BINARY = {"type": "string", "format": "binary"}
 # A PNG, for examples that work.
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGM4UaEBAAN0AWnL+tDXAAAAAElFTkSuQmCC"
@@ -50,12 +52,18 @@ def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
+SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+CHALLENGE = {"WWW-Authenticate": {"description": "RFC 6750", "required": True, "schema": {"type": "string"}}}
+
+
 def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[str, Any]]:
     """``responses`` of a route: its answer, and the problems it may come to, with those every route may."""
     found: dict[int | str, dict[str, Any]] = {status: {"model": model}} if model else {status: {"description": "Done"}}
-    problem = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
     for slug in dict.fromkeys((*slugs, "invalid-header", "deadline-exceeded", "internal")):
-        known = found.setdefault(PROBLEMS[slug].status, {"description": "", **problem})
+        known = found.setdefault(PROBLEMS[slug].status, {"description": "", **PROBLEM})
         known["description"] = ", ".join(filter(None, [known.get("description"), slug]))
         if slug == "overloaded":
             known["headers"] = RETRY_AFTER
@@ -63,18 +71,29 @@ def answers(model: Any, *slugs: str, status: int = 200) -> dict[int | str, dict[
 
 
 ENGINE = ("overloaded", "model-not-found", "task-not-served")
-INPUT = ("invalid-request", "unsupported-media-type", "body-too-large")
+INPUT = ("invalid-request", "picture-not-fetched", "unsupported-media-type", "body-too-large")
 PICTURE = ("unsupported-image", "image-too-large")
 
 
-def install(app: FastAPI, *models: type[Body]) -> None:
-    """Puts the models that routes read by hand among the components, and takes FastAPI's own 422 away."""
+def install(app: FastAPI, access: Access, *models: type[Body]) -> None:
+    """Puts the models that routes read by hand among the components, and takes FastAPI's own 422 away.
+
+    Says which operations need a key, where there are keys; leaves out what is at another port.
+    """
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             spec = plain()
             schemas = spec["components"]["schemas"]
+            if access.metrics_port:
+                spec["paths"].pop(METRICS)
+            if access.keys:
+                spec["components"]["securitySchemes"] = SCHEMES
+                for path, verbs in spec["paths"].items():
+                    for method, operation in verbs.items():
+                        if not access.is_open(method.upper(), path):
+                            _close(operation, needs(method.upper(), path))
             for operation in (one for path in spec["paths"].values() for one in path.values()):
                 if "HTTPValidationError" in str(operation["responses"].get("422")):  # ours are problems
                     del operation["responses"]["422"]
@@ -89,6 +108,12 @@ def install(app: FastAPI, *models: type[Body]) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _close(operation: dict[str, Any], scope: str) -> None:
+    operation["security"] = [{name: [scope]} for name in SCHEMES]
+    for slug in ("unauthorized", "forbidden"):
+        operation["responses"][str(PROBLEMS[slug].status)] = {"description": slug, "headers": CHALLENGE, **PROBLEM}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

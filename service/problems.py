@@ -20,7 +20,9 @@ from starlette.routing import Match
 
 from models import errors
 from models.errors import CalmclipError, Overloaded, suggestion
+from service.access import Forbidden, Unauthorized
 from service.context import context
+from service.fetching import NotFetched
 
 log = logging.getLogger("calmclip")
 MEDIA_TYPE = "application/problem+json"
@@ -84,6 +86,12 @@ TABLE: dict[type[BaseException], Problem] = {
     errors.TextTooLong: Problem(
         "text-too-long", 422, "Text too long", "A text has more tokens than the model reads. Shorten it."
     ),
+    NotFetched: Problem(
+        "picture-not-fetched",
+        422,
+        "Picture not fetched",
+        "The address of a picture is not one that is asked, or it gave none. CALMCLIP_URL_HOSTS names the hosts.",
+    ),
     BodyTooLarge: Problem(
         "body-too-large",
         413,
@@ -98,6 +106,15 @@ TABLE: dict[type[BaseException], Problem] = {
     ),
     InvalidHeader: Problem(
         "invalid-header", 400, "Invalid header", "A header has a value that makes no sense; `detail` says which."
+    ),
+    Unauthorized: Problem(
+        "unauthorized", 401, "Unauthorized", "The service has keys, and the request brought none that it knows."
+    ),
+    Forbidden: Problem(
+        "forbidden",
+        403,
+        "Forbidden",
+        "The key is known, but not for this; `detail` says what it needs to be for.",
     ),
     errors.BundleNotFound: Problem("model-not-found", 404, "Model not found", "No bundle of that name is loaded."),
     errors.UnknownName: NOT_FOUND,
@@ -217,6 +234,8 @@ async def answer(request: Request, error: Exception) -> Response:
         extra["known"] = known[:MOST]
     if isinstance(error, InvalidRequest) and error.errors:
         extra["errors"] = error.errors
+    if isinstance(error, Unauthorized | Forbidden):
+        headers["WWW-Authenticate"] = error.challenge
     if isinstance(error, Overloaded):
         context(request).shed = error.reason
         headers["Retry-After"] = str(math.ceil(error.retry_after))

@@ -51,8 +51,12 @@ Picture = Annotated[
     WithJsonSchema(
         {
             "type": "object",
-            "properties": {"b64": {"type": "string", "description": "base64 of a JPEG, PNG or WebP file"}},
-            "required": ["b64"],
+            "properties": {
+                "b64": {"type": "string", "description": "base64 of a JPEG, PNG or WebP file"},
+                "url": {"type": "string", "description": "or its address, where the service fetches pictures"},
+            },
+            "minProperties": 1,
+            "maxProperties": 1,
             "additionalProperties": False,
         }
     ),

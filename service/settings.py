@@ -5,6 +5,7 @@ A variable is ``CALMCLIP_`` and the field's name in capitals; a nested field joi
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from models.ops.library import Mode
 from models.preprocess.image import MAX_PIXELS
 
 MIB = 1 << 20
+HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # the last part of an address begins with a digit
 MAX_TEXTS = 10_000  # what `Limits.texts` may be; more are not even looked at
 
 
@@ -93,6 +95,13 @@ class Settings(BaseSettings):
     copy_bytes: int = Field(
         default=1024 * MIB, ge=0, description="a quantised copy of one collection's vectors in memory; 0: none is kept"
     )
+    url_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="hosts that pictures may be fetched from, by comma; empty: nothing is fetched"
+    )
+    keys: Path | None = Field(default=None, description="a file of `calmclip keys`; every route but health is closed")
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="where /metrics is instead of at the service's own port"
+    )
     slo: Slo = Slo()
     log: Literal["text", "json"] = Field(default="text", description="shape of the access log")
 
@@ -100,6 +109,19 @@ class Settings(BaseSettings):
     @classmethod
     def _names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+    @field_validator("url_hosts", mode="before")
+    @classmethod
+    def _hosts(cls, value: object) -> object:
+        return tuple(name.lower() for name in names) if isinstance(names := cls._names(value), tuple) else names
+
+    @field_validator("url_hosts")
+    @classmethod
+    def _are_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not HOST.fullmatch(host):
+                raise ValueError(f"{host!r} is no name of a host, such as images.example.org")
+        return hosts
 
     @property
     def cores(self) -> int:

@@ -105,7 +105,10 @@ async def _fields(request: Request, kind: str, model: type[Body], limits: Limits
     pictured = issubclass(model, (LabelledPicture, EmbedBody))
     if kind == "application/json":
         limit = min(limits.body_bytes, model.max_bytes or limits.body_bytes)
-        return _json(await _whole(request, limit, BodyTooLarge, "the body"))
+        value = _json(await _whole(request, limit, BodyTooLarge, "the body"))
+        place = context(request).place
+        await service(request).fetcher.fill(value, place.more_bytes if place else lambda count: None)
+        return value
     if pictured and kind == "multipart/form-data":
         return _shape(await _form(request, limits), model)
     if pictured and kind in PICTURES:

@@ -23,10 +23,14 @@ class Problem extends Error {
   }
 }
 
+const KEY = "calmclip-key"; // in this tab alone, and gone with it
+const key = () => sessionStorage.getItem(KEY);
+
 /** -> {data, stages, ms}. Body: a form, or a value that becomes JSON. Throws `Problem`. */
 async function ask(method, path, body, signal) {
   const form = body instanceof FormData;
   const headers = body && !form ? { "Content-Type": "application/json" } : {};
+  if (key()) headers.Authorization = `Bearer ${key()}`;
   const start = performance.now();
   let response;
   try {
@@ -75,8 +79,11 @@ async function answer(work) {
 }
 
 function explain(error) {
-  const { title, detail, type, known = [], errors = [], request_id } = error.body ?? { title: error.message };
-  const parts = [make("strong", {}, type ? make("a", { href: type.replace(/^\//, "") }, title) : title)];
+  const { status, title, detail, type, known = [], errors = [], request_id } = error.body ?? { title: error.message };
+  const closed = [401, 403].includes(status);
+  if (closed) $("key").hidden = false;
+  const linked = type && !closed && !key(); // a link brings no key
+  const parts = [make("strong", {}, linked ? make("a", { href: type.replace(/^\//, "") }, title) : title)];
   if (detail) parts.push(make("p", {}, detail));
   if (errors.length > 1) parts.push(make("ul", {}, ...errors.map((e) => make("li", {}, `${e.where}: ${e.message}`))));
   if (known.length) parts.push(make("p", {}, `Known: ${known.join(", ")}`));
@@ -429,15 +436,15 @@ async function models() {
   const { ready, loaded } = await ask("GET", "readyz").then(({ data }) => data, ({ body }) => body ?? {});
   const known = [...$("model").options].map(({ value }) => value);
   if (loaded && loaded.join() !== known.join()) {
+    const { data } = await ask("GET", "v1/models");
     const options = loaded.map((name) => make("option", { value: name }, name));
     $("model").replaceChildren(...(options.length ? options : [make("option", { value: "" }, "none loaded yet")]));
     $("model").disabled = options.length < 2;
-    const { data } = await ask("GET", "v1/models");
     catalogue = new Map(data.models.map((one) => [one.name, one]));
     change();
   }
   if (ready) await collections();
-  else setTimeout(models, 1000);
+  else setTimeout(() => models().catch(explain), 1000);
 }
 
 /** Another model: its own settings, and of the tabs one that it serves. */
@@ -457,7 +464,7 @@ async function collections() {
 
 async function sets() {
   const { data } = await ask("GET", "v1/label-sets");
-  $("label-set").append(...data.label_sets.map(({ name }) => make("option", { value: name }, name)));
+  $("label-set").replaceChildren($("label-set").options[0], ...data.label_sets.map(({ name }) => make("option", { value: name }, name)));
   $("sets").hidden = !data.label_sets.length;
 }
 
@@ -522,5 +529,16 @@ addEventListener("drop", quietly(({ target, dataTransfer }) => {
 }));
 new ResizeObserver(() => draw(shown)).observe($("picture"));
 
+/** What every answer needs; where a key is missing it is asked for, and this runs again. */
+const begin = () => Promise.all([models(), sets()]).catch(explain);
+
+on("key", "submit", quietly(() => {
+  sessionStorage.setItem(KEY, $("secret").value.trim());
+  $("key").reset();
+  $("key").hidden = true;
+  $("problem").replaceChildren();
+  begin();
+}));
+
 settings();
-Promise.all([models(), sets()]).catch(explain);
+begin();

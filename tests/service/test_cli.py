@@ -236,3 +236,23 @@ def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(host):
         accepted, _ = door.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_metrics_at_their_own_port(bundles, tmp_path, capsys):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serving(bundles, tmp_path / "data", CALMCLIP_METRICS_PORT=str(port)) as (process, client, _):
+        own = f"http://127.0.0.1:{port}"
+        assert client.get("/metrics").status_code == 404
+        assert "calmclip_requests_total" in client.get(f"{own}/metrics").text
+        assert client.get(f"{own}/v1/models").status_code == 404
+        assert client.get(f"{own}/healthz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_metrics_at_the_port_of_the_service_are_bad_usage(bundles, monkeypatch, capsys):
+    monkeypatch.setenv("CALMCLIP_METRICS_PORT", "8123")
+    assert main(["serve", "--bundles", str(bundles), "--port", "8123"]) == 2
+    assert "CALMCLIP_METRICS_PORT" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from service.client import (
     DeadlineExceeded,
     Example,
     Failed,
+    Forbidden,
     Hit,
     Item,
     LabelSet,
@@ -38,6 +39,7 @@ from service.client import (
     Rejected,
     StoredItem,
     Suppression,
+    Unauthorized,
     Unreachable,
     Unreadable,
 )
@@ -340,7 +342,9 @@ def test_retries_come_to_an_end(asking, scripted, waits):
         ((504, {}, b'{"type": "/problems/deadline-exceeded"}'), DeadlineExceeded, "deadline-exceeded"),
         ((500, {}, b'{"type": "/problems/internal"}'), Failed, "internal"),
         ((502, {}, b"<html>Bad gateway</html>"), Failed, ""),
-        ((401, {}, b"[]"), Rejected, ""),
+        ((400, {}, b"[]"), Rejected, ""),
+        ((401, {}, b'{"type": "/problems/unauthorized"}'), Unauthorized, "unauthorized"),
+        ((403, {}, b'{"type": "/problems/forbidden"}'), Forbidden, "forbidden"),
     ],
 )
 def test_other_refusals(asking, scripted, answer, kind, slug):

@@ -18,6 +18,7 @@ from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, Response, expect, sync_playwright
 
 from models.bundle.store import Sealed
+from service import keys
 from service.hub import Hub
 from service.indexing import index
 from service.settings import Settings
@@ -442,3 +443,42 @@ def test_the_page_knows_every_stage(client: httpx.Client, picture: Callable[...,
     told = {name for one in answers for name in re.findall(r"([\w-]+);dur=", one.headers["server-timing"])}
     assert {one.status_code for one in answers} == {200}
     assert told - known == {"total"}
+
+
+def test_a_key_is_asked_for_kept_in_the_tab_and_sent(
+    browser: Browser,
+    serve: Callable[..., AbstractContextManager[httpx.Client]],
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    file: Callable[..., FilePayload],
+) -> None:
+    kept = tmp_path / "keys.json"
+    reader, writer = keys.add(kept, "reader", ["read"]), keys.add(kept, "writer", ["read", "write"])
+    with serve(settings(keys=kept)) as client, opened(browser, client) as page:
+        problem, asked = page.locator("#problem"), page.get_by_label("Key kept in this tab alone")
+        expect(problem).to_contain_text("a key is needed")
+
+        def give(key: str) -> None:
+            asked.fill(key)
+            asked.press("Enter")
+
+        give("wrong")
+        expect(problem).to_contain_text("not one of this service's")
+        give(reader)
+        expect(page.get_by_label("Model")).to_have_value("colours-int8")
+        expect(asked).to_be_hidden()
+        expect(problem).to_be_empty()
+        page.reload()
+        expect(page.get_by_label("Model")).to_have_value("colours-int8")
+        assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        choose(page, file("red"))
+        expect(page.locator("#answer li").first).to_be_visible()
+        page.get_by_role("tab", name="Search").click()
+        page.get_by_label("Collection").fill("photos")
+        page.get_by_role("button", name="Add the chosen pictures").click()
+        expect(problem).to_contain_text("needs one for write")
+        give(writer)
+        page.get_by_role("button", name="Add the chosen pictures").click()
+        expect(problem).to_be_empty()
+        expect(page.locator("#answer")).to_contain_text("1")
+        assert client.get("/v1/collections/photos", headers={"X-API-Key": reader}).json()["items"] == 1

@@ -1,0 +1,295 @@
+"""Keys: every route closed but health, scopes kept, nothing of a key to be read anywhere; metrics at their own port."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+
+import httpx
+import pytest
+
+from models.cli import main
+from models.errors import BadRequest
+from service import keys
+from service.app import create_app
+from service.client import Client, Forbidden, Unauthorized
+from service.indexing import index
+
+# What changes something, by hand; all else is read, but for these.
+WRITES = {
+    "PUT /v1/collections/{name}", "DELETE /v1/collections/{name}", "POST /v1/collections/{name}/items",
+    "DELETE /v1/collections/{name}/items", "PUT /v1/label-sets/{name}", "DELETE /v1/label-sets/{name}",
+    "POST /v1/label-sets/{name}/calibrate",
+}  # fmt: skip
+HEALTH = {"GET /healthz", "HEAD /healthz", "GET /readyz", "HEAD /readyz"}
+PAGE = {f"{verb} /{file}" for verb in ("GET", "HEAD") for file in ("", "index.html", "app.js", "style.css")}
+CHALLENGE = 'Bearer realm="calmclip"'
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "keys.json"
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def ask(app, *requests: httpx.Request) -> list[httpx.Response]:
+    """Without a server and without bundles loaded: what the doorman says comes before all that."""
+
+    async def go() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
+            return [await client.send(one) for one in requests]
+
+    return asyncio.run(go())
+
+
+def operations(routes) -> dict[str, str]:
+    """Every verb of every route, whatever made it -> its path without placeholders."""
+    found = {}
+    for route in routes:
+        if inner := getattr(route, "original_router", None):  # how newer FastAPI keeps an included router
+            found |= operations(inner.routes)
+        else:
+            found |= {f"{verb} {route.path}": re.sub(r"{\w+}", "x", route.path) for verb in route.methods}
+    return found
+
+
+def test_every_route_is_closed_but_health_and_the_page(settings, file):
+    secrets = {scope: keys.add(file, scope, [scope]) for scope in keys.SCOPES}
+    app = create_app(settings(keys=file))
+    routes = operations(app.routes)
+    assert {"GET /openapi.json", "GET /metrics", *WRITES, *HEALTH} <= routes.keys()
+    assert len(routes) > 35
+    for name, path in {**routes, "GET nothing": "/nothing", "POST page": "/", "OPTIONS any": "/v1/models"}.items():
+        verb = name.split()[0]
+        needed = "write" if name in WRITES or name.split()[1] in ("page", "any") else "read"
+        needed = "metrics" if path == "/metrics" else needed
+        asked = [httpx.Request(verb, f"http://x{path}", headers=bearer(one)) for one in ("wrong", *secrets.values())]
+        bare, wrong, *known = ask(app, httpx.Request(verb, f"http://x{path}"), *asked)
+        if name in HEALTH | PAGE:
+            assert bare.status_code in (200, 503), name
+            continue
+        for answer in (bare, wrong):
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, CHALLENGE), name
+        for scope, answer in zip(secrets, known, strict=True):
+            if scope == needed:
+                assert answer.status_code not in (401, 403), name
+            else:
+                assert answer.status_code == 403, (name, scope)
+                assert (
+                    answer.headers["www-authenticate"] == f'{CHALLENGE}, error="insufficient_scope", scope="{needed}"'
+                )
+
+
+def test_problems_and_the_two_headers(settings, file):
+    secret = keys.add(file, "reader", ["read"])
+    app = create_app(settings(keys=file))
+
+    def status(*headers: tuple[str, str]) -> int:
+        return ask(app, httpx.Request("GET", "http://x/v1/models", headers=list(headers)))[0].status_code
+
+    for good in ([("X-API-Key", secret)], [("Authorization", f"bearer  {secret}")],
+                 [("X-API-Key", secret), ("Authorization", f"Bearer {secret}")]):  # fmt: skip
+        assert status(*good) == 200, good
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    for bad in ([("Authorization", secret)], [("Authorization", f"Basic {secret}")], [("X-API-Key", digest)],
+                [("X-API-Key", secret[:-1])], [("X-API-Key", secret), ("Authorization", "Bearer other")],
+                [("X-API-Key", "")], [("Authorization", "Bearer ")]):  # fmt: skip
+        assert status(*bad) == 401, bad
+    (answer,) = ask(app, httpx.Request("PUT", "http://x/v1/collections/x", headers=bearer(secret)))
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert (problem["type"], problem["status"], problem["instance"]) == (
+        "/problems/forbidden",
+        403,
+        "/v1/collections/x",
+    )
+    assert problem["detail"] == "the key 'reader' is for read; this needs one for write"
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    (answer,) = ask(app, httpx.Request("GET", "http://x/v1/models"))
+    assert answer.json()["type"] == "/problems/unauthorized"
+
+
+def test_a_body_is_not_read_without_a_key(settings, serve, file):
+    keys.add(file, "reader", ["read"])
+    with serve(settings(keys=file, limits={"body_bytes": 1024})) as client:
+        answer = client.post("/v1/embed", content=b"x" * 5000, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.headers["connection"]) == (401, "close")
+
+
+def test_the_specification_says_which_need_a_key(settings, file):
+    assert "security" not in json.dumps(create_app(settings()).openapi())
+    keys.add(file, "reader", ["read"])
+    spec = create_app(settings(keys=file)).openapi()
+    assert spec["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
+    for path, verbs in spec["paths"].items():
+        for verb, operation in verbs.items():
+            is_open = f"{verb.upper()} {path}" in HEALTH
+            assert ("security" in operation) != is_open, (verb, path)
+            assert ({"401", "403"} <= operation["responses"].keys()) != is_open, (verb, path)
+
+
+def test_the_file_is_read_again_when_it_changes(settings, file, caplog):
+    first = keys.add(file, "first", ["read"])
+    app = create_app(settings(keys=file))
+
+    def status(secret: str) -> int:
+        return ask(app, httpx.Request("GET", "http://x/v1/models", headers=bearer(secret)))[0].status_code
+
+    assert status(first) == 200
+    second = keys.add(file, "second", ["read"])
+    assert (status(first), status(second)) == (200, 200)
+    keys.remove(file, "first")
+    assert (status(first), status(second)) == (401, 200)
+    whole = file.read_bytes()
+    with caplog.at_level(logging.WARNING, "calmclip"):
+        file.write_text(json.dumps({"keys": [{"name": "x", "sha256": second, "scopes": ["read"]}]}))
+        assert (status(second), status(second)) == (200, 200)
+        file.unlink()
+        assert status(second) == 200
+    assert len(caplog.records) == 2  # once for each change
+    assert second not in caplog.text
+    file.write_bytes(whole.replace(b'"second"', b'"renamed"'))
+    assert status(second) == 200
+    file.write_text('{"keys": []}')
+    assert status(second) == 401
+
+
+def test_no_key_is_in_the_log_the_metrics_or_an_answer(settings, serve, file, caplog, picture):
+    secret, other = keys.add(file, "both", ["read", "metrics"]), "calmclip_" + "guess" * 9
+    caplog.set_level(logging.DEBUG)
+    seen = []
+    with serve(settings(keys=file)) as client:
+        for given in (secret, other):
+            for verb, path in (
+                ("GET", "/v1/models"),
+                ("GET", "/no"),
+                ("PUT", "/v1/collections/x"),
+                ("GET", "/metrics"),
+            ):
+                for headers in (bearer(given), {"X-API-Key": given}):
+                    answer = client.request(verb, path, headers=headers)
+                    seen.append(answer.text + str(answer.headers))
+    text = caplog.text + "".join(seen) + file.read_text()
+    assert "calmclip_requests_total" in text
+    assert "calmclip.access" in text
+    assert "both" in caplog.text  # whose it was is said
+    assert secret not in text
+    assert other not in text
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    assert digest not in caplog.text + "".join(seen)
+
+
+def test_clients_bring_a_key(settings, serve, file, tmp_path, picture, monkeypatch, capsys):
+    secret, reader = keys.add(file, "both", ["read", "write"]), keys.add(file, "reader", ["read"])
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "red.png").write_bytes(picture("red"))
+    with serve(settings(keys=file)) as http:
+        url = str(http.base_url)
+        with Client(url, key=reader) as client:
+            assert [one.name for one in client.models()] == ["colours-int8"]
+            with pytest.raises(Forbidden, match="needs one for write"):
+                client.create_collection("x")
+        with Client(url) as client, pytest.raises(Unauthorized, match="a key is needed"):
+            client.models()
+        monkeypatch.setenv("CALMCLIP_API_KEY", secret)
+        assert main(["index", str(folder), "--collection", "photos", "--url", url]) == 0
+        monkeypatch.setenv("CALMCLIP_API_KEY", reader)
+        assert main(["index", str(folder), "--collection", "photos", "--url", url]) == 2
+    said = capsys.readouterr()
+    assert "needs one for write" in said.err
+    assert secret not in said.out + said.err
+    assert reader not in said.out + said.err
+
+
+def test_index_without_a_service_needs_no_key(settings, file, tmp_path, picture):
+    keys.add(file, "reader", ["read"])
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "red.png").write_bytes(picture("red"))
+    assert index(folder, "photos", settings=settings(keys=file))["added"] == 1
+
+
+def test_the_verb(file, monkeypatch, capsys):
+    monkeypatch.setenv("CALMCLIP_KEYS", str(file))
+    os.umask(mask := os.umask(0))  # a mask that lets everybody in must not matter
+    before = os.umask(0)
+    try:
+        assert main(["keys", "add", "prometheus", "--scope", "metrics"]) == 0
+    finally:
+        os.umask(before)
+    assert before == mask
+    secret = capsys.readouterr().out.strip()
+    assert re.fullmatch(r"calmclip_[\w-]{43}", secret)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    (kept,) = json.loads(file.read_text())["keys"]
+    assert kept == {
+        "name": "prometheus", "sha256": hashlib.sha256(secret.encode()).hexdigest(), "scopes": ["metrics"],
+    }  # fmt: skip
+    assert main(["keys", "--json", "add", "ci", "--scope", "read", "--scope", "write"]) == 0
+    assert json.loads(capsys.readouterr().out)["key"] != secret
+    assert main(["keys", "--json", "list"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "keys": [{"name": "prometheus", "scopes": ["metrics"]}, {"name": "ci", "scopes": ["read", "write"]}]
+    }
+    assert main(["keys", "remove", "prometheus"]) == 0
+    assert capsys.readouterr().out.split() == ["ci", "read", "write"]
+    for wrong, word in ((["add", "ci", "--scope", "read"], "already"), (["add", "a b", "--scope", "read"], "no name"),
+                        (["remove", "x"], "no key 'x'")):  # fmt: skip
+        assert main(["keys", *wrong]) == 2
+        assert word in capsys.readouterr().err
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    monkeypatch.delenv("CALMCLIP_KEYS")
+    assert main(["keys", "list"]) == 2
+    assert "--file" in capsys.readouterr().err
+
+
+def test_a_link_stays_one(file, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(file)
+    keys.add(link, "a", ["read"])
+    assert link.is_symlink()
+    assert [key.name for key in keys.read(file)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        (None, "cannot be read"),
+        ("calmclip_secret", "JSON"),
+        ('{"keys": [{"name": "a", "sha256": "calmclip_secret", "scopes": ["read"]}]}', "sha256"),
+        (json.dumps({"keys": [{"name": "a", "sha256": "0" * 64, "scopes": []}]}), "scopes"),
+        (json.dumps({"keys": [{"name": "a", "sha256": "0" * 64, "scopes": ["all"]}]}), "scopes"),
+        (json.dumps({"keys": [{"name": "a", "sha256": "0" * 64, "scopes": ["read"]}] * 2}), "twice"),
+    ],
+)
+def test_a_file_that_is_none_is_said_at_the_start(settings, file, text, word):
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(BadRequest, match=word) as error:
+        create_app(settings(keys=file))
+    assert "calmclip_secret" not in str(error.value)
+
+
+def test_metrics_at_their_own_port(settings, file):
+    secret = keys.add(file, "prometheus", ["metrics"])
+    app = create_app(settings(metrics_port=9090))
+    paths = {
+        "http://x:8080": ("/metrics", "/healthz", "/v1/models"),
+        "http://x:9090": ("/metrics", "/healthz", "/v1/models"),
+    }
+    answers = ask(app, *(httpx.Request("GET", host + path) for host, them in paths.items() for path in them))
+    assert [one.status_code for one in answers] == [404, 200, 200, 200, 200, 404]
+    assert answers[0].json()["type"] == "/problems/not-found"
+    assert "calmclip_requests_total" in answers[3].text
+    assert "/metrics" not in app.openapi()["paths"]
+    closed = create_app(settings(metrics_port=9090, keys=file))
+    metrics = "http://x:9090/metrics"
+    answers = ask(closed, httpx.Request("GET", metrics), httpx.Request("GET", metrics, headers=bearer(secret)))
+    assert [one.status_code for one in answers] == [401, 200]

@@ -1,0 +1,143 @@
+"""More than two thousand broken, lying and exotic pictures, the same at each run: each is answered, none with a 5xx."""
+
+import io
+import random
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+SEED = 5
+EACH = 100  # mutations of one picture
+SIZES = (0, 1, 2, 255, 4096, 16383, 16384, 65535, 0x7FFFFFFF, 0xFFFFFFFF)
+
+
+def saved(image: Image.Image, kind: str, **how: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+def originals() -> dict[str, bytes]:
+    """Small pictures of every format that is read, of every mode that it has, and of some that are not read."""
+    noise = np.random.default_rng(SEED).integers(0, 256, (21, 33, 4), np.uint8)
+    rgba = Image.fromarray(noise, "RGBA")
+    rgb = rgba.convert("RGB")
+    palette = rgb.quantize(16)
+    grey16 = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    frames = [rgb.rotate(90 * turn) for turn in (1, 2)]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    return {
+        "jpeg": saved(rgb, "JPEG"),
+        "jpeg progressive": saved(rgb, "JPEG", progressive=True, subsampling=0),
+        "jpeg grey": saved(rgb.convert("L"), "JPEG"),
+        "jpeg cmyk": saved(rgb.convert("CMYK"), "JPEG"),
+        "jpeg turned": saved(rgb, "JPEG", exif=turned),
+        "png": saved(rgb, "PNG"),
+        "png alpha": saved(rgba, "PNG"),
+        "png grey alpha": saved(rgba.convert("LA"), "PNG"),
+        "png palette": saved(palette, "PNG"),
+        "png palette, one colour clear": saved(palette, "PNG", transparency=3),
+        "png one bit": saved(rgb.convert("1"), "PNG"),
+        "png 16 bits": saved(grey16, "PNG"),
+        "png moving": saved(rgb, "PNG", save_all=True, append_images=frames),
+        "webp": saved(rgb, "WEBP"),
+        "webp lossless": saved(rgb, "WEBP", lossless=True),
+        "webp alpha": saved(rgba, "WEBP", exif=turned),
+        "webp moving": saved(rgb, "WEBP", save_all=True, append_images=frames, duration=50),
+        "gif": saved(palette, "GIF"),
+        "bmp": saved(rgb, "BMP"),
+        "tiff": saved(rgb, "TIFF"),
+        "ppm": saved(rgb, "PPM"),
+        "ico": saved(rgb.resize((32, 32)), "ICO"),
+    }
+
+
+def png_mended(data: bytes) -> bytes:
+    """Each chunk with the check sum of what it holds now, so that a decoder goes on to look at it."""
+    out, at = bytearray(data[:8]), 8
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        body = data[at + 4 : at + 8 + length]
+        out += struct.pack(">I", length) + body + struct.pack(">I", zlib.crc32(body))
+        at += 12 + length
+    return bytes(out)
+
+
+def resized(data: bytes, width: int, height: int) -> bytes:
+    """The header says another size; the pixels stay."""
+    out = bytearray(data)
+    if data[:4] == b"\x89PNG":
+        struct.pack_into(">II", out, 16, width, height)
+        return png_mended(bytes(out))
+    if data[:2] == b"\xff\xd8":
+        at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))  # baseline or progressive
+        struct.pack_into(">HH", out, at + 5, height & 0xFFFF, width & 0xFFFF)
+    elif data[12:16] == b"VP8 ":
+        struct.pack_into("<HH", out, 26, width & 0x3FFF, height & 0x3FFF)
+    elif data[12:16] == b"VP8L":
+        struct.pack_into("<I", out, 21, (width & 0x3FFF) | (height & 0x3FFF) << 14)
+    elif data[12:16] == b"VP8X":
+        out[24:30] = struct.pack("<I", width & 0xFFFFFF)[:3] + struct.pack("<I", height & 0xFFFFFF)[:3]
+    return bytes(out)
+
+
+def mutated(data: bytes, others: list[bytes], dice: random.Random) -> bytes:
+    out = bytearray(data)
+    at, length = dice.randrange(len(out)), dice.randrange(1, 64)
+    what = dice.randrange(9)
+    if what == 0:
+        del out[at:]
+    elif what == 1:
+        for _ in range(dice.choice((1, 3, 20))):
+            out[dice.randrange(len(out))] ^= 1 << dice.randrange(8)
+    elif what == 2:  # where headers are
+        for _ in range(dice.choice((1, 3))):
+            out[dice.randrange(min(64, len(out)))] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
+    elif what == 3:
+        return resized(data, dice.choice(SIZES), dice.choice(SIZES))
+    elif what == 4:
+        del out[at : at + length]
+    elif what == 5:
+        out[at:at] = dice.randbytes(length)
+    elif what == 6:
+        out[at : at + length] = out[:length]
+    elif what == 7:
+        other = dice.choice(others)
+        out[at:] = other[dice.randrange(len(other)) :]
+    else:
+        out[at : at + 4] = struct.pack(dice.choice("<>") + "I", dice.choice(SIZES))
+    return png_mended(bytes(out)) if data[:4] == b"\x89PNG" and dice.random() < 0.7 else bytes(out)
+
+
+def corpus() -> Iterator[tuple[str, bytes]]:
+    dice = random.Random(SEED)
+    known = originals()
+    for name, data in known.items():
+        yield name, data
+        for number in range(EACH):
+            yield f"{name} {number}", mutated(data, list(known.values()), dice)
+    for kind in ("png", "jpeg", "webp", "webp lossless", "webp moving"):
+        yield f"{kind} bomb", resized(known[kind], 16383, 16383)
+
+
+def test_each_is_answered_and_none_with_a_5xx(client):
+    pictures = list(corpus())
+    assert len({data for _, data in pictures}) >= 2000
+    kinds = ("image/jpeg", "image/png", "image/webp")
+    seen = {}
+    for number, (name, data) in enumerate(pictures):
+        headers = {"content-type": kinds[number % 3]}  # what it is said to be is never believed
+        seen[name] = client.post("/v1/classify?labels=red", content=data, headers=headers)
+    assert {name for name, answer in seen.items() if answer.status_code not in (200, 413, 415)} == set()
+    for name in originals():
+        read = name.split()[0] in ("jpeg", "png", "webp")
+        assert seen[name].status_code == (200 if read else 415), name
+    assert {answer.status_code for name, answer in seen.items() if name.endswith("bomb")} == {413}
+    count = Counter(answer.status_code for answer in seen.values())
+    assert all(count[status] >= 50 for status in (200, 413, 415)), count  # it reaches decoders, and what guards them
+    assert client.get("/readyz").status_code == 200
