@@ -54,6 +54,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
         fetcher=Fetcher(settings.url_hosts, settings.limits),
     )
+    metrics.watch_health(parts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

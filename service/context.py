@@ -90,6 +90,16 @@ class Service:
     labels: "LabelSets"
     fetcher: "Fetcher"
 
+    @property
+    def failed(self) -> dict[str, str]:
+        """What does not open, or why the service is leaving: name -> reason, as `/readyz` says."""
+        leaving = {"service": "it is shutting down"} if self.admission.leaving else {}
+        return {**self.collections.failed, **self.hub.failed, **leaving}
+
+    @property
+    def ready(self) -> bool:
+        return self.hub.ready and not self.collections.loading and not self.failed
+
 
 def context(request: Request) -> Context:
     found: Context = request.scope["calmclip.context"]

@@ -21,7 +21,7 @@ from models.ops.library import Library
 from models.tasks.detect import Detections
 from service.admission import Admission
 from service.batching import RELEASES, Release
-from service.context import Context
+from service.context import Context, Service
 from service.settings import Settings
 
 EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -117,6 +117,8 @@ class Metrics:
         self.candidates = self._make(
             Histogram, "detections_candidates", "Box-label pairs before suppression.", "model", buckets=BOX_EDGES
         )
+        self.ready = self._make(Gauge, "ready", "1 when /readyz says 200.")
+        self.failed = self._make(Gauge, "failed", "What does not open (bundles, collections).", "kind")
         self.info = self._make(Gauge, "bundle_info", "1 for a loaded bundle.", "model", "sha256", "precision", "ops")
         self.build = self._make(Gauge, "build_info", "1: this version.", "version")
         self.build.labels(models.__version__).set(1)
@@ -194,6 +196,11 @@ class Metrics:
         self.pending_limit.set(gate.max_pending)
         self.pending_bytes_limit.set(gate.max_bytes)
         self.pending_pixels_limit.set(gate.max_pixels)
+
+    def watch_health(self, parts: Service) -> None:
+        self.ready.set_function(lambda: float(parts.ready))
+        for kind, failed in (("bundles", parts.hub.failed), ("collections", parts.collections.failed)):
+            self.failed.labels(kind).set_function(lambda failed=failed: len(failed))
 
     def loaded(self, bundles: Sequence[Bundle]) -> None:
         """These and no others are loaded now."""

@@ -257,6 +257,27 @@ def test_one_port_from_the_command_to_the_scrape() -> None:
     assert str(discovery["port"]) == port
 
 
+def test_prometheus_has_its_rules_and_tells_the_alertmanager_of_this_file() -> None:
+    config = next(one for one in SERVICES["prometheus"]["command"] if one.startswith("--config.file="))
+    path = Path(config.partition("=")[2])
+    there = mounts("prometheus")
+    assert (ROOT / there[str(path)]).samefile(ROOT / "service/monitoring/prometheus.yml")
+    for name in PROMETHEUS["rule_files"]:
+        assert (ROOT / there[str(path.parent / name)]).samefile(ROOT / "service/monitoring" / name)
+    (manager,) = PROMETHEUS["alerting"]["alertmanagers"]
+    ((target,),) = (one["targets"] for one in manager["static_configs"])
+    host, port = target.split(":")
+    assert published(host)[0][2] == port
+    (config,) = (one for one in SERVICES[host]["command"] if one.startswith("--config.file="))
+    assert (ROOT / mounts(host)[config.partition("=")[2]]).samefile(ROOT / "service/monitoring/alertmanager.yml")
+
+
+def test_the_service_has_the_time_to_leave() -> None:
+    settings = Settings()
+    patience = int(SERVICES["service"]["stop_grace_period"].removesuffix("s"))
+    assert patience > settings.grace_s + settings.deadline_ms / 1000
+
+
 def test_grafana_asks_the_prometheus_of_this_file() -> None:
     (source,) = yaml.safe_load((GRAFANA / "datasources/prometheus.yml").read_text())["datasources"]
     url = urlsplit(source["url"])

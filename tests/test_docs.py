@@ -10,7 +10,16 @@ from models.commands import FAMILIES
 from models.ops.spec import OPS, Op
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "models/README.md", "export/README.md", "service/README.md"]
+PAGES = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "models/README.md",
+    "export/README.md",
+    "service/README.md",
+    "service/monitoring/README.md",
+    "service/deploy/k8s/README.md",
+]
 
 
 def read(name: str) -> str:

@@ -1,7 +1,7 @@
-"""The Grafana dashboard, printed from the panels below: ``python -m service.monitoring.dashboard``.
+"""The Grafana dashboards, from the panels below: ``python -m service.monitoring.dashboard`` writes `FILES`.
 
-Writes ``grafana/dashboards/calmclip.json``; a test keeps that file equal to what this module says, and every
-metric and label in an expression equal to what `service.metrics` has.
+Tests keep the files equal to what this module says, every metric and label in an expression equal to what
+`service.metrics` and `rules` have, and ask each expression of a live Prometheus.
 """
 
 import json
@@ -9,12 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-FILE = Path(__file__).with_name("grafana") / "dashboards" / "calmclip.json"
+FOLDER = Path(__file__).with_name("grafana") / "dashboards"
 SOURCE = {"type": "prometheus", "uid": "prometheus"}  # as grafana/provisioning/datasources names it
-VARIABLES = {
-    "model": "label_values(calmclip_bundle_info, model)",
-    "task": "label_values(calmclip_requests_total, task)",
-}
 
 
 @dataclass(frozen=True)
@@ -24,7 +20,7 @@ class Panel:
     title: str
     queries: dict[str, str]
     unit: str = "short"
-    kind: Literal["timeseries", "stat", "table"] = "timeseries"
+    kind: Literal["timeseries", "stat", "table", "heatmap"] = "timeseries"
     width: int = 8
     stacked: bool = False
     note: str = ""
@@ -34,6 +30,7 @@ OF_MODEL = 'model=~"$model"'
 OF_BOTH = f'task=~"$task", task!~"catalog|other", {OF_MODEL}'  # but not probes, scrapes, the page
 FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
 HITS = f'{OF_MODEL}, outcome="hit"'
+OF_STORE = 'task=~"index|search|collections"'
 
 
 def rate(metric: str, *labels: str, where: str = OF_BOTH) -> str:
@@ -42,8 +39,8 @@ def rate(metric: str, *labels: str, where: str = OF_BOTH) -> str:
     return f"sum{by} (rate(calmclip_{metric}{{{where}}}[$__rate_interval]))"
 
 
-def quantile(q: float, metric: str, *labels: str) -> str:
-    return f"histogram_quantile({q}, {rate(f'{metric}_bucket', 'le', *labels)})"
+def quantile(q: float, metric: str, *labels: str, where: str = OF_BOTH) -> str:
+    return f"histogram_quantile({q}, {rate(f'{metric}_bucket', 'le', *labels, where=where)})"
 
 
 def mean(metric: str, *labels: str, where: str = OF_MODEL) -> str:
@@ -51,100 +48,288 @@ def mean(metric: str, *labels: str, where: str = OF_MODEL) -> str:
     return f"{rate(f'{metric}_sum', *labels, where=where)} / {rate(f'{metric}_count', *labels, where=where)}"
 
 
-ROWS: dict[str, list[Panel]] = {
-    "Now": [
-        Panel("Replicas up", {"up": 'sum(up{job="calmclip"})'}, kind="stat", width=4),
-        Panel("Requests", {"requests": rate("requests_total")}, unit="reqps", kind="stat", width=4),
-        Panel(
-            "Failed",
-            {"failed": f"({rate('requests_total', where=FAILED)} or vector(0)) / {rate('requests_total')}"},
-            unit="percentunit",
-            kind="stat",
-            width=4,
-            note="Share of requests that ended in an error of ours, were shed, or were late.",
-        ),
-        Panel("p95", {"p95": quantile(0.95, "request_duration_seconds")}, unit="s", kind="stat", width=4),
-        Panel(
-            "Bundles",
-            {"bundle": f"calmclip_bundle_info{{{OF_MODEL}}}"},
-            kind="table",
-            note="One row per loaded bundle and replica.",
-        ),
-    ],
-    "Requests": [
-        Panel("Requests by task", {"{{task}}": rate("requests_total", "task")}, unit="reqps"),
-        Panel(
-            "Not answered with success, by task and outcome",
-            {"{{task}} {{outcome}}": rate("requests_total", "task", "outcome", where=f'{OF_BOTH}, outcome!="ok"')},
-            unit="reqps",
-        ),
-        Panel(
-            "Duration",
-            {f"p{q:.0f}": quantile(q / 100, "request_duration_seconds") for q in (50, 95, 99)},
-            unit="s",
-        ),
-    ],
-    "Stages": [
-        Panel(
-            "Mean request, by stage",
-            {
-                "{{stage}}": f"{rate('stage_duration_seconds_sum', 'stage')} / ignoring (stage) group_left () "
-                f"{rate('request_duration_seconds_count')}"
-            },
-            unit="s",
-            width=12,
-            stacked=True,
-            note="Seconds per request spent in each stage: the stack is as high as a mean request is long.",
-        ),
-        Panel(
-            "p95 of each stage",
-            {"{{stage}} {{graph}}": quantile(0.95, "stage_duration_seconds", "stage", "graph")},
-            unit="s",
-            width=12,
-        ),
-    ],
-    "Batches": [
-        Panel("Mean batch size", {"{{model}} {{graph}}": mean("batch_size", "model", "graph")}),
-        Panel(
-            "Calls in the queue",
-            {
-                "{{model}} {{graph}}": f"sum by (model, graph) (calmclip_queue_depth{{{OF_MODEL}}})",
-                "limit of one": f"max(calmclip_queue_limit{{{OF_MODEL}}})",
-            },
-        ),
-        Panel(
-            "Answered with a problem, by kind", {"{{reason}}": rate("rejected_total", "reason", where="")}, unit="reqps"
-        ),
-    ],
-    "Work saved and kept": [
-        Panel(
-            "Text-cache hits",
-            {
-                "{{model}}": f"{rate('text_cache_total', 'model', where=HITS)} / "
-                f"{rate('text_cache_total', 'model', where=OF_MODEL)}"
-            },
-            unit="percentunit",
-            width=6,
-        ),
-        Panel(
-            "Boxes per picture",
-            {
-                "candidates {{model}}": mean("detections_candidates", "model"),
-                "kept {{model}}": mean("detections_kept", "model"),
-            },
-            width=6,
-        ),
-        Panel("Items in collections", {"{{collection}}": "max by (collection) (calmclip_collection_items)"}, width=6),
-        Panel("Memory", {"{{instance}}": 'process_resident_memory_bytes{job="calmclip"}'}, unit="bytes", width=6),
-    ],
-}
+@dataclass(frozen=True)
+class Board:
+    """``variables``: name -> Grafana's query for its values. ``rows``: title -> panels side by side."""
+
+    title: str
+    variables: dict[str, str]
+    rows: dict[str, list[Panel]]
 
 
-def dashboard() -> dict[str, Any]:
+COMPUTE = 'stage=~"decode|preprocess|infer|postprocess|search"'
+MODELS = {"model": "label_values(calmclip_bundle_info, model)"}
+TASKS = {"task": "label_values(calmclip_requests_total, task)"}
+
+OVERVIEW = Board(
+    "calmclip",
+    MODELS | TASKS,
+    {
+        "Now": [
+            Panel("Replicas up", {"up": 'sum(up{job="calmclip"})'}, kind="stat", width=4),
+            Panel("Replicas ready", {"ready": "sum(calmclip_ready)"}, kind="stat", width=4),
+            Panel("Requests", {"requests": rate("requests_total")}, unit="reqps", kind="stat", width=4),
+            Panel(
+                "Failed",
+                {"failed": f"({rate('requests_total', where=FAILED)} or vector(0)) / {rate('requests_total')}"},
+                unit="percentunit",
+                kind="stat",
+                width=4,
+                note="Share of requests that ended in an error of ours, were shed, or were late.",
+            ),
+            Panel("p95", {"p95": quantile(0.95, "request_duration_seconds")}, unit="s", kind="stat", width=4),
+            Panel("Version", {"{{version}}": "sum by (version) (calmclip_build_info)"}, kind="stat", width=4),
+        ],
+        "Objectives": [
+            Panel(
+                "Attained over 1 h and 3 d",
+                {
+                    "{{slo}}, 1 h": "1 - calmclip:slo_bad:ratio_rate1h",
+                    "{{slo}}, 3 d": "1 - calmclip:slo_bad:ratio_rate3d",
+                    "objective": "max(calmclip_slo_target_ratio)",
+                },
+                unit="percentunit",
+                note="Share of requests answered without a failure of ours, and within the declared latency.",
+            ),
+            Panel(
+                "Burn rate",
+                {
+                    f"{{{{slo}}}}, {window}": f"calmclip:slo_bad:ratio_rate{window} / "
+                    "on () group_left () calmclip:slo_budget:ratio"
+                    for window in ("5m", "1h", "6h")
+                },
+                note="How many times faster than the error budget lasts; 14.4 over 1 h wakes somebody.",
+            ),
+            Panel(
+                "p99 and the declared latency",
+                {
+                    "declared": "max(calmclip_slo_latency_seconds)",
+                    "p99": quantile(0.99, "request_duration_seconds"),
+                },
+                unit="s",
+            ),
+        ],
+        "Requests": [
+            Panel("Requests by task", {"{{task}}": rate("requests_total", "task")}, unit="reqps"),
+            Panel(
+                "Not answered with success, by task and outcome",
+                {"{{task}} {{outcome}}": rate("requests_total", "task", "outcome", where=f'{OF_BOTH}, outcome!="ok"')},
+                unit="reqps",
+            ),
+            Panel(
+                "Answered with a problem, by kind",
+                {"{{reason}}": rate("rejected_total", "reason", where="")},
+                unit="reqps",
+            ),
+        ],
+        "Latency": [
+            Panel(
+                "Duration",
+                {f"p{q:.0f}": quantile(q / 100, "request_duration_seconds") for q in (50, 95, 99)},
+                unit="s",
+                width=12,
+            ),
+            Panel(
+                "Requests by duration",
+                {"{{le}}": rate("request_duration_seconds_bucket", "le")},
+                unit="s",
+                kind="heatmap",
+                width=12,
+            ),
+        ],
+        "Stages": [
+            Panel(
+                "Mean request, by stage",
+                {
+                    "{{stage}}": f"{rate('stage_duration_seconds_sum', 'stage')} / ignoring (stage) group_left () "
+                    f"{rate('request_duration_seconds_count')}"
+                },
+                unit="s",
+                stacked=True,
+                note="Seconds per request spent in each stage: the stack is as high as a mean request is long.",
+            ),
+            Panel(
+                "p95 of each stage",
+                {"{{stage}} {{graph}}": quantile(0.95, "stage_duration_seconds", "stage", "graph")},
+                unit="s",
+            ),
+            Panel(
+                "Load ratio",
+                {
+                    "{{task}}": f"{rate('request_duration_seconds_sum', 'task')} / "
+                    f"{rate('stage_duration_seconds_sum', 'task', where=f'{OF_BOTH}, {COMPUTE}')}"
+                },
+                note="A request's time over the time computed for it: 1 is an idle service, 5 is mostly waiting.",
+            ),
+        ],
+        "Saturation": [
+            Panel(
+                "Saturation",
+                {"{{of}} {{instance}}": "instance:calmclip_saturation:ratio"},
+                unit="percentunit",
+                note="Depth over limit; at 1 requests are turned away.",
+            ),
+            Panel(
+                "Turned away, by reason",
+                {"{{reason}}": rate("shed_duration_seconds_count", "reason", where="")},
+                unit="reqps",
+            ),
+            Panel(
+                "Requests finished per busy second, and Retry-After",
+                {
+                    "finished {{instance}}": "calmclip_drain_rate",
+                    "Retry-After {{instance}}": "calmclip_retry_after_seconds",
+                },
+            ),
+        ],
+        "Workload": [
+            Panel(
+                "Bytes of a picture",
+                {f"p{q}": quantile(q / 100, "picture_bytes", where="") for q in (50, 95)},
+                unit="bytes",
+                width=6,
+            ),
+            Panel(
+                "Pixels of a picture",
+                {f"p{q}": quantile(q / 100, "picture_pixels", where="") for q in (50, 95)},
+                width=6,
+            ),
+            Panel(
+                "Pictures refused",
+                {"{{reason}}": rate("pictures_rejected_total", "reason", where="")},
+                unit="reqps",
+                width=6,
+            ),
+            Panel("Memory", {"{{instance}}": 'process_resident_memory_bytes{job="calmclip"}'}, unit="bytes", width=6),
+        ],
+    },
+)
+OF_GRAPHS = Board(
+    "calmclip models",
+    MODELS,
+    {
+        "Bundles": [
+            Panel(
+                "Bundles",
+                {"bundle": f"calmclip_bundle_info{{{OF_MODEL}}}"},
+                kind="table",
+                width=16,
+                note="One row per loaded bundle and replica.",
+            ),
+            Panel("Op library", {"ops": "calmclip_ops_info"}, kind="table"),
+        ],
+        "Loading": [
+            Panel(
+                "Last load",
+                {"{{model}} {{instance}}": f"calmclip_bundle_load_seconds{{{OF_MODEL}}}"},
+                unit="s",
+                width=6,
+            ),
+            Panel(
+                "Loads of a changed bundle, in an hour",
+                {
+                    "{{model}} {{outcome}}": "sum by (model, outcome) "
+                    f"(increase(calmclip_bundle_reloads_total{{{OF_MODEL}}}[1h]))"
+                },
+                width=6,
+            ),
+            Panel(
+                "Graphs in memory",
+                {"{{model}} {{graph}}": f"sum by (model, graph) (calmclip_graph_open{{{OF_MODEL}}})"},
+                width=6,
+            ),
+            Panel(
+                "Last opening of a graph",
+                {"{{model}} {{graph}}": f"max by (model, graph) (calmclip_graph_open_seconds{{{OF_MODEL}}})"},
+                unit="s",
+                width=6,
+            ),
+        ],
+        "Batches": [
+            Panel("Mean batch size", {"{{model}} {{graph}}": mean("batch_size", "model", "graph")}),
+            Panel(
+                "Batches, by why they went",
+                {"{{graph}} {{reason}}": rate("batch_releases_total", "graph", "reason", where=OF_MODEL)},
+                unit="ops",
+            ),
+            Panel(
+                "Calls in the queue",
+                {
+                    "{{model}} {{graph}}": f"sum by (model, graph) (calmclip_queue_depth{{{OF_MODEL}}})",
+                    "limit of one": f"max(calmclip_queue_limit{{{OF_MODEL}}})",
+                },
+            ),
+        ],
+        "Work": [
+            Panel(
+                "Mean run of a graph",
+                {
+                    "{{model}} {{graph}}": mean(
+                        "stage_duration_seconds", "model", "graph", where=f'{OF_MODEL}, stage="infer"'
+                    )
+                },
+                unit="s",
+            ),
+            Panel(
+                "Text-cache hits",
+                {
+                    "{{model}}": f"{rate('text_cache_total', 'model', where=HITS)} / "
+                    f"{rate('text_cache_total', 'model', where=OF_MODEL)}"
+                },
+                unit="percentunit",
+            ),
+            Panel(
+                "Boxes per picture",
+                {
+                    "candidates {{model}}": mean("detections_candidates", "model"),
+                    "kept {{model}}": mean("detections_kept", "model"),
+                },
+            ),
+        ],
+    },
+)
+OF_ITEMS = Board(
+    "calmclip collections",
+    {},
+    {
+        "Collections": [
+            Panel("Items", {"{{collection}}": "max by (collection) (calmclip_collection_items)"}),
+            Panel(
+                "Since the last write",
+                {"{{collection}}": "time() - max by (collection) (calmclip_collection_last_commit_timestamp_seconds)"},
+                unit="s",
+            ),
+            Panel("Failing", {"{{kind}} {{instance}}": "calmclip_failed"}),
+        ],
+        "Work": [
+            Panel(
+                "Requests, by task and outcome",
+                {"{{task}} {{outcome}}": rate("requests_total", "task", "outcome", where=OF_STORE)},
+                unit="reqps",
+            ),
+            Panel(
+                "Duration, p95",
+                {"{{task}}": quantile(0.95, "request_duration_seconds", "task", where=OF_STORE)},
+                unit="s",
+            ),
+            Panel(
+                "Search and write, mean",
+                {"{{stage}}": mean("stage_duration_seconds", "stage", where=f'{OF_STORE}, stage=~"search|write"')},
+                unit="s",
+            ),
+        ],
+    },
+)
+BOARDS = {"calmclip": OVERVIEW, "calmclip-models": OF_GRAPHS, "calmclip-collections": OF_ITEMS}  # by uid
+FILES = {FOLDER / f"{uid}.json": uid for uid in BOARDS}
+
+
+def dashboard(uid: str) -> dict[str, Any]:
     """Grafana's JSON model (schema 39, Grafana 10.4 and later)."""
+    board = BOARDS[uid]
     panels: list[dict[str, Any]] = []
     y = 0
-    for title, row in ROWS.items():
+    for title, row in board.rows.items():
         panels.append(
             {
                 "id": len(panels) + 1,
@@ -161,9 +346,10 @@ def dashboard() -> dict[str, Any]:
             x += panel.width
         y += 1 + height
     return {
-        "uid": "calmclip",
-        "title": "calmclip",
+        "uid": uid,
+        "title": board.title,
         "tags": ["calmclip"],
+        "links": [{"type": "dashboards", "title": "calmclip", "tags": ["calmclip"], "keepTime": True}],
         "schemaVersion": 39,
         "version": 1,
         "editable": False,
@@ -171,7 +357,7 @@ def dashboard() -> dict[str, Any]:
         "time": {"from": "now-30m", "to": "now"},
         "timezone": "browser",
         "annotations": {"list": []},
-        "templating": {"list": [_variable(name, query) for name, query in VARIABLES.items()]},
+        "templating": {"list": [_variable(name, query) for name, query in board.variables.items()]},
         "panels": panels,
     }
 
@@ -200,10 +386,14 @@ def _model(panel: Panel) -> dict[str, Any]:
     if panel.kind == "timeseries":
         stacking = {"mode": "normal" if panel.stacked else "none", "group": "A"}
         defaults["custom"] = {"fillOpacity": 40 if panel.stacked else 8, "stacking": stacking, "showPoints": "never"}
+    how: dict[str, dict[str, Any]] = {
+        "table": {"instant": True, "range": False, "format": "table"},
+        "heatmap": {"format": "heatmap"},  # of cumulative buckets
+    }
     table = panel.kind == "table"
     targets = [
         {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": expr, "legendFormat": legend}
-        | ({"instant": True, "range": False, "format": "table"} if table else {})
+        | how.get(panel.kind, {})
         for i, (legend, expr) in enumerate(panel.queries.items())
     ]
     hide = {"id": "organize", "options": {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", "job"), True)}}
@@ -213,16 +403,17 @@ def _model(panel: Panel) -> dict[str, Any]:
         "description": panel.note,
         "datasource": SOURCE,
         "fieldConfig": {"defaults": defaults, "overrides": []},
-        "options": {},
+        "options": {"calculate": False, "yAxis": {"unit": panel.unit}} if panel.kind == "heatmap" else {},
         "targets": targets,
         "transformations": [hide] if table else [],
     }
 
 
-def text() -> str:
-    return json.dumps(dashboard(), indent=2) + "\n"
+def text(uid: str) -> str:
+    return json.dumps(dashboard(uid), indent=2) + "\n"
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(), encoding="utf-8")
-    print(FILE)
+    for file, uid in FILES.items():
+        file.write_text(text(uid), encoding="utf-8")
+        print(file)

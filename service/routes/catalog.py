@@ -65,12 +65,9 @@ async def healthz() -> Response:
     responses=answers(ReadyAnswer) | {503: {"model": ReadyAnswer, "description": "Not ready"}},
 )
 async def readyz(own: Own, parts: Parts) -> Response:
-    failed = {**parts.collections.failed, **parts.hub.failed}
-    if parts.admission.leaving:
-        failed["service"] = "it is shutting down"
-    ready = parts.hub.ready and not parts.collections.loading and not failed
+    ready = parts.ready
     loaded = [one.name for one in parts.hub.all()]
-    return respond(own, ReadyAnswer(ready=ready, loaded=loaded, failed=failed), 200 if ready else 503)
+    return respond(own, ReadyAnswer(ready=ready, loaded=loaded, failed=parts.failed), 200 if ready else 503)
 
 
 @router.get(

@@ -53,6 +53,8 @@ def test_a_fault_of_ours_is_500_without_details(settings, serve, monkeypatch, pi
         metrics = client.get("/metrics").text
         assert 'calmclip_requests_total{model="colours-int8",outcome="error",task="classify"} 1.0' in metrics
         assert "calmclip_requests_pending 0.0" in metrics
+        assert "calmclip_ready 1.0" in metrics
+        assert 'calmclip_failed{kind="bundles"} 0.0' in metrics
 
 
 @pytest.mark.parametrize("broken", ["service.hub.Bundle.warm", "service.hub.names"])
@@ -67,6 +69,9 @@ def test_a_bundle_that_breaks_while_loading_is_told_and_loading_ends(settings, s
                 break
             time.sleep(0.01)
         assert "too large" in next(iter(failed.values()))
+        metrics = client.get("/metrics").text
+        assert "calmclip_ready 0.0" in metrics
+        assert 'calmclip_failed{kind="bundles"} 1.0' in metrics
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 409  # no longer "loading"
     assert any(record.exc_info for record in caplog.records)
 

@@ -1,4 +1,4 @@
-"""Prometheus and Grafana name only what exists: metrics and labels of `service.metrics`, files, a data source."""
+"""Prometheus, Alertmanager and Grafana name only what exists: metrics and labels, files, a data source, a runbook."""
 
 import json
 import os
@@ -12,19 +12,26 @@ import yaml
 from prometheus_client import Histogram
 
 from service.metrics import Metrics
-from service.monitoring import dashboard
+from service.monitoring import dashboard, rules
 from service.settings import Settings
 
 FOLDER = Path(dashboard.__file__).parent
+RUNBOOK = FOLDER / "README.md"
+UNIT_TESTS = Path(__file__).with_name("rules_test.yml")
 SCRAPE_LABELS = {"job", "instance"}  # put on every series by Prometheus itself
 GENERAL = {"up", "process_resident_memory_bytes"}  # of Prometheus and of every Python client
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 
 QUERIES = [
-    (f"{panel.title} [{legend}]", legend, expr)
-    for row in dashboard.ROWS.values()
-    for panel in row
-    for legend, expr in panel.queries.items()
+    *(
+        (f"{board.title}: {panel.title} [{legend}]", legend, expr)
+        for board in dashboard.BOARDS.values()
+        for row in board.rows.values()
+        for panel in row
+        for legend, expr in panel.queries.items()
+    ),
+    *((f"{one.record}{dict(one.labels)}", "", one.expr) for one in rules.RECORDS),
+    *((f"{one.name}{dict(one.more)}", "", expr) for one in rules.ALERTS for expr in one.conditions),
 ]
 EXPRESSIONS = pytest.mark.parametrize(("legend", "expr"), [q[1:] for q in QUERIES], ids=[q[0] for q in QUERIES])
 
@@ -37,6 +44,9 @@ def series() -> dict[str, set[str]]:
         for family in collector.describe() if hasattr(collector, "_labelnames") else ():
             labels = {*collector._labelnames, *SCRAPE_LABELS, *(["le"] if isinstance(collector, Histogram) else [])}
             found |= {family.name + suffix: labels for suffix in SUFFIXES[family.type]}
+    for one in rules.RECORDS:
+        grouped = re.match(r"max by \((\w+)\)", one.expr)
+        found[one.record] = {*dict(one.labels), *(grouped.groups() if grouped else ())}
     return found
 
 
@@ -44,7 +54,7 @@ def series() -> dict[str, set[str]]:
 def test_an_expression_names_only_series_and_labels_that_exist(
     series: dict[str, set[str]], legend: str, expr: str
 ) -> None:
-    names = re.findall(r"\b(?:calmclip_\w+|process_\w+|up\b)", expr)
+    names = re.findall(r"\b(?:(?:instance:)?calmclip[_:][\w:]+|process_\w+|up\b)", expr)
     assert names
     assert set(names) <= set(series)
     matched = [
@@ -53,28 +63,37 @@ def test_an_expression_names_only_series_and_labels_that_exist(
         for label in re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)
     ]
     grouped = {
-        label.strip() for group in re.findall(r"\b(?:by|ignoring) \((.*?)\)", expr) for label in group.split(",")
+        label.strip() for group in re.findall(r"\b(?:by|ignoring) \((.+?)\)", expr) for label in group.split(",")
     }
     shown = set(re.findall(r"\{\{(\w+)\}\}", legend))
     for name, label in matched:
         assert label in series[name], f"{name} has no label {label}"
     for label in grouped | shown:
         assert any(label in series[name] for name in names), f"none of {names} has a label {label}"
-    assert shown <= grouped | SCRAPE_LABELS, "a label that was summed away cannot be shown"
+    whole = set() if grouped else set.union(*(series[name] for name in names))
+    assert shown <= grouped | whole, "a label that was summed away cannot be shown"
 
 
 def test_variables_name_series_and_labels_that_exist(series: dict[str, set[str]]) -> None:
-    for query in dashboard.VARIABLES.values():
+    for query in [query for board in dashboard.BOARDS.values() for query in board.variables.values()]:
         name, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", query).groups()
         assert label in series[name]
 
 
-def test_the_file_is_what_the_panels_say() -> None:
-    assert dashboard.FILE.read_text(encoding="utf-8") == dashboard.text(), "run: python -m service.monitoring.dashboard"
+def test_the_files_are_what_panels_and_rules_say() -> None:
+    for file, uid in dashboard.FILES.items():
+        assert file.read_text(encoding="utf-8") == dashboard.text(uid), "run: python -m service.monitoring.dashboard"
+    assert set(dashboard.FOLDER.iterdir()) == set(dashboard.FILES)
+    for file, make in rules.FILES.items():
+        assert file.read_text(encoding="utf-8") == rules.text(make), "run: python -m service.monitoring.rules"
 
 
-def test_panels_have_their_own_ids_and_places() -> None:
-    panels = json.loads(dashboard.FILE.read_text(encoding="utf-8"))["panels"]
+@pytest.mark.parametrize("file", dashboard.FILES, ids=lambda file: file.stem)
+def test_panels_have_their_own_ids_and_places_and_variables_that_the_board_has(file: Path) -> None:
+    board = json.loads(file.read_text(encoding="utf-8"))
+    panels = board["panels"]
+    used = set(re.findall(r"\$(\w+)", " ".join(target["expr"] for one in panels for target in one.get("targets", ()))))
+    assert used - {"__rate_interval"} == {one["name"] for one in board["templating"]["list"]}
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
     for at in (panel["gridPos"] for panel in panels):
@@ -88,26 +107,77 @@ def test_grafana_is_provisioned_with_the_source_and_folder_that_the_files_name()
     provisioning = FOLDER / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "calmclip.yml").read_text())["providers"]
-    used = set(re.findall(r'"uid": "(\w+)"', dashboard.text())) - {dashboard.dashboard()["uid"]}
-    assert used == {source["uid"]}
+    for uid in dashboard.BOARDS:
+        assert set(re.findall(r'"uid": "([\w-]+)"', dashboard.text(uid))) - {uid} == {source["uid"]}
     assert source["type"] == "prometheus"
     assert (provider["type"], provider["options"]["path"]) == ("file", "/var/lib/grafana/dashboards")
 
 
-def test_prometheus_accepts_its_configuration_and_every_expression(tmp_path: Path) -> None:
-    """Where promtool is installed, as it must be in CI; elsewhere the YAML is at least read."""
+def promtool(*arguments: str | Path) -> None:
+    """Where it is installed, as it must be in CI."""
+    found = shutil.which("promtool")
+    if found is None and os.environ.get("CI") == "true":
+        pytest.fail("promtool is not installed; CI checks what Prometheus reads")
+    if found is None:
+        pytest.skip("promtool is not installed: only the files were read")
+    done = subprocess.run([found, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_accepts_its_configuration_and_rules_and_every_expression(tmp_path: Path) -> None:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
     assert [job["job_name"] for job in config["scrape_configs"]] == ["calmclip"]
-    promtool = shutil.which("promtool")
-    if promtool is None and os.environ.get("CI") == "true":
-        pytest.fail("promtool is not installed; CI checks what Prometheus reads")
-    if promtool is None:
-        pytest.skip("promtool is not installed: only the YAML was read")
-    rules = [
+    assert [(FOLDER / file).resolve() for file in config["rule_files"]] == [next(iter(rules.FILES))]
+    panels = [
         {"record": f"panel:{i}", "expr": expr.replace("$__rate_interval", "1m")}
         for i, (_, _, expr) in enumerate(QUERIES)
     ]
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
-    for what, file in (("config", FOLDER / "prometheus.yml"), ("rules", tmp_path / "rules.yml")):
-        done = subprocess.run([promtool, "check", what, str(file)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": panels}]}))
+    promtool("check", "config", FOLDER / "prometheus.yml")
+    promtool("check", "rules", tmp_path / "rules.yml")
+
+
+def test_the_rules_do_what_their_unit_tests_say_and_every_alert_has_one_in_which_it_fires(tmp_path: Path) -> None:
+    cases = yaml.safe_load(UNIT_TESTS.read_text())["tests"]
+    fires = {one["alertname"] for case in cases for one in case.get("alert_rule_test", ()) if one["exp_alerts"]}
+    assert fires == {alert.name for alert in rules.ALERTS}
+    for file in (UNIT_TESTS, FOLDER / "rules.json"):
+        shutil.copy(file, tmp_path)
+    promtool("test", "rules", tmp_path / UNIT_TESTS.name)
+
+
+def test_every_alert_links_to_its_section_of_the_runbook_and_that_has_no_other() -> None:
+    told = re.findall(r"^## (\w+)\n\n\S", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(told) == sorted({alert.name for alert in rules.ALERTS})
+    for alert in rules.ALERTS:
+        path, anchor = alert.rule()["annotations"]["runbook"].split("#")
+        assert (FOLDER.parents[1] / path).samefile(RUNBOOK)
+        assert anchor in [name.lower() for name in told]
+
+
+def test_burn_rates_are_those_of_the_workbook() -> None:
+    """Google, The Site Reliability Workbook, chapter 5, table 5-8, and its short windows, a twelfth of the long."""
+    assert [(one.factor, one.long, one.short, one.severity) for one in rules.BURNS] == [
+        (14.4, "1h", "5m", "page"),
+        (6, "6h", "30m", "page"),
+        (3, "1d", "2h", "ticket"),
+        (1, "3d", "6h", "ticket"),
+    ]
+    hours = {"m": 1 / 60, "h": 1, "d": 24}
+    for one in rules.BURNS:
+        long, short = (int(text[:-1]) * hours[text[-1]] for text in (one.long, one.short))
+        assert long == pytest.approx(12 * short)
+        assert one.seconds == long * 3600
+
+
+def test_alertmanager_sends_to_receivers_that_exist_and_tells_nobody_by_default() -> None:
+    config = yaml.safe_load((FOLDER / "alertmanager.yml").read_text())
+    assert config["receivers"] == [{"name": config["route"]["receiver"]}]
+    severities = {alert.severity for alert in rules.ALERTS}
+    names = {alert.name for alert in rules.ALERTS}
+    labels = {"alertname", "severity", *(label for one in rules.RECORDS for label in dict(one.labels))}
+    assert set(config["route"]["group_by"]) <= labels
+    for rule in config["inhibit_rules"]:
+        for matcher in rule["source_matchers"] + rule["target_matchers"]:
+            label, value = re.fullmatch(r'(\w+)="(\w+)"', matcher).groups()
+            assert value in {"severity": severities, "alertname": names}[label]

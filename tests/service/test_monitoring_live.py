@@ -1,0 +1,180 @@
+"""Every expression of every panel and rule, asked of a real Prometheus while a service is under load."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from service.monitoring import dashboard, rules
+from tests.process import serving
+
+CLIENTS = 5
+SECONDS = 12  # of load
+
+
+def load(url: str, picture: bytes, until: float) -> None:
+    """All that a panel shows: answers, faults of callers, late and shed requests, writes, searches, new words."""
+    numbers = count()
+    bodies = {
+        "classify?labels=red,blue": picture,
+        "detect?labels=red&min_score=0.1": picture,
+        "classify?labels=a": b"x",
+    }
+    with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
+        while time.monotonic() < until:
+            n = next(numbers)
+            for path, body in bodies.items():
+                client.post(f"/v1/{path}", content=body, headers={"content-type": "image/png"})
+            hurry = {"content-type": "image/png", "x-request-deadline-ms": "8"}
+            client.post("/v1/classify?labels=red", content=picture, headers=hurry)
+            client.post("/v1/embed", json={"inputs": [{"text": "red"}, {"text": "blue " * (n % 9) + "red"}]})
+            client.post("/v1/collections/c/items", json={"items": [{"id": str(n), "text": "red"}]})
+            client.post("/v1/collections/c/search", json={"query": {"text": "red"}})
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory, bundle_maker, picture) -> Iterator["Prometheus"]:
+    """One that has watched a service under load."""
+    found = shutil.which("prometheus")
+    if found is None and os.environ.get("CI") == "true":
+        pytest.fail("prometheus is not installed; CI asks it every expression")
+    if found is None:
+        pytest.skip("prometheus is not installed: the expressions are only read, by test_monitoring.py")
+    folder = tmp_path_factory.mktemp("live")
+    bundle_maker(folder / "bundles")
+    settings = {
+        "CALMCLIP_QUEUE__MAX_PENDING": str(CLIENTS - 1),
+        "CALMCLIP_BATCH__MAX_WAIT_MS": "30",
+        "CALMCLIP_RELOAD_S": "0.2",
+        "CALMCLIP_SLO__LATENCY_MS": "5",
+    }
+    with (
+        serving(folder / "bundles", folder / "data", "--threads", "1", **settings) as (_, client, _log),
+        Prometheus(folder, client.base_url.port).running() as watching,
+    ):
+        assert client.put("/v1/collections/c", json={}).status_code == 201
+        arguments = (str(client.base_url), picture("red"), time.monotonic() + SECONDS)
+        threads = [threading.Thread(target=load, args=arguments) for _ in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        time.sleep(SECONDS / 2)
+        reload(folder / "bundles", bundle_maker)
+        for thread in threads:
+            thread.join()
+        time.sleep(2)  # the last scrape, and the rules after it
+        yield watching
+
+
+def reload(bundles: Path, bundle_maker) -> None:
+    """One changed bundle that loads, and one that does not."""
+    bundle_maker(bundles, note="again", replace=True)
+    time.sleep(1.5)
+    directory = bundles / "colours-int8"
+    manifest = json.loads((directory / "bundle.json").read_text())
+    manifest["source"]["notes"] = "broken"
+    (directory / "image.onnx").write_bytes(b"broken")
+    (directory / "bundle.json").write_text(json.dumps(manifest))
+
+
+class Prometheus:
+    """The repository's, but for where the service is, how often it looks, and that nobody is told."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        config = yaml.safe_load((rules.FOLDER / "prometheus.yml").read_text())
+        del config["alerting"]
+        (job,) = config["scrape_configs"]
+        del job["dns_sd_configs"]
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
+        config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        for name in config["rule_files"]:
+            shutil.copy(rules.FOLDER / name, folder)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.command = [
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'tsdb'}",
+            f"--web.listen-address={address}",
+            "--log.level=warn",
+        ]
+        self.client = httpx.Client(base_url=f"http://{address}", trust_env=False, timeout=20)
+
+    @contextmanager
+    def running(self) -> Iterator["Prometheus"]:
+        """Yields once it has seen the service."""
+        process = subprocess.Popen(self.command)
+        try:
+            for _ in range(300):
+                assert process.poll() is None
+                with suppress(httpx.TransportError):
+                    if self.client.get("/-/ready").status_code == 200 and self.ask("up == 1"):
+                        break
+                time.sleep(0.1)
+            yield self
+        finally:
+            self.client.close()
+            process.terminate()
+            process.wait()
+
+    def get(self, path: str, **query: str) -> Any:
+        answer = self.client.get(f"/api/v1/{path}", params=query).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def ask(self, promql: str) -> list[tuple[dict[str, str], float]]:
+        return [(one["metric"], float(one["value"][1])) for one in self.get("query", query=promql)["result"]]
+
+    def highest(self, promql: str, within: dict[str, str]) -> list[float]:
+        """Of each series with these labels, over the time of the load: a gauge may be at rest by now."""
+        text = promql.replace("$__rate_interval", "10s").replace("$model", ".*").replace("$task", ".*")
+        found = self.ask(f"max_over_time(({text})[{SECONDS + 5}s:1s])")
+        return [value for labels, value in found if within.items() <= labels.items()]
+
+
+@dataclass(frozen=True)
+class Question:
+    promql: str
+    within: tuple[tuple[str, str], ...] = ()  # labels of the series that are meant
+
+
+QUESTIONS = {
+    **{
+        f"{board.title}: {panel.title} [{legend}]": Question(expr)
+        for board in dashboard.BOARDS.values()
+        for row in board.rows.values()
+        for panel in row
+        for legend, expr in panel.queries.items()
+    },
+    **{f"{one.record}{dict(one.labels)}": Question(one.record, one.labels) for one in rules.RECORDS},
+    **{f"{one.name}{dict(one.more)}: {expr}": Question(expr) for one in rules.ALERTS for expr in one.conditions},
+}
+
+
+def test_every_expression_of_a_panel_or_a_rule_has_data_that_the_load_caused(prometheus: Prometheus) -> None:
+    found = {name: prometheus.highest(one.promql, dict(one.within)) for name, one in QUESTIONS.items()}
+    assert not [name for name, values in found.items() if not values]
+    zero = {name for name, values in found.items() if not any(value and isfinite(value) for value in values)}
+    assert {QUESTIONS[name].promql.partition("{")[0] for name in zero} == {"calmclip_failed"}  # all opened
+
+
+def test_every_rule_is_evaluated_without_an_error_and_the_broken_bundle_is_told(prometheus: Prometheus) -> None:
+    every = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert len(every) == len(rules.RECORDS) + len(rules.ALERTS)
+    assert {rule["health"] for rule in every} == {"ok"}, [rule.get("lastError") for rule in every]
+    assert {rule["name"] for rule in every if rule.get("state") == "firing"} == {"CalmclipReloadFailed"}
