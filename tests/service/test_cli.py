@@ -238,7 +238,7 @@ def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(host):
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_metrics_at_their_own_port(bundles, tmp_path, capsys):
+def test_metrics_at_their_own_port_and_both_on_the_loopback_address(bundles, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -248,6 +248,9 @@ def test_metrics_at_their_own_port(bundles, tmp_path, capsys):
         assert "calmclip_requests_total" in client.get(f"{own}/metrics").text
         assert client.get(f"{own}/v1/models").status_code == 404
         assert client.get(f"{own}/healthz").status_code == 200
+        for each in (port, client.base_url.port):  # of 127.0.0.1 alone: a door to all addresses would open here too
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", each), timeout=5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 
