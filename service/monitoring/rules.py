@@ -134,7 +134,7 @@ def burning(burn: Burn) -> Alert:
         burn.hold,
         burn.severity,
         f"The error budget of {{{{ $labels.slo }}}} burns {burn.factor:g} times too fast: over {burn.long} "
-        "{{ $value | humanizePercentage }} of requests missed the objective.",
+        'a share of {{ printf "%.2f" $value }} of requests missed the objective.',
         (("long", burn.long),),
     )
 
