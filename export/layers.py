@@ -37,21 +37,25 @@ def compare(
             options = ((cut, f"{cut}{_qdq.BACK}"), (out, f"{out}{_qdq.BACK}"), (out, out))
             outputs[node.name] = next(pair for pair in options if pair[1] in there)
     read = list(dict.fromkeys(node.input[0] for node in _qdq.products(model)))
-    run = _qdq.tap(model, [*dict.fromkeys([*read, *(left for left, _ in outputs.values())])])
-    run_quantized = _qdq.tap(quantized, [*dict.fromkeys(right for _, right in outputs.values())])
+    taken = [*dict.fromkeys([*read, *(left for left, _ in outputs.values())])]
+    answered = [*dict.fromkeys(right for _, right in outputs.values())]
     squares: dict[str, list[float]] = {}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in read}
-    for feed in feeds:
-        one, other = run(feed), run_quantized(feed)
-        for name, (left, right) in outputs.items():
-            true = one[left].astype(np.float64)
-            if true.size and true.shape == other[right].shape:
-                pair = squares.setdefault(name, [0.0, 0.0])
-                pair[0] += float(np.square(true).sum())
-                pair[1] += float(np.square(true - other[right]).sum())
+    for (
+        feed
+    ) in feeds:  # opened anew for each: both at once, with all that is tapped, are more than a large net may hold
+        one = _qdq.tap(model, taken)(feed)
         for name in read:
             if one[name].size:
                 found[name].append((float(np.abs(one[name]).max()), kurtosis(one[name])))
+        true = {left: one[left] for left, _ in outputs.values()}
+        del one
+        other = _qdq.tap(quantized, answered)(feed)
+        for name, (left, right) in outputs.items():
+            if true[left].size and true[left].shape == other[right].shape:
+                pair = squares.setdefault(name, [0.0, 0.0])
+                pair[0] += float(np.square(true[left], dtype=np.float64).sum())
+                pair[1] += float(np.square(true[left].astype(np.float64) - other[right]).sum())
     return {
         "sqnr_db": {name: parity.decibels(*squares[name]) for name in outputs if name in squares},
         "outliers": _summary({name: np.mean(values, axis=0) for name, values in found.items() if values}),

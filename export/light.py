@@ -67,6 +67,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 3
+        settings.enable_cpu_mem_arena = False  # which grows by doubling
         if library:
             settings.register_custom_ops_library(str(library.path))
         if sum(size(t) for t in model.graph.initializer if big(t)) > LARGE:

@@ -177,11 +177,13 @@ def _convert(
             agreement = parity.compare(whole, parity.onnx_run(quantized), seen, tower.summary)
             del seen, whole
         made.how[role] = how
+        with step(f"{role}: layers"):
+            described = report.graph(model, quantized, list(feeds(*few)), goal.dims, how, settled)
         made.facts[role] |= {
             "quantizer": how.name,
             "ranges_from": recorded_from or calibrate.describe(recipe.calibration, pictures, fitting),
             "int8_against_float": agreement,
-            **report.graph(model, quantized, list(feeds(*few)), goal.dims, how, settled),
+            **described,
         }
         say(f"{role}: rewriting")
         seen = list(feeds(*few))
