@@ -172,10 +172,7 @@ def _convert(
                 role, model, how, goal, partial(feeds, pictures, fitting), shipped, say
             )
         with step(f"{role}: compare"):
-            seen = list(feeds(*shown))
-            whole = parity.kept(parity.onnx_run(model), seen)  # one graph open at a time
-            agreement = parity.compare(whole, parity.onnx_run(quantized), seen, tower.summary)
-            del seen, whole
+            agreement = _against(model, quantized, list(feeds(*shown)), tower)
         made.how[role] = how
         with step(f"{role}: layers"):
             described = report.graph(model, quantized, list(feeds(*few)), goal.dims, how, settled)
@@ -215,6 +212,14 @@ def _answers(tower: Tower, feeds: Sequence[Arrays], role: str) -> parity.Run:
         raise ExportError(
             f"{role}: the tower does not run on {shapes}, which its configs ask for: {one_line(error)}"
         ) from None
+
+
+def _against(
+    model: onnx.ModelProto, quantized: onnx.ModelProto, feeds: Sequence[Arrays], tower: Tower
+) -> dict[str, dict[str, float]]:
+    """`parity.compare`, with one graph open at a time."""
+    whole = parity.kept(parity.onnx_run(model), feeds)
+    return parity.compare(whole, parity.onnx_run(quantized), feeds, tower.summary)
 
 
 def _empty(net: Net) -> None:
