@@ -93,7 +93,7 @@ RUN calmclip ops build && calmclip check /bundles/mini-int8 \
     && python -c "import service.app, service.stores.lancedb, service.stores.pgvector"
 VOLUME /data
 EXPOSE 8080
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s --retries=3 \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
 ENTRYPOINT ["calmclip", "serve"]
 CMD ["--host", "0.0.0.0", "--port", "8080"]
