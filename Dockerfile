@@ -59,7 +59,8 @@ FROM tools AS packages
 RUN python -m venv --without-pip /opt/calmclip
 WORKDIR /app
 COPY service/deploy/requirements.txt ./
-RUN pip --python /opt/calmclip install --require-hashes -r requirements.txt
+# --no-deps: the file has all but what service/deploy/excluded.txt says.
+RUN pip --python /opt/calmclip install --no-deps --require-hashes -r requirements.txt
 # A sixth of it nobody here loads. Without -f: where a new version has it no longer, the build says so.
 RUN cd /opt/calmclip/lib/python3.11/site-packages \
     && rm -r onnxruntime/capi/libonnxruntime.so.* onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \

@@ -83,7 +83,7 @@ def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("service.app", ("torch", "export", "onnx", "transformers")),
+        ("service.app", ("torch", "export", "onnx", "transformers", "huggingface_hub")),
         ("models.runner", ("torch", "export", "service", "onnx", "fastapi")),
         (
             "service.client",

@@ -149,7 +149,7 @@ def test_the_service_image_takes_its_environment_its_bundle_and_the_lists_of_wha
 def test_the_service_image_has_no_torch() -> None:
     locked = set(lock(STAGES["packages"], "/opt/calmclip"))
     assert {"onnxruntime", "lancedb", "psycopg"} <= locked
-    assert not locked & {"torch", "torchvision", "onnx", "transformers"}
+    assert not locked & {"torch", "torchvision", "onnx", "transformers", "huggingface-hub"}
 
 
 def test_what_is_installed_for_the_service_s_image_has_hashes_or_is_our_own() -> None:
