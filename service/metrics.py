@@ -10,8 +10,8 @@ from contextlib import suppress
 from time import time
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
@@ -49,8 +49,6 @@ def outcome(status: int) -> str:
 
 class Metrics:
     """One app's metrics."""
-
-    content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, settings: Settings) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
@@ -145,8 +143,9 @@ class Metrics:
 
     def observe(self, own: Context) -> None:
         """One finished request; called by the middleware alone."""
+        exemplar = {"trace_id": own.trace} if own.trace else None
         self.requests.labels(own.task, own.model, outcome(own.status)).inc()
-        self.duration.labels(own.task, own.model).observe(own.clock.elapsed)
+        self.duration.labels(own.task, own.model).observe(own.clock.elapsed, exemplar)
         if own.problem:
             self.rejected.labels(own.problem).inc()
         if own.problem in PICTURE_FAULTS:
@@ -157,11 +156,11 @@ class Metrics:
             self.picture_bytes.observe(size)
             self.picture_pixels.observe(pixels)
         for (stage, graph), seconds in list(own.graphs.items()):
-            self.stages.labels(own.model, own.task, stage, graph).observe(seconds)
+            self.stages.labels(own.model, own.task, stage, graph).observe(seconds, exemplar)
         for stage, seconds in list(own.clock.stages.items()):  # a thread given up may still add
             in_graphs = sum(s for (name, _), s in own.graphs.items() if name == stage)
             if stage != "infer":
-                self.stages.labels(own.model, own.task, stage, "").observe(max(0.0, seconds - in_graphs))
+                self.stages.labels(own.model, own.task, stage, "").observe(max(0.0, seconds - in_graphs), exemplar)
 
     def answered(self, model: str, value: object) -> None:
         """What an answer of the engine holds, where that is worth a metric."""
@@ -241,5 +240,7 @@ class Metrics:
         self.items(collection, count)
         self.last_commit.labels(collection).set(time())
 
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Body and content type: OpenMetrics, which has exemplars, where ``accept`` asks for it; else plain text."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type

@@ -17,6 +17,7 @@ from service.context import Context
 from service.metrics import STAGES, Metrics
 from service.problems import CLIENT_GONE, InvalidHeader, answer
 from service.settings import Settings
+from service.tracing import Untraced
 
 access = logging.getLogger("calmclip.access")
 
@@ -28,11 +29,18 @@ DRAIN_S = 0.5
 
 class RequestContext:
     def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, admission: Admission, access: Access
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        admission: Admission,
+        access: Access,
+        tracing: Untraced,
     ) -> None:
         self.app = app
         self.access = access
         self.metrics = metrics
+        self.tracing = tracing
         self.admission = admission
         self.deadline_s = settings.deadline_ms / 1000
         self.json = settings.log == "json"
@@ -41,7 +49,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        own = scope["calmclip.context"] = Context(_request_id(scope), self.deadline_s)
+        own = scope["calmclip.context"] = Context(_request_id(scope), self.deadline_s, self.tracing.clock())
         bodied = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
         wire = _Wire(own, receive, send, bodied, self.admission)
         try:
@@ -61,6 +69,7 @@ class RequestContext:
             await response(scope, wire.receive, wire.send)
         finally:
             wire.close()
+            own.trace = self.tracing.record(scope, own)
             self.metrics.observe(own)
             self._log(scope, own)
 
@@ -69,6 +78,7 @@ class RequestContext:
         if self.json:
             line = {
                 "id": own.id,
+                "trace_id": own.trace,
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": own.status,
@@ -83,7 +93,7 @@ class RequestContext:
         else:
             # !r: a path may hold a decoded newline, and a log line is one line
             access.info(
-                "%s %s %r %d %.1f ms %s %s %s",
+                "%s %s %r %d %.1f ms %s %s %s %s",
                 own.id,
                 scope["method"],
                 scope["path"],
@@ -92,6 +102,7 @@ class RequestContext:
                 own.model,
                 own.problem,
                 own.key,
+                own.trace,
             )
 
 

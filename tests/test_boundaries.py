@@ -24,7 +24,11 @@ FORBIDDEN = {
     "export": {"service", *HTTP},
 }
 # name -> the one file of models and service that may import it
-ONE_DOOR = {"onnxruntime": "models/runtime/session.py", "prometheus_client": "service/metrics.py"}
+ONE_DOOR = {
+    "onnxruntime": "models/runtime/session.py",
+    "opentelemetry": "service/tracing.py",
+    "prometheus_client": "service/metrics.py",
+}
 
 
 def files(package: str) -> Iterator[Path]:
