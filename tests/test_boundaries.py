@@ -28,6 +28,7 @@ ONE_DOOR = {
     "onnxruntime": "models/runtime/session.py",
     "opentelemetry": "service/tracing.py",
     "prometheus_client": "service/metrics.py",
+    "ray": "service/deploy/ray_app.py",
 }
 
 
@@ -87,7 +88,7 @@ def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("service.app", ("torch", "export", "onnx", "transformers")),
+        ("service.app", ("torch", "export", "onnx", "transformers", "opentelemetry.sdk", "ray")),
         ("models.runner", ("torch", "export", "service", "onnx", "fastapi")),
         (
             "service.client",

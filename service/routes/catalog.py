@@ -79,7 +79,7 @@ async def readyz(own: Own, parts: Parts) -> Response:
     | {200: {"description": "Metrics", "content": {kind: {"schema": {"type": "string"}} for kind in EXPOSITIONS}}},
 )
 async def metrics(request: Request, parts: Parts) -> Response:
-    body, kind = parts.metrics.render(",".join(request.headers.getlist("accept")))
+    body, kind = await parts.metrics.render(",".join(request.headers.getlist("accept")))
     return Response(body, headers={"Vary": "Accept"}, media_type=kind)
 
 

@@ -5,67 +5,20 @@ import logging
 import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from models.errors import ExtraMissing
 from service import tracing
 from service.app import create_app
+from tests.otlp import collecting, told
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # the example of W3C's Trace Context
 OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"  # Prometheus sends it
-
-
-class Collector:
-    """``requests``: (path, what was sent), as they came."""
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.requests: list[tuple[str, ExportTraceServiceRequest]] = []
-
-    @property
-    def spans(self) -> list[Span]:
-        scopes = [scope for _, sent in self.requests for one in sent.resource_spans for scope in one.scope_spans]
-        return [span for scope in scopes for span in scope.spans]
-
-    @property
-    def resource(self) -> dict[str, str]:
-        return told(self.requests[0][1].resource_spans[0].resource)
-
-    def server_spans(self) -> dict[str, Span]:
-        return {told(span)["calmclip.request"]: span for span in self.spans if span.kind == Span.SPAN_KIND_SERVER}
-
-
-@contextmanager
-def collecting() -> Iterator[Collector]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["content-length"]))
-            assert self.headers["content-type"] == "application/x-protobuf"
-            collector.requests.append((self.path, ExportTraceServiceRequest.FromString(body)))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    collector = Collector(server.server_address[1])
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield collector
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -79,11 +32,7 @@ def _no_variables(monkeypatch):
     """Those of whoever runs the tests."""
     for name in ("OTEL_TRACES_SAMPLER", "OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
-
-
-def told(one) -> dict:
-    """Attributes of a span or resource."""
-    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in one.attributes}
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def hexed(id_: bytes) -> str:
