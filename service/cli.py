@@ -23,7 +23,6 @@ from service import keys
 from service.settings import Settings
 
 M_ARENA_MAX = -8  # of malloc.h
-MAX_HEADER_BYTES = 64 << 10  # of one request, with its line: 256 labels fit into a query
 
 
 def serve_command(argv: list[str]) -> int:
@@ -60,8 +59,9 @@ def serve_command(argv: list[str]) -> int:
         log_config=None,
         access_log=False,  # the middleware writes it, with request ids and stages
         server_header=False,
-        http=Protocol,  # of h11; the other one, httptools, buffers headers without end
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http=Protocol,
+        ws="none",
+        proxy_headers=False,  # nobody asks who the client is or by which scheme it came
         timeout_graceful_shutdown=int(settings.deadline_ms / 1000) + 1,
     )
     # uvicorn raises the signal again when it is done; that must not count as being killed

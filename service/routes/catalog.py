@@ -4,18 +4,18 @@ import json
 import mimetypes
 from pathlib import Path
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from models.errors import BundleNotFound, TaskNotServed, suggestion
 from models.tasks.detect import default_suppression
-from service.context import Own, Parts, task
+from service.context import Own, Parts
 from service.hub import Loaded
 from service.openapi import answers
 from service.routes import respond
 from service.schemas import HealthAnswer, ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer, SuppressionAsked
 
-router = APIRouter(tags=["catalog"], dependencies=[Depends(task("catalog"))])
+router = APIRouter(tags=["catalog"])
 
 EXPOSITIONS = ("text/plain", "application/openmetrics-text")
 WEB = Path(__file__).parent.parent / "web"
@@ -85,7 +85,7 @@ async def metrics(request: Request, parts: Parts) -> Response:
 
 def page(folder: Path = WEB) -> APIRouter:
     """A route per file of ``folder``, read once, and `/` for its index.html: what is not there cannot be asked for."""
-    router = APIRouter(dependencies=[Depends(task("catalog"))])
+    router = APIRouter()
 
     def serve(path: str, file: Path) -> None:
         data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0]
