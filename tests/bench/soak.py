@@ -101,7 +101,7 @@ def ask(rng: random.Random, pictures: list[bytes]) -> tuple[str, str, dict, int]
         case "text":
             return "POST", "/v1/embed", {"json": {"inputs": [{"text": f"{rng.random()}"} for _ in range(8)]}}, 200
         case "store":
-            items = [{"id": str(rng.randrange(500)), "text": f"{rng.random()}", "metadata": {"n": rng.randrange(9)}}]
+            items = [{"id": str(rng.randrange(500)), "text": f"{rng.random()}", "meta": {"n": rng.randrange(9)}}]
             return "POST", "/v1/collections/soak/items", {"json": {"items": items}}, 200
         case "delete":
             gone = {"json": {"ids": [str(rng.randrange(500)) for _ in range(3)]}}
