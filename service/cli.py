@@ -51,7 +51,7 @@ def serve_command(argv: list[str]) -> int:
 
     if settings.metrics_port == given.port:
         raise BadRequest(f"CALMCLIP_METRICS_PORT is {given.port}, the service's own port; choose another")
-    _log_to_stderr(settings.log)
+    logging.basicConfig(level=logging.INFO, handlers=[log_lines(settings.log)], force=True)
     doors = [_listen(given.host, port) for port in (given.port, settings.metrics_port) if port is not None]
     app = create_app(settings)
     config = uvicorn.Config(
@@ -161,10 +161,11 @@ def _variable(place: tuple[int | str, ...]) -> str:
     return "CALMCLIP_" + "__".join(str(part).upper() for part in place)
 
 
-def _log_to_stderr(kind: str) -> None:
+def log_lines(kind: str) -> logging.Handler:
+    """On standard error, as ``CALMCLIP_LOG`` says."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if kind == "json" else logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return handler
 
 
 class _JsonLines(logging.Formatter):

@@ -59,10 +59,11 @@ class Context:
     place: "Place | None" = None  # what it holds of the bytes and pixels under way, once it is admitted
     status: int = 0
     answered: float | None = None  # perf_counter when the answer was there
+    trace: str = ""  # its trace id, where it was traced and sampled
 
-    def spent(self, stage: str, graph: str, seconds: float) -> None:
+    def spent(self, stage: str, graph: str, seconds: float, end: float, **about: int) -> None:
         """Time in or before a graph: on the clock under ``stage``, and by graph for the metrics."""
-        self.clock.add(stage, seconds)
+        self.clock.add(stage, seconds, end, graph=graph, **about)
         self.graphs[stage, graph] = self.graphs.get((stage, graph), 0.0) + seconds
 
     @asynccontextmanager

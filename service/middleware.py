@@ -17,6 +17,7 @@ from service.context import Context, task_of
 from service.metrics import STAGES, Metrics
 from service.problems import CLIENT_GONE, InvalidHeader, answer
 from service.settings import Settings
+from service.tracing import Untraced
 
 access = logging.getLogger("calmclip.access")
 
@@ -29,11 +30,18 @@ UNFINISHED = (CLIENT_GONE, 504)  # says nothing about how fast work is done
 
 class RequestContext:
     def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, admission: Admission, access: Access
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        admission: Admission,
+        access: Access,
+        tracing: Untraced,
     ) -> None:
         self.app = app
         self.access = access
         self.metrics = metrics
+        self.tracing = tracing
         self.admission = admission
         self.deadline_s = settings.deadline_ms / 1000
         self.json = settings.log == "json"
@@ -43,7 +51,10 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         own = scope["calmclip.context"] = Context(
-            _request_id(scope), self.deadline_s, task=task_of(scope["method"], scope["path"])
+            _request_id(scope),
+            self.deadline_s,
+            self.tracing.clock(),
+            task=task_of(scope["method"], scope["path"]),
         )
         announced = _announced(scope)
         wire = _Wire(own, receive, send, announced, _stays(scope, announced), self.admission)
@@ -68,6 +79,7 @@ class RequestContext:
             wire.close()
             if own.place:
                 own.place.leave(finished=own.status not in UNFINISHED)
+            own.trace = self.tracing.record(scope, own)
             self.metrics.observe(own)
             self._log(scope, own)
 
@@ -76,6 +88,7 @@ class RequestContext:
         if self.json:
             line = {
                 "id": own.id,
+                "trace_id": own.trace,
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": own.status,
@@ -90,7 +103,7 @@ class RequestContext:
         else:
             # !r: a path may hold a decoded newline, and a log line is one line
             access.info(
-                "%s %s %r %d %.1f ms %s %s %s",
+                "%s %s %r %d %.1f ms %s %s %s %s",
                 own.id,
                 scope["method"],
                 scope["path"],
@@ -99,6 +112,7 @@ class RequestContext:
                 own.model,
                 own.problem,
                 own.key,
+                own.trace,
             )
 
 

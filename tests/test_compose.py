@@ -148,7 +148,7 @@ def test_the_service_image_takes_its_environment_its_bundle_and_the_lists_of_wha
 
 def test_the_service_image_has_no_torch() -> None:
     locked = set(lock(STAGES["packages"], "/opt/calmclip"))
-    assert {"onnxruntime", "lancedb", "psycopg"} <= locked
+    assert {"onnxruntime", "lancedb", "psycopg", "opentelemetry-sdk"} <= locked
     assert not locked & {"torch", "torchvision", "onnx", "transformers", "huggingface-hub"}
 
 

@@ -19,6 +19,7 @@ FILES = {  # -> the options of the command that made it, which stands at its hea
     "service/deploy/requirements.txt": {
         ("--extra", "service"),
         ("--extra", "postgres"),
+        ("--extra", "otel"),
         ("--excludes", "service/deploy/excluded.txt"),
     },
     "service/deploy/requirements-build.txt": {("--group", "image")},

@@ -4,7 +4,7 @@ import json
 import mimetypes
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from models.errors import BundleNotFound, TaskNotServed, suggestion
@@ -17,6 +17,7 @@ from service.schemas import HealthAnswer, ModelAnswer, ModelsAnswer, ModelSummar
 
 router = APIRouter(tags=["catalog"])
 
+EXPOSITIONS = ("text/plain", "application/openmetrics-text")
 WEB = Path(__file__).parent.parent / "web"
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -75,10 +76,11 @@ async def readyz(own: Own, parts: Parts) -> Response:
     summary="Prometheus text",
     response_class=Response,
     responses=answers(None)
-    | {200: {"description": "Metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    | {200: {"description": "Metrics", "content": {kind: {"schema": {"type": "string"}} for kind in EXPOSITIONS}}},
 )
-async def metrics(parts: Parts) -> Response:
-    return Response(parts.metrics.render(), media_type=parts.metrics.content_type)
+async def metrics(request: Request, parts: Parts) -> Response:
+    body, kind = await parts.metrics.render(",".join(request.headers.getlist("accept")))
+    return Response(body, headers={"Vary": "Accept"}, media_type=kind)
 
 
 def page(folder: Path = WEB) -> APIRouter:

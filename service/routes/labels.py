@@ -69,7 +69,10 @@ async def get_label_set(name: str, own: Own, parts: Parts) -> Response:
 
 
 @router.delete(
-    "/v1/label-sets/{name}", summary="Forget a label set", status_code=204, responses=answers(None, MISSING, status=204)
+    "/v1/label-sets/{name}",
+    summary="Forget a label set",
+    status_code=204,
+    responses=answers(None, MISSING, "overloaded", status=204),
 )
 async def delete_label_set(name: str, parts: Parts) -> Response:
     await asyncio.to_thread(parts.labels.delete, name)
