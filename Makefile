@@ -76,5 +76,5 @@ $(VENV)/.bench: $(VENV)/.dev
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,export,nets,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,otel,export,nets,dev]'
 	touch $@
