@@ -39,12 +39,17 @@ SHED = ("requests", "bytes", "pixels", "deadline", "queue", "writes", "loading",
 # Slugs of the problems that are a picture's fault.
 PICTURE_FAULTS = ("unsupported-image", "image-too-large")
 
-# HTTP status -> outcome; what is not here goes by its hundreds.
-OUTCOMES = {499: "cancelled", 503: "shed", 504: "deadline"}
+# HTTP status -> outcome, of what neither succeeded nor was turned away; what is not here goes by its hundreds.
+OUTCOMES = {499: "cancelled", 504: "deadline"}
 
 
-def outcome(status: int) -> str:
-    return OUTCOMES.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")
+def outcome(own: Context) -> str:
+    """How a request ended. ``ok`` is what came to no problem, also a probe whose answer is no."""
+    if own.shed:
+        return "shed"
+    if own.status in OUTCOMES:
+        return OUTCOMES[own.status]
+    return "ok" if not own.problem else "client_error" if 400 <= own.status < 500 else "error"
 
 
 class Metrics:
@@ -145,7 +150,7 @@ class Metrics:
 
     def observe(self, own: Context) -> None:
         """One finished request; called by the middleware alone."""
-        self.requests.labels(own.task, own.model, outcome(own.status)).inc()
+        self.requests.labels(own.task, own.model, outcome(own)).inc()
         self.duration.labels(own.task, own.model).observe(own.clock.elapsed)
         if own.problem:
             self.rejected.labels(own.problem).inc()
