@@ -15,6 +15,7 @@ from models.runtime.clock import Stopwatch
 if TYPE_CHECKING:
     from service.admission import Admission, Place
     from service.collections import Collections
+    from service.connections import Connections
     from service.engine import Engine
     from service.fetching import Fetcher
     from service.hub import Hub
@@ -89,6 +90,7 @@ class Service:
     collections: "Collections"
     labels: "LabelSets"
     fetcher: "Fetcher"
+    connections: "Connections"
 
     @property
     def failed(self) -> dict[str, str]:

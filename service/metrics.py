@@ -21,6 +21,7 @@ from models.ops.library import Library
 from models.tasks.detect import Detections
 from service.admission import Admission
 from service.batching import RELEASES, Release
+from service.connections import Connections
 from service.context import Context, Service
 from service.settings import Settings
 
@@ -96,6 +97,9 @@ class Metrics:
         self.pending_bytes_limit = self._make(Gauge, "pending_bytes_limit", "What they may have together.")
         self.pending_pixels = self._make(Gauge, "pending_pixels", "Pixels of pictures under way.")
         self.pending_pixels_limit = self._make(Gauge, "pending_pixels_limit", "What they may have together.")
+        self.connections = self._make(Gauge, "connections", "Connections that are open.")
+        self.connections_limit = self._make(Gauge, "connections_limit", "Connections that may be open.")
+        self.connections_crowded = self._make(Counter, "connections_crowded", "Closed to make room for another.")
         self.drain_rate = self._make(Gauge, "drain_rate", "Requests finished per second while some were under way.")
         self.retry_after = self._make(Gauge, "retry_after_seconds", "What a request turned away now would be told.")
         self.shed = self._make(
@@ -201,6 +205,13 @@ class Metrics:
         self.pending_limit.set(gate.max_pending)
         self.pending_bytes_limit.set(gate.max_bytes)
         self.pending_pixels_limit.set(gate.max_pixels)
+
+    def watch_connections(self, connections: Connections) -> None:
+        self.connections.set_function(lambda: connections.open)
+        self.connections_limit.set(connections.limit)
+
+    def crowded(self) -> None:
+        self.connections_crowded.inc()
 
     def watch_health(self, parts: Service) -> None:
         self.ready.set_function(lambda: float(parts.ready))
