@@ -22,7 +22,8 @@ MAX_CHARACTERS = 1000  # of a label or template; no text tower reads as many
 class LabelSet:
     """``version`` counts the changes, from 1. No templates: the bundle's own prompts.
 
-    ``temperature`` and ``none_below``: of `ClassifyRequest`.
+    ``temperature`` and ``none_below``: of `ClassifyRequest`. ``calibrated_for``: digest of the bundle whose scores the
+    temperature was found for; None where a caller chose it, for whichever bundle.
     """
 
     name: str
@@ -31,6 +32,11 @@ class LabelSet:
     templates: tuple[str, ...] = ()
     temperature: float = 1.0
     none_below: float | None = None
+    calibrated_for: str | None = None
+
+    def temperature_for(self, digest: str) -> float:
+        """What was found for one bundle says nothing of another, whose scores stay as they are."""
+        return self.temperature if self.calibrated_for in (None, digest) else 1.0
 
 
 class LabelSets:
@@ -80,14 +86,18 @@ class LabelSets:
                 return new
             return self._write(replace(new, version=version + 1))
 
-    def set_temperature(self, old: LabelSet, temperature: float) -> LabelSet:
-        """Raises `LabelSetNotFound`, and `BadRequest` where the set is no longer ``old``."""
+    def calibrate(self, old: LabelSet, temperature: float, digest: str) -> LabelSet:
+        """``temperature``: found for the bundle ``digest``.
+
+        Raises `LabelSetNotFound`, and `BadRequest` where the set is no longer ``old``.
+        """
         with self._lock:
             if self.get(old.name) != old:
                 raise BadRequest(
                     f"label set {old.name!r} was changed while it was being calibrated; calibrate it again"
                 )
-            return self._write(replace(old, temperature=temperature, version=old.version + 1))
+            new = replace(old, temperature=temperature, calibrated_for=digest, version=old.version + 1)
+            return self._write(new)
 
     def _write(self, new: LabelSet) -> LabelSet:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -145,7 +155,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def _read(path: Path) -> LabelSet:
     try:
         data = orjson.loads(path.read_bytes())
-        # keyword by keyword: a file of an older version has no temperature
+        # keyword by keyword: a file of an older version has fewer
         return LabelSet(**{**data, "labels": tuple(data["labels"]), "templates": tuple(data["templates"])})
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise BadRequest(f"{path} is no label set ({error!r}); repair it or move it away") from None

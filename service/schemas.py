@@ -337,13 +337,15 @@ class RankedLabel(Answer):
 
 class ClassifyAnswer(Answer):
     model: str
+    temperature: float = Field(description="the one that the scores were made with")
     labels: list[RankedLabel] = Field(description="best first")
     none_of_these: bool | None = Field(description="whether no score reaches `none_below`; null where it is not given")
 
     @classmethod
-    def of(cls, model: str, ranking: Ranking) -> "ClassifyAnswer":
+    def of(cls, model: str, temperature: float, ranking: Ranking) -> "ClassifyAnswer":
         return cls.model_construct(
             model=model,
+            temperature=temperature,
             labels=[
                 RankedLabel.model_construct(
                     label=one.label, index=one.index, score=tidy(one.score), cosine=tidy(one.cosine)
@@ -517,6 +519,9 @@ class LabelSetAnswer(Answer):
     templates: list[str]
     temperature: float = Field(description=_TEMPERATURE)
     none_below: float | None = Field(description=_NONE_BELOW)
+    calibrated_for: str | None = Field(
+        description="digest of the bundle that the temperature was found for, and is used with; null: with any"
+    )
 
 
 class LabelSetsAnswer(Answer):

@@ -42,7 +42,7 @@ async def put_label_set(
 @router.post(
     "/v1/label-sets/{name}/calibrate",
     summary="Set its temperature by pictures whose labels are known",
-    description="With one bundle; with another the temperature may be wrong.",
+    description="With one bundle, to which the temperature belongs: the scores of another stay as they are.",
     openapi_extra=takes(CalibrateBody, {"items": [{"image": {"b64": PIXEL}, "label": "cat"}]}),
     responses=answers(LabelSetAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, "text-too-long"),
     dependencies=[Depends(admitted)],
@@ -62,7 +62,7 @@ async def calibrate_label_set(
     truth = [known.labels.index(item.label) for item in body.items]
     request = CalibrateRequest([item.image for item in body.items], truth, known.labels, known.templates)
     temperature = await parts.engine.answer(loaded, calibrate(loaded.bundle, request), own)
-    return respond(own, _shape(await asyncio.to_thread(parts.labels.set_temperature, known, temperature)))
+    return respond(own, _shape(await asyncio.to_thread(parts.labels.calibrate, known, temperature, loaded.digest)))
 
 
 @router.get("/v1/label-sets/{name}", summary="One label set", responses=answers(LabelSetAnswer, MISSING))
