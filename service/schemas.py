@@ -30,7 +30,9 @@ from service.settings import MAX_TEXTS
 from service.stores import Condition
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-Name = Annotated[str, Field(pattern=NAME, description="lower-case letters, digits, '.', '_', '-'; at most 64")]
+# In a path, where it is the route that checks it.
+NewName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME})]
+Template = Annotated[str, WithJsonSchema({"type": "string", "pattern": r"\{\}"})]
 
 
 def _picture(value: object) -> object:
@@ -52,7 +54,7 @@ Picture = Annotated[
         {
             "type": "object",
             "properties": {
-                "b64": {"type": "string", "description": "base64 of a JPEG, PNG or WebP file"},
+                "b64": {"type": "string", "minLength": 1, "description": "base64 of a JPEG, PNG or WebP file"},
                 "url": {"type": "string", "description": "or its address, where the service fetches pictures"},
             },
             "minProperties": 1,
@@ -98,7 +100,9 @@ class LabelledPicture(Body):
     image: Picture
     labels: list[str] = Field([], fail_fast=True, description="else the label set, else the bundle's own labels")
     label_set: str | None = Field(None, description="a registered label set, instead of labels")
-    templates: list[str] = Field([], fail_fast=True, description="sentences with a {}, instead of the bundle's prompts")
+    templates: list[Template] = Field(
+        [], fail_fast=True, description="sentences with a {}, instead of the bundle's prompts"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "LabelledPicture":
@@ -109,8 +113,12 @@ class LabelledPicture(Body):
 
 class ClassifyBody(LabelledPicture):
     top_k: int | None = Field(None, ge=1, description="how many labels to answer; all by default")
-    temperature: float | None = Field(None, description=f"{_TEMPERATURE}; else the label set's, else 1")
-    none_below: float | None = Field(None, description=f"{_NONE_BELOW}; else the label set's, if it has one")
+    temperature: float | None = Field(
+        None, ge=0.01, le=100, description=f"{_TEMPERATURE}; else the label set's, else 1"
+    )
+    none_below: float | None = Field(
+        None, gt=0, le=1, description=f"{_NONE_BELOW}; else the label set's, if it has one"
+    )
 
 
 _DEFAULT = Suppression()
@@ -317,7 +325,7 @@ class LabelSetBody(Body):
     max_bytes = MIB
 
     labels: list[str] = Field(min_length=1, fail_fast=True)
-    templates: list[str] = Field([], fail_fast=True)
+    templates: list[Template] = Field([], fail_fast=True)
     temperature: float = Field(1.0, ge=0.01, le=100, description=_TEMPERATURE)
     none_below: float | None = Field(None, gt=0, le=1, description=_NONE_BELOW)
 

@@ -12,7 +12,7 @@ from service.context import Own, Parts, task
 from service.labels import LabelSet
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import admitted, respond
-from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer
+from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer, NewName
 from service.uploads import body_of, check_picture
 
 router = APIRouter(tags=["label sets"], dependencies=[Depends(task("labels"))])
@@ -33,7 +33,7 @@ async def list_label_sets(own: Own, parts: Parts) -> Response:
     dependencies=[Depends(admitted)],
 )
 async def put_label_set(
-    name: str, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
+    name: NewName, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
 ) -> Response:
     put = asyncio.to_thread(parts.labels.put, name, body.labels, body.templates, body.temperature, body.none_below)
     return respond(own, _shape(await put))
