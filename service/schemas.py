@@ -198,14 +198,15 @@ DATA_URI = "data:image/"
 
 
 def _openai_inputs(value: object) -> object:
-    """One text or several -> texts and, where a text is a data URI of a picture, its bytes."""
+    """One text or several -> texts and, where a text is a data URI of a picture, its bytes; those fetched stay."""
     given = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str) for one in given):
+    if not all(isinstance(one, str | bytes) for one in given):
         raise ValueError(
             "expected a text or a list of texts; tokens are of another model's vocabulary, so send the text"
         )
     return [
-        _data_uri(one, index) if one[: len(DATA_URI)].lower() == DATA_URI else one for index, one in enumerate(given)
+        _data_uri(one, index) if isinstance(one, str) and one[: len(DATA_URI)].lower() == DATA_URI else one
+        for index, one in enumerate(given)
     ]
 
 
@@ -220,7 +221,10 @@ def _data_uri(text: str, index: int) -> bytes:
 
 
 class EmbeddingsBody(Body):
-    """What OpenAI's `POST /v1/embeddings` takes; a text that is a data URI of a picture is that picture."""
+    """What OpenAI's `POST /v1/embeddings` takes; a text that is a data URI of a picture is that picture.
+
+    So is, where the service fetches pictures, a text that is nothing but an https address.
+    """
 
     model: str = Field(description="a loaded bundle")
     input: Annotated[
