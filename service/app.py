@@ -35,6 +35,7 @@ from service.schemas import (
     SearchBody,
 )
 from service.settings import Settings
+from service.tracing import open_tracing
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -58,6 +59,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     metrics.watch_connections(parts.connections)
     metrics.watch_health(parts)
+    tracing = open_tracing(settings.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -69,6 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         await parts.collections.close()
         await parts.hub.close()
         engine.close()
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="calmclip",
@@ -77,9 +80,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's documentation pages fetch scripts from elsewhere
         redoc_url=None,
+        # newer FastAPIs trace too, questions and all, and send them where variables of theirs say; here `tracing` does
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = parts
-    app.add_middleware(RequestContext, settings=settings, metrics=metrics, admission=admission, access=access)
+    app.add_middleware(
+        RequestContext, settings=settings, metrics=metrics, admission=admission, access=access, tracing=tracing
+    )
     problems.install(app)
     for module in (classify, embed, embeddings, detect, collections, labels, inference, catalog):
         app.include_router(module.router)

@@ -29,11 +29,12 @@ RELEASES: tuple[Release, ...] = ("full", "timeout", "idle", "drain", "apart")
 
 
 class Answer(NamedTuple):
-    """Outputs by name, and the seconds the call waited and the graph ran."""
+    """Outputs by name, the seconds the call waited and the graph ran, and the rows of the largest run it shared."""
 
     outputs: Outputs
     queue_s: float
     infer_s: float
+    rows: int
 
 
 class _Entry:
@@ -104,7 +105,8 @@ class Batcher:
         if len(answers) == 1:
             return answers[0]
         outputs = {name: np.concatenate([a.outputs[name] for a in answers]) for name in answers[0].outputs}
-        return Answer(outputs, sum(a.queue_s for a in answers), sum(a.infer_s for a in answers))
+        queue_s, infer_s = sum(a.queue_s for a in answers), sum(a.infer_s for a in answers)
+        return Answer(outputs, queue_s, infer_s, max(a.rows for a in answers))
 
     def drain(self) -> None:
         """From now on nothing waits for company."""
@@ -191,7 +193,7 @@ class Batcher:
             at += entry.rows
             if not entry.done.done():
                 # waiting for the thread is waiting too: queue + infer is all of it
-                entry.done.set_result(Answer(mine, end - entry.born - infer_s, infer_s))
+                entry.done.set_result(Answer(mine, end - entry.born - infer_s, infer_s, rows))
 
     async def _gather(self) -> Release:
         """Waits for company, but no longer than the oldest call may, nor when none is due; says what ended it."""

@@ -23,7 +23,6 @@ from service import keys
 from service.settings import Settings
 
 M_ARENA_MAX = -8  # of malloc.h
-MAX_HEADER_BYTES = 64 << 10  # of one request, with its line: 256 labels fit into a query
 
 
 def serve_command(argv: list[str]) -> int:
@@ -52,7 +51,7 @@ def serve_command(argv: list[str]) -> int:
 
     if settings.metrics_port == given.port:
         raise BadRequest(f"CALMCLIP_METRICS_PORT is {given.port}, the service's own port; choose another")
-    _log_to_stderr(settings.log)
+    logging.basicConfig(level=logging.INFO, handlers=[log_lines(settings.log)], force=True)
     doors = [_listen(given.host, port) for port in (given.port, settings.metrics_port) if port is not None]
     app = create_app(settings)
     config = uvicorn.Config(
@@ -60,8 +59,9 @@ def serve_command(argv: list[str]) -> int:
         log_config=None,
         access_log=False,  # the middleware writes it, with request ids and stages
         server_header=False,
-        http=Protocol,  # of h11; the other one, httptools, buffers headers without end
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http=Protocol,
+        ws="none",
+        proxy_headers=False,  # nobody asks who the client is or by which scheme it came
         timeout_graceful_shutdown=int(settings.deadline_ms / 1000) + 1,
     )
     # uvicorn raises the signal again when it is done; that must not count as being killed
@@ -161,10 +161,11 @@ def _variable(place: tuple[int | str, ...]) -> str:
     return "CALMCLIP_" + "__".join(str(part).upper() for part in place)
 
 
-def _log_to_stderr(kind: str) -> None:
+def log_lines(kind: str) -> logging.Handler:
+    """On standard error, as ``CALMCLIP_LOG`` says."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if kind == "json" else logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    return handler
 
 
 class _JsonLines(logging.Formatter):

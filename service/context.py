@@ -1,7 +1,8 @@
 """What belongs to one request (`Context`) and to one app (`Service`), and how routes get at both."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
     from service.settings import Settings
 
 
+# A request -> what it is about; the first that fits.
+TASKS = tuple(
+    (re.compile(pattern), task)
+    for pattern, task in (
+        ("[A-Z]+ /v1/classify", "classify"),
+        ("[A-Z]+ /v1/detect", "detect"),
+        ("[A-Z]+ /v1/(embed|embeddings)", "embed"),
+        ("[A-Z]+ /v1/collections/[^/]+/search", "search"),
+        ("(POST|DELETE) /v1/collections/[^/]+/items", "index"),
+        ("[A-Z]+ /v1/collections(/.*)?", "collections"),
+        ("[A-Z]+ /v1/label-sets(/.*)?", "labels"),
+        ("[A-Z]+ /v2/models/[^/]+/infer", "infer"),
+        (r"[A-Z]+ /(v1/models(/.*)?|v2(/.*)?|problems/.*|[a-z]+(\.[a-z]+)?)?", "catalog"),
+    )
+)
+
+
 @dataclass
 class Context:
     """One request: who it is, what it has cost so far, when it must be over. Made by the middleware."""
@@ -42,10 +60,11 @@ class Context:
     place: "Place | None" = None  # what it holds of the bytes and pixels under way, once it is admitted
     status: int = 0
     answered: float | None = None  # perf_counter when the answer was there
+    trace: str = ""  # its trace id, where it was traced and sampled
 
-    def spent(self, stage: str, graph: str, seconds: float) -> None:
+    def spent(self, stage: str, graph: str, seconds: float, end: float, **about: int) -> None:
         """Time in or before a graph: on the clock under ``stage``, and by graph for the metrics."""
-        self.clock.add(stage, seconds)
+        self.clock.add(stage, seconds, end, graph=graph, **about)
         self.graphs[stage, graph] = self.graphs.get((stage, graph), 0.0) + seconds
 
     @asynccontextmanager
@@ -113,13 +132,10 @@ def service(request: Request) -> Service:
     return found
 
 
-def task(name: str) -> Callable[[Request], Awaitable[None]]:
-    """A dependency: requests of this router count as ``name``."""
-
-    async def named(request: Request) -> None:
-        context(request).task = name
-
-    return named
+def task_of(method: str, path: str) -> str:
+    """What a request counts as, in metrics and paces."""
+    asked = f"{method} {path}"
+    return next((task for pattern, task in TASKS if pattern.fullmatch(asked)), "other")
 
 
 async def _own(request: Request) -> Context:  # async: FastAPI sends plain functions through a thread pool

@@ -48,7 +48,8 @@ class Engine:
             return await asyncio.get_running_loop().run_in_executor(self._pool, do, *args)
         finally:
             seen = sum(own.clock.stages.values()) - before
-            own.clock.add("queue", max(0.0, perf_counter() - start - seen))
+            waited = max(0.0, perf_counter() - start - seen)
+            own.clock.add("queue", waited, start + waited)
 
     async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
         if call.keys is None:
@@ -70,9 +71,10 @@ class Engine:
     async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
         start = perf_counter()
         answer = await loaded.batchers[graph].run(feeds, until=own.until)
+        end = perf_counter()
         # all that is not the run itself is waiting: for the queue, for a thread, for the event loop's turn
-        own.spent("queue", graph, perf_counter() - start - answer.infer_s)
-        own.spent("infer", graph, answer.infer_s)
+        own.spent("queue", graph, end - start - answer.infer_s, end - answer.infer_s)
+        own.spent("infer", graph, answer.infer_s, end, batch=answer.rows)
         return answer.outputs
 
     def close(self) -> None:

@@ -5,15 +5,17 @@ stages, collections up to their limit; never paths or users). A registry per app
 do not meet.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from time import time
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 import models
 from models.bundle.bundle import Bundle
@@ -56,11 +58,10 @@ def outcome(own: Context) -> str:
 class Metrics:
     """One app's metrics."""
 
-    content_type = CONTENT_TYPE_LATEST
-
     def __init__(self, settings: Settings) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
         self.registry = CollectorRegistry()
+        self.gather: Callable[[], Awaitable[Collector]] = self._own  # of several replicas behind one address, all
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         edges = sorted({*EDGES_S, settings.slo.latency_ms / 1000})
@@ -154,8 +155,9 @@ class Metrics:
 
     def observe(self, own: Context) -> None:
         """One finished request; called by the middleware alone."""
+        exemplar = {"trace_id": own.trace} if own.trace else None
         self.requests.labels(own.task, own.model, outcome(own)).inc()
-        self.duration.labels(own.task, own.model).observe(own.clock.elapsed)
+        self.duration.labels(own.task, own.model).observe(own.clock.elapsed, exemplar)
         if own.problem:
             self.rejected.labels(own.problem).inc()
         if own.problem in PICTURE_FAULTS:
@@ -166,11 +168,11 @@ class Metrics:
             self.picture_bytes.observe(size)
             self.picture_pixels.observe(pixels)
         for (stage, graph), seconds in list(own.graphs.items()):
-            self.stages.labels(own.model, own.task, stage, graph).observe(seconds)
+            self.stages.labels(own.model, own.task, stage, graph).observe(seconds, exemplar)
         for stage, seconds in list(own.clock.stages.items()):  # a thread given up may still add
             in_graphs = sum(s for (name, _), s in own.graphs.items() if name == stage)
             if stage != "infer":
-                self.stages.labels(own.model, own.task, stage, "").observe(max(0.0, seconds - in_graphs))
+                self.stages.labels(own.model, own.task, stage, "").observe(max(0.0, seconds - in_graphs), exemplar)
 
     def answered(self, model: str, value: object) -> None:
         """What an answer of the engine holds, where that is worth a metric."""
@@ -257,5 +259,29 @@ class Metrics:
         self.items(collection, count)
         self.last_commit.labels(collection).set(time())
 
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
+    def families(self) -> list[Metric]:
+        """All of them, with their samples of now."""
+        return list(self.registry.collect())
+
+    async def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Body and content type: OpenMetrics, which has exemplars, where ``accept`` asks for it; else plain text."""
+        encode, content_type = choose_encoder(accept)
+        return encode(await self.gather()), content_type
+
+    async def _own(self) -> Collector:
+        return self.registry
+
+
+class Together(Collector):
+    """Families of several replicas as one, with the label ``replica``."""
+
+    def __init__(self, replicas: Mapping[str, Sequence[Metric]]) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> list[Metric]:
+        found: dict[str, Metric] = {}
+        for replica, families in self._replicas.items():
+            for one in families:
+                family = found.setdefault(one.name, Metric(one.name, one.documentation, one.type, one.unit))
+                family.samples += [s._replace(labels={**s.labels, "replica": replica}) for s in one.samples]
+        return [*found.values()]

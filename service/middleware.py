@@ -11,12 +11,13 @@ import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import Access
+from service.access import LOOKING, Access
 from service.admission import Admission
-from service.context import Context
+from service.context import Context, task_of
 from service.metrics import STAGES, Metrics
 from service.problems import CLIENT_GONE, InvalidHeader, answer
 from service.settings import Settings
+from service.tracing import Untraced
 
 access = logging.getLogger("calmclip.access")
 
@@ -24,15 +25,23 @@ _MS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 DRAIN_BYTES = 1 << 20  # of a body nobody reads, so that an early answer is not lost to a reset
 DRAIN_S = 0.5
+UNFINISHED = (CLIENT_GONE, 504)  # says nothing about how fast work is done
 
 
 class RequestContext:
     def __init__(
-        self, app: ASGIApp, settings: Settings, metrics: Metrics, admission: Admission, access: Access
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        admission: Admission,
+        access: Access,
+        tracing: Untraced,
     ) -> None:
         self.app = app
         self.access = access
         self.metrics = metrics
+        self.tracing = tracing
         self.admission = admission
         self.deadline_s = settings.deadline_ms / 1000
         self.json = settings.log == "json"
@@ -41,12 +50,19 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        own = scope["calmclip.context"] = Context(_request_id(scope), self.deadline_s)
-        bodied = any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
-        wire = _Wire(own, receive, send, bodied, self.admission)
+        own = scope["calmclip.context"] = Context(
+            _request_id(scope),
+            self.deadline_s,
+            self.tracing.clock(),
+            task=task_of(scope["method"], scope["path"]),
+        )
+        announced = _announced(scope)
+        wire = _Wire(own, receive, send, announced, _stays(scope, announced), self.admission)
         try:
             own.key = self.access.check(scope)
             own.deadline_s = min(self.deadline_s, _deadline_s(scope))
+            if scope["method"] not in LOOKING:
+                own.place = self.admission.admit(own, announced)
             await self.app(scope, wire.receive, wire.send)
         except asyncio.CancelledError:
             own.status = CLIENT_GONE
@@ -61,6 +77,9 @@ class RequestContext:
             await response(scope, wire.receive, wire.send)
         finally:
             wire.close()
+            if own.place:
+                own.place.leave(finished=own.status not in UNFINISHED)
+            own.trace = self.tracing.record(scope, own)
             self.metrics.observe(own)
             self._log(scope, own)
 
@@ -69,6 +88,7 @@ class RequestContext:
         if self.json:
             line = {
                 "id": own.id,
+                "trace_id": own.trace,
                 "method": scope["method"],
                 "path": scope["path"],
                 "status": own.status,
@@ -83,7 +103,7 @@ class RequestContext:
         else:
             # !r: a path may hold a decoded newline, and a log line is one line
             access.info(
-                "%s %s %r %d %.1f ms %s %s %s",
+                "%s %s %r %d %.1f ms %s %s %s %s",
                 own.id,
                 scope["method"],
                 scope["path"],
@@ -92,19 +112,28 @@ class RequestContext:
                 own.model,
                 own.problem,
                 own.key,
+                own.trace,
             )
 
 
 class _Wire:
-    """One request's receive and send. Once the body is read, a hang-up cancels the task that answers."""
+    """One request's receive and send. Once the body is read, a hang-up cancels the task that answers.
 
-    def __init__(self, own: Context, receive: Receive, send: Send, bodied: bool, admission: Admission) -> None:
+    ``announced``: bytes of the body, None where the headers do not say. ``stays``: whether the connection may go on
+    behind a body that nobody read.
+    """
+
+    def __init__(
+        self, own: Context, receive: Receive, send: Send, announced: int | None, stays: bool, admission: Admission
+    ) -> None:
         self.own = own
         self.admission = admission
         self.gone = False
         self._receive = receive
         self._send = send
-        self._read = not bodied
+        self._read = announced == 0
+        self._stays = stays
+        self._lingers = False
         self._watch: asyncio.Task[None] | None = None
 
     async def receive(self) -> Message:
@@ -125,16 +154,18 @@ class _Wire:
             seen = dict(self.own.clock.stages)
             timing = ", ".join(f"{stage};dur={seen[stage] * 1000:.2f}" for stage in STAGES if stage in seen)
             total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
-            # A body that was not read to its end is not read on: the connection goes with the answer. So does every
-            # connection when the service is leaving: the next request should find another.
-            last = self.admission.leaving or not (self._read or message["status"] < 400)
+            # What is left of a small body the server drops as it comes; with a large one the connection goes. So does
+            # every connection when the service is leaving: the next request should find another.
+            unread = not self._read and message["status"] >= 400
+            last = self.admission.leaving or (unread and not self._stays)
+            self._lingers = unread and last
             message["headers"] = [
                 *message["headers"],
                 *([(b"connection", b"close")] if last else []),
                 (b"x-request-id", self.own.id.encode()),
                 (b"server-timing", f"{timing}, {total}".lstrip(", ").encode()),
             ]
-        elif not self._read and self.own.status >= 400 and not message.get("more_body"):
+        elif self._lingers and not message.get("more_body"):
             await self._send({**message, "more_body": True})  # the client has all of the answer now
             await self._drain()
             message = {"type": "http.response.body", "body": b""}
@@ -172,6 +203,22 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _ID.fullmatch(given):
             return given
     return secrets.token_hex(8)
+
+
+def _stays(scope: Scope, announced: int | None) -> bool:
+    asked = dict(scope["headers"]).get(b"connection", b"").lower()
+    return (
+        announced is not None and announced <= DRAIN_BYTES and scope["http_version"] != "1.0" and b"close" not in asked
+    )
+
+
+def _announced(scope: Scope) -> int | None:
+    """Bytes of the body, as the headers have it; None where they do not say."""
+    found = dict(scope["headers"])
+    if b"transfer-encoding" in found:
+        return None
+    given = found.get(b"content-length", b"0")
+    return int(given) if given.isdigit() else None
 
 
 def _deadline_s(scope: Scope) -> float:

@@ -17,25 +17,31 @@ from math import inf
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.context import Service
 
 POLL_S = 0.02
 HEAD_S = 10.0
+HEAD_BYTES = 64 << 10  # of a request's line and headers: 256 labels fit into a query
+TOO_LONG = f"the request's line and headers have more than {HEAD_BYTES} bytes"
 TAKEN_S, TAKEN_BYTES = 10.0, 1 << 16  # how much of an answer must be taken in how long, while more than that waits
 
 
-class Protocol(H11Protocol):
+class Protocol(HttpToolsProtocol):
     """A connection that keeps nobody waiting.
 
-    It is closed where a request's line and headers are not there within `HEAD_S`, however they drip (uvicorn's own
-    clock runs between requests alone; from the headers on it is the request's deadline that counts), and cut off where
-    an answer is not taken. It is one of the app's `Connections`.
+    It is closed where a request's line and headers are not there within `HEAD_S`, however they drip, answered 400 where
+    they are longer than `HEAD_BYTES`, and cut off where an answer is not taken. It is one of the app's `Connections`.
+
+    uvicorn's own clock runs between requests alone, and llhttp takes headers without end. From the headers on it is the
+    request's deadline that counts.
     """
 
     _clock: asyncio.TimerHandle | None = None
     _look: asyncio.TimerHandle | None = None
+    _head = 0  # bytes of a request whose headers have not ended
+    _body = False  # what comes next belongs to one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -45,8 +51,22 @@ class Protocol(H11Protocol):
         self._wind()
 
     def data_received(self, data: bytes) -> None:
+        if not self._body:
+            self._head += len(data)
         super().data_received(data)
+        if not self._body and self._head > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(TOO_LONG)
         self._wind()
+
+    def on_headers_complete(self) -> None:
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
+            raise ValueError(TOO_LONG)  # httptools makes it a parser's error, and uvicorn that a 400
+        self._body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._body, self._head = False, 0
+        super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -17,6 +17,7 @@ from models.preprocess.image import MAX_PIXELS
 
 MIB = 1 << 20
 HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # the last part of an address begins with a digit
+ADDRESS = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 MAX_TEXTS = 10_000  # what `Limits.texts` may be; more are not even looked at
 
 
@@ -103,6 +104,9 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="where /metrics is instead of at the service's own port"
     )
+    otlp_endpoint: str | None = Field(
+        default=None, description="traces go to this OpenTelemetry collector, by OTLP over HTTP; else there are none"
+    )
     slo: Slo = Slo()
     log: Literal["text", "json"] = Field(default="text", description="shape of the access log")
 
@@ -123,6 +127,13 @@ class Settings(BaseSettings):
             if not HOST.fullmatch(host):
                 raise ValueError(f"{host!r} is no name of a host, such as images.example.org")
         return hosts
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_address(cls, address: str | None) -> str | None:
+        if address is not None and not ADDRESS.fullmatch(address):
+            raise ValueError("expected a collector's address, such as http://collector:4318")
+        return address
 
     @property
     def cores(self) -> int:

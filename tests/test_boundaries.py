@@ -24,7 +24,12 @@ FORBIDDEN = {
     "export": {"service", *HTTP},
 }
 # name -> the one file of models and service that may import it
-ONE_DOOR = {"onnxruntime": "models/runtime/session.py", "prometheus_client": "service/metrics.py"}
+ONE_DOOR = {
+    "onnxruntime": "models/runtime/session.py",
+    "opentelemetry": "service/tracing.py",
+    "prometheus_client": "service/metrics.py",
+    "ray": "service/deploy/ray_app.py",
+}
 
 
 def files(package: str) -> Iterator[Path]:
@@ -83,7 +88,7 @@ def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("service.app", ("torch", "export", "onnx", "transformers")),
+        ("service.app", ("torch", "export", "onnx", "transformers", "opentelemetry.sdk", "ray")),
         ("models.runner", ("torch", "export", "service", "onnx", "fastapi")),
         (
             "service.client",

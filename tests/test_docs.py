@@ -19,6 +19,7 @@ PAGES = [
     "service/README.md",
     "service/monitoring/README.md",
     "service/deploy/k8s/README.md",
+    "service/deploy/ray.md",
 ]
 
 

@@ -20,7 +20,8 @@ class Stopwatch:
         finally:
             self.add(name, perf_counter() - start)
 
-    def add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, seconds: float, end: float | None = None, **about: str | int) -> None:
+        """``end`` (on `perf_counter`; without it, now) and ``about`` are for a watch that keeps laps. This adds up."""
         self.stages[name] = self.stages.get(name, 0.0) + seconds
 
     @property

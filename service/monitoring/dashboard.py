@@ -394,6 +394,7 @@ def _model(panel: Panel) -> dict[str, Any]:
     targets = [
         {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": expr, "legendFormat": legend}
         | how.get(panel.kind, {})
+        | ({"exemplar": True} if "duration_seconds_bucket" in expr and panel.kind != "stat" else {})  # trace ids
         for i, (legend, expr) in enumerate(panel.queries.items())
     ]
     hide = {"id": "organize", "options": {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", "job"), True)}}

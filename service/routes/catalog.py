@@ -4,19 +4,20 @@ import json
 import mimetypes
 from pathlib import Path
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from models.errors import BundleNotFound, TaskNotServed, suggestion
 from models.tasks.detect import default_suppression
-from service.context import Own, Parts, task
+from service.context import Own, Parts
 from service.hub import Loaded
 from service.openapi import answers
 from service.routes import respond
 from service.schemas import HealthAnswer, ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer, SuppressionAsked
 
-router = APIRouter(tags=["catalog"], dependencies=[Depends(task("catalog"))])
+router = APIRouter(tags=["catalog"])
 
+EXPOSITIONS = ("text/plain", "application/openmetrics-text")
 WEB = Path(__file__).parent.parent / "web"
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -75,15 +76,16 @@ async def readyz(own: Own, parts: Parts) -> Response:
     summary="Prometheus text",
     response_class=Response,
     responses=answers(None)
-    | {200: {"description": "Metrics", "content": {"text/plain": {"schema": {"type": "string"}}}}},
+    | {200: {"description": "Metrics", "content": {kind: {"schema": {"type": "string"}} for kind in EXPOSITIONS}}},
 )
-async def metrics(parts: Parts) -> Response:
-    return Response(parts.metrics.render(), media_type=parts.metrics.content_type)
+async def metrics(request: Request, parts: Parts) -> Response:
+    body, kind = await parts.metrics.render(",".join(request.headers.getlist("accept")))
+    return Response(body, headers={"Vary": "Accept"}, media_type=kind)
 
 
 def page(folder: Path = WEB) -> APIRouter:
     """A route per file of ``folder``, read once, and `/` for its index.html: what is not there cannot be asked for."""
-    router = APIRouter(dependencies=[Depends(task("catalog"))])
+    router = APIRouter()
 
     def serve(path: str, file: Path) -> None:
         data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0]

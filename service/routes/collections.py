@@ -1,7 +1,7 @@
 """/v1/collections: fill collections with vectors of pictures and texts, and search them."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Depends, Query
@@ -11,10 +11,10 @@ from models.errors import BadRequest, CollectionMismatch
 from models.flow import Array
 from models.tasks.embed import EmbedRequest, embed
 from service.collections import Collection
-from service.context import Context, Own, Parts, Service, task
+from service.context import Context, Own, Parts, Service
 from service.hub import Loaded
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import admitted, respond
+from service.routes import respond
 from service.schemas import (
     CollectionAnswer,
     CollectionBody,
@@ -42,16 +42,10 @@ STORE = ("overloaded", DOWN)
 MAX_DEPTH = 16  # of metadata; what is read back is nested deeper still, and JSON writers have limits
 
 
-def busy(name: str) -> list[Any]:
-    """Dependencies of a route that runs the engine or writes."""
-    return [Depends(task(name)), Depends(admitted)]
-
-
 @router.get(
     "/v1/collections",
     summary="All collections",
     responses=answers(CollectionsAnswer, *STORE),
-    dependencies=[Depends(task("collections"))],
 )
 async def list_collections(own: Own, parts: Parts) -> Response:
     async with own.deadline():
@@ -65,7 +59,6 @@ async def list_collections(own: Own, parts: Parts) -> Response:
     description="201 when it is new, 200 when it is there already.",
     openapi_extra=takes(CollectionBody, {"model": "mini-int8"}),
     responses=answers(CollectionAnswer, *ENGINE, DOWN, *INPUT, WRONG) | answers(CollectionAnswer, status=201),
-    dependencies=busy("collections"),
 )
 async def make_collection(
     name: NewName, body: Annotated[CollectionBody, Depends(body_of(CollectionBody))], own: Own, parts: Parts
@@ -80,7 +73,6 @@ async def make_collection(
     "/v1/collections/{name}",
     summary="One collection",
     responses=answers(CollectionAnswer, MISSING, *STORE),
-    dependencies=[Depends(task("collections"))],
 )
 async def get_collection(name: str, own: Own, parts: Parts) -> Response:
     async with own.deadline():
@@ -92,7 +84,6 @@ async def get_collection(name: str, own: Own, parts: Parts) -> Response:
     summary="Delete a collection and all in it",
     status_code=204,
     responses=answers(None, MISSING, *STORE, status=204),
-    dependencies=[Depends(task("collections"))],
 )
 async def delete_collection(name: str, own: Own, parts: Parts) -> Response:
     async with own.deadline():
@@ -104,7 +95,6 @@ async def delete_collection(name: str, own: Own, parts: Parts) -> Response:
     "/v1/collections/{name}/items",
     summary="Items, by id",
     responses=answers(ItemsAnswer, MISSING, *STORE, "invalid-request"),
-    dependencies=[Depends(task("collections"))],
 )
 async def list_items(
     name: str,
@@ -130,7 +120,6 @@ async def list_items(
     description="All of them or none. On disk when answered.",
     openapi_extra=takes(ItemsBody, {"items": [{"id": "a1", "image": {"b64": PIXEL}, "meta": {"title": "dunes"}}]}),
     responses=answers(CountAnswer, *ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
-    dependencies=busy("index"),
 )
 async def add_items(
     name: str, body: Annotated[ItemsBody, Depends(body_of(ItemsBody))], own: Own, parts: Parts
@@ -162,7 +151,6 @@ async def add_items(
     description="Ids that are not there are passed over.",
     openapi_extra=takes(DeleteItemsBody, {"ids": ["a1"]}),
     responses=answers(CountAnswer, *INPUT, MISSING, *STORE),
-    dependencies=busy("index"),
 )
 async def delete_items(
     name: str, body: Annotated[DeleteItemsBody, Depends(body_of(DeleteItemsBody))], own: Own, parts: Parts
@@ -183,7 +171,6 @@ async def delete_items(
         SearchBody, {"query": {"text": "sand in the evening"}, "top_k": 3, "filter": {"year": {"gte": 2020}}}
     ),
     responses=answers(SearchAnswer, *ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
-    dependencies=busy("search"),
 )
 async def search_collection(
     name: str, body: Annotated[SearchBody, Depends(body_of(SearchBody))], own: Own, parts: Parts

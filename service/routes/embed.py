@@ -8,14 +8,14 @@ from fastapi.responses import Response
 
 from models.errors import BadRequest
 from models.tasks.embed import Embeddings, EmbedRequest, embed
-from service.context import Context, Own, Parts, Service, task
+from service.context import Context, Own, Parts, Service
 from service.hub import Loaded
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import admitted, respond
+from service.routes import respond
 from service.schemas import EmbedAnswer, EmbedBody
 from service.uploads import body_of, check_picture
 
-router = APIRouter(tags=["tasks"], dependencies=[Depends(task("embed")), Depends(admitted)])
+router = APIRouter(tags=["tasks"])
 
 EXAMPLE = {"inputs": [{"text": "a red bicycle"}, {"image": {"b64": PIXEL}}]}
 

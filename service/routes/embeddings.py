@@ -6,14 +6,14 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
 from models.errors import BadRequest
-from service.context import Own, Parts, task
+from service.context import Own, Parts
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import admitted, respond
+from service.routes import respond
 from service.routes.embed import vectors_of
 from service.schemas import EmbeddingsAnswer, EmbeddingsBody
 from service.uploads import body_of
 
-router = APIRouter(tags=["compatible"], dependencies=[Depends(task("embed")), Depends(admitted)])
+router = APIRouter(tags=["compatible"])
 
 EXAMPLE = {"model": "mini-int8", "input": ["a red bicycle", f"data:image/png;base64,{PIXEL}"]}
 

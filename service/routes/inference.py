@@ -9,7 +9,7 @@ from pydantic import WithJsonSchema
 
 import models
 from service import inference
-from service.context import Own, Parts, task
+from service.context import Own, Parts
 from service.inference import (
     GraphMetadata,
     GraphReady,
@@ -20,7 +20,7 @@ from service.inference import (
     ServerReady,
 )
 from service.openapi import BINARY, INPUT, answers, takes
-from service.routes import admitted, catalog, respond
+from service.routes import catalog, respond
 from service.uploads import bytes_of
 
 JSON, BYTES = "application/json", "application/octet-stream"
@@ -29,7 +29,7 @@ LENGTH_SAYS, LENGTH_IS = "bytes of the JSON, where more follows it", {"type": "i
 NOT_READY = 400  # the protocol: 200 is true, 4xx is false
 MISSING = ("model-not-found", "overloaded")
 
-router = APIRouter(prefix="/v2", tags=["compatible"], dependencies=[Depends(task("catalog"))])
+router = APIRouter(prefix="/v2", tags=["compatible"])
 
 EXAMPLE = {"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]},
                       {"name": "mask", "datatype": "INT64", "shape": [1, 2], "data": [1, 1]}]}  # fmt: skip
@@ -92,7 +92,6 @@ def _answers(*slugs: str) -> dict[int | str, dict[str, Any]]:
     description="With the binary tensor data extension: bytes of tensors behind the JSON, in both directions.",
     openapi_extra=_takes(),
     responses=_answers(*MISSING, *INPUT, "text-too-long", "image-too-large"),
-    dependencies=[Depends(task("infer")), Depends(admitted)],
 )
 async def run(
     name: str,

@@ -8,14 +8,14 @@ from fastapi.responses import Response
 
 from models.errors import BadRequest
 from models.tasks.calibrate import CalibrateRequest, calibrate
-from service.context import Own, Parts, task
+from service.context import Own, Parts
 from service.labels import LabelSet
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import admitted, respond
+from service.routes import respond
 from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer, NewName
 from service.uploads import body_of, check_picture
 
-router = APIRouter(tags=["label sets"], dependencies=[Depends(task("labels"))])
+router = APIRouter(tags=["label sets"])
 MISSING = "label-set-not-found"
 
 
@@ -30,7 +30,6 @@ async def list_label_sets(own: Own, parts: Parts) -> Response:
     description="A change counts the version up; the same content again does not.",
     openapi_extra=takes(LabelSetBody, {"labels": ["cat", "dog"], "templates": ["a photo of a {}."]}),
     responses=answers(LabelSetAnswer, *INPUT, "too-many-labels", "overloaded"),
-    dependencies=[Depends(admitted)],
 )
 async def put_label_set(
     name: NewName, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
@@ -45,7 +44,6 @@ async def put_label_set(
     description="With one bundle, to which the temperature belongs: the scores of another stay as they are.",
     openapi_extra=takes(CalibrateBody, {"items": [{"image": {"b64": PIXEL}, "label": "cat"}]}),
     responses=answers(LabelSetAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, "text-too-long"),
-    dependencies=[Depends(admitted)],
 )
 async def calibrate_label_set(
     name: str, body: Annotated[CalibrateBody, Depends(body_of(CalibrateBody))], own: Own, parts: Parts
@@ -71,7 +69,10 @@ async def get_label_set(name: str, own: Own, parts: Parts) -> Response:
 
 
 @router.delete(
-    "/v1/label-sets/{name}", summary="Forget a label set", status_code=204, responses=answers(None, MISSING, status=204)
+    "/v1/label-sets/{name}",
+    summary="Forget a label set",
+    status_code=204,
+    responses=answers(None, MISSING, "overloaded", status=204),
 )
 async def delete_label_set(name: str, parts: Parts) -> Response:
     await asyncio.to_thread(parts.labels.delete, name)

@@ -123,7 +123,7 @@ def test_problems_and_the_two_headers(settings, file):
 def test_a_body_is_not_read_without_a_key(settings, serve, file):
     keys.add(file, "reader", ["read"])
     with serve(settings(keys=file, limits={"body_bytes": 1024})) as client:
-        answer = client.post("/v1/embed", content=b"x" * 5000, headers={"content-type": "application/json"})
+        answer = client.post("/v1/embed", content=b"x" * (2 << 20), headers={"content-type": "application/json"})
         assert (answer.status_code, answer.headers["connection"]) == (401, "close")
 
 

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from service.app import create_app
+from service.context import task_of
 
 
 def test_the_service_loads_no_torch_and_no_export():
@@ -214,3 +215,15 @@ def test_examples_in_the_specification_are_answered(client, spec):
 def test_nothing_happens_before_the_app_starts(settings, tmp_path):
     create_app(settings(data_dir=tmp_path / "untouched"))
     assert not (tmp_path / "untouched").exists()
+
+
+def test_every_operation_counts_as_something_and_whoever_passes_the_gate_may_be_turned_away(client):
+    for path, verbs in client.get("/openapi.json").json()["paths"].items():
+        for verb, operation in verbs.items():
+            asked = path.replace("{name}", "a.b-c").replace("{slug}", "overloaded")
+            assert task_of(verb.upper(), asked) != "other", (verb, path)
+            assert verb in ("get", "head") or "503" in operation["responses"], (verb, path)
+    assert task_of("POST", "/v1/collections/x/items") == "index"
+    assert task_of("GET", "/v1/collections/x/items") == "collections"
+    assert task_of("GET", "/") == task_of("GET", "/app.js") == "catalog"
+    assert task_of("POST", "/v1/nothing") == task_of("GET", "/wp-login.php/x") == "other"

@@ -341,8 +341,44 @@ def test_every_route_with_a_body_needs_a_place(settings, serve, picture):
 
 def test_the_connection_stays_open_unless_a_body_was_not_read(client):
     assert "connection" not in client.get("/nothing").headers
-    assert client.post("/nothing", content=b"x" * 100).headers["connection"] == "close"
+    assert client.post("/nothing", content=iter([b"x" * 100])).headers["connection"] == "close"  # in chunks
+    assert client.post("/nothing", content=b"x" * (2 << 20)).headers["connection"] == "close"
     assert "connection" not in client.post("/v1/embed", json={}).headers
+
+
+def test_a_small_body_that_nobody_reads_is_dropped_and_the_connection_goes_on(client):
+    port, body = client.base_url.port, b"GET / HTTP/1.1\r\n" * 50_000  # as long as a body may be, and not a request
+    head = f"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        for _ in range(2):
+            connection.sendall(head + b"\r\n" + body + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            seen = b""
+            while b'{"status":"ok"}' not in seen:
+                got = connection.recv(65536)
+                assert got, seen
+                seen += got
+            assert (seen.count(b"HTTP/1.1 404"), seen.count(b"HTTP/1.1 200")) == (1, 1)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:  # who wants it closed is not reset
+        connection.sendall(head + b"Connection: close\r\n\r\n" + body)
+        with connection.makefile("rb") as answer:
+            assert b"404" in answer.read().partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("body", [0, 200_000])
+def test_headers_without_end_are_cut_off(client, body):
+    port, size = client.base_url.port, server.HEAD_BYTES
+    for head in (b"GET /", b"GET / HTTP/1.1\r\nX-Long: ", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (size // 6)):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            with suppress(OSError):  # cut off while we write
+                connection.sendall(head)
+                for _ in range(2 * size // 1000):
+                    connection.sendall(b"x" * 1000)
+                    time.sleep(0.0005)
+            with suppress(ConnectionResetError):
+                assert b" 400 " in connection.recv(65536)
+    whole = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nX: %s\r\n\r\n"
+    for length, status in ((size - 100, b" 404 "), (size, b" 400 ")):
+        assert status in _raw(port, whole % (body, b"x" * length) + b"x" * body)
 
 
 def test_half_a_request_and_a_hang_up(client, picture):

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from service.monitoring import dashboard, rules
+from tests.otlp import Collector, collecting
 from tests.process import serving
 
 CLIENTS = 5
@@ -47,7 +48,15 @@ def load(url: str, picture: bytes, until: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory, bundle_maker, picture) -> Iterator["Prometheus"]:
+def collector() -> Iterator[Collector]:
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def prometheus(
+    tmp_path_factory: pytest.TempPathFactory, bundle_maker, picture, collector: Collector
+) -> Iterator["Prometheus"]:
     """One that has watched a service under load."""
     found = shutil.which("prometheus")
     if found is None and os.environ.get("CI") == "true":
@@ -61,6 +70,10 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, bundle_maker, picture) 
         "CALMCLIP_BATCH__MAX_WAIT_MS": "30",
         "CALMCLIP_RELOAD_S": "0.2",
         "CALMCLIP_SLO__LATENCY_MS": "5",
+        "CALMCLIP_OTLP_ENDPOINT": collector.url,
+        "OTEL_TRACES_SAMPLER": "traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": "0.2",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
     }
     with (
         serving(folder / "bundles", folder / "data", "--threads", "1", **settings) as (_, client, _log),
@@ -111,6 +124,7 @@ class Prometheus:
             f"--config.file={folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={folder / 'tsdb'}",
             f"--web.listen-address={address}",
+            "--enable-feature=exemplar-storage",
             "--log.level=warn",
         ]
         self.client = httpx.Client(base_url=f"http://{address}", trust_env=False, timeout=20)
@@ -178,3 +192,13 @@ def test_every_rule_is_evaluated_without_an_error_and_the_broken_bundle_is_told(
     assert len(every) == len(rules.RECORDS) + len(rules.ALERTS)
     assert {rule["health"] for rule in every} == {"ok"}, [rule.get("lastError") for rule in every]
     assert {rule["name"] for rule in every if rule.get("state") == "firing"} == {"CalmclipReloadFailed"}
+
+
+def test_exemplars_lead_from_prometheus_to_the_collector(prometheus: Prometheus, collector: Collector) -> None:
+    sent = {span.trace_id.hex() for span in collector.spans}
+    for name in ("request", "stage"):
+        query = f'calmclip_{name}_duration_seconds_bucket{{task="classify"}}'
+        series = prometheus.get("query_exemplars", query=query, start=str(time.time() - 60), end=str(time.time()))
+        found = {exemplar["labels"]["trace_id"] for one in series for exemplar in one["exemplars"]}
+        assert found
+        assert found <= sent

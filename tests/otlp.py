@@ -1,0 +1,57 @@
+"""A collector of OpenTelemetry's as far as traces go: OTLP over HTTP, decoded by OpenTelemetry's own protobuf."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+
+class Collector:
+    """``requests``: (path, what was sent), as they came."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.requests: list[tuple[str, ExportTraceServiceRequest]] = []
+
+    @property
+    def spans(self) -> list[Span]:
+        scopes = [scope for _, sent in self.requests for one in sent.resource_spans for scope in one.scope_spans]
+        return [span for scope in scopes for span in scope.spans]
+
+    @property
+    def resource(self) -> dict[str, str]:
+        return told(self.requests[0][1].resource_spans[0].resource)
+
+    def server_spans(self) -> dict[str, Span]:
+        return {told(span)["calmclip.request"]: span for span in self.spans if span.kind == Span.SPAN_KIND_SERVER}
+
+
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            assert self.headers["content-type"] == "application/x-protobuf"
+            collector.requests.append((self.path, ExportTraceServiceRequest.FromString(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    collector = Collector(server.server_address[1])
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield collector
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def told(one) -> dict:
+    """Attributes of a span or resource."""
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in one.attributes}

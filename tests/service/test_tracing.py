@@ -1,0 +1,250 @@
+"""Traces as a collector gets them: over HTTP, decoded by OpenTelemetry's own protobuf."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from models.errors import ExtraMissing
+from service import tracing
+from service.app import create_app
+from tests.otlp import collecting, told
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # the example of W3C's Trace Context
+OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"  # Prometheus sends it
+
+
+@pytest.fixture
+def collector():
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch):
+    """Those of whoever runs the tests."""
+    for name in ("OTEL_TRACES_SAMPLER", "OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_SDK_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def hexed(id_: bytes) -> str:
+    return id_.hex()
+
+
+def timing(answer) -> dict[str, float]:
+    pairs = (entry.split(";dur=") for entry in answer.headers["server-timing"].split(", "))
+    return {stage: float(ms) for stage, ms in pairs}
+
+
+def ask(client, path: str, request_id: str, picture: bytes, **headers: str):
+    send = {"content-type": "image/png", "x-request-id": request_id, **headers}
+    return client.post(path, content=picture, headers=send)
+
+
+def test_a_request_is_a_span_and_its_stages_are_children(settings, serve, picture, collector):
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        answer = ask(
+            client,
+            "/v1/detect?labels=red",
+            "one",
+            picture("red"),
+            traceparent=f"00-{TRACE}-{PARENT}-01",
+            tracestate="a=b",
+        )
+        assert answer.status_code == 200
+    assert {path for path, _ in collector.requests} == {"/v1/traces"}
+    assert collector.resource["service.name"] == "calmclip"
+    (span,) = collector.server_spans().values()
+    assert (hexed(span.trace_id), hexed(span.parent_span_id), span.trace_state) == (TRACE, PARENT, "a=b")
+    assert span.name == "POST /v1/detect"
+    assert span.status.code == Status.STATUS_CODE_UNSET
+    assert told(span) == {
+        "http.request.method": "POST",
+        "http.route": "/v1/detect",
+        "http.response.status_code": 200,
+        "url.path": "/v1/detect",
+        "url.scheme": "http",
+        "network.protocol.version": "1.1",
+        "calmclip.request": "one",
+        "calmclip.task": "detect",
+        "calmclip.bundle": "colours-int8",
+    }
+    children = [one for one in collector.spans if one.parent_span_id == span.span_id]
+    assert len(children) + 1 == len(collector.spans)
+    assert {hexed(one.trace_id) for one in children} == {TRACE}
+    spent: dict[str, float] = {}
+    for one in children:
+        assert (
+            span.start_time_unix_nano <= one.start_time_unix_nano <= one.end_time_unix_nano <= span.end_time_unix_nano
+        )
+        spent[one.name] = spent.get(one.name, 0.0) + (one.end_time_unix_nano - one.start_time_unix_nano) / 1e6
+    seen = timing(answer)
+    seen.pop("total")
+    assert spent == pytest.approx(seen, abs=0.006)  # two decimals
+    runs = {told(one).get("calmclip.graph"): told(one) for one in children if one.name == "infer"}
+    assert runs == {graph: {"calmclip.graph": graph, "calmclip.batch": 1} for graph in ("text", "regions", "detect")}
+
+
+def test_stages_follow_each_other(settings, serve, picture, collector):
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        ask(client, "/v1/classify?labels=red", "one", picture("red"))
+    laps = sorted((one for one in collector.spans if one.parent_span_id), key=lambda one: one.start_time_unix_nano)
+    working = [one for one in laps if one.name != "queue"]  # where the waiting was is known to a turn of the loop
+    assert {one.name for one in working} == {"read", "decode", "preprocess", "infer", "postprocess", "serialize"}
+    for before, after in pairwise(working):
+        assert before.end_time_unix_nano <= after.start_time_unix_nano + 1000, f"{after.name} begins in {before.name}"
+    assert working[0].name == "read"
+    assert [one.name for one in working[-2:]] == ["postprocess", "serialize"]
+    waits = {told(one)["calmclip.graph"]: one for one in laps if one.name == "queue" and one.attributes}
+    runs = {told(one)["calmclip.graph"]: one for one in laps if one.name == "infer"}
+    for graph in ("image", "text"):
+        assert waits[graph].end_time_unix_nano == pytest.approx(runs[graph].start_time_unix_nano, abs=1000, rel=0)
+
+
+def test_a_batch_says_how_many_were_in_it(settings, serve, collector):
+    texts = {"inputs": [{"text": word} for word in ("red", "green", "blue")]}
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        assert client.post("/v1/embed", json=texts).status_code == 200
+    (run,) = [told(one) for one in collector.spans if one.name == "infer"]
+    assert run["calmclip.batch"] == 3
+
+
+def test_what_went_wrong_is_said(settings, serve, picture, collector, monkeypatch):
+    from service.engine import Engine
+
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        ask(client, "/v1/classify?labels=red", "broken", b"no picture")
+        client.get("/v1/secret/path", headers={"x-request-id": "nowhere"})
+        monkeypatch.setattr(Engine, "answer", lambda *_: 1 / 0)
+        ask(client, "/v1/classify?labels=red", "fault", picture("red"))
+    spans = collector.server_spans()
+    assert told(spans["broken"])["calmclip.problem"] == "unsupported-image"
+    assert spans["broken"].status.code == Status.STATUS_CODE_UNSET  # the client's doing
+    assert spans["nowhere"].name == "GET"
+    assert "http.route" not in told(spans["nowhere"])
+    fault = told(spans["fault"])
+    assert (fault["http.response.status_code"], fault["error.type"]) == (500, "internal")
+    assert spans["fault"].status.code == Status.STATUS_CODE_ERROR
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["x"], ["00-0-0-01"], [f"00-{'0' * 32}-{PARENT}-01"], [f"ff-{TRACE}-{PARENT}-01"], ["\xff" * 55], [""],
+        [f"00-{TRACE}-{PARENT}-01", f"00-{TRACE[::-1]}-{PARENT}-01"], ["0" * 5000],
+    ],
+)  # fmt: skip
+def test_a_parent_that_cannot_be_read_is_none(settings, serve, collector, lines):
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        headers = [("x-request-id", "one"), ("tracestate", "\xff=,,="), *(("traceparent", line) for line in lines)]
+        answer = client.get("/v1/models", headers=[(k.encode(), v.encode("latin-1")) for k, v in headers])
+        assert answer.status_code == 200
+    (span,) = collector.server_spans().values()
+    assert (span.parent_span_id, span.trace_state) == (b"", "")
+    assert hexed(span.trace_id) not in (TRACE, TRACE[::-1])
+
+
+def test_probes_and_scrapes_are_not_traced(settings, serve, collector):
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
+            assert client.get(path).status_code == 200
+    assert [span.name for span in collector.server_spans().values()] == ["GET /v1/models"]
+
+
+def test_exemplars_are_of_the_traces_that_were_sent(settings, serve, picture, collector):
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        assert ask(client, "/v1/classify?labels=red", "one", picture("red")).status_code == 200
+        unsampled = f"00-{'1' * 32}-{PARENT}-00"
+        assert ask(client, "/v1/detect?labels=red", "two", picture("red"), traceparent=unsampled).status_code == 200
+        answer = client.get("/metrics", headers={"accept": OPENMETRICS})
+        plain = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    (span,) = collector.server_spans().values()
+    found: dict[str, set[str]] = {}
+    tasks = set()
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.exemplar:
+                found.setdefault(family.name, set()).add(sample.exemplar.labels["trace_id"])
+                tasks.add(sample.labels["task"])
+    wanted = {hexed(span.trace_id)}
+    assert found == {"calmclip_request_duration_seconds": wanted, "calmclip_stage_duration_seconds": wanted}
+    assert tasks == {"classify"}
+    assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "trace_id" not in plain.text
+
+
+def test_the_log_names_the_trace(settings, serve, collector, caplog):
+    with (
+        caplog.at_level(logging.INFO, "calmclip.access"),
+        serve(settings(otlp_endpoint=collector.url, log="json")) as client,
+    ):
+        client.get("/v1/models", headers={"x-request-id": "one"})
+    (line,) = [one for one in map(json.loads, caplog.messages) if one["id"] == "one"]
+    assert line["trace_id"] == hexed(collector.server_spans()["one"].trace_id)
+
+
+def test_variables_of_opentelemetry_count(settings, serve, collector, monkeypatch):
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "pictures")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=here")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    with serve(settings(otlp_endpoint=f"{collector.url}/v1/traces")) as client:  # all of the address is right too
+        client.get("/v1/models", headers={"x-request-id": "left-out"})
+        client.get("/v1/models", headers={"x-request-id": "asked-for", "traceparent": f"00-{TRACE}-{PARENT}-01"})
+    assert set(collector.server_spans()) == {"asked-for"}
+    assert {path for path, _ in collector.requests} == {"/v1/traces"}
+    assert collector.resource["service.name"] == "pictures"
+    assert collector.resource["deployment.environment.name"] == "here"
+
+
+def test_a_collector_that_never_answers_holds_nobody_up(settings, serve, picture, monkeypatch):
+    """It accepts connections and says nothing. Requests are answered as ever, and the service leaves in time."""
+    import socket
+
+    monkeypatch.setattr(tracing, "FLUSH_S", 0.5)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as deaf:
+        with serve(settings(otlp_endpoint=f"http://127.0.0.1:{deaf.getsockname()[1]}")) as client:
+            for _ in range(20):
+                start = time.perf_counter()
+                assert ask(client, "/v1/classify?labels=red", "one", picture("red")).status_code == 200
+                assert time.perf_counter() - start < 5  # the SDK would wait for 10
+            leaving = time.perf_counter()
+        assert 0.5 <= time.perf_counter() - leaving < 5
+
+
+def test_a_collector_that_is_down_costs_nothing_but_its_spans(settings, serve, picture, monkeypatch):
+    monkeypatch.setattr(tracing, "FLUSH_S", 0.5)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "20")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "10")
+    with collecting() as gone:
+        pass
+    with serve(settings(otlp_endpoint=gone.url)) as client:
+        for _ in range(20):
+            assert ask(client, "/v1/classify?labels=red", "one", picture("red")).status_code == 200
+
+
+def test_without_an_address_nothing_is_imported_nor_kept(settings):
+    script = (
+        "import sys; from service.app import create_app; from service.settings import Settings; "
+        "create_app(Settings()); "
+        "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert type(tracing.open_tracing(None).clock()).__name__ == "Stopwatch"
+
+
+def test_without_the_extra_it_is_said_at_the_start(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(ExtraMissing, match=re.escape("pip install 'calmclip[otel]'")):
+        create_app(settings(otlp_endpoint="http://127.0.0.1:1"))
