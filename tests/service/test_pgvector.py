@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from models.errors import BadRequest, CollectionError, StoreUnavailable
+from models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
 from service import collections
 from service.stores import Condition, Info, Row, open_store, shown
 
@@ -156,6 +156,26 @@ def test_services_that_share_a_store_see_each_other_s_collections_at_once(
         with serve(settings(store=store, bundles_dir=tmp_path / "other")) as third:
             assert third.put("/v1/collections/c", json={}).status_code == 409
             assert find(third, "red") == 409
+
+
+def test_a_table_that_another_service_dropped_meanwhile_is_not_found(postgres):
+    """Between the look at which collections there are and the statement that needs the table."""
+    store = open_store(f"pgvector:{postgres.database()}")
+    try:
+        table = store.create(Info("c", "m", "d", 2, ""))
+        store.drop("c")
+        vector = np.array([1, 0], np.float32)
+        for use in (
+            lambda: table.search(vector, 1),
+            lambda: table.upsert([Row("a", vector, {})]),
+            lambda: table.delete(["a"]),
+            lambda: table.page(None, 1),
+            table.count,
+        ):
+            with pytest.raises(CollectionNotFound, match="'c' was deleted by another service"):
+                use()
+    finally:
+        store.close()
 
 
 def test_a_filter_by_value_is_answered_by_the_index_of_the_metadata(postgres):
