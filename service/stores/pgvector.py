@@ -26,7 +26,7 @@ from service.stores import STORES, Condition, Found, Info, Row, Store, Table
 try:
     import psycopg
     from psycopg import errors
-    from psycopg_pool import ConnectionPool, PoolTimeout
+    from psycopg_pool import ConnectionPool
 except ModuleNotFoundError:
     raise ExtraMissing("the store pgvector needs psycopg; pip install 'calmclip[postgres]'") from None
 
@@ -264,7 +264,7 @@ class _Server:
         try:
             with self._pool.connection() as connection:
                 yield connection
-        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, errors.ReadOnlySqlTransaction) as error:
+        except (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction) as error:
             log.warning("the database %s failed: %s", self, _reason(error))
             raise StoreUnavailable(f"the database {self} does not answer; try again in a few seconds") from None
 
