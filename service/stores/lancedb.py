@@ -23,7 +23,8 @@ from service.stores import STORES, Condition, Found, Info, Row, Store, Table
 KEY = b"calmclip"  # of the schema's metadata: the Info, as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 BESIDE_EMPTY = {"gt": '"_%"', "gte": '"%', "lt": '"', "lte": '""'}  # JSON texts of strings so ordered to ""
-CACHE_BYTES = 32 << 20  # of its own making LanceDB would take gigabytes; the operating system caches files anyway
+CACHE_BYTES = 32 << 20  # of indexes; of its own making LanceDB would take gigabytes
+METADATA_BYTES = 4 << 20  # of files and versions: each commit leaves some, until there is no more room for them
 STABLE = {"new_table_enable_stable_row_ids": "true"}  # a row's number outlives updates and compaction
 SCANNED = 8192  # rows at a time
 INDEXED_FROM = 10_000  # rows
@@ -34,7 +35,7 @@ PARTITION = 4096
 REMADE = 2  # times the rows
 ALL = 1 << 20
 PROPOSED = 50  # rows that the index proposes for each hit that is wanted; float32 decides
-OLD = timedelta(minutes=10)  # versions that compaction removes; a search holds one for far less
+OLD = timedelta(minutes=2)  # versions that compaction removes; a search holds one for far less
 
 log = logging.getLogger("calmclip")
 
@@ -43,7 +44,7 @@ class LanceStore:
     shared = False
 
     def __init__(self, place: str) -> None:
-        session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES)
+        session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=METADATA_BYTES)
         self._db = lancedb.connect(place, session=session)
 
     def names(self) -> list[str]:
