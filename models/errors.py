@@ -17,8 +17,9 @@
     │   ├── CollectionNotFound
     │   └── CollectionMismatch    vectors of one bundle, asked with another
     ├── LabelSetNotFound
-    ├── Overloaded                the queue is full; try again
-    │   └── StoreUnavailable      the database of the collections does not answer; try again
+    ├── Unavailable               not now; try again
+    │   ├── Overloaded            too much is under way
+    │   └── StoreUnavailable      the database of the collections does not answer
     ├── DeadlineExceeded          too late to be of use
     ├── OpsLibraryMissing         the op library was demanded and cannot be used; says why
     ├── OpsNotBuilt               no compiler, no headers, or the compiler refused
@@ -93,16 +94,23 @@ class CollectionMismatch(CollectionError): ...
 class LabelSetNotFound(CalmclipError): ...
 
 
-class Overloaded(CalmclipError):
-    """``retry_after``: seconds after which a place is likely to be free; ``reason``: one word for what was full."""
+class Unavailable(CalmclipError):
+    """``retry_after``: seconds after which it is likely to go."""
 
-    def __init__(self, message: str, *, retry_after: float = 1.0, reason: str = "queue") -> None:
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class Overloaded(Unavailable):
+    """Turned away before any work was done. ``reason``: one word for what was full."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, reason: str = "queue") -> None:
+        super().__init__(message, retry_after=retry_after)
         self.reason = reason
 
 
-class StoreUnavailable(Overloaded): ...
+class StoreUnavailable(Unavailable): ...
 
 
 class DeadlineExceeded(CalmclipError): ...

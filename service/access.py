@@ -13,7 +13,7 @@ from models.errors import CalmclipError, UnknownName
 from service.keys import Keys, Scope
 from service.settings import Settings
 
-HEALTH = ("/healthz", "/readyz")
+HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 METRICS = "/metrics"
 LOOKING = ("GET", "HEAD")
 # POSTs that change nothing

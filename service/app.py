@@ -12,6 +12,7 @@ from service import openapi, problems
 from service.access import Access
 from service.admission import Admission
 from service.collections import Collections
+from service.connections import Connections
 from service.context import Service
 from service.engine import Engine
 from service.fetching import Fetcher
@@ -54,7 +55,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         collections=Collections(settings, metrics),
         labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
         fetcher=Fetcher(settings.url_hosts, settings.limits),
+        connections=Connections(settings.connections, metrics.crowded),
     )
+    metrics.watch_connections(parts.connections)
     metrics.watch_health(parts)
     tracing = open_tracing(settings.otlp_endpoint)
 

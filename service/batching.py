@@ -3,7 +3,7 @@
 Calls fit together when every feed has the same dtype and the same shape behind the first dimension: texts of
 another length T wait for their own kind, so company changes no answer by padding: with an INT8 bundle the rows are
 the very bits of a lone call; in float a lone row may differ by the last bit, for its products are summed in another
-order.
+order. Nor does company make a call fail: those of a merged run that failed are run once more, each alone.
 """
 
 import asyncio
@@ -16,15 +16,16 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from models.errors import DeadlineExceeded, Overloaded
+from models.errors import BundleInvalid, CalmclipError, DeadlineExceeded, InputError, Overloaded
 from models.flow import Array, Arrays
 from service.pace import Pace
 
 Signature: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 Outputs: TypeAlias = dict[str, Array]
-# Why a batch went: no room for more; the oldest call had waited its time; nobody else was due; no waiting any more.
-Release: TypeAlias = Literal["full", "timeout", "idle", "drain"]
-RELEASES: tuple[Release, ...] = ("full", "timeout", "idle", "drain")
+# Why a batch went: no room for more; the oldest call had waited its time; nobody else was due; no waiting any more;
+# a call alone, after a merged run that it was in had failed.
+Release: TypeAlias = Literal["full", "timeout", "idle", "drain", "apart"]
+RELEASES: tuple[Release, ...] = ("full", "timeout", "idle", "drain", "apart")
 
 
 class Answer(NamedTuple):
@@ -56,7 +57,7 @@ class Batcher:
     ``max_size``, ``max_bytes``: rows, and bytes of feeds, in a merged run; one row always fits.
     ``max_wait_s``: how long the oldest call waits for company, and only while ``company()`` says that some may
     come. ``max_pending``: calls in the queue; more raise `Overloaded`. ``batch`` False: rows are no rows, every
-    call runs alone. ``observe``: told the rows of each run, and why it was not held back for more.
+    call runs alone. ``observe``: told the rows of each run that gave an answer, and why it was not held back for more.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class Batcher:
     async def run(self, feeds: Arrays, *, until: float = inf) -> Answer:
         """``until``: on `perf_counter`; what is still in the queue then is not run.
 
-        Raises `Overloaded` when the queue is full, `DeadlineExceeded`. A cancelled caller's call is dropped too.
+        Raises `Overloaded` when the queue is full, `DeadlineExceeded`, what the graph raises, and `BundleInvalid` where
+        its answer has not a row for each that was asked. A cancelled caller's call is dropped too.
         """
         answers = [await self._one(piece, until) for piece in self._pieces(feeds)]
         if len(answers) == 1:
@@ -154,32 +156,44 @@ class Batcher:
             self._pace.end(finished=not entry.done.cancelled())
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._queue or not self._closed:
             await self._arrived.wait()
             release = await self._gather()
             entries = self._take()
             if not self._queue and not self._closed:
                 self._arrived.clear()
-            if not entries:
-                continue
-            try:
-                outputs, infer_s = await loop.run_in_executor(self._thread, self._timed, _merge(entries))
-            except Exception as error:
+            if entries:
+                await self._serve(entries, release)
+
+    async def _serve(self, entries: list[_Entry], release: Release) -> None:
+        """Run them together and hand out the rows; where that fails and may be the doing of one, each alone."""
+        try:
+            await self._run_once(entries, release)
+        except Exception as error:
+            if len(entries) > 1 and _may_be_one_call_s(error):
                 for entry in entries:
-                    if not entry.done.done():
-                        entry.done.set_exception(error)
-                continue
-            end = perf_counter()
-            rows = sum(entry.rows for entry in entries)
-            self._observe(rows, release)
-            at = 0
+                    if not self._is_over(entry):
+                        await self._serve([entry], "apart")
+                return
             for entry in entries:
-                mine = outputs if len(entries) == 1 else {k: v[at : at + entry.rows] for k, v in outputs.items()}
-                at += entry.rows
                 if not entry.done.done():
-                    # waiting for the thread is waiting too: queue + infer is all of it
-                    entry.done.set_result(Answer(mine, end - entry.born - infer_s, infer_s, rows))
+                    entry.done.set_exception(error)
+
+    async def _run_once(self, entries: list[_Entry], release: Release) -> None:
+        loop = asyncio.get_running_loop()
+        outputs, infer_s = await loop.run_in_executor(self._thread, self._timed, _merge(entries))
+        end = perf_counter()
+        rows = sum(entry.rows for entry in entries)
+        if self._batch:
+            _check_rows(self.name, outputs, rows)
+        self._observe(rows, release)
+        at = 0
+        for entry in entries:
+            mine = outputs if len(entries) == 1 else {k: v[at : at + entry.rows] for k, v in outputs.items()}
+            at += entry.rows
+            if not entry.done.done():
+                # waiting for the thread is waiting too: queue + infer is all of it
+                entry.done.set_result(Answer(mine, end - entry.born - infer_s, infer_s, rows))
 
     async def _gather(self) -> Release:
         """Waits for company, but no longer than the oldest call may, nor when none is due; says what ended it."""
@@ -206,12 +220,15 @@ class Batcher:
         return (e for e in self._queue if e.signature == first.signature and not e.done.done())
 
     def _drop(self) -> None:
-        """From the head of the queue, what nobody waits for and what is too late."""
-        now = perf_counter()
-        while self._queue and (self._queue[0].done.done() or self._queue[0].until < now):
-            entry = self._queue.popleft()
-            if not entry.done.done():
-                entry.done.set_exception(DeadlineExceeded(f"the deadline passed while waiting for {self.name}"))
+        """From the head of the queue, what is over."""
+        while self._queue and self._is_over(self._queue[0]):
+            self._queue.popleft()
+
+    def _is_over(self, entry: _Entry) -> bool:
+        """Whether nobody waits for it, or no longer: it is too late, which its caller is told."""
+        if not entry.done.done() and entry.until < perf_counter():
+            entry.done.set_exception(DeadlineExceeded(f"the deadline passed while waiting for {self.name}"))
+        return entry.done.done()
 
     def _take(self) -> list[_Entry]:
         """The oldest call that somebody waits for, and those that fit with it, in order; the rest stays."""
@@ -234,6 +251,24 @@ class Batcher:
     def _timed(self, feeds: Arrays) -> tuple[Outputs, float]:
         start = perf_counter()
         return self._run(feeds), perf_counter() - start
+
+
+def _may_be_one_call_s(error: Exception) -> bool:
+    """Whether the others may be answered without it: not where the graph does not open, or is broken.
+
+    Where memory is short they may: each alone needs less.
+    """
+    return isinstance(error, InputError) or not isinstance(error, CalmclipError)
+
+
+def _check_rows(name: str, outputs: Outputs, rows: int) -> None:
+    """Raises `BundleInvalid` before anybody is handed rows that are another's."""
+    for output, array in outputs.items():
+        if array.shape[:1] != (rows,):
+            raise BundleInvalid(
+                f"{name} was asked {rows} rows and answered {output!r} of shape {list(array.shape)}; expected "
+                f"{rows} first. Its manifest should say that it does not batch"
+            )
 
 
 def _rows(feeds: Arrays) -> int:

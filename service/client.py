@@ -123,9 +123,13 @@ class RankedLabel:
 
 @dataclass(frozen=True)
 class Ranking:
-    """``labels``: best first. ``none_of_these``: whether no score reaches `none_below`; None where there is none."""
+    """``labels``: best first. ``none_of_these``: whether no score reaches `none_below`; None where there is none.
+
+    ``temperature``: the one that the scores were made with.
+    """
 
     model: str
+    temperature: float
     labels: list[RankedLabel]
     none_of_these: bool | None
 
@@ -260,6 +264,7 @@ class LabelSet:
     templates: list[str]
     temperature: float
     none_below: float | None
+    calibrated_for: str | None
 
 
 @dataclass(frozen=True)

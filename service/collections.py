@@ -20,6 +20,7 @@ from models.errors import (
     CollectionError,
     CollectionMismatch,
     CollectionNotFound,
+    InputError,
     Overloaded,
     StoreUnavailable,
     suggestion,
@@ -135,21 +136,31 @@ class Collection:
                 together.append(write)
             wanted = [write for write in together if not write.done.done()]  # of the others nobody waits any more
             try:
-                counts = await asyncio.to_thread(self._commit, wanted) if wanted else []
-            except Exception as error:
-                for write in wanted:
-                    if not write.done.done():
-                        write.done.set_exception(error)
-            else:
-                for write, count in zip(wanted, counts, strict=True):
-                    if not write.done.done():
-                        write.done.set_result(count)
+                if wanted:
+                    await self._settle(wanted)
             finally:
                 for _ in together:
                     self._queue.task_done()
             self._untidy += bool(wanted)
             if self._untidy >= COMPACT_AFTER:
                 await self._tidy()
+
+    async def _settle(self, together: Sequence[_Write]) -> None:
+        """Commit them together and tell their callers; where one of them cannot be kept, each alone, once."""
+        try:
+            counts = await asyncio.to_thread(self._commit, together)
+        except Exception as error:
+            if len(together) > 1 and isinstance(error, InputError):
+                for write in together:
+                    await self._settle([write])
+                return
+            for write in together:
+                if not write.done.done():
+                    write.done.set_exception(error)
+        else:
+            for write, count in zip(together, counts, strict=True):
+                if not write.done.done():
+                    write.done.set_result(count)
 
     async def _next(self) -> _Write:
         commits, seconds = COMPACT_IDLE

@@ -16,6 +16,7 @@ from models.runtime.clock import Stopwatch
 if TYPE_CHECKING:
     from service.admission import Admission, Place
     from service.collections import Collections
+    from service.connections import Connections
     from service.engine import Engine
     from service.fetching import Fetcher
     from service.hub import Hub
@@ -35,8 +36,8 @@ TASKS = tuple(
         ("(POST|DELETE) /v1/collections/[^/]+/items", "index"),
         ("[A-Z]+ /v1/collections(/.*)?", "collections"),
         ("[A-Z]+ /v1/label-sets(/.*)?", "labels"),
-        ("[A-Z]+ /v2(/.*)?", "infer"),
-        (r"[A-Z]+ /(v1/models(/.*)?|problems/.*|[a-z]+(\.[a-z]+)?)?", "catalog"),
+        ("[A-Z]+ /v2/models/[^/]+/infer", "infer"),
+        (r"[A-Z]+ /(v1/models(/.*)?|v2(/.*)?|problems/.*|[a-z]+(\.[a-z]+)?)?", "catalog"),
     )
 )
 
@@ -108,6 +109,7 @@ class Service:
     collections: "Collections"
     labels: "LabelSets"
     fetcher: "Fetcher"
+    connections: "Connections"
 
     @property
     def failed(self) -> dict[str, str]:

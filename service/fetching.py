@@ -9,7 +9,7 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import cached_property
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ AT_ONCE = 4
 PORT = 443
 # https, a name, a path; no port, no user, no fragment, nothing but printable ASCII
 _URL = re.compile(r"https://(?P<host>[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+)(?P<target>/[!\"$-\[\]-~]{0,2000})")
+_ADDRESS = re.compile(r"https://\S+", re.IGNORECASE)  # not a text that mentions one
 _NAT64 = IPv6Network("64:ff9b::/96")
 _UNICAST = IPv6Network("2000::/3")
 _TUNNELS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # 6to4 and Teredo lead to whatever they hold
@@ -66,13 +67,13 @@ class Fetcher:
         self._dial = dial or self._dial_tls
 
     async def fill(self, body: Any, counted: Callable[[int], None]) -> None:
-        """Pictures ``{"url": …}`` where a body may hold pictures -> their bytes, in place.
+        """Pictures ``{"url": …}`` where a body may hold pictures, and texts of ``input`` that are nothing but an
+        address -> their bytes, in place.
 
         ``counted`` is told the bytes as they come. Raises `NotFetched`, `ImageTooLarge`. Without hosts nothing changes:
         the schema refuses what it does not know.
         """
-        found = [] if not self.hosts else [(holder, _url(holder)) for holder in _holders(body)]
-        asked = [(holder, url) for holder, url in found if url is not None]
+        asked = [*_addresses(body)] if self.hosts else []
         if len(asked) > MOST:
             raise NotFetched(f"{len(asked)} pictures are given by their addresses; at most {MOST} are fetched at once")
         places = asyncio.Semaphore(AT_ONCE)
@@ -82,9 +83,9 @@ class Fetcher:
             together.add(size)
             counted(size)
 
-        async def fetch(holder: dict[str, Any], url: str) -> None:
+        async def fetch(holder: Any, at: str | int, url: str) -> None:
             async with places:
-                holder["image"] = await self.fetch(url, count)
+                holder[at] = await self.fetch(url, count)
 
         tasks = [asyncio.ensure_future(fetch(*one)) for one in asked]
         try:
@@ -171,20 +172,28 @@ def _announced(head: h11.Response, host: str) -> int:
     return int(named.get(b"content-length", b"0"))
 
 
-def _holders(body: Any) -> list[dict[str, Any]]:
-    """Where `image` is a picture: the body, its query, its inputs, items and examples. Metadata is not looked into."""
+def _addresses(body: Any) -> Iterator[tuple[Any, str | int, str]]:
+    """What holds a picture's address, where, and the address."""
     if not isinstance(body, dict):
-        return []
+        return
+    for one in _holders(body):
+        picture = one.get("image")
+        if isinstance(picture, dict) and set(picture) == {"url"} and isinstance(picture["url"], str):
+            yield one, "image", picture["url"]
+    texts = body.get("input")  # of /v1/embeddings
+    places: list[tuple[Any, str | int, Any]] = [(body, "input", texts)]
+    if isinstance(texts, list):
+        places = [(texts, at, text) for at, text in enumerate(texts)]
+    for holder, at, text in places:
+        if isinstance(text, str) and _ADDRESS.fullmatch(text):
+            yield holder, at, text
+
+
+def _holders(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where `image` is a picture: the body, its query, its inputs, items and examples. Metadata is not looked into."""
     lists = [body.get(name) for name in ("inputs", "items", "examples")]
     inner = [body.get("query"), *(one for many in lists if isinstance(many, list) for one in many)]
     return [body, *(one for one in inner if isinstance(one, dict))]
-
-
-def _url(holder: dict[str, Any]) -> str | None:
-    picture = holder.get("image")
-    if isinstance(picture, dict) and set(picture) == {"url"} and isinstance(picture["url"], str):
-        return picture["url"]
-    return None
 
 
 async def _resolve(host: str) -> list[str]:

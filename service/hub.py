@@ -52,6 +52,11 @@ class Loaded:
     def digest(self) -> str:
         return self.bundle.digest
 
+    @property
+    def rests(self) -> bool:
+        """Whether a graph of it is at rest, and needs its file to come back."""
+        return any(graph.rests for graph in self.graphs.values())
+
     @contextmanager
     def lease(self) -> Iterator[None]:
         """While one is held, its batchers stay open, also when another bundle has taken its name."""
@@ -137,11 +142,17 @@ class Hub:
         """Look for bundles whose digest on disk is another than at the last try, and load those.
 
         The new one takes the name once it is warm; what is under way ends on the old one. One that does not load is
-        logged, and the old one goes on.
+        logged, and the old one goes on, but for graphs at rest: their files are gone, which is told in `failed`.
         """
         for wanted, tried in list(self._tried.items()):
             found = await asyncio.to_thread(self._digest, wanted)
-            if found is None or found == tried:
+            if found == tried:
+                continue
+            if found is None:
+                if self._is_stranded(wanted):
+                    self._tried[wanted] = None
+                    self.failed[wanted] = f"there is no bundle at {wanted} any more"
+                    log.error("%s, and a graph of it is at rest: put it back", self.failed[wanted])
                 continue
             log.info("bundle %s has changed: digest %s…", wanted, found[:12])
             new = await self._try(wanted)
@@ -155,8 +166,12 @@ class Hub:
                 self._retire(old)
 
     async def rest(self) -> None:
-        """Close the sessions that no request used for as long as the settings say."""
-        graphs = [(f"{one.name}.{role}", graph) for one in self.all() for role, graph in one.graphs.items()]
+        """Close the sessions that no request used for as long as the settings say.
+
+        Not of a bundle that was replaced: there would be no file to open them from.
+        """
+        there = [one for one in self.all() if await asyncio.to_thread(digest_of, one.bundle.directory) == one.digest]
+        graphs = [(f"{one.name}.{role}", graph) for one in there for role, graph in one.graphs.items()]
         rested = [name for name, graph in graphs if await asyncio.to_thread(graph.rest, self.settings.idle_unload_s)]
         if rested:
             await asyncio.to_thread(_give_back)
@@ -189,7 +204,7 @@ class Hub:
     async def _try(self, wanted: str) -> Loaded | None:
         """The bundle asked for as ``wanted``, opened and warm; None where that fails, which is then in `failed`.
 
-        Not in `failed` while an older one of that name serves.
+        Not in `failed` while an older one of that name serves, whole.
         """
         start = perf_counter()
         self._tried[wanted] = await asyncio.to_thread(self._digest, wanted)
@@ -198,7 +213,7 @@ class Hub:
         except Exception as error:
             ours = isinstance(error, CalmclipError)  # says enough; of others the log wants to know where
             log.error("bundle %s does not load: %s", wanted, error, exc_info=not ours)
-            if Path(wanted).name not in self._loaded:
+            if Path(wanted).name not in self._loaded or self._is_stranded(wanted):
                 self.failed[wanted] = str(error) if ours else repr(error)
             return None
         self.failed.pop(wanted, None)
@@ -228,6 +243,11 @@ class Hub:
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
+    def _is_stranded(self, wanted: str) -> bool:
+        """Whether what serves under this name has graphs at rest that only its own files could wake."""
+        old = self._loaded.get(Path(wanted).name)
+        return old is not None and old.rests
+
     def _digest(self, wanted: str) -> str | None:
         try:
             return digest_of(find(wanted, self.settings.bundles_dir))
@@ -250,19 +270,30 @@ class Hub:
         return bundle, graphs
 
     def _session(self, sealed: Sealed, role: str) -> Session:
-        """Raises `Overloaded` where the directory holds another bundle by now."""
+        """Where the directory holds another bundle by now: raises `Overloaded` as long as that one is on its way,
+        `BundleInvalid` where it does not load.
+        """
         graph = sealed.manifest.graphs[role]
         options = SessionOptions(threads=self.settings.cores, ops=self.settings.ops)
-        replaced = Overloaded(f"{sealed.manifest.name} is being replaced; try again in a second", reason="replaced")
         try:
             session = Session(sealed.directory / graph.file, graph, options)
         except BundleInvalid:
             if digest_of(sealed.directory) == sealed.digest:
                 raise
-            raise replaced from None
+            raise self._replaced(sealed, role) from None
         if digest_of(sealed.directory) != sealed.digest:
-            raise replaced
+            raise self._replaced(sealed, role)
         return session
+
+    def _replaced(self, sealed: Sealed, role: str) -> CalmclipError:
+        name = sealed.manifest.name
+        why = next((why for wanted, why in self.failed.items() if Path(wanted).name == name), None)
+        if why is None and self.settings.reload_s:
+            return Overloaded(f"{name} is being replaced; try again in a second", reason="replaced")
+        return BundleInvalid(
+            f"{name} was replaced while its graph {role!r} was at rest, and the new one is not loaded "
+            f"({why or 'CALMCLIP_RELOAD_S is 0'}); put a whole one in {sealed.directory}, or restart the service"
+        )
 
     def _batcher(self, bundle: Bundle, role: str, run: Callable[[Arrays], Any]) -> Batcher:
         settings = self.settings

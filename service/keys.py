@@ -4,12 +4,14 @@ A key is 256 random bits, so one SHA-256 is the right hash for it: nobody guesse
 hash protects what people think up; here it would cost each request tens of milliseconds, also those without a key.
 """
 
+import fcntl
 import hashlib
 import hmac
 import logging
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -95,25 +97,41 @@ def read(path: Path) -> tuple[Key, ...]:
 
 def add(path: Path, name: str, scopes: Iterable[Scope]) -> str:
     """A new key, which is nowhere but in the answer. Raises `BadRequest` for a name that is taken or is none."""
-    keys = read(path) if path.exists() else ()
-    if name in {key.name for key in keys}:
-        raise BadRequest(f"{path} has a key {name!r} already; remove it first, or choose another name")
     secret = PREFIX + secrets.token_urlsafe(BITS // 8)
     try:
         key = Key(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), scopes=tuple(dict.fromkeys(scopes)))
     except ValidationError:
         raise BadRequest(f"{name!r} is no name: use 1 to 64 letters, digits, '.', '_', '-'") from None
-    _write(path, (*keys, key))
+    with _alone(path):
+        keys = read(path) if path.exists() else ()
+        if name in {key.name for key in keys}:
+            raise BadRequest(f"{path} has a key {name!r} already; remove it first, or choose another name")
+        _write(path, (*keys, key))
     return secret
 
 
 def remove(path: Path, name: str) -> None:
     """Raises `BadRequest` for a name that is not there."""
-    keys = read(path)
-    left = tuple(key for key in keys if key.name != name)
-    if len(left) == len(keys):
-        raise BadRequest(f"{path} has no key {name!r}; 'calmclip keys list' shows those it has")
-    _write(path, left)
+    with _alone(path):
+        keys = read(path)
+        left = tuple(key for key in keys if key.name != name)
+        if len(left) == len(keys):
+            raise BadRequest(f"{path} has no key {name!r}; 'calmclip keys list' shows those it has")
+        _write(path, left)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of several that would change the file one does at a time; the others wait.
+
+    The lock is on the folder: the file itself is replaced, and one beside it would stay there.
+    """
+    folder = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)  # with the lock
 
 
 def _write(path: Path, keys: tuple[Key, ...]) -> None:

@@ -25,7 +25,8 @@ MAX_CHARACTERS = 1000  # of a label or template; no text tower reads as many
 class LabelSet:
     """``version`` counts the changes, from 1. No templates: the bundle's own prompts.
 
-    ``temperature`` and ``none_below``: of `ClassifyRequest`.
+    ``temperature`` and ``none_below``: of `ClassifyRequest`. ``calibrated_for``: digest of the bundle whose scores the
+    temperature was found for; None where a caller chose it, for whichever bundle.
     """
 
     name: str
@@ -34,6 +35,11 @@ class LabelSet:
     templates: tuple[str, ...] = ()
     temperature: float = 1.0
     none_below: float | None = None
+    calibrated_for: str | None = None
+
+    def temperature_for(self, digest: str) -> float:
+        """What was found for one bundle says nothing of another, whose scores stay as they are."""
+        return self.temperature if self.calibrated_for in (None, digest) else 1.0
 
 
 class LabelSets:
@@ -111,14 +117,18 @@ class LabelSets:
                 return new
             return self._write(replace(new, version=version + 1))
 
-    def set_temperature(self, old: LabelSet, temperature: float) -> LabelSet:
-        """Raises `LabelSetNotFound`, and `BadRequest` where the set is no longer ``old``."""
+    def calibrate(self, old: LabelSet, temperature: float, digest: str) -> LabelSet:
+        """``temperature``: found for the bundle ``digest``.
+
+        Raises `LabelSetNotFound`, and `BadRequest` where the set is no longer ``old``.
+        """
         with self._alone():
             if self.get(old.name) != old:
                 raise BadRequest(
                     f"label set {old.name!r} was changed while it was being calibrated; calibrate it again"
                 )
-            return self._write(replace(old, temperature=temperature, version=old.version + 1))
+            new = replace(old, temperature=temperature, calibrated_for=digest, version=old.version + 1)
+            return self._write(new)
 
     def _write(self, new: LabelSet) -> LabelSet:
         write_whole(self.directory / f"{new.name}.json", orjson.dumps(asdict(new), option=orjson.OPT_INDENT_2))
@@ -174,7 +184,7 @@ def _read(path: Path) -> LabelSet | None:
     """None where it has just been deleted."""
     try:
         data = orjson.loads(path.read_bytes())
-        # keyword by keyword: a file of an older version has no temperature
+        # keyword by keyword: a file of an older version has fewer
         return LabelSet(**{**data, "labels": tuple(data["labels"]), "templates": tuple(data["templates"])})
     except FileNotFoundError:
         return None

@@ -23,6 +23,7 @@ from models.ops.library import Library
 from models.tasks.detect import Detections
 from service.admission import Admission
 from service.batching import RELEASES, Release
+from service.connections import Connections
 from service.context import Context, Service
 from service.settings import Settings
 
@@ -41,12 +42,17 @@ SHED = ("requests", "bytes", "pixels", "deadline", "queue", "writes", "loading",
 # Slugs of the problems that are a picture's fault.
 PICTURE_FAULTS = ("unsupported-image", "image-too-large")
 
-# HTTP status -> outcome; what is not here goes by its hundreds.
-OUTCOMES = {499: "cancelled", 503: "shed", 504: "deadline"}
+# HTTP status -> outcome, of what neither succeeded nor was turned away; what is not here goes by its hundreds.
+OUTCOMES = {499: "cancelled", 504: "deadline"}
 
 
-def outcome(status: int) -> str:
-    return OUTCOMES.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "error")
+def outcome(own: Context) -> str:
+    """How a request ended. ``ok`` is what came to no problem, also a probe whose answer is no."""
+    if own.shed:
+        return "shed"
+    if own.status in OUTCOMES:
+        return OUTCOMES[own.status]
+    return "ok" if not own.problem else "client_error" if 400 <= own.status < 500 else "error"
 
 
 class Metrics:
@@ -92,6 +98,9 @@ class Metrics:
         self.pending_bytes_limit = self._make(Gauge, "pending_bytes_limit", "What they may have together.")
         self.pending_pixels = self._make(Gauge, "pending_pixels", "Pixels of pictures under way.")
         self.pending_pixels_limit = self._make(Gauge, "pending_pixels_limit", "What they may have together.")
+        self.connections = self._make(Gauge, "connections", "Connections that are open.")
+        self.connections_limit = self._make(Gauge, "connections_limit", "Connections that may be open.")
+        self.connections_crowded = self._make(Counter, "connections_crowded", "Closed to make room for another.")
         self.drain_rate = self._make(Gauge, "drain_rate", "Requests finished per second while some were under way.")
         self.retry_after = self._make(Gauge, "retry_after_seconds", "What a request turned away now would be told.")
         self.shed = self._make(
@@ -147,7 +156,7 @@ class Metrics:
     def observe(self, own: Context) -> None:
         """One finished request; called by the middleware alone."""
         exemplar = {"trace_id": own.trace} if own.trace else None
-        self.requests.labels(own.task, own.model, outcome(own.status)).inc()
+        self.requests.labels(own.task, own.model, outcome(own)).inc()
         self.duration.labels(own.task, own.model).observe(own.clock.elapsed, exemplar)
         if own.problem:
             self.rejected.labels(own.problem).inc()
@@ -198,6 +207,13 @@ class Metrics:
         self.pending_limit.set(gate.max_pending)
         self.pending_bytes_limit.set(gate.max_bytes)
         self.pending_pixels_limit.set(gate.max_pixels)
+
+    def watch_connections(self, connections: Connections) -> None:
+        self.connections.set_function(lambda: connections.open)
+        self.connections_limit.set(connections.limit)
+
+    def crowded(self) -> None:
+        self.connections_crowded.inc()
 
     def watch_health(self, parts: Service) -> None:
         self.ready.set_function(lambda: float(parts.ready))

@@ -29,14 +29,18 @@ def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _ref(model), "example": example}}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     flat = {name: field for name, field in model.model_fields.items() if name not in ("image", "inputs", "examples")}
-    schemas = model.model_json_schema(ref_template=_REF)["properties"]
+    schemas = {name: _said(one) for name, one in model.model_json_schema(ref_template=_REF)["properties"].items()}
     if issubclass(model, LabelledPicture):
         fields = {name: schemas[name] for name in flat}
         files = {"examples": {"type": "array", "items": BINARY}} if "examples" in model.model_fields else {}
         content["multipart/form-data"] = _form({"image": BINARY, **files, **fields}, required=["image"])
     if issubclass(model, EmbedBody):
-        many = {"text": {"type": "array", "items": {"type": "string"}}, "image": {"type": "array", "items": BINARY}}
+        many = {
+            name: {"type": "array", "minItems": 1, "items": kind}
+            for name, kind in (("text", {"type": "string"}), ("image", BINARY))
+        }
         content["multipart/form-data"] = _form({**many, **{name: schemas[name] for name in flat}}, required=[])
+        content["multipart/form-data"]["schema"]["anyOf"] = [{"required": [name]} for name in many]
     if issubclass(model, (LabelledPicture, EmbedBody)):
         content |= {kind: {"schema": BINARY} for kind in PICTURES}
         extra["parameters"] = [
@@ -114,6 +118,14 @@ def _close(operation: dict[str, Any], scope: str) -> None:
     operation["security"] = [{name: [scope]} for name in SCHEMES]
     for slug in ("unauthorized", "forbidden"):
         operation["responses"][str(PROBLEMS[slug].status)] = {"description": slug, "headers": CHALLENGE, **PROBLEM}
+
+
+def _said(schema: dict[str, Any]) -> dict[str, Any]:
+    """As a field of a form or query says it: there is no null, only its absence."""
+    kinds: list[dict[str, Any]] = [one for one in schema.get("anyOf", ()) if one.get("type") != "null"]
+    if len(kinds) != 1:
+        return schema
+    return {key: value for key, value in schema.items() if key != "anyOf" and value is not None} | kinds[0]
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from models import errors
-from models.errors import CalmclipError, Overloaded, suggestion
+from models.errors import CalmclipError, Overloaded, Unavailable, suggestion
 from service.access import Forbidden, Unauthorized
 from service.context import context
 from service.fetching import NotFetched
@@ -238,6 +238,7 @@ async def answer(request: Request, error: Exception) -> Response:
         headers["WWW-Authenticate"] = error.challenge
     if isinstance(error, Overloaded):
         context(request).shed = error.reason
+    if isinstance(error, Unavailable):
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     return render(request, problem, str(error), extra, **headers)
 

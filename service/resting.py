@@ -42,6 +42,11 @@ class Resting:
                 self._running -= 1
                 self._used = self._now()
 
+    @property
+    def rests(self) -> bool:
+        """Whether the next run opens it first."""
+        return self._session is None
+
     def rest(self, idle_s: float) -> bool:
         """Close it when its last run ended ``idle_s`` ago or earlier; whether it did."""
         with self._lock:

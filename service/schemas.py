@@ -30,7 +30,9 @@ from service.settings import MAX_TEXTS
 from service.stores import Condition
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-Name = Annotated[str, Field(pattern=NAME, description="lower-case letters, digits, '.', '_', '-'; at most 64")]
+# In a path, where it is the route that checks it.
+NewName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME})]
+Template = Annotated[str, WithJsonSchema({"type": "string", "pattern": r"\{\}"})]
 
 
 def _picture(value: object) -> object:
@@ -52,7 +54,7 @@ Picture = Annotated[
         {
             "type": "object",
             "properties": {
-                "b64": {"type": "string", "description": "base64 of a JPEG, PNG or WebP file"},
+                "b64": {"type": "string", "minLength": 1, "description": "base64 of a JPEG, PNG or WebP file"},
                 "url": {"type": "string", "description": "or its address, where the service fetches pictures"},
             },
             "minProperties": 1,
@@ -98,7 +100,9 @@ class LabelledPicture(Body):
     image: Picture
     labels: list[str] = Field([], fail_fast=True, description="else the label set, else the bundle's own labels")
     label_set: str | None = Field(None, description="a registered label set, instead of labels")
-    templates: list[str] = Field([], fail_fast=True, description="sentences with a {}, instead of the bundle's prompts")
+    templates: list[Template] = Field(
+        [], fail_fast=True, description="sentences with a {}, instead of the bundle's prompts"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "LabelledPicture":
@@ -109,8 +113,12 @@ class LabelledPicture(Body):
 
 class ClassifyBody(LabelledPicture):
     top_k: int | None = Field(None, ge=1, description="how many labels to answer; all by default")
-    temperature: float | None = Field(None, description=f"{_TEMPERATURE}; else the label set's, else 1")
-    none_below: float | None = Field(None, description=f"{_NONE_BELOW}; else the label set's, if it has one")
+    temperature: float | None = Field(
+        None, ge=0.01, le=100, description=f"{_TEMPERATURE}; else the label set's, else 1"
+    )
+    none_below: float | None = Field(
+        None, gt=0, le=1, description=f"{_NONE_BELOW}; else the label set's, if it has one"
+    )
 
 
 _DEFAULT = Suppression()
@@ -190,14 +198,15 @@ DATA_URI = "data:image/"
 
 
 def _openai_inputs(value: object) -> object:
-    """One text or several -> texts and, where a text is a data URI of a picture, its bytes."""
+    """One text or several -> texts and, where a text is a data URI of a picture, its bytes; those fetched stay."""
     given = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str) for one in given):
+    if not all(isinstance(one, str | bytes) for one in given):
         raise ValueError(
             "expected a text or a list of texts; tokens are of another model's vocabulary, so send the text"
         )
     return [
-        _data_uri(one, index) if one[: len(DATA_URI)].lower() == DATA_URI else one for index, one in enumerate(given)
+        _data_uri(one, index) if isinstance(one, str) and one[: len(DATA_URI)].lower() == DATA_URI else one
+        for index, one in enumerate(given)
     ]
 
 
@@ -212,7 +221,10 @@ def _data_uri(text: str, index: int) -> bytes:
 
 
 class EmbeddingsBody(Body):
-    """What OpenAI's `POST /v1/embeddings` takes; a text that is a data URI of a picture is that picture."""
+    """What OpenAI's `POST /v1/embeddings` takes; a text that is a data URI of a picture is that picture.
+
+    So is, where the service fetches pictures, a text that is nothing but an https address.
+    """
 
     model: str = Field(description="a loaded bundle")
     input: Annotated[
@@ -317,7 +329,7 @@ class LabelSetBody(Body):
     max_bytes = MIB
 
     labels: list[str] = Field(min_length=1, fail_fast=True)
-    templates: list[str] = Field([], fail_fast=True)
+    templates: list[Template] = Field([], fail_fast=True)
     temperature: float = Field(1.0, ge=0.01, le=100, description=_TEMPERATURE)
     none_below: float | None = Field(None, gt=0, le=1, description=_NONE_BELOW)
 
@@ -337,13 +349,15 @@ class RankedLabel(Answer):
 
 class ClassifyAnswer(Answer):
     model: str
+    temperature: float = Field(description="the one that the scores were made with")
     labels: list[RankedLabel] = Field(description="best first")
     none_of_these: bool | None = Field(description="whether no score reaches `none_below`; null where it is not given")
 
     @classmethod
-    def of(cls, model: str, ranking: Ranking) -> "ClassifyAnswer":
+    def of(cls, model: str, temperature: float, ranking: Ranking) -> "ClassifyAnswer":
         return cls.model_construct(
             model=model,
+            temperature=temperature,
             labels=[
                 RankedLabel.model_construct(
                     label=one.label, index=one.index, score=tidy(one.score), cosine=tidy(one.cosine)
@@ -517,6 +531,9 @@ class LabelSetAnswer(Answer):
     templates: list[str]
     temperature: float = Field(description=_TEMPERATURE)
     none_below: float | None = Field(description=_NONE_BELOW)
+    calibrated_for: str | None = Field(
+        description="digest of the bundle that the temperature was found for, and is used with; null: with any"
+    )
 
 
 class LabelSetsAnswer(Answer):

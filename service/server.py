@@ -1,4 +1,4 @@
-"""`Server`: uvicorn that leaves without dropping anybody. `Protocol`: one that does not wait for headers without end.
+"""`Server`: uvicorn that leaves without dropping anybody. `Protocol`: one that waits for nobody without end.
 
 SIGTERM, the way out of a rollout: first `/readyz` says 503 and every answer ends its connection, while requests are
 still served, for `CALMCLIP_GRACE_S`, so that load balancers look elsewhere; then new requests are turned away until
@@ -7,8 +7,13 @@ second signal, goes straight to the last step, which also finishes what is under
 """
 
 import asyncio
+import fcntl
 import signal
 import socket
+import sys
+import termios
+from contextlib import suppress
+from math import inf
 from types import FrameType
 
 import uvicorn
@@ -20,22 +25,29 @@ POLL_S = 0.02
 HEAD_S = 10.0
 HEAD_BYTES = 64 << 10  # of a request's line and headers: 256 labels fit into a query
 TOO_LONG = f"the request's line and headers have more than {HEAD_BYTES} bytes"
+TAKEN_S, TAKEN_BYTES = 10.0, 1 << 16  # how much of an answer must be taken in how long, while more than that waits
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection that is closed where a request's line and headers are not there within `HEAD_S`, however they drip,
-    and answered 400 where they are longer than `HEAD_BYTES`.
+    """A connection that keeps nobody waiting.
+
+    It is closed where a request's line and headers are not there within `HEAD_S`, however they drip, answered 400 where
+    they are longer than `HEAD_BYTES`, and cut off where an answer is not taken. It is one of the app's `Connections`.
 
     uvicorn's own clock runs between requests alone, and llhttp takes headers without end. From the headers on it is the
     request's deadline that counts.
     """
 
     _clock: asyncio.TimerHandle | None = None
+    _look: asyncio.TimerHandle | None = None
     _head = 0  # bytes of a request whose headers have not ended
     _body = False  # what comes next belongs to one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        parts: Service = self.config.app.state.service  # type: ignore[union-attr]
+        self._all = parts.connections
+        self._all.opened(self, self._let_go)
         self._wind()
 
     def data_received(self, data: bytes) -> None:
@@ -60,21 +72,61 @@ class Protocol(HttpToolsProtocol):
         super().on_response_complete()
         self._wind()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._look = _stopped(self._look)
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._stop()
+        self._all.lost(self)
+        self._clock, self._look = _stopped(self._clock), _stopped(self._look)
 
     def _wind(self) -> None:
         """The clock runs while no request is under way; more bytes do not set it back."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop()
-        elif self._clock is None and not self.transport.is_closing():
-            self._clock = self.loop.call_later(HEAD_S, self.transport.close)
+            self._clock = _stopped(self._clock)
+            self._all.works(self)
+        elif self._clock is None and self in self.connections:
+            self._clock = self.loop.call_later(HEAD_S, self._let_go)
+            if not self.transport.is_closing():
+                self._all.waits(self, self._let_go)
 
-    def _stop(self) -> None:
-        if self._clock:
-            self._clock.cancel()
-            self._clock = None
+    def _let_go(self) -> None:
+        """Close it, once what was answered is taken."""
+        self._all.works(self)
+        self.transport.close()
+        self._watch()
+
+    def _watch(self, before: float = inf) -> None:
+        """Whether enough is taken of what waits to be sent, ``before`` bytes when it was last looked at."""
+        if before is inf and self._look:
+            return
+        left = _untaken(self.transport)
+        if before - left < TAKEN_BYTES:
+            self.transport.abort()
+        else:
+            self._look = self.loop.call_later(TAKEN_S, self._watch, left)
+
+
+def _untaken(transport: asyncio.Transport) -> int:
+    """Bytes of answers that lie here or in the kernel, which takes in megabytes, and more when a third is gone."""
+    left = transport.get_write_buffer_size()
+    with suppress(OSError, ValueError):  # another kind of socket; one that is closed
+        in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        left += int.from_bytes(in_kernel, sys.byteorder)
+    return left
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """None, in its place."""
+    if timer:
+        timer.cancel()
+    return None
 
 
 class Server(uvicorn.Server):

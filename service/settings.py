@@ -81,6 +81,7 @@ class Settings(BaseSettings):
     ops: Mode = Field(default="auto", description="the op library: where there is one (auto), required, or off")
     batch: Batch = Batch()
     queue: Queue = Queue()
+    connections: int = Field(default=512, ge=1, description="open at once; one more, and an idle one is closed")
     deadline_ms: float = Field(default=10_000, gt=0, description="a request older than this is answered 504")
     grace_s: float = Field(default=1.0, ge=0, description="after SIGTERM: still serving, but no longer ready")
     idle_unload_s: float = Field(default=0, ge=0, description="a graph unused for so long leaves memory; 0: never")

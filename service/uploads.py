@@ -103,6 +103,11 @@ def _check_picture(data: bytes, limits: Limits, where: str) -> int:
 
 async def _fields(request: Request, kind: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
     pictured = issubclass(model, (LabelledPicture, EmbedBody))
+    stray = sorted({*request.query_params} & {*model.model_fields})
+    if pictured and stray and kind in ("application/json", "multipart/form-data"):
+        raise BadRequest(
+            f"{stray[0]!r} is in the query, which is read beside a raw picture alone; put it into the body"
+        )
     if kind == "application/json":
         limit = min(limits.body_bytes, model.max_bytes or limits.body_bytes)
         value = _json(await _whole(request, limit, BodyTooLarge, "the body"))

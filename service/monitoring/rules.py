@@ -59,6 +59,7 @@ OBJECTIVES = {
 SATURATION = {
     "queue": "max by (instance) (calmclip_queue_depth / calmclip_queue_limit)",
     "requests": "max by (instance) (calmclip_requests_pending / calmclip_requests_limit)",
+    "connections": "max by (instance) (calmclip_connections / calmclip_connections_limit)",
     "bytes": "max by (instance) (calmclip_pending_bytes / calmclip_pending_bytes_limit)",
     "pixels": "max by (instance) (calmclip_pending_pixels / calmclip_pending_pixels_limit)",
 }

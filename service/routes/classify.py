@@ -32,13 +32,14 @@ async def classify_picture(
     own.model = loaded.name
     asked = parts.labels.resolve(body.labels, body.label_set, body.templates)
     check_picture(body.image, own, parts.settings.limits)
+    temperature = asked.temperature_for(loaded.digest) if body.temperature is None else body.temperature
     request = ClassifyRequest(
         body.image,
         asked.labels,
         asked.templates,
         body.top_k,
-        asked.temperature if body.temperature is None else body.temperature,
+        temperature,
         asked.none_below if body.none_below is None else body.none_below,
     )
     flow = classify(loaded.bundle, request)
-    return respond(own, ClassifyAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own)))
+    return respond(own, ClassifyAnswer.of(loaded.name, temperature, await parts.engine.answer(loaded, flow, own)))

@@ -25,6 +25,7 @@ from service.schemas import (
     Hit,
     ItemsAnswer,
     ItemsBody,
+    NewName,
     SearchAnswer,
     SearchBody,
     StoredItem,
@@ -60,7 +61,7 @@ async def list_collections(own: Own, parts: Parts) -> Response:
     responses=answers(CollectionAnswer, *ENGINE, DOWN, *INPUT, WRONG) | answers(CollectionAnswer, status=201),
 )
 async def make_collection(
-    name: str, body: Annotated[CollectionBody, Depends(body_of(CollectionBody))], own: Own, parts: Parts
+    name: NewName, body: Annotated[CollectionBody, Depends(body_of(CollectionBody))], own: Own, parts: Parts
 ) -> Response:
     loaded = parts.hub.get(body.model, "embed")
     async with own.deadline():

@@ -21,7 +21,7 @@ EXAMPLE = {"model": "mini-int8", "input": ["a red bicycle", f"data:image/png;bas
 @router.post(
     "/v1/embeddings",
     summary="Texts and pictures as vectors, in OpenAI's shape",
-    description="Pictures are data URIs among the texts.",
+    description="Pictures are data URIs among the texts, or https addresses where the service fetches pictures.",
     openapi_extra=takes(EmbeddingsBody, EXAMPLE),
     responses=answers(EmbeddingsAnswer, *ENGINE, *INPUT, *PICTURE, "text-too-long"),
 )

@@ -12,7 +12,7 @@ from service.context import Own, Parts
 from service.labels import LabelSet
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
 from service.routes import respond
-from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer
+from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer, NewName
 from service.uploads import body_of, check_picture
 
 router = APIRouter(tags=["label sets"])
@@ -32,7 +32,7 @@ async def list_label_sets(own: Own, parts: Parts) -> Response:
     responses=answers(LabelSetAnswer, *INPUT, "too-many-labels", "overloaded"),
 )
 async def put_label_set(
-    name: str, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
+    name: NewName, body: Annotated[LabelSetBody, Depends(body_of(LabelSetBody))], own: Own, parts: Parts
 ) -> Response:
     put = asyncio.to_thread(parts.labels.put, name, body.labels, body.templates, body.temperature, body.none_below)
     return respond(own, _shape(await put))
@@ -41,7 +41,7 @@ async def put_label_set(
 @router.post(
     "/v1/label-sets/{name}/calibrate",
     summary="Set its temperature by pictures whose labels are known",
-    description="With one bundle; with another the temperature may be wrong.",
+    description="With one bundle, to which the temperature belongs: the scores of another stay as they are.",
     openapi_extra=takes(CalibrateBody, {"items": [{"image": {"b64": PIXEL}, "label": "cat"}]}),
     responses=answers(LabelSetAnswer, *ENGINE, *INPUT, *PICTURE, MISSING, "text-too-long"),
 )
@@ -60,7 +60,7 @@ async def calibrate_label_set(
     truth = [known.labels.index(item.label) for item in body.items]
     request = CalibrateRequest([item.image for item in body.items], truth, known.labels, known.templates)
     temperature = await parts.engine.answer(loaded, calibrate(loaded.bundle, request), own)
-    return respond(own, _shape(await asyncio.to_thread(parts.labels.set_temperature, known, temperature)))
+    return respond(own, _shape(await asyncio.to_thread(parts.labels.calibrate, known, temperature, loaded.digest)))
 
 
 @router.get("/v1/label-sets/{name}", summary="One label set", responses=answers(LabelSetAnswer, MISSING))

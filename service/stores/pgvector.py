@@ -4,8 +4,9 @@ Source: pgvector (PostgreSQL licence) >= 0.8, psycopg 3 (LGPL). A collection is 
 that lists them: the vectors of a table have one length and one index, a search never meets another collection's rows,
 and to drop one is to drop a table. Tables are numbered, so no name of a caller becomes an identifier.
 
-Vectors lie there as float32. A search sorts them all as long as they are few, or a filter leaves few; otherwise HNSW
-over a copy in float16 proposes `OVERSAMPLED` times as many as are wanted, and float32 decides among them.
+Vectors lie there as float32. A search sorts them all as long as they are few, or those that a filter leaves, found by
+an index of the metadata where it asks for values; otherwise HNSW over a copy in float16 proposes `OVERSAMPLED` times as
+many as are wanted, and float32 decides among them.
 """
 
 import json
@@ -25,7 +26,7 @@ from service.stores import STORES, Condition, Found, Info, Row, Store, Table
 try:
     import psycopg
     from psycopg import errors
-    from psycopg_pool import ConnectionPool, PoolTimeout
+    from psycopg_pool import ConnectionPool
 except ModuleNotFoundError:
     raise ExtraMissing("the store pgvector needs psycopg; pip install 'calmclip[postgres]'") from None
 
@@ -263,7 +264,7 @@ class _Server:
         try:
             with self._pool.connection() as connection:
                 yield connection
-        except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, errors.ReadOnlySqlTransaction) as error:
+        except (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction) as error:
             log.warning("the database %s failed: %s", self, _reason(error))
             raise StoreUnavailable(f"the database {self} does not answer; try again in a few seconds") from None
 
@@ -276,10 +277,14 @@ def _configure(connection: Any) -> None:
 
 
 def _table(number: int, dim: int) -> Iterator[str]:
-    """PLAIN keeps vectors in the table's own pages, where a search that sorts them all reads them."""
+    """PLAIN keeps vectors in the table's own pages, where a search that sorts them all reads them.
+
+    Without `fastupdate` off, each value that a filter asks for would read through all that was written of late.
+    """
     name = f"calmclip_c{number}"
     yield f'CREATE TABLE {name} (id text COLLATE "C" PRIMARY KEY, vector vector({dim}) NOT NULL, meta jsonb NOT NULL)'
     yield f"ALTER TABLE {name} ALTER COLUMN vector SET STORAGE {'PLAIN' if dim <= 1536 else 'EXTERNAL'}"
+    yield f"CREATE INDEX {name}_meta ON {name} USING gin (meta jsonb_path_ops) WITH (fastupdate = off)"
     if dim <= MOST_INDEXED:
         yield f"CREATE INDEX ON {name} USING hnsw ((vector::halfvec({dim})) halfvec_cosine_ops)"
 
@@ -296,8 +301,8 @@ def _where(conditions: Sequence[Condition]) -> tuple[str, list[Any]]:
 
 def _condition(condition: Condition) -> tuple[str, list[Any]]:
     name, value = condition.field, condition.value
-    if condition.op == "in":
-        return "meta -> %s = ANY(%s::jsonb[])", [name, [_json(one) for one in value]]
+    if condition.op == "in":  # as containment, which the index of the metadata answers
+        return "meta @> ANY(%s::jsonb[])", [[_json({name: one}) for one in value]]
     operator = OPERATORS[condition.op]
     if isinstance(value, str):
         return (

@@ -234,6 +234,17 @@ def test_charsets_that_are_none(client, charset):
     check(client.post("/v1/classify", content=body, headers={"content-type": kind}), 422, "invalid-request")
 
 
+def test_what_the_query_says_beside_a_body_of_fields_is_not_passed_over(client, picture):
+    body = {"image": b64(picture("red")), "labels": ["red"]}
+    form = {"files": {"image": picture("red")}, "data": {"labels": "red"}}
+    for send in ({"json": body}, form):
+        for route, name in (("classify", "top_k"), ("detect", "sigma"), ("classify", "labels")):
+            answer = client.post(f"/v1/{route}?{name}=1", **send)
+            check(answer, 422, "invalid-request", f"'{name}' is in the query", "put it into the body")
+        assert client.post("/v1/classify?other=1", **send).status_code == 200  # not ours
+    check(client.post("/v1/embed?model=x", json={"inputs": [{"text": "red"}]}), 422, "invalid-request", "'model'")
+
+
 def test_a_field_twice_and_both_sources_of_labels(client, picture):
     send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
     answer = client.post("/v1/classify?labels=red&top_k=1&top_k=2", **send)

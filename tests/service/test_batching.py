@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from models.bundle.manifest import TextPreprocess
-from models.errors import BadRequest, DeadlineExceeded, Overloaded
+from models.errors import BadRequest, BundleInvalid, DeadlineExceeded, Overloaded
 from service.batching import Batcher
 
 
 class Graph:
-    """y = 2 x, row by row; remembers the shapes it saw; `gate` holds it back."""
+    """y = 2 x, row by row; remembers the shapes it saw; `gate` holds it back; negative numbers raise `error`."""
+
+    error: type[Exception] = BadRequest
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -24,7 +26,7 @@ class Graph:
         self.gate.wait(5)
         self.shapes.append(feeds["x"].shape)
         if (feeds["x"] < 0).any():
-            raise BadRequest("negative")
+            raise self.error("negative")
         return {"y": feeds["x"] * 2}
 
 
@@ -154,6 +156,84 @@ def test_an_error_reaches_its_callers_and_the_next_call_runs():
 
     answer, _ = run(scenario)
     assert answer == [[2, 2]]
+
+
+async def told(*tasks):
+    """What each was answered: the first number of its rows, or the name of its error."""
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    return [type(one).__name__ if isinstance(one, Exception) else one.outputs["y"][:, 0].tolist() for one in found]
+
+
+@pytest.mark.parametrize("error", [BadRequest, RuntimeError, MemoryError])
+def test_of_a_merged_run_that_fails_only_the_guilty_call_does(error):
+    seen = []
+
+    async def scenario(batcher, graph):
+        graph.error = error
+        first, tasks = await behind(batcher, graph, rows(1), rows(-1), rows(2, 3))
+        graph.gate.set()
+        await first
+        return await told(*tasks, batcher.run(rows(5)))
+
+    answers, graph = run(scenario, observe=lambda count, release: seen.append((count, release)))
+    assert answers == [[2], error.__name__, [4, 6], [10]]
+    assert graph.shapes == [(1, 9), (4, 2), (1, 2), (1, 2), (2, 2), (1, 2)]  # once more each, and no more
+    assert seen == [(1, "idle"), (1, "apart"), (2, "apart"), (1, "idle")]  # runs that gave answers
+
+
+@pytest.mark.parametrize("error", [BundleInvalid, Overloaded])
+def test_what_no_call_can_have_caused_is_not_tried_again(error):
+    async def scenario(batcher, graph):
+        graph.error = error
+        first, tasks = await behind(batcher, graph, rows(-1), rows(1))
+        graph.gate.set()
+        await first
+        return await told(*tasks)
+
+    answers, graph = run(scenario)
+    assert answers == [error.__name__] * 2
+    assert graph.shapes == [(1, 9), (2, 2)]
+
+
+def test_apart_too_what_is_late_or_given_up_is_not_run():
+    async def scenario(batcher, graph):
+        first, tasks = await behind(batcher, graph, rows(-1), rows(1))
+        given_up = asyncio.create_task(batcher.run(rows(2)))
+        late = asyncio.create_task(batcher.run(rows(3), until=perf_counter() + 0.05))
+        await asyncio.sleep(0.01)
+        first_shape, plain = len(graph.shapes), Graph.__call__
+
+        def slow(self, feeds):
+            if len(self.shapes) == first_shape + 1:  # the merged run
+                given_up.get_loop().call_soon_threadsafe(given_up.cancel)
+                threading.Event().wait(0.1)
+            return plain(self, feeds)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Graph, "__call__", slow)
+            graph.gate.set()
+            await first
+            return await told(*tasks, late)
+
+    answers, graph = run(scenario)
+    assert answers == ["BadRequest", [2], "DeadlineExceeded"]
+    assert graph.shapes == [(1, 9), (4, 2), (1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_an_answer_without_a_row_for_each_is_nobody_s(calls):
+    """A graph that sums over its rows would hand the sum to one, and nothing to the other."""
+
+    async def main():
+        batcher = Batcher(lambda feeds: {"y": feeds["x"].sum(0)}, name="sums")
+        try:
+            return await asyncio.gather(*(batcher.run(rows(i, width=3)) for i in range(calls)), return_exceptions=True)
+        finally:
+            await batcher.close()
+
+    for answer in asyncio.run(main()):
+        assert isinstance(answer, BundleInvalid)
+        assert f"sums was asked {calls} rows and answered 'y' of shape [3]" in str(answer)
 
 
 def test_the_oldest_call_waits_for_company_only_while_some_may_come():

@@ -164,7 +164,7 @@ def test_collections(ask, runner, picture):
 
 def test_label_sets(ask, runner, picture):
     made = ask("put_label_set", "pets", ["red", "blue"], templates=["a {}"])
-    assert made == LabelSet("pets", 1, ["red", "blue"], ["a {}"], 1.0, None)
+    assert made == LabelSet("pets", 1, ["red", "blue"], ["a {}"], 1.0, None, None)
     assert ask("label_set", "pets") == made
     assert ask("label_sets") == [made]
     (first, _) = ask("classify", picture("blue"), label_set="pets").labels

@@ -31,6 +31,8 @@ class Notes:
         self.gate.wait(5)
         if any(row.id == "bad" for row in rows):
             raise OSError("disk full")
+        if any(row.id == "odd" for row in rows):
+            raise BadRequest("the metadata holds a NUL")
         self.commits.append(("upsert", [f"{row.id}={row.meta.get('v', '')}" for row in rows]))
 
     def delete(self, ids):
@@ -97,6 +99,24 @@ def test_a_failed_commit_is_told_to_its_writers_and_the_next_succeeds():
         assert await collection.upsert([row("good")]) == 1
 
     assert run(scenario).commits == [("upsert", ["good="])]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told", "commits"),
+    [
+        ("odd", [1, 1, BadRequest, 2], [["first="], ["a=1"], ["a=2", "b="]]),
+        ("bad", [1, OSError, OSError, OSError], [["first="]]),  # a full disk is nobody's fault, and full for each
+    ],
+)
+def test_a_write_that_cannot_be_kept_fails_alone(wrong, told, commits):
+    async def scenario(collection, notes):
+        writes = [[row("a", 1)], [row(wrong)], [row("a", 2), row("b")]]
+        tasks = await behind(collection, notes, *map(collection.upsert, writes))
+        notes.gate.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(one) if isinstance(one, Exception) else one for one in found] == told
+
+    assert run(scenario).commits == [("upsert", ids) for ids in commits]
 
 
 def test_bounds():

@@ -257,6 +257,31 @@ def test_over_http(network, settings, serve, picture, monkeypatch):
         assert "calmclip_pending_bytes 0.0" in client.get("/metrics").text
 
 
+def test_a_text_in_openai_s_shape_that_is_nothing_but_an_address_is_that_picture(network, settings, serve, monkeypatch):
+    monkeypatch.setattr(fetching, "_resolve", network.resolve)
+    monkeypatch.setattr(Fetcher, "_dial_tls", lambda self, *where: network.dial(*where))
+    address = f"https://{HOST}/picture"
+    with serve(settings(url_hosts=HOST)) as client:
+
+        def ask(given: object):
+            return client.post("/v1/embeddings", json={"model": "colours-int8", "input": given})
+
+        for given, tokens in ((address, 0), ([address], 0), (["blue", address], 1)):  # a picture has none
+            answer = ask(given).json()
+            assert answer["data"][-1]["embedding"] == [1, 0, 0]
+            assert answer["usage"]["prompt_tokens"] == tokens
+        assert len(network.dialled) == 3
+        assert ask(f"a {address}").json()["usage"]["prompt_tokens"] > 1  # a text that mentions one
+        assert ask([f"http://{HOST}/picture"]).json()["usage"]["prompt_tokens"] > 1
+        for other in ("https://evil.example/x", "HTTPS://127.0.0.1/"):
+            assert ask(["red", other]).json()["type"] == "/problems/picture-not-fetched"
+        assert ask([{"url": address}]).status_code == 422
+        assert len(network.dialled) == 3
+    with serve(settings()) as client:
+        assert ask(address).json()["usage"]["prompt_tokens"] > 1
+    assert len(network.dialled) == 3
+
+
 def test_pictures_together_have_a_limit(network):
     network.server.picture = bytes(4500)
     body = {"inputs": [{"image": {"url": f"https://{HOST}/picture"}} for _ in range(3)]}

@@ -190,6 +190,67 @@ def test_a_graph_at_rest_whose_bundle_was_replaced_is_not_opened(own, bundle_mak
     assert at(settings, scenario) == "replaced"
 
 
+def test_a_bundle_that_was_replaced_by_a_broken_one_is_not_put_to_rest(own, bundle_maker):
+    settings = own(idle_unload_s=1e-9)
+
+    async def scenario(hub):
+        old = hub.get(None, "embed")
+        bundle_maker(settings.bundles_dir, note="broken", replace=True)
+        (settings.bundles_dir / "colours-int8" / "text.onnx").write_bytes(b"x")
+        for _ in range(2):
+            await hub.rest()
+            await hub.renew()
+        assert not old.rests
+        assert hub.ready
+        return (await old.batchers["text"].run(WORD)).outputs["text_embeds"].tolist()
+
+    assert at(settings, scenario) == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_graph_at_rest_that_lost_its_files_is_told_until_there_are_some(own, bundle_maker, gone):
+    """Its callers are not asked to come again, and who asks whether the service is ready hears why not."""
+    settings = own(idle_unload_s=1e-9)
+    folder = settings.bundles_dir / "colours-int8"
+
+    async def scenario(hub):
+        old = hub.get(None, "embed")
+        await hub.rest()
+        assert old.rests
+        if gone:
+            shutil.rmtree(folder)
+        else:
+            bundle_maker(settings.bundles_dir, note="broken", replace=True)
+            (folder / "text.onnx").write_bytes(b"x")
+        for _ in range(2):
+            await hub.renew()
+        assert not hub.ready
+        why = hub.failed["colours-int8"]
+        assert ("no bundle at" if gone else "text.onnx") in why
+        with pytest.raises(BundleInvalid, match="was at rest, and the new one is not loaded") as refused:
+            await old.batchers["text"].run(WORD)
+        assert why in str(refused.value)
+        bundle_maker(settings.bundles_dir, note="old", replace=not gone)  # the same as before
+        await hub.renew()
+        answer = await hub.get(None, "embed").batchers["text"].run(WORD)
+        assert hub.ready
+        return answer.outputs["text_embeds"].tolist()
+
+    assert at(settings, scenario) == [[1, 0, 0]]
+
+
+def test_where_nobody_looks_for_changes_a_replaced_graph_at_rest_asks_for_a_restart(own, bundle_maker):
+    settings = own(idle_unload_s=1e-9, reload_s=0)
+
+    async def scenario(hub):
+        await hub.rest()
+        bundle_maker(settings.bundles_dir, note="new", replace=True)
+        with pytest.raises(BundleInvalid, match="restart the service"):
+            await hub.get(None, "embed").batchers["text"].run(WORD)
+
+    at(settings, scenario)
+
+
 class Graph:
     """A session that says whether it was asked while it ran."""
 

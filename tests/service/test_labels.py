@@ -55,7 +55,7 @@ def test_a_temperature_is_not_set_on_what_the_other_has_changed_meanwhile(pair: 
     before = one.put("pets", ["cat", "dog"])
     other.put("pets", ["cat", "wolf"])
     with pytest.raises(BadRequest, match="was changed while it was being calibrated"):
-        one.set_temperature(before, 2.0)
+        one.calibrate(before, 2.0, "0" * 64)
     assert one.get("pets").labels == ("cat", "wolf")
 
 

@@ -3,6 +3,8 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from models.errors import StoreUnavailable
+from service.context import Context, Service
 from service.metrics import EDGES_S, STAGES, outcome
 
 
@@ -95,9 +97,38 @@ def test_a_deleted_collection_has_no_series(client):
 
 
 @pytest.mark.parametrize(
-    ("status", "wanted"),
-    [(200, "ok"), (204, "ok"), (404, "client_error"), (422, "client_error"), (499, "cancelled"), (503, "shed"),
-     (504, "deadline"), (500, "error")],
+    ("status", "problem", "shed", "wanted"),
+    [(200, "", "", "ok"), (204, "", "", "ok"), (404, "not-found", "", "client_error"), (499, "", "", "cancelled"),
+     (422, "invalid-request", "", "client_error"), (503, "overloaded", "queue", "shed"), (503, "", "", "ok"),
+     (503, "store-unavailable", "", "error"), (504, "deadline-exceeded", "", "deadline"),
+     (500, "internal", "", "error"), (200, "internal", "", "error")],  # the last broke after it had begun
 )  # fmt: skip
-def test_outcomes(status, wanted):
-    assert outcome(status) == wanted
+def test_outcomes(status, problem, shed, wanted):
+    assert outcome(Context("id", 1.0, status=status, problem=problem, shed=shed)) == wanted
+
+
+def test_probes_are_told_apart_from_what_they_watch_and_a_no_is_an_answer(settings, serve, monkeypatch):
+    """A service that is leaving says no to whoever asks, which is not a request that it turned away."""
+    with serve(settings()) as client:
+        monkeypatch.setattr(Service, "ready", False)
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/v2/health/ready").status_code == 400
+        for path in ("/healthz", "/v2/health/live", "/v2", "/v2/models/colours-int8.text"):
+            assert client.get(path).status_code == 200
+        counted = [dict(labels) for name, labels in scrape(client) if name == "calmclip_requests_total"]
+        assert {(one["task"], one["outcome"]) for one in counted} == {("catalog", "ok")}
+
+
+def test_a_store_that_does_not_answer_is_our_error_and_nothing_was_turned_away(settings, serve, monkeypatch):
+    def away(*_):
+        raise StoreUnavailable("the database does not answer")
+
+    with serve(settings()) as client:
+        monkeypatch.setattr("service.collections.Collections.all", away)
+        answer = client.get("/v1/collections")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        samples = scrape(client)
+        assert value(samples, "requests_total", task="collections", model="", outcome="error") == 1
+        assert value(samples, "requests_total", task="collections", model="", outcome="shed") == 0
+        assert value(samples, "rejected_total", reason="store-unavailable") == 1
+        assert sum(value for (name, _), value in samples.items() if name == "calmclip_shed_duration_seconds_count") == 0

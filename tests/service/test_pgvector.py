@@ -4,11 +4,12 @@ import logging
 import re
 import time
 
+import numpy as np
 import pytest
 
-from models.errors import BadRequest, CollectionError, StoreUnavailable
+from models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
 from service import collections
-from service.stores import open_store, shown
+from service.stores import Condition, Info, Row, open_store, shown
 
 
 @pytest.fixture
@@ -155,6 +156,52 @@ def test_services_that_share_a_store_see_each_other_s_collections_at_once(
         with serve(settings(store=store, bundles_dir=tmp_path / "other")) as third:
             assert third.put("/v1/collections/c", json={}).status_code == 409
             assert find(third, "red") == 409
+
+
+def test_a_table_that_another_service_dropped_meanwhile_is_not_found(postgres):
+    """Between the look at which collections there are and the statement that needs the table."""
+    store = open_store(f"pgvector:{postgres.database()}")
+    try:
+        table = store.create(Info("c", "m", "d", 2, ""))
+        store.drop("c")
+        vector = np.array([1, 0], np.float32)
+        for use in (
+            lambda: table.search(vector, 1),
+            lambda: table.upsert([Row("a", vector, {})]),
+            lambda: table.delete(["a"]),
+            lambda: table.page(None, 1),
+            table.count,
+        ):
+            with pytest.raises(CollectionNotFound, match="'c' was deleted by another service"):
+                use()
+    finally:
+        store.close()
+
+
+def test_a_filter_by_value_is_answered_by_the_index_of_the_metadata(postgres):
+    """Of 4 000 rows the ten that it leaves are looked up, not all of them: PostgreSQL counts what it reads how."""
+    vectors = np.random.default_rng(0).standard_normal((4000, 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    url = postgres.database()
+    store = open_store(f"pgvector:{url}")
+    try:
+        table = store.create(Info("c", "m", "d", 64, ""))
+        table.upsert([Row(f"{i:04}", one, {"kind": f"k{i % 400}", "n": i}) for i, one in enumerate(vectors)])
+        kind = Condition("kind", "in", ("k7", "no such"))
+        wanted = sorted(range(7, 4000, 400), key=lambda i: -float(vectors[i] @ vectors[0]))  # in numpy
+
+        def reads() -> str:
+            found = table.search(vectors[0], 100, [kind, Condition("n", "gte", 400)])
+            assert [one.id for one in found] == [f"{i:04}" for i in wanted if i >= 400]
+            columns = "idx_scan > 0, (SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'calmclip_c1')"
+            asked = f"SELECT {columns} FROM pg_stat_user_indexes WHERE indexrelname = 'calmclip_c1_meta'"
+            return postgres.psql(asked, url.rpartition("/")[2])
+
+        postgres.psql("ANALYZE calmclip_c1", url.rpartition("/")[2])
+        before = reads().split("|")[1]
+        until(lambda: reads() == f"t|{before}")  # statistics are told with a delay
+    finally:
+        store.close()
 
 
 def test_what_postgresql_cannot_keep_is_the_caller_s_fault(postgres, settings, serve):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-PLAIN = {"temperature": 1.0, "none_below": None}
+PLAIN = {"temperature": 1.0, "none_below": None, "calibrated_for": None}
 
 
 def test_versions_count_changes(client):
@@ -68,6 +68,7 @@ def test_a_set_may_have_a_temperature_and_say_that_none_fits(client, picture):
         "name": "warm",
         "version": 1,
         "templates": [],
+        "calibrated_for": None,
         **body,
     }
     assert client.put("/v1/label-sets/warm", json=body).json()["version"] == 1
@@ -112,6 +113,40 @@ def test_a_set_is_calibrated_by_pictures_whose_labels_are_known(client, picture)
     # all told right: sure, but not without end. Targets 5/6: T = 10 / ln 5
     right = client.post("/v1/label-sets/sure/calibrate", json={"items": items[:1] * 4}).json()
     assert right["temperature"] == pytest.approx(10 / math.log(5), rel=0.025)
+
+
+def test_a_temperature_found_for_one_bundle_is_used_with_no_other(settings, serve, bundle_maker, tmp_path, picture):
+    """Scores as in the test above: with the bundle it was found for at T = 14.43, with another at T = 1."""
+    folder = tmp_path / "two"
+    digests = {name: bundle_maker(folder, name, note=name).digest for name in ("colours-int8", "others-int8")}
+    items = [{"image": {"b64": base64.b64encode(picture("red")).decode()}, "label": label}
+             for label in ("red", "red", "red", "blue")]  # fmt: skip
+    with serve(settings(bundles_dir=folder)) as client:
+
+        def best(model: str, **more: object) -> tuple[float, float]:
+            params = {"label_set": "sure", "model": model, **more}
+            send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+            answer = client.post("/v1/classify", params=params, **send).json()
+            return answer["temperature"], answer["labels"][0]["score"]
+
+        def sure(temperature: float) -> tuple[object, object]:
+            return pytest.approx(temperature), pytest.approx(1 / (1 + math.exp(-10 / temperature)), abs=1e-6)
+
+        labels = {"labels": ["red", "blue"]}
+        client.put("/v1/label-sets/sure", json={**labels, "temperature": 5.0})
+        assert best("others-int8") == best("colours-int8") == sure(5)  # somebody chose it, for both
+        for model in ("others-int8", "colours-int8"):
+            body = {"items": items, "model": model}
+            made = client.post("/v1/label-sets/sure/calibrate", json=body).json()
+            assert made["calibrated_for"] == digests[model]
+        assert best("colours-int8") == sure(made["temperature"])
+        assert best("others-int8") == sure(1)
+        assert best("others-int8", temperature=3) == sure(3)
+    with serve(settings(bundles_dir=folder)) as client:  # it is on disk
+        assert client.get("/v1/label-sets/sure").json() == made
+        again = client.put("/v1/label-sets/sure", json={**labels, "temperature": made["temperature"]}).json()
+        assert again["calibrated_for"] is None
+        assert again["version"] == made["version"] + 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,219 @@
+"""Connections that are many, idle, slow to ask or slow to listen: none of them keeps others from being served."""
+
+import asyncio
+import socket
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from service import server
+from service.app import create_app
+from service.connections import Connections
+
+PROBE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+ITEMS, META = 200, 16_000  # a page of 3 MB
+
+
+def dial(client, data: bytes = b"", receive: int = 0) -> socket.socket:
+    """``receive``: the bytes that the kernel takes in before they are read."""
+    connection = socket.socket()
+    if receive:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", client.base_url.port))
+    connection.sendall(data)
+    return connection
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        connection.settimeout(10)
+
+
+def metric(client, name: str) -> float:
+    return next(float(line.split()[-1]) for line in client.get("/metrics").text.splitlines() if line.startswith(name))
+
+
+def until(condition, seconds: float = 10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_one_that_waited_longest_goes_and_none_at_work():
+    closed, told = [], []
+    connections = Connections(2, lambda: told.append(1))
+
+    def arrive(name: str) -> None:
+        connections.opened(name, lambda: (closed.append(name), connections.lost(name)))
+
+    arrive("a")
+    arrive("b")
+    connections.works("a")
+    connections.waits("a", lambda: closed.append("a"))  # it was answered, and waits since later than b
+    arrive("c")
+    assert closed == ["b"]
+    connections.works("a")
+    connections.works("c")
+    arrive("d")  # nobody else waits
+    assert closed == ["b", "d"]
+    connections.lost("a")
+    arrive("e")
+    assert (closed, len(told), connections.open) == (["b", "d"], 2, 2)
+
+
+def test_many_idle_connections_shut_nobody_out(settings, serve):
+    with serve(settings(connections=5)) as client, ExitStack() as stack:
+        mine = 1  # of the client
+        idle = []
+        for count in range(20):
+            idle.append(stack.enter_context(dial(client)))
+            until(lambda: metric(client, "calmclip_connections_crowded_total") == max(0, count + 1 + mine - 5))  # noqa: B023
+            assert metric(client, "calmclip_connections ") <= 5
+        assert [is_open(one) for one in idle] == [False] * 16 + [True] * 4
+        assert metric(client, "calmclip_connections_limit") == 5
+        for one in idle[-4:]:
+            one.sendall(PROBE)
+            assert b" 200 " in one.recv(4096)
+
+
+def test_a_request_under_way_keeps_its_connection(settings, serve, picture):
+    body = picture("red")
+    head = b"POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    with serve(settings(connections=3)) as client, ExitStack() as stack:
+        working = stack.enter_context(dial(client, head % len(body) + body[:20]))
+        until(lambda: metric(client, "calmclip_requests_pending") == 1)
+        for _ in range(10):
+            stack.enter_context(dial(client))
+        until(lambda: metric(client, "calmclip_connections_crowded_total") >= 9)
+        working.sendall(body[20:])
+        assert b" 200 OK" in working.recv(65536)
+
+
+@pytest.mark.parametrize("first", [b"", PROBE])
+def test_silence_is_ended(client, monkeypatch, first):
+    monkeypatch.setattr(server, "HEAD_S", 0.3)
+    start, seen = time.monotonic(), b""
+    with dial(client, first) as connection:
+        while more := connection.recv(4096):
+            seen += more
+    assert (b" 200 " in seen) == bool(first)
+    assert 0.2 < time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "told"),
+    [("v1/classify?labels=red", "Content-Type: image/png\r\nX-Request-Deadline-Ms: 400\r\n", b" 504 "),
+     ("nothing", "", b" 404 "), ("v1/label-sets", "", b" 405 ")],
+)  # fmt: skip
+def test_a_body_that_drips_is_cut_off(client, monkeypatch, path, headers, told):
+    """By the request's deadline, or, where nobody wants it, at once."""
+    monkeypatch.setattr(server, "HEAD_S", 0.4)
+    head = f"POST /{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n{headers}\r\n"
+    start, seen = time.monotonic(), b""
+    with dial(client, head.encode()) as connection:
+        connection.settimeout(0.05)
+        with suppress(ConnectionError):
+            while time.monotonic() - start < 8:
+                connection.sendall(b"x")
+                with suppress(TimeoutError):
+                    more = connection.recv(4096)
+                    seen += more
+                    if not more:
+                        break
+    assert told in seen
+    assert time.monotonic() - start < 4
+
+
+def test_a_body_for_a_probe_that_drips_is_cut_off(client, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_S", 0.4)
+    start = time.monotonic()
+    with dial(client, PROBE.replace(b"Host: x", b"Host: x\r\nContent-Length: 1000")) as connection:
+        assert b" 200 " in connection.recv(4096)
+        with suppress(ConnectionError):
+            while time.monotonic() - start < 8:
+                connection.sendall(b"x")
+                time.sleep(0.05)
+    assert time.monotonic() - start < 4
+
+
+@pytest.fixture(scope="module")
+def page(client):
+    """A request with an answer that no kernel takes in whole."""
+    client.put("/v1/collections/big", json={})
+    for start in range(0, ITEMS, 100):
+        items = [{"id": f"{i:03}", "text": "red", "meta": {"x": "y" * META}} for i in range(start, start + 100)]
+        assert client.post("/v1/collections/big/items", json={"items": items}).status_code == 200
+    return f"GET /v1/collections/big/items?limit={ITEMS} HTTP/1.1\r\nHost: x\r\n".encode()
+
+
+@pytest.mark.parametrize("ends", [b"Connection: close\r\n\r\n", b"\r\n"])
+@pytest.mark.parametrize("times", [1, 8])
+def test_who_does_not_take_the_answer_is_cut_off(client, page, monkeypatch, ends, times):
+    """Also who asks for more meanwhile: the next answer waits for room."""
+    monkeypatch.setattr(server, "TAKEN_S", 0.3)
+    monkeypatch.setattr(server, "HEAD_S", 0.3)
+    before = metric(client, "calmclip_connections ")
+    with dial(client, (page + ends) * times, receive=4096):
+        until(lambda: metric(client, "calmclip_connections ") == before + 1)
+        until(lambda: metric(client, "calmclip_connections ") == before)
+        assert metric(client, "calmclip_requests_pending") == 0
+
+
+def test_who_takes_it_slowly_gets_it_all(client, page, monkeypatch):
+    monkeypatch.setattr(server, "TAKEN_S", 0.2)
+    monkeypatch.setattr(server, "HEAD_S", 0.2)
+    seen, start = 0, time.monotonic()
+    with dial(client, page + b"Connection: close\r\n\r\n", receive=4096) as connection:
+        while more := connection.recv(1 << 16):
+            seen += len(more)
+            time.sleep(len(more) / 2e6)
+    assert seen > ITEMS * META
+    assert time.monotonic() - start > 1
+
+
+class Stuck(asyncio.Transport):
+    """To a client that takes none of the last 100 bytes."""
+
+    closing = aborted = False
+
+    def get_extra_info(self, name, default=None):
+        return socket.socket() if name == "socket" else default
+
+    def get_write_buffer_size(self):
+        return 100
+
+    def is_closing(self):
+        return self.closing
+
+    def close(self):
+        self.closing = True
+
+    def abort(self):
+        self.aborted = True
+
+
+def test_the_last_bytes_are_not_waited_for_without_end(settings, monkeypatch):
+    monkeypatch.setattr(server, "TAKEN_S", 0.05)
+    monkeypatch.setattr(server, "HEAD_S", 0.05)
+
+    async def scenario():
+        config = uvicorn.Config(create_app(settings()), http=server.Protocol)
+        protocol = server.Protocol(config, ServerState(), {}, asyncio.get_running_loop())
+        transport = Stuck()
+        protocol.connection_made(transport)
+        await asyncio.sleep(0.5)
+        return transport.closing, transport.aborted
+
+    assert asyncio.run(scenario()) == (True, True)
