@@ -17,14 +17,16 @@ from math import inf
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.context import Service
 
 POLL_S = 0.02
 HEAD_S = 10.0
 HEAD_BYTES = 64 << 10  # of a request's line and headers: 256 labels fit into a query
-TOO_LONG = f"the request's line and headers have more than {HEAD_BYTES} bytes"
+TOO_LONG = f"the request's line and headers, or its trailers, have more than {HEAD_BYTES} bytes"
+AHEAD = 64  # requests that may wait behind the one under way; each costs a hundred times the bytes it came in
 TAKEN_S, TAKEN_BYTES = 10.0, 1 << 16  # how much of an answer must be taken in how long, while more than that waits
 
 
@@ -32,16 +34,19 @@ class Protocol(HttpToolsProtocol):
     """A connection that keeps nobody waiting.
 
     It is closed where a request's line and headers are not there within `HEAD_S`, however they drip, answered 400 where
-    they are longer than `HEAD_BYTES`, and cut off where an answer is not taken. It is one of the app's `Connections`.
+    they are longer than `HEAD_BYTES` or more than `AHEAD` requests come ahead of their turn, and cut off where an
+    answer is not taken. It is one of the app's `Connections`.
 
-    uvicorn's own clock runs between requests alone, and llhttp takes headers without end. From the headers on it is the
-    request's deadline that counts.
+    uvicorn's own clock runs between requests alone, and llhttp takes headers and trailers without end. From the headers
+    on it is the request's deadline that counts. Trailers are dropped: uvicorn takes them for headers, and what comes
+    before us has not looked at them.
     """
 
     _clock: asyncio.TimerHandle | None = None
     _look: asyncio.TimerHandle | None = None
-    _head = 0  # bytes of a request whose headers have not ended
+    _head = 0  # bytes of a request since it began, or since the last of its body
     _body = False  # what comes next belongs to one
+    _at_work: RequestResponseCycle | None = None  # uvicorn's own `cycle` is the last that came in
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,18 +56,27 @@ class Protocol(HttpToolsProtocol):
         self._wind()
 
     def data_received(self, data: bytes) -> None:
-        if not self._body:
-            self._head += len(data)
+        self._head += len(data)
         super().data_received(data)
-        if not self._body and self._head > HEAD_BYTES and not self.transport.is_closing():
+        if self._head > HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(TOO_LONG)
         self._wind()
 
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
             raise ValueError(TOO_LONG)  # httptools makes it a parser's error, and uvicorn that a 400
+        if len(self.pipeline) >= AHEAD:
+            raise ValueError(f"more than {AHEAD} requests wait for their turn")
         self._body = True
         super().on_headers_complete()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._body:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._head = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._body, self._head = False, 0
@@ -83,8 +97,15 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._at_work and not self._at_work.response_complete:
+            self._at_work.disconnected = True
+            self._at_work.message_event.set()
         self._all.lost(self)
         self._clock, self._look = _stopped(self._clock), _stopped(self._look)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._at_work = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _wind(self) -> None:
         """The clock runs while no request is under way; more bytes do not set it back."""

@@ -12,6 +12,7 @@ from uvicorn.server import ServerState
 from service import server
 from service.app import create_app
 from service.connections import Connections
+from service.engine import Engine
 
 PROBE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 ITEMS, META = 200, 16_000  # a page of 3 MB
@@ -217,3 +218,54 @@ def test_the_last_bytes_are_not_waited_for_without_end(settings, monkeypatch):
         return transport.closing, transport.aborted
 
     assert asyncio.run(scenario()) == (True, True)
+
+
+CHUNKED = (
+    b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+)
+
+
+def test_trailers_are_no_headers(client):
+    with dial(client, CHUNKED + b"X-Request-Id: from-a-trailer\r\n\r\n") as connection:
+        answer = connection.recv(65536)
+    assert b" 422 " in answer
+    assert b"from-a-trailer" not in answer
+
+
+def test_trailers_have_an_end(client, monkeypatch):
+    """They are kept nowhere, but one of them might itself be without end."""
+    monkeypatch.setattr(server, "HEAD_BYTES", 10_000)
+    with dial(client, CHUNKED) as connection, suppress(ConnectionError):
+        for _ in range(100):
+            connection.sendall(b"a: b\r\n" * 1000)
+            time.sleep(0.01)
+        pytest.fail("600 kB of trailers were read")
+
+
+def test_requests_ahead_of_their_turn_are_counted(client, monkeypatch):
+    monkeypatch.setattr(server, "AHEAD", 5)
+    with dial(client, 6 * PROBE) as connection:
+        until(lambda: connection.recv(65536, socket.MSG_PEEK).count(b" 200 OK") == 6)
+        connection.recv(65536)
+        connection.sendall(7 * PROBE)
+        assert b" 400 " in connection.recv(65536)
+
+
+def test_who_hangs_up_is_noticed_behind_a_request_of_its_own(client, picture, monkeypatch):
+    """The first of two on one connection is given up; it was answered into nothing, and counted as an error of ours."""
+
+    def ended() -> list[str]:
+        lines = client.get("/metrics").text.splitlines()
+        return [line for line in lines if line.startswith("calmclip_requests_total{") and 'task="classify"' in line]
+
+    async def slow(self, loaded, flow, own):
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(Engine, "answer", slow)
+    body = picture("red")
+    head = "POST /v1/classify?labels=red&labels=blue HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: "
+    with dial(client, f"{head}{len(body)}\r\n\r\n".encode() + body + PROBE):
+        until(lambda: metric(client, "calmclip_requests_pending ") == 1)
+    until(lambda: any('"cancelled"' in line for line in ended()), 2)
+    assert not any('"error"' in line for line in ended())
