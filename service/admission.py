@@ -25,6 +25,7 @@ class Place:
         self._paces = paces
         self.bytes = 0
         self.pixels = 0
+        self._waits = False
         self.more_bytes(size)
         for pace in paces:
             pace.begin()
@@ -49,8 +50,16 @@ class Place:
         self.pixels += count
         gate.pixels += count
 
+    def waits(self, for_caller: bool) -> None:
+        """Whether it is the caller who keeps it here, with a body to come or an answer to take: that is no work."""
+        if for_caller != self._waits:
+            self._waits = for_caller
+            for pace in self._paces:
+                pace.wait(1 if for_caller else -1)
+
     def leave(self, *, finished: bool = True) -> None:
         """``finished`` False: given up, so it says nothing about how fast work is done."""
+        self.waits(False)
         self._gate.bytes -= self.bytes
         self._gate.pixels -= self.pixels
         for pace in self._paces:

@@ -101,7 +101,7 @@ class Metrics:
         self.connections = self._make(Gauge, "connections", "Connections that are open.")
         self.connections_limit = self._make(Gauge, "connections_limit", "Connections that may be open.")
         self.connections_crowded = self._make(Counter, "connections_crowded", "Closed to make room for another.")
-        self.drain_rate = self._make(Gauge, "drain_rate", "Requests finished per second while some were under way.")
+        self.drain_rate = self._make(Gauge, "drain_rate", "Requests finished per second while some were worked at.")
         self.retry_after = self._make(Gauge, "retry_after_seconds", "What a request turned away now would be told.")
         self.shed = self._make(
             Histogram,

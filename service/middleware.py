@@ -63,6 +63,7 @@ class RequestContext:
             own.deadline_s = min(self.deadline_s, _deadline_s(scope))
             if scope["method"] not in LOOKING:
                 own.place = self.admission.admit(own, announced)
+                own.place.waits(announced != 0)
             await self.app(scope, wire.receive, wire.send)
         except asyncio.CancelledError:
             own.status = CLIENT_GONE
@@ -140,6 +141,8 @@ class _Wire:
         message = await self._receive()
         if message["type"] == "http.request" and not message.get("more_body") and self._watch is None:
             self._read = True
+            if self.own.place and not self.own.status:
+                self.own.place.waits(False)
             self._watch = asyncio.create_task(self._until_gone(asyncio.current_task()))
         elif message["type"] == "http.disconnect":
             self.gone = True
@@ -149,6 +152,8 @@ class _Wire:
         if message["type"] == "http.response.start":
             self.own.status = message["status"]
             self.own.head_s = self.own.clock.elapsed
+            if self.own.place:
+                self.own.place.waits(True)
             if self.own.answered is not None:
                 self.own.clock.add("serialize", perf_counter() - self.own.answered)
             seen = dict(self.own.clock.stages)

@@ -9,7 +9,8 @@ LONGEST_S = 60.0  # nobody is sent away for longer
 
 
 class Pace:
-    """Finished per second of busy time, the last ``window_s`` of it above all. Idle time does not count.
+    """Finished per second of busy time, the last ``window_s`` of it above all. Idle time does not count, nor does time
+    in which all wait for their callers: a slow line is not slow work.
 
     Count and seconds fade alike, and only when something is finished: of steady work the rate is exact, however slow.
     ``now``: a clock in seconds.
@@ -17,6 +18,7 @@ class Pace:
 
     def __init__(self, now: Callable[[], float] = monotonic, window_s: float = WINDOW_S) -> None:
         self.under_way = 0
+        self._waiting = 0  # of them, for their callers
         self._now = now
         self._window_s = window_s
         self._seen = 0.0  # the clock when this was brought up to date
@@ -38,6 +40,11 @@ class Pace:
             self._finished = self._finished * kept + 1
             self._open_s = 0.0
 
+    def wait(self, count: int) -> None:
+        """``count`` 1: one of those under way waits for its caller from now on. -1: no longer."""
+        self._advance()
+        self._waiting += count
+
     @property
     def rate(self) -> float:
         """Per second; 0 while nothing has been finished."""
@@ -56,6 +63,6 @@ class Pace:
 
     def _advance(self) -> None:
         now = self._now()
-        if self.under_way:
+        if self.under_way > self._waiting:
             self._open_s += now - self._seen
         self._seen = now

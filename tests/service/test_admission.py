@@ -138,6 +138,24 @@ def test_announced_bytes_and_pixels_have_their_limits_and_are_given_back(clock):
     assert (gate.pending, gate.bytes, gate.pixels) == (0, 0, 0)
 
 
+def test_who_keeps_us_waiting_says_nothing_about_the_pace(clock):
+    gate = Admission(settings(), clock)
+    for _ in range(100):
+        with held(gate, own()):
+            clock.now += 0.25  # 4 per second
+    with held(gate, own()) as dripping:
+        dripping.waits(True)
+        clock.now += 60
+        with held(gate, own()):
+            clock.now += 0.25
+        assert gate.pace.rate == pytest.approx(4, rel=0.01)
+        with held(gate, own(2.0)):  # 2 in line take half a second
+            pass
+    with held(gate, own()):
+        clock.now += 1000
+    assert gate.pace.rate < 0.1  # nobody waits any more, and it counts again
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_request_gives_its_place_back_however_it_ends(clock, finished):
     gate = Admission(settings(), clock)

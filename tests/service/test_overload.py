@@ -76,6 +76,18 @@ def test_a_full_service_refuses_before_the_body_is_sent(settings, serve, slow, p
         assert waiting.result().status_code == 200
 
 
+def test_bodies_that_drip_do_not_pass_for_slow_work(settings, serve, picture):
+    """Two of them, never both gone, had everybody else turned away: it would take too long behind them."""
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 5000\r\n\r\n"
+    with serve(settings(deadline_ms=3000)) as client:
+        assert ask(client, picture("red")).status_code == 200
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as dripping:
+            dripping.sendall(head)
+            until(lambda: metric(client, "calmclip_requests_pending") == 1)
+            time.sleep(2)
+            assert ask(client, picture("red")).status_code == 200
+
+
 def test_too_late_is_504_and_what_waits_is_dropped(settings, serve, slow, picture):
     slow.seconds = 0.4
     with serve(settings(deadline_ms=150, batch={"max_size": 1})) as client:
