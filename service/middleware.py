@@ -57,7 +57,7 @@ class RequestContext:
             task=task_of(scope["method"], scope["path"]),
         )
         announced = _announced(scope)
-        wire = _Wire(own, receive, send, announced, _stays(scope, announced), self.admission)
+        wire = _Wire(own, receive, send, announced, scope, self.admission)
         try:
             own.key = self.access.check(scope)
             own.deadline_s = min(self.deadline_s, _deadline_s(scope))
@@ -120,12 +120,11 @@ class RequestContext:
 class _Wire:
     """One request's receive and send. Once the body is read, a hang-up cancels the task that answers.
 
-    ``announced``: bytes of the body, None where the headers do not say. ``stays``: whether the connection may go on
-    behind a body that nobody read.
+    ``announced``: bytes of the body, None where the headers do not say.
     """
 
     def __init__(
-        self, own: Context, receive: Receive, send: Send, announced: int | None, stays: bool, admission: Admission
+        self, own: Context, receive: Receive, send: Send, announced: int | None, scope: Scope, admission: Admission
     ) -> None:
         self.own = own
         self.admission = admission
@@ -133,7 +132,8 @@ class _Wire:
         self._receive = receive
         self._send = send
         self._read = announced == 0
-        self._stays = stays
+        self._asks = any(name == b"expect" for name, _ in scope["headers"])
+        self._stays = not self._asks and _stays(scope, announced)
         self._lingers = False
         self._watch: asyncio.Task[None] | None = None
 
@@ -160,8 +160,9 @@ class _Wire:
             timing = ", ".join(f"{stage};dur={seen[stage] * 1000:.2f}" for stage in STAGES if stage in seen)
             total = f"total;dur={self.own.clock.elapsed * 1000:.2f}"
             # What is left of a small body the server drops as it comes; with a large one the connection goes. So does
-            # every connection when the service is leaving: the next request should find another.
-            unread = not self._read and message["status"] >= 400
+            # every connection when the service is leaving: the next request should find another. And one whose client
+            # asks before it sends: what comes next may be the body, or the next request of one who took this for a no.
+            unread = not self._read and (message["status"] >= 400 or self._asks)
             last = self.admission.leaving or (unread and not self._stays)
             self._lingers = unread and last
             message["headers"] = [
@@ -211,6 +212,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _stays(scope: Scope, announced: int | None) -> bool:
+    """Whether the connection may go on behind a body that nobody read."""
     asked = dict(scope["headers"]).get(b"connection", b"").lower()
     return (
         announced is not None and announced <= DRAIN_BYTES and scope["http_version"] != "1.0" and b"close" not in asked

@@ -364,6 +364,19 @@ def test_a_small_body_that_nobody_reads_is_dropped_and_the_connection_goes_on(cl
             assert b"404" in answer.read().partition(b"\r\n")[0]
 
 
+@pytest.mark.parametrize(("asked", "status"), [("POST /nothing", b" 404 "), ("GET /healthz", b" 200 ")])
+def test_who_asks_before_sending_and_is_not_heard_asks_anew(client, asked, status):
+    """Or the next request of one who took the answer for a no would pass for the body."""
+    head = f"{asked} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 40\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as connection:
+        connection.sendall(head.encode())
+        with connection.makefile("rb") as answer:
+            whole = answer.read()
+    assert status in whole.partition(b"\r\n")[0]
+    assert b"connection: close" in whole
+    assert b"100 Continue" not in whole
+
+
 @pytest.mark.parametrize("body", [0, 200_000])
 def test_headers_without_end_are_cut_off(client, body):
     port, size = client.base_url.port, server.HEAD_BYTES
