@@ -13,11 +13,12 @@ from pathlib import Path
 
 import orjson
 
-from models.errors import BadRequest, LabelSetNotFound, TooManyLabels, suggestion
+from models.errors import BadRequest, LabelSetNotFound, Overloaded, TooManyLabels, suggestion
 from service.schemas import NAME
 from service.settings import Limits
 
 TICK_NS = 100_000_000  # longer than the ticks by which file systems tell the time of a change
+LOCK_S = 5.0  # how long a change waits for those of others; one takes milliseconds
 MAX_CHARACTERS = 1000  # of a label or template; no text tower reads as many
 
 
@@ -80,11 +81,21 @@ class LabelSets:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One writer, of all threads and of all services at this folder: each opens it and so has a lock of its own."""
+        """One writer, of all threads and of all services at this folder: each opens it and so has a lock of its own.
+
+        Raises `Overloaded` where another keeps the lock: the threads that would wait are those that collections need.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.directory, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            latest = time.monotonic() + LOCK_S
+            while not _lock(folder):
+                if time.monotonic() > latest:
+                    raise Overloaded(
+                        f"another has kept the label sets locked for {LOCK_S:g} s; try again in a second",
+                        reason="writes",
+                    )
+                time.sleep(0.005)
             yield
         finally:
             os.close(folder)
@@ -104,7 +115,7 @@ class LabelSets:
         temperature: float = 1.0,
         none_below: float | None = None,
     ) -> LabelSet:
-        """Raises `BadRequest`, `TooManyLabels`. The same content again keeps its version."""
+        """Raises `BadRequest`, `TooManyLabels`, `Overloaded`. The same content again keeps its version."""
         check_name("label set", name)
         check_labels(labels, templates, self.limits)
         if repeated := {label for label in labels if labels.count(label) > 1}:
@@ -138,6 +149,15 @@ class LabelSets:
         with self._alone():
             self.get(name)
             (self.directory / f"{name}.json").unlink(missing_ok=True)
+
+
+def _lock(folder: int) -> bool:
+    """Whether the lock is ours now."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def check_name(what: str, name: str) -> None:

@@ -1,5 +1,6 @@
 """Label sets in a folder that several services share, as the replicas of docker-compose.yml do."""
 
+import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import BadRequest, LabelSetNotFound
+import service.labels
+from models.errors import BadRequest, LabelSetNotFound, Overloaded
 from service.labels import LabelSets
 from service.settings import Limits
 
@@ -48,6 +50,25 @@ def test_changes_by_both_at_the_same_time_are_all_counted(pair: Pair) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(put, cycle(pair), range(48))) == list(range(1, 49))
+
+
+def test_a_lock_that_another_keeps_is_not_waited_for_without_end(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.labels, "LOCK_S", 0.1)
+    one, other = pair
+    one.put("pets", ["cat"])
+    folder = os.open(tmp_path / "sets", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        for change in (lambda: other.put("pets", ["dog"]), lambda: other.delete("pets")):
+            with pytest.raises(Overloaded, match="locked") as kept:
+                change()
+            assert kept.value.reason == "writes"
+        assert one.get("pets").labels == ("cat",)
+    finally:
+        os.close(folder)
+    assert other.put("pets", ["dog"]).version == 2
 
 
 def test_a_temperature_is_not_set_on_what_the_other_has_changed_meanwhile(pair: Pair) -> None:
