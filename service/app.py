@@ -80,6 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's documentation pages fetch scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # to whichever host the caller names, and to http:// behind a proxy that ends TLS
         # newer FastAPIs trace too, questions and all, and send them where variables of theirs say; here `tracing` does
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
