@@ -213,7 +213,7 @@ def _request_id(scope: Scope) -> str:
 
 def _stays(scope: Scope, announced: int | None) -> bool:
     """Whether the connection may go on behind a body that nobody read."""
-    asked = dict(scope["headers"]).get(b"connection", b"").lower()
+    asked = b",".join(value for name, value in scope["headers"] if name == b"connection").lower()
     return (
         announced is not None and announced <= DRAIN_BYTES and scope["http_version"] != "1.0" and b"close" not in asked
     )

@@ -358,10 +358,18 @@ def test_a_small_body_that_nobody_reads_is_dropped_and_the_connection_goes_on(cl
                 assert got, seen
                 seen += got
             assert (seen.count(b"HTTP/1.1 404"), seen.count(b"HTTP/1.1 200")) == (1, 1)
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:  # who wants it closed is not reset
-        connection.sendall(head + b"Connection: close\r\n\r\n" + body)
-        with connection.makefile("rb") as answer:
-            assert b"404" in answer.read().partition(b"\r\n")[0]
+    for more in (b"", b"Connection: keep-alive\r\n"):  # who wants it closed is not reset
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            connection.sendall(head + b"Connection: close\r\n" + more + b"\r\n" + body)
+            with connection.makefile("rb") as answer:
+                assert b"404" in answer.read().partition(b"\r\n")[0]
+
+
+def test_no_address_is_made_of_what_the_caller_says_the_host_is(client):
+    """A redirect would be, to http:// at that: behind a proxy with TLS a key would follow it in the clear."""
+    answer = client.get("/v1/models/", headers={"host": "elsewhere.example"})
+    check(answer, 404, "not-found")
+    assert "location" not in answer.headers
 
 
 @pytest.mark.parametrize(("asked", "status"), [("POST /nothing", b" 404 "), ("GET /healthz", b" 200 ")])
