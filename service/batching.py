@@ -66,7 +66,7 @@ class Batcher:
         *,
         batch: bool = True,
         max_size: int = 8,
-        max_bytes: int = 8 << 20,
+        max_bytes: int = 7 << 19,
         max_wait_s: float = 0.002,
         max_pending: int = 64,
         company: Callable[[], bool] = lambda: False,

@@ -29,7 +29,7 @@ class Batch(_Group):
     """How the calls of several requests to one graph are merged."""
 
     max_size: int = Field(default=8, ge=1, le=1024, description="rows in one run of a graph")
-    max_bytes: int = Field(default=8 * MIB, ge=1, description="inputs in one run, but at least one row")
+    max_bytes: int = Field(default=7 * MIB // 2, ge=1, description="inputs in one run, but at least one row")
     max_wait_ms: float = Field(
         default=2.0, ge=0, le=1000, description="how long a call waits for company, where some is due"
     )
