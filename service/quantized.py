@@ -20,7 +20,7 @@ from models.flow import Array
 from service.stores import Condition, Found, OwnTable, Row
 
 LEAST = 10_000  # rows; fewer are read whole in the same time
-SHARE = 45  # one row in so many passes the first sieve,
+SHARE = 30  # one row in so many passes the first sieve,
 PROPOSED = 64  # but so many for each hit that is wanted
 READ = 2  # rows read from the table for each hit that is wanted,
 READ_LEAST = 20  # but at least so many
