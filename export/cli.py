@@ -113,6 +113,8 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
         help="of the blocks, where the checkpoint does not say it",
     )
     options.add_argument("--experts", choices=("dense", "routed"), help="how a mixture of experts is computed")
+    options.add_argument("--softmax", help="of attention: vanilla or clipped(gamma:zeta), where the configs lack it")
+    options.add_argument("--force", action="store_true", default=None, help="--softmax though it was not trained with")
     options.add_argument("--over", type=Path, help="a checkpoint whose image tower takes the place of this one's")
     options.add_argument("--mix", type=Path, help="a checkpoint of the same shapes to mix with this one, by --alpha")
     options.add_argument("--alpha", type=float, help="the share of --mix: 0 is this checkpoint, 1 the other")

@@ -30,6 +30,10 @@ class Weights(FrozenModel):
     experts: Literal["dense", "routed"] | None = Field(
         None, description="of a mixture: every expert answers every token, or only those that go to it"
     )
+    softmax: str | None = Field(
+        None, description='of attention, where the configs do not say it: "vanilla" or "clipped(gamma:zeta)"'
+    )
+    force: bool = Field(False, description="take the `softmax` though the checkpoint was trained with another")
     over: Path | None = Field(None, description="a checkpoint whose image tower takes the place of this one's")
     mix: Path | None = Field(None, description="a checkpoint of the same shapes to mix with this one")
     alpha: float | None = Field(None, ge=0, le=1, description="the share of `mix`: 0 is this checkpoint, 1 the other")

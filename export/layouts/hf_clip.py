@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from export.checkpoints import Checkpoint
-from export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _hugging_face, _openai
+from export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _attention, _hugging_face, _openai
 from export.towers import Style, count
+from export.towers.attention import AttentionSpec
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
 from models.bundle.manifest import TextPreprocess
@@ -66,6 +67,7 @@ def style(config: Mapping[str, Any], **more: Any) -> Style:
         heads=config["num_attention_heads"],
         activation=_hugging_face.activation(dict(config)),  # type: ignore[arg-type]
         eps=config["layer_norm_eps"],
+        attention=AttentionSpec.of(config),
         **more,
     )
 
@@ -95,8 +97,15 @@ LAYOUTS.register("hf_clip")(
         title="Hugging Face CLIP",
         keys=("vision_model.embeddings.class_embedding", "text_model.embeddings.token_embedding.weight"),
         model_type=("clip",),
-        rules=(*VISION, *TEXT, Rule("logit_scale", "logit_scale")),
+        rules=(
+            *VISION,
+            *TEXT,
+            Rule("logit_scale", "logit_scale"),
+            *_attention.rules("vision_model.encoder.layers.{i}.self_attn.alpha", "image.blocks.{i}"),
+            *_attention.rules("text_model.encoder.layers.{i}.self_attn.alpha", "text.blocks.{i}"),
+        ),
         needs=_openai.NEEDS,
         settings=settings,
+        finish=_attention.stacked,
     )
 )

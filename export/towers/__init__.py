@@ -4,7 +4,7 @@ A tower is made of its tensors (`State`: name -> tensor) and a `Style`, which sa
 
     patch.weight  patch.bias?  cls?  positions  norm_pre?.*              image
     tokens.weight  positions                                            text (more of BERT's kind: `bert`)
-    blocks.{i}.norm1.*  .attn.qkv.*  .attn.q_norm?.*  .attn.k_norm?.*  .attn.out.*
+    blocks.{i}.norm1.*  .attn.qkv.*  .attn.q_norm?.*  .attn.k_norm?.*  .attn.gate?.*  .attn.out.*
     blocks.{i}.norm2.*  .mlp.up.*  .mlp.down.*      or  .mlp.gate.weight  .mlp.experts.{e}.up.*  .down.*
     norm_post?.*  pool?.*  projection?.weight  projection?.bias
 
@@ -13,10 +13,12 @@ that token alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
+
+from export.towers.attention import AttentionSpec
 
 State = Mapping[str, Tensor]
 
@@ -34,7 +36,7 @@ class Style:
     """
 
     heads: int
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
     pool: Literal["cls", "first", "eot", "last", "mean", "map", "none"] = "cls"
     end: int | None = None
     causal: bool = False
@@ -42,6 +44,7 @@ class Style:
     qk_eps: float = 1e-6
     top: int = 2  # of a mixture of experts, how many a token goes to
     routed: bool = False  # experts compute only the tokens that go to them, instead of all
+    attention: AttentionSpec = field(default_factory=AttentionSpec)
 
 
 class Part(dict[str, Tensor]):

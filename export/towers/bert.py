@@ -36,7 +36,7 @@ class LastPostBlock(LastBlock):
     def forward(self, x: Tensor, own, mask: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def, override]
         k, v = self.kv(x).chunk(2, dim=-1)
         x = own(x)
-        x = self.norm1(x + self.attn.mix(self.q(x), k, v, mask))
+        x = self.norm1(x + self.attn.mix(self.q(x), k, v, mask, x))
         return self.norm2(x + self.mlp(x))
 
 

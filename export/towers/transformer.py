@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export.towers import State, Style, count, part
+from export.towers.attention import Gate, Softmax
 
 
 class QuickGELU(nn.Module):
@@ -22,6 +23,7 @@ ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
 }
 
 
@@ -37,21 +39,40 @@ def projection(state: State, width: int) -> nn.Module:
     return linear(state, "projection", width, bias="projection.bias" in state)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """q [B, S, W], already scaled, and k, v [B, T, W] -> [B, S, W]."""
+PLAIN = Softmax()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    softmax: Softmax = PLAIN,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """q [B, S, W], already scaled, and k, v [B, T, W]; ``gate`` [B, H, S, 1] -> [B, S, W]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     logits = q @ k.transpose(-1, -2)
     if mask is not None:
         logits = logits + mask
-    return (logits.softmax(dim=-1) @ v).transpose(1, 2).flatten(-2)
+    answers = softmax(logits) @ v
+    if gate is not None:
+        answers = answers * gate
+    return answers.transpose(1, 2).flatten(-2)
 
 
 class Attention(nn.Module):
+    """As it is trained, and once folded as it is traced."""
+
     attends = 1  # Softmax ops in its graph
 
     def __init__(self, state: State, style: Style, width: int) -> None:
         super().__init__()
-        self.heads = style.heads
+        self.heads, self.softmax = style.heads, style.attention.softmax
+        self.scale, self.gate_scale = (width // style.heads) ** -0.5, style.attention.gate_scale
+        own = part(state, "gate.")
+        self.gate = Gate(own, style.heads, width) if own else None
         self.qkv = linear(state, "qkv", width, 3 * width)
         self.out = linear(state, "out", width, width)
         self.normed = "q_norm.weight" in state
@@ -60,24 +81,38 @@ class Attention(nn.Module):
             self.k_norm = nn.LayerNorm(width // style.heads, eps=style.qk_eps)
 
     def fold(self) -> None:
-        """The scale d^-1/2 of the logits goes into what makes q. Once, when the weights are in."""
+        """The scale d^-1/2 of the logits goes into what makes q, that of a gate and a gate that is the same for every
+        token into the layer behind it. Once, when the weights are in."""
         width = self.qkv.out_features // 3
-        scale = (width // self.heads) ** -0.5
         layers = [(self.q_norm, width)] if self.normed else [(self.qkv, width)]
         for layer, rows in layers:
-            layer.weight = _scaled(layer.weight, rows, scale)
+            layer.weight = _scaled(layer.weight, rows, self.scale)
             if layer.bias is not None:
-                layer.bias = _scaled(layer.bias, rows, scale)
+                layer.bias = _scaled(layer.bias, rows, self.scale)
+        self.scale = 1.0
+        if self.gate is not None:
+            gain = self.out.weight.new_full((width,), self.gate_scale)
+            if self.gate.kind == "per_head":
+                gain = gain * self.gate.logits.sigmoid().repeat_interleave(width // self.heads)
+                self.gate = None
+            else:
+                self.gate.fold()
+            self.out.weight = nn.Parameter(self.out.weight * gain, requires_grad=False)
+        self.gate_scale = 1.0
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.mix(q, k, v, mask)
+        return self.mix(q, k, v, mask, x)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+        """``x``: what q was made of, by which a gate decides."""
         if self.normed:
             q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
-        return self.out(attend(q, k, v, self.heads, mask))
+        q = q if self.scale == 1.0 else q * self.scale
+        gate = None if self.gate is None else self.gate(x)
+        gate = gate if gate is None or self.gate_scale == 1.0 else gate * self.gate_scale
+        return self.out(attend(q, k, v, self.heads, mask, self.softmax, gate))
 
 
 class MLP(nn.Module):
@@ -154,7 +189,8 @@ class LastBlock(Block):
     def forward(self, x: Tensor, own, mask: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def, override]
         normed = self.norm1(x)
         k, v = self.kv(normed).chunk(2, dim=-1)
-        x = own(x) + self.attn.mix(self.q(own(normed)), k, v, mask)
+        seen = own(normed)
+        x = own(x) + self.attn.mix(self.q(seen), k, v, mask, seen)
         return x + self.mlp(self.norm2(x))
 
 

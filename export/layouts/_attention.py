@@ -1,0 +1,80 @@
+"""Gates of attention, in the names of the paper's code: ``alpha`` beside query, key and value.
+
+    alpha                                  [H]                      per_head
+    alpha.weight  alpha.bias               [H, W]  [H]              all_heads
+    alpha.{h}.weight|bias                  [1, d]  [1]              linear, a head each
+    alpha.{h}.0.weight|bias  .2.weight|bias    [n, d] [n] [1, n] [1]    mlp, a head each
+
+Source: Bondarenko et al. 2023 (arXiv 2306.12929) and its published code. What is there for each head is stacked: see
+`export.towers.attention`. Which softmax goes with it no tensor tells: configs do.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from export.layouts import Misfit, Rule
+
+_HEAD = re.compile(r"(.*\.attn\.gate\.)heads\.(\d+)\.(.*)")
+
+
+def rules(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """``theirs`` ends in ``alpha``, ``ours`` is a block's, such as ``text.blocks.{i}``."""
+    gate = f"{ours}.attn.gate"
+    return (
+        Rule(theirs, f"{gate}.logits"),
+        Rule(f"{theirs}.{{p}}", f"{gate}.{{p}}"),
+        Rule(f"{theirs}.{{e}}.{{p}}", f"{gate}.heads.{{e}}.{{p}}"),
+        Rule(f"{theirs}.{{e}}.0.{{p}}", f"{gate}.heads.{{e}}.hidden.{{p}}"),
+        Rule(f"{theirs}.{{e}}.2.{{p}}", f"{gate}.heads.{{e}}.{{p}}"),
+    )
+
+
+def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`Layout.finish`: tensors of single heads -> one of all. Raises `Misfit` naming those that do not go together,
+    `KeyError` naming one that lacks."""
+    found, heads = {}, {}
+    for name, tensor in state.items():
+        if match := _HEAD.fullmatch(name):
+            gate, head, own = match.groups()
+            heads.setdefault(gate + own, {})[int(head)] = (name, tensor)
+        else:
+            found[name] = tensor
+    for name, parts in heads.items():
+        if absent := {*range(max(parts) + 1)} - parts.keys():
+            gate, _, own = name.partition(".gate.")
+            raise KeyError(f"{gate}.gate.heads.{min(absent)}.{own}")
+        if name in found:
+            raise Misfit("a gate is for each head or for all; {} is for all, and there are others", name)
+        names, tensors = zip(*(parts[head] for head in range(len(parts))), strict=True)
+        if len({tensor.shape for tensor in tensors}) > 1:
+            odd = next(i for i, tensor in enumerate(tensors) if tensor.shape != tensors[0].shape)
+            raise Misfit("heads have gates of one shape; {} and {} differ", names[0], names[odd])
+        whole = torch.stack(tensors)
+        one_each = ".gate.hidden." not in name  # the last layer answers one number
+        if one_each and whole.shape[1] != 1:
+            raise Misfit("a head's gate answers one number; {} answers others", names[0])
+        found[name] = whole[:, 0] if one_each else whole
+    return found
+
+
+def unstacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way round, for a checkpoint that is written: what is one tensor there stays one."""
+    found = {}
+    for name, tensor in state.items():
+        gate, sign, own = name.partition(".attn.gate.")
+        stem = f"{gate}{sign}"
+        alone = own == "logits" or (own in ("weight", "bias") and _all_heads(state, stem))
+        if not sign or alone:
+            found[name] = tensor
+            continue
+        for head, one in enumerate(tensor):
+            found[f"{stem}heads.{head}.{own}"] = one if own.startswith("hidden.") else one[None]
+    return found
+
+
+def _all_heads(state: Mapping[str, Tensor], stem: str) -> bool:
+    width = state[f"{stem.removesuffix('gate.')}qkv.weight"].shape[1]
+    return f"{stem}hidden.weight" not in state and state[f"{stem}weight"].shape[-1] == width
