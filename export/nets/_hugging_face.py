@@ -80,14 +80,16 @@ def recognise(kind: str) -> Callable[[str], bool]:
 
 
 def opened(tables: Sequence[Layout], checkpoint: str, weights: Weights, fold: bool) -> Opened:
-    """Raises `UnknownCheckpoint` where none of ``tables`` fits, and as `layouts.translate`; `BadRequest` where the
-    recipe edits weights."""
-    if weights.model_copy(update={"softmax": None, "force": False}) != Weights():
+    """Raises `UnknownCheckpoint` where none of ``tables`` fits, one of them saying why where it knows, and as
+    `layouts.translate`; `BadRequest` where the recipe edits weights."""
+    if not weights.untouched:
         raise BadRequest(
             f"weights of {tables[0].title} are read as they are; of the recipe's [weights] only softmax and force apply"
         )
     found = read(checkpoint, weights)
     for layout in tables:
+        if why := layout.refuses(found):
+            raise UnknownCheckpoint(f"{found.path}: {why}")
         if layout.fits(found):
             return Opened(found, layout, layouts.translate(layout, found), fold)
     wanted = ", or ".join(" with ".join(layout.keys) for layout in tables)
