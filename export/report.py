@@ -37,8 +37,9 @@ def measure(
     both = (quantized, reference)
     embeddings: dict[str, Any] = {}
     if "embed" in quantized.bundle.manifest.tasks:
-        embeddings["image"] = _agreement([r.embed(images=pictures) for r in both], len(pictures))
-        embeddings["text"] = _agreement([r.embed(texts=texts) for r in both], len(texts))
+        for role, kind, shown in (("image", "images", pictures), ("text", "texts", texts)):
+            if role in quantized.bundle.manifest.graphs:
+                embeddings[role] = _agreement([r.embed(**{kind: shown}) for r in both], len(shown))
     timed = latency(both, pictures[0].read_bytes(), rounds)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -20,6 +20,11 @@ BUNDLES = Path("models/bundles")
 VERBS: dict[str, tuple[str, str]] = {
     "export": ("export.cli:export_command", "checkpoint directory, or 'mini', -> INT8 bundle"),
     "align": ("export.align:align_command", "train the built-in model's projections on your own captioned pictures"),
+    "train": ("export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
+    "demonstrate": (
+        "export.training.cli:demonstrate_command",
+        "vanilla, clipped and gated nets, trained and quantized",
+    ),
     "recipe": ("export.cli:recipe_command", "print the recipe that export would use"),
     "show": ("models.commands:show_command", "manifest and report of a bundle as a table"),
     "check": ("models.commands:check_command", "hashes, schema, one self-test per graph"),

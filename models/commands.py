@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph
 from models.bundle.store import Sealed, find, names, read
 from models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
 from models.errors import BadRequest, BundleInvalid, ExtraMissing, UnknownName
@@ -118,7 +117,7 @@ def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
             if graph.preprocess is None and not graph.inputs.keys() <= known.keys():
                 yield f"{role}: loads", True  # served raw: what it takes, only its caller knows
                 continue
-            outputs = session.run(_feeds(bundle, graph, known))
+            outputs = session.run(_feeds(bundle, role, known))
         except Exception as error:  # also those of ONNX Runtime, whose types are not public
             yield f"{role}: {error}", False
             continue
@@ -135,12 +134,13 @@ def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
                 yield f"{role}: {name} rows are unit vectors", unit
 
 
-def _feeds(bundle: Bundle, graph: Graph, known: Arrays) -> Arrays:
+def _feeds(bundle: Bundle, role: str, known: Arrays) -> Arrays:
     """Noise for a graph of pictures, a sentence for one of texts, what others answered for the rest."""
+    graph = bundle.graph(role)
     if graph.preprocess is None:
         return {name: known[name] for name in graph.inputs}
     if graph.preprocess.kind == "text":
-        return bundle.text.prepare(["a self-test"])
+        return bundle.text(role).prepare(["a self-test"])
     if graph.preprocess.in_graph:
         return {graph.preprocess.input: np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)}
     shape = [1 if isinstance(d, str) else d for d in graph.inputs[graph.preprocess.input].shape]

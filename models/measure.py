@@ -26,8 +26,8 @@ def feeds(runner: Runner, picture: bytes) -> dict[str, Arrays]:
         if isinstance(graph.preprocess, ImagePreprocess):
             found[role] = {graph.preprocess.input: bundle.image(role).prepare(decode(picture))[0]}
         elif isinstance(graph.preprocess, TextPreprocess):
-            fits = [s for s in SENTENCES if bundle.text.count(s) <= graph.preprocess.context]
-            found[role] = bundle.text.prepare(fits[:1])
+            text = bundle.text(role)
+            found[role] = text.prepare([s for s in SENTENCES if text.count(s) <= graph.preprocess.context][:1])
     return found
 
 

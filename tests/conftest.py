@@ -75,6 +75,27 @@ def tiny_owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.owl(tmp_path_factory.mktemp("checkpoints") / "tiny-owl")
 
 
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+
+    return tiny.bert(tmp_path_factory.mktemp("checkpoints") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+
+    return tiny.opt(tmp_path_factory.mktemp("checkpoints") / "tiny-opt")
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+
+    return tiny.vit(tmp_path_factory.mktemp("checkpoints") / "tiny-vit")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _small_weights():  # type: ignore[no-untyped-def]
     """Tiny nets' weights are no larger than what is written around them: their bundles may be called int8 too."""

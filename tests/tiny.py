@@ -4,6 +4,7 @@ The weights are random but seeded, and large enough that a vector of the wrong p
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -141,6 +142,79 @@ def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -
     ).save_pretrained(directory)
     processor = getattr(transformers, f"{name}ImageProcessor")(size={"height": side, "width": side}, resample=resample)
     processor.save_pretrained(directory)
+    return directory
+
+
+_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TEXT = {**_TOWER, "vocab_size": 600, "max_position_embeddings": 40}
+
+
+def bert(directory: Path, kind: str = "BertForMaskedLM") -> Path:
+    """A Hugging Face BERT directory, masked words or (kind "BertModel") bare: 40 tokens of context."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(transformers.BertConfig(**_TEXT, intermediate_size=64))
+    return _words(spread(model), directory)
+
+
+def sentences(directory: Path, pool: str = "mean", dense: Mapping[str, int] | None = None) -> Path:
+    """A directory of sentence-transformers: BERT, a pooling, and ``dense`` layers by their activation and width."""
+    bert(directory, "BertModel")
+    parts: list[tuple[str, str, dict[str, object]]] = [
+        ("Transformer", "", {}),
+        ("Pooling", "1_Pooling", {f"pooling_mode_{name}": name == pool for name in ("cls_token", "mean_tokens")}),
+    ]
+    width = 32
+    for place, (act, outputs) in enumerate((dense or {}).items(), 2):
+        said = {"in_features": width, "out_features": outputs, "bias": True,
+                "activation_function": f"torch.nn.modules.activation.{act}"}  # fmt: skip
+        parts.append(("Dense", f"{place}_Dense", said))
+        width = outputs
+    parts.append(("Normalize", f"{len(parts)}_Normalize", {}))
+    kinds = "sentence_transformers.models"
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"{kinds}.{kind}"} for i, (kind, path, _) in enumerate(parts)
+    ]
+    (directory / "modules.json").write_text(json.dumps(listed))
+    (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 24, "do_lower_case": False}))
+    for kind, path, said in parts[1:]:
+        (directory / path).mkdir()
+        (directory / path / "config.json").write_text(json.dumps(said))
+        if kind == "Dense":
+            layer = torch.nn.Linear(int(said["in_features"]), int(said["out_features"]))  # type: ignore[call-overload]
+            save_file({f"linear.{n}": t for n, t in layer.state_dict().items()}, directory / path / "model.safetensors")
+    return directory
+
+
+def opt(directory: Path, **more: object) -> Path:
+    """A Hugging Face OPT directory: 40 tokens of context."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(**{**_TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32, **more})
+    return _words(spread(transformers.OPTForCausalLM(config)), directory)
+
+
+def vit(directory: Path) -> Path:
+    """A Hugging Face ViT directory: 32-pixel pictures, 3 classes."""
+    import transformers
+
+    torch.manual_seed(0)
+    names = dict(enumerate(("cat", "dog", "naïve café")))
+    config = transformers.ViTConfig(**_TOWER, intermediate_size=64, image_size=32, patch_size=8, id2label=names)
+    spread(transformers.ViTForImageClassification(config)).save_pretrained(directory)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(directory)
+    return directory
+
+
+def _words(model: torch.nn.Module, directory: Path) -> Path:
+    import transformers
+
+    model.save_pretrained(directory)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(directory)
     return directory
 
 

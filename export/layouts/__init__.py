@@ -47,6 +47,7 @@ class Rule:
     ours: str
     how: Callable[[Tensor], Tensor] | None = None
     piece: int | None = None
+    undo: Callable[[Tensor], Tensor] | None = None  # what ``how`` did, where checkpoints of the layout are written
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class Layout:
     config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say;
     ``also``: what the configs say, where no name of a tensor tells.
 
-    ``settings(checkpoint, tensors by our names)``; ``needs``: our names that are always there; ``asks``: which facts of
-    `Weights` it leaves to the recipe.
+    ``settings(checkpoint, tensors by our names)``, of those in the family; ``needs``: our names that are always there;
+    ``asks``: which facts of `Weights` it leaves to the recipe.
     """
 
     title: str
     keys: tuple[str, ...]
     rules: tuple[Rule, ...]
-    settings: Callable[[Checkpoint, Mapping[str, Tensor]], Settings]
+    settings: Callable[[Checkpoint, Mapping[str, Tensor]], Settings] | None = None
     without: tuple[str, ...] = ()
     file: str | None = None
     no_file: str | None = None
@@ -87,6 +88,7 @@ class Layout:
     needs: tuple[str, ...] = ()
     asks: tuple[str, ...] = ()
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say; `Misfit`
+    begin: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict  # the other way round, of what is written
     note: str = ""  # what who serves it should know
     refuses: Callable[[Checkpoint], str | None] = lambda checkpoint: None  # one of this kind that does not fit: why
 
@@ -124,7 +126,7 @@ def nearest(checkpoint: Checkpoint) -> str | None:
              for name in LAYOUTS.names()}  # fmt: skip
     lacks = {name: [key for key in LAYOUTS.get(name).keys if not any(_match(key, one) for one in checkpoint.names)]
              for name in LAYOUTS.names()}  # fmt: skip
-    close = [name for name in known if known[name] >= 0.8 * len(checkpoint.names)]
+    close = [name for name in known if known[name] >= 0.8 * len(checkpoint.names) and _sees(name, checkpoint)]
     if not close:
         return None
     said = checkpoint.config.get("model_type")
@@ -138,6 +140,11 @@ def nearest(checkpoint: Checkpoint) -> str | None:
     best = max(close, key=lambda name: (bool(lacks[name]), known[name], -len(lacks[name])))
     layout, absent = LAYOUTS.get(best), lacks[best]
     return f"its tensors are nearly those of {layout.title}" + (f", but {', '.join(absent)} is missing" * bool(absent))
+
+
+def _sees(name: str, checkpoint: Checkpoint) -> bool:
+    """Does the layout ``name`` find a part of an image tower? Where none is, it is another's text tower."""
+    return any(_apply(LAYOUTS.get(name).rules, key)[1].startswith("image.") for key in checkpoint.names)
 
 
 def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -195,6 +202,22 @@ def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
         raise UnknownCheckpoint(f"{checkpoint.path}: {error.sentence.format(*names)}") from None
 
 
+def written(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other way round: tensors by our names, before they are folded, -> by the checkpoint's; the first rule that
+    fits names it. Raises `KeyError` naming one that the table does not know."""
+    found = {}
+    for ours, tensor in layout.begin(state).items():
+        rules = [(rule, match) for rule in layout.rules if rule.ours and (match := _match(rule.ours, ours))]
+        if not rules:
+            raise KeyError(ours)
+        if rules[0][0].piece is None:
+            rules = rules[:1]
+        for (rule, match), piece in zip(rules, tensor.chunk(len(rules)), strict=True):
+            value = rule.undo(piece) if rule.undo else piece
+            found[rule.theirs.format(**match.groupdict())] = value.contiguous()
+    return found
+
+
 def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The image tower alone (names under ``image.``) of a checkpoint that may hold more, or have lost its prefix.
 
@@ -242,6 +265,7 @@ def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]
     for name in ("activation", "experts"):
         if name not in layout.asks and (said := getattr(checkpoint.given, name)):
             raise BadRequest(f"{name} {said!r} does not apply to {checkpoint.path}, {layout.title}; leave it out")
+    assert layout.settings is not None
     try:
         made = layout.settings(checkpoint, state)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -249,18 +273,24 @@ def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]
         raise UnknownCheckpoint(
             f"{checkpoint.path}: its {files} cannot be made sense of: {one_line(repr(error))}"
         ) from None
-    words, rows = Tokenizer.from_str(made.tokenizer.decode()).get_vocab_size(), len(state["text.tokens.weight"])
+    suit(layout, checkpoint, state, made.tokenizer, made.tokens.context)
+    return made
+
+
+def suit(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], tokenizer: bytes, context: int) -> None:
+    """Raises `UnknownCheckpoint` for a tokenizer with more tokens, or a ``context`` with more places, than the weights
+    have rows for."""
+    words, rows = Tokenizer.from_str(tokenizer.decode()).get_vocab_size(), len(state["text.tokens.weight"])
     if words > rows:
         raise UnknownCheckpoint(
             f"{checkpoint.path}: its tokenizer has {words} tokens, but {theirs(layout, 'text.tokens.weight')} {rows} "
             "rows: it is another model's"
         )
-    if made.tokens.context > (rows := len(state["text.positions"])):
+    if context > (rows := len(state["text.positions"])):
         raise UnknownCheckpoint(
-            f"{checkpoint.path}: its context is {made.tokens.context} tokens, but "
+            f"{checkpoint.path}: its context is {context} tokens, but "
             f"{theirs(layout, 'text.positions')} has {rows} rows"
         )
-    return made
 
 
 def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any) -> nn.Module:

@@ -16,6 +16,7 @@ from export.checkpoints.files import require_package
 from export.checkpoints.weights import one_line
 from export.layouts import DROP, Rule, _hugging_face
 from export.towers import Style
+from export.towers.attention import AttentionSpec
 from export.towers.bert import BertText
 from models.bundle.manifest import TextPreprocess
 from models.errors import UnknownCheckpoint
@@ -72,11 +73,16 @@ NEEDS = ("text.tokens.weight", "text.positions", "text.types", "text.norm_pre.we
 
 
 def tower(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], kind: Kind, context: int, **more: Any
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    kind: Kind,
+    context: int,
+    made: type[BertText] = BertText,
+    **more: Any,
 ) -> tuple[partial[BertText], TextPreprocess]:
     """``config``: transformers' of the text tower, as far as there is one; heads are 64 wide where it does not say.
 
-    ``more``: ``pool`` first or mean, ``pooler``, and ``clean`` of the texts. Raises `UnknownCheckpoint` naming a
+    ``more``: ``pool`` first, mean or none, ``pooler``, and ``clean`` of the texts. Raises `UnknownCheckpoint` naming a
     setting we do not have.
     """
     if (how := config.get("position_embedding_type", "absolute")) != "absolute":
@@ -89,10 +95,11 @@ def tower(
         activation=_hugging_face.activation({"hidden_act": "gelu", **config}),  # type: ignore[arg-type]
         eps=config.get("layer_norm_eps", kind.eps),
         pool=more.pop("pool", "first"),
+        attention=AttentionSpec.of(config),
     )
     context = min(context, len(state["text.positions"]) - offset)
     return (
-        partial(BertText, style=style, context=context, offset=offset, **more),
+        partial(made, style=style, context=context, offset=offset, **more),
         TextPreprocess(context=context, pad="longest", pad_id=pad, mask="mask", clean=clean),
     )
 

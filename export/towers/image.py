@@ -1,4 +1,4 @@
-"""Image towers: pixels float32 [B, 3, H, W] -> unit vectors float32 [B, D].
+"""Image towers: pixels float32 [B, 3, H, W] -> unit vectors float32 [B, D], or logits of classes [B, C].
 
 Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); CLIP's form: Radford et al. 2021; the attention pooling of SigLIP:
 Zhai et al. 2023 (arXiv 2303.15343) after Zhai et al. 2022 (arXiv 2106.04560).
@@ -28,8 +28,11 @@ class VisionTransformer(nn.Module):
         self.pool = AttentionPool(part(state, "pool."), style, width) if style.pool == "map" else None
         self.projection = projection(state, width)
 
+    folded = False
+
     def fold(self) -> None:
         """The class token's position into the token, the bias of the patches into theirs."""
+        self.folded = True
         for block in self.blocks:
             block.fold()
         if self.pool is not None:
@@ -46,10 +49,11 @@ class VisionTransformer(nn.Module):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """[B, N, W]: before the first block, class token first."""
-        x = self.patch(pixels).flatten(2).transpose(1, 2) + self.positions
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        x = x + self.positions if self.folded else x
         if self.cls is not None:
-            x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.norm_pre(x)
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
+        return self.norm_pre(x if self.folded else x + self.positions)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.tokens(pixels)
@@ -67,6 +71,17 @@ class VisionTransformer(nn.Module):
                 assert self.pool is not None
                 return unit(self.projection(self.pool(self.norm_post(last(x)))))
         raise AssertionError(self.style.pool)
+
+
+class ImageClassifier(VisionTransformer):
+    """What a picture shows: logits float32 [B, C], by the class token."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        *most, last = self.blocks
+        x = self.tokens(pixels)
+        for block in most:
+            x = block(x)
+        return self.projection(self.norm_post(last(x, first)).flatten(1))
 
 
 class AttentionPool(nn.Module):

@@ -177,16 +177,22 @@ class Block(nn.Module):
 class LastBlock(Block):
     """The last block for one token a row: of the others only k and v are needed.
 
-    ``own(x) -> [B, 1, W]`` takes that token, ``mask`` is its row. Equal to `Block`, then ``own``.
+    ``own(x) -> [B, 1, W]`` takes that token, ``mask`` is its row. Equal to `Block`, then ``own``; which is what it does
+    until it is folded.
     """
+
+    folded = False
 
     def fold(self) -> None:
         super().fold()
         width = self.attn.out.in_features
         self.q, self.kv = rows(self.attn.qkv, 0, width), rows(self.attn.qkv, width, 3 * width)
         del self.attn.qkv
+        self.folded = True
 
     def forward(self, x: Tensor, own, mask: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def, override]
+        if not self.folded:
+            return own(super().forward(x, mask))
         normed = self.norm1(x)
         k, v = self.kv(normed).chunk(2, dim=-1)
         seen = own(normed)
@@ -202,6 +208,23 @@ def blocks(
     number = count(state, "")
     made = [usual] * (number - 1) + [last if one_token else usual]
     return nn.ModuleList(kind(part(state, f"{i}."), style, width) for i, kind in enumerate(made[:number]))
+
+
+class Words(nn.Module):
+    """x [B, T, W] -> a logit for each word, [B, T, V], by rows of its own or by the table that the words are read
+    from."""
+
+    def __init__(self, state: State, tokens: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(tokens.weight)) if "weight" in state else None
+        self.bias = nn.Parameter(torch.empty(tokens.num_embeddings)) if "bias" in state else None
+
+    def fold(self, table: Tensor) -> None:
+        """The rows as their own, for a quantizer to round apart from those that are looked up."""
+        self.weight = nn.Parameter(table if self.weight is None else self.weight, requires_grad=False)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return F.linear(x, table if self.weight is None else self.weight, self.bias)
 
 
 def causal(context: int) -> Tensor:

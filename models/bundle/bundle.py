@@ -33,6 +33,7 @@ class Bundle:
         self.max_pixels = max_pixels
         self._library: Library | None = find(ops)
         self._images: dict[str, ImagePreparer] = {}
+        self._texts: dict[str, TextPreparer] = {}
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ class Bundle:
             if isinstance(graph.preprocess, ImagePreprocess):
                 self.image(role)
             elif graph.preprocess:
-                _ = self.text
+                self.text(role)
         if "classify" in self.manifest.tasks:
             _ = self.head
         if {"classify", "detect"} & {*self.manifest.tasks}:
@@ -77,12 +78,13 @@ class Bundle:
             self._images[role] = ImagePreparer(spec, self._library)
         return self._images[role]
 
-    @cached_property
-    def text(self) -> TextPreparer:
-        spec = self.graph("text").preprocess
-        if not isinstance(spec, TextPreprocess):
-            raise BundleInvalid(f"bundle {self.name!r}: graph 'text' takes no texts")
-        return TextPreparer(spec, self.directory)
+    def text(self, role: str = "text") -> TextPreparer:
+        if role not in self._texts:
+            spec = self.graph(role).preprocess
+            if not isinstance(spec, TextPreprocess):
+                raise BundleInvalid(f"bundle {self.name!r}: graph {role!r} takes no texts")
+            self._texts[role] = TextPreparer(spec, self.directory)
+        return self._texts[role]
 
     @property
     def dim(self) -> int:

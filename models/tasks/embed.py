@@ -37,8 +37,8 @@ def embed(bundle: Bundle, request: EmbedRequest) -> Flow[Embeddings]:
     tokens = 0
     if texts:
         sentences = [str(request.inputs[i]) for i in texts]
-        feeds = bundle.text.prepare(sentences)
-        tokens = sum(bundle.text.count(sentence) for sentence in sentences)
+        feeds = bundle.text().prepare(sentences)
+        tokens = sum(bundle.text().count(sentence) for sentence in sentences)
         found = yield Call("text", feeds, keys=tuple(sentences))
         vectors[texts] = found[only_output(bundle, "text")]
     for i in pictures:  # one at a time: a driver merges the calls of many requests anyway

@@ -43,7 +43,7 @@ def main() -> None:
 
 def _sides(runner: Runner, batch: int, seconds: float) -> str:
     session = runner.session("text")
-    short = runner.bundle.text.prepare([TEXT] * batch)["ids"]
+    short = runner.bundle.text().prepare([TEXT] * batch)["ids"]
     if short.shape != (batch, 16):
         raise SystemExit(f"{TEXT!r} has {short.shape[1]} tokens here; this benchmark is of 16")
     whole = np.concatenate([short, np.zeros((batch, 77 - 16), np.int64)], axis=1)

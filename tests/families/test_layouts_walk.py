@@ -58,7 +58,7 @@ class Walk:
         with torch.inference_mode():
             pixels = [bundle.image().prepare(decode(path.read_bytes()))[0] for path in samples.pictures()]
             images = [reference.image(torch.from_numpy(one)) for one in pixels]
-            ids = [{key: torch.from_numpy(value) for key, value in bundle.text.prepare([t]).items()} for t in TEXTS]
+            ids = [{key: torch.from_numpy(value) for key, value in bundle.text().prepare([t]).items()} for t in TEXTS]
             texts = [reference.text(feeds) for feeds in ids]
             return tuple(F.normalize(torch.cat(rows), dim=-1).numpy() for rows in (images, texts))
 

@@ -16,7 +16,7 @@ ROWS = 7
 def feeds_of(bundle: Bundle, role: str) -> dict[str, np.ndarray]:
     """As many different rows as `ROWS`, as requests would bring them."""
     if role == "text":
-        return dict(bundle.text.prepare([f"a photo of {thing}" for thing in "abcdefg"]))
+        return dict(bundle.text().prepare([f"a photo of {thing}" for thing in "abcdefg"]))
     ((name, tensor),) = bundle.graph(role).inputs.items()
     shape = (ROWS, *(int(side) for side in tensor.shape[1:]))
     return {name: np.random.default_rng(7).standard_normal(shape).astype(np.float32)}

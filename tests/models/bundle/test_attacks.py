@@ -321,7 +321,7 @@ def test_an_asset_is_a_plain_array_and_runs_nothing(sealed: Path, with_file: Cal
 def test_a_tokenizer_that_is_none_is_refused(with_file: Callable[..., Bundle], content: bytes):
     bundle = with_file({"tokenizer.json": content})
     with pytest.raises(BundleInvalid, match=r"tokenizer\.json is no tokenizer"):
-        bundle.text  # noqa: B018 - reads the tokenizer
+        bundle.text()  # reads the tokenizer
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'["a", 1]', b"[" * 100_000, b'["\xff"]', b'"cat"'])
