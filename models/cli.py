@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
 # what a missing module means: the extra that holds it
 _EXTRAS = {
     "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export", "tomli_w": "export",
+    "matplotlib": "export",
     "fastapi": "service", "uvicorn": "service", "prometheus_client": "service", "pydantic_settings": "service",
     "orjson": "service", "lancedb": "service", "pyarrow": "service", "httpx": "service",
     "export": "export", "service": "service",  # an image may hold one package without the other
