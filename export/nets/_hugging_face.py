@@ -79,8 +79,8 @@ def recognise(kind: str) -> Callable[[str], bool]:
 
 
 def opened(tables: Sequence[Layout], checkpoint: str, weights: Weights) -> Opened:
-    """Raises `UnknownCheckpoint` where none of ``tables`` fits or one says why it does not, and as `layouts.translate`; `BadRequest` where the
-    recipe edits weights."""
+    """Raises `UnknownCheckpoint` where none of ``tables`` fits or one says why it does not, and as
+    `layouts.translate`; `BadRequest` where the recipe edits weights."""
     if not weights.untouched:
         raise BadRequest(
             f"weights of {tables[0].title} are read as they are; of the recipe's [weights] only softmax and force apply"
