@@ -111,5 +111,5 @@ def test_words_and_classes_over_http_are_those_of_transformers(tmp_path: Path, p
             "/v2/models/opt-float.lm/infer",
             json={"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 1], "data": [600]}]},
         )
-        assert (refused.status_code, "ids that are no tokens'" in refused.text) == (400, True)
+        assert (refused.status_code, "ids that are no tokens'" in refused.text) == (422, True)
         assert json.loads((folder / "vit-float" / "labels.json").read_bytes())[2] == "naïve café"
