@@ -1,9 +1,4 @@
-"""A graph in float and in INT8 at work, side by side: what each product loses, and where outliers are.
-
-Outliers as Bondarenko et al. 2023 (arXiv 2306.12929), section 3, measure them: of one input's whole tensor the largest
-magnitude, and the kurtosis mean((x - mean)^4) / (std^4 + 1e-6) with the unbiased std, 3 for a Gaussian; both averaged
-over the inputs.
-"""
+"""A graph in float and in INT8 at work, side by side: what each product loses, and why one stays in float."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,17 +10,15 @@ from onnx import numpy_helper
 from export import parity
 from export.quantizers import _qdq
 from export.share import count
-from models.flow import Array, Arrays
-
-_WORST = 5
+from models.flow import Arrays
 
 
 def compare(
     model: onnx.ModelProto, quantized: onnx.ModelProto, feeds: Iterable[Arrays], dims: Mapping[str, int]
 ) -> dict[str, Any]:
     """``sqnr_db``: node -> of its output, float against INT8 with all that came before (10 log10 of squared float over
-    squared difference, all feeds together), for each product that runs in INT8. ``outliers``: of what products read,
-    in float. Where tokens are routed, an expert is left out for a feed that sends it none, or other tokens in INT8."""
+    squared difference, all feeds together), for each product that runs in INT8. Where tokens are routed, an expert is
+    left out for a feed that sends it none, or other tokens in INT8."""
     whole = {one.name for one in count(quantized, dims) if one.int8}
     there = {name for node in quantized.graph.node for name in node.output}
     after = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in _qdq.CUTS}
@@ -36,39 +29,17 @@ def compare(
             cut = after.get(out, "")
             options = ((cut, f"{cut}{_qdq.BACK}"), (out, f"{out}{_qdq.BACK}"), (out, out))
             outputs[node.name] = next(pair for pair in options if pair[1] in there)
-    read = list(dict.fromkeys(node.input[0] for node in _qdq.products(model)))
-    taken = [*dict.fromkeys([*read, *(left for left, _ in outputs.values())])]
-    answered = [*dict.fromkeys(right for _, right in outputs.values())]
+    taken, answered = ([*dict.fromkeys(pair[side] for pair in outputs.values())] for side in (0, 1))
     squares: dict[str, list[float]] = {}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in read}
-    for (
-        feed
-    ) in feeds:  # opened anew for each: both at once, with all that is tapped, are more than a large net may hold
-        one = _qdq.tap(model, taken)(feed)
-        for name in read:
-            if one[name].size:
-                found[name].append((float(np.abs(one[name]).max()), kurtosis(one[name])))
-        true = {left: one[left] for left, _ in outputs.values()}
-        del one
+    for feed in feeds:  # opened anew for each: both at once, with all that is tapped, are too much of a large net
+        true = _qdq.tap(model, taken)(feed)
         other = _qdq.tap(quantized, answered)(feed)
         for name, (left, right) in outputs.items():
             if true[left].size and true[left].shape == other[right].shape:
                 pair = squares.setdefault(name, [0.0, 0.0])
                 pair[0] += float(np.square(true[left], dtype=np.float64).sum())
                 pair[1] += float(np.square(true[left].astype(np.float64) - other[right]).sum())
-    return {
-        "sqnr_db": {name: parity.decibels(*squares[name]) for name in outputs if name in squares},
-        "outliers": _summary({name: np.mean(values, axis=0) for name, values in found.items() if values}),
-    }
-
-
-def kurtosis(values: Array) -> float:
-    """Of all numbers of ``values``; 0 where they are all the same."""
-    flat = values.reshape(-1).astype(np.float64)
-    if flat.size < 2:
-        return 0.0
-    apart = flat - flat.mean()
-    return float(np.mean(apart**4) / (flat.std(ddof=1) ** 4 + 1e-6))
+    return {"sqnr_db": {name: parity.decibels(*squares[name]) for name in outputs if name in squares}}
 
 
 def ranges(quantized: onnx.ModelProto) -> dict[str, tuple[float, float]]:
@@ -107,20 +78,3 @@ def in_float(
         else:
             reasons[node.name] = "no form that is quantized"
     return reasons
-
-
-def _summary(found: Mapping[str, Array]) -> dict[str, Any]:
-    if not found:
-        return {}
-    norms, peaks = (np.array([pair[place] for pair in found.values()]) for place in (0, 1))
-    worst = sorted(found, key=lambda name: -found[name][1])[:_WORST]
-    return {
-        "max_inf_norm": round(float(norms.max()), 3),
-        "avg_inf_norm": round(float(norms.mean()), 3),
-        "max_kurtosis": round(float(peaks.max()), 3),
-        "avg_kurtosis": round(float(peaks.mean()), 3),
-        "worst": {
-            name: {"inf_norm": round(float(found[name][0]), 3), "kurtosis": round(float(found[name][1]), 3)}
-            for name in worst
-        },
-    }

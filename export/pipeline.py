@@ -38,6 +38,7 @@ from models.runner import Runner
 
 Say = Callable[[str], None]
 _PARITY_ROWS = 4
+_OUTLIER_ROWS = 16
 _ROUNDING = {"max_abs": 1e-5, "min_cosine": 0.999999}  # between two ways to compute a graph in float32
 _TIES = {"min_cosine": 0.999}  # in INT8 an activation at a tie may fall a step, 1/255 of its range, to the other side
 
@@ -176,7 +177,8 @@ def _convert(
             agreement = _against(model, quantized, list(feeds(*shown)), tower)
         made.how[role] = how
         with step(f"{role}: layers"):
-            described = report.graph(model, quantized, list(feeds(*few)), goal.dims, how, settled)
+            drawn = feeds(pictures[:_OUTLIER_ROWS], fitting[:_OUTLIER_ROWS])
+            described = report.graph(model, quantized, list(feeds(*few)), drawn, goal.dims, how, settled)
         made.facts[role] |= {
             "quantizer": how.name,
             "ranges_from": recorded_from or calibrate.describe(recipe.calibration, pictures, fitting),

@@ -9,7 +9,7 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from export import layers
+from export import layers, outliers
 from export.evals import EVALS
 from export.quantizers import Settled
 from export.recipe import Bars, Quantize
@@ -58,12 +58,13 @@ def graph(
     model: onnx.ModelProto,
     quantized: onnx.ModelProto,
     feeds: Sequence[Arrays],
+    drawn: Iterable[Arrays],
     dims: Mapping[str, int],
     how: Quantize,
     settled: Settled,
 ) -> dict[str, Any]:
     """Of one graph: its INT8 share at ``dims``, how it was settled, what stayed in float and why, what each product
-    loses and where outliers are (on ``feeds``), and the range of each tensor in 8 bits."""
+    loses (on ``feeds``), where outliers are (on ``drawn``, one row each), and the range of each tensor in 8 bits."""
     found = share(count(quantized, dims))
     params = settled.written()
     fitted = {key: len(params.pop(key)) for key in ("clips", "shifts") if key in params}
@@ -74,6 +75,7 @@ def graph(
         "in_float": layers.in_float(model, quantized, dims, how.params.get("keep", ())),
         "compared_on": f"{len(feeds)} inputs that ship with calmclip",
         **layers.compare(model, quantized, feeds, dims),
+        "outliers": outliers.measure(model, drawn),
         "ranges": layers.ranges(quantized),
     }
 

@@ -1,13 +1,16 @@
 """A torch module -> a float ONNX graph on standard ops, with shapes and names that stay the same.
 
 Tensors that torch names by chance are renamed by what they are (op type and running number in topological
-order), so ranges recorded for one build of a graph fit the next; `fingerprint` says whether they do.
+order), so ranges recorded for one build of a graph fit the next; `fingerprint` says whether they do. Which module
+a node is part of, its metadata keep under `MODULE`: a transposed weight has no name that would tell.
 """
 
+import ast
 import hashlib
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Collection
 
 import onnx
 import torch
@@ -18,6 +21,8 @@ from export.nets import Tower
 from models.errors import ExportError
 
 OPSET = 20  # the first with Gelu as one op
+MODULE = "module"  # key of a node's metadata: the path of its torch module, "blocks.3.mlp.down"
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter says so: modules from outermost to innermost, the op
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "uint8": torch.uint8}
 _EXAMPLE = {"B": 2, "T": 7}  # any sizes but 0 and 1, which the tracer would bake in
@@ -49,7 +54,7 @@ def to_onnx(tower: Tower) -> onnx.ModelProto:
     assert program is not None  # only the old exporter returns None
     model = program.model_proto
     _forget(program.model.graph)
-    _strip(model)
+    _strip(model, modules={name for name, _ in tower.module.named_modules() if name})
     _rename(model, keep={name for name, _ in tower.module.named_parameters()})
     found = [o.name for o in model.graph.output]
     if found != list(tower.outputs):
@@ -91,15 +96,31 @@ def _forget(graph: ir.Graph) -> None:
     graph.remove([*graph])
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Drop what a reader of the graph has no use for, stack traces and file names of this machine among it."""
+def module_of(node: onnx.NodeProto) -> str:
+    """The torch module that the node is part of; "" where it is not known, and for what the tower does itself."""
+    return next((one.value for one in node.metadata_props if one.key == MODULE), "")
+
+
+def _strip(model: onnx.ModelProto, modules: Collection[str]) -> None:
+    """Drop what a reader of the graph has no use for, stack traces and file names of this machine among it; of all that
+    is said of a node its module stays."""
+    found = {node.output[0]: _module(node) for node in model.graph.node}
     for thing in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         del thing.metadata_props[:]
         thing.doc_string = ""
     for value in (*model.graph.input, *model.graph.output):
         del value.metadata_props[:]
+    for node in model.graph.node:
+        if (module := found[node.output[0]]) in modules:
+            node.metadata_props.add(key=MODULE, value=module)
     model.producer_name, model.producer_version = "calmclip", ""
     model.graph.name = "graph"
+
+
+def _module(node: onnx.NodeProto) -> str:
+    told = next((one.value for one in node.metadata_props if one.key == _SCOPES), "['']")
+    *modules, _ = ["", *ast.literal_eval(told)]
+    return str(modules[-1])
 
 
 def _rename(model: onnx.ModelProto, keep: set[str]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from models.bundle.bundle import Bundle
-from models.bundle.store import find, names, read
+from models.bundle.store import Sealed, find, names, read
 from models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
 from models.errors import BadRequest, BundleInvalid, ExtraMissing, UnknownName
 from models.flow import Array, Arrays
 from models.measure import latency, machine
 from models.ops.spec import METHODS
+from models.outliers import outliers
 from models.registry import Registry
 from models.runner import Runner, open_bundle
 from models.tasks.detect import Suppression, default_suppression
@@ -31,24 +32,53 @@ FAMILIES = {
     "prompts": "models.prompts:PROMPTS",
     "stores": "service.stores:STORES",
 }
+CHART = "export.chart"  # needs matplotlib, which the extra of export brings
 
 
 def show_command(argv: list[str]) -> int:
-    """`calmclip show [BUNDLE]`: manifest and report as a table; without BUNDLE, the names there are."""
+    """`calmclip show [BUNDLE [--outliers [--plot FILE.png]]]`: manifest and report as a table, or outliers; without
+    BUNDLE, the names there are."""
     options = parser("show", "Manifest and report of a bundle.")
     options.add_argument("bundle", nargs="?")
     options.add_argument("--bundles", type=Path, default=BUNDLES)
+    options.add_argument("--outliers", action="store_true", help="of its graphs in float, tensor by tensor")
+    options.add_argument("--plot", type=Path, metavar="FILE.png", help="with --outliers: draw them into this file too")
     given = options.parse_args(argv)
+    if given.plot and not given.outliers:
+        options.error("--plot draws outliers; add --outliers")
     if not given.bundle:
+        if given.outliers:
+            options.error("--outliers needs a bundle; 'calmclip show' prints the names there are")
         emit(
             given.json, {"bundles": names(given.bundles)}, lambda v: print("\n".join(v["bundles"]) or "no bundles yet")
         )
         return 0
     sealed = read(find(given.bundle, given.bundles), verify=False)
+    if given.outliers:
+        return _outliers(given.json, sealed, given.plot)
     file = sealed.directory / "report.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     value = {"digest": sealed.digest, "manifest": sealed.manifest.model_dump(mode="json"), "report": report}
     emit(given.json, value, _show)
+    return 0
+
+
+def _outliers(as_json: bool, sealed: Sealed, plot: Path | None) -> int:
+    name = sealed.manifest.name
+    found = outliers(sealed.directory, sealed.manifest.graphs)
+    if not found:
+        raise BundleInvalid(
+            f"the report of {name} says nothing of outliers: it was exported before they were measured, or is not as "
+            "export writes it; export the checkpoint again"
+        )
+    if plot:
+        import_module(CHART).draw(found, plot, title=name)
+    graphs = {
+        role: one.model_dump(mode="json")
+        | {"tensors": {tensor: pair._asdict() for tensor, pair in one.tensors.items()}}
+        for role, one in found.items()
+    }
+    emit(as_json, {"bundle": name, "graphs": graphs, "plot": str(plot) if plot else None}, _show_outliers)
     return 0
 
 
@@ -229,6 +259,19 @@ def _show(value: dict[str, Any]) -> None:
         print(f"report   {role} vectors against float: cosine {numbers['cosine_mean']} (least {numbers['cosine_min']})")
     for role, pair in report.get("latency_ms", {}).items():
         print(f"report   {role}: int8 {pair['int8']['p50']} ms, float {pair['float32']['p50']} ms (p50)")
+
+
+def _show_outliers(value: dict[str, Any]) -> None:
+    for role, one in value["graphs"].items():
+        width = max(map(len, one["tensors"]))
+        print(f"{'graph':8s} {'tensor':{width}s} {'inf norm':>12s} {'kurtosis':>12s}")
+        for tensor, pair in one["tensors"].items():
+            print(f"{role:8s} {tensor:{width}s} {pair['inf_norm']:12.5g} {pair['kurtosis']:12.5g}")
+        for of in ("max", "avg"):
+            print(f"{role:8s} {of:{width}s} {one[f'{of}_inf_norm']:12.5g} {one[f'{of}_kurtosis']:12.5g}")
+        print(f"{role:8s} worst of {one['inputs']} inputs: {', '.join(one['worst'])}\n")
+    if value["plot"]:
+        print(f"drawn into {value['plot']}")
 
 
 def _answers(answers: list[dict[str, Any]], task: str) -> None:

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 import models
 from models.bundle.bundle import Bundle
 from models.ops.library import Library
+from models.outliers import STATISTICS
 from models.tasks.detect import Detections
 from service.admission import Admission
 from service.batching import RELEASES, Release
@@ -58,7 +59,7 @@ def outcome(own: Context) -> str:
 class Metrics:
     """One app's metrics."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:  # noqa: PLR0915 - one after another
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody reads
         self.registry = CollectorRegistry()
         self.gather: Callable[[], Awaitable[Collector]] = self._own  # of several replicas behind one address, all
@@ -132,6 +133,14 @@ class Metrics:
         self.info = self._make(Gauge, "bundle_info", "1 for a loaded bundle.", "model", "sha256", "precision", "ops")
         self.build = self._make(Gauge, "build_info", "1: this version.", "version")
         self.build.labels(models.__version__).set(1)
+        self.outliers = self._make(
+            Gauge,
+            "bundle_outliers",
+            "Inside a loaded bundle's graph in float, as its report says.",
+            "model",
+            "graph",
+            "statistic",
+        )
         self.load_seconds = self._make(Gauge, "bundle_load_seconds", "The last load, until it was warm.", "model")
         self.reloads = self._make(
             Counter, "bundle_reloads", "Loads of a changed bundle (ok, failed).", "model", "outcome"
@@ -223,11 +232,15 @@ class Metrics:
     def loaded(self, bundles: Sequence[Bundle]) -> None:
         """These and no others are loaded now."""
         self.info.clear()
+        self.outliers.clear()
         for bundle in bundles:
             ops = ",".join(bundle.manifest.ops.used)
             self.info.labels(bundle.name, bundle.digest, bundle.manifest.precision, ops).set(1)
             for outcome in ("ok", "failed"):
                 self.reloads.labels(bundle.name, outcome)
+            for graph, found in bundle.outliers.items():
+                for statistic in STATISTICS:
+                    self.outliers.labels(bundle.name, graph, statistic).set(getattr(found, statistic))
 
     def load_time(self, model: str, seconds: float) -> None:
         self.load_seconds.labels(model).set(seconds)

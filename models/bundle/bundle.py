@@ -14,6 +14,7 @@ from models.errors import BundleInvalid, TaskNotServed
 from models.flow import Array
 from models.heads import HEADS, BoundHead
 from models.ops.library import Library, Mode, find
+from models.outliers import Outliers, outliers
 from models.preprocess.image import MAX_PIXELS, ImagePreparer
 from models.preprocess.text import TextPreparer
 from models.prompts import PROMPTS
@@ -67,6 +68,7 @@ class Bundle:
         if {"classify", "detect"} & {*self.manifest.tasks}:
             _ = self.prompts
         _ = self.labels
+        _ = self.outliers
 
     def image(self, role: str = "image") -> ImagePreparer:
         if role not in self._images:
@@ -125,6 +127,11 @@ class Bundle:
         if not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
             raise BundleInvalid(f"{path} is not a JSON list of strings")
         return tuple(labels)
+
+    @cached_property
+    def outliers(self) -> dict[str, Outliers]:
+        """Graph -> what its report says of outliers in float; without those of whom it says nothing."""
+        return outliers(self.directory, self.manifest.graphs)
 
     def _array(self, name: str) -> Array:
         try:  # `np.load` would also read zip files and, asked to, pickles

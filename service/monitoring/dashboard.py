@@ -245,6 +245,22 @@ OF_GRAPHS = Board(
                 width=6,
             ),
         ],
+        "Outliers": [
+            Panel(
+                f"{title}, largest and mean over a graph",
+                {
+                    f"{of} {{{{model}}}} {{{{graph}}}}": "max by (model, graph) "
+                    f'(calmclip_bundle_outliers{{{OF_MODEL}, statistic="{of}_{what}"}})'
+                    for of in ("max", "avg")
+                },
+                width=12,
+                note=note,
+            )
+            for what, title, note in (
+                ("inf_norm", "Infinity norm", "Of the float graph as it was exported: 8 bits have to reach as far."),
+                ("kurtosis", "Kurtosis", "The same; a Gaussian has 3, and hundreds mean a few numbers far from all."),
+            )
+        ],
         "Batches": [
             Panel("Mean batch size", {"{{model}} {{graph}}": mean("batch_size", "model", "graph")}),
             Panel(

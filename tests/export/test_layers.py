@@ -62,17 +62,6 @@ def test_each_product_in_int8_has_its_signal_to_noise_ratio(model: onnx.ModelPro
     assert found["Conv.c"] == pytest.approx(expected, abs=0.1)
 
 
-def test_outliers_are_named(model: onnx.ModelProto):
-    feeds = [{"x": feed["x"].copy()} for feed in FEEDS]
-    for feed in feeds:
-        feed["x"][0, 1, 2, 3] = 100.0
-    before, after = (layers.compare(model, quantized(model), some, {"B": 1})["outliers"] for some in (FEEDS, feeds))
-    assert after["max_inf_norm"] == 100.0
-    assert next(iter(after["worst"])) == "x"
-    assert after["worst"]["x"]["kurtosis"] > 10 * before["max_kurtosis"]
-    assert after["avg_kurtosis"] < after["max_kurtosis"]
-
-
 def test_rows_that_are_routed_count_where_both_graphs_have_them():
     """Rows above a limit go through w; the second feed has none, and of the third INT8 finds another number."""
     made = parser.parse_model("""
@@ -98,19 +87,9 @@ def test_rows_that_are_routed_count_where_both_graphs_have_them():
     (limit,) = (one for one in small.graph.initializer if one.name == "limit")
     limit.CopyFrom(numpy_helper.from_array(np.float32(0.7), "limit"))
     found = layers.compare(made, small, feeds, {"N": 3})
-    assert found == layers.compare(made, small, feeds[:1], {"N": 3}) | {"outliers": found["outliers"]}
+    assert found == layers.compare(made, small, feeds[:1], {"N": 3})
     assert 20 < found["sqnr_db"]["MatMul.y"] < 60
-    assert found["outliers"]["max_inf_norm"] > 0
     assert layers.compare(made, small, feeds[1:], {"N": 3})["sqnr_db"] == {}
-
-
-def test_kurtosis_of_known_numbers():
-    """767 zeros and one 100 (n = 768), worked out with exact fractions: 764.0078; Gaussian noise: near 3."""
-    spike = np.zeros((16, 48), np.float32)
-    spike[3, 5] = 100.0
-    assert layers.kurtosis(spike) == pytest.approx(764.0078, abs=1e-3)
-    assert layers.kurtosis(np.random.default_rng(0).standard_normal(100_000)) == pytest.approx(3.0, abs=0.1)
-    assert layers.kurtosis(np.ones(7)) == 0.0
 
 
 def test_ranges_are_those_of_the_graph_and_hold_zero(model: onnx.ModelProto):

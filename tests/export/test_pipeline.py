@@ -180,6 +180,17 @@ def test_a_report_says_how_long_each_step_took_and_how_much_memory(tiny_bundles:
     assert 100 < report["peak_rss_mb"] < 1e5
 
 
+def test_a_report_says_where_outliers_are_by_the_names_of_modules(tiny_bundles: Path):
+    graphs = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())["graphs"]
+    found = {role: graphs[role]["outliers"] for role in ("image", "text")}
+    assert {role: facts["inputs"] for role, facts in found.items()} == {"image": 13, "text": 16}  # of the samples
+    assert [name for name in found["image"]["tensors"] if name.startswith("blocks.1.")] == [
+        f"blocks.1.{name}" for name in ("norm1", "attn.out", "attn.out (sum)", "norm2", "mlp.down", "mlp.down (sum)")
+    ]
+    norms = [norm for norm, _ in found["image"]["tensors"].values()]
+    assert found["image"]["max_inf_norm"] == max(norms) > 1
+
+
 def test_a_full_disk_leaves_no_bundle_and_no_half_of_one(net, tmp_path: Path):
     """The system's own refusal: no file of this process may grow over 30 kB; every graph is larger."""
     how, most = recipe(net, quantize=FLOAT), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -5,7 +5,7 @@ import torch
 
 from export.nets import Tower
 from export.parity import onnx_run
-from export.trace import fingerprint, to_onnx
+from export.trace import fingerprint, module_of, to_onnx
 from models.bundle.manifest import Tensor
 from models.errors import ExportError
 
@@ -47,6 +47,12 @@ def test_parameters_keep_torchs_names_and_others_say_what_they_are():
     inner = [name for node in graph.node for name in node.output if name != "y"]
     assert inner
     assert all(name.rsplit("_", 1)[0] in {node.op_type for node in graph.node} for name in inner)
+
+
+def test_a_node_knows_the_module_it_is_part_of():
+    nodes = to_onnx(tower(torch.nn.Sequential(Net(), torch.nn.LayerNorm(3)))).graph.node
+    found = [(node.op_type, module_of(node)) for node in nodes]
+    assert found == [("Gemm", "0.first"), ("Gelu", "0"), ("Mul", "0"), ("Gemm", "0.last"), ("LayerNormalization", "1")]
 
 
 def test_nothing_of_this_machine_stays_in_the_file():

@@ -191,7 +191,7 @@ def test_models(ask, runner):
     assert one.suppression == Suppression("gaussian", 0.5, 0.3, 0.15, 100, True)
     files = ask("model", "colours-int8")
     assert files.manifest["head"]["name"] == "cosine"
-    assert files.report == {"measured": "nothing"}
+    assert files.report["measured"] == "nothing"
     assert ask("ready") == Ready(True, ["colours-int8"], {})
 
 

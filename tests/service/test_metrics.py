@@ -1,5 +1,7 @@
 """What Prometheus sees, read with Prometheus' own parser."""
 
+from time import sleep
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -87,6 +89,33 @@ def test_the_objective_is_a_bucket_edge(settings, serve):
         assert edges == {str(edge) for edge in EDGES_S} | {"0.08", "+Inf"}
         assert value(samples, "slo_latency_seconds") == 0.08
         assert value(samples, "slo_target_ratio") == 0.95
+
+
+def outliers(client) -> dict[tuple[str, str, str], float]:
+    found = {
+        name_and_labels: one for name_and_labels, one in scrape(client).items() if "outliers" in name_and_labels[0]
+    }
+    return {
+        tuple(dict(labels)[key] for key in ("model", "graph", "statistic")): one for (_, labels), one in found.items()
+    }
+
+
+def test_outliers_of_loaded_bundles_come_from_their_reports_and_change_with_them(
+    settings, serve, bundle_maker, tmp_path
+):
+    """The report of the service's conftest: the image graph's largest is 40, the text graph's 6."""
+    bundle_maker(tmp_path / "bundles")
+    numbers = {("image", "max_inf_norm"): 40, ("image", "avg_inf_norm"): 20, ("image", "max_kurtosis"): 80,
+               ("image", "avg_kurtosis"): 40, ("text", "max_inf_norm"): 6, ("text", "avg_inf_norm"): 3,
+               ("text", "max_kurtosis"): 12, ("text", "avg_kurtosis"): 6}  # fmt: skip
+    with serve(settings(bundles_dir=tmp_path / "bundles", reload_s=0.1)) as client:
+        assert outliers(client) == {("colours-int8", *key): value for key, value in numbers.items()}
+        bundle_maker(
+            tmp_path / "bundles", note="another", report='{"graphs": {"text": {"outliers": "none"}}}', replace=True
+        )
+        while not value(scrape(client), "bundle_reloads_total", model="colours-int8", outcome="ok"):
+            sleep(0.05)
+        assert outliers(client) == {}
 
 
 def test_a_deleted_collection_has_no_series(client):

@@ -1,0 +1,98 @@
+"""The verbs train and demonstrate."""
+
+import json
+import tomllib
+import types
+import typing
+from argparse import ArgumentParser, BooleanOptionalAction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from export.training.settings import Training, training
+from models.cli import emit, parser, positive
+from models.errors import BadRequest
+
+
+def train_command(argv: list[str]) -> int:
+    """`calmclip train OBJECTIVE --out DIR …`: a Hugging Face directory, which `calmclip export` reads."""
+    from export.training.loop import train
+    from export.training.start import student
+    from export.training.write import write
+
+    options = parser(
+        "train", "Train a net that is to be quantized, new or from a checkpoint; goes on where it stopped."
+    )
+    options.add_argument("objective", choices=typing.get_args(Training.model_fields["objective"].annotation))
+    options.add_argument("--out", type=Path, required=True, help="a directory: the checkpoint, the log, the state")
+    options.add_argument("--settings", type=Path, help="TOML file of what follows; flags go before it")
+    options.add_argument("--threads", type=positive, help="default: one per core")
+    _flags(options)
+    given = vars(options.parse_args(argv))
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
+    said = _toml(given["settings"]) | {
+        name: given[name] for name in Training.model_fields if given.get(name) is not None
+    }
+    settings = training(**said)
+    made = student(settings, given["out"])
+    line = train(made.task, settings, given["out"])
+    write(made, given["out"])
+    emit(given["json"], {"directory": str(given["out"]), **line}, _said)
+    return 0
+
+
+def demonstrate_command(argv: list[str]) -> int:
+    """`calmclip demonstrate demo|full`: vanilla, clipped and gated nets, trained, quantized, measured: a table."""
+    from export.training.demonstration import RECIPES, demonstrate
+
+    options = parser("demonstrate", "Train vanilla, clipped and gated nets, quantize them, and compare.")
+    options.add_argument("recipe", choices=tuple(RECIPES))
+    options.add_argument("--out", type=Path, default=Path("demonstration"), help="everything; gone on with")
+    options.add_argument("--text", type=Path, help="in place of the dictionary: one document a line")
+    options.add_argument("--jobs", type=positive, help="trainings at a time, one thread each; default: one per core")
+    given = options.parse_args(argv)
+    say = (lambda line: None) if given.json else (lambda line: print(line, flush=True))
+    made = demonstrate(given.recipe, given.out, text=given.text, jobs=given.jobs, say=say)
+    results = json.loads((given.out / "results.json").read_text(encoding="utf-8"))
+    emit(given.json, {"table": made, "results": results}, lambda value: print(value["table"], end=""))
+    return 0
+
+
+def _flags(options: ArgumentParser) -> None:
+    """One for each field of `Training`."""
+    for name, field in Training.model_fields.items():
+        if name == "objective":
+            continue
+        kind, flag = _kind(field.annotation), f"--{name.replace('_', '-')}"
+        default = "" if field.is_required() or field.default is None else f" (default {field.default})"
+        words = f"{field.description or ''}{default}".strip().replace("%", "%%")
+        if kind is bool:
+            options.add_argument(flag, action=BooleanOptionalAction, help=words)
+        elif typing.get_origin(kind) is Literal:
+            options.add_argument(flag, choices=typing.get_args(kind), help=words)
+        else:
+            options.add_argument(flag, type=kind, help=words)
+
+
+def _kind(annotation: Any) -> Any:
+    """What a flag's word becomes: of ``X | None`` and ``Annotated[X, …]`` it is X."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _toml(file: Path | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"settings {file} cannot be read: {error}") from None
+
+
+def _said(value: dict[str, Any]) -> None:
+    figures = ", ".join(f"{key} {number}" for key, number in value.items() if key not in ("directory", "step"))
+    print(f"{value['directory']}: {value.get('step', 0)} steps, {figures}")
+    print(f"calmclip export {value['directory']}")
