@@ -2,9 +2,10 @@
 
 Source: the op is `models.ops.spec.SOFTMAX`; its two-pass form Dukhan & Ablavatski 2020 (arXiv 2001.04438).
 
-For attention and for scores over labels alike. What it leaves alone: a Softmax between DequantizeLinear and
-QuantizeLinear, which ONNX Runtime runs in integers, and one whose NaN the graph looks for, as decompositions of
-attention do for rows that are masked throughout: ours answers such a row with numbers.
+For attention and for scores over labels alike, between DequantizeLinear and QuantizeLinear too: there ONNX Runtime
+(1.32) would run QLinearSoftmax, which takes 3.5 to 5 times as long as the three ops with ours and rounds one number in
+50 to 200 to a neighbour (50 to 197 tokens). What it leaves alone: a Softmax whose NaN the graph looks for, as
+decompositions of attention do for rows that are masked throughout: ours answers such a row with numbers.
 """
 
 from onnxscript import ir
@@ -30,11 +31,7 @@ def unfit(x: ir.Value, y: ir.Value) -> str:
     """Why the op cannot stand for ``y = Softmax(x)``; "" when it can."""
     if x.dtype != ir.DataType.FLOAT:
         return f"its input is {x.dtype.name if x.dtype else 'of unknown type'}; the op takes FLOAT"
-    readers = {use.node.op_type for use in y.uses()}
-    maker = x.producer()
-    if maker is not None and maker.op_type == "DequantizeLinear" and readers == {"QuantizeLinear"}:
-        return "it is quantized on both sides, and runs in integers"
-    if "IsNaN" in readers:
+    if "IsNaN" in {use.node.op_type for use in y.uses()}:
         return "its NaN is looked for (IsNaN); the op makes none of rows that are masked throughout"
     return ""
 

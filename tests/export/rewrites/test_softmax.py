@@ -98,22 +98,20 @@ def test_its_axis_is_the_standard_ops(axis, text):
     np.testing.assert_allclose(onnx_run(model)({"x": x})["y"], torch.softmax(torch.from_numpy(x), axis), atol=1e-7)
 
 
-def test_a_softmax_that_runs_in_integers_is_left_alone():
+def test_between_eight_bits_it_takes_the_place_of_the_runtimes_own_softmax_in_integers(library):
     model = graph(
-        "f = DequantizeLinear (x, s, z) s1 = Softmax (f) y = QuantizeLinear (s1, s, z)",
-        "uint8[b, 7] x, float s, uint8 z",
-        "uint8[b, 7] y",
+        "f = DequantizeLinear (x, s, z) p = Softmax (f) y = QuantizeLinear (p, t, z)",
+        "uint8[b, 77] x, float s, float t, uint8 z",
+        "uint8[b, 77] y",
     )
-    assert left(model) == "it is quantized on both sides, and runs in integers"
-
-
-def test_a_softmax_that_is_read_in_float_too_is_not_one_that_runs_in_integers():
-    model = graph(
-        "f = DequantizeLinear (x, s, z) p = Softmax (f) y = QuantizeLinear (p, s, z) w = Relu (p)",
-        "uint8[b, 7] x, float s, uint8 z",
-        "uint8[b, 7] y, float[b, 7] w",
-    )
-    assert rewrites.apply(model, RULE).counts == {"softmax": 1}
+    found = rewrites.apply(model, RULE)
+    assert found.counts == {"softmax": 1}
+    x = np.random.default_rng(3).integers(0, 256, (40, 77), np.uint8)
+    exact = torch.softmax(torch.from_numpy(x).double() * 0.03125, -1).numpy() / np.float64(np.float32(1 / 255))
+    sure = np.abs(exact % 1 - 0.5) > 1e-4  # not at a tie
+    feed = {"x": x, "s": np.array(0.03125, "f4"), "t": np.array(1 / 255, "f4"), "z": np.array(0, "u1")}
+    for one in (None, library):
+        assert np.array_equal(onnx_run(found.model, library=one)(feed)["y"][sure], np.rint(exact)[sure])
 
 
 def test_a_softmax_whose_nan_is_looked_for_is_left_alone():
