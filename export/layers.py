@@ -70,7 +70,7 @@ def in_float(
         if node.name in asked:
             reasons[node.name] = "asked for"
         elif node.name in possible:
-            reasons[node.name] = "found sensitive by the search"
+            reasons[node.name] = "its quantizer leaves it in float"
         elif node.name in pairs:
             reasons[node.name] = "a product of two activations"
         elif node.input[0] in mixers:

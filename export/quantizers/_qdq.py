@@ -234,13 +234,13 @@ def write(
     draft.nodes = nodes
 
 
-def step(low: float, high: float, around_zero: bool = False) -> tuple[np.float32, np.uint8 | np.int8]:
-    """Scale and zero point of a range; 0 is in it and exact."""
+def step(low: float, high: float, around_zero: bool = False, top: int = 255) -> tuple[np.float32, np.uint8 | np.int8]:
+    """Scale and zero point of a range; 0 is in it and exact. ``top``: the largest integer, where not around 0."""
     low, high = float(np.float32(min(low, 0.0))), float(np.float32(max(high, 0.0)))
     if around_zero:
         scale = max(-low, high) / 127
         return np.float32(scale if scale >= np.finfo(np.float32).tiny else 1.0), np.int8(0)
-    scale = (high - low) / 255
+    scale = (high - low) / top
     if scale < np.finfo(np.float32).tiny:
         return np.float32(1.0), np.uint8(0)
     return np.float32(scale), np.uint8(np.round(-low / scale))
@@ -251,7 +251,7 @@ def _weights(
 ) -> list[onnx.NodeProto]:
     """Turn weight and bias of ``node`` into int8 and int32; -> what gives them back."""
     name = node.input[1]
-    axis = 0 if node.op_type == "Conv" or attribute(node, "transB") else 1
+    axis = output_axis(node)
     weight = draft.array(name)
     bias = None
     if node.op_type != "MatMul":
@@ -345,6 +345,11 @@ def node_of(kind: str, inputs: Sequence[str], output: str, **attributes: int) ->
 
 def attribute(node: onnx.NodeProto, name: str) -> int:
     return next((one.i for one in node.attribute if one.name == name), 0)
+
+
+def output_axis(node: onnx.NodeProto) -> int:
+    """Along which axis of a product's weight its outputs lie."""
+    return 0 if node.op_type == "Conv" or attribute(node, "transB") else 1
 
 
 def _plain(node: onnx.NodeProto) -> bool:

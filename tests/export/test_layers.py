@@ -107,7 +107,7 @@ def test_what_stays_in_float_has_a_reason(model: onnx.ModelProto):
     found = layers.in_float(model, made, {"B": 1}, asked=("Conv.c",))
     assert found == {
         "Conv.c": "asked for",
-        "Conv.d": "found sensitive by the search",
+        "Conv.d": "its quantizer leaves it in float",
         "MatMul.y": "reads probabilities; its weights are stored in int8",
     }
 

@@ -23,8 +23,8 @@ FEEDS = [{"x": RNG.standard_normal((4, 16)).astype(np.float32)} for _ in range(8
 @pytest.fixture(scope="module")
 def graph() -> onnx.ModelProto:
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(
-        torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 8)
+    layers = torch.nn.Sequential(  # the last is a head, which a quantizer may leave in float
+        torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.LayerNorm(64), torch.nn.Linear(64, 8), torch.nn.Linear(8, 8)
     )
     x, y = Tensor(dtype="float32", shape=("B", 16)), Tensor(dtype="float32", shape=("B", 8))
     return to_onnx(Tower(layers, {"x": x}, {"y": y}, None, quantizer="none"))
@@ -75,7 +75,8 @@ def test_with_fixed_ranges_a_row_does_not_depend_on_its_neighbours(name: str, gr
     run = onnx_run(quantized(name, graph), threads=1)
     x = FEEDS[0]["x"]
     together = run({"x": np.concatenate([x, 100 * x])})["y"]
-    assert np.array_equal(together[:1], run({"x": x[:1]})["y"])
+    # integers are the same; the runtime turns one row of them into float in another order than many: the last bit
+    np.testing.assert_allclose(together[:1], run({"x": x[:1]})["y"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

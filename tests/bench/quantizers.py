@@ -1,0 +1,101 @@
+"""Quantizers side by side at batch 1: blocks of BERT and ViT, 768 wide, random weights; and how near each is to float.
+
+    python -m tests.bench.quantizers [--threads 1] [--layers 2] [--seconds 10]
+
+`attention`: `static` with the products of two activations in INT8 too. Ratios are to `static`.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from export import light, rewrites
+from export.nets import Tower
+from export.quantizers import QUANTIZERS, _qdq, smooth
+from export.towers import Style
+from export.towers.bert import BertText
+from export.towers.image import VisionTransformer
+from export.trace import to_onnx
+from models.bundle.manifest import Tensor
+from models.flow import Arrays
+from models.ops.library import find
+from tests.bench.alternate import alternate, line, machine
+
+WIDTH, WORDS = 768, 30522
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--seconds", type=float, default=10.0, help="for each line")
+    given = options.parse_args()
+    print(machine(given.threads))
+    random = np.random.default_rng(0)
+    for tokens in (16, 128):
+        mask = np.ones((1, tokens), np.int64)
+        feeds = [{"ids": random.integers(0, WORDS, (1, tokens)), "mask": mask} for _ in range(4)]
+        _compare(f"BERT, {tokens} tokens", bert(given.layers), feeds, given)
+    feeds = [{"pixels": random.standard_normal((1, 3, 224, 224)).astype(np.float32)} for _ in range(4)]
+    _compare("ViT, 50 tokens", vit(given.layers), feeds, given)
+
+
+def bert(layers: int) -> Tower:
+    shapes = {"tokens.weight": (WORDS, WIDTH), "positions": (512, WIDTH), "types": (2, WIDTH)}
+    state = _state(shapes | {f"norm_pre.{part}": (WIDTH,) for part in ("weight", "bias")}, layers)
+    ids = Tensor(dtype="int64", shape=("B", "T"))
+    return _tower(BertText(state, Style(12, pool="mean"), 512), state, {"ids": ids, "mask": ids})
+
+
+def vit(layers: int) -> Tower:
+    shapes = {"patch.weight": (WIDTH, 3, 32, 32), "cls": (WIDTH,), "positions": (50, WIDTH)}
+    state = _state(shapes, layers)
+    pixels = Tensor(dtype="float32", shape=("B", 3, 224, 224))
+    return _tower(VisionTransformer(state, Style(12)), state, {"pixels": pixels})
+
+
+def _state(shapes: dict[str, tuple[int, ...]], layers: int) -> dict[str, torch.Tensor]:
+    shapes = dict(shapes)
+    sizes = {"attn.qkv": (3 * WIDTH, WIDTH), "attn.out": (WIDTH, WIDTH)}
+    sizes |= {"mlp.up": (4 * WIDTH, WIDTH), "mlp.down": (WIDTH, 4 * WIDTH)}
+    for i in range(layers):
+        for name, (outputs, inputs) in sizes.items():
+            shapes |= {f"blocks.{i}.{name}.weight": (outputs, inputs), f"blocks.{i}.{name}.bias": (outputs,)}
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{norm}.{part}": (WIDTH,) for part in ("weight", "bias")}
+    return {name: torch.randn(shape) * (1.0 if len(shape) < 2 else shape[-1] ** -0.5) for name, shape in shapes.items()}
+
+
+def _tower(module: torch.nn.Module, state: dict[str, torch.Tensor], inputs: dict[str, Tensor]) -> Tower:
+    module.load_state_dict(state)
+    module.requires_grad_(False)
+    module.fold()
+    return Tower(module.eval(), inputs, {"y": Tensor(dtype="float32", shape=("B", WIDTH))}, None, "none")
+
+
+def _compare(case: str, tower: Tower, feeds: Sequence[Arrays], given: argparse.Namespace) -> None:
+    model = to_onnx(tower)
+    sides = {"float": model}
+    for name in ("static", "paper", "fast", "dynamic"):
+        quantizer = QUANTIZERS.get(name)
+        params = quantizer.params()
+        ranges = quantizer.observe(model, feeds, params) if quantizer.observe else {}
+        sides[name] = quantizer.quantize(model, ranges, params)
+    params = smooth.Params(alpha=None, attention=tuple(node.name for node in _qdq.pairs(model)))
+    sides["attention"] = smooth.quantize(model, smooth.observe(model, feeds, params), params)
+    runs = {}
+    for name, made in sides.items():
+        ready = rewrites.apply(made, rewrites.swaps()).model
+        session = light.Session(ready, threads=given.threads, library=find())
+        runs[name] = lambda session=session: session.run(None, feeds[0])[0].reshape(-1)
+    true = runs["float"]()
+    for name, run in runs.items():
+        found = run()
+        print(f"{case:18s} {name:10s} cosine {found @ true / np.linalg.norm(found) / np.linalg.norm(true):.5f}")
+    print(line(case, alternate(runs, seconds=given.seconds), "static"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
