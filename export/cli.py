@@ -43,7 +43,7 @@ def recipe_command(argv: list[str]) -> int:
     options.checkpoint = str(hub.locate(options.checkpoint))
     net_name, plugin = recognise(options.checkpoint)
     recipe, net = _recipe(options, net_name, plugin)
-    data = recipe.model_dump(mode="json", exclude_none=True, exclude={"checkpoint", "net", "replace"})
+    data = recipe.model_dump(mode="json", exclude_none=True, exclude={"checkpoint", "net", "preset", "replace"})
     data["quantize"] = {
         role: {"name": tower.quantizer, "params": dict(tower.quantizer_params)} for role, tower in net.towers.items()
     } | data["quantize"]
@@ -96,6 +96,7 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--recipe", type=Path, help="TOML file; 'calmclip recipe' prints one")
     options.add_argument("--out", type=Path, default=BUNDLES, help=f"where bundles go (default {BUNDLES})")
     options.add_argument("--name", help="bundles are called NAME-int8 and NAME-float")
+    options.add_argument("--preset", help="quantizer of every graph that the recipe names none for: paper, fast, …")
     options.add_argument("--images", type=Path, help="calibration pictures (a folder)")
     options.add_argument("--texts", type=Path, help="calibration texts (one a line)")
     options.add_argument(
@@ -137,8 +138,8 @@ def _recipe(options: argparse.Namespace, net_name: str, plugin: NetPlugin) -> tu
     calibration = {k: v for k, v in (("images", options.images), ("texts", options.texts)) if v is not None}
     recipe = load_recipe(
         options.checkpoint, net_name, net, options.recipe,
-        name=options.name, keep_float=options.keep_float, replace=options.replace, calibration=calibration or None,
-        weights=weights.model_dump(), evals=dict(options.eval) or None,
+        name=options.name, preset=options.preset, keep_float=options.keep_float, replace=options.replace,
+        calibration=calibration or None, weights=weights.model_dump(), evals=dict(options.eval) or None,
     )  # fmt: skip
     return recipe, net
 

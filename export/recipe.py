@@ -54,6 +54,7 @@ class Recipe(FrozenModel):
     checkpoint: str
     net: str
     name: Name = Field(max_length=57, description="bundles are NAME-int8 (or -mixed) and, with keep_float, NAME-float")
+    preset: str | None = Field(None, description="quantizer of every graph that `quantize` does not name")
     quantize: dict[str, Quantize] = Field(
         default_factory=dict, description="role of a graph -> how; else as its net says"
     )
@@ -124,6 +125,9 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
     data |= {"checkpoint": checkpoint, "net": net_name}
     try:
         recipe = Recipe.model_validate(data)
+        if recipe.preset:
+            preset = Quantize(name=recipe.preset)
+            recipe = recipe.model_copy(update={"quantize": dict.fromkeys(net.towers, preset) | recipe.quantize})
         if recipe.weights.softmax:
             Softmax.parse(recipe.weights.softmax)
         for role, how in recipe.quantize.items():

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,20 @@ def test_defaults_come_from_the_net_then_the_file_then_the_flags(tmp_path: Path)
     assert (mixed.name, mixed.keep_float) == ("from-flag", False)
     assert (mixed.bars.min_text_cosine, mixed.bars.max_megabytes) == (0.5, 35.0)
     assert mixed.quantize["image"].name == "none"
+
+
+def test_a_preset_quantizes_every_graph_that_the_file_does_not_name(tmp_path: Path):
+    net = replace(NET, towers={"image": TOWERS["image"], "text": TOWERS["image"]})
+    file = tmp_path / "r.toml"
+    file.write_text('[quantize.text]\nname = "paper"\nparams = {weights = "mse"}\n')
+    found = load_recipe("x", "n", net, file, preset="fast").quantize
+    assert {role: (how.name, how.params) for role, how in found.items()} == {
+        "image": ("fast", {}),
+        "text": ("paper", {"weights": "mse"}),
+    }
+    file.write_text('preset = "papper"\n')
+    with pytest.raises(UnknownName, match="did you mean 'paper'"):
+        load_recipe("x", "n", net, file)
 
 
 @pytest.mark.parametrize(
