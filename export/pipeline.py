@@ -1,6 +1,6 @@
 """`build(recipe)`: checkpoint -> sealed bundles. The only place that knows the order of the steps.
 
-load -> trace -> parity (torch against float ONNX), tower by tower
+load -> the softmax that is asked for -> trace -> parity (torch against float ONNX), tower by tower
      -> observe or read ranges -> quantize -> rewrite with our ops -> parity (standard against rewritten), again so
      -> write float and INT8 side by side -> measure one against the other -> bars -> seal
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx
 
-from export import calibrate, parity, report, rewrites, samples, weights
+from export import calibrate, parity, report, rewrites, samples, softmax, weights
 from export.checkpoints.weights import one_line
 from export.nets import NETS, Built, Net, Tower
 from export.quantizers import QUANTIZERS, Goal, Settled
@@ -50,8 +50,8 @@ def build(
     in INT8 (`report.precision`), NAME-mixed.
 
     ``net``: the checkpoint, where it is loaded already; with ``release`` its modules are emptied once they are traced.
-    Raises `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for reading);
-    `BundleError` when a bundle of that name exists.
+    Raises `BadRequest` for a softmax that the net was not trained with; `ParityLost`; `BarMissed` (nothing is sealed,
+    and NAME-int8.report.json is kept for reading); `BundleError` when a bundle of that name exists.
     """
     int8_name, mixed_name, float_name = (f"{recipe.name}-{kind}" for kind in ("int8", "mixed", "float"))
     may_be = [int8_name, mixed_name, *([float_name] if recipe.keep_float else [])]
@@ -65,6 +65,7 @@ def build(
         net = net or NETS.get(recipe.net).load(recipe.checkpoint, recipe.weights)
     with _scratch(net) as directory:
         shown = samples.pictures(), calibrate.fitting(net, directory, samples.texts())
+        net = softmax.asked(net, recipe.weights, lambda tower: [*calibrate.feeds(tower, directory, *shown)], say)
         made = _convert(recipe, net, directory, shown, step, release, say)
 
     with ExitStack() as stack:

@@ -12,6 +12,7 @@ from export.evals import EVALS
 from export.nets import NETS, Net, NetPlugin
 from export.quantizers import QUANTIZERS
 from export.rewrites import REWRITES, image_to_pixels, swaps
+from export.towers.attention import Softmax
 from models.bundle.manifest import FrozenModel, ImagePreprocess, Name
 from models.errors import BadRequest, UnknownCheckpoint, suggestion
 
@@ -123,6 +124,8 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
     data |= {"checkpoint": checkpoint, "net": net_name}
     try:
         recipe = Recipe.model_validate(data)
+        if recipe.weights.softmax:
+            Softmax.parse(recipe.weights.softmax)
         for role, how in recipe.quantize.items():
             if role not in net.towers:
                 raise BadRequest(

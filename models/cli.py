@@ -21,10 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export.cli:export_command", "checkpoint directory, or 'mini', -> INT8 bundle"),
     "align": ("export.align:align_command", "train the built-in model's projections on your own captioned pictures"),
     "train": ("export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
-    "demonstrate": (
-        "export.training.cli:demonstrate_command",
-        "vanilla, clipped and gated nets, trained and quantized",
-    ),
+    "demonstrate": ("export.training.cli:demonstrate_command", "vanilla, clipped and gated nets side by side"),
     "recipe": ("export.cli:recipe_command", "print the recipe that export would use"),
     "show": ("models.commands:show_command", "manifest and report of a bundle as a table"),
     "check": ("models.commands:check_command", "hashes, schema, one self-test per graph"),
@@ -88,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def usage() -> str:
-    lines = [f"  {verb:8s} {text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  {verb:12s} {text}" for verb, (_, text) in VERBS.items()]
     return "usage: calmclip VERB …   ('calmclip VERB --help' says more; every verb takes --json)\n\n" + "\n".join(lines)
 
 

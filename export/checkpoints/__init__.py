@@ -43,7 +43,14 @@ class Weights(FrozenModel):
     def _go_together(self) -> Self:
         if (self.mix is None) != (self.alpha is None):
             raise ValueError("mix and alpha go together: which checkpoint, and its share")
+        if self.force and self.softmax is None:
+            raise ValueError("force takes a softmax though it is another; say which one")
         return self
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing is asked of the tensors: at most another softmax."""
+        return self.model_copy(update={"softmax": None, "force": False}) == Weights()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Perplexity of a language model: e to the mean cross-entropy of the tokens it is asked for.
 
 A graph `lm` is asked for every token that follows another; a graph `mlm` for 15 % of the tokens, masked as in training
-(Devlin et al. 2018, arXiv 1810.04805, section 3.1) and the same ones whatever the bundle. Each line is one row, alone
+and the same ones whatever the bundle. Each line is one row, alone
 and so without padding; what is longer than the context is cut.
+Source: Devlin et al. 2018 (arXiv 1810.04805), section 3.1; Radford et al. 2019.
 Data: texts.txt, one row a line; a special token that is spelled out ("[SEP]") counts as that token.
 """
 
@@ -26,6 +27,7 @@ ROLES = ("mlm", "lm")
 
 
 def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float]:
+    texts = first(read(data), limit)
     graphs = runner.bundle.manifest.graphs
     role = next((role for role in ROLES if role in graphs), None)
     if role is None:
@@ -34,7 +36,6 @@ def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float
     assert isinstance(spec, TextPreprocess)
     tokenizer = Tokenizer.from_file(str(runner.bundle.directory / spec.tokenizer))
     (output,) = graphs[role].outputs
-    texts = first(read(data), limit)
     lost, asked = 0.0, 0
     for number, text in enumerate(tqdm(texts, desc=f"perplexity {runner.bundle.name}", unit="row", disable=None)):
         row = tokenizer.encode(text).ids
@@ -55,7 +56,10 @@ def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float
 
 def read(data: Path) -> list[str]:
     """Raises `BadRequest` where the directory does not hold them."""
-    return lines(data / "texts.txt")
+    try:
+        return lines(data / "texts.txt")
+    except BadRequest as error:
+        raise BadRequest(f"{error}; the data directory must hold {DATA}") from None
 
 
 def _words(tokenizer: Tokenizer) -> tuple[int, int, list[int]]:

@@ -1,5 +1,6 @@
 """Top-1 of a picture classifier whose classes are its own: does the right logit win?
 
+Source: Deng et al. 2009, whose ImageNet is measured so.
 Data: a folder for each class, named as the bundle's labels are, the pictures in it.
 """
 
@@ -20,11 +21,11 @@ ROLE = "logits"
 
 def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float]:
     bundle = runner.bundle
+    rows = first(read(data), limit)
     if ROLE not in bundle.manifest.graphs or not bundle.labels:
         raise BadRequest(
             f"{bundle.name} has no graph {ROLE!r} with labels; top1 is of classifiers with classes of their own"
         )
-    rows = first(read(data), limit)
     if unknown := sorted({name for _, name in rows} - {*bundle.labels}):
         raise BadRequest(
             f"{data} has a folder {unknown[0]!r}, which is none of the bundle's {len(bundle.labels)} labels"

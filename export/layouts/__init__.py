@@ -212,7 +212,8 @@ def written(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise KeyError(ours)
         if rules[0][0].piece is None:
             rules = rules[:1]
-        for (rule, match), piece in zip(rules, tensor.chunk(len(rules)), strict=True):
+        pieces = tensor.chunk(len(rules)) if len(rules) > 1 else (tensor,)
+        for (rule, match), piece in zip(rules, pieces, strict=True):
             value = rule.undo(piece) if rule.undo else piece
             found[rule.theirs.format(**match.groupdict())] = value.contiguous()
     return found
@@ -293,8 +294,11 @@ def suit(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], to
         )
 
 
-def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any) -> nn.Module:
-    """The tower whose tensors are those of ``state`` under ``prefix``, ready to run: ``make(tensors)`` with them in.
+def fill(
+    layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any, *, fold: bool = True
+) -> nn.Module:
+    """The tower whose tensors are those of ``state`` under ``prefix``, ready to run: ``make(tensors)`` with them in;
+    without ``fold``, ready to be trained.
 
     Raises `UnknownCheckpoint` naming, as the checkpoint does, what is missing, unexpected or of another shape.
     """
@@ -323,6 +327,8 @@ def fill(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], pr
                 "expected floating-point numbers, as they were before any quantization"
             )
     module.load_state_dict(tensors, assign=True)
+    if not fold:
+        return module.requires_grad_(True).train()
     module.requires_grad_(False)
     module.fold()
     return module.eval()

@@ -107,5 +107,6 @@ LAYOUTS.register("hf_clip")(
         needs=_openai.NEEDS,
         settings=settings,
         finish=_attention.stacked,
+        begin=_attention.unstacked,
     )
 )

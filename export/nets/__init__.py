@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import torch
 
+from export.layouts import Layout
 from models.bundle.manifest import ImagePreprocess, Plugin, Source, SuppressionDefaults, Task, Tensor, TextPreprocess
 from models.flow import Arrays
 from models.registry import Registry
@@ -30,6 +31,7 @@ class Tower:
     preprocess: ImagePreprocess | TextPreprocess | None
     quantizer: str
     quantizer_params: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""  # of its tensors among those by our names, for a checkpoint that is written
     summary: Callable[[Arrays], Arrays] | None = None
     promises: Mapping[str, int] = field(default_factory=dict)
 
@@ -69,6 +71,7 @@ class Net:
     ranges: Mapping[str, Path] = field(default_factory=dict)
     keep_float: bool = False  # export seals NAME-float beside NAME-int8 unless told otherwise
     bars: Mapping[str, float] = field(default_factory=dict)  # defaults of the recipe's bars for this net
+    layout: Layout | None = None  # by which its tensors are named, where they may be written again
     suppression: SuppressionDefaults | None = None  # of a detect request, where calmclip's do not suit its scores
 
 
@@ -76,11 +79,13 @@ class Net:
 class NetPlugin:
     """``recognise(checkpoint)``: is this directory, file or built-in name one of ours? ``load(checkpoint, weights)``.
 
-    ``weights``: what the recipe says of them; the default says nothing.
+    ``weights``: what the recipe says of them; the default says nothing. ``learn(checkpoint)``: the same net with
+    modules that can be trained, where the kind can be.
     """
 
     recognise: Callable[[str], bool]
     load: Callable[..., Net]
+    learn: Callable[[str], Net] | None = None
 
 
 def bucketed(tokens: TextPreprocess) -> TextPreprocess:

@@ -30,6 +30,7 @@ class Opened:
     checkpoint: Checkpoint
     layout: Layout
     state: Mapping[str, Tensor]
+    fold: bool = True
 
     def config(self, usual: Mapping[str, Any], layers: str) -> dict[str, Any]:
         """config.json over ``usual``, what its class leaves out; null is the default.
@@ -49,7 +50,7 @@ class Opened:
         return found
 
     def fill(self, prefix: str, make: Any) -> nn.Module:
-        return layouts.fill(self.layout, self.checkpoint, self.state, prefix, make)
+        return layouts.fill(self.layout, self.checkpoint, self.state, prefix, make, fold=self.fold)
 
     def suit(self, tokenizer: bytes, context: int) -> None:
         layouts.suit(self.layout, self.checkpoint, self.state, tokenizer, context)
@@ -78,17 +79,19 @@ def recognise(kind: str) -> Callable[[str], bool]:
     return recognised
 
 
-def opened(tables: Sequence[Layout], checkpoint: str, weights: Weights) -> Opened:
-    """Raises `UnknownCheckpoint` where none of ``tables`` fits, and as `layouts.translate`; `BadRequest` where the
-    recipe edits weights."""
-    if weights.model_copy(update={"softmax": None, "force": False}) != Weights():
+def opened(tables: Sequence[Layout], checkpoint: str, weights: Weights, fold: bool) -> Opened:
+    """Raises `UnknownCheckpoint` where none of ``tables`` fits, one of them saying why where it knows, and as
+    `layouts.translate`; `BadRequest` where the recipe edits weights."""
+    if not weights.untouched:
         raise BadRequest(
             f"weights of {tables[0].title} are read as they are; of the recipe's [weights] only softmax and force apply"
         )
     found = read(checkpoint, weights)
     for layout in tables:
+        if why := layout.refuses(found):
+            raise UnknownCheckpoint(f"{found.path}: {why}")
         if layout.fits(found):
-            return Opened(found, layout, layouts.translate(layout, found))
+            return Opened(found, layout, layouts.translate(layout, found), fold)
     wanted = ", or ".join(" with ".join(layout.keys) for layout in tables)
     raise UnknownCheckpoint(f"{found.path}: its tensors are not those of {tables[0].title}; expected {wanted}")
 

@@ -14,6 +14,8 @@ stands at padded places means nothing. Words beside those of the tokenizer, such
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,10 @@ def _named(prefix: str) -> Layout:
 LAYOUTS = (_named("bert."), _named(""))
 
 
-def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
+def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
     `BadRequest` where the recipe edits weights."""
-    found = opened(LAYOUTS, checkpoint, weights)
+    found = opened(LAYOUTS, checkpoint, weights, fold)
     config = found.config(_USUAL, "text.blocks.")
     tokenizer = _bert.tokenizer(found.checkpoint, found.state).to_str().encode()
     if (found.checkpoint.directory / "modules.json").is_file():
@@ -121,7 +123,7 @@ def _net(
     **more: Any,
 ) -> Net:
     """``more``: of `_bert.tower`."""
-    found = Opened(found.checkpoint, found.layout, state)
+    found = replace(found, state=state)
     context = config.get("max_position_embeddings", len(state["text.positions"]))
     make, tokens = _bert.tower(config, state, _bert.BERT, context, **more)
     embeds = role == "text"
@@ -141,9 +143,11 @@ def _net(
                 tokens,
                 quantizer="search",
                 promises=promises(module),
+                prefix="text.",
             )
         },
         files={"tokenizer.json": tokenizer},
+        layout=found.layout,
     )
 
 
@@ -232,4 +236,4 @@ def _dense(folder: Path, state: dict[str, Tensor]) -> str | None:
     return target
 
 
-NETS.register("bert")(NetPlugin(recognise("bert"), load))
+NETS.register("bert")(NetPlugin(recognise("bert"), load, partial(load, fold=False)))

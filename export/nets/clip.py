@@ -5,6 +5,7 @@ Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T] -> tex
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def recognise(checkpoint: str) -> bool:
     return False
 
 
-def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
+def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported."""
     found = read(checkpoint, weights)
     fitting = layouts.find(found)
@@ -46,8 +47,8 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
     tokens = bucketed(settings.tokens)
     if weights.stretch:
         tokens = tokens.model_copy(update={"context": weights.stretch})
-    image = layouts.fill(layout, found, state, "image.", settings.image)
-    text = layouts.fill(layout, found, state, "text.", settings.text)
+    image = layouts.fill(layout, found, state, "image.", settings.image, fold=fold)
+    text = layouts.fill(layout, found, state, "text.", settings.text, fold=fold)
     embeds = Spec(dtype="float32", shape=("B", layouts.dim(layout, found, state)))
     return Net(
         name="clip",
@@ -67,6 +68,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 settings.pixels,
                 quantizer="search",
                 promises=_attention(image),
+                prefix="image.",
             ),
             "text": Tower(
                 text,
@@ -75,11 +77,13 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 tokens,
                 quantizer="search",
                 promises=_attention(text),
+                prefix="text.",
             ),
         },
         files={"tokenizer.json": settings.tokenizer},
         prompts=settings.prompts,
         head=head(state),
+        layout=layout,
     )
 
 
@@ -102,4 +106,4 @@ def _name(checkpoint: Checkpoint) -> str:
     return hub.name(checkpoint.path)
 
 
-NETS.register("clip")(NetPlugin(recognise, load))
+NETS.register("clip")(NetPlugin(recognise, load, partial(load, fold=False)))

@@ -6,13 +6,14 @@ Graph: lm, ids int64 [B, T] -> logits [B, T, V]; raw. It is causal: what stands 
 so rows that are padded on the right need no mask, and what stands at padded places means nothing.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from export.checkpoints import Weights
 from export.layouts import Layout, Rule, _attention, _hugging_face
 from export.layouts._hugging_face import ACTIVATIONS
 from export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from export.nets._hugging_face import RAW, Opened, opened, promises, reads, recognise
+from export.nets._hugging_face import RAW, opened, promises, reads, recognise
 from export.nets.bert import tied
 from export.towers import Style
 from export.towers.attention import AttentionSpec
@@ -72,12 +73,12 @@ def _other(config: dict[str, object]) -> str | None:
 LAYOUTS = (_named("model.decoder."), _named("decoder."))
 
 
-def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
+def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
     `BadRequest` where the recipe edits weights."""
-    found = opened(LAYOUTS, checkpoint, weights)
+    found = opened(LAYOUTS, checkpoint, weights, fold)
     config = found.config(_USUAL, "text.blocks.")
-    found = Opened(found.checkpoint, found.layout, tied(found.checkpoint.path, found.state, config))
+    found = replace(found, state=tied(found.checkpoint.path, found.state, config))
     act = config["activation_function"]
     if act not in ACTIVATIONS:
         raise UnknownCheckpoint(
@@ -102,10 +103,12 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 tokens,
                 quantizer="search",
                 promises=promises(module),
+                prefix="text.",
             )
         },
         files={"tokenizer.json": tokenizer},
+        layout=found.layout,
     )
 
 
-NETS.register("opt")(NetPlugin(recognise("opt"), load))
+NETS.register("opt")(NetPlugin(recognise("opt"), load, partial(load, fold=False)))

@@ -243,8 +243,10 @@ def recognise(checkpoint: str) -> bool:
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
     `BadRequest` where the recipe says something of weights."""
-    if weights != Weights():
-        raise BadRequest("weights of OWL-ViT are read as they are; the recipe's [weights] do not apply to them")
+    if not weights.untouched:
+        raise BadRequest(
+            "weights of OWL-ViT are read as they are; of the recipe's [weights] only softmax and force apply"
+        )
     found = read(checkpoint, weights)
     layout = LAYOUTS[found.config["model_type"]]
     state = translate(layout, found)

@@ -62,10 +62,10 @@ LAYOUT = Layout(
 )  # fmt: skip
 
 
-def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
+def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
     `BadRequest` where the recipe edits weights."""
-    found = opened((LAYOUT,), checkpoint, weights)
+    found = opened((LAYOUT,), checkpoint, weights, fold)
     config, state = found.config(_USUAL, "image.blocks."), found.state
     grid, patch = round((len(state["image.positions"]) - 1) ** 0.5), state["image.patch.weight"].shape[-1]
     if len(state["image.positions"]) != grid**2 + 1 or (said := config.get("image_size", grid * patch)) != grid * patch:
@@ -94,10 +94,12 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 pixels,
                 quantizer="search",
                 promises=promises(module),
+                prefix="image.",
             )
         },
         files={"labels.json": json.dumps(labels, ensure_ascii=False, indent=0).encode()},
         labels="labels.json",
+        layout=found.layout,
     )
 
 
@@ -118,4 +120,4 @@ def _labels(config: dict[str, Any], classes: int) -> list[str]:
     return [named[str(i)] for i in range(classes)]
 
 
-NETS.register("vit")(NetPlugin(recognise("vit"), load))
+NETS.register("vit")(NetPlugin(recognise("vit"), load, partial(load, fold=False)))

@@ -185,31 +185,26 @@ def kind(state: Mapping[str, Tensor], heads: int, width: int) -> GateKind:
 def new_gate(
     kind: GateKind, heads: int, width: int, start: float = 0.5, hidden: int | None = None
 ) -> dict[str, Tensor]:
-    """Tensors under ``gate.`` for a net that is to be trained. Weights are small, biases such that the gate starts at
-    ``start``: with ``gate_scale`` 1 / ``start`` a trained net starts as it was. ``hidden``: of mlp, width / heads / 4
-    where it is not given, at least 4.
+    """Tensors under ``gate.`` for a net that is to be trained, by which the gate is ``start`` whatever it reads: with
+    ``gate_scale`` 1 / ``start`` a trained net starts as it was. The paper draws weights of N(0, 0.01) instead of 0.
 
-    Raises `BadRequest` for a ``start`` outside 0 to 1.
+    ``hidden``: of mlp, a quarter of a head where it is not given, at least 4. Raises `BadRequest` for a ``start``
+    outside 0 to 1.
     """
     if not 0 < start < 1:
         raise BadRequest(f"a gate starts at {start}; expected a number between 0 and 1")
-    bias, each = math.log(start / (1 - start)), width // heads
+    bias, each = torch.full((heads,), math.log(start / (1 - start))), width // heads
+    inner = hidden or max(4, each // 4)
+    inputs = {"linear": each, "mlp": inner, "all_heads": width}
     if kind == "none":
         return {}
     if kind == "per_head":
-        return {"logits": torch.full((heads,), bias)}
-    small = lambda *shape: torch.randn(shape) * 0.01  # noqa: E731
-    if kind == "linear":
-        return {"weight": small(heads, each), "bias": torch.full((heads,), bias)}
-    if kind == "all_heads":
-        return {"weight": small(heads, width), "bias": torch.full((heads,), bias)}
-    inner = hidden or max(4, each // 4)
-    return {
-        "hidden.weight": torch.randn(heads, inner, each) * each**-0.5,
-        "hidden.bias": torch.zeros(heads, inner),
-        "weight": small(heads, inner),
-        "bias": torch.full((heads,), bias),
-    }
+        return {"logits": bias}
+    found = {"weight": torch.zeros(heads, inputs[kind]), "bias": bias}
+    if kind == "mlp":
+        found["hidden.weight"] = torch.randn(heads, inner, each) * each**-0.5
+        found["hidden.bias"] = torch.zeros(heads, inner)
+    return found
 
 
 def _fixed(values: Tensor) -> nn.Parameter:

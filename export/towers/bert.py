@@ -143,5 +143,12 @@ class MaskedLM(BertText):
         self.words.fold(self.tokens.weight.detach().clone())
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.head.norm(self.act(self.head.dense(super().forward(ids, mask))))
-        return self.words(x, self.tokens.weight)
+        return self.logits(self.hidden(ids, mask))
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, W]."""
+        return super().forward(ids, mask)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., V]; training asks for a few tokens alone."""
+        return self.words(self.head.norm(self.act(self.head.dense(x))), self.tokens.weight)

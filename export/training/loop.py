@@ -48,7 +48,7 @@ def train(task: Task, settings: Training, out: Path, *, until: int | None = None
             loss = task.loss(batch)
         if not loss.isfinite():
             raise ExportError(
-                f"the loss is {float(loss)} at step {step + 1}; a smaller rate or a longer warmup may help"
+                f"the loss is {float(loss.detach())} at step {step + 1}; a smaller rate or a longer warmup may help"
             )
         optimizer.zero_grad()
         loss.backward()

@@ -49,7 +49,11 @@ def student(settings: Training, out: Path) -> Student:
     name, plugin = recognise(str(directory))
     if name != kind:
         raise BadRequest(f"{directory} is a net of the kind {name}; {settings.objective} trains {kind}")
-    net = plugin.load(str(directory), fold=False)
+    if plugin.learn is None:
+        raise BadRequest(
+            f"nets of the kind {name} cannot be trained; {', '.join(kind for kind, _ in _NETS.values())} can"
+        )
+    net = plugin.learn(str(directory))
     if absent := [role for role in roles if role not in net.towers]:
         raise BadRequest(
             f"{directory} has no {absent[0]}, which {settings.objective} trains; it has {', '.join(net.towers)}"

@@ -22,6 +22,7 @@ def write(made: Student, out: Path) -> None:
         state |= {f"{tower.prefix}{name}": tensor for name, tensor in tower.module.state_dict().items()}
     if isinstance(made.task.module, Pair):
         state["logit_scale"] = made.task.module.logit_scale
+    out.mkdir(parents=True, exist_ok=True)
     for file in made.directory.iterdir():
         if file.is_file() and not file.name.startswith(_WEIGHTS) and file.suffix not in (".safetensors", ".bin", ".pt"):
             shutil.copyfile(file, out / file.name)

@@ -61,7 +61,8 @@ def _within(bundle: Bundle, role: str, name: str, array: Array) -> None:
             raise TextTooLong(
                 f"input {name!r} has {shape[1]} tokens in a row; graph {role!r} reads at most {spec.context}"
             )
-        if name == spec.ids and not 0 <= array.min() <= array.max() < (ids := bundle.text(role).ids):
-            raise BadRequest(f"input {name!r} holds ids that are no tokens'; they are from 0 to {ids - 1}")
+        if name == spec.ids and not 0 <= array.min() <= array.max() < bundle.text(role).ids:
+            most = bundle.text(role).ids - 1
+            raise BadRequest(f"input {name!r} holds ids that are no tokens'; they are from 0 to {most}")
     if isinstance(spec, ImagePreprocess) and spec.in_graph and shape[0] * shape[1] > bundle.max_pixels:
         raise ImageTooLarge(f"input {name!r} has {shape[0]} x {shape[1]} pixels; at most {bundle.max_pixels} are read")

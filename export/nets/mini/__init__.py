@@ -41,7 +41,7 @@ def recognise(checkpoint: str) -> bool:
 
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
     """Raises `WeightsMissing`, which says what to install; `BadRequest` where the recipe says something of weights."""
-    if weights != Weights():
+    if not weights.untouched:
         raise BadRequest("the built-in model's weights are what they are; the recipe's [weights] do not apply to it")
     directory = None if checkpoint == "mini" else Path(checkpoint)
     file = (directory or SHIPPED.parent) / SHIPPED.name

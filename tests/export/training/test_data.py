@@ -31,7 +31,8 @@ def test_a_vocabulary_of_opts_kind_begins_every_text_with_its_end():
 def test_a_vocabulary_of_clips_kind_ends_with_the_highest_id():
     made = data.clip_pairs(TEXTS, 300)
     ids = made.encode("Red CAT").ids
-    assert ids[-1] == max(made.get_vocab().values()) and ids[0] == ids[-1] - 1
+    assert ids[-1] == max(made.get_vocab().values())
+    assert ids[0] == ids[-1] - 1
     assert made.encode("red cat").ids == ids
 
 
@@ -56,8 +57,10 @@ def test_masked_words_are_berts_shares():
     rows[:, 0], rows[:, -1] = 2, 3
     ids, targets = data.masked(rows, np.random.default_rng(0), mask=4, words=1000, spared=[2, 3])
     asked = targets != data.IGNORED
-    assert not asked[:, 0].any() and not asked[:, -1].any()
-    assert (ids[~asked] == rows[~asked]).all() and (targets[asked] == 7).all()
+    assert not asked[:, 0].any()
+    assert not asked[:, -1].any()
+    assert (ids[~asked] == rows[~asked]).all()
+    assert (targets[asked] == 7).all()
     inner = 400 * 498
     assert abs(asked.sum() / inner - 0.15) < 0.004  # five standard deviations of the share
     kinds = [(ids[asked] == 4).mean(), (ids[asked] == 7).mean()]
@@ -70,9 +73,11 @@ def test_pictures_are_prepared_as_the_service_does(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (16, 12), (colour,) * 3).save(tmp_path / name / "one.png")
     found = data.pictures(tmp_path, ImagePreparer(spec))
-    assert found.names == ("black", "white") and found.labels.tolist() == [0, 1]
+    assert found.names == ("black", "white")
+    assert found.labels.tolist() == [0, 1]
     assert found.pixels.shape == (2, 3, 8, 8)
-    assert (found.pixels[0] == -1).all() and (found.pixels[1] == 1).all()
+    assert (found.pixels[0] == -1).all()
+    assert (found.pixels[1] == 1).all()
 
 
 def test_a_folder_without_pictures_and_one_class_alone_are_refused(tmp_path):

@@ -41,7 +41,8 @@ def settings(tmp_path, **more):
 def test_it_learns_and_logs(tmp_path):
     line = train(Line(), settings(tmp_path, steps=300, every=100), tmp_path)
     rows = [json.loads(row) for row in (tmp_path / LOG).read_text().splitlines()]
-    assert [row["step"] for row in rows] == [100, 200, 300] and rows[-1] == line
+    assert [row["step"] for row in rows] == [100, 200, 300]
+    assert rows[-1] == line
     assert rows[-1]["error"] < 0.5 * rows[0]["error"]
 
 
@@ -55,7 +56,8 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path):
     for one, other in zip(whole.module.parameters(), again.module.parameters(), strict=True):
         assert torch.equal(one, other)
     steps = [json.loads(row)["step"] for row in (tmp_path / "halves" / LOG).read_text().splitlines()]
-    assert steps == [10, 20, 30] and line["step"] == 30
+    assert steps == [10, 20, 30]
+    assert line["step"] == 30
 
 
 def test_steps_are_those_of_torchs_adamw_with_decay_on_matrices_alone(tmp_path):

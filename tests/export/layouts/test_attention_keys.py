@@ -1,0 +1,78 @@
+"""The public names of gates, read and written: what `tests.quantizable` writes comes back bit by bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from export.checkpoints import read
+from export.layouts import LAYOUTS, translate, written
+from export.nets import bert, opt, vit
+from models.errors import UnknownCheckpoint
+from tests import quantizable
+from tests.quantizable import GATES
+from tests.tiny import spread
+
+CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {**CONFIG, "vocab_size": 60, "max_position_embeddings": 16}
+KINDS = {
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**TEXT, intermediate_size=48)),
+    "opt": lambda: transformers.OPTForCausalLM(transformers.OPTConfig(**TEXT, ffn_dim=48, word_embed_proj_dim=32)),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(**CONFIG, intermediate_size=48, image_size=32, patch_size=16)
+    ),
+}
+TABLES = {"bert": bert.LAYOUTS[0], "opt": opt.LAYOUTS[0], "vit": vit.LAYOUT}
+WORDS = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # said twice there
+
+
+@pytest.fixture
+def directory(tmp_path: Path):
+    def of(kind: str, gate: str) -> Path:
+        torch.manual_seed(0)
+        model = quantizable.change(spread(KINDS[kind]()), gate=gate)
+        (tmp_path / "config.json").write_text(model.config.to_json_string())
+        return quantizable.save(model, tmp_path, "vanilla")
+
+    return of
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_is_written_by_the_same_names(kind: str, gate: str, directory):
+    path = directory(kind, gate)
+    want = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if name != WORDS[1]}
+    state = translate(TABLES[kind], read(path))
+    assert any(".attn.gate." in name for name in state) == (gate != "none")
+    found = written(TABLES[kind], state)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_a_name_that_the_table_does_not_know_is_not_written():
+    with pytest.raises(KeyError, match=r"text\.nothing"):
+        written(LAYOUTS.get("hf_clip"), {"text.nothing": torch.zeros(1)})
+
+
+ALPHA = "bert.encoder.layer.1.attention.self.alpha"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({f"{ALPHA}.0.weight": None}, f"lacks {ALPHA}.0.weight"),
+        ({f"{ALPHA}.1.bias": None}, rf"heads.*gates? .*|lacks .*{ALPHA}"),
+        ({f"{ALPHA}.1.weight": torch.zeros(1, 5)}, "heads have gates of one shape"),
+        ({f"{ALPHA}.0.weight": torch.zeros(2, 16), f"{ALPHA}.1.weight": torch.zeros(2, 16)}, "answers one number"),
+        ({f"{ALPHA}.weight": torch.zeros(2, 32)}, "a gate is for each head or for all"),
+    ],
+)
+def test_gates_that_do_not_go_together_are_named(change: dict, named: str, directory):
+    path = directory("bert", "linear")
+    state = load_file(path / "model.safetensors") | change
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path / "model.safetensors")
+    with pytest.raises(UnknownCheckpoint, match=named):
+        state = translate(TABLES["bert"], read(path))
+        bert.load(str(path))

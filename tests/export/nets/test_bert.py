@@ -1,0 +1,144 @@
+"""The oracle is transformers itself; for sentences, what sentence-transformers documents of its modules."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from export.nets.bert import load
+from models.errors import UnknownCheckpoint
+from tests import tiny
+
+IDS = torch.tensor([[598, 3, 6, 7, 599], [598, 1, 599, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+
+def renamed(checkpoint: Path, to: Path, name: Callable[[str], str], more: Mapping[str, Tensor] | None = None) -> Path:
+    """A copy whose tensors have other names, and ``more`` of them."""
+    shutil.copytree(checkpoint, to)
+    state = load_file(to / "model.safetensors")
+    save_file({name(one): tensor for one, tensor in state.items()} | dict(more or {}), to / "model.safetensors")
+    return to
+
+
+def changed(checkpoint: Path, to: Path, **config: object) -> Path:
+    shutil.copytree(checkpoint, to)
+    found = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(found | config))
+    return to
+
+
+@torch.no_grad()
+def answers(directory: Path) -> Tensor:
+    (tower,) = load(str(directory)).towers.values()
+    found = tower.module(IDS, MASK)
+    return found[MASK.bool()] if found.ndim == 3 else found
+
+
+def test_a_bare_encoder_answers_its_last_states(tmp_path: Path):
+    directory = tiny.bert(tmp_path / "bare", "BertModel")
+    net = load(str(directory))
+    assert (net.tasks, [*net.towers]) == (("raw",), ["hidden"])
+    reference = transformers.BertModel.from_pretrained(directory).eval()
+    with torch.no_grad():
+        want = reference(IDS, attention_mask=MASK).last_hidden_state[MASK.bool()]
+    assert torch.allclose(answers(directory), want, atol=1e-5)
+
+
+def test_names_with_a_prefix_and_those_of_the_first_bert_mean_the_same(tiny_bert: Path, tmp_path: Path):
+    want = answers(tiny_bert)
+    old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")  # noqa: E731
+    assert torch.equal(answers(renamed(tiny_bert, tmp_path / "old", old)), want)
+    assert torch.equal(answers(renamed(tiny_bert, tmp_path / "bare", lambda name: name.removeprefix("bert."))), want)
+
+
+def test_words_are_scored_by_the_table_they_are_read_from(tiny_bert: Path, tmp_path: Path):
+    table = load_file(tiny_bert / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    same = renamed(tiny_bert, tmp_path / "same", str, {"cls.predictions.decoder.weight": table.clone()})
+    assert torch.equal(answers(same), answers(tiny_bert))
+    other = renamed(tiny_bert, tmp_path / "other", str, {"cls.predictions.decoder.weight": table.flip(0)})
+    with pytest.raises(UnknownCheckpoint, match="a table of their own, but config.json says it is that of the tokens"):
+        load(str(other))
+    untied = changed(other, tmp_path / "untied", tie_word_embeddings=False)
+    reference = transformers.BertForMaskedLM.from_pretrained(tiny_bert).eval()
+    reference.cls.predictions.decoder.weight = torch.nn.Parameter(table.flip(0))
+    with torch.no_grad():
+        want = reference(IDS, attention_mask=MASK).logits[MASK.bool()]
+    assert torch.allclose(answers(untied), want, atol=1e-5)
+    with pytest.raises(UnknownCheckpoint, match="tie_word_embeddings is false, but the logits have no table"):
+        load(str(changed(tiny_bert, tmp_path / "lame", tie_word_embeddings=False)))
+
+
+@pytest.mark.parametrize("pool", ["cls_token", "mean_tokens"])
+@pytest.mark.parametrize("dense", [{}, {"Tanh": 48}, {"Identity": 16}, {"Tanh": 48, "Identity": 16}])
+def test_a_sentence_is_a_pool_through_its_dense_layers_made_unit(pool: str, dense: dict[str, int], tmp_path: Path):
+    directory = tiny.sentences(tmp_path / "sentences", pool, dense)
+    net = load(str(directory))
+    assert (net.tasks, [*net.towers]) == (("embed", "raw"), ["text"])
+    assert net.towers["text"].preprocess.context == 24
+    encoder = transformers.BertModel.from_pretrained(directory).eval()
+    with torch.no_grad():
+        states, kept = encoder(IDS, attention_mask=MASK).last_hidden_state, MASK[..., None].float()
+        found = states[:, 0] if pool == "cls_token" else (states * kept).sum(1) / kept.sum(1)
+        for place, act in enumerate(dense, 2):
+            layer = load_file(directory / f"{place}_Dense" / "model.safetensors")
+            found = found @ layer["linear.weight"].T + layer["linear.bias"]
+            found = torch.tanh(found) if act == "Tanh" else found
+        want = found / found.norm(dim=-1, keepdim=True)
+    assert torch.allclose(answers(directory), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_max_tokens": True},
+            "pools by pooling_mode_max_tokens; expected one of",
+        ),
+        ("1_Pooling/config.json", {}, "pools by nothing"),
+        ("modules.json", [{"type": "a.Transformer", "path": "0_Transformer"}], "module 0 is Transformer in '0_Trans"),
+        ("modules.json", [{"type": "a.Transformer", "path": ""}], "names no Pooling"),
+        ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.CNN", "path": "1_CNN"}], "1 is CNN in"),
+        ("modules.json", {}, "is no list of modules"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.ReLU"}, "module 2 is Dense in '2_Dense'; expected"),
+    ],
+)
+def test_modules_that_are_not_ours_are_named(file: str, content: object, named: str, tmp_path: Path):
+    directory = tiny.sentences(tmp_path / "sentences", "mean_tokens", {"Tanh": 48})
+    (directory / file).write_text(json.dumps(content))
+    with pytest.raises(UnknownCheckpoint, match=named):
+        load(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3; the weights hold 2"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a number"),
+        ({"num_attention_heads": 3}, "3 heads do not share 32 numbers evenly"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
+        ({"alpha": 4}, "alpha without max_seq_length"),
+    ],
+)
+def test_a_config_that_says_otherwise_than_the_weights(config: dict, named: str, tiny_bert: Path, tmp_path: Path):
+    with pytest.raises(UnknownCheckpoint, match=named):
+        load(str(changed(tiny_bert, tmp_path / "lame", **config)))
+
+
+def test_missing_tensors_are_named_as_the_checkpoint_names_them(tiny_bert: Path, tmp_path: Path):
+    lost = "bert.encoder.layer.1.attention.self.key.weight"
+    lame = renamed(tiny_bert, tmp_path / "lame", lambda name: "lost" if name == lost else name)
+    with pytest.raises(UnknownCheckpoint, match="1 tensors are not of the layout 'Hugging Face BERT', lost among them"):
+        load(str(lame))
+    state = load_file(lame / "model.safetensors")
+    del state["lost"]
+    save_file(state, lame / "model.safetensors")
+    with pytest.raises(UnknownCheckpoint, match=f"lacks 1 tensors, {lost} among them"):
+        load(str(lame))

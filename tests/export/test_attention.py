@@ -1,0 +1,147 @@
+"""Every softmax with every gate, on a tiny random net of each kind: from a checkpoint in the public names to INT8.
+
+The oracle is `tests.quantizable`: the modules of transformers with the paper's definitions in their attention.
+"""
+
+import shutil
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from export import parity, rewrites
+from export.nets import NETS, Net
+from export.quantizers import QUANTIZERS
+from export.trace import to_onnx
+from models.flow import Arrays
+from models.ops.spec import DOMAIN, SOFTMAX
+from tests import quantizable
+from tests.quantizable import GATES, SOFTMAXES
+
+SCALE = 2.5
+END = 599
+CALMER = 0.5  # of CLIP's matrices, which `tiny.spread` made large: 8 bits of them cost over .001, however it attends
+CLASSES = {
+    "bert": transformers.BertForMaskedLM, "opt": transformers.OPTForCausalLM,
+    "vit": transformers.ViTForImageClassification, "clip": transformers.CLIPModel,
+}  # fmt: skip
+ALL = list(product(CLASSES, SOFTMAXES, GATES))
+VANILLA, CLIPPED = SOFTMAXES
+SAMPLE = [  # of ALL: each kind, each gate, with either softmax; the rest is slow
+    ("bert", CLIPPED, "mlp"), ("opt", VANILLA, "linear"), ("vit", CLIPPED, "all_heads"), ("clip", CLIPPED, "per_head"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_bert, tiny_opt, tiny_vit, tiny_hf_clip) -> dict[str, Path]:
+    return {"bert": tiny_bert, "opt": tiny_opt, "vit": tiny_vit, "clip": tiny_hf_clip}
+
+
+@pytest.fixture
+def made(checkpoints, tmp_path):
+    """(kind, softmax, gate) -> the reference and the net that is read from what it writes."""
+
+    def of(kind: str, softmax: str, gate: str) -> tuple[torch.nn.Module, Net]:
+        torch.manual_seed(1)
+        model = CLASSES[kind].from_pretrained(checkpoints[kind])
+        model = quantizable.change(model, softmax, gate, SCALE)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if kind == "clip" and parameter.ndim > 1 and "alpha" not in name:
+                    parameter.mul_(CALMER)
+        directory = shutil.copytree(checkpoints[kind], tmp_path / "changed")
+        return model, NETS.get(kind).load(str(quantizable.save(model, directory, softmax, SCALE)))
+
+    return of
+
+
+def feeds(net: Net, count: int = 1) -> dict[str, list[Arrays]]:
+    """By role: random tokens, of which a masked graph sees some, or pixels."""
+    random = np.random.default_rng(3)
+    found: dict[str, list[Arrays]] = {}
+    for role, tower in net.towers.items():
+        for _ in range(count):
+            ids = random.integers(0, 590, (3, 12))
+            ids[:, -1] = END
+            mask = np.arange(12)[None] < np.array([12, 7, 3])[:, None]
+            patches = random.standard_normal((3, 3, 4, 4)).repeat(8, 2).repeat(8, 3) * 1.5  # of a colour each
+            pixels = patches + random.standard_normal((3, 3, 32, 32)) * 0.5
+            given = {"ids": ids, "mask": mask.astype(np.int64), "pixels": pixels.astype(np.float32)}
+            found.setdefault(role, []).append({name: given[name] for name in tower.inputs})
+    return found
+
+
+@torch.no_grad()
+def reference(model: torch.nn.Module, role: str, given: Arrays, plain: bool = False) -> np.ndarray:
+    """``plain``: by the same weights, but with neither clip nor gate."""
+    one = {name: torch.from_numpy(array) for name, array in given.items()}
+    with quantizable.defined(plain):
+        match role:
+            case "mlm":
+                return model(one["ids"], attention_mask=one["mask"]).logits.numpy()
+            case "lm":
+                return model(one["ids"]).logits.numpy()
+            case "logits":
+                return model(one["pixels"]).logits.numpy()
+            case "text":
+                found = model.get_text_features(one["ids"])
+            case "image":
+                found = model.get_image_features(one["pixels"])
+    return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
+
+
+def seen(role: str, given: Arrays, found: np.ndarray) -> np.ndarray:
+    """What stands at padded places means nothing."""
+    return found[given["mask"].astype(bool)] if role == "mlm" else found
+
+
+def compared(model: torch.nn.Module, net: Net, given: dict[str, list[Arrays]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Role -> what the reference answers to its first feed."""
+    for role in net.towers:
+        yield role, seen(role, given[role][0], reference(model, role, given[role][0]))
+
+
+@pytest.mark.parametrize(("kind", "softmax", "gate"), ALL)
+def test_towers_answer_as_the_paper_defines_them(kind: str, softmax: str, gate: str, made):
+    model, net = made(kind, softmax, gate)
+    given = feeds(net)
+    for role, want in compared(model, net, given):
+        (found,) = parity.torch_run(net.towers[role])(given[role][0]).values()
+        assert seen(role, given[role][0], found) == pytest.approx(want, abs=1e-5)
+        plain = seen(role, given[role][0], reference(model, role, given[role][0], plain=True))
+        assert (np.abs(plain - want).max() > 1e-3) == ((softmax, gate) != (VANILLA, "none"))
+
+
+def parameters() -> list[object]:
+    return [pytest.param(*one, marks=() if one in SAMPLE else pytest.mark.slow) for one in ALL]
+
+
+@pytest.mark.parametrize(("kind", "softmax", "gate"), parameters())
+def test_graphs_answer_as_the_paper_defines_them_and_in_int8_nearly_so(kind: str, softmax: str, gate: str, made):
+    model, net = made(kind, softmax, gate)
+    given = feeds(net, 4)
+    static = QUANTIZERS.get("static")
+    for role, want in compared(model, net, given):
+        graph = to_onnx(net.towers[role])
+        params = static.params()
+        integers = static.quantize(graph, static.observe(graph, given[role], params), params)
+        for float_or_int8 in (graph, integers):
+            rewritten = rewrites.apply(float_or_int8, rewrites.swaps())
+            assert rewritten.counts == {
+                "clipped_softmax": 2 * (softmax == CLIPPED),
+                "softmax": 2 * (softmax == VANILLA),
+            }
+            for node in rewritten.model.graph.node:
+                if (node.domain, node.op_type) == (DOMAIN, SOFTMAX.name):
+                    said = {one.name: one.f for one in node.attribute}
+                    assert (said["gamma"], said["zeta"]) == pytest.approx(SOFTMAXES[softmax])
+            (found,) = parity.onnx_run(rewritten.model)(given[role][0]).values()
+            found = seen(role, given[role][0], found)
+            if float_or_int8 is graph:
+                assert found == pytest.approx(want, abs=1e-4)
+            cosines = np.sum(found * want, -1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(want, axis=-1)
+            assert cosines.mean() >= 0.999

@@ -1,0 +1,115 @@
+"""The walk of nets that are no CLIP: transformers writes a directory, one command seals it, `calmclip check` finds
+nothing wrong with it, and a real server answers over HTTP as transformers does, by `raw` and `embed`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from models.cli import main
+from tests import tiny
+from tests.test_walk import serving
+
+TEXTS = ["a photo of a cat.", "two red dogs"]
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.sentences(tmp_path_factory.mktemp("checkpoints") / "sentences", "mean_tokens", {"Identity": 16})
+
+
+def sealed(checkpoint: Path, out: Path) -> Path:
+    assert main(["export", str(checkpoint), "--out", str(out), "--keep-float"]) == 0
+    for bundle in out.iterdir():
+        assert main(["check", bundle.name, "--bundles", str(out)]) == 0
+        assert main(["show", bundle.name, "--bundles", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with serving(sealed(sentences, tmp_path_factory.mktemp("bundles")), tmp_path_factory.mktemp("data")) as client:
+        yield client
+
+
+def infer(client: httpx.Client, graph: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """By the Open Inference Protocol, numbers in JSON."""
+    kinds = {"int64": "INT64", "float32": "FP32"}
+    inputs = [
+        {"name": name, "datatype": kinds[array.dtype.name], "shape": [*array.shape], "data": array.flatten().tolist()}
+        for name, array in feeds.items()
+    ]
+    answer = client.post(f"/v2/models/{graph}/infer", json={"inputs": inputs})
+    assert answer.status_code == 200, answer.text
+    (found,) = answer.json()["outputs"]
+    return np.array(found["data"], np.float32).reshape(found["shape"])
+
+
+@torch.no_grad()
+def test_a_sentence_encoder_embeds_over_http_as_its_modules_do(server: httpx.Client, sentences: Path):
+    encoder = transformers.BertModel.from_pretrained(sentences).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(sentences)(TEXTS, padding=True, return_tensors="pt")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    kept = mask[..., None].float()
+    mean = (encoder(ids, attention_mask=mask).last_hidden_state * kept).sum(1) / kept.sum(1)
+    from safetensors.torch import load_file
+
+    layer = load_file(sentences / "2_Dense" / "model.safetensors")
+    want = torch.nn.functional.normalize(mean @ layer["linear.weight"].T + layer["linear.bias"], dim=-1).numpy()
+    models = {one["name"]: one for one in server.get("/v1/models").json()["models"]}
+    assert {name.partition("-")[0] for name in models} == {"sentences"}
+    for name in models:
+        body = {"model": name, "inputs": [{"text": text} for text in TEXTS]}
+        answer = server.post("/v1/embed", json=body)
+        assert answer.status_code == 200, answer.text
+        embedded = np.array(answer.json()["embeddings"])
+        raw = infer(server, f"{name}.text", {"ids": ids.numpy(), "mask": mask.numpy()})
+        for found in (embedded, raw):
+            if name == "sentences-float":
+                assert found == pytest.approx(want, abs=1e-4)
+            assert (found * want).sum(-1).min() >= 0.999
+    assert server.post("/v1/classify", json={"image": {"b64": ""}, "labels": ["a"]}).status_code in (400, 404, 422)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_words_and_classes_over_http_are_those_of_transformers(tmp_path: Path, photographs: dict[str, Path]):
+    for name, make in (("bert", tiny.bert), ("opt", tiny.opt), ("vit", tiny.vit)):
+        sealed(make(tmp_path / name), tmp_path / "bundles" / name)
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for bundle in (tmp_path / "bundles").glob("*/*"):
+        bundle.rename(folder / bundle.name)
+    row = np.array([[598, 1, 2, 6, 599], [598, 7, 599, 0, 0]])
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    seen, ids = torch.from_numpy(mask).bool(), torch.from_numpy(row)
+    pixels = transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "vit")(
+        Image.open(photographs["cat"]).convert("RGB"), return_tensors="np"
+    )["pixel_values"]
+    models = {
+        "bert": transformers.BertForMaskedLM, "opt": transformers.OPTForCausalLM,
+        "vit": transformers.ViTForImageClassification,
+    }  # fmt: skip
+    read = {name: one.from_pretrained(tmp_path / name).eval() for name, one in models.items()}
+    with serving(folder, tmp_path / "data") as server:
+        for graph, feeds, want in (
+            ("bert-float.mlm", {"ids": row, "mask": mask}, read["bert"](ids, attention_mask=torch.from_numpy(mask))),
+            ("opt-float.lm", {"ids": row}, read["opt"](ids)),
+            ("vit-float.logits", {"pixels": pixels.astype(np.float32)}, read["vit"](torch.from_numpy(pixels))),
+        ):
+            found, logits = infer(server, graph, feeds), want.logits
+            if found.ndim == 3:
+                found, logits = found[seen.numpy()], logits[seen]
+            assert found == pytest.approx(logits.numpy(), abs=1e-4)
+        refused = server.post(
+            "/v2/models/opt-float.lm/infer",
+            json={"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 1], "data": [600]}]},
+        )
+        assert (refused.status_code, "ids that are no tokens'" in refused.text) == (400, True)
+        assert json.loads((folder / "vit-float" / "labels.json").read_bytes())[2] == "naïve café"
