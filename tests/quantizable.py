@@ -6,10 +6,10 @@ names; the softmax and the scale of the gates go into the config, as the publish
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ def attend(module: nn.Module, query, key, value, attention_mask, scaling=None, p
 @contextmanager
 def defined(plain: bool = False) -> Iterator[None]:
     """Inside, changed models attend as the paper says; ``plain``: as if they were not changed."""
-    modules = [sys.modules[f"transformers.models.{kind}.modeling_{kind}"] for kind in ("bert", "opt", "vit", "clip")]
+    modules = [import_module(f"transformers.models.{kind}.modeling_{kind}") for kind in ("bert", "opt", "vit", "clip")]
     kept = [module.eager_attention_forward for module in modules]
     for module in modules:
         module.eager_attention_forward = partial(attend, plain=plain)

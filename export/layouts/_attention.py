@@ -28,7 +28,7 @@ def rules(theirs: str, ours: str) -> tuple[Rule, ...]:
         Rule(f"{theirs}.{{p}}", f"{gate}.{{p}}"),
         Rule(f"{theirs}.{{e}}.{{p}}", f"{gate}.heads.{{e}}.{{p}}"),
         Rule(f"{theirs}.{{e}}.0.{{p}}", f"{gate}.heads.{{e}}.hidden.{{p}}"),
-        Rule(f"{theirs}.{{e}}.2.{{p}}", f"{gate}.heads.{{e}}.{{p}}"),
+        Rule(f"{theirs}.{{e}}.2.{{p}}", f"{gate}.heads.{{e}}.out.{{p}}"),
     )
 
 
@@ -42,10 +42,11 @@ def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             heads.setdefault(gate + own, {})[int(head)] = (name, tensor)
         else:
             found[name] = tensor
-    for name, parts in heads.items():
+    for stem, parts in heads.items():
         if absent := {*range(max(parts) + 1)} - parts.keys():
-            gate, _, own = name.partition(".gate.")
+            gate, _, own = stem.partition(".gate.")
             raise KeyError(f"{gate}.gate.heads.{min(absent)}.{own}")
+        name = stem.replace(".gate.out.", ".gate.")
         if name in found:
             raise Misfit("a gate is for each head or for all; {} is for all, and there are others", name)
         names, tensors = zip(*(parts[head] for head in range(len(parts))), strict=True)
@@ -70,8 +71,12 @@ def unstacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not sign or alone:
             found[name] = tensor
             continue
+        last = "out." * (f"{stem}hidden.weight" in state)
         for head, one in enumerate(tensor):
-            found[f"{stem}heads.{head}.{own}"] = one if own.startswith("hidden.") else one[None]
+            if own.startswith("hidden."):
+                found[f"{stem}heads.{head}.{own}"] = one
+            else:
+                found[f"{stem}heads.{head}.{last}{own}"] = one[None]
     return found
 
 

@@ -158,6 +158,7 @@ def _given(path: Path | None) -> Path:
 def new(settings: Training, directory: Path) -> None:
     """A Hugging Face directory with the sizes that ``settings`` names."""
     transformers = require_package("transformers", "a new net")
+    transformers.logging.disable_progress_bar()
     size: dict[str, Any] = {
         "hidden_size": settings.width,
         "num_hidden_layers": settings.layers,

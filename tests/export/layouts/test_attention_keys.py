@@ -63,7 +63,6 @@ ALPHA = "bert.encoder.layer.1.attention.self.alpha"
     ("change", "named"),
     [
         ({f"{ALPHA}.0.weight": None}, f"lacks {ALPHA}.0.weight"),
-        ({f"{ALPHA}.1.bias": None}, rf"heads.*gates? .*|lacks .*{ALPHA}"),
         ({f"{ALPHA}.1.weight": torch.zeros(1, 5)}, "heads have gates of one shape"),
         ({f"{ALPHA}.0.weight": torch.zeros(2, 16), f"{ALPHA}.1.weight": torch.zeros(2, 16)}, "answers one number"),
         ({f"{ALPHA}.weight": torch.zeros(2, 32)}, "a gate is for each head or for all"),
@@ -74,5 +73,4 @@ def test_gates_that_do_not_go_together_are_named(change: dict, named: str, direc
     state = load_file(path / "model.safetensors") | change
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path / "model.safetensors")
     with pytest.raises(UnknownCheckpoint, match=named):
-        state = translate(TABLES["bert"], read(path))
-        bert.load(str(path))
+        translate(TABLES["bert"], read(path))

@@ -81,7 +81,7 @@ def test_what_a_config_says(config: dict, softmax: Softmax, scale: float):
     [
         ({"alpha": 4}, "alpha without max_seq_length"),
         ({"attn_softmax": "clipped(1:2)"}, r"attention: softmax is 'clipped\(1:2\)'"),
-        ({"attn_gate_scale": 0}, "attn_gate_scale is 0; expected a number above 0"),
+        ({"attn_gate_scale": 0}, "attention: attn_gate_scale is 0; expected a number above 0"),
         ({"fine_tuning": True, "attn_gate_init": 0}, "attention: "),
         ({"alpha": "much", "max_seq_length": 128}, "attention: could not convert"),
     ],
