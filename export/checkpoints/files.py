@@ -39,8 +39,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def require_package(name: str, what: str) -> Any:
-    """The module ``name``; `ExtraMissing` says which extra holds it."""
+def require_package(name: str, what: str, extra: str = "nets") -> Any:
+    """The module ``name``; `ExtraMissing` says which ``extra`` holds it."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -48,5 +48,5 @@ def require_package(name: str, what: str) -> Any:
         if error.name != package:
             raise
         raise ExtraMissing(
-            f"{what} is read with {package!r}, which is not installed; pip install 'calmclip[nets]'"
+            f"{what} is read with {package!r}, which is not installed; pip install 'calmclip[{extra}]'"
         ) from None

@@ -41,13 +41,12 @@ ROWS, CALIBRATION = 512, 512  # held-out rows that are measured on; 16 batches o
 
 @dataclass(frozen=True)
 class Family:
-    """``training``: of every variant; ``variants``: name -> what differs; ``metric``: eval, its figure, and whether
-    less of it is better."""
+    """``training``: of every variant; ``variants``: name -> what differs; ``metric``: an eval and its figure."""
 
     role: str
     training: Mapping[str, Any]
     variants: Mapping[str, Mapping[str, Any]]
-    metric: tuple[str, str, bool]
+    metric: tuple[str, str]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,18 +54,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"softmax": "clipped(-0.025:1)"},
     "gated": {"gate": "linear"},
 }
+WIDTHS: dict[str, dict[str, Any]] = {  # of weights and activations in bits: params of the quantizer `paper`
+    "w8a8": {},
+    "w6a8": {"weights": "mse", "weight_bits": 6},
+    "w4a8": {"weights": "mse", "weight_bits": 4},
+}
 FAMILIES = {
     "bert": Family(
         "mlm",
         {"objective": "mlm", "layers": 6, "width": 128, "heads": 4, "length": 64, "words": 4096, "steps": 10_000},
         VARIANTS,
-        ("perplexity", "perplexity", True),
+        ("perplexity", "perplexity"),
     ),
     "vit": Family(
         "logits",
         {"objective": "classes", "layers": 6, "width": 96, "heads": 4, "side": 32, "patch": 4, "steps": 6_000},
         VARIANTS,
-        ("top1", "top1", False),
+        ("top1", "top1"),
     ),
 }
 RECIPES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
@@ -158,7 +162,7 @@ def _digits(directory: Path, text: Path | None) -> None:
     """train/CLASS/*.png, held/CLASS/*.png: scikit-learn's 8 x 8 digits at four times the size."""
     if (directory / "held").is_dir():
         return
-    found = require_package("sklearn.datasets", "the digits of the demonstration").load_digits()
+    found = require_package("sklearn.datasets", "the set of digits", "demonstration").load_digits()
     order = np.random.default_rng(0).permutation(len(found.images))
     held = {*order[: len(order) // 5].tolist()}
     for number, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
@@ -208,43 +212,45 @@ def _train(run: Run, data: Path, out: Path) -> Run:
 
 
 def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:
-    """Export with the paper's quantizer, no bar set; -> the figures of the table."""
+    """Exported by the paper's quantizer, no bar set, once for each of `WIDTHS`; -> the figures of the table."""
     from export.pipeline import build
     from export.recipe import load_recipe, recognise
 
     family, checkpoint = FAMILIES[run.family], out / "checkpoints" / run.name
-    measured, figure, _ = family.metric
+    measured, figure = family.metric
     calibration = {"texts": data / "calibration.txt"} if run.family == "bert" else {"images": data / "train"}
     net_name, plugin = recognise(str(checkpoint))
-    net = plugin.load(str(checkpoint))
-    recipe = load_recipe(
-        str(checkpoint), net_name, net,
-        name=run.name, replace=True, quantize={role: {"name": "paper"} for role in net.towers},
-        calibration={**calibration, "count": CALIBRATION, "seed": run.seed}, evals={measured: data / "held"},
-        bars={"min_output_cosine": -1.0, "min_text_cosine": -1.0, "min_image_cosine": -1.0},
-    )  # fmt: skip
-    sealed = build(recipe, out / "bundles", net=net)
-    report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {}
+    for width, params in WIDTHS.items():
+        net = plugin.load(str(checkpoint))
+        recipe = load_recipe(
+            str(checkpoint), net_name, net,
+            name=f"{run.name}-{width}", replace=True, quantize={family.role: {"name": "paper", "params": params}},
+            calibration={**calibration, "count": CALIBRATION, "seed": run.seed}, evals={measured: data / "held"},
+            bars={"min_output_cosine": -1.0, "min_text_cosine": -1.0, "min_image_cosine": -1.0},
+        )  # fmt: skip
+        sealed = build(recipe, out / "bundles", net=net, release=True)
+        report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
+        sides, graph = report["accuracy"][measured], report["graphs"][family.role]
+        found |= {"float": sides["float32"][figure], width: sides["int8"][figure]}
+        if width == "w8a8":
+            outliers = {
+                key: graph["outliers"][key] for key in ("max_inf_norm", "avg_kurtosis", "max_kurtosis", "worst")
+            }
+            found |= {**outliers, "bundle": sealed[0].manifest.name}
     trained = json.loads((checkpoint / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    sides = report["accuracy"][measured]
-    return {
-        "float": sides["float32"][figure],
-        "w8a8": sides["int8"][figure],
-        **{key: trained[key] for key in ("max_inf_norm", "avg_kurtosis", "max_kurtosis")},
-        "cosine": report["graphs"][family.role]["int8_against_float"],
-        "seconds": trained["seconds"],
-        "bundle": sealed[0].manifest.name,
-    }
+    return {**found, "seconds": trained["seconds"], "steps": trained["step"]}
 
 
 def table(runs: Sequence[Run], found: Mapping[str, Mapping[str, Any]]) -> str:
     """Mean over seeds, and deviation where there are several."""
-    head = ("net", "attention", "float", "max inf norm", "avg kurtosis", "max kurtosis", "W8A8")
+    keys = ("float", "max_inf_norm", "avg_kurtosis", "max_kurtosis", *WIDTHS)
+    names = [key.upper() if key in WIDTHS else key.replace("_", " ") for key in keys]
+    head = ("net", "attention", *names)
     lines_ = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for family, variant in dict.fromkeys((run.family, run.variant) for run in runs):
         own = [found[run.name] for run in runs if (run.family, run.variant) == (family, variant)]
         figure = FAMILIES[family].metric[1]
-        keys = ("float", "max_inf_norm", "avg_kurtosis", "max_kurtosis", "w8a8")
         cells = [_spread([one[key] for one in own]) for key in keys]
         lines_.append(f"| {family} ({figure}) | {variant} | {' | '.join(cells)} |")
     return "\n".join(lines_) + "\n"

@@ -60,10 +60,11 @@ class MaskedWords(_Rows):
         self.mask, self.words, self.spared = mask, words, spared
 
     def batch(self, draw: np.random.Generator) -> Batch:
-        return self.asked(self.drawn(draw), draw)
+        return self.asked(self.drawn(draw), draw, self.settings.masked)
 
-    def asked(self, rows: Array, draw: np.random.Generator) -> Batch:
-        ids, targets = masked(rows, draw, self.mask, self.words, self.spared)
+    def asked(self, rows: Array, draw: np.random.Generator, share: float = 0.15) -> Batch:
+        """Measured is with BERT's own share, whatever is trained with."""
+        ids, targets = masked(rows, draw, self.mask, self.words, self.spared, share)
         return torch.from_numpy(ids), torch.from_numpy(targets)
 
     def loss(self, batch: Batch) -> Tensor:

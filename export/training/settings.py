@@ -56,6 +56,7 @@ class Training(FrozenModel):
     decay_norms: bool = False
     beta2: float = Field(0.999, gt=0, lt=1)
     clip: float = Field(1.0, gt=0, description="of the gradient's norm")
+    masked: float = Field(0.15, gt=0, lt=1, description="of mlm: the share of tokens that is asked for")
     held_out: float = Field(0.02, gt=0, lt=1, description="the share that is not trained on")
     every: int = Field(500, ge=1, description="steps between two lines of the log; the state is saved with each")
     bfloat16: bool = Field(False, description="products in bfloat16: quicker on processors that have it")
