@@ -21,6 +21,7 @@ from models.flow import Array, Arrays
 
 _SAME = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # the same numbers, elsewhere
 _ON_THE_WAY = (*_SAME, "Div", "Mul", "ScatterElements", "ScatterND")  # from a layer to where its answer is added
+_JOINS = ("Add", "Concat")
 _WORST = 5
 
 
@@ -31,7 +32,8 @@ def tensors(model: onnx.ModelProto) -> dict[str, str]:
                               attention's out-projection, residual branches of convolutions
     blocks.3.mlp.down (sum)   that sum: the stream between blocks
     blocks.3.norm2            what a LayerNorm answers
-    norm_pre (input)          what a LayerNorm reads, where it is none of these: embeddings
+    norm_pre (input)          what a LayerNorm reads that was put together otherwise: embeddings and their positions,
+                              a class token and patches
     patch                     what the convolution answers that reads the pixels
 
     A layer is called like its torch module, else like its node.
@@ -45,13 +47,15 @@ def tensors(model: onnx.ModelProto) -> dict[str, str]:
             layers = {out: layer for name in node.input for out, layer in graph.layers(name).items()}
             found |= {out: _called(layer) for out, layer in layers.items()}
             if layers:
-                found[node.output[0]] = f"{_called(layers[max(layers, key=graph.place)])} (sum)"
+                found[node.output[0]] = f"{_called(layers[max(layers, key=graph.places.__getitem__)])} (sum)"
         elif node.op_type == "LayerNormalization":
-            found.setdefault(graph.source(node.input[0]), f"{_called(node)} (input)")
+            source = graph.source(node.input[0])
+            if graph.op(source) in _JOINS and not graph.layers(source):
+                found.setdefault(source, f"{_called(node)} (input)")
             found[node.output[0]] = _called(node)
-    inner = sorted(found, key=graph.place)
     often = Counter(found.values())  # a module may be called more than once
-    return {name: found[name] if often[found[name]] == 1 else f"{found[name]} at {name}" for name in inner}
+    names = sorted(found, key=graph.places.__getitem__)
+    return {name: found[name] if often[found[name]] == 1 else f"{found[name]} at {name}" for name in names}
 
 
 def measure(model: onnx.ModelProto, feeds: Iterable[Arrays]) -> dict[str, Any]:
@@ -112,16 +116,16 @@ class _Graph:
         nodes = model.graph.node
         self.inputs = {value.name for value in model.graph.input}
         self.made = {name: node for node in nodes for name in node.output}
-        self._places = {name: place for place, node in enumerate(nodes) for name in node.output}
+        self.places = {name: place for place, node in enumerate(nodes) for name in node.output}
         self.fixed = {one.name for one in model.graph.initializer}
         self.data = set(self.inputs)
         for node in nodes:
             if node.op_type != "Shape" and self.data & {*node.input}:
                 self.data |= {*node.output}
 
-    def place(self, name: str) -> int:
-        """How deep in the graph; -1 for an input."""
-        return self._places.get(name, -1)
+    def op(self, name: str) -> str:
+        """Which makes the tensor; "" for an input or a constant."""
+        return self.made[name].op_type if name in self.made else ""
 
     def source(self, name: str) -> str:
         """The tensor that holds the same numbers and came first."""

@@ -30,7 +30,7 @@ def bars(file: Path) -> tuple[list[int], list[int]]:
 
 
 def test_the_picture_has_a_bar_for_each_tensor_and_the_worst_is_red_and_longest(tmp_path: Path):
-    draw({"image": outliers(2.0, 900.0, 5.0)}, tmp_path / "o.png", "tiny-int8")
+    draw({"image": outliers(2.0, 5.0, 900.0, worst=2)}, tmp_path / "o.png", "tiny-int8")
     blue, red = bars(tmp_path / "o.png")
     groups = [row for row, before in zip(blue, [0, *blue], strict=False) if row and not before]
     assert len(groups) == 2
