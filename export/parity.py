@@ -18,7 +18,7 @@ Run = Callable[[Arrays], Mapping[str, Array]]
 def compare(
     reference: Run, candidate: Run, feeds: Iterable[Arrays], summary: Callable[[Arrays], Arrays] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Per output: ``max_abs`` difference; ``cosine`` mean, its standard error ``cosine_error`` and ``cosine_min`` over
+    """Per output: ``max_abs`` difference; ``largest`` magnitude in the reference; ``cosine`` mean, its standard error ``cosine_error`` and ``cosine_min`` over
     rows; ``sqnr_db``.
 
     SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together; see `decibels`.
@@ -26,6 +26,7 @@ def compare(
     infinity, has the cosine 0. ``summary``, where given, makes of a run's outputs what is compared (see `Tower`).
     """
     cosines: dict[str, list[Array]] = {}
+    apart: dict[str, float] = {}
     largest: dict[str, float] = {}
     squares: dict[str, tuple[float, float]] = {}  # of the reference, of the difference
     for feed in feeds:
@@ -36,14 +37,16 @@ def compare(
             a, b = _rows(left[name]), _rows(right[name])
             lost = a - b
             cosines.setdefault(name, []).append(_cosines(a, b))
-            largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(lost).max()))
+            apart[name] = float(np.maximum(apart.get(name, 0.0), np.abs(lost).max()))
+            largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(a).max()))
             signal, noise = squares.get(name, (0.0, 0.0))
             squares[name] = signal + float(np.sum(a**2)), noise + float(np.sum(lost**2))
     result = {}
     for name, parts in cosines.items():
         cosine = np.concatenate(parts)
         result[name] = {
-            "max_abs": largest[name],
+            "max_abs": apart[name],
+            "largest": largest[name],
             "cosine": float(cosine.mean()) if cosine.size else 1.0,
             "cosine_error": float(cosine.std(ddof=1) / cosine.size**0.5) if cosine.size > 1 else 0.0,
             "cosine_min": float(cosine.min()) if cosine.size else 1.0,
@@ -62,11 +65,15 @@ def decibels(signal: float, noise: float) -> float:
 def require(
     found: Mapping[str, Mapping[str, float]], *, max_abs: float = np.inf, min_cosine: float = -1.0, what: str
 ) -> None:
-    """Raises `ParityLost` naming the output that differs by more than ``max_abs`` or has a row under ``min_cosine``."""
+    """Raises `ParityLost` naming the output that differs by more than ``max_abs`` or has a row under ``min_cosine``.
+
+    ``max_abs`` is of numbers up to 1, as vectors of length 1 have; of larger ones, such as logits, it is their part.
+    """
     for name, numbers in found.items():
-        if not numbers["max_abs"] <= max_abs:
+        most = max_abs * (max(1.0, numbers["largest"]) if np.isfinite(numbers["largest"]) else 1.0)
+        if not numbers["max_abs"] <= most:
             raise ParityLost(
-                f"{what}: output {name!r} differs by {numbers['max_abs']:.2e}; at most {max_abs:.0e} is rounding"
+                f"{what}: output {name!r} differs by {numbers['max_abs']:.2e}; at most {most:.0e} is rounding"
             )
         if not numbers["cosine_min"] >= min_cosine:
             raise ParityLost(

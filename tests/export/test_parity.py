@@ -53,3 +53,19 @@ def test_feeds_of_several_lengths_are_one_sum():
     found = compare(lambda f: {"y": next(rows)}, lambda f: {"y": next(rows)}, [{}, {}])["y"]
     assert found["max_abs"] == 2.0
     assert found["sqnr_db"] == pytest.approx(10 * np.log10(27 / 6), abs=0.01)
+
+
+def test_of_large_numbers_the_tolerance_is_their_part():
+    """Logits up to 20 may differ by 20 times as much as vectors of length 1 may."""
+    left = np.array([[20.0, -3.0]])
+    near = compare(lambda f: {"y": left}, lambda f: {"y": left + 1.9e-3}, [{}])
+    require(near, max_abs=1e-4, what="torch against ONNX")
+    far = compare(lambda f: {"y": left}, lambda f: {"y": left + 2.1e-3}, [{}])
+    with pytest.raises(ParityLost, match="differs by 2.10e-03; at most 2e-03 is rounding"):
+        require(far, max_abs=1e-4, what="torch against ONNX")
+
+
+def test_an_infinite_reference_allows_nothing():
+    found = compare(lambda f: {"y": np.array([[np.inf, 1.0]])}, lambda f: {"y": np.array([[1.0, 1.0]])}, [{}])
+    with pytest.raises(ParityLost, match="'y' differs by inf"):
+        require(found, max_abs=1e-4, what="torch against ONNX")
