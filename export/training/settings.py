@@ -43,6 +43,7 @@ class Training(FrozenModel):
     width: int = Field(128, ge=1)
     heads: int = Field(4, ge=1)
     inner: int | None = Field(None, ge=1, description="of the MLP; default four times the width")
+    spread: float = Field(0.02, gt=0, description="standard deviation of new weights; of a CLIP transformers' own")
     length: int = Field(64, ge=4, description="tokens in a row")
     words: int = Field(4096, ge=300, description="tokens in a new vocabulary")
     side: int = Field(32, ge=1, description="of pictures, in pixels")

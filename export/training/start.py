@@ -163,6 +163,7 @@ def new(settings: Training, directory: Path) -> None:
         "hidden_size": settings.width,
         "num_hidden_layers": settings.layers,
         "num_attention_heads": settings.heads,
+        "initializer_range": settings.spread,
     }
     inner = settings.inner or 4 * settings.width
     directory.mkdir(parents=True, exist_ok=True)
@@ -178,6 +179,7 @@ def new(settings: Training, directory: Path) -> None:
         config = transformers.OPTConfig(
             **size, ffn_dim=inner, vocab_size=words.get_vocab_size(), max_position_embeddings=settings.length,
             word_embed_proj_dim=settings.width,
+            init_std=settings.spread,
         )  # fmt: skip
         made, names = (
             transformers.OPTForCausalLM(config),
