@@ -18,8 +18,8 @@ Run = Callable[[Arrays], Mapping[str, Array]]
 def compare(
     reference: Run, candidate: Run, feeds: Iterable[Arrays], summary: Callable[[Arrays], Arrays] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Per output: ``max_abs`` difference; ``largest`` magnitude in the reference; ``cosine`` mean, its standard error ``cosine_error`` and ``cosine_min`` over
-    rows; ``sqnr_db``.
+    """Per output: ``max_abs`` difference; ``largest`` magnitude in the reference; ``cosine`` mean, its standard error
+    ``cosine_error`` and ``cosine_min`` over rows; ``sqnr_db``.
 
     SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together; see `decibels`.
     Rows that are zero on both sides have no cosine and do not count; one that is zero on one side, or holds NaN or
