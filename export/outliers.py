@@ -31,7 +31,7 @@ def tensors(model: onnx.ModelProto) -> dict[str, str]:
     blocks.3.mlp.down         what a layer answers that is added to what went around it: feed-forward networks,
                               attention's out-projection, residual branches of convolutions
     blocks.3.mlp.down (sum)   that sum: the stream between blocks
-    blocks.3.norm2            what a LayerNorm answers
+    blocks.3.norm2            what a LayerNorm answers that reads such a sum, or:
     norm_pre (input)          what a LayerNorm reads that was put together otherwise: embeddings and their positions,
                               a class token and patches
     patch                     what the convolution answers that reads the pixels
@@ -50,9 +50,11 @@ def tensors(model: onnx.ModelProto) -> dict[str, str]:
                 found[node.output[0]] = f"{_called(layers[max(layers, key=graph.places.__getitem__)])} (sum)"
         elif node.op_type == "LayerNormalization":
             source = graph.source(node.input[0])
-            if graph.op(source) in _JOINS and not graph.layers(source):
+            joined = graph.op(source) in _JOINS and not graph.layers(source)
+            if joined:
                 found.setdefault(source, f"{_called(node)} (input)")
-            found[node.output[0]] = _called(node)
+            if joined or source in found:  # else it is a head's behind an activation, or of q and k
+                found[node.output[0]] = _called(node)
     often = Counter(found.values())  # a module may be called more than once
     names = sorted(found, key=graph.places.__getitem__)
     return {name: found[name] if often[found[name]] == 1 else f"{found[name]} at {name}" for name in names}

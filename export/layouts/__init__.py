@@ -6,7 +6,7 @@ anything; so a table reads both ways, and what is missing is reported by the nam
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -122,22 +122,22 @@ def nearest(checkpoint: Checkpoint) -> str | None:
     for name in LAYOUTS.names():
         if why := LAYOUTS.get(name).refuses(checkpoint):
             return why
-    known = {name: sum(_apply(LAYOUTS.get(name).rules, key)[0] is not None for key in checkpoint.names)
-             for name in LAYOUTS.names()}  # fmt: skip
+    names = LAYOUTS.names()
+    counts = {name: known(LAYOUTS.get(name), checkpoint.names) for name in names}
     lacks = {name: [key for key in LAYOUTS.get(name).keys if not any(_match(key, one) for one in checkpoint.names)]
              for name in LAYOUTS.names()}  # fmt: skip
-    close = [name for name in known if known[name] >= 0.8 * len(checkpoint.names) and _sees(name, checkpoint)]
+    close = [name for name in counts if counts[name] >= 0.8 * len(checkpoint.names) and _sees(name, checkpoint)]
     if not close:
         return None
     said = checkpoint.config.get("model_type")
-    for layout in (LAYOUTS.get(name) for name in close if known[name] == len(checkpoint.names) and not lacks[name]):
+    for layout in (LAYOUTS.get(name) for name in close if counts[name] == len(checkpoint.names) and not lacks[name]):
         if layout.model_type and said not in layout.model_type:
             return (
                 f"its tensors are those of {layout.title}, but its config.json says model_type {said!r}; "
                 f"expected {' or '.join(layout.model_type)}"
             )
     # one that lacks a tensor says more than one that lacks none and still does not fit
-    best = max(close, key=lambda name: (bool(lacks[name]), known[name], -len(lacks[name])))
+    best = max(close, key=lambda name: (bool(lacks[name]), counts[name], -len(lacks[name])))
     layout, absent = LAYOUTS.get(best), lacks[best]
     return f"its tensors are nearly those of {layout.title}" + (f", but {', '.join(absent)} is missing" * bool(absent))
 
@@ -145,6 +145,11 @@ def nearest(checkpoint: Checkpoint) -> str | None:
 def _sees(name: str, checkpoint: Checkpoint) -> bool:
     """Does the layout ``name`` find a part of an image tower? Where none is, it is another's text tower."""
     return any(_apply(LAYOUTS.get(name).rules, key)[1].startswith("image.") for key in checkpoint.names)
+
+
+def known(layout: Layout, names: Iterable[str]) -> int:
+    """How many of a checkpoint's names its table has."""
+    return sum(_apply(layout.rules, name)[0] is not None for name in names)
 
 
 def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:

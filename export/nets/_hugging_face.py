@@ -66,15 +66,19 @@ class Opened:
         )
 
 
-def recognise(kind: str) -> Callable[[str], bool]:
-    """A directory with weights whose config.json says ``model_type``."""
+def recognise(kind: str, *tables: Layout) -> Callable[[str], bool]:
+    """A directory with weights whose config.json says ``model_type``, and half of whose tensors a table knows: of
+    another's weights beside such a config who knows them can tell more."""
 
     def recognised(checkpoint: str) -> bool:
         try:
             weight_files(Path(checkpoint))
-            return read_json(Path(checkpoint) / "config.json").get("model_type") == kind
+            if read_json(Path(checkpoint) / "config.json").get("model_type") != kind:
+                return False
         except (NoWeights, OSError, UnknownCheckpoint):
             return False
+        names = read(checkpoint).names
+        return any(2 * layouts.known(table, names) >= len(names) for table in tables)
 
     return recognised
 

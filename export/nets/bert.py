@@ -236,4 +236,4 @@ def _dense(folder: Path, state: dict[str, Tensor]) -> str | None:
     return target
 
 
-NETS.register("bert")(NetPlugin(recognise("bert"), load, partial(load, fold=False)))
+NETS.register("bert")(NetPlugin(recognise("bert", *LAYOUTS), load, partial(load, fold=False)))

@@ -111,4 +111,4 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
     )
 
 
-NETS.register("opt")(NetPlugin(recognise("opt"), load, partial(load, fold=False)))
+NETS.register("opt")(NetPlugin(recognise("opt", *LAYOUTS), load, partial(load, fold=False)))

@@ -120,4 +120,4 @@ def _labels(config: dict[str, Any], classes: int) -> list[str]:
     return [named[str(i)] for i in range(classes)]
 
 
-NETS.register("vit")(NetPlugin(recognise("vit"), load, partial(load, fold=False)))
+NETS.register("vit")(NetPlugin(recognise("vit", LAYOUT), load, partial(load, fold=False)))

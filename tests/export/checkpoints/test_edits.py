@@ -260,7 +260,11 @@ def test_wishes_that_make_no_sense_are_one_line(flags: list[str], base: Path, ca
         ("hf", ["--activation", "gelu"], "activation 'gelu' does not apply to .*, Hugging Face CLIP; leave it out"),
         ("hf", ["--experts", "routed"], "experts 'routed' does not apply to .*, Hugging Face CLIP; leave it out"),
         ("openai", ["--experts", "dense", "--activation", "gelu"], "experts 'dense' does not apply"),
-        ("owl", ["--stretch", "28"], r"weights of OWL-ViT .*; the recipe's \[weights\] do not apply"),
+        (
+            "owl",
+            ["--stretch", "28"],
+            r"weights of OWL-ViT are read .*\[weights\] only softmax and force apply",
+        ),
         ("owl", ["--activation", "gelu"], "weights of OWL-ViT"),
         ("bert", ["--stretch", "1004"], "stretch: the text tower is a BERT"),  # 20 + 2 (512 - 20)
     ],
