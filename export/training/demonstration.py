@@ -181,7 +181,7 @@ PREPARED: dict[str, Callable[[Path, Path | None], None]] = {"bert": _texts, "vit
 
 
 def _train(run: Run, data: Path, out: Path) -> Run:
-    """In a process of its own, whose words go into a file."""
+    """In a process of its own, whose words go into a file; none where it is done already."""
     family = FAMILIES[run.family]
     directory, at = out / "checkpoints" / run.name, data / run.family
     given = {**family.training, **family.variants[run.variant], "seed": run.seed}
@@ -190,8 +190,10 @@ def _train(run: Run, data: Path, out: Path) -> Run:
     else:
         given |= {"pictures": str(at / "train")}
     directory.mkdir(parents=True, exist_ok=True)
-    settings = directory / "settings.toml"
-    settings.write_text(tomli_w.dumps(given), encoding="utf-8")
+    settings, said = directory / "settings.toml", tomli_w.dumps(given)
+    if (directory / "config.json").is_file() and settings.read_text(encoding="utf-8") == said:
+        return run
+    settings.write_text(said, encoding="utf-8")
     how = ["--settings", str(settings), "--out", str(directory), "--threads", "1"]
     command = [sys.executable, "-m", "models.cli", "train", given["objective"], *how]
     with (directory / "training.out").open("a") as words:

@@ -35,7 +35,7 @@ def train(task: Task, settings: Training, out: Path, *, until: int | None = None
     out.mkdir(parents=True, exist_ok=True)
     module, optimizer = task.module, _optimizer(task.module, settings)
     done, seconds = _resume(module, optimizer, settings, out)
-    line: dict[str, Any] = {}
+    line: dict[str, Any] = _lines(out)[-1] if done else {}
     last = min(until or settings.steps, settings.steps)
     start = perf_counter() - seconds
     bar = tqdm(range(done, last), initial=done, total=settings.steps, desc=out.name, unit="step", disable=None)
@@ -98,13 +98,14 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, settings: Train
         )
     module.load_state_dict(found["module"])
     optimizer.load_state_dict(found["optimizer"])
-    kept = [
-        line
-        for line in (out / LOG).read_text(encoding="utf-8").splitlines()
-        if json.loads(line)["step"] <= found["step"]
-    ]
-    (out / LOG).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    kept = [line for line in _lines(out) if line["step"] <= found["step"]]
+    (out / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
     return found["step"], found["seconds"]
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    whole = (out / LOG).read_text(encoding="utf-8").split("\n")[:-1]  # one that was cut off has no end
+    return [json.loads(line) for line in whole]
 
 
 def _save(
@@ -119,7 +120,7 @@ def _save(
 @contextmanager
 def outliers(module: nn.Module) -> Iterator[Any]:
     """While it is open the outliers of what each block's MLP answers and of what each block answers or, where a norm
-    follows the sum, of that sum are watched; -> a function that says them: `export.layers` measures more, at export."""
+    follows the sum, of that sum are watched; -> a function that says them. `export.outliers` measures more, at export."""
     norms: dict[str, list[Tensor]] = {}
     kurtoses: dict[str, list[Tensor]] = {}
 

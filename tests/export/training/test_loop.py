@@ -50,6 +50,8 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path):
     whole, halves = Line(), Line()
     train(whole, settings(tmp_path), tmp_path / "whole")
     train(halves, settings(tmp_path), tmp_path / "halves", until=20)
+    with (tmp_path / "halves" / LOG).open("a") as log:
+        log.write('{"step": 30, "sec')  # as it was killed
     again = Line()
     nn.init.zeros_(again.module[0].weight)  # what it starts from is no longer its own
     line = train(again, settings(tmp_path), tmp_path / "halves")
@@ -57,6 +59,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path):
         assert torch.equal(one, other)
     steps = [json.loads(row)["step"] for row in (tmp_path / "halves" / LOG).read_text().splitlines()]
     assert steps == [10, 20, 30]
+    assert train(Line(), settings(tmp_path), tmp_path / "halves") == line  # nothing is left to do
     assert line["step"] == 30
 
 
