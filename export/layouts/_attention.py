@@ -18,6 +18,7 @@ from torch import Tensor
 from export.layouts import Misfit, Rule
 
 _HEAD = re.compile(r"(.*\.attn\.gate\.)heads\.(\d+)\.(.*)")
+_BLOCK = re.compile(r"(.*\.)(\d+)\.attn\.(gate|qkv)\..*")
 
 
 def rules(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -35,6 +36,7 @@ def rules(theirs: str, ours: str) -> tuple[Rule, ...]:
 def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`Layout.finish`: tensors of single heads -> one of all. Raises `Misfit` naming those that do not go together,
     `KeyError` naming one that lacks."""
+    _everywhere(state)
     found, heads = {}, {}
     for name, tensor in state.items():
         if match := _HEAD.fullmatch(name):
@@ -47,18 +49,35 @@ def stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             gate, _, own = stem.partition(".gate.")
             raise KeyError(f"{gate}.gate.heads.{min(absent)}.{own}")
         name = stem.replace(".gate.out.", ".gate.")
-        if name in found:
-            raise Misfit("a gate is for each head or for all; {} is for all, and there are others", name)
         names, tensors = zip(*(parts[head] for head in range(len(parts))), strict=True)
+        if name in state:
+            raise Misfit("a gate is for each head or for all; {} is for all, and there are others", name)
+        if name in found:
+            raise Misfit("a head's gate is linear or an mlp; {} is of one, and there are others", names[0])
         if len({tensor.shape for tensor in tensors}) > 1:
             odd = next(i for i, tensor in enumerate(tensors) if tensor.shape != tensors[0].shape)
             raise Misfit("heads have gates of one shape; {} and {} differ", names[0], names[odd])
         whole = torch.stack(tensors)
         one_each = ".gate.hidden." not in name  # the last layer answers one number
-        if one_each and whole.shape[1] != 1:
+        if one_each and whole.shape[1:2] != (1,):
             raise Misfit("a head's gate answers one number; {} answers others", names[0])
         found[name] = whole[:, 0] if one_each else whole
     return found
+
+
+def _everywhere(state: Mapping[str, Tensor]) -> None:
+    """A tower whose gates were lost here and there is none that was trained so."""
+    towers: dict[str, dict[str, dict[str, str]]] = {}
+    for name in state:
+        if match := _BLOCK.fullmatch(name):
+            tower, block, what = match.groups()
+            towers.setdefault(tower, {}).setdefault(what, {}).setdefault(block, name)
+    for blocks in towers.values():
+        gated, every = blocks.get("gate", {}), blocks.get("qkv", {})
+        if gated and (bare := sorted(every.keys() - gated.keys(), key=int)):
+            raise Misfit(
+                f"every block has a gate or none has; there is {{}}, but none in block {bare[0]}", min(gated.values())
+            )
 
 
 def unstacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

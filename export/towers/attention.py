@@ -27,6 +27,7 @@ from models.errors import BadRequest, UnknownCheckpoint
 
 GateKind = Literal["none", "linear", "mlp", "all_heads", "per_head"]
 GATES: tuple[GateKind, ...] = ("none", "linear", "mlp", "all_heads", "per_head")
+KEYS = ("attn_softmax", "alpha", "max_seq_length", "attn_gate_scale", "fine_tuning", "attn_gate_init")  # of a config
 _CLIPPED = re.compile(r"clipped\(([^:()]+):([^:()]+)\)")
 
 
@@ -65,7 +66,7 @@ class Softmax:
             ) from None
 
     def __str__(self) -> str:
-        return f"clipped({self.gamma:g}:{self.zeta:g})" if self.clipped else "vanilla"
+        return f"clipped({_short(self.gamma)}:{_short(self.zeta)})" if self.clipped else "vanilla"
 
     def __call__(self, logits: Tensor) -> Tensor:
         chances = logits.softmax(dim=-1)
@@ -177,7 +178,7 @@ def kind(state: Mapping[str, Tensor], heads: int, width: int) -> GateKind:
         return "none"
     if "logits" in state:
         return "per_head"
-    if "hidden.weight" in state:
+    if {"hidden.weight", "hidden.bias"} & state.keys():
         return "mlp"
     return "all_heads" if state["weight"].shape[-1] == width and heads > 1 else "linear"
 
@@ -205,6 +206,11 @@ def new_gate(
         found["hidden.weight"] = torch.randn(heads, inner, each) * each**-0.5
         found["hidden.bias"] = torch.zeros(heads, inner)
     return found
+
+
+def _short(number: float) -> str:
+    """As short as it can be and be read as the same number."""
+    return short if float(short := f"{number:g}") == number else repr(number)
 
 
 def _fixed(values: Tensor) -> nn.Parameter:

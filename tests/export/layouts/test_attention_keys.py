@@ -66,6 +66,15 @@ ALPHA = "bert.encoder.layer.1.attention.self.alpha"
         ({f"{ALPHA}.1.weight": torch.zeros(1, 5)}, "heads have gates of one shape"),
         ({f"{ALPHA}.0.weight": torch.zeros(2, 16), f"{ALPHA}.1.weight": torch.zeros(2, 16)}, "answers one number"),
         ({f"{ALPHA}.weight": torch.zeros(2, 32)}, "a gate is for each head or for all"),
+        (
+            {f"{ALPHA}.{h}.2.{p}": torch.zeros(*s) for h in (0, 1) for p, s in (("weight", (1, 4)), ("bias", (1,)))},
+            f"linear or an mlp; {ALPHA}.0",
+        ),
+        ({f"{ALPHA}.{h}.bias": torch.zeros(()) for h in (0, 1)}, f"answers one number; {ALPHA}.0.bias"),
+        (
+            {f"{ALPHA}.{h}.{p}": None for h in (0, 1) for p in ("weight", "bias")},
+            "every block has a gate or none has; there is .*layer.0.attention.self.alpha.0.bias.*, but none in block 1",
+        ),
     ],
 )
 def test_gates_that_do_not_go_together_are_named(change: dict, named: str, directory):

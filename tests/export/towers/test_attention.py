@@ -53,6 +53,7 @@ def test_settings_are_read_as_the_papers_code_writes_them():
     assert Softmax.parse("clipped(-0.025:1)") == Softmax(-0.025, 1.0)
     assert Softmax.parse("clipped(-.005 : 1.005)") == Softmax(-0.005, 1.005)
     assert Softmax.parse(str(Softmax(-0.003, 1.003))) == Softmax(-0.003, 1.003)
+    assert Softmax.parse(str(Softmax.of_length(3.2, 384))) == Softmax(-3.2 / 384)  # more digits than are printed
     for wrong in ("", "clipped", "clipped(0.1:1)", "clipped(-0.1:0.9)", "clipped(-0.1)", "clipped(a:1)", "clip(0:1)"):
         with pytest.raises(BadRequest, match=r"expected vanilla, or clipped\(gamma:zeta\)"):
             Softmax.parse(wrong)
