@@ -35,6 +35,8 @@ def measure(runner: Runner, data: Path, limit: int | None) -> Mapping[str, float
     spec = graphs[role].preprocess
     assert isinstance(spec, TextPreprocess)
     tokenizer = Tokenizer.from_file(str(runner.bundle.directory / spec.tokenizer))
+    tokenizer.no_padding()  # whose tokens would be asked for
+    tokenizer.no_truncation()
     (output,) = graphs[role].outputs
     lost, asked = 0.0, 0
     for number, text in enumerate(tqdm(texts, desc=f"perplexity {runner.bundle.name}", unit="row", disable=None)):
