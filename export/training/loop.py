@@ -5,6 +5,7 @@ Source: Loshchilov and Hutter 2017 (arXiv 1711.05101).
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from export.checkpoints.weights import one_line
 from export.towers.transformer import Block
 from export.training.objectives import Task
-from export.training.settings import Training
+from export.training.settings import LOG, STATE, Training
 from models.errors import BadRequest, ExportError
-
-STATE, LOG, SETTINGS = "training.pt", "training.jsonl", "training.json"
 
 
 def train(task: Task, settings: Training, out: Path, *, until: int | None = None) -> dict[str, Any]:
@@ -59,11 +59,16 @@ def train(task: Task, settings: Training, out: Path, *, until: int | None = None
             with torch.inference_mode(), outliers(module) as seen:
                 measured = task.measure()
             module.train()
+            figures = {**measured, **seen()}
+            if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
+                raise ExportError(
+                    f"{odd[0]} is {figures[odd[0]]} at step {step + 1}; a smaller rate or a longer warmup may help"
+                )
             line = {
                 "step": step + 1,
                 "seconds": round(perf_counter() - start, 1),
                 "loss": round(float(loss.detach()), 4),
-                **{name: round(value, 4) for name, value in {**measured, **seen()}.items()},
+                **{name: round(value, 4) for name, value in figures.items()},
             }
             with (out / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -91,14 +96,19 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, settings: Train
     if not (out / STATE).is_file():
         (out / LOG).unlink(missing_ok=True)
         return 0, 0.0
-    found = torch.load(out / STATE, weights_only=True)
+    try:
+        found = torch.load(out / STATE, weights_only=True)
+        kept = [line for line in _lines(out) if line["step"] <= found["step"]]
+    except Exception as error:  # whatever torch raises, or a log that is not ours
+        raise BadRequest(
+            f"{out / STATE} and {LOG} beside it cannot be gone on from ({one_line(error)}); delete them to begin anew"
+        ) from None
     if found["settings"] != settings.model_dump_json():
         raise BadRequest(
             f"{out / STATE} is of a training with other settings; go on with those, or choose another --out"
         )
     module.load_state_dict(found["module"])
     optimizer.load_state_dict(found["optimizer"])
-    kept = [line for line in _lines(out) if line["step"] <= found["step"]]
     (out / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
     return found["step"], found["seconds"]
 
@@ -120,7 +130,7 @@ def _save(
 @contextmanager
 def outliers(module: nn.Module) -> Iterator[Any]:
     """While it is open the outliers of what each block's MLP answers and of what each block answers or, where a norm
-    follows the sum, of that sum are watched; -> a function that says them. `export.outliers` measures more, at export."""
+    follows the sum, of that sum are watched; -> a function that says them. `export.outliers` measures more."""
     norms: dict[str, list[Tensor]] = {}
     kurtoses: dict[str, list[Tensor]] = {}
 

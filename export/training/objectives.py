@@ -22,6 +22,7 @@ from models.flow import Array
 from models.preprocess.text import TextPreparer
 
 _MEASURED = 8  # batches of what was held out
+_LARGEST = 700.0  # a float64 holds no e to much more
 Batch = tuple[Tensor, ...]
 
 
@@ -42,6 +43,11 @@ class _Rows:
         self.module, self.settings = module, settings
         kept = max(1, math.ceil(len(rows) * settings.held_out))
         self.rows, self.held_out = rows[:-kept], rows[-kept:]
+        if not len(self.rows):
+            raise BadRequest(
+                f"the texts fill {len(rows)} rows of {settings.length} tokens, which {settings.held_out:g} held out "
+                "leaves none of; give more, or a smaller length"
+            )
 
     def drawn(self, draw: np.random.Generator) -> Array:
         return self.rows[draw.integers(0, len(self.rows), self.settings.batch)]
@@ -51,7 +57,8 @@ class _Rows:
         size = self.settings.batch
         parts = [self.held_out[i * size : (i + 1) * size] for i in range(_MEASURED)]
         losses = [self.loss(self.asked(part, np.random.default_rng(i))) for i, part in enumerate(parts) if len(part)]
-        return {"perplexity": math.exp(float(torch.stack(losses).mean()))}
+        mean = float(torch.stack(losses).mean())
+        return {"perplexity": math.exp(mean) if mean < _LARGEST else math.inf}
 
 
 class MaskedWords(_Rows):
@@ -65,6 +72,8 @@ class MaskedWords(_Rows):
     def asked(self, rows: Array, draw: np.random.Generator, share: float = 0.15) -> Batch:
         """Measured is with BERT's own share, whatever is trained with."""
         ids, targets = masked(rows, draw, self.mask, self.words, self.spared, share)
+        if (targets == IGNORED).all():  # of few and short rows; the mean of nothing is no number
+            targets[0, 1] = rows[0, 1]
         return torch.from_numpy(ids), torch.from_numpy(targets)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -98,6 +107,8 @@ class Classes:
         (self.pixels, self.labels), self.held_out = (
             (found.pixels[part], found.labels[part]) for part in (order[:-kept], order[-kept:])
         )
+        if not len(self.labels):
+            raise BadRequest(f"{len(order)} pictures are too few to hold {kept} of them out; give more")
 
     def batch(self, draw: np.random.Generator) -> Batch:
         at = draw.integers(0, len(self.labels), self.settings.batch)

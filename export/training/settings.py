@@ -9,6 +9,7 @@ from export.towers.attention import GateKind, Softmax
 from models.bundle.manifest import FrozenModel
 from models.errors import BadRequest
 
+STATE, LOG = "training.pt", "training.jsonl"  # in a training's directory
 Objective = Literal["mlm", "clm", "classes", "contrastive"]
 DATA = {"mlm": ("text",), "clm": ("text",), "classes": ("pictures",), "contrastive": ("captions", "pictures")}
 

@@ -6,19 +6,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from export.checkpoints.files import require_package
+from export.layouts import LAYOUTS
 from export.nets import Net, Tower
 from export.recipe import recognise
 from export.towers.attention import AttentionSpec, Gate, Softmax, new_gate
 from export.towers.transformer import Attention
 from export.training import data
 from export.training.objectives import Captions, Classes, MaskedWords, NextToken, Pair, Task
-from export.training.settings import Training
+from export.training.settings import STATE, Training
 from models.bundle.manifest import ImagePreprocess, TextPreprocess
 from models.errors import BadRequest
 from models.preprocess.image import ImagePreparer
@@ -42,7 +44,9 @@ class Student:
 def student(settings: Training, out: Path) -> Student:
     """Raises `BadRequest`, `UnknownCheckpoint` for a checkpoint or data that do not fit the objective."""
     directory = settings.start or out / START
-    if settings.start is None and not (directory / "config.json").is_file():
+    if directory.resolve() == out.resolve():
+        raise BadRequest(f"{out} is the checkpoint that is to be gone on from; choose another --out")
+    if settings.start is None and not (out / STATE).is_file():  # else it is that of the state
         torch.manual_seed(settings.seed)
         new(settings, directory)
     kind, roles = _NETS[settings.objective]
@@ -57,6 +61,10 @@ def student(settings: Training, out: Path) -> Student:
     if absent := [role for role in roles if role not in net.towers]:
         raise BadRequest(
             f"{directory} has no {absent[0]}, which {settings.objective} trains; it has {', '.join(net.towers)}"
+        )
+    if settings.objective == "contrastive" and net.layout is not LAYOUTS.get("hf_clip"):
+        raise BadRequest(
+            f"{directory} is {net.source.notes or name}; contrastive trains the directory of a Hugging Face CLIP"
         )
     torch.manual_seed(settings.seed)
     towers = [net.towers[role] for role in roles]
@@ -73,6 +81,11 @@ def _attend(towers: Sequence[Tower], settings: Training) -> AttentionSpec:
     if not layers:
         raise BadRequest("the net has no attention of ours to be given a softmax or a gate")
     softmax, scale = Softmax.parse(settings.softmax), layers[0].gate_scale
+    own = ", ".join(sorted({str(layer.softmax) for layer in layers} - {str(softmax)}))
+    if own and settings.start is not None and "softmax" not in settings.model_fields_set:
+        raise BadRequest(
+            f"the checkpoint has the softmax {own}; ask for it by --softmax, or for the one that it is to become"
+        )
     fresh = settings.gate != "none" and all(layer.gate is None for layer in layers)
     if fresh and settings.start is not None:
         scale = 1 / settings.gate_start
@@ -131,7 +144,9 @@ def _contrastive(net: Net, towers: Sequence[Tower], settings: Training, director
         _given(settings.captions), _given(settings.pictures), ImagePreparer(image.preprocess)
     )
     spec = text.preprocess.model_copy(update={"truncate": True})
-    tokens = TextPreparer(spec, directory)
+    with TemporaryDirectory() as folder:  # the directory's own may be in other files
+        (Path(folder) / spec.tokenizer).write_bytes(net.files["tokenizer.json"])
+        tokens = TextPreparer(spec, Path(folder))
     return Captions(Pair(image.module, text.module, net.head.params["scale"]), pixels, captions, tokens, settings)
 
 
@@ -144,7 +159,10 @@ def _tokens(net: Net, tower: Tower, settings: Training) -> tuple[Tokenizer, int]
     assert isinstance(tower.preprocess, TextPreprocess)
     if settings.length > tower.preprocess.context:
         raise BadRequest(f"length is {settings.length}; the net reads at most {tower.preprocess.context} tokens")
-    return Tokenizer.from_str(net.files["tokenizer.json"].decode()), settings.length
+    made = Tokenizer.from_str(net.files["tokenizer.json"].decode())
+    made.no_padding()  # rows are full, and cut where they are
+    made.no_truncation()
+    return made, settings.length
 
 
 def _given(path: Path | None) -> Path:

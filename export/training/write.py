@@ -3,15 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from export import layouts
+from export.towers.attention import KEYS
 from export.training.objectives import Pair
-from export.training.start import Student
+from export.training.settings import LOG
+from export.training.start import START, Student
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of the checkpoint that it was, and their indexes
+# of the checkpoint that it was: what is written anew, the indexes of its weights, and what it left of its own training
+_ITS_OWN = ("config.json", "model.safetensors", "pytorch_model.bin", LOG)
 
 
 def write(made: Student, out: Path) -> None:
@@ -24,14 +28,24 @@ def write(made: Student, out: Path) -> None:
         state["logit_scale"] = made.task.module.logit_scale
     out.mkdir(parents=True, exist_ok=True)
     for file in made.directory.iterdir():
-        if file.is_file() and not file.name.startswith(_WEIGHTS) and file.suffix not in (".safetensors", ".bin", ".pt"):
+        if file.is_file() and not file.name.startswith(_ITS_OWN) and file.suffix not in (".safetensors", ".bin", ".pt"):
             shutil.copyfile(file, out / file.name)
-        elif file.is_dir() and (file / "config.json").is_file():
+        elif file.name != START and (file / "config.json").is_file():
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
     config = json.loads((made.directory / "config.json").read_text(encoding="utf-8"))
-    parts = [config[name] for name in ("text_config", "vision_config") if name in config] or [config]
-    for part in parts:
+    for part in _parts(config, many=len(made.net.towers) > 1):
+        for key in KEYS:
+            part.pop(key, None)
         part.update(made.attention.written())
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     tensors = layouts.written(made.net.layout, state)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")  # the last: all is there
+
+
+def _parts(config: dict[str, Any], many: bool) -> list[dict[str, Any]]:
+    """Where a config says what attention is: of a CLIP in each tower's part, though there be none yet."""
+    if not many:
+        return [config]
+    towers = ("text_config", "vision_config")
+    config.update({name: config.get(name) or {} for name in towers})
+    return [config[name] for name in towers]

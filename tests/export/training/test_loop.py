@@ -123,3 +123,20 @@ def test_outliers_are_the_papers():
     assert found["max_kurtosis"] == pytest.approx(max(peaks), rel=1e-6)
     assert found["avg_kurtosis"] == pytest.approx(np.mean(peaks), rel=1e-6)
     assert len(block._forward_hooks) == 0  # and none is left behind
+
+
+def test_a_figure_that_is_no_longer_a_number_stops_the_training(tmp_path):
+    task = Line()
+    task.measure = lambda: {"perplexity": float("inf")}
+    with pytest.raises(ExportError, match="perplexity is inf at step 10; a smaller rate"):
+        train(task, settings(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(("file", "holds"), [(STATE, b"PK"), (LOG, b"not ours\n"), (LOG, None)])
+def test_a_state_that_cannot_be_read_is_said(file, holds, tmp_path):
+    train(Line(), settings(tmp_path), tmp_path, until=20)
+    (tmp_path / file).unlink()
+    if holds is not None:
+        (tmp_path / file).write_bytes(holds)
+    with pytest.raises(BadRequest, match=r"cannot be gone on from .*; delete them to begin anew"):
+        train(Line(), settings(tmp_path), tmp_path)

@@ -8,8 +8,10 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer
 
 from export.nets import NETS
+from export.towers.transformer import Attention
 from export.training.loop import train
 from export.training.settings import training
 from export.training.start import student
@@ -149,3 +151,108 @@ def test_the_classes_must_be_those_of_the_net(data, tmp_path):
 def test_settings_that_do_not_fit_are_refused_by_name(more, said, data):
     with pytest.raises(BadRequest, match=said.replace("(", r"\(")):
         given("mlm", data, **more)
+
+
+def test_a_start_of_a_training_that_was_never_saved_is_made_anew(data, tmp_path):
+    student(given("mlm", data, width=8, seed=3), tmp_path)  # interrupted before its first line
+    trained("mlm", data, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == SIZE["width"]
+
+
+def test_a_training_goes_on_from_the_start_that_it_had(data, tmp_path):
+    trained("mlm", data, tmp_path)
+    before = (tmp_path / "start" / "model.safetensors").stat()
+    trained("mlm", data, tmp_path)
+    assert (tmp_path / "start" / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_what_a_checkpoint_left_of_its_own_training_is_no_part_of_the_next(data, tmp_path):
+    trained("mlm", data, tmp_path / "one")
+    trained("mlm", data, tmp_path / "two", start=tmp_path / "one", steps=3, every=3)
+    log = [json.loads(line) for line in (tmp_path / "two" / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [3]
+    assert not (tmp_path / "two" / "start").exists()
+
+
+def test_a_checkpoint_is_not_trained_into_its_own_directory(data, tmp_path):
+    checkpoint = tiny.hf_clip(tmp_path / "clip")
+    with pytest.raises(BadRequest, match="choose another --out"):
+        student(given("contrastive", data, start=checkpoint), tmp_path / "other" / ".." / "clip")
+
+
+def _said_before(checkpoint: Path, **keys) -> Path:
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "before", [{"attn_softmax": "clipped(-0.5:1)"}, {"alpha": 4, "max_seq_length": 8}], ids=["softmax", "alpha"]
+)
+@pytest.mark.parametrize("softmax", ["vanilla", "clipped(-0.01:1)"])
+def test_the_config_says_the_softmax_of_the_training_alone(before, softmax, data, tmp_path):
+    trained("mlm", data, tmp_path / "one")
+    checkpoint = _said_before(tmp_path / "one", **before)
+    made = trained("mlm", data, tmp_path / "two", start=checkpoint, softmax=softmax)
+    (layer, *_) = [one for one in NETS.get("bert").load(str(tmp_path / "two")).towers["mlm"].module.modules()
+                   if isinstance(one, Attention)]  # fmt: skip
+    assert str(layer.softmax) == str(made.attention.softmax) == softmax
+
+
+def test_the_softmax_of_a_checkpoint_is_not_dropped_unasked(data, tmp_path):
+    trained("mlm", data, tmp_path / "one", softmax="clipped(-0.01:1)")
+    with pytest.raises(BadRequest, match=r"has the softmax clipped\(-0.01:1\); ask for it by --softmax"):
+        student(given("mlm", data, start=tmp_path / "one"), tmp_path / "two")
+
+
+def test_contrastive_trains_what_can_be_written(data, tmp_path):
+    checkpoint = tiny.open_clip(tmp_path / "clip")
+    with pytest.raises(BadRequest, match="contrastive trains the directory of a Hugging Face CLIP"):
+        student(given("contrastive", data, start=checkpoint), tmp_path / "out")
+
+
+def test_the_config_of_a_clip_may_leave_its_towers_out(data, tmp_path):
+    made = student(given("contrastive", data, start=tiny.hf_clip(tmp_path / "clip"), gate="linear"), tmp_path / "out")
+    _said_before(tmp_path / "clip", text_config=None)
+    write(made, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["attn_gate_scale"] == 2.0
+
+
+def test_a_tokenizer_in_other_files_than_tokenizer_json_is_enough(data, tmp_path):
+    checkpoint = tiny.hf_clip(tmp_path / "clip")
+    told = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "vocab.json").write_text(json.dumps({**told["vocab"], "<|startoftext|>": 598, "<|endoftext|>": 599}))
+    (checkpoint / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in told["merges"]))
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+    student(given("contrastive", data, start=checkpoint), tmp_path / "out")
+
+
+def test_rows_are_full_though_the_tokenizer_cuts_and_pads(data, tmp_path):
+    trained("mlm", data, tmp_path / "one")
+    words = Tokenizer.from_file(str(tmp_path / "one" / "tokenizer.json"))
+    words.enable_padding(pad_id=0, length=40)
+    words.enable_truncation(3)
+    words.save(str(tmp_path / "one" / "tokenizer.json"))
+    made = student(given("mlm", data, start=tmp_path / "one"), tmp_path / "two")
+    assert not (made.task.rows == 0).any()
+    assert len(made.task.rows) + len(made.task.held_out) > 60  # 160 texts of 8 tokens, 14 a row
+
+
+@pytest.mark.parametrize(
+    ("objective", "count", "more", "said"),
+    [
+        ("mlm", 3, {}, "the texts fill 1 rows of 16 tokens, which 0.02 held out leaves none of"),
+        ("classes", 0, {"held_out": 0.99}, "12 pictures are too few to hold 12 of them out"),
+    ],
+)
+def test_what_is_held_out_leaves_something(objective, count, more, said, data, tmp_path):
+    (tmp_path / "few.txt").write_text("\n".join(SENTENCES[:count]))
+    more = {**more, "text": tmp_path / "few.txt"} if count else more
+    with pytest.raises(BadRequest, match=said):
+        student(given(objective, data, **more), tmp_path / "out")
+
+
+def test_something_is_asked_for_of_the_smallest_batch(data, tmp_path):
+    made = student(given("mlm", data, batch=1, masked=1e-9), tmp_path)
+    assert made.task.loss(made.task.batch(np.random.default_rng(0))).isfinite()
