@@ -87,8 +87,11 @@ def rows(texts: Sequence[str], tokenizer: Tokenizer, length: int, start: int, en
     border = start if end is None else end
     stream = np.concatenate(
         [
-            np.asarray([*one.ids, border], np.int64)
-            for one in tokenizer.encode_batch_fast([*texts], add_special_tokens=False)
+            np.empty(0, np.int64),
+            *(
+                np.asarray([*one.ids, border], np.int64)
+                for one in tokenizer.encode_batch_fast([*texts], add_special_tokens=False)
+            ),
         ]
     )
     inner = length - (1 if end is None else 2)

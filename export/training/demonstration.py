@@ -143,8 +143,14 @@ def dictionary(directory: Path) -> Iterator[str]:
 
 
 def _texts(directory: Path, text: Path | None) -> None:
-    """train.txt, tokenizer.json, calibration.txt of the trained rows, held/texts.txt of the others."""
+    """train.txt, tokenizer.json, calibration.txt of the trained rows, held/texts.txt of the others.
+
+    Raises `BadRequest` where ``text`` is too little, or not what the data that lie there were made of.
+    """
+    told, source = directory / "source.txt", str(text.resolve()) if text else PACKAGE
     if (directory / "held" / "texts.txt").is_file():
+        if told.is_file() and (made_of := told.read_text(encoding="utf-8")) != source:
+            raise BadRequest(f"{directory} holds data of {made_of}, not of {source}; choose another --out")
         return
     (directory / "held").mkdir(parents=True, exist_ok=True)
     entries = lines(text) if text else [*dictionary(directory)]
@@ -154,10 +160,14 @@ def _texts(directory: Path, text: Path | None) -> None:
     size = FAMILIES["bert"].training
     made = word_pieces(train, size["words"])
     made.save(str(directory / "tokenizer.json"))
+    told.write_text(source, encoding="utf-8")
     draw = np.random.default_rng(0)
     for file, of, count in (("calibration.txt", train, CALIBRATION), ("held/texts.txt", held, ROWS)):
         start, end = (made.token_to_id(name) for name in ("[CLS]", "[SEP]"))
-        found = rows(of, made, size["length"], start, end)
+        try:
+            found = rows(of, made, size["length"], start, end)
+        except BadRequest as error:
+            raise BadRequest(f"{text or PACKAGE} is too little to train on and hold 2 % out: {error}") from None
         found = found[draw.choice(len(found), min(count, len(found)), replace=False)]
         texts = [made.decode([int(one) for one in row[1:-1]], skip_special_tokens=False) for row in found]
         (directory / file).write_text("".join(f"{one}\n" for one in texts), encoding="utf-8")
@@ -168,13 +178,17 @@ def _digits(directory: Path, text: Path | None) -> None:
     if (directory / "held").is_dir():
         return
     found = require_package("sklearn.datasets", "the set of digits", "demonstration").load_digits()
+    fresh = directory.with_name(f"{directory.name}.new")  # renamed when all is there
+    for left in (fresh, directory):  # by whom was interrupted
+        shutil.rmtree(left, ignore_errors=True)
     order = np.random.default_rng(0).permutation(len(found.images))
     held = {*order[: len(order) // 5].tolist()}
     for number, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
-        folder = directory / ("held" if number in held else "train") / str(label)
+        folder = fresh / ("held" if number in held else "train") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray((image * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
         grey.convert("RGB").save(folder / f"{number:04}.png")
+    fresh.rename(directory)
 
 
 PREPARED: dict[str, Callable[[Path, Path | None], None]] = {"bert": _texts, "vit": _digits}

@@ -96,3 +96,36 @@ def test_the_whole_of_it_small(tmp_path, monkeypatch):
     assert 5 < results["bert-vanilla-0"]["float"] < 400
     again = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", say=said.append)
     assert again == made  # and nothing is trained anew
+
+
+@pytest.mark.parametrize("many", [1, 20])
+def test_a_text_that_is_too_little_is_named(many, tmp_path):
+    (tmp_path / "few.txt").write_text("one cat and two dogs and so on\n" * many)
+    with pytest.raises(BadRequest, match=r"few\.txt is too little to train on and hold 2 % out: the texts have"):
+        demonstration.PREPARED["bert"](tmp_path / "bert", tmp_path / "few.txt")
+
+
+def test_data_of_one_text_are_not_taken_for_those_of_another(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {n} {'cats ' * 60}\n" for n in range(200)))
+    demonstration.PREPARED["bert"](tmp_path / "bert", tmp_path / "one.txt")
+    demonstration.PREPARED["bert"](tmp_path / "bert", tmp_path / "one.txt")
+    with pytest.raises(BadRequest, match=r"data of .*one.txt, not of .*two.txt; choose another --out"):
+        demonstration.PREPARED["bert"](tmp_path / "bert", tmp_path / "two.txt")
+
+
+def test_digits_that_were_interrupted_are_made_anew(tmp_path, monkeypatch):
+    left = []
+
+    def interrupted(self, file):
+        left.append(file)
+        if len(left) == 40:
+            raise KeyboardInterrupt
+
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demonstration.PREPARED["vit"](tmp_path / "vit", None)
+    monkeypatch.setattr(Image.Image, "save", save)
+    demonstration.PREPARED["vit"](tmp_path / "vit", None)
+    assert len([*tmp_path.glob("vit/*/*/*.png")]) == 1797
