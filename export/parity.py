@@ -94,10 +94,19 @@ def torch_run(tower: Tower) -> Run:
     return run
 
 
-def onnx_run(model: onnx.ModelProto, *, threads: int = 0, library: Library | None = None) -> Run:
-    """A graph in memory, answering arrays by output name; our ops by their local functions, or by ``library``."""
-    session = light.Session(model, threads=threads, library=library)
+def onnx_run(
+    model: onnx.ModelProto, *, threads: int = 0, library: Library | None = None, apart: Sequence[str] = ()
+) -> Run:
+    """A graph in memory, answering arrays by output name; our ops by their local functions, or by ``library``.
+
+    ``apart``: tensors that are computed as they stand, whatever the runtime would fuse over them.
+    """
     names = [o.name for o in model.graph.output]
+    try:  # what a graph answers is not fused away
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in apart if name not in names)
+        session = light.Session(model, threads=threads, library=library)
+    finally:
+        del model.graph.output[len(names) :]
 
     def run(feeds: Arrays) -> dict[str, Array]:
         return dict(zip(names, session.run(names, dict(feeds)), strict=True))

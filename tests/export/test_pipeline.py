@@ -20,6 +20,7 @@ from models.commands import check_command
 from models.errors import BadRequest, BarMissed, BundleError, ExportError, ParityLost
 from models.runner import Runner, open_bundle
 from models.runtime.session import SessionOptions
+from tests import tiny
 
 FLOAT = {"image": {"name": "none"}, "text": {"name": "none"}}
 
@@ -171,6 +172,16 @@ def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path
     monkeypatch.setattr(softmax, "ours", partial(softmax.ours, zeta=1.1))
     with pytest.raises(ParityLost, match=r"image in float: standard ops against our functions: .*image_embeds"):
         build(recipe(net, quantize=FLOAT), tmp_path, net=net)
+
+
+def test_a_softmax_between_eight_bits_is_held_against_what_the_graph_says(tmp_path: Path):
+    """And not against the runtime's own in integers, which answers this net otherwise by a cosine of 0.9987."""
+    checkpoint = str(tiny.vit(tmp_path / "vit"))
+    net = NETS.get("vit").load(checkpoint)
+    (sealed,) = build(load_recipe(checkpoint, "vit", net, preset="paper"), tmp_path / "out", net=net)
+    report = json.loads((sealed.directory / "report.json").read_text())
+    told = report["rewrites"]["logits"]["int8"]["against_standard"]
+    assert min(side["logits"]["cosine_min"] for side in told.values()) > 0.9999
 
 
 def test_a_report_says_how_long_each_step_took_and_how_much_memory(tiny_bundles: Path):

@@ -112,6 +112,10 @@ def test_between_eight_bits_it_takes_the_place_of_the_runtimes_own_softmax_in_in
     feed = {"x": x, "s": np.array(0.03125, "f4"), "t": np.array(1 / 255, "f4"), "z": np.array(0, "u1")}
     for one in (None, library):
         assert np.array_equal(onnx_run(found.model, library=one)(feed)["y"][sure], np.rint(exact)[sure])
+    assert np.array_equal(
+        onnx_run(model, apart=["p"])(feed)["y"][sure], np.rint(exact)[sure]
+    )  # what it is held against
+    assert [value.name for value in model.graph.output] == ["y"]
 
 
 def test_a_softmax_whose_nan_is_looked_for_is_left_alone():
