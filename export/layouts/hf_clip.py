@@ -13,7 +13,7 @@ from torch import Tensor
 from export.checkpoints import Checkpoint
 from export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _attention, _hugging_face, _openai
 from export.towers import Style, count
-from export.towers.attention import AttentionSpec
+from export.towers.attention import KEYS, AttentionSpec
 from export.towers.image import VisionTransformer
 from export.towers.text import TextTransformer
 from models.bundle.manifest import TextPreprocess
@@ -80,6 +80,13 @@ def tower_config(
     if not isinstance(own, dict):
         raise UnknownCheckpoint(f"{checkpoint.directory / 'config.json'}: {name} is {own!r}; expected an object")
     found = {**usual, **own}
+    says = {key for key in KEYS if checkpoint.config.get(key) is not None} - {
+        "max_seq_length"
+    }  # which alone is no word
+    if stray := sorted(says - own.keys()):
+        raise UnknownCheckpoint(
+            f"{checkpoint.directory / 'config.json'} says {stray[0]}, but not in {name}; attention is each tower's own"
+        )
     if not isinstance(heads := found["num_attention_heads"], int) or heads < 1:
         raise UnknownCheckpoint(
             f"{checkpoint.directory / 'config.json'}: {name}.num_attention_heads is {heads!r}; expected a number"

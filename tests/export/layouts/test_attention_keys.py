@@ -1,5 +1,6 @@
 """The public names of gates, read and written: what `tests.quantizable` writes comes back bit by bit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from export.checkpoints import read
 from export.layouts import LAYOUTS, translate, written
-from export.nets import bert, opt, vit
+from export.nets import NETS, bert, opt, vit
 from models.errors import UnknownCheckpoint
-from tests import quantizable
+from tests import quantizable, tiny
 from tests.quantizable import GATES
 from tests.tiny import spread
 
@@ -83,3 +84,14 @@ def test_gates_that_do_not_go_together_are_named(change: dict, named: str, direc
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path / "model.safetensors")
     with pytest.raises(UnknownCheckpoint, match=named):
         translate(TABLES["bert"], read(path))
+
+
+def test_what_a_clip_says_of_attention_it_says_of_each_tower(tmp_path: Path):
+    """Above them it would be read by neither, and the softmax taken for the plain one."""
+    file = tiny.hf_clip(tmp_path) / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "attn_softmax": "clipped(-0.1:1)"}))
+    with pytest.raises(
+        UnknownCheckpoint, match=r"says attn_softmax, but not in vision_config; attention is each tower"
+    ):
+        NETS.get("clip").load(str(tmp_path))
