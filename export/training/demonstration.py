@@ -118,9 +118,12 @@ def demonstrate(recipe: str, out: Path, *, text: Path | None = None, jobs: int |
     return made
 
 
-def dictionary(directory: Path) -> Iterator[str]:
-    """The entries of GCIDE, white space joined. Raises `BadRequest` where the package is not to be had."""
-    place = Path("/") / DICTIONARY
+def dictionary(directory: Path, root: Path = Path("/")) -> Iterator[str]:
+    """The entries of GCIDE, white space joined; ``root``: where it may be installed.
+
+    Raises `BadRequest` where the package is not to be had.
+    """
+    place = root / DICTIONARY
     if not place.is_file():
         place = directory / DICTIONARY
     if not place.is_file():
