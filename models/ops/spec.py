@@ -15,6 +15,8 @@ VERSION = 1
 
 Method = Literal["hard", "linear", "gaussian"]
 METHODS: tuple[Method, ...] = ("hard", "linear", "gaussian")  # their places are the op's codes
+Activation = Literal["none", "relu", "gelu", "gelu_tanh", "quick_gelu"]
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu")  # their places are codes
 Attribute = int | float | str | tuple[int, ...] | tuple[float, ...]
 
 
@@ -31,7 +33,7 @@ class Op:
     attributes: dict[str, Attribute] = field(default_factory=dict)
 
 
-def _tensor(dtype: Literal["float32", "int64", "uint8"], *shape: int | str) -> Tensor:
+def _tensor(dtype: Literal["float32", "int64", "uint8", "int8"], *shape: int | str) -> Tensor:
     return Tensor(dtype=dtype, shape=shape)
 
 
@@ -110,4 +112,103 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
     attributes=IMAGE_TO_PIXELS.attributes | {"scale": 1.0, "zero_point": 0},
 )
 
-OPS: tuple[Op, ...] = (SOFTMAX, SOFT_NMS, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS)
+# Of the four below: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to even,
+# or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal. What is quantized
+# to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns. Attributes of a node are all
+# stated.
+
+# f((x - x_zero) w * x_scale * weight_scale + bias), quantized. The products are summed in int32, exactly; then float32:
+# sum * (x_scale * weight_scale) + bias, two roundings, and f. The rest is Jacob et al. 2017 (arXiv 1712.05877), 2.2.
+# K is at most 65536. `activation`: a place in ACTIVATIONS; gelu is x Phi(x), gelu_tanh its form with tanh (Hendrycks and
+# Gimpel 2016, arXiv 1606.08415), quick_gelu x sigmoid(1.702 x).
+QUANT_LINEAR = Op(
+    "QuantLinear",
+    inputs={
+        "x": _tensor("uint8", "...", "K"),
+        "x_scale": _tensor("float32"),
+        "x_zero": _tensor("uint8"),
+        "weight": _tensor("int8", "K", "N"),
+        "weight_scale": _tensor("float32", "N"),  # or one for all, of rank 0
+        "bias": _tensor("float32", "N"),
+        "y_scale": _tensor("float32", "..."),
+        "y_zero": _tensor("uint8", "..."),
+    },
+    outputs={"y": _tensor("uint8", "...", "N")},
+    attributes={"activation": 0},
+)
+
+# The same in float32, not quantized, and added to what went around it: f(...) + residual, one rounding more. A residual
+# of one number is added to all of them. An operator of its own, for an output's type follows from the inputs' types.
+QUANT_LINEAR_TO_FLOAT = Op(
+    "QuantLinearToFloat",
+    inputs={name: tensor for name, tensor in QUANT_LINEAR.inputs.items() if not name.startswith("y_")}
+    | {"residual": _tensor("float32", "...")},  # [..., N], or [1]
+    outputs={"y": _tensor("float32", "...", "N")},
+    attributes=QUANT_LINEAR.attributes,
+)
+
+# Attention in bytes: softmax(q k^T + mask) v for each of H heads, d numbers wide; the scale d^-1/2 lies in q_scale. q, k
+# and v may be one tensor: each is the W = H d columns of its input from `*_start` on. k and v have the zero point 128.
+# logits = (q - q_zero) k^T, exact in int32, * (q_scale * k_scale), + mask; p as SOFTMAX has it, gamma and zeta too,
+# quantized at 1/255 with the zero point 0; sum of p v, exact in int32, * (v_scale / 255); quantized. So a row of
+# probabilities is rounded: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
+# mask: float32, added; its last two dimensions are [T or 1, S or 1], those before them (there may be none) B or 1 and H
+# or 1. [1] holding 0 is no mask.
+QUANT_ATTENTION = Op(
+    "QuantAttention",
+    inputs={
+        "q": _tensor("uint8", "B", "T", "Q"),
+        "q_scale": _tensor("float32"),
+        "q_zero": _tensor("uint8"),
+        "k": _tensor("uint8", "B", "S", "K"),
+        "k_scale": _tensor("float32"),
+        "v": _tensor("uint8", "B", "S", "V"),
+        "v_scale": _tensor("float32"),
+        "mask": _tensor("float32", "..."),
+        "y_scale": _tensor("float32", "..."),
+        "y_zero": _tensor("uint8", "..."),
+    },
+    outputs={"y": _tensor("uint8", "B", "T", "W")},
+    attributes={"heads": 1, "width": 64, "q_start": 0, "k_start": 0, "v_start": 0, "gamma": 0.0, "zeta": 1.0},
+)
+
+# s = x + residual; LayerNormalization over the last axis, as ONNX has it, times weight, plus bias; quantized. A residual
+# of one number is added to all. `normed`, what was quantized, and `sum`, s, are answered where they are asked for.
+QUANT_LAYER_NORM = Op(
+    "QuantLayerNorm",
+    inputs={
+        "x": _tensor("float32", "...", "W"),
+        "residual": _tensor("float32", "..."),  # like x, or [1]
+        "weight": _tensor("float32", "W"),
+        "bias": _tensor("float32", "W"),
+        "y_scale": _tensor("float32", "..."),
+        "y_zero": _tensor("uint8", "..."),
+    },
+    outputs={
+        "y": _tensor("uint8", "...", "W"),
+        "normed": _tensor("float32", "...", "W"),
+        "sum": _tensor("float32", "...", "W"),
+    },
+    attributes={"epsilon": 1e-5},
+)
+
+# Pixels quantized and cut into patches, row by row, that do not overlap; a patch is channel by channel, row by row: what
+# a convolution's weight [N, C, h, w], flattened, is multiplied with. H and W are multiples of the patch's height and width.
+QUANT_PATCHES = Op(
+    "QuantPatches",
+    inputs={"x": _tensor("float32", "B", "C", "H", "W"), "y_scale": _tensor("float32"), "y_zero": _tensor("uint8")},
+    outputs={"y": _tensor("uint8", "B", "P", "K")},
+    attributes={"patch": (32, 32)},
+)
+
+OPS: tuple[Op, ...] = (
+    SOFTMAX,
+    SOFT_NMS,
+    IMAGE_TO_PIXELS,
+    IMAGE_TO_QUANTIZED_PIXELS,
+    QUANT_LINEAR,
+    QUANT_LINEAR_TO_FLOAT,
+    QUANT_ATTENTION,
+    QUANT_LAYER_NORM,
+    QUANT_PATCHES,
+)

@@ -13,6 +13,7 @@ bool has(const char* isa) {
   if (std::strcmp(isa, "avx512") == 0)
     return has("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(isa, "vnni") == 0) return has("avx512") && __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__)
   if (std::strcmp(isa, "neon") == 0) return true;  // part of the base architecture
 #endif
@@ -23,7 +24,9 @@ const calmclip_kernel* all(size_t* count) {
   static const calmclip_kernel list[] = {
 #define LINE(name, type, isa) {#name, #isa, reinterpret_cast<void (*)()>(&name##_##isa), has(#isa)},
 #define KERNEL(name, type) FOR_EACH_ISA(LINE, name, type)
+#define INT8_KERNEL(name, type) FOR_EACH_INT8_ISA(LINE, name, type)
 #include "list.inc"
+#undef INT8_KERNEL
 #undef KERNEL
 #undef LINE
   };
@@ -36,7 +39,9 @@ Kernels choose() {
 #define TAKE(name, type, isa) \
   if (has(#isa)) best.name = name##_##isa;
 #define KERNEL(name, type) FOR_EACH_ISA(TAKE, name, type)
+#define INT8_KERNEL(name, type) FOR_EACH_INT8_ISA(TAKE, name, type)
 #include "list.inc"
+#undef INT8_KERNEL
 #undef KERNEL
 #undef TAKE
   return best;

@@ -8,26 +8,34 @@
 #include "softmax_rows.h"
 
 // In rising order: the last one that a processor has is taken.
+// Products of bytes come in other sets: what AVX-512 adds to AVX2 there is VNNI, and NEON has no form of them yet.
 #if defined(__x86_64__)
 #define FOR_EACH_ISA(X, name, type) X(name, type, scalar) X(name, type, avx2) X(name, type, avx512)
+#define FOR_EACH_INT8_ISA(X, name, type) X(name, type, scalar) X(name, type, avx2) X(name, type, vnni)
 #elif defined(__aarch64__)
 #define FOR_EACH_ISA(X, name, type) X(name, type, scalar) X(name, type, neon)
+#define FOR_EACH_INT8_ISA(X, name, type) X(name, type, scalar)
 #else
 #define FOR_EACH_ISA(X, name, type) X(name, type, scalar)
+#define FOR_EACH_INT8_ISA(X, name, type) X(name, type, scalar)
 #endif
 
 namespace calmclip {
 
 #define DECLARE(name, type, isa) extern "C" type name##_##isa;
 #define KERNEL(name, type) FOR_EACH_ISA(DECLARE, name, type)
+#define INT8_KERNEL(name, type) FOR_EACH_INT8_ISA(DECLARE, name, type)
 #include "list.inc"
+#undef INT8_KERNEL
 #undef KERNEL
 #undef DECLARE
 
 // The fastest form of each kernel that this processor runs; asked once.
 struct Kernels {
 #define KERNEL(name, type) type* name;
+#define INT8_KERNEL KERNEL
 #include "list.inc"
+#undef INT8_KERNEL
 #undef KERNEL
 };
 const Kernels& kernels();
