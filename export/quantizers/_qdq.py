@@ -6,8 +6,8 @@ write uint8 too, which lets the runtime stay in integers from one to the next; m
 does everything between them. What else reads a matrix product's input (a residual branch) reads it in float.
 
 Products of two activations (attention) stay in float unless they are asked for: a few percent of the time, and the
-part that loses most. Where they are quantized, the first factor is uint8 and the second int8 around 0, and probabilities
-are quantized row by row (`relate`).
+part that loses most. Where they are quantized, the first factor is uint8 and the second int8 around 0, and
+probabilities are quantized row by row (`relate`).
 
 Source: Jacob et al. 2017 (arXiv 1712.05877), sections 2.1 and 2.4 (the bias is int32 at the product of both scales).
 """
@@ -327,11 +327,11 @@ def pack(draft: Draft) -> None:
 
 def relate(draft: Draft, attention: Collection[str]) -> dict[str, tuple[float, float]]:
     """Take the Softmax of attention apart, where nothing comes between it and the mixture that is quantized and between
-    that and its rows: softmax(x) v = e v / sum(e) with e = exp(x - the row's greatest). -> the range of each e, 0 to 1.
+    that and its rows: softmax(x) v = e v / sum(e) with e = exp(x - the row's greatest). -> each e's range, 0 to 1.
 
-    In 8 bits a row of many small probabilities is nothing in steps of 1/255, and so are all others of a tensor that holds
-    one close to 1. The greatest e of a row is 1, whatever else there is. The sum is of what was rounded, so that weights
-    still sum to 1. Not of a clipped softmax, whose probabilities are compared with 0 and 1.
+    In steps of 1/255 a row of many small probabilities is nothing, and other steps lose those close to 1. The greatest
+    e of a row is 1, whatever else there is. The sum is of what was rounded, so that weights still sum to 1. Not of a
+    clipped softmax, whose probabilities are compared with 0 and 1.
     """
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in draft.nodes:

@@ -5,8 +5,8 @@ Source: Jacob et al. 2017 (arXiv 1712.05877), section 2; one scale an output cha
 at one ``alpha`` for all, minima and maxima: a division column by column costs our operators nothing, for they take a
 scale for each column where they make 8 bits.
 
-`python -m tests.bench.quantizers` compares it with the others. It looks for nothing: what it loses, the report says, and
-`search` finds what loses less.
+`python -m tests.bench.quantizers` compares it with the others. It looks for nothing: what it loses, the report says,
+and `search` finds what loses less.
 """
 
 import onnx

@@ -235,5 +235,6 @@ REWRITES.register("quant_attention")(
         lambda params: BODIES[QUANT_ATTENTION.name](**QUANT_ATTENTION.attributes),
         rewrite,
         replaces=16,
+        holds=(SOFTMAX,),
     )
 )

@@ -158,7 +158,13 @@ def _whole(found: Product) -> bool:
         return False
     y = like(after.value)
     put(after.value, y)
-    insert(after.nodes[-1], QUANT_LINEAR.name, [*found.inputs(after.nodes[-1]), after.scale, after.zero], found.attributes, [y])
+    insert(
+        after.nodes[-1],
+        QUANT_LINEAR.name,
+        [*found.inputs(after.nodes[-1]), after.scale, after.zero],
+        found.attributes,
+        [y],
+    )
     sweep(found.last.graph, [after.nodes[-1]])  # type: ignore[arg-type]
     return True
 
