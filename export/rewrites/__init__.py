@@ -42,8 +42,8 @@ class Rewrite(Generic[P]):
     """``rewrite(model, params)`` changes ``model`` in place, wherever the rule fits; -> `Outcome`.
 
     ``op``: what it puts in; ``function(params)``: that op's body in standard ops. ``replaces``: how many nodes one op
-    takes the place of; of two rules that fit the same node the one that replaces more goes first. ``holds``: ops of ours
-    that are part of what it does.
+    takes the place of; of two rules that fit the same node the one that replaces more goes first. ``holds``: ops of
+    ours that are part of what it does.
     """
 
     op: Op
@@ -130,9 +130,8 @@ def require(applied: Applied, promises: Mapping[str, int], what: str) -> None:
     made = applied.ops()
     for op, promised in promises.items():
         rules = [name for name in REWRITES.names() if REWRITES.get(name).op.name == op]
-        held = {
-            REWRITES.get(name).op.name for name in REWRITES.names() if op in [o.name for o in REWRITES.get(name).holds]
-        }
+        every = [REWRITES.get(name) for name in REWRITES.names()]
+        held = {one.op.name for one in every if op in [inner.name for inner in one.holds]}
         found = sum(made.get(name, 0) for name in {op, *held})
         if not applied.counts.keys() >= {*rules} or found >= promised:
             continue

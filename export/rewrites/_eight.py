@@ -36,8 +36,7 @@ def read(real: ir.Value | None, dtype: ir.DataType, weight: bool = False) -> Eig
     node = maker(real, "DequantizeLinear")
     if node is None or real is None or len(node.inputs) != 3:
         return None
-    value, scale, zero = node.inputs
-    assert value is not None and scale is not None and zero is not None  # three were counted
+    value, scale, zero = whole(node.inputs)
     found = Eight(real, value, scale, zero, (node,))
     fits = weight or _along_the_last(node, value, scale)
     return found if (zero.dtype or value.dtype) == dtype and fits else None
@@ -65,8 +64,7 @@ def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
         nodes, reader = (reader,), only(reader.outputs[0])
     if reader is None or reader.op_type != "QuantizeLinear" or len(reader.inputs) != 3:
         return None
-    value, (_, scale, zero) = reader.outputs[0], reader.inputs
-    assert scale is not None and zero is not None  # three were counted
+    value, (_, scale, zero) = reader.outputs[0], whole(reader.inputs)
     if zero.dtype != ir.DataType.UINT8 or not _along_the_last(reader, reader.inputs[0], scale):
         return None
     if factor is not None:
@@ -96,6 +94,11 @@ def maker(value: ir.Value | None, *kinds: str, domain: str = "") -> ir.Node | No
     return node if node is not None and node.domain == domain and node.op_type in kinds else None
 
 
+def whole(values: Iterable[ir.Value | None]) -> list[ir.Value]:
+    """Those that are there."""
+    return [value for value in values if value is not None]
+
+
 def only(value: ir.Value) -> ir.Node | None:
     """Who reads ``value``, if it is read once and is no output."""
     uses = list(value.uses())
@@ -111,7 +114,7 @@ def shape(value: ir.Value | None) -> tuple[int | str, ...] | None:
 
 
 def constant(near: ir.Node, name: str, array: Array) -> ir.Value:
-    """A new initializer of the graph that ``near`` lies in; the same one where ``name`` is taken by the same numbers."""
+    """A new initializer of the graph that ``near`` lies in; where ``name`` is taken by the same numbers, that one."""
     graph = near.graph
     assert isinstance(graph, ir.Graph)
     free, number = name, 1

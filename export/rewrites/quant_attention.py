@@ -2,7 +2,7 @@
 
     q, k, v [B, T, W] -> Reshape, Transpose to heads -> QuantizeLinear -> DequantizeLinear
     q k^T [-> Add(mask)] -> Softmax, plain or ours -> QuantizeLinear at 1/255 -> DequantizeLinear
-    or exp(logits - their greatest) in place of its Softmax, and p v divided by the sum of what was rounded (`_qdq.relate`)
+    or exp(logits - their greatest) for Softmax, and p v divided by the sum of what was rounded (`_qdq.relate`)
     p v -> Transpose, Reshape to [B, T, W] [-> Mul by a positive number for each column] -> QuantizeLinear
 
 q in uint8, k and v in int8 around 0, which the op reads as uint8 around 128: the same numbers. q, k and v are then

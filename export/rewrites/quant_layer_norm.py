@@ -1,7 +1,7 @@
-"""LayerNormalization whose answer is read in 8 bits -> `ai.calmclip.QuantLayerNorm`, and the sum that it reads with it.
+"""LayerNormalization whose answer is read in 8 bits -> `ai.calmclip.QuantLayerNorm`, with the sum that it reads.
 
-    [Add of two values of one shape ->] LayerNormalization over the last axis [-> Mul by a positive number for each column]
-    -> QuantizeLinear
+    [Add of two values of one shape ->] LayerNormalization over the last axis
+    [-> Mul by a positive number for each column] -> QuantizeLinear
 
 Who reads the sum, or the norm in float, reads the op's other outputs. Sums that end a product of 8 bits are that
 product's (`quant_linear_to_float`), which goes first.
@@ -14,7 +14,7 @@ from onnxscript import ir
 
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
-from export.rewrites._eight import Eight, among, constant, insert, like, maker, put, shape, sweep
+from export.rewrites._eight import Eight, among, constant, insert, like, maker, put, shape, sweep, whole
 from models.ops.spec import QUANT_LAYER_NORM
 
 
@@ -49,10 +49,10 @@ def _unfit(node: ir.Node) -> str:
 
 
 def _put(node: ir.Node, after: Eight) -> None:
-    before, x, total = node, node.inputs[0], None
+    before, total, (x, weight, bias) = node, None, whole(node.inputs[:3])
     add = maker(x, "Add")
     if add is not None and None is not shape(add.inputs[0]) == shape(add.inputs[1]) == shape(x):
-        before, total, (x, residual) = add, x, add.inputs
+        before, total, (x, residual) = add, x, whole(add.inputs)
     else:
         residual = constant(node, "no_residual", np.zeros(1, np.float32))
     normed, y = node.outputs[0], like(after.value)
@@ -68,8 +68,7 @@ def _put(node: ir.Node, after: Eight) -> None:
         if new.name:
             put(value, new)
     given = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
-    inputs = [x, residual, *node.inputs[1:3], after.scale, after.zero]
-    insert(before, QUANT_LAYER_NORM.name, inputs, given, outputs)  # type: ignore[arg-type]
+    insert(before, QUANT_LAYER_NORM.name, [x, residual, weight, bias, after.scale, after.zero], given, outputs)
     sweep(before.graph, [before, node, after.nodes[-1]])  # type: ignore[arg-type]
 
 

@@ -3,9 +3,9 @@
     MatMul or Gemm of DequantizeLinear(x) and DequantizeLinear(w)  [-> Add(bias)] [-> activation] -> QuantizeLinear
     the same -> Split along the last axis -> QuantizeLinear of each part, in steps of its own
 
-x is uint8 in one scale, w int8 around 0 in one scale or one an output. A bias may come in several Adds. A Mul by positive
-numbers column by column before the QuantizeLinear (`quantizers.smooth`) goes into its scale: then an answer next to a
-tie may fall a step to the other side. What is split is split in 8 bits.
+x is uint8 in one scale, w int8 around 0 in one scale or one an output. A bias may come in several Adds. A Mul by
+positive numbers column by column before the QuantizeLinear (`quantizers.smooth`) goes into its scale: then an answer
+next to a tie may fall a step to the other side. What is split is split in 8 bits.
 
 The op is `models.ops.spec.QUANT_LINEAR`. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.4, fused layers.
 """
