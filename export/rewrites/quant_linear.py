@@ -76,7 +76,7 @@ def product(node: ir.Node) -> Product | str | None:
     outputs = int(sizes[0 if flipped else 1])
     end, bias = node.outputs[0], np.zeros(outputs, np.float32)
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        held = _bias(node.inputs[2])
+        held = bias_of(node.inputs[2])
         if held is None or held.size not in (1, outputs):
             return "its bias is no constant of a number for each output"
         bias = bias + held.reshape(-1)
@@ -95,8 +95,8 @@ def _unfit(gemm: ir.Node) -> str:
     return "its activation is transposed" if gemm.attributes.get_int("transA", 0) else ""
 
 
-def _bias(value: ir.Value) -> Array | None:
-    """Of a Gemm: float, or int32 in steps."""
+def bias_of(value: ir.Value) -> Array | None:
+    """Of a Gemm or a convolution: float, or int32 in steps; None where it is no constant."""
     node = maker(value, "DequantizeLinear")
     if node is None:
         return _patterns.array(value)
@@ -158,14 +158,9 @@ def _whole(found: Product) -> bool:
         return False
     y = like(after.value)
     put(after.value, y)
-    insert(
-        after.nodes[-1],
-        QUANT_LINEAR.name,
-        [*found.inputs(after.nodes[-1]), after.scale, after.zero],
-        found.attributes,
-        [y],
-    )
-    sweep(found.last.graph, [after.nodes[-1]])  # type: ignore[arg-type]
+    last = after.nodes[-1]
+    insert(last, QUANT_LINEAR.name, [*found.inputs(last), after.scale, after.zero], found.attributes, [y])
+    sweep(found.last.graph, [last])  # type: ignore[arg-type]
     return True
 
 

@@ -1,10 +1,10 @@
 """A convolution of 8 bits whose patches do not overlap -> `ai.calmclip.QuantPatches`, and a product of matrices.
 
-    QuantizeLinear(pixels) -> DequantizeLinear -> Conv, stride as large as its kernel -> QuantizeLinear -> DequantizeLinear
-    -> Reshape to [B, N, P] -> Transpose to [B, P, N]
+    QuantizeLinear(pixels) -> DequantizeLinear -> Conv, stride as large as its kernel
+    -> QuantizeLinear -> DequantizeLinear -> Reshape to [B, N, P] -> Transpose to [B, P, N]
 
-becomes patches, DequantizeLinear, MatMul, the bias, QuantizeLinear and DequantizeLinear, which `quant_linear` knows. The
-same numbers are added and rounded.
+becomes patches, DequantizeLinear, MatMul, the bias, QuantizeLinear and DequantizeLinear, which `quant_linear` knows.
+The same numbers are added and rounded.
 
 The op is `models.ops.spec.QUANT_PATCHES`. Source: Dosovitskiy et al. 2020 (arXiv 2010.11929), section 3.1: the patch
 embedding is a linear layer of flattened patches.
@@ -14,8 +14,9 @@ import numpy as np
 from onnxscript import ir
 
 from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
 from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep
+from export.rewrites.quant_linear import bias_of
 from models.ops.spec import QUANT_PATCHES
 
 
@@ -73,25 +74,17 @@ def _unfit(conv: ir.Node) -> str:
     if len(after[0].inputs[1].shape or ()):  # type: ignore[union-attr]
         return "what it answers has a scale for each column"
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    if bias is not None and _bias(bias) is None:
+    if bias is not None and bias_of(bias) is None:
         return "its bias is no constant"
     return ""
-
-
-def _bias(value: ir.Value) -> np.ndarray | None:  # type: ignore[type-arg]
-    node = maker(value, "DequantizeLinear")
-    held = [_patterns.array(one) for one in (node.inputs[:2] if node is not None else [value])]
-    if None in [type(one) if one is None else 0 for one in held]:
-        return None
-    return held[0] if len(held) == 1 else (held[0].astype(np.float64) * held[1]).astype(np.float32)  # type: ignore[union-attr]
 
 
 def _put(conv: ir.Node, size: tuple[int, int]) -> None:
     after = _after(conv)
     pixels, weight = read(conv.inputs[0], ir.DataType.UINT8), read(conv.inputs[1], ir.DataType.INT8, weight=True)
-    assert after is not None and pixels is not None and weight is not None  # `rewrite` saw them
-    source = maker(pixels.value, "QuantizeLinear")
-    assert source is not None
+    source = None if pixels is None else maker(pixels.value, "QuantizeLinear")
+    if after is None or pixels is None or weight is None or source is None:
+        raise AssertionError("`rewrite` saw them all")
     outputs, channels, height, width = (int(d) for d in shape(weight.value) or ())
     inner, stem = channels * height * width, conv.outputs[0].name
     end = after[3].outputs[0]
@@ -116,7 +109,7 @@ def _put(conv: ir.Node, size: tuple[int, int]) -> None:
     w = make("DequantizeLinear", [turned, weight.scale, weight.zero], back, axis=1)
     z = make("MatMul", [x, w], new("rows", ir.DataType.FLOAT, batch, places, outputs))
     if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-        bias = constant(conv, f"{stem}_bias_float", _bias(conv.inputs[2]))  # type: ignore[arg-type]
+        bias = constant(conv, f"{stem}_bias_float", bias_of(conv.inputs[2]))  # type: ignore[arg-type]
         z = make("Add", [z, bias], new("sums", ir.DataType.FLOAT, batch, places, outputs))
     how = [value for value in after[0].inputs[1:] if value is not None]
     eight = make("QuantizeLinear", [z, *how], new("rows_uint8", ir.DataType.UINT8, batch, places, outputs))
