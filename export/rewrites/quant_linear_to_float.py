@@ -38,9 +38,9 @@ def _put(found: Product) -> None:
             before, residual, end = add, other, add.outputs[0]
     if residual is None:
         residual = constant(before, "no_residual", np.zeros(1, np.float32))
-    y = like(end)
+    inputs, y = [*found.inputs(before), residual], like(end)
     put(end, y)
-    insert(before, QUANT_LINEAR_TO_FLOAT.name, [*found.inputs(before), residual], found.attributes, [y])
+    insert(before, QUANT_LINEAR_TO_FLOAT.name, inputs, found.attributes, [y])
     sweep(before.graph, [before])  # type: ignore[arg-type]
 
 
