@@ -79,7 +79,9 @@ def test_a_clipped_softmax_goes_in_whole(way):
         pytest.skip("no op library is built")
     before, done, feeds = case("vit", "fast", Softmax(-0.05, 1.05))
     assert done.ops()["QuantAttention"] == 2
-    (gamma,) = {a.f for n in done.model.graph.node if n.op_type == "QuantAttention" for a in n.attribute if a.name == "gamma"}
+    (gamma,) = {
+        a.f for n in done.model.graph.node if n.op_type == "QuantAttention" for a in n.attribute if a.name == "gamma"
+    }
     assert gamma == np.float32(-0.05)
     assert cosine(answers(before, feeds), answers(done.model, feeds, WAYS[way])) > 0.9999
 
