@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "quant_linear.h"
 #include "resize.h"
 #include "soft_nms.h"
 #include "softmax_rows.h"
