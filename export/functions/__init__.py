@@ -8,7 +8,10 @@ import onnx
 from onnx import helper
 
 from export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
+from export.functions.quant_attention import quant_attention
+from export.functions.quant_layer_norm import quant_layer_norm
 from export.functions.quant_linear import quant_linear, quant_linear_to_float
+from export.functions.quant_patches import quant_patches
 from export.functions.soft_nms import soft_nms
 from export.functions.softmax import softmax
 from models.bundle.manifest import Tensor
@@ -16,8 +19,11 @@ from models.ops.spec import (
     DOMAIN,
     IMAGE_TO_PIXELS,
     IMAGE_TO_QUANTIZED_PIXELS,
+    QUANT_ATTENTION,
+    QUANT_LAYER_NORM,
     QUANT_LINEAR,
     QUANT_LINEAR_TO_FLOAT,
+    QUANT_PATCHES,
     SOFT_NMS,
     SOFTMAX,
     VERSION,
@@ -32,6 +38,9 @@ BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
     IMAGE_TO_QUANTIZED_PIXELS.name: image_to_quantized_pixels,
     QUANT_LINEAR.name: lambda **_: quant_linear(),
     QUANT_LINEAR_TO_FLOAT.name: lambda **_: quant_linear_to_float(),
+    QUANT_ATTENTION.name: lambda **_: quant_attention(),
+    QUANT_LAYER_NORM.name: lambda **_: quant_layer_norm(),
+    QUANT_PATCHES.name: lambda **_: quant_patches(),
 }
 
 

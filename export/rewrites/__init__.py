@@ -42,7 +42,8 @@ class Rewrite(Generic[P]):
     """``rewrite(model, params)`` changes ``model`` in place, wherever the rule fits; -> `Outcome`.
 
     ``op``: what it puts in; ``function(params)``: that op's body in standard ops. ``replaces``: how many nodes one op
-    takes the place of; of two rules that fit the same node the one that replaces more goes first.
+    takes the place of; of two rules that fit the same node the one that replaces more goes first. ``holds``: ops of
+    ours that are part of what it does.
     """
 
     op: Op
@@ -50,6 +51,7 @@ class Rewrite(Generic[P]):
     rewrite: Callable[[ir.Model, P], Outcome]
     replaces: int
     attaches: bool = False
+    holds: tuple[Op, ...] = ()
     params: type[P] = NoParams  # type: ignore[assignment]
 
 
@@ -125,14 +127,17 @@ def require(applied: Applied, promises: Mapping[str, int], what: str) -> None:
 
     A promise counts where all rules that could keep it were applied.
     """
-    found = applied.ops()
+    made = applied.ops()
     for op, promised in promises.items():
         rules = [name for name in REWRITES.names() if REWRITES.get(name).op.name == op]
-        if not applied.counts.keys() >= {*rules} or found.get(op, 0) >= promised:
+        every = [REWRITES.get(name) for name in REWRITES.names()]
+        held = {one.op.name for one in every if op in [inner.name for inner in one.holds]}
+        found = sum(made.get(name, 0) for name in {op, *held})
+        if not applied.counts.keys() >= {*rules} or found >= promised:
             continue
         left = [f"{rule} at {where}: {why}" for rule in rules for where, why in applied.missed.get(rule, {}).items()]
         raise ExportError(
-            f"{what}: the net promises {promised} x {op}, the rewrites made {found.get(op, 0)}. "
+            f"{what}: the net promises {promised} x {op}, the rewrites made {found}. "
             + ("; ".join(left) or "Nothing else in the graph looks like it")
             + ". A rule in export/rewrites must learn the new form, or `rewrites` in the recipe leave it out."
         )
