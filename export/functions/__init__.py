@@ -8,10 +8,24 @@ import onnx
 from onnx import helper
 
 from export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
-from export.functions.soft_nms import OPSET, soft_nms
+from export.functions.quant_attention import quant_attention
+from export.functions.quant_layer_norm import quant_layer_norm
+from export.functions.quant_patches import quant_patches
+from export.functions.soft_nms import soft_nms
 from export.functions.softmax import softmax
 from models.bundle.manifest import Tensor
-from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, SOFT_NMS, SOFTMAX, VERSION, Op
+from models.ops.spec import (
+    DOMAIN,
+    IMAGE_TO_PIXELS,
+    IMAGE_TO_QUANTIZED_PIXELS,
+    QUANT_ATTENTION,
+    QUANT_LAYER_NORM,
+    QUANT_PATCHES,
+    SOFT_NMS,
+    SOFTMAX,
+    VERSION,
+    Op,
+)
 
 # op -> its body, for a node with these attributes; only of pictures does the text of the body hang on them
 BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
@@ -19,6 +33,9 @@ BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
     SOFT_NMS.name: lambda **_: soft_nms(),
     IMAGE_TO_PIXELS.name: image_to_pixels,
     IMAGE_TO_QUANTIZED_PIXELS.name: image_to_quantized_pixels,
+    QUANT_ATTENTION.name: lambda **_: quant_attention(),
+    QUANT_LAYER_NORM.name: lambda **_: quant_layer_norm(),
+    QUANT_PATCHES.name: lambda **_: quant_patches(),
 }
 
 
@@ -27,8 +44,8 @@ def alone(op: Op, inputs: dict[str, Tensor], outputs: dict[str, Tensor], attribu
     attributes = op.attributes | attributes
     node = helper.make_node(op.name, list(op.inputs), list(op.outputs), domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], "alone", _declare(inputs), _declare(outputs))
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     body = BODIES[op.name](**attributes)
+    opsets = [*body.opset_import, helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10, producer_name="calmclip")
     onnx.checker.check_model(model)
     return model

@@ -14,7 +14,18 @@ from models.bundle.manifest import Graph, Tensor
 from models.flow import Array, Arrays
 from models.ops import reference
 from models.ops.library import Mode, find, why_not
-from models.ops.spec import IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, METHODS, SOFT_NMS, SOFTMAX, Attribute, Op
+from models.ops.spec import (
+    IMAGE_TO_PIXELS,
+    IMAGE_TO_QUANTIZED_PIXELS,
+    METHODS,
+    QUANT_ATTENTION,
+    QUANT_LAYER_NORM,
+    QUANT_PATCHES,
+    SOFT_NMS,
+    SOFTMAX,
+    Attribute,
+    Op,
+)
 from models.runtime.session import Session, SessionOptions
 
 FOLDER = Path(__file__).with_name("probes")
@@ -85,10 +96,50 @@ def _picture(random: Random) -> dict[str, Array]:
     return {"image": random.integers(0, 256, (height, width, 3), np.uint8)}
 
 
+def _float(value: float) -> Array:
+    return np.array(value, np.float32)
+
+
+def _bytes(random: Random, *shape: int) -> Array:
+    return np.asarray(random.integers(0, 256, shape), np.uint8)
+
+
+def _attention(random: Random, step: float) -> dict[str, Array]:
+    """q, k and v are columns of one tensor, as a product of all three gives them; causal."""
+    batch, tokens = int(random.integers(1, 4)), int(random.integers(1, 90))
+    qkv = _bytes(random, batch, tokens, 3 * 96)
+    return {
+        "q": qkv, "q_scale": _float(0.002), "q_zero": _bytes(random), "k": qkv, "k_scale": _float(0.02),
+        "v": qkv, "v_scale": _float(0.02), "p_scale": _float(step),
+        "mask": np.triu(np.full((tokens, tokens), -np.inf, np.float32), 1),
+        "y_scale": random.uniform(0.012, 0.03, 96).astype(np.float32), "y_zero": _bytes(random, 96),
+    }  # fmt: skip
+
+
+def _stream(random: Random) -> dict[str, Array]:
+    rows, width = int(random.integers(1, 30)), int(random.integers(1, 300))
+    x, residual = random.normal(0, 1, (2, rows, width)).astype(np.float32)
+    weight, bias = random.normal(0, 1, (2, width)).astype(np.float32)
+    scale = {"y_scale": _float(0.03), "y_zero": _bytes(random)}
+    return {"x": x, "residual": residual, "weight": weight, "bias": bias} | scale
+
+
+def _pixels(random: Random) -> dict[str, Array]:
+    batch, down, across = (int(side) for side in random.integers(1, 5, 3))
+    x = random.normal(0, 1, (batch, 3, down * 14, across * 14)).astype(np.float32)
+    return {"x": x, "y_scale": _float(0.02), "y_zero": _bytes(random)}
+
+
 _CLIP: dict[str, Attribute] = {"gamma": -0.003, "zeta": 1.003}
 _ROWS = Tensor(dtype="float32", shape=("R", "C"))
 _PLACE: dict[str, Attribute] = {"size": (48, 40), "shortest": 56, "gain": (0.02, 0.01, 0.03), "bias": (-2.5, 0.4, 1.0)}
 _STEPS: dict[str, Attribute] = _PLACE | {"scale": 0.02, "zero_point": 120}
+_HEADS: dict[str, Attribute] = {"heads": 2, "width": 96, "q_start": 0, "k_start": 96, "v_start": 192}
+_COLUMNS = {"y_scale": Tensor(dtype="float32", shape=(96,)), "y_zero": Tensor(dtype="uint8", shape=(96,))}
+_MASKED = _COLUMNS | {"mask": Tensor(dtype="float32", shape=("T", "T"))}
+_SUMS = dict.fromkeys(("x", "residual", "normed", "sum"), Tensor(dtype="float32", shape=("R", "W")))
+_ONE = {"y_scale": Tensor(dtype="float32", shape=()), "y_zero": Tensor(dtype="uint8", shape=())}
+_PATCH: dict[str, Attribute] = {"patch": (14, 14)}
 
 PROBES = (
     Probe("softmax", SOFTMAX, _rows, _softmax(), 1e-6, {}, {"x": _ROWS}, {"y": _ROWS}),
@@ -99,6 +150,17 @@ PROBES = (
     Probe("image_to_quantized_pixels", IMAGE_TO_QUANTIZED_PIXELS, _picture,
           lambda f: (reference.image_to_quantized_pixels(f["image"], **_STEPS),),  # type: ignore[arg-type]
           0, _STEPS, outputs={"pixels": Tensor(dtype="uint8", shape=(1, 3, 48, 40))}),
+    # of bytes: a step next to a tie
+    Probe("quant_attention", QUANT_ATTENTION, lambda random: _attention(random, 0),
+          lambda f: (reference.quant_attention(**f, **_HEADS),), 1, _HEADS, _MASKED),  # type: ignore[arg-type]
+    Probe("clipped_quant_attention", QUANT_ATTENTION, lambda random: _attention(random, 1 / 255),
+          lambda f: (reference.quant_attention(**f, **_HEADS | _CLIP),),  # type: ignore[arg-type]
+          1, _HEADS | _CLIP, _MASKED),
+    Probe("quant_layer_norm", QUANT_LAYER_NORM, _stream, lambda f: reference.quant_layer_norm(**f),  # type: ignore[arg-type]
+          1, {}, {name: _SUMS[name] for name in ("x", "residual")} | _ONE,
+          {name: _SUMS[name] for name in ("normed", "sum")} | {"y": Tensor(dtype="uint8", shape=("R", "W"))}),
+    Probe("quant_patches", QUANT_PATCHES, _pixels,
+          lambda f: (reference.quant_patches(**f, patch=(14, 14)),), 1, _PATCH),  # type: ignore[arg-type]
 )  # fmt: skip
 
 

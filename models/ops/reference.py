@@ -182,6 +182,86 @@ def image_to_quantized_pixels(image: Array, *, scale: float = 1.0, zero_point: i
     return quantized
 
 
+def quantize(x: Array, scale: Array | float, zero: Array | int) -> Array:
+    """clip(rint(x / scale) + zero, 0, 255), half to even, in float64: [..., N] -> uint8 [..., N].
+
+    ``scale`` and ``zero``: one for all, or one for each of the N columns. NaN gives 0.
+    """
+    steps = np.rint(np.asarray(x, np.float64) / np.asarray(scale, np.float64)) + np.asarray(zero, np.float64)
+    quantized: Array = np.clip(np.where(np.isnan(steps), 0, steps), 0, 255).astype(np.uint8)
+    return quantized
+
+
+def quant_attention(
+    q: Array, q_scale: float, q_zero: int, k: Array, k_scale: float, v: Array, v_scale: float, p_scale: float,
+    mask: Array, y_scale: Array | float, y_zero: Array | int, *, heads: int, width: int,
+    q_start: int = 0, k_start: int = 0, v_start: int = 0, gamma: float = 0.0, zeta: float = 1.0,
+) -> Array:  # fmt: skip
+    """softmax(q k^T + mask) v of each head, in bytes.
+
+    q uint8 [B, T, Q], k uint8 [B, S, K], v uint8 [B, S, V], of which the ``width`` columns from ``*_start`` on; mask
+    float32, added to [B, heads, T, S] as numpy broadcasts -> uint8 [B, T, width]. Sums are int64, all else float64,
+    but for logits with their mask, which are as low as float32 goes at least: -inf counts as that.
+    p is quantized at ``p_scale``; where that is 0, exp(logit - the row's greatest) is, at 1/255, and rows are divided
+    by their sum afterwards. Raises `BadRequest` for a ``p_scale`` of 0 with gamma or zeta, ValueError for shapes that
+    do not fit.
+    Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
+    """
+
+    def heads_of(x: Array, start: int, zero: int) -> Array:
+        """int64 [B, heads, tokens, width / heads]"""
+        columns = x[..., start : start + width].astype(np.int64) - int(zero)
+        return columns.reshape(*x.shape[:2], heads, width // heads).swapaxes(1, 2)
+
+    queries, keys, values = heads_of(q, q_start, q_zero), heads_of(k, k_start, 128), heads_of(v, v_start, 128)
+    scale = float(np.float32(q_scale)) * float(np.float32(k_scale))
+    logits = (queries @ keys.swapaxes(2, 3)) * scale + np.asarray(mask, np.float64)
+    logits = np.maximum(logits, float(np.finfo(np.float32).min))
+    power = np.exp(logits - logits.max(-1, keepdims=True))
+    low, high, step = (float(np.float32(number)) for number in (gamma, zeta, p_scale))
+    if step == 0 and (low, high) != (0, 1):
+        raise BadRequest(
+            f"p_scale is 0, gamma {gamma} and zeta {zeta}; expected a p_scale over 0, or gamma 0 and zeta 1"
+        )
+    if step == 0:
+        p = np.rint(power * 255).astype(np.int64)
+        y = (p @ values) * (float(np.float32(v_scale)) / p.sum(-1, keepdims=True))
+    else:
+        wide = np.clip((high - low) * (power / power.sum(-1, keepdims=True)) + low, 0, 1)
+        p = np.minimum(np.rint(wide / step), 255).astype(np.int64)
+        y = (p @ values) * (float(np.float32(v_scale)) * step)
+    return quantize(y.swapaxes(1, 2).reshape(*q.shape[:2], width), y_scale, y_zero)
+
+
+def quant_layer_norm(
+    x: Array, residual: Array, weight: Array, bias: Array, y_scale: Array | float, y_zero: Array | int,
+    *, epsilon: float = 1e-5,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """x + residual, normalised along the last axis, times ``weight``, plus ``bias``: in bytes, and before.
+
+    x float32 [..., W], residual like x or [1], weight and bias float32 [W]
+    -> y uint8 [..., W], normed float32 [..., W], the sum float32 [..., W]. float64 inside, the sum rounded to float32.
+    Source: Ba et al. 2016 (arXiv 1607.06450); LayerNormalization of ONNX.
+    """
+    total = np.asarray(x, np.float32) + np.asarray(residual, np.float32)
+    wide = total.astype(np.float64)
+    apart = wide - wide.mean(-1, keepdims=True)
+    normed = apart / np.sqrt((apart**2).mean(-1, keepdims=True) + float(np.float32(epsilon)))
+    normed = normed * weight.astype(np.float64) + bias.astype(np.float64)
+    return quantize(normed, y_scale, y_zero), normed.astype(np.float32), total
+
+
+def quant_patches(x: Array, y_scale: float, y_zero: int, *, patch: tuple[int, int]) -> Array:
+    """float32 [B, C, H, W] quantized -> uint8 [B, P, C h w]: patches of h x w, row by row, each channel by channel.
+
+    Raises ValueError where H or W is no multiple of the patch's.
+    """
+    batch, channels, height, width = x.shape
+    cut = x.reshape(batch, channels, height // patch[0], patch[0], width // patch[1], patch[1])
+    rows = cut.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch[0] * patch[1])
+    return quantize(rows, float(np.float32(y_scale)), y_zero)
+
+
 def _area(boxes: Array) -> Array:
     """[N, 4] -> [N]; a box turned inside out has none, one with a side that float32 does not hold an infinite one."""
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)

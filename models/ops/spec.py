@@ -150,8 +150,10 @@ QUANT_LINEAR_TO_FLOAT = Op(
 # Attention in bytes: softmax(q k^T + mask) v for each of H heads, d numbers wide; the scale d^-1/2 lies in q_scale. q, k
 # and v may be one tensor: each is the W = H d columns of its input from `*_start` on. k and v have the zero point 128.
 # logits = (q - q_zero) k^T, exact in int32, * (q_scale * k_scale), + mask; p as SOFTMAX has it, gamma and zeta too,
-# quantized at 1/255 with the zero point 0; sum of p v, exact in int32, * (v_scale / 255); quantized. So a row of
-# probabilities is rounded: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
+# quantized at p_scale with the zero point 0 (1/255: Bondarenko et al. 2023, arXiv 2306.12929, section 5; what is over 255
+# is 255); sum of p v, exact in int32, * (v_scale * p_scale); quantized.
+# With p_scale = 0 it is e = exp(logit - the row's greatest) that is quantized, at 1/255, so no row loses its small
+# probabilities; sum of e v * v_scale / sum of e, both sums of what was rounded. gamma is 0 and zeta 1 then.
 # mask: float32, added; its last two dimensions are [T or 1, S or 1], those before them (there may be none) B or 1 and H
 # or 1. [1] holding 0 is no mask.
 QUANT_ATTENTION = Op(
@@ -164,6 +166,7 @@ QUANT_ATTENTION = Op(
         "k_scale": _tensor("float32"),
         "v": _tensor("uint8", "B", "S", "V"),
         "v_scale": _tensor("float32"),
+        "p_scale": _tensor("float32"),
         "mask": _tensor("float32", "..."),
         "y_scale": _tensor("float32", "..."),
         "y_zero": _tensor("uint8", "..."),

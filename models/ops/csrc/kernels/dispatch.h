@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "quant_attention.h"
+#include "quant_rows.h"
 #include "resize.h"
 #include "soft_nms.h"
 #include "softmax_rows.h"

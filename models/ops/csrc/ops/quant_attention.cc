@@ -1,0 +1,208 @@
+// Attention in bytes: softmax(q k^T + mask) v for each head. Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
+#include "../kernels/quant_attention.h"
+
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "../kernels/dispatch.h"
+#include "quantized.h"
+
+namespace calmclip {
+namespace {
+
+constexpr size_t kGrain = 1 << 20;  // products that are worth a thread: some 8 us
+constexpr size_t kUnits = 8;        // where there are fewer heads than that, their rows are shared out too,
+constexpr size_t kRows = 64;        // at least so many together, for each share lays out all of k and v
+
+enum Place { kQ, kQScale, kQZero, kK, kKScale, kV, kVScale, kPScale, kMask, kYScale, kYZero };
+
+const Named kOp("QuantAttention");
+
+// How the mask's numbers lie: for each axis the step to the next, 0 where one serves all.
+struct Mask {
+  const float* data = nullptr;
+  size_t batch = 0, head = 0, row = 0, key = 0;
+  std::vector<uint32_t> seen;  // attention_seen of each of its rows, in order; empty where there is no telling
+
+  const float* of(size_t b, size_t h) const { return data ? data + b * batch + h * head : nullptr; }
+  const uint32_t* seen_of(size_t b, size_t h) const {
+    return seen.empty() ? nullptr : seen.data() + (b * batch + h * head) / keys;
+  }
+  size_t keys = 1;
+};
+
+struct Sizes {
+  size_t batch, rows, keys;
+};
+
+class Attention {
+ public:
+  explicit Attention(Ort::ConstKernelInfo info)
+      : heads_(kOp.size(info, "heads", 1)),
+        width_(kOp.size(info, "width", 1)),
+        starts_{kOp.size(info, "q_start", 0), kOp.size(info, "k_start", 0), kOp.size(info, "v_start", 0)},
+        gamma_(kOp.attribute<float>(info, "gamma")),
+        zeta_(kOp.attribute<float>(info, "zeta")) {
+    if (width_ % heads_ || width_ / heads_ > kMostDims)
+      kOp.invalid("width is " + std::to_string(width_) + " and heads " + std::to_string(heads_) +
+                  "; expected a width that the heads share evenly, at most " + std::to_string(kMostDims) + " each");
+    if (!(gamma_ <= 0 && zeta_ >= 1 && gamma_ >= -1e30f && zeta_ <= 1e30f))
+      kOp.invalid("gamma is " + std::to_string(gamma_) + " and zeta " + std::to_string(zeta_) +
+                  "; expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30");
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
+    return guarded([&]() -> OrtStatusPtr {
+      Ort::KernelContext context(raw);
+      const Input<uint8_t> q(kOp, context, kQ, "q"), k(kOp, context, kK, "k"), v(kOp, context, kV, "v");
+      const Input<float> q_scale(kOp, context, kQScale, "q_scale"), k_scale(kOp, context, kKScale, "k_scale");
+      const Input<float> v_scale(kOp, context, kVScale, "v_scale"), y_scale(kOp, context, kYScale, "y_scale");
+      const Input<float> p_scale(kOp, context, kPScale, "p_scale");
+      const Input<uint8_t> q_zero(kOp, context, kQZero, "q_zero"), y_zero(kOp, context, kYZero, "y_zero");
+      const Input<float> mask_input(kOp, context, kMask, "mask");
+      const Sizes sizes = check(q, k, v);
+      const bool scales = y_scale.columns(width_), zeros = y_zero.columns(width_);
+      y_scale.check_scales();
+      const float scale = q_scale.scale() * k_scale.scale();
+      const Mask mask = mask_of(mask_input, sizes, scale);
+
+      const size_t dims = width_ / heads_;
+      AttentionHead head{};
+      head.q_step = q.side(2), head.k_step = k.side(2), head.v_step = v.side(2), head.y_step = width_;
+      head.keys = sizes.keys, head.dims = dims;
+      head.mask_row = mask.row, head.mask_key = mask.key, head.seen_step = mask.row != 0;
+      head.y_scale_step = scales, head.y_zero_step = zeros;
+      head.scale = scale, head.v_scale = v_scale.scale(), head.gamma = gamma_, head.zeta = zeta_;
+      head.q_zero = q_zero.one(), head.p_scale = step_of(p_scale);
+      auto output = context.GetOutput(0, {q.shape[0], q.shape[1], static_cast<int64_t>(width_)});
+      if (sizes.batch == 0 || sizes.rows == 0) return nullptr;
+      uint8_t* const y = output.GetTensorMutableData<uint8_t>();
+
+      const size_t all = sizes.batch * heads_;
+      const size_t shares = all >= kUnits ? 1 : std::clamp<size_t>(sizes.rows / kRows, 1, (kUnits + all - 1) / all);
+      const size_t products = 2 * (sizes.rows / shares + 16) * sizes.keys * dims;
+      std::atomic<bool> room = true;
+      spread(context, all * shares, kGrain / products, [&](size_t first, size_t last) {
+        const std::unique_ptr<uint8_t[]> memory(new (std::nothrow) uint8_t[attention_scratch(sizes.keys, dims) + 64]);
+        if (!memory) {
+          room = false;
+          return;
+        }
+        uint8_t* const scratch = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+        for (size_t unit = first; unit < last; ++unit) {
+          const size_t share = unit % shares, h = unit / shares % heads_, b = unit / shares / heads_;
+          // whole blocks of 16 rows, as kernels take them
+          const size_t blocks = (sizes.rows + 15) / 16;
+          const size_t start = blocks * share / shares * 16;
+          const size_t end = std::min(sizes.rows, blocks * (share + 1) / shares * 16);
+          AttentionHead mine = head;
+          const auto lies = [&](const Input<uint8_t>& x, size_t row, size_t column) {
+            return x.data + row * x.side(2) + column + h * dims;
+          };
+          mine.q = lies(q, b * sizes.rows + start, starts_[0]);
+          mine.k = lies(k, b * sizes.keys, starts_[1]);
+          mine.v = lies(v, b * sizes.keys, starts_[2]);
+          mine.y = y + (b * sizes.rows + start) * width_ + h * dims;
+          mine.rows = end - start;
+          if (mask.data) mine.mask = mask.of(b, h) + start * mask.row;
+          if (!mask.seen.empty()) mine.seen = mask.seen_of(b, h) + start * mine.seen_step;
+          mine.y_scale = y_scale.data + (scales ? h * dims : 0);
+          mine.y_zero = y_zero.data + (zeros ? h * dims : 0);
+          kernels().quant_attention(mine, scratch);
+        }
+      });
+      if (!room) return Ort::GetApi().CreateStatus(ORT_FAIL, "QuantAttention: out of memory");
+      return nullptr;
+    });
+  }
+
+ private:
+  Sizes check(const Input<uint8_t>& q, const Input<uint8_t>& k, const Input<uint8_t>& v) const {
+    const Input<uint8_t>* inputs[] = {&q, &k, &v};
+    for (size_t i = 0; i < 3; ++i) {
+      const Input<uint8_t>& x = *inputs[i];
+      if (x.shape.size() != 3) x.refuse("[batch, tokens, columns]");
+      if (x.side(2) < starts_[i] + width_)
+        x.refuse(std::to_string(width_) + " columns from " + std::to_string(starts_[i]) + " on");
+    }
+    if (k.shape[0] != q.shape[0]) k.refuse("the batch of q, " + std::to_string(q.shape[0]));
+    if (v.shape[0] != k.shape[0] || v.shape[1] != k.shape[1])
+      v.refuse("the batch and tokens of k, " + text({k.shape[0], k.shape[1]}));
+    if (k.side(1) < 1 || k.side(1) > kMostKeys) k.refuse("1 to " + std::to_string(kMostKeys) + " tokens");
+    return {q.side(0), q.side(1), k.side(1)};
+  }
+
+  // 0: the row's own step, which knows no clipping.
+  float step_of(const Input<float>& p_scale) const {
+    if (p_scale.one() != 0) return p_scale.scale();
+    if (gamma_ != 0 || zeta_ != 1)
+      kOp.invalid("p_scale is 0, gamma " + std::to_string(gamma_) + " and zeta " + std::to_string(zeta_) +
+                  "; expected a p_scale over 0, or gamma 0 and zeta 1");
+    return 0;
+  }
+
+  Mask mask_of(const Input<float>& mask, const Sizes& sizes, float scale) const {
+    if (mask.shape.size() == 1 && mask.count == 1) {
+      if (*mask.data != 0) kOp.invalid("mask is one number, " + std::to_string(*mask.data) + "; expected 0, which is none");
+      return {};
+    }
+    const size_t sides[] = {sizes.batch, heads_, sizes.rows, sizes.keys};
+    size_t steps[4] = {}, step = 1;
+    const size_t rank = mask.shape.size();
+    bool fits = rank >= 2 && rank <= 4;
+    for (size_t i = 0; fits && i < rank; ++i) {
+      const size_t axis = 3 - i, side = mask.side(rank - 1 - i);
+      fits = side == 1 || side == sides[axis];
+      if (side != 1) steps[axis] = step;
+      step *= side;
+    }
+    if (!fits)
+      mask.refuse("[1], or what can be broadcast to [" + std::to_string(sizes.batch) + ", " + std::to_string(heads_) +
+                  ", " + std::to_string(sizes.rows) + ", " + std::to_string(sizes.keys) + "]");
+    Mask found{mask.data, steps[0], steps[1], steps[2], steps[3], {}, sizes.keys};
+    // what brings every logit so far under every other that its exp is less than the smallest float
+    const double hides = -2 * attention_reach(width_ / heads_) * double{scale} - 104;
+    if (hides > -1e30 && steps[3] == 1) {
+      found.seen.resize(mask.count / sizes.keys);
+      for (size_t i = 0; i < found.seen.size(); ++i)
+        found.seen[i] = attention_seen(mask.data + i * sizes.keys, sizes.keys, static_cast<float>(hides));
+    }
+    return found;
+  }
+
+  size_t heads_, width_, starts_[3];
+  float gamma_, zeta_;
+};
+
+struct Schema : Op<Schema, Attention> {
+  Schema() {
+    // [B, T, W]
+    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&]() -> OrtStatusPtr {
+        Known q = Known::input(context, kQ);
+        const auto width = known_attribute<1>(context, "width", ORT_OP_ATTR_INT);
+        if (q.dims.size() != 3 || width.empty()) return nullptr;
+        q.set(2, width[0]);
+        return q.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+      });
+    };
+  }
+  const char* GetName() const { return "QuantAttention"; }
+  size_t GetInputTypeCount() const { return 11; }
+  ONNXTensorElementDataType GetInputType(size_t index) const {
+    const bool bytes = index == kQ || index == kK || index == kV || index == kQZero || index == kYZero;
+    return bytes ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; }
+};
+
+}  // namespace
+
+const OrtCustomOp* quant_attention_op() {
+  static const Schema op;
+  return &op;
+}
+
+}  // namespace calmclip

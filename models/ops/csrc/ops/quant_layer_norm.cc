@@ -1,0 +1,124 @@
+// A sum, its layer norm, and that in bytes, row by row.
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "../kernels/dispatch.h"
+#include "quantized.h"
+
+namespace calmclip {
+namespace {
+
+constexpr size_t kGrain = 32768;  // numbers that are worth a thread: some 6 us
+
+enum Place { kX, kResidual, kWeight, kBias, kYScale, kYZero };
+
+const Named kOp("QuantLayerNorm");
+
+class LayerNorm {
+ public:
+  explicit LayerNorm(Ort::ConstKernelInfo info) : epsilon_(kOp.attribute<float>(info, "epsilon")) {
+    if (!(epsilon_ >= 0) || !std::isfinite(epsilon_))
+      kOp.invalid("epsilon is " + std::to_string(epsilon_) + "; expected a number of at least 0");
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
+    return guarded([&]() -> OrtStatusPtr {
+      Ort::KernelContext context(raw);
+      const Input<float> x(kOp, context, kX, "x"), residual(kOp, context, kResidual, "residual");
+      const Input<float> weight(kOp, context, kWeight, "weight"), bias(kOp, context, kBias, "bias");
+      const Input<float> y_scale(kOp, context, kYScale, "y_scale");
+      const Input<uint8_t> y_zero(kOp, context, kYZero, "y_zero");
+      if (x.shape.empty() || x.shape.back() < 1) x.refuse("[..., columns], at least one");
+      const size_t width = x.side(x.shape.size() - 1);
+      const bool one_added = residual.shape != x.shape;
+      if (one_added && !(residual.shape.size() <= 1 && residual.count == 1))
+        residual.refuse("that of x, " + text(x.shape) + ", or [1]");
+      for (const auto* input : {&weight, &bias})
+        if (input->shape.size() != 1 || input->side(0) != width) input->refuse("[" + std::to_string(width) + "]");
+      const bool scales = y_scale.columns(width), zeros = y_zero.columns(width);
+      y_scale.check_scales();
+
+      NormRows rows{};
+      rows.width = width, rows.epsilon = epsilon_, rows.columns = scales || zeros;
+      rows.weight = weight.data, rows.bias = bias.data;
+      rows.added = one_added ? *residual.data : 0;
+      std::vector<float> inverse(rows.columns ? width : 1);
+      std::vector<int32_t> zero(inverse.size());
+      for (size_t i = 0; i < inverse.size(); ++i) {
+        inverse[i] = 1 / y_scale.data[scales ? i : 0];
+        zero[i] = y_zero.data[zeros ? i : 0];
+      }
+      rows.inverse = inverse.data(), rows.zero = zero.data();
+
+      auto output = context.GetOutput(0, x.shape);
+      uint8_t* const y = output.GetTensorMutableData<uint8_t>();
+      float *const normed = answer(context, 1, x.shape), *const sum = answer(context, 2, x.shape);
+      std::atomic<bool> room = true;
+      spread(context, x.count / width, kGrain / width, [&](size_t first, size_t last) {
+        const std::unique_ptr<float[]> row(new (std::nothrow) float[width]);
+        if (!row) {
+          room = false;
+          return;
+        }
+        const size_t at = first * width;
+        NormRows mine = rows;
+        mine.x = x.data + at;
+        mine.residual = one_added ? nullptr : residual.data + at;
+        mine.y = y + at;
+        mine.normed = normed ? normed + at : nullptr;
+        mine.sum = sum ? sum + at : nullptr;
+        mine.rows = last - first;
+        kernels().quant_layer_norm(mine, row.get());
+      });
+      if (!room) return Ort::GetApi().CreateStatus(ORT_FAIL, "QuantLayerNorm: out of memory");
+      return nullptr;
+    });
+  }
+
+ private:
+  // Null where nobody asks for it.
+  static float* answer(Ort::KernelContext& context, size_t index, const std::vector<int64_t>& shape) {
+    if (index >= context.GetOutputCount()) return nullptr;
+    auto output = context.GetOutput(index, shape);
+    return output ? output.GetTensorMutableData<float>() : nullptr;
+  }
+
+  float epsilon_;
+};
+
+struct Schema : Op<Schema, LayerNorm> {
+  Schema() {
+    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&]() -> OrtStatusPtr {
+        const Known x = Known::input(context, kX);
+        if (x.dims.empty()) return nullptr;
+        OrtStatusPtr status = x.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+        for (size_t i = 1; !status && i < 3; ++i)  // a node that has them not complains, which is no matter
+          went(x.output(context, i, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
+        return status;
+      });
+    };
+  }
+  const char* GetName() const { return "QuantLayerNorm"; }
+  size_t GetInputTypeCount() const { return 6; }
+  ONNXTensorElementDataType GetInputType(size_t index) const {
+    return index == kYZero ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  size_t GetOutputTypeCount() const { return 3; }
+  ONNXTensorElementDataType GetOutputType(size_t index) const {
+    return index == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
+    return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* quant_layer_norm_op() {
+  static const Schema op;
+  return &op;
+}
+
+}  // namespace calmclip

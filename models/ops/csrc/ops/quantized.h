@@ -1,0 +1,156 @@
+// What the doormen of operators on bytes share: inputs by name, scales and zero points checked, shapes inferred.
+#pragma once
+
+#include <cmath>
+
+#include "op.h"
+
+namespace calmclip {
+
+// An operator's name, for what it complains of.
+class Named {
+ public:
+  explicit Named(const char* op) : op_(op) {}
+
+  [[noreturn]] void invalid(const std::string& what) const {
+    throw Ort::Exception(op_ + (": " + what), ORT_INVALID_ARGUMENT);
+  }
+
+  template <class T>
+  T attribute(Ort::ConstKernelInfo info, const char* name) const {
+    try {
+      return info.GetAttribute<T>(name);
+    } catch (const Ort::Exception& error) {
+      invalid("the attribute " + std::string(name) + " cannot be read: " + error.what());
+    }
+  }
+
+  // At least `least`.
+  size_t size(Ort::ConstKernelInfo info, const char* name, int64_t least) const {
+    const auto value = attribute<int64_t>(info, name);
+    if (value < least || value > INT32_MAX)
+      invalid(std::string(name) + " is " + std::to_string(value) + "; expected " + std::to_string(least) + " to " +
+              std::to_string(INT32_MAX));
+    return static_cast<size_t>(value);
+  }
+
+ private:
+  const char* op_;
+};
+
+// An input: where its numbers lie, and its shape.
+template <class T>
+struct Input {
+  Input(const Named& op, Ort::KernelContext& context, size_t index, const char* input)
+      : op_(op), name(input), value_(context.GetInput(index)), shape(value_.GetTensorTypeAndShapeInfo().GetShape()) {
+    data = value_.GetTensorData<T>();
+    for (const int64_t side : shape) count *= static_cast<size_t>(side);
+  }
+
+  [[noreturn]] void refuse(const std::string& expected) const {
+    op_.invalid(std::string(name) + " has the shape " + text(shape) + "; expected " + expected);
+  }
+
+  size_t side(size_t axis) const { return static_cast<size_t>(shape[axis]); }
+
+  // Its only number.
+  T one() const {
+    if (count != 1) refuse("one number");
+    return *data;
+  }
+
+  // Whether it has a number for each of n columns; else it has one for all.
+  bool columns(size_t n) const {
+    if (shape.size() == 1 && side(0) == n) return true;
+    if (count != 1) refuse("one number, or [" + std::to_string(n) + "]");
+    return false;
+  }
+
+  // Scales are positive and normal.
+  void check_scales() const {
+    for (size_t i = 0; i < count; ++i)
+      if (!(data[i] > 0 && std::isnormal(data[i])))
+        op_.invalid(std::string(name) + (count > 1 ? "[" + std::to_string(i) + "]" : "") + " is " +
+                    std::to_string(data[i]) + "; expected a positive, normal number");
+  }
+
+  float scale() const {
+    const float value = one();
+    check_scales();
+    return value;
+  }
+
+ private:
+  const Named& op_;
+
+ public:
+  const char* name;
+
+ private:
+  Ort::ConstValue value_;
+
+ public:
+  std::vector<int64_t> shape;
+  const T* data;
+  size_t count = 1;
+};
+
+// Whether the API call went well; what it complained of is forgotten.
+inline bool went(OrtStatusPtr status) { return Ort::Status(status).IsOK(); }
+
+// A shape as far as it is known before a graph runs: -1, and a name or "", for what is not.
+struct Known {
+  std::vector<int64_t> dims;
+  std::vector<std::string> names;
+
+  // Of the input; without dims where its rank is not known.
+  static Known input(OrtShapeInferContext* context, size_t index) {
+    const OrtApi& api = Ort::GetApi();
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
+    size_t rank = 0;
+    if (!went(api.ShapeInferContext_GetInputTypeShape(context, index, &info)) || !info ||
+        !went(api.GetDimensionsCount(info, &rank)))
+      return {};
+    Known found{std::vector<int64_t>(rank), std::vector<std::string>(rank)};
+    std::vector<const char*> names(rank, "");
+    if (!went(api.GetDimensions(info, found.dims.data(), rank)) ||
+        !went(api.GetSymbolicDimensions(info, names.data(), rank)))
+      return {};
+    for (size_t i = 0; i < rank; ++i) found.names[i] = names[i] ? names[i] : "";
+    return found;
+  }
+
+  void set(size_t axis, int64_t side) {
+    dims[axis] = side;
+    names[axis].clear();
+  }
+
+  OrtStatusPtr output(OrtShapeInferContext* context, size_t index, ONNXTensorElementDataType type) const {
+    const OrtApi& api = Ort::GetApi();
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    Ort::ThrowOnError(api.CreateTensorTypeAndShapeInfo(&info));
+    std::vector<const char*> raw;
+    for (const auto& name : names) raw.push_back(name.c_str());
+    OrtStatusPtr status = api.SetTensorElementType(info, type);
+    if (!status) status = api.SetDimensions(info, dims.data(), dims.size());
+    if (!status) status = api.SetSymbolicDimensions(info, raw.data(), raw.size());
+    if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, index, info);
+    api.ReleaseTensorTypeAndShapeInfo(info);
+    return status;
+  }
+};
+
+// The attribute's integers; none where they cannot be read.
+template <size_t n>
+std::vector<int64_t> known_attribute(OrtShapeInferContext* context, const char* name, OrtOpAttrType type) {
+  const OrtApi& api = Ort::GetApi();
+  const OrtOpAttr* attribute = nullptr;
+  int64_t values[n];
+  size_t bytes = 0;
+  if (!went(api.ShapeInferContext_GetAttribute(context, name, &attribute)) || !attribute ||
+      !went(api.ReadOpAttr(attribute, type, values, sizeof values, &bytes)) || bytes != sizeof values)
+    return {};
+  return {values, values + n};
+}
+
+}  // namespace calmclip
