@@ -163,15 +163,16 @@ def _standard(thing: onnx.ModelProto | onnx.FunctionProto) -> int:
 
 
 def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
-    """Add ``functions``, each once, and what they import.
+    """Add ``functions``, each once where the graph has its op, and what they import.
 
     Their bodies are written for an older opset than graphs are traced to. The checker wants one for all, and later
     versions of what they use only add types.
     """
     imports = {opset.domain: opset.version for opset in model.opset_import}
     there = {(function.domain, function.name) for function in model.functions}
+    used = {(node.domain, node.op_type) for node in model.graph.node}
     for function in functions:
-        if (function.domain, function.name) in there:
+        if (function.domain, function.name) in there or (function.domain, function.name) not in used:
             continue
         there.add((function.domain, function.name))
         copy = model.functions.add()
