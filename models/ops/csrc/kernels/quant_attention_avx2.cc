@@ -77,14 +77,16 @@ struct V {
     return _mm256_add_epi8(x, set(four));
   }
 
-  static int32_t keep(const uint8_t* k, size_t n, K* out) {
-    int32_t sum = 0;
-    for (size_t i = 0; i < n; ++i) {
-      out[i] = static_cast<K>(k[i] - 128);
-      sum += out[i];
+  static void keep(const uint8_t* k, size_t step, size_t rows, size_t n, K* out, int32_t* sums, bool more) {
+    for (size_t s = 0; s < rows; ++s, k += step, out += 32) {
+      int32_t sum = more ? sums[s] : 0;
+      for (size_t i = 0; i < n; ++i) {
+        out[i] = static_cast<K>(k[i] - 128);
+        sum += out[i];
+      }
+      for (size_t i = n; i < 32; ++i) out[i] = 0;
+      sums[s] = sum;
     }
-    for (size_t i = n; i < 32; ++i) out[i] = 0;
-    return sum;
   }
 
   static void weave(const uint8_t* v, size_t step, size_t rows, size_t n, K* out) {
