@@ -206,6 +206,7 @@ class Bench:
     def session(self, model, *, library: bool = False) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3  # chains have constants they do without
         if library:
             options.register_custom_ops_library(self.library)
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

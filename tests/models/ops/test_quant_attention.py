@@ -272,9 +272,10 @@ def test_op_and_function_take_any_mask(library):
     rng = np.random.default_rng(6)
     for shape in ((), (1, 1), (13, 1), (1, 11), (13, 11), (3, 13, 11), (1, 3, 13, 1), (2, 1, 1, 11), (2, 3, 13, 11)):
         mask = rng.normal(0, 2, shape or 1).astype(np.float32) * (1 if shape else 0)
-        if len(shape) == 4:
-            mask[..., 6:] = -np.inf
+        if len(shape) > 2:
             mask[..., :6] = 0
+            mask[..., 6:] = -np.inf if len(shape) == 4 else -1.5  # nothing that hides
+            mask[1:, ..., 3:] = mask[0, ..., -1].min()  # pictures differ
         feeds = draw(7, 2, 13, 11, 3, 16, mask=mask)
         how = {"heads": 3, "width": 48}
         for given in (library, None):

@@ -53,20 +53,13 @@ struct V {
         : "m"(*reinterpret_cast<const Word*>(k)), "x"(x));
   }
 
-  // 2^f over [0, 1): minimax, relative error 4e-6. Far down the exponent's bits are 0, and so is the power.
-  static F exp2(F x) { return exp2(x, 1); }
-  static F exp2_255(F x) { return exp2(x, 255); }
-  static F exp2(F x, float times) {
-    x = max(x, set(-127.0f));
-    const F n = _mm256_floor_ps(x), f = sub(x, n);
-    F m = fma(set(kC4 * times), f, set(kC3 * times));
-    m = fma(m, f, set(kC2 * times));
-    m = fma(m, f, set(kC1 * times));
-    m = fma(m, f, set(kC0 * times));
-    return mul(m, floats(_mm256_slli_epi32(_mm256_cvttps_epi32(add(n, set(127.0f))), 23)));
+  // Far down the exponent's bits are 0, and so is the power.
+  static F bounded(F x) { return max(x, set(-127.0f)); }
+  static F fraction(F x) { return sub(bounded(x), _mm256_floor_ps(bounded(x))); }
+  static F raise(F m, F x) {
+    const I exponent = _mm256_cvttps_epi32(add(_mm256_floor_ps(bounded(x)), set(127.0f)));
+    return mul(m, floats(_mm256_slli_epi32(exponent, 23)));
   }
-
-  static I round(F x) { return bits(add(x, set(12582912.0f))); }
   static I count(I sum, I p) { return _mm256_add_epi32(sum, _mm256_madd_epi16(p, _mm256_set1_epi16(1))); }
   static I pack(const I (&p)[2]) { return _mm256_blend_epi16(p[0], _mm256_slli_epi32(p[1], 16), 0xaa); }
   static I bytes(const I (&p)[4]) {
@@ -121,10 +114,6 @@ struct V {
       for (; i < dims; ++i) y[r * step + i] = bytes[i / 4 * 4 * kWidth + r * 4 + i % 4];
     }
   }
-
- private:
-  static constexpr float kC0 = 0x1.00002cp+0f, kC1 = 0x1.62d166p-1f, kC2 = 0x1.ee798ap-3f, kC3 = 0x1.aa13f0p-5f,
-                         kC4 = 0x1.bb7cd4p-7f;
 };
 
 #include "quant_attention_body.inc"

@@ -51,19 +51,8 @@ struct V {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*reinterpret_cast<const Word*>(k)));
   }
 
-  // 2^f over [0, 1): minimax, relative error 4e-6. scalef takes the floor, and gives 0 far down.
-  static F exp2(F x) { return exp2(x, 1); }
-  static F exp2_255(F x) { return exp2(x, 255); }
-  static F exp2(F x, float times) {
-    const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    F m = fma(set(kC4 * times), f, set(kC3 * times));
-    m = fma(m, f, set(kC2 * times));
-    m = fma(m, f, set(kC1 * times));
-    m = fma(m, f, set(kC0 * times));
-    return _mm512_scalef_ps(m, x);
-  }
-
-  static I round(F x) { return bits(add(x, set(12582912.0f))); }
+  static F fraction(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static F raise(F m, F x) { return _mm512_scalef_ps(m, x); }
   static I count(I sum, I p) { return _mm512_dpbusd_epi32(sum, p, _mm512_set1_epi8(1)); }
   // The lowest bytes of four, the first lowest.
   static I pack(const I (&p)[4]) {
@@ -185,10 +174,6 @@ struct V {
       for (size_t row = 0; row < rows; ++row) write(y + row * step + i, r[row], dims - i);
     }
   }
-
- private:
-  static constexpr float kC0 = 0x1.00002cp+0f, kC1 = 0x1.62d166p-1f, kC2 = 0x1.ee798ap-3f, kC3 = 0x1.aa13f0p-5f,
-                         kC4 = 0x1.bb7cd4p-7f;
 };
 
 #include "quant_attention_body.inc"
