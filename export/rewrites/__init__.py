@@ -163,21 +163,35 @@ def _standard(thing: onnx.ModelProto | onnx.FunctionProto) -> int:
 
 
 def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
-    """Add ``functions``, each once, and what they import.
+    """Add ``functions``, each once where the graph has its op, and what they import.
 
     Their bodies are written for an older opset than graphs are traced to. The checker wants one for all, and later
     versions of what they use only add types.
     """
     imports = {opset.domain: opset.version for opset in model.opset_import}
     there = {(function.domain, function.name) for function in model.functions}
+    used = {(node.domain, node.op_type) for node in model.graph.node}
     for function in functions:
-        if (function.domain, function.name) in there:
+        if (function.domain, function.name) in there or (function.domain, function.name) not in used:
             continue
         there.add((function.domain, function.name))
         copy = model.functions.add()
         copy.CopyFrom(function)
+        _narrow(model, copy)
         for opset in copy.opset_import:
             opset.version = max(opset.version, imports.get(opset.domain, 0))
         if function.domain not in imports:
             imports[function.domain] = VERSION
             model.opset_import.append(onnx.helper.make_opsetid(function.domain, VERSION))
+
+
+def _narrow(model: onnx.ModelProto, function: onnx.FunctionProto) -> None:
+    """As many outputs as the widest node asks for, and all of them named in each: where a node has fewer than its
+    function, ONNX Runtime infers no types. What nobody reads costs the op's time; what is not there costs none."""
+    nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (function.domain, function.name)]
+    widest = max(place for node in nodes for place, name in enumerate(node.output, 1) if name)
+    del function.output[widest:]
+    for node in nodes:
+        asked = [*node.output, *[""] * widest][:widest]
+        names = zip(asked, function.output, strict=True)
+        node.output[:] = [name or f"{node.output[0]}_{own}" for name, own in names]

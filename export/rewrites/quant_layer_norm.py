@@ -57,12 +57,10 @@ def _put(node: ir.Node, after: Eight) -> None:
         residual = constant(node, "no_residual", np.zeros(1, np.float32))
     normed, y = node.outputs[0], like(after.value)
     floats = {normed: after.nodes[0]} | ({total: node} if total is not None else {})  # and who of its readers goes
-    outputs = [y]
-    for value, gone in floats.items():
-        read = value.is_graph_output() or any(use.node is not gone for use in value.uses())
-        outputs.append(like(value) if read else ir.Value(name=""))
-    while not outputs[-1].name:
-        outputs.pop()
+    outputs = [y, ir.Value(name=""), ir.Value(name="")]
+    for place, (value, gone) in enumerate(floats.items(), 1):
+        if value.is_graph_output() or any(use.node is not gone for use in value.uses()):
+            outputs[place] = like(value)
     put(after.value, y)
     for value, new in zip(floats, outputs[1:], strict=False):
         if new.name:
