@@ -15,7 +15,6 @@ not see who else is on the machine. Exit 1 when the stages of the median request
 
 import argparse
 import asyncio
-import http.client
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,20 +68,22 @@ def measure(server: "Server", bare: "Bare", given: argparse.Namespace) -> dict[s
     alone: list[float] = []
     parts: dict[str, list[tuple[float, float]]] = {}
     saturated: dict[str, list[tuple[float, float]]] = {}
-    for _ in range(20):
-        server.classify(picture)
+    request = posted(*loads["JPEG"])
+    with server.connected() as connection:
+        for _ in range(20):
+            server.timed(connection, request)
     for _ in range(given.rounds):
         for name, times in bare.turn(given.seconds).items():
             parts.setdefault(name, []).extend(times)
         end, busy = time.perf_counter() + given.seconds, server.busy()
         before = len(single)
-        server.connection.close()  # the service has closed it, where a turn of the others took longer than it waits
-        while time.perf_counter() < end:
-            single.append(server.classify(picture))
+        with server.connected() as connection:
+            while time.perf_counter() < end:
+                single.append(server.timed(connection, request))
         alone.append((server.busy() - busy) / (len(single) - before))
         for kind, load in loads.items():
             for connections in given.connections:
-                rate = asyncio.run(saturate(server, connections, given.seconds, *load))
+                rate = asyncio.run(saturate(server, connections, given.seconds, posted(*load)))
                 saturated.setdefault(f"{kind}, {connections} connections", []).append(rate)
     clock, processor = ({name: median(t[i] for t in times) for name, times in parts.items()} for i in (0, 1))
     stages = {name: median(t.get(name, 0.0) for _, t in single) for name in single[0][1]}
@@ -120,13 +122,21 @@ def _shares(name: str, parts: Mapping[str, float], took: float) -> dict[str, flo
     return {f"batch {batch}": (parts[f"graph, batch {batch}"] + more) / took for batch in BATCHES}
 
 
-async def saturate(
-    server: "Server", connections: int, seconds: float, path: str, body: bytes, headers: Mapping[str, str]
-) -> tuple[float, float]:
-    """-> requests a second, and seconds of the server's processor time for each; every connection asks on and on."""
+def posted(path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+    """The bytes of a request: clients of libraries take as long as the service for their part."""
     lines = {"Host": "127.0.0.1", "Content-Length": len(body), **headers}
     head = [f"POST {path} HTTP/1.1", *[f"{name}: {value}" for name, value in lines.items()], "", ""]
-    request = "\r\n".join(head).encode() + body
+    return "\r\n".join(head).encode() + body
+
+
+def header(head: bytes, name: bytes) -> str:
+    """The value of a header that an answer's ``head`` has to have."""
+    found = (line.partition(b":") for line in head.split(b"\r\n"))
+    return next(value.strip().decode() for key, _, value in found if key.lower() == name)
+
+
+async def saturate(server: "Server", connections: int, seconds: float, request: bytes) -> tuple[float, float]:
+    """-> requests a second, and seconds of the server's processor time for each; every connection asks on and on."""
     end = done = 0.0
 
     async def ask() -> None:
@@ -136,8 +146,7 @@ async def saturate(
             writer.write(request)
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200"), head
-            length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-            await reader.readexactly(int(length.split(b":")[1]))
+            await reader.readexactly(int(header(head, b"content-length")))
             done += 1
         writer.close()
 
@@ -170,18 +179,14 @@ class Server:
         environment = {**os.environ, "CALMCLIP_DATA_DIR": str(data)}
         with on(core):
             self.process = subprocess.Popen(command, env=environment, stderr=self.log)
-        self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
 
     def __enter__(self) -> "Server":
         for _ in range(600):
             try:
-                self.connection.request("GET", "/readyz")
-                answer = self.connection.getresponse()
-                answer.read()
-                if answer.status == 200:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=30):
                     return self
-            except OSError:
-                self.connection.close()
+            except OSError:  # not there yet, or 503
+                pass
             if self.process.poll() is not None:
                 break
             time.sleep(0.1)
@@ -192,15 +197,26 @@ class Server:
         self.process.wait(20)
         self.log.close()
 
-    def classify(self, picture: bytes) -> tuple[float, dict[str, float]]:
+    @contextmanager
+    def connected(self) -> Iterator[socket.socket]:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            yield connection
+
+    def timed(self, connection: socket.socket, request: bytes) -> tuple[float, dict[str, float]]:
         """Client's milliseconds, and the server's by stage."""
         start = time.perf_counter()
-        self.connection.request("POST", CLASSIFY, picture, {"Content-Type": "image/jpeg"})
-        answer = self.connection.getresponse()
-        body = answer.read()
+        connection.sendall(request)
+        answer = body = b""
+        length = 0
+        while not answer or len(body) < length:
+            answer += (more := connection.recv(1 << 16))
+            assert more, "the service closed the connection"
+            head, end, body = answer.partition(b"\r\n\r\n")
+            length = int(header(head, b"content-length")) if end else sys.maxsize
         seconds = time.perf_counter() - start
-        assert answer.status == 200, body
-        timing = (entry.split(";dur=") for entry in answer.headers["Server-Timing"].split(", "))
+        assert head.startswith(b"HTTP/1.1 200"), answer
+        timing = (entry.split(";dur=") for entry in header(head, b"server-timing").split(", "))
         return seconds * 1000, {name: float(ms) for name, ms in timing}
 
     def busy(self) -> float:
