@@ -49,7 +49,7 @@ def main() -> int:
     options.add_argument("--out", type=Path, help="where the bundle of ViT-B/32 is made, or lies since the last time")
     options.add_argument("--json", action="store_true")
     given = options.parse_args()
-    client, server = (cores := sorted(os.sched_getaffinity(0)))[0], cores[-1]
+    server, client = (cores := sorted(os.sched_getaffinity(0)))[0], cores[-1]
     with tempfile.TemporaryDirectory() as scratch:
         bundle = given.bundle or vit_b_32(given.out or Path(scratch))
         os.sched_setaffinity(0, {client})
@@ -65,7 +65,7 @@ def measure(server: "Server", bare: "Bare", given: argparse.Namespace) -> dict[s
     picture = default_picture()
     loads = {"JPEG": (CLASSIFY, picture, {"Content-Type": "image/jpeg"}), "tensors": tensors(bare)}
     single: list[tuple[float, dict[str, float]]] = []
-    alone: list[float] = []
+    alone: list[tuple[float, float]] = []
     parts: dict[str, list[tuple[float, float]]] = {}
     saturated: dict[str, list[tuple[float, float]]] = {}
     request = posted(*loads["JPEG"])
@@ -75,12 +75,13 @@ def measure(server: "Server", bare: "Bare", given: argparse.Namespace) -> dict[s
     for _ in range(given.rounds):
         for name, times in bare.turn(given.seconds).items():
             parts.setdefault(name, []).extend(times)
-        end, busy = time.perf_counter() + given.seconds, server.busy()
+        end, busy = time.perf_counter() + given.seconds, (server.busy(), server.busy(loop=True))
         before = len(single)
         with server.connected() as connection:
             while time.perf_counter() < end:
                 single.append(server.timed(connection, request))
-        alone.append((server.busy() - busy) / (len(single) - before))
+        count = len(single) - before
+        alone.append(((server.busy() - busy[0]) / count, (server.busy(loop=True) - busy[1]) / count))
         for kind, load in loads.items():
             for connections in given.connections:
                 rate = asyncio.run(saturate(server, connections, given.seconds, posted(*load)))
@@ -102,7 +103,12 @@ def measure(server: "Server", bare: "Bare", given: argparse.Namespace) -> dict[s
             **{name: stages.get(name, 0.0) for name in WORK if name != "infer"},
             "infer beyond the bare graph": stages["infer"] - graph,
         },
-        "processor_overhead_ms": 1000 * median(alone) - processor["graph, batch 1"],
+        "processor_overhead_ms": {
+            "all": 1000 * median(whole for whole, _ in alone) - processor["graph, batch 1"],
+            "event loop": 1000 * median(loop for _, loop in alone),
+            "decode": processor["decode"],
+            "preprocess": processor["preprocess"],
+        },
         "accounted": median(sum(v for k, v in t.items() if k != "total") / t["total"] for _, t in single),
         "saturated": {
             name: {
@@ -219,9 +225,9 @@ class Server:
         timing = (entry.split(";dur=") for entry in header(head, b"server-timing").split(", "))
         return seconds * 1000, {name: float(ms) for name, ms in timing}
 
-    def busy(self) -> float:
-        """Seconds of processor time, of all its threads so far."""
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+    def busy(self, loop: bool = False) -> float:
+        """Seconds of processor time so far, of all its threads or of the event loop's alone, which does all of HTTP."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob(f"{self.process.pid if loop else '*'}/schedstat")
         return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
     def memory_mb(self) -> int | None:
@@ -305,7 +311,7 @@ def table(result: Mapping[str, Any]) -> str:
     def shares(values: Mapping[str, float]) -> str:
         return ", ".join(f"{share:.1%} of {name}" for name, share in values.items())
 
-    trip, overhead = result["round_trip_ms"], dict(result["overhead_ms"])
+    trip, overhead = result["round_trip_ms"], result["overhead_ms"]
     lines = [
         f"{result['bundle']}   POST /v1/classify, {result['requests']} requests one after another, milliseconds",
         f"server on core {result['cores']['server']} with one thread, client on core {result['cores']['client']}; "
@@ -314,8 +320,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"  by processor time  {row(result['bare_processor_ms'])}",
         f"round trip  p50 {trip['p50']:.2f}   p95 {trip['p95']:.2f}",
         f"server      {row(result['stages_ms'])}; stages are {result['accounted']:.1%} of the total (median)",
-        f"overhead    {overhead.pop('all'):.2f} (by processor time {result['processor_overhead_ms']:.2f}), of it   "
-        + row(overhead),
+        f"overhead    {row(overhead)}",
+        f"  by processor time  {row(result['processor_overhead_ms'])}",
     ]
     for name, one in result["saturated"].items():
         lines.append(
