@@ -36,9 +36,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ops models/bundles/mini-int8/bundle.json  ## figures of the built-in model on this machine
+bench: $(VENV)/.rivals ops models/bundles/mini-int8/bundle.json  ## towers beside other engines', and whole requests
 	$(BIN)/calmclip bench mini-int8 --against mini-float
-	$(BIN)/python tests/bench/bench_http.py models/bundles/mini-int8
+	$(BIN)/python -m tests.bench.http models/bundles/mini-int8
+	$(BIN)/python -m tests.bench.http --out build/http
+	$(BIN)/python -m tests.bench.rivals
 
 bench-ops: $(VENV)/.bench ops  ## our operators beside ONNX Runtime, torch, torchvision, Pillow and numpy
 	$(BIN)/python -m tests.bench.ops_softmax
@@ -74,6 +76,10 @@ $(VENV)/.ray: $(VENV)/.dev
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
+
+$(VENV)/.rivals: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[rivals]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve

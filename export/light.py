@@ -12,7 +12,7 @@ import onnxruntime as ort
 from models.flow import Array
 from models.ops.library import Library
 
-SMALL = 4096  # bytes; what is smaller may be a shape or a limit, and its value matters to who reads a graph
+SMALL = 1 << 18  # bytes; what is smaller may be a shape, a bias or a scale: who rewrites a graph reckons with it
 LARGE = 1 << 29  # bytes of weights; beyond, a session does not pack a second copy of them for speed's sake
 _ELSEWHERE = "elsewhere"
 

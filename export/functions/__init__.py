@@ -10,6 +10,7 @@ from onnx import helper
 from export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
 from export.functions.quant_attention import quant_attention
 from export.functions.quant_layer_norm import quant_layer_norm
+from export.functions.quant_linear import quant_linear, quant_linear_to_float
 from export.functions.quant_patches import quant_patches
 from export.functions.soft_nms import soft_nms
 from export.functions.softmax import softmax
@@ -20,6 +21,8 @@ from models.ops.spec import (
     IMAGE_TO_QUANTIZED_PIXELS,
     QUANT_ATTENTION,
     QUANT_LAYER_NORM,
+    QUANT_LINEAR,
+    QUANT_LINEAR_TO_FLOAT,
     QUANT_PATCHES,
     SOFT_NMS,
     SOFTMAX,
@@ -33,6 +36,8 @@ BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
     SOFT_NMS.name: lambda **_: soft_nms(),
     IMAGE_TO_PIXELS.name: image_to_pixels,
     IMAGE_TO_QUANTIZED_PIXELS.name: image_to_quantized_pixels,
+    QUANT_LINEAR.name: lambda **_: quant_linear(),
+    QUANT_LINEAR_TO_FLOAT.name: lambda **_: quant_linear_to_float(),
     QUANT_ATTENTION.name: lambda **_: quant_attention(),
     QUANT_LAYER_NORM.name: lambda **_: quant_layer_norm(),
     QUANT_PATCHES.name: lambda **_: quant_patches(),

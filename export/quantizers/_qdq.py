@@ -6,7 +6,8 @@ write uint8 too, which lets the runtime stay in integers from one to the next; m
 does everything between them. What else reads a matrix product's input (a residual branch) reads it in float.
 
 Products of two activations (attention) stay in float unless they are asked for: a few percent of the time, and the
-part that loses most. Where they are quantized, the first factor is uint8 and the second int8 around 0.
+part that loses most. Where they are quantized, the first factor is uint8 and the second int8 around 0, and
+probabilities are quantized row by row (`relate`).
 
 Source: Jacob et al. 2017 (arXiv 1712.05877), sections 2.1 and 2.4 (the bias is int32 at the product of both scales).
 """
@@ -324,6 +325,63 @@ def pack(draft: Draft) -> None:
     draft.nodes = nodes
 
 
+def relate(draft: Draft, attention: Collection[str]) -> dict[str, tuple[float, float]]:
+    """Take the Softmax of attention apart, where nothing comes between it and the mixture that is quantized and between
+    that and its rows: softmax(x) v = e v / sum(e) with e = exp(x - the row's greatest). -> each e's range, 0 to 1.
+
+    In steps of 1/255 a row of many small probabilities is nothing, and other steps lose those close to 1. The greatest
+    e of a row is 1, whatever else there is. The sum is of what was rounded, so that weights still sum to 1. Not of a
+    clipped softmax, whose probabilities are compared with 0 and 1.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in draft.nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def through(name: str, *kinds: str) -> bool:
+        for kind in kinds:
+            after = readers.get(name, [])
+            if [node.op_type for node in after] != [kind]:
+                return False
+            name = after[0].output[0]
+        return True
+
+    softmaxes = {node.output[0]: node for node in draft.nodes if node.op_type == "Softmax"}
+    mixers = {
+        node.input[0]: node
+        for node in draft.nodes
+        if node.name in attention
+        and node.input[0] in softmaxes
+        and attribute(softmaxes[node.input[0]], "axis", -1) == -1
+        and through(node.input[0], "MatMul")
+        and through(node.output[0], "Transpose", "Reshape")
+    }
+    found: dict[str, tuple[float, float]] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in draft.nodes:
+        if node.output[0] in mixers:
+            name, x = node.output[0], node.input[0]
+            last = draft.add("last_axis", np.array([-1]))
+            nodes += [
+                node_of("ReduceMax", [x, last], f"{name}_greatest"),
+                node_of("Sub", [x, f"{name}_greatest"], f"{name}_below"),
+                node_of("Exp", [f"{name}_below"], f"{name}_relative"),
+            ]
+            found[f"{name}_relative"] = (0.0, 1.0)
+        elif node.input and mixers.get(node.input[0]) is node:
+            mixing, name, out = draft.own(node), f"{node.input[0]}_relative", node.output[0]
+            mixing.input[0], mixing.output[0] = name, f"{out}_whole"
+            nodes += [
+                mixing,
+                node_of("ReduceSum", [f"{name}{BACK}", last], f"{name}_sum"),
+                node_of("Div", [f"{out}_whole", f"{name}_sum"], out),
+            ]
+        else:
+            nodes.append(node)
+    draft.nodes = nodes
+    return found
+
+
 def _large(tensor: TensorProto) -> bool:
     return tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and int(np.prod(tensor.dims)) >= _TABLE
 
@@ -343,8 +401,8 @@ def node_of(kind: str, inputs: Sequence[str], output: str, **attributes: int) ->
     return helper.make_node(kind, inputs, [output], f"{kind}.{output}", **attributes)
 
 
-def attribute(node: onnx.NodeProto, name: str) -> int:
-    return next((one.i for one in node.attribute if one.name == name), 0)
+def attribute(node: onnx.NodeProto, name: str, otherwise: int = 0) -> int:
+    return next((one.i for one in node.attribute if one.name == name), otherwise)
 
 
 def output_axis(node: onnx.NodeProto) -> int:

@@ -22,7 +22,8 @@ What is tried, each step on top of the best so far, and only until the goal is r
 Measured is the mean cosine of the graph's outputs, the least of them, on feeds held out: every fourth, where there are
 enough. At the end minima and maxima are taken over all feeds, unless ranges or biases were fitted to some. Where the
 constants alone are less than the share of INT8, the products of activations that lead to a Softmax are quantized too,
-and if need be those that read one. What is settled on is a `smooth` with params, so it can be recorded.
+and if need be those that read one. At the end all of them are, where the goal is reached with them too (``attention``:
+fits): it is what fused attention takes. What is settled on is a `smooth` with params, so it can be recorded.
 
 One pass over the feeds with every tensor of interest as an output; after that a candidate costs one graph, one session
 and the held-out feeds.
@@ -56,7 +57,7 @@ _ALONE = 24  # matrix products left in float one by one, the noisiest; convoluti
 class Params(FrozenModel):
     alphas: tuple[float | None, ...] = Field((0.75, 0.6, 0.85, 0.5, 0.95, None), min_length=1)
     aim: float | None = Field(0.99, description="mean cosine to look for where the bars ask for less")
-    attention: Literal["never", "needed", "scores", "all"] = "needed"
+    attention: Literal["never", "needed", "fits", "scores", "all"] = "fits"
     keep: tuple[str, ...] = ()  # names of nodes that stay in float whatever is found
     reduce_range: bool = False  # 7-bit weights; see `static`
 
@@ -84,14 +85,14 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
 def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> Settled:
     """-> the settings that reach ``goal``, or the best there are. Raises as `_qdq.watch`."""
-    attention = _attention(model, params, goal)
+    attention, every = _attention(model, params, goal), _attention(model, _all(params), goal)
     first = smooth.Params(
         alpha=params.alphas[0], keep=params.keep, attention=attention, reduce_range=params.reduce_range
     )
-    if not _qdq.watched(model, attention):
+    if not _qdq.watched(model, every):
         return Settled("smooth", first, {}, {"candidates": [], "reached": True, "cosine": 1.0})
     calibrating, held, apart = _split(feeds)
-    seen = _look(model, calibrating, attention)
+    seen = _look(model, calibrating, every)
     ranges = {name: (one.low.tolist(), one.high.tolist()) for name, one in seen.items()}
     trial = _Trial(model, ranges, held, goal, max(goal.cosine, params.aim or -1.0))
     for alpha in params.alphas:
@@ -112,6 +113,8 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
         trial.run(trial.best.model_copy(update={"keep": keep}), f"{len(spared)} depthwise convolutions in float")
     if not trial.reached:
         _give_up(trial, _tune(model, seen, params, trial.best), goal)
+    if trial.reached and every != attention:
+        trial.run(trial.best.model_copy(update={"attention": every}), "attention in INT8 too", enough=True)
     if apart and not (trial.best.clips or trial.best.shifts):
         more = smooth.observe(model, held, trial.best)
         wider = {name: _wider(limits, more[name]) for name, limits in ranges.items()}
@@ -358,6 +361,11 @@ def _without(params: smooth.Params, name: str) -> smooth.Params:
     return params.model_copy(update={"keep": (*params.keep, name)})
 
 
+def _all(params: Params) -> Params:
+    """What is tried in the end."""
+    return params.model_copy(update={"attention": "all"}) if params.attention == "fits" else params
+
+
 def _attention(model: onnx.ModelProto, params: Params, goal: Goal) -> tuple[str, ...]:
     """The products of activations to quantize: none, as long as the others are the share that is asked for."""
     followers: dict[str, list[onnx.NodeProto]] = {}
@@ -373,7 +381,7 @@ def _attention(model: onnx.ModelProto, params: Params, goal: Goal) -> tuple[str,
     twos = _qdq.pairs(model)
     first = tuple(node.name for node in twos if node.input[0] not in mixers and scores(node))
     both = tuple(node.name for node in twos if node.name in first or node.input[0] in mixers)
-    if params.attention != "needed":
+    if params.attention not in ("needed", "fits"):
         return {"never": (), "scores": first, "all": both}[params.attention]
     macs = {one.name: one.macs for one in count(model, goal.dims)}
     total = sum(macs.values())

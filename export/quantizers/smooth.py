@@ -57,9 +57,10 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.Mod
     alphas = {name: params.alphas.get(name, params.alpha) for name in ranges}
     limits = smooth(draft, ranges, alphas, params.keep)
     clipped = {evened(name) if evened(name) in limits else name: clip for name, clip in params.clips.items()}
+    related = _qdq.relate(draft, params.attention)
     _qdq.write(
         draft,
-        {**limits, **clipped},
+        {**limits, **clipped, **related},
         keep=params.keep,
         reduce_range=params.reduce_range,
         attention=params.attention,

@@ -42,7 +42,8 @@ class Rewrite(Generic[P]):
     """``rewrite(model, params)`` changes ``model`` in place, wherever the rule fits; -> `Outcome`.
 
     ``op``: what it puts in; ``function(params)``: that op's body in standard ops. ``replaces``: how many nodes one op
-    takes the place of; of two rules that fit the same node the one that replaces more goes first.
+    takes the place of; of two rules that fit the same node the one that replaces more goes first. ``holds``: ops of
+    ours that are part of what it does.
     """
 
     op: Op
@@ -50,6 +51,7 @@ class Rewrite(Generic[P]):
     rewrite: Callable[[ir.Model, P], Outcome]
     replaces: int
     attaches: bool = False
+    holds: tuple[Op, ...] = ()
     params: type[P] = NoParams  # type: ignore[assignment]
 
 
@@ -125,14 +127,17 @@ def require(applied: Applied, promises: Mapping[str, int], what: str) -> None:
 
     A promise counts where all rules that could keep it were applied.
     """
-    found = applied.ops()
+    made = applied.ops()
     for op, promised in promises.items():
         rules = [name for name in REWRITES.names() if REWRITES.get(name).op.name == op]
-        if not applied.counts.keys() >= {*rules} or found.get(op, 0) >= promised:
+        every = [REWRITES.get(name) for name in REWRITES.names()]
+        held = {one.op.name for one in every if op in [inner.name for inner in one.holds]}
+        found = sum(made.get(name, 0) for name in {op, *held})
+        if not applied.counts.keys() >= {*rules} or found >= promised:
             continue
         left = [f"{rule} at {where}: {why}" for rule in rules for where, why in applied.missed.get(rule, {}).items()]
         raise ExportError(
-            f"{what}: the net promises {promised} x {op}, the rewrites made {found.get(op, 0)}. "
+            f"{what}: the net promises {promised} x {op}, the rewrites made {found}. "
             + ("; ".join(left) or "Nothing else in the graph looks like it")
             + ". A rule in export/rewrites must learn the new form, or `rewrites` in the recipe leave it out."
         )
@@ -158,21 +163,35 @@ def _standard(thing: onnx.ModelProto | onnx.FunctionProto) -> int:
 
 
 def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
-    """Add ``functions``, each once, and what they import.
+    """Add ``functions``, each once where the graph has its op, and what they import.
 
     Their bodies are written for an older opset than graphs are traced to. The checker wants one for all, and later
     versions of what they use only add types.
     """
     imports = {opset.domain: opset.version for opset in model.opset_import}
     there = {(function.domain, function.name) for function in model.functions}
+    used = {(node.domain, node.op_type) for node in model.graph.node}
     for function in functions:
-        if (function.domain, function.name) in there:
+        if (function.domain, function.name) in there or (function.domain, function.name) not in used:
             continue
         there.add((function.domain, function.name))
         copy = model.functions.add()
         copy.CopyFrom(function)
+        _narrow(model, copy)
         for opset in copy.opset_import:
             opset.version = max(opset.version, imports.get(opset.domain, 0))
         if function.domain not in imports:
             imports[function.domain] = VERSION
             model.opset_import.append(onnx.helper.make_opsetid(function.domain, VERSION))
+
+
+def _narrow(model: onnx.ModelProto, function: onnx.FunctionProto) -> None:
+    """As many outputs as the widest node asks for, and all of them named in each: where a node has fewer than its
+    function, ONNX Runtime infers no types. What nobody reads costs the op's time; what is not there costs none."""
+    nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (function.domain, function.name)]
+    widest = max(place for node in nodes for place, name in enumerate(node.output, 1) if name)
+    del function.output[widest:]
+    for node in nodes:
+        asked = [*node.output, *[""] * widest][:widest]
+        names = zip(asked, function.output, strict=True)
+        node.output[:] = [name or f"{node.output[0]}_{own}" for name, own in names]

@@ -6,10 +6,12 @@ constants and renames what it likes; its matcher and its checks are what we want
 
 from collections.abc import Sequence
 
+import numpy as np
 from onnxscript import ir
 from onnxscript.rewriter import MatchingTracer, MatchStatus, RewriteRule, RewriteRuleClassBase
 
 from export.rewrites import Outcome
+from models.flow import Array
 
 
 def rewrite(model: ir.Model, *forms: type[RewriteRuleClassBase], replaces: int) -> Outcome:
@@ -50,3 +52,9 @@ def _fire(model: ir.Model, node: ir.Node, rules: Sequence[RewriteRule], tracer: 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """What an initializer or a Constant node holds; None for anything else, an input's default among it."""
     return None if value is None or value.is_graph_input() else ir.convenience.get_const_tensor(value)
+
+
+def array(value: ir.Value | None) -> Array | None:
+    """The numbers of a constant; None where there are none, or too many to have been brought (`export.light.SMALL`)."""
+    held = constant(value)
+    return None if held is None or isinstance(held, ir.ExternalTensor) else np.asarray(held.numpy())

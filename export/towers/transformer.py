@@ -193,10 +193,10 @@ class LastBlock(Block):
     def forward(self, x: Tensor, own, mask: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def, override]
         if not self.folded:
             return own(super().forward(x, mask))
-        normed = self.norm1(x)
-        k, v = self.kv(normed).chunk(2, dim=-1)
-        seen = own(normed)
-        x = own(x) + self.attn.mix(self.q(seen), k, v, mask, seen)
+        k, v = self.kv(self.norm1(x)).chunk(2, dim=-1)
+        x = own(x)
+        seen = self.norm1(x)
+        x = x + self.attn.mix(self.q(seen), k, v, mask, seen)
         return x + self.mlp(self.norm2(x))
 
 

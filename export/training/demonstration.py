@@ -52,8 +52,8 @@ class Family:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla": {},
-    # alpha is 1.9 at 64 tokens: at the paper's 3.2 most chances of an untrained net this narrow are clipped to 0, where no
-    # gradient passes, and it starts a thousand steps later
+    # alpha is 1.9 at 64 tokens: at the paper's 3.2 most chances of an untrained net this narrow are clipped to 0, where
+    # no gradient passes, and it starts a thousand steps later
     "clipped": {"softmax": "clipped(-0.03:1)"},
     "gated": {"gate": "linear"},
 }

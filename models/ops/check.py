@@ -15,11 +15,14 @@ from models.flow import Array, Arrays
 from models.ops import reference
 from models.ops.library import Mode, find, why_not
 from models.ops.spec import (
+    ACTIVATIONS,
     IMAGE_TO_PIXELS,
     IMAGE_TO_QUANTIZED_PIXELS,
     METHODS,
     QUANT_ATTENTION,
     QUANT_LAYER_NORM,
+    QUANT_LINEAR,
+    QUANT_LINEAR_TO_FLOAT,
     QUANT_PATCHES,
     SOFT_NMS,
     SOFTMAX,
@@ -96,6 +99,32 @@ def _picture(random: Random) -> dict[str, Array]:
     return {"image": random.integers(0, 256, (height, width, 3), np.uint8)}
 
 
+def _layer(random: Random) -> dict[str, Array]:
+    """A linear layer whose sides fill its panels and tiles, or not; its results are about 1."""
+    rows, k, n = (int(random.integers(1, most)) for most in (40, 200, 100))
+    return {
+        "x": random.integers(0, 256, (2, rows, k), np.uint8),
+        "x_scale": np.array(0.02, np.float32),
+        "x_zero": np.array(random.integers(0, 256), np.uint8),
+        "weight": random.integers(-128, 128, (k, n), np.int8),
+        "weight_scale": (random.uniform(0.5, 1, n) / (80 * np.sqrt(k))).astype(np.float32),
+        "bias": random.normal(0, 1, n).astype(np.float32),
+    }
+
+
+def _quantized_layer(random: Random) -> dict[str, Array]:
+    feeds = _layer(random)
+    n = len(feeds["bias"])
+    scale = random.uniform(0.01, 0.03, n).astype(np.float32)
+    return feeds | {"y_scale": scale, "y_zero": random.integers(0, 256, n, np.uint8)}
+
+
+def _added_layer(random: Random) -> dict[str, Array]:
+    feeds = _layer(random)
+    shape = (*feeds["x"].shape[:-1], len(feeds["bias"]))
+    return feeds | {"residual": random.normal(0, 1, shape).astype(np.float32)}
+
+
 def _float(value: float) -> Array:
     return np.array(value, np.float32)
 
@@ -134,6 +163,9 @@ _CLIP: dict[str, Attribute] = {"gamma": -0.003, "zeta": 1.003}
 _ROWS = Tensor(dtype="float32", shape=("R", "C"))
 _PLACE: dict[str, Attribute] = {"size": (48, 40), "shortest": 56, "gain": (0.02, 0.01, 0.03), "bias": (-2.5, 0.4, 1.0)}
 _STEPS: dict[str, Attribute] = _PLACE | {"scale": 0.02, "zero_point": 120}
+_BYTES = Tensor(dtype="uint8", shape=("B", "T", "K"))
+_ADDED = Tensor(dtype="float32", shape=("B", "T", "N"))
+_GELU: dict[str, Attribute] = {"activation": ACTIVATIONS.index("gelu")}
 _HEADS: dict[str, Attribute] = {"heads": 2, "width": 96, "q_start": 0, "k_start": 96, "v_start": 192}
 _COLUMNS = {"y_scale": Tensor(dtype="float32", shape=(96,)), "y_zero": Tensor(dtype="uint8", shape=(96,))}
 _MASKED = _COLUMNS | {"mask": Tensor(dtype="float32", shape=("T", "T"))}
@@ -150,6 +182,14 @@ PROBES = (
     Probe("image_to_quantized_pixels", IMAGE_TO_QUANTIZED_PIXELS, _picture,
           lambda f: (reference.image_to_quantized_pixels(f["image"], **_STEPS),),  # type: ignore[arg-type]
           0, _STEPS, outputs={"pixels": Tensor(dtype="uint8", shape=(1, 3, 48, 40))}),
+    Probe("quant_linear", QUANT_LINEAR, _quantized_layer,
+          lambda f: (reference.quant_linear(**f, **_GELU),), 1, _GELU,  # type: ignore[arg-type]
+          {"x": _BYTES, "y_scale": Tensor(dtype="float32", shape=("N",)),
+           "y_zero": Tensor(dtype="uint8", shape=("N",))},
+          {"y": Tensor(dtype="uint8", shape=("B", "T", "N"))}),
+    Probe("quant_linear_to_float", QUANT_LINEAR_TO_FLOAT, _added_layer,
+          lambda f: (reference.quant_linear_to_float(**f, **_GELU),), 1e-5, _GELU,  # type: ignore[arg-type]
+          {"x": _BYTES, "residual": _ADDED}, {"y": _ADDED}),
     # of bytes: a step next to a tie
     Probe("quant_attention", QUANT_ATTENTION, lambda random: _attention(random, 0),
           lambda f: (reference.quant_attention(**f, **_HEADS),), 1, _HEADS, _MASKED),  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """Each op in plain numpy, float64 inside: the oracle of its kernels and of its local function."""
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import numpy as np
@@ -8,7 +10,7 @@ from PIL import Image
 from models.bundle.manifest import ImagePreprocess
 from models.errors import BadRequest
 from models.flow import Array
-from models.ops.spec import IMAGE_TO_PIXELS, METHODS, Method
+from models.ops.spec import ACTIVATIONS, IMAGE_TO_PIXELS, METHODS, Activation, Method
 from models.preprocess.image import ImagePreparer
 
 
@@ -180,6 +182,64 @@ def image_to_quantized_pixels(image: Array, *, scale: float = 1.0, zero_point: i
     steps = np.rint(image_to_pixels(image, **attributes) / np.float32(scale)) + np.float32(zero_point)
     quantized: Array = np.clip(steps, 0, 255).astype(np.uint8)
     return quantized
+
+
+# Of x in float64, by their names in `ACTIVATIONS`.
+_ACTIVATE: dict[Activation, Callable[[Array], Array]] = {
+    "none": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * 0.5 * (1 + np.tanh(1.702 / 2 * x)),  # a sigmoid that cannot overflow
+}
+
+
+def quant_linear(
+    x: Array,
+    x_scale: Array,
+    x_zero: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array,
+    y_scale: Array,
+    y_zero: Array,
+    *,
+    activation: int = 0,
+) -> Array:
+    """A linear layer on bytes: f((x - x_zero) w * x_scale * weight_scale + bias), quantized.
+
+    x uint8 [..., K], weight int8 [K, N]; x_scale float32 and x_zero uint8, one number each; weight_scale float32 [N] or
+    one; bias float32 [N]; y_scale float32 and y_zero uint8, [N] or one each. -> uint8 [..., N].
+    Sums are whole numbers; the scaling is float32, two roundings; the activation, a place in `ACTIVATIONS`, is float64,
+    rounded. Quantized as QuantizeLinear does it: clip(rint(y / y_scale) + y_zero, 0, 255), half to even.
+    Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
+    """
+    y = _linear(x, x_scale, x_zero, weight, weight_scale, bias, activation)
+    quantized: Array = np.clip(np.rint(y / y_scale) + np.asarray(y_zero, np.float32), 0, 255).astype(np.uint8)
+    return quantized
+
+
+def quant_linear_to_float(
+    x: Array,
+    x_scale: Array,
+    x_zero: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array,
+    residual: Array,
+    *,
+    activation: int = 0,
+) -> Array:
+    """`quant_linear` before it is quantized, plus ``residual``, float32 [..., N] or one number. -> float32 [..., N]."""
+    return _linear(x, x_scale, x_zero, weight, weight_scale, bias, activation) + np.asarray(residual, np.float32)
+
+
+def _linear(
+    x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array, activation: int
+) -> Array:
+    sums = (x.astype(np.int64) - np.asarray(x_zero, np.int64)) @ weight.astype(np.int64)
+    y: Array = sums.astype(np.float32) * (np.asarray(x_scale, np.float32) * weight_scale) + bias
+    return _ACTIVATE[ACTIVATIONS[activation]](y.astype(np.float64)).astype(np.float32)
 
 
 def quantize(x: Array, scale: Array | float, zero: Array | int) -> Array:

@@ -1,7 +1,7 @@
 """More requests than the service can answer: what is answered, what is turned away, how soon, and what it costs.
 
     apt-get install hey
-    python tests/bench/bench_overload.py models/bundles/mini-int8 [--seconds 60] [--times 5] [--deadline-ms 1000]
+    python -m tests.bench.bench_overload models/bundles/mini-int8 [--seconds 60] [--times 5] [--deadline-ms 1000]
 
 The load is hey's. It measures the capacity first and last, with four requests at once for each core; between, requests
 come at ``times`` that rate, each with `X-Request-Deadline-Ms`. Client and server share the machine, and hey's part is
@@ -23,7 +23,7 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
-from bench_http import LABELS, Server, default_picture, percentile
+from tests.bench.http import CLASSIFY, Server, default_picture, percentile
 
 WORKERS = 250  # of hey, each with a connection of its own
 
@@ -50,8 +50,7 @@ def main() -> int:
 def measure(server: Server, given: argparse.Namespace, folder: Path) -> dict:
     picture = folder / "picture.jpg"
     picture.write_bytes(default_picture())
-    query = "&".join("labels=" + label.replace(" ", "+") for label in LABELS)
-    url = f"http://127.0.0.1:{server.port}/v1/classify?{query}"
+    url = f"http://127.0.0.1:{server.port}{CLASSIFY}"
 
     def load(seconds: float, workers: int, *more: str) -> list[tuple[str, float]]:
         """-> status and milliseconds of each request."""

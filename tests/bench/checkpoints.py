@@ -17,11 +17,17 @@ from tests.tiny_layouts import siglip, trunks
 
 def vit_b_32(directory: Path) -> None:
     """Hugging Face CLIP ViT-B/32: transformers' defaults."""
+    hugging_face_clip(directory)
+
+
+def hugging_face_clip(directory: Path, **vision: int) -> None:
+    """Hugging Face CLIP; ``vision``: where its image tower differs from transformers' defaults."""
     import transformers
 
     from export.layouts import _clip_bpe
 
-    transformers.CLIPModel(transformers.CLIPConfig()).save_pretrained(directory)
+    config = transformers.CLIPConfig(vision_config=vision)
+    transformers.CLIPModel(config).save_pretrained(directory)
     (directory / "tokenizer.json").write_bytes(_clip_bpe.tokenizer_json())
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end_of_text>", "pad_token": "<end_of_text>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(special))

@@ -4,7 +4,7 @@ Every fold trains a box head and the alignment heads anew without the fold's pho
 exports the bundle, and measures it, float and INT8, on the fold alone through `calmclip eval`'s own code. What is done
 lies in --work and is not done again.
 
-    python tests/bench/detection_cv.py --data coco128 --captions captions.jsonl --pictures images \\
+    python -m tests.bench.detection_cv --data coco128 --captions captions.jsonl --pictures images \\
         --names texts.json --name-views imagenet_sample_views.npz --work cv
 
 Prints a line a fold, then mean and deviation, and writes them to figures.json in --work.

@@ -22,8 +22,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bench_http import Server, default_picture
+from tests.bench.http import Server, default_picture
 
 BUNDLES = Path(__file__).parents[2] / "models" / "bundles"
 WORDS = ["cat", "dog", "beach", "mountain", "red car", "bicycle", "people", "kitchen", "snow", "bird"]

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,9 +92,11 @@ def test_a_bundle_and_a_working_directory_cannot_bring_one(
 def test_the_list_of_kernels_is_whole(library: Library):
     """Every line of list.inc once for each instruction set of this processor family, and scalar runs everywhere."""
     text = (build.SOURCES / "kernels" / "list.inc").read_text()
-    names = [line.removeprefix("KERNEL(").split(",")[0] for line in text.splitlines() if line.startswith("KERNEL(")]
-    isas = build.ISAS.get(platform.machine(), ("scalar",))
-    assert [(k.name, k.isa) for k in library.kernels] == [(name, isa) for name in names for isa in isas]
+    isas = {"": build.ISAS, "INT8_": build.INT8_ISAS}
+    lines = re.findall(r"^(INT8_|)KERNEL\((\w+),", text, re.MULTILINE)
+    assert [(k.name, k.isa) for k in library.kernels] == [
+        (name, isa) for kind, name in lines for isa in isas[kind].get(platform.machine(), ("scalar",))
+    ]
     assert all(k.runs for k in library.kernels if k.isa == "scalar")
     assert len({k.address for k in library.kernels}) == len(library.kernels)
 
@@ -106,6 +109,7 @@ def test_what_runs_is_what_the_kernel_says_the_processor_has(library: Library):
             flags = set(line.split(":")[1].split())
     needs = {"scalar": set(), "avx2": {"avx2", "fma"}}
     needs["avx512"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs["vnni"] = needs["avx512"] | {"avx512_vnni"}
     for kernel in library.kernels:
         if kernel.isa in needs:
             assert kernel.runs == (needs[kernel.isa] <= flags), kernel

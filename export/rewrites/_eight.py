@@ -1,0 +1,183 @@
+"""What the rules of a quantized graph share: what QuantizeLinear and DequantizeLinear say, and who reads a value.
+
+A quantized graph is one of standard ops, float between pairs of QuantizeLinear and DequantizeLinear; `_qdq` writes it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnxscript import ir
+
+from export.rewrites import _patterns
+from models.flow import Array
+from models.ops.spec import DOMAIN, VERSION
+
+
+@dataclass(frozen=True)
+class Eight:
+    """A tensor in 8 bits: ``value`` = (``real`` / ``scale``) + ``zero``. ``nodes``: those between ``real`` and it."""
+
+    real: ir.Value
+    value: ir.Value
+    scale: ir.Value
+    zero: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def dtype(self) -> ir.DataType | None:
+        return self.value.dtype or self.zero.dtype
+
+
+def read(real: ir.Value | None, dtype: ir.DataType, weight: bool = False) -> Eight | None:
+    """What ``real`` comes of, where that is 8 bits of ``dtype`` and one scale, or one for each column; of a ``weight``
+    along any axis."""
+    node = maker(real, "DequantizeLinear")
+    if node is None or real is None or len(node.inputs) != 3:
+        return None
+    value, scale, zero = whole(node.inputs)
+    found = Eight(real, value, scale, zero, (node,))
+    fits = weight or _along_the_last(node, value, scale)
+    return found if (zero.dtype or value.dtype) == dtype and fits else None
+
+
+def written(real: ir.Value) -> Eight | None:
+    """The 8 bits that are all anybody reads of ``real``; divided column by column before that or not."""
+    reader = only(real)
+    return None if reader is None else _written(real, reader)
+
+
+def among(real: ir.Value) -> list[Eight]:
+    """The same, of those of its readers that read it so."""
+    return [found for use in real.uses() if (found := _written(real, use.node)) is not None]
+
+
+def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
+    nodes: tuple[ir.Node, ...] = ()
+    factor: Array | None = None
+    if reader is not None and reader.op_type == "Mul":
+        other = next((value for value in reader.inputs if value is not real), None)
+        factor = _patterns.array(other)
+        if factor is None or factor.ndim > 1 or not (factor > 0).all():
+            return None
+        nodes, reader = (reader,), only(reader.outputs[0])
+    if reader is None or reader.op_type != "QuantizeLinear" or len(reader.inputs) != 3:
+        return None
+    value, (_, scale, zero) = reader.outputs[0], whole(reader.inputs)
+    if zero.dtype != ir.DataType.UINT8 or not _along_the_last(reader, reader.inputs[0], scale):
+        return None
+    if factor is not None:
+        steps, middle = _patterns.array(scale), _patterns.array(zero)
+        if steps is None or middle is None:
+            return None
+        steps = (steps / factor).astype(np.float32)
+        if not (steps >= np.finfo(np.float32).tiny).all():
+            return None
+        scale = constant(reader, f"{value.name}_steps", steps)
+        zero = constant(reader, f"{value.name}_zeros", np.broadcast_to(middle, steps.shape).copy())
+    return Eight(real, value, scale, zero, (*nodes, reader))
+
+
+def _along_the_last(node: ir.Node, value: ir.Value | None, scale: ir.Value) -> bool:
+    """One scale for all, or one for each place of the last axis."""
+    if scale.shape is None or len(scale.shape) == 0:
+        return scale.shape is not None
+    axis = node.attributes.get_int("axis", 1)
+    rank = len(value.shape) if value is not None and value.shape is not None else 0
+    return len(scale.shape) == 1 and (axis == -1 or axis == rank - 1)
+
+
+def maker(value: ir.Value | None, *kinds: str, domain: str = "") -> ir.Node | None:
+    """The node that makes ``value``, if it is of one of ``kinds``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.domain == domain and node.op_type in kinds else None
+
+
+def whole(values: Iterable[ir.Value | None]) -> list[ir.Value]:
+    """Those that are there."""
+    return [value for value in values if value is not None]
+
+
+def only(value: ir.Value) -> ir.Node | None:
+    """Who reads ``value``, if it is read once and is no output."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def shape(value: ir.Value | None) -> tuple[int | str, ...] | None:
+    """None where a dimension, or the rank, is unknown."""
+    if value is None or value.shape is None:
+        return None
+    found = tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def constant(near: ir.Node, name: str, array: Array) -> ir.Value:
+    """A new initializer of the graph that ``near`` lies in; where ``name`` is taken by the same numbers, that one."""
+    graph = near.graph
+    assert isinstance(graph, ir.Graph)
+    free, number = name, 1
+    while free in graph.initializers:
+        if np.array_equal(held := _patterns.array(graph.initializers[free]), array) and held is not None:
+            return graph.initializers[free]
+        free, number = f"{name}_{number}", number + 1
+    made = ir.Value(
+        name=free,
+        const_value=ir.tensor(array, name=free),
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+    )
+    graph.register_initializer(made)
+    return made
+
+
+def insert(
+    before: ir.Node,
+    op: str,
+    inputs: Sequence[ir.Value],
+    attributes: Mapping[str, Any],
+    outputs: Sequence[ir.Value],
+    domain: str = DOMAIN,
+) -> ir.Node:
+    """A node before ``before`` that makes ``outputs``; they are new, and whoever it stands for is still to go."""
+    settings = [ir.convenience.convert_attribute(name, value) for name, value in attributes.items()]
+    made = ir.Node(
+        domain,
+        op,
+        inputs,
+        settings,
+        outputs=outputs,
+        version=VERSION if domain else None,
+        name=f"{op}.{outputs[0].name}",
+    )
+    graph = before.graph
+    assert isinstance(graph, ir.Graph)
+    graph.insert_before(before, made)
+    if domain:
+        graph.opset_imports.setdefault(domain, VERSION)
+    return made
+
+
+def like(value: ir.Value, dtype: ir.DataType | None = None, name: str | None = None) -> ir.Value:
+    """A new value that takes the place of ``value``: its name and shape, unless said otherwise."""
+    return ir.Value(name=name or value.name, shape=value.shape, type=ir.TensorType(dtype) if dtype else value.type)
+
+
+def put(old: ir.Value, new: ir.Value) -> None:
+    """Whoever reads ``old`` reads ``new``, which has its name."""
+    if old.name == new.name:
+        old.name = f"{old.name}_before"
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def sweep(graph: ir.Graph, seeds: Iterable[ir.Node]) -> None:
+    """Remove ``seeds`` and what only they needed."""
+    pending = list(seeds)
+    while pending:
+        node = pending.pop()
+        if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+            continue
+        before = [value.producer() for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        pending += [one for one in before if one is not None]

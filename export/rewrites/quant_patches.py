@@ -1,0 +1,127 @@
+"""A convolution of 8 bits whose patches do not overlap -> `ai.calmclip.QuantPatches`, and a product of matrices.
+
+    QuantizeLinear(pixels) -> DequantizeLinear -> Conv, stride as large as its kernel
+    -> QuantizeLinear -> DequantizeLinear -> Reshape to [B, N, P] -> Transpose to [B, P, N]
+
+becomes patches, DequantizeLinear, MatMul, the bias, QuantizeLinear and DequantizeLinear, which `quant_linear` knows.
+The same numbers are added and rounded.
+
+The op is `models.ops.spec.QUANT_PATCHES`. Source: Dosovitskiy et al. 2020 (arXiv 2010.11929), section 3.1: the patch
+embedding is a linear layer of flattened patches.
+"""
+
+import numpy as np
+from onnxscript import ir
+
+from export.functions import BODIES
+from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
+from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep
+from export.rewrites.quant_linear import bias_of
+from models.ops.spec import QUANT_PATCHES
+
+
+def rewrite(model: ir.Model, params: NoParams) -> Outcome:
+    fired, missed = 0, {}
+    for node in list(model.graph):
+        if node.graph is None or node.domain or node.op_type != "Conv":
+            continue
+        pixels, weight = read(node.inputs[0], ir.DataType.UINT8), read(node.inputs[1], ir.DataType.INT8, weight=True)
+        if pixels is None or weight is None or (size := _patch(node)) is None:
+            continue
+        source = maker(pixels.value, "QuantizeLinear")
+        why = _unfit(node) if source is not None else "what it reads is 8 bits before it comes here"
+        if why:
+            missed[str(node.name)] = why
+        else:
+            _put(node, size)
+            fired += 1
+    return Outcome(fired, missed)
+
+
+def _patch(conv: ir.Node) -> tuple[int, int] | None:
+    """Height and width of its patches, if it cuts its input into patches that do not overlap."""
+    sizes, picture = shape(conv.inputs[1]), shape(conv.inputs[0])
+    if sizes is None or picture is None or len(sizes) != 4 or len(picture) != 4:
+        return None
+    kernel = list(sizes[2:])
+    plain = conv.attributes.get_int("group", 1) == 1 and list(conv.attributes.get_ints("strides", [1, 1])) == kernel
+    pads, dilations = conv.attributes.get_ints("pads", [0] * 4), conv.attributes.get_ints("dilations", [1, 1])
+    whole = all(isinstance(side, int) and side % k == 0 for side, k in zip(picture[2:], kernel, strict=True))
+    if not (plain and whole and not any(pads) and set(dilations) == {1} and min(kernel) > 1):
+        return None
+    return (kernel[0], kernel[1])
+
+
+def _after(conv: ir.Node) -> list[ir.Node] | None:
+    """QuantizeLinear, DequantizeLinear, Reshape, Transpose behind it, nobody else reading what lies between."""
+    found, value = [], conv.outputs[0]
+    for kind in ("QuantizeLinear", "DequantizeLinear", "Reshape", "Transpose"):
+        node = only(value)
+        if node is None or node.op_type != kind:
+            return None
+        found.append(node)
+        value = node.outputs[0]
+    return found
+
+
+def _unfit(conv: ir.Node) -> str:
+    after = _after(conv)
+    if after is None:
+        return "it is not followed by QuantizeLinear, DequantizeLinear, Reshape and Transpose"
+    patches = shape(after[2].outputs[0])
+    if patches is None or len(patches) != 3 or list(after[3].attributes.get_ints("perm", [])) != [0, 2, 1]:
+        return "its places are not made rows"
+    if len(after[0].inputs[1].shape or ()):  # type: ignore[union-attr]
+        return "what it answers has a scale for each column"
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    if bias is not None and bias_of(bias) is None:
+        return "its bias is no constant"
+    return ""
+
+
+def _put(conv: ir.Node, size: tuple[int, int]) -> None:
+    after = _after(conv)
+    pixels, weight = read(conv.inputs[0], ir.DataType.UINT8), read(conv.inputs[1], ir.DataType.INT8, weight=True)
+    source = None if pixels is None else maker(pixels.value, "QuantizeLinear")
+    if after is None or pixels is None or weight is None or source is None:
+        raise AssertionError("`rewrite` saw them all")
+    outputs, channels, height, width = (int(d) for d in shape(weight.value) or ())
+    inner, stem = channels * height * width, conv.outputs[0].name
+    end = after[3].outputs[0]
+    batch, places = (shape(end) or ("B", "P"))[:2]
+
+    def new(name: str, kind: ir.DataType, *sizes: int | str) -> ir.Value:
+        return ir.Value(name=f"{stem}_{name}", shape=ir.Shape(sizes), type=ir.TensorType(kind))
+
+    def make(op: str, inputs: list[ir.Value], out: ir.Value, **attributes: object) -> ir.Value:
+        insert(conv, op, inputs, attributes, [out], domain="")
+        return out
+
+    patches = new("patches", ir.DataType.UINT8, batch, places, inner)
+    steps = [pixels.scale, pixels.zero]
+    insert(conv, QUANT_PATCHES.name, [source.inputs[0], *steps], {"patch": size}, [patches])  # type: ignore[list-item]
+    x = make("DequantizeLinear", [patches, *steps], new("patches_back", ir.DataType.FLOAT, batch, places, inner))
+    # of a constant: ONNX Runtime does it when it loads the graph
+    flat = new("weight_flat", ir.DataType.INT8, outputs, inner)
+    make("Reshape", [weight.value, constant(conv, f"{stem}_flat", np.array([outputs, inner]))], flat)
+    turned = make("Transpose", [flat], new("weight_turned", ir.DataType.INT8, inner, outputs), perm=(1, 0))
+    back = new("weight_back", ir.DataType.FLOAT, inner, outputs)
+    w = make("DequantizeLinear", [turned, weight.scale, weight.zero], back, axis=1)
+    z = make("MatMul", [x, w], new("rows", ir.DataType.FLOAT, batch, places, outputs))
+    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
+        bias = constant(conv, f"{stem}_bias_float", bias_of(conv.inputs[2]))  # type: ignore[arg-type]
+        z = make("Add", [z, bias], new("sums", ir.DataType.FLOAT, batch, places, outputs))
+    how = [value for value in after[0].inputs[1:] if value is not None]
+    eight = make("QuantizeLinear", [z, *how], new("rows_uint8", ir.DataType.UINT8, batch, places, outputs))
+    for use in list(pixels.real.uses()):
+        if use.node.op_type == "Shape":  # which is the picture's, too
+            use.node.replace_input_with(use.idx, source.inputs[0])
+    y = like(end)
+    put(end, y)
+    make("DequantizeLinear", [eight, *how], y)
+    sweep(conv.graph, [after[3]])  # type: ignore[arg-type]
+
+
+REWRITES.register("quant_patches")(
+    Rewrite(QUANT_PATCHES, lambda params: BODIES[QUANT_PATCHES.name](**QUANT_PATCHES.attributes), rewrite, replaces=6)
+)

@@ -1,0 +1,85 @@
+#include "quant_linear.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "activation_curve.h"
+
+namespace calmclip {
+
+extern "C" QuantLinear quant_linear_scalar;
+extern "C" Int8Peak int8_peak_scalar;
+
+namespace {
+
+struct V {
+  using F = float;
+  using I = int32_t;
+  using Zero = const int32_t*;
+  static constexpr size_t kWidth = 1, kRows = 1;
+
+  static void product(size_t, const Product& p) {
+    uint32_t sum[kPanel];  // `start` may be beyond what int32 holds, and comes back into it
+    std::memcpy(sum, p.from, sizeof sum);
+    const int8_t* w = p.panel;
+    for (size_t i = 0; i < p.steps; ++i)
+      for (size_t c = 0; c < kPanel; ++c, w += 4)
+        for (size_t k = 0; k < 4; ++k) sum[c] += static_cast<uint32_t>(p.x[4 * i + k] * w[k]);
+    std::memcpy(p.sums, sum, sizeof sum);
+  }
+
+  static F set(float v) { return v; }
+  static F load(const float* p) { return *p; }
+  static I load(const int32_t* p) { return *p; }
+  static void store(float* p, F v) { *p = v; }
+  static void store(uint8_t* p, const I* v, Zero zero) {
+    for (size_t c = 0; c < kPanel; ++c) {
+      const I q = v[c] + zero[c];
+      p[c] = static_cast<uint8_t>(q < 0 ? 0 : q > 255 ? 255 : q);
+    }
+  }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F absolute(F v) { return std::fabs(v); }
+  static F to_float(I v) { return static_cast<float>(v); }
+  static I to_int(F v) { return static_cast<I>(std::nearbyint(max(v, -512))); }
+
+  struct Table {
+    const float (&c)[4][kIntervals];
+    explicit Table(const float (&given)[4][kIntervals]) : c(given) {}
+    void find(F v, F (&found)[4]) const {
+      uint32_t bits;
+      std::memcpy(&bits, &v, sizeof bits);
+      for (size_t k = 0; k < 4; ++k) found[k] = c[k][(bits >> kIntervalShift) % kIntervals];
+    }
+  };
+};
+
+#include "quant_linear_body.inc"
+
+}  // namespace
+
+void quant_linear_scalar(const LinearWork& work, size_t first, size_t last) { linear(work, first, last); }
+
+int32_t int8_peak_scalar(size_t rounds) {
+  uint8_t x[kPeakMacs / 24];
+  int8_t w[kPeakMacs / 24];
+  for (size_t i = 0; i < sizeof x; ++i) {
+    x[i] = static_cast<uint8_t>(i);
+    w[i] = static_cast<int8_t>(i);
+  }
+  int32_t sum = 0;
+  for (size_t i = 0; i < 24 * rounds; ++i) {
+    asm volatile("" : : "r"(x), "r"(w) : "memory");  // else it would be a multiplication by 24 * rounds
+    int32_t once = 0;
+    for (size_t k = 0; k < sizeof x; ++k) once += x[k] * w[k];
+    sum ^= once;
+  }
+  return sum;
+}
+
+}  // namespace calmclip

@@ -1,0 +1,135 @@
+#include "quant_linear.h"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "activation_curve.h"
+
+namespace calmclip {
+
+extern "C" QuantLinear quant_linear_vnni;
+extern "C" Int8Peak int8_peak_vnni;
+
+namespace {
+
+// sum += the dot products of four unsigned bytes of x with four signed ones of w. Not the intrinsic: gcc 12 keeps a
+// tile's sums in memory then, which halves the speed.
+inline void dot(__m512i& sum, __m512i x, __m512i w) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w)); }
+
+inline __m512i four(const uint8_t* x) {
+  int32_t bytes;
+  std::memcpy(&bytes, x, sizeof bytes);
+  return _mm512_set1_epi32(bytes);
+}
+
+template <size_t rows>
+void product_of(const Product& p) {
+  __m512i sum[rows][2];
+#pragma GCC unroll 16
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t h = 0; h < 2; ++h) sum[r][h] = _mm512_loadu_si512(p.from + r * p.from_stride + 16 * h);
+  // A pointer for every third row, of which the compiler knows no more than that: it would make one for each, and have
+  // no register for them.
+  constexpr size_t groups = (rows + 2) / 3;
+  const size_t stride = p.stride;
+  const uint8_t* x[groups];
+#pragma GCC unroll 16
+  for (size_t g = 0; g < groups; ++g) x[g] = p.x + 3 * g * stride;
+  const int8_t *w = p.panel, *ahead = p.ahead;
+  for (const int8_t* end = w + p.steps * 4 * kPanel; w != end; w += 4 * kPanel) {
+    const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+    _mm_prefetch(ahead, _MM_HINT_T1);
+    _mm_prefetch(ahead + 64, _MM_HINT_T1);
+    ahead += p.ahead_step;
+#pragma GCC unroll 16
+    for (size_t r = 0; r < rows; ++r) {
+      const __m512i bytes = four(x[r / 3] + r % 3 * stride);
+      dot(sum[r][0], bytes, w0);
+      dot(sum[r][1], bytes, w1);
+    }
+#pragma GCC unroll 16
+    for (size_t g = 0; g < groups; ++g) {
+      x[g] += 4;
+      asm("" : "+r"(x[g]));
+    }
+  }
+#pragma GCC unroll 16
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t h = 0; h < 2; ++h) _mm512_store_si512(p.sums + r * kPanel + 16 * h, sum[r][h]);
+}
+
+struct V {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr size_t kWidth = 16, kRows = 12;
+
+  static void product(size_t rows, const Product& p) {
+    static void (*const all[kRows])(const Product&) = {
+        product_of<1>, product_of<2>, product_of<3>, product_of<4>,  product_of<5>,  product_of<6>,
+        product_of<7>, product_of<8>, product_of<9>, product_of<10>, product_of<11>, product_of<12>};
+    all[rows - 1](p);
+  }
+
+  // In the order of the words that `store` adds it to.
+  struct Zero {
+    __m512i words;
+    explicit Zero(const int32_t* zero) : words(_mm512_packs_epi32(load(zero), load(zero + 16))) {}
+  };
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(uint8_t* p, const I* v, Zero zero) {
+    const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zero.words);
+    // in each 128 bits lie four bytes of the first vector, four of the second, and both again
+    const __m512i bytes = _mm512_packus_epi16(words, words);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes)));
+  }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F absolute(F v) { return _mm512_abs_ps(v); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I to_int(F v) { return _mm512_cvtps_epi32(v); }
+
+  struct Table {
+    F low[4], high[4];
+    explicit Table(const float (&c)[4][kIntervals]) {
+      for (size_t k = 0; k < 4; ++k) {
+        low[k] = load(c[k]);
+        high[k] = load(c[k] + 16);
+      }
+    }
+    void find(F v, F (&c)[4]) const {
+      const I i = _mm512_srli_epi32(_mm512_castps_si512(v), kIntervalShift);  // only its lowest five bits are looked at
+      for (size_t k = 0; k < 4; ++k) c[k] = _mm512_permutex2var_ps(low[k], i, high[k]);
+    }
+  };
+};
+
+#include "quant_linear_body.inc"
+
+}  // namespace
+
+void quant_linear_vnni(const LinearWork& work, size_t first, size_t last) { linear(work, first, last); }
+
+int32_t int8_peak_vnni(size_t rounds) {
+  __m512i sum[24], x = _mm512_set1_epi32(0x01020304), w = _mm512_set1_epi32(0x7f80fe01);
+#pragma GCC unroll 24
+  for (auto& s : sum) s = _mm512_setzero_si512();
+  for (size_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 24
+    for (auto& s : sum) dot(s, x, w);  // 24 x 64 products
+  }
+#pragma GCC unroll 24
+  for (size_t k = 1; k < 24; ++k) sum[0] = _mm512_xor_si512(sum[0], sum[k]);
+  return _mm_cvtsi128_si32(_mm512_castsi512_si128(sum[0]));
+}
+
+}  // namespace calmclip

@@ -1,0 +1,474 @@
+"""The towers of `tests.bench.rivals`: their weights, their inputs, and the file that each engine reads.
+
+A folder for each tower: `ours.onnx` with `graph.json`; `float.onnx`, `dynamic.onnx` and `static.onnx`; `float.xml` and
+`int8.xml` of OpenVINO; `inputs.npz`, the rows that all are measured on; `float.npy`, torch's answers to them;
+`about.json`: multiply-accumulates, and why a file is missing.
+
+Weights are random, but for the built-in model's. Photographs and texts are those that ship, half of them to calibrate
+on and half to measure with; every engine gets the same.
+"""
+
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from export import calibrate, nets, rewrites, samples
+from export.quantizers import QUANTIZERS
+from export.recipe import recognise
+from export.trace import to_onnx
+from models.bundle.manifest import Graph
+from models.flow import Array, Arrays
+from models.preprocess.text import TextPreparer
+from tests.bench import checkpoints
+
+ROWS = 8  # measured inputs, and as many to calibrate on
+Load = Callable[[Path, str], nn.Module]  # checkpoint, transformers' name of a form of attention -> inputs to vectors
+
+
+@dataclass(frozen=True)
+class Tower:
+    """``libraries``: name -> its torch module of these weights, or why there is none; the first that has one is what
+    other engines export. ``tokens``: real ones in each text; ``context``: what the rivals' graphs pad them to."""
+
+    title: str
+    checkpoint: str
+    role: str
+    libraries: Mapping[str, Load | str]
+    tokens: int = 0
+    context: int = 0
+    convolutional: bool = False
+    ours: Callable[[nets.Tower], nets.Tower] = lambda tower: tower
+    note: str = ""
+
+    @property
+    def source(self) -> tuple[str, Load]:
+        return next((name, load) for name, load in self.libraries.items() if not isinstance(load, str))
+
+
+class Embeds(nn.Module):
+    """A library's model, of whose answer the vectors are picked."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.call(self.model, *inputs)
+
+
+def _transformers(kind: str, call: Callable[..., torch.Tensor], checkpoint: Path, attention: str) -> nn.Module:
+    import transformers
+
+    return Embeds(getattr(transformers, kind).from_pretrained(checkpoint, attn_implementation=attention).eval(), call)
+
+
+def _open_clip(name: str, role: str, checkpoint: Path, attention: str) -> nn.Module:
+    """Of a Hugging Face checkpoint, its tensors under open_clip's names; or of open_clip's own."""
+    import open_clip
+    from safetensors.torch import load_file
+
+    model = open_clip.create_model(name, pretrained=None)
+    own = checkpoint / "open_clip_model.safetensors"
+    state = load_file(own) if own.exists() else _as_open_clip(load_file(checkpoint / "model.safetensors"))
+    model.load_state_dict(state, strict=False)
+    if own.exists():  # a timm tower with branches, which its authors fold into one before they run it
+        from timm.utils import reparameterize_model
+
+        model = reparameterize_model(model.eval())
+    call = (lambda model, x: model.encode_image(x)) if role == "image" else (lambda model, x: model.encode_text(x))
+    _drop(model, "text" if role == "image" else "visual")
+    return Embeds(model.eval(), call)
+
+
+def _drop(model: nn.Module, part: str) -> None:
+    """Forget the tower that is not measured, for its memory would count."""
+    for name in ("transformer", "token_embedding") if part == "text" else ("visual",):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
+_NAMES = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+
+
+def _as_open_clip(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {}
+    for old, tensor in state.items():
+        name = old
+        for theirs, ours in _NAMES.items():
+            name = name.replace(theirs, ours)
+        if ".self_attn.q_proj." in name:
+            parts = [state[old.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            found[name.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
+        elif name in ("visual_projection.weight", "text_projection.weight"):
+            found["visual.proj" if name.startswith("visual") else "text_projection"] = tensor.T.contiguous()
+        elif ".self_attn." not in name:
+            found[name] = tensor
+    return found
+
+
+def _bert(checkpoint: Path, attention: str) -> nn.Module:
+    """all-MiniLM-L6-v2 as transformers' BertModel, with the mean of its tokens' states."""
+    import transformers
+
+    from export.nets.mini import minilm
+    from export.nets.mini.weights import minilm_state
+
+    sizes = {"num_hidden_layers": minilm.LAYERS, "hidden_size": minilm.WIDTH, "intermediate_size": minilm.INNER}
+    config = transformers.BertConfig(**sizes, num_attention_heads=minilm.HEADS, attn_implementation=attention)
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    model.load_state_dict(minilm_state(), strict=False)
+    return Embeds(model.eval(), _mean)
+
+
+def _mean(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    kept = mask[..., None].to(states.dtype)
+    return (states * kept).sum(1) / kept.sum(1)
+
+
+def _mini_text(checkpoint: Path, attention: str) -> nn.Module:
+    tower: Any = _net("mini").towers["text"].module
+    tower.encoder = _bert(checkpoint, attention)
+    return tower
+
+
+def _mini_image(checkpoint: Path, attention: str) -> nn.Module:
+    return _net("mini").towers["image"].module
+
+
+_CLIP_IMAGE = partial(
+    _transformers, "CLIPVisionModelWithProjection", lambda model, x: model(pixel_values=x).image_embeds
+)
+_CLIP_TEXT = partial(_transformers, "CLIPTextModelWithProjection", lambda model, x: model(input_ids=x).text_embeds)
+_SIGLIP = partial(_transformers, "SiglipVisionModel", lambda model, x: model(pixel_values=x).pooler_output)
+
+CHECKPOINTS: dict[str, Callable[[Path], None]] = {
+    "ViT-B-32": checkpoints.vit_b_32,
+    "ViT-B-16": partial(checkpoints.hugging_face_clip, patch_size=16),
+    "ViT-L-14": partial(
+        checkpoints.hugging_face_clip, patch_size=14,
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+    ),
+    "SigLIP-B-16": checkpoints.siglip_b_16,
+    "MobileCLIP-S2": checkpoints.mobileclip_s2,
+}  # fmt: skip
+
+
+def _clip_image(name: str, title: str) -> Tower:
+    return Tower(
+        title, name, "image",
+        {"transformers": _CLIP_IMAGE, "open_clip": partial(_open_clip, f"{name}-quickgelu", "image")},
+    )  # fmt: skip
+
+
+def _clip_text(tokens: int, context: int, note: str = "") -> Tower:
+    title = f"CLIP ViT-B/32 text, {tokens} tokens" + (f", rivals' graphs of {context}" if context > tokens else "")
+    libraries: dict[str, Load | str] = {"transformers": _CLIP_TEXT}
+    libraries["open_clip"] = (
+        partial(_open_clip, "ViT-B-32-quickgelu", "text") if context == 77 else "its text tower takes 77 tokens"
+    )
+    return Tower(title, "ViT-B-32", "text", libraries, tokens, context, note=note)
+
+
+def _encoder(tower: nets.Tower) -> nets.Tower:
+    return replace(tower, module=tower.module.encoder, promises={})
+
+
+_NO_MODULE = "it has no module of these weights"
+_EXACT = "The mask is causal, so 16 tokens say all that 77 with padding say; calmclip's one graph takes either."
+
+TOWERS: dict[str, Tower] = {
+    "b32": _clip_image("ViT-B-32", "CLIP ViT-B/32 image"),
+    "b16": _clip_image("ViT-B-16", "CLIP ViT-B/16 image"),
+    "l14": _clip_image("ViT-L-14", "CLIP ViT-L/14 image"),
+    "text77": _clip_text(77, 77),
+    "text16-of-77": _clip_text(16, 77, _EXACT),
+    "text16": _clip_text(16, 16, "The rivals' graphs were exported for 16 tokens alone."),
+    "siglip": Tower(
+        "SigLIP-B/16 image", "SigLIP-B-16", "image",
+        {"transformers": _SIGLIP, "open_clip": "its SigLIP is timm's, which names and shapes its weights otherwise"},
+    ),
+    "mobileclip": Tower(
+        "MobileCLIP-S2 image", "MobileCLIP-S2", "image",
+        {"transformers": _NO_MODULE, "open_clip": partial(_open_clip, "MobileCLIP-S2", "image")}, convolutional=True,
+    ),
+    "minilm": Tower(
+        "MiniLM sentence, 32 tokens", "mini", "text", {"transformers": _bert, "open_clip": _NO_MODULE}, 32, 32,
+        ours=_encoder,
+    ),
+    "mini-image": Tower(
+        "mini image", "mini", "image",
+        {"transformers": _NO_MODULE, "open_clip": _NO_MODULE, "calmclip's module": _mini_image}, convolutional=True,
+    ),
+    "mini-text": Tower(
+        "mini text, 16 tokens", "mini", "text", {"transformers": _mini_text, "open_clip": _NO_MODULE}, 16, 16
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Rows by input: ``ours`` by name, ``theirs`` in the order of a library's module."""
+
+    ours: Arrays
+    theirs: tuple[Array, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Inputs":
+        with np.load(folder / "inputs.npz") as found:
+            ours = {name.removeprefix("ours "): found[name] for name in found.files if name.startswith("ours ")}
+            return cls(ours, tuple(found[name] for name in sorted(found.files) if name.startswith("theirs ")))
+
+    def rows(self, first: int, count: int) -> "Inputs":
+        """``count`` rows from ``first`` on, from the beginning again behind the last."""
+
+        def some(rows: Array) -> Array:
+            return np.ascontiguousarray(rows.take(range(first, first + count), axis=0, mode="wrap"))
+
+        return Inputs({name: some(rows) for name, rows in self.ours.items()}, tuple(map(some, self.theirs)))
+
+    def write(self, folder: Path) -> None:
+        ours = {f"ours {name}": rows for name, rows in self.ours.items()}
+        np.savez(folder / "inputs.npz", **ours, **{f"theirs {at}": rows for at, rows in enumerate(self.theirs)})
+
+
+def checkpoint_of(tower: Tower, out: Path) -> Path:
+    return out / "checkpoints" / tower.checkpoint
+
+
+def prepare(key: str, out: Path) -> None:
+    """Everything the engines need of one tower, into ``out`` / ``key``; what is there stays."""
+    tower, folder = TOWERS[key], out / key
+    checkpoint = checkpoint_of(tower, out)
+    if tower.checkpoint in CHECKPOINTS and not checkpoint.exists():
+        torch.manual_seed(0)
+        checkpoint.mkdir(parents=True)
+        CHECKPOINTS[tower.checkpoint](checkpoint)
+    if (folder / "about.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    measured, calibration = _inputs(tower, checkpoint)
+    measured.write(folder)
+    _export_ours(tower, checkpoint, calibration, folder)
+    library, load = tower.source
+    module = load(checkpoint, "eager")
+    about: dict[str, Any] = {"library": library, "missing": {}}
+    with torch.no_grad():
+        rows = [torch.from_numpy(part) for part in measured.theirs]
+        np.save(folder / "float.npy", module(*rows).numpy())
+        about["macs"] = _macs(module, [part[:1] for part in rows])
+    for file, make in FILES.items():
+        print(f"{key}: {file}", flush=True)
+        try:
+            make(Making(tower, checkpoint, module, calibration, folder))
+        except Exception as error:  # whatever an engine's tools cannot do: the row says so
+            about["missing"][file] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+@dataclass(frozen=True)
+class Making:
+    """What a file of a rival is made of."""
+
+    tower: Tower
+    checkpoint: Path
+    module: nn.Module
+    calibration: Inputs
+    folder: Path
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(f"input_{at}" for at in range(len(self.calibration.theirs)))
+
+    @property
+    def rows(self) -> list[tuple[Array, ...]]:
+        """The calibration inputs, one at a time."""
+        return [tuple(part[at : at + 1] for part in self.calibration.theirs) for at in range(ROWS)]
+
+
+def _float_onnx(made: Making) -> None:
+    """torch's own exporter on the library's module: fixed length, any batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's deprecations are its own business
+        torch.onnx.export(
+            made.module,
+            tuple(torch.from_numpy(part) for part in made.rows[0]),
+            str(made.folder / "float.onnx"),
+            input_names=list(made.inputs),
+            output_names=["embeds"],
+            dynamic_axes={name: {0: "B"} for name in (*made.inputs, "embeds")},
+            opset_version=17,
+            dynamo=False,
+        )
+
+
+def _dynamic_onnx(made: Making) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        made.folder / "float.onnx", made.folder / "dynamic.onnx", per_channel=True, weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul", "Gemm"],
+    )  # fmt: skip
+
+
+def _static_onnx(made: Making) -> None:
+    """Unsigned activations, signed weights with a scale for each output: signed ones on both sides are slower."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        left = iter(made.rows)
+
+        def get_next(self) -> Arrays | None:
+            row = next(self.left, None)
+            return None if row is None else dict(zip(made.inputs, row, strict=True))
+
+    quantize_static(
+        made.folder / "float.onnx", made.folder / "static.onnx", Reader(), quant_format=QuantFormat.QDQ,
+        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        op_types_to_quantize=None if made.tower.convolutional else ["MatMul", "Gemm", "Conv"],
+    )  # fmt: skip
+
+
+def _float_xml(made: Making) -> None:
+    """OpenVINO's own converter: no slower than by way of ONNX, and what nncf then makes of it is nearer to float."""
+    import openvino
+
+    _, load = made.tower.source
+    module = load(made.checkpoint, "sdpa")
+    model = openvino.convert_model(module, example_input=tuple(torch.from_numpy(part) for part in made.rows[0]))
+    openvino.save_model(model, made.folder / "float.xml", compress_to_fp16=False)
+
+
+def _int8_xml(made: Making) -> None:
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(made.folder / "float.xml")
+    quantized = nncf.quantize(
+        model, nncf.Dataset(made.rows), preset=nncf.QuantizationPreset.MIXED, subset_size=ROWS,
+        model_type=None if made.tower.convolutional else nncf.ModelType.TRANSFORMER,
+    )  # fmt: skip
+    openvino.save_model(quantized, made.folder / "int8.xml", compress_to_fp16=False)
+
+
+FILES: dict[str, Callable[[Making], None]] = {
+    "float.onnx": _float_onnx,
+    "dynamic.onnx": _dynamic_onnx,
+    "static.onnx": _static_onnx,
+    "float.xml": _float_xml,
+    "int8.xml": _int8_xml,
+}
+
+
+@cache
+def _net(checkpoint: str) -> nets.Net:
+    name, plugin = recognise(checkpoint)
+    return nets.NETS.get(name).load(checkpoint) if plugin else None
+
+
+def _ours(tower: Tower, checkpoint: Path) -> tuple[nets.Net, nets.Tower]:
+    net = _net("mini" if tower.checkpoint == "mini" else str(checkpoint))
+    return net, tower.ours(net.towers[tower.role])
+
+
+def _export_ours(tower: Tower, checkpoint: Path, calibration: Inputs, folder: Path) -> None:
+    """As `export.pipeline` does it with the quantizer `fast`, this one tower alone."""
+    import onnx
+
+    _, own = _ours(tower, checkpoint)
+    model, quantizer = to_onnx(own), QUANTIZERS.get("fast")
+    feeds = [{name: rows[at : at + 1] for name, rows in calibration.ours.items()} for at in range(ROWS)]
+    params = quantizer.params()
+    ranges = quantizer.observe(model, feeds, params) if quantizer.observe else {}
+    done = rewrites.apply(quantizer.quantize(model, ranges, params), rewrites.swaps())
+    onnx.save(done.model, folder / "ours.onnx")
+    graph = Graph(file="ours.onnx", inputs=own.inputs, outputs=own.outputs, batch=True)
+    (folder / "graph.json").write_text(graph.model_dump_json())
+
+
+def _inputs(tower: Tower, checkpoint: Path) -> tuple[Inputs, Inputs]:
+    """-> what is measured with, and what is calibrated on."""
+    net, own = _ours(tower, checkpoint)
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        for file, data in net.files.items():
+            (directory / file).write_bytes(data)
+        if tower.tokens:
+            return tuple(_texts(tower, own, directory, at) for at in range(2))
+        pictures = samples.pictures()
+        return tuple(_pictures(own, directory, pictures[at::2]) for at in range(2))
+
+
+def _pictures(own: nets.Tower, directory: Path, pictures: Sequence[Path]) -> Inputs:
+    """`ROWS` of them, from the first again where there are fewer."""
+    rows = [feed for feed in calibrate.feeds(own, directory, pictures, [])]
+    (name,) = own.inputs
+    pixels = np.concatenate([rows[at % len(rows)][name] for at in range(ROWS)])
+    return Inputs({name: pixels}, (pixels,))
+
+
+def _texts(tower: Tower, own: nets.Tower, directory: Path, which: int) -> Inputs:
+    """Stretches of the texts that ship, one after the other, as long as the tower's are to be; every second one."""
+    preparer = TextPreparer(own.preprocess, directory)
+    prepared = [preparer.prepare([text]) for text in samples.texts()]
+    sentences = [ids[0][mask[0] > 0] for ids, mask in map(_ids_and_mask, prepared)]
+    stream = np.concatenate([ids[1:-1] for ids in sentences])
+    first, last = sentences[0][0], sentences[0][-1]
+    inside = tower.tokens - 2
+    starts = [(2 * row + which) * (inside + 5) for row in range(ROWS)]
+    ids = np.stack([
+        np.concatenate([[first], stream.take(np.arange(start, start + inside), mode="wrap"), [last]])
+        for start in starts
+    ]).astype(np.int64)  # fmt: skip
+    padded = np.concatenate([ids, np.full((ROWS, tower.context - tower.tokens), last, np.int64)], axis=1)
+    if len(own.inputs) == 1:
+        return Inputs(dict(zip(own.inputs, [ids], strict=True)), (padded,))
+    mask = np.ones_like(ids)
+    return Inputs(dict(zip(own.inputs, [ids, mask], strict=True)), (ids, mask))
+
+
+def _ids_and_mask(feed: Arrays) -> tuple[Array, Array]:
+    """The mask of a text alone in its batch, made up behind its end: up to the last id that is not the pad."""
+    ids = next(iter(feed.values()))
+    if len(feed) > 1:
+        return ids, list(feed.values())[1]
+    end = np.argmax(ids == ids.max(axis=1, keepdims=True), axis=1)  # the end of a text is CLIP's largest id
+    return ids, (np.arange(ids.shape[1])[None] <= end[:, None]).astype(np.int64)
+
+
+def _macs(module: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops() // 2
+
+
+if __name__ == "__main__":
+    prepare(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,524 @@
+"""QuantLinear and QuantLinearToFloat: every kernel of this processor, and the ops in ONNX Runtime.
+
+Against numpy's whole numbers, torch's activations, and ONNX Runtime's own nodes.
+"""
+
+import ctypes
+import platform
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from export.functions.quant_linear import quant_linear, quant_linear_to_float
+from models.ops import build, reference
+from models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, VERSION
+
+ISAS = build.INT8_ISAS.get(platform.machine(), ("scalar",))
+PANEL = 32
+ACTIVATE = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+InvalidArgument = ort.capi.onnxruntime_pybind11_state.InvalidArgument
+
+
+class Work(ctypes.Structure):
+    """`LinearWork` of csrc/kernels/quant_linear.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("rows", "k", "n")),
+        *((name, ctypes.c_void_p) for name in ("panels", "start", "scale", "bias", "inverse", "zero")),
+        *((name, ctypes.c_int32) for name in ("activation", "one_residual")),
+        *((name, ctypes.c_void_p) for name in ("residual", "values", "bytes")),
+    )
+
+
+def packed(w):
+    """[N/32][K/4][32][4], filled up with 0."""
+    k, n = w.shape
+    whole = np.zeros((-(-k // 4) * 4, -(-n // PANEL) * PANEL), np.int8)
+    whole[:k, :n] = w
+    return np.ascontiguousarray(
+        whole.reshape(whole.shape[0] // 4, 4, whole.shape[1] // PANEL, PANEL).transpose(2, 0, 3, 1)
+    )
+
+
+@pytest.fixture(params=ISAS)
+def run(library, request):
+    """The kernel as a function of x [rows, K] and w [K, N], its output between guards that it must not touch."""
+    found = [k for k in library.kernels if (k.name, k.isa) == ("quant_linear", request.param)]
+    if not found or not found[0].runs:
+        pytest.skip(f"no {request.param} here")
+    function = ctypes.CFUNCTYPE(None, ctypes.POINTER(Work), ctypes.c_size_t, ctypes.c_size_t)(found[0].address)
+
+    def run(x, w, *, zero=0, scale=1.0, bias=0.0, activation="none", y=None, residual=0.0, inplace=False, panels=None):
+        """``y``: (scale, zero point) where bytes are wanted."""
+        (rows, k), n = x.shape, w.shape[1]
+        count = -(-n // PANEL)
+
+        def columns(value, dtype):
+            made = np.zeros(count * PANEL, dtype)
+            made[:n] = value
+            return made
+
+        sums = columns(w.sum(0, dtype=np.int64), np.int64)
+        arrays = {
+            "x": np.concatenate([np.full(1, 77, np.uint8), x.ravel()])[1:],  # off every alignment
+            "panels": packed(w),
+            "start": (-zero * sums).astype(np.int32),
+            "scale": columns(scale, np.float32),
+            "bias": columns(bias, np.float32),
+            "inverse": columns(1 / np.float32(y[0]) if y else 0, np.float32),
+            "zero": columns(y[1] if y else 0, np.int32),
+            "residual": np.array(residual, np.float32).reshape(-1),
+        }
+        dtype, guard = (np.uint8 if y else np.float32), 64
+        room = np.full(rows * n + 2 * guard, 99, dtype)
+        out = room[guard : guard + rows * n]
+        if inplace:
+            out[:] = arrays["residual"]
+            arrays["residual"] = out
+        work = Work(
+            **{name: array.ctypes.data for name, array in arrays.items()},
+            **{"rows": rows, "k": k, "n": n, "activation": ACTIVATIONS.index(activation)},
+            one_residual=arrays["residual"].size == 1 and rows * n != 1,
+            **{"bytes" if y else "values": out.ctypes.data},
+        )
+        function(work, *(panels or (0, count)))
+        assert (room[:guard] == 99).all()
+        assert (room[guard + rows * n :] == 99).all()
+        return out.reshape(rows, n).copy()
+
+    return run
+
+
+def layer(seed, rows, k, n):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (rows, k), np.uint8), rng.integers(-128, 128, (k, n), np.int8)
+
+
+def product(x, w, zero=0):
+    return (x.astype(np.int64) - zero) @ w.astype(np.int64)
+
+
+# the kernels
+
+
+@pytest.mark.parametrize("rows", [*range(1, 27), 50, 77])
+def test_sums_are_exact(run, rows):
+    """At and around the edges of tiles and panels, in k and in n."""
+    for k, n in ((1, 1), (3, 31), (4, 32), (5, 33), (63, 65), (130, 100)):
+        x, w = layer(rows, rows, k, n)
+        assert (run(x, w, zero=rows) == product(x, w, rows)).all()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 128, 255])
+def test_the_greatest_sums_there_are(run, zero):
+    """65536 products of 255 and -128 stay within int32; the correction for the zero point alone does not always."""
+    for value, weight in ((255, -128), (255, 127), (0, -128), (zero, -128)):
+        x, w = np.full((3, 65536), value, np.uint8), np.full((65536, 2), weight, np.int8)
+        expected = np.full((3, 2), (value - zero) * weight * 65536)
+        assert np.abs(expected).max() < 2**31
+        assert (run(x, w, zero=zero) == expected.astype(np.float32)).all()
+
+
+def test_neighbouring_products_do_not_saturate(run):
+    """Two of them are more than 16 bits hold, four and a vector of them too; of every sign."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x, w = rng.choice([0, 1, 128, 255], (5, 44)).astype(np.uint8), rng.choice([-128, -127, 127], (44, 37))
+        assert (run(x, w.astype(np.int8)) == product(x, w)).all()
+
+
+def test_scale_and_bias_are_two_roundings(run):
+    x, w = layer(1, 13, 64, 70)
+    rng = np.random.default_rng(2)
+    scale, bias = rng.normal(0, 1, 70).astype(np.float32), rng.normal(0, 1000, 70).astype(np.float32)
+    expected = product(x, w, 9).astype(np.float32) * scale + bias
+    assert (run(x, w, zero=9, scale=scale, bias=bias) == expected).all()
+    residual = rng.normal(0, 100, expected.shape).astype(np.float32)
+    for how in ({}, {"inplace": True}):
+        assert (run(x, w, zero=9, scale=scale, bias=bias, residual=residual, **how) == expected + residual).all()
+    assert (run(x, w, zero=9, scale=scale, bias=bias, residual=0.3) == expected + np.float32(0.3)).all()
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 31, 32, 33, 100])
+def test_bytes_with_a_scale_and_zero_point_for_each_column(run, n):
+    x, w = layer(n, 14, 40, n)
+    rng = np.random.default_rng(3)
+    scale, zero = rng.uniform(0.5, 90, n).astype(np.float32), rng.integers(0, 256, n)
+    steps = np.rint(product(x, w, 100).astype(np.float32) * np.float32(0.01) * (1 / scale))
+    expected = np.clip(steps + zero, 0, 255)
+    assert 0 < (expected == 0).mean() + (expected == 255).mean() < 1 or n == 1
+    assert (run(x, w, zero=100, scale=0.01, y=(scale, zero)) == expected).all()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 127, 255])
+def test_ties_go_to_the_even_step_before_the_zero_point_is_added(run, zero):
+    x = np.arange(256, dtype=np.uint8)[:, None]
+    got = run(x, np.array([[1, -1]], np.int8), scale=0.5, y=(1.0, zero))
+    expected = [[round(sign * value / 2) + zero for sign in (1, -1)] for value in range(256)]  # round: half to even
+    assert (got == np.clip(expected, 0, 255)).all()
+
+
+def test_what_is_far_out_is_cut(run):
+    x, w = np.full((2, 4), 255, np.uint8), np.full((4, 3), 127, np.int8)
+    bias = np.array([np.inf, -np.inf, 3e38], np.float32)
+    for scale in (1.0, 1e30):
+        got = run(x, w, scale=scale, bias=bias, y=(1e-6, 7))
+        assert got.tolist() == [[255, 0, 255]] * 2
+        assert run(x, -w, scale=scale, y=(1e-6, 7)).tolist() == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_equal_torch(run, activation):
+    """Over every interval of their tables, and beyond."""
+    bias = np.concatenate([np.linspace(-13, 13, 6000), np.linspace(-0.01, 0.01, 99), [-1e30, 1e30, -200, 200]])
+    bias = bias.astype(np.float32)
+    x, w = np.zeros((1, 1), np.uint8), np.zeros((1, bias.size), np.int8)
+    got = run(x, w, bias=bias, activation=activation)[0]
+    expected = ACTIVATE[activation](torch.from_numpy(bias).double()).numpy()
+    assert np.abs((got - expected) / np.maximum(1, np.abs(expected))).max() <= 1e-6
+    quantized = run(x, w, bias=bias, activation=activation, y=(0.05, 10))[0]
+    exact = expected / np.float32(0.05)
+    assert np.abs(quantized - np.clip(np.rint(exact) + 10, 0, 255)).max() <= 1
+    sure = np.abs(exact - np.floor(exact) - 0.5) > 1e-3
+    assert (quantized == np.clip(np.rint(exact) + 10, 0, 255))[sure].all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_and_infinity_is_activated(run, activation):
+    bias = np.array([np.nan, np.inf, -np.inf], np.float32)
+    y = run(np.zeros((1, 1), np.uint8), np.zeros((1, 3), np.int8), bias=bias, activation=activation)[0]
+    assert np.isnan(y[0])
+    assert y[1] == np.inf
+    assert y[2] == -np.inf if activation == "none" else abs(y[2]) < 1e-6
+
+
+def test_panels_by_themselves(run):
+    x, w = layer(4, 25, 20, 130)
+    expected = product(x, w)
+    for first, last in ((0, 1), (1, 3), (4, 5), (2, 2)):
+        got, mine = run(x, w, panels=(first, last)), slice(first * PANEL, last * PANEL)
+        assert (got[:, mine] == expected[:, mine]).all()
+        got[:, mine] = 99
+        assert (got == 99).all()
+
+
+def test_nothing(run):
+    assert run(*layer(5, 0, 8, 8)).shape == (0, 8)
+    assert run(*layer(5, 3, 8, 0)).shape == (3, 0)
+    assert (run(*layer(5, 3, 0, 40), bias=1.5) == 1.5).all()
+
+
+def test_the_peak_is_of_products(library):
+    """Each form takes longer for more, so none is left out by its compiler."""
+    from time import process_time
+
+    for kernel in library.kernels:
+        if kernel.name == "int8_peak" and kernel.runs:
+            peak = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_size_t)(kernel.address)
+
+            def took(rounds, peak=peak):
+                start = process_time()
+                peak(rounds)
+                return process_time() - start
+
+            few, many = (min(took(rounds) for _ in range(5)) for rounds in (2_000, 20_000))
+            assert 5 < many / few < 20
+            assert 1536 * 20_000 / many < 2e12
+
+
+# the ops
+
+
+def feeds(seed, shape, n, to_float, *, k=None, per_column=True):
+    """Inputs of a layer whose results are about 1, their steps about 0.02."""
+    rng = np.random.default_rng(seed)
+    k = shape[-1] if k is None else k
+    made = {
+        "x": rng.integers(0, 256, shape, np.uint8),
+        "x_scale": np.array(0.02),
+        "x_zero": np.array(rng.integers(0, 256)),
+        "weight": rng.integers(-128, 128, (k, n), np.int8),
+        "weight_scale": rng.uniform(0.5, 1, n if per_column else ()) / (80 * np.sqrt(max(k, 1))),
+        "bias": rng.normal(0, 1, n),
+    }
+    if to_float:
+        made["residual"] = rng.normal(0, 1, (*shape[:-1], n))
+    else:
+        columns = n if per_column else ()
+        made |= {"y_scale": rng.uniform(0.01, 0.03, columns), "y_zero": rng.integers(0, 256, columns)}
+    types = {"x": np.uint8, "x_zero": np.uint8, "weight": np.int8, "y_zero": np.uint8}
+    return {name: np.asarray(value, types.get(name, np.float32)) for name, value in made.items()}
+
+
+def session(library, given, *, activation=0, fed=("x", "residual"), threads=1, shape=None, function=False, path=None):
+    """Of one node: inputs other than ``fed`` are constants. ``library`` None: by the function, which travels then."""
+    op = QUANT_LINEAR_TO_FLOAT if "residual" in given else QUANT_LINEAR
+    node = helper.make_node(op.name, list(given), ["y"], domain=DOMAIN, activation=activation)
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
+    declared = [
+        helper.make_tensor_value_info(name, kinds[name], shape if name == "x" else None)
+        for name in given
+        if name in fed
+    ]
+    constants = [numpy_helper.from_array(array, name) for name, array in given.items() if name not in fed]
+    y = helper.make_tensor_value_info("y", kinds["x" if op is QUANT_LINEAR else "residual"], None)
+    graph = helper.make_graph([node], "alone", declared, [y], constants)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
+    functions = [quant_linear() if op is QUANT_LINEAR else quant_linear_to_float()] if function else []
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+    return load(library, model, threads, path)
+
+
+def load(library, model, threads=1, path=None):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if library is not None:
+        options.register_custom_ops_library(str(library.path))
+    if path is not None:
+        options.optimized_model_filepath = str(path)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def answer(library, given, **how):
+    fed = how.setdefault("fed", ("x", "residual"))
+    return session(library, given, **how).run(None, {name: given[name] for name in given if name in fed})[0]
+
+
+def oracle(given, activation):
+    return (reference.quant_linear_to_float if "residual" in given else reference.quant_linear)(
+        **given, activation=activation
+    )
+
+
+@pytest.mark.parametrize("to_float", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_op_equals_the_reference(library, to_float, threads):
+    """Of any rank; some in several pieces, of columns, and of rows where x is more than is near."""
+    shapes = ([7], 9), ([3, 7], 64), ([2, 5, 64], 33), ([2, 1, 3, 20], 100), ([50, 768], 768), ([1, 600, 700], 130)
+    for number, (shape, n) in enumerate(shapes):
+        for activation in range(len(ACTIVATIONS)) if number < 3 else (2,):
+            given = feeds(number, shape, n, to_float, per_column=number % 2 == 0)
+            got, expected = answer(library, given, activation=activation, threads=threads), oracle(given, activation)
+            assert got.shape == expected.shape
+            assert got.dtype == expected.dtype
+            apart = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+            assert apart.max() <= (2e-6 if to_float else 1)
+            if activation < 2:
+                assert (apart == 0).mean() > 0.999
+
+
+@pytest.mark.parametrize("to_float", [False, True])
+def test_what_is_fed_does_as_what_is_constant(library, to_float):
+    for number, per_column in enumerate((True, False)):
+        given = feeds(number, [5, 70], 45, to_float, per_column=per_column)
+        constant = answer(library, given, activation=2)
+        for fed in ("x_zero", "weight", "bias"):
+            assert (answer(library, given, activation=2, fed=("x", "residual", fed)) == constant).all()
+        all_fed = session(library, given, activation=2, fed=tuple(given))
+        for _ in range(2):
+            assert (all_fed.run(None, given)[0] == constant).all()
+        given["weight"] = np.roll(given["weight"], 1)
+        assert (all_fed.run(None, given)[0] != constant).mean() > 0.1
+
+
+def test_numbers_of_shape_one(library):
+    given = feeds(1, [4, 9], 5, False, per_column=False)
+    expected = answer(library, given)
+    ones = {name: a.reshape(1) if a.ndim == 0 else a for name, a in given.items()}
+    assert (answer(library, ones) == expected).all()
+    given = feeds(1, [4, 9], 5, True)
+    for shape in ((), (1,)):
+        given["residual"] = np.full(shape, 0.5, np.float32)
+        assert (answer(library, given) == oracle(given, 0)).all()
+
+
+@pytest.mark.parametrize("to_float", [False, True])
+def test_op_empty(library, to_float):
+    for shape, n in (([0, 8], 5), ([2, 0, 8], 5), ([3, 8], 0)):
+        assert answer(library, feeds(0, shape, n, to_float)).shape == (*shape[:-1], n)
+    given = feeds(0, [3, 0], 5, to_float)
+    assert (answer(library, given) == oracle(given, 0)).all()
+
+
+@pytest.mark.parametrize("to_float", [False, True])
+def test_op_equals_onnx_runtimes_own_nodes(library, to_float, tmp_path):
+    """Which its fusion finds: MatMulIntegerToFloat does the same in float32. So does QuantizeLinear, but it divides."""
+    for activation, name in enumerate(ACTIVATIONS):
+        for seed in range(4):
+            given = feeds(seed, [2, 25, 100], 66, to_float, per_column=seed % 2 == 0)
+            how = {"activation": activation, "shape": ["b", "t", 100], "function": True}
+            theirs = answer(None, given, path=tmp_path / "left.onnx", **how)
+            kinds = [node.op_type for node in onnx.load(tmp_path / "left.onnx").graph.node]
+            assert kinds[0] == "MatMulIntegerToFloat"
+            assert "If" not in kinds
+            assert len(kinds) <= 4
+            ours = answer(library, given, path=tmp_path / "ours.onnx", **how)
+            assert [node.domain for node in onnx.load(tmp_path / "ours.onnx").graph.node] == [DOMAIN]
+            apart = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+            if name in ("none", "relu"):
+                assert apart.max() <= 1 - to_float
+                assert (apart == 0).mean() > 0.9999
+            else:
+                assert apart.max() <= (3e-6 if to_float else 1)
+
+
+def test_shapes_flow(library):
+    for to_float in (False, True):
+        given = feeds(0, [2, 3, 8], 5, to_float)
+        assert session(library, given, shape=["b", 3, 8]).get_outputs()[0].shape == ["b", 3, 5]
+        assert session(library, given, shape=["b", 3, 8], fed=("x", "residual", "weight")).get_outputs()[0].shape == []
+        assert session(library, given).get_outputs()[0].shape == []
+
+
+def test_in_the_place_of_the_residual(library):
+    """Between nodes, one of whose values has a second reader and must stay."""
+    given = feeds(6, [60, 64], 64, True)
+    del given["residual"]
+    names = list(given)
+    nodes = [
+        helper.make_node("Neg", ["r"], ["a"]),
+        helper.make_node(QUANT_LINEAR_TO_FLOAT.name, [*names, "a"], ["b"], domain=DOMAIN, activation=0),
+        helper.make_node("Neg", ["b"], ["c"]),
+        helper.make_node(QUANT_LINEAR_TO_FLOAT.name, [*names, "c"], ["d"], domain=DOMAIN, activation=0),
+        helper.make_node("Add", ["c", "d"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [60, 64])
+    r, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [60, 64]) for name in "ry")
+    constants = [numpy_helper.from_array(given[name], name) for name in names[1:]]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
+    graph = helper.make_graph(nodes, "chain", [x, r], [y], constants)
+    at_hand = load(library, helper.make_model(graph, opset_imports=opsets, ir_version=10), 2)
+    start = np.random.default_rng(7).normal(0, 1, (60, 64)).astype(np.float32)
+    c = -oracle(given | {"residual": -start}, 0)
+    expected = c + oracle(given | {"residual": c}, 0)
+    assert (at_hand.run(None, {"x": given["x"], "r": start})[0] == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("to_float", "change", "says"),
+    [
+        (False, {"x": [2, 7]}, r"x has the shape \[2, 7\]; expected \[..., 8\], for the weight is \[8, 5\]"),
+        (True, {"x": []}, r"x has the shape \[\]; expected"),
+        (False, {"weight": [8]}, r"weight has the shape \[8\]; expected \[K, N\]"),
+        (True, {"weight": [65537, 1]}, r"weight has the shape \[65537, 1\]; expected at most 65536 rows"),
+        (False, {"x_scale": [2]}, r"x_scale has the shape \[2\]; expected one number"),
+        (True, {"x_zero": [2]}, r"x_zero has the shape \[2\]; expected one number"),
+        (False, {"weight_scale": [4]}, r"weight_scale has the shape \[4\]; expected \[5\] or one number"),
+        (True, {"bias": [1]}, r"bias has the shape \[1\]; expected \[5\]"),
+        (True, {"bias": []}, r"bias has the shape \[\]; expected \[5\]"),
+        (False, {"y_scale": [4]}, r"y_scale has the shape \[4\]; expected \[5\] or one number"),
+        (False, {"y_zero": [5, 1]}, r"y_zero has the shape \[5, 1\]; expected \[5\] or one number"),
+        (True, {"residual": [3, 5]}, r"residual has the shape \[3, 5\]; expected that of y, \[2, 5\], or one number"),
+        (True, {"residual": [5]}, r"residual has the shape \[5\]"),
+    ],
+)
+def test_op_refuses_shapes(library, to_float, change, says):
+    given = feeds(0, [2, 8], 5, to_float)
+    ((name, shape),) = change.items()
+    given[name] = np.ones(shape, given[name].dtype)
+    name = QUANT_LINEAR_TO_FLOAT.name if to_float else QUANT_LINEAR.name
+    with pytest.raises(InvalidArgument, match=f"{name}: {says}"):
+        answer(library, given, fed=tuple(given))
+    with pytest.raises(Exception, match=f"{name}: {says}"):  # of constants it is said when the graph is loaded
+        answer(library, given)
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf, 1e-39])
+@pytest.mark.parametrize("scale", ["x_scale", "weight_scale", "y_scale"])
+def test_op_refuses_scales(library, scale, value):
+    given = feeds(0, [2, 8], 5, False)
+    given[scale] = given[scale].copy()
+    given[scale].flat[-1] = value
+    with pytest.raises(Exception, match=f"QuantLinear: {scale} .*; expected .*positive, normal"):
+        answer(library, given)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(5, "activation is 5; expected 0 none"), (-1, "activation is -1"), (1.0, "activation cannot")]
+)
+def test_op_refuses_activations(library, value, says):
+    with pytest.raises(Exception, match=f"QuantLinear: .*{says}"):
+        session(library, feeds(0, [2, 8], 5, False), activation=value)
+
+
+def test_op_refuses_other_types(library):
+    for to_float in (False, True):
+        for name, array in feeds(0, [2, 8], 5, to_float).items():
+            given = feeds(0, [2, 8], 5, to_float) | {name: array.astype(np.int32)}
+            with pytest.raises(Exception, match="int32"):
+                session(library, given)
+
+
+def test_one_session_from_many_threads(library):
+    given = feeds(9, [50, 200], 96, False)
+    expected, at_hand, gate = answer(library, given), session(library, given), threading.Barrier(4)
+
+    def work(_):
+        gate.wait()
+        return [at_hand.run(None, {"x": given["x"]})[0] for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(4)):
+            assert all((y == expected).all() for y in results)
+
+
+def test_weights_go_with_their_session(library):
+    """Many sessions one after the other and at once: their packed weights share memory, kept while one needs it."""
+    given = feeds(10, [3, 300], 500, True)
+    expected = answer(library, given)
+    kept = [session(library, given) for _ in range(5)]
+    for number in (1, 3, 0, 2):
+        kept[number] = None
+        session(library, feeds(11, [3, 2000], 20, True))
+        assert (kept[4].run(None, {name: given[name] for name in ("x", "residual")})[0] == expected).all()
+
+
+# the reference
+
+
+def test_reference_by_hand():
+    """x - x_zero = [1, -2]; sums [1 * 3 - 2 * -4, 1 * 5 - 2 * 6] = [11, -7]; times 0.5 * [2, 1], plus [1, 0]."""
+    given = {
+        "x": np.array([[11, 8]], np.uint8),
+        "x_scale": np.float32(0.5),
+        "x_zero": np.uint8(10),
+        "weight": np.array([[3, 5], [-4, 6]], np.int8),
+        "weight_scale": np.array([2, 1], np.float32),
+        "bias": np.array([1, 0], np.float32),
+    }
+    assert reference.quant_linear_to_float(**given, residual=np.float32(100)).tolist() == [[112, 96.5]]
+    assert reference.quant_linear_to_float(**given, residual=np.float32(0), activation=1).tolist() == [[12, 0]]
+    per_column = {"y_scale": np.array([8, 1], np.float32), "y_zero": np.array([7, 5], np.uint8)}
+    assert reference.quant_linear(**given, **per_column).tolist() == [[2 + 7, 1]]  # 12 / 8 and -3.5 are ties
+    assert reference.quant_linear(**given, y_scale=np.float32(0.04), y_zero=np.uint8(100)).tolist() == [[255, 12]]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference_activations_equal_torch(activation):
+    bias = np.linspace(-40, 40, 999, dtype=np.float32)
+    y = reference.quant_linear_to_float(
+        np.zeros((1, 1), np.uint8),
+        1,
+        0,
+        np.zeros((1, 999), np.int8),
+        1,
+        bias,
+        0,
+        activation=ACTIVATIONS.index(activation),
+    )
+    expected = ACTIVATE[activation](torch.from_numpy(bias).double()).numpy()
+    assert np.allclose(y, expected, rtol=2e-7, atol=1e-12)
