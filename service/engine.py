@@ -2,15 +2,16 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from threading import Lock
 from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
 
-from models.flow import Array, Arrays, Call, Flow, Walk
+from models.flow import Array, Arrays, Call, Done, Flow, Walk
 from service.context import Context
 from service.hub import Loaded
 from service.metrics import Metrics
@@ -34,10 +35,10 @@ class Engine:
         walk = Walk(flow, own.clock)
         with loaded.lease():
             async with own.deadline():
-                state = await self.thread(walk.step, own)
+                state: Call | Done[T] = await self.thread(self._advance, own, loaded, walk)
                 while isinstance(state, Call):
                     outputs = await self._call(loaded, state, own)
-                    state = await self.thread(walk.step, own, outputs)
+                    state = await self.thread(self._advance, own, loaded, walk, outputs)
         self.metrics.answered(loaded.name, state.value)
         return state.value
 
@@ -51,10 +52,23 @@ class Engine:
             waited = max(0.0, perf_counter() - start - seen)
             own.clock.add("queue", waited, start + waited)
 
+    def _advance(self, loaded: Loaded, walk: Walk[T], outputs: Arrays | None = None) -> Call | Done[T]:
+        """In the pool, to the next call that a graph has to run for. One whose rows are all known is answered here:
+        the way to the event loop and back, with caches that a graph has just filled, takes longer than the rows."""
+        state = walk.step(outputs)
+        while isinstance(state, Call) and state.keys:
+            names = _names(loaded, state)
+            rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
+            if len(rows) < len(set(names)):
+                break
+            self.metrics.cached(loaded.name, hits=len(names), misses=0)
+            state = walk.step(_stack(names, rows))
+        return state
+
     async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
         if call.keys is None:
             return await self._run(loaded, call.graph, call.feeds, own)
-        names = [(loaded.digest, call.graph, fingerprint(key)) for key in call.keys]
+        names = _names(loaded, call)
         rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
         missing = [i for i, name in enumerate(names) if name not in rows]
         self.metrics.cached(loaded.name, hits=len(names) - len(missing), misses=len(missing))
@@ -65,8 +79,7 @@ class Engine:
                 # a copy: a row must not keep the whole batch it came with in memory
                 rows[names[i]] = {output: array[at].copy() for output, array in found.items()}
                 self._cache.put(names[i], rows[names[i]])
-        outputs = rows[names[0]]
-        return {output: np.stack([rows[name][output] for name in names]) for output in outputs}
+        return _stack(names, rows)
 
     async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
         start = perf_counter()
@@ -81,27 +94,38 @@ class Engine:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _names(loaded: Loaded, call: Call) -> list[Name]:
+    return [(loaded.digest, call.graph, fingerprint(key)) for key in call.keys or ()]
+
+
+def _stack(names: Sequence[Name], rows: Mapping[Name, Row]) -> Arrays:
+    return {output: np.stack([rows[name][output] for name in names]) for output in rows[names[0]]}
+
+
 def fingerprint(key: str) -> bytes:
     """Stands for a text in the cache: the text itself may have 100 000 characters."""
     return blake2b(key.encode(), digest_size=16).digest()
 
 
 class RowCache:
-    """The rows used last, by bundle digest, graph and `fingerprint`. ``size`` 0 remembers nothing."""
+    """The rows used last, by bundle digest, graph and `fingerprint`. ``size`` 0 remembers nothing. For any thread."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._rows: OrderedDict[Name, Row] = OrderedDict()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def get(self, name: Name) -> Row | None:
-        if name in self._rows:
-            self._rows.move_to_end(name)
-        return self._rows.get(name)
+        with self._lock:
+            if name in self._rows:
+                self._rows.move_to_end(name)
+            return self._rows.get(name)
 
     def put(self, name: Name, row: Row) -> None:
-        self._rows[name] = row
-        while len(self._rows) > self.size:
-            self._rows.popitem(last=False)
+        with self._lock:
+            self._rows[name] = row
+            while len(self._rows) > self.size:
+                self._rows.popitem(last=False)

@@ -14,6 +14,7 @@ PAGES = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
+    "docs/performance.md",
     "models/README.md",
     "export/README.md",
     "service/README.md",

@@ -113,7 +113,9 @@ def apply(
         raise ExportError(f"the rewrites {', '.join(order)} still fire after {_ROUNDS} rounds; one undoes another")
     if not any(counts.values()):
         return Applied(model, counts, {name: where for name, where in missed.items() if where})
-    changed = light.fill(ir.to_proto(whole), model)
+    bare = ir.to_proto(whole)
+    _prune(bare.graph)
+    changed = light.fill(bare, model)
     stated = {value.name for value in model.graph.value_info}
     kept = [value for value in changed.graph.value_info if value.name in stated]
     del changed.graph.value_info[:]
@@ -160,6 +162,14 @@ def _too_old(model: onnx.ModelProto, bodies: Mapping[str, onnx.FunctionProto]) -
 
 def _standard(thing: onnx.ModelProto | onnx.FunctionProto) -> int:
     return max((opset.version for opset in thing.opset_import if opset.domain in ("", "ai.onnx")), default=0)
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Drop the constants that nobody reads any more."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name not in read:
+            del graph.initializer[place]
 
 
 def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:

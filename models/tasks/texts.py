@@ -42,9 +42,9 @@ def embed_labels(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]
     flat = [sentence for group in sentences for sentence in group]
     distinct = list(dict.fromkeys(flat))
     found = yield Call("text", bundle.text().prepare(distinct), keys=tuple(distinct))
-    vectors: Array = found[only_output(bundle, "text")]
+    units = unit(found[only_output(bundle, "text")])
     row = {sentence: index for index, sentence in enumerate(distinct)}
-    means = [unit(vectors[[row[s] for s in group]]).mean(axis=0) for group in sentences]
+    means = [units[[row[s] for s in group]].mean(axis=0) for group in sentences]
     return unit(np.stack(means))
 
 

@@ -197,7 +197,7 @@ def main(name: str, key: str, out: str, threads: str) -> None:
     os.dup2(2, 1)  # what libraries print goes with the errors
     tower, folder = TOWERS[key], Path(out) / key
     if threads == "1":
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     engine, inputs = (engines(tower) | {PEAK: Engine("models", _peak)})[name], Inputs.read(folder)
     try:
         importlib.import_module(engine.package)

@@ -356,7 +356,7 @@ def _static_onnx(made: Making) -> None:
 
 
 def _float_xml(made: Making) -> None:
-    """OpenVINO's own converter: no slower than by way of ONNX, and what nncf then makes of it is nearer to float."""
+    """OpenVINO's own converter; what it makes is no slower than what comes by way of ONNX."""
     import openvino
 
     _, load = made.tower.source

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from service.engine import RowCache, fingerprint
+from service.engine import Engine, RowCache, fingerprint
 
 
 def metric(client, line: str) -> float:
@@ -31,6 +31,21 @@ def test_sentences_are_embedded_once(settings, serve, picture):
         assert "infer" in answer.headers["server-timing"]  # the picture's
         assert client.post("/v1/detect", params={"labels": "green thing"}, **send).status_code == 200
         assert (metric(client, hit), metric(client, miss)) == (4, 3)  # and so does detect
+
+
+def test_known_sentences_do_not_go_by_the_event_loop(settings, serve, picture, monkeypatch):
+    steps = []
+    advance = Engine._advance
+    monkeypatch.setattr(Engine, "_advance", lambda *given: steps.append(1) or advance(*given))
+    with serve(settings()) as client:
+        send = {"content": picture("green"), "headers": {"content-type": "image/png"}, "params": {"labels": "red"}}
+        answers = []
+        for _ in range(2):
+            answers.append(client.post("/v1/classify", **send).json())
+            steps.append(0)
+    # to the text's call, to the picture's, to the end; then the text is known
+    assert steps == [1, 1, 1, 0, 1, 1, 0]
+    assert answers[0] == answers[1]
 
 
 def test_without_a_cache_answers_are_the_same(settings, serve):
