@@ -61,8 +61,8 @@ def main() -> None:
             continue
         total: dict[str, float] = {}
         macs = 0
-        for name, k, n, activation, quantized in PRODUCTS:
-            k, n = k * width, n * width
+        for name, wide_in, wide_out, activation, quantized in PRODUCTS:
+            k, n = wide_in * width, wide_out * width
             sides = _sides(library, given.threads, rows, k, n, activation, quantized)
             timings = alternate(sides, seconds=0.5 if given.quick else given.seconds, clock=clock)
             spent = {side: timing.p50 for side, timing in timings.items()}
