@@ -203,7 +203,10 @@ def _encoder(tower: nets.Tower) -> nets.Tower:
 
 
 _NO_MODULE = "it has no module of these weights"
-_EXACT = "The mask is causal, so 16 tokens say all that 77 with padding say; calmclip's one graph takes either."
+_EXACT = (
+    "The mask is causal, so 16 tokens say all that 77 with padding say; calmclip's one graph takes either. The bound "
+    "is of 77."
+)
 
 TOWERS: dict[str, Tower] = {
     "b32": _clip_image("ViT-B-32", "CLIP ViT-B/32 image"),
