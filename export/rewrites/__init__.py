@@ -113,7 +113,9 @@ def apply(
         raise ExportError(f"the rewrites {', '.join(order)} still fire after {_ROUNDS} rounds; one undoes another")
     if not any(counts.values()):
         return Applied(model, counts, {name: where for name, where in missed.items() if where})
-    changed = light.fill(ir.to_proto(whole), model)
+    bare = ir.to_proto(whole)
+    _prune(bare.graph)
+    changed = light.fill(bare, model)
     stated = {value.name for value in model.graph.value_info}
     kept = [value for value in changed.graph.value_info if value.name in stated]
     del changed.graph.value_info[:]
@@ -162,16 +164,25 @@ def _standard(thing: onnx.ModelProto | onnx.FunctionProto) -> int:
     return max((opset.version for opset in thing.opset_import if opset.domain in ("", "ai.onnx")), default=0)
 
 
+def _prune(graph: onnx.GraphProto) -> None:
+    """Drop the constants that nobody reads any more."""
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name not in read:
+            del graph.initializer[place]
+
+
 def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
-    """Add ``functions``, each once, and what they import.
+    """Add ``functions``, each once where the graph has its op, and what they import.
 
     Their bodies are written for an older opset than graphs are traced to. The checker wants one for all, and later
     versions of what they use only add types.
     """
     imports = {opset.domain: opset.version for opset in model.opset_import}
     there = {(function.domain, function.name) for function in model.functions}
+    used = {(node.domain, node.op_type) for node in model.graph.node}
     for function in functions:
-        if (function.domain, function.name) in there:
+        if (function.domain, function.name) in there or (function.domain, function.name) not in used:
             continue
         there.add((function.domain, function.name))
         copy = model.functions.add()

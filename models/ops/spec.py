@@ -176,7 +176,8 @@ QUANT_ATTENTION = Op(
 )
 
 # s = x + residual; LayerNormalization over the last axis, as ONNX has it, times weight, plus bias; quantized. A residual
-# of one number is added to all. `normed`, what was quantized, and `sum`, s, are answered where they are asked for.
+# of one number is added to all. `normed`, what was quantized, and `sum`, s, are answered where they are asked for: a node
+# names all three, "" for one it does without, for of a function with fewer ONNX Runtime complains.
 QUANT_LAYER_NORM = Op(
     "QuantLayerNorm",
     inputs={

@@ -1,5 +1,5 @@
-"""Quantized graphs -> our operators. The oracle is the quantized graph itself, run by ONNX Runtime with nothing of ours in
-it; what must not be rewritten is checked by the reason that is given."""
+"""Quantized graphs -> our operators. The oracle is the quantized graph itself, run by ONNX Runtime with nothing of ours
+in it; what must not be rewritten is checked by the reason that is given."""
 
 from functools import cache
 
@@ -45,8 +45,8 @@ def answers(model, feeds, library=None):
     return [run(feed)["features"] for feed in feeds]
 
 
-# by hand: two blocks, each with qkv, attention, out, up and down; the last block for one token has q apart from k and v;
-# the last projection answers float, and so do out and down
+# by hand: two blocks, each with qkv, attention, out, up and down; the last block for one token has q apart from k and
+# v; the last projection answers float, and so do out and down
 COUNTS = {
     "bert": {"QuantAttention": 2, "QuantLayerNorm": 4, "QuantLinear": 4, "QuantLinearToFloat": 5},
     "opt": {"QuantAttention": 2, "QuantLayerNorm": 4, "QuantLinear": 4, "QuantLinearToFloat": 5},
@@ -79,16 +79,16 @@ def test_a_clipped_softmax_goes_in_whole(way):
         pytest.skip("no op library is built")
     before, done, feeds = case("vit", "fast", Softmax(-0.05, 1.05))
     assert done.ops()["QuantAttention"] == 2
-    (gamma,) = {
-        a.f for n in done.model.graph.node if n.op_type == "QuantAttention" for a in n.attribute if a.name == "gamma"
-    }
+    nodes = [node for node in done.model.graph.node if node.op_type == "QuantAttention"]
+    (gamma,) = {a.f for node in nodes for a in node.attribute if a.name == "gamma"}
     assert gamma == np.float32(-0.05)
     assert cosine(answers(before, feeds), answers(done.model, feeds, WAYS[way])) > 0.9999
 
 
 def test_a_gate_is_left_alone():
     _, done, _ = case("vit", "fast", None, "all_heads")
-    assert done.ops()["Softmax"] == 2 and "QuantAttention" not in done.ops()
+    assert done.ops()["Softmax"] == 2
+    assert "QuantAttention" not in done.ops()
     assert set(done.missed["quant_attention"].values()) == {
         "its mixture is gated, or read otherwise than by one Transpose back"
     }

@@ -1,8 +1,8 @@
 // One head of attention in bytes, for some of its query rows (models/ops/spec.py: QUANT_ATTENTION):
 //
 //   logits[t, s] = sum_i (q[t, i] - q_zero) (k[s, i] - 128), exact in int32;  x = logits * scale + mask
-//   p = min(rint(clip((zeta - gamma) softmax(x) + gamma, 0, 1) / p_scale), 255),              step = p_scale
-//   or, where p_scale is 0,  p[t, s] = rint(255 exp(x[t, s] - max_s x[t, s])),                step[t] = 1 / sum_s p[t, s]
+//   p = min(rint(clip((zeta - gamma) softmax(x) + gamma, 0, 1) / p_scale), 255);  step = p_scale
+//   or, where p_scale is 0, p[t, s] = rint(255 exp(x[t, s] - max_s x[t, s]));     step[t] = 1 / sum_s p[t, s]
 //   y[t, i] = clip(rint(sum_s p[t, s] (v[s, i] - 128) * step * v_scale / y_scale[i]) + y_zero[i], 0, 255)
 //
 // Sums of p are exact; what is rounded is rounded half to even.

@@ -56,8 +56,8 @@ void quant_attention_scalar(const AttentionHead& head, void* scratch) {
     uint8_t* y = head.y + t * head.y_step;
     for (size_t i = 0; i < head.dims; ++i) {
       const double value = static_cast<double>(sums[i]) * step * double{head.v_scale};
-      y[i] = static_cast<uint8_t>(
-          steps(std::nearbyint(value / double{head.y_scale[i * head.y_scale_step]}) + head.y_zero[i * head.y_zero_step]));
+      const double rounded = std::nearbyint(value / double{head.y_scale[i * head.y_scale_step]});
+      y[i] = static_cast<uint8_t>(steps(rounded + head.y_zero[i * head.y_zero_step]));
     }
   }
 }

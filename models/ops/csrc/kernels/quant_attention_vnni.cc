@@ -51,19 +51,8 @@ struct V {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*reinterpret_cast<const Word*>(k)));
   }
 
-  // 2^f over [0, 1): minimax, relative error 4e-6. scalef takes the floor, and gives 0 far down.
-  static F exp2(F x) { return exp2(x, 1); }
-  static F exp2_255(F x) { return exp2(x, 255); }
-  static F exp2(F x, float times) {
-    const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    F m = fma(set(kC4 * times), f, set(kC3 * times));
-    m = fma(m, f, set(kC2 * times));
-    m = fma(m, f, set(kC1 * times));
-    m = fma(m, f, set(kC0 * times));
-    return _mm512_scalef_ps(m, x);
-  }
-
-  static I round(F x) { return bits(add(x, set(12582912.0f))); }
+  static F fraction(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static F raise(F m, F x) { return _mm512_scalef_ps(m, x); }
   static I count(I sum, I p) { return _mm512_dpbusd_epi32(sum, p, _mm512_set1_epi8(1)); }
   // The lowest bytes of four, the first lowest.
   static I pack(const I (&p)[4]) {
@@ -80,23 +69,40 @@ struct V {
     return _mm512_add_epi8(x, set(four));
   }
 
-  static int32_t keep(const uint8_t* k, size_t n, K* out) {
+  // The first n of 64 bytes, the rest 0; of all of them without a mask, whose stores are slow.
+  static I read(const uint8_t* p, size_t n) {
+    return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(n), p);
+  }
+  static void write(uint8_t* p, I x, size_t n) {
+    n >= 64 ? _mm512_storeu_si512(p, x) : _mm512_mask_storeu_epi8(p, first(n), x);
+  }
+
+  static void keep(const uint8_t* k, size_t step, size_t rows, size_t n, K* out, int32_t* sums, bool more) {
     const __mmask64 there = first(n);
-    const I x = _mm512_maskz_loadu_epi8(there, k);
-    _mm512_store_si512(out, _mm512_maskz_sub_epi8(there, x, _mm512_set1_epi8(-128)));
-    const auto sum = _mm512_reduce_add_epi64(_mm512_sad_epu8(x, _mm512_setzero_si512()));
-    return static_cast<int32_t>(sum) - 128 * static_cast<int32_t>(n);
+    const I middle = _mm512_maskz_set1_epi8(there, -128), none = _mm512_setzero_si512();
+    for (size_t s = 0; s < rows; s += 4) {
+      // each of the eight sums of a row fits 11 bits, all together 14: those of four rows lie in one word
+      I four = none;
+      for (size_t i = 0; i < 4 && s + i < rows; ++i) {
+        const I x = read(k + (s + i) * step, n);
+        _mm512_store_si512(out + (s + i) * 64, _mm512_xor_si512(x, middle));
+        four = _mm512_or_si512(four, _mm512_slli_epi64(_mm512_sad_epu8(x, none), static_cast<unsigned>(16 * i)));
+      }
+      const auto all = static_cast<uint64_t>(_mm512_reduce_add_epi64(four));
+      for (size_t i = 0; i < 4 && s + i < rows; ++i) {
+        const int32_t sum = static_cast<int32_t>(all >> (16 * i) & 0xffff) - 128 * static_cast<int32_t>(n);
+        sums[s + i] = more ? sums[s + i] + sum : sum;
+      }
+    }
   }
 
   // Four rows, 64 numbers of each at a time; what is written behind the last the next group overwrites.
   static void weave(const uint8_t* v, size_t step, size_t rows, size_t n, K* out) {
     for (size_t i = 0; i < n; i += 64) {
-      const __mmask64 there = first(n - i);
+      const I middle = _mm512_maskz_set1_epi8(first(n - i), -128);
       I x[4];
       for (size_t r = 0; r < 4; ++r)
-        x[r] = r < rows ? _mm512_maskz_sub_epi8(there, _mm512_maskz_loadu_epi8(there, v + r * step + i),
-                                                _mm512_set1_epi8(-128))
-                        : _mm512_setzero_si512();
+        x[r] = r < rows ? _mm512_xor_si512(read(v + r * step + i, n - i), middle) : _mm512_setzero_si512();
       const I a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpacklo_epi8(x[2], x[3]);
       const I c = _mm512_unpackhi_epi8(x[0], x[1]), d = _mm512_unpackhi_epi8(x[2], x[3]);
       const I y[4] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b), _mm512_unpacklo_epi16(c, d),
@@ -138,7 +144,7 @@ struct V {
   static size_t words(const uint8_t* x, size_t step, size_t rows, size_t n, size_t start, I (&r)[16]) {
     const size_t left = n - start;
     for (size_t i = 0; i < 16; ++i)
-      r[i] = i < rows ? _mm512_maskz_loadu_epi8(first(left), x + i * step + start) : _mm512_setzero_si512();
+      r[i] = i < rows ? read(x + i * step + start, left) : _mm512_setzero_si512();
     transpose(r);
     return left < 64 ? (left + 3) / 4 : 16;
   }
@@ -165,13 +171,9 @@ struct V {
       I r[16];
       for (size_t w = 0; w < 16; ++w) r[w] = w < count ? x[i / 4 + w] : _mm512_setzero_si512();
       transpose(r);
-      for (size_t row = 0; row < rows; ++row) _mm512_mask_storeu_epi8(y + row * step + i, first(dims - i), r[row]);
+      for (size_t row = 0; row < rows; ++row) write(y + row * step + i, r[row], dims - i);
     }
   }
-
- private:
-  static constexpr float kC0 = 0x1.00002cp+0f, kC1 = 0x1.62d166p-1f, kC2 = 0x1.ee798ap-3f, kC3 = 0x1.aa13f0p-5f,
-                         kC4 = 0x1.bb7cd4p-7f;
 };
 
 #include "quant_attention_body.inc"

@@ -7,7 +7,8 @@
 
 namespace calmclip {
 
-// s = x + residual; normed = (s - mean) / sqrt(variance + epsilon) * weight + bias along each row; y = normed, quantized.
+// s = x + residual; normed = (s - mean) / sqrt(variance + epsilon) * weight + bias along each row;
+// y = normed, quantized.
 // Rows of width numbers, one after the other. tests/models/ops/test_quant_layer_norm.py lays it out the same.
 struct NormRows {
   const float *x, *residual;  // residual: of x's size, or null, and then `added` is added

@@ -31,6 +31,7 @@ struct V {
                                   _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))) {}
   };
 
+  static void ahead(const float* p) { __builtin_prefetch(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p))); }
   static F set(float v) { return _mm256_set1_ps(v); }
   static I set(int32_t v) { return _mm256_set1_epi32(v); }
   static F load(const float* p, All) { return _mm256_loadu_ps(p); }
@@ -44,6 +45,7 @@ struct V {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static float total(F x) {
     __m128 v = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     v = _mm_add_ps(v, _mm_movehl_ps(v, v));

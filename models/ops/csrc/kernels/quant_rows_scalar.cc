@@ -22,6 +22,7 @@ struct V {
     explicit Rest(size_t) {}  // with one lane there is none
   };
 
+  static void ahead(const float* p) { __builtin_prefetch(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p))); }
   static F set(float v) { return v; }
   static I set(int32_t v) { return v; }
   template <class T, class Which>
@@ -39,6 +40,7 @@ struct V {
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
   static float total(F x) { return x; }
   template <class Which>
   static void bytes(uint8_t* p, F x, I zero, Which) {

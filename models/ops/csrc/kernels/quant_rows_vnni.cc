@@ -25,6 +25,7 @@ struct V {
     explicit Rest(size_t n) : mask(static_cast<__mmask16>((1u << n) - 1)) {}
   };
 
+  static void ahead(const float* p) { __builtin_prefetch(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p))); }
   static F set(float v) { return _mm512_set1_ps(v); }
   static I set(int32_t v) { return _mm512_set1_epi32(v); }
   static F load(const float* p, All) { return _mm512_loadu_ps(p); }
@@ -38,9 +39,10 @@ struct V {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float total(F x) { return _mm512_reduce_add_ps(x); }
   static __m128i sixteen(F x, I zero) {
-    const I y = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(x, set(1024.0f))), zero);  // more is no int32
+    const I y = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(x, set(1024.0f))), zero);  // more may be no int32
     return _mm512_cvtusepi32_epi8(_mm512_max_epi32(y, set(0)));
   }
   static void bytes(uint8_t* p, F x, I zero, All) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), sixteen(x, zero)); }

@@ -1,4 +1,5 @@
-// Attention in bytes: softmax(q k^T + mask) v for each head. Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
+// Attention in bytes: softmax(q k^T + mask) v for each head.
+// Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
 #include "../kernels/quant_attention.h"
 
 #include <atomic>
@@ -144,7 +145,8 @@ class Attention {
 
   Mask mask_of(const Input<float>& mask, const Sizes& sizes, float scale) const {
     if (mask.shape.size() == 1 && mask.count == 1) {
-      if (*mask.data != 0) kOp.invalid("mask is one number, " + std::to_string(*mask.data) + "; expected 0, which is none");
+      if (*mask.data != 0)
+        kOp.invalid("mask is one number, " + std::to_string(*mask.data) + "; expected 0, which is none");
       return {};
     }
     const size_t sides[] = {sizes.batch, heads_, sizes.rows, sizes.keys};

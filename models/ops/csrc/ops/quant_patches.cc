@@ -38,7 +38,8 @@ class Patches {
       const float inverse = 1 / y_scale.scale();
       const int32_t zero = y_zero.one();
       const size_t down = height / height_, across = width / width_, numbers = channels * height_ * width_;
-      auto output = context.GetOutput(0, {x.shape[0], static_cast<int64_t>(down * across), static_cast<int64_t>(numbers)});
+      const auto patches = static_cast<int64_t>(down * across);
+      auto output = context.GetOutput(0, {x.shape[0], patches, static_cast<int64_t>(numbers)});
       if (x.count == 0) return nullptr;
       uint8_t* const y = output.GetTensorMutableData<uint8_t>();
       // a unit is a row of patches

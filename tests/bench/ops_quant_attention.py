@@ -1,0 +1,230 @@
+"""QuantAttention, QuantLayerNorm, QuantPatches: the ops in ONNX Runtime against chains of its own, and torch.
+
+    python -m tests.bench.ops_quant_attention --threads 1 [--quick]
+
+Attention from q, k and v in three tensors to what the output projection reads, one picture or text: 12 heads of 64 over
+50 tokens is ViT-B/32, over 197 B/16; 16 heads over 257 L/14; 8 heads over 77, causal, a text tower of CLIP, over 16 a
+short text; one row of 197 a last block's. "op" quantizes probabilities by the row's own step, "op 1/255" as the paper;
+"function" is what runs without the library; "QDQ" has its logits in bytes too, so that both products are QLinearMatMul;
+"float" is the same chain in float32, "sdpa" torch's scaled_dot_product_attention. Sessions write, by IO binding, to a
+buffer that was touched before. Behind each side stands how many times faster the first one is.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper, parser
+
+from export.functions import BODIES
+from models.ops.library import find, why_not
+from models.ops.spec import DOMAIN, QUANT_ATTENTION, QUANT_LAYER_NORM, QUANT_PATCHES, VERSION, Op
+from tests.bench.alternate import alternate, line, machine
+
+# name, query rows, keys, heads of 64, causal
+ATTENTION = [("B/32", 50, 50, 12, False), ("B/16", 197, 197, 12, False), ("L/14", 257, 257, 16, False),
+             ("text", 77, 77, 8, True), ("short text", 16, 16, 8, True), ("B/16 last", 1, 197, 12, False)]  # fmt: skip
+NORM = [("B/32", 50, 768), ("B/16", 197, 768), ("L/14", 257, 1024), ("text", 77, 512), ("B/16 x 8", 1576, 768)]
+PATCHES = [("B/32", 224, 32), ("B/16", 224, 16), ("L/14", 224, 14)]
+SCALE, STEP = 3 / (74 * 74 * 8), 1 / 255
+
+# quantized logits and all; {kind} of its inputs
+CHAIN = """
+<ir_version: 10, opset_import: ["": 20]>
+chain ({kind}[1, T, W] q, {kind}[1, S, W] k, {kind}[1, S, W] v, float[M, N] mask) => ({kind}[1, T, W] y)
+<float q_scale = {{{q_scale}}}, float one = {{1.0}}, float v_scale = {{0.02}}, float logit_scale = {{0.1}},
+ float p_scale = {{{step}}}, float y_scale = {{0.02}}, uint8 middle = {{128}}, uint8 zero = {{0}},
+ int64[4] apart = {{1, -1, {heads}, 64}}, int64[3] together = {{1, -1, {width}}}>
+{{
+    {open}
+    q_apart = Reshape (q_real, apart)
+    k_apart = Reshape (k_real, apart)
+    v_apart = Reshape (v_real, apart)
+    queries = Transpose <perm = [0, 2, 1, 3]> (q_apart)
+    keys = Transpose <perm = [0, 2, 3, 1]> (k_apart)
+    values = Transpose <perm = [0, 2, 1, 3]> (v_apart)
+    logits = MatMul (queries, keys)
+    {logits}
+    p = Softmax <axis = -1> (masked)
+    {p}
+    y_apart = MatMul (weights, values)
+    y_rows = Transpose <perm = [0, 2, 1, 3]> (y_apart)
+    y_real = Reshape (y_rows, together)
+    y = {close}
+}}
+"""
+QDQ = {
+    "kind": "uint8",
+    "open": """q_real = DequantizeLinear (q, q_scale, middle)
+    k_real = DequantizeLinear (k, one, middle)
+    v_real = DequantizeLinear (v, v_scale, middle)""",
+    "logits": """logit_bytes = QuantizeLinear (logits, logit_scale, middle)
+    logits_real = DequantizeLinear (logit_bytes, logit_scale, middle)
+    masked = {} (logits_real{})""",
+    "p": """p_bytes = QuantizeLinear (p, p_scale, zero)
+    weights = DequantizeLinear (p_bytes, p_scale, zero)""",
+    "close": "QuantizeLinear (y_real, y_scale, middle)",
+}
+FLOAT = {
+    "kind": "float",
+    "open": "\n".join(f"{name}_real = Identity ({name})" for name in "qkv"),
+    "logits": "masked = {} (logits{})",
+    "p": "weights = Identity (p)",
+    "close": "Identity (y_real)",
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--seconds", type=float, default=3.0, help="for each line")
+    options.add_argument("--quick", action="store_true", help="less time")
+    given = options.parse_args()
+    library = find()
+    if library is None:
+        raise SystemExit(f"{why_not()}; 'calmclip ops build' makes one")
+    torch.set_num_threads(given.threads)
+    seconds = 0.5 if given.quick else given.seconds
+    bench = Bench(given.threads, str(library.path))
+    print(machine(given.threads))
+    print("\nQuantAttention")
+    for name, rows, keys, heads, causal in ATTENTION:
+        print(
+            line(
+                f"{name} {rows}x{keys}x{heads}",
+                alternate(bench.attention(rows, keys, heads, causal), seconds=seconds),
+                "op",
+            )
+        )
+    print("\nQuantLayerNorm, of a sum that is answered too")
+    for name, rows, width in NORM:
+        print(line(f"{name} {rows}x{width}", alternate(bench.norm(rows, width), seconds=seconds), "op"))
+    print("\nQuantPatches")
+    for name, size, patch in PATCHES:
+        print(line(f"{name} {size}/{patch}", alternate(bench.patches(size, patch), seconds=seconds), "op"))
+
+
+class Bench:
+    """Sides by name, of one case: each a call."""
+
+    def __init__(self, threads: int, library: str) -> None:
+        self.threads, self.library = threads, library
+
+    def attention(self, rows: int, keys: int, heads: int, causal: bool) -> dict[str, Callable[[], object]]:
+        rng = np.random.default_rng(0)
+        width = 64 * heads
+        q, k, v = (rng.integers(0, 256, (1, count, width)).astype(np.uint8) for count in (rows, keys, keys))
+        mask = np.triu(np.full((rows, keys), -np.inf, np.float32), 1) if causal else np.zeros(1, np.float32)
+        feeds = {
+            "q": q, "q_scale": np.float32(SCALE), "q_zero": np.uint8(128), "k": k, "k_scale": np.float32(1), "v": v,
+            "v_scale": np.float32(0.02), "p_scale": np.float32(0), "mask": mask, "y_scale": np.float32(0.02),
+            "y_zero": np.uint8(128),
+        }  # fmt: skip
+        how = QUANT_ATTENTION.attributes | {"heads": heads, "width": width}
+        paper = feeds | {"p_scale": np.float32(STEP)}
+        lends = {"q": q, "k": k, "v": v}
+        y = {"y": np.zeros((1, rows, width), np.uint8)}
+        sides = {
+            "op": self.node(QUANT_ATTENTION, feeds, lends, y, how),
+            "op 1/255": self.node(QUANT_ATTENTION, paper, lends, y, how),
+            "function": self.node(QUANT_ATTENTION, paper, lends, y, how, function=True),
+        }
+        mask = mask if causal else mask[None]
+        floats = {name: x.astype(np.float32) - 128 for name, x in lends.items()}
+        floats["q"] *= np.float32(SCALE)
+        for name, text, inputs, dtype in (("QDQ", QDQ, lends, np.uint8), ("float", FLOAT, floats, np.float32)):
+            parts = text | {"logits": text["logits"].format(*(("Add", ", mask") if causal else ("Identity", "")))}
+            chain = parser.parse_model(CHAIN.format(**parts, q_scale=SCALE, step=STEP, heads=heads, width=width))
+            target = {"y": np.zeros((1, rows, width), dtype)}
+            sides[name] = _bound(self.session(chain), inputs | {"mask": mask}, target)
+        for dtype in (torch.float32, torch.bfloat16):
+            heads_of = [
+                torch.from_numpy(x).to(dtype).unflatten(2, (heads, 64)).transpose(1, 2) for x in floats.values()
+            ]
+            sides[f"sdpa {str(dtype)[6:]}"] = lambda args=heads_of: (
+                torch.nn.functional.scaled_dot_product_attention(*args, is_causal=causal, scale=1.0)
+                .transpose(1, 2)
+                .flatten(2)
+            )
+        return sides
+
+    def norm(self, rows: int, width: int) -> dict[str, Callable[[], object]]:
+        rng = np.random.default_rng(0)
+        x, residual = rng.normal(0, 1, (2, 1, rows, width)).astype(np.float32)
+        feeds = {
+            "x": x, "residual": residual, "weight": np.ones(width, np.float32), "bias": np.zeros(width, np.float32),
+            "y_scale": np.float32(0.03), "y_zero": np.uint8(128),
+        }  # fmt: skip
+        lends = {"x": x, "residual": residual}
+        outputs = {"y": np.zeros(x.shape, np.uint8), "sum": np.zeros_like(x)}
+        skip = parser.parse_model("""
+            <ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]>
+            skip (float[1, T, W] x, float[1, T, W] residual, float[W] weight, float[W] bias)
+                => (uint8[1, T, W] y, float[1, T, W] sum) <float y_scale = {0.03}, uint8 y_zero = {128}>
+            {
+                normed, mean, deviation, sum = com.microsoft.SkipLayerNormalization <epsilon = 1e-5>
+                    (x, residual, weight, bias)
+                y = QuantizeLinear (normed, y_scale, y_zero)
+            }
+        """)
+        both = lends | {name: feeds[name] for name in ("weight", "bias")}
+        return {
+            "op": self.node(QUANT_LAYER_NORM, feeds, lends, outputs, QUANT_LAYER_NORM.attributes),
+            "LayerNormalization": self.node(
+                QUANT_LAYER_NORM, feeds, lends, outputs, QUANT_LAYER_NORM.attributes, function=True
+            ),
+            "SkipLayerNormalization": _bound(self.session(skip), both, outputs),
+        }
+
+    def patches(self, size: int, patch: int) -> dict[str, Callable[[], object]]:
+        x = np.random.default_rng(0).normal(0, 1, (1, 3, size, size)).astype(np.float32)
+        feeds = {"x": x, "y_scale": np.float32(0.02), "y_zero": np.uint8(128)}
+        y = {"y": np.zeros((1, (size // patch) ** 2, 3 * patch**2), np.uint8)}
+        how = {"patch": (patch, patch)}
+        return {
+            "op": self.node(QUANT_PATCHES, feeds, {"x": x}, y, how),
+            "QuantizeLinear, Transpose": self.node(QUANT_PATCHES, feeds, {"x": x}, y, how, function=True),
+        }
+
+    def node(self, op: Op, feeds, lends, outputs, attributes, *, function: bool = False) -> Callable[[], object]:
+        """A model of one node: ``lends`` are its inputs, the other ``feeds`` initializers."""
+        names = [name if name in outputs else "" for name in op.outputs]
+        made = helper.make_node(op.name, list(feeds), names, domain=DOMAIN, **attributes)
+        initializers = [
+            helper.make_tensor(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape, np.ravel(x))
+            for n, x in feeds.items()
+            if n not in lends
+        ]
+        graph = helper.make_graph([made], "alone", _declare(lends), _declare(outputs), initializers)
+        body = BODIES[op.name](**attributes)
+        opsets = [*body.opset_import, helper.make_opsetid(DOMAIN, VERSION)]
+        model = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
+        return _bound(self.session(model, library=not function), lends, outputs)
+
+    def session(self, model, *, library: bool = False) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3  # chains have constants they do without
+        if library:
+            options.register_custom_ops_library(self.library)
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _declare(tensors: dict[str, np.ndarray]) -> list:
+    types = {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.float32): TensorProto.FLOAT}
+    return [helper.make_tensor_value_info(name, types[x.dtype], x.shape) for name, x in tensors.items()]
+
+
+def _bound(session: ort.InferenceSession, inputs: dict, outputs: dict) -> Callable[[], object]:
+    binding = session.io_binding()
+    for name, x in inputs.items():
+        binding.bind_input(name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
+    for name, x in outputs.items():
+        binding.bind_output(name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
+    return lambda: (session.run_with_iobinding(binding), inputs, outputs)[0]  # keeps them alive
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""QuantAttention, QuantLayerNorm and QuantPatches touch nothing behind their tensors: these end where memory does, in a
+process of its own.
+
+The sanitizers do not see what masked loads and stores touch.
+"""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from models.ops.library import Library, look
+from tests.models.ops import test_quant_attention as attention
+from tests.models.ops import test_quant_layer_norm as norm
+from tests.models.ops import test_quant_patches as patches
+from tests.models.ops.quantized import ISAS, kernel
+
+ROOT = Path(__file__).parents[3]
+PAGES = 16
+
+
+def test_kernels_touch_nothing_behind_their_tensors(library: Library):
+    command = [sys.executable, __file__, library.path.parent]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    assert int(done.stdout.split()[0]) == sum(
+        one.runs and one.name in ("quant_attention", "quant_layer_norm", "quant_patches") for one in library.kernels
+    )
+
+
+class Edge:
+    """Memory that ends; each tensor has some of its own."""
+
+    def __init__(self) -> None:
+        self.maps: list[mmap.mmap] = []
+
+    def lay(self, x: np.ndarray) -> int:
+        """The address of a copy whose last byte is the last there is."""
+        memory = mmap.mmap(-1, (PAGES + 1) * mmap.PAGESIZE)
+        self.maps.append(memory)
+        edge = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + PAGES * mmap.PAGESIZE
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        ctypes.memmove(edge - x.nbytes, x.ctypes.data, x.nbytes)
+        return edge - x.nbytes
+
+
+def attend(function, edge: Edge, rows: int, keys: int, dims: int) -> None:
+    mask = attention.causal(rows, keys)
+    mask[0] = -0.5
+    feeds = attention.draw(0, 1, rows, keys, 1, dims, mask=mask)
+    ends = {name: edge.lay(feeds[name]) for name in ("q", "k", "v", "mask", "y_scale", "y_zero")}
+    room = np.empty(attention.scratch_bytes(keys, dims) + 64, np.uint8)
+    head = attention.Head(
+        y=edge.lay(np.zeros(rows * dims, np.uint8)), q_step=dims, k_step=dims, v_step=dims, y_step=dims, rows=rows,
+        keys=keys, dims=dims, mask_row=keys, mask_key=1, y_scale_step=1, y_zero_step=1, scale=1e-3, v_scale=0.02,
+        zeta=1.0, q_zero=9, **ends,
+    )  # fmt: skip
+    function(ctypes.byref(head), room.ctypes.data + -room.ctypes.data % 64)
+
+
+def normalise(function, edge: Edge, rows: int, width: int) -> None:
+    feeds = norm.draw(0, rows, width, columns=True)
+    ends = {name: edge.lay(feeds[name]) for name in ("x", "residual", "weight", "bias")}
+    room = edge.lay(np.zeros(width, np.float32))
+    ends |= {name: edge.lay(np.zeros((rows, width), np.float32)) for name in ("normed", "sum")}
+    ends |= {"inverse": edge.lay(feeds["y_scale"]), "zero": edge.lay(feeds["y_zero"].astype(np.int32))}
+    ends |= {"y": edge.lay(np.zeros((rows, width), np.uint8))}
+    function(ctypes.byref(norm.Rows(rows=rows, width=width, epsilon=1e-5, columns=True, **ends)), room)
+
+
+def cut(function, edge: Edge, count: int, width: int) -> None:
+    x, y = np.zeros(count * width, np.float32), np.zeros(count * width, np.uint8)
+    function(edge.lay(x), width, count, edge.lay(y), width, 1.0, 0)
+
+
+def to_the_edge(library: Library) -> None:
+    ran = 0
+    for isa in ISAS:
+        for name, prototype, go, cases in (
+            ("quant_attention", attention.PROTOTYPE, attend, attention.SIZES),
+            ("quant_layer_norm", norm.PROTOTYPE, normalise, [(2, width) for width in norm.WIDTHS]),
+            ("quant_patches", patches.PROTOTYPE, cut, [(3, width) for width in range(1, 70)]),
+        ):
+            function = kernel(library, name, isa, prototype)
+            if function is None:
+                continue
+            ran += 1
+            for case in cases:
+                go(function, Edge(), *case)
+    print(ran, "kernels")
+    sys.stdout.flush()
+    os._exit(0)  # the mappings end elsewhere than Python believes
+
+
+if __name__ == "__main__":
+    at_hand = look(Path(sys.argv[1]))
+    assert isinstance(at_hand, Library), at_hand
+    to_the_edge(at_hand)
