@@ -48,6 +48,13 @@ def test_the_summary_says_how_many_times_faster_calmclip_is():
     ]  # fmt: skip
 
 
+def test_where_every_form_of_a_rival_is_too_far_the_summary_says_so():
+    far = {**TOWER["engines"], "OpenVINO INT8": {"ms": {"1x1": 30.0}, "cosine": 0.98, "memory_mb": 270.0}}
+    # 15 / 25
+    found = cells(rival_report.summary([TOWER | {"engines": far}]), TOWER["title"])
+    assert found[1] == "15.0 (0.60x, too far to count)"
+
+
 def test_without_a_peak_the_share_is_unknown():
     assert cells(rival_report.summary([TOWER | {"peak": None}]), TOWER["title"])[-2] == "unknown"
 

@@ -20,13 +20,13 @@ def vit_b_32(directory: Path) -> None:
     hugging_face_clip(directory)
 
 
-def hugging_face_clip(directory: Path, **vision: int) -> None:
-    """Hugging Face CLIP; ``vision``: where its image tower differs from transformers' defaults."""
+def hugging_face_clip(directory: Path, width: int = 512, **vision: int) -> None:
+    """Hugging Face CLIP; ``width`` of its vectors, ``vision``: where its image tower differs from the defaults."""
     import transformers
 
     from export.layouts import _clip_bpe
 
-    config = transformers.CLIPConfig(vision_config=vision)
+    config = transformers.CLIPConfig(vision_config=vision | {"projection_dim": width}, projection_dim=width)
     transformers.CLIPModel(config).save_pretrained(directory)
     (directory / "tokenizer.json").write_bytes(_clip_bpe.tokenizer_json())
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end_of_text>", "pad_token": "<end_of_text>"}

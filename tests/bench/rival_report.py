@@ -23,12 +23,14 @@ SUMMARY = {  # column of the one table of all towers -> how the engines' names b
 Figures = Mapping[str, Any]
 
 
-def best(tower: Figures, run: str, names: Iterable[str] | None = None) -> tuple[str, float] | None:
+def best(
+    tower: Figures, run: str, names: Iterable[str] | None = None, cosine: float = NEAR
+) -> tuple[str, float] | None:
     """The fastest rival, of ``names`` or of all, that is near enough to float; None where there is none."""
     rows = tower["engines"]
     chosen = rows if names is None else [name for name in rows if name.startswith(tuple(names))]
     found = [(row["ms"][run], name) for name, row in rows.items()
-             if name in chosen and name != OURS and run in row["ms"] and row["cosine"] >= NEAR]  # fmt: skip
+             if name in chosen and name != OURS and run in row["ms"] and row["cosine"] >= cosine]  # fmt: skip
     return min(found)[::-1] if found else None
 
 
@@ -39,9 +41,8 @@ def table(tower: Figures) -> str:
     lines = [f"### {tower['title']}", "", _facts(tower), "", *_rule(head)]
     for name, row in tower["engines"].items():
         cells = [_cell(row["ms"].get(run), best(tower, run)) for run in runs]
-        near = "" if row["cosine"] >= NEAR else " (too far to count)"
         share = _share(tower, row["ms"].get(FIRST))
-        lines.append(_line(f"**{name}**" if name == OURS else name, *cells, share, f"{row['cosine']:.4f}{near}",
+        lines.append(_line(f"**{name}**" if name == OURS else name, *cells, share, _cosine(row),
                            f"{row['memory_mb']:.0f}"))  # fmt: skip
     if tower["refused"]:
         why: dict[str, list[str]] = {}
@@ -62,10 +63,10 @@ def summary(towers: Sequence[Figures]) -> str:
         ms = own["ms"][FIRST]
         cells = []
         for names in SUMMARY.values():
-            rival = best(tower, FIRST, names)
-            cells.append(f"{_ms(rival[1])} ({rival[1] / ms:.2f}x)" if rival else "-")
-        near = "" if own["cosine"] >= NEAR else " (too far to count)"
-        lines.append(_line(tower["title"], f"**{_ms(ms)}**", *cells, _share(tower, ms), f"{own['cosine']:.4f}{near}"))
+            near = best(tower, FIRST, names)
+            rival, far = (near, "") if near else (best(tower, FIRST, names, -1.0), ", too far to count")
+            cells.append(f"{_ms(rival[1])} ({rival[1] / ms:.2f}x{far})" if rival else "-")
+        lines.append(_line(tower["title"], f"**{_ms(ms)}**", *cells, _share(tower, ms), _cosine(own)))
     return "\n".join(lines) + "\n"
 
 
@@ -166,6 +167,10 @@ def _cell(ms: float | None, rival: tuple[str, float] | None) -> str:
     if ms is None:
         return "-"
     return f"{_ms(ms)} ({rival[1] / ms:.2f}x)" if rival else _ms(ms)
+
+
+def _cosine(row: Figures) -> str:
+    return f"{row['cosine']:.4f}{'' if row['cosine'] >= NEAR else ' (too far to count)'}"
 
 
 def _share(tower: Figures, ms: float | None) -> str:

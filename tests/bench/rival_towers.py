@@ -80,7 +80,9 @@ def _open_clip(name: str, role: str, checkpoint: Path, attention: str) -> nn.Mod
     model = open_clip.create_model(name, pretrained=None)
     own = checkpoint / "open_clip_model.safetensors"
     state = load_file(own) if own.exists() else _as_open_clip(load_file(checkpoint / "model.safetensors"))
-    model.load_state_dict(state, strict=False)
+    wanted = {name: tensor for name, tensor in state.items() if (role == "image") == name.startswith("visual.")}
+    if unknown := model.load_state_dict(wanted, strict=False).unexpected_keys:
+        raise ValueError(f"open_clip's {name} has no {unknown[0]}; the table of names must learn it")
     if own.exists():  # a timm tower with branches, which its authors fold into one before they run it
         from timm.utils import reparameterize_model
 
@@ -172,7 +174,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "ViT-B-32": checkpoints.vit_b_32,
     "ViT-B-16": partial(checkpoints.hugging_face_clip, patch_size=16),
     "ViT-L-14": partial(
-        checkpoints.hugging_face_clip, patch_size=14,
+        checkpoints.hugging_face_clip, width=768, patch_size=14,
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     ),
     "SigLIP-B-16": checkpoints.siglip_b_16,
@@ -201,7 +203,10 @@ def _encoder(tower: nets.Tower) -> nets.Tower:
 
 
 _NO_MODULE = "it has no module of these weights"
-_EXACT = "The mask is causal, so 16 tokens say all that 77 with padding say; calmclip's one graph takes either."
+_EXACT = (
+    "The mask is causal, so 16 tokens say all that 77 with padding say; calmclip's one graph takes either. The bound "
+    "is of 77."
+)
 
 TOWERS: dict[str, Tower] = {
     "b32": _clip_image("ViT-B-32", "CLIP ViT-B/32 image"),

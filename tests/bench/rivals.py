@@ -33,7 +33,7 @@ from tests.bench.rival_towers import TOWERS
 TURN = 0.3  # seconds for which one engine works before the next has its turn
 LEAST = 3  # rounds
 LARGE = 10e9  # multiply-accumulates
-PACKAGES = ("onnxruntime", "openvino", "nncf", "torch", "transformers", "open_clip_torch", "faster-clip")
+PACKAGES = ("openvino", "nncf", "torch", "transformers", "open_clip_torch", "faster-clip")
 
 
 def main() -> None:
