@@ -5,10 +5,10 @@
 namespace calmclip {
 
 void pack_linear(const int8_t* w, size_t k, size_t n, int8_t* panels, int32_t* sums) {
-  std::memset(sums, 0, linear_panels(n) * kPanel * sizeof *sums);
   for (size_t column = 0; column < n; column += kPanel) {
     const size_t columns = n - column < kPanel ? n - column : kPanel;
     int32_t* sum = sums + column;
+    std::memset(sum, 0, kPanel * sizeof *sum);
     for (size_t row = 0; row < k; row += 4, panels += 4 * kPanel) {
       const size_t rows = k - row < 4 ? k - row : 4;
       const int8_t* from = w + row * n + column;
