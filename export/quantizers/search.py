@@ -117,7 +117,7 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
         trial.run(trial.best.model_copy(update={"attention": every}), "attention in INT8 too", enough=True)
     if apart and not (trial.best.clips or trial.best.shifts):
         more = smooth.observe(model, held, trial.best)
-        wider = {name: _wider(limits, more[name]) for name, limits in ranges.items()}
+        wider = {name: _wider(limits, more[name]) for name, limits in ranges.items() if name in more}
         trial.run(trial.best, "the same, extremes of all inputs", ranges=wider, enough=True)
     measured = f"{len(held)} inputs, {'held out' if apart else 'those it calibrated on: there were too few'}"
     return Settled("smooth", trial.best, trial.ranges, {**trial.history(), "measured_on": measured})

@@ -112,15 +112,16 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
     attributes=IMAGE_TO_PIXELS.attributes | {"scale": 1.0, "zero_point": 0},
 )
 
-# Of the four below: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to even,
-# or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal. What is quantized
-# to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns. Attributes of a node are all
-# stated.
+# Of the five below: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to
+# even, or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal. What is
+# quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns. Attributes of a
+# node are all stated.
 
-# f((x - x_zero) w * x_scale * weight_scale + bias), quantized. The products are summed in int32, exactly; then float32:
-# sum * (x_scale * weight_scale) + bias, two roundings, and f. The rest is Jacob et al. 2017 (arXiv 1712.05877), 2.2.
-# K is at most 65536. `activation`: a place in ACTIVATIONS; gelu is x Phi(x), gelu_tanh its form with tanh (Hendrycks and
-# Gimpel 2016, arXiv 1606.08415), quick_gelu x sigmoid(1.702 x).
+# f((x - x_zero) w * x_scale * weight_scale + bias), quantized. The products are summed in int32, exactly; then
+# float32: sum * (x_scale * weight_scale) + bias, two roundings, and f. The rest is Jacob et al. 2017 (arXiv
+# 1712.05877), 2.2.
+# K is at most 65536. `activation`: a place in ACTIVATIONS; gelu is x Phi(x), gelu_tanh its form with tanh (Hendrycks
+# and Gimpel 2016, arXiv 1606.08415), quick_gelu x sigmoid(1.702 x).
 QUANT_LINEAR = Op(
     "QuantLinear",
     inputs={
@@ -147,15 +148,15 @@ QUANT_LINEAR_TO_FLOAT = Op(
     attributes=QUANT_LINEAR.attributes,
 )
 
-# Attention in bytes: softmax(q k^T + mask) v for each of H heads, d numbers wide; the scale d^-1/2 lies in q_scale. q, k
-# and v may be one tensor: each is the W = H d columns of its input from `*_start` on. k and v have the zero point 128.
-# logits = (q - q_zero) k^T, exact in int32, * (q_scale * k_scale), + mask; p as SOFTMAX has it, gamma and zeta too,
-# quantized at p_scale with the zero point 0 (1/255: Bondarenko et al. 2023, arXiv 2306.12929, section 5; what is over 255
-# is 255); sum of p v, exact in int32, * (v_scale * p_scale); quantized.
+# Attention in bytes: softmax(q k^T + mask) v for each of H heads, d numbers wide; the scale d^-1/2 lies in q_scale.
+# q, k and v may be one tensor: each is the W = H d columns of its input from `*_start` on. k and v have the zero
+# point 128. logits = (q - q_zero) k^T, exact in int32, * (q_scale * k_scale), + mask; p as SOFTMAX has it, gamma and
+# zeta too, quantized at p_scale with the zero point 0 (1/255: Bondarenko et al. 2023, arXiv 2306.12929, section 5;
+# what is over 255 is 255); sum of p v, exact in int32, * (v_scale * p_scale); quantized.
 # With p_scale = 0 it is e = exp(logit - the row's greatest) that is quantized, at 1/255, so no row loses its small
 # probabilities; sum of e v * v_scale / sum of e, both sums of what was rounded. gamma is 0 and zeta 1 then.
-# mask: float32, added; its last two dimensions are [T or 1, S or 1], those before them (there may be none) B or 1 and H
-# or 1. [1] holding 0 is no mask.
+# mask: float32, added; its last two dimensions are [T or 1, S or 1], those before them (there may be none) B or 1 and
+# H or 1. [1] holding 0 is no mask.
 QUANT_ATTENTION = Op(
     "QuantAttention",
     inputs={
@@ -175,9 +176,9 @@ QUANT_ATTENTION = Op(
     attributes={"heads": 1, "width": 64, "q_start": 0, "k_start": 0, "v_start": 0, "gamma": 0.0, "zeta": 1.0},
 )
 
-# s = x + residual; LayerNormalization over the last axis, as ONNX has it, times weight, plus bias; quantized. A residual
-# of one number is added to all. `normed`, what was quantized, and `sum`, s, are answered where they are asked for: a node
-# names all three, "" for one it does without, for of a function with fewer ONNX Runtime complains.
+# s = x + residual; LayerNormalization over the last axis, as ONNX has it, times weight, plus bias; quantized. A
+# residual of one number is added to all. `normed`, what was quantized, and `sum`, s, are answered where they are
+# asked for: a node names all three, "" for one it does without, for of a function with fewer ONNX Runtime complains.
 QUANT_LAYER_NORM = Op(
     "QuantLayerNorm",
     inputs={
@@ -196,8 +197,9 @@ QUANT_LAYER_NORM = Op(
     attributes={"epsilon": 1e-5},
 )
 
-# Pixels quantized and cut into patches, row by row, that do not overlap; a patch is channel by channel, row by row: what
-# a convolution's weight [N, C, h, w], flattened, is multiplied with. H and W are multiples of the patch's height and width.
+# Pixels quantized and cut into patches, row by row, that do not overlap; a patch is channel by channel, row by row:
+# what a convolution's weight [N, C, h, w], flattened, is multiplied with. H and W are multiples of the patch's height
+# and width.
 QUANT_PATCHES = Op(
     "QuantPatches",
     inputs={"x": _tensor("float32", "B", "C", "H", "W"), "y_scale": _tensor("float32"), "y_zero": _tensor("uint8")},

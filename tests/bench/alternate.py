@@ -20,12 +20,18 @@ class Timing:
 
 
 def alternate(
-    sides: Mapping[str, Callable[[], object]], *, seconds: float = 2.0, least: int = 7, turn: float = 0.001
+    sides: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 2.0,
+    least: int = 7,
+    turn: float = 0.001,
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[str, Timing]:
     """The sides in turn, each in every place of the order, for about ``seconds`` and at least ``least`` rounds.
 
     A side that is done in less than ``turn`` seconds is called as often as fills them, lest it be measured with the
-    caches as a slower side left them. Two rounds of warm-up are not counted.
+    caches as a slower side left them. Two rounds of warm-up are not counted. ``clock``: `time.process_time` suits sides
+    of one thread on a machine that others use too.
     """
     names = list(sides)
     spent: dict[str, list[float]] = {name: [] for name in names}
@@ -34,10 +40,10 @@ def alternate(
     while rounds < least or perf_counter() - start < seconds:
         for place in range(len(names)):
             name = names[(place + rounds) % len(names)]
-            begin = perf_counter()
+            begin = clock()
             for _ in range(calls[name]):
                 sides[name]()
-            took = (perf_counter() - begin) / calls[name]
+            took = (clock() - begin) / calls[name]
             if rounds >= 0:
                 spent[name].append(took)
             else:

@@ -7,7 +7,8 @@ Attention from q, k and v in three tensors to what the output projection reads, 
 short text; one row of 197 a last block's. "op" quantizes probabilities by the row's own step, "op 1/255" as the paper;
 "function" is what runs without the library; "QDQ" has its logits in bytes too, so that both products are QLinearMatMul;
 "float" is the same chain in float32, "sdpa" torch's scaled_dot_product_attention. Sessions write, by IO binding, to a
-buffer that was touched before. Behind each side stands how many times faster the first one is.
+buffer that was touched before. The first side comes after the slowest and finds the caches as that left them: so "op
+1/255" has it easier than "op". Behind each side stands how many times faster the first one is.
 """
 
 import argparse

@@ -215,8 +215,8 @@ def test_probabilities_have_the_fixed_scale(case: Case):
 def test_what_is_moved_keeps_its_scale(case: Case):
     made, found = steps(case.quantized()), sites(case.model)
     nodes = {node.name: node for node in case.model.graph.node}
-    last, open_ = case.kind in ("vit", "clip"), case.kind == "vit"
-    assert len(found.moved) == 3 * LAYERS + last + open_ * LAYERS  # q, k, v; one token to its q; mixtures without gates
+    open_ = case.kind == "vit"
+    assert len(found.moved) == 3 * LAYERS + open_ * LAYERS  # q, k, v; mixtures without gates
     for (name, place), site in found.moved.items():
         assert made[nodes[name].input[place]] == made[site]
 
@@ -338,7 +338,11 @@ def test_our_softmax_takes_its_place_in_it(case: Case, library: Any):
     model = case.quantized()
     found = rewrites.apply(model, rewrites.swaps())
     rule = "clipped_softmax" if case.kind in ("bert", "clip") else "softmax"
-    assert found.counts == {"clipped_softmax": 0, "softmax": 0, rule: LAYERS}
+    assert {name: found.counts[name] for name in ("clipped_softmax", "softmax")} == {
+        "clipped_softmax": 0,
+        "softmax": 0,
+        rule: LAYERS,
+    }
     for one in (None, library):
         numbers = compare(onnx_run(model), onnx_run(found.model, library=one), feeds_of(case.tower, 4, seed=1))
         assert numbers["features"]["cosine_min"] > 0.999
@@ -408,15 +412,12 @@ def test_ranges_of_least_squared_error_help_where_a_weight_lies_far_out(cases: d
     assert noise(case, model, weight_bits=4)["error"] > 2 * noise(case, model, weight_bits=4, weights="mse")["error"]
 
 
-def test_fast_is_the_same_with_the_head_and_a_scale_for_each_output(case: Case):
+def test_fast_leaves_no_product_in_float(case: Case):
     params = fast.Params()
     model = fast.quantize(case.model, fast.observe(case.model, case.feeds, params), params)
-    floats = [one.name for one in count(model, {"B": 1, "T": 9}) if not one.int8]
-    gates = {"bert": 2 * LAYERS, "opt": LAYERS, "vit": 0, "clip": LAYERS}[case.kind]
-    assert len(floats) == gates
-    fixed = constants(model)
-    whole, step = fixed["projection.weight_columns_int8"], fixed["projection.weight_columns_int8_step"]
-    weight = case.state["projection.weight"].numpy().astype(np.float64)
-    np.testing.assert_allclose(step, np.abs(weight).max(axis=1) / 127, rtol=1e-6)
-    assert np.abs(whole * step - weight.T).max() <= 0.5001 * step.max()
+    assert not [one.name for one in count(model, {"B": 1, "T": 9}) if not one.int8]
     assert apart(case, case.model, model)["cosine"] > 0.999
+    plain = fast.Params(alpha=None)
+    fixed = constants(fast.quantize(case.model, fast.observe(case.model, case.feeds, plain), plain))
+    weight = case.state["projection.weight"].numpy().astype(np.float64)
+    np.testing.assert_allclose(fixed["projection.weight_int8_step"], np.abs(weight).max(axis=1) / 127, rtol=1e-6)

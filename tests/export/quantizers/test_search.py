@@ -126,7 +126,7 @@ def test_it_finds_the_same_twice(planted: onnx.ModelProto, found: Settled):
 
 
 def test_it_stops_at_the_first_settings_that_reach_the_goal(planted: onnx.ModelProto):
-    easy = search.search(planted, FEEDS, search.Params(aim=None), Goal(cosine=0.5))
+    easy = search.search(planted, FEEDS, search.Params(aim=None, attention="needed"), Goal(cosine=0.5))
     assert [row["tried"] for row in easy.history["candidates"]] == [
         "alpha 0.75, extremes",
         "the same, extremes of all inputs",
@@ -156,14 +156,25 @@ def test_attention_is_quantized_where_constants_alone_are_too_few(planted: onnx.
     products = count(planted, {})
     constant = sum(p.macs for p in products) - 2 * BLOCKS * TOKENS * TOKENS * WIDTH  # scores and mixes, by hand
     part = constant / sum(p.macs for p in products)
-    easy = search.search(planted, FEEDS[:20], search.Params(aim=None), Goal(cosine=0.1, share=part - 0.001))
+    params = search.Params(aim=None, attention="needed")
+    easy = search.search(planted, FEEDS[:20], params, Goal(cosine=0.1, share=part - 0.001))
     assert easy.params.attention == ()
-    first = search.search(planted, FEEDS[:20], search.Params(aim=None), Goal(cosine=0.1, share=part + 0.001))
+    first = search.search(planted, FEEDS[:20], params, Goal(cosine=0.1, share=part + 0.001))
     assert len(first.params.attention) == BLOCKS
-    both = search.search(planted, FEEDS[:20], search.Params(aim=None), Goal(cosine=0.1, share=0.9999))
+    both = search.search(planted, FEEDS[:20], params, Goal(cosine=0.1, share=0.9999))
     assert len(both.params.attention) == 2 * BLOCKS
     assert share(count(made(planted, both), {})).part == 1.0
     assert cosine(planted, made(planted, both), FEEDS[:20]) > 0.9
+
+
+def test_attention_is_quantized_at_the_end_where_the_goal_is_kept(planted: onnx.ModelProto):
+    params = search.Params(aim=None)
+    near = search.search(planted, FEEDS[:20], params, Goal(cosine=0.5))
+    assert len(near.params.attention) == 2 * BLOCKS
+    tried = [row["tried"] for row in near.history["candidates"]]
+    assert tried == ["alpha 0.75, extremes", "attention in INT8 too", "the same, extremes of all inputs"]
+    far = search.search(planted, FEEDS[:16], search.Params(alphas=(0.75,), aim=1.0), Goal())
+    assert far.params.attention == ()
 
 
 def matrix(weight: Array, bias: Array | None = None) -> onnx.ModelProto:

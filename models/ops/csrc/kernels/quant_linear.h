@@ -44,7 +44,7 @@ struct LinearWork {
 // The columns of the panels [first, last), all rows.
 using QuantLinear = void(const LinearWork& work, size_t first, size_t last);
 
-// What a tile is made of: sums [rows, kPanel] = from + x panel, where x has 4 * steps
+// What a tile is made of, between a kernel and its loop: sums [rows, kPanel] = from + x panel, where x has 4 * steps
 // columns, and rows of x and of `from` lie that far apart. For each step the 128 bytes at `ahead` are asked for, which
 // moves on by ahead_step.
 struct Product {

@@ -63,9 +63,7 @@ struct V {
   using I = __m256i;
   static constexpr size_t kWidth = 8, kRows = 3;
 
-  template <class Meanwhile>
-  static void product(size_t rows, const Product& p, const Meanwhile& meanwhile) {
-    for (size_t r = 0; r < rows; ++r) meanwhile(r);
+  static void product(size_t rows, const Product& p) {
     for (size_t column = 0; column < kPanel; column += 16)
       rows == 1 ? product_of<1>(p, column) : rows == 2 ? product_of<2>(p, column) : product_of<3>(p, column);
   }

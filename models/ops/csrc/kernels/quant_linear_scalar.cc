@@ -18,9 +18,7 @@ struct V {
   using Zero = const int32_t*;
   static constexpr size_t kWidth = 1, kRows = 1;
 
-  template <class Meanwhile>
-  static void product(size_t, const Product& p, const Meanwhile& meanwhile) {
-    meanwhile(0);
+  static void product(size_t, const Product& p) {
     uint32_t sum[kPanel];  // `start` may be beyond what int32 holds, and comes back into it
     std::memcpy(sum, p.from, sizeof sum);
     const int8_t* w = p.panel;

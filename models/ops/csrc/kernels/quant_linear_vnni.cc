@@ -23,8 +23,8 @@ inline __m512i four(const uint8_t* x) {
   return _mm512_set1_epi32(bytes);
 }
 
-template <size_t rows, class Meanwhile>
-void product_of(const Product& p, const Meanwhile& meanwhile) {
+template <size_t rows>
+void product_of(const Product& p) {
   __m512i sum[rows][2];
 #pragma GCC unroll 16
   for (size_t r = 0; r < rows; ++r)
@@ -37,25 +37,21 @@ void product_of(const Product& p, const Meanwhile& meanwhile) {
 #pragma GCC unroll 16
   for (size_t g = 0; g < groups; ++g) x[g] = p.x + 3 * g * stride;
   const int8_t *w = p.panel, *ahead = p.ahead;
-  for (size_t part = 0; part < rows; ++part) {
-    meanwhile(part);
-    const int8_t* end = p.panel + p.steps * (part + 1) / rows * 4 * kPanel;
-    for (; w != end; w += 4 * kPanel) {
-      const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
-      _mm_prefetch(ahead, _MM_HINT_T1);
-      _mm_prefetch(ahead + 64, _MM_HINT_T1);
-      ahead += p.ahead_step;
+  for (const int8_t* end = w + p.steps * 4 * kPanel; w != end; w += 4 * kPanel) {
+    const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+    _mm_prefetch(ahead, _MM_HINT_T1);
+    _mm_prefetch(ahead + 64, _MM_HINT_T1);
+    ahead += p.ahead_step;
 #pragma GCC unroll 16
-      for (size_t r = 0; r < rows; ++r) {
-        const __m512i bytes = four(x[r / 3] + r % 3 * stride);
-        dot(sum[r][0], bytes, w0);
-        dot(sum[r][1], bytes, w1);
-      }
+    for (size_t r = 0; r < rows; ++r) {
+      const __m512i bytes = four(x[r / 3] + r % 3 * stride);
+      dot(sum[r][0], bytes, w0);
+      dot(sum[r][1], bytes, w1);
+    }
 #pragma GCC unroll 16
-      for (size_t g = 0; g < groups; ++g) {
-        x[g] += 4;
-        asm("" : "+r"(x[g]));
-      }
+    for (size_t g = 0; g < groups; ++g) {
+      x[g] += 4;
+      asm("" : "+r"(x[g]));
     }
   }
 #pragma GCC unroll 16
@@ -68,13 +64,11 @@ struct V {
   using I = __m512i;
   static constexpr size_t kWidth = 16, kRows = 12;
 
-  template <class Meanwhile>
-  static void product(size_t rows, const Product& p, const Meanwhile& meanwhile) {
-    static void (*const all[])(const Product&, const Meanwhile&) = {
-        product_of<1, Meanwhile>, product_of<2, Meanwhile>, product_of<3, Meanwhile>, product_of<4, Meanwhile>,
-        product_of<5, Meanwhile>, product_of<6, Meanwhile>, product_of<7, Meanwhile>, product_of<8, Meanwhile>,
-        product_of<9, Meanwhile>, product_of<10, Meanwhile>, product_of<11, Meanwhile>, product_of<12, Meanwhile>};
-    all[rows - 1](p, meanwhile);
+  static void product(size_t rows, const Product& p) {
+    static void (*const all[kRows])(const Product&) = {
+        product_of<1>, product_of<2>, product_of<3>, product_of<4>,  product_of<5>,  product_of<6>,
+        product_of<7>, product_of<8>, product_of<9>, product_of<10>, product_of<11>, product_of<12>};
+    all[rows - 1](p);
   }
 
   // In the order of the words that `store` adds it to.
