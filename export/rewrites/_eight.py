@@ -59,10 +59,10 @@ def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
     if reader is not None and reader.op_type == "Mul":
         other = next((value for value in reader.inputs if value is not real), None)
         factor = _patterns.array(other)
-        if factor is None or factor.ndim > 1 or not (factor > 0).all():
+        if factor is None or factor.ndim > 1 or factor.size not in (1, columns(real)) or not (factor > 0).all():
             return None
         nodes, reader = (reader,), only(reader.outputs[0])
-    if reader is None or reader.op_type != "QuantizeLinear" or len(reader.inputs) != 3:
+    if reader is None or reader.domain or reader.op_type != "QuantizeLinear" or len(reader.inputs) != 3:
         return None
     value, (_, scale, zero) = reader.outputs[0], whole(reader.inputs)
     if zero.dtype != ir.DataType.UINT8 or not _along_the_last(reader, reader.inputs[0], scale):
@@ -71,8 +71,9 @@ def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
         steps, middle = _patterns.array(scale), _patterns.array(zero)
         if steps is None or middle is None:
             return None
-        steps = (steps / factor).astype(np.float32)
-        if not (steps >= np.finfo(np.float32).tiny).all():
+        with np.errstate(over="ignore"):
+            steps = (steps / factor).astype(np.float32)
+        if not (np.isfinite(steps) & (steps >= np.finfo(np.float32).tiny)).all():
             return None
         scale = constant(reader, f"{value.name}_steps", steps)
         zero = constant(reader, f"{value.name}_zeros", np.broadcast_to(middle, steps.shape).copy())
@@ -100,9 +101,9 @@ def whole(values: Iterable[ir.Value | None]) -> list[ir.Value]:
 
 
 def only(value: ir.Value) -> ir.Node | None:
-    """Who reads ``value``, if it is read once and is no output."""
+    """Who reads ``value``, if it is read once, by a standard op, and is no output."""
     uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    return uses[0].node if len(uses) == 1 and not uses[0].node.domain and not value.is_graph_output() else None
 
 
 def shape(value: ir.Value | None) -> tuple[int | str, ...] | None:
@@ -113,13 +114,21 @@ def shape(value: ir.Value | None) -> tuple[int | str, ...] | None:
     return None if None in found else found  # type: ignore[return-value]
 
 
+def columns(value: ir.Value) -> int | None:
+    """Its last dimension, where that is known."""
+    last = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return last if isinstance(last, int) else None
+
+
 def constant(near: ir.Node, name: str, array: Array) -> ir.Value:
     """A new initializer of the graph that ``near`` lies in; where ``name`` is taken by the same numbers, that one."""
     graph = near.graph
     assert isinstance(graph, ir.Graph)
     free, number = name, 1
-    while free in graph.initializers:
-        if np.array_equal(held := _patterns.array(graph.initializers[free]), array) and held is not None:
+    ends = {value.name for value in (*graph.inputs, *graph.outputs)}
+    while free in graph.initializers or free in ends:
+        held = None if free in ends else _patterns.array(graph.initializers[free])
+        if held is not None and np.array_equal(held, array):
             return graph.initializers[free]
         free, number = f"{name}_{number}", number + 1
     made = ir.Value(

@@ -41,8 +41,8 @@ def _unfit(node: ir.Node) -> str:
         return "it has no bias"
     if rank is None or node.attributes.get_int("axis", -1) not in (-1, rank - 1):
         return "it is not over the last axis alone, or its input's rank is unknown"
-    if any(len(value.shape or ()) != 1 for value in node.inputs[1:3] if value is not None):
-        return "its weight or its bias is no row of numbers"
+    if any(shape(value) != sizes[-1:] for value in node.inputs[1:3]):  # type: ignore[index]
+        return "its weight or its bias has not a number for each column"
     if len(node.outputs) > 1 and any(value.uses() for value in node.outputs[1:]):
         return "its mean or its deviation is read"
     return ""

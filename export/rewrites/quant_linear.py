@@ -22,6 +22,7 @@ from models.flow import Array
 from models.ops.spec import ACTIVATIONS, QUANT_LINEAR, Activation
 
 _QUICK = 1.702
+_MOST = 65536  # inputs; see the promise
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ def product(node: ir.Node) -> Product | str | None:
     flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     scales = shape(weight.scale)
     along = weight.nodes[0].attributes.get_int("axis", 1) % 2
-    if scales and along != (0 if flipped else 1):
+    if scales and (len(scales) > 1 or along != (0 if flipped else 1)):
         return "its weights have a scale for each input; the op takes one for each output"
-    outputs = int(sizes[0 if flipped else 1])
+    outputs, inputs = (int(size) for size in (sizes if flipped else reversed(sizes)))
+    if inputs > _MOST:
+        return f"it adds up {inputs} products; the op at most {_MOST}"
     end, bias = node.outputs[0], np.zeros(outputs, np.float32)
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         held = bias_of(node.inputs[2])
-        if held is None or held.size not in (1, outputs):
+        if held is None or (held.size != 1 and held.shape not in ((outputs,), (1, outputs))):
             return "its bias is no constant of a number for each output"
         bias = bias + held.reshape(-1)
     while (added := _added(end, outputs)) is not None:
@@ -100,8 +103,11 @@ def bias_of(value: ir.Value) -> Array | None:
     node = maker(value, "DequantizeLinear")
     if node is None:
         return _patterns.array(value)
-    whole, steps = (_patterns.array(one) for one in node.inputs[:2])
-    return None if whole is None or steps is None else (whole.astype(np.float64) * steps).astype(np.float32)
+    held = [_patterns.array(one) for one in node.inputs]
+    whole, steps, zero = (*held, np.zeros((), np.int32))[:3]
+    if whole is None or steps is None or zero is None:
+        return None
+    return ((whole.astype(np.float64) - zero) * steps).astype(np.float32)
 
 
 def _added(end: ir.Value, outputs: int) -> Array | None:
@@ -111,7 +117,10 @@ def _added(end: ir.Value, outputs: int) -> Array | None:
         return None
     (other,) = [value for value in node.inputs if value is not end] or [None]
     found = _patterns.array(other)
-    return None if found is None or found.size != outputs or found.shape[-1:] != (outputs,) else found.reshape(-1)
+    if found is None or found.size != outputs or found.shape[-1:] != (outputs,):
+        return None
+    rank = 1 if end.shape is None else len(end.shape)  # a constant of more makes the answer one of more
+    return found.reshape(-1) if found.ndim <= rank else None
 
 
 def _activation(z: ir.Value) -> tuple[Activation, ir.Value]:
@@ -138,7 +147,7 @@ def _quick(z: ir.Value) -> ir.Value | None:
 
 def _is(value: ir.Value | None, number: float) -> bool:
     held = _patterns.array(value)
-    return held is not None and held.size == 1 and held.item() == np.float32(number)
+    return held is not None and held.ndim < 2 and held.size == 1 and held.item() == np.float32(number)
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:

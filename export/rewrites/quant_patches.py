@@ -30,6 +30,10 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
             continue
         source = maker(pixels.value, "QuantizeLinear")
         why = _unfit(node) if source is not None else "what it reads is 8 bits before it comes here"
+        if len(pixels.scale.shape or ()):
+            why = "its pixels have a scale for each column"
+        if len(weight.scale.shape or ()) and weight.nodes[0].attributes.get_int("axis", 1) % 4:
+            why = "its weights have no scale for each output"
         if why:
             missed[str(node.name)] = why
         else:
@@ -69,7 +73,8 @@ def _unfit(conv: ir.Node) -> str:
     if after is None:
         return "it is not followed by QuantizeLinear, DequantizeLinear, Reshape and Transpose"
     patches = shape(after[2].outputs[0])
-    if patches is None or len(patches) != 3 or list(after[3].attributes.get_ints("perm", [])) != [0, 2, 1]:
+    flat = patches is not None and len(patches) == 3 and patches[1] == (shape(conv.inputs[1]) or ())[0]
+    if not flat or list(after[3].attributes.get_ints("perm", [])) != [0, 2, 1]:
         return "its places are not made rows"
     if len(after[0].inputs[1].shape or ()):  # type: ignore[union-attr]
         return "what it answers has a scale for each column"
