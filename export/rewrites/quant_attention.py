@@ -109,7 +109,7 @@ def _attention(mixing: ir.Node, chances: Eight, softmax: _Softmax, v: Eight) -> 
     if add is not None:
         first, second = add.inputs
         logits, mask = (first, second) if maker(first, "MatMul") else (second, first)
-        _check_mask(mask)
+        _check_mask(mask, logits)
     scoring = maker(logits, "MatMul")
     if scoring is None:
         raise _No("its logits are no product, or something else than a mask is done to them")
@@ -125,7 +125,10 @@ def _attention(mixing: ir.Node, chances: Eight, softmax: _Softmax, v: Eight) -> 
     )
     if not [heads, each] == of_k == of_v:
         raise _No(f"q has {heads} heads of {each}, k {of_k[0]} of {of_k[1]}, v {of_v[0]} of {of_v[1]}")
-    after = _answer(mixing, chances if softmax.relative else None)
+    rows, keys, values = (shape(one.real) or () for one in (q, k, v))
+    if not rows[0] == keys[0] == values[0]:
+        raise _No(f"q is {rows}, k {keys}, v {values}: not surely of one batch")
+    after = _answer(mixing, chances if softmax.relative else None, rows)
     step = None if softmax.relative else chances.scale
     return Attention(q, k, v, step, mask, heads, heads * each, *softmax.limits, after)
 
@@ -145,9 +148,13 @@ def _check_chances(chances: Eight, softmax: _Softmax) -> None:
         raise _No("its probabilities are read elsewhere too")
 
 
-def _check_mask(mask: ir.Value | None) -> None:
-    if mask is None or mask.dtype != ir.DataType.FLOAT or mask.shape is None or len(mask.shape) > 4:
-        raise _No("what is added to its logits is not float32 of a known rank, at most 4")
+def _check_mask(mask: ir.Value | None, logits: ir.Value | None) -> None:
+    if mask is None or mask.dtype != ir.DataType.FLOAT or mask.shape is None or not 2 <= len(mask.shape) <= 4:
+        raise _No("what is added to its logits is not float32 of a known rank, 2 to 4")
+    if logits is not None and logits.shape is not None:
+        for own, other in zip(reversed(list(mask.shape)), reversed(list(logits.shape)), strict=False):
+            if own not in (1, other) and (other == 1 or (isinstance(own, int) and isinstance(other, int))):
+                raise _No(f"its mask is {mask.shape} and makes more of its logits, {logits.shape}")
 
 
 def _rows(eight: Eight, perm: list[int]) -> tuple[Eight, int, int]:
@@ -164,12 +171,19 @@ def _rows(eight: Eight, perm: list[int]) -> tuple[Eight, int, int]:
     heads, each = sizes[2:]
     if not (isinstance(heads, int) and isinstance(each, int) and heads * each == before[-1]):
         raise _No("its heads do not make up its width")
+    if not _as_before(sizes, before):
+        raise _No(f"q, k or v is {before} and its heads are {sizes}, other batches or tokens")
     assert rows is not None  # it has a shape
     return Eight(rows, eight.value, eight.scale, eight.zero, ()), heads, each
 
 
-def _answer(mixing: ir.Node, chances: Eight | None) -> Eight:
-    """``chances``: those whose sum divides it."""
+def _as_before(sizes: tuple[int | str, ...] | None, before: tuple[int | str, ...]) -> bool:
+    """Whether a Reshape left batch and tokens alone: one of them, for then the other is what is left."""
+    return sizes is not None and any(one == other for one, other in zip(sizes[:2], before[:2], strict=True))
+
+
+def _answer(mixing: ir.Node, chances: Eight | None, rows: tuple[int | str, ...]) -> Eight:
+    """``chances``: those whose sum divides it; ``rows``: the shape it goes back to."""
     mixture = mixing.outputs[0]
     if chances is not None:
         div = only(mixture)
@@ -181,8 +195,9 @@ def _answer(mixing: ir.Node, chances: Eight | None) -> Eight:
     if turned is None or turned.op_type != "Transpose" or list(turned.attributes.get_ints("perm", [])) != _HEADS:
         raise _No("its mixture is gated, or read otherwise than by one Transpose back")
     reshaped = only(turned.outputs[0])
-    if reshaped is None or reshaped.op_type != "Reshape" or len(shape(reshaped.outputs[0]) or ()) != 3:
-        raise _No("its mixture is not made rows again")
+    flat = None if reshaped is None or reshaped.op_type != "Reshape" else shape(reshaped.outputs[0])
+    if reshaped is None or flat is None or len(flat) != 3 or flat[2] != rows[2] or not _as_before(flat, rows):
+        raise _No(f"its mixture is not made rows again, {rows}")
     after = written(reshaped.outputs[0])
     if after is None:
         raise _No("its mixture is read in float")
