@@ -113,6 +113,7 @@ def apply(
         raise ExportError(f"the rewrites {', '.join(order)} still fire after {_ROUNDS} rounds; one undoes another")
     if not any(counts.values()):
         return Applied(model, counts, {name: where for name, where in missed.items() if where})
+    _distinct(whole.graph)
     bare = ir.to_proto(whole)
     _prune(bare.graph)
     changed = light.fill(bare, model)
@@ -164,12 +165,31 @@ def _standard(thing: onnx.ModelProto | onnx.FunctionProto) -> int:
     return max((opset.version for opset in thing.opset_import if opset.domain in ("", "ai.onnx")), default=0)
 
 
+def _distinct(graph: ir.Graph) -> None:
+    """A name for each value and node: rules call new ones after old ones, which several of them may read."""
+    ends = {*graph.inputs, *graph.outputs}
+    values = [value for node in graph for value in node.outputs if value not in ends]
+    for things, taken in ((values, {*graph.initializers, *(end.name for end in ends)}), (list(graph), set())):
+        for thing in (thing for thing in things if thing.name):
+            name, number = thing.name, 1
+            while thing.name in taken:
+                thing.name, number = f"{name}_{number}", number + 1
+            taken.add(thing.name)
+
+
 def _prune(graph: onnx.GraphProto) -> None:
-    """Drop the constants that nobody reads any more."""
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    """Drop the constants that nobody reads any more, and no input's default."""
+    read = _read(graph) | {value.name for value in graph.input}
     for place in reversed(range(len(graph.initializer))):
         if graph.initializer[place].name not in read:
             del graph.initializer[place]
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    """What its nodes and outputs name, those of graphs within it too."""
+    found = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    inner = (a for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+    return found.union(*(_read(attribute.g) for attribute in inner))
 
 
 def _complete(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
