@@ -346,12 +346,13 @@ def relate(draft: Draft, attention: Collection[str]) -> dict[str, tuple[float, f
             name = after[0].output[0]
         return True
 
+    ends = {value.name for value in draft.model.graph.output}
     softmaxes = {node.output[0]: node for node in draft.nodes if node.op_type == "Softmax"}
     mixers = {
         node.input[0]: node
         for node in draft.nodes
         if node.name in attention
-        and node.input[0] in softmaxes
+        and node.input[0] in softmaxes.keys() - ends
         and attribute(softmaxes[node.input[0]], "axis", -1) == -1
         and through(node.input[0], "MatMul")
         and through(node.output[0], "Transpose", "Reshape")
