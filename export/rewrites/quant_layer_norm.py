@@ -6,7 +6,7 @@
 Who reads the sum, or the norm in float, reads the op's other outputs. Sums that end a product of 8 bits are that
 product's (`quant_linear_to_float`), which goes first.
 
-The op is `models.ops.spec.QUANT_LAYER_NORM`.
+The op is `models.ops.spec.QUANT_LAYER_NORM`. Source: Ba et al. 2016 (arXiv 1607.06450), section 3.
 """
 
 import numpy as np

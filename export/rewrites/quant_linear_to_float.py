@@ -3,7 +3,7 @@
 As `quant_linear`, which goes first; what is left answers float. An Add of another value of the same shape, a residual
 branch, becomes the op's last input.
 
-The op is `models.ops.spec.QUANT_LINEAR_TO_FLOAT`.
+The op is `models.ops.spec.QUANT_LINEAR_TO_FLOAT`. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.4.
 """
 
 import numpy as np

@@ -15,6 +15,14 @@ from models.ops.spec import DOMAIN, VERSION
 
 NAMES = REWRITES.names()
 _NUMBERS = "<float a = {1.1}, float b = {-0.1}, float low = {0.0}, float high = {1.0}>"
+# steps are powers of two: then nothing is rounded before it is quantized, and no two ways differ
+_EIGHT = """<float step = {0.0625}, uint8 mid = {128}, int8 nil = {0}, float fine = {0.00390625}, uint8 low = {0},
+    int8[7, 2] w = {1, -2, 3, -4, 5, -6, 7, -8, 9, 10, 11, 12, 13, 14},
+    float[2] steps = {0.5, 0.25}, int8[2] zeros = {0, 0},
+    float[7] row = {1, 2, 3, 4, 5, 6, 7}, int8[2, 1, 2, 2] kernel = {1, 2, 3, 4, -5, 6, -7, 8},
+    int64[4] apart = {0, -1, 1, 7}, int64[3] together = {0, -1, 7}, int64[3] places = {0, 2, -1}>"""
+_PRODUCT = """x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+    wb = DequantizeLinear <axis = 1> (w, steps, zeros) z = MatMul (xb, wb)"""
 # rule -> a graph it fires on once, without the header
 EXAMPLES = {
     "softmax": "g (float[r, 7] x) => (float[r, 7] y) { s = Softmax (x) y = Relu (s) }",
@@ -25,6 +33,27 @@ EXAMPLES = {
         g (float[n, 4] b, float[n] s, int64[n] c) =>
           (float[n, 4] candidate_boxes, float[n] candidate_scores, int64[n] candidate_classes)
         { candidate_boxes = Relu (b) candidate_scores = Sigmoid (s) candidate_classes = Abs (c) }""",
+    "quant_linear": f"""g (float[r, 7] x) => (float[r, 2] y) {_EIGHT}
+        {{ {_PRODUCT} z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
+    "quant_linear_to_float": f"g (float[r, 7] x) => (float[r, 2] y) {_EIGHT} {{ {_PRODUCT} y = Relu (z) }}",
+    "quant_layer_norm": f"""g (float[r, 7] x) => (float[r, 7] y, float[r, 7] n, float[r, 7] s) {_EIGHT}
+        {{ s = Add (x, x) n = LayerNormalization (s, row, row) n8 = QuantizeLinear (n, step, mid)
+           y = DequantizeLinear (n8, step, mid) }}""",
+    "quant_attention": f"""g (float[b, t, 7] x) => (float[b, t, 7] y) {_EIGHT}
+        {{ heads = Reshape (x, apart) q = Transpose <perm = [0, 2, 1, 3]> (heads)
+           k = Transpose <perm = [0, 2, 3, 1]> (heads)
+           q8 = QuantizeLinear (q, step, mid) k8 = QuantizeLinear (k, step, nil) v8 = QuantizeLinear (q, step, nil)
+           qb = DequantizeLinear (q8, step, mid) kb = DequantizeLinear (k8, step, nil)
+           vb = DequantizeLinear (v8, step, nil)
+           logits = MatMul (qb, kb) p = Softmax (logits)
+           p8 = QuantizeLinear (p, fine, low) pb = DequantizeLinear (p8, fine, low)
+           m = MatMul (pb, vb) back = Transpose <perm = [0, 2, 1, 3]> (m) rows = Reshape (back, together)
+           rows8 = QuantizeLinear (rows, step, mid) y = DequantizeLinear (rows8, step, mid) }}""",
+    "quant_patches": f"""g (float[b, 1, 4, 4] x) => (float[b, 4, 2] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <strides = [2, 2]> (xb, kb)
+           z8 = QuantizeLinear (z, step, mid) zb = DequantizeLinear (z8, step, mid)
+           flat = Reshape (zb, places) y = Transpose <perm = [0, 2, 1]> (flat) }}""",
 }
 PARAMS: dict[str, dict] = {
     "image_to_pixels": {"preprocess": {"size": (8, 8), "shortest": 8, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)}}
@@ -79,7 +108,8 @@ def test_one_that_swaps_leaves_inputs_outputs_and_answers(name: str):
     before = graph(EXAMPLES[name])
     after = applied(name, before).model
     assert (after.graph.input, after.graph.output) == (before.graph.input, before.graph.output)
-    x = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32) * 3
+    sides = [side.dim_value or 5 for side in before.graph.input[0].type.tensor_type.shape.dim]
+    x = np.random.default_rng(0).standard_normal(sides).astype(np.float32) * 3
     one, other = (ort.InferenceSession(m.SerializeToString()).run(None, {"x": x})[0] for m in (before, after))
     np.testing.assert_allclose(other, one, atol=1e-6)
 
@@ -101,17 +131,18 @@ def test_it_leaves_a_graph_without_its_pattern_alone(name: str):
     assert bool(found.missed) == REWRITES.get(name).attaches  # which was asked for, so it must say why not
 
 
-@pytest.mark.parametrize("opset", [12, 17, 18, 22])
+@pytest.mark.parametrize("opset", [12, 17, 18, 19, 20, 22])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_graph_older_than_the_ops_body_stays_as_it_is_and_says_why(name: str, opset: int):
     """One model has one opset; the checker refuses a body of a later one, and Softmax was another op before 13."""
-    model = graph(EXAMPLES[name], opset)
+    model, needs = graph(EXAMPLES[name], opset), 20 if name.startswith("quant_") else 18
     found = applied(name, model)
-    assert found.counts == {name: int(opset >= 18)}
-    onnx.checker.check_model(found.model, full_check=True)
-    if opset < 18:
+    assert found.counts == {name: int(opset >= needs)}
+    if opset >= needs:
+        onnx.checker.check_model(found.model, full_check=True)
+    else:
         assert found.model == model
-        assert found.missed == {name: {"the graph": f"it is of opset {opset}; the body of the op needs 18"}}
+        assert found.missed == {name: {"the graph": f"it is of opset {opset}; the body of the op needs {needs}"}}
 
 
 @pytest.mark.parametrize("name", NAMES)
