@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from models.flow import Array, Arrays, Call, Done, Flow, Walk
+from service.batching import Answer
 from service.context import Context
 from service.hub import Loaded
 from service.metrics import Metrics
@@ -27,7 +28,7 @@ class Engine:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._pool = ThreadPoolExecutor(settings.cores, thread_name_prefix="step")
+        self._pool = ThreadPoolExecutor(settings.cores + 1, thread_name_prefix="step")
         self._cache = RowCache(settings.text_cache)
 
     async def answer(self, loaded: Loaded, flow: Flow[T], own: Context) -> T:
@@ -35,10 +36,10 @@ class Engine:
         walk = Walk(flow, own.clock)
         with loaded.lease():
             async with own.deadline():
-                state: Call | Done[T] = await self.thread(self._advance, own, loaded, walk)
+                state: Call | Done[T] = await self.thread(self._advance, own, own, loaded, walk)
                 while isinstance(state, Call):
                     outputs = await self._call(loaded, state, own)
-                    state = await self.thread(self._advance, own, loaded, walk, outputs)
+                    state = await self.thread(self._advance, own, own, loaded, walk, outputs)
         self.metrics.answered(loaded.name, state.value)
         return state.value
 
@@ -52,18 +53,27 @@ class Engine:
             waited = max(0.0, perf_counter() - start - seen)
             own.clock.add("queue", waited, start + waited)
 
-    def _advance(self, loaded: Loaded, walk: Walk[T], outputs: Arrays | None = None) -> Call | Done[T]:
-        """In the pool, to the next call that a graph has to run for. One whose rows are all known is answered here:
-        the way to the event loop and back, with caches that a graph has just filled, takes longer than the rows."""
+    def _advance(self, own: Context, loaded: Loaded, walk: Walk[T], outputs: Arrays | None = None) -> Call | Done[T]:
+        """In the pool, to the next call that has to wait for others. What needs nobody is answered here: the way to
+        another thread and back, with caches that a graph has just filled, takes longer than rows that are known."""
         state = walk.step(outputs)
-        while isinstance(state, Call) and state.keys:
-            names = _names(loaded, state)
+        while isinstance(state, Call) and (found := self._here(own, loaded, state)) is not None:
+            state = walk.step(found)
+        return state
+
+    def _here(self, own: Context, loaded: Loaded, call: Call) -> Arrays | None:
+        """Rows that are all known; else the graph's, where it is idle and no other request is under way."""
+        if call.keys is not None:
+            names = _names(loaded, call)
             rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
             if len(rows) < len(set(names)):
-                break
+                return None
             self.metrics.cached(loaded.name, hits=len(names), misses=0)
-            state = walk.step(_stack(names, rows))
-        return state
+            return _stack(names, rows)
+        if own.status or own.left_s < 0:  # nobody waits for it any more
+            return None
+        answer = loaded.batchers[call.graph].run_here(call.feeds)
+        return answer and _timed(own, call.graph, answer, 0.0)
 
     async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
         if call.keys is None:
@@ -84,14 +94,18 @@ class Engine:
     async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
         start = perf_counter()
         answer = await loaded.batchers[graph].run(feeds, until=own.until)
-        end = perf_counter()
         # all that is not the run itself is waiting: for the queue, for a thread, for the event loop's turn
-        own.spent("queue", graph, end - start - answer.infer_s, end - answer.infer_s)
-        own.spent("infer", graph, answer.infer_s, end, batch=answer.rows)
-        return answer.outputs
+        return _timed(own, graph, answer, perf_counter() - start - answer.infer_s)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _timed(own: Context, graph: str, answer: Answer, queue_s: float) -> Arrays:
+    end = perf_counter()
+    own.spent("queue", graph, queue_s, end - answer.infer_s)
+    own.spent("infer", graph, answer.infer_s, end, batch=answer.rows)
+    return answer.outputs
 
 
 def _names(loaded: Loaded, call: Call) -> list[Name]:
