@@ -4,6 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from threading import Lock
 from time import perf_counter
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from models.flow import Array, Arrays, Call, Done, Flow, Walk
+from models.flow import Array, Arrays, Call, Done, Flow, Recall, Walk
 from service.batching import Answer
 from service.context import Context
 from service.hub import Loaded
@@ -33,7 +34,7 @@ class Engine:
 
     async def answer(self, loaded: Loaded, flow: Flow[T], own: Context) -> T:
         """Drive ``flow`` to its end within the request's deadline. Raises what the flow raises, `DeadlineExceeded`."""
-        walk = Walk(flow, own.clock)
+        walk = Walk(flow, own.clock, partial(self._recall, loaded))
         with loaded.lease():
             async with own.deadline():
                 state: Call | Done[T] = await self.thread(self._advance, own, own, loaded, walk)
@@ -54,32 +55,36 @@ class Engine:
             own.clock.add("queue", waited, start + waited)
 
     def _advance(self, own: Context, loaded: Loaded, walk: Walk[T], outputs: Arrays | None = None) -> Call | Done[T]:
-        """In the pool, to the next call that has to wait for others. What needs nobody is answered here: the way to
-        another thread and back, with caches that a graph has just filled, takes longer than rows that are known."""
+        """In the pool, to the next call that has to wait for others: the way to another thread and back takes long,
+        with caches that a graph has just filled."""
         state = walk.step(outputs)
         while isinstance(state, Call) and (found := self._here(own, loaded, state)) is not None:
             state = walk.step(found)
         return state
 
     def _here(self, own: Context, loaded: Loaded, call: Call) -> Arrays | None:
-        """Rows that are all known; else the graph's, where it is idle and no other request is under way."""
-        if call.keys is not None:
-            names = _names(loaded, call)
-            rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
-            if len(rows) < len(set(names)):
-                return None
-            self.metrics.cached(loaded.name, hits=len(names), misses=0)
-            return _stack(names, rows)
-        if own.status or own.left_s < 0:  # nobody waits for it any more
+        """The graph's answer, where it is idle and no other request is under way."""
+        if call.keys is not None or own.status or own.left_s < 0:  # rows to remember; nobody waits for it any more
             return None
         answer = loaded.batchers[call.graph].run_here(call.feeds)
         return answer and _timed(own, call.graph, answer, 0.0)
 
+    def _recall(self, loaded: Loaded, asked: Recall) -> Arrays | None:
+        names = _names(loaded, asked.graph, asked.keys)
+        rows = self._known(names)
+        if len(rows) < len(set(names)):
+            return None
+        self.metrics.cached(loaded.name, hits=len(names), misses=0)
+        return _stack(names, rows)
+
+    def _known(self, names: Sequence[Name]) -> dict[Name, Row]:
+        return {name: row for name in names if (row := self._cache.get(name)) is not None}
+
     async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
         if call.keys is None:
             return await self._run(loaded, call.graph, call.feeds, own)
-        names = _names(loaded, call)
-        rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
+        names = _names(loaded, call.graph, call.keys)
+        rows = self._known(names)
         missing = [i for i, name in enumerate(names) if name not in rows]
         self.metrics.cached(loaded.name, hits=len(names) - len(missing), misses=len(missing))
         if missing:
@@ -108,8 +113,8 @@ def _timed(own: Context, graph: str, answer: Answer, queue_s: float) -> Arrays:
     return answer.outputs
 
 
-def _names(loaded: Loaded, call: Call) -> list[Name]:
-    return [(loaded.digest, call.graph, fingerprint(key)) for key in call.keys or ()]
+def _names(loaded: Loaded, graph: str, keys: Sequence[str]) -> list[Name]:
+    return [(loaded.digest, graph, fingerprint(key)) for key in keys]
 
 
 def _stack(names: Sequence[Name], rows: Mapping[Name, Row]) -> Arrays:
