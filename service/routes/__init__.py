@@ -21,8 +21,8 @@ def respond(own: Context, answer: Answer, status: int = 200) -> Response:
 
 
 class Straight(APIRoute):
-    """Its endpoint takes the request and nothing else: the search for what else it may want takes as long as reading
-    a picture, and there is nothing to find. What it says of itself in /openapi.json stays FastAPI's work.
+    """Its endpoint takes the request and nothing else: the search for what else it may want takes time with each
+    request, and there is nothing to find. What it says of itself in /openapi.json stays FastAPI's work.
     """
 
     def get_route_handler(self) -> Callable[[Request], Any]:
