@@ -1,9 +1,9 @@
 """What a task yields, and how it is stepped.
 
-A task is a *flow*: a generator that yields `Work` (pure, named, timed) and `Call` (run this graph on these
-feeds) and returns its answer. It knows no thread, batch or metric. `Walk` steps a flow up to its next call
-and times what lies between; `drive` runs a whole one synchronously. The service's engine drives the same
-flows with batching (`service/engine.py`).
+A task is a *flow*: a generator that yields `Work` (pure, named, timed), `Recall` (is this known already?) and `Call`
+(run this graph on these feeds) and returns its answer. It knows no thread, batch or metric. `Walk` steps a flow up to
+its next call and times what lies between; `drive` runs a whole one synchronously. The service's engine drives the
+same flows with batching (`service/engine.py`).
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -33,6 +33,16 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """The rows of a `Call` with these ``keys``, before its feeds are made; the driver sends back the outputs by name
+    where it remembers every row, else None.
+    """
+
+    graph: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Work:
     """Do this, timed as ``stage``; the driver sends back what it returned."""
 
@@ -45,15 +55,23 @@ class Done(Generic[T]):
     value: T
 
 
-Flow: TypeAlias = Generator[Call | Work, Any, T]
+Flow: TypeAlias = Generator[Call | Recall | Work, Any, T]
+
+
+def nothing(asked: Recall) -> Arrays | None:
+    """What a driver without a memory remembers."""
+    return None
 
 
 class Walk(Generic[T]):
-    """One flow under way. A flow's own time counts as `preprocess` before its first call, `postprocess` after."""
+    """One flow under way. A flow's own time counts as `preprocess` before its first call, `postprocess` after; so does
+    ``recall``, the driver's memory.
+    """
 
-    def __init__(self, flow: Flow[T], clock: Stopwatch) -> None:
+    def __init__(self, flow: Flow[T], clock: Stopwatch, recall: Callable[[Recall], Arrays | None] = nothing) -> None:
         self.flow = flow
         self.clock = clock
+        self.recall = recall
         self.stage = "preprocess"
 
     def step(self, value: Any = None) -> Call | Done[T]:
@@ -64,11 +82,12 @@ class Walk(Generic[T]):
         try:
             with self.clock.stage(self.stage):
                 state = self.flow.send(value)
-            while isinstance(state, Work):
-                with self.clock.stage(state.stage):
-                    value = state.do()
+            while not isinstance(state, Call):
+                if isinstance(state, Work):
+                    with self.clock.stage(state.stage):
+                        value = state.do()
                 with self.clock.stage(self.stage):
-                    state = self.flow.send(value)
+                    state = self.flow.send(self.recall(state) if isinstance(state, Recall) else value)
         except StopIteration as stop:
             return Done(stop.value)
         self.stage = "postprocess"

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
+from threading import Lock
 from time import perf_counter
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -26,6 +27,8 @@ Outputs: TypeAlias = dict[str, Array]
 # a call alone, after a merged run that it was in had failed.
 Release: TypeAlias = Literal["full", "timeout", "idle", "drain", "apart"]
 RELEASES: tuple[Release, ...] = ("full", "timeout", "idle", "drain", "apart")
+
+POLL_S = 0.0005
 
 
 class Answer(NamedTuple):
@@ -85,6 +88,7 @@ class Batcher:
         self._queue: deque[_Entry] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"infer-{name}")
+        self._turn = Lock()  # held by whoever runs the graph
         self._worker: asyncio.Task[None] | None = None
         self._pace = Pace()
         self._draining = False
@@ -107,6 +111,22 @@ class Batcher:
         outputs = {name: np.concatenate([a.outputs[name] for a in answers]) for name in answers[0].outputs}
         queue_s, infer_s = sum(a.queue_s for a in answers), sum(a.infer_s for a in answers)
         return Answer(outputs, queue_s, infer_s, max(a.rows for a in answers))
+
+    def run_here(self, feeds: Arrays) -> Answer | None:
+        """In the calling thread, which is not the event loop's.
+
+        None where `run` has to be asked: the graph is at work, somebody waits for it or may come, the call is more than
+        one run, or this is closed. Raises what the graph raises, and `BundleInvalid` as `run` does.
+        """
+        fits = not self._batch or _rows(feeds) <= self._most(feeds)
+        if not fits or self._closed or self._queue or self._company() or not self._turn.acquire(blocking=False):
+            return None
+        try:
+            outputs, infer_s = self._timed(feeds)
+        finally:
+            self._turn.release()
+        rows = self._checked(outputs, _rows(feeds), "idle")
+        return Answer(outputs, 0.0, infer_s, rows)
 
     def drain(self) -> None:
         """From now on nothing waits for company."""
@@ -158,12 +178,17 @@ class Batcher:
     async def _work(self) -> None:
         while self._queue or not self._closed:
             await self._arrived.wait()
-            release = await self._gather()
-            entries = self._take()
-            if not self._queue and not self._closed:
-                self._arrived.clear()
-            if entries:
-                await self._serve(entries, release)
+            while not self._turn.acquire(blocking=False):  # a run in the thread of its caller, and seldom
+                await asyncio.sleep(POLL_S)
+            try:
+                release = await self._gather()
+                entries = self._take()
+                if not self._queue and not self._closed:
+                    self._arrived.clear()
+                if entries:
+                    await self._serve(entries, release)
+            finally:
+                self._turn.release()
 
     async def _serve(self, entries: list[_Entry], release: Release) -> None:
         """Run them together and hand out the rows; where that fails and may be the doing of one, each alone."""
@@ -183,10 +208,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         outputs, infer_s = await loop.run_in_executor(self._thread, self._timed, _merge(entries))
         end = perf_counter()
-        rows = sum(entry.rows for entry in entries)
-        if self._batch:
-            _check_rows(self.name, outputs, rows)
-        self._observe(rows, release)
+        rows = self._checked(outputs, sum(entry.rows for entry in entries), release)
         at = 0
         for entry in entries:
             mine = outputs if len(entries) == 1 else {k: v[at : at + entry.rows] for k, v in outputs.items()}
@@ -194,6 +216,13 @@ class Batcher:
             if not entry.done.done():
                 # waiting for the thread is waiting too: queue + infer is all of it
                 entry.done.set_result(Answer(mine, end - entry.born - infer_s, infer_s, rows))
+
+    def _checked(self, outputs: Outputs, rows: int, release: Release) -> int:
+        """``rows``, of a run that gave an answer."""
+        if self._batch:
+            _check_rows(self.name, outputs, rows)
+        self._observe(rows, release)
+        return rows
 
     async def _gather(self) -> Release:
         """Waits for company, but no longer than the oldest call may, nor when none is due; says what ended it."""
@@ -208,7 +237,7 @@ class Batcher:
             left = self._queue[0].born + self._max_wait_s - perf_counter()
             if left <= 0:
                 return "timeout"
-            await asyncio.sleep(min(left, 0.0005))
+            await asyncio.sleep(min(left, POLL_S))
 
     def _full(self) -> bool:
         """Whether no more fit beside the oldest call."""

@@ -4,6 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from threading import Lock
 from time import perf_counter
@@ -11,7 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from models.flow import Array, Arrays, Call, Done, Flow, Walk
+from models.flow import Array, Arrays, Call, Done, Flow, Recall, Walk
+from service.batching import Answer
 from service.context import Context
 from service.hub import Loaded
 from service.metrics import Metrics
@@ -27,18 +29,18 @@ class Engine:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
-        self._pool = ThreadPoolExecutor(settings.cores, thread_name_prefix="step")
+        self._pool = ThreadPoolExecutor(settings.cores + 1, thread_name_prefix="step")
         self._cache = RowCache(settings.text_cache)
 
     async def answer(self, loaded: Loaded, flow: Flow[T], own: Context) -> T:
         """Drive ``flow`` to its end within the request's deadline. Raises what the flow raises, `DeadlineExceeded`."""
-        walk = Walk(flow, own.clock)
+        walk = Walk(flow, own.clock, partial(self._recall, loaded))
         with loaded.lease():
             async with own.deadline():
-                state: Call | Done[T] = await self.thread(self._advance, own, loaded, walk)
+                state: Call | Done[T] = await self.thread(self._advance, own, own, loaded, walk)
                 while isinstance(state, Call):
                     outputs = await self._call(loaded, state, own)
-                    state = await self.thread(self._advance, own, loaded, walk, outputs)
+                    state = await self.thread(self._advance, own, own, loaded, walk, outputs)
         self.metrics.answered(loaded.name, state.value)
         return state.value
 
@@ -52,24 +54,37 @@ class Engine:
             waited = max(0.0, perf_counter() - start - seen)
             own.clock.add("queue", waited, start + waited)
 
-    def _advance(self, loaded: Loaded, walk: Walk[T], outputs: Arrays | None = None) -> Call | Done[T]:
-        """In the pool, to the next call that a graph has to run for. One whose rows are all known is answered here:
-        the way to the event loop and back, with caches that a graph has just filled, takes longer than the rows."""
+    def _advance(self, own: Context, loaded: Loaded, walk: Walk[T], outputs: Arrays | None = None) -> Call | Done[T]:
+        """In the pool, to the next call that has to wait for others: the way to another thread and back takes long,
+        with caches that a graph has just filled."""
         state = walk.step(outputs)
-        while isinstance(state, Call) and state.keys:
-            names = _names(loaded, state)
-            rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
-            if len(rows) < len(set(names)):
-                break
-            self.metrics.cached(loaded.name, hits=len(names), misses=0)
-            state = walk.step(_stack(names, rows))
+        while isinstance(state, Call) and (found := self._here(own, loaded, state)) is not None:
+            state = walk.step(found)
         return state
+
+    def _here(self, own: Context, loaded: Loaded, call: Call) -> Arrays | None:
+        """The graph's answer, where it is idle and no other request is under way."""
+        if call.keys is not None or own.status or own.left_s < 0:  # rows to remember; nobody waits for it any more
+            return None
+        answer = loaded.batchers[call.graph].run_here(call.feeds)
+        return answer and _timed(own, call.graph, answer, 0.0)
+
+    def _recall(self, loaded: Loaded, asked: Recall) -> Arrays | None:
+        names = _names(loaded, asked.graph, asked.keys)
+        rows = self._known(names)
+        if len(rows) < len(set(names)):
+            return None
+        self.metrics.cached(loaded.name, hits=len(names), misses=0)
+        return _stack(names, rows)
+
+    def _known(self, names: Sequence[Name]) -> dict[Name, Row]:
+        return {name: row for name in names if (row := self._cache.get(name)) is not None}
 
     async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
         if call.keys is None:
             return await self._run(loaded, call.graph, call.feeds, own)
-        names = _names(loaded, call)
-        rows = {name: row for name in names if (row := self._cache.get(name)) is not None}
+        names = _names(loaded, call.graph, call.keys)
+        rows = self._known(names)
         missing = [i for i, name in enumerate(names) if name not in rows]
         self.metrics.cached(loaded.name, hits=len(names) - len(missing), misses=len(missing))
         if missing:
@@ -84,18 +99,22 @@ class Engine:
     async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
         start = perf_counter()
         answer = await loaded.batchers[graph].run(feeds, until=own.until)
-        end = perf_counter()
         # all that is not the run itself is waiting: for the queue, for a thread, for the event loop's turn
-        own.spent("queue", graph, end - start - answer.infer_s, end - answer.infer_s)
-        own.spent("infer", graph, answer.infer_s, end, batch=answer.rows)
-        return answer.outputs
+        return _timed(own, graph, answer, perf_counter() - start - answer.infer_s)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _names(loaded: Loaded, call: Call) -> list[Name]:
-    return [(loaded.digest, call.graph, fingerprint(key)) for key in call.keys or ()]
+def _timed(own: Context, graph: str, answer: Answer, queue_s: float) -> Arrays:
+    end = perf_counter()
+    own.spent("queue", graph, queue_s, end - answer.infer_s)
+    own.spent("infer", graph, answer.infer_s, end, batch=answer.rows)
+    return answer.outputs
+
+
+def _names(loaded: Loaded, graph: str, keys: Sequence[str]) -> list[Name]:
+    return [(loaded.digest, graph, fingerprint(key)) for key in keys]
 
 
 def _stack(names: Sequence[Name], rows: Mapping[Name, Row]) -> Arrays:

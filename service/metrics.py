@@ -176,10 +176,11 @@ class Metrics:
         for size, pixels in own.pictures:
             self.picture_bytes.observe(size)
             self.picture_pixels.observe(pixels)
-        for (stage, graph), seconds in list(own.graphs.items()):
+        graphs = list(own.graphs.items())  # a thread given up may still add
+        for (stage, graph), seconds in graphs:
             self.stages.labels(own.model, own.task, stage, graph).observe(seconds, exemplar)
-        for stage, seconds in list(own.clock.stages.items()):  # a thread given up may still add
-            in_graphs = sum(s for (name, _), s in own.graphs.items() if name == stage)
+        for stage, seconds in list(own.clock.stages.items()):
+            in_graphs = sum(s for (name, _), s in graphs if name == stage)
             if stage != "infer":
                 self.stages.labels(own.model, own.task, stage, "").observe(max(0.0, seconds - in_graphs), exemplar)
 

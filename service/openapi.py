@@ -25,7 +25,7 @@ RETRY_AFTER = {
 
 
 def takes(model: type[Body], example: dict[str, Any]) -> dict[str, Any]:
-    """``openapi_extra`` of a route that reads ``model`` through `uploads.body_of`."""
+    """``openapi_extra`` of a route that reads ``model`` through `uploads.read_body`."""
     content: dict[str, Any] = {"application/json": {"schema": _ref(model), "example": example}}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     flat = {name: field for name, field in model.model_fields.items() if name not in ("image", "inputs", "examples")}

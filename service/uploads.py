@@ -30,15 +30,20 @@ B = TypeVar("B", bound=Body)
 PICTURES = ("image/jpeg", "image/png", "image/webp")
 
 
+async def read_body(request: Request, model: type[B]) -> B:
+    """The request's body as ``model``. Raises `InputError`s; the time so far counts as `read`."""
+    async with _reading(request) as (kind, limits):
+        try:
+            return model.model_validate(await _fields(request, kind, model, limits))
+        except ValidationError as error:
+            raise invalid(error, "the request does not fit") from None
+
+
 def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
-    """A dependency: the request's body as ``model``. Raises `InputError`s; the time so far counts as `read`."""
+    """`read_body` as a dependency."""
 
     async def read(request: Request) -> B:
-        async with _reading(request) as (kind, limits):
-            try:
-                return model.model_validate(await _fields(request, kind, model, limits))
-            except ValidationError as error:
-                raise invalid(error, "the request does not fit") from None
+        return await read_body(request, model)
 
     return read
 

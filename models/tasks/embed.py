@@ -9,7 +9,7 @@ from models.bundle.bundle import Bundle
 from models.errors import BadRequest
 from models.flow import Array, Call, Flow, Work
 from models.preprocess.image import decode
-from models.tasks.texts import only_output
+from models.tasks.texts import embed_texts, only_output
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,8 @@ def embed(bundle: Bundle, request: EmbedRequest) -> Flow[Embeddings]:
     tokens = 0
     if texts:
         sentences = [str(request.inputs[i]) for i in texts]
-        feeds = bundle.text().prepare(sentences)
+        vectors[texts] = yield from embed_texts(bundle, sentences)
         tokens = sum(bundle.text().count(sentence) for sentence in sentences)
-        found = yield Call("text", feeds, keys=tuple(sentences))
-        vectors[texts] = found[only_output(bundle, "text")]
     for i in pictures:  # one at a time: a driver merges the calls of many requests anyway
         data = request.inputs[i]
         assert isinstance(data, bytes)

@@ -6,7 +6,7 @@ import numpy as np
 
 from models.bundle.bundle import Bundle
 from models.errors import BadRequest, TooManyLabels
-from models.flow import Array, Call, Flow
+from models.flow import Array, Call, Flow, Recall
 from models.prompts import fill
 
 
@@ -30,6 +30,16 @@ def choose(bundle: Bundle, labels: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
+def embed_texts(bundle: Bundle, texts: Sequence[str]) -> Flow[Array]:
+    """-> float32 [N, D], the text graph's rows. Texts that the driver remembers are not tokenized again."""
+    keys = tuple(texts)
+    found = yield Recall("text", keys)
+    if found is None:
+        found = yield Call("text", bundle.text().prepare(keys), keys)
+    rows: Array = found[only_output(bundle, "text")]
+    return rows
+
+
 def embed_labels(bundle: Bundle, labels: Sequence[str], templates: Sequence[str] = ()) -> Flow[Array]:
     """-> float32 [C, D] unit rows: per label the mean of its sentences' unit vectors, made unit again.
 
@@ -39,13 +49,18 @@ def embed_labels(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]
         if "{}" not in template:
             raise BadRequest(f"the template {template!r} has no '{{}}' where the label belongs")
     sentences = [[fill(t, label) for t in templates] if templates else list(bundle.prompts(label)) for label in labels]
-    flat = [sentence for group in sentences for sentence in group]
-    distinct = list(dict.fromkeys(flat))
-    found = yield Call("text", bundle.text().prepare(distinct), keys=tuple(distinct))
-    units = unit(found[only_output(bundle, "text")])
+    distinct = tuple(dict.fromkeys(sentence for group in sentences for sentence in group))
+    units = unit((yield from embed_texts(bundle, distinct)))
     row = {sentence: index for index, sentence in enumerate(distinct)}
-    means = [units[[row[s] for s in group]].mean(axis=0) for group in sentences]
-    return unit(np.stack(means))
+    return unit(_means(units, [[row[sentence] for sentence in group] for group in sentences]))
+
+
+def _means(rows: Array, groups: Sequence[Sequence[int]]) -> Array:
+    """Of each group of rows; all at once where, as nearly always, there are as many in each."""
+    if len({len(group) for group in groups}) > 1:
+        return np.stack([rows[[*group]].mean(axis=0) for group in groups])
+    means: Array = rows[np.array(groups)].mean(axis=1)
+    return means
 
 
 def only_output(bundle: Bundle, role: str) -> str:

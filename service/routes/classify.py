@@ -1,18 +1,16 @@
 """POST /v1/classify: picture + labels -> ranked labels."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from models.tasks.classify import ClassifyRequest, classify
-from service.context import Own, Parts
+from service.context import context, service
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import respond
+from service.routes import Straight, respond
 from service.schemas import ClassifyAnswer, ClassifyBody
-from service.uploads import body_of, check_picture
+from service.uploads import check_picture, read_body
 
-router = APIRouter(tags=["tasks"])
+router = APIRouter(tags=["tasks"], route_class=Straight)
 
 EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["a cat", "a dog"], "top_k": 2}
 
@@ -25,15 +23,15 @@ EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["a cat", "a dog"], "top_k": 2}
         ClassifyAnswer, *ENGINE, *INPUT, *PICTURE, "label-set-not-found", "too-many-labels", "text-too-long"
     ),
 )
-async def classify_picture(
-    body: Annotated[ClassifyBody, Depends(body_of(ClassifyBody))], own: Own, parts: Parts
-) -> Response:
+async def classify_picture(request: Request) -> Response:
+    own, parts = context(request), service(request)
+    body = await read_body(request, ClassifyBody)
     loaded = parts.hub.get(body.model, "classify")
     own.model = loaded.name
     asked = parts.labels.resolve(body.labels, body.label_set, body.templates)
     check_picture(body.image, own, parts.settings.limits)
     temperature = asked.temperature_for(loaded.digest) if body.temperature is None else body.temperature
-    request = ClassifyRequest(
+    wanted = ClassifyRequest(
         body.image,
         asked.labels,
         asked.templates,
@@ -41,5 +39,5 @@ async def classify_picture(
         temperature,
         asked.none_below if body.none_below is None else body.none_below,
     )
-    flow = classify(loaded.bundle, request)
+    flow = classify(loaded.bundle, wanted)
     return respond(own, ClassifyAnswer.of(loaded.name, temperature, await parts.engine.answer(loaded, flow, own)))

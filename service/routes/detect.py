@@ -1,18 +1,16 @@
 """POST /v1/detect: picture + labels and examples -> boxes in pixels of the original picture."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from models.tasks.detect import DetectRequest, default_suppression, detect
-from service.context import Own, Parts
+from service.context import context, service
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import respond
+from service.routes import Straight, respond
 from service.schemas import DetectAnswer, DetectBody
-from service.uploads import body_of, check_examples, check_picture
+from service.uploads import check_examples, check_picture, read_body
 
-router = APIRouter(tags=["tasks"])
+router = APIRouter(tags=["tasks"], route_class=Straight)
 
 EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["car", "bicycle"], "method": "gaussian", "sigma": 0.5}
 
@@ -25,7 +23,9 @@ EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["car", "bicycle"], "method": "gau
         DetectAnswer, *ENGINE, *INPUT, *PICTURE, "label-set-not-found", "too-many-labels", "text-too-long"
     ),
 )
-async def detect_boxes(body: Annotated[DetectBody, Depends(body_of(DetectBody))], own: Own, parts: Parts) -> Response:
+async def detect_boxes(request: Request) -> Response:
+    own, parts = context(request), service(request)
+    body = await read_body(request, DetectBody)
     loaded = parts.hub.get(body.model, "detect")
     own.model = loaded.name
     asked = parts.labels.resolve(body.labels, body.label_set, body.templates)

@@ -1,21 +1,20 @@
 """POST /v1/embed: texts and pictures -> unit vectors in one space."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from models.errors import BadRequest
 from models.tasks.embed import Embeddings, EmbedRequest, embed
-from service.context import Context, Own, Parts, Service
+from service.context import Context, Service, context, service
 from service.hub import Loaded
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import respond
+from service.routes import Straight, respond
 from service.schemas import EmbedAnswer, EmbedBody
-from service.uploads import body_of, check_picture
+from service.uploads import check_picture, read_body
 
-router = APIRouter(tags=["tasks"])
+router = APIRouter(tags=["tasks"], route_class=Straight)
 
 EXAMPLE = {"inputs": [{"text": "a red bicycle"}, {"image": {"b64": PIXEL}}]}
 
@@ -26,7 +25,9 @@ EXAMPLE = {"inputs": [{"text": "a red bicycle"}, {"image": {"b64": PIXEL}}]}
     openapi_extra=takes(EmbedBody, EXAMPLE),
     responses=answers(EmbedAnswer, *ENGINE, *INPUT, *PICTURE, "text-too-long"),
 )
-async def embed_inputs(body: Annotated[EmbedBody, Depends(body_of(EmbedBody))], own: Own, parts: Parts) -> Response:
+async def embed_inputs(request: Request) -> Response:
+    own, parts = context(request), service(request)
+    body = await read_body(request, EmbedBody)
     loaded = parts.hub.get(body.model, "embed")
     own.model = loaded.name
     found = await vectors_of([one.value for one in body.inputs], loaded, own, parts)

@@ -1,19 +1,17 @@
 """POST /v1/embeddings: what /v1/embed does, asked and answered in OpenAI's words."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from models.errors import BadRequest
-from service.context import Own, Parts
+from service.context import context, service
 from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import respond
+from service.routes import Straight, respond
 from service.routes.embed import vectors_of
 from service.schemas import EmbeddingsAnswer, EmbeddingsBody
-from service.uploads import body_of
+from service.uploads import read_body
 
-router = APIRouter(tags=["compatible"])
+router = APIRouter(tags=["compatible"], route_class=Straight)
 
 EXAMPLE = {"model": "mini-int8", "input": ["a red bicycle", f"data:image/png;base64,{PIXEL}"]}
 
@@ -25,9 +23,9 @@ EXAMPLE = {"model": "mini-int8", "input": ["a red bicycle", f"data:image/png;bas
     openapi_extra=takes(EmbeddingsBody, EXAMPLE),
     responses=answers(EmbeddingsAnswer, *ENGINE, *INPUT, *PICTURE, "text-too-long"),
 )
-async def create_embeddings(
-    body: Annotated[EmbeddingsBody, Depends(body_of(EmbeddingsBody))], own: Own, parts: Parts
-) -> Response:
+async def create_embeddings(request: Request) -> Response:
+    own, parts = context(request), service(request)
+    body = await read_body(request, EmbeddingsBody)
     loaded = parts.hub.get(body.model, "embed")
     own.model = loaded.name
     if body.dimensions not in (None, dim := loaded.bundle.dim):

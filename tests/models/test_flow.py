@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.flow import Call, Done, Flow, Walk, Work, drive
+from models.flow import Call, Done, Flow, Recall, Walk, Work, drive
 from models.runtime.clock import Stopwatch
 
 ONE = {"x": np.ones(1)}
@@ -46,6 +46,21 @@ def test_a_walk_stops_at_each_call_and_then_is_done():
     assert isinstance(second, Call)
     assert second.feeds["x"] == 8
     assert walk.step({"y": np.array(5)}) == Done(5)
+
+
+def test_what_a_driver_remembers_is_not_called_for():
+    def flow() -> Flow[list[Any]]:
+        found = yield Recall("double", ("one",))
+        if found is None:
+            found = yield Call("double", ONE, ("one",))
+        return found["y"].tolist()
+
+    assert drive(flow(), run) == [2]  # which remembers nothing
+    clock, asked = Stopwatch(), []
+    memory = Walk(flow(), clock, lambda recall: asked.append(recall) or {"y": np.array([3])})
+    assert memory.step() == Done([3])
+    assert asked == [Recall("double", ("one",))]
+    assert list(clock.stages) == ["preprocess"]
 
 
 def test_a_flow_without_calls_is_done_at_once():

@@ -310,6 +310,49 @@ def test_what_is_past_its_deadline_is_dropped_when_its_turn_comes():
     assert graph.shapes == [(1, 9), (1, 2)]
 
 
+def test_a_caller_s_own_thread_runs_the_graph_when_nobody_is_due():
+    async def scenario(batcher, graph):
+        answer = await asyncio.to_thread(batcher.run_here, rows(1, 2))
+        assert answer.outputs["y"].tolist() == [[2, 2], [4, 4]]
+        assert (answer.queue_s, answer.rows) == (0, 2)
+        assert await asyncio.to_thread(batcher.run_here, rows(1, 2, 3)) is None  # more than one run
+        with pytest.raises(BadRequest, match="negative"):
+            await asyncio.to_thread(batcher.run_here, rows(-1))
+        first, tasks = await behind(batcher, graph, rows(3))
+        assert await asyncio.to_thread(batcher.run_here, rows(4)) is None  # at work, and somebody waits
+        graph.gate.set()
+        await asyncio.gather(first, *tasks)
+        assert await asyncio.to_thread(batcher.run_here, rows(5)) is not None  # and free again
+        await batcher.close()
+        assert batcher.run_here(rows(6)) is None
+
+    seen = releases(scenario, max_size=2)
+    assert seen == [(2, "idle"), (1, "idle"), (1, "idle"), (1, "idle")]
+
+    async def due(batcher, graph):
+        assert await asyncio.to_thread(batcher.run_here, rows(1)) is None
+
+    assert releases(due, company=lambda: True) == []
+
+
+def test_the_queue_waits_for_a_run_in_a_caller_s_thread_and_merges_meanwhile():
+    async def scenario(batcher, graph):
+        graph.gate.clear()
+        here = asyncio.create_task(asyncio.to_thread(batcher.run_here, rows(1)))
+        await asyncio.sleep(0.02)
+        tasks = [asyncio.create_task(batcher.run(rows(i))) for i in (2, 3)]
+        await asyncio.sleep(0.02)
+        assert batcher.depth == 2  # not taken out of the queue, where more can join them
+        tasks.append(asyncio.create_task(batcher.run(rows(4))))
+        await asyncio.sleep(0)
+        graph.gate.set()
+        return [a.outputs["y"].tolist() for a in await asyncio.gather(here, *tasks)]
+
+    answers, graph = run(scenario)
+    assert answers == [[[2, 2]], [[4, 4]], [[6, 6]], [[8, 8]]]
+    assert graph.shapes == [(1, 2), (3, 2)]
+
+
 def test_closing_runs_what_is_queued_first():
     async def scenario(batcher, graph):
         first, tasks = await behind(batcher, graph, rows(1), rows(2, width=3))

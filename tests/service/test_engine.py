@@ -1,7 +1,12 @@
 """The text cache: what was embedded is not embedded again, and rows of others are never mixed up."""
 
 import numpy as np
+import pytest
 
+from models.flow import Call
+from service.admission import Admission
+from service.batching import Batcher
+from service.context import Context
 from service.engine import Engine, RowCache, fingerprint
 
 
@@ -43,9 +48,39 @@ def test_known_sentences_do_not_go_by_the_event_loop(settings, serve, picture, m
         for _ in range(2):
             answers.append(client.post("/v1/classify", **send).json())
             steps.append(0)
-    # to the text's call, to the picture's, to the end; then the text is known
-    assert steps == [1, 1, 1, 0, 1, 1, 0]
+    # to the text's call, to the end; then the text is known
+    assert steps == [1, 1, 0, 1, 0]
     assert answers[0] == answers[1]
+
+
+def test_alone_a_request_runs_its_graph_itself_and_in_company_by_the_queue(settings, serve, picture, monkeypatch):
+    queued = []
+    run = Batcher.run
+    monkeypatch.setattr(Batcher, "run", lambda self, *a, **how: queued.append(self.name) or run(self, *a, **how))
+    send = {"content": picture("green"), "headers": {"content-type": "image/png"}, "params": {"labels": "red"}}
+    batches = 'calmclip_batch_size_count{graph="image",model="colours-int8"}'
+    infers = 'calmclip_stage_duration_seconds_count{graph="image",model="colours-int8",stage="infer",task="classify"}'
+    with serve(settings()) as client:
+        client.post("/v1/classify", **send)  # the text is known from now on
+        queued.clear()
+        alone = client.post("/v1/classify", **send)
+        assert not queued
+        with monkeypatch.context() as others:
+            others.setattr(Admission, "pending", 2)
+            company = client.post("/v1/classify", **send)
+        assert [name.rpartition(".")[2] for name in queued] == ["image"]
+        assert alone.json() == company.json()
+        assert metric(client, batches) == metric(client, infers) == 3
+    for answer in (alone, company):
+        assert {"queue", "infer"} <= {one.partition(";")[0] for one in answer.headers["server-timing"].split(", ")}
+
+
+@pytest.mark.parametrize("left", [{"deadline_s": 0.0}, {"deadline_s": 9.0, "status": 499}])
+def test_what_nobody_waits_for_any_more_is_not_run(settings, left):
+    engine = Engine(settings(), None)
+    own = Context("r", **left)
+    assert engine._here(own, None, Call("image", {})) is None  # no bundle, so a run would fail
+    engine.close()
 
 
 def test_without_a_cache_answers_are_the_same(settings, serve):

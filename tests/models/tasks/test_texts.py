@@ -7,7 +7,8 @@ import pytest
 
 from models.bundle.bundle import Bundle
 from models.errors import BadRequest
-from models.flow import Array, Arrays, Call, drive
+from models.flow import Array, Arrays, Call, Recall, Walk, drive
+from models.runtime.clock import Stopwatch
 from models.tasks.texts import choose, embed_labels, unit
 
 
@@ -38,6 +39,21 @@ def test_each_distinct_sentence_is_asked_for_once(bundle: Bundle):
     assert call.keys == ("red", "green")
     assert len(call.feeds["ids"]) == 2
     assert vectors.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_labels_may_have_sentences_in_any_number(bundle: Bundle):
+    bundle.prompts = {"red": ["r1", "r2"], "green": ["g"]}.__getitem__
+    vectors, call = embedded(bundle, ["green", "red"], [[0, 3, 0], [1, 0, 0], [0, 0, 1]])
+    assert call.keys == ("g", "r1", "r2")
+    assert vectors == pytest.approx(np.array([[0, 1, 0], [0.5**0.5, 0, 0.5**0.5]]), abs=1e-6)
+
+
+def test_texts_that_are_known_are_not_tokenized(bundle: Bundle):
+    bundle.text = None  # so that to ask for it fails
+    rows = {"text_embeds": np.eye(3, dtype=np.float32)[[1, 0]]}
+    known = {Recall("text", ("green", "red")): rows}
+    walk = Walk(embed_labels(bundle, ["green", "red", "green"]), Stopwatch(), known.get)
+    assert walk.step().value.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
 
 
 def test_a_label_may_hold_braces_and_a_template_no_code(bundle: Bundle):

@@ -3,6 +3,7 @@
 import base64
 import math
 
+import fastapi.routing
 import pytest
 
 
@@ -69,3 +70,11 @@ def test_request_id_is_kept_when_plain_and_made_when_not(client, picture):
     assert ask("abc-1.2_3") == "abc-1.2_3"
     assert ask("a b") != "a b"
     assert ask("x" * 65) != "x" * 65
+
+
+@pytest.mark.parametrize("task", ["classify", "detect", "embed", "embeddings"])
+def test_what_is_asked_most_does_not_go_by_the_search_for_dependencies(client, task, monkeypatch):
+    searched = []
+    monkeypatch.setattr(fastapi.routing, "solve_dependencies", lambda **given: searched.append(1))
+    assert client.post(f"/v1/{task}", json={"nothing": 1}).json()["type"] == "/problems/invalid-request"
+    assert not searched
