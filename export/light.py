@@ -50,9 +50,9 @@ def fill(light: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
     return light
 
 
-def big(tensor: onnx.TensorProto) -> bool:
-    """Whether `lighten` leaves its data out."""
-    return tensor.HasField("raw_data") and size(tensor) >= SMALL
+def big(tensor: onnx.TensorProto, least: int | None = None) -> bool:
+    """Whether it holds ``least`` bytes; without that: whether `lighten` leaves its data out."""
+    return tensor.HasField("raw_data") and size(tensor) >= (SMALL if least is None else least)
 
 
 def size(tensor: onnx.TensorProto) -> int:

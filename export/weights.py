@@ -18,6 +18,7 @@ from export import light
 
 SHARED = "weights.bin"
 LARGEST = 1 << 30  # bytes of weights inside a graph's own file: half of what protobuf writes, and held twice meanwhile
+_WORTH = 4096  # bytes; what is smaller is stored with its graph, even where another has the same
 _ALIGN = 4096  # a page: ONNX Runtime maps aligned data instead of reading it
 
 
@@ -42,7 +43,7 @@ def save(graphs: Mapping[str, onnx.ModelProto], directory: Path) -> None:
 
 
 def _digests(model: onnx.ModelProto) -> dict[str, bytes]:
-    return {t.name: hashlib.sha256(t.raw_data).digest() for t in model.graph.initializer if light.big(t)}
+    return {t.name: hashlib.sha256(t.raw_data).digest() for t in model.graph.initializer if light.big(t, _WORTH)}
 
 
 class _External:
@@ -56,6 +57,8 @@ class _External:
     def put(self, tensor: onnx.TensorProto, data: bytes, digest: bytes) -> None:
         """Write ``data``, unless it is there, and let ``tensor`` say where."""
         file = self._file = self._file or self.path.open("wb")
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
         if digest not in self._places:
             file.write(b"\0" * (-file.tell() % _ALIGN))
             self._places[digest] = file.tell()
