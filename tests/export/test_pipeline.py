@@ -176,6 +176,7 @@ def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path
     with pytest.raises(ParityLost, match=r"image in float: standard ops against our functions: .*image_embeds"):
         build(recipe(net, quantize=FLOAT), tmp_path, net=net)
 
+
 INT8_OPS = ("QuantAttention", "QuantLayerNorm", "QuantLinear", "QuantLinearToFloat", "QuantPatches")
 
 
