@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnxruntime as ort
+from onnx import numpy_helper
 
 from export.functions import alone
 from models.bundle.manifest import Tensor
@@ -15,8 +16,10 @@ from models.ops.spec import Op
 ISAS = build.INT8_ISAS.get(platform.machine(), ("scalar",))
 
 
-def session(op: Op, feeds: dict[str, np.ndarray], attributes, *, library: Library | None, threads: int = 1):
-    """Of one node, by the library or by its function; every side is known at run time only."""
+def session(
+    op: Op, feeds: dict[str, np.ndarray], attributes, *, library: Library | None, threads: int = 1, constants=()
+):
+    """Of one node, by the library or by its function; every side is known at run time only, but of ``constants``."""
     sides = lambda name, rank: tuple(f"{name}_{axis}" for axis in range(rank))  # noqa: E731
     inputs = {name: Tensor(dtype=str(x.dtype), shape=sides(name, x.ndim)) for name, x in feeds.items()}
     rank = {"QuantPatches": 3}.get(op.name, feeds[next(iter(op.inputs))].ndim)
@@ -26,8 +29,11 @@ def session(op: Op, feeds: dict[str, np.ndarray], attributes, *, library: Librar
     options.log_severity_level = 4
     if library is not None:
         options.register_custom_ops_library(str(library.path))
-    content = alone(op, inputs, outputs, attributes).SerializeToString()
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    model = alone(op, inputs, outputs, attributes)
+    for name in constants:
+        model.graph.initializer.append(numpy_helper.from_array(feeds[name], name))
+        model.graph.input.remove(next(given for given in model.graph.input if given.name == name))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run(op: Op, feeds: dict[str, np.ndarray], attributes, *, library: Library | None, threads: int = 1):

@@ -12,7 +12,7 @@ from onnx import helper
 from export.functions import BODIES
 from models.ops import reference
 from models.ops.spec import DOMAIN, QUANT_LAYER_NORM, VERSION
-from tests.models.ops.quantized import ISAS, kernel, near, run
+from tests.models.ops.quantized import ISAS, kernel, near, run, session
 
 # around 8 and 16 lanes, and four times as many
 WIDTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 79, 127, 128, 130, 512, 768, 1000]
@@ -161,6 +161,16 @@ def test_op_and_function_equal_float64_whatever_the_threads(library, shape):
             assert agree(found[0], exact(feeds))
             assert all((a == b).all() for a, b in zip(*found, strict=True))
             assert agree(run(QUANT_LAYER_NORM, feeds, HOW, library=None), exact(feeds))
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_constants_do_as_what_is_fed(library, columns):
+    feeds = draw(7, 3, 40, columns=columns)
+    constants = ("weight", "y_scale", "y_zero")
+    fixed = session(QUANT_LAYER_NORM, feeds, HOW, library=library, constants=constants)
+    rest = {name: x for name, x in feeds.items() if name not in constants}
+    for a, b in zip(fixed.run(None, rest), run(QUANT_LAYER_NORM, feeds, HOW, library=library), strict=True):
+        assert (a == b).all()
 
 
 def test_op_and_function_give_the_outputs_that_a_node_names(library):

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "../kernels/dispatch.h"
 #include "quantized.h"
@@ -20,6 +21,10 @@ class LayerNorm {
   explicit LayerNorm(Ort::ConstKernelInfo info) : epsilon_(kOp.attribute<float>(info, "epsilon")) {
     if (!(epsilon_ >= 0) || !std::isfinite(epsilon_))
       kOp.invalid("epsilon is " + std::to_string(epsilon_) + "; expected a number of at least 0");
+    const auto weight = constant(info, kWeight), y_scale = constant(info, kYScale), y_zero = constant(info, kYZero);
+    if (weight && y_scale && y_zero)
+      steps_.emplace(Input<float>(kOp, y_scale, "y_scale"), Input<uint8_t>(kOp, y_zero, "y_zero"),
+                     Input<float>(kOp, weight, "weight").count);
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
@@ -27,8 +32,6 @@ class LayerNorm {
       Ort::KernelContext context(raw);
       const Input<float> x(kOp, context, kX, "x"), residual(kOp, context, kResidual, "residual");
       const Input<float> weight(kOp, context, kWeight, "weight"), bias(kOp, context, kBias, "bias");
-      const Input<float> y_scale(kOp, context, kYScale, "y_scale");
-      const Input<uint8_t> y_zero(kOp, context, kYZero, "y_zero");
       if (x.shape.empty() || x.shape.back() < 1) x.refuse("[..., columns], at least one");
       const size_t width = x.side(x.shape.size() - 1);
       const bool one_added = residual.shape != x.shape;
@@ -36,20 +39,17 @@ class LayerNorm {
         residual.refuse("that of x, " + text(x.shape) + ", or [1]");
       for (const auto* input : {&weight, &bias})
         if (input->shape.size() != 1 || input->side(0) != width) input->refuse("[" + std::to_string(width) + "]");
-      const bool scales = y_scale.columns(width), zeros = y_zero.columns(width);
-      y_scale.check_scales();
+      std::optional<Steps> fed;
+      if (!steps_)
+        fed.emplace(Input<float>(kOp, context, kYScale, "y_scale"), Input<uint8_t>(kOp, context, kYZero, "y_zero"),
+                    width);
+      const Steps& steps = steps_ ? *steps_ : *fed;
 
       NormRows rows{};
-      rows.width = width, rows.epsilon = epsilon_, rows.columns = scales || zeros;
+      rows.width = width, rows.epsilon = epsilon_, rows.columns = steps.inverse.size() > 1;
       rows.weight = weight.data, rows.bias = bias.data;
       rows.added = one_added ? *residual.data : 0;
-      std::vector<float> inverse(rows.columns ? width : 1);
-      std::vector<int32_t> zero(inverse.size());
-      for (size_t i = 0; i < inverse.size(); ++i) {
-        inverse[i] = 1 / y_scale.data[scales ? i : 0];
-        zero[i] = y_zero.data[zeros ? i : 0];
-      }
-      rows.inverse = inverse.data(), rows.zero = zero.data();
+      rows.inverse = steps.inverse.data(), rows.zero = steps.zero.data();
 
       auto output = context.GetOutput(0, x.shape);
       uint8_t* const y = output.GetTensorMutableData<uint8_t>();
@@ -85,6 +85,7 @@ class LayerNorm {
   }
 
   float epsilon_;
+  std::optional<Steps> steps_;  // of constants
 };
 
 struct Schema : Op<Schema, LayerNorm> {

@@ -6,15 +6,14 @@
 #include "../kernels/quant_linear.h"
 
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <functional>
 #include <optional>
 
 #include "../kernels/activation_curve.h"
 #include "../kernels/dispatch.h"
-#include "op.h"
 #include "packed.h"
+#include "quantized.h"
 
 namespace calmclip {
 namespace {
@@ -24,29 +23,26 @@ constexpr size_t kFewRows = 8;       // fewer take as long: it is the weights th
 constexpr size_t kNear = 256 << 10;  // bytes of x at a time, for they are read once a panel: a part of an L2 cache
 
 constexpr const char* kName[2] = {"QuantLinear", "QuantLinearToFloat"};
-enum Input : size_t { kX, kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero, kResidual = kYScale };
+enum Place : size_t { kX, kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero, kResidual = kYScale };
 
 // The inputs by their places: of a run, or the constants among them.
-using Inputs = std::function<Ort::ConstValue(Input)>;
+using Inputs = std::function<Ort::ConstValue(Place)>;
 
 template <bool to_float>
 class Linear {
  public:
   explicit Linear(Ort::ConstKernelInfo info) : activation_(activation(info)) {
-    bool constant = true;
-    const Inputs inputs = [&](Input input) {
-      int is_constant = 0;
-      return info.GetTensorConstantInput(input, &is_constant);
-    };
-    for (const Input input : kFixed) constant &= static_cast<bool>(inputs(input));
+    bool all = true;
+    const Inputs inputs = [&](Place place) { return constant(info, place); };
+    for (const Place place : kFixed) all &= static_cast<bool>(inputs(place));
     if (inputs(kWeight)) weight_.emplace(pack(inputs));
-    if (constant) columns_.emplace(columns(inputs, *weight_));
+    if (all) columns_.emplace(columns(inputs, *weight_));
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
     return guarded([&]() -> OrtStatusPtr {
       Ort::KernelContext context(raw);
-      const Inputs inputs = [&](Input input) { return context.GetInput(input); };
+      const Inputs inputs = [&](Place place) { return context.GetInput(place); };
       std::optional<Weight> fed_weight;
       if (!weight_) fed_weight.emplace(pack(inputs));
       const Weight& weight = weight_ ? *weight_ : *fed_weight;
@@ -54,22 +50,20 @@ class Linear {
       if (!columns_) fed_columns.emplace(columns(inputs, weight));
       const Columns& of = columns_ ? *columns_ : *fed_columns;
 
-      const auto x = context.GetInput(kX);
-      auto shape = x.GetTensorTypeAndShapeInfo().GetShape();
-      if (shape.empty() || shape.back() != static_cast<int64_t>(weight.k))
-        refuse_("x has the shape " + text(shape) + "; expected [..., " + std::to_string(weight.k) +
-                "], for the weight is " + weight.text());
+      const Input<uint8_t> x(kOp, context, kX, "x");
+      if (x.shape.empty() || x.shape.back() != static_cast<int64_t>(weight.k))
+        x.refuse("[..., " + std::to_string(weight.k) + "], for the weight is " + weight.text());
+      auto shape = x.shape;
       shape.back() = static_cast<int64_t>(weight.n);
       LinearWork work{};
       work.rows = 1;
       for (size_t i = 0; i + 1 < shape.size(); ++i) work.rows *= static_cast<size_t>(shape[i]);
       if constexpr (to_float) {
-        const auto residual = context.GetInput(kResidual);
-        const auto found = residual.GetTensorTypeAndShapeInfo().GetShape();
-        work.one_residual = found.empty() || found == std::vector<int64_t>{1};
-        if (!work.one_residual && found != shape)
-          refuse_("residual has the shape " + text(found) + "; expected that of y, " + text(shape) + ", or one number");
-        work.residual = residual.GetTensorData<float>();
+        const Input<float> residual(kOp, context, kResidual, "residual");
+        work.one_residual = residual.shape.size() <= 1 && residual.count == 1;
+        if (!work.one_residual && residual.shape != shape)
+          residual.refuse("that of y, " + text(shape) + ", or one number");
+        work.residual = residual.data;
       }
       auto y = context.GetOutput(0, shape);
       if (work.rows == 0 || weight.n == 0) return nullptr;
@@ -77,7 +71,7 @@ class Linear {
         work.values = y.template GetTensorMutableData<float>();
       else
         work.bytes = y.template GetTensorMutableData<uint8_t>();
-      work.x = x.GetTensorData<uint8_t>();
+      work.x = x.data;
       work.k = weight.k;
       work.n = weight.n;
       work.panels = weight.panels.get();
@@ -93,6 +87,7 @@ class Linear {
   }
 
  private:
+  inline static const Named kOp{kName[to_float]};
   static constexpr auto kFixed = [] {
     if constexpr (to_float)
       return std::array{kXScale, kXZero, kWeight, kWeightScale, kBias};
@@ -114,69 +109,46 @@ class Linear {
     std::vector<float> scale, bias, inverse;
   };
 
-  [[noreturn]] static void refuse_(const std::string& what) {
-    throw Ort::Exception(kName[to_float] + (": " + what), ORT_INVALID_ARGUMENT);
-  }
-
   static int32_t activation(Ort::ConstKernelInfo info) {
-    int64_t code = 0;
-    try {
-      code = info.GetAttribute<int64_t>("activation");
-    } catch (const Ort::Exception& error) {
-      refuse_(std::string("the attribute activation cannot be read: ") + error.what());
-    }
+    const auto code = kOp.attribute<int64_t>(info, "activation");
     if (code < kNone || code > kQuickGelu)
-      refuse_("activation is " + std::to_string(code) +
-              "; expected 0 none, 1 relu, 2 gelu, 3 gelu_tanh or 4 quick_gelu");
+      kOp.invalid("activation is " + std::to_string(code) +
+                  "; expected 0 none, 1 relu, 2 gelu, 3 gelu_tanh or 4 quick_gelu");
     return static_cast<int32_t>(code);
   }
 
   static Weight pack(const Inputs& inputs) {
-    const auto weight = inputs(kWeight);
-    const auto shape = weight.GetTensorTypeAndShapeInfo().GetShape();
-    if (shape.size() != 2) refuse_("weight has the shape " + text(shape) + "; expected [K, N]");
-    const auto k = static_cast<size_t>(shape[0]), n = static_cast<size_t>(shape[1]);
-    if (k > kMostK) refuse_("weight has the shape " + text(shape) + "; expected at most 65536 rows");
+    const Input<int8_t> weight(kOp, inputs(kWeight), "weight");
+    if (weight.shape.size() != 2) weight.refuse("[K, N]");
+    const size_t k = weight.side(0), n = weight.side(1);
+    if (k > kMostK) weight.refuse("at most " + std::to_string(kMostK) + " rows");
     Weight made{k, n, packed(linear_panels(n) * linear_panel_bytes(k)), {}};
     made.sums.resize(linear_panels(n) * kPanel);
-    pack_linear(weight.GetTensorData<int8_t>(), k, n, made.panels.get(), made.sums.data());
+    pack_linear(weight.data, k, n, made.panels.get(), made.sums.data());
     return made;
   }
 
-  // `name` for each of n columns; `one`: a single number stands for all of them.
+  // Of each column, whether there are n or one for all.
   template <class T>
-  static std::vector<T> each(const Inputs& inputs, Input input, const char* name, size_t n, bool one) {
-    const auto value = inputs(input);
-    const auto shape = value.GetTensorTypeAndShapeInfo().GetShape();
-    const T* data = value.template GetTensorData<T>();
-    if (one && (shape.empty() || shape == std::vector<int64_t>{1})) return std::vector<T>(n, *data);
-    if (shape == std::vector<int64_t>{static_cast<int64_t>(n)}) return {data, data + n};
-    const auto wanted = "[" + std::to_string(n) + "]";
-    refuse_(std::string(name) + " has the shape " + text(shape) + "; expected " +
-            (!one ? wanted : n == 1 ? "one number" : wanted + " or one number"));
-  }
-
-  static std::vector<float> scales(const Inputs& inputs, Input input, const char* name, size_t n) {
-    auto found = each<float>(inputs, input, name, n, true);
-    for (const float scale : found)
-      if (!(scale > 0) || !std::isnormal(scale))
-        refuse_(std::string(name) + " holds " + std::to_string(scale) + "; expected positive, normal numbers");
-    return found;
+  static std::vector<T> each(const std::vector<T>& numbers, size_t n) {
+    return numbers.size() == n ? numbers : std::vector<T>(n, numbers[0]);
   }
 
   static Columns columns(const Inputs& inputs, const Weight& weight) {
     const size_t n = weight.n;
-    const float x_scale = scales(inputs, kXScale, "x_scale", 1)[0];
-    const uint32_t x_zero = each<uint8_t>(inputs, kXZero, "x_zero", 1, true)[0];
-    Columns made{weight.sums, {}, scales(inputs, kWeightScale, "weight_scale", n),
-                 each<float>(inputs, kBias, "bias", n, false), {}};
+    const float x_scale = Input<float>(kOp, inputs(kXScale), "x_scale").scale();
+    const uint32_t x_zero = Input<uint8_t>(kOp, inputs(kXZero), "x_zero").one();
+    const Input<float> scale(kOp, inputs(kWeightScale), "weight_scale"), bias(kOp, inputs(kBias), "bias");
+    const bool scales = scale.columns(n);
+    scale.check_scales();
+    if (bias.shape.size() != 1 || bias.side(0) != n) bias.refuse("[" + std::to_string(n) + "]");
+    Columns made{weight.sums, {}, {}, {bias.data, bias.data + n}, {}};
     for (int32_t& sum : made.start) sum = static_cast<int32_t>(-x_zero * static_cast<uint32_t>(sum));
-    for (float& scale : made.scale) scale *= x_scale;
+    for (size_t i = 0; i < n; ++i) made.scale.push_back(scale.data[scales ? i : 0] * x_scale);
     if constexpr (!to_float) {
-      made.inverse = scales(inputs, kYScale, "y_scale", n);
-      for (float& scale : made.inverse) scale = 1 / scale;
-      const auto zero = each<uint8_t>(inputs, kYZero, "y_zero", n, true);
-      made.zero.assign(zero.begin(), zero.end());
+      const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, n);
+      made.inverse = each(steps.inverse, n);
+      made.zero = each(steps.zero, n);
     }
     for (auto* numbers : {&made.scale, &made.bias, &made.inverse}) numbers->resize(weight.sums.size());
     made.zero.resize(weight.sums.size());
@@ -230,33 +202,14 @@ struct Schema : Op<Schema<to_float>, Linear<to_float>> {
     }
   }
 
-  // The shape of x, its last dimension that of the weight; nothing where either's rank is not known. A dimension is a
-  // number, or -1 and a name.
+  // The shape of x, its last dimension that of the weight; nothing where either's rank is not known.
   static OrtStatusPtr infer(OrtShapeInferContext* context) {
-    const OrtApi& api = Ort::GetApi();
-    std::vector<int64_t> sides[2];
-    std::vector<const char*> names[2];
-    for (const Input input : {kX, kWeight}) {
-      OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
-      Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, input, &info));
-      size_t rank = 0;
-      Ort::ThrowOnError(api.GetDimensionsCount(info, &rank));
-      sides[input == kWeight].resize(rank);
-      names[input == kWeight].resize(rank);
-      Ort::ThrowOnError(api.GetDimensions(info, sides[input == kWeight].data(), rank));
-      Ort::ThrowOnError(api.GetSymbolicDimensions(info, names[input == kWeight].data(), rank));
-    }
-    if (sides[0].empty() || sides[1].size() != 2) return nullptr;
-    sides[0].back() = sides[1][1];
-    names[0].back() = names[1][1];
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    Ort::ThrowOnError(api.CreateTensorTypeAndShapeInfo(&info));
-    OrtStatusPtr status = api.SetTensorElementType(info, kOut);
-    if (!status) status = api.SetDimensions(info, sides[0].data(), sides[0].size());
-    if (!status) status = api.SetSymbolicDimensions(info, names[0].data(), names[0].size());
-    if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, info);
-    api.ReleaseTensorTypeAndShapeInfo(info);
-    return status;
+    Known y = Known::input(context, kX);
+    const Known weight = Known::input(context, kWeight);
+    if (y.dims.empty() || weight.dims.size() != 2) return nullptr;
+    y.dims.back() = weight.dims[1];
+    y.names.back() = weight.names[1];
+    return y.output(context, 0, kOut);
   }
 
   const char* GetName() const { return kName[to_float]; }

@@ -42,7 +42,11 @@ class Named {
 template <class T>
 struct Input {
   Input(const Named& op, Ort::KernelContext& context, size_t index, const char* input)
-      : op_(op), name(input), value_(context.GetInput(index)), shape(value_.GetTensorTypeAndShapeInfo().GetShape()) {
+      : Input(op, context.GetInput(index), input) {}
+
+  // Of a run, or a constant of the graph.
+  Input(const Named& op, Ort::ConstValue value, const char* input)
+      : op_(op), name(input), value_(value), shape(value_.GetTensorTypeAndShapeInfo().GetShape()) {
     data = value_.GetTensorData<T>();
     for (const int64_t side : shape) count *= static_cast<size_t>(side);
   }
@@ -94,6 +98,29 @@ struct Input {
   const T* data;
   size_t count = 1;
 };
+
+// What rounds numbers to bytes: 1 / scale and zero point, of each of n columns, or one each where one serves all.
+struct Steps {
+  Steps(const Input<float>& scale, const Input<uint8_t>& point, size_t n) {
+    const bool scales = scale.columns(n), points = point.columns(n);
+    scale.check_scales();
+    inverse.resize(scales || points ? n : 1);
+    zero.resize(inverse.size());
+    for (size_t i = 0; i < inverse.size(); ++i) {
+      inverse[i] = 1 / scale.data[scales ? i : 0];
+      zero[i] = point.data[points ? i : 0];
+    }
+  }
+
+  std::vector<float> inverse;
+  std::vector<int32_t> zero;
+};
+
+// A constant of the graph; null where the input is fed.
+inline Ort::ConstValue constant(Ort::ConstKernelInfo info, size_t input) {
+  int is_constant = 0;
+  return info.GetTensorConstantInput(input, &is_constant);
+}
 
 // Whether the API call went well; what it complained of is forgotten.
 inline bool went(OrtStatusPtr status) { return Ort::Status(status).IsOK(); }
