@@ -7,6 +7,7 @@ of single graphs (shares, ranges, outliers, what each product loses) is of the g
 import ctypes
 import gc
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from models.errors import BarMissed
 from models.flow import Arrays
 from models.measure import latency, machine
 from models.runner import Runner
+
+_MUCH = 100_000_000  # bytes that a step made the process grow by, for which it pays to look for what is free again
 
 
 def measure(
@@ -162,17 +165,19 @@ def require(
 
 
 class Steps:
-    """Seconds that each step of an export took: ``with steps("image: trace"): …``."""
+    """Seconds that each step of an export took: ``with steps("image: trace"): …``. What one made the process grow by is
+    given back, where it is much: to look for it takes longer than a step of a small net."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = perf_counter()
+        start, before = perf_counter(), _resident()
         yield
         self.seconds[name] = round(perf_counter() - start, 2)
-        trim()
+        if _resident() - before >= _MUCH:
+            trim()
 
 
 def trim() -> None:
@@ -180,6 +185,14 @@ def trim() -> None:
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes that this process holds now; 0 where the system does not say, and nothing is trimmed."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 def peak_rss_mb() -> float | None:

@@ -129,7 +129,7 @@ def test_graphs_answer_as_the_paper_defines_them_and_in_int8_nearly_so(kind: str
         integers = static.quantize(graph, static.observe(graph, given[role], params), params)
         for float_or_int8 in (graph, integers):
             rewritten = rewrites.apply(float_or_int8, rewrites.swaps())
-            assert rewritten.counts == {
+            assert {name: rewritten.counts[name] for name in ("clipped_softmax", "softmax")} == {
                 "clipped_softmax": 2 * (softmax == CLIPPED),
                 "softmax": 2 * (softmax == VANILLA),
             }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -403,10 +404,14 @@ def test_int8_sees_what_float_sees(runners: dict[str, Runner], photographs, show
 def test_the_report_counts_our_operators(owl_bundles: Path):
     report = json.loads((owl_bundles / "owl-int8" / "report.json").read_text())
     counts = {role: {name: found["counts"] for name, found in one.items()} for role, one in report["rewrites"].items()}
-    assert [counts[role][side]["softmax"] for role in ("regions", "text") for side in ("float32", "int8")] == [2] * 4
+    for role in ("regions", "text"):
+        assert counts[role]["float32"]["softmax"] == 2
+        ops = [node.op_type for node in onnx.load(owl_bundles / "owl-int8" / f"{role}.onnx").graph.node]
+        assert ops.count("QuantAttention") == 2
     assert counts["detect"]["float32"]["soft_nms"] == 1
     manifest = json.loads((owl_bundles / "owl-int8" / "bundle.json").read_text())
-    assert sorted(manifest["ops"]["used"]) == ["SoftNMS", "Softmax"]
+    quantized = {"QuantAttention", "QuantLayerNorm", "QuantLinear", "QuantLinearToFloat", "QuantPatches"}
+    assert {*manifest["ops"]["used"]} == {"SoftNMS", *quantized}
     assert manifest["suppression"]["min_score"] == 0.1
     assert all(row["measured"] > 0.99 for row in report["bars"].values())
 
