@@ -1,4 +1,4 @@
-"""`QuantLookup` as a local function: Gather, whose indices are no bytes."""
+"""`QuantLookup` as a local function: GatherElements of one row. Gather, which copies slices, takes over six times as long."""
 
 import onnx
 from onnx import TensorProto, parser
@@ -11,8 +11,12 @@ _TEXT = f"""
 <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
 {QUANT_LOOKUP.name} ({", ".join(QUANT_LOOKUP.inputs)}) => ({", ".join(QUANT_LOOKUP.outputs)})
 {{
-    places = Cast <to = {TensorProto.INT32}> (x)
-    y = Gather (table, places)
+    one_row = Constant <value_ints = [-1]> ()
+    shape = Shape (x)
+    row = Reshape (x, one_row)
+    places = Cast <to = {TensorProto.INT32}> (row)
+    found = GatherElements (table, places)
+    y = Reshape <allowzero = 1> (found, shape)
 }}
 """
 
