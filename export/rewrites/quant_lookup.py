@@ -58,7 +58,7 @@ def chain(last: ir.Node) -> Chain | None:
         node = None if value is None else value.producer()
         if value is None or node in found or _patterns.constant(value) is not None:
             return True
-        if node is not None and (start := maker(value, "DequantizeLinear")) is not None:
+        if (start := maker(value, "DequantizeLinear")) is not None:
             starts.add(start)
             return len(starts) == 1
         if node is None or node.domain or node.op_type not in POINTWISE or not all(map(follow, node.inputs)):
@@ -68,7 +68,8 @@ def chain(last: ir.Node) -> Chain | None:
 
     if not follow(last.inputs[0]) or not found or not starts:
         return None
-    return Chain((*starts, *found, last))
+    whole = Chain((*starts, *found, last))
+    return whole if _patterns.constant(whole.x) is None else None  # else ONNX Runtime does it when it loads the graph
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:
