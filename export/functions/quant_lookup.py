@@ -1,4 +1,4 @@
-"""`QuantLookup` as a local function: GatherElements of one row. Gather, which copies slices, takes over six times as long."""
+"""`QuantLookup` as a local function: GatherElements of one row. Gather copies slices, and takes six times as long."""
 
 import onnx
 from onnx import TensorProto, parser

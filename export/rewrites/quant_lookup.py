@@ -1,16 +1,16 @@
-"""Any function of one variable between two tensors of 8 bits -> `ai.calmclip.QuantLookup`, whose table holds its answers.
+"""A function of one variable between two tensors of 8 bits -> `ai.calmclip.QuantLookup`, whose table holds its answers.
 
     DequantizeLinear -> nodes of `POINTWISE`, their other inputs one number each -> QuantizeLinear
 
 What lies between may part and meet again, as in x sigmoid(x), but begins at one DequantizeLinear and is read by nobody
 else. The table is made by those very nodes: ONNX Runtime runs them on all 256 bytes.
 
-Between two convolutions of 8 bits, which ONNX Runtime runs with channels last, the bytes are looked up in that order: it
-puts Transposes around such a convolution and takes out pairs that undo each other, but moves none past an operator that
-it does not know.
+Between two convolutions of 8 bits, which ONNX Runtime runs with channels last, the bytes are looked up in that order.
+It puts Transposes around such a convolution and takes out pairs that undo each other, but moves none past an operator
+that it does not know.
 
-The op is `models.ops.spec.QUANT_LOOKUP`. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.1, for what bytes mean;
-a function of a byte has no more than 256 values.
+The op is `models.ops.spec.QUANT_LOOKUP`. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.1, for what bytes
+mean; a function of a byte has no more than 256 values.
 """
 
 from collections.abc import Iterable
@@ -27,10 +27,11 @@ from export.rewrites._eight import constant, insert, like, maker, put, shape, sw
 from models.flow import Array
 from models.ops.spec import QUANT_LOOKUP
 
-POINTWISE = frozenset(
-    """Abs Add Celu Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish LeakyRelu Max Min Mish Mul Neg Pow Reciprocal Relu Selu
-    Sigmoid Softplus Softsign Sqrt Sub Tanh ThresholdedRelu""".split()
-)
+POINTWISE = {
+    "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max",
+    "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub",
+    "Tanh", "ThresholdedRelu",
+}  # fmt: skip
 _LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels last, and back
 
 

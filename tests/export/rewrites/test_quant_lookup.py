@@ -1,5 +1,5 @@
-"""Functions of one variable between 8 bits -> tables. The oracle is the graph before, run by ONNX Runtime with nothing of
-ours in it, on every byte; and for some, the function written in Python's float64."""
+"""Functions of one variable between 8 bits -> tables. The oracle is the graph before, run by ONNX Runtime with nothing
+of ours in it, on every byte; and for some, the function written in Python's float64."""
 
 import collections
 import math
@@ -90,7 +90,9 @@ def test_a_table_is_the_function_as_by_hand(name, function):
 # what else there is -> what is left, and the graph's outputs
 STAYS = {
     "its bytes read elsewhere": ("z = Gelu (a) w = Cast <to = 6> (x)", ", int32[r, 7] w", ["Cast", "QuantLookup"]),
-    "its floats read elsewhere": ("z = Gelu (a) w = Neg (a)", ", float[r, 7] w", ["DequantizeLinear", "Neg", "QuantLookup"]),
+    "its floats read elsewhere": (
+        "z = Gelu (a) w = Neg (a)", ", float[r, 7] w", ["DequantizeLinear", "Neg", "QuantLookup"],
+    ),
     "its floats an output": ("z = Gelu (a)", ", float[r, 7] a", ["DequantizeLinear", "QuantLookup"]),
     "scales of one number": (
         "b = Gelu (a) c = QuantizeLinear (b, steps, mids) d = DequantizeLinear (c, steps, mids) z = Relu (d)", "",
@@ -117,7 +119,8 @@ LEFT = {
         graph(end("b = Sigmoid (a) z = Mul (a, b) w = Neg (b)"), y="uint8[r, 7] y, float[r, 7] w"), "is used elsewhere",
     ),
     "two of it in 8 bits": (
-        graph(end("z = Gelu (a) w = QuantizeLinear (z, step, mid)"), y="uint8[r, 7] y, uint8[r, 7] w"), "used elsewhere",
+        graph(end("z = Gelu (a) w = QuantizeLinear (z, step, mid)"), y="uint8[r, 7] y, uint8[r, 7] w"),
+        "is used elsewhere",
     ),
     "a branch reads one": (
         graph(
@@ -138,7 +141,8 @@ LEFT = {
         graph("z = Gelu (a) y = QuantizeLinear (z, fine, fed)", more=", uint8 fed"), "is no constant",
     ),
     "scales of columns read": (
-        graph(end("z = Gelu (a)"), start="a = DequantizeLinear <axis = 1> (x, column_steps, column_mids)"), "each column",
+        graph(end("z = Gelu (a)"), start="a = DequantizeLinear <axis = 1> (x, column_steps, column_mids)"),
+        "each column",
     ),
     "scales of columns written": (
         graph("z = Gelu (a) y = QuantizeLinear <axis = 1> (z, column_steps, column_mids)"), "each column",
@@ -158,7 +162,8 @@ LEFT = {
             z = com.microsoft.Gelu (a) {end("")} }}"""), "",
     ),
     "a constant": (
-        graph(end("b = DequantizeLinear (mids, step, mid) z = Gelu (b) w = Neg (a)"), y="uint8[1] y, float[r, 7] w"), "",
+        graph(end("b = DequantizeLinear (mids, step, mid) z = Gelu (b) w = Neg (a)"), y="uint8[1] y, float[r, 7] w"),
+        "",
     ),
 }  # fmt: skip
 
@@ -174,8 +179,8 @@ def test_what_is_not_sure_is_left_and_said(name):
     assert why or not done.missed
 
 
-_PRODUCT = """<float step = {0.05}, uint8 mid = {117}, int8[7, 2] w = {1, -2, 3, -4, 5, -6, 7, -8, 9, 10, 11, 12, 13, 14},
-    float[2] steps = {0.01, 0.02}, int8[2] zeros = {0, 0}>"""
+_PRODUCT = """<float step = {0.05}, uint8 mid = {117}, float[2] steps = {0.01, 0.02}, int8[2] zeros = {0, 0},
+    int8[7, 2] w = {1, -2, 3, -4, 5, -6, 7, -8, 9, 10, 11, 12, 13, 14}>"""
 
 
 @pytest.mark.parametrize(

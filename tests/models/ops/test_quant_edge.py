@@ -1,5 +1,5 @@
-"""QuantAttention, QuantLayerNorm, QuantPatches and QuantLookup touch nothing behind their tensors: these end where memory
-does, in a process of its own.
+"""QuantAttention, QuantLayerNorm, QuantPatches and QuantLookup touch nothing behind their tensors: these end where
+memory does, in a process of its own.
 
 The sanitizers do not see what masked loads and stores touch.
 """
