@@ -112,7 +112,7 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
     attributes=IMAGE_TO_PIXELS.attributes | {"scale": 1.0, "zero_point": 0},
 )
 
-# Of the five below: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to
+# Of the next five: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to
 # even, or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal. What is
 # quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns. Attributes of a
 # node are all stated.
