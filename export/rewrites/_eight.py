@@ -42,6 +42,19 @@ def read(real: ir.Value | None, dtype: ir.DataType, weight: bool = False) -> Eig
     return found if (zero.dtype or value.dtype) == dtype and fits else None
 
 
+def writer(eight: Eight) -> ir.Node | None:
+    """The QuantizeLinear that writes ``eight`` in the steps that it is read in; in others it would be read as more."""
+    node = maker(eight.value, "QuantizeLinear")
+    steps = [] if node is None else whole(node.inputs[1:])
+    return node if len(steps) == 2 and alike(steps[0], eight.scale) and alike(steps[1], eight.zero) else None
+
+
+def alike(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """Whether both are one value, or constants of the same numbers."""
+    held = _patterns.array(one), _patterns.array(other)
+    return one is other or (held[0] is not None and held[1] is not None and np.array_equal(*held))
+
+
 def written(real: ir.Value) -> Eight | None:
     """The 8 bits that are all anybody reads of ``real``; divided column by column before that or not."""
     reader = only(real)

@@ -15,7 +15,7 @@ from onnxscript import ir
 
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
-from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep
+from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep, writer
 from export.rewrites.quant_linear import bias_of
 from models.ops.spec import QUANT_PATCHES
 
@@ -30,6 +30,8 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
             continue
         source = maker(pixels.value, "QuantizeLinear")
         why = _unfit(node) if source is not None else "what it reads is 8 bits before it comes here"
+        if source is not None and writer(pixels) is None:
+            why = "its pixels are read in other steps than they are written in"
         if len(pixels.scale.shape or ()):
             why = "its pixels have a scale for each column"
         if len(weight.scale.shape or ()) and weight.nodes[0].attributes.get_int("axis", 1) % 4:
@@ -78,6 +80,9 @@ def _unfit(conv: ir.Node) -> str:
         return "its places are not made rows"
     if len(after[0].inputs[1].shape or ()):  # type: ignore[union-attr]
         return "what it answers has a scale for each column"
+    answer = read(after[1].outputs[0], ir.DataType.UINT8)
+    if answer is None or writer(answer) is None:
+        return "what it answers is read in other steps than it is written in"
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     if bias is not None and bias_of(bias) is None:
         return "its bias is no constant"
