@@ -74,8 +74,7 @@ def _unfit(conv: ir.Node) -> str:
     after = _after(conv)
     if after is None:
         return "it is not followed by QuantizeLinear, DequantizeLinear, Reshape and Transpose"
-    patches = shape(after[2].outputs[0])
-    flat = patches is not None and len(patches) == 3 and patches[1] == (shape(conv.inputs[1]) or ())[0]
+    flat = _flat(shape(conv.outputs[0]), shape(after[2].outputs[0]))
     if not flat or list(after[3].attributes.get_ints("perm", [])) != [0, 2, 1]:
         return "its places are not made rows"
     if len(after[0].inputs[1].shape or ()):  # type: ignore[union-attr]
@@ -87,6 +86,14 @@ def _unfit(conv: ir.Node) -> str:
     if bias is not None and bias_of(bias) is None:
         return "its bias is no constant"
     return ""
+
+
+def _flat(answer: tuple[int | str, ...] | None, rows: tuple[int | str, ...] | None) -> bool:
+    """Whether [B, N, h, w] becomes [B, N, h w]: where N stays, B says it of the places, or they of B."""
+    if answer is None or rows is None or len(rows) != 3 or rows[1] != answer[1]:
+        return False
+    places = [side for side in answer[2:] if isinstance(side, int)]
+    return rows[0] == answer[0] or (len(places) == 2 and rows[2] == places[0] * places[1])
 
 
 def _put(conv: ir.Node, size: tuple[int, int]) -> None:

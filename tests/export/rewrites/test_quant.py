@@ -261,6 +261,8 @@ def test_attention_means_what_it_meant(given, count):
         ({"pixels": "coarse, low"}, "its pixels are read in other steps than they are written in"),
         ({"answer": "fine, mid"}, "what it answers is read in other steps than it is written in"),
         ({"answer": "coarse, low"}, "what it answers is read in other steps than it is written in"),
+        ({"rows": "4, 3, 2"}, "its places are not made rows"),  # half a picture each
+        ({"rows": "1, 3, 8"}, "its places are not made rows"),
     ],
 )
 def test_patches_mean_what_they_meant(given, why):
