@@ -82,6 +82,8 @@ def _unfit(conv: ir.Node) -> str:
     answer = read(after[1].outputs[0], ir.DataType.UINT8)
     if answer is None or writer(answer) is None:
         return "what it answers is read in other steps than it is written in"
+    if answer.scale.producer() is not None or answer.zero.producer() is not None:
+        return "the steps of what it answers are made by nodes, which may come behind it"
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     if bias is not None and bias_of(bias) is None:
         return "its bias is no constant"
