@@ -194,6 +194,57 @@ def test_a_product_means_what_it_meant(name):
     """), X)  # fmt: skip
 
 
+HALF = "fine16 = Cast <to = 10> (one) s16 = Cast <to = 10> (s) a16 = DequantizeLinear (x, fine16, mid) "
+LEFT = {
+    "a product in half precision": (
+        HALF + "b16 = DequantizeLinear <axis = 1> (w, s16, zeros) y = MatMul (a16, b16)", "float16[2, 2] y"
+    ),
+    "an input whose zero is left out by name": (
+        'a0 = DequantizeLinear (x, one, "") y = MatMul (a0, b)', "float[2, 2] y"
+    ),
+    "a weight of step 0": (
+        "b0 = DequantizeLinear <axis = 1> (w, no, zeros) y = MatMul (a, b0)", "float[2, 2] y"
+    ),
+    "a weight whose step is negative": (
+        "b0 = DequantizeLinear <axis = 1> (w, under, zeros) y = MatMul (a, b0)", "float[2, 2] y"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_the_ops_do_not_take_stays_as_it_is(name):
+    """They take float32, in steps that are positive and normal: a library would refuse the graph."""
+    nodes, outputs = LEFT[name]
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (uint8[2, 3] x) => ({outputs})
+        <float one = {{0.1}}, uint8 mid = {{7}}, int8[3, 2] w = {{1, -2, 3, -4, 5, 127}}, float[2] s = {{0.5, 0.25}},
+         int8[2] zeros = {{0, 0}}, float[2] no = {{0.5, 0}}, float[2] under = {{0.5, -0.25}}>
+        {{
+            a = DequantizeLinear (x, one, mid)
+            b = DequantizeLinear <axis = 1> (w, s, zeros)
+            {nodes}
+        }}
+    """)
+    assert not same(model, X).ops()
+
+
+def test_a_norm_in_half_precision_stays_as_it_is():
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float16[2, 4] x, float16[4] w, float16 step) => (uint8[2, 4] y)
+        <uint8 zero = {100}> { z = LayerNormalization (x, w, w) y = QuantizeLinear (z, step, zero) }
+    """)
+    x, w = (np.random.default_rng(0).normal(size=shape).astype(np.float16) for shape in ((2, 4), 4))
+    assert not same(model, {"x": x, "w": w, "step": np.array(0.05, np.float16)}).ops()
+
+
+def test_a_step_under_float32_is_read_in_float():
+    done = same(linear(more="q = QuantizeLinear (z, s0, mid) r = DequantizeLinear (q, one, mid)", y="r",
+                       extra=", float s0 = {1e-39}"), X)  # fmt: skip
+    assert done.ops() == {"QuantLinearToFloat": 1}
+
+
 def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", outputs="", twice=False, back=None):
     """Attention of 2 heads of 4 in 8 bits; `twice`: a second one of the same k and v; `back`: how one of the factors
     is read, where that is not how it was written."""
