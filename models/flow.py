@@ -1,9 +1,9 @@
 """What a task yields, and how it is stepped.
 
-A task is a *flow*: a generator that yields `Work` (pure, named, timed), `Recall` (is this known already?) and `Call`
-(run this graph on these feeds) and returns its answer. It knows no thread, batch or metric. `Walk` steps a flow up to
-its next call and times what lies between; `drive` runs a whole one synchronously. The service's engine drives the
-same flows with batching (`service/engine.py`).
+A task is a *flow*: a generator that yields `Work` (pure, named, timed), `Recall` (is this known already?), `Keep` (it
+is now) and `Call` (run this graph on these feeds) and returns its answer. It knows no thread, batch or metric. `Walk`
+steps a flow up to its next call and times what lies between; `drive` runs a whole one synchronously. The service's
+engine drives the same flows with batching (`service/engine.py`).
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -34,12 +34,25 @@ class Call:
 
 @dataclass(frozen=True)
 class Recall:
-    """The rows of a `Call` with these ``keys``, before its feeds are made; the driver sends back the outputs by name
-    where it remembers every row, else None.
+    """The rows of a `Call` with these ``keys``, before its feeds are made, or what was given to `Keep` under them; the
+    driver sends back the outputs by name where it remembers every row, else None.
     """
 
     graph: str
     keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What was made of a graph's rows, for whoever recalls ``key`` of ``graph``, which here is a name that no graph
+    has. The driver may forget it. ``outputs`` take as much place as so many rows, ``size``; they are handed out again
+    and again, so nobody changes them.
+    """
+
+    graph: str
+    key: str
+    outputs: Arrays
+    size: int
 
 
 @dataclass(frozen=True)
@@ -55,23 +68,25 @@ class Done(Generic[T]):
     value: T
 
 
-Flow: TypeAlias = Generator[Call | Recall | Work, Any, T]
+Flow: TypeAlias = Generator[Call | Recall | Keep | Work, Any, T]
 
 
-def nothing(asked: Recall) -> Arrays | None:
-    """What a driver without a memory remembers."""
+def nothing(asked: Recall | Keep) -> Arrays | None:
+    """The memory of a driver without one."""
     return None
 
 
 class Walk(Generic[T]):
     """One flow under way. A flow's own time counts as `preprocess` before its first call, `postprocess` after; so does
-    ``recall``, the driver's memory.
+    that of ``memory``, the driver's.
     """
 
-    def __init__(self, flow: Flow[T], clock: Stopwatch, recall: Callable[[Recall], Arrays | None] = nothing) -> None:
+    def __init__(
+        self, flow: Flow[T], clock: Stopwatch, memory: Callable[[Recall | Keep], Arrays | None] = nothing
+    ) -> None:
         self.flow = flow
         self.clock = clock
-        self.recall = recall
+        self.memory = memory
         self.stage = "preprocess"
 
     def step(self, value: Any = None) -> Call | Done[T]:
@@ -87,7 +102,7 @@ class Walk(Generic[T]):
                     with self.clock.stage(state.stage):
                         value = state.do()
                 with self.clock.stage(self.stage):
-                    state = self.flow.send(self.recall(state) if isinstance(state, Recall) else value)
+                    state = self.flow.send(value if isinstance(state, Work) else self.memory(state))
         except StopIteration as stop:
             return Done(stop.value)
         self.stage = "postprocess"

@@ -8,11 +8,11 @@ from functools import partial
 from hashlib import blake2b
 from threading import Lock
 from time import perf_counter
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from models.flow import Array, Arrays, Call, Done, Flow, Recall, Walk
+from models.flow import Arrays, Call, Done, Flow, Keep, Recall, Walk
 from service.batching import Answer
 from service.context import Context
 from service.hub import Loaded
@@ -20,8 +20,14 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 T = TypeVar("T")
-Row = dict[str, Array]  # one row of a graph's answer, by output
 Name = tuple[str, str, bytes]  # bundle digest, graph, fingerprint of the key
+
+
+class Row(NamedTuple):
+    """One row of a graph's answer, by output; or what was made of several, and takes the place of ``size``."""
+
+    outputs: Arrays
+    size: int = 1
 
 
 class Engine:
@@ -34,7 +40,7 @@ class Engine:
 
     async def answer(self, loaded: Loaded, flow: Flow[T], own: Context) -> T:
         """Drive ``flow`` to its end within the request's deadline. Raises what the flow raises, `DeadlineExceeded`."""
-        walk = Walk(flow, own.clock, partial(self._recall, loaded))
+        walk = Walk(flow, own.clock, partial(self._memory, loaded))
         with loaded.lease():
             async with own.deadline():
                 state: Call | Done[T] = await self.thread(self._advance, own, own, loaded, walk)
@@ -69,12 +75,16 @@ class Engine:
         answer = loaded.batchers[call.graph].run_here(call.feeds)
         return answer and _timed(own, call.graph, answer, 0.0)
 
-    def _recall(self, loaded: Loaded, asked: Recall) -> Arrays | None:
+    def _memory(self, loaded: Loaded, asked: Recall | Keep) -> Arrays | None:
+        if isinstance(asked, Keep):
+            (name,) = _names(loaded, asked.graph, (asked.key,))
+            self._cache.put(name, Row(asked.outputs, asked.size))
+            return None
         names = _names(loaded, asked.graph, asked.keys)
         rows = self._known(names)
         if len(rows) < len(set(names)):
             return None
-        self.metrics.cached(loaded.name, hits=len(names), misses=0)
+        self.metrics.cached(loaded.name, hits=sum(rows[name].size for name in names), misses=0)
         return _stack(names, rows)
 
     def _known(self, names: Sequence[Name]) -> dict[Name, Row]:
@@ -92,7 +102,7 @@ class Engine:
             found = await self._run(loaded, call.graph, feeds, own)
             for at, i in enumerate(missing):
                 # a copy: a row must not keep the whole batch it came with in memory
-                rows[names[i]] = {output: array[at].copy() for output, array in found.items()}
+                rows[names[i]] = Row({output: array[at].copy() for output, array in found.items()})
                 self._cache.put(names[i], rows[names[i]])
         return _stack(names, rows)
 
@@ -118,7 +128,7 @@ def _names(loaded: Loaded, graph: str, keys: Sequence[str]) -> list[Name]:
 
 
 def _stack(names: Sequence[Name], rows: Mapping[Name, Row]) -> Arrays:
-    return {output: np.stack([rows[name][output] for name in names]) for output in rows[names[0]]}
+    return {output: np.stack([rows[name].outputs[output] for name in names]) for output in rows[names[0]].outputs}
 
 
 def fingerprint(key: str) -> bytes:
@@ -127,15 +137,18 @@ def fingerprint(key: str) -> bytes:
 
 
 class RowCache:
-    """The rows used last, by bundle digest, graph and `fingerprint`. ``size`` 0 remembers nothing. For any thread."""
+    """The rows used last, by bundle digest, graph and `fingerprint`. ``size``: of all together; what is larger alone is
+    not remembered, so with 0 nothing is. For any thread.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._rows: OrderedDict[Name, Row] = OrderedDict()
+        self._held = 0
         self._lock = Lock()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._held
 
     def get(self, name: Name) -> Row | None:
         with self._lock:
@@ -144,7 +157,12 @@ class RowCache:
             return self._rows.get(name)
 
     def put(self, name: Name, row: Row) -> None:
+        if row.size > self.size:
+            return
         with self._lock:
+            if before := self._rows.pop(name, None):
+                self._held -= before.size
             self._rows[name] = row
-            while len(self._rows) > self.size:
-                self._rows.popitem(last=False)
+            self._held += row.size
+            while self._held > self.size:
+                self._held -= self._rows.popitem(last=False)[1].size

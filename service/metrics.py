@@ -121,7 +121,7 @@ class Metrics:
         for slug in PICTURE_FAULTS:
             self.pictures_rejected.labels(slug)
         self.rejected = self._make(Counter, "rejected", "Requests answered with a problem, by its slug.", "reason")
-        self.text_cache = self._make(Counter, "text_cache", "Sentences looked up (hit, miss).", "model", "outcome")
+        self.text_cache = self._make(Counter, "text_cache", "Texts looked up (hit, miss).", "model", "outcome")
         self.kept = self._make(
             Histogram, "detections_kept", "Boxes in an answer of detect.", "model", buckets=BOX_EDGES
         )

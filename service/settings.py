@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     idle_unload_s: float = Field(default=0, ge=0, description="a graph unused for so long leaves memory; 0: never")
     reload_s: float = Field(default=5.0, ge=0, description="how often bundles are looked at for changes; 0: never")
     limits: Limits = Limits()
-    text_cache: int = Field(default=4096, ge=0, description="embedded sentences remembered")
+    text_cache: int = Field(default=4096, ge=0, description="embedded sentences and labels remembered")
     data_dir: Path = Field(default=Path("data"), description="where label sets and, by default, collections live")
     store: str | None = Field(
         default=None,

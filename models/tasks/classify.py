@@ -68,6 +68,7 @@ def classify(bundle: Bundle, request: ClassifyRequest) -> Flow[Ranking]:
 
     scores = bundle.head.scores(bundle.head.logits(image, text) / np.float32(request.temperature))[0]
     cosines = (image @ text.T)[0]
-    order = np.argsort(-scores, kind="stable")[: request.top_k]
+    order = np.argsort(-scores, kind="stable")[: request.top_k].tolist()
     none = None if request.none_below is None else bool(scores.max() < request.none_below)
-    return Ranking(tuple(Ranked(labels[i], int(i), float(scores[i]), float(cosines[i])) for i in order), none)
+    score, cosine = scores.tolist(), cosines.tolist()
+    return Ranking(tuple(Ranked(labels[i], i, score[i], cosine[i]) for i in order), none)

@@ -6,8 +6,10 @@ import numpy as np
 
 from models.bundle.bundle import Bundle
 from models.errors import BadRequest, TooManyLabels
-from models.flow import Array, Call, Flow, Recall
+from models.flow import Array, Call, Flow, Keep, Recall
 from models.prompts import fill
+
+LABELS = "labels of text"  # where their finished vectors are kept
 
 
 def unit(rows: Array) -> Array:
@@ -48,6 +50,16 @@ def embed_labels(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]
     for template in templates:
         if "{}" not in template:
             raise BadRequest(f"the template {template!r} has no '{{}}' where the label belongs")
+    key = repr((tuple(labels), tuple(templates)))
+    if found := (yield Recall(LABELS, (key,))):
+        known: Array = found["vectors"][0]
+        return known
+    vectors = yield from _embed_labels(bundle, labels, templates)
+    yield Keep(LABELS, key, {"vectors": vectors}, len(vectors))
+    return vectors
+
+
+def _embed_labels(bundle: Bundle, labels: Sequence[str], templates: Sequence[str]) -> Flow[Array]:
     sentences = [[fill(t, label) for t in templates] if templates else list(bundle.prompts(label)) for label in labels]
     distinct = tuple(dict.fromkeys(sentence for group in sentences for sentence in group))
     units = unit((yield from embed_texts(bundle, distinct)))

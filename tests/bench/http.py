@@ -7,11 +7,12 @@ keeps it). The server has a core and a thread of its own, the client the other c
 preprocessing are timed by a third process on the server's core while the server has nothing to do. All take turns.
 
 One request after another: the round trip, the server's stages out of `Server-Timing`, and what is left when the bare
-graph is taken away. HTTP is all of that but decode, preprocess, queue, infer and postprocess. Saturated: requests a
-second with so many connections, a JPEG each or prepared pixels by the binary /v2, as a share of what the bare parts
-would do one after the other, of the graph at batch 1 and at batch 8. By the clock, and by processor time, which does
-not see who else is on the machine; nor does the quickest tenth of the requests, much. Exit 1 when the stages of the
-median request are less than 95 % of its total.
+graph is taken away. HTTP is all of that but decode, preprocess, queue, infer and postprocess. Beside it uvicorn with
+the graph in a thread and nothing else, which is asked the same bytes: the least there is over this server. Saturated:
+requests a second with so many connections, a JPEG each or prepared pixels by the binary /v2, as a share of what the
+bare parts would do one after the other, of the graph at batch 1 and at batch 8. By the clock, and by processor time,
+which does not see who else is on the machine; nor does the quickest tenth of the requests, much. Exit 1 when the stages
+of the median request are less than 95 % of its total.
 """
 
 import argparse
@@ -54,35 +55,36 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = given.bundle or vit_b_32(given.out or Path(scratch))
         os.sched_setaffinity(0, {client})
-        with Server(bundle, 1, Path(scratch), server) as running, Bare(bundle, server) as bare:
-            result = measure(running, bare, given)
+        with (
+            Server(bundle, 1, Path(scratch), server) as running,
+            Uvicorn(bundle, 1, Path(scratch), server) as least,
+            Bare(bundle, server) as bare,
+        ):
+            result = measure(running, least, bare, given)
     result |= {"bundle": bundle.name, "cores": {"server": server, "client": client}}
     print(json.dumps(result) if given.json else table(result))
     return 0 if 0.95 <= result["accounted"] <= 1.001 else 1
 
 
-def measure(server: "Server", bare: "Bare", given: argparse.Namespace) -> dict[str, Any]:
+def measure(server: "Server", least: "Server", bare: "Bare", given: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds; requests a second. The turns' medians, of single requests the median of all."""
     picture = default_picture()
     loads = {"JPEG": (CLASSIFY, picture, {"Content-Type": "image/jpeg"}), "tensors": tensors(bare)}
     single: list[tuple[float, dict[str, float]]] = []
-    alone: list[tuple[float, float]] = []
+    without: list[tuple[float, dict[str, float]]] = []
+    used: list[tuple[float, float]] = []
     parts: dict[str, list[tuple[float, float]]] = {}
     saturated: dict[str, list[tuple[float, float]]] = {}
     request = posted(*loads["JPEG"])
-    with server.connected() as connection:
-        for _ in range(20):
-            server.timed(connection, request)
+    for one in (server, least):
+        one.asked(request, 0.5)
     for _ in range(given.rounds):
         for name, times in bare.turn(given.seconds).items():
             parts.setdefault(name, []).extend(times)
-        end, busy = time.perf_counter() + given.seconds, (server.busy(), server.busy(loop=True))
-        before = len(single)
-        with server.connected() as connection:
-            while time.perf_counter() < end:
-                single.append(server.timed(connection, request))
-        count = len(single) - before
-        alone.append(((server.busy() - busy[0]) / count, (server.busy(loop=True) - busy[1]) / count))
+        busy = server.busy(), server.busy(loop=True)
+        single += (turn := server.asked(request, given.seconds))
+        used.append(((server.busy() - busy[0]) / len(turn), (server.busy(loop=True) - busy[1]) / len(turn)))
+        without += least.asked(request, given.seconds)
         for kind, load in loads.items():
             for connections in given.connections:
                 rate = asyncio.run(saturate(server, connections, given.seconds, posted(*load)))
@@ -96,10 +98,15 @@ def measure(server: "Server", bare: "Bare", given: argparse.Namespace) -> dict[s
         "bare_ms": clock,
         "bare_processor_ms": processor,
         "median": _overhead(single, median(graphs)),
+        "uvicorn_alone": {
+            "all": median(ms - t["infer"] for ms, t in without),
+            "HTTP": median(ms - t["infer"] - t["queue"] for ms, t in without),
+            "queue": median(t["queue"] for _, t in without),
+        },
         "quickest_tenth": _overhead(single[: -(-len(single) // 10)], median(graphs[: -(-len(graphs) // 10)])),
         "processor_overhead_ms": {
-            "all": 1000 * median(whole for whole, _ in alone) - processor["graph, batch 1"],
-            "event loop": 1000 * median(loop for _, loop in alone),
+            "all": 1000 * median(whole for whole, _ in used) - processor["graph, batch 1"],
+            "event loop": 1000 * median(loop for _, loop in used),
             "decode": processor["decode"],
             "preprocess": processor["preprocess"],
         },
@@ -186,12 +193,15 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundle.parent), "--load", bundle.name]
-        command += ["--port", str(self.port), "--threads", str(threads)]
-        self.log = (data / "log").open("w")
+        self.log = (data / type(self).__name__).open("w")
         environment = {**os.environ, "CALMCLIP_DATA_DIR": str(data)}
+        command = [sys.executable, "-m", *self.command(bundle, threads)]
         with on(core):
             self.process = subprocess.Popen(command, env=environment, stderr=self.log)
+
+    def command(self, bundle: Path, threads: int) -> list[str]:
+        command = ["models.cli", "serve", "--bundles", str(bundle.parent), "--load", bundle.name]
+        return [*command, "--port", str(self.port), "--threads", str(threads)]
 
     def __enter__(self) -> "Server":
         for _ in range(600):
@@ -215,6 +225,14 @@ class Server:
         with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             yield connection
+
+    def asked(self, request: bytes, seconds: float) -> list[tuple[float, dict[str, float]]]:
+        """Again and again on one connection -> `timed` of each."""
+        end, found = time.perf_counter() + seconds, []
+        with self.connected() as connection:
+            while time.perf_counter() < end:
+                found.append(self.timed(connection, request))
+        return found
 
     def timed(self, connection: socket.socket, request: bytes) -> tuple[float, dict[str, float]]:
         """Client's milliseconds, and the server's by stage."""
@@ -242,6 +260,13 @@ class Server:
         if not status.exists():
             return None
         return next(int(line.split()[1]) // 1024 for line in status.read_text().splitlines() if "VmRSS" in line)
+
+
+class Uvicorn(Server):
+    """uvicorn with the graph in a thread, and nothing else."""
+
+    def command(self, bundle: Path, threads: int) -> list[str]:
+        return ["tests.bench.http_bare", str(bundle), str(self.port)]
 
 
 class Bare:
@@ -329,6 +354,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"{which.replace('_', ' ')}, by the clock")
         lines += [f"  {part:10s} {row(values)}" for part, values in result[which].items()]
     lines += [
+        f"uvicorn with the graph in a thread and nothing else, overhead  {row(result['uvicorn_alone'])}",
         f"overhead by processor time  {row(result['processor_overhead_ms'])}",
         f"stages are {result['accounted']:.1%} of the total (median)",
     ]

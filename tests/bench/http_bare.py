@@ -1,22 +1,30 @@
-"""What `tests.bench.http` takes away: a bundle's image graph, decoding and preparing, each timed on its own.
+"""What `tests.bench.http` takes away, or sets beside the service: a bundle's image graph without one.
 
-    python -m tests.bench.http_bare BUNDLE
+    python -m tests.bench.http_bare BUNDLE         graph, decoding and preparing, each timed on its own
+    python -m tests.bench.http_bare BUNDLE PORT    the graph behind uvicorn and nothing else
 
-For each line of seconds on standard input it answers with a line of JSON: part -> [clock, processor] milliseconds of
-every time it was done, of an item.
+The first answers each line of seconds on standard input with a line of JSON: part -> [clock, processor] milliseconds of
+every time it was done, of an item. The second reads each request's body, runs the graph on prepared pixels in a thread
+and answers as many bytes as the service: what the server itself takes, the least that a service over it can.
 """
 
+import asyncio
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter, process_time
 
 import numpy as np
+import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from models.preprocess.image import decode
 from models.runner import open_bundle
 from tests.bench.http import BATCHES, default_picture
+
+ANSWER = b"{" + b" " * 700 + b"}"  # eight labels have some 700 bytes
 
 
 def main() -> None:
@@ -24,6 +32,10 @@ def main() -> None:
     session, preparer = runner.session("image"), runner.bundle.image("image")
     name, picture = preparer.spec.input, default_picture()
     pixels = preparer.prepare(decode(picture))[0]
+
+    if sys.argv[2:]:
+        serve(int(sys.argv[2]), lambda: session.run({name: pixels}))
+        return
 
     def graph(batch: int) -> Callable[[], object]:
         feeds = {name: np.repeat(pixels, batch, axis=0)}
@@ -49,6 +61,28 @@ def turn(parts: dict[str, tuple[int, Callable[[], object]]], seconds: float) -> 
             clock, used = perf_counter() - start, process_time() - busy
             found[part].append((1000 * clock / items, 1000 * used / items))
     return found
+
+
+def serve(port: int, graph: Callable[[], object]) -> None:
+    pool = ThreadPoolExecutor(1)
+
+    def timed() -> float:
+        start = perf_counter()
+        graph()
+        return perf_counter() - start
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while scope["method"] == "POST" and (await receive()).get("more_body"):
+            pass
+        start = perf_counter()
+        seconds = await asyncio.get_running_loop().run_in_executor(pool, timed)
+        thread = perf_counter() - start - seconds
+        timing = f"queue;dur={thread * 1000:.3f}, infer;dur={seconds * 1000:.3f}".encode()
+        head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(ANSWER))]
+        await send({"type": "http.response.start", "status": 200, "headers": [*head, (b"server-timing", timing)]})
+        await send({"type": "http.response.body", "body": ANSWER})
+
+    uvicorn.run(app, port=port, http="httptools", lifespan="off", log_level="error", access_log=False)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_what_a_driver_remembers_is_not_called_for():
 
     assert drive(flow(), run) == [2]  # which remembers nothing
     clock, asked = Stopwatch(), []
-    memory = Walk(flow(), clock, lambda recall: asked.append(recall) or {"y": np.array([3])})
+    memory = Walk(flow(), clock, lambda one: asked.append(one) or {"y": np.array([3])})
     assert memory.step() == Done([3])
     assert asked == [Recall("double", ("one",))]
     assert list(clock.stages) == ["preprocess"]

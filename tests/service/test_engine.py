@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 
 from models.flow import Call
+from models.tasks import texts
 from service.admission import Admission
 from service.batching import Batcher
 from service.context import Context
-from service.engine import Engine, RowCache, fingerprint
+from service.engine import Engine, Row, RowCache, fingerprint
+
+CACHE = "calmclip_text_cache_total"
+LABELLED = [
+    {"labels": ["green", "red"]},
+    {"labels": ["green", "red"]},
+    {"labels": ["red", "green"]},
+    {"labels": "red", "templates": ["a {}", "one {}"]},
+]
 
 
 def metric(client, line: str) -> float:
@@ -115,10 +124,41 @@ def test_many_texts_go_in_pieces(settings, serve):
 def test_the_least_used_row_goes_first():
     cache = RowCache(2)
     names = [("digest", "text", fingerprint(word)) for word in "abc"]
-    rows = [{"y": np.full(1, i)} for i in range(3)]
+    rows = [Row({"y": np.full(1, i)}) for i in range(3)]
     cache.put(names[0], rows[0])
     cache.put(names[1], rows[1])
     assert cache.get(names[0]) is rows[0]
     cache.put(names[2], rows[2])
     assert (cache.get(names[0]), cache.get(names[1]), cache.get(names[2])) == (rows[0], None, rows[2])
     assert len(cache) == 2
+
+
+def test_what_counts_as_several_rows_takes_their_place():
+    cache = RowCache(3)
+    small = [("digest", "text", fingerprint(word)) for word in "ab"]
+    matrix = ("digest", "labels", fingerprint("ab"))
+    for name in small:
+        cache.put(name, Row({}))
+    cache.put(matrix, Row({}, 4))
+    assert cache.get(matrix) is None  # and nothing had to go for it
+    assert len(cache) == 2
+    for _ in range(2):
+        cache.put(matrix, Row({}, 2))
+    assert [cache.get(name) is None for name in (*small, matrix)] == [True, False, False]
+    assert len(cache) == 3
+
+
+def test_labels_seen_before_are_not_made_again(settings, serve, picture, monkeypatch):
+    made = []
+    monkeypatch.setattr(texts, "unit", lambda rows, unit=texts.unit: made.append(len(rows)) or unit(rows))
+    send = {"content": picture("green"), "headers": {"content-type": "image/png"}}
+    with serve(settings()) as client:
+        made.clear()  # of what it warmed up with
+        answers = [client.post("/v1/classify", params=params, **send).json() for params in LABELLED]
+        counted = [metric(client, f'{CACHE}{{model="colours-int8",outcome="{one}"}}') for one in ("hit", "miss")]
+    # two sentences to two labels; the same again; the other way round, of known sentences; one label of two templates
+    assert made == [2, 2, 2, 2, 2, 1]
+    assert answers[0] == answers[1]
+    assert [one["label"] for one in answers[2]["labels"]] == ["green", "red"]
+    assert answers[2]["labels"][0]["index"] == 1
+    assert counted == [4, 4]

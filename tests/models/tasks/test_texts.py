@@ -7,9 +7,24 @@ import pytest
 
 from models.bundle.bundle import Bundle
 from models.errors import BadRequest
-from models.flow import Array, Arrays, Call, Recall, Walk, drive
+from models.flow import Array, Arrays, Call, Keep, Recall, Walk, drive
 from models.runtime.clock import Stopwatch
 from models.tasks.texts import choose, embed_labels, unit
+
+
+class Known:
+    """A driver's memory. ``kept``: (graph, keys) -> outputs."""
+
+    def __init__(self, kept: dict[tuple[str, tuple[str, ...]], Arrays]) -> None:
+        self.kept, self.asked = kept, 0
+
+    def __call__(self, one: Recall | Keep) -> Arrays | None:
+        self.asked += 1
+        if isinstance(one, Recall):
+            return self.kept.get((one.graph, one.keys))
+        assert one.size == len(one.outputs["vectors"])
+        self.kept[one.graph, (one.key,)] = {"vectors": one.outputs["vectors"][None]}
+        return None
 
 
 def embedded(bundle: Bundle, labels: list[str], texts: Any, **more: Any) -> tuple[Array, Call]:
@@ -51,9 +66,27 @@ def test_labels_may_have_sentences_in_any_number(bundle: Bundle):
 def test_texts_that_are_known_are_not_tokenized(bundle: Bundle):
     bundle.text = None  # so that to ask for it fails
     rows = {"text_embeds": np.eye(3, dtype=np.float32)[[1, 0]]}
-    known = {Recall("text", ("green", "red")): rows}
-    walk = Walk(embed_labels(bundle, ["green", "red", "green"]), Stopwatch(), known.get)
-    assert walk.step().value.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
+    known = Known({("text", ("green", "red")): rows})
+    for asked in (3, 1):  # the second time the labels themselves are known
+        walk = Walk(embed_labels(bundle, ["green", "red", "green"]), Stopwatch(), known)
+        assert walk.step().value.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
+        assert known.asked == asked
+        known.asked = 0
+
+
+def test_other_labels_or_templates_are_not_taken_for_those_that_are_known(bundle: Bundle):
+    known = Known({})
+    for labels, templates in [
+        (["a", "b"], []),
+        (["a', 'b"], []),
+        (["b", "a"], []),
+        (["a"], ["b {}"]),
+        (["a", "b {}"], []),
+    ]:
+        walk = Walk(embed_labels(bundle, labels, templates), Stopwatch(), known)
+        count = len(walk.step().keys)
+        walk.step({"text_embeds": np.eye(3, dtype=np.float32)[:count]})
+    assert len(known.kept) == 5
 
 
 def test_a_label_may_hold_braces_and_a_template_no_code(bundle: Bundle):
