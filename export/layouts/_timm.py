@@ -5,11 +5,7 @@ folded once the weights are in. Source: timm (doi 10.5281/zenodo.4414861); branc
 (arXiv 2206.04040), section 3.1.
 """
 
-from contextlib import suppress
 from typing import Any
-
-from torch.fx.proxy import TraceError
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from export.checkpoints.files import require_package
 from export.layouts import Rule
@@ -45,6 +41,4 @@ class TimmTrunk(Trunk):
         models = require_package("timm.models", "an image tower of timm's")
         models.reparameterize_model(self.trunk, inplace=True)
         self.trunk.requires_grad_(False)  # what it made anew
-        if any(isinstance(one, _BatchNorm) for one in self.trunk.modules()):
-            with suppress(TraceError):  # a course that hangs on values; the exporter folds what it finds then
-                super().fold()
+        super().fold()

@@ -4,11 +4,13 @@ Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); CLIP's form: Radford et al. 
 Zhai et al. 2023 (arXiv 2303.15343) after Zhai et al. 2022 (arXiv 2106.04560).
 """
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 
-from export.towers import State, Style, part
-from export.towers.fold import fold_batch_norms
+from export.towers import State, Style, fold, part
 from export.towers.transformer import MLP, attend, blocks, linear, projection, rows, unit
 
 
@@ -138,7 +140,9 @@ class Trunk(nn.Module):
         for inner in self.trunk.modules():
             if isinstance(inner, MeanPool):
                 inner.fold()
-        fold_batch_norms(self.trunk)
+        with suppress(TraceError):  # a course that hangs on values; the exporter folds what it finds then
+            fold.fold(self.trunk)
+        fold.take_apart(self.trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return unit(self.projection(self.trunk(pixels)))

@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 from open_clip.modified_resnet import ModifiedResNet
-from timm.models.fastvit import FastVit, RepConditionalPosEnc
+from timm.models.fastvit import FastVit, LayerScale2d, RepConditionalPosEnc
 from torch import nn
 
-from export.towers.fold import fold_batch_norms
+from export.towers.fold import fold, take_apart
 
 
 def seeded(module: nn.Module) -> nn.Module:
@@ -50,7 +50,7 @@ def test_what_is_folded_answers_alike(make, side: int, left: int | None):
     torch.manual_seed(0)
     module = seeded(make()).double()
     folded = copy.deepcopy(module)
-    fold_batch_norms(folded)
+    fold(folded)
     pixels = torch.randn(2, 3, side, side, dtype=torch.float64)
     with torch.no_grad():
         assert folded(pixels) == pytest.approx(module(pixels), abs=1e-9, rel=1e-9)
@@ -85,7 +85,7 @@ def test_only_a_norm_that_alone_reads_a_layer_is_folded():
     for norm in (module.read_twice, module.alone, module.goes_too):
         seeded(norm)
     folded = copy.deepcopy(module)
-    fold_batch_norms(folded)
+    fold(folded)
     pixels = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert folded(pixels).detach() == pytest.approx(module(pixels).detach(), abs=1e-12)
     kinds = {name: type(getattr(folded, name)) for name in ("read_twice", "alone", "goes", "goes_too")}
@@ -97,8 +97,56 @@ def test_only_a_norm_that_alone_reads_a_layer_is_folded():
 def test_a_norm_with_an_activation_leaves_it():
     module = seeded(nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.BatchNormAct2d(4))).double()
     folded = copy.deepcopy(module)
-    fold_batch_norms(folded)
+    fold(folded)
     pixels = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     assert folded(pixels).detach() == pytest.approx(module(pixels).detach(), abs=1e-12)
     assert norms(folded) == 0
     assert (folded(pixels) >= 0).all()
+
+
+class Scaled(nn.Module):
+    """Layer scales behind a norm, dropping and a linear layer; one that reads a sum; one along another axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.scale = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), LayerScale2d(4)
+        self.drop, self.of_sum = nn.Dropout(0.5), LayerScale2d(4)
+        self.square, self.across = nn.Conv2d(4, 4, 1), timm.layers.LayerScale(4)
+        self.flat, self.last = nn.Linear(4, 5), timm.layers.LayerScale(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.scale(self.drop(self.norm(self.conv(x))))
+        x = self.of_sum(x + 1)
+        x = self.across(self.square(x))  # its four columns, not its four channels
+        return self.last(self.flat(x.mean(dim=(2, 3))))
+
+
+def test_a_layer_scale_goes_into_the_layer_it_reads():
+    module = seeded(Scaled()).double()
+    scales = [one for one in module.modules() if isinstance(one, LayerScale2d | timm.layers.LayerScale)]
+    for one in scales:
+        one.gamma.data.uniform_(-2, 2)
+    folded = copy.deepcopy(module)
+    fold(folded)
+    pixels = torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    assert folded(pixels).detach() == pytest.approx(module(pixels).detach(), abs=1e-12)
+    left = [name for name, one in folded.named_modules() if "LayerScale" in type(one).__name__]
+    assert left == ["of_sum", "across"]
+    assert norms(folded) == 0
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "groups", "parts"),
+    [(6, 12, 6, 2), (4, 12, 4, 3), (6, 6, 6, 0), (6, 12, 3, 0), (1, 2, 1, 0), (2, 10, 2, 0)],
+)
+def test_a_depthwise_convolution_of_several_channels_is_taken_apart(channels, outputs, groups, parts):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, outputs, 5, stride=2, padding=2, groups=groups, bias=channels != 4).double().eval()
+    module = nn.Sequential(conv)
+    pixels = torch.randn(2, channels, 9, 8, dtype=torch.float64)
+    expected = module(pixels)
+    take_apart(module)
+    made = [one for one in module.modules() if isinstance(one, nn.Conv2d) and one is not conv]
+    assert len(made) == parts
+    assert all(one.groups == one.in_channels == one.out_channels for one in made)
+    assert module(pixels).detach() == pytest.approx(expected.detach(), abs=1e-12)
