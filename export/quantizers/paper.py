@@ -137,7 +137,7 @@ class _Writer:
             stem = self.draft.add(f"{node.output[0]}_bias_int32", whole.astype(np.int32))
             self.draft.add(f"{stem}_step", steps)
             self.draft.add(f"{stem}_zero", np.zeros_like(steps, np.int32))
-            node.input[2] = self.back(stem, None)
+            node.input[2] = self.back(stem, 0 if steps.ndim else None)
         elif bias:
             out, node.output[0] = node.output[0], f"{node.output[0]}_product"
             return [_qdq.node_of("Add", [node.output[0], bias], out)]
