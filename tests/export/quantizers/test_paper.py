@@ -323,6 +323,17 @@ def test_a_convolution_with_a_scale_for_each_output_has_a_bias_of_as_many(level:
     assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_channel_that_is_all_bias_keeps_it(level: str, per_channel: bool):
+    """Of a folded norm some channels have hardly a weight; the bias has to be an int32 times both scales there too."""
+    w = np.array([[1, 2, 3, 4], [1e-10, -1e-10, 1e-10, 0]], np.float32).reshape(2, 1, 2, 2)
+    b = np.array([0, 3], np.float32)
+    for channels in (slice(0, 2), slice(1, 2)):
+        found, expected = convolution(w[channels], b[channels], level, per_channel=per_channel)
+        assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
 def test_an_activation_of_6_bits_has_no_more_than_64_values(cases: dict[str, Case]):
     case = cases["opt"]
     model = case.quantized(activation_bits=6)
