@@ -314,9 +314,10 @@ def pack(draft: Draft) -> None:
             table, scale = _pack(draft, node.input[0], axis=1)
             nodes += [
                 node_of("Gather", [table, node.input[1]], f"{out}_int8"),
-                node_of("Gather", [scale, node.input[1]], f"{out}_scale"),
+                # `dynamic` has a {out}_scale of its own, where a product reads the rows
+                node_of("Gather", [scale, node.input[1]], f"{out}_steps"),
                 node_of("Cast", [f"{out}_int8"], f"{out}_whole", to=TensorProto.FLOAT),
-                node_of("Mul", [f"{out}_whole", f"{out}_scale"], out),
+                node_of("Mul", [f"{out}_whole", f"{out}_steps"], out),
             ]
         elif node.op_type == "MatMul" and node.input[0] in mixers and node.input[1] in draft.fixed:
             table, scale = _pack(draft, node.input[1], axis=0)
