@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from export import calibrate, nets, rewrites, samples
-from export.quantizers import QUANTIZERS
+from export import calibrate, nets, report, rewrites, samples
+from export.pipeline import nominal
+from export.quantizers import QUANTIZERS, Goal, Settled
 from export.recipe import recognise
 from export.trace import to_onnx
 from models.bundle.manifest import Graph
@@ -417,15 +418,21 @@ def _ours(tower: Tower, checkpoint: Path) -> tuple[nets.Net, nets.Tower]:
 
 
 def _export_ours(tower: Tower, checkpoint: Path, calibration: Inputs, folder: Path) -> None:
-    """As `export.pipeline` does it with the quantizer `fast`, this one tower alone."""
+    """As `export.pipeline` does it, this one tower alone: transformers with the quantizer `fast`, which asks for no
+    accuracy and has it; convolutions with `search`, as every export does that names none."""
     import onnx
 
     _, own = _ours(tower, checkpoint)
-    model, quantizer = to_onnx(own), QUANTIZERS.get("fast")
+    model, quantizer = to_onnx(own), QUANTIZERS.get("search" if tower.convolutional else "fast")
     feeds = [{name: rows[at : at + 1] for name, rows in calibration.ours.items()} for at in range(ROWS)]
     params = quantizer.params()
-    ranges = quantizer.observe(model, feeds, params) if quantizer.observe else {}
-    done = rewrites.apply(quantizer.quantize(model, ranges, params), rewrites.swaps())
+    if quantizer.search:
+        goal = Goal(0.99, share=report.SHARE, dims=nominal(own), summary=own.summary)
+        made = quantizer.search(model, feeds, params, goal)
+    else:
+        made = Settled("fast", params, quantizer.observe(model, feeds, params) if quantizer.observe else {})
+    quantized = QUANTIZERS.get(made.quantizer).quantize(model, made.ranges, made.params)
+    done = rewrites.apply(quantized, rewrites.swaps())
     onnx.save(done.model, folder / "ours.onnx")
     graph = Graph(file="ours.onnx", inputs=own.inputs, outputs=own.outputs, batch=True)
     (folder / "graph.json").write_text(graph.model_dump_json())
