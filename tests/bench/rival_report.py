@@ -88,11 +88,12 @@ def page(towers: Sequence[Figures]) -> str:
         " float, mean over the inputs. Memory: what loading the model and running it once added to a process that had"
         " loaded the engine.",
         "",
-        "calmclip's INT8 is what `calmclip export --preset fast` makes; a bundle of the default, `search`, may keep "
-        "more in float and take longer. ONNX Runtime and OpenVINO run what their own converters make of the library's"
-        " module; `static` is QDQ with unsigned activations and a scale for each output of a weight, OpenVINO's INT8 "
-        "is nncf's (`MIXED`; `TRANSFORMER` where it is one), all calibrated on the same inputs as ours. faster-clip "
-        "decodes a PNG of 224 x 224 pixels as well.",
+        "calmclip's INT8 is what `calmclip export` makes of towers of convolutions, and with `--preset fast` of "
+        "transformers: of these the default, `search`, may keep more in float and take longer. ONNX Runtime and "
+        "OpenVINO run what their own converters make of the library's module; `static` is QDQ with unsigned "
+        "activations and a scale for each output of a weight, OpenVINO's INT8 is nncf's (`MIXED`; `TRANSFORMER` where"
+        " it is one), all calibrated on the same inputs as ours. faster-clip decodes a PNG of 224 x 224 pixels as "
+        "well.",
         "",
         "![Milliseconds of an item by engine, a panel for each tower, one thread, batch 1](performance.png)",
         "",
