@@ -11,6 +11,7 @@ from export.functions.image_to_pixels import image_to_pixels, image_to_quantized
 from export.functions.quant_attention import quant_attention
 from export.functions.quant_layer_norm import quant_layer_norm
 from export.functions.quant_linear import quant_linear, quant_linear_to_float
+from export.functions.quant_lookup import quant_lookup
 from export.functions.quant_patches import quant_patches
 from export.functions.soft_nms import soft_nms
 from export.functions.softmax import softmax
@@ -23,6 +24,7 @@ from models.ops.spec import (
     QUANT_LAYER_NORM,
     QUANT_LINEAR,
     QUANT_LINEAR_TO_FLOAT,
+    QUANT_LOOKUP,
     QUANT_PATCHES,
     SOFT_NMS,
     SOFTMAX,
@@ -41,6 +43,7 @@ BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
     QUANT_ATTENTION.name: lambda **_: quant_attention(),
     QUANT_LAYER_NORM.name: lambda **_: quant_layer_norm(),
     QUANT_PATCHES.name: lambda **_: quant_patches(),
+    QUANT_LOOKUP.name: lambda **_: quant_lookup(),
 }
 
 

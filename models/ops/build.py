@@ -34,6 +34,7 @@ ISA_FLAGS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
     "neon": (),
     "scalar": (),
+    "vbmi": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx2", "-mfma"),
     "vnni": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"),
 }
 # what `platform.machine` says -> the sets that processors of that family may have
@@ -44,6 +45,8 @@ ISAS = {
 }
 # of kernels that live on products of bytes
 INT8_ISAS = {"x86_64": ("scalar", "avx2", "vnni")}
+# of kernels that live on tables of bytes
+TABLE_ISAS = {"x86_64": ("scalar", "avx2", "vbmi")}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1")
 _INCLUDES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/include/onnxruntime/core/session")
 
@@ -75,7 +78,7 @@ def toolchain() -> Toolchain:
 
 def sources() -> list[Path]:
     """Every file the library of this processor family is made of, in a fixed order."""
-    isas = {*ISAS.get(platform.machine(), ("scalar",)), *INT8_ISAS.get(platform.machine(), ())}
+    isas = {isa for kind in (ISAS, INT8_ISAS, TABLE_ISAS) for isa in kind.get(platform.machine(), ("scalar",))}
     return [
         path
         for path in sorted(SOURCES.rglob("*"))

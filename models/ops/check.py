@@ -23,6 +23,7 @@ from models.ops.spec import (
     QUANT_LAYER_NORM,
     QUANT_LINEAR,
     QUANT_LINEAR_TO_FLOAT,
+    QUANT_LOOKUP,
     QUANT_PATCHES,
     SOFT_NMS,
     SOFTMAX,
@@ -159,6 +160,11 @@ def _pixels(random: Random) -> dict[str, Array]:
     return {"x": x, "y_scale": _float(0.02), "y_zero": _bytes(random)}
 
 
+def _looked_up(random: Random) -> dict[str, Array]:
+    """Fewer bytes than a vector holds, and more."""
+    return {"x": _bytes(random, int(random.integers(1, 9)), int(random.integers(1, 90))), "table": _bytes(random, 256)}
+
+
 _CLIP: dict[str, Attribute] = {"gamma": -0.003, "zeta": 1.003}
 _ROWS = Tensor(dtype="float32", shape=("R", "C"))
 _PLACE: dict[str, Attribute] = {"size": (48, 40), "shortest": 56, "gain": (0.02, 0.01, 0.03), "bias": (-2.5, 0.4, 1.0)}
@@ -171,6 +177,7 @@ _COLUMNS = {"y_scale": Tensor(dtype="float32", shape=(96,)), "y_zero": Tensor(dt
 _MASKED = _COLUMNS | {"mask": Tensor(dtype="float32", shape=("T", "T"))}
 _SUMS = dict.fromkeys(("x", "residual", "normed", "sum"), Tensor(dtype="float32", shape=("R", "W")))
 _ONE = {"y_scale": Tensor(dtype="float32", shape=()), "y_zero": Tensor(dtype="uint8", shape=())}
+_GRID = Tensor(dtype="uint8", shape=("R", "C"))
 _PATCH: dict[str, Attribute] = {"patch": (14, 14)}
 
 PROBES = (
@@ -201,6 +208,8 @@ PROBES = (
           {name: _SUMS[name] for name in ("normed", "sum")} | {"y": Tensor(dtype="uint8", shape=("R", "W"))}),
     Probe("quant_patches", QUANT_PATCHES, _pixels,
           lambda f: (reference.quant_patches(**f, patch=(14, 14)),), 1, _PATCH),  # type: ignore[arg-type]
+    Probe("quant_lookup", QUANT_LOOKUP, _looked_up, lambda f: (reference.quant_lookup(**f),),
+          0, {}, {"x": _GRID}, {"y": _GRID}),
 )  # fmt: skip
 
 

@@ -322,6 +322,15 @@ def quant_patches(x: Array, y_scale: float, y_zero: int, *, patch: tuple[int, in
     return quantize(rows, float(np.float32(y_scale)), y_zero)
 
 
+def quant_lookup(x: Array, table: Array) -> Array:
+    """uint8 of any shape, table uint8 [256] -> table[x], uint8 of that shape.
+
+    Raises IndexError where the table is shorter than some byte.
+    """
+    y: Array = table[x]
+    return y
+
+
 def _area(boxes: Array) -> Array:
     """[N, 4] -> [N]; a box turned inside out has none, one with a side that float32 does not hold an infinite one."""
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)

@@ -207,6 +207,13 @@ QUANT_PATCHES = Op(
     attributes={"patch": (32, 32)},
 )
 
+# table[x], of any function of one variable between bytes. y may lie where x does.
+QUANT_LOOKUP = Op(
+    "QuantLookup",
+    inputs={"x": _tensor("uint8", "..."), "table": _tensor("uint8", 256)},
+    outputs={"y": _tensor("uint8", "...")},
+)
+
 OPS: tuple[Op, ...] = (
     SOFTMAX,
     SOFT_NMS,
@@ -217,4 +224,5 @@ OPS: tuple[Op, ...] = (
     QUANT_ATTENTION,
     QUANT_LAYER_NORM,
     QUANT_PATCHES,
+    QUANT_LOOKUP,
 )

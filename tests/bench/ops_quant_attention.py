@@ -1,4 +1,4 @@
-"""QuantAttention, QuantLayerNorm, QuantPatches: the ops in ONNX Runtime against chains of its own, and torch.
+"""QuantAttention, QuantLayerNorm, QuantPatches, QuantLookup: the ops in ONNX Runtime against its own, and torch.
 
     python -m tests.bench.ops_quant_attention --threads 1 [--quick]
 
@@ -7,7 +7,8 @@ Attention from q, k and v in three tensors to what the output projection reads, 
 short text; one row of 197 a last block's. "op" quantizes probabilities by the row's own step, "op 1/255" as the paper;
 "function" is what runs without the library; "QDQ" has its logits in bytes too, so that both products are QLinearMatMul;
 "float" is the same chain in float32, "sdpa" torch's scaled_dot_product_attention. Sessions write, by IO binding, to a
-buffer that was touched before. The first side comes after the slowest and finds the caches as that left them: so "op
+buffer that was touched before. QuantLookup stands beside DequantizeLinear, a function and QuantizeLinear; "copy" is
+numpy's, of as many bytes. The first side comes after the slowest and finds the caches as that left them: so "op
 1/255" has it easier than "op". Behind each side stands how many times faster the first one is.
 """
 
@@ -21,7 +22,7 @@ from onnx import TensorProto, helper, parser
 
 from export.functions import BODIES
 from models.ops.library import find, why_not
-from models.ops.spec import DOMAIN, QUANT_ATTENTION, QUANT_LAYER_NORM, QUANT_PATCHES, VERSION, Op
+from models.ops.spec import DOMAIN, QUANT_ATTENTION, QUANT_LAYER_NORM, QUANT_LOOKUP, QUANT_PATCHES, VERSION, Op
 from tests.bench.alternate import alternate, line, machine
 
 # name, query rows, keys, heads of 64, causal
@@ -29,6 +30,7 @@ ATTENTION = [("B/32", 50, 50, 12, False), ("B/16", 197, 197, 12, False), ("L/14"
              ("text", 77, 77, 8, True), ("short text", 16, 16, 8, True), ("B/16 last", 1, 197, 12, False)]  # fmt: skip
 NORM = [("B/32", 50, 768), ("B/16", 197, 768), ("L/14", 257, 1024), ("text", 77, 512), ("B/16 x 8", 1576, 768)]
 PATCHES = [("B/32", 224, 32), ("B/16", 224, 16), ("L/14", 224, 14)]
+LOOKUP = [("50 k", 50_000), ("1 M", 1 << 20)]
 SCALE, STEP = 3 / (74 * 74 * 8), 1 / 255
 
 # quantized logits and all; {kind} of its inputs
@@ -105,6 +107,9 @@ def main() -> None:
     print("\nQuantPatches")
     for name, size, patch in PATCHES:
         print(line(f"{name} {size}/{patch}", alternate(bench.patches(size, patch), seconds=seconds), "op"))
+    print("\nQuantLookup")
+    for name, count in LOOKUP:
+        print(line(name, alternate(bench.lookup(count), seconds=seconds), "op"))
 
 
 class Bench:
@@ -188,6 +193,24 @@ class Bench:
             "op": self.node(QUANT_PATCHES, feeds, {"x": x}, y, how),
             "QuantizeLinear, Transpose": self.node(QUANT_PATCHES, feeds, {"x": x}, y, how, function=True),
         }
+
+    def lookup(self, count: int) -> dict[str, Callable[[], object]]:
+        rng = np.random.default_rng(0)
+        x, table = (rng.integers(0, 256, size).astype(np.uint8) for size in ((1, count), 256))
+        feeds, lends, y = {"x": x, "table": table}, {"x": x}, {"y": np.zeros_like(x)}
+        sides = {
+            "op": self.node(QUANT_LOOKUP, feeds, lends, y, {}),
+            "function": self.node(QUANT_LOOKUP, feeds, lends, y, {}, function=True),
+            "copy": lambda: np.copyto(y["y"], x),
+        }
+        for kind in ("Gelu", "LeakyRelu"):
+            chain = parser.parse_model(f"""
+                <ir_version: 10, opset_import: ["": 20]>
+                chain (uint8[1, N] x) => (uint8[1, N] y) <float scale = {{0.05}}, uint8 zero = {{100}}>
+                {{ a = DequantizeLinear (x, scale, zero) b = {kind} (a) y = QuantizeLinear (b, scale, zero) }}
+            """)
+            sides[kind] = _bound(self.session(chain), lends, y)
+        return sides
 
     def node(self, op: Op, feeds, lends, outputs, attributes, *, function: bool = False) -> Callable[[], object]:
         """A model of one node: ``lends`` are its inputs, the other ``feeds`` initializers."""

@@ -54,6 +54,10 @@ EXAMPLES = {
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <strides = [2, 2]> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) zb = DequantizeLinear (z8, step, mid)
            flat = Reshape (zb, places) y = Transpose <perm = [0, 2, 1]> (flat) }}""",
+    "quant_lookup": f"""g (float[r, 7] x) => (float[r, 7] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           s = Sigmoid (xb) z = Mul (xb, s)
+           z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
 }
 PARAMS: dict[str, dict] = {
     "image_to_pixels": {"preprocess": {"size": (8, 8), "shortest": 8, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.2)}}

@@ -92,8 +92,8 @@ def test_a_bundle_and_a_working_directory_cannot_bring_one(
 def test_the_list_of_kernels_is_whole(library: Library):
     """Every line of list.inc once for each instruction set of this processor family, and scalar runs everywhere."""
     text = (build.SOURCES / "kernels" / "list.inc").read_text()
-    isas = {"": build.ISAS, "INT8_": build.INT8_ISAS}
-    lines = re.findall(r"^(INT8_|)KERNEL\((\w+),", text, re.MULTILINE)
+    isas = {"": build.ISAS, "INT8_": build.INT8_ISAS, "TABLE_": build.TABLE_ISAS}
+    lines = re.findall(r"^(INT8_|TABLE_|)KERNEL\((\w+),", text, re.MULTILINE)
     assert [(k.name, k.isa) for k in library.kernels] == [
         (name, isa) for kind, name in lines for isa in isas[kind].get(platform.machine(), ("scalar",))
     ]
@@ -110,6 +110,7 @@ def test_what_runs_is_what_the_kernel_says_the_processor_has(library: Library):
     needs = {"scalar": set(), "avx2": {"avx2", "fma"}}
     needs["avx512"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     needs["vnni"] = needs["avx512"] | {"avx512_vnni"}
+    needs["vbmi"] = needs["avx512"] | {"avx512vbmi"}
     for kernel in library.kernels:
         if kernel.isa in needs:
             assert kernel.runs == (needs[kernel.isa] <= flags), kernel

@@ -1,5 +1,5 @@
-"""QuantAttention, QuantLayerNorm and QuantPatches touch nothing behind their tensors: these end where memory does, in a
-process of its own.
+"""QuantAttention, QuantLayerNorm, QuantPatches and QuantLookup touch nothing behind their tensors: these end where
+memory does, in a process of its own.
 
 The sanitizers do not see what masked loads and stores touch.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from models.ops.library import Library, look
 from tests.models.ops import test_quant_attention as attention
 from tests.models.ops import test_quant_layer_norm as norm
+from tests.models.ops import test_quant_lookup as lookup
 from tests.models.ops import test_quant_patches as patches
 from tests.models.ops.quantized import ISAS, kernel
 
@@ -29,7 +30,8 @@ def test_kernels_touch_nothing_behind_their_tensors(library: Library):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert int(done.stdout.split()[0]) == sum(
-        one.runs and one.name in ("quant_attention", "quant_layer_norm", "quant_patches") for one in library.kernels
+        one.runs and one.name in ("quant_attention", "quant_layer_norm", "quant_patches", "quant_lookup")
+        for one in library.kernels
     )
 
 
@@ -78,14 +80,20 @@ def cut(function, edge: Edge, count: int, width: int) -> None:
     function(edge.lay(x), width, count, edge.lay(y), width, 1.0, 0)
 
 
+def look_up(function, edge: Edge, count: int) -> None:
+    x, y, table = (edge.lay(np.zeros(size, np.uint8)) for size in (count, count, 256))
+    function(x, y, count, table)
+
+
 def to_the_edge(library: Library) -> None:
     ran = 0
-    for isa in ISAS:
-        for name, prototype, go, cases in (
-            ("quant_attention", attention.PROTOTYPE, attend, attention.SIZES),
-            ("quant_layer_norm", norm.PROTOTYPE, normalise, [(2, width) for width in norm.WIDTHS]),
-            ("quant_patches", patches.PROTOTYPE, cut, [(3, width) for width in range(1, 70)]),
-        ):
+    for name, isas, prototype, go, cases in (
+        ("quant_attention", ISAS, attention.PROTOTYPE, attend, attention.SIZES),
+        ("quant_layer_norm", ISAS, norm.PROTOTYPE, normalise, [(2, width) for width in norm.WIDTHS]),
+        ("quant_patches", ISAS, patches.PROTOTYPE, cut, [(3, width) for width in range(1, 70)]),
+        ("quant_lookup", lookup.ISAS, lookup.PROTOTYPE, look_up, [(size,) for size in lookup.SIZES]),
+    ):
+        for isa in isas:
             function = kernel(library, name, isa, prototype)
             if function is None:
                 continue

@@ -14,6 +14,7 @@ bool has(const char* isa) {
     return has("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (std::strcmp(isa, "vnni") == 0) return has("avx512") && __builtin_cpu_supports("avx512vnni");
+  if (std::strcmp(isa, "vbmi") == 0) return has("avx512") && __builtin_cpu_supports("avx512vbmi");
 #elif defined(__aarch64__)
   if (std::strcmp(isa, "neon") == 0) return true;  // part of the base architecture
 #endif
@@ -25,7 +26,9 @@ const calmclip_kernel* all(size_t* count) {
 #define LINE(name, type, isa) {#name, #isa, reinterpret_cast<void (*)()>(&name##_##isa), has(#isa)},
 #define KERNEL(name, type) FOR_EACH_ISA(LINE, name, type)
 #define INT8_KERNEL(name, type) FOR_EACH_INT8_ISA(LINE, name, type)
+#define TABLE_KERNEL(name, type) FOR_EACH_TABLE_ISA(LINE, name, type)
 #include "list.inc"
+#undef TABLE_KERNEL
 #undef INT8_KERNEL
 #undef KERNEL
 #undef LINE
@@ -40,7 +43,9 @@ Kernels choose() {
   if (has(#isa)) best.name = name##_##isa;
 #define KERNEL(name, type) FOR_EACH_ISA(TAKE, name, type)
 #define INT8_KERNEL(name, type) FOR_EACH_INT8_ISA(TAKE, name, type)
+#define TABLE_KERNEL(name, type) FOR_EACH_TABLE_ISA(TAKE, name, type)
 #include "list.inc"
+#undef TABLE_KERNEL
 #undef INT8_KERNEL
 #undef KERNEL
 #undef TAKE

@@ -5,22 +5,27 @@
 
 #include "quant_attention.h"
 #include "quant_linear.h"
+#include "quant_lookup.h"
 #include "quant_rows.h"
 #include "resize.h"
 #include "soft_nms.h"
 #include "softmax_rows.h"
 
 // In rising order: the last one that a processor has is taken.
-// Products of bytes come in other sets: what AVX-512 adds to AVX2 there is VNNI, and NEON has no form of them yet.
+// Products of bytes and tables of bytes come in other sets: what AVX-512 adds to AVX2 there is VNNI and VBMI, and NEON has
+// no form of them yet.
 #if defined(__x86_64__)
 #define FOR_EACH_ISA(X, name, type) X(name, type, scalar) X(name, type, avx2) X(name, type, avx512)
 #define FOR_EACH_INT8_ISA(X, name, type) X(name, type, scalar) X(name, type, avx2) X(name, type, vnni)
+#define FOR_EACH_TABLE_ISA(X, name, type) X(name, type, scalar) X(name, type, avx2) X(name, type, vbmi)
 #elif defined(__aarch64__)
 #define FOR_EACH_ISA(X, name, type) X(name, type, scalar) X(name, type, neon)
 #define FOR_EACH_INT8_ISA(X, name, type) X(name, type, scalar)
+#define FOR_EACH_TABLE_ISA FOR_EACH_INT8_ISA
 #else
 #define FOR_EACH_ISA(X, name, type) X(name, type, scalar)
-#define FOR_EACH_INT8_ISA(X, name, type) X(name, type, scalar)
+#define FOR_EACH_INT8_ISA FOR_EACH_ISA
+#define FOR_EACH_TABLE_ISA FOR_EACH_ISA
 #endif
 
 namespace calmclip {
@@ -28,7 +33,9 @@ namespace calmclip {
 #define DECLARE(name, type, isa) extern "C" type name##_##isa;
 #define KERNEL(name, type) FOR_EACH_ISA(DECLARE, name, type)
 #define INT8_KERNEL(name, type) FOR_EACH_INT8_ISA(DECLARE, name, type)
+#define TABLE_KERNEL(name, type) FOR_EACH_TABLE_ISA(DECLARE, name, type)
 #include "list.inc"
+#undef TABLE_KERNEL
 #undef INT8_KERNEL
 #undef KERNEL
 #undef DECLARE
@@ -37,7 +44,9 @@ namespace calmclip {
 struct Kernels {
 #define KERNEL(name, type) type* name;
 #define INT8_KERNEL KERNEL
+#define TABLE_KERNEL KERNEL
 #include "list.inc"
+#undef TABLE_KERNEL
 #undef INT8_KERNEL
 #undef KERNEL
 };
