@@ -48,6 +48,13 @@ def test_the_summary_says_how_many_times_faster_calmclip_is():
     ]  # fmt: skip
 
 
+def test_the_page_names_every_machine_and_version_that_its_towers_were_measured_with():
+    """Figures of towers are kept, and may be of other days."""
+    later = TOWER | {"key": "b16", "machine": "another machine", "versions": {"openvino": "2"}}
+    page = rival_report.page([TOWER, later, TOWER])
+    assert "a machine; openvino 1. another machine; openvino 2." in page
+
+
 def test_where_every_form_of_a_rival_is_too_far_the_summary_says_so():
     far = {**TOWER["engines"], "OpenVINO INT8": {"ms": {"1x1": 30.0}, "cosine": 0.98, "memory_mb": 270.0}}
     # 15 / 25

@@ -287,12 +287,17 @@ def integers(
     scale = largest / (64 if reduce_range else 127)
     scale = np.where(scale < np.finfo(np.float32).tiny, 1.0, scale).astype(np.float32)
     if step is not None and bias is not None:
-        least = 1.0001 * 2 * np.abs(bias, dtype=np.float64) / _INT32
-        found = np.float64(step) * scale
-        scale = np.where(found < least, scale * (least / found), scale).astype(np.float32)
+        scale = np.maximum(scale, narrowest(step, bias)).astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     limit = 64 if reduce_range else 127
     return np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8), scale
+
+
+def narrowest(step: np.float32, bias: Array) -> Array:
+    """The least scale of a weight, float64 like ``bias``, at which the bias is an int32 times both scales: a channel
+    of a folded norm may have hardly a weight, and all that it says in its bias."""
+    least: Array = 1.0001 * 2 * np.abs(bias, dtype=np.float64) / _INT32 / np.float64(step)
+    return least
 
 
 def pack(draft: Draft) -> None:
@@ -309,9 +314,10 @@ def pack(draft: Draft) -> None:
             table, scale = _pack(draft, node.input[0], axis=1)
             nodes += [
                 node_of("Gather", [table, node.input[1]], f"{out}_int8"),
-                node_of("Gather", [scale, node.input[1]], f"{out}_scale"),
+                # `dynamic` has a {out}_scale of its own, where a product reads the rows
+                node_of("Gather", [scale, node.input[1]], f"{out}_steps"),
                 node_of("Cast", [f"{out}_int8"], f"{out}_whole", to=TensorProto.FLOAT),
-                node_of("Mul", [f"{out}_whole", f"{out}_scale"], out),
+                node_of("Mul", [f"{out}_whole", f"{out}_steps"], out),
             ]
         elif node.op_type == "MatMul" and node.input[0] in mixers and node.input[1] in draft.fixed:
             table, scale = _pack(draft, node.input[1], axis=0)

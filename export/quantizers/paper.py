@@ -10,6 +10,7 @@ Where the paper simulates, this is a graph that ONNX Runtime runs in integers. W
 * Probabilities have the scale 1/255 and the zero point 0, without being observed.
 * What the towers fold is folded here too: the type of a token and the bias of a patch lie in the table of positions,
   the scale of attention in the weights of q, so they are quantized with them.
+* The bias of a convolution is an int32 times both scales, so its weight's is as wide as that asks for.
 * A mixture behind its gate is quantized once more, for the product that reads it.
 * ``weight_bits`` and ``activation_bits`` under 8 are simulated: the narrower grid, stored in 8 bits.
 
@@ -127,17 +128,20 @@ class _Writer:
             del node.attribute[:], node.input[2:]
         if self.params.per_channel:
             parts = (1,) * sum(parts)
-        stem, scale = self.integers(name, parts, axis)
-        node.input[1] = self.back(stem, axis if scale.ndim else None)
+        least = None
         if node.op_type == "Conv" and bias:
-            site = self.found.moved.get((node.name, 0), original.input[0])
-            steps = np.asarray(self.step(site)[0] * scale)
+            size, _ = self.step(self.found.moved.get((node.name, 0), original.input[0]))
+            least = _qdq.narrowest(size, self.draft.array(bias))
+        stem, scale = self.integers(name, parts, axis, least)
+        node.input[1] = self.back(stem, axis if scale.ndim else None)
+        if least is not None:
+            steps = np.asarray(size * scale)
             large = np.iinfo(np.int32).max
             whole = np.clip(np.rint(self.draft.array(bias).astype(np.float64) / steps), -large, large)
             stem = self.draft.add(f"{node.output[0]}_bias_int32", whole.astype(np.int32))
             self.draft.add(f"{stem}_step", steps)
             self.draft.add(f"{stem}_zero", np.zeros_like(steps, np.int32))
-            node.input[2] = self.back(stem, None)
+            node.input[2] = self.back(stem, 0 if steps.ndim else None)
         elif bias:
             out, node.output[0] = node.output[0], f"{node.output[0]}_product"
             return [_qdq.node_of("Add", [node.output[0], bias], out)]
@@ -167,13 +171,19 @@ class _Writer:
             self.nodes.append(_qdq.node_of("DequantizeLinear", inputs, name, **along))
         return name
 
-    def integers(self, name: str, parts: Sequence[int] = (), axis: int = 0) -> tuple[str, Array]:
+    def integers(
+        self, name: str, parts: Sequence[int] = (), axis: int = 0, least: Array | None = None
+    ) -> tuple[str, Array]:
         """Adds the constant ``name`` on its grid, its step and its zero point; -> its new name and its scale: a
-        number, or one for each output where it holds several tensors, of ``parts`` outputs along ``axis``."""
+        number, or one for each output where it holds several tensors, of ``parts`` outputs along ``axis``; no scale
+        under the ``least`` of its outputs."""
         values = self.draft.array(name)
         grid = Grid.of(values, self.params.weight_bits)
         pieces = np.split(values, np.cumsum(parts)[:-1], axis) if len(parts) > 1 else [values]
         scales = [weight_scale(piece, grid, self.params.weights) for piece in pieces]
+        if least is not None:
+            outputs = np.split(least, np.cumsum(parts)[:-1]) if len(parts) > 1 else [least]
+            scales = [np.maximum(s, np.float32(of.max())) for s, of in zip(scales, outputs, strict=True)]
         scale = np.repeat(scales, parts) if len(parts) > 1 else np.asarray(scales[0])
         whole = np.concatenate([grid.nearest(piece, s) for piece, s in zip(pieces, scales, strict=True)], axis)
         stem = self.draft.add(f"{name}_{grid.dtype.__name__}", whole.astype(grid.dtype))

@@ -34,12 +34,26 @@ def read(real: ir.Value | None, dtype: ir.DataType, weight: bool = False) -> Eig
     """What ``real`` comes of, where that is 8 bits of ``dtype`` and one scale, or one for each column; of a ``weight``
     along any axis."""
     node = maker(real, "DequantizeLinear")
-    if node is None or real is None or len(node.inputs) != 3:
+    given = [] if node is None else whole(node.inputs)
+    if node is None or real is None or len(given) != 3:
         return None
-    value, scale, zero = whole(node.inputs)
+    value, scale, zero = given
     found = Eight(real, value, scale, zero, (node,))
-    fits = weight or _along_the_last(node, value, scale)
+    fits = _fits(real, scale) and (weight or _along_the_last(node, value, scale))
     return found if (zero.dtype or value.dtype) == dtype and fits else None
+
+
+def writer(eight: Eight) -> ir.Node | None:
+    """The QuantizeLinear that writes ``eight`` in the steps that it is read in; in others it would be read as more."""
+    node = maker(eight.value, "QuantizeLinear")
+    steps = [] if node is None else whole(node.inputs[1:])
+    return node if len(steps) == 2 and alike(steps[0], eight.scale) and alike(steps[1], eight.zero) else None
+
+
+def alike(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """Whether both are one value, or constants of the same numbers."""
+    held = _patterns.array(one), _patterns.array(other)
+    return one is other or (held[0] is not None and held[1] is not None and np.array_equal(*held))
 
 
 def written(real: ir.Value) -> Eight | None:
@@ -62,10 +76,12 @@ def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
         if factor is None or factor.ndim > 1 or factor.size not in (1, columns(real)) or not (factor > 0).all():
             return None
         nodes, reader = (reader,), only(reader.outputs[0])
-    if reader is None or reader.domain or reader.op_type != "QuantizeLinear" or len(reader.inputs) != 3:
+    if reader is None or reader.domain or reader.op_type != "QuantizeLinear" or len(whole(reader.inputs)) != 3:
         return None
     value, (_, scale, zero) = reader.outputs[0], whole(reader.inputs)
-    if zero.dtype != ir.DataType.UINT8 or not _along_the_last(reader, reader.inputs[0], scale):
+    if zero.dtype != ir.DataType.UINT8 or not _fits(real, scale):
+        return None
+    if not _along_the_last(reader, reader.inputs[0], scale):
         return None
     if factor is not None:
         steps, middle = _patterns.array(scale), _patterns.array(zero)
@@ -73,11 +89,21 @@ def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
             return None
         with np.errstate(over="ignore"):
             steps = (steps / factor).astype(np.float32)
-        if not (np.isfinite(steps) & (steps >= np.finfo(np.float32).tiny)).all():
+        if not _normal(steps):
             return None
         scale = constant(reader, f"{value.name}_steps", steps)
         zero = constant(reader, f"{value.name}_zeros", np.broadcast_to(middle, steps.shape).copy())
     return Eight(real, value, scale, zero, (*nodes, reader))
+
+
+def _fits(real: ir.Value, scale: ir.Value) -> bool:
+    """Whether the ops take it: float32, in steps that are positive and normal as far as they are seen."""
+    steps = _patterns.array(scale)
+    return {real.dtype, scale.dtype} <= {None, ir.DataType.FLOAT} and (steps is None or _normal(steps))
+
+
+def _normal(steps: Array) -> bool:
+    return bool((np.isfinite(steps) & (steps >= np.finfo(np.float32).tiny)).all())
 
 
 def _along_the_last(node: ir.Node, value: ir.Value | None, scale: ir.Value) -> bool:

@@ -20,7 +20,7 @@ from onnxscript import ir
 
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import Eight, constant, insert, like, maker, only, put, read, shape, sweep, written
+from export.rewrites._eight import Eight, constant, insert, like, maker, only, put, read, shape, sweep, writer, written
 from export.rewrites.quant_linear import widths
 from models.ops.spec import DOMAIN, QUANT_ATTENTION, SOFTMAX
 
@@ -134,6 +134,8 @@ def _attention(mixing: ir.Node, chances: Eight, softmax: _Softmax, v: Eight) -> 
 
 
 def _check_chances(chances: Eight, softmax: _Softmax) -> None:
+    if writer(chances) is None:
+        raise _No("its probabilities are read in other steps than they are written in")
     step, zero = _patterns.array(chances.scale), _patterns.array(chances.zero)
     if step is None or zero is None or step.size != 1 or zero.any():
         raise _No("its probabilities are not in steps from 0")
@@ -164,6 +166,8 @@ def _rows(eight: Eight, perm: list[int]) -> tuple[Eight, int, int]:
     reshaped = maker(turned.inputs[0], "Reshape") if turned is not None else None
     if turned is None or reshaped is None or list(turned.attributes.get_ints("perm", [])) != perm:
         raise _No("q, k or v is no Transpose of a Reshape to heads")
+    if writer(eight) is None:
+        raise _No("q, k or v is read in other steps than it is written in")
     rows = reshaped.inputs[0]
     sizes, before = shape(reshaped.outputs[0]), shape(rows)
     if sizes is None or before is None or len(sizes) != 4 or len(before) != 3 or not isinstance(before[-1], int):

@@ -26,7 +26,7 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
         eights = among(node.outputs[0])
         if not eights:
             continue
-        if why := _unfit(node):
+        if why := _unfit(node, eights[0]):
             missed[str(node.name)] = why
         else:
             _put(node, eights[0])
@@ -34,7 +34,7 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
     return Outcome(fired, missed)
 
 
-def _unfit(node: ir.Node) -> str:
+def _unfit(node: ir.Node, after: Eight) -> str:
     sizes = shape(node.inputs[0])
     rank = None if sizes is None else len(sizes)
     if len(node.inputs) < 3 or node.inputs[2] is None:
@@ -43,6 +43,8 @@ def _unfit(node: ir.Node) -> str:
         return "it is not over the last axis alone, or its input's rank is unknown"
     if any(shape(value) != sizes[-1:] for value in node.inputs[1:3]):  # type: ignore[index]
         return "its weight or its bias has not a number for each column"
+    if any(value.producer() is not None for value in (*whole(node.inputs[1:3]), after.scale, after.zero)):
+        return "its weight, its bias or its steps are made by nodes, which may read what it answers"
     if len(node.outputs) > 1 and any(value.uses() for value in node.outputs[1:]):
         return "its mean or its deviation is read"
     return ""

@@ -15,7 +15,7 @@ from onnxscript import ir
 
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
-from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep
+from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep, writer
 from export.rewrites.quant_linear import bias_of
 from models.ops.spec import QUANT_PATCHES
 
@@ -30,6 +30,8 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
             continue
         source = maker(pixels.value, "QuantizeLinear")
         why = _unfit(node) if source is not None else "what it reads is 8 bits before it comes here"
+        if source is not None and writer(pixels) is None:
+            why = "its pixels are read in other steps than they are written in"
         if len(pixels.scale.shape or ()):
             why = "its pixels have a scale for each column"
         if len(weight.scale.shape or ()) and weight.nodes[0].attributes.get_int("axis", 1) % 4:
@@ -72,16 +74,28 @@ def _unfit(conv: ir.Node) -> str:
     after = _after(conv)
     if after is None:
         return "it is not followed by QuantizeLinear, DequantizeLinear, Reshape and Transpose"
-    patches = shape(after[2].outputs[0])
-    flat = patches is not None and len(patches) == 3 and patches[1] == (shape(conv.inputs[1]) or ())[0]
+    flat = _flat(shape(conv.outputs[0]), shape(after[2].outputs[0]))
     if not flat or list(after[3].attributes.get_ints("perm", [])) != [0, 2, 1]:
         return "its places are not made rows"
     if len(after[0].inputs[1].shape or ()):  # type: ignore[union-attr]
         return "what it answers has a scale for each column"
+    answer = read(after[1].outputs[0], ir.DataType.UINT8)
+    if answer is None or writer(answer) is None:
+        return "what it answers is read in other steps than it is written in"
+    if answer.scale.producer() is not None or answer.zero.producer() is not None:
+        return "the steps of what it answers are made by nodes, which may come behind it"
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     if bias is not None and bias_of(bias) is None:
         return "its bias is no constant"
     return ""
+
+
+def _flat(answer: tuple[int | str, ...] | None, rows: tuple[int | str, ...] | None) -> bool:
+    """Whether [B, N, h, w] becomes [B, N, h w]: where N stays, B says it of the places, or they of B."""
+    if answer is None or rows is None or len(rows) != 3 or rows[1] != answer[1]:
+        return False
+    places = [side for side in answer[2:] if isinstance(side, int)]
+    return rows[0] == answer[0] or (len(places) == 2 and rows[2] == places[0] * places[1])
 
 
 def _put(conv: ir.Node, size: tuple[int, int]) -> None:

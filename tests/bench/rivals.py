@@ -1,4 +1,4 @@
-"""calmclip beside every other engine that runs these models on a CPU: same weights, same inputs, same machine, one run.
+"""calmclip beside other engines that run these models on a CPU: same weights, same inputs, same machine, one run.
 
     python -m tests.bench.rivals [--towers b32 text16 …] [--threads 1 2] [--batches 1 8] [--seconds 3] [--quick]
                                  [--out build/rivals] [--write-readme] [--report]

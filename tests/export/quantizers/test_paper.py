@@ -296,6 +296,44 @@ def test_a_weight_without_a_negative_number_is_unsigned():
     assert fixed["w_uint8_step"] == pytest.approx(0.01)
 
 
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
+
+
+def convolution(w: Array, b: Array, level: str, **params: Any) -> tuple[Array, Array]:
+    """Of 2 x 2 on one 2 x 2 channel, 8 of them: what it answers in 8 bits, and what it should."""
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[B, 1, 2, 2] x) => (float[B, {len(b)}, 1, 1] y) {{ y = Conv (x, w, b) }}
+    """)
+    model.graph.node[0].name = "Conv"
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in (("w", w), ("b", b)))
+    x = np.random.default_rng(0).normal(size=(8, 1, 2, 2)).astype(np.float32)
+    made = quantized(model, [{"x": x}], head=True, **params)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0][..., 0, 0], np.einsum("bchw,nchw->bn", x, w) + b
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_convolution_with_a_scale_for_each_output_has_a_bias_of_as_many(level: str):
+    """Whether the runtime fuses them or not."""
+    w = np.array([[1, 2, 3, 4], [-0.1, 0.2, -0.3, 0.4]], np.float32).reshape(2, 1, 2, 2)
+    found, expected = convolution(w, np.array([5, -0.5], np.float32), level, per_channel=True)
+    assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_channel_that_is_all_bias_keeps_it(level: str, per_channel: bool):
+    """Of a folded norm some channels have hardly a weight; the bias has to be an int32 times both scales there too."""
+    w = np.array([[1, 2, 3, 4], [1e-10, -1e-10, 1e-10, 0]], np.float32).reshape(2, 1, 2, 2)
+    b = np.array([0, 3], np.float32)
+    for channels in (slice(0, 2), slice(1, 2)):
+        found, expected = convolution(w[channels], b[channels], level, per_channel=per_channel)
+        assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
 def test_an_activation_of_6_bits_has_no_more_than_64_values(cases: dict[str, Case]):
     case = cases["opt"]
     model = case.quantized(activation_bits=6)

@@ -4,7 +4,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.parity import onnx_run
-from export.quantizers import _qdq, static
+from export.quantizers import _qdq, dynamic, static
 from models.flow import Array
 
 Value = helper.make_tensor_value_info
@@ -140,3 +140,18 @@ def test_mixing_by_probabilities_keeps_small_ones():
     quantized = static.quantize(model, static.observe(model, [{"x": x}], static.Params()), static.Params())
     assert np.allclose(onnx_run(quantized)({"x": x})["y"], rows.mean(0, keepdims=True), atol=0.003)
     assert len(quantized.SerializeToString()) < rows.nbytes / 3
+
+
+def test_rows_of_a_packed_table_may_be_what_a_dynamic_product_reads():
+    """Both have scales, and names for them."""
+    rng = np.random.default_rng(0)
+    constants = {"table": rng.normal(size=(1 << 17, 8)).astype(np.float32), "w": rng.normal(size=(8, 3))}
+    constants["w"] = constants["w"].astype(np.float32)
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["e"], "Gather.e"),
+             helper.make_node("MatMul", ["e", "w"], ["y"], "MatMul.y")]  # fmt: skip
+    ids, y = Value("ids", TensorProto.INT64, ["B"]), Value("y", TensorProto.FLOAT, ["B", 3])
+    made = dynamic.quantize(model_of(nodes, [ids], [y], constants), {}, dynamic.Params())
+    onnx.checker.check_model(made)
+    picked = np.array([5, 77777])
+    expected = constants["table"][picked] @ constants["w"]
+    assert np.abs(onnx_run(made)({"ids": picked})["y"] - expected).max() < 0.03 * np.abs(expected).max()

@@ -194,8 +194,61 @@ def test_a_product_means_what_it_meant(name):
     """), X)  # fmt: skip
 
 
-def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", more="", outputs="", twice=False):
-    """Attention of 2 heads of 4 in 8 bits; `twice`: a second one of the same k and v."""
+HALF = "fine16 = Cast <to = 10> (one) s16 = Cast <to = 10> (s) a16 = DequantizeLinear (x, fine16, mid) "
+LEFT = {
+    "a product in half precision": (
+        HALF + "b16 = DequantizeLinear <axis = 1> (w, s16, zeros) y = MatMul (a16, b16)", "float16[2, 2] y"
+    ),
+    "an input whose zero is left out by name": (
+        'a0 = DequantizeLinear (x, one, "") y = MatMul (a0, b)', "float[2, 2] y"
+    ),
+    "a weight of step 0": (
+        "b0 = DequantizeLinear <axis = 1> (w, no, zeros) y = MatMul (a, b0)", "float[2, 2] y"
+    ),
+    "a weight whose step is negative": (
+        "b0 = DequantizeLinear <axis = 1> (w, under, zeros) y = MatMul (a, b0)", "float[2, 2] y"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_the_ops_do_not_take_stays_as_it_is(name):
+    """They take float32, in steps that are positive and normal: a library would refuse the graph."""
+    nodes, outputs = LEFT[name]
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (uint8[2, 3] x) => ({outputs})
+        <float one = {{0.1}}, uint8 mid = {{7}}, int8[3, 2] w = {{1, -2, 3, -4, 5, 127}}, float[2] s = {{0.5, 0.25}},
+         int8[2] zeros = {{0, 0}}, float[2] no = {{0.5, 0}}, float[2] under = {{0.5, -0.25}}>
+        {{
+            a = DequantizeLinear (x, one, mid)
+            b = DequantizeLinear <axis = 1> (w, s, zeros)
+            {nodes}
+        }}
+    """)
+    assert not same(model, X).ops()
+
+
+def test_a_norm_in_half_precision_stays_as_it_is():
+    model = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float16[2, 4] x, float16[4] w, float16 step) => (uint8[2, 4] y)
+        <uint8 zero = {100}> { z = LayerNormalization (x, w, w) y = QuantizeLinear (z, step, zero) }
+    """)
+    x, w = (np.random.default_rng(0).normal(size=shape).astype(np.float16) for shape in ((2, 4), 4))
+    assert not same(model, {"x": x, "w": w, "step": np.array(0.05, np.float16)}).ops()
+
+
+def test_a_step_under_float32_is_read_in_float():
+    done = same(linear(more="q = QuantizeLinear (z, s0, mid) r = DequantizeLinear (q, one, mid)", y="r",
+                       extra=", float s0 = {1e-39}"), X)  # fmt: skip
+    assert done.ops() == {"QuantLinearToFloat": 1}
+
+
+def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", outputs="", twice=False, back=None):
+    """Attention of 2 heads of 4 in 8 bits; `twice`: a second one of the same k and v; `back`: how one of the factors
+    is read, where that is not how it was written."""
+    read = {"q": "step, mid", "k": "step, none", "v": "step, none", "p": "fine, nil"} | (back or {})
     again = """
         more_logits = MatMul (qb, kb) p2 = Softmax (more_logits) p28 = QuantizeLinear (p2, fine, nil)
         p2b = DequantizeLinear (p28, fine, nil) m2 = MatMul (p2b, vb) m2t = Transpose <perm = [0, 2, 1, 3]> (m2)
@@ -205,17 +258,18 @@ def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", more="", outp
         <ir_version: 10, opset_import: ["": 20]>
         g (float[{q}] q, float[{k}] k, float[2, 5, 8] v, float[{mask}] mask) => (uint8[B, T, 8] y {outputs})
         <float step = {{0.03}}, uint8 mid = {{128}}, int8 none = {{0}}, float fine = {{0.00392157}}, uint8 nil = {{0}},
+         float twice = {{0.06}}, uint8 low = {{100}},
          int64[4] apart = {{{apart}}}, int64[4] plain = {{0, -1, 2, 4}}, int64[3] rows = {{2, -1, 8}}>
         {{
             q4 = Reshape (q, apart) k4 = Reshape (k, plain) v4 = Reshape (v, plain)
             qt = Transpose <perm = [0, 2, 1, 3]> (q4) kt = Transpose <perm = [0, 2, 3, 1]> (k4)
             vt = Transpose <perm = [0, 2, 1, 3]> (v4)
             q8 = QuantizeLinear (qt, step, mid) k8 = QuantizeLinear (kt, step, none)
-            v8 = QuantizeLinear (vt, step, none) qb = DequantizeLinear (q8, step, mid)
-            kb = DequantizeLinear (k8, step, none)
-            vb = DequantizeLinear (v8, step, none)
+            v8 = QuantizeLinear (vt, step, none) qb = DequantizeLinear (q8, {read["q"]})
+            kb = DequantizeLinear (k8, {read["k"]})
+            vb = DequantizeLinear (v8, {read["v"]})
             logits = MatMul (qb, kb) masked = Add (logits, mask) p = Softmax (masked)
-            p8 = QuantizeLinear (p, fine, nil) pb = DequantizeLinear (p8, fine, nil)
+            p8 = QuantizeLinear (p, fine, nil) pb = DequantizeLinear (p8, {read["p"]})
             m = MatMul (pb, vb) mt = Transpose <perm = [0, 2, 1, 3]> (m) mr = Reshape (mt, rows)
             y = QuantizeLinear (mr, step, mid)
             {again if twice else ""}
@@ -235,6 +289,12 @@ def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", more="", outp
         ({"q": "1, 6, 8", "apart": "2, 3, 2, 4", "mask": "3, 5"}, 0),  # windows
         ({"mask": "3, 5", "outputs": ", float[2, 2, 3, 5] p"}, 0),
         ({"mask": "3, 5", "outputs": ", uint8[B, T, 8] y2", "twice": True}, 2),
+        # read in other steps than written: a multiplication, or a shift
+        ({"mask": "3, 5", "back": {"q": "twice, mid"}}, 0),
+        ({"mask": "3, 5", "back": {"q": "step, low"}}, 0),
+        ({"mask": "3, 5", "back": {"k": "twice, none"}}, 0),
+        ({"mask": "3, 5", "back": {"v": "twice, none"}}, 0),
+        ({"mask": "3, 5", "back": {"p": "step, nil"}}, 0),
     ],
 )
 def test_attention_means_what_it_meant(given, count):
@@ -242,6 +302,44 @@ def test_attention_means_what_it_meant(given, count):
     sides = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
     feed = {name: random.normal(size=shape).astype(np.float32) for name, shape in sides.items()}
     assert same(model, feed).ops().get("QuantAttention", 0) == count
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, None),
+        ({"rows": "-1, 3, 4"}, None),
+        ({"pixels": "coarse, low"}, "its pixels are read in other steps than they are written in"),
+        ({"answer": "fine, mid"}, "what it answers is read in other steps than it is written in"),
+        ({"answer": "coarse, low"}, "what it answers is read in other steps than it is written in"),
+        ({"written": "late, mid", "answer": "late, mid"}, "the steps of what it answers are made by nodes"),
+        ({"rows": "4, 3, 2"}, "its places are not made rows"),  # half a picture each
+        ({"rows": "1, 3, 8"}, "its places are not made rows"),
+    ],
+)
+def test_patches_mean_what_they_meant(given, why):
+    """A convolution of 2 x 2 on pictures of 4 x 4; `pixels`, `answer`: how they are read after they were written."""
+    how = {"pixels": "fine, low", "written": "coarse, mid", "answer": "coarse, mid", "rows": "0, 3, -1"} | given
+    random = np.random.default_rng(0)
+    w = ", ".join(str(number) for number in random.integers(-127, 128, 36))
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[2, 3, 4, 4] x) => (float[B, P, 3] y)
+        <float fine = {{0.02}}, uint8 low = {{100}}, float coarse = {{0.3}}, uint8 mid = {{128}},
+         int8[3, 3, 2, 2] w = {{{w}}}, float[3] s = {{0.01, 0.02, 0.03}}, int8[3] zeros = {{0, 0, 0}},
+         int64[3] rows = {{{how["rows"]}}}>
+        {{
+            x8 = QuantizeLinear (x, fine, low) xb = DequantizeLinear (x8, {how["pixels"]})
+            wb = DequantizeLinear <axis = 0> (w, s, zeros) z = Conv <strides = [2, 2], kernel_shape = [2, 2]> (xb, wb)
+            late = Constant <value = float {{0.3}}> ()
+            z8 = QuantizeLinear (z, {how["written"]}) zb = DequantizeLinear (z8, {how["answer"]})
+            flat = Reshape (zb, rows) y = Transpose <perm = [0, 2, 1]> (flat)
+        }}
+    """)
+    model.graph.node[3].name = "Conv"
+    done = same(model, {"x": random.normal(size=(2, 3, 4, 4)).astype(np.float32)})
+    assert done.ops().get("QuantPatches", 0) == (why is None)
+    assert (done.missed.get("quant_patches") or {"Conv": ""})["Conv"].startswith(why or "")
 
 
 def test_a_weight_for_all_columns_of_a_norm_is_left_alone():
@@ -253,6 +351,26 @@ def test_a_weight_for_all_columns_of_a_norm_is_left_alone():
     """)
     done = same(model, {"x": np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)})
     assert set(done.missed["quant_layer_norm"].values()) == {"its weight or its bias has not a number for each column"}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "step = Constant <value = float {0.05}> ()",  # between the sum, where the op goes, and what reads it
+        "size = Abs (z) most = ReduceMax <keepdims = 0> (size) step = Mul (most, part)",  # of what the op answers
+    ],
+)
+def test_a_norm_whose_steps_are_made_behind_it_is_left_alone(steps):
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[2, 4] x, float[2, 4] r) => (uint8[2, 4] y, float[2, 4] z)
+        <float[4] w = {{1, 2, 3, 4}}, float[4] b = {{0, 1, 0, 1}}, float part = {{0.01}}, uint8 zero = {{100}}>
+        {{ sum = Add (x, r) z = LayerNormalization (sum, w, b) {steps} y = QuantizeLinear (z, step, zero) }}
+    """)
+    x, r = np.random.default_rng(0).normal(size=(2, 2, 4)).astype(np.float32)
+    done = same(model, {"x": x, "r": r})
+    (why,) = done.missed["quant_layer_norm"].values()
+    assert "its steps are made by nodes" in why
 
 
 def test_a_product_is_worked_out_as_by_hand():

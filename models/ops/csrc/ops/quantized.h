@@ -1,9 +1,10 @@
-// What the doormen of operators on bytes share: inputs by name, scales and zero points checked, shapes inferred.
+// What the doormen of operators on bytes share: inputs by name, scales and zero points checked.
 #pragma once
 
 #include <cmath>
 
 #include "op.h"
+#include "shapes.h"
 
 namespace calmclip {
 
@@ -120,64 +121,6 @@ struct Steps {
 inline Ort::ConstValue constant(Ort::ConstKernelInfo info, size_t input) {
   int is_constant = 0;
   return info.GetTensorConstantInput(input, &is_constant);
-}
-
-// Whether the API call went well; what it complained of is forgotten.
-inline bool went(OrtStatusPtr status) { return Ort::Status(status).IsOK(); }
-
-// A shape as far as it is known before a graph runs: -1, and a name or "", for what is not.
-struct Known {
-  std::vector<int64_t> dims;
-  std::vector<std::string> names;
-
-  // Of the input; without dims where its rank is not known.
-  static Known input(OrtShapeInferContext* context, size_t index) {
-    const OrtApi& api = Ort::GetApi();
-    OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
-    size_t rank = 0;
-    if (!went(api.ShapeInferContext_GetInputTypeShape(context, index, &info)) || !info ||
-        !went(api.GetDimensionsCount(info, &rank)))
-      return {};
-    Known found{std::vector<int64_t>(rank), std::vector<std::string>(rank)};
-    std::vector<const char*> names(rank, "");
-    if (!went(api.GetDimensions(info, found.dims.data(), rank)) ||
-        !went(api.GetSymbolicDimensions(info, names.data(), rank)))
-      return {};
-    for (size_t i = 0; i < rank; ++i) found.names[i] = names[i] ? names[i] : "";
-    return found;
-  }
-
-  void set(size_t axis, int64_t side) {
-    dims[axis] = side;
-    names[axis].clear();
-  }
-
-  OrtStatusPtr output(OrtShapeInferContext* context, size_t index, ONNXTensorElementDataType type) const {
-    const OrtApi& api = Ort::GetApi();
-    OrtTensorTypeAndShapeInfo* info = nullptr;
-    Ort::ThrowOnError(api.CreateTensorTypeAndShapeInfo(&info));
-    std::vector<const char*> raw;
-    for (const auto& name : names) raw.push_back(name.c_str());
-    OrtStatusPtr status = api.SetTensorElementType(info, type);
-    if (!status) status = api.SetDimensions(info, dims.data(), dims.size());
-    if (!status) status = api.SetSymbolicDimensions(info, raw.data(), raw.size());
-    if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, index, info);
-    api.ReleaseTensorTypeAndShapeInfo(info);
-    return status;
-  }
-};
-
-// The attribute's integers; none where they cannot be read.
-template <size_t n>
-std::vector<int64_t> known_attribute(OrtShapeInferContext* context, const char* name, OrtOpAttrType type) {
-  const OrtApi& api = Ort::GetApi();
-  const OrtOpAttr* attribute = nullptr;
-  int64_t values[n];
-  size_t bytes = 0;
-  if (!went(api.ShapeInferContext_GetAttribute(context, name, &attribute)) || !attribute ||
-      !went(api.ReadOpAttr(attribute, type, values, sizeof values, &bytes)) || bytes != sizeof values)
-    return {};
-  return {values, values + n};
 }
 
 }  // namespace calmclip

@@ -5,6 +5,7 @@
 
 #include "../kernels/softmax_forms.h"
 #include "op.h"
+#include "shapes.h"
 
 namespace calmclip {
 namespace {
@@ -12,9 +13,6 @@ namespace {
 constexpr size_t kGrain = 16384;   // elements that are worth a thread; ONNX Runtime's own Softmax takes as many
 constexpr size_t kColumns = 16;    // along another axis than the last: gathered at a time, a cache line of floats
 constexpr size_t kGather = 65536;  // or fewer, so that they take no more floats than this
-
-// Whether the API call went well; what it complained of is forgotten.
-bool fine(OrtStatusPtr status) { return Ort::Status(status).IsOK(); }
 
 // ONNX Runtime fills in no defaults for a custom operator, and tells "absent" and "of another type" apart in words only.
 bool has_other_type(const OrtKernelInfo* info, const char* name) {
@@ -24,18 +22,18 @@ bool has_other_type(const OrtKernelInfo* info, const char* name) {
   size_t size = 0;
   Ort::AllocatorWithDefaultOptions allocator;
   OrtValue* tensor = nullptr;
-  if (fine(api.KernelInfoGetAttribute_tensor(info, name, allocator, &tensor))) return Ort::Value(tensor), true;
-  return fine(api.KernelInfoGetAttribute_int64(info, name, &whole)) ||
-         fine(api.KernelInfoGetAttribute_float(info, name, &number)) ||
-         fine(api.KernelInfoGetAttribute_string(info, name, nullptr, &(size = 0))) ||
-         fine(api.KernelInfoGetAttributeArray_int64(info, name, nullptr, &(size = 0))) ||
-         fine(api.KernelInfoGetAttributeArray_float(info, name, nullptr, &(size = 0)));
+  if (went(api.KernelInfoGetAttribute_tensor(info, name, allocator, &tensor))) return Ort::Value(tensor), true;
+  return went(api.KernelInfoGetAttribute_int64(info, name, &whole)) ||
+         went(api.KernelInfoGetAttribute_float(info, name, &number)) ||
+         went(api.KernelInfoGetAttribute_string(info, name, nullptr, &(size = 0))) ||
+         went(api.KernelInfoGetAttributeArray_int64(info, name, nullptr, &(size = 0))) ||
+         went(api.KernelInfoGetAttributeArray_float(info, name, nullptr, &(size = 0)));
 }
 
 template <class T, class Get>
 T attribute(const OrtKernelInfo* info, const char* name, const char* type, T otherwise, Get get) {
   T value;
-  if (fine(get(info, name, &value))) return value;
+  if (went(get(info, name, &value))) return value;
   if (has_other_type(info, name))
     throw Ort::Exception("Softmax: the attribute " + std::string(name) + " is not " + type, ORT_INVALID_ARGUMENT);
   return otherwise;
@@ -124,13 +122,11 @@ class Softmax {
 struct Schema : Op<Schema, Softmax> {
   Schema() {
     // y has the type and shape of x, and may take its place.
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
-      const OrtApi& api = Ort::GetApi();
-      OrtTensorTypeAndShapeInfo* x = nullptr;  // the context's own
-      if (!fine(api.ShapeInferContext_GetInputTypeShape(context, 0, &x)) || !x) return nullptr;
-      size_t rank = 0;  // of an x whose rank is not known it is 0, too
-      if (!fine(api.GetDimensionsCount(x, &rank)) || rank == 0) return nullptr;
-      return api.ShapeInferContext_SetOutputTypeShape(context, 0, x);
+    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
+      return guarded([&]() -> OrtStatusPtr {
+        const Known x = Known::input(context, 0);  // of an x whose rank is not known it is 0, too
+        return x.dims.empty() ? nullptr : x.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+      });
     };
     GetMayInplace = [](int** inputs, int** outputs) -> size_t {
       static int first = 0;
