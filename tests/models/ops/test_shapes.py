@@ -20,6 +20,7 @@ NODES = {
     "QuantLayerNorm": (
         ["r", "r", "w", "w", "one", "middle"], {"epsilon": 1e-5}, ONE | {"w": np.ones(8, np.float32)},
     ),
+    "QuantLookup": (["b", "all"], {}, {"all": np.arange(255, -1, -1).astype(np.uint8)}),
 }  # fmt: skip
 
 
