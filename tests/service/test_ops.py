@@ -54,7 +54,7 @@ def test_with_the_library(told, library, mode):
     assert labels["sha256"] == library.sha256
     sets = labels["isa"].split(",")
     assert line.endswith(", ".join(sets))
-    assert {*sets} <= {"scalar", "avx2", "neon", "avx512", "vnni"}
+    assert {*sets} <= {"scalar", "avx2", "neon", "avx512", "vnni", "vbmi"}
     assert prepare == [library] * 2
     assert {options.ops for options in sessions} == {mode}
 
