@@ -40,7 +40,9 @@ Say = Callable[[str], None]
 _PARITY_ROWS = 4
 _OUTLIER_ROWS = 16
 _ROUNDING = {"max_abs": 1e-5, "min_cosine": 0.999999}  # between two ways to compute a graph in float32
-_TIES = {"min_cosine": 0.999}  # in INT8 an activation at a tie may fall a step, 1/255 of its range, to the other side
+# In INT8 an activation at a tie may fall a step, 1/255 of its range, to the other side. How far that shows hangs on the
+# steps, as what INT8 itself costs does: a quarter of that in the worst row, and within these two.
+_TIES, _FEWEST_TIES = 0.99, 0.999
 
 
 def build(
@@ -189,7 +191,7 @@ def _convert(
         seen = list(feeds(*few))
         with step(f"{role}: rewrite"):
             made.floats[role], as_float = _rewrite(recipe, model, seen, tower, f"{role} in float")
-            bound = _ROUNDING if how.name == "none" else _TIES
+            bound = _ROUNDING if how.name == "none" else _ties(agreement)
             made.quantized[role], as_int8 = _rewrite(recipe, quantized, seen, tower, f"{role} in INT8", bound)
         made.rewrites[role] = {"float32": as_float, "int8": as_int8}
         if role in inside:
@@ -201,6 +203,12 @@ def _convert(
         made.built[role], found = _rewrite(recipe, one.model, one.examples, one, role)
         made.rewrites[role] = {"float32": found}
     return made
+
+
+def _ties(agreement: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The bound of two ways to compute a graph in INT8, of how that agrees with float."""
+    least = min((one["cosine_min"] for one in agreement.values()), default=1.0)
+    return {"min_cosine": max(_TIES, min(_FEWEST_TIES, 1 - (1 - least) / 4))}
 
 
 def _answers(tower: Tower, feeds: Sequence[Arrays], role: str) -> parity.Run:

@@ -12,7 +12,7 @@ import transformers
 
 from export import samples
 from export.nets import NETS
-from export.pipeline import build
+from export.pipeline import _ties, build
 from export.recipe import load_recipe
 from models.bundle.bundle import Bundle
 from models.bundle.store import names, read
@@ -277,3 +277,11 @@ def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path,
         np.testing.assert_allclose(runner.embed(images=images), plain.embed(images=images), atol=1e-5)
     assert check_command(["tiny-mixed", "--bundles", str(tmp_path)]) == 0
     assert "image: image_embeds [1, 16] float32, finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "bound"), [((1.0, 0.9999), 0.999), ((0.9999, 0.98), 0.995), ((0.5,), 0.99), ((), 0.999)]
+)
+def test_ties_may_cost_a_row_a_quarter_of_what_int8_does(rows, bound):
+    agreement = {str(at): {"cosine_min": one} for at, one in enumerate(rows)}
+    assert _ties(agreement)["min_cosine"] == pytest.approx(bound, abs=1e-12)
