@@ -152,6 +152,14 @@ def test_a_goal_out_of_reach_answers_the_best_there_is_and_keeps_the_share(plant
     assert cosine(planted, made(planted, far), few[3::4]) == pytest.approx(far.history["cosine"], abs=1e-6)
 
 
+def test_ranges_are_not_fitted_to_what_they_are_measured_on(planted: onnx.ModelProto):
+    few = search.search(planted, FEEDS[:15], search.Params(alphas=(0.75,), aim=1.0), Goal())
+    assert "those it calibrated on" in few.history["measured_on"]
+    assert not {row["tried"] for row in few.history["candidates"]} & {"ranges of least error", "biases corrected"}
+    assert not few.params.clips
+    assert not few.params.shifts
+
+
 def test_attention_is_quantized_where_constants_alone_are_too_few(planted: onnx.ModelProto):
     products = count(planted, {})
     constant = sum(p.macs for p in products) - 2 * BLOCKS * TOKENS * TOKENS * WIDTH  # scores and mixes, by hand
