@@ -2,7 +2,15 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 namespace calmclip {
+namespace {
+
+template <size_t n>
+using Count = std::integral_constant<size_t, n>;
+
+}  // namespace
 
 extern "C" QuantLookup quant_lookup_avx2;
 
@@ -24,10 +32,14 @@ void quant_lookup_avx2(const uint8_t* x, uint8_t* y, size_t count, const uint8_t
       const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table) + j);
       picked[j] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(part), low);
     }
-    const __m256i bits[4] = {_mm256_slli_epi16(v, 3), _mm256_slli_epi16(v, 2), _mm256_slli_epi16(v, 1), v};
-    UNROLL for (size_t bit = 0; bit < 4; ++bit)
-      UNROLL for (size_t j = 0; j < size_t{8} >> bit; ++j)
-        picked[j] = _mm256_blendv_epi8(picked[2 * j], picked[2 * j + 1], bits[bit]);
+    const auto halve = [&](auto pairs, __m256i bits) {
+      constexpr size_t end = decltype(pairs)::value;
+      UNROLL for (size_t j = 0; j < end; ++j) picked[j] = _mm256_blendv_epi8(picked[2 * j], picked[2 * j + 1], bits);
+    };
+    halve(Count<8>{}, _mm256_slli_epi16(v, 3));
+    halve(Count<4>{}, _mm256_slli_epi16(v, 2));
+    halve(Count<2>{}, _mm256_slli_epi16(v, 1));
+    halve(Count<1>{}, v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), picked[0]);
   }
   for (; i < count; ++i) y[i] = table[x[i]];
