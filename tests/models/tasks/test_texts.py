@@ -82,11 +82,12 @@ def test_other_labels_or_templates_are_not_taken_for_those_that_are_known(bundle
         (["b", "a"], []),
         (["a"], ["b {}"]),
         (["a", "b {}"], []),
+        (["a", "b"], ["x {}"]),
     ]:
         walk = Walk(embed_labels(bundle, labels, templates), Stopwatch(), known)
         count = len(walk.step().keys)
         walk.step({"text_embeds": np.eye(3, dtype=np.float32)[:count]})
-    assert len(known.kept) == 5
+    assert len(known.kept) == 6
 
 
 def test_a_label_may_hold_braces_and_a_template_no_code(bundle: Bundle):
