@@ -23,26 +23,32 @@ inline __m512i four(const uint8_t* x) {
   return _mm512_set1_epi32(bytes);
 }
 
-// Numbers of two times sixteen columns as bytes: zero added, cut to floor .. 255.
+// Numbers of two times sixteen columns as bytes: zero added, cut to 0 .. 255.
 struct Zero {
   __m512i words;  // in the order that packing leaves
-  __m256i floor;
-  Zero(const int32_t* zero, const uint8_t* floor)
-      : words(_mm512_packs_epi32(_mm512_loadu_si512(zero), _mm512_loadu_si512(zero + 16))),
-        floor(floor ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(floor)) : _mm256_setzero_si256()) {}
+  explicit Zero(const int32_t* zero)
+      : words(_mm512_packs_epi32(_mm512_loadu_si512(zero), _mm512_loadu_si512(zero + 16))) {}
 
   __m256i bytes(__m512i a, __m512i b) const {
     const __m512i sums = _mm512_adds_epi16(_mm512_packs_epi32(a, b), words);
     // in each 128 bits lie four bytes of the first vector, four of the second, and both again
     const __m512i bytes = _mm512_packus_epi16(sums, sums);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
-    return _mm256_max_epu8(_mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes)), floor);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes));
   }
+};
+
+struct Floored : Zero {
+  __m256i floor;
+  Floored(const int32_t* zero, const uint8_t* floor)
+      : Zero(zero), floor(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(floor))) {}
+
+  __m256i bytes(__m512i a, __m512i b) const { return _mm256_max_epu8(Zero::bytes(a, b), floor); }
 };
 
 template <size_t rows, size_t halves>
 inline void write(const Target& target, const __m512i (&sum)[rows][halves]) {
-  const Zero zero(target.zero, target.floor);
+  const Floored zero(target.zero, target.floor);
   const auto there = static_cast<__mmask32>((uint64_t{1} << target.columns) - 1);
   __m512 scale[halves], bias[halves];
   for (size_t h = 0; h < halves; ++h) {
@@ -115,17 +121,22 @@ struct V {
       product_of<4, halves, at_once>, product_of<5, halves, at_once>,  product_of<6, halves, at_once>,
       product_of<7, halves, at_once>, product_of<8, halves, at_once>,  product_of<9, halves, at_once>,
       product_of<10, halves, at_once>, product_of<11, halves, at_once>, product_of<12, halves, at_once>};
+  template <bool may_be_at_once>
   static void product(size_t rows, size_t columns, const Product& p) {
     const bool half = columns <= kWidth;
-    Tile* const* const tiles = p.target ? half ? kTiles<1, true> : kTiles<2, true> : half ? kTiles<1, false> : kTiles<2, false>;
-    tiles[rows - 1](p);
+    if (may_be_at_once && p.target)
+      (half ? kTiles<1, true> : kTiles<2, true>)[rows - 1](p);
+    else
+      (half ? kTiles<1, false> : kTiles<2, false>)[rows - 1](p);
   }
   using Zero = calmclip::Zero;
+  using Floored = calmclip::Floored;
   static F set(float v) { return _mm512_set1_ps(v); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-  static void store(uint8_t* p, const I* v, const Zero& zero) {
+  template <class Zeros>
+  static void store(uint8_t* p, const I* v, Zeros zero) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), zero.bytes(v[0], v[1]));
   }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
