@@ -62,11 +62,9 @@ struct V {
   using F = __m256;
   using I = __m256i;
   static constexpr size_t kWidth = 8, kRows = 3;
-  static constexpr bool kAtOnce = false;
 
-  template <bool>
-  static void product(size_t rows, size_t columns, const Product& p) {
-    for (size_t column = 0; column < kPanel && column < columns; column += 16)
+  static void product(size_t rows, const Product& p) {
+    for (size_t column = 0; column < kPanel; column += 16)
       rows == 1 ? product_of<1>(p, column) : rows == 2 ? product_of<2>(p, column) : product_of<3>(p, column);
   }
 
@@ -78,7 +76,8 @@ struct V {
   };
   struct Floored : Zero {
     __m256i floor;
-    Floored(const int32_t* zero, const uint8_t* floor) : Zero(zero), floor(load(reinterpret_cast<const int32_t*>(floor))) {}
+    Floored(const int32_t* zero, const uint8_t* floor)
+        : Zero(zero), floor(load(reinterpret_cast<const int32_t*>(floor))) {}
   };
   static F set(float v) { return _mm256_set1_ps(v); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }

@@ -22,10 +22,8 @@ struct V {
     Floored(Zero zero, const uint8_t* floor) : zero(zero), floor(floor) {}
   };
   static constexpr size_t kWidth = 1, kRows = 1;
-  static constexpr bool kAtOnce = false;
 
-  template <bool>
-  static void product(size_t, size_t, const Product& p) {
+  static void product(size_t, const Product& p) {
     uint32_t sum[kPanel];  // `start` may be beyond what int32 holds, and comes back into it
     std::memcpy(sum, p.from, sizeof sum);
     const int8_t* w = p.panel;
