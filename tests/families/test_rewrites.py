@@ -54,6 +54,11 @@ EXAMPLES = {
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <strides = [2, 2]> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) zb = DequantizeLinear (z8, step, mid)
            flat = Reshape (zb, places) y = Transpose <perm = [0, 2, 1]> (flat) }}""",
+    "quant_stem": f"""g (float[b, 1, 4, 4] x) => (float[b, 2, 2, 3] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           kb = DequantizeLinear <axis = 0> (kernel, steps, zeros)
+           z = Conv <strides = [2, 1], pads = [1, 0, 0, 0]> (xb, kb)
+           z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
     "quant_lookup": f"""g (float[r, 7] x) => (float[r, 7] y) {_EIGHT}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            s = Sigmoid (xb) z = Mul (xb, s)
