@@ -20,7 +20,7 @@ from onnxscript import ir
 
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep
+from export.rewrites._eight import FIRST, constant, insert, like, maker, only, put, read, shape, sweep
 from export.rewrites.quant_lookup import POINTWISE
 from export.rewrites.quant_patches import sums, unfit
 from models.ops.spec import QUANT_PATCHES
@@ -129,7 +129,7 @@ def _put(conv: ir.Node, found: Windows) -> None:
     insert(last, "Reshape", [value, constant(last, f"{stem}_places_shape", sizes)], {}, [places], domain="")
     y = like(old)
     put(old, y)
-    insert(last, "Transpose", [places], {"perm": (0, 3, 1, 2)}, [y], domain="")
+    insert(last, "Transpose", [places], {"perm": FIRST}, [y], domain="")
     sweep(conv.graph, [last])  # type: ignore[arg-type]
 
 
