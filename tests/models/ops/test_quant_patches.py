@@ -202,6 +202,7 @@ def test_op_refuses(library, feeds, patch, says):
         ({"strides": (1, -1)}, r"strides is \[1, -1\]; expected a step down and one to the right"),
         ({"strides": (1, 1, 1)}, r"strides is \[1, 1, 1\]; expected a step down"),
         ({"pads": (0, 0, 0, -1)}, r"pads is \[0, 0, 0, -1\]; expected top, left, bottom and right"),
+        ({"strides": (1, 65537)}, r"strides is \[1, 65537\]; expected a step down and one to the right, up to 65536"),
         ({"pads": (1, 1)}, r"pads is \[1, 1\]; expected top, left"),
     ],
 )

@@ -6,6 +6,7 @@ namespace calmclip {
 namespace {
 
 constexpr size_t kGrain = 65536;   // bytes that are worth a thread: some 6 us
+constexpr int64_t kMost = 65536;   // of any attribute
 constexpr int64_t kStraight = 16;  // columns of a patch: of fewer the detour by whole lines is quicker
 
 enum Place { kX, kYScale, kYZero };
@@ -115,8 +116,9 @@ class Patches {
       return otherwise;
     }
     if (found.size() != count || *std::min_element(found.begin(), found.end()) < least ||
-        *std::max_element(found.begin(), found.end()) > INT32_MAX)
-      kOp.invalid(std::string(name) + " is " + text(found) + "; expected " + expected);
+        *std::max_element(found.begin(), found.end()) > kMost)
+      kOp.invalid(std::string(name) + " is " + text(found) + "; expected " + expected + ", up to " +
+                  std::to_string(kMost));
     return found;
   }
 
