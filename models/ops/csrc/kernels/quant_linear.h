@@ -6,7 +6,8 @@
 // Whoever works on a panel asks for the next one, so that weights which lie beyond the caches are there in time.
 //
 // Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, two roundings; f; + residual, or
-// * inverse, rounded half to even, + zero, cut to 0 .. 255.
+// * inverse, rounded half to even, + zero, cut to 0 .. 255. Where there is a `floor`, scale and bias are in steps of y, and
+// it is sum * scale + bias, rounded once, rounded half to even, + zero, cut to floor .. 255.
 #pragma once
 
 #include <cstddef>
@@ -30,10 +31,11 @@ struct LinearWork {
   const int8_t* panels;
   // Of each column, n rounded up to whole panels:
   const int32_t* start;  // -x_zero * the sum of the column of w, modulo 2^32
-  const float* scale;    // x_scale * weight_scale
+  const float* scale;    // x_scale * weight_scale [/ y_scale]
   const float* bias;
   const float* inverse;  // 1 / y_scale; this and `zero` are for bytes only
   const int32_t* zero;
+  const uint8_t* floor;  // or null. With one there is no other activation; sum * scale + bias lies within +-2^30
   int32_t activation;    // a place in spec.ACTIVATIONS
   int32_t one_residual;  // whether the residual is
   const float* residual;  // one number, or [rows, n]; then it may be `values`. Not for bytes
@@ -43,6 +45,15 @@ struct LinearWork {
 
 // The columns of the panels [first, last), all rows.
 using QuantLinear = void(const LinearWork& work, size_t first, size_t last);
+
+// Where a tile is quantized at once, what belongs to its columns, and its bytes: rows of y lie n apart.
+struct Target {
+  const float *scale, *bias;
+  const int32_t* zero;
+  const uint8_t* floor;
+  uint8_t* y;
+  size_t n, columns;
+};
 
 // What a tile is made of, between a kernel and its loop: sums [rows, kPanel] = from + x panel, where x has 4 * steps
 // columns, and rows of x and of `from` lie that far apart. For each step the 128 bytes at `ahead` are asked for, which
@@ -57,6 +68,7 @@ struct Product {
   const int8_t* ahead;
   size_t ahead_step;
   int32_t* sums;
+  const Target* target;  // or null; then the sums are not wanted
 };
 
 // How fast can products of bytes be? rounds * kPeakMacs multiply-accumulates of uint8 and int8 in registers, in the

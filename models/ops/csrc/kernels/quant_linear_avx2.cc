@@ -62,17 +62,19 @@ struct V {
   using F = __m256;
   using I = __m256i;
   static constexpr size_t kWidth = 8, kRows = 3;
+  static constexpr bool kAtOnce = false;
 
-  static void product(size_t rows, const Product& p) {
-    for (size_t column = 0; column < kPanel; column += 16)
+  static void product(size_t rows, size_t columns, const Product& p) {
+    for (size_t column = 0; column < kPanel && column < columns; column += 16)
       rows == 1 ? product_of<1>(p, column) : rows == 2 ? product_of<2>(p, column) : product_of<3>(p, column);
   }
 
   // In the order of the words that `store` adds it to.
   struct Zero {
-    __m256i words[2];
-    explicit Zero(const int32_t* zero)
-        : words{_mm256_packs_epi32(load(zero), load(zero + 8)), _mm256_packs_epi32(load(zero + 16), load(zero + 24))} {}
+    __m256i words[2], floor;
+    Zero(const int32_t* zero, const uint8_t* floor)
+        : words{_mm256_packs_epi32(load(zero), load(zero + 8)), _mm256_packs_epi32(load(zero + 16), load(zero + 24))},
+          floor(floor ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(floor)) : _mm256_setzero_si256()) {}
   };
   static F set(float v) { return _mm256_set1_ps(v); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -83,12 +85,14 @@ struct V {
     const __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero.words[1]);
     // in each 128 bits lie four bytes of every vector
     const __m256i bytes = _mm256_packus_epi16(a, b), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+    const __m256i sorted = _mm256_permutevar8x32_epi32(bytes, order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_max_epu8(sorted, zero.floor));
   }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fused(F a, F b, F c) { return fma(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F absolute(F v) { return _mm256_andnot_ps(set(-0.0f), v); }

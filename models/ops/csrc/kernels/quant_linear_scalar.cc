@@ -15,10 +15,15 @@ namespace {
 struct V {
   using F = float;
   using I = int32_t;
-  using Zero = const int32_t*;
+  struct Zero {
+    const int32_t* zero;
+    const uint8_t* floor;
+    Zero(const int32_t* zero, const uint8_t* floor) : zero(zero), floor(floor) {}
+  };
   static constexpr size_t kWidth = 1, kRows = 1;
+  static constexpr bool kAtOnce = false;
 
-  static void product(size_t, const Product& p) {
+  static void product(size_t, size_t, const Product& p) {
     uint32_t sum[kPanel];  // `start` may be beyond what int32 holds, and comes back into it
     std::memcpy(sum, p.from, sizeof sum);
     const int8_t* w = p.panel;
@@ -34,14 +39,15 @@ struct V {
   static void store(float* p, F v) { *p = v; }
   static void store(uint8_t* p, const I* v, Zero zero) {
     for (size_t c = 0; c < kPanel; ++c) {
-      const I q = v[c] + zero[c];
-      p[c] = static_cast<uint8_t>(q < 0 ? 0 : q > 255 ? 255 : q);
+      const I q = v[c] + zero.zero[c], floor = zero.floor ? zero.floor[c] : 0;
+      p[c] = static_cast<uint8_t>(q < floor ? floor : q > 255 ? 255 : q);
     }
   }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F fused(F a, F b, F c) { return std::fma(a, b, c); }
   static F max(F a, F b) { return a > b ? a : b; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F absolute(F v) { return std::fabs(v); }

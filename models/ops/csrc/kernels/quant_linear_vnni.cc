@@ -23,12 +23,49 @@ inline __m512i four(const uint8_t* x) {
   return _mm512_set1_epi32(bytes);
 }
 
-template <size_t rows>
+// Numbers of two times sixteen columns as bytes: zero added, cut to floor .. 255.
+struct Zero {
+  __m512i words;  // in the order that packing leaves
+  __m256i floor;
+  Zero(const int32_t* zero, const uint8_t* floor)
+      : words(_mm512_packs_epi32(_mm512_loadu_si512(zero), _mm512_loadu_si512(zero + 16))),
+        floor(floor ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(floor)) : _mm256_setzero_si256()) {}
+
+  __m256i bytes(__m512i a, __m512i b) const {
+    const __m512i sums = _mm512_adds_epi16(_mm512_packs_epi32(a, b), words);
+    // in each 128 bits lie four bytes of the first vector, four of the second, and both again
+    const __m512i bytes = _mm512_packus_epi16(sums, sums);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm256_max_epu8(_mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes)), floor);
+  }
+};
+
+template <size_t rows, size_t halves>
+inline void write(const Target& target, const __m512i (&sum)[rows][halves]) {
+  const Zero zero(target.zero, target.floor);
+  const auto there = static_cast<__mmask32>((uint64_t{1} << target.columns) - 1);
+  __m512 scale[halves], bias[halves];
+  for (size_t h = 0; h < halves; ++h) {
+    scale[h] = _mm512_loadu_ps(target.scale + 16 * h);
+    bias[h] = _mm512_loadu_ps(target.bias + 16 * h);
+  }
+  uint8_t* y = target.y;
+#pragma GCC unroll 16
+  for (size_t r = 0; r < rows; ++r, y += target.n) {
+    __m512i q[halves];
+    for (size_t h = 0; h < halves; ++h)
+      q[h] = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][h]), scale[h], bias[h]));
+    _mm256_mask_storeu_epi8(y, there, zero.bytes(q[0], q[halves - 1]));
+  }
+}
+
+// `halves`: of the panel, that are wanted.
+template <size_t rows, size_t halves, bool at_once>
 void product_of(const Product& p) {
-  __m512i sum[rows][2];
+  __m512i sum[rows][halves];
 #pragma GCC unroll 16
   for (size_t r = 0; r < rows; ++r)
-    for (size_t h = 0; h < 2; ++h) sum[r][h] = _mm512_loadu_si512(p.from + r * p.from_stride + 16 * h);
+    for (size_t h = 0; h < halves; ++h) sum[r][h] = _mm512_loadu_si512(p.from + r * p.from_stride + 16 * h);
   // A pointer for every third row, of which the compiler knows no more than that: it would make one for each, and have
   // no register for them.
   constexpr size_t groups = (rows + 2) / 3;
@@ -38,15 +75,17 @@ void product_of(const Product& p) {
   for (size_t g = 0; g < groups; ++g) x[g] = p.x + 3 * g * stride;
   const int8_t *w = p.panel, *ahead = p.ahead;
   for (const int8_t* end = w + p.steps * 4 * kPanel; w != end; w += 4 * kPanel) {
-    const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+    __m512i columns[halves];
+#pragma GCC unroll 2
+    for (size_t h = 0; h < halves; ++h) columns[h] = _mm512_loadu_si512(w + 64 * h);
     _mm_prefetch(ahead, _MM_HINT_T1);
     _mm_prefetch(ahead + 64, _MM_HINT_T1);
     ahead += p.ahead_step;
 #pragma GCC unroll 16
     for (size_t r = 0; r < rows; ++r) {
       const __m512i bytes = four(x[r / 3] + r % 3 * stride);
-      dot(sum[r][0], bytes, w0);
-      dot(sum[r][1], bytes, w1);
+#pragma GCC unroll 2
+      for (size_t h = 0; h < halves; ++h) dot(sum[r][h], bytes, columns[h]);
     }
 #pragma GCC unroll 16
     for (size_t g = 0; g < groups; ++g) {
@@ -54,44 +93,46 @@ void product_of(const Product& p) {
       asm("" : "+r"(x[g]));
     }
   }
+  if constexpr (at_once) {
+    write(*p.target, sum);
+    return;
+  }
 #pragma GCC unroll 16
   for (size_t r = 0; r < rows; ++r)
-    for (size_t h = 0; h < 2; ++h) _mm512_store_si512(p.sums + r * kPanel + 16 * h, sum[r][h]);
+    for (size_t h = 0; h < halves; ++h) _mm512_store_si512(p.sums + r * kPanel + 16 * h, sum[r][h]);
 }
 
 struct V {
   using F = __m512;
   using I = __m512i;
   static constexpr size_t kWidth = 16, kRows = 12;
+  static constexpr bool kAtOnce = true;
 
-  static void product(size_t rows, const Product& p) {
-    static void (*const all[kRows])(const Product&) = {
-        product_of<1>, product_of<2>, product_of<3>, product_of<4>,  product_of<5>,  product_of<6>,
-        product_of<7>, product_of<8>, product_of<9>, product_of<10>, product_of<11>, product_of<12>};
-    all[rows - 1](p);
+  using Tile = void(const Product&);
+  template <size_t halves, bool at_once>
+  static constexpr Tile* kTiles[kRows] = {
+      product_of<1, halves, at_once>, product_of<2, halves, at_once>,  product_of<3, halves, at_once>,
+      product_of<4, halves, at_once>, product_of<5, halves, at_once>,  product_of<6, halves, at_once>,
+      product_of<7, halves, at_once>, product_of<8, halves, at_once>,  product_of<9, halves, at_once>,
+      product_of<10, halves, at_once>, product_of<11, halves, at_once>, product_of<12, halves, at_once>};
+  static void product(size_t rows, size_t columns, const Product& p) {
+    const bool half = columns <= kWidth;
+    Tile* const* const tiles = p.target ? half ? kTiles<1, true> : kTiles<2, true> : half ? kTiles<1, false> : kTiles<2, false>;
+    tiles[rows - 1](p);
   }
-
-  // In the order of the words that `store` adds it to.
-  struct Zero {
-    __m512i words;
-    explicit Zero(const int32_t* zero) : words(_mm512_packs_epi32(load(zero), load(zero + 16))) {}
-  };
+  using Zero = calmclip::Zero;
   static F set(float v) { return _mm512_set1_ps(v); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-  static void store(uint8_t* p, const I* v, Zero zero) {
-    const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zero.words);
-    // in each 128 bits lie four bytes of the first vector, four of the second, and both again
-    const __m512i bytes = _mm512_packus_epi16(words, words);
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes)));
+  static void store(uint8_t* p, const I* v, const Zero& zero) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), zero.bytes(v[0], v[1]));
   }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fused(F a, F b, F c) { return fma(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F absolute(F v) { return _mm512_abs_ps(v); }
