@@ -9,6 +9,7 @@ from onnx import helper
 
 from export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
 from export.functions.quant_attention import quant_attention
+from export.functions.quant_depthwise import quant_depthwise
 from export.functions.quant_layer_norm import quant_layer_norm
 from export.functions.quant_linear import quant_linear, quant_linear_to_float
 from export.functions.quant_lookup import quant_lookup
@@ -21,6 +22,7 @@ from models.ops.spec import (
     IMAGE_TO_PIXELS,
     IMAGE_TO_QUANTIZED_PIXELS,
     QUANT_ATTENTION,
+    QUANT_DEPTHWISE,
     QUANT_LAYER_NORM,
     QUANT_LINEAR,
     QUANT_LINEAR_TO_FLOAT,
@@ -43,6 +45,7 @@ BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
     QUANT_ATTENTION.name: lambda **_: quant_attention(),
     QUANT_LAYER_NORM.name: lambda **_: quant_layer_norm(),
     QUANT_PATCHES.name: lambda **_: quant_patches(),
+    QUANT_DEPTHWISE.name: lambda **_: quant_depthwise(),
     QUANT_LOOKUP.name: lambda **_: quant_lookup(),
 }
 

@@ -20,6 +20,7 @@ from models.ops.spec import (
     IMAGE_TO_QUANTIZED_PIXELS,
     METHODS,
     QUANT_ATTENTION,
+    QUANT_DEPTHWISE,
     QUANT_LAYER_NORM,
     QUANT_LINEAR,
     QUANT_LINEAR_TO_FLOAT,
@@ -160,6 +161,18 @@ def _pixels(random: Random) -> dict[str, Array]:
     return {"x": x, "y_scale": _float(0.02), "y_zero": _bytes(random)}
 
 
+def _convolved(random: Random) -> dict[str, Array]:
+    """Pictures whose sides fill strips and tiles, or not; a block of channels and a part of one. Results are about 1."""
+    return {
+        "x": _bytes(random, *(int(random.integers(1, most)) for most in (3, 12, 60)), 80),
+        "x_scale": _float(0.02), "x_zero": _bytes(random),
+        "weight": random.integers(-128, 128, (3, 3, 80), np.int8),
+        "weight_scale": (random.uniform(0.5, 1, 80) / 240).astype(np.float32),
+        "bias": random.normal(0, 1, 80).astype(np.float32),
+        "y_scale": random.uniform(0.01, 0.03, 80).astype(np.float32), "y_zero": _bytes(random, 80),
+    }  # fmt: skip
+
+
 def _looked_up(random: Random) -> dict[str, Array]:
     """Fewer bytes than a vector holds, and more."""
     return {"x": _bytes(random, int(random.integers(1, 9)), int(random.integers(1, 90))), "table": _bytes(random, 256)}
@@ -178,6 +191,8 @@ _MASKED = _COLUMNS | {"mask": Tensor(dtype="float32", shape=("T", "T"))}
 _SUMS = dict.fromkeys(("x", "residual", "normed", "sum"), Tensor(dtype="float32", shape=("R", "W")))
 _ONE = {"y_scale": Tensor(dtype="float32", shape=()), "y_zero": Tensor(dtype="uint8", shape=())}
 _GRID = Tensor(dtype="uint8", shape=("R", "C"))
+_WINDOW: dict[str, Attribute] = {"strides": (2, 1), "pads": (2, 1, 0, 1), "group": 80}
+_CHANNELS = {"y_scale": Tensor(dtype="float32", shape=(80,)), "y_zero": Tensor(dtype="uint8", shape=(80,))}
 _PATCH: dict[str, Attribute] = {"patch": (14, 14)}
 
 PROBES = (
@@ -208,6 +223,11 @@ PROBES = (
           {name: _SUMS[name] for name in ("normed", "sum")} | {"y": Tensor(dtype="uint8", shape=("R", "W"))}),
     Probe("quant_patches", QUANT_PATCHES, _pixels,
           lambda f: (reference.quant_patches(**f, patch=(14, 14)),), 1, _PATCH),  # type: ignore[arg-type]
+    Probe("quant_depthwise", QUANT_DEPTHWISE, _convolved,
+          lambda f: (reference.quant_depthwise(**f, **_WINDOW),), 1, _WINDOW,  # type: ignore[arg-type]
+          _CHANNELS | {"x": Tensor(dtype="uint8", shape=("B", "H", "W", 80)), "x_scale": _ONE["y_scale"],
+                       "x_zero": _ONE["y_zero"]},
+          {"y": Tensor(dtype="uint8", shape=("B", "h", "w", 80))}),
     Probe("quant_lookup", QUANT_LOOKUP, _looked_up, lambda f: (reference.quant_lookup(**f),),
           0, {}, {"x": _GRID}, {"y": _GRID}),
 )  # fmt: skip

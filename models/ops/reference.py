@@ -322,6 +322,35 @@ def quant_patches(x: Array, y_scale: float, y_zero: int, *, patch: tuple[int, in
     return quantize(rows, float(np.float32(y_scale)), y_zero)
 
 
+def quant_depthwise(
+    x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array, y_scale: Array,
+    y_zero: Array, *, strides: tuple[int, int], pads: tuple[int, int, int, int], group: int,
+) -> Array:  # fmt: skip
+    """A depthwise convolution with channels last, quantized.
+
+    x uint8 [B, H, W, C], weight int8 [h, w, C], bias float32 [C], the others one or [C]; ``pads`` top, left, bottom,
+    right -> uint8 [B, H', W', C]; no row or column where the window does not fit. Sums are int64; scale and bias
+    float32, two roundings; quantized in float64. Raises ValueError where ``group`` is not C.
+    Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
+    """
+    if x.shape[-1] != group:
+        raise ValueError(f"group is {group} and x has {x.shape[-1]} channels; expected as many")
+    top, left, bottom, right = pads
+    picture = x.astype(np.int64) - np.asarray(x_zero, np.int64)
+    picture = np.pad(picture, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    height, width = weight.shape[:2]
+    down, across = (
+        max(0, (side - size) // stride + 1)
+        for side, size, stride in zip(picture.shape[1:3], (height, width), strides, strict=True)
+    )
+    sums = np.zeros((len(x), down, across, group), np.int64)
+    for i, j in np.ndindex(height, width):
+        rows, columns = (slice(at, None, stride) for at, stride in zip((i, j), strides, strict=True))
+        sums += picture[:, rows, columns][:, :down, :across] * weight[i, j].astype(np.int64)
+    scale = np.asarray(x_scale, np.float32) * np.asarray(weight_scale, np.float32)
+    return quantize(sums.astype(np.float32) * scale + bias, y_scale, y_zero)
+
+
 def quant_lookup(x: Array, table: Array) -> Array:
     """uint8 of any shape, table uint8 [256] -> table[x], uint8 of that shape.
 

@@ -112,7 +112,7 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
     attributes=IMAGE_TO_PIXELS.attributes | {"scale": 1.0, "zero_point": 0},
 )
 
-# Of the next five: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to
+# Of the next six: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to
 # even, or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal. What is
 # quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns. Attributes of a
 # node are all stated.
@@ -208,6 +208,27 @@ QUANT_PATCHES = Op(
     attributes={"patch": (32, 32)},
 )
 
+# A depthwise convolution with channels last: quantize(sum over the window of (x - x_zero) w * x_scale * weight_scale +
+# bias), as QUANT_LINEAR has it: the sum in int32, exactly, then two roundings to float32. Outside the picture x counts
+# as x_zero. The window is h by w of the weight, at most 65536 taps, dilation 1; `pads` is top, left, bottom, right, as
+# Conv has it, and H' = (H + top + bottom - h) / strides[0] + 1, rounded down, or 0 where the window does not fit. x_scale,
+# x_zero, y_scale and y_zero are one for the tensor or one for each channel. `group` is C: a function's Conv wants it.
+QUANT_DEPTHWISE = Op(
+    "QuantDepthwise",
+    inputs={
+        "x": _tensor("uint8", "B", "H", "W", "C"),
+        "x_scale": _tensor("float32", "..."),
+        "x_zero": _tensor("uint8", "..."),
+        "weight": _tensor("int8", "h", "w", "C"),
+        "weight_scale": _tensor("float32", "C"),  # or one for all, of rank 0
+        "bias": _tensor("float32", "C"),
+        "y_scale": _tensor("float32", "..."),
+        "y_zero": _tensor("uint8", "..."),
+    },
+    outputs={"y": _tensor("uint8", "B", "H'", "W'", "C")},
+    attributes={"strides": (1, 1), "pads": (0, 0, 0, 0), "group": 1},
+)
+
 # table[x], of any function of one variable between bytes. y may lie where x does.
 QUANT_LOOKUP = Op(
     "QuantLookup",
@@ -225,5 +246,6 @@ OPS: tuple[Op, ...] = (
     QUANT_ATTENTION,
     QUANT_LAYER_NORM,
     QUANT_PATCHES,
+    QUANT_DEPTHWISE,
     QUANT_LOOKUP,
 )

@@ -55,6 +55,10 @@ EXAMPLES = {
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <strides = [2, 2]> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) zb = DequantizeLinear (z8, step, mid)
            flat = Reshape (zb, places) y = Transpose <perm = [0, 2, 1]> (flat) }}""",
+    "quant_depthwise": f"""g (float[b, 2, 4, 3] x) => (float[b, 2, 3, 2] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <group = 2> (xb, kb)
+           z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
     "quant_pointwise": f"""g (float[b, 1, 4, 3] x) => (float[b, 2, 4, 3] y) {_EIGHT}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            db = DequantizeLinear <axis = 0> (dot, steps, zeros) z = Conv (xb, db)

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "quant_attention.h"
+#include "quant_depthwise.h"
 #include "quant_linear.h"
 #include "quant_lookup.h"
 #include "quant_rows.h"

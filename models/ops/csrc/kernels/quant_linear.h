@@ -46,15 +46,6 @@ struct LinearWork {
 // The columns of the panels [first, last), all rows.
 using QuantLinear = void(const LinearWork& work, size_t first, size_t last);
 
-// Where a tile is quantized at once, what belongs to its columns, and its bytes: rows of y lie n apart.
-struct Target {
-  const float *scale, *bias;
-  const int32_t* zero;
-  const uint8_t* floor;
-  uint8_t* y;
-  size_t n, columns;
-};
-
 // What a tile is made of, between a kernel and its loop: sums [rows, kPanel] = from + x panel, where x has 4 * steps
 // columns, and rows of x and of `from` lie that far apart. For each step the 128 bytes at `ahead` are asked for, which
 // moves on by ahead_step.
@@ -68,7 +59,6 @@ struct Product {
   const int8_t* ahead;
   size_t ahead_step;
   int32_t* sums;
-  const Target* target;  // or null; then the sums are not wanted
 };
 
 // How fast can products of bytes be? rounds * kPeakMacs multiply-accumulates of uint8 and int8 in registers, in the

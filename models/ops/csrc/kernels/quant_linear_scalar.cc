@@ -15,15 +15,15 @@ namespace {
 struct V {
   using F = float;
   using I = int32_t;
-  struct Zero {
-    const int32_t* zero;
+  using Zero = const int32_t*;
+  struct Floored {
+    Zero zero;
     const uint8_t* floor;
-    Zero(const int32_t* zero, const uint8_t* floor) : zero(zero), floor(floor) {}
+    Floored(Zero zero, const uint8_t* floor) : zero(zero), floor(floor) {}
   };
   static constexpr size_t kWidth = 1, kRows = 1;
-  static constexpr bool kAtOnce = false;
 
-  static void product(size_t, size_t, const Product& p) {
+  static void product(size_t, const Product& p) {
     uint32_t sum[kPanel];  // `start` may be beyond what int32 holds, and comes back into it
     std::memcpy(sum, p.from, sizeof sum);
     const int8_t* w = p.panel;
@@ -37,11 +37,12 @@ struct V {
   static F load(const float* p) { return *p; }
   static I load(const int32_t* p) { return *p; }
   static void store(float* p, F v) { *p = v; }
+  static uint8_t byte(I v, I floor) { return static_cast<uint8_t>(v < floor ? floor : v > 255 ? 255 : v); }
   static void store(uint8_t* p, const I* v, Zero zero) {
-    for (size_t c = 0; c < kPanel; ++c) {
-      const I q = v[c] + zero.zero[c], floor = zero.floor ? zero.floor[c] : 0;
-      p[c] = static_cast<uint8_t>(q < floor ? floor : q > 255 ? 255 : q);
-    }
+    for (size_t c = 0; c < kPanel; ++c) p[c] = byte(v[c] + zero[c], 0);
+  }
+  static void store(uint8_t* p, const I* v, const Floored& zero) {
+    for (size_t c = 0; c < kPanel; ++c) p[c] = byte(v[c] + zero.zero[c], zero.floor[c]);
   }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }

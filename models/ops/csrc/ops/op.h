@@ -74,6 +74,7 @@ const OrtCustomOp* quant_linear_to_float_op();
 const OrtCustomOp* quant_attention_op();
 const OrtCustomOp* quant_layer_norm_op();
 const OrtCustomOp* quant_patches_op();
+const OrtCustomOp* quant_depthwise_op();
 const OrtCustomOp* quant_lookup_op();
 
 }  // namespace calmclip

@@ -1,0 +1,76 @@
+// A depthwise convolution with channels last, in bytes: QuantDepthwise of models/ops/spec.py.
+// x uint8 [batch, height, width, channels], w int8 [h, w, channels], y [batch, out_height, out_width, channels].
+//
+// Channels go in blocks of 64, filled up with 0. Bytes of four rows of x, one below the other, are interleaved until a
+// lane of 32 bits holds the four of one channel; a dot product of four bytes is then four taps. What was interleaved
+// serves every column whose window lies over it, and where the window leaves some of its rows free, the next rows of y
+// too, whose weights lie a stride further down. To interleave within 128 bits leaves a block in this order: sixteen
+// vectors' lanes of channels 0 .. 3, 16 .. 19, 32 .. 35, 48 .. 51, then of 4 .. 7, 20 .. 23, and so on. Weights and all
+// numbers of a channel are packed in it, and the instructions that pack sums to bytes undo it.
+//
+// w is packed once: [block][row of y][four rows of x][column of w][channel of the block, in that order][4].
+//
+// Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, two roundings; * inverse, rounded
+// half to even, + zero, cut to 0 .. 255.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace calmclip {
+
+inline constexpr size_t kBlock = 64;  // channels
+inline constexpr size_t kMostTaps = 65536;
+
+// Where in its block a channel lies.
+inline constexpr size_t depthwise_place(size_t channel) {
+  return channel % kBlock / 4 % 4 * 16 + channel % kBlock / 16 * 4 + channel % 4;
+}
+
+inline constexpr size_t depthwise_blocks(size_t channels) { return (channels + kBlock - 1) / kBlock; }
+
+struct Window {
+  size_t height, width;
+  size_t down, across;  // strides
+
+  // Rows of x that are interleaved at once, by fours; so many are worked on where kernels have code of their own.
+  constexpr size_t fours() const { return (height + 3) / 4; }
+  constexpr bool usual() const {
+    return height <= 8 && (width == 3 || width == 5 || width == 7) && (across == 1 || across == 2);
+  }
+  // Rows of y that are made of them.
+  constexpr size_t rows() const { return usual() ? (4 * fours() - height) / down + 1 : 1; }
+  constexpr size_t row_bytes() const { return fours() * width * 4 * kBlock; }
+  constexpr size_t block_bytes() const { return rows() * row_bytes(); }
+};
+
+// w [h, w, channels] -> `packed`, depthwise_blocks(channels) * window.block_bytes() bytes, and the sum of each channel,
+// in the order of the blocks.
+void pack_depthwise(const int8_t* w, const Window& window, size_t channels, int8_t* packed, int32_t* sums);
+
+struct DepthwiseWork {
+  const uint8_t* x;
+  uint8_t* y;
+  size_t batch, height, width, channels;
+  size_t out_height, out_width;
+  size_t top, left;  // rows and columns of padding before those of x
+  Window window;
+  const int8_t* weights;
+  const uint8_t* around;  // what x is outside, channels numbers: x_zero
+  // Of each channel, in the order of the blocks:
+  const int32_t* start;  // -x_zero * the sum of its weights, modulo 2^32
+  const float* scale;    // x_scale * weight_scale
+  const float* bias;
+  const float* inverse;  // 1 / y_scale
+  const int32_t* zero;
+
+  // A unit is a block of channels of as many rows of y as are made at once: those of one block from top to bottom, then
+  // the next block's.
+  size_t strips() const { return (out_height + window.rows() - 1) / window.rows(); }
+  size_t units() const { return batch * depthwise_blocks(channels) * strips(); }
+};
+
+// The units [first, last).
+using QuantDepthwise = void(const DepthwiseWork& work, size_t first, size_t last);
+
+}  // namespace calmclip

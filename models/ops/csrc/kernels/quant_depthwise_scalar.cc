@@ -1,0 +1,48 @@
+#include "quant_depthwise.h"
+
+#include <cmath>
+
+namespace calmclip {
+
+extern "C" QuantDepthwise quant_depthwise_scalar;
+
+namespace {
+
+// One number of y: image, row, column and channel.
+uint8_t one(const DepthwiseWork& work, size_t image, size_t row, size_t column, size_t channel) {
+  const Window& window = work.window;
+  const size_t block = channel / kBlock, place = depthwise_place(channel), at = block * kBlock + place;
+  const int8_t* weights = work.weights + block * window.block_bytes() + 4 * place;
+  uint32_t sum = static_cast<uint32_t>(work.start[at]);  // may be beyond what int32 holds, and comes back into it
+  for (size_t i = 0; i < window.height; ++i)
+    for (size_t j = 0; j < window.width; ++j) {
+      // what lies before the picture is a large number, and so outside too
+      const size_t y = row * window.down + i - work.top, x = column * window.across + j - work.left;
+      const bool inside = y < work.height && x < work.width;
+      const int32_t byte =
+          inside ? work.x[((image * work.height + y) * work.width + x) * work.channels + channel] : work.around[channel];
+      sum += static_cast<uint32_t>(byte * weights[(i / 4 * window.width + j) * 4 * kBlock + i % 4]);
+    }
+  const float scaled = static_cast<float>(static_cast<int32_t>(sum)) * work.scale[at] + work.bias[at];
+  float v = scaled * work.inverse[at];
+  v = v < 512 ? v : 512;  // what lies beyond may not fit; all of it is cut
+  v = v > -512 ? v : -512;
+  const int32_t q = static_cast<int32_t>(std::nearbyint(v)) + work.zero[at];
+  return static_cast<uint8_t>(q < 0 ? 0 : q > 255 ? 255 : q);
+}
+
+}  // namespace
+
+void quant_depthwise_scalar(const DepthwiseWork& work, size_t first, size_t last) {
+  const size_t strips = work.strips(), blocks = depthwise_blocks(work.channels), rows = work.window.rows();
+  for (size_t unit = first; unit < last; ++unit) {
+    const size_t image = unit / strips / blocks, channel = unit / strips % blocks * kBlock, top = unit % strips * rows;
+    for (size_t row = top; row < top + rows && row < work.out_height; ++row)
+      for (size_t column = 0; column < work.out_width; ++column) {
+        uint8_t* y = work.y + ((image * work.out_height + row) * work.out_width + column) * work.channels;
+        for (size_t c = channel; c < channel + kBlock && c < work.channels; ++c) y[c] = one(work, image, row, column, c);
+      }
+  }
+}
+
+}  // namespace calmclip
