@@ -36,10 +36,12 @@ struct Window {
   // Rows of x that are interleaved at once, by fours; so many are worked on where kernels have code of their own.
   constexpr size_t fours() const { return (height + 3) / 4; }
   constexpr bool usual() const {
-    return height <= 8 && (width == 3 || width == 5 || width == 7) && (across == 1 || across == 2);
+    return height == width && (width == 3 || width == 5 || width == 7) && (across == 1 || across == 2);
   }
   // Rows of y that are made of them.
   constexpr size_t rows() const { return usual() ? (4 * fours() - height) / down + 1 : 1; }
+  // Columns of y that are made at once, most of all: what they look at stays near.
+  constexpr size_t most_columns() const { return usual() ? 48 / (fours() + across - 1) / 4 * 4 : 64; }
   constexpr size_t row_bytes() const { return fours() * width * 4 * kBlock; }
   constexpr size_t block_bytes() const { return rows() * row_bytes(); }
 };
@@ -67,7 +69,9 @@ struct DepthwiseWork {
   // A unit is a block of channels of as many rows of y as are made at once: those of one block from top to bottom, then
   // the next block's.
   size_t strips() const { return (out_height + window.rows() - 1) / window.rows(); }
-  size_t units() const { return batch * depthwise_blocks(channels) * strips(); }
+  size_t pieces() const { return (out_width + window.most_columns() - 1) / window.most_columns(); }
+  size_t columns() const { return ((out_width + pieces() - 1) / pieces() + 3) / 4 * 4; }
+  size_t units() const { return batch * depthwise_blocks(channels) * pieces() * strips(); }
 };
 
 // The units [first, last).
