@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from models.flow import Array
 from models.ops.library import Library
+from models.runtime.session import AS_WRITTEN
 
 SMALL = 1 << 18  # bytes; what is smaller may be a shape, a bias or a scale: who rewrites a graph reckons with it
 LARGE = 1 << 29  # bytes of weights; beyond, a session does not pack a second copy of them for speed's sake
@@ -76,7 +77,12 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         self._lent = {t.name: ort.OrtValue.ortvalue_from_numpy(_array(t)) for t in model.graph.initializer if big(t)}
         if self._lent:
             settings.add_external_initializers(list(self._lent), list(self._lent.values()))
-        super().__init__(lighten(model).SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        super().__init__(
+            lighten(model).SerializeToString(),
+            settings,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(AS_WRITTEN),
+        )
 
 
 def shapes(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

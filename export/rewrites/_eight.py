@@ -14,6 +14,8 @@ from export.rewrites import _patterns
 from models.flow import Array
 from models.ops.spec import DOMAIN, VERSION
 
+LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels last, and back
+
 
 @dataclass(frozen=True)
 class Eight:
@@ -30,16 +32,16 @@ class Eight:
         return self.value.dtype or self.zero.dtype
 
 
-def read(real: ir.Value | None, dtype: ir.DataType, weight: bool = False) -> Eight | None:
-    """What ``real`` comes of, where that is 8 bits of ``dtype`` and one scale, or one for each column; of a ``weight``
-    along any axis."""
+def read(real: ir.Value | None, dtype: ir.DataType, weight: bool = False, axis: int = -1) -> Eight | None:
+    """What ``real`` comes of, where that is 8 bits of ``dtype`` and one scale, or one for each place of ``axis``; of a
+    ``weight`` along any axis."""
     node = maker(real, "DequantizeLinear")
     given = [] if node is None else whole(node.inputs)
     if node is None or real is None or len(given) != 3:
         return None
     value, scale, zero = given
     found = Eight(real, value, scale, zero, (node,))
-    fits = _fits(real, scale) and (weight or _along_the_last(node, value, scale))
+    fits = _fits(real, scale) and (weight or _along(axis, node, value, scale))
     return found if (zero.dtype or value.dtype) == dtype and fits else None
 
 
@@ -56,10 +58,11 @@ def alike(one: ir.Value | None, other: ir.Value | None) -> bool:
     return one is other or (held[0] is not None and held[1] is not None and np.array_equal(*held))
 
 
-def written(real: ir.Value) -> Eight | None:
-    """The 8 bits that are all anybody reads of ``real``; divided column by column before that or not."""
+def written(real: ir.Value, axis: int = -1) -> Eight | None:
+    """The 8 bits that are all anybody reads of ``real``, in one scale or one for each place of ``axis``; divided column
+    by column before that or not."""
     reader = only(real)
-    return None if reader is None else _written(real, reader)
+    return None if reader is None else _written(real, reader, axis)
 
 
 def among(real: ir.Value) -> list[Eight]:
@@ -67,7 +70,7 @@ def among(real: ir.Value) -> list[Eight]:
     return [found for use in real.uses() if (found := _written(real, use.node)) is not None]
 
 
-def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
+def _written(real: ir.Value, reader: ir.Node | None, axis: int = -1) -> Eight | None:
     nodes: tuple[ir.Node, ...] = ()
     factor: Array | None = None
     if reader is not None and reader.op_type == "Mul":
@@ -81,7 +84,7 @@ def _written(real: ir.Value, reader: ir.Node | None) -> Eight | None:
     value, (_, scale, zero) = reader.outputs[0], whole(reader.inputs)
     if zero.dtype != ir.DataType.UINT8 or not _fits(real, scale):
         return None
-    if not _along_the_last(reader, reader.inputs[0], scale):
+    if not _along(axis if factor is None else -1, reader, reader.inputs[0], scale):
         return None
     if factor is not None:
         steps, middle = _patterns.array(scale), _patterns.array(zero)
@@ -106,13 +109,13 @@ def _normal(steps: Array) -> bool:
     return bool((np.isfinite(steps) & (steps >= np.finfo(np.float32).tiny)).all())
 
 
-def _along_the_last(node: ir.Node, value: ir.Value | None, scale: ir.Value) -> bool:
-    """One scale for all, or one for each place of the last axis."""
+def _along(axis: int, node: ir.Node, value: ir.Value | None, scale: ir.Value) -> bool:
+    """One scale for all, or one for each place of ``axis``."""
     if scale.shape is None or len(scale.shape) == 0:
         return scale.shape is not None
-    axis = node.attributes.get_int("axis", 1)
+    stated = node.attributes.get_int("axis", 1)
     rank = len(value.shape) if value is not None and value.shape is not None else 0
-    return len(scale.shape) == 1 and (axis == -1 or axis == rank - 1)
+    return len(scale.shape) == 1 and (stated == axis or (rank > 0 and (stated - axis) % rank == 0))
 
 
 def maker(value: ir.Value | None, *kinds: str, domain: str = "") -> ir.Node | None:
@@ -191,6 +194,14 @@ def insert(
     graph.insert_before(before, made)
     if domain:
         graph.opset_imports.setdefault(domain, VERSION)
+    return made
+
+
+def turned(before: ir.Node, value: ir.Value, name: str, perm: tuple[int, ...]) -> ir.Value:
+    """``value``, of rank 4, with its axes in another order."""
+    sizes = None if value.shape is None else ir.Shape([value.shape[axis] for axis in perm])
+    made = ir.Value(name=name, shape=sizes, type=value.type)
+    insert(before, "Transpose", [value], {"perm": perm}, [made], domain="")
     return made
 
 

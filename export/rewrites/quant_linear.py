@@ -22,7 +22,7 @@ from models.flow import Array
 from models.ops.spec import ACTIVATIONS, QUANT_LINEAR, Activation
 
 _QUICK = 1.702
-_MOST = 65536  # inputs; see the promise
+MOST = 65536  # inputs; see the promise
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def product(node: ir.Node) -> Product | str | None:
     if scales and (len(scales) > 1 or along != (0 if flipped else 1)):
         return "its weights have a scale for each input; the op takes one for each output"
     outputs, inputs = (int(size) for size in (sizes if flipped else reversed(sizes)))
-    if inputs > _MOST:
-        return f"it adds up {inputs} products; the op at most {_MOST}"
+    if inputs > MOST:
+        return f"it adds up {inputs} products; the op at most {MOST}"
     end, bias = node.outputs[0], np.zeros(outputs, np.float32)
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         held = bias_of(node.inputs[2])
@@ -85,7 +85,7 @@ def product(node: ir.Node) -> Product | str | None:
         bias = bias + held.reshape(-1)
     while (added := _added(end, outputs)) is not None:
         end, bias = only(end).outputs[0], (bias + added).astype(np.float32)  # type: ignore[union-attr]
-    activation, end = _activation(end)
+    activation, end = activation_of(end)
     last = end.producer()
     assert last is not None
     return Product(x, weight, flipped, bias, activation, end, last)
@@ -123,7 +123,8 @@ def _added(end: ir.Value, outputs: int) -> Array | None:
     return found.reshape(-1) if found.ndim <= rank else None
 
 
-def _activation(z: ir.Value) -> tuple[Activation, ir.Value]:
+def activation_of(z: ir.Value) -> tuple[Activation, ir.Value]:
+    """What is made of ``z`` next, as far as an op does it, and the value that comes of it."""
     node = only(z)
     if node is not None and node.op_type == "Gelu":
         return ("gelu_tanh" if node.attributes.get_string("approximate", "none") == "tanh" else "gelu"), node.outputs[0]

@@ -5,9 +5,9 @@
 What lies between may part and meet again, as in x sigmoid(x), but begins at one DequantizeLinear and is read by nobody
 else. The table is made by those very nodes: ONNX Runtime runs them on all 256 bytes.
 
-Between two convolutions of 8 bits, which ONNX Runtime runs with channels last, the bytes are looked up in that order.
-It puts Transposes around such a convolution and takes out pairs that undo each other, but moves none past an operator
-that it does not know.
+Between two convolutions of 8 bits, which run with channels last, the bytes are looked up in that order. ONNX Runtime
+puts Transposes around such a convolution, or a rule has put them, and it takes out pairs that undo each other, but
+moves none past an operator that it does not know.
 
 The op is `models.ops.spec.QUANT_LOOKUP`. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.1, for what bytes
 mean; a function of a byte has no more than 256 values.
@@ -23,7 +23,7 @@ from onnxscript import ir
 from export import light
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import constant, insert, like, maker, put, shape, sweep
+from export.rewrites._eight import FIRST, LAST, constant, insert, like, maker, put, shape, sweep, turned
 from models.flow import Array
 from models.ops.spec import QUANT_LOOKUP
 
@@ -32,7 +32,6 @@ POINTWISE = {
     "Min", "Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub",
     "Tanh", "ThresholdedRelu",
 }  # fmt: skip
-_LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels last, and back
 
 
 @dataclass(frozen=True)
@@ -145,25 +144,34 @@ def _table(model: ir.Model, nodes: tuple[ir.Node, ...]) -> Array:
 def _put(found: Chain, table: Array) -> None:
     last, old = found.nodes[-1], found.y
     y, held = like(old, ir.DataType.UINT8), constant(last, f"{old.name}_table", table)
-    turned = _between_convolutions(found)
+    around = _channels_last(found)
     put(old, y)
-    if turned:
-        x = _new(found.x, "last", _LAST)
-        insert(last, "Transpose", [found.x], {"perm": _LAST}, [x], domain="")
-        answer = _new(y, "last", _LAST)
+    if around:
+        x = turned(last, found.x, f"{found.x.name}_last", LAST)
+        answer = like(x, name=f"{y.name}_last")
         insert(last, QUANT_LOOKUP.name, [x, held], {}, [answer])
-        insert(last, "Transpose", [answer], {"perm": _FIRST}, [y], domain="")
+        insert(last, "Transpose", [answer], {"perm": FIRST}, [y], domain="")
     else:
         insert(last, QUANT_LOOKUP.name, [found.x, held], {}, [y])
     sweep(last.graph, [last])  # type: ignore[arg-type]
 
 
-def _between_convolutions(found: Chain) -> bool:
+def _channels_last(found: Chain) -> bool:
+    """Whether what makes its bytes and one of their readers have, or will have, channels last."""
     sizes, before = shape(found.x), maker(found.x, "QuantizeLinear")
-    if sizes is None or len(sizes) != 4 or before is None or not _in_bytes(maker(before.inputs[0], "Conv")):
+    if sizes is None or len(sizes) != 4:
         return False
-    readers = [use.node for use in found.y.uses() if use.node.op_type == "DequantizeLinear"]
-    return any(_in_bytes(use.node) for node in readers for use in node.outputs[0].uses())
+    if not (_turns(found.x.producer(), FIRST) or (before is not None and _in_bytes(maker(before.inputs[0], "Conv")))):
+        return False
+    readers = [use.node for use in found.y.uses()]
+    backs = [node.outputs[0] for node in readers if not node.domain and node.op_type == "DequantizeLinear"]
+    return any(_turns(node, LAST) for node in readers) or any(_in_bytes(use.node) for v in backs for use in v.uses())
+
+
+def _turns(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
+    if node is None or node.domain or node.op_type != "Transpose":
+        return False
+    return tuple(node.attributes.get_ints("perm", [])) == perm
 
 
 def _in_bytes(node: ir.Node | None) -> bool:
@@ -171,11 +179,6 @@ def _in_bytes(node: ir.Node | None) -> bool:
     if node is None or node.domain or node.op_type != "Conv":
         return False
     return all(maker(value, "DequantizeLinear") is not None for value in node.inputs[:2])
-
-
-def _new(value: ir.Value, name: str, perm: tuple[int, ...]) -> ir.Value:
-    sizes = ir.Shape([value.shape[axis] for axis in perm])  # type: ignore[index]
-    return ir.Value(name=f"{value.name}_{name}", shape=sizes, type=ir.TensorType(ir.DataType.UINT8))
 
 
 REWRITES.register("quant_lookup")(

@@ -118,8 +118,9 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
 # node are all stated.
 
 # f((x - x_zero) w * x_scale * weight_scale + bias), quantized. The products are summed in int32, exactly; then
-# float32: sum * (x_scale * weight_scale) + bias, two roundings, and f. The rest is Jacob et al. 2017 (arXiv
-# 1712.05877), 2.2.
+# float32: sum * (x_scale * weight_scale) + bias, two roundings, and f. Where f is none or relu, it may be
+# sum * (x_scale * weight_scale / y_scale) + bias / y_scale, which another step comes of only next to a tie. The rest is
+# Jacob et al. 2017 (arXiv 1712.05877), 2.2.
 # K is at most 65536. `activation`: a place in ACTIVATIONS; gelu is x Phi(x), gelu_tanh its form with tanh (Hendrycks
 # and Gimpel 2016, arXiv 1606.08415), quick_gelu x sigmoid(1.702 x).
 QUANT_LINEAR = Op(

@@ -19,6 +19,9 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
+# What ONNX Runtime is asked not to do to a graph: it puts the weights of a convolution or a Gemm between 8 bits into 8
+# bits too, in one scale, also where a graph has them in float because those cost too much.
+AS_WRITTEN = ("WeightBiasQuantization",)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Session:
         if library := find(options.ops):
             settings.register_custom_ops_library(str(library.path))
         try:
-            self._session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=list(AS_WRITTEN)
+            )
         except Exception as error:  # its exception types are not public
             raise BundleInvalid(f"{path} does not load in ONNX Runtime {ort.__version__}: {error}") from None
         for kind, promised, nodes in (

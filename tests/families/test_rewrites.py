@@ -20,6 +20,7 @@ _EIGHT = """<float step = {0.0625}, uint8 mid = {128}, int8 nil = {0}, float fin
     int8[7, 2] w = {1, -2, 3, -4, 5, -6, 7, -8, 9, 10, 11, 12, 13, 14},
     float[2] steps = {0.5, 0.25}, int8[2] zeros = {0, 0},
     float[7] row = {1, 2, 3, 4, 5, 6, 7}, int8[2, 1, 2, 2] kernel = {1, 2, 3, 4, -5, 6, -7, 8},
+    int8[2, 1, 1, 1] dot = {3, -2},
     int64[4] apart = {0, -1, 1, 7}, int64[3] together = {0, -1, 7}, int64[3] places = {0, 2, -1}>"""
 _PRODUCT = """x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
     wb = DequantizeLinear <axis = 1> (w, steps, zeros) z = MatMul (xb, wb)"""
@@ -54,6 +55,14 @@ EXAMPLES = {
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <strides = [2, 2]> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) zb = DequantizeLinear (z8, step, mid)
            flat = Reshape (zb, places) y = Transpose <perm = [0, 2, 1]> (flat) }}""",
+    "quant_depthwise": f"""g (float[b, 2, 4, 3] x) => (float[b, 2, 3, 2] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <group = 2> (xb, kb)
+           z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
+    "quant_pointwise": f"""g (float[b, 1, 4, 3] x) => (float[b, 2, 4, 3] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           db = DequantizeLinear <axis = 0> (dot, steps, zeros) z = Conv (xb, db)
+           z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
     "quant_lookup": f"""g (float[r, 7] x) => (float[r, 7] y) {_EIGHT}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            s = Sigmoid (xb) z = Mul (xb, s)

@@ -37,7 +37,7 @@ class Work(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p),
         *((name, ctypes.c_size_t) for name in ("rows", "k", "n")),
-        *((name, ctypes.c_void_p) for name in ("panels", "start", "scale", "bias", "inverse", "zero")),
+        *((name, ctypes.c_void_p) for name in ("panels", "start", "scale", "bias", "inverse", "zero", "floor")),
         *((name, ctypes.c_int32) for name in ("activation", "one_residual")),
         *((name, ctypes.c_void_p) for name in ("residual", "values", "bytes")),
     )
@@ -61,8 +61,9 @@ def run(library, request):
         pytest.skip(f"no {request.param} here")
     function = ctypes.CFUNCTYPE(None, ctypes.POINTER(Work), ctypes.c_size_t, ctypes.c_size_t)(found[0].address)
 
-    def run(x, w, *, zero=0, scale=1.0, bias=0.0, activation="none", y=None, residual=0.0, inplace=False, panels=None):
-        """``y``: (scale, zero point) where bytes are wanted."""
+    def run(x, w, *, zero=0, scale=1.0, bias=0.0, activation="none", y=None, residual=0.0, inplace=False, panels=None,
+            floor=None):  # fmt: skip
+        """``y``: (scale, zero point) where bytes are wanted; with a ``floor`` scale and bias are in steps of y."""
         (rows, k), n = x.shape, w.shape[1]
         count = -(-n // PANEL)
 
@@ -82,6 +83,8 @@ def run(library, request):
             "zero": columns(y[1] if y else 0, np.int32),
             "residual": np.array(residual, np.float32).reshape(-1),
         }
+        if floor is not None:
+            arrays["floor"] = columns(floor, np.uint8)
         dtype, guard = (np.uint8 if y else np.float32), 64
         room = np.full(rows * n + 2 * guard, 99, dtype)
         out = room[guard : guard + rows * n]
@@ -161,6 +164,27 @@ def test_bytes_with_a_scale_and_zero_point_for_each_column(run, n):
     expected = np.clip(steps + zero, 0, 255)
     assert 0 < (expected == 0).mean() + (expected == 255).mean() < 1 or n == 1
     assert (run(x, w, zero=100, scale=0.01, y=(scale, zero)) == expected).all()
+
+
+@pytest.mark.parametrize("n", [1, 8, 15, 16, 17, 24, 31, 32, 33, 48, 100])
+@pytest.mark.parametrize("k", [4, 27, 40])
+def test_bytes_at_once_are_rounded_once(run, n, k):
+    """sum * scale + bias in steps of y: float64 holds the product, so its sum is rounded like one to float32."""
+    rng = np.random.default_rng(n)
+    for rows in (1, 5, 12, 13, 26):
+        x, w = layer(n + rows, rows, k, n)
+        scale, bias = rng.uniform(0.001, 0.01, n).astype(np.float32), rng.normal(0, 100, n).astype(np.float32)
+        zero, floor = rng.integers(0, 256, n), rng.integers(0, 100, n)
+        sums = product(x, w, 100).astype(np.float32).astype(np.float64) * scale + bias
+        expected = np.clip(np.rint(sums.astype(np.float32)) + zero, floor, 255)
+        got = run(x, w, zero=100, scale=scale, bias=bias, y=(1.0, zero), floor=floor)
+        assert (got == expected).all()
+
+
+def test_bytes_at_once_far_out(run):
+    x, w = np.full((2, 4), 255, np.uint8), np.full((4, 2), 127, np.int8)
+    for scale, expected in ((8e3, 255), (-8e3, 3)):
+        assert (run(x, w, scale=scale, y=(1.0, 7), floor=3) == expected).all()
 
 
 @pytest.mark.parametrize("zero", [0, 1, 127, 255])
@@ -319,6 +343,16 @@ def test_op_equals_the_reference(library, to_float, threads):
             assert apart.max() <= (2e-6 if to_float else 1)
             if activation < 2:
                 assert (apart == 0).mean() > 0.999
+
+
+def test_a_column_far_out_is_cut_too(library):
+    """Of one number beyond what an int32 holds, in steps of y, all columns go the longer way."""
+    given = feeds(3, [4, 30], 40, False)
+    given["bias"][:3] = 3e38, -3e38, 4e7
+    with np.errstate(over="ignore"):
+        got, expected = answer(library, given), oracle(given, 0)
+    assert got[:, :3].tolist() == expected[:, :3].tolist() == [[255, 0, 255]] * 4
+    assert (got == expected).mean() > 0.99
 
 
 @pytest.mark.parametrize("to_float", [False, True])

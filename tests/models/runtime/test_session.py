@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, parser
 
 import models
 from models.bundle.manifest import Graph, Tensor
@@ -59,6 +59,20 @@ def test_arrays_by_name_in_and_out(make: Make):
         "sum": [[11, 22, 33]],
         "difference": [[-9, -18, -27]],
     }
+
+
+def test_weights_that_a_graph_has_in_float_stay_in_float(tmp_path: Path):
+    """Between 8 bits too, where ONNX Runtime would make 8 bits of them: 0.1 beside 100 would be 0."""
+    text = """<ir_version: 10, opset_import: ["": 20]> g (float[b, 2, 1, 1] x) => (float[b, 2, 1, 1] y)
+        <float step = {1.0}, float fine = {0.1}, uint8 nil = {0}, float[2, 2, 1, 1] w = {100, 0, 0.1, 0.1}>
+        { x8 = QuantizeLinear (x, step, nil) xb = DequantizeLinear (x8, step, nil) z = Conv (xb, w)
+          z8 = QuantizeLinear (z, fine, nil) y = DequantizeLinear (z8, fine, nil) }"""
+    (tmp_path / "conv.onnx").write_bytes(parser.parse_model(text).SerializeToString())
+    tensor = Tensor(dtype="float32", shape=("b", 2, 1, 1))
+    promised = Graph(file="conv.onnx", inputs={"x": tensor}, outputs={"y": tensor})
+    x = np.array([3, 5], np.float32).reshape(1, 2, 1, 1)
+    y = Session(tmp_path / "conv.onnx", promised).run({"x": x})["y"]
+    np.testing.assert_allclose(y.ravel(), [25.5, 0.8], rtol=1e-6)  # 300 is beyond what a byte holds
 
 
 def test_the_order_of_outputs_is_the_manifests(make: Make):

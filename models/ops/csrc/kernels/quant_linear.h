@@ -6,7 +6,8 @@
 // Whoever works on a panel asks for the next one, so that weights which lie beyond the caches are there in time.
 //
 // Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, two roundings; f; + residual, or
-// * inverse, rounded half to even, + zero, cut to 0 .. 255.
+// * inverse, rounded half to even, + zero, cut to 0 .. 255. Where there is a `floor`, scale and bias are in steps of y, and
+// it is sum * scale + bias, rounded once, rounded half to even, + zero, cut to floor .. 255.
 #pragma once
 
 #include <cstddef>
@@ -30,10 +31,11 @@ struct LinearWork {
   const int8_t* panels;
   // Of each column, n rounded up to whole panels:
   const int32_t* start;  // -x_zero * the sum of the column of w, modulo 2^32
-  const float* scale;    // x_scale * weight_scale
+  const float* scale;    // x_scale * weight_scale [/ y_scale]
   const float* bias;
   const float* inverse;  // 1 / y_scale; this and `zero` are for bytes only
   const int32_t* zero;
+  const uint8_t* floor;  // or null. With one there is no other activation; sum * scale + bias lies within +-2^30
   int32_t activation;    // a place in spec.ACTIVATIONS
   int32_t one_residual;  // whether the residual is
   const float* residual;  // one number, or [rows, n]; then it may be `values`. Not for bytes

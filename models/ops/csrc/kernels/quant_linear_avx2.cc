@@ -74,21 +74,31 @@ struct V {
     explicit Zero(const int32_t* zero)
         : words{_mm256_packs_epi32(load(zero), load(zero + 8)), _mm256_packs_epi32(load(zero + 16), load(zero + 24))} {}
   };
+  struct Floored : Zero {
+    __m256i floor;
+    Floored(const int32_t* zero, const uint8_t* floor)
+        : Zero(zero), floor(load(reinterpret_cast<const int32_t*>(floor))) {}
+  };
   static F set(float v) { return _mm256_set1_ps(v); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
-  static void store(uint8_t* p, const I* v, Zero zero) {
-    const __m256i a = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), zero.words[0]);
-    const __m256i b = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero.words[1]);
+  static I bytes(const I* v, const Zero& zero) {
+    const I a = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), zero.words[0]);
+    const I b = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero.words[1]);
     // in each 128 bits lie four bytes of every vector
-    const __m256i bytes = _mm256_packus_epi16(a, b), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+    return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  static void store(uint8_t* p, I bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes); }
+  static void store(uint8_t* p, const I* v, const Zero& zero) { store(p, bytes(v, zero)); }
+  static void store(uint8_t* p, const I* v, const Floored& zero) {
+    store(p, _mm256_max_epu8(bytes(v, zero), zero.floor));
   }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fused(F a, F b, F c) { return fma(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F absolute(F v) { return _mm256_andnot_ps(set(-0.0f), v); }

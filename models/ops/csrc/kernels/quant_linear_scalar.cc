@@ -16,6 +16,11 @@ struct V {
   using F = float;
   using I = int32_t;
   using Zero = const int32_t*;
+  struct Floored {
+    Zero zero;
+    const uint8_t* floor;
+    Floored(Zero zero, const uint8_t* floor) : zero(zero), floor(floor) {}
+  };
   static constexpr size_t kWidth = 1, kRows = 1;
 
   static void product(size_t, const Product& p) {
@@ -32,16 +37,18 @@ struct V {
   static F load(const float* p) { return *p; }
   static I load(const int32_t* p) { return *p; }
   static void store(float* p, F v) { *p = v; }
+  static uint8_t byte(I v, I floor) { return static_cast<uint8_t>(v < floor ? floor : v > 255 ? 255 : v); }
   static void store(uint8_t* p, const I* v, Zero zero) {
-    for (size_t c = 0; c < kPanel; ++c) {
-      const I q = v[c] + zero[c];
-      p[c] = static_cast<uint8_t>(q < 0 ? 0 : q > 255 ? 255 : q);
-    }
+    for (size_t c = 0; c < kPanel; ++c) p[c] = byte(v[c] + zero[c], 0);
+  }
+  static void store(uint8_t* p, const I* v, const Floored& zero) {
+    for (size_t c = 0; c < kPanel; ++c) p[c] = byte(v[c] + zero.zero[c], zero.floor[c]);
   }
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F fused(F a, F b, F c) { return std::fma(a, b, c); }
   static F max(F a, F b) { return a > b ? a : b; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F absolute(F v) { return std::fabs(v); }

@@ -23,12 +23,64 @@ inline __m512i four(const uint8_t* x) {
   return _mm512_set1_epi32(bytes);
 }
 
-template <size_t rows>
-void product_of(const Product& p) {
-  __m512i sum[rows][2];
+// Numbers of two times sixteen columns as bytes: zero added, cut to 0 .. 255.
+struct Zero {
+  __m512i words;  // in the order that packing leaves
+  explicit Zero(const int32_t* zero)
+      : words(_mm512_packs_epi32(_mm512_loadu_si512(zero), _mm512_loadu_si512(zero + 16))) {}
+
+  __m256i bytes(__m512i a, __m512i b) const {
+    const __m512i sums = _mm512_adds_epi16(_mm512_packs_epi32(a, b), words);
+    // in each 128 bits lie four bytes of the first vector, four of the second, and both again
+    const __m512i bytes = _mm512_packus_epi16(sums, sums);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes));
+  }
+};
+
+struct Floored : Zero {
+  __m256i floor;
+  Floored(const int32_t* zero, const uint8_t* floor)
+      : Zero(zero), floor(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(floor))) {}
+
+  __m256i bytes(__m512i a, __m512i b) const { return _mm256_max_epu8(Zero::bytes(a, b), floor); }
+};
+
+// Where a tile's bytes go, and what belongs to its columns: rows of y lie n apart.
+struct Target {
+  const float *scale, *bias;
+  const int32_t* zero;
+  const uint8_t* floor;
+  uint8_t* y;
+  size_t n, columns;
+};
+
+template <size_t rows, size_t halves>
+inline void write(const Target& target, const __m512i (&sum)[rows][halves]) {
+  const Floored zero(target.zero, target.floor);
+  const auto there = static_cast<__mmask32>((uint64_t{1} << target.columns) - 1);
+  __m512 scale[halves], bias[halves];
+  for (size_t h = 0; h < halves; ++h) {
+    scale[h] = _mm512_loadu_ps(target.scale + 16 * h);
+    bias[h] = _mm512_loadu_ps(target.bias + 16 * h);
+  }
+  uint8_t* y = target.y;
+#pragma GCC unroll 16
+  for (size_t r = 0; r < rows; ++r, y += target.n) {
+    __m512i q[halves];
+    for (size_t h = 0; h < halves; ++h)
+      q[h] = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r][h]), scale[h], bias[h]));
+    _mm256_mask_storeu_epi8(y, there, zero.bytes(q[0], q[halves - 1]));
+  }
+}
+
+// Sums of a tile, and what `end` makes of them; `halves` of its panel.
+template <size_t rows, size_t halves, class End>
+inline void product_of(const Product& p, End end) {
+  __m512i sum[rows][halves];
 #pragma GCC unroll 16
   for (size_t r = 0; r < rows; ++r)
-    for (size_t h = 0; h < 2; ++h) sum[r][h] = _mm512_loadu_si512(p.from + r * p.from_stride + 16 * h);
+    for (size_t h = 0; h < halves; ++h) sum[r][h] = _mm512_loadu_si512(p.from + r * p.from_stride + 16 * h);
   // A pointer for every third row, of which the compiler knows no more than that: it would make one for each, and have
   // no register for them.
   constexpr size_t groups = (rows + 2) / 3;
@@ -38,15 +90,17 @@ void product_of(const Product& p) {
   for (size_t g = 0; g < groups; ++g) x[g] = p.x + 3 * g * stride;
   const int8_t *w = p.panel, *ahead = p.ahead;
   for (const int8_t* end = w + p.steps * 4 * kPanel; w != end; w += 4 * kPanel) {
-    const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+    __m512i columns[halves];
+#pragma GCC unroll 2
+    for (size_t h = 0; h < halves; ++h) columns[h] = _mm512_loadu_si512(w + 64 * h);
     _mm_prefetch(ahead, _MM_HINT_T1);
     _mm_prefetch(ahead + 64, _MM_HINT_T1);
     ahead += p.ahead_step;
 #pragma GCC unroll 16
     for (size_t r = 0; r < rows; ++r) {
       const __m512i bytes = four(x[r / 3] + r % 3 * stride);
-      dot(sum[r][0], bytes, w0);
-      dot(sum[r][1], bytes, w1);
+#pragma GCC unroll 2
+      for (size_t h = 0; h < halves; ++h) dot(sum[r][h], bytes, columns[h]);
     }
 #pragma GCC unroll 16
     for (size_t g = 0; g < groups; ++g) {
@@ -54,9 +108,21 @@ void product_of(const Product& p) {
       asm("" : "+r"(x[g]));
     }
   }
+  end(sum);
+}
+
+template <size_t rows>
+void store_sums(const Product& p) {
+  product_of<rows, 2>(p, [&](const __m512i(&sum)[rows][2]) {
 #pragma GCC unroll 16
-  for (size_t r = 0; r < rows; ++r)
-    for (size_t h = 0; h < 2; ++h) _mm512_store_si512(p.sums + r * kPanel + 16 * h, sum[r][h]);
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t h = 0; h < 2; ++h) _mm512_store_si512(p.sums + r * kPanel + 16 * h, sum[r][h]);
+  });
+}
+
+template <size_t rows, size_t halves>
+void write_bytes(const Product& p, const Target& target) {
+  product_of<rows, halves>(p, [&](const __m512i(&sum)[rows][halves]) { write(target, sum); });
 }
 
 struct V {
@@ -66,32 +132,25 @@ struct V {
 
   static void product(size_t rows, const Product& p) {
     static void (*const all[kRows])(const Product&) = {
-        product_of<1>, product_of<2>, product_of<3>, product_of<4>,  product_of<5>,  product_of<6>,
-        product_of<7>, product_of<8>, product_of<9>, product_of<10>, product_of<11>, product_of<12>};
+        store_sums<1>, store_sums<2>, store_sums<3>, store_sums<4>,  store_sums<5>,  store_sums<6>,
+        store_sums<7>, store_sums<8>, store_sums<9>, store_sums<10>, store_sums<11>, store_sums<12>};
     all[rows - 1](p);
   }
-
-  // In the order of the words that `store` adds it to.
-  struct Zero {
-    __m512i words;
-    explicit Zero(const int32_t* zero) : words(_mm512_packs_epi32(load(zero), load(zero + 16))) {}
-  };
+  using Zero = calmclip::Zero;
+  using Floored = calmclip::Floored;
   static F set(float v) { return _mm512_set1_ps(v); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-  static void store(uint8_t* p, const I* v, Zero zero) {
-    const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), zero.words);
-    // in each 128 bits lie four bytes of the first vector, four of the second, and both again
-    const __m512i bytes = _mm512_packus_epi16(words, words);
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes)));
+  template <class Zeros>
+  static void store(uint8_t* p, const I* v, Zeros zero) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), zero.bytes(v[0], v[1]));
   }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fused(F a, F b, F c) { return fma(a, b, c); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F absolute(F v) { return _mm512_abs_ps(v); }
@@ -115,9 +174,56 @@ struct V {
 
 #include "quant_linear_body.inc"
 
+constexpr size_t kFewWeights = 64 << 10;
+
+// All that is quantized as it comes: tiles become bytes where their sums are.
+void bytes_at_once(const LinearWork& work, size_t first, size_t last) {
+  using Tile = void(const Product&, const Target&);
+  static Tile* const all[2][V::kRows] = {
+      {write_bytes<1, 1>, write_bytes<2, 1>, write_bytes<3, 1>, write_bytes<4, 1>, write_bytes<5, 1>,
+       write_bytes<6, 1>, write_bytes<7, 1>, write_bytes<8, 1>, write_bytes<9, 1>, write_bytes<10, 1>,
+       write_bytes<11, 1>, write_bytes<12, 1>},
+      {write_bytes<1, 2>, write_bytes<2, 2>, write_bytes<3, 2>, write_bytes<4, 2>, write_bytes<5, 2>,
+       write_bytes<6, 2>, write_bytes<7, 2>, write_bytes<8, 2>, write_bytes<9, 2>, write_bytes<10, 2>,
+       write_bytes<11, 2>, write_bytes<12, 2>}};
+  const size_t bytes = linear_panel_bytes(work.k), whole = work.k / 4, rest = work.k % 4;
+  const size_t blocks = (work.rows + V::kRows - 1) / V::kRows;
+  if (blocks == 0) return;
+  const size_t share = (bytes + blocks - 1) / blocks, ahead_step = (4 * kPanel + blocks - 1) / blocks;
+  alignas(64) int32_t sums[V::kRows * kPanel];
+  uint8_t last_bytes[V::kRows * 4] = {};
+  const auto tile = [&](size_t panel, size_t block) {
+    const int8_t *w = work.panels + panel * bytes, *next = w + bytes;
+    const size_t row = work.rows * block / blocks, rows = work.rows * (block + 1) / blocks - row;
+    const size_t column = panel * kPanel, columns = work.n - column < kPanel ? work.n - column : kPanel;
+    const uint8_t* x = work.x + row * work.k;
+    uint8_t* y = work.bytes + row * work.n + column;
+    const Target target{work.scale + column, work.bias + column, work.zero + column, work.floor + column,
+                        y,                   work.n,             columns};
+    Tile* const write = all[columns > 16][rows - 1];
+    const Product product{x, work.k, w, whole, work.start + column, 0, next + block * share, ahead_step, sums};
+    ask(work, column, row, rows);
+    if (rest == 0) return write(product, target);
+    V::product(rows, product);
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t i = 0; i < rest; ++i) last_bytes[4 * r + i] = x[r * work.k + 4 * whole + i];
+    write({last_bytes, 4, w + whole * 4 * kPanel, 1, sums, kPanel, next, 0, sums}, target);
+  };
+  // Few weights stay in the caches, and a row is written whole; of many each panel is read once.
+  if ((last - first) * bytes <= kFewWeights) {
+    for (size_t block = 0; block < blocks; ++block)
+      for (size_t panel = first; panel < last; ++panel) tile(panel, block);
+  } else {
+    for (size_t panel = first; panel < last; ++panel)
+      for (size_t block = 0; block < blocks; ++block) tile(panel, block);
+  }
+}
+
 }  // namespace
 
-void quant_linear_vnni(const LinearWork& work, size_t first, size_t last) { linear(work, first, last); }
+void quant_linear_vnni(const LinearWork& work, size_t first, size_t last) {
+  work.floor ? bytes_at_once(work, first, last) : linear(work, first, last);
+}
 
 int32_t int8_peak_vnni(size_t rounds) {
   __m512i sum[24], x = _mm512_set1_epi32(0x01020304), w = _mm512_set1_epi32(0x7f80fe01);

@@ -6,6 +6,7 @@
 #include "../kernels/quant_linear.h"
 
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <optional>
@@ -36,7 +37,7 @@ class Linear {
     const Inputs inputs = [&](Place place) { return constant(info, place); };
     for (const Place place : kFixed) all &= static_cast<bool>(inputs(place));
     if (inputs(kWeight)) weight_.emplace(pack(inputs));
-    if (all) columns_.emplace(columns(inputs, *weight_));
+    if (all) columns_.emplace(columns(inputs, *weight_, activation_));
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
@@ -47,7 +48,7 @@ class Linear {
       if (!weight_) fed_weight.emplace(pack(inputs));
       const Weight& weight = weight_ ? *weight_ : *fed_weight;
       std::optional<Columns> fed_columns;
-      if (!columns_) fed_columns.emplace(columns(inputs, weight));
+      if (!columns_) fed_columns.emplace(columns(inputs, weight, activation_));
       const Columns& of = columns_ ? *columns_ : *fed_columns;
 
       const Input<uint8_t> x(kOp, context, kX, "x");
@@ -80,6 +81,7 @@ class Linear {
       work.bias = of.bias.data();
       work.inverse = of.inverse.data();
       work.zero = of.zero.data();
+      work.floor = of.floor.empty() ? nullptr : of.floor.data();
       work.activation = activation_;
       run(context, work);
       return nullptr;
@@ -107,6 +109,21 @@ class Linear {
   struct Columns {
     std::vector<int32_t> start, zero;
     std::vector<float> scale, bias, inverse;
+    std::vector<uint8_t> floor;
+
+    // What is quantized as it comes is scaled once, where no number leaves the range that a conversion to int32 has.
+    void quantize_at_once(size_t k, bool relu) {
+      std::vector<float> scales, biases;
+      for (size_t i = 0; i < scale.size(); ++i) {
+        const double step = double{scale[i]} * inverse[i], middle = double{bias[i]} * inverse[i];
+        if (!(255.0 * 128 * k * step + std::abs(middle) < 1 << 30)) return;
+        scales.push_back(static_cast<float>(step));
+        biases.push_back(static_cast<float>(middle));
+      }
+      scale = scales;
+      bias = biases;
+      for (const int32_t z : zero) floor.push_back(static_cast<uint8_t>(relu ? z : 0));
+    }
   };
 
   static int32_t activation(Ort::ConstKernelInfo info) {
@@ -134,7 +151,7 @@ class Linear {
     return numbers.size() == n ? numbers : std::vector<T>(n, numbers[0]);
   }
 
-  static Columns columns(const Inputs& inputs, const Weight& weight) {
+  static Columns columns(const Inputs& inputs, const Weight& weight, int32_t activation) {
     const size_t n = weight.n;
     const float x_scale = Input<float>(kOp, inputs(kXScale), "x_scale").scale();
     const uint32_t x_zero = Input<uint8_t>(kOp, inputs(kXZero), "x_zero").one();
@@ -142,16 +159,18 @@ class Linear {
     const bool scales = scale.columns(n);
     scale.check_scales();
     if (bias.shape.size() != 1 || bias.side(0) != n) bias.refuse("[" + std::to_string(n) + "]");
-    Columns made{weight.sums, {}, {}, {bias.data, bias.data + n}, {}};
+    Columns made{weight.sums, {}, {}, {bias.data, bias.data + n}, {}, {}};
     for (int32_t& sum : made.start) sum = static_cast<int32_t>(-x_zero * static_cast<uint32_t>(sum));
     for (size_t i = 0; i < n; ++i) made.scale.push_back(scale.data[scales ? i : 0] * x_scale);
     if constexpr (!to_float) {
       const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, n);
       made.inverse = each(steps.inverse, n);
       made.zero = each(steps.zero, n);
+      if (activation <= kRelu) made.quantize_at_once(weight.k, activation == kRelu);
     }
     for (auto* numbers : {&made.scale, &made.bias, &made.inverse}) numbers->resize(weight.sums.size());
     made.zero.resize(weight.sums.size());
+    if (!made.floor.empty()) made.floor.resize(weight.sums.size());
     return made;
   }
 
