@@ -346,9 +346,9 @@ def test_far_outside_there_is_the_bias_alone(library):
     assert (y != y[0, 0, 0]).any(-1).sum() == 9
 
 
-def model(feeds, count, *, shape, group, function=True):
+def model(feeds, count, *, shape, group, pads=(1, 1, 1, 1)):
     """Nodes one after the other, of which each takes what the one before gives."""
-    node = {"strides": (1, 1), "pads": (1, 1, 1, 1), "group": group}
+    node = {"strides": (1, 1), "pads": pads, "group": group}
     nodes = [
         helper.make_node(QUANT_DEPTHWISE.name, [f"x{i}", *list(feeds)[1:]], [f"x{i + 1}"], domain=DOMAIN, **node)
         for i in range(count)
@@ -358,8 +358,7 @@ def model(feeds, count, *, shape, group, function=True):
     y = helper.make_tensor_value_info(f"x{count}", TensorProto.UINT8, None)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     graph = helper.make_graph(nodes, "chain", [x], [y], constants)
-    functions = [quant_depthwise()] if function else []
-    return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
+    return helper.make_model(graph, functions=[quant_depthwise()], opset_imports=opsets, ir_version=10)
 
 
 def load(library, made, path=None):
@@ -390,9 +389,13 @@ def test_function_becomes_onnx_runtimes_own_convolution(library, tmp_path):
 
 def test_shapes_flow(library):
     feeds = draw(0, (2, 6, 7, 5), (3, 2))
-    known = lambda shape: load(library, model(feeds, 1, shape=shape, group=5)).get_outputs()[0].shape  # noqa: E731
-    assert known(("b", 6, 7, 5)) == ["b", 6, 8, 5]
-    assert known((2, 1, 7, 5)) == [2, 1, 8, 5]
+
+    def known(shape):
+        return load(library, model(feeds, 1, shape=shape, group=5, pads=(0, 2, 1, 0))).get_outputs()[0].shape
+
+    assert known(("b", 6, 7, 5)) == ["b", 5, 8, 5]
+    assert known((2, 2, 7, 5)) == [2, 1, 8, 5]
+    assert known((2, 1, 7, 5)) == [2, 0, 8, 5]
     shape = known(("b", "h", 7, "c"))
     assert [shape[0], *shape[2:]] == ["b", 8, "c"]
     assert isinstance(shape[1], str)
