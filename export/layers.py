@@ -18,17 +18,19 @@ def compare(
 ) -> dict[str, Any]:
     """``sqnr_db``: node -> of its output, float against INT8 with all that came before (10 log10 of squared float over
     squared difference, all feeds together), for each product that runs in INT8. Where tokens are routed, an expert is
-    left out for a feed that sends it none, or other tokens in INT8."""
+    left out for a feed that sends it none, or other tokens in INT8; a convolution is whose answer is nowhere as it was,
+    for depthwise ones alone read it and its channels were made even."""
     whole = {one.name for one in count(quantized, dims) if one.int8}
-    there = {name for node in quantized.graph.node for name in node.output}
+    there = {name for node in quantized.graph.node for name in node.output if name}
     after = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in _qdq.CUTS}
     outputs = {}
     for node in model.graph.node:
         if node.name in whole:
             out = node.output[0]
             cut = after.get(out, "")
-            options = ((cut, f"{cut}{_qdq.BACK}"), (out, f"{out}{_qdq.BACK}"), (out, out))
-            outputs[node.name] = next(pair for pair in options if pair[1] in there)
+            options = ((cut, f"{cut}{_qdq.BACK}"), (out, f"{out}{_qdq.BACK}"), (out, out), (cut, cut))
+            if found := next((pair for pair in options if pair[1] in there), None):
+                outputs[node.name] = found
     taken, answered = ([*dict.fromkeys(pair[side] for pair in outputs.values())] for side in (0, 1))
     squares: dict[str, list[float]] = {}
     for feed in feeds:  # opened anew for each: both at once, with all that is tapped, are too much of a large net

@@ -1,4 +1,8 @@
-"""`QuantPatches` as a local function of QuantizeLinear, Reshape and Transpose."""
+"""`QuantPatches` as a local function of QuantizeLinear, Pad and Gather.
+
+Lines are gathered while channels lie last, columns while the numbers of a column do: Gather moves more than a byte at
+once then, and each Transpose moves one axis, which ONNX Runtime has a quick form of.
+"""
 
 import onnx
 from onnx import parser
@@ -7,27 +11,58 @@ from models.ops.spec import DOMAIN, QUANT_PATCHES
 
 OPSET = 20
 
+_ATTRIBUTES = ", ".join(f"{name}: ints = {list(value)}" for name, value in QUANT_PATCHES.attributes.items())  # type: ignore[arg-type]
+
+
+def _places(axis: str, side: str, size: str, stride: str) -> str:
+    """``axis`` = the places of each window along a side: [windows, size]; ``axis``_count is how many there are: [1]."""
+    return f"""
+    {axis}_last = Sub ({side}, {size})
+    {axis}_end = Add ({axis}_last, one)
+    {axis}_limit = Squeeze ({axis}_end)
+    {axis}_stride = Squeeze ({stride})
+    {axis}_begins = Range (zero, {axis}_limit, {axis}_stride)
+    {axis}_count = Shape ({axis}_begins)
+    {axis}_size = Squeeze ({size})
+    {axis}_inside = Range (zero, {axis}_size, one)
+    {axis}_column = Unsqueeze ({axis}_begins, second)
+    {axis} = Add ({axis}_column, {axis}_inside)
+"""
+
+
 _TEXT = f"""
 <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{QUANT_PATCHES.name} <patch: ints = {list(QUANT_PATCHES.attributes["patch"])}>
-({", ".join(QUANT_PATCHES.inputs)}) => ({", ".join(QUANT_PATCHES.outputs)})
+{QUANT_PATCHES.name} <{_ATTRIBUTES}> ({", ".join(QUANT_PATCHES.inputs)}) => ({", ".join(QUANT_PATCHES.outputs)})
 {{
     sides = Constant <value_ints: ints = @patch> ()
-    high, wide = Split <axis = 0, num_outputs = 2> (sides)
-    shape = Shape (x)
-    batch, channels, height, width = Split <axis = 0, num_outputs = 4> (shape)
-    down = Div (height, high)
-    across = Div (width, wide)
-    patches = Mul (down, across)
-    pixels = Mul (high, wide)
-    numbers = Mul (channels, pixels)
-    cut = Concat <axis = 0> (batch, channels, down, high, across, wide)
-    rows = Concat <axis = 0> (batch, patches, numbers)
+    asked = Constant <value_ints: ints = @strides> ()
+    around = Constant <value_ints: ints = @pads> ()
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    second = Constant <value_ints = [1]> ()
+    axes = Constant <value_ints = [2, 3]> ()
 
     bytes = QuantizeLinear (x, y_scale, y_zero)
-    apart = Reshape <allowzero = 1> (bytes, cut)
-    sorted = Transpose <perm = [0, 2, 4, 1, 3, 5]> (apart)
-    y = Reshape <allowzero = 1> (sorted, rows)
+    padded = Pad (bytes, around, y_zero, axes)
+    shape = Shape (padded)
+    batch, channels, height, width = Split <axis = 0, num_outputs = 4> (shape)
+    high, wide = Split <axis = 0, num_outputs = 2> (sides)
+    none = Equal (asked, zero)
+    strides = Where (none, sides, asked)
+    down, right = Split <axis = 0, num_outputs = 2> (strides)
+    {_places("lines", "height", "high", "down")}
+    {_places("columns", "width", "wide", "right")}
+    channels_last = Transpose <perm = [0, 2, 3, 1]> (padded)
+    in_lines = Gather <axis = 1> (channels_last, lines)
+    by_column = Transpose <perm = [0, 1, 3, 4, 2]> (in_lines)
+    in_columns = Gather <axis = 2> (by_column, columns)
+    windows = Transpose <perm = [0, 1, 2, 4, 5, 3]> (in_columns)
+
+    patches = Mul (lines_count, columns_count)
+    pixels = Mul (high, wide)
+    numbers = Mul (channels, pixels)
+    flat = Concat <axis = 0> (batch, patches, numbers)
+    y = Reshape <allowzero = 1> (windows, flat)
 }}
 """
 

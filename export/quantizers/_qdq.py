@@ -14,7 +14,7 @@ Source: Jacob et al. 2017 (arXiv 1712.05877), sections 2.1 and 2.4 (the bias is 
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -103,6 +103,13 @@ def pairs(model: onnx.ModelProto | Draft) -> list[onnx.NodeProto]:
     return [n for n in nodes if n.op_type == "MatMul" and not fixed.keys() & {*n.input}]
 
 
+def depthwise(model: onnx.ModelProto | Draft, keep: Collection[str] = ()) -> list[onnx.NodeProto]:
+    """The products that mix no channels: convolutions each of whose outputs reads one of several inputs."""
+    _, fixed = _parts(model)
+    found = (node for node in products(model, keep) if node.op_type == "Conv")
+    return [node for node in found if attribute(node, "group", 1) > 1 and fixed[node.input[1]].dims[1] == 1]
+
+
 def watched(model: onnx.ModelProto, attention: Collection[str] = ()) -> list[str]:
     """Every tensor that becomes 8 bits: what products read, what convolutions write, and what is left of a cut;
     and both factors of the products of activations named in ``attention``."""
@@ -146,6 +153,17 @@ def watch(
             "give more pictures or texts, or, where experts are routed, export with --experts dense"
         )
     return seen
+
+
+def extremes(values: Array, axis: int | None = None) -> tuple[Array, Array]:
+    """The least and the largest of ``values``, of each place along ``axis``."""
+    others = None if axis is None else tuple(i for i in range(values.ndim) if i != axis % values.ndim)
+    return values.min(axis=others), values.max(axis=others)
+
+
+def widest(limits: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """The range that holds all ``limits``, as numbers or lists of them."""
+    return np.min([low for low, _ in limits], axis=0).tolist(), np.max([high for _, high in limits], axis=0).tolist()
 
 
 def tap(model: onnx.ModelProto, names: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:

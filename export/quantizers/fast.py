@@ -18,6 +18,7 @@ from models.bundle.manifest import FrozenModel
 
 class Params(FrozenModel):
     alpha: float | None = Field(0.5, ge=0.0, le=1.0, description="how much of outliers moves into weights")
+    channels: bool = False  # what depthwise convolutions read is made even, channel by channel
     keep: tuple[str, ...] = ()  # names of nodes that stay in float
 
 
@@ -31,7 +32,7 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.Mod
 
 def _settings(model: onnx.ModelProto, params: Params) -> smooth.Params:
     pairs = tuple(node.name for node in _qdq.pairs(model) if node.name not in params.keep)
-    return smooth.Params(alpha=params.alpha, attention=pairs, keep=params.keep)
+    return smooth.Params(alpha=params.alpha, attention=pairs, channels=params.channels, keep=params.keep)
 
 
 QUANTIZERS.register("fast")(Quantizer(Params, quantize, observe))

@@ -8,16 +8,18 @@ of the output's error; bias correction: Nagel et al. 2019 (arXiv 1906.04721), se
 
 What is tried, each step on top of the best so far, and only until the goal is reached:
 
-1. `smooth` at each of ``alphas``, minima and maxima;
-2. an alpha for each tensor, by the least squared error of what its products make of sampled rows;
-3. a range for each tensor in the same way: percentiles, and the extremes times a grid (convolutions: by the least
+1. `smooth` at the first of ``alphas``, minima and maxima;
+2. what depthwise convolutions read made even, channel by channel (`smooth.even`): such channels differ in size, and one
+   scale for the tensor does not serve them (Nagel et al., section 3.1). No alpha does what they lose any good;
+3. the other ``alphas``;
+4. an alpha for each tensor, by the least squared error of what its products make of sampled rows;
+5. a range for each tensor in the same way: percentiles, and the extremes times a grid (convolutions: by the least
    squared error of the values themselves);
-4. bias correction: E[float output - INT8 output] of each output channel, added to its bias; both only where there are
+6. bias correction: E[float output - INT8 output] of each output channel, added to its bias; both only where there are
    feeds to hold out: measured on what it was fitted to, the built-in image tower had a cosine of .98, on others .89;
-5. depthwise convolutions in float, all together: few of the multiply-accumulates, but each of their channels has a
-   range of its own, which one scale for the tensor does not serve (Nagel et al., section 3.1), and left out one by one
-   they gain nothing;
-6. other products in float: each of those that fit is left out alone and measured; then, by gain in cosine for each
+7. depthwise convolutions in float, all together: they are few of the multiply-accumulates, and left out one by one they
+   gain nothing;
+8. other products in float: each of those that fit is left out alone and measured; then, by gain in cosine for each
    multiply-accumulate given up, one after another while it helps, never below the goal's share of INT8.
 
 Measured is the mean cosine of the graph's outputs, the least of them, on feeds held out: every fourth, where there are
@@ -66,12 +68,13 @@ class Params(FrozenModel):
 @dataclass
 class _Seen:
     """Of one tensor: extremes [C] (numbers where it is not read row by row), sampled rows [n, C] or values [n], and
-    the mean of each channel where a convolution reads it."""
+    where a convolution reads it the mean of each channel; of a depthwise one their extremes, feed by feed."""
 
     low: Array
     high: Array
     sample: list[Array] = field(default_factory=list)
     means: list[Array] = field(default_factory=list)
+    channels: list[tuple[Array, Array]] = field(default_factory=list)
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
@@ -96,9 +99,14 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
     seen = _look(model, calibrating, every)
     ranges = {name: (one.low.tolist(), one.high.tolist()) for name, one in seen.items()}
     trial = _Trial(model, ranges, held, goal, max(goal.cosine, params.aim or -1.0))
-    for alpha in params.alphas:
+    trial.run(first, f"{_said(first.alpha)}, extremes")
+    if not trial.reached and (separate := smooth.separate(model, params.keep)):
+        each = {name: _qdq.widest(seen[name].channels) for name in separate}
+        what = "channels before depthwise convolutions made even"
+        trial.run(trial.best.model_copy(update={"channels": True}), what, ranges={**ranges, **each})
+    for alpha in params.alphas[1:]:
         if not trial.reached:
-            trial.run(first.model_copy(update={"alpha": alpha}), f"{_said(alpha)}, extremes")
+            trial.run(trial.best.model_copy(update={"alpha": alpha}), f"{_said(alpha)}, extremes")
     if not trial.reached:
         alphas = {name: one.alpha for name, one in _tune(model, seen, params, trial.best, alphas=True).items()}
         trial.run(trial.best.model_copy(update={"alphas": alphas}), "an alpha for each tensor")
@@ -110,15 +118,16 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
         shifts = _shifts(model, _tune(model, seen, params, trial.best), seen, params)
         trial.run(trial.best.model_copy(update={"shifts": shifts}), "biases corrected")
     if not trial.reached and (spared := _depthwise(trial, goal)):
-        keep = (*trial.best.keep, *spared)
-        trial.run(trial.best.model_copy(update={"keep": keep}), f"{len(spared)} depthwise convolutions in float")
+        changed = {"keep": (*trial.best.keep, *spared), "channels": False}
+        what = f"{len(spared)} depthwise convolutions in float"
+        trial.run(trial.best.model_copy(update=changed), what, ranges=ranges)
     if not trial.reached:
         _give_up(trial, _tune(model, seen, params, trial.best), goal)
     if trial.reached and every != attention:
         trial.run(trial.best.model_copy(update={"attention": every}), "attention in INT8 too", enough=True)
     if apart and not (trial.best.clips or trial.best.shifts):
         more = smooth.observe(model, held, trial.best)
-        wider = {name: _wider(limits, more[name]) for name, limits in ranges.items() if name in more}
+        wider = {name: _qdq.widest((limits, more[name])) for name, limits in trial.ranges.items() if name in more}
         trial.run(trial.best, "the same, extremes of all inputs", ranges=wider, enough=True)
     measured = f"{len(held)} inputs, {'held out' if apart else 'those it calibrated on: there were too few'}"
     return Settled("smooth", trial.best, trial.ranges, {**trial.history(), "measured_on": measured})
@@ -203,6 +212,7 @@ def _look(model: onnx.ModelProto, feeds: Feeds, attention: Sequence[str]) -> dic
     """One pass: what the search needs to know of every tensor that may become 8 bits."""
     by_row = {node.input[0] for node in smooth.matrices(model)}
     by_map = {node.input[0] for node in _qdq.products(model) if node.op_type == "Conv"}
+    depthwise = {node.input[0] for node in _qdq.depthwise(model)}
     seen: dict[str, _Seen] = {}
 
     def see(name: str, values: Array) -> None:
@@ -210,6 +220,8 @@ def _look(model: onnx.ModelProto, feeds: Feeds, attention: Sequence[str]) -> dic
         low, high = flat.min(axis=0), flat.max(axis=0)
         one = seen.setdefault(name, _Seen(low, high))
         one.low, one.high = np.minimum(one.low, low), np.maximum(one.high, high)
+        if name in depthwise:
+            one.channels.append(_qdq.extremes(values, 1))
         if len(one.sample) < _FEEDS:
             most = min(len(flat), _ROWS if name in by_row else _VALUES)
             one.sample.append(flat[np.linspace(0, len(flat) - 1, most).round().astype(int)])
@@ -321,14 +333,9 @@ def _shifts(
 
 def _depthwise(trial: _Trial, goal: Goal) -> list[str]:
     """The depthwise convolutions in INT8, where the goal's share is kept without them; else none."""
-    fixed, whole = _qdq.constants(trial.model), share(trial.products)
+    whole = share(trial.products)
     macs = {one.name: one.macs for one in trial.products if one.int8}
-    convolutions = [node for node in _qdq.products(trial.model, trial.best.keep) if node.op_type == "Conv"]
-    found = [
-        node.name
-        for node in convolutions
-        if _qdq.attribute(node, "group") > 1 and fixed[node.input[1]].dims[1] == 1 and node.name in macs
-    ]
+    found = [node.name for node in _qdq.depthwise(trial.model, trial.best.keep) if node.name in macs]
     return found if whole.int8 - sum(macs[name] for name in found) >= goal.share * whole.macs else []
 
 
@@ -404,10 +411,6 @@ def _through(values: Array, low: float, high: float) -> Array:
     step, zero = _qdq.step(low, high)
     whole: Array = (np.clip(np.rint(values / step) + zero, 0, 255) - zero) * step
     return whole
-
-
-def _wider(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
-    return np.minimum(one[0], other[0]).tolist(), np.maximum(one[1], other[1]).tolist()
 
 
 QUANTIZERS.register("search")(Quantizer(Params, quantize, observe, search))

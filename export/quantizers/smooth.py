@@ -9,10 +9,14 @@ leaves the rest a handful of steps. The division is a Mul of its own before the 
 LayerNorm: it costs microseconds, works behind any op and leaves residual branches alone. As in `static`, a row's
 answer depends on that row alone.
 
-Convolutions are quantized as by `static`. Ranges over the calibration feeds: (min, max) for what convolutions read
-and write, and for attention; (minima [C], maxima [C]) for what matrix products read.
+Convolutions are quantized as by `static`. With ``channels`` what depthwise ones read is made even too (`even`; Nagel et
+al., section 4.1), for which there need be no outliers: channels that never mix may differ in size as they like.
+
+Ranges over the calibration feeds: (min, max) for what convolutions read and write, and for attention; (minima [C],
+maxima [C]) for what matrix products read and what `even` divides.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -22,6 +26,8 @@ from pydantic import Field
 from export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
 from models.bundle.manifest import FrozenModel
 from models.flow import Array
+
+_HEADROOM = 1.25  # a channel alone is seen seldom, so a range goes farther than it was seen to
 
 
 class Params(FrozenModel):
@@ -33,22 +39,21 @@ class Params(FrozenModel):
     clips: dict[str, tuple[float, float]] = Field(default_factory=dict)
     shifts: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     attention: tuple[str, ...] = ()  # names of products of two activations that are quantized too
+    channels: bool = False  # what depthwise convolutions read is made even, channel by channel
     keep: tuple[str, ...] = ()  # names of nodes that stay in float
     reduce_range: bool = False  # 7-bit weights; see `static`
 
 
 def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
-    by_channel = {node.input[0] for node in matrices(model)}
+    axes = dict.fromkeys((node.input[0] for node in matrices(model)), -1)
+    if params.channels:
+        axes |= dict.fromkeys(separate(model, params.keep), 1)
 
     def see(name: str, values: Array) -> tuple[Array, Array]:
-        flat = values.reshape(-1, values.shape[-1]) if name in by_channel else values.reshape(-1)
-        return flat.min(axis=0), flat.max(axis=0)
+        return _qdq.extremes(values, axes.get(name))
 
     seen = _qdq.watch(model, feeds, _qdq.watched(model, params.attention), see)
-    return {
-        name: (np.min([low for low, _ in all_], axis=0).tolist(), np.max([high for _, high in all_], axis=0).tolist())
-        for name, all_ in seen.items()
-    }
+    return {name: _qdq.widest(all_) for name, all_ in seen.items()}
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
@@ -58,13 +63,15 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.Mod
     limits = smooth(draft, ranges, alphas, params.keep)
     clipped = {evened(name) if evened(name) in limits else name: clip for name, clip in params.clips.items()}
     related = _qdq.relate(draft, params.attention)
+    inner, divided = even(draft, ranges, params.keep) if params.channels else ({}, {})
+    shifts = {node: np.divide(shift, divided.get(node, 1.0)).tolist() for node, shift in params.shifts.items()}
     _qdq.write(
         draft,
-        {**limits, **clipped, **related},
+        {**limits, **clipped, **related, **inner},
         keep=params.keep,
         reduce_range=params.reduce_range,
         attention=params.attention,
-        shifts=params.shifts,
+        shifts=shifts,
     )
     return draft.finish()
 
@@ -106,6 +113,87 @@ def smooth(
         nodes.append(node)
     draft.nodes = nodes
     return limits
+
+
+def separate(model: onnx.ModelProto | _qdq.Draft, keep: Collection[str] = ()) -> list[str]:
+    """The tensors that depthwise convolutions read, and no other product with a constant does."""
+    own = _qdq.depthwise(model, keep)
+    names = {node.name for node in own}
+    others = {node.input[0] for node in _qdq.products(model, keep) if node.name not in names}
+    return [name for name in dict.fromkeys(node.input[0] for node in own) if name not in others]
+
+
+def even(
+    draft: _qdq.Draft, ranges: Ranges, keep: Collection[str] = ()
+) -> tuple[dict[str, tuple[float, float]], dict[str, Array]]:
+    """Divide the `separate` tensors of ``draft`` by the largest magnitude of each channel, which stays the same
+    function: the division goes into the convolution that makes a tensor, behind its Relu too, else it is a Mul; it is
+    taken back by the weights of the depthwise convolutions and, before what else reads a convolution's answer, by a
+    Mul. -> the ranges of what is then read, and by node the factors [C] that its answer was divided by.
+
+    Not of what a bounded cut leaves of a convolution: its bound would differ from channel to channel.
+    """
+    convolutions = {node.output[0] for node in _qdq.products(draft, keep) if node.op_type == "Conv"}
+    readers = {node.name: node.input[0] for node in _qdq.depthwise(draft, keep)}
+    spatial = {node.input[0]: len(draft.fixed[node.input[1]].dims) - 2 for node in _qdq.depthwise(draft, keep)}
+    made = {name: node for node in draft.nodes for name in node.output}
+    wanted = Counter(name for node in draft.nodes for name in node.input)
+    wanted.update(value.name for value in draft.model.graph.output)
+    sizes: dict[str, Array] = {}
+    answers: dict[str, Array] = {}  # of convolutions, before a Relu
+    inside: set[str] = set()  # what they make, behind it
+    for name in separate(draft, keep):
+        source, maker = name, made.get(name)
+        if maker is not None and maker.op_type in _qdq.CUTS and maker.input[0] in convolutions:
+            source = maker.input[0]
+            if maker.op_type != "Relu" or wanted[source] > 1:
+                continue
+        largest = np.max(np.abs(ranges[name]), axis=0)
+        sizes[name] = factors(largest, np.ones(len(largest)), 1.0)
+        if source in convolutions:
+            answers[source] = sizes[name]
+            inside.add(name)
+    wanted.subtract(readers.values())
+    nodes: list[onnx.NodeProto] = []
+    divided: dict[str, Array] = {}
+    there = set(inside)  # no Mul need make it
+
+    def multiply(source: str, to: str, factor: Array, sides: int) -> None:
+        gain = draft.add(f"{to}_gain", factor.astype(np.float32).reshape(-1, *[1] * sides))
+        nodes.append(_qdq.node_of("Mul", [source, gain], to))
+
+    for original in draft.nodes:
+        node, out = draft.own(original), original.output[0]
+        if (name := readers.get(node.name, "")) in sizes:
+            if name not in there:
+                multiply(name, evened(name), 1 / sizes[name], spatial[name])
+                there.add(name)
+            node.input[0] = evened(name)
+        if name in sizes or out in answers:
+            _rescale(draft, node, sizes.get(name), answers.get(out))
+        if out in answers:
+            divided[node.name] = answers[out]
+        elif out in inside:
+            node.input[0] = evened(node.input[0])
+        if out in answers or out in inside:
+            node.output[0] = evened(out)
+        nodes.append(node)
+        if out in inside and wanted[out]:
+            multiply(evened(out), out, sizes[out], spatial[out])
+    draft.nodes = nodes
+    bounds = {name: [_HEADROOM * np.asarray(bound) / size for bound in ranges[name]] for name, size in sizes.items()}
+    return {evened(name): (float(low.min()), float(high.max())) for name, (low, high) in bounds.items()}, divided
+
+
+def _rescale(draft: _qdq.Draft, node: onnx.NodeProto, into: Array | None, out: Array | None) -> None:
+    """Let the convolution ``node`` read what was divided by ``into`` and answer what is to be divided by ``out``."""
+    weight, name = draft.array(node.input[1]), node.output[0]
+    factor = np.ones(len(weight)) if into is None else np.repeat(into, len(weight) // len(into))
+    factor = factor if out is None else factor / out
+    scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    node.input[1] = draft.add(f"{name}_weight", scaled.astype(np.float32))
+    if out is not None and len(node.input) > 2 and node.input[2]:
+        node.input[2] = draft.add(f"{name}_bias", (draft.array(node.input[2]) / out).astype(np.float32))
 
 
 def evened(name: str) -> str:

@@ -10,6 +10,8 @@ The op is `models.ops.spec.QUANT_PATCHES`. Source: Dosovitskiy et al. 2020 (arXi
 embedding is a linear layer of flattened patches.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from onnxscript import ir
 
@@ -18,6 +20,8 @@ from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
 from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep, writer
 from export.rewrites.quant_linear import bias_of
 from models.ops.spec import QUANT_PATCHES
+
+Side = int | str | ir.SymbolicDim
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:
@@ -28,20 +32,29 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
         pixels, weight = read(node.inputs[0], ir.DataType.UINT8), read(node.inputs[1], ir.DataType.INT8, weight=True)
         if pixels is None or weight is None or (size := _patch(node)) is None:
             continue
-        source = maker(pixels.value, "QuantizeLinear")
-        why = _unfit(node) if source is not None else "what it reads is 8 bits before it comes here"
-        if source is not None and writer(pixels) is None:
-            why = "its pixels are read in other steps than they are written in"
-        if len(pixels.scale.shape or ()):
-            why = "its pixels have a scale for each column"
-        if len(weight.scale.shape or ()) and weight.nodes[0].attributes.get_int("axis", 1) % 4:
-            why = "its weights have no scale for each output"
-        if why:
+        if why := unfit(node) or _unfit(node):
             missed[str(node.name)] = why
         else:
             _put(node, size)
             fired += 1
     return Outcome(fired, missed)
+
+
+def unfit(conv: ir.Node) -> str:
+    """Why a convolution of 8 bits is no product of windows of its pixels, as far as what it reads goes."""
+    pixels, weight = read(conv.inputs[0], ir.DataType.UINT8), read(conv.inputs[1], ir.DataType.INT8, weight=True)
+    if pixels is None or weight is None:
+        return "it is not of 8 bits"
+    if maker(pixels.value, "QuantizeLinear") is None:
+        return "what it reads is 8 bits before it comes here"
+    if writer(pixels) is None:
+        return "its pixels are read in other steps than they are written in"
+    if len(pixels.scale.shape or ()):
+        return "its pixels have a scale for each column"
+    if len(weight.scale.shape or ()) and weight.nodes[0].attributes.get_int("axis", 1) % 4:
+        return "its weights have no scale for each output"
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    return "its bias is no constant" if bias is not None and bias_of(bias) is None else ""
 
 
 def _patch(conv: ir.Node) -> tuple[int, int] | None:
@@ -84,9 +97,6 @@ def _unfit(conv: ir.Node) -> str:
         return "what it answers is read in other steps than it is written in"
     if answer.scale.producer() is not None or answer.zero.producer() is not None:
         return "the steps of what it answers are made by nodes, which may come behind it"
-    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    if bias is not None and bias_of(bias) is None:
-        return "its bias is no constant"
     return ""
 
 
@@ -100,45 +110,55 @@ def _flat(answer: tuple[int | str, ...] | None, rows: tuple[int | str, ...] | No
 
 def _put(conv: ir.Node, size: tuple[int, int]) -> None:
     after = _after(conv)
-    pixels, weight = read(conv.inputs[0], ir.DataType.UINT8), read(conv.inputs[1], ir.DataType.INT8, weight=True)
-    source = None if pixels is None else maker(pixels.value, "QuantizeLinear")
-    if after is None or pixels is None or weight is None or source is None:
-        raise AssertionError("`rewrite` saw them all")
-    outputs, channels, height, width = (int(d) for d in shape(weight.value) or ())
-    inner, stem = channels * height * width, conv.outputs[0].name
+    assert after is not None  # `rewrite` saw them all
     end = after[3].outputs[0]
     batch, places = (shape(end) or ("B", "P"))[:2]
+    z = sums(conv, conv, batch, places, {"patch": size})
+    how = [value for value in after[0].inputs[1:] if value is not None]
+    eight = ir.Value(name=f"{z.name}_uint8", shape=z.shape, type=ir.TensorType(ir.DataType.UINT8))
+    insert(conv, "QuantizeLinear", [z, *how], {}, [eight], domain="")
+    y = like(end)
+    put(end, y)
+    insert(conv, "DequantizeLinear", [eight, *how], {}, [y], domain="")
+    sweep(conv.graph, [after[3]])  # type: ignore[arg-type]
 
-    def new(name: str, kind: ir.DataType, *sizes: int | str) -> ir.Value:
+
+def sums(conv: ir.Node, before: ir.Node, batch: Side, places: Side, how: Mapping[str, tuple[int, ...]]) -> ir.Value:
+    """The sums of ``conv``, a row for each place, float32 [B, P, N]: made before ``before``, of patches cut as ``how``
+    says, attributes of the op. It reads what `unfit` finds nothing against."""
+    pixels, weight = read(conv.inputs[0], ir.DataType.UINT8), read(conv.inputs[1], ir.DataType.INT8, weight=True)
+    source = None if pixels is None else maker(pixels.value, "QuantizeLinear")
+    if pixels is None or weight is None or source is None:
+        raise AssertionError("`unfit` saw them all")
+    outputs, channels, height, width = (int(d) for d in shape(weight.value) or ())
+    inner, stem = channels * height * width, conv.outputs[0].name
+
+    def new(name: str, kind: ir.DataType, *sizes: Side) -> ir.Value:
         return ir.Value(name=f"{stem}_{name}", shape=ir.Shape(sizes), type=ir.TensorType(kind))
 
     def make(op: str, inputs: list[ir.Value], out: ir.Value, **attributes: object) -> ir.Value:
-        insert(conv, op, inputs, attributes, [out], domain="")
+        insert(before, op, inputs, attributes, [out], domain="")
         return out
 
     patches = new("patches", ir.DataType.UINT8, batch, places, inner)
     steps = [pixels.scale, pixels.zero]
-    insert(conv, QUANT_PATCHES.name, [source.inputs[0], *steps], {"patch": size}, [patches])  # type: ignore[list-item]
+    cut = QUANT_PATCHES.attributes | how
+    insert(before, QUANT_PATCHES.name, [source.inputs[0], *steps], cut, [patches])  # type: ignore[list-item]
     x = make("DequantizeLinear", [patches, *steps], new("patches_back", ir.DataType.FLOAT, batch, places, inner))
     # of a constant: ONNX Runtime does it when it loads the graph
     flat = new("weight_flat", ir.DataType.INT8, outputs, inner)
-    make("Reshape", [weight.value, constant(conv, f"{stem}_flat", np.array([outputs, inner]))], flat)
+    make("Reshape", [weight.value, constant(before, f"{stem}_flat", np.array([outputs, inner]))], flat)
     turned = make("Transpose", [flat], new("weight_turned", ir.DataType.INT8, inner, outputs), perm=(1, 0))
     back = new("weight_back", ir.DataType.FLOAT, inner, outputs)
     w = make("DequantizeLinear", [turned, weight.scale, weight.zero], back, axis=1)
     z = make("MatMul", [x, w], new("rows", ir.DataType.FLOAT, batch, places, outputs))
     if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-        bias = constant(conv, f"{stem}_bias_float", bias_of(conv.inputs[2]))  # type: ignore[arg-type]
+        bias = constant(before, f"{stem}_bias_float", bias_of(conv.inputs[2]))  # type: ignore[arg-type]
         z = make("Add", [z, bias], new("sums", ir.DataType.FLOAT, batch, places, outputs))
-    how = [value for value in after[0].inputs[1:] if value is not None]
-    eight = make("QuantizeLinear", [z, *how], new("rows_uint8", ir.DataType.UINT8, batch, places, outputs))
     for use in list(pixels.real.uses()):
         if use.node.op_type == "Shape":  # which is the picture's, too
             use.node.replace_input_with(use.idx, source.inputs[0])
-    y = like(end)
-    put(end, y)
-    make("DequantizeLinear", [eight, *how], y)
-    sweep(conv.graph, [after[3]])  # type: ignore[arg-type]
+    return z
 
 
 REWRITES.register("quant_patches")(

@@ -156,8 +156,9 @@ def _stream(random: Random) -> dict[str, Array]:
 
 
 def _pixels(random: Random) -> dict[str, Array]:
-    batch, down, across = (int(side) for side in random.integers(1, 5, 3))
-    x = random.normal(0, 1, (batch, 3, down * 14, across * 14)).astype(np.float32)
+    """As large as a patch of 14, or larger."""
+    batch, height, width = (int(side) for side in random.integers((1, 14, 14), (5, 70, 70)))
+    x = random.normal(0, 1, (batch, 3, height, width)).astype(np.float32)
     return {"x": x, "y_scale": _float(0.02), "y_zero": _bytes(random)}
 
 
@@ -194,6 +195,7 @@ _GRID = Tensor(dtype="uint8", shape=("R", "C"))
 _WINDOW: dict[str, Attribute] = {"strides": (2, 1), "pads": (2, 1, 0, 1), "group": 80}
 _CHANNELS = {"y_scale": Tensor(dtype="float32", shape=(80,)), "y_zero": Tensor(dtype="uint8", shape=(80,))}
 _PATCH: dict[str, Attribute] = {"patch": (14, 14)}
+_OVERLAP: dict[str, Attribute] = {"patch": (3, 3), "strides": (2, 2), "pads": (0, 1, 1, 0)}
 
 PROBES = (
     Probe("softmax", SOFTMAX, _rows, _softmax(), 1e-6, {}, {"x": _ROWS}, {"y": _ROWS}),
@@ -222,7 +224,9 @@ PROBES = (
           1, {}, {name: _SUMS[name] for name in ("x", "residual")} | _ONE,
           {name: _SUMS[name] for name in ("normed", "sum")} | {"y": Tensor(dtype="uint8", shape=("R", "W"))}),
     Probe("quant_patches", QUANT_PATCHES, _pixels,
-          lambda f: (reference.quant_patches(**f, patch=(14, 14)),), 1, _PATCH),  # type: ignore[arg-type]
+          lambda f: (reference.quant_patches(**f, **_PATCH),), 1, _PATCH),  # type: ignore[arg-type]
+    Probe("overlapping_quant_patches", QUANT_PATCHES, _pixels,
+          lambda f: (reference.quant_patches(**f, **_OVERLAP),), 1, _OVERLAP),  # type: ignore[arg-type]
     Probe("quant_depthwise", QUANT_DEPTHWISE, _convolved,
           lambda f: (reference.quant_depthwise(**f, **_WINDOW),), 1, _WINDOW,  # type: ignore[arg-type]
           _CHANNELS | {"x": Tensor(dtype="uint8", shape=("B", "H", "W", 80)), "x_scale": _ONE["y_scale"],

@@ -311,15 +311,28 @@ def quant_layer_norm(
     return quantize(normed, y_scale, y_zero), normed.astype(np.float32), total
 
 
-def quant_patches(x: Array, y_scale: float, y_zero: int, *, patch: tuple[int, int]) -> Array:
+def quant_patches(
+    x: Array,
+    y_scale: float,
+    y_zero: int,
+    *,
+    patch: tuple[int, int],
+    strides: tuple[int, int] = (0, 0),
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Array:
     """float32 [B, C, H, W] quantized -> uint8 [B, P, C h w]: patches of h x w, row by row, each channel by channel.
 
-    Raises ValueError where H or W is no multiple of the patch's.
+    They begin ``strides`` apart, 0 as far as they are high or wide; ``pads``: top, left, bottom, right, of y_zero.
     """
-    batch, channels, height, width = x.shape
-    cut = x.reshape(batch, channels, height // patch[0], patch[0], width // patch[1], patch[1])
-    rows = cut.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch[0] * patch[1])
-    return quantize(rows, float(np.float32(y_scale)), y_zero)
+    top, left, bottom, right = pads
+    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))  # 0 is quantized to y_zero
+    down, across = (
+        [slice(at, at + size) for at in range(0, side - size + 1, stride or size)]
+        for side, size, stride in zip(padded.shape[2:], patch, strides, strict=True)
+    )
+    rows = [padded[:, :, high, wide].reshape(len(x), -1) for high in down for wide in across]
+    empty = np.zeros((len(x), 0, x.shape[1] * patch[0] * patch[1]), np.float32)
+    return quantize(np.stack(rows, 1) if rows else empty, float(np.float32(y_scale)), y_zero)
 
 
 def quant_depthwise(

@@ -198,14 +198,16 @@ QUANT_LAYER_NORM = Op(
     attributes={"epsilon": 1e-5},
 )
 
-# Pixels quantized and cut into patches, row by row, that do not overlap; a patch is channel by channel, row by row:
-# what a convolution's weight [N, C, h, w], flattened, is multiplied with. H and W are multiples of the patch's height
-# and width.
+# Pixels quantized and cut into patches, row by row; a patch is channel by channel, row by row: what a convolution's
+# weight [N, C, h, w], flattened, is multiplied with. `strides`: how far apart patches begin, down and to the right, 0
+# as far as they are high or wide. `pads`: top, left, bottom and right of the picture lie as many bytes y_zero. P is
+# P_h P_w, P_h = floor((H + top + bottom - h) / stride) + 1, or 0 where H and its pads are less than h; P_w the same.
+# What is left over at the bottom and to the right is in no patch. No attribute is over 65536.
 QUANT_PATCHES = Op(
     "QuantPatches",
     inputs={"x": _tensor("float32", "B", "C", "H", "W"), "y_scale": _tensor("float32"), "y_zero": _tensor("uint8")},
     outputs={"y": _tensor("uint8", "B", "P", "K")},
-    attributes={"patch": (32, 32)},
+    attributes={"patch": (32, 32), "strides": (0, 0), "pads": (0, 0, 0, 0)},
 )
 
 # A depthwise convolution with channels last: quantize(sum over the window of (x - x_zero) w * x_scale * weight_scale +

@@ -29,7 +29,14 @@ from tests.bench.alternate import alternate, line, machine
 ATTENTION = [("B/32", 50, 50, 12, False), ("B/16", 197, 197, 12, False), ("L/14", 257, 257, 16, False),
              ("text", 77, 77, 8, True), ("short text", 16, 16, 8, True), ("B/16 last", 1, 197, 12, False)]  # fmt: skip
 NORM = [("B/32", 50, 768), ("B/16", 197, 768), ("L/14", 257, 1024), ("text", 77, 512), ("B/16 x 8", 1576, 768)]
-PATCHES = [("B/32", 224, 32), ("B/16", 224, 16), ("L/14", 224, 14)]
+# side of the picture, of a patch, strides, pads
+PATCHES = [
+    ("B/32", 224, 32, 0, (0, 0, 0, 0)),
+    ("B/16", 224, 16, 0, (0, 0, 0, 0)),
+    ("L/14", 224, 14, 0, (0, 0, 0, 0)),
+    ("EfficientNet", 260, 3, 2, (0, 0, 1, 1)),
+    ("FastViT", 256, 3, 2, (1, 1, 1, 1)),
+]
 LOOKUP = [("50 k", 50_000), ("1 M", 1 << 20)]
 SCALE, STEP = 3 / (74 * 74 * 8), 1 / 255
 
@@ -105,8 +112,9 @@ def main() -> None:
     for name, rows, width in NORM:
         print(line(f"{name} {rows}x{width}", alternate(bench.norm(rows, width), seconds=seconds), "op"))
     print("\nQuantPatches")
-    for name, size, patch in PATCHES:
-        print(line(f"{name} {size}/{patch}", alternate(bench.patches(size, patch), seconds=seconds), "op"))
+    for name, size, patch, stride, pads in PATCHES:
+        sides = bench.patches(size, patch, stride, pads)
+        print(line(f"{name} {size}/{stride or patch}", alternate(sides, seconds=seconds), "op"))
     print("\nQuantLookup")
     for name, count in LOOKUP:
         print(line(name, alternate(bench.lookup(count), seconds=seconds), "op"))
@@ -184,14 +192,15 @@ class Bench:
             "SkipLayerNormalization": _bound(self.session(skip), both, outputs),
         }
 
-    def patches(self, size: int, patch: int) -> dict[str, Callable[[], object]]:
+    def patches(self, size: int, patch: int, stride: int, pads: tuple[int, ...]) -> dict[str, Callable[[], object]]:
         x = np.random.default_rng(0).normal(0, 1, (1, 3, size, size)).astype(np.float32)
         feeds = {"x": x, "y_scale": np.float32(0.02), "y_zero": np.uint8(128)}
-        y = {"y": np.zeros((1, (size // patch) ** 2, 3 * patch**2), np.uint8)}
-        how = {"patch": (patch, patch)}
+        count = (size + pads[0] + pads[2] - patch) // (stride or patch) + 1
+        y = {"y": np.zeros((1, count**2, 3 * patch**2), np.uint8)}
+        how = {"patch": (patch, patch), "strides": (stride, stride), "pads": pads}
         return {
             "op": self.node(QUANT_PATCHES, feeds, {"x": x}, y, how),
-            "QuantizeLinear, Transpose": self.node(QUANT_PATCHES, feeds, {"x": x}, y, how, function=True),
+            "QuantizeLinear, Gather": self.node(QUANT_PATCHES, feeds, {"x": x}, y, how, function=True),
         }
 
     def lookup(self, count: int) -> dict[str, Callable[[], object]]:

@@ -4,7 +4,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from export import layers
-from export.quantizers import static
+from export.quantizers import smooth, static
 from export.report import text
 from models.flow import Array
 
@@ -90,6 +90,32 @@ def test_rows_that_are_routed_count_where_both_graphs_have_them():
     assert found == layers.compare(made, small, feeds[:1], {"N": 3})
     assert 20 < found["sqnr_db"]["MatMul.y"] < 60
     assert layers.compare(made, small, feeds[1:], {"N": 3})["sqnr_db"] == {}
+
+
+def test_channels_that_were_made_even_are_compared_where_they_are_as_they_were():
+    """Of four depthwise convolutions in a row the second's answer is added too; the first's and the third's go on as
+    they are, divided."""
+    made = parser.parse_model("""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[B, 3, 6, 6] x) => (float[B, 3, 6, 6] y)
+        {
+            a = Conv <group = 3> (x, w1)
+            b = Conv <group = 3> (a, w2)
+            r = Relu (b)
+            c = Conv <group = 3> (r, w3)
+            d = Conv <group = 3> (c, w4)
+            y = Add (r, d)
+        }""")
+    rng = np.random.default_rng(0)
+    for name in ("w1", "w2", "w3", "w4"):
+        made.graph.initializer.append(numpy_helper.from_array(rng.uniform(1, 2, (3, 1, 1, 1)).astype(np.float32), name))
+    for node in made.graph.node:
+        node.name = f"{node.op_type}.{node.output[0]}"
+    params = smooth.Params(channels=True)
+    small = smooth.quantize(made, smooth.observe(made, FEEDS, params), params)
+    found = layers.compare(made, small, FEEDS, {"B": 1})["sqnr_db"]
+    assert set(found) == {"Conv.b", "Conv.d"}
+    assert all(30 < db < 60 for db in found.values())
 
 
 def test_ranges_are_those_of_the_graph_and_hold_zero(model: onnx.ModelProto):

@@ -59,6 +59,11 @@ EXAMPLES = {
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <group = 2> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
+    "quant_stem": f"""g (float[b, 1, 4, 4] x) => (float[b, 2, 2, 3] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           kb = DequantizeLinear <axis = 0> (kernel, steps, zeros)
+           z = Conv <strides = [2, 1], pads = [1, 0, 0, 0]> (xb, kb)
+           z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
     "quant_pointwise": f"""g (float[b, 1, 4, 3] x) => (float[b, 2, 4, 3] y) {_EIGHT}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            db = DequantizeLinear <axis = 0> (dot, steps, zeros) z = Conv (xb, db)

@@ -345,5 +345,36 @@ def test_depthwise_convolutions_go_to_float_together(depthwise: onnx.ModelProto)
 
 def test_depthwise_convolutions_stay_where_the_share_asks_for_them(depthwise: onnx.ModelProto):
     found = search.search(depthwise, FEEDS, search.Params(), Goal(share=0.97))
-    assert not any("depthwise" in row["tried"] for row in found.history["candidates"])
+    assert not any(row["tried"].endswith("depthwise convolutions in float") for row in found.history["candidates"])
     assert share(count(made(depthwise, found), {})).part >= 0.97
+
+
+def test_channels_that_no_product_mixes_are_made_even_before_any_goes_to_float():
+    """The second convolution evens out what the first one made of each size: only between them is anything to lose."""
+    torch.manual_seed(0)
+    gains = torch.logspace(-2.5, 0.5, 32)
+    links = [nn.Conv2d(32, 32, 3, 1, 1, groups=32) for _ in range(2)]
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 7, 2), links[0], links[1], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32)
+    )
+    with torch.no_grad():
+        links[0].weight *= gains.view(-1, 1, 1, 1)
+        links[0].bias *= gains
+        links[1].weight /= gains.view(-1, 1, 1, 1)
+        pictures = torch.from_numpy(np.concatenate([feed["pixels"] for feed in FEEDS]))
+        net[-1].bias -= net(pictures).mean(0)
+    model = traced(net)
+    found = search.search(model, FEEDS, search.Params(), Goal(share=0.75))
+    first, second, *others = found.history["candidates"]
+    assert (first["better"], second["better"], second["int8_share"]) == (True, True, 1.0)
+    assert first["cosine"] < 0.95
+    assert found.history["reached"]
+    assert [row["tried"] for row in others] == ["the same, extremes of all inputs"]
+    assert found.written() == {"alpha": 0.75, "channels": True}
+    assert cosine(model, made(model, found), OTHERS) >= 0.99
+    # the extremes of all inputs, by hand: of each channel between the two
+    with torch.no_grad():
+        between = net[:2](pictures).numpy()
+    lows = {name: low for name, (low, _) in found.ranges.items() if np.ndim(low) and len(low) == 32}
+    (name,) = [name for name, low in lows.items() if np.allclose(low, between.min(axis=(0, 2, 3)), rtol=1e-3)]
+    assert np.allclose(found.ranges[name][1], between.max(axis=(0, 2, 3)), rtol=1e-3)

@@ -31,7 +31,8 @@ def test_kernels_touch_nothing_behind_their_tensors(library: Library):
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert int(done.stdout.split()[0]) == sum(
         one.runs
-        and one.name in ("quant_attention", "quant_layer_norm", "quant_patches", "quant_depthwise", "quant_lookup")
+        and one.name
+        in ("quant_attention", "quant_layer_norm", "quant_patches", "cut_windows", "quant_depthwise", "quant_lookup")
         for one in library.kernels
     )
 
@@ -81,6 +82,13 @@ def cut(function, edge: Edge, count: int, width: int) -> None:
     function(edge.lay(x), width, count, edge.lay(y), width, 1.0, 0)
 
 
+def cut_windows(function, edge: Edge, lines: int, width: int, stride: int, count: int) -> None:
+    size = (count - 1) * stride + width + patches.PAST_LINE
+    at = np.array([edge.lay(np.zeros(size, np.uint8)) for _ in range(lines)], np.uintp)
+    y = edge.lay(np.zeros(count * lines * width, np.uint8))
+    function(ctypes.byref(patches.Windows(edge.lay(at), lines, width, stride, count, y)))
+
+
 def convolve(function, edge: Edge, channels: int, size: int, stride: int) -> None:
     """A picture that ends within a window, a strip and a tile."""
     height, width, window, strides = 6, 9, (size, size), (stride, stride)
@@ -110,6 +118,7 @@ def to_the_edge(library: Library) -> None:
         ("quant_attention", ISAS, attention.PROTOTYPE, attend, attention.SIZES),
         ("quant_layer_norm", ISAS, norm.PROTOTYPE, normalise, [(2, width) for width in norm.WIDTHS]),
         ("quant_patches", ISAS, patches.PROTOTYPE, cut, [(3, width) for width in range(1, 70)]),
+        ("cut_windows", ISAS, patches.CUT, cut_windows, patches.WINDOWS),
         ("quant_depthwise", ISAS, depthwise.PROTOTYPE, convolve,
          [(channels, size, stride) for channels in depthwise.CHANNELS for size in (2, 3, 5, 7) for stride in (1, 2)]),
         ("quant_lookup", lookup.ISAS, lookup.PROTOTYPE, look_up, [(size,) for size in lookup.SIZES]),

@@ -4,15 +4,30 @@ unfold in float64."""
 import ctypes
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper
 
+from export.functions.quant_patches import quant_patches
 from models.ops import reference
-from models.ops.spec import QUANT_PATCHES
+from models.ops.spec import DOMAIN, QUANT_PATCHES, VERSION
 from tests.models.ops.quantized import ISAS, kernel, near, run
 
-CASES = [((1, 3, 64, 96), (32, 32)), ((2, 3, 32, 48), (16, 16)), ((1, 3, 42, 28), (14, 14)), ((2, 1, 6, 35), (2, 7)),
-         ((1, 4, 5, 3), (5, 1)), ((3, 2, 4, 66), (1, 33)), ((1, 3, 224, 224), (32, 32))]  # fmt: skip
+# shape, patch, and what else the node says
+CASES = [
+    ((1, 3, 64, 96), (32, 32), {}), ((2, 3, 32, 48), (16, 16), {}), ((1, 3, 42, 28), (14, 14), {}),
+    ((2, 1, 6, 35), (2, 7), {}), ((1, 4, 5, 3), (5, 1), {}), ((3, 2, 4, 66), (1, 33), {}),
+    ((1, 3, 224, 224), (32, 32), {}),
+    ((2, 3, 65, 50), (32, 16), {}),  # what is left over is in none
+    ((1, 3, 260, 260), (3, 3), {"strides": (2, 2), "pads": (0, 0, 1, 1)}),
+    ((2, 3, 32, 30), (3, 3), {"strides": (2, 2), "pads": (1, 1, 1, 1)}),
+    ((2, 2, 9, 70), (4, 33), {"strides": (1, 5), "pads": (3, 0, 0, 2)}),
+    ((1, 1, 12, 40), (2, 20), {"strides": (7, 19)}),  # further apart than a patch is high
+    ((3, 2, 7, 5), (2, 1), {"strides": (0, 3), "pads": (2, 4, 5, 3)}),  # some lie outside altogether
+    ((1, 2, 6, 6), (5, 2), {"strides": (1, 1)}), ((2, 3, 8, 9), (7, 7), {"strides": (4, 4), "pads": (3, 3, 3, 3)}),
+    ((1, 1, 3, 3), (1, 1), {"strides": (1, 1)}),
+]  # fmt: skip
 
 
 def draw(seed, shape, scale=0.02, zero=None):
@@ -24,8 +39,11 @@ def draw(seed, shape, scale=0.02, zero=None):
     }
 
 
-def exact(feeds, patch):
-    columns = torch.nn.functional.unfold(torch.from_numpy(feeds["x"].astype(np.float64)), patch, stride=patch)
+def exact(feeds, patch, strides=(0, 0), pads=(0, 0, 0, 0)):
+    top, left, bottom, right = pads
+    x = torch.nn.functional.pad(torch.from_numpy(feeds["x"].astype(np.float64)), (left, right, top, bottom))
+    stride = tuple(step or size for step, size in zip(strides, patch, strict=True))
+    columns = torch.nn.functional.unfold(x, patch, stride=stride)
     return columns.transpose(1, 2).numpy() / float(feeds["y_scale"]) + int(feeds["y_zero"])
 
 
@@ -55,10 +73,49 @@ def cut(library, request):
     return go
 
 
-@pytest.mark.parametrize(("shape", "patch"), CASES)
-def test_reference_equals_torch(shape, patch):
+class Windows(ctypes.Structure):
+    _fields_ = [("line", ctypes.c_void_p), *((n, ctypes.c_size_t) for n in ("lines", "width", "stride", "count")),
+                ("y", ctypes.c_void_p)]  # fmt: skip
+
+
+CUT = ctypes.CFUNCTYPE(None, ctypes.POINTER(Windows))
+PAST_LINE = 32  # kPastLine
+# lines, width, stride, count
+WINDOWS = [(9, 3, 2, 130), (9, 3, 2, 1), (1, 1, 1, 1), (1, 1, 3, 5), (1, 2, 1, 7)]
+WINDOWS += [(lines, width, 1 + width // 2, 4) for lines in (1, 4) for width in (*range(1, 36), 47, 64, 65, 97)]
+
+
+@pytest.fixture(params=ISAS)
+def windows(library, request):
+    """A kernel as a function of lines: -> [count, lines, width], between guards that it must not touch."""
+    function = kernel(library, "cut_windows", request.param, CUT)
+    if function is None:
+        pytest.skip(f"no {request.param} here")
+
+    def go(lines, width, stride, count):
+        at = np.array([line.ctypes.data for line in lines], np.uintp)
+        y = np.full(64 + count * len(lines) * width, 77, np.uint8)
+        asked = Windows(at.ctypes.data, len(lines), width, stride, count, y.ctypes.data + 32)
+        function(ctypes.byref(asked))
+        assert (y[:32] == 77).all()
+        assert (y[-32:] == 77).all()
+        return y[32:-32].reshape(count, len(lines), width)
+
+    return go
+
+
+@pytest.mark.parametrize(("shape", "patch", "more"), CASES)
+def test_reference_equals_torch(shape, patch, more):
     feeds = draw(0, shape)
-    assert near(reference.quant_patches(**feeds, patch=patch), exact(feeds, patch), most=1e-5)
+    assert near(reference.quant_patches(**feeds, patch=patch, **more), exact(feeds, patch, **more), most=1e-5)
+
+
+def test_windows_hold_what_lies_in_the_lines(windows):
+    for lines, width, stride, count in WINDOWS:
+        size = (count - 1) * stride + width + PAST_LINE
+        held = [np.random.default_rng(number).integers(0, 256, size).astype(np.uint8) for number in range(lines)]
+        expected = [[line[p * stride : p * stride + width] for line in held] for p in range(count)]
+        assert (windows(held, width, stride, count) == expected).all()
 
 
 def test_kernels_equal_float64(cut):
@@ -77,29 +134,58 @@ def test_ties_are_rounded_to_even_and_the_rest_is_cut_off(cut):
     assert cut(x, 8, 1.0, 101).ravel().tolist() == expected
 
 
-@pytest.mark.parametrize(("shape", "patch"), CASES)
-def test_op_and_function_equal_torch_whatever_the_threads(library, shape, patch):
-    feeds = draw(1, shape)
-    (y,) = run(QUANT_PATCHES, feeds, {"patch": patch}, library=library)
-    assert near(y, exact(feeds, patch), most=1e-4)
-    (two,) = run(QUANT_PATCHES, feeds, {"patch": patch}, library=library, threads=2)
+@pytest.mark.parametrize(("shape", "patch", "more"), CASES)
+def test_op_and_function_equal_torch_whatever_the_threads(library, shape, patch, more):
+    feeds, how = draw(1, shape), {"patch": patch, **more}
+    (y,) = run(QUANT_PATCHES, feeds, how, library=library)
+    assert near(y, exact(feeds, **how), most=1e-4)
+    (two,) = run(QUANT_PATCHES, feeds, how, library=library, threads=2)
     assert (two == y).all()
-    (plain,) = run(QUANT_PATCHES, feeds, {"patch": patch}, library=None)
-    assert near(plain, exact(feeds, patch), most=1e-4)
+    (plain,) = run(QUANT_PATCHES, feeds, how, library=None)
+    assert near(plain, exact(feeds, **how), most=1e-4)
 
 
-def test_op_and_function_empty(library):
+@pytest.mark.parametrize(
+    ("shape", "more", "expected"),
+    [
+        ((0, 3, 8, 8), {}, (0, 8, 24)),
+        ((2, 3, 3, 8), {}, (2, 0, 24)),  # less high than a patch
+        ((2, 3, 3, 0), {"pads": (1, 0, 0, 1)}, (2, 0, 24)),
+        ((2, 0, 8, 8), {"strides": (1, 2)}, (2, 20, 0)),
+    ],
+)
+def test_op_and_function_empty(library, shape, more, expected):
     for given in (library, None):
-        (y,) = run(QUANT_PATCHES, draw(0, (0, 3, 8, 8)), {"patch": (4, 2)}, library=given)
-        assert y.shape == (0, 8, 24)
+        (y,) = run(QUANT_PATCHES, draw(0, shape), {"patch": (4, 2), **more}, library=given)
+        assert y.shape == expected
+
+
+def test_a_node_without_strides_and_pads_has_patches_that_do_not_overlap(library):
+    """As the bundles have it that were exported before there were any."""
+    feeds = draw(0, (2, 3, 12, 8))
+    model = single(feeds, patch=[4, 4])
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library.path))
+    for given in (options, None):
+        (y,) = ort.InferenceSession(model.SerializeToString(), given).run(None, feeds)
+        assert near(y, exact(feeds, (4, 4)), most=1e-4)
+
+
+def single(feeds, **attributes):
+    """A model of one node with these attributes and no others, and its body."""
+    node = helper.make_node("QuantPatches", list(feeds), ["y"], domain=DOMAIN, **attributes)
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
+    inputs = [helper.make_tensor_value_info(name, kinds[name], array.shape) for name, array in feeds.items()]
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.UINT8, None)])
+    body = quant_patches()
+    opsets = [*body.opset_import, helper.make_opsetid(DOMAIN, VERSION)]
+    return helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
 
 
 @pytest.mark.parametrize(
     ("feeds", "patch", "says"),
     [
         (draw(0, (3, 8, 8)), (4, 4), r"x has the shape \[3, 8, 8\]; expected \[batch, channels, height, width\]"),
-        (draw(0, (1, 3, 8, 9)), (4, 4), r"x has the shape \[1, 3, 8, 9\]; expected multiples of the patch, 4 by 4"),
-        (draw(0, (1, 3, 6, 8)), (4, 4), r"x has the shape \[1, 3, 6, 8\]; expected multiples of the patch"),
         (draw(0, (1, 3, 8, 8), scale=0), (4, 4), "y_scale is 0.0+; expected a positive, normal number"),
         (draw(0, (1, 3, 8, 8)), (4, 0), r"patch is \[4, 0\]; expected a height and a width"),
         (draw(0, (1, 3, 8, 8)), (4, 4, 4), r"patch is \[4, 4, 4\]; expected a height and a width"),
@@ -108,3 +194,18 @@ def test_op_and_function_empty(library):
 def test_op_refuses(library, feeds, patch, says):
     with pytest.raises(Exception, match=f"QuantPatches: {says}"):
         run(QUANT_PATCHES, feeds, {"patch": patch}, library=library)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"strides": (1, -1)}, r"strides is \[1, -1\]; expected a step down and one to the right"),
+        ({"strides": (1, 1, 1)}, r"strides is \[1, 1, 1\]; expected a step down"),
+        ({"pads": (0, 0, 0, -1)}, r"pads is \[0, 0, 0, -1\]; expected top, left, bottom and right"),
+        ({"strides": (1, 65537)}, r"strides is \[1, 65537\]; expected a step down and one to the right, up to 65536"),
+        ({"pads": (1, 1)}, r"pads is \[1, 1\]; expected top, left"),
+    ],
+)
+def test_op_refuses_strides_and_pads(library, more, says):
+    with pytest.raises(Exception, match=f"QuantPatches: {says}"):
+        run(QUANT_PATCHES, draw(0, (1, 3, 8, 8)), {"patch": (4, 4), **more}, library=library)

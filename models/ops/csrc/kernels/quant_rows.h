@@ -29,4 +29,17 @@ using QuantLayerNorm = void(const NormRows& rows, float* row);
 using QuantPatches = void(const float* x, size_t width, size_t count, uint8_t* y, size_t step, float inverse,
                           int32_t zero);
 
+// Windows of bytes, one after the other in y: of each the `width` bytes of every line from its place on. Places are
+// `stride` apart. Of a line kPastLine bytes behind the last window's may be read.
+// tests/models/ops/test_quant_patches.py lays it out the same.
+struct Windows {
+  const uint8_t* const* line;
+  size_t lines, width, stride, count;  // at least 1
+  uint8_t* y;                          // count * lines * width
+};
+
+inline constexpr size_t kPastLine = 32;
+
+using CutWindows = void(const Windows& windows);
+
 }  // namespace calmclip

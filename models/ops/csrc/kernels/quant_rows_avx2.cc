@@ -8,6 +8,7 @@ namespace calmclip {
 
 extern "C" QuantLayerNorm quant_layer_norm_avx2;
 extern "C" QuantPatches quant_patches_avx2;
+extern "C" CutWindows cut_windows_avx2;
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -76,5 +77,7 @@ void quant_patches_avx2(const float* x, size_t width, size_t count, uint8_t* y, 
                         int32_t zero) {
   patch_rows(x, width, count, y, step, inverse, zero);
 }
+
+void cut_windows_avx2(const Windows& windows) { cut_windows(windows); }
 
 }  // namespace calmclip

@@ -1,9 +1,12 @@
 #include "quant_rows.h"
 
+#include <cstring>
+
 namespace calmclip {
 
 extern "C" QuantLayerNorm quant_layer_norm_scalar;
 extern "C" QuantPatches quant_patches_scalar;
+extern "C" CutWindows cut_windows_scalar;
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -61,5 +64,7 @@ void quant_patches_scalar(const float* x, size_t width, size_t count, uint8_t* y
                           int32_t zero) {
   patch_rows(x, width, count, y, step, inverse, zero);
 }
+
+void cut_windows_scalar(const Windows& windows) { cut_windows(windows); }
 
 }  // namespace calmclip

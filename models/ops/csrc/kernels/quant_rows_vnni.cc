@@ -2,10 +2,13 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 namespace calmclip {
 
 extern "C" QuantLayerNorm quant_layer_norm_vnni;
 extern "C" QuantPatches quant_patches_vnni;
+extern "C" CutWindows cut_windows_vnni;
 
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -59,5 +62,7 @@ void quant_patches_vnni(const float* x, size_t width, size_t count, uint8_t* y, 
                         int32_t zero) {
   patch_rows(x, width, count, y, step, inverse, zero);
 }
+
+void cut_windows_vnni(const Windows& windows) { cut_windows(windows); }
 
 }  // namespace calmclip
