@@ -48,6 +48,7 @@ bench-ops: $(VENV)/.bench ops  ## our operators beside ONNX Runtime, torch, torc
 	$(BIN)/python -m tests.bench.ops_pixels
 	$(BIN)/python -m tests.bench.ops_quant_linear
 	$(BIN)/python -m tests.bench.ops_quant_attention
+	$(BIN)/python -m tests.bench.ops_quant_depthwise
 
 bench-export: $(VENV)/.dev ops  ## checkpoints of full size with random weights: how long, how much memory, how near to float
 	$(BIN)/python -m tests.bench.full_size

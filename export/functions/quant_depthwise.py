@@ -30,5 +30,5 @@ _TEXT = f"""
 
 
 def quant_depthwise() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_DEPTHWISE`. It cannot raise: what the op refuses (a scale of 0) it computes."""
+    """The body of `models.ops.spec.QUANT_DEPTHWISE`. It cannot raise: a scale of 0 it computes."""
     return parser.parse_function(_TEXT)

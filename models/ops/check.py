@@ -164,7 +164,7 @@ def _pixels(random: Random) -> dict[str, Array]:
 
 
 def _convolved(random: Random) -> dict[str, Array]:
-    """Pictures whose sides fill strips and tiles, or not; a block of channels and a part of one. Results are about 1."""
+    """Pictures whose sides fill strips and tiles, or not; a block of channels and a part of one. Results near 1."""
     return {
         "x": _bytes(random, *(int(random.integers(1, most)) for most in (3, 12, 60)), 80),
         "x_scale": _float(0.02), "x_zero": _bytes(random),

@@ -213,8 +213,8 @@ QUANT_PATCHES = Op(
 # A depthwise convolution with channels last: quantize(sum over the window of (x - x_zero) w * x_scale * weight_scale +
 # bias), as QUANT_LINEAR has it: the sum in int32, exactly, then two roundings to float32. Outside the picture x counts
 # as x_zero. The window is h by w of the weight, at most 65536 taps, dilation 1; `pads` is top, left, bottom, right, as
-# Conv has it, and H' = (H + top + bottom - h) / strides[0] + 1, rounded down, or 0 where the window does not fit. x_scale,
-# x_zero, y_scale and y_zero are one for the tensor or one for each channel. `group` is C: a function's Conv wants it.
+# Conv has it, and H' = (H + top + bottom - h) / strides[0] + 1, rounded down, or 0 where the window does not fit. What
+# x and y are quantized with is one for the tensor or one for each channel. `group` is C: a function's Conv wants it.
 QUANT_DEPTHWISE = Op(
     "QuantDepthwise",
     inputs={

@@ -90,7 +90,17 @@ def test_checkpoints_are_recognised_by_what_is_in_them(tiny_hf_clip: Path, tiny_
 
 
 def test_every_rule_that_swaps_is_on_unless_the_file_says_otherwise(tmp_path: Path):
-    quantized = ("attention", "layer_norm", "linear", "linear_to_float", "lookup", "patches", "pointwise", "stem")
+    quantized = (
+        "attention",
+        "depthwise",
+        "layer_norm",
+        "linear",
+        "linear_to_float",
+        "lookup",
+        "patches",
+        "pointwise",
+        "stem",
+    )
     everyone = ("clipped_softmax", *(f"quant_{name}" for name in quantized), "softmax")
     assert load_recipe("x", "n", NET).rewrites == everyone
     file = tmp_path / "r.toml"

@@ -1,5 +1,4 @@
-"""QuantAttention, QuantLayerNorm, QuantPatches and QuantLookup touch nothing behind their tensors: these end where
-memory does, in a process of its own.
+"""Operators on bytes touch nothing behind their tensors: these end where memory does, in a process of its own.
 
 The sanitizers do not see what masked loads and stores touch.
 """
@@ -15,6 +14,7 @@ import numpy as np
 
 from models.ops.library import Library, look
 from tests.models.ops import test_quant_attention as attention
+from tests.models.ops import test_quant_depthwise as depthwise
 from tests.models.ops import test_quant_layer_norm as norm
 from tests.models.ops import test_quant_lookup as lookup
 from tests.models.ops import test_quant_patches as patches
@@ -22,6 +22,9 @@ from tests.models.ops.quantized import ISAS, kernel
 
 ROOT = Path(__file__).parents[3]
 PAGES = 16
+KERNELS = (
+    "cut_windows", "quant_attention", "quant_depthwise", "quant_layer_norm", "quant_lookup", "quant_patches",
+)  # fmt: skip
 
 
 def test_kernels_touch_nothing_behind_their_tensors(library: Library):
@@ -29,10 +32,7 @@ def test_kernels_touch_nothing_behind_their_tensors(library: Library):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
-    assert int(done.stdout.split()[0]) == sum(
-        one.runs and one.name in ("quant_attention", "quant_layer_norm", "quant_patches", "cut_windows", "quant_lookup")
-        for one in library.kernels
-    )
+    assert int(done.stdout.split()[0]) == sum(one.runs and one.name in KERNELS for one in library.kernels)
 
 
 class Edge:
@@ -87,6 +87,24 @@ def cut_windows(function, edge: Edge, lines: int, width: int, stride: int, count
     function(ctypes.byref(patches.Windows(edge.lay(at), lines, width, stride, count, y)))
 
 
+def convolve(function, edge: Edge, channels: int, size: int, stride: int) -> None:
+    """A picture that ends within a window, a strip and a tile."""
+    height, width, window, strides = 6, 9, (size, size), (stride, stride)
+    feeds, pads = depthwise.draw(0, (1, height, width, channels), window), (size // 2, size // 2, 0, size - 1)
+    shape = depthwise.out_shape(feeds["x"].shape, feeds["weight"].shape, strides, pads)
+    each = {name: depthwise.blocks(np.ones(channels, np.float32)) for name in ("scale", "bias", "inverse")}
+    each |= {name: depthwise.blocks(np.ones(channels, np.int32)) for name in ("start", "zero")}
+    ends = {name: edge.lay(numbers) for name, numbers in each.items()}
+    y = np.zeros(shape, np.uint8)
+    work = depthwise.Work(
+        x=edge.lay(feeds["x"]), y=edge.lay(y), batch=1, height=height, width=width, channels=channels,
+        out_height=shape[1], out_width=shape[2], top=pads[0], left=pads[1], h=size, w=size, down=stride, across=stride,
+        weights=edge.lay(depthwise.packed(feeds["weight"], strides)), around=edge.lay(np.zeros(channels, np.uint8)),
+        **ends,
+    )  # fmt: skip
+    function(ctypes.byref(work), 0, depthwise.units(y, window, strides))
+
+
 def look_up(function, edge: Edge, count: int) -> None:
     x, y, table = (edge.lay(np.zeros(size, np.uint8)) for size in (count, count, 256))
     function(x, y, count, table)
@@ -99,8 +117,10 @@ def to_the_edge(library: Library) -> None:
         ("quant_layer_norm", ISAS, norm.PROTOTYPE, normalise, [(2, width) for width in norm.WIDTHS]),
         ("quant_patches", ISAS, patches.PROTOTYPE, cut, [(3, width) for width in range(1, 70)]),
         ("cut_windows", ISAS, patches.CUT, cut_windows, patches.WINDOWS),
+        ("quant_depthwise", ISAS, depthwise.PROTOTYPE, convolve,
+         [(channels, size, stride) for channels in depthwise.CHANNELS for size in (2, 3, 5, 7) for stride in (1, 2)]),
         ("quant_lookup", lookup.ISAS, lookup.PROTOTYPE, look_up, [(size,) for size in lookup.SIZES]),
-    ):
+    ):  # fmt: skip
         for isa in isas:
             function = kernel(library, name, isa, prototype)
             if function is None:

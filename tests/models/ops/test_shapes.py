@@ -10,6 +10,10 @@ from tests.models.ops.test_quant_linear import feeds, load
 
 LINEAR = {name: array for name, array in feeds(0, [4, 8], 8, False).items() if name != "x"}
 ONE = {"one": np.float32(0.05), "middle": np.uint8(128)}
+DEPTHWISE = {
+    "w": np.ones((1, 3, 8), np.int8), "s": np.float32(0.01), "h": np.zeros(8, np.float32), "t": np.float32(0.05),
+    "p": np.uint8(128),
+}  # fmt: skip
 # node of ours, its inputs (r: float of no known side, b: the same in bytes), its attributes and its constants
 NODES = {
     "Softmax": (["r"], {"axis": -1, "gamma": 0.0, "zeta": 1.0}, {}),
@@ -20,6 +24,9 @@ NODES = {
     "QuantLayerNorm": (
         ["r", "r", "w", "w", "one", "middle"], {"epsilon": 1e-5}, ONE | {"w": np.ones(8, np.float32)},
     ),
+    "QuantDepthwise": (
+        ["b", "one", "middle", *list(DEPTHWISE)], {"strides": (1, 1), "pads": (0, 1, 0, 1), "group": 8}, DEPTHWISE,
+    ),
     "QuantLookup": (["b", "all"], {}, {"all": np.arange(255, -1, -1).astype(np.uint8)}),
 }  # fmt: skip
 
@@ -29,6 +36,7 @@ def test_a_side_without_a_name_fits_any_other(library, op):
     """x is given a shape that is fed. What is added to our answer knows its sides, which -1 would not fit."""
     inputs, attributes, constants = NODES[op]
     to_float = op in ("Softmax", "QuantLinearToFloat")
+    sides = [1, 2, 2, 8] if op == "QuantDepthwise" else [4, 8]
     nodes = [
         helper.make_node("Reshape", ["x", "shape"], ["r"]),
         helper.make_node("QuantizeLinear", ["r", "one", "middle"], ["b"]),
@@ -36,7 +44,11 @@ def test_a_side_without_a_name_fits_any_other(library, op):
         helper.make_node("Cast", ["y"], ["f"], to=TensorProto.FLOAT),
         helper.make_node("Add", ["f", "table"], ["z"]),
     ]
-    given = [("x", TensorProto.FLOAT, [32]), ("shape", TensorProto.INT64, [2]), ("table", TensorProto.FLOAT, [4, 8])]
+    given = [
+        ("x", TensorProto.FLOAT, [32]),
+        ("shape", TensorProto.INT64, [len(sides)]),
+        ("table", TensorProto.FLOAT, sides),
+    ]
     declared = [helper.make_tensor_value_info(*one) for one in given]
     outputs = [
         helper.make_tensor_value_info("z", TensorProto.FLOAT, None),
@@ -50,7 +62,7 @@ def test_a_side_without_a_name_fits_any_other(library, op):
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     session: ort.InferenceSession = load(library, helper.make_model(graph, opset_imports=opsets, ir_version=10))
     random = np.random.default_rng(0)
-    x, table = random.normal(size=32).astype(np.float32), random.normal(size=(4, 8)).astype(np.float32)
-    z, y = session.run(None, {"x": x, "shape": np.array([4, 8]), "table": table})
-    assert y.shape == (4, 8)
+    x, table = random.normal(size=32).astype(np.float32), random.normal(size=sides).astype(np.float32)
+    z, y = session.run(None, {"x": x, "shape": np.array(sides), "table": table})
+    assert y.shape == tuple(sides)
     assert (z == y.astype(np.float32) + table).all()

@@ -7,7 +7,7 @@ namespace calmclip {
 void pack_depthwise(const int8_t* w, const Window& window, size_t channels, int8_t* packed, int32_t* sums) {
   const size_t blocks = depthwise_blocks(channels);
   std::memset(packed, 0, blocks * window.block_bytes());
-  std::memset(sums, 0, blocks * kBlock * sizeof *sums);
+  for (size_t i = 0; i < blocks * kBlock; ++i) sums[i] = 0;
   for (size_t i = 0; i < window.height; ++i)
     for (size_t j = 0; j < window.width; ++j, w += channels)
       for (size_t c = 0; c < channels; ++c) {

@@ -3,15 +3,15 @@
 //
 // Channels go in blocks of 64, filled up with 0. Bytes of four rows of x, one below the other, are interleaved until a
 // lane of 32 bits holds the four of one channel; a dot product of four bytes is then four taps. What was interleaved
-// serves every column whose window lies over it, and where the window leaves some of its rows free, the next rows of y
-// too, whose weights lie a stride further down. To interleave within 128 bits leaves a block in this order: sixteen
-// vectors' lanes of channels 0 .. 3, 16 .. 19, 32 .. 35, 48 .. 51, then of 4 .. 7, 20 .. 23, and so on. Weights and all
-// numbers of a channel are packed in it, and the instructions that pack sums to bytes undo it.
+// serves every column of y whose window lies over it, and where the window leaves some of its rows free, the next rows
+// of y too, whose weights lie a stride further down. Interleaved within 128 bits a block's channels come in this order:
+// 0 .. 3, 16 .. 19, 32 .. 35, 48 .. 51, then 4 .. 7, 20 .. 23, and so on. Weights and the numbers of each channel are
+// packed in it, and the instructions that pack sums to bytes undo it.
 //
 // w is packed once: [block][row of y][four rows of x][column of w][channel of the block, in that order][4].
 //
-// Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, two roundings; * inverse, rounded
-// half to even, + zero, cut to 0 .. 255.
+// Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, two roundings; * inverse,
+// rounded half to even, + zero, cut to 0 .. 255.
 #pragma once
 
 #include <cstddef>
@@ -33,13 +33,16 @@ struct Window {
   size_t height, width;
   size_t down, across;  // strides
 
-  // Rows of x that are interleaved at once, by fours; so many are worked on where kernels have code of their own.
+  // Rows of x that are interleaved at once, by fours.
   constexpr size_t fours() const { return (height + 3) / 4; }
+  // Whether kernels have code of their own for it.
   constexpr bool usual() const {
-    return height <= 8 && (width == 3 || width == 5 || width == 7) && (across == 1 || across == 2);
+    return height == width && (width == 3 || width == 5 || width == 7) && (across == 1 || across == 2);
   }
-  // Rows of y that are made of them.
+  // Rows of y that are made of them at once.
   constexpr size_t rows() const { return usual() ? (4 * fours() - height) / down + 1 : 1; }
+  // Columns of y that are made at once, at most: what they look at and its copy, interleaved, stay in an L1 cache.
+  constexpr size_t most_columns() const { return usual() ? 48 / (fours() + across - 1) / 4 * 4 : 64; }
   constexpr size_t row_bytes() const { return fours() * width * 4 * kBlock; }
   constexpr size_t block_bytes() const { return rows() * row_bytes(); }
 };
@@ -64,10 +67,12 @@ struct DepthwiseWork {
   const float* inverse;  // 1 / y_scale
   const int32_t* zero;
 
-  // A unit is a block of channels of as many rows of y as are made at once: those of one block from top to bottom, then
-  // the next block's.
+  // A unit is what is made at once: of a block of channels some rows of some columns. They follow one another from top
+  // to bottom, then come the next columns, the next block, the next image.
   size_t strips() const { return (out_height + window.rows() - 1) / window.rows(); }
-  size_t units() const { return batch * depthwise_blocks(channels) * strips(); }
+  size_t pieces() const { return (out_width + window.most_columns() - 1) / window.most_columns(); }
+  size_t columns() const { return ((out_width + pieces() - 1) / pieces() + 3) / 4 * 4; }
+  size_t units() const { return batch * depthwise_blocks(channels) * pieces() * strips(); }
 };
 
 // The units [first, last).

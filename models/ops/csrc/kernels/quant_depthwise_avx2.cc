@@ -22,7 +22,7 @@ struct V {
   using Bytes = __m256i;
   using X = Words;
   using W = Words;
-  static constexpr size_t kBytes = 32, kLanes = 8, kTile = 2;
+  static constexpr size_t kBytes = 32, kTile = 2;
 
   static Bytes load(const uint8_t* p, size_t count) {
     if (count == kBytes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

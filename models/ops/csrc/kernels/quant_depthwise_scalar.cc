@@ -19,8 +19,9 @@ uint8_t one(const DepthwiseWork& work, size_t image, size_t row, size_t column, 
       // what lies before the picture is a large number, and so outside too
       const size_t y = row * window.down + i - work.top, x = column * window.across + j - work.left;
       const bool inside = y < work.height && x < work.width;
-      const int32_t byte =
-          inside ? work.x[((image * work.height + y) * work.width + x) * work.channels + channel] : work.around[channel];
+      const uint8_t* from =
+          inside ? work.x + ((image * work.height + y) * work.width + x) * work.channels : work.around;
+      const int32_t byte = from[channel];
       sum += static_cast<uint32_t>(byte * weights[(i / 4 * window.width + j) * 4 * kBlock + i % 4]);
     }
   const float scaled = static_cast<float>(static_cast<int32_t>(sum)) * work.scale[at] + work.bias[at];
@@ -34,13 +35,16 @@ uint8_t one(const DepthwiseWork& work, size_t image, size_t row, size_t column, 
 }  // namespace
 
 void quant_depthwise_scalar(const DepthwiseWork& work, size_t first, size_t last) {
-  const size_t strips = work.strips(), blocks = depthwise_blocks(work.channels), rows = work.window.rows();
+  const size_t strips = work.strips(), pieces = work.pieces(), blocks = depthwise_blocks(work.channels);
+  const size_t rows = work.window.rows(), columns = work.columns();
   for (size_t unit = first; unit < last; ++unit) {
-    const size_t image = unit / strips / blocks, channel = unit / strips % blocks * kBlock, top = unit % strips * rows;
+    const size_t image = unit / strips / pieces / blocks, channel = unit / strips / pieces % blocks * kBlock;
+    const size_t left = unit / strips % pieces * columns, top = unit % strips * rows;
     for (size_t row = top; row < top + rows && row < work.out_height; ++row)
-      for (size_t column = 0; column < work.out_width; ++column) {
+      for (size_t column = left; column < left + columns && column < work.out_width; ++column) {
         uint8_t* y = work.y + ((image * work.out_height + row) * work.out_width + column) * work.channels;
-        for (size_t c = channel; c < channel + kBlock && c < work.channels; ++c) y[c] = one(work, image, row, column, c);
+        for (size_t c = channel; c < channel + kBlock && c < work.channels; ++c)
+          y[c] = one(work, image, row, column, c);
       }
   }
 }

@@ -14,7 +14,7 @@ struct Whole {
   using Bytes = __m512i;
   using X = __m512i;
   using W = __m512i;
-  static constexpr size_t kBytes = 64, kLanes = 16, kTile = 4;
+  static constexpr size_t kBytes = 64, kTile = 4;
 
   static Bytes load(const uint8_t* p, size_t count) { return _mm512_maskz_loadu_epi8(mask(count), p); }
   static void interleave(const Bytes* b, uint8_t* p) {
@@ -33,7 +33,6 @@ struct Whole {
   static F set(float v) { return _mm512_set1_ps(v); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
-  static void store(int32_t* p, I v) { _mm512_store_si512(p, v); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -63,7 +62,7 @@ struct Half {
   using Bytes = __m256i;
   using X = __m256i;
   using W = __m256i;
-  static constexpr size_t kBytes = 32, kLanes = 8, kTile = 4;
+  static constexpr size_t kBytes = 32, kTile = 4;
 
   static Bytes load(const uint8_t* p, size_t count) { return _mm256_maskz_loadu_epi8(mask(count), p); }
   static void interleave(const Bytes* b, uint8_t* p) {

@@ -79,7 +79,7 @@ class Depthwise {
       work.bias = of.bias.data();
       work.inverse = of.inverse.data();
       work.zero = of.zero.data();
-      const size_t unit = work.out_width * window.rows() * window.height * window.width * std::min(group_, kBlock);
+      const size_t unit = work.columns() * window.rows() * window.height * window.width * std::min(group_, kBlock);
       spread(context, work.units(), kGrain / unit,
              [&](size_t first, size_t last) { kernels().quant_depthwise(work, first, last); });
       return nullptr;
@@ -133,8 +133,8 @@ class Depthwise {
 
   Channels channels(const Inputs& inputs, const Weight& weight) const {
     const size_t n = group_;
-    const Input<float> x_scale(kOp, inputs(kXScale), "x_scale"), weight_scale(kOp, inputs(kWeightScale), "weight_scale");
-    const Input<float> bias(kOp, inputs(kBias), "bias");
+    const Input<float> x_scale(kOp, inputs(kXScale), "x_scale"), bias(kOp, inputs(kBias), "bias");
+    const Input<float> weight_scale(kOp, inputs(kWeightScale), "weight_scale");
     const Input<uint8_t> x_zero(kOp, inputs(kXZero), "x_zero");
     const bool x_scales = x_scale.columns(n), x_zeros = x_zero.columns(n), weight_scales = weight_scale.columns(n);
     x_scale.check_scales();
@@ -142,8 +142,8 @@ class Depthwise {
     if (bias.shape.size() != 1 || bias.side(0) != n) bias.refuse("[" + std::to_string(n) + "]");
     const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, n);
     const size_t whole = weight.sums.size();
-    Channels made{std::vector<uint8_t>(n), weight.sums,         std::vector<int32_t>(whole), std::vector<float>(whole),
-                  std::vector<float>(whole), std::vector<float>(whole)};
+    Channels made{std::vector<uint8_t>(n), weight.sums, std::vector<int32_t>(whole), {}, {}, {}};
+    for (auto* numbers : {&made.scale, &made.bias, &made.inverse}) numbers->resize(whole);
     for (size_t c = 0; c < n; ++c) {
       const size_t at = c / kBlock * kBlock + depthwise_place(c), step = steps.zero.size() == n ? c : 0;
       made.around[c] = x_zero.data[x_zeros ? c : 0];
