@@ -114,8 +114,8 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
 
 # Of the next six and the last: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255),
 # half to even, or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal.
-# What is quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns. Attributes
-# of a node are all stated.
+# What is quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns.
+# Attributes of a node are all stated.
 
 # f((x - x_zero) w * x_scale * weight_scale + bias), quantized. The products are summed in int32, exactly; then
 # float32: sum * (x_scale * weight_scale) + bias, two roundings, and f. Where f is none or relu, it may be
@@ -239,9 +239,9 @@ QUANT_LOOKUP = Op(
 )
 
 # quantize((a - a_zero) * a_scale + (b - b_zero) * b_scale), of two tensors of one shape. In float32 it is
-# fma(a, a_scale / y_scale, fma(b, b_scale / y_scale, c)), with c = -(a_zero a_scale + b_zero b_scale) / y_scale: another
-# step comes of it only next to a tie. A scale or zero point is one for the tensor or one for each of its columns; a_scale
-# and b_scale are at most 2^20 y_scale. y may lie where a or b does.
+# fma(a, a_scale / y_scale, fma(b, b_scale / y_scale, c)), c = -(a_zero a_scale + b_zero b_scale) / y_scale, which
+# another step comes of only next to a tie. A scale or zero point is one for the tensor or one for each of its columns;
+# a_scale and b_scale are at most 2^20 y_scale. y may lie where a or b does.
 QUANT_ADD = Op(
     "QuantAdd",
     inputs={

@@ -90,7 +90,7 @@ class Add {
       const size_t c = i % n;
       const double a = double{a_step(c)} / y_step(c), b = double{b_step(c)} / y_step(c);
       if (std::max(a, b) > kMostFactor)
-        kOp.invalid("a scale is " + std::to_string(std::max(a, b)) + " y_scale; expected at most 2^20 of it");
+        kOp.invalid("a scale is " + std::to_string(std::max(a, b)) + " times y_scale; expected at most 2^20 times");
       made.a_factor[i] = static_cast<float>(a);
       made.b_factor[i] = static_cast<float>(b);
       made.start[i] = static_cast<float>(-(a_point(c) * a + b_point(c) * b));
