@@ -13,7 +13,7 @@ namespace calmclip {
 namespace {
 
 constexpr size_t kGrain = 131072;       // numbers that are worth a thread: some 8 us
-constexpr size_t kNear = 16384;         // bytes of each at a time, block of columns by block of columns: a part of a cache
+constexpr size_t kNear = 65536;         // bytes of each at a time, block of columns by block of columns: a part of a cache
 constexpr size_t kMostRepeated = 1024;  // columns; of more, what lies behind whole blocks is little
 constexpr double kMostFactor = 1 << 20;
 
