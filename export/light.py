@@ -86,8 +86,11 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
 
 
 def shapes(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Types and shapes of what lies inside the graph, as far as they can be inferred."""
-    return list(onnx.shape_inference.infer_shapes(lighten(model)).graph.value_info)
+    """Types and shapes of what lies inside the graph, as far as they can be inferred.
+
+    With shapes that nodes read of others and pass on, as the functions of our own ops do.
+    """
+    return list(onnx.shape_inference.infer_shapes(lighten(model), data_prop=True).graph.value_info)
 
 
 def check(model: onnx.ModelProto) -> None:

@@ -8,6 +8,7 @@ import onnx
 from onnx import helper
 
 from export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
+from export.functions.quant_add import quant_add
 from export.functions.quant_attention import quant_attention
 from export.functions.quant_depthwise import quant_depthwise
 from export.functions.quant_layer_norm import quant_layer_norm
@@ -21,6 +22,7 @@ from models.ops.spec import (
     DOMAIN,
     IMAGE_TO_PIXELS,
     IMAGE_TO_QUANTIZED_PIXELS,
+    QUANT_ADD,
     QUANT_ATTENTION,
     QUANT_DEPTHWISE,
     QUANT_LAYER_NORM,
@@ -47,6 +49,7 @@ BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
     QUANT_PATCHES.name: lambda **_: quant_patches(),
     QUANT_DEPTHWISE.name: lambda **_: quant_depthwise(),
     QUANT_LOOKUP.name: lambda **_: quant_lookup(),
+    QUANT_ADD.name: lambda **_: quant_add(),
 }
 
 

@@ -92,7 +92,7 @@ def _written(real: ir.Value, reader: ir.Node | None, axis: int = -1) -> Eight | 
             return None
         with np.errstate(over="ignore"):
             steps = (steps / factor).astype(np.float32)
-        if not _normal(steps):
+        if not normal(steps):
             return None
         scale = constant(reader, f"{value.name}_steps", steps)
         zero = constant(reader, f"{value.name}_zeros", np.broadcast_to(middle, steps.shape).copy())
@@ -102,10 +102,11 @@ def _written(real: ir.Value, reader: ir.Node | None, axis: int = -1) -> Eight | 
 def _fits(real: ir.Value, scale: ir.Value) -> bool:
     """Whether the ops take it: float32, in steps that are positive and normal as far as they are seen."""
     steps = _patterns.array(scale)
-    return {real.dtype, scale.dtype} <= {None, ir.DataType.FLOAT} and (steps is None or _normal(steps))
+    return {real.dtype, scale.dtype} <= {None, ir.DataType.FLOAT} and (steps is None or normal(steps))
 
 
-def _normal(steps: Array) -> bool:
+def normal(steps: Array) -> bool:
+    """Positive and no smaller than float32 holds in full, as the ops want their steps."""
     return bool((np.isfinite(steps) & (steps >= np.finfo(np.float32).tiny)).all())
 
 
@@ -203,6 +204,13 @@ def turned(before: ir.Node, value: ir.Value, name: str, perm: tuple[int, ...]) -
     made = ir.Value(name=name, shape=sizes, type=value.type)
     insert(before, "Transpose", [value], {"perm": perm}, [made], domain="")
     return made
+
+
+def turns(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
+    """Whether it is the Transpose that does so."""
+    if node is None or node.domain or node.op_type != "Transpose":
+        return False
+    return tuple(node.attributes.get_ints("perm", [])) == perm
 
 
 def like(value: ir.Value, dtype: ir.DataType | None = None, name: str | None = None) -> ir.Value:

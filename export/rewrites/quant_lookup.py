@@ -23,7 +23,7 @@ from onnxscript import ir
 from export import light
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import FIRST, LAST, constant, insert, like, maker, put, shape, sweep, turned
+from export.rewrites._eight import FIRST, LAST, constant, insert, like, maker, put, shape, sweep, turned, turns
 from models.flow import Array
 from models.ops.spec import QUANT_LOOKUP
 
@@ -161,17 +161,11 @@ def _channels_last(found: Chain) -> bool:
     sizes, before = shape(found.x), maker(found.x, "QuantizeLinear")
     if sizes is None or len(sizes) != 4:
         return False
-    if not (_turns(found.x.producer(), FIRST) or (before is not None and _in_bytes(maker(before.inputs[0], "Conv")))):
+    if not (turns(found.x.producer(), FIRST) or (before is not None and _in_bytes(maker(before.inputs[0], "Conv")))):
         return False
     readers = [use.node for use in found.y.uses()]
     backs = [node.outputs[0] for node in readers if not node.domain and node.op_type == "DequantizeLinear"]
-    return any(_turns(node, LAST) for node in readers) or any(_in_bytes(use.node) for v in backs for use in v.uses())
-
-
-def _turns(node: ir.Node | None, perm: tuple[int, ...]) -> bool:
-    if node is None or node.domain or node.op_type != "Transpose":
-        return False
-    return tuple(node.attributes.get_ints("perm", [])) == perm
+    return any(turns(node, LAST) for node in readers) or any(_in_bytes(use.node) for v in backs for use in v.uses())
 
 
 def _in_bytes(node: ir.Node | None) -> bool:

@@ -19,6 +19,7 @@ from models.ops.spec import (
     IMAGE_TO_PIXELS,
     IMAGE_TO_QUANTIZED_PIXELS,
     METHODS,
+    QUANT_ADD,
     QUANT_ATTENTION,
     QUANT_DEPTHWISE,
     QUANT_LAYER_NORM,
@@ -179,6 +180,17 @@ def _looked_up(random: Random) -> dict[str, Array]:
     return {"x": _bytes(random, int(random.integers(1, 9)), int(random.integers(1, 90))), "table": _bytes(random, 256)}
 
 
+def _added(random: Random) -> dict[str, Array]:
+    """Fewer numbers than a block holds, and more; a in one scale, b and the sum in one for each of 80 columns."""
+    shape = (int(random.integers(1, 9)), int(random.integers(1, 9)), 80)
+    return {
+        "a": _bytes(random, *shape), "a_scale": _float(0.02), "a_zero": _bytes(random),
+        "b": _bytes(random, *shape), "b_scale": random.uniform(0.01, 0.03, 80).astype(np.float32),
+        "b_zero": _bytes(random, 80),
+        "y_scale": random.uniform(0.02, 0.05, 80).astype(np.float32), "y_zero": _bytes(random, 80),
+    }  # fmt: skip
+
+
 _CLIP: dict[str, Attribute] = {"gamma": -0.003, "zeta": 1.003}
 _ROWS = Tensor(dtype="float32", shape=("R", "C"))
 _PLACE: dict[str, Attribute] = {"size": (48, 40), "shortest": 56, "gain": (0.02, 0.01, 0.03), "bias": (-2.5, 0.4, 1.0)}
@@ -194,6 +206,9 @@ _ONE = {"y_scale": Tensor(dtype="float32", shape=()), "y_zero": Tensor(dtype="ui
 _GRID = Tensor(dtype="uint8", shape=("R", "C"))
 _WINDOW: dict[str, Attribute] = {"strides": (2, 1), "pads": (2, 1, 0, 1), "group": 80}
 _CHANNELS = {"y_scale": Tensor(dtype="float32", shape=(80,)), "y_zero": Tensor(dtype="uint8", shape=(80,))}
+_SCALED = {"a": Tensor(dtype="uint8", shape=("B", "T", 80)), "b": Tensor(dtype="uint8", shape=("B", "T", 80)),
+           "a_scale": _ONE["y_scale"], "a_zero": _ONE["y_zero"],
+           "b_scale": _CHANNELS["y_scale"], "b_zero": _CHANNELS["y_zero"]} | _CHANNELS  # fmt: skip
 _PATCH: dict[str, Attribute] = {"patch": (14, 14)}
 _OVERLAP: dict[str, Attribute] = {"patch": (3, 3), "strides": (2, 2), "pads": (0, 1, 1, 0)}
 
@@ -234,6 +249,7 @@ PROBES = (
           {"y": Tensor(dtype="uint8", shape=("B", "h", "w", 80))}),
     Probe("quant_lookup", QUANT_LOOKUP, _looked_up, lambda f: (reference.quant_lookup(**f),),
           0, {}, {"x": _GRID}, {"y": _GRID}),
+    Probe("quant_add", QUANT_ADD, _added, lambda f: (reference.quant_add(**f),), 1, {}, _SCALED, {"y": _SCALED["a"]}),
 )  # fmt: skip
 
 

@@ -373,6 +373,24 @@ def quant_lookup(x: Array, table: Array) -> Array:
     return y
 
 
+def quant_add(
+    a: Array, a_scale: Array, a_zero: Array, b: Array, b_scale: Array, b_zero: Array, y_scale: Array, y_zero: Array
+) -> Array:
+    """The sum of two tensors in bytes, quantized.
+
+    a and b uint8 [..., C], the others one number or [C] -> uint8 [..., C]. float64 inside.
+    Raises ValueError where a and b have not the same shape.
+    Source: Jacob et al. 2017 (arXiv 1712.05877), appendix A.2.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"b has the shape {list(b.shape)}; expected that of a, {list(a.shape)}")
+    one, other = (
+        (x.astype(np.float64) - np.asarray(zero, np.float64)) * np.asarray(scale, np.float64)
+        for x, scale, zero in ((a, a_scale, a_zero), (b, b_scale, b_zero))
+    )
+    return quantize(one + other, y_scale, y_zero)
+
+
 def _area(boxes: Array) -> Array:
     """[N, 4] -> [N]; a box turned inside out has none, one with a side that float32 does not hold an infinite one."""
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)

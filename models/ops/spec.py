@@ -112,10 +112,10 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
     attributes=IMAGE_TO_PIXELS.attributes | {"scale": 1.0, "zero_point": 0},
 )
 
-# Of the next six: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255), half to
-# even, or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal. What is
-# quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns. Attributes of a
-# node are all stated.
+# Of the next six and the last: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255),
+# half to even, or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal.
+# What is quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns.
+# Attributes of a node are all stated.
 
 # f((x - x_zero) w * x_scale * weight_scale + bias), quantized. The products are summed in int32, exactly; then
 # float32: sum * (x_scale * weight_scale) + bias, two roundings, and f. Where f is none or relu, it may be
@@ -238,6 +238,25 @@ QUANT_LOOKUP = Op(
     outputs={"y": _tensor("uint8", "...")},
 )
 
+# quantize((a - a_zero) * a_scale + (b - b_zero) * b_scale), of two tensors of one shape. In float32 it is
+# fma(a, a_scale / y_scale, fma(b, b_scale / y_scale, c)), c = -(a_zero a_scale + b_zero b_scale) / y_scale, which
+# another step comes of only next to a tie. A scale or zero point is one for the tensor or one for each of its columns;
+# a_scale and b_scale are at most 2^20 y_scale. y may lie where a or b does.
+QUANT_ADD = Op(
+    "QuantAdd",
+    inputs={
+        "a": _tensor("uint8", "..."),
+        "a_scale": _tensor("float32", "..."),
+        "a_zero": _tensor("uint8", "..."),
+        "b": _tensor("uint8", "..."),
+        "b_scale": _tensor("float32", "..."),
+        "b_zero": _tensor("uint8", "..."),
+        "y_scale": _tensor("float32", "..."),
+        "y_zero": _tensor("uint8", "..."),
+    },
+    outputs={"y": _tensor("uint8", "...")},
+)
+
 OPS: tuple[Op, ...] = (
     SOFTMAX,
     SOFT_NMS,
@@ -250,4 +269,5 @@ OPS: tuple[Op, ...] = (
     QUANT_PATCHES,
     QUANT_DEPTHWISE,
     QUANT_LOOKUP,
+    QUANT_ADD,
 )

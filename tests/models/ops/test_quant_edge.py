@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from models.ops.library import Library, look
+from tests.models.ops import test_quant_add as adding
 from tests.models.ops import test_quant_attention as attention
 from tests.models.ops import test_quant_depthwise as depthwise
 from tests.models.ops import test_quant_layer_norm as norm
@@ -23,7 +24,8 @@ from tests.models.ops.quantized import ISAS, kernel
 ROOT = Path(__file__).parents[3]
 PAGES = 16
 KERNELS = (
-    "cut_windows", "quant_attention", "quant_depthwise", "quant_layer_norm", "quant_lookup", "quant_patches",
+    "cut_windows", "quant_add", "quant_attention", "quant_depthwise", "quant_layer_norm", "quant_lookup",
+    "quant_patches",
 )  # fmt: skip
 
 
@@ -105,6 +107,13 @@ def convolve(function, edge: Edge, channels: int, size: int, stride: int) -> Non
     function(ctypes.byref(work), 0, depthwise.units(y, window, strides))
 
 
+def add(function, edge: Edge, rows: int, width: int) -> None:
+    ends = {name: edge.lay(np.zeros(rows * width, np.uint8)) for name in "aby"}
+    ends |= {name: edge.lay(np.zeros(adding.BLOCK, np.float32)) for name in ("a_factor", "b_factor", "start")}
+    ends |= {"zero": edge.lay(np.zeros(adding.BLOCK, np.int32))}
+    function(ctypes.byref(adding.Block(rows=rows, step=width, width=width, **ends)))
+
+
 def look_up(function, edge: Edge, count: int) -> None:
     x, y, table = (edge.lay(np.zeros(size, np.uint8)) for size in (count, count, 256))
     function(x, y, count, table)
@@ -119,6 +128,7 @@ def to_the_edge(library: Library) -> None:
         ("cut_windows", ISAS, patches.CUT, cut_windows, patches.WINDOWS),
         ("quant_depthwise", ISAS, depthwise.PROTOTYPE, convolve,
          [(channels, size, stride) for channels in depthwise.CHANNELS for size in (2, 3, 5, 7) for stride in (1, 2)]),
+        ("quant_add", ISAS, adding.PROTOTYPE, add, [(3, width) for width in range(1, adding.BLOCK + 1)]),
         ("quant_lookup", lookup.ISAS, lookup.PROTOTYPE, look_up, [(size,) for size in lookup.SIZES]),
     ):  # fmt: skip
         for isa in isas:

@@ -27,6 +27,7 @@ NODES = {
     "QuantDepthwise": (
         ["b", "one", "middle", *list(DEPTHWISE)], {"strides": (1, 1), "pads": (0, 1, 0, 1), "group": 8}, DEPTHWISE,
     ),
+    "QuantAdd": (["b", "one", "middle", "b", "one", "middle", "one", "middle"], {}, {}),
     "QuantLookup": (["b", "all"], {}, {"all": np.arange(255, -1, -1).astype(np.uint8)}),
 }  # fmt: skip
 

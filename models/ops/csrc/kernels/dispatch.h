@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "quant_add.h"
 #include "quant_attention.h"
 #include "quant_depthwise.h"
 #include "quant_linear.h"

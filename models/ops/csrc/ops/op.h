@@ -76,5 +76,6 @@ const OrtCustomOp* quant_layer_norm_op();
 const OrtCustomOp* quant_patches_op();
 const OrtCustomOp* quant_depthwise_op();
 const OrtCustomOp* quant_lookup_op();
+const OrtCustomOp* quant_add_op();
 
 }  // namespace calmclip

@@ -1,0 +1,299 @@
+"""QuantAdd: the oracle, every kernel of this processor, the op in ONNX Runtime and its function, against sums that
+Python rounds itself, exactly where steps are powers of two, and float64 elsewhere."""
+
+import ctypes
+from fractions import Fraction
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from models.ops import reference
+from models.ops.spec import DOMAIN, QUANT_ADD, VERSION
+from tests.models.ops.quantized import ISAS, kernel, near, run, session
+
+BLOCK = 64
+NUMBERS = ("a_scale", "a_zero", "b_scale", "b_zero", "y_scale", "y_zero")
+# columns: none, parts of a block, blocks and what is left, many
+SHAPES = [
+    (1,),
+    (7, 1),
+    (2, 5, 3),
+    (9, 16),
+    (3, 4, 64),
+    (5, 65),
+    (31, 77),
+    (2, 3, 7, 80),
+    (2, 640),
+    (3, 1025),
+    (1, 2000),
+]
+
+
+class Block(ctypes.Structure):
+    """`AddBlock` of quant_add.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "y")),
+        *((name, ctypes.c_size_t) for name in ("rows", "step", "width")),
+        *((name, ctypes.c_void_p) for name in ("a_factor", "b_factor", "start", "zero")),
+    )
+
+
+PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.POINTER(Block))
+
+
+def draw(seed, shape, columns=()):
+    """``columns``: which inputs have a number for each."""
+    random = np.random.default_rng(seed)
+
+    def numbers(name, dtype, low, high):
+        drawn = random.uniform(low, high, shape[-1] if name in columns else ())
+        return np.asarray(drawn, dtype)
+
+    feeds = {}
+    for name in "aby":
+        if name != "y":
+            feeds[name] = np.asarray(random.integers(0, 256, shape), np.uint8)
+        feeds[f"{name}_scale"] = numbers(f"{name}_scale", np.float32, 0.01, 0.03)
+        feeds[f"{name}_zero"] = numbers(f"{name}_zero", np.uint8, 60, 200)
+    return feeds
+
+
+def exact(feeds):
+    """float64, before it is rounded."""
+    real = {name: np.asarray(value, np.float64) for name, value in feeds.items()}
+    a, b = ((real[x] - real[f"{x}_zero"]) * real[f"{x}_scale"] for x in "ab")
+    return (a + b) / real["y_scale"] + real["y_zero"]
+
+
+def pairs():
+    """Every byte with every other; steps so that a third of the sums are ties."""
+    a, b = (x.astype(np.uint8).reshape(-1) for x in np.mgrid[:256, :256])
+    scales = {"a_scale": 0.25, "b_scale": 0.5, "y_scale": 1.0}
+    zeros = {"a_zero": 3, "b_zero": 160, "y_zero": 101}
+    return (
+        {"a": a, "b": b}
+        | {name: np.array(value, np.float32) for name, value in scales.items()}
+        | {name: np.array(value, np.uint8) for name, value in zeros.items()}
+    )
+
+
+def by_hand():
+    """Of `pairs`; Python rounds fractions half to even."""
+    rounded = {four: min(255, max(0, round(Fraction(four, 4)) + 101)) for four in range(-3 - 2 * 160, 256 + 2 * 256)}
+    return np.array([rounded[a - 3 + 2 * (b - 160)] for a in range(256) for b in range(256)], np.uint8)
+
+
+@pytest.fixture(params=ISAS)
+def add(library, request):
+    """A kernel as a function of rows of bytes and the columns' numbers, between guards that it must not touch."""
+    function = kernel(library, "quant_add", request.param, PROTOTYPE)
+    if function is None:
+        pytest.skip(f"no {request.param} here")
+    return lambda *given, **how: call(function, *given, **how)
+
+
+def call(function, a, b, numbers, *, step=None, into=None):
+    """a and b uint8 [rows, width]; rows lie ``step`` apart; y where ``into`` says, or by itself."""
+    rows, width = a.shape
+    step = step or width
+    laid = {name: np.full(rows * step + 2 * BLOCK, 77, np.uint8) for name in "aby"}
+    views = {name: memory[BLOCK : BLOCK + rows * step].reshape(rows, step) for name, memory in laid.items()}
+    views["a"][:, :width], views["b"][:, :width] = a, b
+    padded = [np.concatenate([x, np.zeros(BLOCK - width, x.dtype)]) for x in numbers]
+    into = into or "y"
+    ends = {name: views[name].ctypes.data for name in "ab"} | {"y": views[into].ctypes.data}
+    names = ("a_factor", "b_factor", "start", "zero")
+    ends |= {name: x.ctypes.data for name, x in zip(names, padded, strict=True)}
+    function(ctypes.byref(Block(rows=rows, step=step, width=width, **ends)))
+    y = views[into][:, :width].copy()
+    views[into][:, :width] = 77
+    assert (laid[into] == 77).all()
+    return y
+
+
+def numbers_of(seed, width):
+    """Factors, start and zero of a block."""
+    random = np.random.default_rng(seed)
+    a, b = random.uniform(0.1, 1.5, (2, width)).astype(np.float32)
+    start = random.uniform(-250, 50, width).astype(np.float32)
+    return a, b, start, random.integers(0, 256, width).astype(np.int32)
+
+
+def test_reference_equals_fractions():
+    np.testing.assert_array_equal(reference.quant_add(**pairs()), by_hand())
+
+
+def test_reference_refuses_shapes_that_differ():
+    feeds = draw(0, (3, 4)) | {"b": np.zeros((1, 4), np.uint8)}
+    with pytest.raises(ValueError, match=r"b has the shape \[1, 4\]; expected that of a, \[3, 4\]"):
+        reference.quant_add(**feeds)
+
+
+@pytest.mark.parametrize("into", ["a", "b", "y"])
+def test_kernels_know_every_pair_of_bytes(add, into):
+    """Also where y lies on what it is made of. What is over and under 8 bits is among them, and every tie."""
+    feeds = pairs()
+    start = -(3 * 0.25 + 160 * 0.5)
+    numbers = [np.full(BLOCK, number, np.float32) for number in (0.25, 0.5, start)] + [np.full(BLOCK, 101, np.int32)]
+    a, b = (feeds[name].reshape(-1, BLOCK) for name in "ab")
+    np.testing.assert_array_equal(add(a, b, numbers, into=into).reshape(-1), by_hand())
+
+
+def test_kernels_take_any_width_and_any_step(add):
+    random = np.random.default_rng(0)
+    for width in range(1, BLOCK + 1):
+        a, b = random.integers(0, 256, (2, 5, width)).astype(np.uint8)
+        numbers = numbers_of(width, width)
+        exact_y = a * numbers[0].astype(np.float64) + b * numbers[1].astype(np.float64) + numbers[2] + numbers[3]
+        for step in (width, width + 1, width + 70):
+            assert near(add(a, b, numbers, step=step), exact_y)
+
+
+def test_kernels_agree_to_the_bit(library):
+    """Next to ties too: as many as there are of numbers with few digits."""
+    functions = [f for isa in ISAS if (f := kernel(library, "quant_add", isa, PROTOTYPE)) is not None]
+    random = np.random.default_rng(1)
+    a, b = random.integers(0, 256, (2, 300, 61)).astype(np.uint8)
+    for seed in range(20):
+        numbers = [np.round(x, 1 + seed % 3).astype(x.dtype) for x in numbers_of(seed, 61)]
+        first, *others = (call(function, a, b, numbers) for function in functions)
+        for other in others:
+            np.testing.assert_array_equal(other, first)
+
+
+def test_kernels_take_the_widest_steps_that_the_op_has(add):
+    """2^20 steps of y each: nothing leaves int32, and what is over or under is cut."""
+    most = np.full(BLOCK, 2.0**20, np.float32)
+    start = np.full(BLOCK, -510 * 2.0**19, np.float32)
+    zero = np.full(BLOCK, 255, np.int32)
+    a = np.array([[0], [255], [0], [255], [128], [127]], np.uint8).repeat(BLOCK, 1)
+    b = np.array([[0], [255], [255], [0], [128], [127]], np.uint8).repeat(BLOCK, 1)
+    expected = np.array([[0], [255], [255], [255], [255], [0]], np.uint8).repeat(BLOCK, 1)
+    np.testing.assert_array_equal(add(a, b, (most, most, start, zero)), expected)
+
+
+def test_op_knows_every_pair_of_bytes(library):
+    (y,) = run(QUANT_ADD, pairs(), {}, library=library)
+    np.testing.assert_array_equal(y, by_hand(), strict=True)
+
+
+def test_function_knows_every_pair_of_bytes_but_for_ties():
+    """ONNX Runtime makes a QLinearAdd of it, which adds the zero point first: around an odd one ties are rounded to the
+    other side."""
+    (y,) = run(QUANT_ADD, pairs(), {}, library=None)
+    real = exact(pairs())
+    tie = real % 1 == 0.5
+    np.testing.assert_array_equal(y[~tie], by_hand()[~tie], strict=True)
+    assert np.abs(y[tie] - np.clip(real[tie], 0, 255)).max() == 0.5
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "columns", [(), ("a_scale", "a_zero"), ("b_scale", "b_zero", "y_scale", "y_zero"), NUMBERS], ids=len
+)
+def test_op_and_function_are_near_the_sum(library, shape, columns):
+    feeds = draw(len(shape), shape, columns)
+    for given in (library, None):
+        (y,) = run(QUANT_ADD, feeds, {}, library=given)
+        assert y.shape == shape
+        assert near(y, exact(feeds))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_for_each_column_is_read_where_it_belongs(library, name):
+    feeds = draw(1, (50, 70), (name,))
+    (y,) = run(QUANT_ADD, feeds, {}, library=library)
+    assert near(y, exact(feeds))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5), (2, 0, 5)])
+def test_nothing_is_nothing(library, shape):
+    for columns in ((), NUMBERS):
+        (y,) = run(QUANT_ADD, draw(0, shape, columns), {}, library=library)
+        assert y.shape == shape
+
+
+def test_one_number_without_a_shape(library):
+    feeds = draw(0, ())
+    for given in (library, None):
+        (y,) = run(QUANT_ADD, feeds, {}, library=given)
+        assert y.shape == ()
+        assert near(y, exact(feeds))
+
+
+def test_threads_share_a_large_tensor(library):
+    feeds = draw(2, (5001, 77), NUMBERS)
+    (alone,) = run(QUANT_ADD, feeds, {}, library=library)
+    assert near(alone, exact(feeds))
+    for threads in (2, 3):
+        (y,) = run(QUANT_ADD, feeds, {}, library=library, threads=threads)
+        np.testing.assert_array_equal(y, alone, strict=True)
+
+
+@pytest.mark.parametrize("columns", [(), NUMBERS])
+def test_numbers_may_be_constants(library, columns):
+    """Elsewhere they are fed."""
+    feeds = draw(3, (9, 80), columns)
+    (fed,) = run(QUANT_ADD, feeds, {}, library=library)
+    held = session(QUANT_ADD, feeds, {}, library=library, constants=NUMBERS)
+    for _ in range(2):
+        (y,) = held.run(None, {name: feeds[name] for name in "ab"})
+        np.testing.assert_array_equal(y, fed, strict=True)
+
+
+def test_a_sum_may_lie_where_what_it_adds_did(library):
+    """ONNX Runtime gives it the place of a sum that nobody else reads."""
+    feeds = draw(4, (11, 70))
+    numbers = {name: feeds[name] for name in NUMBERS}
+    nodes = [
+        helper.make_node("QuantAdd", [x, *NUMBERS[:2], y, *NUMBERS[2:]], [z], domain=DOMAIN)
+        for x, y, z in (("a", "b", "s"), ("s", "a", "t"), ("b", "t", "u"), ("u", "u", "y"))
+    ]
+    ends = [helper.make_tensor_value_info(name, 2, ["r", 70]) for name in "aby"]
+    held = [numpy_helper.from_array(array, name) for name, array in numbers.items()]
+    graph = helper.make_graph(nodes, "g", ends[:2], ends[2:], held)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library.path))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    (y,) = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(
+        None, {name: feeds[name] for name in "ab"}
+    )
+    add = lambda x, z: run(QUANT_ADD, numbers | {"a": x, "b": z}, {}, library=library)[0]  # noqa: E731
+    s = add(feeds["a"], feeds["b"])
+    u = add(feeds["b"], add(s, feeds["a"]))
+    np.testing.assert_array_equal(y, add(u, u), strict=True)
+
+
+BAD = {
+    "a shape that would be broadcast": ({"b": np.zeros((1, 70), np.uint8)}, r"b has the shape \[1, 70\]; .* \[5, 70\]"),
+    "another rank": ({"b": np.zeros(70, np.uint8)}, r"b has the shape \[70\]; expected that of a, \[5, 70\]"),
+    "columns that a has not": (
+        {"y_scale": np.full(69, 0.02, np.float32)},
+        r"a has the shape \[5, 70\]; expected \[..., 69\], for scales or zero points are of 69 columns",
+    ),
+    "columns that differ": (
+        {"a_scale": np.full(70, 0.02, np.float32), "b_zero": np.zeros(69, np.uint8)},
+        r"a_scale has the shape \[70\]; expected one number, or \[69\]",
+    ),
+    "numbers in two dimensions": (
+        {"a_zero": np.zeros((1, 70), np.uint8)}, r"a_zero has the shape \[1, 70\]; expected one number, or \[1\]",
+    ),
+    "a scale of 0": ({"b_scale": np.array(0, np.float32)}, "b_scale is 0.0+; expected a positive, normal number"),
+    "a scale that is NaN": ({"y_scale": np.array(np.nan, np.float32)}, "y_scale is nan; expected a positive"),
+    "a scale under what is normal": ({"a_scale": np.array(1e-40, np.float32)}, "a_scale is 0.0+; expected a positive"),
+    "steps too far apart": (
+        {"a_scale": np.array(1.001 * 2.0**20, np.float32), "y_scale": np.array(1, np.float32)},
+        r"a scale is 1049624.* times y_scale; expected at most 2\^20",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_op_refuses_and_says_why(library, name):
+    changed, said = BAD[name]
+    with pytest.raises(Exception, match=rf"QuantAdd: {said}"):
+        run(QUANT_ADD, draw(0, (5, 70)) | changed, {}, library=library)
