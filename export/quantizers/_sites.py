@@ -30,7 +30,7 @@ MOVES = (
     "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
-_ACTIVATIONS = ("Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
+ACTIVATIONS = ("Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 _GATING = ("Add", "Gemm", "MatMul", "Mul", "Relu", "Reshape", "Sigmoid", "Squeeze", "Transpose", "Unsqueeze")
 _MASKING = ("Add", "Mul", "Where")  # between q k^T and its Softmax
 _STRETCHING = ("Add", "Clip", "Mul", "Sub", "Where")  # between a Softmax and what is made of it
@@ -215,7 +215,7 @@ class _Graph:
         if [node.op_type for node in after] == ["Add"] and self.biased(after[0]):
             name = after[0].output[0]
             after = self.readers.get(name, [])
-        if len(after) == 1 and after[0].op_type in _ACTIVATIONS and after[0].input[0] == name:
+        if len(after) == 1 and after[0].op_type in ACTIVATIONS and after[0].input[0] == name:
             return after[0].output[0]
         return next((node.output[0] for node in after if self.swish(node, name)), name)
 

@@ -24,6 +24,7 @@ import onnx
 from pydantic import Field
 
 from export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
+from export.quantizers._sites import ACTIVATIONS
 from models.bundle.manifest import FrozenModel
 from models.flow import Array
 
@@ -131,7 +132,8 @@ def even(
     taken back by the weights of the depthwise convolutions and, before what else reads a convolution's answer, by a
     Mul. -> the ranges of what is then read, and by node the factors [C] that its answer was divided by.
 
-    Not of what a bounded cut leaves of a convolution: its bound would differ from channel to channel.
+    Not of what another function than Relu makes of a convolution's answer: with no Mul behind it it is a table of bytes
+    (`rewrites.quant_lookup`), and beyond a cut's bound no channel goes.
     """
     convolutions = {node.output[0] for node in _qdq.products(draft, keep) if node.op_type == "Conv"}
     readers = {node.name: node.input[0] for node in _qdq.depthwise(draft, keep)}
@@ -144,7 +146,7 @@ def even(
     inside: set[str] = set()  # what they make, behind it
     for name in separate(draft, keep):
         source, maker = name, made.get(name)
-        if maker is not None and maker.op_type in _qdq.CUTS and maker.input[0] in convolutions:
+        if maker is not None and maker.op_type in ACTIVATIONS and maker.input[0] in convolutions:
             source = maker.input[0]
             if maker.op_type != "Relu" or wanted[source] > 1:
                 continue

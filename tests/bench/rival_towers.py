@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
+from PIL import Image
 from torch import nn
 
-from export import calibrate, nets, report, rewrites, samples
-from export.pipeline import nominal
-from export.quantizers import QUANTIZERS, Goal, Settled
+from export import calibrate, nets, rewrites, samples
+from export.quantizers import QUANTIZERS
 from export.recipe import recognise
 from export.trace import to_onnx
 from models.bundle.manifest import Graph
@@ -33,6 +34,7 @@ from models.preprocess.text import TextPreparer
 from tests.bench import checkpoints
 
 ROWS = 8  # measured inputs, and as many to calibrate on
+CUTS = 48  # what convolutions are calibrated on: pieces of those pictures
 Load = Callable[[Path, str], nn.Module]  # checkpoint, transformers' name of a form of attention -> inputs to vectors
 
 
@@ -315,37 +317,34 @@ class Making:
     @property
     def rows(self) -> list[tuple[Array, ...]]:
         """The calibration inputs, one at a time."""
-        return [tuple(part[at : at + 1] for part in self.calibration.theirs) for at in range(ROWS)]
+        parts = self.calibration.theirs
+        return [tuple(part[at : at + 1] for part in parts) for at in range(len(parts[0]))]
 
 
 def _float_onnx(made: Making) -> None:
-    """torch's own exporter on the library's module: fixed length, any batch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's deprecations are its own business
-        torch.onnx.export(
-            made.module,
-            tuple(torch.from_numpy(part) for part in made.rows[0]),
-            str(made.folder / "float.onnx"),
-            input_names=list(made.inputs),
-            output_names=["embeds"],
-            dynamic_axes={name: {0: "B"} for name in (*made.inputs, "embeds")},
-            opset_version=17,
-            dynamo=False,
-        )
-    _require_same(made)
+    """torch's own exporters on the library's module, fixed length, any batch: the first that makes the same function.
 
-
-def _require_same(made: Making) -> None:
-    """The exporter may make another function of a module, such as of a floor division of what is negative."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(made.folder / "float.onnx", providers=["CPUExecutionProvider"])
-    found = session.run(None, dict(zip(made.inputs, made.rows[0], strict=True)))[0]
+    The elder one of torch 2 makes another of some modules, such as of a floor division of what is negative.
+    """
+    rows = [torch.from_numpy(part) for part in made.rows[0]]
     with torch.no_grad():
-        whole = made.module(*[torch.from_numpy(part) for part in made.rows[0]]).numpy()
-    if not np.allclose(found, whole, rtol=1e-2, atol=1e-2 * np.abs(whole).max()):
-        (made.folder / "float.onnx").unlink()
-        raise ValueError("torch's exporter makes another function of the module")
+        whole = made.module(*rows).numpy()
+    for how in (
+        {"dynamo": False, "dynamic_axes": {name: {0: "B"} for name in (*made.inputs, "embeds")}, "opset_version": 17},
+        {"dynamo": True, "dynamic_shapes": tuple({0: torch.export.Dim("B")} for _ in rows), "external_data": False},
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters' deprecations are their own business
+            torch.onnx.export(
+                made.module, tuple(rows), str(made.folder / "float.onnx"), input_names=list(made.inputs),
+                output_names=["embeds"], **how,
+            )  # fmt: skip
+        session = onnxruntime.InferenceSession(made.folder / "float.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, dict(zip(made.inputs, made.rows[0], strict=True)))
+        if np.allclose(found, whole, rtol=1e-2, atol=1e-2 * np.abs(whole).max()):
+            return
+    (made.folder / "float.onnx").unlink()
+    raise ValueError("torch's exporters make another function of the module")
 
 
 def _dynamic_onnx(made: Making) -> None:
@@ -391,7 +390,7 @@ def _int8_xml(made: Making) -> None:
 
     model = openvino.Core().read_model(made.folder / "float.xml")
     quantized = nncf.quantize(
-        model, nncf.Dataset(made.rows), preset=nncf.QuantizationPreset.MIXED, subset_size=ROWS,
+        model, nncf.Dataset(made.rows), preset=nncf.QuantizationPreset.MIXED, subset_size=len(made.rows),
         model_type=None if made.tower.convolutional else nncf.ModelType.TRANSFORMER,
     )  # fmt: skip
     openvino.save_model(quantized, made.folder / "int8.xml", compress_to_fp16=False)
@@ -418,20 +417,15 @@ def _ours(tower: Tower, checkpoint: Path) -> tuple[nets.Net, nets.Tower]:
 
 
 def _export_ours(tower: Tower, checkpoint: Path, calibration: Inputs, folder: Path) -> None:
-    """As `export.pipeline` does it, this one tower alone: transformers with the quantizer `fast`, which asks for no
-    accuracy and has it; convolutions with `search`, as every export does that names none."""
+    """As `export.pipeline` does it, this one tower alone; the quantizer `fast` asks for no accuracy, and has it."""
     import onnx
 
     _, own = _ours(tower, checkpoint)
-    model, quantizer = to_onnx(own), QUANTIZERS.get("search" if tower.convolutional else "fast")
-    feeds = [{name: rows[at : at + 1] for name, rows in calibration.ours.items()} for at in range(ROWS)]
-    params = quantizer.params()
-    if quantizer.search:
-        goal = Goal(0.99, share=report.SHARE, dims=nominal(own), summary=own.summary)
-        made = quantizer.search(model, feeds, params, goal)
-    else:
-        made = Settled("fast", params, quantizer.observe(model, feeds, params) if quantizer.observe else {})
-    quantized = QUANTIZERS.get(made.quantizer).quantize(model, made.ranges, made.params)
+    model, quantizer = to_onnx(own), QUANTIZERS.get("fast")
+    count = len(calibration.theirs[0])
+    feeds = [{name: rows[at : at + 1] for name, rows in calibration.ours.items()} for at in range(count)]
+    params = quantizer.params(channels=tower.convolutional)
+    quantized = quantizer.quantize(model, quantizer.observe(model, feeds, params), params)
     done = rewrites.apply(quantized, rewrites.swaps())
     onnx.save(done.model, folder / "ours.onnx")
     graph = Graph(file="ours.onnx", inputs=own.inputs, outputs=own.outputs, batch=True)
@@ -447,16 +441,31 @@ def _inputs(tower: Tower, checkpoint: Path) -> tuple[Inputs, Inputs]:
             (directory / file).write_bytes(data)
         if tower.tokens:
             return tuple(_texts(tower, own, directory, at) for at in range(2))
-        pictures = samples.pictures()
-        return tuple(_pictures(own, directory, pictures[at::2]) for at in range(2))
+        measured, others = samples.pictures()[::2], samples.pictures()[1::2]
+        if tower.convolutional:
+            return _pictures(own, directory, measured, ROWS), _pictures(own, directory, _cuts(others, directory), CUTS)
+        return _pictures(own, directory, measured, ROWS), _pictures(own, directory, others, ROWS)
 
 
-def _pictures(own: nets.Tower, directory: Path, pictures: Sequence[Path]) -> Inputs:
-    """`ROWS` of them, from the first again where there are fewer."""
+def _pictures(own: nets.Tower, directory: Path, pictures: Sequence[Path], count: int) -> Inputs:
+    """``count`` of them, from the first again where there are fewer."""
     rows = [feed for feed in calibrate.feeds(own, directory, pictures, [])]
     (name,) = own.inputs
-    pixels = np.concatenate([rows[at % len(rows)][name] for at in range(ROWS)])
+    pixels = np.concatenate([rows[at % len(rows)][name] for at in range(count)])
     return Inputs({name: pixels}, (pixels,))
+
+
+def _cuts(pictures: Sequence[Path], directory: Path) -> list[Path]:
+    """`CUTS` pieces of ``pictures``: a scale for each channel or tensor wants more inputs than a handful."""
+    draw, made = np.random.default_rng(0), []
+    for at in range(CUTS):
+        with Image.open(pictures[at % len(pictures)]) as picture:
+            side = draw.uniform(0.4, 1.0) * np.array(picture.size)
+            left, top = draw.uniform(0, picture.size - side)
+            piece = picture.convert("RGB").crop((int(left), int(top), int(left + side[0]), int(top + side[1])))
+        made.append(directory / f"cut-{at}.png")
+        piece.save(made[-1])
+    return made
 
 
 def _texts(tower: Tower, own: nets.Tower, directory: Path, which: int) -> Inputs:

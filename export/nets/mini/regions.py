@@ -89,12 +89,17 @@ def survivors(boxes: Tensor, threshold: float) -> Tensor:
 
 
 def pairwise_iou(boxes: Tensor) -> Tensor:
-    """[B, N, 4] -> [B, N, N]; boxes without area overlap nothing."""
-    low = torch.maximum(boxes[:, :, None, :2], boxes[:, None, :, :2])
-    high = torch.minimum(boxes[:, :, None, 2:], boxes[:, None, :, 2:])
-    width, height = (high - low).clamp(min=0.0).unbind(-1)
-    shared = width * height
+    """[B, N, 4] -> [B, N, N]; boxes without area overlap nothing.
+
+    Side by side, not corner by corner: ONNX Runtime takes 3 of 48 ms of `regions` to compare rows of two numbers.
+    """
     x0, y0, x1, y1 = boxes.unbind(-1)
+
+    def overlap(low: Tensor, high: Tensor) -> Tensor:
+        inner = torch.minimum(high[:, :, None], high[:, None, :]) - torch.maximum(low[:, :, None], low[:, None, :])
+        return inner.clamp(min=0.0)
+
+    shared = overlap(x0, x1) * overlap(y0, y1)
     area = (x1 - x0) * (y1 - y0)
     return shared / (area[:, :, None] + area[:, None, :] - shared).clamp(min=1e-9)
 

@@ -118,7 +118,8 @@ SIZES = np.array([0.002, 0.05, 1.0, 3.0, 40.0, 900.0], np.float32)  # of channel
 @pytest.fixture(scope="module")
 def mixed() -> onnx.ModelProto:
     """Whatever a depthwise convolution may read: a sum (s), a convolution's answer (d), with another reader (b) or
-    behind a Relu (r); and what is left alone: a cut at 6 (k), and what a convolution of all channels reads too (m)."""
+    behind a Relu (r); and what is left alone: a cut at 6 (k), a function that is a table (g), and what a convolution
+    of all channels reads too (m)."""
     made = parser.parse_model("""
         <ir_version: 10, opset_import: ["": 20]>
         g (float[B, 6, 8, 8] x) => (float[B, 12, 2, 2] y, float[B, 6, 8, 8] z)
@@ -138,11 +139,21 @@ def mixed() -> onnx.ModelProto:
             i = Conv <group = 6, strides = [2, 2], pads = [1, 1, 1, 1]> (m, w_i)
             j = Conv <strides = [2, 2]> (m, w_j)
             y = Add (i, j)
-            z = Neg (s)
+            o = Conv (x, w_o)
+            g = Gelu (o)
+            q = Conv <group = 6, pads = [1, 1, 1, 1]> (g, w_q)
+            z = Sub (q, s)
         }""")
     rng = np.random.default_rng(0)
     weights = {name: (6, 1, 3, 3) for name in ("w_b", "w_c", "w_d", "w_e", "w_h")}
-    weights |= {"w_i": (12, 1, 3, 3), "w_a": (6, 6, 1, 1), "w_f": (6, 6, 1, 1), "w_j": (12, 6, 1, 1)}
+    weights |= {
+        "w_i": (12, 1, 3, 3),
+        "w_a": (6, 6, 1, 1),
+        "w_f": (6, 6, 1, 1),
+        "w_o": (6, 6, 1, 1),
+        "w_q": (6, 1, 3, 3),
+        "w_j": (12, 6, 1, 1),
+    }
     weights |= dict.fromkeys(("b_a", "b_b", "b_d"), (6,))
     for name, shape in weights.items():
         array = rng.normal(size=shape).astype(np.float32)
