@@ -205,6 +205,14 @@ def test_what_is_no_sum_of_bytes_is_not_spoken_of(nodes):
     assert (done.model == model, done.missed) == (True, {})
 
 
+def test_sides_behind_operators_of_ours_have_a_shape_still():
+    """Of a graph that other rules have been over: what their functions read of shapes is followed."""
+    nodes = f"{START} s = Gelu (xb) s8 = QuantizeLinear (s, fine, low) sb = DequantizeLinear (s8, fine, low)"
+    before = rewrites.apply(graph(f"{nodes} z = Add (sb, rb) {END}"), ["quant_lookup"])
+    done = rewrites.apply(before.model, ["quant_add"])
+    assert (done.counts, done.ops()) == ({"quant_add": 1}, {"QuantLookup": 1, "QuantAdd": 1})
+
+
 def test_between_two_products_nothing_is_turned(library, tmp_path):
     """A residual branch with a gain for each channel: one Transpose before and one behind are all that is left."""
     nodes = f"""x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
