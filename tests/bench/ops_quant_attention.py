@@ -1,4 +1,4 @@
-"""QuantAttention, QuantLayerNorm, QuantPatches, QuantLookup: the ops in ONNX Runtime against its own, and torch.
+"""The ops on bytes but for products and convolutions, in ONNX Runtime against its own, and torch.
 
     python -m tests.bench.ops_quant_attention --threads 1 [--quick]
 
@@ -8,8 +8,9 @@ short text; one row of 197 a last block's. "op" quantizes probabilities by the r
 "function" is what runs without the library; "QDQ" has its logits in bytes too, so that both products are QLinearMatMul;
 "float" is the same chain in float32, "sdpa" torch's scaled_dot_product_attention. Sessions write, by IO binding, to a
 buffer that was touched before. QuantLookup stands beside DequantizeLinear, a function and QuantizeLinear; "copy" is
-numpy's, of as many bytes. The first side comes after the slowest and finds the caches as that left them: so "op
-1/255" has it easier than "op". Behind each side stands how many times faster the first one is.
+numpy's, of as many bytes. QuantAdd has one scale for each tensor, beside QLinearAdd, or ("of channels") one for each
+channel, beside the nodes that a graph has for them. The first side comes after the slowest and finds the caches as that
+left them: so "op 1/255" has it easier than "op". Behind each side stands how many times faster the first one is.
 """
 
 import argparse
@@ -22,7 +23,16 @@ from onnx import TensorProto, helper, parser
 
 from export.functions import BODIES
 from models.ops.library import find, why_not
-from models.ops.spec import DOMAIN, QUANT_ATTENTION, QUANT_LAYER_NORM, QUANT_LOOKUP, QUANT_PATCHES, VERSION, Op
+from models.ops.spec import (
+    DOMAIN,
+    QUANT_ADD,
+    QUANT_ATTENTION,
+    QUANT_LAYER_NORM,
+    QUANT_LOOKUP,
+    QUANT_PATCHES,
+    VERSION,
+    Op,
+)
 from tests.bench.alternate import alternate, line, machine
 
 # name, query rows, keys, heads of 64, causal
@@ -38,6 +48,7 @@ PATCHES = [
     ("FastViT", 256, 3, 2, (1, 1, 1, 1)),
 ]
 LOOKUP = [("50 k", 50_000), ("1 M", 1 << 20)]
+ADD = [("64x64x80", (1, 64, 64, 80)), ("32x32x160", (1, 32, 32, 160)), ("50x768", (1, 50, 768))]
 SCALE, STEP = 3 / (74 * 74 * 8), 1 / 255
 
 # quantized logits and all; {kind} of its inputs
@@ -118,6 +129,9 @@ def main() -> None:
     print("\nQuantLookup")
     for name, count in LOOKUP:
         print(line(name, alternate(bench.lookup(count), seconds=seconds), "op"))
+    print("\nQuantAdd")
+    for name, shape in ADD:
+        print(line(name, alternate(bench.add(shape), seconds=seconds), "op"))
 
 
 class Bench:
@@ -220,6 +234,31 @@ class Bench:
             """)
             sides[kind] = _bound(self.session(chain), lends, y)
         return sides
+
+    def add(self, shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+        a, b = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(np.uint8)
+        one = {"scale": np.float32(0.02), "zero": np.uint8(128)}
+        each = {name: np.full(shape[-1], number) for name, number in one.items()}
+        lends, y = {"a": a, "b": b}, {"y": np.zeros_like(a)}
+
+        def fed(numbers: dict) -> dict[str, np.ndarray]:
+            made = {f"{name}_{kind}": number for name in "aby" for kind, number in numbers.items()} | lends
+            return {name: made[name] for name in QUANT_ADD.inputs}
+
+        sizes, gains = ", ".join(map(str, shape)), ", ".join(["1.1"] * shape[-1])
+        chain = parser.parse_model(f"""
+            <ir_version: 10, opset_import: ["": 20]>
+            chain (uint8[{sizes}] a, uint8[{sizes}] b) => (uint8[{sizes}] y)
+            <float scale = {{0.02}}, uint8 zero = {{128}}, float[{shape[-1]}] gain = {{{gains}}}>
+            {{ c = DequantizeLinear (a, scale, zero) d = DequantizeLinear (b, scale, zero) e = Mul (d, gain)
+               f = Add (c, e) g = Mul (f, gain) y = QuantizeLinear (g, scale, zero) }}
+        """)
+        return {
+            "op": self.node(QUANT_ADD, fed(one), lends, y, {}),
+            "QLinearAdd": self.node(QUANT_ADD, fed(one), lends, y, {}, function=True),
+            "of channels": self.node(QUANT_ADD, fed(each), lends, y, {}),
+            "nodes of channels": _bound(self.session(chain), lends, y),
+        }
 
     def node(self, op: Op, feeds, lends, outputs, attributes, *, function: bool = False) -> Callable[[], object]:
         """A model of one node: ``lends`` are its inputs, the other ``feeds`` initializers."""

@@ -91,6 +91,7 @@ def test_checkpoints_are_recognised_by_what_is_in_them(tiny_hf_clip: Path, tiny_
 
 def test_every_rule_that_swaps_is_on_unless_the_file_says_otherwise(tmp_path: Path):
     quantized = (
+        "add",
         "attention",
         "depthwise",
         "layer_norm",

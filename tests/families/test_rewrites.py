@@ -68,6 +68,10 @@ EXAMPLES = {
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            db = DequantizeLinear <axis = 0> (dot, steps, zeros) z = Conv (xb, db)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
+    "quant_add": f"""g (float[r, 7] x) => (float[r, 7] y) {_EIGHT}
+        {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+           r = Relu (x) r8 = QuantizeLinear (r, fine, low) rb = DequantizeLinear (r8, fine, low)
+           z = Add (xb, rb) z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
     "quant_lookup": f"""g (float[r, 7] x) => (float[r, 7] y) {_EIGHT}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            s = Sigmoid (xb) z = Mul (xb, s)

@@ -103,6 +103,7 @@ def call(function, a, b, numbers, *, step=None, into=None):
     views = {name: memory[BLOCK : BLOCK + rows * step].reshape(rows, step) for name, memory in laid.items()}
     views["a"][:, :width], views["b"][:, :width] = a, b
     padded = [np.concatenate([x, np.zeros(BLOCK - width, x.dtype)]) for x in numbers]
+    padded = [np.ascontiguousarray(x.reshape(-1, 4).T) for x in padded]  # `add_place`
     into = into or "y"
     ends = {name: views[name].ctypes.data for name in "ab"} | {"y": views[into].ctypes.data}
     names = ("a_factor", "b_factor", "start", "zero")

@@ -8,42 +8,41 @@ extern "C" QuantAdd quant_add_vnni;
 
 namespace {
 
-__m512 floats(const uint8_t* p, __mmask16 there) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, p)));
-}
-
-__m512 floats(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-}
-
-// The numbers of a block lie in registers, row after row.
+// Bytes are taken out of words where they lie, times 2^8 or 2^16: masks run anywhere, shuffles do not. A factor makes up
+// for it. The numbers of a block lie in registers, row after row.
 template <bool whole>
 void add(const AddBlock block) {
   __m512 a_factor[4], b_factor[4], start[4];
   __m512i zero[4];
+  constexpr float unit[4] = {1, 0x1p-8f, 0x1p-16f, 1};
   for (size_t i = 0; i < 4; ++i) {
-    a_factor[i] = _mm512_loadu_ps(block.a_factor + 16 * i);
-    b_factor[i] = _mm512_loadu_ps(block.b_factor + 16 * i);
+    a_factor[i] = _mm512_mul_ps(_mm512_loadu_ps(block.a_factor + 16 * i), _mm512_set1_ps(unit[i]));
+    b_factor[i] = _mm512_mul_ps(_mm512_loadu_ps(block.b_factor + 16 * i), _mm512_set1_ps(unit[i]));
     start[i] = _mm512_loadu_ps(block.start + 16 * i);
     zero[i] = _mm512_loadu_si512(block.zero + 16 * i);
   }
-  const __m512i low = _mm512_packs_epi32(zero[0], zero[1]), high = _mm512_packs_epi32(zero[2], zero[3]);
-  // packing takes four numbers of each vector in turn
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  // bytes of one place behind those of another, and back into their words
+  const __m512i even = _mm512_packs_epi32(zero[0], zero[2]), odd = _mm512_packs_epi32(zero[1], zero[3]);
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15));
   const __mmask64 there = ~__mmask64{0} >> (kAddBlock - block.width);
   for (size_t row = 0, at = 0; row < block.rows; ++row, at += block.step) {
-    const uint8_t *const a = block.a + at, *const b = block.b + at;
-    __m512i sum[4];
-#pragma GCC unroll 4
-    for (size_t i = 0; i < 4; ++i) {
-      const auto part = static_cast<__mmask16>(there >> (16 * i));
-      const __m512 one = whole ? floats(a + 16 * i) : floats(a + 16 * i, part);
-      const __m512 other = whole ? floats(b + 16 * i) : floats(b + 16 * i, part);
-      sum[i] = _mm512_cvtps_epi32(_mm512_fmadd_ps(one, a_factor[i], _mm512_fmadd_ps(other, b_factor[i], start[i])));
-    }
-    const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(sum[0], sum[1]), low);
-    const __m512i more = _mm512_adds_epi16(_mm512_packs_epi32(sum[2], sum[3]), high);
-    const __m512i y = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words, more));
+    const auto load = [&](const uint8_t* p) {
+      return whole ? _mm512_loadu_si512(p + at) : _mm512_maskz_loadu_epi8(there, p + at);
+    };
+    const __m512i a = load(block.a), b = load(block.b);
+    const auto sum = [&](size_t i, __m512i one, __m512i other) {
+      const __m512 rest = _mm512_fmadd_ps(_mm512_cvtepi32_ps(other), b_factor[i], start[i]);
+      return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(one), a_factor[i], rest));
+    };
+    const auto masked = [&](size_t i) {
+      const __m512i mask = _mm512_set1_epi32(0xff << 8 * i);
+      return sum(i, _mm512_and_si512(a, mask), _mm512_and_si512(b, mask));
+    };
+    const __m512i last = sum(3, _mm512_srli_epi32(a, 24), _mm512_srli_epi32(b, 24));
+    const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(masked(0), masked(2)), even);
+    const __m512i more = _mm512_adds_epi16(_mm512_packs_epi32(masked(1), last), odd);
+    const __m512i y = _mm512_shuffle_epi8(_mm512_packus_epi16(words, more), order);
     whole ? _mm512_storeu_si512(block.y + at, y) : _mm512_mask_storeu_epi8(block.y + at, there, y);
   }
 }

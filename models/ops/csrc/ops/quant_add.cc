@@ -13,7 +13,7 @@ namespace calmclip {
 namespace {
 
 constexpr size_t kGrain = 131072;       // numbers that are worth a thread: some 8 us
-constexpr size_t kNear = 16384;         // bytes of each at a time, block of columns by block of columns: a part of a cache
+constexpr size_t kNear = 65536;         // bytes of each at a time, block of columns by block of columns: a part of a cache
 constexpr size_t kMostRepeated = 1024;  // columns; of more, what lies behind whole blocks is little
 constexpr double kMostFactor = 1 << 20;
 
@@ -46,11 +46,18 @@ class Add {
       if (b.shape != a.shape) b.refuse("that of a, " + text(a.shape));
       auto output = context.GetOutput(0, a.shape);
       if (a.count == 0) return nullptr;
-      AddBlock whole{a.data,           b.data, output.GetTensorMutableData<uint8_t>(), 0, of.wide(), 0, of.a_factor.data(),
-                     of.b_factor.data(), of.start.data(), of.zero.data()};
-      const size_t rows = (a.count + of.wide() - 1) / of.wide();
-      spread(context, rows, kGrain / of.wide(), [&](size_t first, size_t last) {
-        run(whole, first * of.wide(), std::min(last * of.wide(), a.count));
+      AddBlock whole{};
+      whole.a = a.data;
+      whole.b = b.data;
+      whole.y = output.GetTensorMutableData<uint8_t>();
+      whole.step = of.wide;
+      whole.a_factor = of.a_factor.data();
+      whole.b_factor = of.b_factor.data();
+      whole.start = of.start.data();
+      whole.zero = of.zero.data();
+      const size_t rows = (a.count + of.wide - 1) / of.wide;
+      spread(context, rows, kGrain / of.wide, [&](size_t first, size_t last) {
+        run(whole, first * of.wide, std::min(last * of.wide, a.count));
       });
       return nullptr;
     });
@@ -60,13 +67,11 @@ class Add {
   static constexpr Place kFixed[] = {kAScale, kAZero, kBScale, kBZero, kYScale, kYZero};
 
   // n: how many columns have numbers of their own. The numbers of several rows lie one behind the other, so that blocks
-  // are whole: a tensor is read in rows as wide as that. Behind them is room for a block.
+  // are whole: a tensor is read in rows that are `wide`.
   struct Columns {
-    size_t n;
+    size_t n, wide;
     std::vector<float> a_factor, b_factor, start;
     std::vector<int32_t> zero;
-
-    size_t wide() const { return zero.size() - kAddBlock; }
   };
 
   static Columns columns(const Inputs& inputs) {
@@ -83,11 +88,12 @@ class Add {
     };
     const auto a_step = each(a_scale), b_step = each(b_scale), y_step = each(y_scale);
     const auto a_point = each(a_zero), b_point = each(b_zero), y_point = each(y_zero);
-    const size_t wide = n > kMostRepeated ? n : std::lcm(n, kAddBlock), room = wide + kAddBlock;
-    Columns made{n, std::vector<float>(room), std::vector<float>(room), std::vector<float>(room),
+    const size_t wide = n > kMostRepeated ? n : std::lcm(n, kAddBlock);
+    const size_t room = (wide + kAddBlock - 1) / kAddBlock * kAddBlock;
+    Columns made{n, wide, std::vector<float>(room), std::vector<float>(room), std::vector<float>(room),
                  std::vector<int32_t>(room)};
-    for (size_t i = 0; i < wide; ++i) {
-      const size_t c = i % n;
+    for (size_t column = 0; column < wide; ++column) {
+      const size_t c = column % n, i = add_place(column);
       const double a = double{a_step(c)} / y_step(c), b = double{b_step(c)} / y_step(c);
       if (std::max(a, b) > kMostFactor)
         kOp.invalid("a scale is " + std::to_string(std::max(a, b)) + " times y_scale; expected at most 2^20 times");

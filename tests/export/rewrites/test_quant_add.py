@@ -1,0 +1,227 @@
+"""Sums between 8 bits -> our operator. The oracle is the quantized graph itself, run by ONNX Runtime node by node, with
+nothing of ours in it: fused, it adds another way."""
+
+import collections
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper, parser
+
+from export import rewrites
+from export.parity import onnx_run
+from models.ops.library import find
+
+RNG = np.random.default_rng(0)
+STEPS = np.linspace(0.0223, 0.0507, 5).astype(np.float32)
+CONSTANTS = {
+    "step": np.float32(0.0511), "mid": np.uint8(117), "fine": np.float32(0.0317), "low": np.uint8(101),
+    "steps": STEPS, "mids": np.arange(90, 95).astype(np.uint8),
+    "six_steps": np.full(6, 0.0303, np.float32), "six_mids": np.full(6, 99, np.uint8), "mid8": np.int8(3),
+    "one_step": np.array([0.0457], np.float32), "one_mid": np.array([117], np.uint8),
+    "gain": np.float32(0.7013), "ones": np.array([1.3031], np.float32), "row": STEPS[::-1] * 30,
+    "places": (STEPS * 30).reshape(5, 1, 1), "all": (STEPS * 40).reshape(1, 5, 1, 1),
+    "down": np.linspace(0.5, 1.5, 7).astype(np.float32).reshape(7, 1), "minus": np.float32(-0.5),
+    "one_zero": (STEPS * [30, 0, 30, 30, 30]).astype(np.float32).reshape(5, 1, 1), "tiny": np.float32(1e-37),
+    "huge": np.float32(1e7), "five": np.ones((1, 1, 1, 1, 5), np.float32),
+    "p": RNG.integers(-9, 10, (5, 5, 1, 1), np.int8),
+    "p_step": np.float32(0.05), "p_zero": np.int8(0),
+}  # fmt: skip
+A, B = "float[b, 5, h, w]", "float[r, n, 5]"
+PICTURES, ROWS = (RNG.normal(0, 2, shape).astype(np.float32) for shape in ((2, 2, 5, 7, 6), (2, 3, 4, 5)))
+START = """x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+    r8 = QuantizeLinear (r, fine, low) rb = DequantizeLinear (r8, fine, low)"""
+END = "z8 = QuantizeLinear (z, step, low) y = DequantizeLinear (z8, step, low)"
+
+
+def graph(nodes, kind=A, other=None, y=None, more=""):
+    ends = f"({kind} x, {other or kind} r{more}) => ({y or kind} y)"
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {ends} {{ {nodes} }}')
+    read = {name for node in model.graph.node for name in node.input}
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in CONSTANTS.items() if n in read)
+    return model
+
+
+def fed(model):
+    x, r = PICTURES if len(model.graph.input[0].type.tensor_type.shape.dim) == 4 else ROWS
+    return {"x": x, "r": r}
+
+
+def plain(model):
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model.SerializeToString(), options).run(None, fed(model))
+
+
+def same(model, done):
+    """Whether it answers as before, but for what is next to a tie."""
+    expected = plain(model)[0]
+    assert len(np.unique(expected)) > 20
+    for library in (None, find()):
+        got = onnx_run(done.model, library=library)(fed(model))["y"]
+        assert got.shape == expected.shape
+        apart = np.abs(got - expected)
+        assert (apart > 1e-6).mean() < 0.01
+        assert apart.max() < 0.052
+
+
+# nodes -> what they are of, and how many Transposes there are then
+FIRES = {
+    "one number each": (f"{START} z = Add (xb, rb) {END}", A, 0),
+    "of rows": (f"{START} z = Add (xb, rb) {END}", B, 0),
+    "a number for each channel of rows": (
+        f"""{START} t8 = QuantizeLinear <axis = 2> (r, steps, mids) tb = DequantizeLinear <axis = 2> (t8, steps, mids)
+        z = Add (tb, xb) {END}""", B, 0,
+    ),
+    "a number for each channel": (
+        f"""{START} t8 = QuantizeLinear <axis = 1> (r, steps, mids) tb = DequantizeLinear <axis = 1> (t8, steps, mids)
+        z = Add (tb, xb) {END}""", A, 3,
+    ),
+    "an answer for each channel": (
+        f"""{START} z = Add (xb, rb) z8 = QuantizeLinear <axis = -3> (z, steps, mids)
+        y = DequantizeLinear <axis = 1> (z8, steps, mids)""", A, 3,
+    ),
+    "the last axis of a picture": (
+        f"""{START} z = Add (xb, rb) z8 = QuantizeLinear <axis = 3> (z, six_steps, six_mids)
+        y = DequantizeLinear <axis = 3> (z8, six_steps, six_mids)""", A, 0,
+    ),
+    "scales of one number": (
+        f"""{START} t8 = QuantizeLinear (r, one_step, one_mid) tb = DequantizeLinear (t8, one_step, one_mid)
+        z = Add (tb, xb) {END}""", A, 0,
+    ),
+    "gains of one number": (f"{START} xg = Mul (xb, gain) rg = Mul (ones, rb) z = Add (xg, rg) {END}", A, 0),
+    "gains of channels": (f"{START} xg = Mul (places, xb) rg = Mul (rb, all) z = Add (xg, rg) {END}", A, 3),
+    "gains of rows": (f"{START} xg = Mul (row, xb) z = Add (xg, rb) {END}", B, 0),
+    "a gain behind": (f"{START} s = Add (xb, rb) z = Mul (s, places) {END}", A, 3),
+    "gains all around": (
+        f"""{START} xg = Mul (places, xb) xh = Mul (xg, gain) rg = Mul (rb, all) s = Add (xh, rg) t = Mul (places, s)
+        z = Mul (t, gain) {END}""", A, 3,
+    ),
+    "a gain of channels and a scale for each": (
+        f"""{START} t8 = QuantizeLinear <axis = 1> (r, steps, mids) tb = DequantizeLinear <axis = 1> (t8, steps, mids)
+        tg = Mul (tb, places) z = Add (xb, tg) {END}""", A, 3,
+    ),
+    "one side turned already": (
+        f"""{START} l8 = QuantizeLinear (x, step, low) l = Transpose <perm = [0, 2, 3, 1]> (l8)
+        f = Transpose <perm = [0, 3, 1, 2]> (l) fb = DequantizeLinear (f, step, low) z = Add (rb, fb) {END}""", A, 5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRES)
+def test_it_becomes_ours_and_answers_the_same(name):
+    nodes, kind, turns = FIRES[name]
+    model = graph(nodes, kind)
+    done = rewrites.apply(model, ["quant_add"])
+    assert (done.counts, done.missed) == ({"quant_add": 1}, {})
+    assert done.ops() == {"QuantAdd": 1}
+    kinds = collections.Counter(node.op_type for node in done.model.graph.node)
+    assert (kinds["Add"], kinds["Mul"], kinds["Transpose"]) == (0, 0, turns)
+    onnx.checker.check_model(done.model, full_check=True)
+    same(model, done)
+
+
+def test_what_others_read_stays():
+    """The floats of its sides, with and without a gain; its bytes are another sum's too."""
+    nodes = f"""{START} xg = Mul (xb, places) s = Add (xg, rb) s8 = QuantizeLinear (s, step, low)
+        sb = DequantizeLinear (s8, step, low) z = Add (xg, sb) {END} n = Neg (rb) m = Neg (xg)"""
+    model = graph(nodes, y=f"{A} n, {A} m, {A}")
+    done = rewrites.apply(model, ["quant_add"])
+    assert done.ops() == {"QuantAdd": 2}
+    got = onnx_run(done.model, library=find())(fed(model))
+    for value, expected in zip(("n", "m", "y"), plain(model), strict=True):
+        assert (np.abs(got[value] - expected) > 1e-6).mean() < 0.01
+
+
+WHY = {
+    "float": "what it answers is not quantized, or not for it alone",
+    "shape": "its two sides have not the same shape, or that is not known",
+    "constant": "a scale or a zero point is no constant",
+    "steps": "what multiplies it leaves scales that are not positive and normal",
+    "fine": "it answers in steps that are over 1048576 times finer than those it reads",
+    "axis": "its scales lie along an axis that is not that of channels",
+}
+STAYS = {
+    "answers float": (graph(f"{START} s = Add (xb, rb) y = Relu (s)"), "float"),
+    "answers int8": (
+        graph(f"{START} z = Add (xb, rb) z8 = QuantizeLinear (z, step, mid8) y = DequantizeLinear (z8, step, mid8)"),
+        "float",
+    ),
+    "read by a norm too": (graph(f"{START} z = Add (xb, rb) {END} n = Neg (z)", y=f"{A} n, {A}"), "float"),
+    "an output itself": (graph(f"{START} z = Add (xb, rb) {END}", y=f"{A} z, {A}"), "float"),
+    "read by a norm too, behind a gain": (
+        graph(f"{START} s = Add (xb, rb) z = Mul (s, gain) {END} n = Neg (z)", y=f"{A} n, {A}"), "float",
+    ),
+    "one side is broadcast": (graph(f"{START} z = Add (xb, rb) {END}", other="float[b, 5, 1, 1]"), "shape"),
+    "sides of other names": (graph(f"{START} z = Add (xb, rb) {END}", other="float[b, 5, h, v]"), "shape"),
+    "a gain that broadcasts": (graph(f"{START} xg = Mul (xb, five) z = Add (xg, rb) {END}"), "shape"),
+    "a scale that is fed": (
+        graph(f"{START} t8 = QuantizeLinear (r, fed, mid) tb = DequantizeLinear (t8, fed, mid) z = Add (tb, xb) {END}",
+              more=", float fed"), "constant",
+    ),
+    "a gain below 0": (graph(f"{START} xg = Mul (xb, minus) z = Add (xg, rb) {END}"), "steps"),
+    "a gain below 0 behind": (graph(f"{START} s = Add (xb, rb) z = Mul (s, minus) {END}"), "steps"),
+    "a channel that is nothing": (graph(f"{START} xg = Mul (xb, one_zero) z = Add (xg, rb) {END}"), "steps"),
+    "a gain that is next to nothing": (graph(f"{START} xg = Mul (xb, tiny) z = Add (xg, rb) {END}"), "steps"),
+    "a gain that is beyond all steps": (graph(f"{START} xg = Mul (xb, huge) z = Add (xg, rb) {END}"), "fine"),
+    "two axes": (
+        graph(f"""{START} t8 = QuantizeLinear <axis = 3> (r, six_steps, six_mids)
+        tb = DequantizeLinear <axis = 3> (t8, six_steps, six_mids) xg = Mul (xb, places) z = Add (tb, xg) {END}""",
+              "float[b, 5, h, 6]"), "axis",
+    ),
+    "the rows of a picture": (
+        graph(f"{START} xg = Mul (xb, down) z = Add (xg, rb) {END}", "float[b, 5, 7, w]"), "axis",
+    ),
+    "the middle of three axes": (
+        graph(f"""{START} t8 = QuantizeLinear <axis = 1> (r, steps, mids)
+        tb = DequantizeLinear <axis = 1> (t8, steps, mids) z = Add (tb, xb) {END}""", "float[b, 5, h]"), "axis",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_what_stays_and_why(name):
+    model, why = STAYS[name]
+    done = rewrites.apply(model, ["quant_add"])
+    assert done.model == model
+    assert list(done.missed["quant_add"].values()) == [WHY[why]]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"{START} z = Add (xb, xb) {END} n = Neg (rb)",
+        f"{START} z = Add (xb, r) {END} n = Neg (rb)",
+        f"{START} xg = Mul (xb, rb) z = Add (xg, rb) {END} n = Neg (rb)",
+        f"""{START} t8 = QuantizeLinear (r, fine, mid8) tb = DequantizeLinear (t8, fine, mid8) z = Add (xb, tb) {END}
+        n = Neg (rb)""",
+    ],
+    ids=["of one tensor", "a side in float", "a gain that is no constant", "a side in int8"],
+)
+def test_what_is_no_sum_of_bytes_is_not_spoken_of(nodes):
+    model = graph(nodes, y=f"{A} n, {A}")
+    done = rewrites.apply(model, ["quant_add"])
+    assert (done.model == model, done.missed) == (True, {})
+
+
+def test_between_two_products_nothing_is_turned(library, tmp_path):
+    """A residual branch with a gain for each channel: one Transpose before and one behind are all that is left."""
+    nodes = f"""x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
+        pb = DequantizeLinear (p, p_step, p_zero) c = Conv (xb, pb)
+        c8 = QuantizeLinear (c, fine, low) cb = DequantizeLinear (c8, fine, low) d = Conv (cb, pb)
+        d8 = QuantizeLinear (d, fine, low) db = DequantizeLinear (d8, fine, low) dg = Mul (db, places)
+        s = Add (cb, dg) s8 = QuantizeLinear (s, fine, low) sb = DequantizeLinear (s8, fine, low)
+        e = Conv (sb, pb) e8 = QuantizeLinear (e, fine, low) eb = DequantizeLinear (e8, fine, low)
+        t = Add (eb, sb) t8 = QuantizeLinear (t, fine, low) tb = DequantizeLinear (t8, fine, low)
+        z = Conv (tb, pb) {END} n = Neg (r)"""
+    model = graph(nodes, "float[b, 5, 7, 6]", y="float[b, 5, 7, 6] n, float[b, 5, 7, 6]")
+    done = rewrites.apply(model, ["quant_add", "quant_pointwise"])
+    assert done.ops() == {"QuantAdd": 2, "QuantLinear": 4}
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.register_custom_ops_library(str(library.path))
+    ort.InferenceSession(done.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = collections.Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    assert (kinds["QuantAdd"], kinds["QuantLinear"], kinds["Transpose"]) == (2, 4, 2)
