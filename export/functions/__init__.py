@@ -15,6 +15,7 @@ from export.functions.quant_layer_norm import quant_layer_norm
 from export.functions.quant_linear import quant_linear, quant_linear_to_float
 from export.functions.quant_lookup import quant_lookup
 from export.functions.quant_patches import quant_patches
+from export.functions.quant_pointwise import quant_pointwise
 from export.functions.soft_nms import soft_nms
 from export.functions.softmax import softmax
 from models.bundle.manifest import Tensor
@@ -30,6 +31,7 @@ from models.ops.spec import (
     QUANT_LINEAR_TO_FLOAT,
     QUANT_LOOKUP,
     QUANT_PATCHES,
+    QUANT_POINTWISE,
     SOFT_NMS,
     SOFTMAX,
     VERSION,
@@ -44,6 +46,7 @@ BODIES: dict[str, Callable[..., onnx.FunctionProto]] = {
     IMAGE_TO_QUANTIZED_PIXELS.name: image_to_quantized_pixels,
     QUANT_LINEAR.name: lambda **_: quant_linear(),
     QUANT_LINEAR_TO_FLOAT.name: lambda **_: quant_linear_to_float(),
+    QUANT_POINTWISE.name: lambda **_: quant_pointwise(),
     QUANT_ATTENTION.name: lambda **_: quant_attention(),
     QUANT_LAYER_NORM.name: lambda **_: quant_layer_norm(),
     QUANT_PATCHES.name: lambda **_: quant_patches(),

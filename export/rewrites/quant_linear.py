@@ -85,7 +85,7 @@ def product(node: ir.Node) -> Product | str | None:
         bias = bias + held.reshape(-1)
     while (added := _added(end, outputs)) is not None:
         end, bias = only(end).outputs[0], (bias + added).astype(np.float32)  # type: ignore[union-attr]
-    activation, end = activation_of(end)
+    activation, end = _activation(end)
     last = end.producer()
     assert last is not None
     return Product(x, weight, flipped, bias, activation, end, last)
@@ -123,8 +123,7 @@ def _added(end: ir.Value, outputs: int) -> Array | None:
     return found.reshape(-1) if found.ndim <= rank else None
 
 
-def activation_of(z: ir.Value) -> tuple[Activation, ir.Value]:
-    """What is made of ``z`` next, as far as an op does it, and the value that comes of it."""
+def _activation(z: ir.Value) -> tuple[Activation, ir.Value]:
     node = only(z)
     if node is not None and node.op_type == "Gelu":
         return ("gelu_tanh" if node.attributes.get_string("approximate", "none") == "tanh" else "gelu"), node.outputs[0]

@@ -1,11 +1,11 @@
-"""A convolution of 8 bits that looks at one place alone -> `ai.calmclip.QuantLinear`, with channels last.
+"""A convolution of 8 bits that looks at one place alone -> `ai.calmclip.QuantPointwise`, with channels last.
 
-    DequantizeLinear(x) -> Conv 1 x 1 [-> activation] -> QuantizeLinear
+    DequantizeLinear(x) -> Conv 1 x 1 -> QuantizeLinear
 
 becomes Transpose, the operator, and Transpose back. Transposes that undo each other ONNX Runtime takes out, and it
 moves one past standard operators to where it meets another.
 
-The op is `models.ops.spec.QUANT_LINEAR`. Source: Lin et al. 2013 (arXiv 1312.4400), section 3.1: a 1 x 1 convolution
+The op is `models.ops.spec.QUANT_POINTWISE`. Source: Lin et al. 2013 (arXiv 1312.4400), section 3.1: a 1 x 1 convolution
 is a linear layer of every place.
 """
 
@@ -15,8 +15,8 @@ from onnxscript import ir
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
 from export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, read, shape, sweep, turned, written
-from export.rewrites.quant_linear import MOST, activation_of, bias_of
-from models.ops.spec import ACTIVATIONS, QUANT_LINEAR
+from export.rewrites.quant_linear import MOST, bias_of
+from models.ops.spec import QUANT_POINTWISE
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:
@@ -27,13 +27,12 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
         x, weight = read(node.inputs[0], ir.DataType.UINT8, axis=1), read(node.inputs[1], ir.DataType.INT8, weight=True)
         if x is None or weight is None or not _of_one_place(weight):
             continue
-        activation, end = activation_of(node.outputs[0])
-        after = written(end, axis=1)
+        after = written(node.outputs[0], axis=1)
         why = _unfit(node, x, weight) or ("" if after else "what it answers is not quantized, or not for it alone")
         if why or after is None:
             missed[str(node.name)] = why
         else:
-            _put(node, x, weight, after, ACTIVATIONS.index(activation))
+            _put(node, x, weight, after)
             fired += 1
     return Outcome(fired, missed)
 
@@ -62,7 +61,7 @@ def _unfit(conv: ir.Node, x: Eight, weight: Eight) -> str:
     return ""
 
 
-def _put(conv: ir.Node, x: Eight, weight: Eight, after: Eight, activation: int) -> None:
+def _put(conv: ir.Node, x: Eight, weight: Eight, after: Eight) -> None:
     last, name = after.nodes[-1], after.value.name
     outputs, inputs = (int(size) for size in (shape(weight.value) or ())[:2])
     given = conv.inputs[2] if len(conv.inputs) > 2 else None
@@ -86,7 +85,7 @@ def _put(conv: ir.Node, x: Eight, weight: Eight, after: Eight, activation: int) 
     )
     held = constant(last, f"{conv.outputs[0].name}_bias_float", np.broadcast_to(bias.reshape(-1), outputs).copy())
     inputs_ = [places, x.scale, x.zero, columns, weight.scale, held, after.scale, after.zero]
-    insert(last, QUANT_LINEAR.name, inputs_, {"activation": activation}, [answer])
+    insert(last, QUANT_POINTWISE.name, inputs_, {}, [answer])
     y = like(after.value, ir.DataType.UINT8)
     put(after.value, y)
     insert(last, "Transpose", [answer], {"perm": FIRST}, [y], domain="")
@@ -94,5 +93,5 @@ def _put(conv: ir.Node, x: Eight, weight: Eight, after: Eight, activation: int) 
 
 
 REWRITES.register("quant_pointwise")(
-    Rewrite(QUANT_LINEAR, lambda params: BODIES[QUANT_LINEAR.name](**QUANT_LINEAR.attributes), rewrite, replaces=6)
+    Rewrite(QUANT_POINTWISE, lambda params: BODIES[QUANT_POINTWISE.name](), rewrite, replaces=6)
 )

@@ -27,6 +27,7 @@ from models.ops.spec import (
     QUANT_LINEAR_TO_FLOAT,
     QUANT_LOOKUP,
     QUANT_PATCHES,
+    QUANT_POINTWISE,
     SOFT_NMS,
     SOFTMAX,
     Attribute,
@@ -120,6 +121,14 @@ def _quantized_layer(random: Random) -> dict[str, Array]:
     n = len(feeds["bias"])
     scale = random.uniform(0.01, 0.03, n).astype(np.float32)
     return feeds | {"y_scale": scale, "y_zero": random.integers(0, 256, n, np.uint8)}
+
+
+def _places(random: Random) -> dict[str, Array]:
+    """Pictures of one column, in one step each for what comes in and goes out."""
+    feeds = _layer(random)
+    feeds["x"] = feeds["x"][:, :, None]
+    feeds["y_scale"], feeds["y_zero"] = np.array(0.02, np.float32), np.array(random.integers(0, 256), np.uint8)
+    return feeds
 
 
 def _added_layer(random: Random) -> dict[str, Array]:
@@ -226,6 +235,9 @@ PROBES = (
           {"x": _BYTES, "y_scale": Tensor(dtype="float32", shape=("N",)),
            "y_zero": Tensor(dtype="uint8", shape=("N",))},
           {"y": Tensor(dtype="uint8", shape=("B", "T", "N"))}),
+    Probe("quant_pointwise", QUANT_POINTWISE, _places, lambda f: (reference.quant_pointwise(**f),), 1, {},
+          _ONE | {"x": Tensor(dtype="uint8", shape=("B", "H", "W", "K"))},
+          {"y": Tensor(dtype="uint8", shape=("B", "H", "W", "N"))}),
     Probe("quant_linear_to_float", QUANT_LINEAR_TO_FLOAT, _added_layer,
           lambda f: (reference.quant_linear_to_float(**f, **_GELU),), 1e-5, _GELU,  # type: ignore[arg-type]
           {"x": _BYTES, "residual": _ADDED}, {"y": _ADDED}),

@@ -219,6 +219,20 @@ def quant_linear(
     return quantized
 
 
+def quant_pointwise(
+    x: Array,
+    x_scale: Array,
+    x_zero: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array,
+    y_scale: Array,
+    y_zero: Array,
+) -> Array:
+    """`quant_linear` of each place of x uint8 [B, H, W, K]. -> uint8 [B, H, W, N]."""
+    return quant_linear(x, x_scale, x_zero, weight, weight_scale, bias, y_scale, y_zero)
+
+
 def quant_linear_to_float(
     x: Array,
     x_scale: Array,

@@ -149,6 +149,14 @@ QUANT_LINEAR_TO_FLOAT = Op(
     attributes=QUANT_LINEAR.attributes,
 )
 
+# QuantLinear of every place of a picture, channels last, and no activation: a convolution of 1 by 1. An operator of its
+# own for its body, which is that convolution: without the library ONNX Runtime has one in 8 bits.
+QUANT_POINTWISE = Op(
+    "QuantPointwise",
+    inputs=QUANT_LINEAR.inputs | {"x": _tensor("uint8", "B", "H", "W", "K")},
+    outputs={"y": _tensor("uint8", "B", "H", "W", "N")},
+)
+
 # Attention in bytes: softmax(q k^T + mask) v for each of H heads, d numbers wide; the scale d^-1/2 lies in q_scale.
 # q, k and v may be one tensor: each is the W = H d columns of its input from `*_start` on. k and v have the zero
 # point 128. logits = (q - q_zero) k^T, exact in int32, * (q_scale * k_scale), + mask; p as SOFTMAX has it, gamma and
@@ -264,6 +272,7 @@ OPS: tuple[Op, ...] = (
     IMAGE_TO_QUANTIZED_PIXELS,
     QUANT_LINEAR,
     QUANT_LINEAR_TO_FLOAT,
+    QUANT_POINTWISE,
     QUANT_ATTENTION,
     QUANT_LAYER_NORM,
     QUANT_PATCHES,

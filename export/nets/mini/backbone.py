@@ -25,7 +25,7 @@ STAGES = (
 )
 STEM, WIDTH16, WIDTH32, CLASSES = 32, 120, 1280, 1000
 # The stem and the first depthwise convolution stay in float: alone they cost half of what all of INT8 costs, for
-# their outputs reach 100 before ReLU6 cuts them at 6. They are 1 % of the weights' bytes, and take 7 % of the time more.
+# their outputs reach 100 before ReLU6 cuts them at 6. They are 1 % of the weights' bytes, and cost 7 % of the time so.
 QUANTIZE = {"keep": ["Conv.Conv_0", "Conv.Conv_1"]}
 FIRST_OF_STRIDE_32 = 15  # the block whose input is the stride-16 map
 

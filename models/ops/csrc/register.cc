@@ -12,7 +12,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     static const bool filled = [] {
       for (const OrtCustomOp* op : {calmclip::softmax_op(), calmclip::soft_nms_op(), calmclip::image_to_pixels_op(),
                                     calmclip::image_to_quantized_pixels_op(), calmclip::quant_linear_op(),
-                                    calmclip::quant_linear_to_float_op(), calmclip::quant_attention_op(),
+                                    calmclip::quant_linear_to_float_op(), calmclip::quant_pointwise_op(),
+                                    calmclip::quant_attention_op(),
                                     calmclip::quant_layer_norm_op(), calmclip::quant_patches_op(),
                                     calmclip::quant_depthwise_op(), calmclip::quant_lookup_op(),
                                     calmclip::quant_add_op()})

@@ -140,14 +140,14 @@ def test_between_two_products_nothing_is_turned(library, tmp_path):
         eb = DequantizeLinear (e8, fine, low) s = Add (eb, cb) s8 = QuantizeLinear (s, fine, low)
         sb = DequantizeLinear (s8, fine, low) z = Conv (sb, pb) {END}"""
     done = rewrites.apply(graph(nodes), ["quant_depthwise", "quant_pointwise"])
-    assert done.ops() == {"QuantDepthwise": 1, "QuantLinear": 3}
+    assert done.ops() == {"QuantDepthwise": 1, "QuantPointwise": 3}
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.register_custom_ops_library(str(library.path))
     ort.InferenceSession(done.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kinds = collections.Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-    assert (kinds["QuantDepthwise"], kinds["QuantLinear"], kinds["Transpose"]) == (1, 3, 2)
+    assert (kinds["QuantDepthwise"], kinds["QuantPointwise"], kinds["Transpose"]) == (1, 3, 2)
 
 
 def test_attributes_are_those_of_the_convolution():

@@ -305,9 +305,10 @@ def test_threads_share_a_large_tensor(library):
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize(("shape", "window", "strides", "pads"), CASES[:14])
 def test_function_equals_torch(shape, window, strides, pads, columns):
+    """Its bias is rounded to a step of the sums."""
     feeds = draw(2, shape, window, columns=columns)
     (y,) = run(QUANT_DEPTHWISE, feeds, attributes(feeds, strides, pads), library=None)
-    assert near(y, expected(feeds, strides, pads), most=1e-3)
+    assert near(y, expected(feeds, strides, pads), most=1e-2)
 
 
 @pytest.mark.parametrize("columns", [False, True])

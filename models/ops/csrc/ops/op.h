@@ -71,6 +71,7 @@ const OrtCustomOp* image_to_pixels_op();
 const OrtCustomOp* image_to_quantized_pixels_op();
 const OrtCustomOp* quant_linear_op();
 const OrtCustomOp* quant_linear_to_float_op();
+const OrtCustomOp* quant_pointwise_op();
 const OrtCustomOp* quant_attention_op();
 const OrtCustomOp* quant_layer_norm_op();
 const OrtCustomOp* quant_patches_op();

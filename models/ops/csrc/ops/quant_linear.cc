@@ -1,7 +1,8 @@
 // A linear layer on bytes, its activation, and either bytes again or float32 with a residual added.
 // Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
 //
-// Two operators, for an output's type follows from the inputs' types: QuantLinear and QuantLinearToFloat.
+// Three operators: QuantLinear; QuantLinearToFloat, for an output's type follows from the inputs' types; QuantPointwise,
+// which has another body.
 // What a graph holds as constants is made ready once, when its node's kernel is made; what is fed, in every run.
 #include "../kernels/quant_linear.h"
 
@@ -23,14 +24,17 @@ constexpr size_t kGrain = 2 << 20;   // products that are worth a thread
 constexpr size_t kFewRows = 8;       // fewer take as long: it is the weights that take their time
 constexpr size_t kNear = 256 << 10;  // bytes of x at a time, for they are read once a panel: a part of an L2 cache
 
-constexpr const char* kName[2] = {"QuantLinear", "QuantLinearToFloat"};
+enum Kind : size_t { kToBytes, kToFloat, kPointwise };
+constexpr const char* kName[] = {"QuantLinear", "QuantLinearToFloat", "QuantPointwise"};
 enum Place : size_t { kX, kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero, kResidual = kYScale };
 
 // The inputs by their places: of a run, or the constants among them.
 using Inputs = std::function<Ort::ConstValue(Place)>;
 
-template <bool to_float>
+template <Kind kind>
 class Linear {
+  static constexpr bool to_float = kind == kToFloat;
+
  public:
   explicit Linear(Ort::ConstKernelInfo info) : activation_(activation(info)) {
     bool all = true;
@@ -54,6 +58,7 @@ class Linear {
       const Input<uint8_t> x(kOp, context, kX, "x");
       if (x.shape.empty() || x.shape.back() != static_cast<int64_t>(weight.k))
         x.refuse("[..., " + std::to_string(weight.k) + "], for the weight is " + weight.text());
+      if (kind == kPointwise && x.shape.size() != 4) x.refuse("[B, H, W, " + std::to_string(weight.k) + "]");
       auto shape = x.shape;
       shape.back() = static_cast<int64_t>(weight.n);
       LinearWork work{};
@@ -89,7 +94,7 @@ class Linear {
   }
 
  private:
-  inline static const Named kOp{kName[to_float]};
+  inline static const Named kOp{kName[kind]};
   static constexpr auto kFixed = [] {
     if constexpr (to_float)
       return std::array{kXScale, kXZero, kWeight, kWeightScale, kBias};
@@ -127,6 +132,7 @@ class Linear {
   };
 
   static int32_t activation(Ort::ConstKernelInfo info) {
+    if (kind == kPointwise) return kNone;
     const auto code = kOp.attribute<int64_t>(info, "activation");
     if (code < kNone || code > kQuickGelu)
       kOp.invalid("activation is " + std::to_string(code) +
@@ -200,8 +206,9 @@ class Linear {
   std::optional<Columns> columns_;
 };
 
-template <bool to_float>
-struct Schema : Op<Schema<to_float>, Linear<to_float>> {
+template <Kind kind>
+struct Schema : Op<Schema<kind>, Linear<kind>> {
+  static constexpr bool to_float = kind == kToFloat;
   static constexpr ONNXTensorElementDataType kOut =
       to_float ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 
@@ -231,7 +238,7 @@ struct Schema : Op<Schema<to_float>, Linear<to_float>> {
     return y.output(context, 0, kOut);
   }
 
-  const char* GetName() const { return kName[to_float]; }
+  const char* GetName() const { return kName[kind]; }
   size_t GetInputTypeCount() const { return to_float ? 7 : 8; }
   ONNXTensorElementDataType GetInputType(size_t input) const {
     if (input == kX || input == kXZero) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
@@ -245,12 +252,17 @@ struct Schema : Op<Schema<to_float>, Linear<to_float>> {
 }  // namespace
 
 const OrtCustomOp* quant_linear_op() {
-  static const Schema<false> op;
+  static const Schema<kToBytes> op;
+  return &op;
+}
+
+const OrtCustomOp* quant_pointwise_op() {
+  static const Schema<kPointwise> op;
   return &op;
 }
 
 const OrtCustomOp* quant_linear_to_float_op() {
-  static const Schema<true> op;
+  static const Schema<kToFloat> op;
   return &op;
 }
 

@@ -1,0 +1,17 @@
+"""`QuantPointwise` as a local function of standard ops: a Conv of 1 x 1, channels first, between Transpose nodes."""
+
+import onnx
+
+from export.functions.quant_depthwise import convolution
+from models.ops.spec import QUANT_POINTWISE
+
+
+def quant_pointwise() -> onnx.FunctionProto:
+    """The body of `spec.QUANT_POINTWISE`. It cannot raise: what the op refuses, a scale of 0, it computes."""
+    return convolution(
+        QUANT_POINTWISE,
+        """
+    sides = Constant <value_ints = [2, 3]> ()
+    rows = Transpose <perm = [1, 0]> (weight)
+    kernel = Unsqueeze (rows, sides)""",
+    )
