@@ -225,11 +225,11 @@ def test_between_two_products_nothing_is_turned(library, tmp_path):
         z = Conv (tb, pb) {END} n = Neg (r)"""
     model = graph(nodes, "float[b, 5, 7, 6]", y="float[b, 5, 7, 6] n, float[b, 5, 7, 6]")
     done = rewrites.apply(model, ["quant_add", "quant_pointwise"])
-    assert done.ops() == {"QuantAdd": 2, "QuantLinear": 4}
+    assert done.ops() == {"QuantAdd": 2, "QuantPointwise": 4}
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.register_custom_ops_library(str(library.path))
     ort.InferenceSession(done.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     kinds = collections.Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
-    assert (kinds["QuantAdd"], kinds["QuantLinear"], kinds["Transpose"]) == (2, 4, 2)
+    assert (kinds["QuantAdd"], kinds["QuantPointwise"], kinds["Transpose"]) == (2, 4, 2)
