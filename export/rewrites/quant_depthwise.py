@@ -3,7 +3,8 @@
     DequantizeLinear(x) -> Conv, a group for each channel -> QuantizeLinear
 
 becomes Transpose, the operator, and Transpose back, of which ONNX Runtime takes out those that undo each other. x and
-what is answered may have a scale for each channel.
+what is answered have one scale each: of the body of a node with one for each channel ONNX Runtime makes a convolution
+of its own that it then refuses (1.32).
 
 The op is `models.ops.spec.QUANT_DEPTHWISE`. Source: Howard et al. 2017 (arXiv 1704.04861), section 3.1; Jacob et al.
 2017 (arXiv 1712.05877), section 2.4, fused layers.
@@ -28,7 +29,7 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
         if x is None or weight is None:
             continue
         after = written(node.outputs[0], axis=1)
-        why = _unfit(node, weight) or ("" if after else "what it answers is not quantized, or not for it alone")
+        why = _unfit(node, x, weight) or unwritten(after)
         if why or after is None:
             missed[str(node.name)] = why
         else:
@@ -37,7 +38,16 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
     return Outcome(fired, missed)
 
 
-def _unfit(conv: ir.Node, weight: Eight) -> str:
+def unwritten(after: Eight | None) -> str:
+    """Why a convolution's answer is not for an operator of ours."""
+    if after is None:
+        return "what it answers is not quantized, or not for it alone"
+    return "what it answers has a scale for each channel" if len(after.scale.shape or ()) else ""
+
+
+def _unfit(conv: ir.Node, x: Eight, weight: Eight) -> str:
+    if len(x.scale.shape or ()):
+        return "what it reads has a scale for each channel"
     sizes = shape(weight.value)
     if sizes is None or len(sizes) != 4 or not all(isinstance(size, int) for size in sizes):
         return "its window has not two sides, or they are not known"

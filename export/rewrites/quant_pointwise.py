@@ -15,6 +15,7 @@ from onnxscript import ir
 from export.functions import BODIES
 from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
 from export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, read, shape, sweep, turned, written
+from export.rewrites.quant_depthwise import unwritten
 from export.rewrites.quant_linear import MOST, bias_of
 from models.ops.spec import QUANT_POINTWISE
 
@@ -28,7 +29,7 @@ def rewrite(model: ir.Model, params: NoParams) -> Outcome:
         if x is None or weight is None or not _of_one_place(weight):
             continue
         after = written(node.outputs[0], axis=1)
-        why = _unfit(node, x, weight) or ("" if after else "what it answers is not quantized, or not for it alone")
+        why = _unfit(node, x, weight) or unwritten(after)
         if why or after is None:
             missed[str(node.name)] = why
         else:
@@ -48,7 +49,7 @@ def _unfit(conv: ir.Node, x: Eight, weight: Eight) -> str:
     if set(conv.attributes.get_ints("strides", [1, 1])) != {1} or any(conv.attributes.get_ints("pads", [0] * 4)):
         return "it does not answer each place of what it reads, and no other"
     if len(x.scale.shape or ()):
-        return "what it reads has a scale for each channel; the op takes one"
+        return "what it reads has a scale for each channel"
     zeros = _patterns.array(weight.zero)
     if zeros is None or zeros.any():
         return "its weights are not around 0, or that cannot be seen"
