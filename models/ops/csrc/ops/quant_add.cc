@@ -1,5 +1,4 @@
-// The sum of two tensors of bytes, in bytes. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.4: addition as a
-// layer with scales of its own.
+// The sum of two tensors of bytes, in bytes. Source: Jacob et al. 2017 (arXiv 1712.05877), appendix A.2.
 //
 // What a graph holds as constants is made ready once, when its node's kernel is made; what is fed, in every run.
 #include <functional>
