@@ -1,8 +1,8 @@
 """`QuantAdd` as a local function of standard ops: Add between DequantizeLinear and QuantizeLinear.
 
-ONNX Runtime makes a QLinearAdd of these where all their numbers are one. Column by column it quantizes in eighteen times
-the time that products take: so with numbers of columns bytes become floats as they are, and the function multiplies.
-What the If asks about, and the factors, are constants that ONNX Runtime works out when it loads the graph.
+ONNX Runtime makes a QLinearAdd of these where all their numbers are one. Column by column it quantizes in eighteen
+times the time that products take: so with numbers of columns bytes become floats as they are, and the function
+multiplies. What the If asks about, and the factors, are constants that ONNX Runtime works out when it loads the graph.
 """
 
 import onnx
