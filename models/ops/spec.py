@@ -112,7 +112,7 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
     attributes=IMAGE_TO_PIXELS.attributes | {"scale": 1.0, "zero_point": 0},
 )
 
-# Of the next six and the last: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255),
+# Of all that follow: numbers are quantized as QuantizeLinear does it, clip(rint(x / scale) + zero, 0, 255),
 # half to even, or by x * (1 / scale), which another step comes of only next to a tie. Scales are positive and normal.
 # What is quantized to y has y_scale and y_zero, one for the tensor (rank 0) or one for each of its N columns.
 # Attributes of a node are all stated.
@@ -150,7 +150,9 @@ QUANT_LINEAR_TO_FLOAT = Op(
 )
 
 # QuantLinear of every place of a picture, channels last, and no activation: a convolution of 1 by 1. An operator of its
-# own for its body, which is that convolution: without the library ONNX Runtime has one in 8 bits.
+# own for its body, which is that convolution: without the library ONNX Runtime has one in 8 bits. For this and
+# QUANT_DEPTHWISE: with constants of more than one x_scale or y_scale, ONNX Runtime (1.32) refuses what it makes of the
+# body, so no rule writes such a node.
 QUANT_POINTWISE = Op(
     "QuantPointwise",
     inputs=QUANT_LINEAR.inputs | {"x": _tensor("uint8", "B", "H", "W", "K")},
