@@ -220,6 +220,7 @@ def test_a_full_disk_leaves_no_bundle_and_no_half_of_one(net, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_net_keeps_its_weights_unless_it_is_given_away(tiny_hf_clip: Path, tmp_path: Path):
     own = NETS.get("clip").load(str(tiny_hf_clip))
     (first,) = build(recipe(own, quantize=FLOAT), tmp_path, net=own)
