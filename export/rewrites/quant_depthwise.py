@@ -14,40 +14,18 @@ import numpy as np
 from onnxscript import ir
 
 from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, read, shape, sweep, turned, written
-from export.rewrites.quant_linear import bias_of
+from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _convolutions
+from export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, shape, sweep, turned
 from models.ops.spec import QUANT_DEPTHWISE
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:
-    fired, missed = 0, {}
-    for node in list(model.graph):
-        if node.graph is None or node.domain or node.op_type != "Conv" or node.attributes.get_int("group", 1) == 1:
-            continue
-        x, weight = read(node.inputs[0], ir.DataType.UINT8, axis=1), read(node.inputs[1], ir.DataType.INT8, weight=True)
-        if x is None or weight is None:
-            continue
-        after = written(node.outputs[0], axis=1)
-        why = _unfit(node, x, weight) or unwritten(after)
-        if why or after is None:
-            missed[str(node.name)] = why
-        else:
-            _put(node, x, weight, after)
-            fired += 1
-    return Outcome(fired, missed)
+    return _convolutions.rewrite(model, _unfit, _put)
 
 
-def unwritten(after: Eight | None) -> str:
-    """Why a convolution's answer is not for an operator of ours."""
-    if after is None:
-        return "what it answers is not quantized, or not for it alone"
-    return "what it answers has a scale for each channel" if len(after.scale.shape or ()) else ""
-
-
-def _unfit(conv: ir.Node, x: Eight, weight: Eight) -> str:
-    if len(x.scale.shape or ()):
-        return "what it reads has a scale for each channel"
+def _unfit(conv: ir.Node, weight: Eight) -> str | None:
+    if conv.attributes.get_int("group", 1) == 1:
+        return None
     sizes = shape(weight.value)
     if sizes is None or len(sizes) != 4 or not all(isinstance(size, int) for size in sizes):
         return "its window has not two sides, or they are not known"
@@ -57,22 +35,12 @@ def _unfit(conv: ir.Node, x: Eight, weight: Eight) -> str:
         return "its window has gaps"
     if conv.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", ""):
         return "what it is padded with hangs on what it reads"
-    zeros = _patterns.array(weight.zero)
-    if zeros is None or zeros.any():
-        return "its weights are not around 0, or that cannot be seen"
-    if len(weight.scale.shape or ()) and weight.nodes[0].attributes.get_int("axis", 1) % 4:
-        return "its weights have no scale for each output"
-    if len(conv.inputs) > 2 and conv.inputs[2] is not None and bias_of(conv.inputs[2]) is None:
-        return "its bias is no constant"
     return ""
 
 
 def _put(conv: ir.Node, x: Eight, weight: Eight, after: Eight) -> None:
     last, name = after.nodes[-1], after.value.name
     channels, _, height, width = (int(size) for size in shape(weight.value) or ())
-    given = conv.inputs[2] if len(conv.inputs) > 2 else None
-    bias = np.zeros(channels, np.float32) if given is None else bias_of(given)
-    assert bias is not None  # `_unfit` saw it
 
     # of a constant: ONNX Runtime does it when it loads the graph
     flat, window = (
@@ -88,7 +56,7 @@ def _put(conv: ir.Node, x: Eight, weight: Eight, after: Eight) -> None:
         shape=None if after.value.shape is None else ir.Shape([after.value.shape[axis] for axis in LAST]),
         type=ir.TensorType(ir.DataType.UINT8),
     )
-    held = constant(last, f"{conv.outputs[0].name}_bias_float", np.broadcast_to(bias.reshape(-1), channels).copy())
+    held = constant(last, f"{conv.outputs[0].name}_bias_float", _convolutions.bias(conv, channels))
     attributes = {
         "strides": tuple(conv.attributes.get_ints("strides", [1, 1])),
         "pads": tuple(conv.attributes.get_ints("pads", [0] * 4)),
