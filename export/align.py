@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from export.captions import FORM, read_captions
-from export.nets.mini import features
-from export.nets.mini.backbone import from_state
-from export.nets.mini.minilm import WIDTH
-from export.nets.mini.towers import FEATURE_LENGTH, SHIPPED, Heads, ImageHead
-from export.nets.mini.weights import backbone_state
-from models.cli import parser
-from models.errors import BadRequest
-from models.prompts import fill
+from calmclip.export.captions import FORM, read_captions
+from calmclip.export.nets.mini import features
+from calmclip.export.nets.mini.backbone import from_state
+from calmclip.export.nets.mini.minilm import WIDTH
+from calmclip.export.nets.mini.towers import FEATURE_LENGTH, SHIPPED, Heads, ImageHead
+from calmclip.export.nets.mini.weights import backbone_state
+from calmclip.models.cli import parser
+from calmclip.models.errors import BadRequest
+from calmclip.models.prompts import fill
 
 PEOPLE = ("man", "woman", "child", "people", "boy", "girl")  # said of COCO's "person" in captions
 NOTHING = -1  # pads rows of `Source.holds`

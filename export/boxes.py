@@ -1,4 +1,7 @@
-"""Train the box head on photographs with boxes: `python -m export.boxes --images DIR --instances FILE --out FILE`.
+"""Train the box head on photographs with boxes.
+
+`python -m calmclip.export.boxes --images DIR --instances FILE --out FILE`
+
 
 ``instances`` is in COCO form; names are not used, only boxes. The backbone is frozen, so each photograph is seen
 through it once per *view* (as served, mirrored, or scaled, shifted, recoloured and set beside others), and the head
@@ -20,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from export.nets.mini.backbone import Backbone, frozen
-from export.nets.mini.boxhead import STRIDE, BoxHead, centres
-from export.nets.mini.weights import backbone_state
-from models.errors import ExportError
-from models.flow import Array
+from calmclip.export.nets.mini.backbone import Backbone, frozen
+from calmclip.export.nets.mini.boxhead import STRIDE, BoxHead, centres
+from calmclip.export.nets.mini.weights import backbone_state
+from calmclip.models.errors import ExportError
+from calmclip.models.flow import Array
 
 SIZE = 640
 PAD = 127  # grey: what the backbone reads as 0
@@ -251,7 +254,7 @@ def train(views: Views, epochs: int, seed: int, *, batch: int = 8, rate: float =
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser("python -m export.boxes", description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser("python -m calmclip.export.boxes", description=__doc__.splitlines()[0])
     options.add_argument("--images", type=Path, required=True, help="folder of the photographs")
     options.add_argument("--instances", type=Path, required=True, help="their boxes: COCO instances JSON")
     options.add_argument("--out", type=Path, required=True, help="safetensors file to write")

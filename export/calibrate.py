@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export import samples
-from export.nets import Net, Tower
-from export.quantizers import Ranges
-from export.recipe import Calibration, Quantize
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import BadRequest, InputError
-from models.flow import Arrays
-from models.preprocess.image import ImagePreparer, decode
-from models.preprocess.text import TextPreparer
+from calmclip.export import samples
+from calmclip.export.nets import Net, Tower
+from calmclip.export.quantizers import Ranges
+from calmclip.export.recipe import Calibration, Quantize
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.errors import BadRequest, InputError
+from calmclip.models.flow import Arrays
+from calmclip.models.preprocess.image import ImagePreparer, decode
+from calmclip.models.preprocess.text import TextPreparer
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

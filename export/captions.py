@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from models.errors import BadRequest
+from calmclip.models.errors import BadRequest
 
 FORM = '{"file": [captions]}, or as .jsonl {"image": file, "captions": [captions]} a line'
 

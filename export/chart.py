@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from models.outliers import Outliers
+from calmclip.models.outliers import Outliers
 
 _GAUSSIAN = 3.0
 _BAR, _MARGIN = 0.17, 0.9  # inches: the height of a tensor, and of a graph's title and axes

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import tomli_w
 
-from export.checkpoints import Weights, hub
-from export.nets import Net, NetPlugin
-from export.recipe import Recipe, load_recipe, load_weights, recognise
-from models.cli import BUNDLES, bundle_options, emit, parser, positive
+from calmclip.export.checkpoints import Weights, hub
+from calmclip.export.nets import Net, NetPlugin
+from calmclip.export.recipe import Recipe, load_recipe, load_weights, recognise
+from calmclip.models.cli import BUNDLES, bundle_options, emit, parser, positive
 
 
 def export_command(argv: list[str]) -> int:
     """`calmclip export CHECKPOINT|mini`: seal NAME-int8 (or NAME-mixed) and, where kept, NAME-float."""
-    from export.pipeline import build
+    from calmclip.export.pipeline import build
 
     options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
     options.checkpoint = str(hub.locate(options.checkpoint))
@@ -53,9 +53,9 @@ def recipe_command(argv: list[str]) -> int:
 
 def eval_command(argv: list[str]) -> int:
     """`calmclip eval BUNDLE EVAL --data DIR [--against BUNDLE]`: accuracy on a data set."""
-    from export.evals import EVALS
-    from models.bundle.store import find
-    from models.runner import open_bundle
+    from calmclip.export.evals import EVALS
+    from calmclip.models.bundle.store import find
+    from calmclip.models.runner import open_bundle
 
     options = parser("eval", "Measure accuracy on a data set.")
     options.add_argument("bundle")
@@ -81,7 +81,7 @@ def eval_command(argv: list[str]) -> int:
 
 def _float_of(directory: Path) -> Path | None:
     """NAME-float beside NAME-int8 or NAME-mixed, if it was made of the same weights."""
-    from models.bundle.store import MANIFEST, read
+    from calmclip.models.bundle.store import MANIFEST, read
 
     other = directory.with_name(directory.name.removesuffix("-int8").removesuffix("-mixed") + "-float")
     if other == directory or not (other / MANIFEST).is_file():

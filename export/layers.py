@@ -7,10 +7,10 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export import parity
-from export.quantizers import _qdq
-from export.share import count
-from models.flow import Arrays
+from calmclip.export import parity
+from calmclip.export.quantizers import _qdq
+from calmclip.export.share import count
+from calmclip.models.flow import Arrays
 
 
 def compare(

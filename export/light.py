@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from models.flow import Array
-from models.ops.library import Library
-from models.runtime.session import AS_WRITTEN
+from calmclip.models.flow import Array
+from calmclip.models.ops.library import Library
+from calmclip.models.runtime.session import AS_WRITTEN
 
 SMALL = 1 << 18  # bytes; what is smaller may be a shape, a bias or a scale: who rewrites a graph reckons with it
 LARGE = 1 << 29  # bytes of weights; beyond, a session does not pack a second copy of them for speed's sake

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.quantizers import _qdq
-from export.trace import module_of
-from models.errors import ExportError
-from models.flow import Array, Arrays
+from calmclip.export.quantizers import _qdq
+from calmclip.export.trace import module_of
+from calmclip.models.errors import ExportError
+from calmclip.models.flow import Array, Arrays
 
 _SAME = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # the same numbers, elsewhere
 _ON_THE_WAY = (*_SAME, "Div", "Mul", "ScatterElements", "ScatterND")  # from a layer to where its answer is added

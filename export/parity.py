@@ -6,11 +6,11 @@ import numpy as np
 import onnx
 import torch
 
-from export import light
-from export.nets import Tower
-from models.errors import ParityLost
-from models.flow import Array, Arrays
-from models.ops.library import Library
+from calmclip.export import light
+from calmclip.export.nets import Tower
+from calmclip.models.errors import ParityLost
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.ops.library import Library
 
 Run = Callable[[Arrays], Mapping[str, Array]]
 

@@ -20,21 +20,21 @@ from typing import Any
 
 import onnx
 
-from export import calibrate, parity, report, rewrites, samples, softmax, weights
-from export.checkpoints.weights import one_line
-from export.nets import NETS, Built, Net, Tower
-from export.quantizers import QUANTIZERS, Goal, Settled
-from export.recipe import Quantize, Recipe
-from export.rewrites import image_to_pixels
-from export.trace import fingerprint, to_onnx
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor, TextPreprocess
-from models.bundle.store import Sealed, describe, read, seal, stage
-from models.errors import BadRequest, BarMissed, BundleError, ExportError
-from models.flow import Arrays
-from models.ops.library import Library, find
-from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
-from models.runner import Runner
+from calmclip.export import calibrate, parity, report, rewrites, samples, softmax, weights
+from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.nets import NETS, Built, Net, Tower
+from calmclip.export.quantizers import QUANTIZERS, Goal, Settled
+from calmclip.export.recipe import Quantize, Recipe
+from calmclip.export.rewrites import image_to_pixels
+from calmclip.export.trace import fingerprint, to_onnx
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor, TextPreprocess
+from calmclip.models.bundle.store import Sealed, describe, read, seal, stage
+from calmclip.models.errors import BadRequest, BarMissed, BundleError, ExportError
+from calmclip.models.flow import Arrays
+from calmclip.models.ops.library import Library, find
+from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
+from calmclip.models.runner import Runner
 
 Say = Callable[[str], None]
 _PARITY_ROWS = 4

@@ -6,15 +6,15 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from export.checkpoints import Weights, hub, read
-from export.checkpoints.weights import SUFFIXES
-from export.evals import EVALS
-from export.nets import NETS, Net, NetPlugin
-from export.quantizers import QUANTIZERS
-from export.rewrites import REWRITES, image_to_pixels, swaps
-from export.towers.attention import Softmax
-from models.bundle.manifest import FrozenModel, ImagePreprocess, Name
-from models.errors import BadRequest, UnknownCheckpoint, suggestion
+from calmclip.export.checkpoints import Weights, hub, read
+from calmclip.export.checkpoints.weights import SUFFIXES
+from calmclip.export.evals import EVALS
+from calmclip.export.nets import NETS, Net, NetPlugin
+from calmclip.export.quantizers import QUANTIZERS
+from calmclip.export.rewrites import REWRITES, image_to_pixels, swaps
+from calmclip.export.towers.attention import Softmax
+from calmclip.models.bundle.manifest import FrozenModel, ImagePreprocess, Name
+from calmclip.models.errors import BadRequest, UnknownCheckpoint, suggestion
 
 
 class Quantize(FrozenModel):

@@ -20,15 +20,15 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from export import layers, outliers
-from export.evals import EVALS
-from export.quantizers import Settled
-from export.recipe import Bars, Quantize
-from export.share import count, share
-from models.errors import BarMissed
-from models.flow import Arrays
-from models.measure import latency, machine
-from models.runner import Runner
+from calmclip.export import layers, outliers
+from calmclip.export.evals import EVALS
+from calmclip.export.quantizers import Settled
+from calmclip.export.recipe import Bars, Quantize
+from calmclip.export.share import count, share
+from calmclip.models.errors import BarMissed
+from calmclip.models.flow import Arrays
+from calmclip.models.measure import latency, machine
+from calmclip.models.runner import Runner
 
 _MUCH = 100_000_000  # bytes that a step made the process grow by, for which it pays to look for what is free again
 

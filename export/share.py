@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from models.errors import ExportError
+from calmclip.models.errors import ExportError
 
 _WHOLE = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "DynamicQuantizeMatMul")
 _KINDS = ("Conv", "Gemm", "MatMul", *_WHOLE)

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from torch import nn
 
-from export import parity
-from export.checkpoints import Weights
-from export.nets import Net, Tower
-from export.towers.attention import Softmax
-from export.towers.transformer import Attention
-from models.errors import BadRequest
-from models.flow import Arrays
+from calmclip.export import parity
+from calmclip.export.checkpoints import Weights
+from calmclip.export.nets import Net, Tower
+from calmclip.export.towers.attention import Softmax
+from calmclip.export.towers.transformer import Attention
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Arrays
 
 Say = Callable[[str], None]
 

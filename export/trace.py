@@ -16,9 +16,9 @@ import onnx
 import torch
 from onnxscript import ir
 
-from export import light
-from export.nets import Tower
-from models.errors import ExportError
+from calmclip.export import light
+from calmclip.export.nets import Tower
+from calmclip.models.errors import ExportError
 
 OPSET = 20  # the first with Gelu as one op
 MODULE = "module"  # key of a node's metadata: the path of its torch module, "blocks.3.mlp.down"

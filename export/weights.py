@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import onnx
 
-from export import light
+from calmclip.export import light
 
 SHARED = "weights.bin"
 LARGEST = 1 << 30  # bytes of weights inside a graph's own file: half of what protobuf writes, and held twice meanwhile

@@ -12,37 +12,32 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from models.errors import BarMissed, CalmclipError, ExtraMissing, ParityLost, suggestion
+from calmclip.models.errors import BarMissed, CalmclipError, ExtraMissing, ParityLost, suggestion
+from calmclip.models.extras import extra_of, missing
 
 BUNDLES = Path("models/bundles")
 
 # verb -> (function, what it does). The whole command line on one screen.
 VERBS: dict[str, tuple[str, str]] = {
-    "export": ("export.cli:export_command", "checkpoint directory, or 'mini', -> INT8 bundle"),
-    "align": ("export.align:align_command", "train the built-in model's projections on your own captioned pictures"),
-    "train": ("export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
-    "demonstrate": ("export.training.cli:demonstrate_command", "vanilla, clipped and gated nets side by side"),
-    "recipe": ("export.cli:recipe_command", "print the recipe that export would use"),
-    "show": ("models.commands:show_command", "manifest and report of a bundle as a table"),
-    "check": ("models.commands:check_command", "hashes, schema, one self-test per graph"),
-    "run": ("models.commands:run_command", "classify, embed or detect from the command line"),
-    "index": ("service.cli:index_command", "embed a folder of pictures into a collection"),
-    "eval": ("export.cli:eval_command", "accuracy on a data set, INT8 beside float"),
-    "bench": ("models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
-    "ops": ("models.ops.commands:ops_command", "build, info, check: the compiled operators"),
-    "plugins": ("models.commands:plugins_command", "names in every plug-in family"),
-    "serve": ("service.cli:serve_command", "answer over HTTP"),
-    "keys": ("service.cli:keys_command", "add, list, remove: the keys of a service"),
+    "export": ("calmclip.export.cli:export_command", "checkpoint directory, or 'mini', -> INT8 bundle"),
+    "align": (
+        "calmclip.export.align:align_command",
+        "train the built-in model's projections on your own captioned pictures",
+    ),
+    "train": ("calmclip.export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
+    "demonstrate": ("calmclip.export.training.cli:demonstrate_command", "vanilla, clipped and gated nets side by side"),
+    "recipe": ("calmclip.export.cli:recipe_command", "print the recipe that export would use"),
+    "show": ("calmclip.models.commands:show_command", "manifest and report of a bundle as a table"),
+    "check": ("calmclip.models.commands:check_command", "hashes, schema, one self-test per graph"),
+    "run": ("calmclip.models.commands:run_command", "classify, embed or detect from the command line"),
+    "index": ("calmclip.service.cli:index_command", "embed a folder of pictures into a collection"),
+    "eval": ("calmclip.export.cli:eval_command", "accuracy on a data set, INT8 beside float"),
+    "bench": ("calmclip.models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
+    "ops": ("calmclip.models.ops.commands:ops_command", "build, info, check: the compiled operators"),
+    "plugins": ("calmclip.models.commands:plugins_command", "names in every plug-in family"),
+    "serve": ("calmclip.service.cli:serve_command", "answer over HTTP"),
+    "keys": ("calmclip.service.cli:keys_command", "add, list, remove: the keys of a service"),
 }
-
-# what a missing module means: the extra that holds it
-_EXTRAS = {
-    "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export", "tomli_w": "export",
-    "matplotlib": "export",
-    "fastapi": "service", "uvicorn": "service", "prometheus_client": "service", "pydantic_settings": "service",
-    "orjson": "service", "lancedb": "service", "pyarrow": "service", "httpx": "service",
-    "export": "export", "service": "service",  # an image may hold one package without the other
-}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] == "--version":
-        from models import __version__
+        from calmclip import __version__
 
         print(f"calmclip {__version__}")
         return 0
@@ -69,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     except CalmclipError as error:
         return _fail(error, 2)
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        extra = extra_of(error.name or "")
         if extra is None:
             raise
-        return _fail(f"{verb!r} needs {error.name!r}, which is not installed; pip install 'calmclip[{extra}]'", 3)
+        return _fail(missing(f"calmclip {verb}", error.name or "", extra), 3)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left; nothing more to say
@@ -115,7 +110,7 @@ def bundle_options(options: argparse.ArgumentParser, *, threads: int = 0) -> Non
 
 def ops_mode(text: str) -> str:
     """An argparse type, of the environment's word too."""
-    from models.ops.library import MODES
+    from calmclip.models.ops.library import MODES
 
     if text not in MODES:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MODES)}")

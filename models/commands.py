@@ -9,30 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from models.bundle.bundle import Bundle
-from models.bundle.store import Sealed, find, names, read
-from models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
-from models.errors import BadRequest, BundleInvalid, ExtraMissing, UnknownName
-from models.flow import Array, Arrays
-from models.measure import latency, machine
-from models.ops.spec import METHODS
-from models.outliers import outliers
-from models.registry import Registry
-from models.runner import Runner, open_bundle
-from models.tasks.detect import Suppression, default_suppression
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import Sealed, find, names, read
+from calmclip.models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
+from calmclip.models.errors import BadRequest, BundleInvalid, UnknownName
+from calmclip.models.extras import extra_of, missing
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.measure import latency, machine
+from calmclip.models.ops.spec import METHODS
+from calmclip.models.outliers import outliers
+from calmclip.models.registry import FAMILIES, catalog
+from calmclip.models.runner import Runner, open_bundle
+from calmclip.models.tasks.detect import Suppression, default_suppression
 
-# family -> where its registry is. Families of other packages are listed only where their extra is installed.
-FAMILIES = {
-    "nets": "export.nets:NETS",
-    "layouts": "export.layouts:LAYOUTS",
-    "quantizers": "export.quantizers:QUANTIZERS",
-    "rewrites": "export.rewrites:REWRITES",
-    "evals": "export.evals:EVALS",
-    "heads": "models.heads:HEADS",
-    "prompts": "models.prompts:PROMPTS",
-    "stores": "service.stores:STORES",
-}
-CHART = "export.chart"  # needs matplotlib, which the extra of export brings
+CHART = "calmclip.export.chart"  # needs matplotlib, which the extra of export brings
 
 
 def show_command(argv: list[str]) -> int:
@@ -225,18 +215,15 @@ def plugins_command(argv: list[str]) -> int:
     options.add_argument("family", nargs="?", choices=list(FAMILIES))
     given = options.parse_args(argv)
     found: dict[str, list[str]] = {}
-    for family, where in FAMILIES.items():
-        if given.family in (None, family):
-            module, name = where.split(":")
-            try:
-                registry: Registry[Any] = getattr(import_module(module), name)
-                if not (members := registry.names()) and registry.broken:
-                    raise next(iter(registry.broken.values()))
-                found[family] = members
-            except ModuleNotFoundError as error:
-                if given.family:
-                    extra = module.split(".")[0]
-                    raise ExtraMissing(f"{family} need {error.name!r}; pip install 'calmclip[{extra}]'") from None
+    for family in [given.family] if given.family else FAMILIES:
+        try:
+            found[family] = catalog(family)
+        except ModuleNotFoundError as error:
+            extra = extra_of(error.name or "")
+            if given.family and extra:
+                raise missing(f"calmclip plugins {family}", error.name or "", extra) from None
+            if extra is None:
+                raise
     emit(given.json, found, lambda v: print("\n".join(f"{k:12s} {', '.join(names)}" for k, names in v.items())))
     return 0
 

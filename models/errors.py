@@ -31,7 +31,7 @@
         └── BarMissed             a sealed bundle would break a bar of its recipe
 
 A message says what was, what was expected, and what to do. ``known`` holds the names that would have
-worked, where there are such names. `service.problems` maps classes to HTTP; `models.cli` to exit codes.
+worked, where there are such names. `service.problems` maps classes to HTTP; `calmclip.models.cli` to exit codes.
 """
 
 from collections.abc import Iterable

@@ -8,12 +8,12 @@ from time import perf_counter
 
 import numpy as np
 
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import BadRequest
-from models.flow import Arrays
-from models.preprocess.image import decode
-from models.runner import Runner
-from models.runtime.session import versions
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Arrays
+from calmclip.models.preprocess.image import decode
+from calmclip.models.runner import Runner
+from calmclip.models.runtime.session import versions
 
 SENTENCES = ("a photo of two dogs running on the beach.", "a dog")  # the first that fits the context
 

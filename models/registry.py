@@ -3,20 +3,69 @@
 A family is a package. A module of it registers what it holds when imported; packages of others join through
 the entry-point group ``calmclip.<family>``. Nothing is imported before somebody asks for a name. One that does
 not import takes nothing from the others; its error is told to whoever asks for a name that is then not there.
+
+`catalog` lists a family without importing it, so that a list of names costs no torch. It reads the sources: the text
+in ``register("name")``, and ``NAMES``, a tuple of texts, of a module that makes its names in a loop.
 """
 
+import ast
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from threading import RLock
 from typing import Generic, TypeVar
 
-from models.errors import UnknownName, suggestion
+from calmclip.models.errors import UnknownName, suggestion
 
 T = TypeVar("T")
+
+# family -> its package and the registry in it. Every family of calmclip, on one screen.
+FAMILIES = {
+    "nets": "calmclip.export.nets:NETS",
+    "layouts": "calmclip.export.layouts:LAYOUTS",
+    "quantizers": "calmclip.export.quantizers:QUANTIZERS",
+    "rewrites": "calmclip.export.rewrites:REWRITES",
+    "evals": "calmclip.export.evals:EVALS",
+    "heads": "calmclip.models.heads:HEADS",
+    "prompts": "calmclip.models.prompts:PROMPTS",
+    "stores": "calmclip.service.stores:STORES",
+}
+
+
+def catalog(family: str) -> list[str]:
+    """Names of a family of `FAMILIES`, sorted: of its own modules as their sources say, of other packages' entry
+    points as these are called. Nothing of the family is imported. Raises `ModuleNotFoundError`: its package is not
+    installed.
+    """
+    package, _ = FAMILIES[family].split(":")
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    names = {point.name for point in entry_points(group=f"calmclip.{family}")}
+    for folder in found.submodule_search_locations:
+        for module in iter_modules([folder]):
+            if not module.name.startswith("_"):
+                path = Path(folder, module.name)
+                source = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
+                names |= _registered(ast.parse(source.read_text(encoding="utf-8")))
+    return sorted(names)
+
+
+def _registered(module: ast.Module) -> set[str]:
+    """The names that a module of a family registers, as its source says."""
+    names: set[str] = set()
+    for node in ast.walk(module):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="register"), args=[ast.Constant(value=str(name)), *_]):
+                names.add(name)
+            case ast.Assign(targets=[ast.Name(id="NAMES")], value=ast.Tuple() as value):
+                names |= set(ast.literal_eval(value))
+    return names
 
 
 class Registry(Generic[T]):

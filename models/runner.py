@@ -6,18 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from models.bundle.bundle import Bundle
-from models.bundle.store import read
-from models.errors import BadRequest
-from models.flow import Array, Arrays, Call, Flow, drive
-from models.ops.library import Mode
-from models.preprocess.image import MAX_PIXELS
-from models.runtime.clock import Stopwatch
-from models.runtime.session import Session, SessionOptions
-from models.tasks.classify import ClassifyRequest, Ranking, classify
-from models.tasks.detect import Detections, DetectRequest, Example, Suppression, detect
-from models.tasks.embed import EmbedRequest, embed
-from models.tasks.raw import RawRequest, raw
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import read
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array, Arrays, Call, Flow, drive
+from calmclip.models.ops.library import Mode
+from calmclip.models.preprocess.image import MAX_PIXELS
+from calmclip.models.runtime.clock import Stopwatch
+from calmclip.models.runtime.session import Session, SessionOptions
+from calmclip.models.tasks.classify import ClassifyRequest, Ranking, classify
+from calmclip.models.tasks.detect import Detections, DetectRequest, Example, Suppression, detect
+from calmclip.models.tasks.embed import EmbedRequest, embed
+from calmclip.models.tasks.raw import RawRequest, raw
 
 T = TypeVar("T")
 Picture = str | Path | bytes

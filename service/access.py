@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from starlette.types import Scope as Connection
 
-from models.errors import CalmclipError, UnknownName
-from service.keys import Keys, Scope
-from service.settings import Settings
+from calmclip.models.errors import CalmclipError, UnknownName
+from calmclip.service.keys import Keys, Scope
+from calmclip.service.settings import Settings
 
 HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 METRICS = "/metrics"

@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from time import monotonic
 
-from models.errors import Overloaded
-from service.context import Context
-from service.pace import Pace
-from service.settings import Settings
+from calmclip.models.errors import Overloaded
+from calmclip.service.context import Context
+from calmclip.service.pace import Pace
+from calmclip.service.settings import Settings
 
 HOPE = 0.5  # of the time that is left: the pace is a mean, and what just fits is late every other time
 

@@ -7,22 +7,22 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-import models
-from service import openapi, problems
-from service.access import Access
-from service.admission import Admission
-from service.collections import Collections
-from service.connections import Connections
-from service.context import Service
-from service.engine import Engine
-from service.fetching import Fetcher
-from service.hub import Hub
-from service.inference import InferBody
-from service.labels import LabelSets
-from service.metrics import Metrics
-from service.middleware import RequestContext
-from service.routes import catalog, classify, collections, detect, embed, embeddings, inference, labels
-from service.schemas import (
+import calmclip
+from calmclip.service import openapi, problems
+from calmclip.service.access import Access
+from calmclip.service.admission import Admission
+from calmclip.service.collections import Collections
+from calmclip.service.connections import Connections
+from calmclip.service.context import Service
+from calmclip.service.engine import Engine
+from calmclip.service.fetching import Fetcher
+from calmclip.service.hub import Hub
+from calmclip.service.inference import InferBody
+from calmclip.service.labels import LabelSets
+from calmclip.service.metrics import Metrics
+from calmclip.service.middleware import RequestContext
+from calmclip.service.routes import catalog, classify, collections, detect, embed, embeddings, inference, labels
+from calmclip.service.schemas import (
     CalibrateBody,
     ClassifyBody,
     CollectionBody,
@@ -34,8 +34,8 @@ from service.schemas import (
     LabelSetBody,
     SearchBody,
 )
-from service.settings import Settings
-from service.tracing import open_tracing
+from calmclip.service.settings import Settings
+from calmclip.service.tracing import open_tracing
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -75,7 +75,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(
         title="calmclip",
-        version=models.__version__,
+        version=calmclip.__version__,
         summary="CLIP-family models over HTTP: classify, embed, search, detect",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's documentation pages fetch scripts from elsewhere

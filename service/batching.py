@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from models.errors import BundleInvalid, CalmclipError, DeadlineExceeded, InputError, Overloaded
-from models.flow import Array, Arrays
-from service.pace import Pace
+from calmclip.models.errors import BundleInvalid, CalmclipError, DeadlineExceeded, InputError, Overloaded
+from calmclip.models.flow import Array, Arrays
+from calmclip.service.pace import Pace
 
 Signature: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 Outputs: TypeAlias = dict[str, Array]

@@ -15,12 +15,12 @@ import orjson
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from models.bundle.store import find, names
-from models.cli import emit, parser
-from models.errors import BadRequest, BundleNotFound
-from models.ops import library
-from service import keys
-from service.settings import Settings
+from calmclip.models.bundle.store import find, names
+from calmclip.models.cli import emit, parser
+from calmclip.models.errors import BadRequest, BundleNotFound
+from calmclip.models.ops import library
+from calmclip.service import keys
+from calmclip.service.settings import Settings
 
 M_ARENA_MAX = -8  # of malloc.h
 
@@ -33,8 +33,8 @@ def serve_command(argv: list[str]) -> int:
     _few_heaps()
     import uvicorn
 
-    from service.app import create_app
-    from service.server import Protocol, Server
+    from calmclip.service.app import create_app
+    from calmclip.service.server import Protocol, Server
 
     options = parser("serve", "Answer over HTTP.")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere")
@@ -74,7 +74,7 @@ def serve_command(argv: list[str]) -> int:
 
 def index_command(argv: list[str]) -> int:
     """`calmclip index DIR --collection NAME`: pictures of a folder into a collection; exit 1 if none could be read."""
-    from service.indexing import index
+    from calmclip.service.indexing import index
 
     options = parser("index", "Embed a folder of pictures into a collection. Run again, it goes on where it stopped.")
     options.add_argument("folder", type=Path, metavar="DIR")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias, TypeVar
 
-from models.errors import (
+from calmclip.models.errors import (
     BadRequest,
     CalmclipError,
     CollectionError,
@@ -25,13 +25,13 @@ from models.errors import (
     StoreUnavailable,
     suggestion,
 )
-from models.flow import Array
-from service.hub import Loaded
-from service.labels import check_name
-from service.metrics import Metrics
-from service.quantized import Quantized
-from service.settings import Settings
-from service.stores import Condition, Found, Info, OwnTable, Row, Store, Table, open_store, shown
+from calmclip.models.flow import Array
+from calmclip.service.hub import Loaded
+from calmclip.service.labels import check_name
+from calmclip.service.metrics import Metrics
+from calmclip.service.quantized import Quantized
+from calmclip.service.settings import Settings
+from calmclip.service.stores import Condition, Found, Info, OwnTable, Row, Store, Table, open_store, shown
 
 T = TypeVar("T")
 log = logging.getLogger("calmclip")

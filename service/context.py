@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
-from models.errors import DeadlineExceeded
-from models.runtime.clock import Stopwatch
+from calmclip.models.errors import DeadlineExceeded
+from calmclip.models.runtime.clock import Stopwatch
 
 if TYPE_CHECKING:
-    from service.admission import Admission, Place
-    from service.collections import Collections
-    from service.connections import Connections
-    from service.engine import Engine
-    from service.fetching import Fetcher
-    from service.hub import Hub
-    from service.labels import LabelSets
-    from service.metrics import Metrics
-    from service.settings import Settings
+    from calmclip.service.admission import Admission, Place
+    from calmclip.service.collections import Collections
+    from calmclip.service.connections import Connections
+    from calmclip.service.engine import Engine
+    from calmclip.service.fetching import Fetcher
+    from calmclip.service.hub import Hub
+    from calmclip.service.labels import LabelSets
+    from calmclip.service.metrics import Metrics
+    from calmclip.service.settings import Settings
 
 
 # A request -> what it is about; the first that fits.

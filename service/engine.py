@@ -12,12 +12,12 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from models.flow import Arrays, Call, Done, Flow, Keep, Recall, Walk
-from service.batching import Answer
-from service.context import Context
-from service.hub import Loaded
-from service.metrics import Metrics
-from service.settings import Settings
+from calmclip.models.flow import Arrays, Call, Done, Flow, Keep, Recall, Walk
+from calmclip.service.batching import Answer
+from calmclip.service.context import Context
+from calmclip.service.hub import Loaded
+from calmclip.service.metrics import Metrics
+from calmclip.service.settings import Settings
 
 T = TypeVar("T")
 Name = tuple[str, str, bytes]  # bundle digest, graph, fingerprint of the key

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 
 import h11
 
-from models.errors import ImageTooLarge, InputError
-from service.settings import Limits
+from calmclip.models.errors import ImageTooLarge, InputError
+from calmclip.service.settings import Limits
 
 SECONDS = 5.0  # for one picture, of the request's own time
 MOST = 16  # addresses in a request

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from models.bundle.bundle import Bundle
-from models.bundle.store import Sealed, digest_of, find, names, read
-from models.errors import BundleInvalid, BundleNotFound, CalmclipError, Overloaded, TaskNotServed, suggestion
-from models.flow import Arrays, Call, Flow, drive
-from models.ops.library import find as find_library
-from models.ops.library import why_not
-from models.runtime.session import Session, SessionOptions
-from models.tasks.classify import ClassifyRequest, classify
-from models.tasks.detect import DetectRequest, detect
-from models.tasks.embed import EmbedRequest, embed
-from service.batching import Batcher
-from service.resting import Resting
-from service.settings import Settings
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import Sealed, digest_of, find, names, read
+from calmclip.models.errors import BundleInvalid, BundleNotFound, CalmclipError, Overloaded, TaskNotServed, suggestion
+from calmclip.models.flow import Arrays, Call, Flow, drive
+from calmclip.models.ops.library import find as find_library
+from calmclip.models.ops.library import why_not
+from calmclip.models.runtime.session import Session, SessionOptions
+from calmclip.models.tasks.classify import ClassifyRequest, classify
+from calmclip.models.tasks.detect import DetectRequest, detect
+from calmclip.models.tasks.embed import EmbedRequest, embed
+from calmclip.service.batching import Batcher
+from calmclip.service.resting import Resting
+from calmclip.service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.metrics import Metrics
+    from calmclip.service.metrics import Metrics
 
 log = logging.getLogger("calmclip")
 RETIRE_POLL_S = 0.05

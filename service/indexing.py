@@ -18,9 +18,9 @@ import httpx
 import orjson
 from tqdm import tqdm
 
-from models.errors import BadRequest, CalmclipError, InputError
-from models.preprocess.image import decode
-from service.settings import Settings
+from calmclip.models.errors import BadRequest, CalmclipError, InputError
+from calmclip.models.preprocess.image import decode
+from calmclip.service.settings import Settings
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 AT_ONCE = 16  # pictures in a request, but not more than
@@ -211,7 +211,7 @@ async def _client(url: str | None, settings: Settings | None, key: str | None) -
         async with httpx.AsyncClient(base_url=url, timeout=120, headers=headers) as client:
             yield client
         return
-    from service.app import create_app
+    from calmclip.service.app import create_app
 
     app = create_app((settings or Settings()).model_copy(update={"keys": None}))  # nobody else asks it
     transport = httpx.ASGITransport(app)

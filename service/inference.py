@@ -14,14 +14,14 @@ import numpy as np
 import orjson
 from pydantic import Field, ValidationError, WithJsonSchema
 
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph, Tensor
-from models.errors import BadRequest, BundleNotFound, Overloaded, suggestion
-from models.flow import Array, Arrays, Flow
-from models.tasks.raw import RawRequest, run
-from service.hub import Hub, Loaded
-from service.problems import InvalidRequest, invalid
-from service.schemas import Answer, Body
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import Graph, Tensor
+from calmclip.models.errors import BadRequest, BundleNotFound, Overloaded, suggestion
+from calmclip.models.flow import Array, Arrays, Flow
+from calmclip.models.tasks.raw import RawRequest, run
+from calmclip.service.hub import Hub, Loaded
+from calmclip.service.problems import InvalidRequest, invalid
+from calmclip.service.schemas import Answer, Body
 
 EXTENSIONS = ["binary_tensor_data"]
 PLATFORM = "onnxruntime_onnx"

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from models.errors import BadRequest
+from calmclip.models.errors import BadRequest
 
 log = logging.getLogger("calmclip")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import orjson
 
-from models.errors import BadRequest, LabelSetNotFound, Overloaded, TooManyLabels, suggestion
-from service.schemas import NAME
-from service.settings import Limits
+from calmclip.models.errors import BadRequest, LabelSetNotFound, Overloaded, TooManyLabels, suggestion
+from calmclip.service.schemas import NAME
+from calmclip.service.settings import Limits
 
 TICK_NS = 100_000_000  # longer than the ticks by which file systems tell the time of a change
 LOCK_S = 5.0  # how long a change waits for those of others; one takes milliseconds

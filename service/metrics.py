@@ -17,16 +17,16 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-import models
-from models.bundle.bundle import Bundle
-from models.ops.library import Library
-from models.outliers import STATISTICS
-from models.tasks.detect import Detections
-from service.admission import Admission
-from service.batching import RELEASES, Release
-from service.connections import Connections
-from service.context import Context, Service
-from service.settings import Settings
+import calmclip
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.ops.library import Library
+from calmclip.models.outliers import STATISTICS
+from calmclip.models.tasks.detect import Detections
+from calmclip.service.admission import Admission
+from calmclip.service.batching import RELEASES, Release
+from calmclip.service.connections import Connections
+from calmclip.service.context import Context, Service
+from calmclip.service.settings import Settings
 
 EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SHED_EDGES_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0)
@@ -132,7 +132,7 @@ class Metrics:
         self.failed = self._make(Gauge, "failed", "What does not open (bundles, collections).", "kind")
         self.info = self._make(Gauge, "bundle_info", "1 for a loaded bundle.", "model", "sha256", "precision", "ops")
         self.build = self._make(Gauge, "build_info", "1: this version.", "version")
-        self.build.labels(models.__version__).set(1)
+        self.build.labels(calmclip.__version__).set(1)
         self.outliers = self._make(
             Gauge,
             "bundle_outliers",

@@ -11,13 +11,13 @@ import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import LOOKING, Access
-from service.admission import Admission
-from service.context import Context, task_of
-from service.metrics import STAGES, Metrics
-from service.problems import CLIENT_GONE, InvalidHeader, answer
-from service.settings import Settings
-from service.tracing import Untraced
+from calmclip.service.access import LOOKING, Access
+from calmclip.service.admission import Admission
+from calmclip.service.context import Context, task_of
+from calmclip.service.metrics import STAGES, Metrics
+from calmclip.service.problems import CLIENT_GONE, InvalidHeader, answer
+from calmclip.service.settings import Settings
+from calmclip.service.tracing import Untraced
 
 access = logging.getLogger("calmclip.access")
 

@@ -5,10 +5,10 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from service.access import METRICS, Access, needs
-from service.problems import MEDIA_TYPE, PROBLEMS
-from service.schemas import Body, EmbedBody, LabelledPicture, ProblemAnswer
-from service.uploads import PICTURES, is_list
+from calmclip.service.access import METRICS, Access, needs
+from calmclip.service.problems import MEDIA_TYPE, PROBLEMS
+from calmclip.service.schemas import Body, EmbedBody, LabelledPicture, ProblemAnswer
+from calmclip.service.uploads import PICTURES, is_list
 
 _REF = "#/components/schemas/{model}"
 PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}

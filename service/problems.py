@@ -18,11 +18,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from models import errors
-from models.errors import CalmclipError, Overloaded, Unavailable, suggestion
-from service.access import Forbidden, Unauthorized
-from service.context import context
-from service.fetching import NotFetched
+from calmclip.models import errors
+from calmclip.models.errors import CalmclipError, Overloaded, Unavailable, suggestion
+from calmclip.service.access import Forbidden, Unauthorized
+from calmclip.service.context import context
+from calmclip.service.fetching import NotFetched
 
 log = logging.getLogger("calmclip")
 MEDIA_TYPE = "application/problem+json"
@@ -171,7 +171,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _query)
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=CLIENT_GONE))
 
-    from service.openapi import answers  # which knows the table
+    from calmclip.service.openapi import answers  # which knows the table
 
     @app.get(
         "/problems/{slug}",

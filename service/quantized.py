@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.flow import Array
-from service.stores import Condition, Found, OwnTable, Row
+from calmclip.models.flow import Array
+from calmclip.service.stores import Condition, Found, OwnTable, Row
 
 LEAST = 10_000  # rows; fewer are read whole in the same time
 SHARE = 30  # one row in so many passes the first sieve,

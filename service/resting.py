@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from time import monotonic, perf_counter
 
-from models.flow import Array, Arrays
-from models.runtime.session import Session
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.runtime.session import Session
 
 
 class Resting:

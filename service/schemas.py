@@ -1,7 +1,7 @@
 """Request and response models: the words of the HTTP surface.
 
 A request model is filled from JSON, from a multipart form, or from the query beside a raw picture; see
-`service.uploads`. Responses are rendered by orjson, vectors straight from numpy.
+`calmclip.service.uploads`. Responses are rendered by orjson, vectors straight from numpy.
 """
 
 import base64
@@ -22,12 +22,12 @@ from pydantic import (
     model_validator,
 )
 
-from models.flow import Array
-from models.tasks.classify import Ranking
-from models.tasks.detect import Detections, Example, Suppression
-from models.tasks.embed import Embeddings
-from service.settings import MAX_TEXTS
-from service.stores import Condition
+from calmclip.models.flow import Array
+from calmclip.models.tasks.classify import Ranking
+from calmclip.models.tasks.detect import Detections, Example, Suppression
+from calmclip.models.tasks.embed import Embeddings
+from calmclip.service.settings import MAX_TEXTS
+from calmclip.service.stores import Condition
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 # In a path, where it is the route that checks it.

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from models.ops.library import Mode
-from models.preprocess.image import MAX_PIXELS
+from calmclip.models.ops.library import Mode
+from calmclip.models.preprocess.image import MAX_PIXELS
 
 MIB = 1 << 20
 HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # the last part of an address begins with a digit

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from starlette.types import Scope
 
-import models
-from models.errors import ExtraMissing
-from models.runtime.clock import Stopwatch
-from service.access import HEALTH, METRICS
-from service.context import Context
+import calmclip
+from calmclip.models.extras import missing
+from calmclip.models.runtime.clock import Stopwatch
+from calmclip.service.access import HEALTH, METRICS
+from calmclip.service.context import Context
 
 ASKED_BY_MACHINES = {*HEALTH, METRICS}  # every few seconds, and never slow
 METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
@@ -78,15 +78,13 @@ class Traced(Untraced):
             from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError:
-            raise ExtraMissing(
-                "CALMCLIP_OTLP_ENDPOINT needs OpenTelemetry; pip install 'calmclip[otel]', or leave it unset"
-            ) from None
-        named = Resource.create({"service.name": "calmclip", "service.version": models.__version__})
+            raise missing("CALMCLIP_OTLP_ENDPOINT", "opentelemetry", "otel") from None
+        named = Resource.create({"service.name": "calmclip", "service.version": calmclip.__version__})
         # the variables' names win; the provider is this app's, so that two apps in one process do not meet
         self._provider = TracerProvider(resource=named.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
         exporter = OTLPSpanExporter(endpoint.rstrip("/").removesuffix(PATH) + PATH)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        self._tracer = self._provider.get_tracer("calmclip", models.__version__)
+        self._tracer = self._provider.get_tracer("calmclip", calmclip.__version__)
         self._parent = TraceContextTextMapPropagator().extract
         self._within = set_span_in_context
         self._server, self._error = SpanKind.SERVER, StatusCode.ERROR

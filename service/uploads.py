@@ -18,13 +18,13 @@ from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from models.errors import BadRequest, ImageTooLarge, InputError
-from models.preprocess.image import inspect
-from service.context import Context, context, service
-from service.labels import MAX_CHARACTERS
-from service.problems import BodyTooLarge, InvalidRequest, WrongContentType, invalid
-from service.schemas import Body, EmbedBody, ExampleBody, LabelledPicture
-from service.settings import Limits
+from calmclip.models.errors import BadRequest, ImageTooLarge, InputError
+from calmclip.models.preprocess.image import inspect
+from calmclip.service.context import Context, context, service
+from calmclip.service.labels import MAX_CHARACTERS
+from calmclip.service.problems import BodyTooLarge, InvalidRequest, WrongContentType, invalid
+from calmclip.service.schemas import Body, EmbedBody, ExampleBody, LabelledPicture
+from calmclip.service.settings import Limits
 
 B = TypeVar("B", bound=Body)
 PICTURES = ("image/jpeg", "image/png", "image/webp")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from export.samples import pictures
-from models.ops.library import Library, find, why_not
+from calmclip.export.samples import pictures
+from calmclip.models.ops.library import Library, find, why_not
 from tests import postgres as own
 
 
@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if folder := config.getoption("--ops-folder"):
-        from models.ops import build
+        from calmclip.models.ops import build
 
         build.FOLDER = folder
 
@@ -99,7 +99,7 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _small_weights():  # type: ignore[no-untyped-def]
     """Tiny nets' weights are no larger than what is written around them: their bundles may be called int8 too."""
-    from export import report
+    from calmclip.export import report
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "SIZE", 10.0)
@@ -120,7 +120,7 @@ def tiny_bundles(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def _exported(checkpoint: Path, out: Path, name: str) -> Path:
     """``out``, with NAME-int8 and NAME-float in it, by the one command that a user types."""
-    from models.cli import main
+    from calmclip.models.cli import main
 
     assert main(["export", str(checkpoint), "--out", str(out), "--name", name, "--keep-float"]) == 0
     return out

@@ -53,7 +53,7 @@ class Server:
 def why_not() -> str | None:
     """What is missing here, or None."""
     if find_spec("psycopg") is None:
-        return "psycopg is not installed; pip install 'calmclip[postgres]'"
+        return "psycopg is not installed; pip install -e '.[postgres]'"
     if binaries() is None:
         return "there is no PostgreSQL with pgvector; apt-get install postgresql-17 postgresql-17-pgvector"
     if os.getuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}:

@@ -1,5 +1,5 @@
 """Transformers with clipped softmax and gates, by the definitions of Bondarenko et al. 2023 (arXiv 2306.12929) put into
-the modules of transformers: a reference that shares nothing with `export.towers`.
+the modules of transformers: a reference that shares nothing with `calmclip.export.towers`.
 
 `Attention` modules get a member ``alpha`` as in the paper's published code, so that what `save` writes has the public
 names; the softmax and the scale of the gates go into the config, as the published code's flags say them.

@@ -19,9 +19,9 @@ ONNX = ("onnx", "onnxscript")
 
 # package -> top-level names that none of its files may import, not even inside a function
 FORBIDDEN = {
-    "models": {"service", "export", *TORCH, *HTTP, *ONNX},
-    "service": {"export", *TORCH, *ONNX},
-    "export": {"service", *HTTP},
+    "models": {"calmclip.service", "calmclip.export", *TORCH, *HTTP, *ONNX},
+    "service": {"calmclip.export", *TORCH, *ONNX},
+    "export": {"calmclip.service", *HTTP},
 }
 # name -> the one file of models and service that may import it
 ONE_DOOR = {
@@ -37,14 +37,20 @@ def files(package: str) -> Iterator[Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Top-level names, those of `import_module("...")` too; a relative import stays in its package."""
+    """First names, of ours the first two, those of `import_module("...")` too; no relative imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (first(alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "calmclip":
+            yield from (f"calmclip.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield str(node.module).split(".")[0]
+            yield first(str(node.module))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            yield from (str(a.value).split(".")[0] for a in node.args if isinstance(a, ast.Constant))
+            yield from (first(str(a.value)) for a in node.args if isinstance(a, ast.Constant))
+
+
+def first(name: str) -> str:
+    return ".".join(name.split(".")[: 2 if name.startswith("calmclip.") else 1])
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -66,7 +72,8 @@ def test_an_engine_has_one_door(name: str):
 
 def test_a_plain_install_holds_what_models_imports_and_no_more():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = {name for path in files("models") for name in imports(path)} - sys.stdlib_module_names - {*PACKAGES}
+    found = {name for path in files("models") for name in imports(path)} - sys.stdlib_module_names
+    needed = {name for name in found if not name.startswith("calmclip")}
     module = {"pillow": "PIL"}
     names = [re.split(r"[^\w-]", line)[0] for line in project["dependencies"]]
     assert {module.get(name, name) for name in names} == needed
@@ -75,30 +82,43 @@ def test_a_plain_install_holds_what_models_imports_and_no_more():
 def test_the_client_holds_httpx_and_nothing_else():
     assert {*imports(ROOT / "service/client.py")} - sys.stdlib_module_names == {"httpx"}
     assert not list(imports(ROOT / "service/__init__.py"))
+    assert {*imports(ROOT / "calmclip/__init__.py")} - sys.stdlib_module_names == {
+        "calmclip.models",
+        "calmclip.service",
+    }
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert [re.split(r"[^\w-]", line)[0] for line in extras["client"]] == ["httpx"]
 
 
 def test_the_reader_of_imports_sees_them_all(tmp_path: Path):
     path = tmp_path / "example.py"
-    path.write_text("import a.b as c\nfrom d.e import f\ndef g():\n    import h\n    import_module('i.j')\n")
-    assert list(imports(path)) == ["a", "d", "h", "i"]
+    path.write_text(
+        "import a.b as c\nfrom d.e import f\ndef g():\n    import h\n    import_module('i.j')\n"
+        "from calmclip import k\nfrom calmclip.l.m import n\n"
+    )
+    assert list(imports(path)) == ["a", "d", "calmclip.k", "calmclip.l", "h", "i"]
 
 
 @pytest.mark.parametrize(
     ("module", "never"),
     [
-        ("service.app", ("torch", "export", "onnx", "transformers", "huggingface_hub", "opentelemetry.sdk", "ray")),
-        ("models.runner", ("torch", "export", "service", "onnx", "fastapi")),
         (
-            "service.client",
-            ("torch", "models", "numpy", "pydantic", "fastapi", "starlette", "uvicorn", "orjson", "lancedb"),
+            "calmclip.service.app",
+            ("torch", "calmclip.export", "onnx", "transformers", "huggingface_hub", "opentelemetry.sdk", "ray"),
         ),
-        ("models.cli", ("torch", "export", "service", "onnx", "onnxruntime", "numpy", "fastapi")),
+        ("calmclip.models.runner", ("torch", "calmclip.export", "calmclip.service", "onnx", "fastapi")),
+        (
+            "calmclip.service.client",
+            ("torch", "calmclip.models", "numpy", "pydantic", "fastapi", "starlette", "uvicorn", "orjson", "lancedb"),
+        ),
+        (
+            "calmclip.models.cli",
+            ("torch", "calmclip.export", "calmclip.service", "onnx", "onnxruntime", "numpy", "fastapi"),
+        ),
     ],
 )
 def test_a_fresh_interpreter_loads_only_its_side(module: str, never: tuple[str, ...]):
-    script = f"import sys, {module}; print(*[name for name in {never!r} if name in sys.modules])"
+    script = f"import sys, {module}; print(*[name for name in {(*never, *PACKAGES)!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
@@ -110,5 +130,5 @@ def test_no_test_reads_what_lies_outside_the_repository():
 
 
 def test_tests_are_no_packages():
-    """Else `tests/models` would shadow `models`."""
+    """Else a folder of theirs would be imported by its bare name."""
     assert not list((ROOT / "tests").rglob("__init__.py"))

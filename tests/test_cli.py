@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from models.bundle.manifest import Manifest
-from models.bundle.store import describe
-from models.cli import VERBS, main
+from calmclip.models.bundle.manifest import Manifest
+from calmclip.models.bundle.store import describe
+from calmclip.models.cli import VERBS, main
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -44,13 +44,13 @@ def test_a_missing_extra_is_status_3_and_says_which(
     real = builtins.__import__
 
     def without_torch(name: str, *args: object, **kwargs: object):
-        if name == "export.pipeline":
+        if name == "calmclip.export.pipeline":
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     assert main(["export", "mini"]) == 3
-    assert "calmclip[export]" in capsys.readouterr().err
+    assert "pip install -e '.[export]'" in capsys.readouterr().err
 
 
 def test_an_unknown_checkpoint_and_an_unknown_bundle_are_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -84,7 +84,7 @@ def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, pho
 def test_the_op_library_is_used_as_the_environment_and_then_the_flag_say(
     verb: str, tiny_bundles: Path, photographs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    monkeypatch.setattr("models.ops.build.FOLDER", tmp_path)  # none is there
+    monkeypatch.setattr("calmclip.models.ops.build.FOLDER", tmp_path)  # none is there
     rest = {"bench": ["--rounds", "2"], "run": ["embed", str(photographs["cat"])], "eval": ["retrieval"]}
     argv = [verb, "tiny-int8", *rest.get(verb, []), "--bundles", str(tiny_bundles)]
     if verb == "eval":
@@ -114,7 +114,7 @@ def test_bench_of_a_bundle_against_itself_without_the_op_library(
     found = json.loads(capsys.readouterr().out)
     assert found["bundles"] == ["tiny-int8 (ops auto)", "tiny-int8 (ops off)"]
     assert {len(sides) for sides in found["latency_ms"].values()} == {2}
-    monkeypatch.setattr("models.ops.build.FOLDER", tmp_path)
+    monkeypatch.setattr("calmclip.models.ops.build.FOLDER", tmp_path)
     assert main([*argv, "required"]) == 2
     assert "no op library is built" in capsys.readouterr().err
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from models.ops import build
-from service.settings import Settings
+from calmclip.models.ops import build
+from calmclip.service.settings import Settings
 from tests import requirements
 
 ROOT = Path(__file__).parents[1]
@@ -251,7 +251,7 @@ def test_the_ops_stage_has_what_its_build_imports_and_compiles(tmp_path: Path) -
     assert (python, flag) == ("python", "-c")
     imports, call = code.split("; ")
     assert call == "build()"
-    ask = f"{imports}; from models.ops.build import FOLDER, fingerprint; print(FOLDER, fingerprint())"
+    ask = f"{imports}; from calmclip.models.ops.build import FOLDER, fingerprint; print(FOLDER, fingerprint())"
     done = subprocess.run(  # -S -E: nothing is installed there
         [sys.executable, "-S", "-E", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -22,9 +22,9 @@ import torch
 import transformers
 from PIL import Image
 
-from models.preprocess.image import decode
-from models.runner import open_bundle
-from service.client import Client
+from calmclip.models.preprocess.image import decode
+from calmclip.models.runner import open_bundle
+from calmclip.service.client import Client
 
 LABELS = ["a cat", "two dogs", "red", "a photo of a cup", "green green"]
 
@@ -42,7 +42,7 @@ def serving(bundles: Path, data: Path) -> Iterator[httpx.Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
+    command = [sys.executable, "-m", "calmclip.models.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
     environment = os.environ | {"CALMCLIP_DATA_DIR": str(data), "CALMCLIP_THREADS": "1"}
     log = data.with_name(f"{data.name}.log")
     with log.open("w") as written:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 
-from models.cli import main
+from calmclip.models.cli import main
 from tests import tiny
 from tests.test_walk import serving
 

@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from models.cli import main
+from calmclip.models.cli import main
 from tests import tiny
 from tests.test_walk import serving
 

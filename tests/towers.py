@@ -4,14 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.nets import Tower
-from export.towers import Style
-from export.towers.attention import AttentionSpec, GateKind, Softmax, new_gate
-from export.towers.bert import BertText
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from models.bundle.manifest import Tensor as Spec
-from models.flow import Arrays
+from calmclip.export.nets import Tower
+from calmclip.export.towers import Style
+from calmclip.export.towers.attention import AttentionSpec, GateKind, Softmax, new_gate
+from calmclip.export.towers.bert import BertText
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.flow import Arrays
 
 WIDTH, HEADS, HIDDEN, WORDS, CONTEXT, OUT, LAYERS = 32, 4, 80, 50, 16, 16, 2
 PATCHES, SIDE = 16, 16

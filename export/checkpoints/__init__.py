@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from export.checkpoints.files import read_json
-from export.checkpoints.weights import load_tensors, weight_files
-from models.bundle.manifest import FrozenModel
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints.files import read_json
+from calmclip.export.checkpoints.weights import load_tensors, weight_files
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.errors import UnknownCheckpoint
 
 CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
 

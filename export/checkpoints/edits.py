@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
 
 State = Mapping[str, Tensor]
 KEEP = 20  # positions that a stretch leaves as they are: most captions are no longer

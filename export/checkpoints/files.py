@@ -5,7 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from models.errors import ExtraMissing, UnknownCheckpoint
+from calmclip.models.errors import UnknownCheckpoint
+from calmclip.models.extras import missing
 
 _MISTAKEN = {  # how a file begins that is no part of a checkpoint -> what it is, and what to do
     b"version https://git-lfs": "is a Git LFS pointer, not the file it stands for; fetch that with 'git lfs pull'",
@@ -47,6 +48,4 @@ def require_package(name: str, what: str, extra: str = "nets") -> Any:
         package, _, _ = name.partition(".")
         if error.name != package:
             raise
-        raise ExtraMissing(
-            f"{what} is read with {package!r}, which is not installed; pip install 'calmclip[{extra}]'"
-        ) from None
+        raise missing(what, package, extra) from None

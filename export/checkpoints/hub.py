@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from export.checkpoints.files import require_package
-from export.checkpoints.weights import NAMES
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.checkpoints.weights import NAMES
+from calmclip.models.errors import UnknownCheckpoint
 
 PREFIX = "hf:"
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import UnknownCheckpoint
+from calmclip.models.errors import UnknownCheckpoint
 
 _LOCAL = 30  # bytes of a zip's local header; the lengths of the name and of the extra field behind it end it
 _STORAGES = {

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from export.checkpoints import pickles, torchscript
-from export.checkpoints.files import mistaken
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import pickles, torchscript
+from calmclip.export.checkpoints.files import mistaken
+from calmclip.models.errors import UnknownCheckpoint
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 NAMES = (  # of a directory's weights, the first that is there

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.registry import Registry
-from models.runner import Runner
+from calmclip.models.registry import Registry
+from calmclip.models.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,4 @@ class Eval:
     data: str  # the files the directory must hold, in words
 
 
-EVALS: Registry[Eval] = Registry("evals", "export.evals")
+EVALS: Registry[Eval] = Registry("evals", "calmclip.export.evals")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from models.errors import BadRequest
+from calmclip.models.errors import BadRequest
 
 T = TypeVar("T")
 

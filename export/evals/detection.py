@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from export.evals import EVALS, Eval
-from export.evals._data import first
-from models.errors import BadRequest
-from models.flow import Array, Call, Flow
-from models.preprocess.image import decode
-from models.runner import Runner
-from models.tasks.detect import Detections, default_suppression
+from calmclip.export.evals import EVALS, Eval
+from calmclip.export.evals._data import first
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array, Call, Flow
+from calmclip.models.preprocess.image import decode
+from calmclip.models.runner import Runner
+from calmclip.models.tasks.detect import Detections, default_suppression
 
 THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).round(2))
 RECALLS = np.linspace(0.0, 1.0, 101)

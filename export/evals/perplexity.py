@@ -15,12 +15,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from export.evals import EVALS, Eval
-from export.evals._data import first
-from export.training.data import IGNORED, lines, masked
-from models.bundle.manifest import TextPreprocess
-from models.errors import BadRequest
-from models.runner import Runner
+from calmclip.export.evals import EVALS, Eval
+from calmclip.export.evals._data import first
+from calmclip.export.training.data import IGNORED, lines, masked
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import BadRequest
+from calmclip.models.runner import Runner
 
 DATA = "texts.txt (one row a line)"
 ROLES = ("mlm", "lm")

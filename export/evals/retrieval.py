@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from export.captions import read_captions
-from export.evals import EVALS, Eval
-from export.evals._data import first
-from models.flow import Array
-from models.runner import Runner
+from calmclip.export.captions import read_captions
+from calmclip.export.evals import EVALS, Eval
+from calmclip.export.evals._data import first
+from calmclip.models.flow import Array
+from calmclip.models.runner import Runner
 
 DATA = 'captions.json ({"file": [captions]}) or captions.jsonl ({"image", "captions"} a line), and images/'
 _CHUNK = 64  # texts in one call

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from export.evals import EVALS, Eval
-from export.evals._data import first
-from models.errors import BadRequest
-from models.preprocess.image import decode
-from models.runner import Runner
+from calmclip.export.evals import EVALS, Eval
+from calmclip.export.evals._data import first
+from calmclip.models.errors import BadRequest
+from calmclip.models.preprocess.image import decode
+from calmclip.models.runner import Runner
 
 DATA = "a folder for each class, named like the bundle's labels, its pictures in it"
 ROLE = "logits"

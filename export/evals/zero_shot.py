@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from export.evals import EVALS, Eval
-from export.evals._data import first, read
-from models.errors import BadRequest
-from models.runner import Runner
+from calmclip.export.evals import EVALS, Eval
+from calmclip.export.evals._data import first, read
+from calmclip.models.errors import BadRequest
+from calmclip.models.runner import Runner
 
 DATA = 'labels.json (a list of {"file", "label"}) and images/'
 

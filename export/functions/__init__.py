@@ -7,19 +7,19 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
-from export.functions.quant_add import quant_add
-from export.functions.quant_attention import quant_attention
-from export.functions.quant_depthwise import quant_depthwise
-from export.functions.quant_layer_norm import quant_layer_norm
-from export.functions.quant_linear import quant_linear, quant_linear_to_float
-from export.functions.quant_lookup import quant_lookup
-from export.functions.quant_patches import quant_patches
-from export.functions.quant_pointwise import quant_pointwise
-from export.functions.soft_nms import soft_nms
-from export.functions.softmax import softmax
-from models.bundle.manifest import Tensor
-from models.ops.spec import (
+from calmclip.export.functions.image_to_pixels import image_to_pixels, image_to_quantized_pixels
+from calmclip.export.functions.quant_add import quant_add
+from calmclip.export.functions.quant_attention import quant_attention
+from calmclip.export.functions.quant_depthwise import quant_depthwise
+from calmclip.export.functions.quant_layer_norm import quant_layer_norm
+from calmclip.export.functions.quant_linear import quant_linear, quant_linear_to_float
+from calmclip.export.functions.quant_lookup import quant_lookup
+from calmclip.export.functions.quant_patches import quant_patches
+from calmclip.export.functions.quant_pointwise import quant_pointwise
+from calmclip.export.functions.soft_nms import soft_nms
+from calmclip.export.functions.softmax import softmax
+from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.ops.spec import (
     DOMAIN,
     IMAGE_TO_PIXELS,
     IMAGE_TO_QUANTIZED_PIXELS,

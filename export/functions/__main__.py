@@ -1,7 +1,10 @@
-"""`python -m export.functions`: print the models in models/ops/probes anew, after a function or a probe has changed."""
+"""`python -m calmclip.export.functions`: print the models in models/ops/probes anew.
 
-from export.functions import alone
-from models.ops.check import FOLDER, PROBES
+Do so after a function or a probe has changed.
+"""
+
+from calmclip.export.functions import alone
+from calmclip.models.ops.check import FOLDER, PROBES
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

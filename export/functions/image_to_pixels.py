@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 from onnx import parser
 
-from models.bundle.manifest import ImagePreprocess
-from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, Op
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, Op
 
 OPSET = 18
 

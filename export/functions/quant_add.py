@@ -8,7 +8,7 @@ multiplies. What the If asks about, and the factors, are constants that ONNX Run
 import onnx
 from onnx import parser
 
-from models.ops.spec import DOMAIN, QUANT_ADD
+from calmclip.models.ops.spec import DOMAIN, QUANT_ADD
 
 OPSET = 20
 
@@ -55,5 +55,5 @@ _TEXT = f"""
 
 
 def quant_add() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_ADD`. It cannot raise: of shapes that differ it broadcasts."""
+    """The body of `calmclip.models.ops.spec.QUANT_ADD`. It cannot raise: of shapes that differ it broadcasts."""
     return parser.parse_function(_TEXT)

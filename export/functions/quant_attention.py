@@ -7,7 +7,7 @@ folds both when it loads the graph.
 import onnx
 from onnx import parser
 
-from models.ops.spec import DOMAIN, QUANT_ATTENTION
+from calmclip.models.ops.spec import DOMAIN, QUANT_ATTENTION
 
 OPSET = 20
 

@@ -3,7 +3,7 @@
 import onnx
 from onnx import TensorProto, parser
 
-from models.ops.spec import DOMAIN, QUANT_DEPTHWISE, Op
+from calmclip.models.ops.spec import DOMAIN, QUANT_DEPTHWISE, Op
 
 OPSET = 20
 

@@ -3,7 +3,7 @@
 import onnx
 from onnx import parser
 
-from models.ops.spec import DOMAIN, QUANT_LAYER_NORM
+from calmclip.models.ops.spec import DOMAIN, QUANT_LAYER_NORM
 
 OPSET = 20
 
@@ -20,5 +20,5 @@ _TEXT = f"""
 
 
 def quant_layer_norm() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_LAYER_NORM`."""
+    """The body of `calmclip.models.ops.spec.QUANT_LAYER_NORM`."""
     return parser.parse_function(_TEXT)

@@ -7,7 +7,7 @@ only: ONNX Runtime folds them when it loads the graph, and one activation is lef
 import onnx
 from onnx import parser
 
-from models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, Activation, Op
+from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, Activation, Op
 
 OPSET = 20  # the first with Gelu
 
@@ -29,7 +29,7 @@ def quant_linear() -> onnx.FunctionProto:
 
 
 def quant_linear_to_float() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_LINEAR_TO_FLOAT`."""
+    """The body of `calmclip.models.ops.spec.QUANT_LINEAR_TO_FLOAT`."""
     return _function(QUANT_LINEAR_TO_FLOAT, "y = Add (f, residual)")
 
 

@@ -3,7 +3,7 @@
 import onnx
 from onnx import TensorProto, parser
 
-from models.ops.spec import DOMAIN, QUANT_LOOKUP
+from calmclip.models.ops.spec import DOMAIN, QUANT_LOOKUP
 
 OPSET = 20
 
@@ -22,5 +22,5 @@ _TEXT = f"""
 
 
 def quant_lookup() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_LOOKUP`."""
+    """The body of `calmclip.models.ops.spec.QUANT_LOOKUP`."""
     return parser.parse_function(_TEXT)

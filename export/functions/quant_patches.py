@@ -7,7 +7,7 @@ once then, and each Transpose moves one axis, which ONNX Runtime has a quick for
 import onnx
 from onnx import parser
 
-from models.ops.spec import DOMAIN, QUANT_PATCHES
+from calmclip.models.ops.spec import DOMAIN, QUANT_PATCHES
 
 OPSET = 20
 
@@ -70,5 +70,5 @@ _TEXT = f"""
 
 
 def quant_patches() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_PATCHES`."""
+    """The body of `calmclip.models.ops.spec.QUANT_PATCHES`."""
     return parser.parse_function(_TEXT)

@@ -2,8 +2,8 @@
 
 import onnx
 
-from export.functions.quant_depthwise import convolution
-from models.ops.spec import QUANT_POINTWISE
+from calmclip.export.functions.quant_depthwise import convolution
+from calmclip.models.ops.spec import QUANT_POINTWISE
 
 
 def quant_pointwise() -> onnx.FunctionProto:

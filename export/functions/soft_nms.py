@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import parser
 
-from models.ops.spec import DOMAIN, SOFT_NMS
+from calmclip.models.ops.spec import DOMAIN, SOFT_NMS
 
 OPSET = 18
 _LIMITS = np.finfo(np.float32)

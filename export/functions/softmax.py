@@ -8,7 +8,7 @@ ONNX Runtime folds it when it loads the graph, and a plain softmax is left with 
 import onnx
 from onnx import parser
 
-from models.ops.spec import DOMAIN, SOFTMAX
+from calmclip.models.ops.spec import DOMAIN, SOFTMAX
 
 OPSET = 18
 

@@ -15,12 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from export.checkpoints import Checkpoint
-from export.checkpoints.weights import one_line
-from export.towers import part
-from models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
-from models.errors import BadRequest, UnknownCheckpoint
-from models.registry import Registry
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.towers import part
+from calmclip.models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.registry import Registry
 
 _HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias", "b": "weight|bias|running_mean|running_var", "rest": ".+"}
 DROP = ""  # as a target: known, and not needed
@@ -106,7 +106,7 @@ class Layout:
         return all(found) and not any(barred)
 
 
-LAYOUTS: Registry[Layout] = Registry("layouts", "export.layouts")
+LAYOUTS: Registry[Layout] = Registry("layouts", "calmclip.export.layouts")
 
 
 def find(checkpoint: Checkpoint) -> tuple[str, Layout] | None:

@@ -6,7 +6,7 @@
     alpha.{h}.0.weight|bias  .2.weight|bias    [n, d] [n] [1, n] [1]    mlp, a head each
 
 Source: Bondarenko et al. 2023 (arXiv 2306.12929) and its published code. What is there for each head is stacked: see
-`export.towers.attention`. Which softmax goes with it no tensor tells: configs do.
+`calmclip.export.towers.attention`. Which softmax goes with it no tensor tells: configs do.
 """
 
 import re
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from export.layouts import Misfit, Rule
+from calmclip.export.layouts import Misfit, Rule
 
 _HEAD = re.compile(r"(.*\.attn\.gate\.)heads\.(\d+)\.(.*)")
 _BLOCK = re.compile(r"(.*\.)(\d+)\.attn\.(gate|qkv)\..*")

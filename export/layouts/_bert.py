@@ -11,15 +11,15 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.checkpoints.files import require_package
-from export.checkpoints.weights import one_line
-from export.layouts import DROP, Rule, _hugging_face
-from export.towers import Style
-from export.towers.attention import AttentionSpec
-from export.towers.bert import BertText
-from models.bundle.manifest import TextPreprocess
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.layouts import DROP, Rule, _hugging_face
+from calmclip.export.towers import Style
+from calmclip.export.towers.attention import AttentionSpec
+from calmclip.export.towers.bert import BertText
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import UnknownCheckpoint
 
 HEAD_WIDTH = 64
 _CLASSES = {  # a vocabulary's file -> what of transformers reads it, where no config beside it says so

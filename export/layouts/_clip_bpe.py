@@ -9,7 +9,7 @@ from typing import Literal
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from export.checkpoints.files import require_package
+from calmclip.export.checkpoints.files import require_package
 
 CLEAN: Literal["lower"] = "lower"
 # a text that spells <end_of_text> is read as these letters: no text writes tokens of control, as it can in open_clip

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from export import layouts
-from export.checkpoints import Weights, edits, hub, read
-from export.checkpoints.weights import weights_sha256
-from export.layouts import Layout
-from models.errors import UnknownCheckpoint
+from calmclip.export import layouts
+from calmclip.export.checkpoints import Weights, edits, hub, read
+from calmclip.export.checkpoints.weights import weights_sha256
+from calmclip.export.layouts import Layout
+from calmclip.models.errors import UnknownCheckpoint
 
 
 @dataclass

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from export.checkpoints import Checkpoint
-from export.checkpoints.files import read_json, require_package
-from export.checkpoints.weights import one_line
-from export.layouts import Rule
-from models.bundle.manifest import ImagePreprocess
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.checkpoints.files import read_json, require_package
+from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.layouts import Rule
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.errors import UnknownCheckpoint
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 _STEPS = {  # of CLIP's preprocessing, as its config says them; a bundle's cannot leave one out

@@ -7,7 +7,7 @@ trained, those that follow are stretched and trained anew.
 import torch
 from torch import Tensor
 
-from export.layouts import Misfit, Rule
+from calmclip.export.layouts import Misfit, Rule
 
 KEEP = 20
 RULE = Rule("positional_embedding_res", "text.positions_res")

@@ -10,9 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer, normalizers
 from tokenizers.normalizers import Normalizer
 
-from export.checkpoints import Checkpoint
-from export.layouts import _hugging_face, _siglip_text
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import _hugging_face, _siglip_text
+from calmclip.models.errors import UnknownCheckpoint
 
 _FILES = (*_hugging_face.CLIP_TOKENIZER, "vocab.txt", _siglip_text.SENTENCEPIECE, "sentencepiece.bpe.model")
 _WHITE = [normalizers.Replace(_siglip_text.WHITE, " "), normalizers.Strip()]

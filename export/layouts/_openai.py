@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.layouts import DROP, Rule
-from export.layouts._clip_bpe import CLEAN
-from export.towers import Style
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import UnknownCheckpoint
+from calmclip.export.layouts import DROP, Rule
+from calmclip.export.layouts._clip_bpe import CLEAN
+from calmclip.export.towers import Style
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.errors import UnknownCheckpoint
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from export.checkpoints.files import require_package
-from export.layouts import DROP, Rule
-from export.layouts._openai import heads
-from export.towers import State, count
-from export.towers.image import MeanPool, Trunk
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.layouts import DROP, Rule
+from calmclip.export.layouts._openai import heads
+from calmclip.export.towers import State, count
+from calmclip.export.towers.image import MeanPool, Trunk
+from calmclip.models.errors import UnknownCheckpoint
 
 STRIDE = 32  # pixels of a place of the last map
 

@@ -14,10 +14,10 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from tokenizers.normalizers import Normalizer
 
-from export.checkpoints import Checkpoint
-from export.checkpoints.files import read_json, require_package
-from export.layouts import _hugging_face
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.checkpoints.files import read_json, require_package
+from calmclip.export.layouts import _hugging_face
+from calmclip.models.errors import UnknownCheckpoint
 
 SENTENCEPIECE = "spiece.model"
 _BLANK = "▁"

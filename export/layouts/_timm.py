@@ -7,10 +7,10 @@ folded once the weights are in. Source: timm (doi 10.5281/zenodo.4414861); branc
 
 from typing import Any
 
-from export.checkpoints.files import require_package
-from export.layouts import Rule
-from export.towers.image import Trunk
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.layouts import Rule
+from calmclip.export.towers.image import Trunk
+from calmclip.models.errors import UnknownCheckpoint
 
 
 def blocks(theirs: str, ours: str) -> tuple[Rule, ...]:

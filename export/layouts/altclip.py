@@ -9,9 +9,9 @@ from functools import partial
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _hugging_face, _openai, hf_clip
-from export.towers.image import VisionTransformer
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _hugging_face, _openai, hf_clip
+from calmclip.export.towers.image import VisionTransformer
 
 CONTEXT = 77  # of its teacher; the table of positions is XLM-R's own, of 512
 _TEXT = {"num_attention_heads": 16, "num_hidden_layers": 24}  # of AltCLIPTextConfig
@@ -32,6 +32,7 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     )
 
 
+NAMES = ("altclip", "altclip_resaved")
 # the published weights say layers, what transformers 5 saves says layer
 for _name, _layers in (("altclip", "layers"), ("altclip_resaved", "layer")):
     LAYOUTS.register(_name)(

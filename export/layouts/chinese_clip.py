@@ -11,11 +11,11 @@ from functools import partial
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _hugging_face, _openai, hf_clip
-from export.towers import Style
-from export.towers.image import VisionTransformer
-from models.bundle.manifest import ImagePreprocess, Plugin
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _hugging_face, _openai, hf_clip
+from calmclip.export.towers import Style
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.models.bundle.manifest import ImagePreprocess, Plugin
 
 CONTEXT = 52  # of training; the table of positions is BERT's own, of 512
 LONGEST_WORD = 200  # characters, in the authors' WordPiece; a longer word is [UNK]

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Rule, Settings, _long, _openai, long_clip
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _long, _openai, long_clip
 
 
 def experts(theirs: str, ours: str) -> tuple[Rule, ...]:

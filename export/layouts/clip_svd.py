@@ -7,7 +7,7 @@ Source: Koleilat et al. 2025, CLIP-SVD (arXiv 2509.03740): ``fc_V.weight`` [r, i
 import torch
 from torch import Tensor
 
-from export.layouts import LAYOUTS, Layout, Misfit, Rule, _openai, long_clip
+from calmclip.export.layouts import LAYOUTS, Layout, Misfit, Rule, _openai, long_clip
 
 _MATRICES = {  # of a block; theirs -> ours
     "attn.q_proj": "attn.q",

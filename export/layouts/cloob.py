@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _resnet, long_clip
-from export.layouts._clip_bpe import tokenizer_json
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _resnet, long_clip
+from calmclip.export.layouts._clip_bpe import tokenizer_json
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
@@ -28,6 +28,7 @@ def resnet_settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Sett
     )
 
 
+NAMES = ("cloob", "cloob_flat", "cloob_vit", "cloob_vit_flat")
 _IMAGES = {  # what decides, its rules, what is always there, its settings
     "cloob": ("visual.attnpool.positional_embedding", _resnet.IMAGE, _resnet.NEEDS, resnet_settings),
     "cloob_vit": ("visual.class_embedding", _openai.IMAGE, _openai.NEEDS, settings),

@@ -11,10 +11,10 @@ from functools import partial
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.checkpoints.weights import DECODER
-from export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _openai, slip
-from export.towers.queries import QueriedTransformer
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.checkpoints.weights import DECODER
+from calmclip.export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _openai, slip
+from calmclip.export.towers.queries import QueriedTransformer
 
 HEADS = 8  # of the decoder
 _LAYER = f"{DECODER}transformer.decoder.layers.{{i}}"

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _attention, _hugging_face, _openai
-from export.towers import Style, count
-from export.towers.attention import KEYS, AttentionSpec
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from models.bundle.manifest import TextPreprocess
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _attention, _hugging_face, _openai
+from calmclip.export.towers import Style, count
+from calmclip.export.towers.attention import KEYS, AttentionSpec
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import UnknownCheckpoint
 
 
 def vision_rules(layers: str = "layers") -> tuple[Rule, ...]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _hugging_face, _openai, _siglip_text
-from export.layouts.hf_clip import style, tower_config
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _hugging_face, _openai, _siglip_text
+from calmclip.export.layouts.hf_clip import style, tower_config
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.errors import UnknownCheckpoint
 
 
 def of_fixed_resolution(patch: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Settings, _long, _openai
-from export.layouts._clip_bpe import tokenizer_json
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Settings, _long, _openai
+from calmclip.export.layouts._clip_bpe import tokenizer_json
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:

@@ -12,13 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from export.checkpoints import Checkpoint
-from export.checkpoints.files import require_package
-from export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _timm
-from export.layouts._clip_bpe import CLEAN, tokenizer_json
-from export.towers import Style, count
-from export.towers.mixer import MixedText
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _timm
+from calmclip.export.layouts._clip_bpe import CLEAN, tokenizer_json
+from calmclip.export.towers import Style, count
+from calmclip.export.towers.mixer import MixedText
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 
 _MAX_SCALE = 100.0
 _IMAGE, _TRUNK = "image_encoder.model", "image.trunk"
@@ -210,6 +210,7 @@ def clamped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**state, "logit_scale": state["logit_scale"].clamp(max=math.log(_MAX_SCALE))}
 
 
+NAMES = ("mobileclip", "mobileclip_b")
 for _name, _key, _rules in (
     ("mobileclip", "patch_embed.{i}.rbr_conv.{e}.conv.weight", FASTVIT),
     ("mobileclip_b", "patch_emb.{i}.block.conv.weight", VIT),

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Settings, _open_clip_text, _openai
-from export.layouts._clip_bpe import CLEAN, tokenizer_json
-from export.towers import Style
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Settings, _open_clip_text, _openai
+from calmclip.export.layouts._clip_bpe import CLEAN, tokenizer_json
+from calmclip.export.towers import Style
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.errors import UnknownCheckpoint
 
 CONFIG = "open_clip_config.json"
 _RESIZE = {"shortest": "shortest", "squash": "exact"}
@@ -133,6 +133,7 @@ def image_preprocess(config: Mapping[str, Any], size: Any) -> ImagePreprocess:
     )
 
 
+NAMES = ("open_clip", "open_clip_custom_text")
 for _name, _keys, _prefix in (
     ("open_clip", "token_embedding.weight", ""),
     ("open_clip_custom_text", "text.token_embedding.weight", "text."),

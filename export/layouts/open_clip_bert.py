@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _openai, open_clip
-from export.towers.image import VisionTransformer
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _openai, open_clip
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.models.errors import UnknownCheckpoint
 
 POOLERS: dict[str, dict[str, Any]] = {
     "mean_pooler": {"pool": "mean"},

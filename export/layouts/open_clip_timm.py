@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.checkpoints import Checkpoint
-from export.checkpoints.files import require_package
-from export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _timm, open_clip
-from export.towers import Style
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _timm, open_clip
+from calmclip.export.towers import Style
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.models.errors import UnknownCheckpoint
 
 _NAME = f"{open_clip.CONFIG}: vision_cfg.timm_model_name"
 SIGLIP = (
@@ -113,6 +113,7 @@ LAYOUTS.register("open_clip_siglip")(
         settings=siglip,
     )
 )
+NAMES = ("open_clip_timm", "open_clip_timm_custom_text")
 for _name, _prefix in (("open_clip_timm", ""), ("open_clip_timm_custom_text", "text.")):
     LAYOUTS.register(_name)(
         Layout(

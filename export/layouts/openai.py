@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Settings, _openai
-from export.layouts._clip_bpe import tokenizer_json
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Settings, _openai
+from calmclip.export.layouts._clip_bpe import tokenizer_json
+from calmclip.models.errors import UnknownCheckpoint
 
 MARKS = {"input_resolution", "context_length", "vocab_size"}
 

@@ -1,18 +1,18 @@
 """OpenAI's CLIP with a ResNet (RN50 to RN50x64): the published .pt, a state dict, or an open_clip directory of it.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), section 2.4 and table 19. Blocks of each stage, width, side and heads
-are read from shapes. The text tower's activation is found as in `export.layouts.openai`.
+are read from shapes. The text tower's activation is found as in `calmclip.export.layouts.openai`.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import LAYOUTS, Layout, Settings, _openai, _resnet, open_clip
-from export.layouts._clip_bpe import tokenizer_json
-from export.layouts.openai import activation
-from export.towers.text import TextTransformer
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import LAYOUTS, Layout, Settings, _openai, _resnet, open_clip
+from calmclip.export.layouts._clip_bpe import tokenizer_json
+from calmclip.export.layouts.openai import activation
+from calmclip.export.towers.text import TextTransformer
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:

@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from export.checkpoints import Checkpoint
-from export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _openai
-from export.layouts._clip_bpe import tokenizer_json
-from export.towers import Style
-from export.towers.image import VisionTransformer
+from calmclip.export.checkpoints import Checkpoint
+from calmclip.export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _openai
+from calmclip.export.layouts._clip_bpe import tokenizer_json
+from calmclip.export.towers import Style
+from calmclip.export.towers.image import VisionTransformer
 
 EPS = 1e-6  # timm's
 _HEADS = {384: 12}  # of a ViT-S, as MoCo v3 and SLIP have it; 64 wide otherwise

@@ -8,10 +8,18 @@ from typing import Any
 import onnx
 import torch
 
-from export.layouts import Layout
-from models.bundle.manifest import ImagePreprocess, Plugin, Source, SuppressionDefaults, Task, Tensor, TextPreprocess
-from models.flow import Arrays
-from models.registry import Registry
+from calmclip.export.layouts import Layout
+from calmclip.models.bundle.manifest import (
+    ImagePreprocess,
+    Plugin,
+    Source,
+    SuppressionDefaults,
+    Task,
+    Tensor,
+    TextPreprocess,
+)
+from calmclip.models.flow import Arrays
+from calmclip.models.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -94,4 +102,4 @@ def bucketed(tokens: TextPreprocess) -> TextPreprocess:
     return tokens if tokens.pad == "context" else tokens.model_copy(update={"multiple": 4})
 
 
-NETS: Registry[NetPlugin] = Registry("nets", "export.nets")
+NETS: Registry[NetPlugin] = Registry("nets", "calmclip.export.nets")

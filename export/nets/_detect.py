@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import onnx
 from onnx import numpy_helper, parser
 
-from export.nets import Built
-from export.rewrites.soft_nms import CANDIDATES as CANDIDATE
-from export.rewrites.soft_nms import SETTINGS
-from models.bundle.manifest import Tensor
-from models.flow import Array, Arrays
-from models.ops.spec import SOFT_NMS
+from calmclip.export.nets import Built
+from calmclip.export.rewrites.soft_nms import CANDIDATES as CANDIDATE
+from calmclip.export.rewrites.soft_nms import SETTINGS
+from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.ops.spec import SOFT_NMS
 
 OPSET = 18
 CANDIDATES = 2000  # box-prompt pairs, best first, that reach SoftNMS: its loop must end, whatever is asked

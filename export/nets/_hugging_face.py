@@ -1,7 +1,7 @@
 """What nets of one tower have in common, out of Hugging Face directories: recognised, read, described.
 
 Attention's softmax and the scale of its gates come from config.json (`AttentionSpec.of`), which gate there is from the
-names of tensors (`export.layouts._attention`).
+names of tensors (`calmclip.export.layouts._attention`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from export import layouts
-from export.checkpoints import Checkpoint, Weights, read
-from export.checkpoints.files import read_json
-from export.checkpoints.weights import NoWeights, weight_files, weights_sha256
-from export.layouts import Layout, _hugging_face
-from export.towers import count
-from models.bundle.manifest import Source, Task, TextPreprocess
-from models.bundle.manifest import Tensor as Spec
-from models.errors import BadRequest, UnknownCheckpoint
-from models.ops.spec import SOFTMAX
+from calmclip.export import layouts
+from calmclip.export.checkpoints import Checkpoint, Weights, read
+from calmclip.export.checkpoints.files import read_json
+from calmclip.export.checkpoints.weights import NoWeights, weight_files, weights_sha256
+from calmclip.export.layouts import Layout, _hugging_face
+from calmclip.export.towers import count
+from calmclip.models.bundle.manifest import Source, Task, TextPreprocess
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.ops.spec import SOFTMAX
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.checkpoints import Weights
-from export.checkpoints.files import read_json
-from export.checkpoints.weights import load_tensors, weight_files
-from export.layouts import DROP, Layout, Rule, _attention, _bert
-from export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from export.nets._hugging_face import RAW, Opened, opened, promises, reads, recognise
-from export.towers.bert import MaskedLM
-from models.bundle.manifest import Tensor as Spec
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Weights
+from calmclip.export.checkpoints.files import read_json
+from calmclip.export.checkpoints.weights import load_tensors, weight_files
+from calmclip.export.layouts import DROP, Layout, Rule, _attention, _bert
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
+from calmclip.export.nets._hugging_face import RAW, Opened, opened, promises, reads, recognise
+from calmclip.export.towers.bert import MaskedLM
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.errors import UnknownCheckpoint
 
 _USUAL = {"num_attention_heads": 12, "num_hidden_layers": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _HEAD = (

@@ -1,6 +1,6 @@
 """Checkpoints of the CLIP family, whatever their layout: tensors translated to our names, towers of `export.towers`.
 
-Source: Radford et al. 2021 (arXiv 2103.00020); each layout in `export.layouts` names its own.
+Source: Radford et al. 2021 (arXiv 2103.00020); each layout in `calmclip.export.layouts` names its own.
 Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T] -> text_embeds [B, D]; unit rows.
 """
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from export import layouts
-from export.checkpoints import Checkpoint, Weights, hub, read
-from export.checkpoints.weights import NoWeights, weight_files, weights_sha256
-from export.layouts._edited import edited
-from export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from models.bundle.manifest import Plugin, Source
-from models.bundle.manifest import Tensor as Spec
-from models.errors import UnknownCheckpoint
-from models.ops.spec import SOFTMAX
+from calmclip.export import layouts
+from calmclip.export.checkpoints import Checkpoint, Weights, hub, read
+from calmclip.export.checkpoints.weights import NoWeights, weight_files, weights_sha256
+from calmclip.export.layouts._edited import edited
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
+from calmclip.models.bundle.manifest import Plugin, Source
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.errors import UnknownCheckpoint
+from calmclip.models.ops.spec import SOFTMAX
 
 
 def recognise(checkpoint: str) -> bool:

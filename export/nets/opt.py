@@ -9,18 +9,18 @@ so rows that are padded on the right need no mask, and what stands at padded pla
 from dataclasses import replace
 from functools import partial
 
-from export.checkpoints import Weights
-from export.layouts import Layout, Rule, _attention, _hugging_face
-from export.layouts._hugging_face import ACTIVATIONS
-from export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from export.nets._hugging_face import RAW, opened, promises, reads, recognise
-from export.nets.bert import tied
-from export.towers import Style
-from export.towers.attention import AttentionSpec
-from export.towers.text import CausalLM
-from models.bundle.manifest import Tensor as Spec
-from models.bundle.manifest import TextPreprocess
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Weights
+from calmclip.export.layouts import Layout, Rule, _attention, _hugging_face
+from calmclip.export.layouts._hugging_face import ACTIVATIONS
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
+from calmclip.export.nets._hugging_face import RAW, opened, promises, reads, recognise
+from calmclip.export.nets.bert import tied
+from calmclip.export.towers import Style
+from calmclip.export.towers.attention import AttentionSpec
+from calmclip.export.towers.text import CausalLM
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import UnknownCheckpoint
 
 OFFSET = 2  # rows of the table of positions before that of the first token
 _USUAL = {"num_attention_heads": 12, "num_hidden_layers": 12, "activation_function": "relu", "pad_token_id": 1}

@@ -23,21 +23,21 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from torch.nn import functional as F
 
-from export import layouts
-from export.checkpoints import Checkpoint, Weights, read
-from export.checkpoints.files import read_json
-from export.checkpoints.weights import weights_sha256
-from export.layouts import DROP, Layout, Rule, Settings, _hugging_face, fill, translate
-from export.layouts.hf_clip import TEXT, style, tower_config
-from export.nets import NETS, Built, Net, NetPlugin, Tower, _detect, bucketed
-from export.towers import State, Style, part
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from export.towers.transformer import linear
-from models.bundle.manifest import ImagePreprocess, Plugin, Source, SuppressionDefaults, Tensor, TextPreprocess
-from models.errors import BadRequest, UnknownCheckpoint
-from models.flow import Array, Arrays
-from models.ops.spec import SOFTMAX
+from calmclip.export import layouts
+from calmclip.export.checkpoints import Checkpoint, Weights, read
+from calmclip.export.checkpoints.files import read_json
+from calmclip.export.checkpoints.weights import weights_sha256
+from calmclip.export.layouts import DROP, Layout, Rule, Settings, _hugging_face, fill, translate
+from calmclip.export.layouts.hf_clip import TEXT, style, tower_config
+from calmclip.export.nets import NETS, Built, Net, NetPlugin, Tower, _detect, bucketed
+from calmclip.export.towers import State, Style, part
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.export.towers.transformer import linear
+from calmclip.models.bundle.manifest import ImagePreprocess, Plugin, Source, SuppressionDefaults, Tensor, TextPreprocess
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.ops.spec import SOFTMAX
 
 QUANTIZERS = {"regions": "search", "text": "search"}
 MIN_SCORE = 0.1  # customary for these sigmoids, in the papers' code and in transformers

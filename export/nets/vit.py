@@ -12,15 +12,15 @@ import json
 from functools import partial
 from typing import Any
 
-from export.checkpoints import Weights
-from export.layouts import DROP, Layout, Rule, _attention, _hugging_face
-from export.nets import NETS, Net, NetPlugin, Tower
-from export.nets._hugging_face import RAW, opened, promises, recognise
-from export.towers import Style
-from export.towers.attention import AttentionSpec
-from export.towers.image import ImageClassifier
-from models.bundle.manifest import Tensor as Spec
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Weights
+from calmclip.export.layouts import DROP, Layout, Rule, _attention, _hugging_face
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower
+from calmclip.export.nets._hugging_face import RAW, opened, promises, recognise
+from calmclip.export.towers import Style
+from calmclip.export.towers.attention import AttentionSpec
+from calmclip.export.towers.image import ImageClassifier
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.errors import UnknownCheckpoint
 
 _USUAL = {"num_attention_heads": 12, "num_hidden_layers": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _HALF = (0.5, 0.5, 0.5)

@@ -6,9 +6,9 @@ from typing import Any, Generic, TypeVar
 
 import onnx
 
-from models.bundle.manifest import FrozenModel
-from models.flow import Array, Arrays
-from models.registry import Registry
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.registry import Registry
 
 P = TypeVar("P", bound=FrozenModel)
 Feeds = Iterable[Mapping[str, Array]]
@@ -62,4 +62,4 @@ class Quantizer(Generic[P]):
     activations: str = "uint8 per tensor"
 
 
-QUANTIZERS: Registry[Quantizer[Any]] = Registry("quantizers", "export.quantizers")
+QUANTIZERS: Registry[Quantizer[Any]] = Registry("quantizers", "calmclip.export.quantizers")

@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from export.quantizers import Feeds
-from models.flow import Array
+from calmclip.export.quantizers import Feeds
+from calmclip.models.flow import Array
 
 MOMENTUM = 0.9
 CANDIDATES, MARGIN = 100, 0.5

@@ -20,10 +20,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export import light
-from export.quantizers import Feeds, Ranges
-from models.errors import BadRequest, ExportError
-from models.flow import Array
+from calmclip.export import light
+from calmclip.export.quantizers import Feeds, Ranges
+from calmclip.models.errors import BadRequest, ExportError
+from calmclip.models.flow import Array
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 CUTS = ("Clip", "Relu")  # vanish into the uint8 range of the convolution before them

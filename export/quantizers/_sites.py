@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from export.quantizers import _qdq
+from calmclip.export.quantizers import _qdq
 
 MOVES = (
     "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",

@@ -12,8 +12,8 @@ from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 from onnxruntime.quantization.quant_utils import QuantizationMode
 
-from export.quantizers import QUANTIZERS, Quantizer, Ranges, _qdq
-from models.bundle.manifest import FrozenModel
+from calmclip.export.quantizers import QUANTIZERS, Quantizer, Ranges, _qdq
+from calmclip.models.bundle.manifest import FrozenModel
 
 
 class Params(FrozenModel):

@@ -12,8 +12,8 @@ and `search` finds what loses less.
 import onnx
 from pydantic import Field
 
-from export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq, smooth
-from models.bundle.manifest import FrozenModel
+from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq, smooth
+from calmclip.models.bundle.manifest import FrozenModel
 
 
 class Params(FrozenModel):

@@ -5,8 +5,8 @@ Source: none needed; the identity.
 
 import onnx
 
-from export.quantizers import QUANTIZERS, Quantizer, Ranges
-from models.bundle.manifest import FrozenModel
+from calmclip.export.quantizers import QUANTIZERS, Quantizer, Ranges
+from calmclip.models.bundle.manifest import FrozenModel
 
 
 class Params(FrozenModel):

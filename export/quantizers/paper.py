@@ -24,11 +24,11 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
-from export.quantizers._estimators import Grid, Running, WeightRange, weight_scale
-from export.quantizers._sites import MOVES, Sites, sites
-from models.bundle.manifest import FrozenModel
-from models.flow import Array
+from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
+from calmclip.export.quantizers._estimators import Grid, Running, WeightRange, weight_scale
+from calmclip.export.quantizers._sites import MOVES, Sites, sites
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.flow import Array
 
 
 class Params(FrozenModel):

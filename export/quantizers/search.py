@@ -41,11 +41,11 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from export import parity
-from export.quantizers import QUANTIZERS, Feeds, Goal, Quantizer, Ranges, Settled, _qdq, smooth
-from export.share import Product, count, share
-from models.bundle.manifest import FrozenModel
-from models.flow import Array, Arrays
+from calmclip.export import parity
+from calmclip.export.quantizers import QUANTIZERS, Feeds, Goal, Quantizer, Ranges, Settled, _qdq, smooth
+from calmclip.export.share import Product, count, share
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.flow import Array, Arrays
 
 ENOUGH = 16  # feeds; with fewer all are both calibrated and measured on
 HELD = 32  # feeds measured on, at most

@@ -23,10 +23,10 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
-from export.quantizers._sites import ACTIVATIONS
-from models.bundle.manifest import FrozenModel
-from models.flow import Array
+from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
+from calmclip.export.quantizers._sites import ACTIVATIONS
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.flow import Array
 
 _HEADROOM = 1.25  # a channel alone is seen seldom, so a range goes farther than it was seen to
 

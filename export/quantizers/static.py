@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
-from models.bundle.manifest import FrozenModel
-from models.flow import Array
+from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges, _qdq
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.flow import Array
 
 
 class Params(FrozenModel):

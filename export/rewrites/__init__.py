@@ -15,11 +15,11 @@ from typing import Any, Generic, TypeVar
 import onnx
 from onnxscript import ir
 
-from export import light
-from models.bundle.manifest import FrozenModel
-from models.errors import ExportError
-from models.ops.spec import DOMAIN, VERSION, Op
-from models.registry import Registry
+from calmclip.export import light
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.errors import ExportError
+from calmclip.models.ops.spec import DOMAIN, VERSION, Op
+from calmclip.models.registry import Registry
 
 P = TypeVar("P", bound=FrozenModel)
 _ROUNDS = 10  # of all rules; one is enough for those there are, and no rule may make work for itself for ever
@@ -55,7 +55,7 @@ class Rewrite(Generic[P]):
     params: type[P] = NoParams  # type: ignore[assignment]
 
 
-REWRITES: Registry[Rewrite[Any]] = Registry("rewrites", "export.rewrites")
+REWRITES: Registry[Rewrite[Any]] = Registry("rewrites", "calmclip.export.rewrites")
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 from onnxscript import ir
 
-from export.rewrites import Outcome, _patterns
-from export.rewrites._eight import Eight, read, written
-from export.rewrites.quant_linear import bias_of
-from models.flow import Array
+from calmclip.export.rewrites import Outcome, _patterns
+from calmclip.export.rewrites._eight import Eight, read, written
+from calmclip.export.rewrites.quant_linear import bias_of
+from calmclip.models.flow import Array
 
 Unfit = Callable[[ir.Node, Eight], str | None]  # Conv, weight -> why it does not fit; None where it is another rule's
 Put = Callable[[ir.Node, Eight, Eight, Eight], None]  # Conv, x, weight and what is answered

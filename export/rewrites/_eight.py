@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-from export.rewrites import _patterns
-from models.flow import Array
-from models.ops.spec import DOMAIN, VERSION
+from calmclip.export.rewrites import _patterns
+from calmclip.models.flow import Array
+from calmclip.models.ops.spec import DOMAIN, VERSION
 
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # channels last, and back
 

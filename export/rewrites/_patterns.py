@@ -10,8 +10,8 @@ import numpy as np
 from onnxscript import ir
 from onnxscript.rewriter import MatchingTracer, MatchStatus, RewriteRule, RewriteRuleClassBase
 
-from export.rewrites import Outcome
-from models.flow import Array
+from calmclip.export.rewrites import Outcome
+from calmclip.models.flow import Array
 
 
 def rewrite(model: ir.Model, *forms: type[RewriteRuleClassBase], replaces: int) -> Outcome:

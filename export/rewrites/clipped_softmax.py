@@ -8,10 +8,10 @@ import numpy as np
 from onnxscript import ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase
 
-from export.functions.softmax import softmax
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites.softmax import axis, no, ours, unfit
-from models.ops.spec import SOFTMAX
+from calmclip.export.functions.softmax import softmax
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from calmclip.export.rewrites.softmax import axis, no, ours, unfit
+from calmclip.models.ops.spec import SOFTMAX
 
 _ROUNDING = 4 * 2.0**-24  # of a, b and their sum, at 1
 _LARGEST = 1e30  # of gamma and zeta, which the op takes

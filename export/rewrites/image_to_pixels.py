@@ -1,6 +1,6 @@
 """`ai.calmclip.ImageToPixels` in front of an image tower: the graph takes a decoded picture of any size.
 
-Source: the op is `models.ops.spec.IMAGE_TO_PIXELS`; what it does is the bundle's `ImagePreprocess`.
+Source: the op is `calmclip.models.ops.spec.IMAGE_TO_PIXELS`; what it does is the bundle's `ImagePreprocess`.
 
 The input `pixels` float32 [B, 3, H, W] gives way to `picture` uint8 [height, width, 3]. One picture at a time: those of
 a batch would all have one size.
@@ -10,12 +10,12 @@ from typing import Any
 
 from onnxscript import ir
 
-from export.functions.image_to_pixels import image_to_pixels
-from export.rewrites import REWRITES, Outcome, Rewrite, inner
-from models.bundle.manifest import FrozenModel, ImagePreprocess, fits
-from models.errors import BadRequest
-from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, VERSION
-from models.preprocess.image import normalisation
+from calmclip.export.functions.image_to_pixels import image_to_pixels
+from calmclip.export.rewrites import REWRITES, Outcome, Rewrite, inner
+from calmclip.models.bundle.manifest import FrozenModel, ImagePreprocess, fits
+from calmclip.models.errors import BadRequest
+from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, VERSION
+from calmclip.models.preprocess.image import normalisation
 
 PICTURE = "picture"
 

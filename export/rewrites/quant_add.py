@@ -11,7 +11,7 @@ Channels are the last axis, or of pictures the first behind the batch. Such pict
 input and one behind, as `quant_pointwise` turns them; so are those without numbers of channels, where one of the two
 has been turned already. ONNX Runtime takes out Transposes that undo each other.
 
-The op is `models.ops.spec.QUANT_ADD`. Source: Jacob et al. 2017 (arXiv 1712.05877), appendix A.2.
+The op is `calmclip.models.ops.spec.QUANT_ADD`. Source: Jacob et al. 2017 (arXiv 1712.05877), appendix A.2.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import (
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from calmclip.export.rewrites._eight import (
     FIRST,
     LAST,
     constant,
@@ -39,8 +39,8 @@ from export.rewrites._eight import (
     turns,
     whole,
 )
-from models.flow import Array
-from models.ops.spec import QUANT_ADD
+from calmclip.models.flow import Array
+from calmclip.models.ops.spec import QUANT_ADD
 
 MOST = 2.0**20  # a_scale and b_scale are at most so many y_scale
 

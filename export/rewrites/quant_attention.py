@@ -9,7 +9,7 @@ q in uint8, k and v in int8 around 0, which the op reads as uint8 around 128: th
 quantized before they are made heads; where they are parts of one tensor of 8 bits, the op is given that, and where.
 
 A gate between p v and its Transpose, and a mask that is not float32 added to the logits, are left alone. The op is
-`models.ops.spec.QUANT_ATTENTION`. Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
+`calmclip.models.ops.spec.QUANT_ATTENTION`. Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,24 @@ from itertools import accumulate
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import Eight, constant, insert, like, maker, only, put, read, shape, sweep, writer, written
-from export.rewrites.quant_linear import widths
-from models.ops.spec import DOMAIN, QUANT_ATTENTION, SOFTMAX
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from calmclip.export.rewrites._eight import (
+    Eight,
+    constant,
+    insert,
+    like,
+    maker,
+    only,
+    put,
+    read,
+    shape,
+    sweep,
+    writer,
+    written,
+)
+from calmclip.export.rewrites.quant_linear import widths
+from calmclip.models.ops.spec import DOMAIN, QUANT_ATTENTION, SOFTMAX
 
 _HEADS, _KEYS = [0, 2, 1, 3], [0, 2, 3, 1]  # what Transpose makes of [B, T, H, d]
 _STEP = np.float32(1 / 255)

@@ -13,10 +13,10 @@ The op is `models.ops.spec.QUANT_DEPTHWISE`. Source: Howard et al. 2017 (arXiv 1
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _convolutions
-from export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, shape, sweep, turned
-from models.ops.spec import QUANT_DEPTHWISE
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _convolutions
+from calmclip.export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, shape, sweep, turned
+from calmclip.models.ops.spec import QUANT_DEPTHWISE
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:

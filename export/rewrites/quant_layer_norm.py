@@ -6,16 +6,16 @@
 Who reads the sum, or the norm in float, reads the op's other outputs. Sums that end a product of 8 bits are that
 product's (`quant_linear_to_float`), which goes first.
 
-The op is `models.ops.spec.QUANT_LAYER_NORM`. Source: Ba et al. 2016 (arXiv 1607.06450), section 3.
+The op is `calmclip.models.ops.spec.QUANT_LAYER_NORM`. Source: Ba et al. 2016 (arXiv 1607.06450), section 3.
 """
 
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
-from export.rewrites._eight import Eight, among, constant, insert, like, maker, put, shape, sweep, whole
-from models.ops.spec import QUANT_LAYER_NORM
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite
+from calmclip.export.rewrites._eight import Eight, among, constant, insert, like, maker, put, shape, sweep, whole
+from calmclip.models.ops.spec import QUANT_LAYER_NORM
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:

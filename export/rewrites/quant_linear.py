@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import Eight, constant, insert, like, maker, only, put, read, shape, sweep, written
-from models.flow import Array
-from models.ops.spec import ACTIVATIONS, QUANT_LINEAR, Activation
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from calmclip.export.rewrites._eight import Eight, constant, insert, like, maker, only, put, read, shape, sweep, written
+from calmclip.models.flow import Array
+from calmclip.models.ops.spec import ACTIVATIONS, QUANT_LINEAR, Activation
 
 _QUICK = 1.702
 MOST = 65536  # inputs; see the promise

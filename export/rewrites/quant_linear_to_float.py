@@ -3,17 +3,17 @@
 As `quant_linear`, which goes first; what is left answers float. An Add of another value of the same shape, a residual
 branch, becomes the op's last input.
 
-The op is `models.ops.spec.QUANT_LINEAR_TO_FLOAT`. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.4.
+The op is `calmclip.models.ops.spec.QUANT_LINEAR_TO_FLOAT`. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.4.
 """
 
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
-from export.rewrites._eight import constant, insert, like, only, put, shape, sweep
-from export.rewrites.quant_linear import Product, product
-from models.ops.spec import QUANT_LINEAR_TO_FLOAT
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite
+from calmclip.export.rewrites._eight import constant, insert, like, only, put, shape, sweep
+from calmclip.export.rewrites.quant_linear import Product, product
+from calmclip.models.ops.spec import QUANT_LINEAR_TO_FLOAT
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:

@@ -20,12 +20,12 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from onnxscript import ir
 
-from export import light
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import FIRST, LAST, constant, insert, like, maker, put, shape, sweep, turned, turns
-from models.flow import Array
-from models.ops.spec import QUANT_LOOKUP
+from calmclip.export import light
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from calmclip.export.rewrites._eight import FIRST, LAST, constant, insert, like, maker, put, shape, sweep, turned, turns
+from calmclip.models.flow import Array
+from calmclip.models.ops.spec import QUANT_LOOKUP
 
 POINTWISE = {
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max",

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite
-from export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep, writer
-from export.rewrites.quant_linear import bias_of
-from models.ops.spec import QUANT_PATCHES
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite
+from calmclip.export.rewrites._eight import constant, insert, like, maker, only, put, read, shape, sweep, writer
+from calmclip.export.rewrites.quant_linear import bias_of
+from calmclip.models.ops.spec import QUANT_PATCHES
 
 Side = int | str | ir.SymbolicDim
 

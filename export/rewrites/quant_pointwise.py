@@ -12,11 +12,11 @@ is a linear layer of every place.
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _convolutions
-from export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, shape, sweep, turned
-from export.rewrites.quant_linear import MOST
-from models.ops.spec import QUANT_POINTWISE
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _convolutions
+from calmclip.export.rewrites._eight import FIRST, LAST, Eight, constant, insert, like, put, shape, sweep, turned
+from calmclip.export.rewrites.quant_linear import MOST
+from calmclip.models.ops.spec import QUANT_POINTWISE
 
 
 def rewrite(model: ir.Model, params: NoParams) -> Outcome:

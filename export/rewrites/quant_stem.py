@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from onnxscript import ir
 
-from export.functions import BODIES
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from export.rewrites._eight import FIRST, constant, insert, like, maker, only, put, read, shape, sweep
-from export.rewrites.quant_lookup import POINTWISE
-from export.rewrites.quant_patches import sums, unfit
-from models.ops.spec import QUANT_PATCHES
+from calmclip.export.functions import BODIES
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from calmclip.export.rewrites._eight import FIRST, constant, insert, like, maker, only, put, read, shape, sweep
+from calmclip.export.rewrites.quant_lookup import POINTWISE
+from calmclip.export.rewrites.quant_patches import sums, unfit
+from calmclip.models.ops.spec import QUANT_PATCHES
 
 _CHANNELS, _NUMBERS = 4, 256  # of a window: with more of both a convolution is left alone
 

@@ -1,6 +1,6 @@
 """A detector's graph that ends in candidates -> one that ends in `ai.calmclip.SoftNMS`.
 
-Source: Bodla et al. 2017 (arXiv 1704.04503), section 3; the op is `models.ops.spec.SOFT_NMS`.
+Source: Bodla et al. 2017 (arXiv 1704.04503), section 3; the op is `calmclip.models.ops.spec.SOFT_NMS`.
 
 Takes the outputs candidate_boxes float32 [N, 4], candidate_scores float32 [N] and candidate_classes int64 [N] away;
 answers kept_boxes [K, 4], scores [K] (decayed), raw_scores [K] and classes [K], best first, and what else the graph
@@ -9,10 +9,10 @@ answered. The op's settings become inputs of shape [1]; one the graph takes alre
 
 from onnxscript import ir
 
-from export.functions.soft_nms import soft_nms
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, inner
-from models.bundle.manifest import Tensor, fits
-from models.ops.spec import DOMAIN, SOFT_NMS, VERSION
+from calmclip.export.functions.soft_nms import soft_nms
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, inner
+from calmclip.models.bundle.manifest import Tensor, fits
+from calmclip.models.ops.spec import DOMAIN, SOFT_NMS, VERSION
 
 CANDIDATES = {
     "candidate_boxes": Tensor(dtype="float32", shape=("N", 4)),

@@ -1,6 +1,6 @@
 """Softmax in float32 over one axis -> `ai.calmclip.Softmax` with gamma = 0, zeta = 1.
 
-Source: the op is `models.ops.spec.SOFTMAX`; its two-pass form Dukhan & Ablavatski 2020 (arXiv 2001.04438).
+Source: the op is `calmclip.models.ops.spec.SOFTMAX`; its two-pass form Dukhan & Ablavatski 2020 (arXiv 2001.04438).
 
 For attention and for scores over labels alike, between DequantizeLinear and QuantizeLinear too: there ONNX Runtime
 (1.32) would run QLinearSoftmax, which takes 3.5 to 5 times as long as the three ops with ours and rounds one number in
@@ -11,9 +11,9 @@ decompositions of attention do for rows that are masked throughout: ours answers
 from onnxscript import ir
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase
 
-from export.functions.softmax import softmax
-from export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from models.ops.spec import DOMAIN, SOFTMAX, VERSION
+from calmclip.export.functions.softmax import softmax
+from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
+from calmclip.models.ops.spec import DOMAIN, SOFTMAX, VERSION
 
 
 class Plain(RewriteRuleClassBase):

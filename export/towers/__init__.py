@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from export.towers.attention import AttentionSpec
+from calmclip.export.towers.attention import AttentionSpec
 
 State = Mapping[str, Tensor]
 

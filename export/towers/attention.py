@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
 
 GateKind = Literal["none", "linear", "mlp", "all_heads", "per_head"]
 GATES: tuple[GateKind, ...] = ("none", "linear", "mlp", "all_heads", "per_head")

@@ -4,7 +4,7 @@ Source: Devlin et al. 2018 (arXiv 1810.04805); RoBERTa: Liu et al. 2019 (arXiv 1
 ``pad id + 1``; XLM-R: Conneau et al. 2019 (arXiv 1911.02116). Norms follow the residual sum; every token sees every
 other but the padding, so a mask is an input, and a row's answer does not depend on how far it is padded.
 
-Beside the names of `export.towers`:
+Beside the names of `calmclip.export.towers`:
 
     types [n, W]              added to every token; only the first is ever used, so it is folded into the positions
     pooler?.*                 tanh(pooler(x)) of the pooled token, where ``pooler`` is asked for
@@ -18,9 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from export.towers import State, Style, part
-from export.towers.image import first
-from export.towers.transformer import ACTIVATIONS, Block, LastBlock, Words, blocks, linear, projection, unit
+from calmclip.export.towers import State, Style, part
+from calmclip.export.towers.image import first
+from calmclip.export.towers.transformer import ACTIVATIONS, Block, LastBlock, Words, blocks, linear, projection, unit
 
 MASKED = -1e4  # added to a padded token's logits: its float32 weight after the softmax is exactly 0
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 
-from export.towers import State, Style, fold, part
-from export.towers.transformer import MLP, attend, blocks, linear, projection, rows, unit
+from calmclip.export.towers import State, Style, fold, part
+from calmclip.export.towers.transformer import MLP, attend, blocks, linear, projection, rows, unit
 
 
 class VisionTransformer(nn.Module):

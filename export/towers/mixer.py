@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.towers import Part, State, Style, count, part
-from export.towers.text import Pick, TextTransformer
-from export.towers.transformer import Block, LastBlock, linear
+from calmclip.export.towers import Part, State, Style, count, part
+from calmclip.export.towers.text import Pick, TextTransformer
+from calmclip.export.towers.transformer import Block, LastBlock, linear
 
 
 class MixedText(TextTransformer):

@@ -8,9 +8,9 @@ Pixels float32 [B, 3, H, W] -> unit vectors float32 [B, D].
 import torch
 from torch import Tensor, nn
 
-from export.towers import State, Style, count, part
-from export.towers.image import VisionTransformer
-from export.towers.transformer import attend, linear, rows, unit
+from calmclip.export.towers import State, Style, count, part
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.transformer import attend, linear, rows, unit
 
 
 class Asked(nn.Module):

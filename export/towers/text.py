@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from export.towers import State, Style, part
-from export.towers.transformer import Words, blocks, causal, projection, unit
+from calmclip.export.towers import State, Style, part
+from calmclip.export.towers.transformer import Words, blocks, causal, projection, unit
 
 
 class TextTransformer(nn.Module):

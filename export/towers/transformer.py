@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.towers import State, Style, count, part
-from export.towers.attention import Gate, Softmax
+from calmclip.export.towers import State, Style, count, part
+from calmclip.export.towers.attention import Gate, Softmax
 
 
 class QuickGELU(nn.Module):

@@ -10,16 +10,16 @@ from typing import Any, Literal
 
 import torch
 
-from export.training.settings import Training, training
-from models.cli import emit, parser, positive
-from models.errors import BadRequest
+from calmclip.export.training.settings import Training, training
+from calmclip.models.cli import emit, parser, positive
+from calmclip.models.errors import BadRequest
 
 
 def train_command(argv: list[str]) -> int:
     """`calmclip train OBJECTIVE --out DIR …`: a Hugging Face directory, which `calmclip export` reads."""
-    from export.training.loop import train
-    from export.training.start import student
-    from export.training.write import write
+    from calmclip.export.training.loop import train
+    from calmclip.export.training.start import student
+    from calmclip.export.training.write import write
 
     options = parser(
         "train", "Train a net that is to be quantized, new or from a checkpoint; goes on where it stopped."
@@ -45,7 +45,7 @@ def train_command(argv: list[str]) -> int:
 
 def demonstrate_command(argv: list[str]) -> int:
     """`calmclip demonstrate demo|full`: vanilla, clipped and gated nets, trained, quantized, measured: a table."""
-    from export.training.demonstration import RECIPES, demonstrate
+    from calmclip.export.training.demonstration import RECIPES, demonstrate
 
     options = parser("demonstrate", "Train vanilla, clipped and gated nets, quantize them, and compare.")
     options.add_argument("recipe", choices=tuple(RECIPES))

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from export.captions import read_captions
-from models.errors import BadRequest, InputError
-from models.flow import Array
-from models.preprocess.image import ImagePreparer, decode
+from calmclip.export.captions import read_captions
+from calmclip.models.errors import BadRequest, InputError
+from calmclip.models.flow import Array
+from calmclip.models.preprocess.image import ImagePreparer, decode
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their places are their ids, as in BERT's vocabularies
 IGNORED = -100  # a target that does not count

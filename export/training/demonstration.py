@@ -31,9 +31,9 @@ import numpy as np
 import tomli_w
 from PIL import Image
 
-from export.checkpoints.files import require_package
-from export.training.data import lines, rows, word_pieces
-from models.errors import BadRequest, ExportError
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.training.data import lines, rows, word_pieces
+from calmclip.models.errors import BadRequest, ExportError
 
 Say = Callable[[str], None]
 PACKAGE, DICTIONARY = "dict-gcide", Path("usr/share/dictd/gcide.dict.dz")
@@ -213,7 +213,7 @@ def _train(run: Run, data: Path, out: Path) -> Run:
         return run
     settings.write_text(said, encoding="utf-8")
     how = ["--settings", str(settings), "--out", str(directory), "--threads", "1"]
-    command = [sys.executable, "-m", "models.cli", "train", given["objective"], *how]
+    command = [sys.executable, "-m", "calmclip.models.cli", "train", given["objective"], *how]
     with (directory / "training.out").open("a") as words:
         done = subprocess.run(command, check=False, stdout=words, stderr=words)
     if done.returncode:
@@ -224,8 +224,8 @@ def _train(run: Run, data: Path, out: Path) -> Run:
 
 def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:
     """Exported by the paper's quantizer, no bar set, once for each of `WIDTHS`; -> the figures of the table."""
-    from export.pipeline import build
-    from export.recipe import load_recipe, recognise
+    from calmclip.export.pipeline import build
+    from calmclip.export.recipe import load_recipe, recognise
 
     family, checkpoint = FAMILIES[run.family], out / "checkpoints" / run.name
     measured, figure = family.metric

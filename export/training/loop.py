@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export.checkpoints.weights import one_line
-from export.towers.transformer import Block
-from export.training.objectives import Task
-from export.training.settings import LOG, STATE, Training
-from models.errors import BadRequest, ExportError
+from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.towers.transformer import Block
+from calmclip.export.training.objectives import Task
+from calmclip.export.training.settings import LOG, STATE, Training
+from calmclip.models.errors import BadRequest, ExportError
 
 
 def train(task: Task, settings: Training, out: Path, *, until: int | None = None) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _save(
 @contextmanager
 def outliers(module: nn.Module) -> Iterator[Any]:
     """While it is open the outliers of what each block's MLP answers and of what each block answers or, where a norm
-    follows the sum, of that sum are watched; -> a function that says them. `export.outliers` measures more."""
+    follows the sum, of that sum are watched; -> a function that says them. `calmclip.export.outliers` measures more."""
     norms: dict[str, list[Tensor]] = {}
     kurtoses: dict[str, list[Tensor]] = {}
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.training.data import IGNORED, Pictures, masked, shifted
-from export.training.settings import Training
-from models.errors import BadRequest
-from models.flow import Array
-from models.preprocess.text import TextPreparer
+from calmclip.export.training.data import IGNORED, Pictures, masked, shifted
+from calmclip.export.training.settings import Training
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array
+from calmclip.models.preprocess.text import TextPreparer
 
 _MEASURED = 8  # batches of what was held out
 _LARGEST = 700.0  # a float64 holds no e to much more

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from export.towers.attention import GateKind, Softmax
-from models.bundle.manifest import FrozenModel
-from models.errors import BadRequest
+from calmclip.export.towers.attention import GateKind, Softmax
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.errors import BadRequest
 
 STATE, LOG = "training.pt", "training.jsonl"  # in a training's directory
 Objective = Literal["mlm", "clm", "classes", "contrastive"]

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from export.checkpoints.files import require_package
-from export.layouts import LAYOUTS
-from export.nets import Net, Tower
-from export.recipe import recognise
-from export.towers.attention import AttentionSpec, Gate, Softmax, new_gate
-from export.towers.transformer import Attention
-from export.training import data
-from export.training.objectives import Captions, Classes, MaskedWords, NextToken, Pair, Task
-from export.training.settings import STATE, Training
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import BadRequest
-from models.preprocess.image import ImagePreparer
-from models.preprocess.text import TextPreparer
+from calmclip.export.checkpoints.files import require_package
+from calmclip.export.layouts import LAYOUTS
+from calmclip.export.nets import Net, Tower
+from calmclip.export.recipe import recognise
+from calmclip.export.towers.attention import AttentionSpec, Gate, Softmax, new_gate
+from calmclip.export.towers.transformer import Attention
+from calmclip.export.training import data
+from calmclip.export.training.objectives import Captions, Classes, MaskedWords, NextToken, Pair, Task
+from calmclip.export.training.settings import STATE, Training
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.errors import BadRequest
+from calmclip.models.preprocess.image import ImagePreparer
+from calmclip.models.preprocess.text import TextPreparer
 
 START = "start"  # a new net before its first step, in the training's directory
 _NETS = {"mlm": ("bert", ("mlm",)), "clm": ("opt", ("lm",)), "classes": ("vit", ("logits",)),

@@ -8,11 +8,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export import layouts
-from export.towers.attention import KEYS
-from export.training.objectives import Pair
-from export.training.settings import LOG
-from export.training.start import START, Student
+from calmclip.export import layouts
+from calmclip.export.towers.attention import KEYS
+from calmclip.export.training.objectives import Pair
+from calmclip.export.training.settings import LOG
+from calmclip.export.training.start import START, Student
 
 # of the checkpoint that it was: what is written anew, the indexes of its weights, and what it left of its own training
 _ITS_OWN = ("config.json", "model.safetensors", "pytorch_model.bin", LOG)

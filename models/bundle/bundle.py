@@ -8,16 +8,16 @@ from typing import cast
 
 import numpy as np
 
-from models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess
-from models.bundle.store import Sealed
-from models.errors import BundleInvalid, TaskNotServed
-from models.flow import Array
-from models.heads import HEADS, BoundHead
-from models.ops.library import Library, Mode, find
-from models.outliers import Outliers, outliers
-from models.preprocess.image import MAX_PIXELS, ImagePreparer
-from models.preprocess.text import TextPreparer
-from models.prompts import PROMPTS
+from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess
+from calmclip.models.bundle.store import Sealed
+from calmclip.models.errors import BundleInvalid, TaskNotServed
+from calmclip.models.flow import Array
+from calmclip.models.heads import HEADS, BoundHead
+from calmclip.models.ops.library import Library, Mode, find
+from calmclip.models.outliers import Outliers, outliers
+from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer
+from calmclip.models.preprocess.text import TextPreparer
+from calmclip.models.prompts import PROMPTS
 
 
 class Bundle:

@@ -1,6 +1,6 @@
 """The types of `bundle.json`, format 1. Knows no files.
 
-`bundle.schema.json` is printed from here (`python -m models.bundle.manifest`); models/README.md is the
+`bundle.schema.json` is printed from here (`python -m calmclip.models.bundle.manifest`); models/README.md is the
 normative text. Whatever differs between a CLIP, a SigLIP and a Long-CLIP is data here, never a branch on a
 model's name at run time.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.errors import BundleInvalid, BundleTooNew
+from calmclip.models.errors import BundleInvalid, BundleTooNew
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -117,7 +117,7 @@ class TextPreprocess(FrozenModel):
     """Strings -> int64 [B, T] ids (and mask, where the graph takes one), from the bundle's tokenizer.json.
 
     ``clean``: what is done to a text first, as open_clip calls it: HTML unescaped, white space joined, odd widths,
-    ligatures and quotes made plain (`models.preprocess.clean`); ``lower`` also makes it lower case.
+    ligatures and quotes made plain (`calmclip.models.preprocess.clean`); ``lower`` also makes it lower case.
     ``pad``: to the ``context`` always, or to the ``longest`` of the batch, rounded up to a ``multiple`` of tokens but
     never over the context: texts of nearly one length then have one shape, and a server may run them together. A text
     of more than ``context`` tokens is an error, or cut (its last token kept) when ``truncate``.

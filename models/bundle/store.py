@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from models.bundle.manifest import MANIFEST, File, Manifest, parse
-from models.errors import BundleError, BundleInvalid, BundleNotFound, suggestion
+from calmclip.models.bundle.manifest import MANIFEST, File, Manifest, parse
+from calmclip.models.errors import BundleError, BundleInvalid, BundleNotFound, suggestion
 
 MAX_MANIFEST_BYTES = 1 << 20  # a manifest is a page; more is an attack or a mistake
 MAX_FILES = 1000

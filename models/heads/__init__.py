@@ -6,10 +6,10 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from models.bundle.manifest import FrozenModel, explain
-from models.errors import BundleInvalid
-from models.flow import Array, Arrays
-from models.registry import Registry
+from calmclip.models.bundle.manifest import FrozenModel, explain
+from calmclip.models.errors import BundleInvalid
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.registry import Registry
 
 P = TypeVar("P", bound=FrozenModel)
 
@@ -39,4 +39,4 @@ class BoundHead:
     scores: Callable[[Array], Array]
 
 
-HEADS: Registry[Head[Any]] = Registry("heads", "models.heads")
+HEADS: Registry[Head[Any]] = Registry("heads", "calmclip.models.heads")

@@ -9,9 +9,9 @@ Out:    logits float32 [B, C] = scale * cosine + bias; scores in (0, 1), each on
 import numpy as np
 from pydantic import Field
 
-from models.bundle.manifest import FrozenModel
-from models.flow import Array, Arrays
-from models.heads import HEADS, Head
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.heads import HEADS, Head
 
 
 class Params(FrozenModel):

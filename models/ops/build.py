@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from models.errors import OpsNotBuilt
+from calmclip.models.errors import OpsNotBuilt
 
 SOURCES = Path(__file__).with_name("csrc")
 FOLDER = Path(__file__).with_name("lib")  # the only place a library is loaded from

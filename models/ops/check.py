@@ -1,6 +1,7 @@
 """Each operator beside its oracle: compiled, and by the function that bundles carry, on the same small models.
 
-The models ship in ``probes/``, for to make one takes the onnx package; `python -m export.functions` prints them.
+The models ship in ``probes/``, for to make one takes the onnx package; `python -m calmclip.export.functions` prints
+them.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from models.bundle.manifest import Graph, Tensor
-from models.flow import Array, Arrays
-from models.ops import reference
-from models.ops.library import Mode, find, why_not
-from models.ops.spec import (
+from calmclip.models.bundle.manifest import Graph, Tensor
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.ops import reference
+from calmclip.models.ops.library import Mode, find, why_not
+from calmclip.models.ops.spec import (
     ACTIVATIONS,
     IMAGE_TO_PIXELS,
     IMAGE_TO_QUANTIZED_PIXELS,
@@ -33,7 +34,7 @@ from models.ops.spec import (
     Attribute,
     Op,
 )
-from models.runtime.session import Session, SessionOptions
+from calmclip.models.runtime.session import Session, SessionOptions
 
 FOLDER = Path(__file__).with_name("probes")
 ROUNDS = 20

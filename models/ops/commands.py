@@ -4,10 +4,10 @@ import argparse
 import sys
 from typing import Any
 
-from models.cli import emit, parser
-from models.errors import OpsNotBuilt
-from models.ops import build, library, spec
-from models.ops.library import Library
+from calmclip.models.cli import emit, parser
+from calmclip.models.errors import OpsNotBuilt
+from calmclip.models.ops import build, library, spec
+from calmclip.models.ops.library import Library
 
 
 def ops_command(argv: list[str]) -> int:
@@ -83,7 +83,7 @@ def _show(value: dict[str, Any]) -> None:
 
 def _check(given: argparse.Namespace) -> int:
     """Exit 1 where an operator differs from its oracle, or there is no library."""
-    from models.ops.check import as_json, check
+    from calmclip.models.ops.check import as_json, check
 
     results = [as_json(result) for result in check()]
     passed = all(result["passed"] for result in results)

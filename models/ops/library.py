@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from models.errors import OpsLibraryMissing
-from models.ops import build
-from models.ops.spec import VERSION
+from calmclip.models.errors import OpsLibraryMissing
+from calmclip.models.ops import build
+from calmclip.models.ops.spec import VERSION
 
 Mode = Literal["auto", "required", "off"]
 MODES: tuple[Mode, ...] = ("auto", "required", "off")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
-from models.flow import Array
-from models.ops.library import Library
+from calmclip.models.flow import Array
+from calmclip.models.ops.library import Library
 
 MAX_SIDE = 65_536  # kMaxSide of csrc/kernels/image_to_pixels.h
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Required, TypedDict, Unpack
 import numpy as np
 from PIL import Image
 
-from models.bundle.manifest import ImagePreprocess
-from models.errors import BadRequest
-from models.flow import Array
-from models.ops.spec import ACTIVATIONS, IMAGE_TO_PIXELS, METHODS, Activation, Method
-from models.preprocess.image import ImagePreparer
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array
+from calmclip.models.ops.spec import ACTIVATIONS, IMAGE_TO_PIXELS, METHODS, Activation, Method
+from calmclip.models.preprocess.image import ImagePreparer
 
 
 def softmax(x: Array, axis: int = -1, gamma: float = 0.0, zeta: float = 1.0) -> Array:

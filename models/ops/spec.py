@@ -8,7 +8,7 @@ runtime can run it.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from models.bundle.manifest import Tensor
+from calmclip.models.bundle.manifest import Tensor
 
 DOMAIN = "ai.calmclip"
 VERSION = 1
@@ -84,7 +84,7 @@ SOFT_NMS = Op(
 # A picture of any size -> what a graph takes. The attributes are `ImagePreprocess`, by name; shortest = 0 is none.
 # Of mean and std a node holds what they come to in float32, for in float32 they would come to another last bit.
 # Resized as Pillow does it on 8 bits: weights rounded to 22 bits, one pass for each axis, rounded to 8 bits between the
-# two, in the order of Pillow 13 (`models.preprocess.image.columns_first`); then x * gain + bias in
+# two, in the order of Pillow 13 (`calmclip.models.preprocess.image.columns_first`); then x * gain + bias in
 # float32, two roundings; gain is 1 / (255 std), bias -mean / std. Sides of the picture: 1 to 65536.
 IMAGE_TO_PIXELS = Op(
     "ImageToPixels",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from models.flow import Array
+from calmclip.models.flow import Array
 
 _NUMBERS = 1 << 22  # of a block of the picture, and of a block of weights: 16 MiB each
 _ROWS = 32  # outputs a block, where they are near each other

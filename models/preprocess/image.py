@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image
 
-from models.bundle.manifest import ImagePreprocess
-from models.errors import BadImage, ImageTooLarge
-from models.flow import Array
-from models.ops import pixels as kernel
-from models.ops.library import Library
-from models.preprocess.gaussian import square_to
-from models.preprocess.memory import Band, in_bands, worth_it
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.errors import BadImage, ImageTooLarge
+from calmclip.models.flow import Array
+from calmclip.models.ops import pixels as kernel
+from calmclip.models.ops.library import Library
+from calmclip.models.preprocess.gaussian import square_to
+from calmclip.models.preprocess.memory import Band, in_bands, worth_it
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from models.bundle.manifest import TextPreprocess
-from models.errors import BadRequest, BundleInvalid, TextTooLong
-from models.flow import Array
-from models.preprocess.clean import CLEANERS
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import BadRequest, BundleInvalid, TextTooLong
+from calmclip.models.flow import Array
+from calmclip.models.preprocess.clean import CLEANERS
 
 REMEMBERED = 4096  # texts whose tokens are kept: the same labels come again and again
 REMEMBERED_CHARACTERS = 256  # and longer ones are no labels

@@ -6,9 +6,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from models.bundle.manifest import FrozenModel, explain
-from models.errors import BundleInvalid
-from models.registry import Registry
+from calmclip.models.bundle.manifest import FrozenModel, explain
+from calmclip.models.errors import BundleInvalid
+from calmclip.models.registry import Registry
 
 P = TypeVar("P", bound=FrozenModel)
 
@@ -29,7 +29,7 @@ class Prompts(Generic[P]):
         return lambda label: self.sentences(label, checked)
 
 
-PROMPTS: Registry[Prompts[Any]] = Registry("prompts", "models.prompts")
+PROMPTS: Registry[Prompts[Any]] = Registry("prompts", "calmclip.models.prompts")
 
 
 def fill(template: str, label: str) -> str:

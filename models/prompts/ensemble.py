@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from models.bundle.manifest import FrozenModel
-from models.prompts import PROMPTS, Prompts, fill
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.prompts import PROMPTS, Prompts, fill
 
 Template = Annotated[str, Field(pattern=r"\{\}")]
 

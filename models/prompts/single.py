@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from models.bundle.manifest import FrozenModel
-from models.prompts import PROMPTS, Prompts, fill
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.prompts import PROMPTS, Prompts, fill
 
 
 class Params(FrozenModel):

@@ -6,10 +6,10 @@ from pathlib import Path
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from models.bundle.manifest import Graph, fits
-from models.errors import BadRequest, BundleInvalid
-from models.flow import Array, Arrays
-from models.ops.library import Mode, find
+from calmclip.models.bundle.manifest import Graph, fits
+from calmclip.models.errors import BadRequest, BundleInvalid
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.ops.library import Mode, find
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -28,7 +28,7 @@ AS_WRITTEN = ("WeightBiasQuantization",)
 class SessionOptions:
     """``threads``: intra-op threads, 0 = one per core. ``profile``: a file prefix for ONNX Runtime's profiler.
 
-    ``ops``: whether the op library is used (auto: where there is one), see `models.ops.library.find`.
+    ``ops``: whether the op library is used (auto: where there is one), see `calmclip.models.ops.library.find`.
     """
 
     threads: int = 0

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.bundle.bundle import Bundle
-from models.errors import BadRequest
-from models.flow import Call, Flow, Work
-from models.preprocess.image import decode
-from models.tasks.texts import choose, embed_labels, only_output
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Call, Flow, Work
+from calmclip.models.preprocess.image import decode
+from calmclip.models.tasks.texts import choose, embed_labels, only_output
 
 
 @dataclass(frozen=True)

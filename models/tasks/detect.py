@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from models.bundle.bundle import Bundle
-from models.errors import BadRequest, InputError
-from models.flow import Array, Call, Flow, Work
-from models.ops.spec import METHODS, Method
-from models.preprocess.image import Frame, decode
-from models.tasks.examples import pick
-from models.tasks.texts import choose, embed_labels
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadRequest, InputError
+from calmclip.models.flow import Array, Call, Flow, Work
+from calmclip.models.ops.spec import METHODS, Method
+from calmclip.models.preprocess.image import Frame, decode
+from calmclip.models.tasks.examples import pick
+from calmclip.models.tasks.texts import choose, embed_labels
 
 T = TypeVar("T")
 

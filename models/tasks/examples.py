@@ -6,8 +6,8 @@ transformers' `embed_image_query`, for pictures with objectness that of OWLv2's.
 
 import numpy as np
 
-from models.errors import BadRequest
-from models.flow import Array, Arrays
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array, Arrays
 
 NEAR = 0.8  # of the best overlap: boxes that fit nearly as well are looked at too
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import ImagePreprocess, TextPreprocess
-from models.errors import BadRequest, ImageTooLarge, TextTooLong
-from models.flow import Array, Arrays, Call, Flow
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.errors import BadRequest, ImageTooLarge, TextTooLong
+from calmclip.models.flow import Array, Arrays, Call, Flow
 
 
 @dataclass(frozen=True)

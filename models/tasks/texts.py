@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.bundle.bundle import Bundle
-from models.errors import BadRequest, TooManyLabels
-from models.flow import Array, Call, Flow, Keep, Recall
-from models.prompts import fill
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadRequest, TooManyLabels
+from calmclip.models.flow import Array, Call, Flow, Keep, Recall
+from calmclip.models.prompts import fill
 
 LABELS = "labels of text"  # where their finished vectors are kept
 

@@ -15,12 +15,12 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
-from models.errors import BadRequest
-from service.app import create_app
-from service.cli import log_lines
-from service.context import Service
-from service.metrics import Together
-from service.settings import Settings
+from calmclip.models.errors import BadRequest
+from calmclip.service.app import create_app
+from calmclip.service.cli import log_lines
+from calmclip.service.context import Service
+from calmclip.service.metrics import Together
+from calmclip.service.settings import Settings
 
 POLL_S = 0.05
 ROOM = 4  # requests that Ray lets into a replica, for each that the replica will take on

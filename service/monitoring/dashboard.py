@@ -1,7 +1,7 @@
-"""The Grafana dashboards, from the panels below: ``python -m service.monitoring.dashboard`` writes `FILES`.
+"""The Grafana dashboards, from the panels below: ``python -m calmclip.service.monitoring.dashboard`` writes `FILES`.
 
 Tests keep the files equal to what this module says, every metric and label in an expression equal to what
-`service.metrics` and `rules` have, and ask each expression of a live Prometheus.
+`calmclip.service.metrics` and `rules` have, and ask each expression of a live Prometheus.
 """
 
 import json

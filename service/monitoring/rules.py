@@ -1,4 +1,4 @@
-"""Recording and alerting rules, from the tables below: ``python -m service.monitoring.rules`` writes `FILES`.
+"""Recording and alerting rules, from the tables below: ``python -m calmclip.service.monitoring.rules`` writes `FILES`.
 
 The objectives are the service's own, `calmclip_slo_latency_seconds` and `calmclip_slo_target_ratio`: a changed setting
 changes the alerts. Burn rates over two windows at once as in Google's SRE Workbook, chapter 5, table 5-8: the long one

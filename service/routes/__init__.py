@@ -8,8 +8,8 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from service.context import Context
-from service.schemas import Answer, encode
+from calmclip.service.context import Context
+from calmclip.service.schemas import Answer, encode
 
 
 def respond(own: Context, answer: Answer, status: int = 200) -> Response:

@@ -7,13 +7,20 @@ from pathlib import Path
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from models.errors import BundleNotFound, TaskNotServed, suggestion
-from models.tasks.detect import default_suppression
-from service.context import Own, Parts
-from service.hub import Loaded
-from service.openapi import answers
-from service.routes import respond
-from service.schemas import HealthAnswer, ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer, SuppressionAsked
+from calmclip.models.errors import BundleNotFound, TaskNotServed, suggestion
+from calmclip.models.tasks.detect import default_suppression
+from calmclip.service.context import Own, Parts
+from calmclip.service.hub import Loaded
+from calmclip.service.openapi import answers
+from calmclip.service.routes import respond
+from calmclip.service.schemas import (
+    HealthAnswer,
+    ModelAnswer,
+    ModelsAnswer,
+    ModelSummary,
+    ReadyAnswer,
+    SuppressionAsked,
+)
 
 router = APIRouter(tags=["catalog"])
 

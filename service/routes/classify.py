@@ -3,12 +3,12 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from models.tasks.classify import ClassifyRequest, classify
-from service.context import context, service
-from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import Straight, respond
-from service.schemas import ClassifyAnswer, ClassifyBody
-from service.uploads import check_picture, read_body
+from calmclip.models.tasks.classify import ClassifyRequest, classify
+from calmclip.service.context import context, service
+from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
+from calmclip.service.routes import Straight, respond
+from calmclip.service.schemas import ClassifyAnswer, ClassifyBody
+from calmclip.service.uploads import check_picture, read_body
 
 router = APIRouter(tags=["tasks"], route_class=Straight)
 

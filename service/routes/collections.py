@@ -7,15 +7,15 @@ import orjson
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import Response
 
-from models.errors import BadRequest, CollectionMismatch
-from models.flow import Array
-from models.tasks.embed import EmbedRequest, embed
-from service.collections import Collection
-from service.context import Context, Own, Parts, Service
-from service.hub import Loaded
-from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import respond
-from service.schemas import (
+from calmclip.models.errors import BadRequest, CollectionMismatch
+from calmclip.models.flow import Array
+from calmclip.models.tasks.embed import EmbedRequest, embed
+from calmclip.service.collections import Collection
+from calmclip.service.context import Context, Own, Parts, Service
+from calmclip.service.hub import Loaded
+from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
+from calmclip.service.routes import respond
+from calmclip.service.schemas import (
     CollectionAnswer,
     CollectionBody,
     CollectionsAnswer,
@@ -31,8 +31,8 @@ from service.schemas import (
     StoredItem,
     tidy,
 )
-from service.stores import Row
-from service.uploads import body_of, check_picture
+from calmclip.service.stores import Row
+from calmclip.service.uploads import body_of, check_picture
 
 router = APIRouter(tags=["collections"])
 MISSING = "collection-not-found"

@@ -3,12 +3,12 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from models.tasks.detect import DetectRequest, default_suppression, detect
-from service.context import context, service
-from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import Straight, respond
-from service.schemas import DetectAnswer, DetectBody
-from service.uploads import check_examples, check_picture, read_body
+from calmclip.models.tasks.detect import DetectRequest, default_suppression, detect
+from calmclip.service.context import context, service
+from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
+from calmclip.service.routes import Straight, respond
+from calmclip.service.schemas import DetectAnswer, DetectBody
+from calmclip.service.uploads import check_examples, check_picture, read_body
 
 router = APIRouter(tags=["tasks"], route_class=Straight)
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from models.errors import BadRequest
-from models.tasks.embed import Embeddings, EmbedRequest, embed
-from service.context import Context, Service, context, service
-from service.hub import Loaded
-from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import Straight, respond
-from service.schemas import EmbedAnswer, EmbedBody
-from service.uploads import check_picture, read_body
+from calmclip.models.errors import BadRequest
+from calmclip.models.tasks.embed import Embeddings, EmbedRequest, embed
+from calmclip.service.context import Context, Service, context, service
+from calmclip.service.hub import Loaded
+from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
+from calmclip.service.routes import Straight, respond
+from calmclip.service.schemas import EmbedAnswer, EmbedBody
+from calmclip.service.uploads import check_picture, read_body
 
 router = APIRouter(tags=["tasks"], route_class=Straight)
 

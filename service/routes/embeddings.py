@@ -3,13 +3,13 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from models.errors import BadRequest
-from service.context import context, service
-from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import Straight, respond
-from service.routes.embed import vectors_of
-from service.schemas import EmbeddingsAnswer, EmbeddingsBody
-from service.uploads import read_body
+from calmclip.models.errors import BadRequest
+from calmclip.service.context import context, service
+from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
+from calmclip.service.routes import Straight, respond
+from calmclip.service.routes.embed import vectors_of
+from calmclip.service.schemas import EmbeddingsAnswer, EmbeddingsBody
+from calmclip.service.uploads import read_body
 
 router = APIRouter(tags=["compatible"], route_class=Straight)
 

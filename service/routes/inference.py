@@ -1,4 +1,4 @@
-"""/v2: the Open Inference Protocol over the loaded bundles' graphs; see `service.inference`."""
+"""/v2: the Open Inference Protocol over the loaded bundles' graphs; see `calmclip.service.inference`."""
 
 from time import perf_counter
 from typing import Annotated, Any
@@ -7,10 +7,10 @@ from fastapi import APIRouter, Depends, Header
 from fastapi.responses import Response
 from pydantic import WithJsonSchema
 
-import models
-from service import inference
-from service.context import Own, Parts
-from service.inference import (
+import calmclip
+from calmclip.service import inference
+from calmclip.service.context import Own, Parts
+from calmclip.service.inference import (
     GraphMetadata,
     GraphReady,
     InferAnswer,
@@ -19,9 +19,9 @@ from service.inference import (
     ServerMetadata,
     ServerReady,
 )
-from service.openapi import BINARY, INPUT, answers, takes
-from service.routes import catalog, respond
-from service.uploads import bytes_of
+from calmclip.service.openapi import BINARY, INPUT, answers, takes
+from calmclip.service.routes import catalog, respond
+from calmclip.service.uploads import bytes_of
 
 JSON, BYTES = "application/json", "application/octet-stream"
 LENGTH = "Inference-Header-Content-Length"
@@ -37,7 +37,7 @@ EXAMPLE = {"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 2], "dat
 
 @router.get("", summary="The server, in the Open Inference Protocol", responses=answers(ServerMetadata))
 async def server(own: Own) -> Response:
-    return respond(own, ServerMetadata(name="calmclip", version=models.__version__, extensions=inference.EXTENSIONS))
+    return respond(own, ServerMetadata(name="calmclip", version=calmclip.__version__, extensions=inference.EXTENSIONS))
 
 
 @router.get("/health/live", summary="The process answers", responses=answers(LiveAnswer))

@@ -6,14 +6,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 
-from models.errors import BadRequest
-from models.tasks.calibrate import CalibrateRequest, calibrate
-from service.context import Own, Parts
-from service.labels import LabelSet
-from service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from service.routes import respond
-from service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer, NewName
-from service.uploads import body_of, check_picture
+from calmclip.models.errors import BadRequest
+from calmclip.models.tasks.calibrate import CalibrateRequest, calibrate
+from calmclip.service.context import Own, Parts
+from calmclip.service.labels import LabelSet
+from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
+from calmclip.service.routes import respond
+from calmclip.service.schemas import CalibrateBody, LabelSetAnswer, LabelSetBody, LabelSetsAnswer, NewName
+from calmclip.service.uploads import body_of, check_picture
 
 router = APIRouter(tags=["label sets"])
 MISSING = "label-set-not-found"

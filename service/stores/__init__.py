@@ -1,6 +1,6 @@
 """FAMILY stores: vectors + metadata -> durable, filtered nearest neighbours, over an engine that exists already.
 
-A store is synchronous and may be called from several threads; `service.collections` sees to it that each
+A store is synchronous and may be called from several threads; `calmclip.service.collections` sees to it that each
 collection has one writer.
 """
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from models.errors import BadRequest
-from models.flow import Array
-from models.registry import Registry
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array
+from calmclip.models.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-STORES: Registry[Callable[[str], Store]] = Registry("stores", "service.stores")
+STORES: Registry[Callable[[str], Store]] = Registry("stores", "calmclip.service.stores")
 
 
 def open_store(url: str) -> Store:

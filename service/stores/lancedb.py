@@ -17,8 +17,8 @@ import pyarrow as pa
 from lancedb.index import BTree, IvfRq
 from lancedb.query import ColumnOrdering
 
-from models.flow import Array
-from service.stores import STORES, Condition, Found, Info, Row, Store, Table
+from calmclip.models.flow import Array
+from calmclip.service.stores import STORES, Condition, Found, Info, Row, Store, Table
 
 KEY = b"calmclip"  # of the schema's metadata: the Info, as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}

@@ -19,16 +19,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from models.errors import BadRequest, CollectionError, CollectionNotFound, ExtraMissing, StoreUnavailable
-from models.flow import Array
-from service.stores import STORES, Condition, Found, Info, Row, Store, Table
+from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
+from calmclip.models.extras import missing
+from calmclip.models.flow import Array
+from calmclip.service.stores import STORES, Condition, Found, Info, Row, Store, Table
 
 try:
     import psycopg
     from psycopg import errors
     from psycopg_pool import ConnectionPool
 except ModuleNotFoundError:
-    raise ExtraMissing("the store pgvector needs psycopg; pip install 'calmclip[postgres]'") from None
+    raise missing("the store pgvector", "psycopg", "postgres") from None
 
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 EXACT_BELOW = 10_000  # rows that are sorted in about the time HNSW takes

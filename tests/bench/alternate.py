@@ -61,7 +61,7 @@ def machine(threads: int) -> str:
     """One line a figure must be read with."""
     import onnxruntime
 
-    from models.ops.library import find
+    from calmclip.models.ops.library import find
 
     model = next(
         (

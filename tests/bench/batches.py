@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from export import rewrites
-from export.quantizers import fast
-from export.trace import to_onnx
-from models.ops.library import find
+from calmclip.export import rewrites
+from calmclip.export.quantizers import fast
+from calmclip.export.trace import to_onnx
+from calmclip.models.ops.library import find
 from tests.bench.alternate import alternate, machine
 from tests.bench.quantizers import vit
 

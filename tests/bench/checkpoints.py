@@ -24,7 +24,7 @@ def hugging_face_clip(directory: Path, width: int = 512, **vision: int) -> None:
     """Hugging Face CLIP; ``width`` of its vectors, ``vision``: where its image tower differs from the defaults."""
     import transformers
 
-    from export.layouts import _clip_bpe
+    from calmclip.export.layouts import _clip_bpe
 
     config = transformers.CLIPConfig(vision_config=vision | {"projection_dim": width}, projection_dim=width)
     transformers.CLIPModel(config).save_pretrained(directory)

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export import align, boxes, pipeline
-from export.captions import read_captions
-from export.evals.detection import measure, read_instances
-from export.nets.mini import features
-from export.nets.mini.backbone import frozen
-from export.nets.mini.regions import average
-from export.nets.mini.towers import SHIPPED
-from export.nets.mini.weights import backbone_state
-from export.recipe import Calibration, Recipe
-from models.runner import open_bundle
+from calmclip.export import align, boxes, pipeline
+from calmclip.export.captions import read_captions
+from calmclip.export.evals.detection import measure, read_instances
+from calmclip.export.nets.mini import features
+from calmclip.export.nets.mini.backbone import frozen
+from calmclip.export.nets.mini.regions import average
+from calmclip.export.nets.mini.towers import SHIPPED
+from calmclip.export.nets.mini.weights import backbone_state
+from calmclip.export.recipe import Calibration, Recipe
+from calmclip.models.runner import open_bundle
 
 SMALLEST = 40 * 40  # area of a box worth a crop, in pixels of the 640-pixel letterbox
 

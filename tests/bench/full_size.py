@@ -84,7 +84,7 @@ class Ran:
 
 
 def _calmclip(*arguments: str) -> Ran:
-    return _run(sys.executable, "-m", "models.cli", *arguments)
+    return _run(sys.executable, "-m", "calmclip.models.cli", *arguments)
 
 
 def _run(*command: str) -> Ran:

@@ -200,7 +200,7 @@ class Server:
             self.process = subprocess.Popen(command, env=environment, stderr=self.log)
 
     def command(self, bundle: Path, threads: int) -> list[str]:
-        command = ["models.cli", "serve", "--bundles", str(bundle.parent), "--load", bundle.name]
+        command = ["calmclip.models.cli", "serve", "--bundles", str(bundle.parent), "--load", bundle.name]
         return [*command, "--port", str(self.port), "--threads", str(threads)]
 
     def __enter__(self) -> "Server":
@@ -315,7 +315,7 @@ def vit_b_32(out: Path) -> Path:
         if not checkpoint.exists():
             _quietly("tests.bench.checkpoints", "ViT-B-32", str(checkpoint))
         more = ["--preset", "fast", "--recipe", str(recipe), "--name", "vit-b-32", "--out", str(out)]
-        _quietly("models.cli", "export", str(checkpoint), *more)
+        _quietly("calmclip.models.cli", "export", str(checkpoint), *more)
     return bundle
 
 

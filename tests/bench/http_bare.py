@@ -20,8 +20,8 @@ import numpy as np
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from models.preprocess.image import decode
-from models.runner import open_bundle
+from calmclip.models.preprocess.image import decode
+from calmclip.models.runner import open_bundle
 from tests.bench.http import BATCHES, default_picture
 
 ANSWER = b"{" + b" " * 700 + b"}"  # eight labels have some 700 bytes

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.bundle.manifest import ImagePreprocess
-from models.flow import Array
-from models.ops.library import find
-from models.preprocess.image import ImagePreparer, decode
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.flow import Array
+from calmclip.models.ops.library import find
+from calmclip.models.preprocess.image import ImagePreparer, decode
 from tests.bench.alternate import alternate, line, machine
 
 SAMPLES = Path(__file__).parents[2] / "export" / "samples"

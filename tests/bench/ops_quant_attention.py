@@ -21,9 +21,9 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, parser
 
-from export.functions import BODIES
-from models.ops.library import find, why_not
-from models.ops.spec import (
+from calmclip.export.functions import BODIES
+from calmclip.models.ops.library import find, why_not
+from calmclip.models.ops.spec import (
     DOMAIN,
     QUANT_ADD,
     QUANT_ATTENTION,

@@ -18,9 +18,9 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
-from export.functions.quant_depthwise import quant_depthwise
-from models.ops.library import Library, find, why_not
-from models.ops.spec import DOMAIN, QUANT_DEPTHWISE, VERSION
+from calmclip.export.functions.quant_depthwise import quant_depthwise
+from calmclip.models.ops.library import Library, find, why_not
+from calmclip.models.ops.spec import DOMAIN, QUANT_DEPTHWISE, VERSION
 from tests.bench.alternate import alternate, machine
 
 LAYERS = 4

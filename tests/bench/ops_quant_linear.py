@@ -23,9 +23,9 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.functions.quant_linear import quant_linear, quant_linear_to_float
-from models.ops.library import Library, find, why_not
-from models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, VERSION, Activation
+from calmclip.export.functions.quant_linear import quant_linear, quant_linear_to_float
+from calmclip.models.ops.library import Library, find, why_not
+from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, VERSION, Activation
 from tests.bench.alternate import alternate, machine
 
 LAYERS = 12

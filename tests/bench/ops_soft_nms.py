@@ -21,9 +21,9 @@ try:
 except ModuleNotFoundError:  # run as a file: its folder is on the path
     from alternate import alternate, line, machine
 
-from models.flow import Array
-from models.ops.library import Library, find, why_not
-from models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
+from calmclip.models.flow import Array
+from calmclip.models.ops.library import Library, find, why_not
+from calmclip.models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
 
 THRESHOLD, SIGMA, LEAST = 0.3, 0.5, 1e-3
 SIZES = (100, 1000, 3000, 8000)
@@ -93,7 +93,7 @@ def session(library: Library | None) -> Callable[[Array, Array, str], Callable[[
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
-    from export.functions.soft_nms import OPSET, soft_nms
+    from calmclip.export.functions.soft_nms import OPSET, soft_nms
 
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
     declare = lambda tensors: [helper.make_tensor_value_info(k, kinds[t.dtype], t.shape) for k, t in tensors.items()]  # noqa: E731

@@ -21,8 +21,8 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from models.ops.library import find, why_not
-from models.ops.spec import DOMAIN, SOFTMAX, VERSION
+from calmclip.models.ops.library import find, why_not
+from calmclip.models.ops.spec import DOMAIN, SOFTMAX, VERSION
 from tests.bench.alternate import alternate, line, machine
 
 ATTENTION = [(600, 50), (2464, 77), (2364, 197), (4112, 257), (9232, 577)]
@@ -146,7 +146,7 @@ def _session(nodes: list, threads: int, library: str | None = None, *, function:
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
     functions = []
     if function:
-        from export.functions.softmax import softmax
+        from calmclip.export.functions.softmax import softmax
 
         functions = [softmax()]
     model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from export import light, rewrites
-from export.nets import Tower
-from export.quantizers import QUANTIZERS, _qdq, smooth
-from export.towers import Style
-from export.towers.bert import BertText
-from export.towers.image import VisionTransformer
-from export.trace import to_onnx
-from models.bundle.manifest import Tensor
-from models.flow import Arrays
-from models.ops.library import find
+from calmclip.export import light, rewrites
+from calmclip.export.nets import Tower
+from calmclip.export.quantizers import QUANTIZERS, _qdq, smooth
+from calmclip.export.towers import Style
+from calmclip.export.towers.bert import BertText
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.flow import Arrays
+from calmclip.models.ops.library import find
 from tests.bench.alternate import alternate, line, machine
 
 WIDTH, WORDS = 768, 30522

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from models.flow import Array
+from calmclip.models.flow import Array
 from tests.bench.rival_report import OURS
 from tests.bench.rival_towers import TOWERS, Inputs, Tower, checkpoint_of
 
@@ -58,8 +58,8 @@ class Engine:
 
 
 def _calmclip(place: Place) -> Run:
-    from models.bundle.manifest import Graph
-    from models.runtime.session import Session, SessionOptions
+    from calmclip.models.bundle.manifest import Graph
+    from calmclip.models.runtime.session import Session, SessionOptions
 
     graph = Graph.model_validate_json(place.file("graph.json").read_text())
     session = Session(place.file("ours.onnx"), graph, SessionOptions(threads=place.threads))
@@ -165,7 +165,7 @@ def _peak(place: Place) -> Run:
     """No tower: the op library's loop of products of bytes in registers; its "vector" is how many a call makes."""
     import ctypes
 
-    from models.ops.library import find
+    from calmclip.models.ops.library import find
 
     library = find()
     address = {kernel.name: kernel.address for kernel in library.kernels if kernel.runs} if library else {}

@@ -24,13 +24,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from export import calibrate, nets, rewrites, samples
-from export.quantizers import QUANTIZERS
-from export.recipe import recognise
-from export.trace import to_onnx
-from models.bundle.manifest import Graph
-from models.flow import Array, Arrays
-from models.preprocess.text import TextPreparer
+from calmclip.export import calibrate, nets, rewrites, samples
+from calmclip.export.quantizers import QUANTIZERS
+from calmclip.export.recipe import recognise
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.manifest import Graph
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.preprocess.text import TextPreparer
 from tests.bench import checkpoints
 
 ROWS = 8  # measured inputs, and as many to calibrate on
@@ -141,8 +141,8 @@ def _bert(checkpoint: Path, attention: str) -> nn.Module:
     """all-MiniLM-L6-v2 as transformers' BertModel, with the mean of its tokens' states."""
     import transformers
 
-    from export.nets.mini import minilm
-    from export.nets.mini.weights import minilm_state
+    from calmclip.export.nets.mini import minilm
+    from calmclip.export.nets.mini.weights import minilm_state
 
     sizes = {"num_hidden_layers": minilm.LAYERS, "hidden_size": minilm.WIDTH, "intermediate_size": minilm.INNER}
     config = transformers.BertConfig(**sizes, num_attention_heads=minilm.HEADS, attn_implementation=attention)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from models.flow import Array
+from calmclip.models.flow import Array
 from tests.bench import rival_report
 from tests.bench.alternate import machine
 from tests.bench.rival_engines import PEAK, engines

@@ -23,11 +23,11 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
-from export.samples import pictures, texts
-from models.flow import Array
-from models.runner import open_bundle
-from service.quantized import Quantized
-from service.stores import Info, Row, Table, open_store
+from calmclip.export.samples import pictures, texts
+from calmclip.models.flow import Array
+from calmclip.models.runner import open_bundle
+from calmclip.service.quantized import Quantized
+from calmclip.service.stores import Info, Row, Table, open_store
 from tests.bench.alternate import machine
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -116,7 +116,7 @@ def sides(folder: str, postgres: str | None, vectors: Array) -> Iterator[dict[st
         print(f"the copy was made in {perf_counter() - start:.1f} s, and takes {rss() - before} MB")
         yield {"LanceDB, all rows": flat, "LanceDB": by(table), "LanceDB and a copy in memory": by(copied)}
     if postgres:
-        from service.stores import pgvector
+        from calmclip.service.stores import pgvector
 
         with closing(open_store(f"pgvector:{postgres}")) as store:
             table = filled(store.create(info), vectors, "PostgreSQL")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.flow import Array
-from models.runner import Runner, open_bundle
+from calmclip.models.flow import Array
+from calmclip.models.runner import Runner, open_bundle
 from tests.bench.alternate import alternate, line, machine
 from tests.bench.checkpoints import write
 
@@ -60,7 +60,7 @@ def _sides(runner: Runner, batch: int, seconds: float) -> str:
 def _exported(scratch: Path, name: str) -> Path:
     write("ViT-B-32", scratch / name)
     command = ["export", str(scratch / name), "--out", str(scratch / "bundles"), "--name", name, "--keep-float"]
-    subprocess.run([sys.executable, "-m", "models.cli", *command], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "calmclip.models.cli", *command], check=True, stdout=subprocess.DEVNULL)
     return scratch / "bundles"
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from export import align
-from export.nets import NETS
-from export.nets.mini.towers import SHIPPED, Heads
-from models.errors import BadRequest
+from calmclip.export import align
+from calmclip.export.nets import NETS
+from calmclip.export.nets.mini.towers import SHIPPED, Heads
+from calmclip.models.errors import BadRequest
 
 
 def test_a_text_is_right_for_whatever_holds_its_meaning():

@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 
-from export import parity, rewrites
-from export.nets import NETS, Net
-from export.quantizers import QUANTIZERS
-from export.trace import to_onnx
-from models.flow import Arrays
-from models.ops.spec import DOMAIN, SOFTMAX
+from calmclip.export import parity, rewrites
+from calmclip.export.nets import NETS, Net
+from calmclip.export.quantizers import QUANTIZERS
+from calmclip.export.trace import to_onnx
+from calmclip.models.flow import Arrays
+from calmclip.models.ops.spec import DOMAIN, SOFTMAX
 from tests import quantizable
 from tests.quantizable import GATES, SOFTMAXES
 

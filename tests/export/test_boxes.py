@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou, generalized_box_iou
 
-from export.boxes import (
+from calmclip.export.boxes import (
     PAD,
     SIZE,
     Photo,
@@ -22,8 +22,8 @@ from export.boxes import (
     save,
     train,
 )
-from export.nets.mini.boxhead import BoxHead, centres, load
-from models.errors import ExportError, WeightsMissing
+from calmclip.export.nets.mini.boxhead import BoxHead, centres, load
+from calmclip.models.errors import ExportError, WeightsMissing
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import calibrate
-from export.nets import NETS
-from export.recipe import Calibration, Quantize
-from models.errors import BadImage, BadRequest
+from calmclip.export import calibrate
+from calmclip.export.nets import NETS
+from calmclip.export.recipe import Calibration, Quantize
+from calmclip.models.errors import BadImage, BadRequest
 
 
 def test_pictures_are_drawn_by_seed_and_never_more_than_asked(photographs: dict[str, Path]):

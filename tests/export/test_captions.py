@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from export.captions import read_captions
-from models.errors import BadRequest
+from calmclip.export.captions import read_captions
+from calmclip.models.errors import BadRequest
 
 
 def test_captions_are_read_in_both_forms(tmp_path: Path):

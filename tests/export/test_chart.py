@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.chart import draw
-from models.outliers import Outliers
+from calmclip.export.chart import draw
+from calmclip.models.outliers import Outliers
 
 
 def outliers(*norms: float, worst: int = 1) -> Outliers:

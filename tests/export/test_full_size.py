@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from export.nets import NETS
-from export.pipeline import build
-from export.recipe import load_recipe
-from models.runner import open_bundle
+from calmclip.export.nets import NETS
+from calmclip.export.pipeline import build
+from calmclip.export.recipe import load_recipe
+from calmclip.models.runner import open_bundle
 from tests import tiny
 
 

@@ -3,10 +3,10 @@ import onnx
 import pytest
 from onnx import numpy_helper, parser
 
-from export import layers
-from export.quantizers import smooth, static
-from export.report import text
-from models.flow import Array
+from calmclip.export import layers
+from calmclip.export.quantizers import smooth, static
+from calmclip.export.report import text
+from calmclip.models.flow import Array
 
 
 @pytest.fixture(scope="module")

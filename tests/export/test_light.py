@@ -8,13 +8,13 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import light
-from export.trace import to_onnx
+from calmclip.export import light
+from calmclip.export.trace import to_onnx
 
 
 @pytest.fixture(scope="module")
 def model(tiny_hf_clip):
-    from export.nets import NETS
+    from calmclip.export.nets import NETS
 
     return to_onnx(NETS.get("clip").load(str(tiny_hf_clip)).towers["text"])
 
@@ -64,7 +64,7 @@ def test_the_checker_still_finds_what_is_wrong(model):
 @pytest.mark.slow
 def test_a_graph_over_two_gigabytes_is_run_checked_and_saved(tmp_path):
     """protobuf ends at 2 GiB; y = x W V with 2.4 GB of W and V, whose entries are 1/rows: means of x."""
-    from export import weights
+    from calmclip.export import weights
 
     rows, columns = 12_000, 25_000
     names, shapes = ("w", "v"), ((rows, columns), (columns, rows))

@@ -10,18 +10,18 @@ import torch
 from onnx import numpy_helper, parser
 from torch import Tensor, nn
 
-from export import outliers
-from export.nets import Tower
-from export.parity import onnx_run
-from export.quantizers import _qdq, static
-from export.towers import Style
-from export.towers.bert import BertText
-from export.towers.image import VisionTransformer
-from export.towers.text import TextTransformer
-from export.trace import module_of, to_onnx
-from models.bundle.manifest import Tensor as Spec
-from models.errors import ExportError
-from models.flow import Array, Arrays
+from calmclip.export import outliers
+from calmclip.export.nets import Tower
+from calmclip.export.parity import onnx_run
+from calmclip.export.quantizers import _qdq, static
+from calmclip.export.towers import Style
+from calmclip.export.towers.bert import BertText
+from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.towers.text import TextTransformer
+from calmclip.export.trace import module_of, to_onnx
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.errors import ExportError
+from calmclip.models.flow import Array, Arrays
 
 WIDTH, HIDDEN, WORDS, CONTEXT, OUT, LAYERS = 32, 48, 50, 12, 16, 2
 EMBEDS = {"embeds": Spec(dtype="float32", shape=("B", OUT))}

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from export.parity import compare, require
-from models.errors import ParityLost
+from calmclip.export.parity import compare, require
+from calmclip.models.errors import ParityLost
 
 
 def test_numbers_worked_out_by_hand():

@@ -10,16 +10,16 @@ import pytest
 import torch
 import transformers
 
-from export import samples
-from export.nets import NETS
-from export.pipeline import _ties, build
-from export.recipe import load_recipe
-from models.bundle.bundle import Bundle
-from models.bundle.store import names, read
-from models.commands import check_command
-from models.errors import BadRequest, BarMissed, BundleError, ExportError, ParityLost
-from models.runner import Runner, open_bundle
-from models.runtime.session import SessionOptions
+from calmclip.export import samples
+from calmclip.export.nets import NETS
+from calmclip.export.pipeline import _ties, build
+from calmclip.export.recipe import load_recipe
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import names, read
+from calmclip.models.commands import check_command
+from calmclip.models.errors import BadRequest, BarMissed, BundleError, ExportError, ParityLost
+from calmclip.models.runner import Runner, open_bundle
+from calmclip.models.runtime.session import SessionOptions
 from tests import tiny
 
 FLOAT = {"image": {"name": "none"}, "text": {"name": "none"}}
@@ -170,7 +170,7 @@ def test_a_net_that_promises_more_than_is_found_stops_the_export(net, tmp_path: 
 
 def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path, monkeypatch):
     """A rule that takes its attributes from nowhere: here a softmax stretched by a tenth."""
-    from export.rewrites import softmax
+    from calmclip.export.rewrites import softmax
 
     monkeypatch.setattr(softmax, "ours", partial(softmax.ours, zeta=1.1))
     with pytest.raises(ParityLost, match=r"image in float: standard ops against our functions: .*image_embeds"):

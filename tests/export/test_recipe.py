@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export.nets import Net, Tower
-from export.recipe import load_recipe, recognise
-from models.bundle.manifest import Source
-from models.errors import BadRequest, UnknownCheckpoint, UnknownName
+from calmclip.export.nets import Net, Tower
+from calmclip.export.recipe import load_recipe, recognise
+from calmclip.models.bundle.manifest import Source
+from calmclip.models.errors import BadRequest, UnknownCheckpoint, UnknownName
 
 TOWERS = {"image": Tower(torch.nn.Identity(), {}, {}, None, "none")}
 SOURCE = Source(net="n", model="m", license="x")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from export.recipe import Bars
-from export.report import accuracy, check, require
-from models.errors import BarMissed
-from models.runner import open_bundle
+from calmclip.export.recipe import Bars
+from calmclip.export.report import accuracy, check, require
+from calmclip.models.errors import BarMissed
+from calmclip.models.runner import open_bundle
 
 REPORT = {
     "graphs": {"regions": {"int8_against_float": {"objectness": {"cosine": 0.8}}}},

@@ -8,9 +8,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from export.quantizers import QUANTIZERS
-from export.share import count, share
-from models.errors import ExportError
+from calmclip.export.quantizers import QUANTIZERS
+from calmclip.export.share import count, share
+from calmclip.models.errors import ExportError
 
 
 def model_of(text: str, **constants: np.ndarray) -> onnx.ModelProto:

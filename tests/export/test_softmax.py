@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 
-from export import softmax
-from export.checkpoints import Weights
-from export.nets import NETS
-from export.samples import texts
-from export.towers.attention import Softmax
-from models.bundle.store import read
-from models.cli import main
-from models.errors import BadRequest
+from calmclip.export import softmax
+from calmclip.export.checkpoints import Weights
+from calmclip.export.nets import NETS
+from calmclip.export.samples import texts
+from calmclip.export.towers.attention import Softmax
+from calmclip.models.bundle.store import read
+from calmclip.models.cli import main
+from calmclip.models.errors import BadRequest
 from tests import quantizable
 
 ASKED = "clipped(-0.04:1.01)"

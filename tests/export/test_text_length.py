@@ -9,14 +9,14 @@ import pytest
 import torch
 import transformers
 
-from export.nets import NETS, Tower
-from export.parity import onnx_run
-from export.trace import to_onnx
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import Tensor, TextPreprocess
-from models.bundle.store import read
-from models.preprocess.text import TextPreparer
-from models.runner import Runner
+from calmclip.export.nets import NETS, Tower
+from calmclip.export.parity import onnx_run
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import Tensor, TextPreprocess
+from calmclip.models.bundle.store import read
+from calmclip.models.preprocess.text import TextPreparer
+from calmclip.models.runner import Runner
 from tests import tiny
 
 TEXTS = ["red", "a red cat", "a photo of a dog.", "a photo of two green dogs."]  # 3 to 10 tokens

@@ -3,11 +3,11 @@ import onnx
 import pytest
 import torch
 
-from export.nets import Tower
-from export.parity import onnx_run
-from export.trace import fingerprint, module_of, to_onnx
-from models.bundle.manifest import Tensor
-from models.errors import ExportError
+from calmclip.export.nets import Tower
+from calmclip.export.parity import onnx_run
+from calmclip.export.trace import fingerprint, module_of, to_onnx
+from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.errors import ExportError
 
 
 class Net(torch.nn.Module):
@@ -76,7 +76,7 @@ def test_the_model_is_valid_onnx():
 
 def test_control_flow_is_refused_by_name():
     model = to_onnx(tower(Net()))
-    from export.trace import _rename
+    from calmclip.export.trace import _rename
 
     branch = onnx.helper.make_graph([], "g", [], [])
     model.graph.node.append(onnx.helper.make_node("If", ["x"], ["z"], then_branch=branch, else_branch=branch))

@@ -6,8 +6,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import weights
-from export.weights import SHARED, save
+from calmclip.export import weights
+from calmclip.export.weights import SHARED, save
 
 RNG = np.random.default_rng(0)
 COMMON = RNG.standard_normal((64, 64)).astype(np.float32)  # 16 KiB

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from export.evals import EVALS
-from models.errors import BadRequest
-from models.runner import open_bundle
+from calmclip.export.evals import EVALS
+from calmclip.models.errors import BadRequest
+from calmclip.models.runner import open_bundle
 
 
 @pytest.mark.parametrize("name", EVALS.names())

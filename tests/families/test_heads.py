@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.errors import BundleInvalid, UnknownName
-from models.heads import HEADS, BoundHead
+from calmclip.models.errors import BundleInvalid, UnknownName
+from calmclip.models.heads import HEADS, BoundHead
 
 B, C, D = 4, 5, 16
 

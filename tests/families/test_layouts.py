@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from export import layouts
-from export.calibrate import feeds
-from export.checkpoints import Checkpoint, read
-from export.layouts import LAYOUTS, _clip_bpe
-from export.nets.clip import load, recognise
-from export.parity import torch_run
-from export.trace import example
-from models.errors import UnknownCheckpoint
+from calmclip.export import layouts
+from calmclip.export.calibrate import feeds
+from calmclip.export.checkpoints import Checkpoint, read
+from calmclip.export.layouts import LAYOUTS, _clip_bpe
+from calmclip.export.nets.clip import load, recognise
+from calmclip.export.parity import torch_run
+from calmclip.export.trace import example
+from calmclip.models.errors import UnknownCheckpoint
 from tests import tiny
 from tests.tiny_layouts import bert, mobileclip, openai_like, siglip, trunks
 
@@ -208,7 +208,9 @@ def test_a_tensor_that_can_be_no_weight_is_refused_in_one_line(name: str, kind: 
     for place in (0.05, 0.4, 0.75):
         bad = needed[int(place * len(needed))]
         spoiled = dict(found.tensors) | {bad: DAMAGE[kind](found.tensors[bad])}
-        monkeypatch.setattr("export.nets.clip.read", lambda *_, tensors=spoiled: replace(found, tensors=tensors))
+        monkeypatch.setattr(
+            "calmclip.export.nets.clip.read", lambda *_, tensors=spoiled: replace(found, tensors=tensors)
+        )
         with pytest.raises(UnknownCheckpoint) as raised:
             load(str(checkpoint(name)))
         assert "\n" not in str(raised.value)

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from export import samples
-from export.layouts import LAYOUTS
-from models.bundle.store import read
-from models.cli import main
-from models.flow import Array
-from models.preprocess.image import decode
-from models.runner import Runner, open_bundle
+from calmclip.export import samples
+from calmclip.export.layouts import LAYOUTS
+from calmclip.models.bundle.store import read
+from calmclip.models.cli import main
+from calmclip.models.flow import Array
+from calmclip.models.preprocess.image import decode
+from calmclip.models.runner import Runner, open_bundle
 from tests.families.test_layouts import CHECKPOINTS
 from tests.test_walk import serving
 from tests.tiny_layouts.references import REFERENCES

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from export.nets import NETS, Net
-from export.quantizers import QUANTIZERS
-from export.trace import example
-from models.bundle.manifest import TextPreprocess
+from calmclip.export.nets import NETS, Net
+from calmclip.export.quantizers import QUANTIZERS
+from calmclip.export.trace import example
+from calmclip.models.bundle.manifest import TextPreprocess
 
 CHECKPOINTS = {
     "mini": "mini", "clip": "tiny_hf_clip", "owl": "tiny_owl", "bert": "tiny_bert", "opt": "tiny_opt", "vit": "tiny_vit"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from models.errors import BundleInvalid, UnknownName
-from models.prompts import PROMPTS, fill
-from models.registry import Registry
+from calmclip.models.errors import BundleInvalid, UnknownName
+from calmclip.models.prompts import PROMPTS, fill
+from calmclip.models.registry import Registry
 
 LABELS = ["cat", "a {} in braces", "猫", "red\nfox", "{label}", "%s", "\\d+"]
 
@@ -104,14 +104,14 @@ def test_an_installed_package_joins_by_its_entry_point(tmp_path: Path, monkeypat
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guest-prompts\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[calmclip.guests]\nshout = guest_prompts\n")
     (tmp_path / "guest_prompts.py").write_text(
-        "from models.prompts import Prompts\n"
-        "from models.prompts.single import Params\n"
+        "from calmclip.models.prompts import Prompts\n"
+        "from calmclip.models.prompts.single import Params\n"
         "import guest_family\n"
         "guest_family.GUESTS.register('shout')(Prompts(Params, lambda label, params: (label.upper(),)))\n"
     )
     (tmp_path / "guest_family").mkdir()
     (tmp_path / "guest_family" / "__init__.py").write_text(
-        "from models.registry import Registry\nGUESTS = Registry('guests', 'guest_family')\n"
+        "from calmclip.models.registry import Registry\nGUESTS = Registry('guests', 'guest_family')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()

@@ -9,11 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from export.nets import Tower
-from export.parity import compare, onnx_run
-from export.quantizers import QUANTIZERS
-from export.trace import to_onnx
-from models.bundle.manifest import Tensor
+from calmclip.export.nets import Tower
+from calmclip.export.parity import compare, onnx_run
+from calmclip.export.quantizers import QUANTIZERS
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.manifest import Tensor
 
 NAMES = QUANTIZERS.names()
 RNG = np.random.default_rng(0)

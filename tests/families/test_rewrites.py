@@ -9,9 +9,9 @@ import pytest
 from onnx import parser
 from pydantic import ValidationError
 
-from export import rewrites
-from export.rewrites import REWRITES
-from models.ops.spec import DOMAIN, VERSION
+from calmclip.export import rewrites
+from calmclip.export.rewrites import REWRITES
+from calmclip.models.ops.spec import DOMAIN, VERSION
 
 NAMES = REWRITES.names()
 _NUMBERS = "<float a = {1.1}, float b = {-0.1}, float low = {0.0}, float high = {1.0}>"

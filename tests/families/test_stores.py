@@ -9,9 +9,9 @@ from contextlib import ExitStack, closing
 import numpy as np
 import pytest
 
-from models.errors import BadRequest, UnknownName
-from service import quantized
-from service.stores import STORES, Condition, Info, Row, open_store
+from calmclip.models.errors import BadRequest, UnknownName
+from calmclip.service import quantized
+from calmclip.service.stores import STORES, Condition, Info, Row, open_store
 
 INFO = Info("photos", "tiny-int8", "ab" * 32, 4, "2026-01-01T00:00:00+00:00")
 AXES = np.eye(4, dtype=np.float32)
@@ -187,7 +187,7 @@ def test_compaction_loses_nothing(table):
 
 WRITER = """
 import sys, numpy as np
-from service.stores import Row, open_store
+from calmclip.service.stores import Row, open_store
 table = open_store(sys.argv[1]).open("photos")
 for i in range(10_000):
     table.upsert([Row(f"{i:05}", np.eye(4, dtype=np.float32)[i % 4], {"n": i})])

@@ -16,10 +16,10 @@ from onnx import parser
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from models.bundle import manifest
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import Manifest, parse
-from models.bundle.store import read, seal, stage
+from calmclip.models.bundle import manifest
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import Manifest, parse
+from calmclip.models.bundle.store import read, seal, stage
 
 IMAGE = """<ir_version: 9, opset_import: ["" : 18]>
 image (float[B, 3, 4, 4] pixels) => (float[B, 3] image_embeds) {

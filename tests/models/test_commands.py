@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from models.bundle.manifest import Manifest
-from models.bundle.store import describe
-from models.cli import main
+from calmclip.models.bundle.manifest import Manifest
+from calmclip.models.bundle.store import describe
+from calmclip.models.cli import main
 
 
 def resealed(directory: Path) -> str:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from models import errors
-from models.errors import BundleNotFound, CalmclipError, Overloaded, suggestion
+from calmclip.models import errors
+from calmclip.models.errors import BundleNotFound, CalmclipError, Overloaded, suggestion
 
 
 def drawn() -> dict[str, str | None]:

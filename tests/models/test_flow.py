@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.flow import Call, Done, Flow, Recall, Walk, Work, drive
-from models.runtime.clock import Stopwatch
+from calmclip.models.flow import Call, Done, Flow, Recall, Walk, Work, drive
+from calmclip.models.runtime.clock import Stopwatch
 
 ONE = {"x": np.ones(1)}
 

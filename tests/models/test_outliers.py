@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import Manifest
-from models.bundle.store import describe, read
-from models.cli import main
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import Manifest
+from calmclip.models.bundle.store import describe, read
+from calmclip.models.cli import main
 
 FACTS = {
     "max_inf_norm": 90.5,
@@ -109,8 +109,10 @@ def test_show_says_what_it_cannot_do(
     told(sealed, of(image=FACTS))
     assert main(["show", str(sealed), "--outliers", "--plot", str(tmp_path / "nowhere" / "x.png")]) == 2
     assert "x.png is not there" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "export.chart", raising=False)
+    monkeypatch.delitem(sys.modules, "calmclip.export.chart", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
     assert main(["show", str(sealed), "--outliers", "--plot", str(tmp_path / "x.png")]) == 3
-    assert "'matplotlib.figure', which is not installed; pip install 'calmclip[export]'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'matplotlib.figure', which is not installed; in " in said
+    assert "pip install -e '.[export]'" in said
     assert not list(tmp_path.glob("*.png"))

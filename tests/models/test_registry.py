@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from models import registry as module
-from models.errors import UnknownName
-from models.registry import Registry
+from calmclip.models import registry as module
+from calmclip.models.errors import UnknownName
+from calmclip.models.registry import Registry
 
 Family = Callable[..., Registry[str]]
 
@@ -26,7 +26,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
         package = tmp_path / name
         package.mkdir()
         (package / "__init__.py").write_text(
-            f"from models.registry import Registry\nTHINGS = Registry('things', {name!r})\n"
+            f"from calmclip.models.registry import Registry\nTHINGS = Registry('things', {name!r})\n"
         )
         for title, text in modules.items():
             (package / f"{title}.py").write_text(f"from {name} import THINGS\n{text}\n")

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import models
-from models import Suppression, open_bundle
-from models.errors import BadImage, BadRequest, BundleNotFound, TaskNotServed
+from calmclip import Suppression, models, open_bundle
+from calmclip.models.errors import BadImage, BadRequest, BundleNotFound, TaskNotServed
 
 ASSETS = Path(__file__).parents[2] / "export" / "samples"
 Png = Callable[..., bytes]

@@ -27,11 +27,11 @@ from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 
-from models.bundle.manifest import Manifest
-from models.bundle.store import Sealed, seal, stage
-from service.app import create_app
-from service.server import Protocol
-from service.settings import Settings
+from calmclip.models.bundle.manifest import Manifest
+from calmclip.models.bundle.store import Sealed, seal, stage
+from calmclip.service.app import create_app
+from calmclip.service.server import Protocol
+from calmclip.service.settings import Settings
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "white": (1, 1, 1)}
 WORDS = ["[UNK]", *COLOURS, "a", "photo", "of", "thing"]

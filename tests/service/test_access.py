@@ -15,12 +15,12 @@ from subprocess import PIPE
 import httpx
 import pytest
 
-from models.cli import main
-from models.errors import BadRequest
-from service import keys
-from service.app import create_app
-from service.client import Client, Forbidden, Unauthorized
-from service.indexing import index
+from calmclip.models.cli import main
+from calmclip.models.errors import BadRequest
+from calmclip.service import keys
+from calmclip.service.app import create_app
+from calmclip.service.client import Client, Forbidden, Unauthorized
+from calmclip.service.indexing import index
 
 # What changes something, by hand; all else is read, but for these.
 WRITES = {
@@ -260,7 +260,8 @@ def test_of_many_who_change_the_file_at_once_none_is_lost(file):
     """Processes that wait for each other's start, then add and remove as fast as they can."""
     keys.add(file, "first", ["read"])
     script = (
-        "import sys; from pathlib import Path; from service import keys; file, me = Path(sys.argv[1]), sys.argv[2]\n"
+        "import sys; from pathlib import Path; from calmclip.service import keys\n"
+        "file, me = Path(sys.argv[1]), sys.argv[2]\n"
         "print('here', flush=True); sys.stdin.readline()\n"
         "for i in range(10):\n"
         "    keys.add(file, f'{me}-{i}', ['read'])\n"

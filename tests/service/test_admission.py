@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from models.errors import Overloaded
-from service.admission import Admission, Place
-from service.context import Context
-from service.pace import Pace
-from service.settings import Settings
+from calmclip.models.errors import Overloaded
+from calmclip.service.admission import Admission, Place
+from calmclip.service.context import Context
+from calmclip.service.pace import Pace
+from calmclip.service.settings import Settings
 
 
 class Clock:

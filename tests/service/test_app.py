@@ -11,19 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import pytest
 
-from service.app import create_app
-from service.context import task_of
+from calmclip.service.app import create_app
+from calmclip.service.context import task_of
 
 
 def test_the_service_loads_no_torch_and_no_export():
-    program = "import sys, service.app, service.cli; print([m for m in sys.modules if m.split('.')[0] in %r])"
-    unwanted = ("torch", "export", "onnx", "transformers", "lancedb")  # LanceDB only when a store is opened
+    program = "import sys, calmclip.service.app, calmclip.service.cli; print([m for m in %r if m in sys.modules])"
+    unwanted = ("torch", "calmclip.export", "onnx", "transformers", "lancedb")  # LanceDB only when a store is opened
     found = subprocess.run([sys.executable, "-c", program % (unwanted,)], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
 
 def test_a_store_loads_no_torch_either(settings, tmp_path):
-    program = "import sys; from service.stores import open_store; open_store(%r); print('torch' in sys.modules)"
+    program = (
+        "import sys; from calmclip.service.stores import open_store; open_store(%r); print('torch' in sys.modules)"
+    )
     place = f"lancedb:{tmp_path}"
     found = subprocess.run([sys.executable, "-c", program % place], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
@@ -44,7 +46,7 @@ def test_a_fault_of_ours_is_500_without_details(settings, serve, monkeypatch, pi
     def fail(*_: object):
         raise RuntimeError("secret path")
 
-    monkeypatch.setattr("service.routes.classify.classify", fail)
+    monkeypatch.setattr("calmclip.service.routes.classify.classify", fail)
     with serve(settings()) as client:
         send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
         answer = client.post("/v1/classify?labels=red", **send)
@@ -58,7 +60,7 @@ def test_a_fault_of_ours_is_500_without_details(settings, serve, monkeypatch, pi
         assert 'calmclip_failed{kind="bundles"} 0.0' in metrics
 
 
-@pytest.mark.parametrize("broken", ["service.hub.Bundle.warm", "service.hub.names"])
+@pytest.mark.parametrize("broken", ["calmclip.service.hub.Bundle.warm", "calmclip.service.hub.names"])
 def test_a_bundle_that_breaks_while_loading_is_told_and_loading_ends(settings, serve, monkeypatch, caplog, broken):
     def fail(*_: object):
         raise MemoryError("too large")
@@ -83,7 +85,7 @@ def test_a_store_that_hangs_is_answered_504(settings, serve, monkeypatch):
     with serve(settings()) as client:
         assert [client.put(f"/v1/collections/{name}", json={}).status_code for name in "ab"] == [201, 201]
         for call in ("LanceTable.count", "LanceTable.page", "LanceStore.create", "LanceStore.drop"):
-            monkeypatch.setattr(f"service.stores.lancedb.{call}", lambda *_: gate.wait(15))
+            monkeypatch.setattr(f"calmclip.service.stores.lancedb.{call}", lambda *_: gate.wait(15))
         calls = [("GET", ""), ("GET", "/a"), ("GET", "/a/items"), ("PUT", "/new"), ("DELETE", "/b")]
         try:
             with ThreadPoolExecutor(len(calls)) as pool:

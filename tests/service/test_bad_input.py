@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import server
+from calmclip.service import server
 
 
 def b64(data: bytes) -> dict[str, str]:

@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-import service
-from service.app import create_app
-from service.settings import Settings
+from calmclip import service
+from calmclip.service.app import create_app
+from calmclip.service.settings import Settings
 from tests.test_compose import COMPOSE, SERVICES, STAGES, aliases, mounts, published, settings_of
 
 FILE = Path(service.__file__).parent / "deploy" / "balancer.cfg"

@@ -7,9 +7,9 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from models.bundle.manifest import TextPreprocess
-from models.errors import BadRequest, BundleInvalid, DeadlineExceeded, Overloaded
-from service.batching import Batcher
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import BadRequest, BundleInvalid, DeadlineExceeded, Overloaded
+from calmclip.service.batching import Batcher
 
 
 class Graph:

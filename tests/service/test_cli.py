@@ -13,10 +13,10 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from models.cli import main
-from models.errors import BadRequest
-from service.cli import _listen
-from service.indexing import _Service
+from calmclip.models.cli import main
+from calmclip.models.errors import BadRequest
+from calmclip.service.cli import _listen
+from calmclip.service.indexing import _Service
 from tests.process import serving
 
 
@@ -206,7 +206,7 @@ def test_a_taken_port_is_bad_usage(bundles, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        command = [sys.executable, "-m", "models.cli", "serve", "--bundles", str(bundles)]
+        command = [sys.executable, "-m", "calmclip.models.cli", "serve", "--bundles", str(bundles)]
         command += ["--port", str(taken.getsockname()[1])]
         environment = {**os.environ, "CALMCLIP_DATA_DIR": str(tmp_path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import service.client
-from models.runner import Runner, open_bundle
-from models.tasks import detect
-from service.client import (
+import calmclip.service.client
+from calmclip.models.runner import Runner, open_bundle
+from calmclip.models.tasks import detect
+from calmclip.service.client import (
     AsyncClient,
     Calls,
     Client,
@@ -245,7 +245,7 @@ def test_what_can_only_be_a_mistake_is_a_type_error(ask, method, args):
 
 def test_a_service_that_is_still_loading(settings, serve, monkeypatch, asking):
     gate = threading.Event()
-    monkeypatch.setattr("service.hub.read", lambda path: gate.wait(10))
+    monkeypatch.setattr("calmclip.service.hub.read", lambda path: gate.wait(10))
     with serve(settings(), ready=False) as client:
         try:
             ask = asking(client.base_url, retries=0)
@@ -298,8 +298,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def slept(seconds: float) -> None:
         found.append(seconds)
 
-    monkeypatch.setattr(service.client, "time", SimpleNamespace(sleep=found.append))  # the servers sleep on
-    monkeypatch.setattr(service.client, "asyncio", SimpleNamespace(sleep=slept, to_thread=asyncio.to_thread))
+    monkeypatch.setattr(calmclip.service.client, "time", SimpleNamespace(sleep=found.append))  # the servers sleep on
+    monkeypatch.setattr(calmclip.service.client, "asyncio", SimpleNamespace(sleep=slept, to_thread=asyncio.to_thread))
     return found
 
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import service.collections
-from models.errors import BadRequest, CollectionMismatch, CollectionNotFound, Overloaded
-from service.collections import Collection, Collections
-from service.metrics import Metrics
-from service.settings import Settings
-from service.stores import Info, Row
+import calmclip.service.collections
+from calmclip.models.errors import BadRequest, CollectionMismatch, CollectionNotFound, Overloaded
+from calmclip.service.collections import Collection, Collections
+from calmclip.service.metrics import Metrics
+from calmclip.service.settings import Settings
+from calmclip.service.stores import Info, Row
 
 
 class Notes:
@@ -159,8 +159,8 @@ def test_what_nobody_waits_for_any_more_is_not_written():
 
 
 def test_compaction_after_many_commits_and_after_fewer_when_idle(monkeypatch):
-    monkeypatch.setattr(service.collections, "COMPACT_AFTER", 4)
-    monkeypatch.setattr(service.collections, "COMPACT_IDLE", (2, 0.05))
+    monkeypatch.setattr(calmclip.service.collections, "COMPACT_AFTER", 4)
+    monkeypatch.setattr(calmclip.service.collections, "COMPACT_IDLE", (2, 0.05))
 
     async def scenario(collection, notes):
         for i in range(5):
@@ -215,7 +215,7 @@ BUNDLE = SimpleNamespace(name="m", digest="d", bundle=SimpleNamespace(dim=2))
 
 
 def shelf(monkeypatch, scenario, store: Shelf, **limits: int):
-    monkeypatch.setattr(service.collections, "open_store", lambda url: store)
+    monkeypatch.setattr(calmclip.service.collections, "open_store", lambda url: store)
 
     async def main():
         collections = Collections(Settings(threads=1, limits=limits), Metrics(Settings()))

@@ -5,10 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from models.bundle.bundle import Bundle
-from models.bundle.store import read
-from models.runtime.session import Session, SessionOptions
-from service.batching import Batcher
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import read
+from calmclip.models.runtime.session import Session, SessionOptions
+from calmclip.service.batching import Batcher
 
 ROWS = 7
 

@@ -9,10 +9,10 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from service import server
-from service.app import create_app
-from service.connections import Connections
-from service.engine import Engine
+from calmclip.service import server
+from calmclip.service.app import create_app
+from calmclip.service.connections import Connections
+from calmclip.service.engine import Engine
 
 PROBE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 ITEMS, META = 200, 16_000  # a page of 3 MB

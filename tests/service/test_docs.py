@@ -11,10 +11,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
-import service
-from service.metrics import Metrics
-from service.problems import PROBLEMS
-from service.settings import Settings
+from calmclip import service
+from calmclip.service.metrics import Metrics
+from calmclip.service.problems import PROBLEMS
+from calmclip.service.settings import Settings
 
 README = (Path(service.__file__).parent / "README.md").read_text(encoding="utf-8")
 ASSETS = Path(__file__).parents[2] / "export" / "samples"

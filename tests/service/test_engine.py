@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from models.flow import Call
-from models.tasks import texts
-from service.admission import Admission
-from service.batching import Batcher
-from service.context import Context
-from service.engine import Engine, Row, RowCache, fingerprint
+from calmclip.models.flow import Call
+from calmclip.models.tasks import texts
+from calmclip.service.admission import Admission
+from calmclip.service.batching import Batcher
+from calmclip.service.context import Context
+from calmclip.service.engine import Engine, Row, RowCache, fingerprint
 
 CACHE = "calmclip_text_cache_total"
 LABELLED = [

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from models.errors import ImageTooLarge
-from service import fetching
-from service.fetching import MOST, Fetcher, NotFetched, is_public
-from service.settings import Limits, Settings
+from calmclip.models.errors import ImageTooLarge
+from calmclip.service import fetching
+from calmclip.service.fetching import MOST, Fetcher, NotFetched, is_public
+from calmclip.service.settings import Limits, Settings
 
 HOST = "images.example.org"
 PEM = Path(__file__).parents[1] / "data" / f"{HOST}.pem"

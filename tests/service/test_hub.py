@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-import service.hub
-from models.errors import BundleInvalid, Overloaded
-from service.hub import Hub
-from service.metrics import Metrics
-from service.resting import Resting
+import calmclip.service.hub
+from calmclip.models.errors import BundleInvalid, Overloaded
+from calmclip.service.hub import Hub
+from calmclip.service.metrics import Metrics
+from calmclip.service.resting import Resting
 
 WORD = {"ids": np.ones((1, 1), np.int64), "mask": np.ones((1, 1), np.int64)}  # "red"
 
@@ -45,12 +45,12 @@ def series(hub, name: str, **labels: str) -> float | None:
 def test_every_graph_has_run_before_it_is_ready(own, monkeypatch):
     run: set[str] = set()
 
-    class Told(service.hub.Session):
+    class Told(calmclip.service.hub.Session):
         def run(self, feeds):
             run.add(self.path.stem)
             return super().run(feeds)
 
-    monkeypatch.setattr(service.hub, "Session", Told)
+    monkeypatch.setattr(calmclip.service.hub, "Session", Told)
 
     async def scenario(hub):
         return hub.ready, set(run), series(hub, "bundle_load_seconds", model="colours-int8")
@@ -65,7 +65,7 @@ def test_a_bundle_whose_graph_breaks_when_it_runs_does_not_load(own, monkeypatch
     def broken(self, feeds):
         raise BundleInvalid("the graph is broken")
 
-    monkeypatch.setattr(service.hub.Session, "run", broken)
+    monkeypatch.setattr(calmclip.service.hub.Session, "run", broken)
 
     async def scenario(hub):
         return hub.ready, hub.failed

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-import service
-from service.app import create_app
-from service.metrics import Metrics
-from service.monitoring import rules
-from service.settings import Settings
+from calmclip import service
+from calmclip.service.app import create_app
+from calmclip.service.metrics import Metrics
+from calmclip.service.monitoring import rules
+from calmclip.service.settings import Settings
 from tests.test_compose import STAGES, setting_names
 
 FOLDER = Path(service.__file__).parent / "deploy" / "k8s"

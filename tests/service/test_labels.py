@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import service.labels
-from models.errors import BadRequest, LabelSetNotFound, Overloaded
-from service.labels import LabelSets
-from service.settings import Limits
+import calmclip.service.labels
+from calmclip.models.errors import BadRequest, LabelSetNotFound, Overloaded
+from calmclip.service.labels import LabelSets
+from calmclip.service.settings import Limits
 
 Pair = tuple[LabelSets, LabelSets]
 
@@ -55,7 +55,7 @@ def test_changes_by_both_at_the_same_time_are_all_counted(pair: Pair) -> None:
 def test_a_lock_that_another_keeps_is_not_waited_for_without_end(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.labels, "LOCK_S", 0.1)
+    monkeypatch.setattr(calmclip.service.labels, "LOCK_S", 0.1)
     one, other = pair
     one.put("pets", ["cat"])
     folder = os.open(tmp_path / "sets", os.O_RDONLY)
@@ -83,7 +83,7 @@ def test_a_temperature_is_not_set_on_what_the_other_has_changed_meanwhile(pair: 
 def test_what_has_not_changed_is_not_read_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = pair
     one.put("pets", ["cat"])
-    monkeypatch.setattr("service.labels.time.time_ns", lambda: 2**62)  # long after
+    monkeypatch.setattr("calmclip.service.labels.time.time_ns", lambda: 2**62)  # long after
     assert other.get("pets").labels == ("cat",)
-    monkeypatch.setattr("service.labels._read", None)
+    monkeypatch.setattr("calmclip.service.labels._read", None)
     assert other.get("pets").labels == ("cat",)

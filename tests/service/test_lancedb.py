@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service.stores import Condition, Info, Row, lancedb, open_store
+from calmclip.service.stores import Condition, Info, Row, lancedb, open_store
 
 DIM = 128
 RNG = np.random.default_rng(0)

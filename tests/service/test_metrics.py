@@ -5,9 +5,9 @@ from time import sleep
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from models.errors import StoreUnavailable
-from service.context import Context, Service
-from service.metrics import EDGES_S, STAGES, outcome
+from calmclip.models.errors import StoreUnavailable
+from calmclip.service.context import Context, Service
+from calmclip.service.metrics import EDGES_S, STAGES, outcome
 
 
 def scrape(client) -> dict[tuple[str, frozenset], float]:
@@ -153,7 +153,7 @@ def test_a_store_that_does_not_answer_is_our_error_and_nothing_was_turned_away(s
         raise StoreUnavailable("the database does not answer")
 
     with serve(settings()) as client:
-        monkeypatch.setattr("service.collections.Collections.all", away)
+        monkeypatch.setattr("calmclip.service.collections.Collections.all", away)
         answer = client.get("/v1/collections")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         samples = scrape(client)

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from service.metrics import Metrics
-from service.monitoring import dashboard, rules
-from service.settings import Settings
+from calmclip.service.metrics import Metrics
+from calmclip.service.monitoring import dashboard, rules
+from calmclip.service.settings import Settings
 
 FOLDER = Path(dashboard.__file__).parent
 RUNBOOK = FOLDER / "README.md"
@@ -82,10 +82,12 @@ def test_variables_name_series_and_labels_that_exist(series: dict[str, set[str]]
 
 def test_the_files_are_what_panels_and_rules_say() -> None:
     for file, uid in dashboard.FILES.items():
-        assert file.read_text(encoding="utf-8") == dashboard.text(uid), "run: python -m service.monitoring.dashboard"
+        assert file.read_text(encoding="utf-8") == dashboard.text(uid), (
+            "run: python -m calmclip.service.monitoring.dashboard"
+        )
     assert set(dashboard.FOLDER.iterdir()) == set(dashboard.FILES)
     for file, make in rules.FILES.items():
-        assert file.read_text(encoding="utf-8") == rules.text(make), "run: python -m service.monitoring.rules"
+        assert file.read_text(encoding="utf-8") == rules.text(make), "run: python -m calmclip.service.monitoring.rules"
 
 
 @pytest.mark.parametrize("file", dashboard.FILES, ids=lambda file: file.stem)

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from service.monitoring import dashboard, rules
+from calmclip.service.monitoring import dashboard, rules
 from tests.otlp import Collector, collecting
 from tests.process import serving
 

@@ -5,10 +5,10 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from models.cli import main
-from models.ops import build
-from models.runtime.session import SessionOptions
-from service import hub
+from calmclip.models.cli import main
+from calmclip.models.ops import build
+from calmclip.models.runtime.session import SessionOptions
+from calmclip.service import hub
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_with_the_library(told, library, mode):
 
 def test_off_means_off_to_pictures_and_graphs(told, library, monkeypatch):
     looked: list[object] = []
-    monkeypatch.setattr("models.ops.library.look", lambda folder: looked.append(folder) or library)
+    monkeypatch.setattr("calmclip.models.ops.library.look", lambda folder: looked.append(folder) or library)
     line, labels, prepare, sessions = told("off")
     assert not looked
     assert line == "CALMCLIP_OPS=off: bundles run their own functions"
@@ -80,7 +80,7 @@ def test_without_one_it_is_said_once(told, tmp_path, monkeypatch):
 
 def test_demanded_and_absent_nothing_starts(bundles, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
-    monkeypatch.setattr("service.cli._listen", lambda *_: pytest.fail("it listens"))
+    monkeypatch.setattr("calmclip.service.cli._listen", lambda *_: pytest.fail("it listens"))
     monkeypatch.setenv("CALMCLIP_OPS", "required")
     assert main(["serve", "--bundles", str(bundles)]) == 2
     said = capsys.readouterr().err

@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import service.hub
+import calmclip.service.hub
 
 
 @pytest.fixture
 def slow(monkeypatch):
     """Every run of the image graph for a request takes ``slow.seconds``; ``slow.runs`` counts them."""
 
-    class Slow(service.hub.Session):
+    class Slow(calmclip.service.hub.Session):
         seconds = 0.0
         runs = 0
         running = threading.Event()
@@ -26,7 +26,7 @@ def slow(monkeypatch):
                 time.sleep(Slow.seconds)
             return super().run(feeds)
 
-    monkeypatch.setattr(service.hub, "Session", Slow)
+    monkeypatch.setattr(calmclip.service.hub, "Session", Slow)
     return Slow
 
 
@@ -138,13 +138,13 @@ def test_who_hangs_up_frees_the_place_and_the_work(settings, serve, slow, pictur
 
 def test_nobody_is_served_before_the_bundles_are_loaded(settings, serve, monkeypatch, picture):
     gate = threading.Event()
-    plain = service.hub.Session
+    plain = calmclip.service.hub.Session
 
     def late(*args):
         gate.wait(5)
         return plain(*args)
 
-    monkeypatch.setattr(service.hub, "Session", late)
+    monkeypatch.setattr(calmclip.service.hub, "Session", late)
     with serve(settings(), ready=False) as client:
         answer = ask(client, picture("red"))
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

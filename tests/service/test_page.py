@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, Response, expect, sync_playwright
 
-from models.bundle.store import Sealed
-from service import keys
-from service.hub import Hub
-from service.indexing import index
-from service.settings import Settings
+from calmclip.models.bundle.store import Sealed
+from calmclip.service import keys
+from calmclip.service.hub import Hub
+from calmclip.service.indexing import index
+from calmclip.service.settings import Settings
 
 BROKEN: FilePayload = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
 TABS = ("Classify", "Detect", "Search")

@@ -7,16 +7,16 @@ import time
 import numpy as np
 import pytest
 
-from models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
-from service import collections
-from service.stores import Condition, Info, Row, open_store, shown
+from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
+from calmclip.service import collections
+from calmclip.service.stores import Condition, Info, Row, open_store, shown
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """What is waited for is not waited for long."""
     monkeypatch.setattr(collections, "AGAIN_S", 0.2)
-    monkeypatch.setattr("service.stores.pgvector.WAIT_S", 0.3)
+    monkeypatch.setattr("calmclip.service.stores.pgvector.WAIT_S", 0.3)
 
 
 def put(client, *items, name="c"):

@@ -5,9 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from service import quantized
-from service.quantized import Quantized
-from service.stores import Condition, Info, Row, open_store
+from calmclip.service import quantized
+from calmclip.service.quantized import Quantized
+from calmclip.service.stores import Condition, Info, Row, open_store
 
 DIM = 96  # no multiple of 64: the last word of signs is half empty
 RNG = np.random.default_rng(0)

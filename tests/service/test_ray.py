@@ -17,8 +17,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from models.errors import BadRequest
-from service.app import create_app
+from calmclip.models.errors import BadRequest
+from calmclip.service.app import create_app
 from tests.otlp import collecting
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
@@ -164,7 +164,7 @@ def quiet(monkeypatch):
 
 
 def test_replicas_do_not_share_a_folder(quiet, monkeypatch):
-    from service.deploy.ray_app import Args, build
+    from calmclip.service.deploy.ray_app import Args, build
 
     monkeypatch.setenv("CALMCLIP_STORE", "lancedb:somewhere")
     with pytest.raises(BadRequest, match=r"2 replicas cannot share a store of lancedb"):
@@ -173,7 +173,7 @@ def test_replicas_do_not_share_a_folder(quiet, monkeypatch):
 
 
 def test_a_port_for_metrics_is_refused(quiet, monkeypatch):
-    from service.deploy.ray_app import Args, build
+    from calmclip.service.deploy.ray_app import Args, build
 
     monkeypatch.setenv("CALMCLIP_METRICS_PORT", "9100")
     with pytest.raises(BadRequest, match="CALMCLIP_METRICS_PORT is 9100"):
@@ -181,7 +181,7 @@ def test_a_port_for_metrics_is_refused(quiet, monkeypatch):
 
 
 def test_nothing_is_reported_by_oversight(monkeypatch):
-    from service.deploy.ray_app import Args, build
+    from calmclip.service.deploy.ray_app import Args, build
 
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     with pytest.raises(BadRequest, match="--disable-usage-stats"):
@@ -189,7 +189,7 @@ def test_nothing_is_reported_by_oversight(monkeypatch):
 
 
 def test_a_replica_whose_bundles_do_not_load_is_not_healthy(settings, tmp_path):
-    from service.deploy.ray_app import Replica
+    from calmclip.service.deploy.ray_app import Replica
 
     replica = Replica()
     replica.app = create_app(settings(bundles_dir=tmp_path))

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from calmclip.service.settings import Settings
 
 
 def test_names_are_nested_with_two_underscores(monkeypatch):

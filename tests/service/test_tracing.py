@@ -12,9 +12,9 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from models.errors import ExtraMissing
-from service import tracing
-from service.app import create_app
+from calmclip.models.errors import ExtraMissing
+from calmclip.service import tracing
+from calmclip.service.app import create_app
 from tests.otlp import collecting, told
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # the example of W3C's Trace Context
@@ -118,7 +118,7 @@ def test_a_batch_says_how_many_were_in_it(settings, serve, collector):
 
 
 def test_what_went_wrong_is_said(settings, serve, picture, collector, monkeypatch):
-    from service.engine import Engine
+    from calmclip.service.engine import Engine
 
     with serve(settings(otlp_endpoint=collector.url)) as client:
         ask(client, "/v1/classify?labels=red", "broken", b"no picture")
@@ -235,7 +235,7 @@ def test_a_collector_that_is_down_costs_nothing_but_its_spans(settings, serve, p
 
 def test_without_an_address_nothing_is_imported_nor_kept(settings):
     script = (
-        "import sys; from service.app import create_app; from service.settings import Settings; "
+        "import sys; from calmclip.service.app import create_app; from calmclip.service.settings import Settings; "
         "create_app(Settings()); "
         "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])"
     )
@@ -246,5 +246,5 @@ def test_without_an_address_nothing_is_imported_nor_kept(settings):
 
 def test_without_the_extra_it_is_said_at_the_start(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ExtraMissing, match=re.escape("pip install 'calmclip[otel]'")):
+    with pytest.raises(ExtraMissing, match=re.escape("pip install -e '.[otel]'")):
         create_app(settings(otlp_endpoint="http://127.0.0.1:1"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.checkpoints import read
+from calmclip.export.checkpoints import read
 from tests import tiny
 from tests.export.layouts import test_mobileclip, test_openai_names
 from tests.tiny_layouts import bert, openai_like

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from export.nets import Net
-from export.pipeline import FLOAT, _write
-from export.trace import to_onnx
-from models.bundle.store import seal, stage
-from models.runner import Runner, open_bundle
+from calmclip.export.nets import Net
+from calmclip.export.pipeline import FLOAT, _write
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.store import seal, stage
+from calmclip.models.runner import Runner, open_bundle
 
 
 def runner(net: Net, out: Path, name: str) -> Runner:

@@ -1,7 +1,7 @@
 """The built-in model: pretrained encoders out of ordinary Python packages, joined by heads we trained.
 
 Source: Tan & Le 2019 (arXiv 1905.11946), EfficientNet, its Lite2 form; Wang et al. 2020 (arXiv 2002.10957), MiniLM;
-Norouzi et al. 2013 (arXiv 1312.5650), ConSE. The training is in `export.align`.
+Norouzi et al. 2013 (arXiv 1312.5650), ConSE. The training is in `calmclip.export.align`.
 
 Not CLIP, but it answers like one: pixels -> unit vector, ids + mask -> unit vector, 384 numbers each. A
 checkpoint directory is one that `calmclip align` wrote: ``heads.safetensors``, and beside it, where the packages
@@ -12,16 +12,16 @@ import hashlib
 import json
 from pathlib import Path
 
-from export.checkpoints import Weights
-from export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from export.nets.mini import backbone, boxhead, minilm
-from export.nets.mini.features import PIXELS
-from export.nets.mini.regions import add_detection
-from export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
-from export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
-from models.bundle.manifest import Plugin, Source, Tensor, TextPreprocess
-from models.errors import BadRequest
-from models.ops.spec import SOFTMAX
+from calmclip.export.checkpoints import Weights
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
+from calmclip.export.nets.mini import backbone, boxhead, minilm
+from calmclip.export.nets.mini.features import PIXELS
+from calmclip.export.nets.mini.regions import add_detection
+from calmclip.export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
+from calmclip.export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
+from calmclip.models.bundle.manifest import Plugin, Source, Tensor, TextPreprocess
+from calmclip.models.errors import BadRequest
+from calmclip.models.ops.spec import SOFTMAX
 
 RANGES = Path(__file__).with_name("ranges.json")
 BOXES = Path(__file__).with_name("boxhead.safetensors")

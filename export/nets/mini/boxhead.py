@@ -1,7 +1,7 @@
 """The class-agnostic box head on the frozen backbone's maps: where things are, not what they are.
 
 Source: the dense, anchor-free form of Tian et al. 2019 (FCOS, arXiv 1904.01355): every cell of a stride-16 grid
-says how likely it belongs to an object, and how far the object's four sides are. Trained by `export.boxes`.
+says how likely it belongs to an object, and how far the object's four sides are. Trained by `calmclip.export.boxes`.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
-from export.nets.mini.backbone import WIDTH16, WIDTH32
-from models.errors import WeightsMissing
+from calmclip.export.nets.mini.backbone import WIDTH16, WIDTH32
+from calmclip.models.errors import WeightsMissing
 
 STRIDE = 16
 WIDTH, BLOCKS = 96, 4
@@ -67,7 +67,7 @@ def load(path: Path) -> BoxHead:
         head.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise WeightsMissing(
-            f"{path} holds no box head: {error}. `python -m export.boxes` writes such a file."
+            f"{path} holds no box head: {error}. `python -m calmclip.export.boxes` writes such a file."
         ) from None
     return fold(head)
 

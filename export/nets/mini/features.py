@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from export.nets.mini.backbone import WIDTH32, frozen
-from export.nets.mini.minilm import CONTEXT, WIDTH, from_state
-from export.nets.mini.weights import BACKBONE, backbone_state, minilm_state, tokenizer_json
-from models.bundle.manifest import ImagePreprocess
-from models.errors import InputError
-from models.preprocess.image import ImagePreparer, decode
+from calmclip.export.nets.mini.backbone import WIDTH32, frozen
+from calmclip.export.nets.mini.minilm import CONTEXT, WIDTH, from_state
+from calmclip.export.nets.mini.weights import BACKBONE, backbone_state, minilm_state, tokenizer_json
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.errors import InputError
+from calmclip.models.preprocess.image import ImagePreparer, decode
 
 PIXELS = ImagePreprocess(
     size=(260, 260), resize="shortest", shortest=292, keep_square=True, mean=(127 / 255,) * 3, std=(128 / 255,) * 3

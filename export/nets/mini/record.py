@@ -1,6 +1,6 @@
 """Searches and records the settings and activation ranges that ship with the built-in model.
 
-`python -m export.nets.mini.record --help`
+`python -m calmclip.export.nets.mini.record --help`
 
 Run again after a change to a tower's graph or weights; until then export says that the ranges do not fit, and
 observes the pictures that ship with calmclip instead.
@@ -12,15 +12,15 @@ import random
 import tempfile
 from pathlib import Path
 
-from export import calibrate
-from export.captions import read_captions
-from export.nets import NETS
-from export.nets.mini import RANGES, TEMPLATES
-from export.pipeline import nominal
-from export.quantizers import QUANTIZERS, Goal
-from export.recipe import Bars
-from export.trace import fingerprint, to_onnx
-from models.prompts import fill
+from calmclip.export import calibrate
+from calmclip.export.captions import read_captions
+from calmclip.export.nets import NETS
+from calmclip.export.nets.mini import RANGES, TEMPLATES
+from calmclip.export.pipeline import nominal
+from calmclip.export.quantizers import QUANTIZERS, Goal
+from calmclip.export.recipe import Bars
+from calmclip.export.trace import fingerprint, to_onnx
+from calmclip.models.prompts import fill
 
 
 def main() -> None:

@@ -15,14 +15,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from export.nets import Built, Net, Tower, _detect
-from export.nets.mini.backbone import QUANTIZE, Backbone
-from export.nets.mini.boxhead import BoxHead
-from export.nets.mini.towers import ImageHead, ImageTower, TextTower
-from models.bundle.manifest import ImagePreprocess
-from models.bundle.manifest import Tensor as Spec
-from models.flow import Array, Arrays
-from models.ops.spec import SOFTMAX
+from calmclip.export.nets import Built, Net, Tower, _detect
+from calmclip.export.nets.mini.backbone import QUANTIZE, Backbone
+from calmclip.export.nets.mini.boxhead import BoxHead
+from calmclip.export.nets.mini.towers import ImageHead, ImageTower, TextTower
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.flow import Array, Arrays
+from calmclip.models.ops.spec import SOFTMAX
 
 SIZE = 640  # the letterboxed picture's sides
 CELL = 32  # pixels of a cell of the map that regions are averaged from

@@ -1,4 +1,4 @@
-"""The two towers of the built-in model: frozen encoders, and the small heads that `export.align` trains.
+"""The two towers of the built-in model: frozen encoders, and the small heads that `calmclip.export.align` trains.
 
 z = 6 unit((f - mean) / std)        f [1280]: the mean of the backbone's last map
 p = softmax(classifier(f))          the backbone's own 1000 ImageNet classes
@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.nets.mini.backbone import CLASSES, WIDTH32, Backbone
-from export.nets.mini.minilm import WIDTH, MiniLM
-from models.errors import WeightsMissing
+from calmclip.export.nets.mini.backbone import CLASSES, WIDTH32, Backbone
+from calmclip.export.nets.mini.minilm import WIDTH, MiniLM
+from calmclip.models.errors import WeightsMissing
 
 FEATURE_LENGTH = 6.0  # of z; against the unit length of c in the same product
 SHIPPED = Path(__file__).with_name("heads.safetensors")

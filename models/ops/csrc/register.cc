@@ -26,5 +26,5 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   });
 }
 
-// The version of the operators' contract, `models.ops.spec.VERSION`.
+// The version of the operators' contract, `calmclip.models.ops.spec.VERSION`.
 extern "C" __attribute__((visibility("default"))) int calmclip_ops_version() { return 1; }

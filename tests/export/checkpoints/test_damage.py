@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from export import checkpoints
-from export.checkpoints import pickles, torchscript
-from export.checkpoints.weights import NoWeights, load_tensors, weight_files
-from models.cli import main
-from models.errors import UnknownCheckpoint
+from calmclip.export import checkpoints
+from calmclip.export.checkpoints import pickles, torchscript
+from calmclip.export.checkpoints.weights import NoWeights, load_tensors, weight_files
+from calmclip.models.cli import main
+from calmclip.models.errors import UnknownCheckpoint
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5), "count": torch.tensor(7)}
 

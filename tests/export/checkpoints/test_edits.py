@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from export.checkpoints import Weights, edits
-from export.nets.clip import load
-from export.recipe import load_recipe, load_weights
-from models.cli import main
-from models.errors import BadRequest, UnknownCheckpoint
+from calmclip.export.checkpoints import Weights, edits
+from calmclip.export.nets.clip import load
+from calmclip.export.recipe import load_recipe, load_weights
+from calmclip.models.cli import main
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from tests import tiny
 from tests.tiny_layouts import bert, openai_like
 

@@ -18,10 +18,10 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 
-from export.checkpoints import hub
-from export.nets.clip import load
-from export.recipe import load_recipe, load_weights
-from models.errors import ExtraMissing, UnknownCheckpoint
+from calmclip.export.checkpoints import hub
+from calmclip.export.nets.clip import load
+from calmclip.export.recipe import load_recipe, load_weights
+from calmclip.models.errors import ExtraMissing, UnknownCheckpoint
 from tests import tiny
 
 REPO, COMMIT = "some-body/Tiny-CLIP_1.0", "0123456789abcdef0123456789abcdef01234567"
@@ -217,7 +217,7 @@ def test_files_that_do_not_come_are_told_of_in_one_line(endpoint: str, tmp_path:
 def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        ExtraMissing, match=r"'huggingface_hub', which is not installed; pip install 'calmclip\[nets\]'"
+        ExtraMissing, match=r"'huggingface_hub', which is not installed; in .*: pip install -e '\.\[nets\]'"
     ):
         hub.locate(f"hf:{REPO}")
 
@@ -239,7 +239,7 @@ def test_a_name_is_read_from_where_the_cache_keeps_it_alone(tmp_path: Path, monk
 
 def test_the_verb_takes_it(endpoint: str, tmp_path: Path):
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "models.cli", "recipe", f"hf:{REPO}@v1"]
+    command = [sys.executable, "-m", "calmclip.models.cli", "recipe", f"hf:{REPO}@v1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert tomllib.loads(done.stdout)["name"] == "tiny-clip_1.0"

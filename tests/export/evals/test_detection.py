@@ -9,8 +9,8 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from export.evals.detection import THRESHOLDS, Boxes, average_precision, measure, read_instances, recall
-from models.errors import BadRequest
+from calmclip.export.evals.detection import THRESHOLDS, Boxes, average_precision, measure, read_instances, recall
+from calmclip.models.errors import BadRequest
 
 NAMES = 3
 

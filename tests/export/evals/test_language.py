@@ -9,12 +9,12 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.evals import perplexity, top1
-from export.pipeline import build
-from export.recipe import load_recipe, recognise
-from export.training.data import IGNORED, masked, word_pieces
-from models.errors import BadRequest
-from models.runner import open_bundle
+from calmclip.export.evals import perplexity, top1
+from calmclip.export.pipeline import build
+from calmclip.export.recipe import load_recipe, recognise
+from calmclip.export.training.data import IGNORED, masked, word_pieces
+from calmclip.models.errors import BadRequest
+from calmclip.models.runner import open_bundle
 from tests import tiny
 
 TEXTS = [

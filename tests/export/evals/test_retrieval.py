@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.evals.retrieval import measure, recalls
-from models.errors import BadRequest
+from calmclip.export.evals.retrieval import measure, recalls
+from calmclip.models.errors import BadRequest
 
 
 def test_recalls_worked_out_by_hand():

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from export.evals.zero_shot import measure
-from models.errors import BadRequest
+from calmclip.export.evals.zero_shot import measure
+from calmclip.models.errors import BadRequest
 
 
 class Fake:

@@ -6,9 +6,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from export.functions.soft_nms import OPSET, soft_nms
-from models.ops import reference
-from models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
+from calmclip.export.functions.soft_nms import OPSET, soft_nms
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
 
 
 def model(*front):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export.functions.softmax import OPSET, softmax
-from models.ops import reference
-from models.ops.spec import DOMAIN, SOFTMAX, VERSION
+from calmclip.export.functions.softmax import OPSET, softmax
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import DOMAIN, SOFTMAX, VERSION
 
 LOWEST = np.finfo(np.float32).min
 SETTINGS = [{}, {"gamma": -0.03}, {"gamma": -0.1, "zeta": 1.1}, {"zeta": 1.03}]

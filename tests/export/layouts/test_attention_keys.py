@@ -8,10 +8,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from export.checkpoints import read
-from export.layouts import LAYOUTS, translate, written
-from export.nets import NETS, bert, opt, vit
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import read
+from calmclip.export.layouts import LAYOUTS, translate, written
+from calmclip.export.nets import NETS, bert, opt, vit
+from calmclip.models.errors import UnknownCheckpoint
 from tests import quantizable, tiny
 from tests.quantizable import GATES
 from tests.tiny import spread

@@ -11,12 +11,12 @@ import transformers
 from PIL import Image
 from torch.nn.functional import normalize
 
-from export.checkpoints import read
-from export.nets.clip import load
-from models.bundle.manifest import ImagePreprocess
-from models.errors import UnknownCheckpoint
-from models.preprocess.image import ImagePreparer, decode
-from models.runner import Runner
+from calmclip.export.checkpoints import read
+from calmclip.export.nets.clip import load
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.errors import UnknownCheckpoint
+from calmclip.models.preprocess.image import ImagePreparer, decode
+from calmclip.models.runner import Runner
 from tests import tiny
 from tests.tiny_layouts import bert, sealed
 
@@ -219,7 +219,7 @@ def test_what_is_not_supported_is_named(xlmr, tmp_path: Path, change: dict, what
 def test_text_towers_of_another_kind_are_refused_by_name(xlmr, tmp_path: Path, name: str):
     from safetensors.torch import save_file
 
-    from export.recipe import recognise
+    from calmclip.export.recipe import recognise
 
     copy = shutil.copytree(xlmr[0], tmp_path / "other")
     config = json.loads((copy / "open_clip_config.json").read_text())

@@ -10,10 +10,10 @@ import torch
 import transformers
 from PIL import Image
 
-from export.layouts._hugging_face import image_preprocess
-from export.nets.clip import load
-from models.errors import UnknownCheckpoint
-from models.runner import open_bundle
+from calmclip.export.layouts._hugging_face import image_preprocess
+from calmclip.export.nets.clip import load
+from calmclip.models.errors import UnknownCheckpoint
+from calmclip.models.runner import open_bundle
 
 TEXTS = ["a photo of a cat.", "two red dogs", "a", "green green green green blue photo of two dogs, a cat and a zebra"]
 

@@ -14,11 +14,11 @@ from timm.models import fastvit, vision_transformer_hybrid
 from torch import nn
 from torchvision import transforms
 
-from export.checkpoints import read
-from export.nets.clip import load
-from export.towers.image import Trunk
-from models.preprocess.image import ImagePreparer, decode
-from models.runner import Runner
+from calmclip.export.checkpoints import read
+from calmclip.export.nets.clip import load
+from calmclip.export.towers.image import Trunk
+from calmclip.models.preprocess.image import ImagePreparer, decode
+from calmclip.models.runner import Runner
 from tests.tiny_layouts import mobileclip, sealed
 from tests.tiny_layouts.mobileclip import DIM, OriginalText, small_fastvit
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.layouts._clip_bpe import tokenizer_json
-from export.nets.clip import load
-from models.cli import main
-from models.errors import UnknownCheckpoint
-from models.runner import Runner
+from calmclip.export.layouts._clip_bpe import tokenizer_json
+from calmclip.export.nets.clip import load
+from calmclip.models.cli import main
+from calmclip.models.errors import UnknownCheckpoint
+from calmclip.models.runner import Runner
 from tests.tiny_layouts import sealed
 
 TEXTS = [

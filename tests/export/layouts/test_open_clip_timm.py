@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from export.nets.clip import load
-from models.errors import UnknownCheckpoint
+from calmclip.export.nets.clip import load
+from calmclip.models.errors import UnknownCheckpoint
 from tests.tiny_layouts import sealed, trunks
 
 WRITERS = {"convnext": trunks.open_clip_timm, "mobileclip": trunks.open_clip_timm_custom_text}

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.checkpoints import Weights
-from export.nets import Net
-from export.nets.clip import load
-from export.parity import onnx_run
-from export.trace import to_onnx
-from models.errors import UnknownCheckpoint
+from calmclip.export.checkpoints import Weights
+from calmclip.export.nets import Net
+from calmclip.export.nets.clip import load
+from calmclip.export.parity import onnx_run
+from calmclip.export.trace import to_onnx
+from calmclip.models.errors import UnknownCheckpoint
 from tests.tiny_layouts import openai_like
 
 TEXTS = torch.zeros(3, 40, dtype=torch.int64)

@@ -17,14 +17,14 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.layouts import _siglip_text
-from export.layouts.hf_siglip import image_preprocess
-from export.nets.clip import load
-from models.bundle.manifest import TextPreprocess
-from models.errors import TextTooLong, UnknownCheckpoint
-from models.preprocess.image import ImagePreparer, decode
-from models.preprocess.text import TextPreparer
-from models.runner import Runner
+from calmclip.export.layouts import _siglip_text
+from calmclip.export.layouts.hf_siglip import image_preprocess
+from calmclip.export.nets.clip import load
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import TextTooLong, UnknownCheckpoint
+from calmclip.models.preprocess.image import ImagePreparer, decode
+from calmclip.models.preprocess.text import TextPreparer
+from calmclip.models.runner import Runner
 from tests.tiny_layouts import sealed, siglip
 
 NAMES = ("cat", "astronaut", "rocket", "coffee")

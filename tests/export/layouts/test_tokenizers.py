@@ -8,10 +8,10 @@ import pytest
 import transformers
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from export.layouts import _clip_bpe
-from export.nets.clip import load
-from models.bundle.manifest import TextPreprocess
-from models.preprocess.text import TextPreparer
+from calmclip.export.layouts import _clip_bpe
+from calmclip.export.nets.clip import load
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.preprocess.text import TextPreparer
 from tests.strings import MOJIBAKE, STRINGS
 from tests.tiny_layouts import bert
 

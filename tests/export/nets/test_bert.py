@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from export.nets.bert import load
-from models.errors import UnknownCheckpoint
+from calmclip.export.nets.bert import load
+from calmclip.models.errors import UnknownCheckpoint
 from tests import tiny
 
 IDS = torch.tensor([[598, 3, 6, 7, 599], [598, 1, 599, 0, 0]])

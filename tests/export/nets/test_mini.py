@@ -6,11 +6,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from export.nets import NETS, Net
-from export.nets.mini import RANGES
-from export.nets.mini.towers import SHIPPED
-from export.trace import fingerprint, to_onnx
-from models.preprocess.image import ImagePreparer, decode
+from calmclip.export.nets import NETS, Net
+from calmclip.export.nets.mini import RANGES
+from calmclip.export.nets.mini.towers import SHIPPED
+from calmclip.export.trace import fingerprint, to_onnx
+from calmclip.models.preprocess.image import ImagePreparer, decode
 
 
 @pytest.fixture(scope="module")
@@ -53,5 +53,7 @@ def test_recorded_ranges_fit_the_graphs(net: Net):
     recorded = json.loads(RANGES.read_text())
     assert recorded["pictures"]
     for role, tower in net.towers.items():
-        assert recorded["graphs"][role]["fingerprint"] == fingerprint(to_onnx(tower)), "run export.nets.mini.record"
+        assert recorded["graphs"][role]["fingerprint"] == fingerprint(to_onnx(tower)), (
+            "run calmclip.export.nets.mini.record"
+        )
         assert recorded["graphs"][role]["quantizer"] == tower.quantizer

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.nets.mini import backbone
-from export.nets.mini.features import PIXELS
-from export.nets.mini.weights import backbone_state
-from models.preprocess.image import ImagePreparer, decode
+from calmclip.export.nets.mini import backbone
+from calmclip.export.nets.mini.features import PIXELS
+from calmclip.export.nets.mini.weights import backbone_state
+from calmclip.models.preprocess.image import ImagePreparer, decode
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.nets.mini.features import of_pictures
-from models.errors import BadImage
+from calmclip.export.nets.mini.features import of_pictures
+from calmclip.models.errors import BadImage
 
 
 def test_kept_features_are_those_of_the_first_time(photographs: dict[str, Path], tmp_path: Path):

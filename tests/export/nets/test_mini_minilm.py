@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from export.nets.mini import minilm
-from export.nets.mini.weights import MINILM, minilm_state
+from calmclip.export.nets.mini import minilm
+from calmclip.export.nets.mini.weights import MINILM, minilm_state
 
 
 def test_equals_transformers_on_padded_and_whole_rows():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.nets.mini.towers import SHAPES, Heads, ImageHead, TextTower
-from models.errors import WeightsMissing
+from calmclip.export.nets.mini.towers import SHAPES, Heads, ImageHead, TextTower
+from calmclip.models.errors import WeightsMissing
 
 
 @pytest.fixture

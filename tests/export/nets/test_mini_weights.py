@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from export.nets.mini import weights
-from models.errors import WeightsMissing
+from calmclip.export.nets.mini import weights
+from calmclip.models.errors import WeightsMissing
 
 
 def test_a_directory_goes_before_the_package(tmp_path: Path):

@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from export.nets.opt import load
-from models.errors import UnknownCheckpoint
+from calmclip.export.nets.opt import load
+from calmclip.models.errors import UnknownCheckpoint
 from tests import tiny
 
 

@@ -16,23 +16,23 @@ import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from export import parity, pipeline, rewrites
-from export.nets import NETS, Net
-from export.nets._detect import CANDIDATES
-from export.nets.owl import detect_graph, grid_bias, pixels
-from export.recipe import Recipe
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import DETECTED, Manifest
-from models.bundle.store import Sealed
-from models.cli import main
-from models.commands import check_command
-from models.errors import BadRequest, UnknownCheckpoint
-from models.flow import Array, Arrays, Call, drive
-from models.ops.reference import soft_nms
-from models.preprocess.image import decode
-from models.preprocess.text import TextPreparer
-from models.runner import Runner, open_bundle
-from models.tasks.detect import Detections, DetectRequest, Example, Suppression, detect
+from calmclip.export import parity, pipeline, rewrites
+from calmclip.export.nets import NETS, Net
+from calmclip.export.nets._detect import CANDIDATES
+from calmclip.export.nets.owl import detect_graph, grid_bias, pixels
+from calmclip.export.recipe import Recipe
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import DETECTED, Manifest
+from calmclip.models.bundle.store import Sealed
+from calmclip.models.cli import main
+from calmclip.models.commands import check_command
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.flow import Array, Arrays, Call, drive
+from calmclip.models.ops.reference import soft_nms
+from calmclip.models.preprocess.image import decode
+from calmclip.models.preprocess.text import TextPreparer
+from calmclip.models.runner import Runner, open_bundle
+from calmclip.models.tasks.detect import Detections, DetectRequest, Example, Suppression, detect
 from tests import tiny
 
 KINDS = {"owlvit": "OwlViT", "owlv2": "Owlv2"}

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
 
-from export import rewrites
-from export.nets._detect import CANDIDATES
-from export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
-from export.nets.mini.regions import (
+from calmclip.export import rewrites
+from calmclip.export.nets._detect import CANDIDATES
+from calmclip.export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
+from calmclip.export.nets.mini.regions import (
     CELL,
     PROPOSALS,
     SCALE,
@@ -22,9 +22,9 @@ from export.nets.mini.regions import (
     propose,
     survivors,
 )
-from models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
-from models.ops.reference import soft_nms
-from models.ops.spec import METHODS
+from calmclip.models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
+from calmclip.models.ops.reference import soft_nms
+from calmclip.models.ops.spec import METHODS
 
 
 def random_boxes(seed, *shape, most=200.0):

@@ -10,9 +10,9 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from export.nets.vit import load
-from models.errors import UnknownCheckpoint
-from models.preprocess.image import ImagePreparer, decode
+from calmclip.export.nets.vit import load
+from calmclip.models.errors import UnknownCheckpoint
+from calmclip.models.preprocess.image import ImagePreparer, decode
 
 
 @torch.no_grad()

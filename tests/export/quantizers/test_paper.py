@@ -14,15 +14,15 @@ import torch
 from onnx import TensorProto, numpy_helper, parser
 from torch import Tensor
 
-from export import rewrites
-from export.nets import Tower
-from export.parity import compare, onnx_run
-from export.quantizers import _qdq, fast, paper
-from export.quantizers._sites import sites
-from export.share import count
-from export.towers.attention import Softmax
-from export.trace import to_onnx
-from models.flow import Array, Arrays
+from calmclip.export import rewrites
+from calmclip.export.nets import Tower
+from calmclip.export.parity import compare, onnx_run
+from calmclip.export.quantizers import _qdq, fast, paper
+from calmclip.export.quantizers._sites import sites
+from calmclip.export.share import count
+from calmclip.export.towers.attention import Softmax
+from calmclip.export.trace import to_onnx
+from calmclip.models.flow import Array, Arrays
 from tests.towers import HEADS, KINDS, LAYERS, WIDTH, feeds_of, state_of, tower_of
 
 CLIPPED = Softmax(-0.05, 1.02)

@@ -3,9 +3,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.parity import onnx_run
-from export.quantizers import _qdq, dynamic, static
-from models.flow import Array
+from calmclip.export.parity import onnx_run
+from calmclip.export.quantizers import _qdq, dynamic, static
+from calmclip.models.flow import Array
 
 Value = helper.make_tensor_value_info
 

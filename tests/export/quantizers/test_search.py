@@ -10,14 +10,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from export.nets import Tower
-from export.parity import compare, onnx_run
-from export.quantizers import QUANTIZERS, Goal, Settled, search, smooth
-from export.share import count, share
-from export.trace import to_onnx
-from models.bundle.manifest import Tensor
-from models.errors import BadRequest, ExportError
-from models.flow import Array
+from calmclip.export.nets import Tower
+from calmclip.export.parity import compare, onnx_run
+from calmclip.export.quantizers import QUANTIZERS, Goal, Settled, search, smooth
+from calmclip.export.share import count, share
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.errors import BadRequest, ExportError
+from calmclip.models.flow import Array
 
 WIDTH, BLOCKS, HEADS, TOKENS = 64, 4, 2, 17
 Value = helper.make_tensor_value_info

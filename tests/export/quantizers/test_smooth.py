@@ -5,9 +5,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from export.parity import onnx_run
-from export.quantizers import QUANTIZERS, _qdq, smooth
-from models.flow import Array
+from calmclip.export.parity import onnx_run
+from calmclip.export.quantizers import QUANTIZERS, _qdq, smooth
+from calmclip.models.flow import Array
 
 WIDTH, OUT = 32, 8
 

@@ -3,8 +3,8 @@
 import pytest
 from onnx import parser
 
-from export import rewrites
-from models.errors import ExportError, UnknownName
+from calmclip.export import rewrites
+from calmclip.models.errors import ExportError, UnknownName
 
 ALL = ["softmax", "clipped_softmax"]
 NOTHING = '<ir_version: 10, opset_import: ["": 20]> g (float[r, 7] x) => (float[r, 7] y) { y = Relu (x) }'
@@ -60,7 +60,7 @@ def test_a_name_that_is_no_rule_is_refused():
 def test_rules_that_undo_each_other_are_stopped(monkeypatch):
     from dataclasses import replace
 
-    from export.rewrites import REWRITES, Outcome
+    from calmclip.export.rewrites import REWRITES, Outcome
 
     restless = replace(REWRITES.get("softmax"), rewrite=lambda model, params: Outcome(1, {}))
     monkeypatch.setitem(REWRITES._things, "softmax", restless)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from onnx import parser
 
-from export import rewrites
-from export.nets import Tower
-from export.parity import onnx_run
-from export.rewrites.clipped_softmax import stretch
-from export.trace import to_onnx
-from models.bundle.manifest import Tensor
-from models.ops.spec import DOMAIN
+from calmclip.export import rewrites
+from calmclip.export.nets import Tower
+from calmclip.export.parity import onnx_run
+from calmclip.export.rewrites.clipped_softmax import stretch
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.ops.spec import DOMAIN
 
 BOTH = ["softmax", "clipped_softmax"]
 

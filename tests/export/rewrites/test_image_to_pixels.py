@@ -8,14 +8,14 @@ import pytest
 from onnx import parser
 from PIL import Image
 
-from export import rewrites
-from export.functions import alone
-from export.parity import onnx_run
-from export.rewrites.image_to_pixels import attributes, inside
-from models.bundle.manifest import ImagePreprocess, Tensor
-from models.ops.library import find
-from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
-from models.preprocess.image import ImagePreparer
+from calmclip.export import rewrites
+from calmclip.export.functions import alone
+from calmclip.export.parity import onnx_run
+from calmclip.export.rewrites.image_to_pixels import attributes, inside
+from calmclip.models.bundle.manifest import ImagePreprocess, Tensor
+from calmclip.models.ops.library import find
+from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
+from calmclip.models.preprocess.image import ImagePreparer
 
 RULE = ["image_to_pixels"]
 CLIP = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}

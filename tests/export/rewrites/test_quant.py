@@ -9,13 +9,13 @@ import pytest
 import torch
 from onnx import parser
 
-from export import rewrites
-from export.parity import onnx_run
-from export.quantizers import QUANTIZERS, _qdq
-from export.towers.attention import Softmax
-from export.trace import to_onnx
-from models.ops.library import find
-from models.ops.spec import DOMAIN
+from calmclip.export import rewrites
+from calmclip.export.parity import onnx_run
+from calmclip.export.quantizers import QUANTIZERS, _qdq
+from calmclip.export.towers.attention import Softmax
+from calmclip.export.trace import to_onnx
+from calmclip.models.ops.library import find
+from calmclip.models.ops.spec import DOMAIN
 from tests.towers import KINDS, feeds_of, state_of, tower_of
 
 QUANT = tuple(name for name in rewrites.swaps() if name.startswith("quant_"))

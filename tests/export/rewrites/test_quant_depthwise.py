@@ -9,9 +9,9 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper, parser
 
-from export import rewrites
-from export.parity import onnx_run
-from models.ops.library import find
+from calmclip.export import rewrites
+from calmclip.export.parity import onnx_run
+from calmclip.models.ops.library import find
 
 RNG = np.random.default_rng(0)
 CONSTANTS = {

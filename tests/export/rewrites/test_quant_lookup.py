@@ -10,10 +10,10 @@ import onnxruntime as ort
 import pytest
 from onnx import parser
 
-from export import rewrites
-from export.parity import onnx_run
-from export.rewrites.quant_lookup import POINTWISE
-from models.ops.library import find
+from calmclip.export import rewrites
+from calmclip.export.parity import onnx_run
+from calmclip.export.rewrites.quant_lookup import POINTWISE
+from calmclip.models.ops.library import find
 
 STEP, MID, FINE, LOW = np.float32(0.05), 117, np.float32(0.03), 21
 _GRIDS = """<float step = {0.05}, uint8 mid = {117}, float fine = {0.03}, uint8 low = {21}, int8 mid8 = {-3},

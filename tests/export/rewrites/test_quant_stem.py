@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from onnx import parser
 
-from export import rewrites
-from models.ops.spec import DOMAIN
+from calmclip.export import rewrites
+from calmclip.models.ops.spec import DOMAIN
 from tests.export.rewrites.test_quant import same
 
 END = "y = QuantizeLinear (z, coarse, mid)"

@@ -7,11 +7,11 @@ import onnx
 import pytest
 from onnx import parser
 
-from export import rewrites
-from export.parity import onnx_run
-from export.rewrites.soft_nms import SETTINGS
-from models.ops import reference
-from models.ops.spec import DOMAIN, METHODS, SOFT_NMS
+from calmclip.export import rewrites
+from calmclip.export.parity import onnx_run
+from calmclip.export.rewrites.soft_nms import SETTINGS
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import DOMAIN, METHODS, SOFT_NMS
 
 RULE = ["soft_nms"]
 BODY = """

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.towers import Style
-from export.towers.attention import GATES, AttentionSpec, Gate, Softmax, kind, new_gate
-from export.towers.bert import LastPostBlock, PostBlock
-from export.towers.transformer import Attention, Block, LastBlock, causal
-from models.errors import BadRequest, UnknownCheckpoint
+from calmclip.export.towers import Style
+from calmclip.export.towers.attention import GATES, AttentionSpec, Gate, Softmax, kind, new_gate
+from calmclip.export.towers.bert import LastPostBlock, PostBlock
+from calmclip.export.towers.transformer import Attention, Block, LastBlock, causal
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
 
 WIDTH, HEADS, TOKENS = 32, 4, 7
 EACH = WIDTH // HEADS

@@ -10,7 +10,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from timm.models.fastvit import FastVit, LayerScale2d, RepConditionalPosEnc
 from torch import nn
 
-from export.towers.fold import fold, take_apart
+from calmclip.export.towers.fold import fold, take_apart
 
 
 def seeded(module: nn.Module) -> nn.Module:

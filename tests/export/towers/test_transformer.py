@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.nets import Tower
-from export.share import count
-from export.towers import Style
-from export.towers.image import AttentionPool, VisionTransformer
-from export.towers.text import Pick, TextTransformer
-from export.towers.transformer import Block, LastBlock, causal
-from export.trace import to_onnx
-from models.bundle.manifest import Tensor as Spec
+from calmclip.export.nets import Tower
+from calmclip.export.share import count
+from calmclip.export.towers import Style
+from calmclip.export.towers.image import AttentionPool, VisionTransformer
+from calmclip.export.towers.text import Pick, TextTransformer
+from calmclip.export.towers.transformer import Block, LastBlock, causal
+from calmclip.export.trace import to_onnx
+from calmclip.models.bundle.manifest import Tensor as Spec
 
 WIDTH, HEADS, HIDDEN, TOKENS, LAYERS, WORDS, OUT = 32, 4, 80, 7, 3, 50, 16
 STYLE = Style(heads=HEADS)

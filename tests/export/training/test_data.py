@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.training import data
-from models.bundle.manifest import ImagePreprocess
-from models.errors import BadRequest
-from models.preprocess.image import ImagePreparer
+from calmclip.export.training import data
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.errors import BadRequest
+from calmclip.models.preprocess.image import ImagePreparer
 
 TEXTS = ["red cat", "two blue dogs", "a green cat"] * 4
 

@@ -10,9 +10,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer
 
-from export.training import demonstration
-from export.training.demonstration import DICTIONARY, FAMILIES, Run, demonstrate, dictionary, table
-from models.errors import BadRequest
+from calmclip.export.training import demonstration
+from calmclip.export.training.demonstration import DICTIONARY, FAMILIES, Run, demonstrate, dictionary, table
+from calmclip.models.errors import BadRequest
 
 ENTRY = "Calm \\Calm\\ (k[aum]m), n. [OE. & F. calme, fr. It. or Sp. calma.] Freedom from motion, or disturbance."
 

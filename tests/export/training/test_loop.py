@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from export.towers import Style
-from export.towers.transformer import Block
-from export.training.loop import LOG, STATE, outliers, train
-from export.training.settings import training
-from models.errors import BadRequest, ExportError
+from calmclip.export.towers import Style
+from calmclip.export.towers.transformer import Block
+from calmclip.export.training.loop import LOG, STATE, outliers, train
+from calmclip.export.training.settings import training
+from calmclip.models.errors import BadRequest, ExportError
 
 
 class Line:

@@ -10,13 +10,13 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer
 
-from export.nets import NETS
-from export.towers.transformer import Attention
-from export.training.loop import train
-from export.training.settings import training
-from export.training.start import student
-from export.training.write import write
-from models.errors import BadRequest
+from calmclip.export.nets import NETS
+from calmclip.export.towers.transformer import Attention
+from calmclip.export.training.loop import train
+from calmclip.export.training.settings import training
+from calmclip.export.training.start import student
+from calmclip.export.training.write import write
+from calmclip.models.errors import BadRequest
 from tests import tiny
 
 SIZE = {"layers": 2, "width": 16, "heads": 2, "length": 16, "words": 300, "side": 16, "patch": 8}

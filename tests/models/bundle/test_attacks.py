@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
-from models import open_bundle
-from models.bundle import store
-from models.bundle.bundle import Bundle
-from models.bundle.store import read, seal, stage
-from models.errors import BundleInvalid, BundleNotFound, BundleTooNew
+from calmclip import open_bundle
+from calmclip.models.bundle import store
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import read, seal, stage
+from calmclip.models.errors import BundleInvalid, BundleNotFound, BundleTooNew
 
 
 def edit(sealed: Path, change: Callable[[dict[str, Any]], object]) -> None:

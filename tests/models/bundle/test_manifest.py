@@ -9,10 +9,10 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from models.bundle import manifest as module
-from models.bundle.manifest import FrozenModel, Graph, ImagePreprocess, Manifest, Plugin, parse, schema
-from models.errors import BundleInvalid, BundleTooNew
-from models.tasks.detect import Suppression
+from calmclip.models.bundle import manifest as module
+from calmclip.models.bundle.manifest import FrozenModel, Graph, ImagePreprocess, Manifest, Plugin, parse, schema
+from calmclip.models.errors import BundleInvalid, BundleTooNew
+from calmclip.models.tasks.detect import Suppression
 
 HERE = Path(module.__file__).parent
 Json = dict[str, Any]

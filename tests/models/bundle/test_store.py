@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from models.bundle import store
-from models.bundle.manifest import Manifest
-from models.bundle.store import Sealed, describe, find, names, read, seal, stage
-from models.errors import BundleError, BundleInvalid, BundleNotFound
+from calmclip.models.bundle import store
+from calmclip.models.bundle.manifest import Manifest
+from calmclip.models.bundle.store import Sealed, describe, find, names, read, seal, stage
+from calmclip.models.errors import BundleError, BundleInvalid, BundleNotFound
 
 Write = Callable[[Path], Manifest]
 
@@ -195,8 +195,8 @@ def test_a_kill_in_the_middle_leaves_the_old_or_the_new(tmp_path: Path, write: W
         script = f"""
             import os, shutil, signal
             from pathlib import Path
-            from models.bundle import store
-            from models.bundle.manifest import Manifest
+            from calmclip.models.bundle import store
+            from calmclip.models.bundle.manifest import Manifest
             source, bundles = Path({str(source)!r}), Path({str(tmp_path)!r})
             whole = store.{step}
             def die(*args, **kwargs):

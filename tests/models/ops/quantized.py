@@ -7,11 +7,11 @@ import numpy as np
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from export.functions import alone
-from models.bundle.manifest import Tensor
-from models.ops import build
-from models.ops.library import Library
-from models.ops.spec import Op
+from calmclip.export.functions import alone
+from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.ops import build
+from calmclip.models.ops.library import Library
+from calmclip.models.ops.spec import Op
 
 ISAS = build.INT8_ISAS.get(platform.machine(), ("scalar",))
 

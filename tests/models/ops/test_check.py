@@ -6,17 +6,17 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from export.functions import BODIES, alone
-from models.cli import main
-from models.ops import build, check
-from models.ops.library import Library
-from models.ops.spec import OPS
+from calmclip.export.functions import BODIES, alone
+from calmclip.models.cli import main
+from calmclip.models.ops import build, check
+from calmclip.models.ops.library import Library
+from calmclip.models.ops.spec import OPS
 
 
 @pytest.mark.parametrize("probe", check.PROBES, ids=lambda probe: probe.name)
 def test_the_models_that_ship_are_those_that_export_makes(probe: check.Probe):
     made = alone(probe.op, probe.graph.inputs, probe.graph.outputs, probe.attributes)
-    assert onnx.load(check.FOLDER / probe.graph.file) == made, "python -m export.functions prints them anew"
+    assert onnx.load(check.FOLDER / probe.graph.file) == made, "python -m calmclip.export.functions prints them anew"
 
 
 def test_every_operator_has_a_body_and_a_probe():

@@ -17,18 +17,18 @@ from onnx import TensorProto, helper
 from PIL import Image
 from pydantic import ValidationError
 
-from export.functions.image_to_pixels import OPSET, image_to_pixels, image_to_quantized_pixels
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import ImagePreprocess
-from models.bundle.store import read
-from models.errors import BadRequest, OpsLibraryMissing
-from models.flow import Array
-from models.ops import pixels, reference
-from models.ops.library import Library, look
-from models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, VERSION, Op
-from models.preprocess import memory
-from models.preprocess.image import ImagePreparer, columns_first
-from models.runner import open_bundle
+from calmclip.export.functions.image_to_pixels import OPSET, image_to_pixels, image_to_quantized_pixels
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.bundle.store import read
+from calmclip.models.errors import BadRequest, OpsLibraryMissing
+from calmclip.models.flow import Array
+from calmclip.models.ops import pixels, reference
+from calmclip.models.ops.library import Library, look
+from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, VERSION, Op
+from calmclip.models.preprocess import memory
+from calmclip.models.preprocess.image import ImagePreparer, columns_first
+from calmclip.models.runner import open_bundle
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[3] / "export" / "samples").glob("*.jpg"))
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
@@ -598,9 +598,9 @@ def test_no_picture_is_copied_many_times_over(
 
 
 def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("models.preprocess.memory.borrow", lambda image: None)
+    monkeypatch.setattr("calmclip.models.preprocess.memory.borrow", lambda image: None)
     for size in (1 << 12, 8 << 20):
-        monkeypatch.setattr("models.preprocess.memory._BAND", size)
+        monkeypatch.setattr("calmclip.models.preprocess.memory._BAND", size)
         for mode in MODES:
             for shape in SHAPES[:5]:
                 both(library, spec(mode), Image.fromarray(noise(*shape)))
@@ -613,7 +613,7 @@ def test_a_bundle_says_who_prepares(library: Library, sealed: Path, tmp_path: Pa
     runner = open_bundle(sealed, ops="off")
     assert runner.bundle.image().library is None
     assert runner.options.ops == "off"
-    monkeypatch.setattr("models.ops.build.FOLDER", tmp_path)
+    monkeypatch.setattr("calmclip.models.ops.build.FOLDER", tmp_path)
     assert Bundle(read(sealed)).image().library is None
     with pytest.raises(OpsLibraryMissing, match="no op library is built"):
         open_bundle(sealed, ops="required")

@@ -10,10 +10,10 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
-from models.cli import main
-from models.errors import OpsLibraryMissing, OpsNotBuilt
-from models.ops import build, spec
-from models.ops.library import Library, find, look, why_not
+from calmclip.models.cli import main
+from calmclip.models.errors import OpsLibraryMissing, OpsNotBuilt
+from calmclip.models.ops import build, spec
+from calmclip.models.ops.library import Library, find, look, why_not
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_library_of_other_sources_is_out_of_date(folder: Path, monkeypatch: py
 
 
 def test_a_library_of_another_version_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("models.ops.library.VERSION", 2)
+    monkeypatch.setattr("calmclip.models.ops.library.VERSION", 2)
     assert find() is None
     assert "is of version 1, not 2" in why_not()
 

@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
-from models.ops import reference
-from models.ops.spec import DOMAIN, QUANT_ADD, VERSION
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import DOMAIN, QUANT_ADD, VERSION
 from tests.models.ops.quantized import ISAS, kernel, near, run, session
 
 BLOCK = 64

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from models.errors import BadRequest
-from models.ops import reference
-from models.ops.spec import QUANT_ATTENTION
+from calmclip.models.errors import BadRequest
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import QUANT_ATTENTION
 from tests.models.ops.quantized import ISAS, kernel, near, run
 
 LOWEST = np.finfo(np.float32).min

@@ -10,9 +10,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.functions.quant_depthwise import quant_depthwise
-from models.ops import reference
-from models.ops.spec import DOMAIN, QUANT_DEPTHWISE, VERSION
+from calmclip.export.functions.quant_depthwise import quant_depthwise
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import DOMAIN, QUANT_DEPTHWISE, VERSION
 from tests.models.ops.quantized import ISAS, kernel, near, run, session
 
 BLOCK = 64

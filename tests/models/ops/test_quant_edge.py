@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.ops.library import Library, look
+from calmclip.models.ops.library import Library, look
 from tests.models.ops import test_quant_add as adding
 from tests.models.ops import test_quant_attention as attention
 from tests.models.ops import test_quant_depthwise as depthwise

@@ -9,9 +9,9 @@ import pytest
 import torch
 from onnx import helper
 
-from export.functions import BODIES
-from models.ops import reference
-from models.ops.spec import DOMAIN, QUANT_LAYER_NORM, VERSION
+from calmclip.export.functions import BODIES
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import DOMAIN, QUANT_LAYER_NORM, VERSION
 from tests.models.ops.quantized import ISAS, kernel, near, run, session
 
 # around 8 and 16 lanes, and four times as many

@@ -15,9 +15,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.functions.quant_linear import quant_linear, quant_linear_to_float
-from models.ops import build, reference
-from models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, VERSION
+from calmclip.export.functions.quant_linear import quant_linear, quant_linear_to_float
+from calmclip.models.ops import build, reference
+from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, VERSION
 
 ISAS = build.INT8_ISAS.get(platform.machine(), ("scalar",))
 PANEL = 32

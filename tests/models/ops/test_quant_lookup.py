@@ -7,8 +7,8 @@ import platform
 import numpy as np
 import pytest
 
-from models.ops import build, reference
-from models.ops.spec import QUANT_LOOKUP
+from calmclip.models.ops import build, reference
+from calmclip.models.ops.spec import QUANT_LOOKUP
 from tests.models.ops.quantized import kernel, run, session
 
 ISAS = build.TABLE_ISAS.get(platform.machine(), ("scalar",))

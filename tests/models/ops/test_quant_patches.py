@@ -9,9 +9,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export.functions.quant_patches import quant_patches
-from models.ops import reference
-from models.ops.spec import DOMAIN, QUANT_PATCHES, VERSION
+from calmclip.export.functions.quant_patches import quant_patches
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import DOMAIN, QUANT_PATCHES, VERSION
 from tests.models.ops.quantized import ISAS, kernel, near, run
 
 # shape, patch, and what else the node says

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import nms
 
-from models.errors import BadRequest
-from models.ops.reference import iou, soft_nms
-from models.ops.spec import METHODS
+from calmclip.models.errors import BadRequest
+from calmclip.models.ops.reference import iou, soft_nms
+from calmclip.models.ops.spec import METHODS
 
 # Five boxes whose results were computed in float64 outside this project's code.
 BOXES = np.array([[0, 0, 100, 100], [10, 10, 110, 110], [20, 20, 120, 120], [200, 200, 300, 300], [0, 0, 50, 100]])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from models.ops import build
-from models.ops.library import Library
+from calmclip.models.ops import build
+from calmclip.models.ops.library import Library
 
 ROOT = Path(__file__).parents[3]
 WHERE = ("tests/models/ops", "tests/export/functions")
@@ -47,7 +47,7 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 def test_the_sanitizers_are_on(sanitized: Path):
     """A kernel that reads one float behind its row is caught: a check that could not fail would be none."""
     reads_behind = (
-        "import ctypes, sys; from pathlib import Path; from models.ops.library import look\n"
+        "import ctypes, sys; from pathlib import Path; from calmclip.models.ops.library import look\n"
         "library = look(Path(sys.argv[1]))\n"
         "kernel = next(k for k in library.kernels if k.name == 'softmax_reload' and k.isa == 'scalar')\n"
         "malloc = ctypes.CDLL(None).malloc; malloc.restype = ctypes.c_void_p\n"

@@ -5,7 +5,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from models.ops.spec import DOMAIN, VERSION
+from calmclip.models.ops.spec import DOMAIN, VERSION
 from tests.models.ops.test_quant_linear import feeds, load
 
 LINEAR = {name: array for name, array in feeds(0, [4, 8], 8, False).items() if name != "x"}

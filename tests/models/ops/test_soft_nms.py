@@ -15,9 +15,9 @@ from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from torchvision.ops import nms
 
-from models.errors import BadRequest
-from models.ops import build, reference
-from models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
+from calmclip.models.errors import BadRequest
+from calmclip.models.ops import build, reference
+from calmclip.models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
 
 ISAS = build.ISAS.get(platform.machine(), ("scalar",))
 SIZES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)

@@ -17,7 +17,7 @@ def fuzz(path: str, seed: int, count: int) -> dict[str, int]:
     from onnx import TensorProto, helper
     from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-    from models.ops.spec import DOMAIN, SOFT_NMS, VERSION
+    from calmclip.models.ops.spec import DOMAIN, SOFT_NMS, VERSION
 
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
     inputs = [helper.make_tensor_value_info(k, kinds[t.dtype], None) for k, t in SOFT_NMS.inputs.items()]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from models.errors import BadRequest
-from models.ops import build, reference
-from models.ops.spec import DOMAIN, SOFTMAX, VERSION
+from calmclip.models.errors import BadRequest
+from calmclip.models.ops import build, reference
+from calmclip.models.ops.spec import DOMAIN, SOFTMAX, VERSION
 
 LOWEST = np.finfo(np.float32).min
 ISAS = build.ISAS.get(platform.machine(), ("scalar",))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models.ops.library import Library, look
+from calmclip.models.ops.library import Library, look
 
 ROOT = Path(__file__).parents[3]
 FORMS = ("softmax_two_pass", "softmax_reload", "softmax_recompute")

@@ -22,8 +22,8 @@ def fuzz(path: str, seed: int, count: int) -> dict[str, int]:
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
-    from models.ops import reference
-    from models.ops.spec import DOMAIN, VERSION
+    from calmclip.models.ops import reference
+    from calmclip.models.ops.spec import DOMAIN, VERSION
 
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]

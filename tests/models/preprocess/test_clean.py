@@ -7,7 +7,7 @@ import random
 import ftfy
 import pytest
 
-from models.preprocess.clean import ROUNDS, lower, whitespace
+from calmclip.models.preprocess.clean import ROUNDS, lower, whitespace
 
 PIECES = {
     "words": ["abc", "XYZ", "'n", " ", "  ", "İ", "Σ", "ΟΔΟΣ", "ſ", "ı", "e\u0301", "\u0301", "猫", "👩\u200d🚀🏽", ";", "#", "&", "x1f;"],

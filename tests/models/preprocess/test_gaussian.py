@@ -5,10 +5,10 @@ import pytest
 import transformers
 from PIL import Image
 
-from export.samples import pictures
-from models.bundle.manifest import ImagePreprocess
-from models.preprocess.gaussian import blocks, square_to
-from models.preprocess.image import ImagePreparer
+from calmclip.export.samples import pictures
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.preprocess.gaussian import blocks, square_to
+from calmclip.models.preprocess.image import ImagePreparer
 
 SIZES = [
     (1, 1),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from models.bundle.manifest import ImagePreprocess
-from models.errors import BadImage, ImageTooLarge
-from models.preprocess.image import MAX_PIXELS, Frame, Header, ImagePreparer, decode, inspect, normalisation
+from calmclip.models.bundle.manifest import ImagePreprocess
+from calmclip.models.errors import BadImage, ImageTooLarge
+from calmclip.models.preprocess.image import MAX_PIXELS, Frame, Header, ImagePreparer, decode, inspect, normalisation
 
 ASSETS = Path(__file__).parents[3] / "export" / "samples"
 PHOTOGRAPHS = sorted(ASSETS.glob("*.jpg"))
@@ -137,7 +137,7 @@ def test_a_ribbon_equals_the_whole_resize_cut(monkeypatch: pytest.MonkeyPatch):
     picture = Image.open(ASSETS / "cat.jpg").resize((20, 900))
     preparer = ImagePreparer(clip(size=(32, 32), shortest=32))
     whole, frame = preparer.prepare(picture)
-    monkeypatch.setattr("models.preprocess.image.MAX_PIXELS", 100)
+    monkeypatch.setattr("calmclip.models.preprocess.image.MAX_PIXELS", 100)
     part, same = preparer.prepare(picture)
     assert same == frame
     step = np.abs(bytes_of(whole, preparer.spec).astype(int) - bytes_of(part, preparer.spec))

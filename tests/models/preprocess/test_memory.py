@@ -9,9 +9,9 @@ import PIL
 import pytest
 from PIL import Image
 
-from models.flow import Array
-from models.preprocess import memory
-from models.preprocess.memory import Band, Memory, borrow, copy, in_bands
+from calmclip.models.flow import Array
+from calmclip.models.preprocess import memory
+from calmclip.models.preprocess.memory import Band, Memory, borrow, copy, in_bands
 
 lends = pytest.mark.skipif(
     not hasattr(Image.Image, "__arrow_c_array__"), reason=f"Pillow {PIL.__version__} lends nothing"

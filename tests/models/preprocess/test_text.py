@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizerFast, CLIPTokenizerFast
 
-from models.bundle.manifest import TextPreprocess
-from models.errors import BadRequest, BundleInvalid, TextTooLong
-from models.preprocess.text import MAX_CHARACTERS, TextPreparer
+from calmclip.models.bundle.manifest import TextPreprocess
+from calmclip.models.errors import BadRequest, BundleInvalid, TextTooLong
+from calmclip.models.preprocess.text import MAX_CHARACTERS, TextPreparer
 
 SENTENCES = ["a photo of a cat.", "Two  DOGS\ton the beach!", "cat", "naïve café", "一只猫", "🐈 cat", "it's a cat's"]
 WORDS = "a photo of cat dog ##s two on the beach . ! naive cafe ' it s 一 只 猫"

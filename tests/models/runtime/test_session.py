@@ -13,12 +13,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, parser
 
-import models
-from models.bundle.manifest import Graph, Tensor
-from models.errors import BadRequest, BundleInvalid, CalmclipError
-from models.ops.library import Library, Mode
-from models.ops.spec import DOMAIN, VERSION
-from models.runtime.session import Session, SessionOptions, versions
+from calmclip import models
+from calmclip.models.bundle.manifest import Graph, Tensor
+from calmclip.models.errors import BadRequest, BundleInvalid, CalmclipError
+from calmclip.models.ops.library import Library, Mode
+from calmclip.models.ops.spec import DOMAIN, VERSION
+from calmclip.models.runtime.session import Session, SessionOptions, versions
 
 Make = Callable[..., Session]
 
@@ -182,7 +182,7 @@ def test_no_session_leaves_a_trace_of_what_it_ran(tmp_path: Path):
     (tmp_path / "two.onnx").write_bytes(model())
     home = tmp_path / "home"
     home.mkdir()
-    code = "import sys; from models.runtime.session import ort; ort.InferenceSession(sys.argv[1])"
+    code = "import sys; from calmclip.models.runtime.session import ort; ort.InferenceSession(sys.argv[1])"
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     environment |= {"HOME": str(home), "TMPDIR": str(home), "XDG_CACHE_HOME": str(home)}
     root = Path(models.__file__).parents[1]

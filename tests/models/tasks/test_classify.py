@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from models.bundle.bundle import Bundle
-from models.errors import BadImage, BadRequest, TaskNotServed, TooManyLabels
-from models.flow import Arrays, Call, drive
-from models.tasks.classify import ClassifyRequest, Ranking, classify
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadImage, BadRequest, TaskNotServed, TooManyLabels
+from calmclip.models.flow import Arrays, Call, drive
+from calmclip.models.tasks.classify import ClassifyRequest, Ranking, classify
 
 Png = Callable[..., bytes]
 

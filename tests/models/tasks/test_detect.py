@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
-from models.bundle.store import read
-from models.errors import BadRequest
-from models.flow import Array, Arrays, Call, drive
-from models.tasks.detect import Detections, DetectRequest, Suppression, detect
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
+from calmclip.models.bundle.store import read
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array, Arrays, Call, drive
+from calmclip.models.tasks.detect import Detections, DetectRequest, Suppression, detect
 
 Png = Callable[..., bytes]
 PROPOSED = {

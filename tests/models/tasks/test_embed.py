@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from models.bundle.bundle import Bundle
-from models.errors import BadImage, BadRequest
-from models.flow import Arrays, Call, drive
-from models.tasks.embed import Embeddings, EmbedRequest, embed
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadImage, BadRequest
+from calmclip.models.flow import Arrays, Call, drive
+from calmclip.models.tasks.embed import Embeddings, EmbedRequest, embed
 
 Png = Callable[..., bytes]
 

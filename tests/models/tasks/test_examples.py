@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.bundle.bundle import Bundle
-from models.bundle.store import read
-from models.errors import BadImage, BadRequest, TooManyLabels
-from models.flow import Array, Arrays, Call, drive
-from models.runner import open_bundle
-from models.tasks.detect import DetectRequest, Example, Suppression, default_suppression, detect
-from models.tasks.examples import overlaps, pick
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import read
+from calmclip.models.errors import BadImage, BadRequest, TooManyLabels
+from calmclip.models.flow import Array, Arrays, Call, drive
+from calmclip.models.runner import open_bundle
+from calmclip.models.tasks.detect import DetectRequest, Example, Suppression, default_suppression, detect
+from calmclip.models.tasks.examples import overlaps, pick
 
 Png = Callable[..., bytes]
 WHOLE = np.array([0, 0, 8, 8], np.float32)

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.bundle.bundle import Bundle
-from models.bundle.manifest import Graph, ImagePreprocess, Tensor
-from models.errors import BadRequest, ImageTooLarge, TaskNotServed, TextTooLong
-from models.flow import Arrays, Call, drive
-from models.tasks.raw import RawRequest, raw
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Tensor
+from calmclip.models.errors import BadRequest, ImageTooLarge, TaskNotServed, TextTooLong
+from calmclip.models.flow import Arrays, Call, drive
+from calmclip.models.tasks.raw import RawRequest, raw
 
 
 def run(bundle: Bundle, graph: str, feeds: Arrays) -> Arrays:

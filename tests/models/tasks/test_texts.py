@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.bundle.bundle import Bundle
-from models.errors import BadRequest
-from models.flow import Array, Arrays, Call, Keep, Recall, Walk, drive
-from models.runtime.clock import Stopwatch
-from models.tasks.texts import choose, embed_labels, unit
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array, Arrays, Call, Keep, Recall, Walk, drive
+from calmclip.models.runtime.clock import Stopwatch
+from calmclip.models.tasks.texts import choose, embed_labels, unit
 
 
 class Known:

@@ -6,8 +6,8 @@ import shutil
 import lancedb
 import pytest
 
-from models.errors import BadRequest
-from service.app import create_app
+from calmclip.models.errors import BadRequest
+from calmclip.service.app import create_app
 
 
 def test_models(client):

@@ -4,8 +4,8 @@ import base64
 
 import pytest
 
-from models.tasks.detect import Suppression
-from service.schemas import DetectBody
+from calmclip.models.tasks.detect import Suppression
+from calmclip.service.schemas import DetectBody
 
 
 def b64(data: bytes) -> dict[str, str]:

@@ -83,10 +83,10 @@ def test_a_bundle_that_serves_raw_opens_all_its_graphs(settings, serve, bundle_m
 def test_before_anything_is_loaded(settings, serve, tmp_path, monkeypatch):
     import threading
 
-    import service.hub
+    import calmclip.service.hub
 
     gate = threading.Event()
-    monkeypatch.setattr(service.hub, "read", lambda path: gate.wait(10))
+    monkeypatch.setattr(calmclip.service.hub, "read", lambda path: gate.wait(10))
     with serve(settings(), ready=False) as client:
         try:
             ready = client.get("/v2/health/ready")

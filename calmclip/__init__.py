@@ -1,0 +1,38 @@
+"""calmclip: INT8 bundles of the CLIP family, and a service that answers over them.
+
+The one import name. `calmclip.models`, `calmclip.export` and `calmclip.service` are the folders of those names at the
+top of the checkout, by relative links; an installed wheel holds the folders themselves. Public names are those below,
+each imported when it is first used; everything else may move.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calmclip.models.errors import CalmclipError
+    from calmclip.models.runner import Runner, open_bundle
+    from calmclip.models.tasks.detect import Example, Suppression
+    from calmclip.service.client import AsyncClient, Client
+
+# name -> its module
+_PUBLIC = {
+    "AsyncClient": "calmclip.service.client",
+    "CalmclipError": "calmclip.models.errors",
+    "Client": "calmclip.service.client",
+    "Example": "calmclip.models.tasks.detect",
+    "Runner": "calmclip.models.runner",
+    "Suppression": "calmclip.models.tasks.detect",
+    "open_bundle": "calmclip.models.runner",
+}
+__version__ = "0.1.0"
+__all__ = ["AsyncClient", "CalmclipError", "Client", "Example", "Runner", "Suppression", "__version__", "open_bundle"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'calmclip' has no attribute {name!r}; public: {', '.join(_PUBLIC)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

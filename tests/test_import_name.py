@@ -1,0 +1,145 @@
+"""calmclip is imported by one name: from a checkout, installed editable, and from a wheel in an empty directory."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import calmclip
+from calmclip.models import errors, extras, runner
+from calmclip.models.tasks import detect
+from calmclip.service import client
+from tests.process import serving
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("models", "export", "service")
+BUILT = {"bundles", "lib", "__pycache__"}  # folders that are made here and no source
+
+
+def test_the_public_names_are_these():
+    assert (calmclip.open_bundle, calmclip.Runner) == (runner.open_bundle, runner.Runner)
+    assert (calmclip.Client, calmclip.AsyncClient) == (client.Client, client.AsyncClient)
+    assert (calmclip.Example, calmclip.Suppression) == (detect.Example, detect.Suppression)
+    assert calmclip.CalmclipError is errors.CalmclipError
+    assert {*calmclip.__all__} == {*calmclip._PUBLIC, "__version__"} <= {*dir(calmclip)}
+
+
+def test_an_unknown_name_is_answered_with_the_public_ones():
+    with pytest.raises(AttributeError, match="no attribute 'open'; public: AsyncClient, CalmclipError"):
+        calmclip.open  # noqa: B018 - the access is the test
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    script = "import sys, calmclip; print([m for m in ('numpy', 'onnxruntime', 'PIL', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_no_file_imports_by_the_old_names():
+    """Nor does this process hold a module of one: a test that imports one by a string is seen too."""
+    assert not {name for name in sys.modules if name.split(".")[0] in FOLDERS}
+    old = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for folder in ("calmclip", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in names(path)
+        if name.split(".")[0] in FOLDERS
+    }
+    assert not old
+
+
+def names(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    source = out / "source"  # a copy: setuptools would take modules that are gone from the checkout's own build folder
+    for name in ("calmclip", *FOLDERS):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns(*BUILT))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = ["pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
+    subprocess.run([sys.executable, "-m", *command], check=True)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_of_the_tree_under_one_name(wheel: Path):
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in held} == {"calmclip"}
+    tree = {
+        f"calmclip/{path.relative_to(ROOT).as_posix()}"
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if not BUILT & {*path.relative_to(ROOT).parts}
+    }
+    assert len(tree) > 200
+    assert tree | {"calmclip/__init__.py"} == {name for name in held if name.endswith(".py")}
+    for data in ("models/README.md", "models/ops/csrc/register.cc", "service/web/app.js", "export/samples/cat.jpg"):
+        assert f"calmclip/{data}" in held
+
+
+@pytest.mark.slow  # an export of the built-in model: two minutes
+def test_the_wheel_exports_and_serves_from_an_empty_directory_beside_a_users_models_py(wheel: Path, tmp_path: Path):
+    site, home = tmp_path / "site", tmp_path / "home"
+    home.mkdir()
+    (home / "models.py").write_text("raise AssertionError('a file of the user, and none of ours')\n")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=home, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run("-c", "import calmclip, sys; from calmclip import open_bundle; print(calmclip.__file__)")
+    assert Path(where.strip()).is_relative_to(site)
+    sealed = json.loads(run("-m", "calmclip.models.cli", "export", "mini", "--out", "bundles", "--json"))["sealed"]
+    assert sealed[0]["bundle"] == "mini-int8"
+    with serving(home / "bundles", tmp_path / "data", PYTHONPATH=str(site), cwd=home) as (_, http, _):
+        ready = http.get("/readyz").json()
+        assert ready["ready"] is True
+        assert "mini-int8" in ready["loaded"]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("checkout", f"in {ROOT}: pip install -e '.[nets]'"),
+        ("wheel", "pip install 'calmclip[nets] @ file:///tmp/calmclip-0.1.0-py3-none-any.whl'"),
+        ("image", "the image 'service' leaves out the extra 'nets': use the image that has it, or build one with it"),
+    ],
+)
+def test_how_an_extra_is_installed_is_said_for_the_place(
+    place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """calmclip is in no index: its bare name would install nothing, or what somebody else put there."""
+    if place == "wheel":
+        monkeypatch.setattr(calmclip, "__file__", str(tmp_path / "calmclip" / "__init__.py"))
+
+        class Installed:
+            def read_text(self, name: str) -> str:
+                assert name == "direct_url.json"
+                return json.dumps({"url": "file:///tmp/calmclip-0.1.0-py3-none-any.whl", "archive_info": {}})
+
+        monkeypatch.setattr(extras.metadata, "distribution", lambda name: Installed())
+    if place == "image":
+        monkeypatch.setenv("CALMCLIP_IMAGE", "service")
+    error = extras.missing("the net clip", "transformers", "nets")
+    assert str(error) == f"the net clip needs 'transformers', which is not installed; {said}"
