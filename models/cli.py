@@ -29,9 +29,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipe": ("calmclip.export.cli:recipe_command", "print the recipe that export would use"),
     "show": ("calmclip.models.commands:show_command", "manifest and report of a bundle as a table"),
     "check": ("calmclip.models.commands:check_command", "hashes, schema, one self-test per graph"),
-    "run": ("calmclip.models.commands:run_command", "classify, embed or detect from the command line"),
+    "run": ("calmclip.models.commands:run_command", "a task from the command line: classify, embed, detect, …"),
     "index": ("calmclip.service.cli:index_command", "embed a folder of pictures into a collection"),
-    "eval": ("calmclip.export.cli:eval_command", "accuracy on a data set, INT8 beside float"),
+    "eval": ("calmclip.models.evals.commands:eval_command", "accuracy on a data set, INT8 beside float"),
     "bench": ("calmclip.models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
     "ops": ("calmclip.models.ops.commands:ops_command", "build, info, check: the compiled operators"),
     "plugins": ("calmclip.models.commands:plugins_command", "names in every plug-in family"),
@@ -98,12 +98,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def bundle_options(options: argparse.ArgumentParser, *, threads: int = 0) -> None:
-    """What every verb takes that opens a bundle: where they are, and how their graphs run."""
-    options.add_argument("--bundles", type=Path, default=BUNDLES)
+def bundle_options(
+    options: argparse.ArgumentParser, *, threads: int = 0, defaults: argparse.Namespace | None = None
+) -> None:
+    """What every verb takes that opens a bundle: where they are, and how their graphs run. ``defaults``: what an
+    earlier parser of the same command line found."""
+    ops = os.environ.get("CALMCLIP_OPS") or "auto"
+    options.add_argument("--bundles", type=Path, default=defaults.bundles if defaults else BUNDLES)
+    threads = defaults.threads if defaults else threads
     options.add_argument("--threads", type=int, default=threads, help="0: one per core")
     options.add_argument(
-        "--ops", type=ops_mode, default=os.environ.get("CALMCLIP_OPS") or "auto",
+        "--ops", type=ops_mode, default=defaults.ops if defaults else ops,
         help="the op library: auto (where there is one), required or off; default: what CALMCLIP_OPS says, else auto",
     )  # fmt: skip
 

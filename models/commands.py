@@ -1,8 +1,8 @@
 """The verbs that need neither torch nor HTTP: show, check, run, bench, plugins."""
 
+import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ import numpy as np
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import Sealed, find, names, read
 from calmclip.models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
-from calmclip.models.errors import BadRequest, BundleInvalid, UnknownName
+from calmclip.models.errors import BadRequest, BundleInvalid, UnknownName, suggestion
 from calmclip.models.extras import extra_of, missing
 from calmclip.models.flow import Array, Arrays
 from calmclip.models.measure import latency, machine
-from calmclip.models.ops.spec import METHODS
 from calmclip.models.outliers import outliers
 from calmclip.models.registry import FAMILIES, catalog
 from calmclip.models.runner import Runner, open_bundle
-from calmclip.models.tasks.detect import Suppression, default_suppression
+from calmclip.models.tasks import TASKS, Task
+from calmclip.models.tasks.detect import Suppression
 
 CHART = "calmclip.export.chart"  # needs matplotlib, which the extra of export brings
 
@@ -99,7 +99,7 @@ def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
     bundle = runner.bundle
     yield f"{len(bundle.manifest.files)} files hashed", True
     bundle.warm()
-    yield "tokenizer, prompts, head and labels load", True
+    yield "tokenizer and classifier load", True
     known: dict[str, Array] = Suppression(min_score=0.0).tensors()  # so that `detect` has boxes to suppress
     for role, graph in sorted(bundle.manifest.graphs.items(), key=lambda item: item[1].preprocess is None):
         try:
@@ -138,53 +138,40 @@ def _feeds(bundle: Bundle, role: str, known: Arrays) -> Arrays:
 
 
 def run_command(argv: list[str]) -> int:
-    """`calmclip run BUNDLE classify|embed|detect PICTURE… [--label …] [--text …]`: one answer, no server."""
-    options = parser("run", "Ask a bundle from the command line.")
-    options.add_argument("bundle")
-    options.add_argument("task", choices=("classify", "embed", "detect"))
+    """`calmclip run BUNDLE TASK PICTURE…`: answers of one task, no server; every task has its own flags."""
+    chosen = parser(
+        "run", "Ask a bundle from the command line. 'calmclip run BUNDLE TASK --help' lists a task's flags."
+    )
+    chosen.add_argument("bundle")
+    chosen.add_argument("task", help="; ".join(f"{name}: {task.summary}" for name, task in _runnable().items()))
+    chosen.add_argument("rest", nargs=argparse.REMAINDER, help="pictures, and the task's flags", metavar="…")
+    bundle_options(chosen)
+    first = chosen.parse_args(argv)
+    known = _runnable()
+    if first.task not in known:
+        raise UnknownName(f"no task {first.task!r} is run from here; {suggestion(first.task, known)}", known=known)
+    command = known[first.task].command
+    assert command is not None
+    options = parser(f"run {first.bundle} {first.task}", known[first.task].summary)
     options.add_argument("pictures", nargs="*", type=Path)
-    options.add_argument("--label", action="append", default=[], help="may be given many times")
-    options.add_argument("--text", action="append", default=[], help="for embed; may be given many times")
-    options.add_argument("--top", type=int, default=5)
-    options.add_argument("--example", action="append", default=[], type=Path, help="picture of what detect looks for")
-    options.add_argument("--method", choices=METHODS, help="of detect; it and what follows: else the bundle's default")
-    for name in ("sigma", "iou-threshold", "min-score"):
-        options.add_argument(f"--{name}", type=float)
-    bundle_options(options)
-    given = options.parse_intermixed_args(argv)  # pictures may stand behind options
-    runner = open_bundle(find(given.bundle, given.bundles), threads=given.threads, ops=given.ops)
-    if given.task == "embed":
-        vectors = runner.embed(texts=given.text, images=given.pictures)
-        emit(
-            given.json,
-            {"embeddings": vectors.tolist()},
-            lambda v: print("\n".join(" ".join(f"{x:.4f}" for x in row) for row in v["embeddings"])),
+    command.options(options)
+    bundle_options(options, defaults=first)
+    given = options.parse_intermixed_args(first.rest)  # pictures may stand behind options
+    runner = open_bundle(find(first.bundle, given.bundles), threads=given.threads, ops=given.ops)
+    runner.bundle.require(first.task)
+    answers = list(command.answers(runner, given))
+    if not answers:
+        raise BadRequest(
+            f"{first.task} was given nothing; 'calmclip run BUNDLE {first.task} --help' says what it takes"
         )
-        return 0
-    if not given.pictures:
-        raise BadRequest(f"{given.task} needs a picture: calmclip run {given.bundle} {given.task} cat.jpg --label cat")
-    answers: list[dict[str, Any]] = []
-    for path in given.pictures:
-        if given.task == "classify":
-            rows: list[dict[str, Any]] = [
-                {"label": r.label, "score": r.score} for r in runner.classify(path, given.label, top_k=given.top)
-            ]
-        else:
-            asked = {name: getattr(given, name) for name in ("method", "sigma", "iou_threshold", "min_score")}
-            asked = {name: value for name, value in asked.items() if value is not None} | {"max_output": given.top}
-            how = replace(default_suppression(runner.bundle), **asked)
-            rows = [
-                {
-                    "label": d.label,
-                    "score": d.score,
-                    "raw_score": d.raw_score,
-                    "box": [round(float(x), 1) for x in d.box],
-                }
-                for d in runner.detect(path, given.label, suppression=how, examples=given.example)
-            ]
-        answers.append({"picture": str(path), given.task: rows})
-    emit(given.json, {"answers": answers}, lambda v: _answers(v["answers"], given.task))
+    shown = {"answers": answers}
+    emit(given.json or first.json, shown, lambda value: print("\n".join(map(command.line, value["answers"]))))
     return 0
+
+
+def _runnable() -> dict[str, Task[Any, Any]]:
+    found = {name: TASKS.get(name) for name in TASKS.names()}
+    return {name: task for name, task in found.items() if task.command}
 
 
 def bench_command(argv: list[str]) -> int:
@@ -259,14 +246,6 @@ def _show_outliers(value: dict[str, Any]) -> None:
         print(f"{role:8s} worst of {one['inputs']} inputs: {', '.join(one['worst'])}\n")
     if value["plot"]:
         print(f"drawn into {value['plot']}")
-
-
-def _answers(answers: list[dict[str, Any]], task: str) -> None:
-    for answer in answers:
-        print(answer["picture"])
-        for row in answer[task]:
-            box = "  " + " ".join(f"{x:7.1f}" for x in row["box"]) if "box" in row else ""
-            print(f"  {row['score']:.3f}  {row['label']}{box}")
 
 
 def _bench(value: dict[str, Any]) -> None:

@@ -16,7 +16,9 @@
     ├── CollectionError
     │   ├── CollectionNotFound
     │   └── CollectionMismatch    vectors of one bundle, asked with another
-    ├── LabelSetNotFound
+    ├── ClassifierError
+    │   ├── ClassifierNotFound
+    │   └── ClassifierMismatch    fitted to vectors of one family of bundles, asked with another
     ├── Unavailable               not now; try again
     │   ├── Overloaded            too much is under way
     │   └── StoreUnavailable      the database of the collections does not answer
@@ -91,7 +93,13 @@ class CollectionNotFound(CollectionError): ...
 class CollectionMismatch(CollectionError): ...
 
 
-class LabelSetNotFound(CalmclipError): ...
+class ClassifierError(CalmclipError): ...
+
+
+class ClassifierNotFound(ClassifierError): ...
+
+
+class ClassifierMismatch(ClassifierError): ...
 
 
 class Unavailable(CalmclipError):

@@ -57,7 +57,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Work:
-    """Do this, timed as ``stage``; the driver sends back what it returned."""
+    """Do this, timed as ``stage``; the driver sends back what it returned, or throws what it raised."""
 
     stage: str
     do: Callable[[], Any]
@@ -98,21 +98,30 @@ class Walk(Generic[T]):
             with self.clock.stage(self.stage):
                 state = self.flow.send(value)
             while not isinstance(state, Call):
+                go_on = self.flow.send
                 if isinstance(state, Work):
-                    with self.clock.stage(state.stage):
-                        value = state.do()
+                    try:
+                        with self.clock.stage(state.stage):
+                            value = state.do()
+                    except Exception as error:  # the flow may know more of it
+                        go_on, value = self.flow.throw, error
                 with self.clock.stage(self.stage):
-                    state = self.flow.send(value if isinstance(state, Work) else self.memory(state))
+                    state = go_on(value if isinstance(state, Work) else self.memory(state))
         except StopIteration as stop:
             return Done(stop.value)
         self.stage = "postprocess"
         return state
 
 
-def drive(flow: Flow[T], run: Callable[[Call], Arrays], clock: Stopwatch | None = None) -> T:
+def drive(
+    flow: Flow[T],
+    run: Callable[[Call], Arrays],
+    clock: Stopwatch | None = None,
+    memory: Callable[[Recall | Keep], Arrays | None] = nothing,
+) -> T:
     """Run a flow to its end in this thread; ``run`` answers its calls (timed as ``infer``)."""
     clock = clock or Stopwatch()
-    walk = Walk(flow, clock)
+    walk = Walk(flow, clock, memory)
     state = walk.step()
     while isinstance(state, Call):
         with clock.stage("infer"):

@@ -5,7 +5,8 @@ the entry-point group ``calmclip.<family>``. Nothing is imported before somebody
 not import takes nothing from the others; its error is told to whoever asks for a name that is then not there.
 
 `catalog` lists a family without importing it, so that a list of names costs no torch. It reads the sources: the text
-in ``register("name")``, and ``NAMES``, a tuple of texts, of a module that makes its names in a loop.
+in ``register("name")``, both in ``@Endpoint("VERB", "/path")``, which registers itself, and ``NAMES``, a tuple of
+texts, of a module that makes its names in a loop.
 """
 
 import ast
@@ -28,12 +29,14 @@ T = TypeVar("T")
 FAMILIES = {
     "nets": "calmclip.export.nets:NETS",
     "layouts": "calmclip.export.layouts:LAYOUTS",
+    "adapters": "calmclip.export.adapters:ADAPTERS",
     "quantizers": "calmclip.export.quantizers:QUANTIZERS",
     "rewrites": "calmclip.export.rewrites:REWRITES",
-    "evals": "calmclip.export.evals:EVALS",
+    "evals": "calmclip.models.evals:EVALS",
+    "tasks": "calmclip.models.tasks:TASKS",
     "heads": "calmclip.models.heads:HEADS",
-    "prompts": "calmclip.models.prompts:PROMPTS",
     "stores": "calmclip.service.stores:STORES",
+    "endpoints": "calmclip.service.routes:ENDPOINTS",
 }
 
 
@@ -63,6 +66,10 @@ def _registered(module: ast.Module) -> set[str]:
         match node:
             case ast.Call(func=ast.Attribute(attr="register"), args=[ast.Constant(value=str(name)), *_]):
                 names.add(name)
+            case ast.Call(
+                func=ast.Name(id="Endpoint"), args=[ast.Constant(value=str(verb)), ast.Constant(value=str(path)), *_]
+            ):
+                names.add(f"{verb} {path}")
             case ast.Assign(targets=[ast.Name(id="NAMES")], value=ast.Tuple() as value):
                 names |= set(ast.literal_eval(value))
     return names
@@ -80,9 +87,12 @@ class Registry(Generic[T]):
         self._loaded = False
         self._loading = RLock()  # of one thread's imports the others wait for the end
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """A decorator. A second use of a name is an error, never a silent replacement."""
-        home = sys._getframe(1).f_globals["__name__"]
+    def register(self, name: str, home: str = "") -> Callable[[T], T]:
+        """A decorator. A second use of a name is an error, never a silent replacement.
+
+        ``home``: the module whose name it is, else the caller's.
+        """
+        home = home or sys._getframe(1).f_globals["__name__"]
 
         def keep(thing: T) -> T:
             if name in self._things:

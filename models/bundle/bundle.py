@@ -1,27 +1,26 @@
 """`Bundle`: an opened bundle as tasks see it, without its sessions."""
 
 import json
-from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 
 from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess
 from calmclip.models.bundle.store import Sealed
-from calmclip.models.errors import BundleInvalid, TaskNotServed
+from calmclip.models.classifier import Classifier, check_distinct
+from calmclip.models.errors import BadRequest, BundleInvalid, BundleTooNew, TaskNotServed
 from calmclip.models.flow import Array
-from calmclip.models.heads import HEADS, BoundHead
 from calmclip.models.ops.library import Library, Mode, find
 from calmclip.models.outliers import Outliers, outliers
 from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer
 from calmclip.models.preprocess.text import TextPreparer
-from calmclip.models.prompts import PROMPTS
+from calmclip.models.tasks import TASKS, embedding
 
 
 class Bundle:
-    """Manifest, preprocessing, prompts, head and assets. ``max_pixels``: the largest picture it decodes.
+    """Manifest, preprocessing and default classifier. ``max_pixels``: the largest picture it decodes.
 
     ``ops``: whether pictures are prepared by the op library, see `models.ops.library.find`; the answers are the same.
     """
@@ -31,6 +30,12 @@ class Bundle:
         self.manifest: Manifest = sealed.manifest
         self.digest: str = sealed.digest
         self.max_pixels = max_pixels
+        self.tasks: tuple[str, ...] = tuple(task for task in self.manifest.tasks if task in TASKS.names())
+        if not self.tasks:
+            raise BundleTooNew(
+                f"bundle {self.name!r} serves {', '.join(self.manifest.tasks)}, of which this calmclip knows none; it "
+                f"knows {', '.join(TASKS.names())}. Install a newer calmclip, or the package that brings the task"
+            )
         self._library: Library | None = find(ops)
         self._images: dict[str, ImagePreparer] = {}
         self._texts: dict[str, TextPreparer] = {}
@@ -38,6 +43,11 @@ class Bundle:
     @property
     def name(self) -> str:
         return self.manifest.name
+
+    @property
+    def family(self) -> str:
+        """What float and INT8 bundles of one export share; of a bundle that does not say, its digest."""
+        return self.manifest.family or self.digest
 
     def graph(self, role: str) -> Graph:
         try:
@@ -50,8 +60,8 @@ class Bundle:
 
     def require(self, task: str) -> None:
         """Raises `TaskNotServed` unless the manifest lists ``task``."""
-        if task not in self.manifest.tasks:
-            known = self.manifest.tasks
+        if task not in self.tasks:
+            known = self.tasks
             raise TaskNotServed(
                 f"bundle {self.name!r} does not serve {task!r}; it serves {', '.join(known)}", known=known
             )
@@ -63,11 +73,8 @@ class Bundle:
                 self.image(role)
             elif graph.preprocess:
                 self.text(role)
-        if "classify" in self.manifest.tasks:
-            _ = self.head
-        if {"classify", "detect"} & {*self.manifest.tasks}:
-            _ = self.prompts
-        _ = self.labels
+        if self.classifier.head:
+            _ = self.classifier.bound
         _ = self.outliers
 
     def image(self, role: str = "image") -> ImagePreparer:
@@ -89,44 +96,58 @@ class Bundle:
     @property
     def dim(self) -> int:
         """Length of the embedding vectors."""
-        shapes = [
-            t.shape
-            for role in ("image", "text")
-            if role in self.manifest.graphs
-            for t in self.graph(role).outputs.values()
-        ]
-        if not shapes:
+        role = next((role for role in ("image", "text") if role in self.manifest.graphs), None)
+        if role is None:
             raise TaskNotServed(f"bundle {self.name!r} embeds nothing")
-        return cast(int, shapes[0][-1])
+        return embedding(role, self.graph(role))[1]
 
     @cached_property
-    def head(self) -> BoundHead:
-        plugin = self.manifest.head
-        if plugin is None:
-            raise TaskNotServed(f"bundle {self.name!r} has no head, so it scores no labels")
-        return HEADS.get(plugin.name).bind(plugin.params, {k: self._array(v) for k, v in plugin.assets.items()})
-
-    @cached_property
-    def prompts(self) -> Callable[[str], Sequence[str]]:
-        """A label -> the sentences that describe it, as the manifest chose."""
-        plugin = self.manifest.prompts
-        if plugin is None:
-            raise TaskNotServed(f"bundle {self.name!r} has no prompts, so it reads no labels")
-        return PROMPTS.get(plugin.name).bind(plugin.params)
-
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        """The bundle's own label set; empty when it has none."""
-        if not self.manifest.labels:
-            return ()
-        path = self.directory / self.manifest.labels
+    def classifier(self) -> Classifier:
+        """The bundle's own, empty where it carries none. Raises `BundleInvalid` naming the file that is not one."""
+        spec = self.manifest.classifier
+        if spec is None:
+            return Classifier()
+        head = spec.head
         try:
-            labels = json.loads(path.read_bytes().decode())
+            labels = self._labels(spec.labels) if spec.labels else ()
+            found = Classifier(
+                labels=labels,
+                templates=spec.templates,
+                descriptions=self._descriptions(spec.descriptions) if spec.descriptions else {},
+                head=head.name if head else None,
+                params=head.params if head else {},
+                assets={name: self._array(path) for name, path in head.assets.items()} if head else {},
+                temperature=spec.temperature,
+                none_below=spec.none_below,
+            )
+            check_distinct(found.labels)
+            if head:
+                found.bound.check(found.labels, self.dim)
+        except BadRequest as error:
+            raise BundleInvalid(f"bundle {self.name!r}: its classifier: {error}") from None
+        return found
+
+    def _labels(self, name: str) -> tuple[str, ...]:
+        labels = self._json(name)
+        if not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+            raise BundleInvalid(f"{self.directory / name} is not a JSON list of strings")
+        return tuple(labels)
+
+    def _descriptions(self, name: str) -> dict[str, tuple[str, ...]]:
+        found = self._json(name)
+        fits = isinstance(found, dict) and all(
+            isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in found.values()
+        )
+        if not fits:
+            raise BundleInvalid(f"{self.directory / name} is not a JSON object of lists of strings")
+        return {label: tuple(lines) for label, lines in found.items()}
+
+    def _json(self, name: str) -> Any:
+        path = self.directory / name
+        try:
+            return json.loads(path.read_bytes().decode())
         except (OSError, ValueError, RecursionError) as error:
             raise BundleInvalid(f"{path} is not JSON in UTF-8: {error}") from None
-        if not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-            raise BundleInvalid(f"{path} is not a JSON list of strings")
-        return tuple(labels)
 
     @cached_property
     def outliers(self) -> dict[str, Outliers]:

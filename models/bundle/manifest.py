@@ -1,4 +1,4 @@
-"""The types of `bundle.json`, format 1. Knows no files.
+"""The types of `bundle.json`, format 2. Knows no files.
 
 `bundle.schema.json` is printed from here (`python -m calmclip.models.bundle.manifest`); models/README.md is the
 normative text. Whatever differs between a CLIP, a SigLIP and a Long-CLIP is data here, never a branch on a
@@ -9,14 +9,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calmclip.models.errors import BundleInvalid, BundleTooNew
 
-FORMAT = 1
+FORMAT = 2
+OLDEST = 2  # format 1 was before the first release
 MANIFEST = "bundle.json"
 MAX_PATH = 200  # characters; every file system holds as much
 
@@ -39,6 +40,8 @@ def _inside(path: str) -> str:
 
 Path = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, Field(pattern=_NAME)]
+TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Template = Annotated[str, Field(pattern=r"\{\}")]
 Triple = tuple[float, float, float]
 MAX_SIDE = 4096  # pixels of a graph's input
 
@@ -205,6 +208,24 @@ class Plugin(FrozenModel):
     assets: Mapping[str, Path] = Field(default_factory=dict)
 
 
+class DefaultClassifier(FrozenModel):
+    """The classifier that a bundle carries; `models.classifier.Classifier` is what it becomes when it is opened."""
+
+    labels: Path | None = Field(None, description="JSON list of strings, each once")
+    templates: tuple[Template, ...] = Field((), description="sentences with {} for a label; none: the label alone")
+    descriptions: Path | None = Field(
+        None, description="JSON object, label -> list of sentences that take the place of the templates"
+    )
+    head: Plugin | None = None
+    temperature: float = Field(1.0, ge=0.01, le=100, description="divides the logits")
+    none_below: float | None = Field(None, gt=0, le=1, description="with no score of it, none of the labels fits")
+
+    def paths(self) -> set[str]:
+        """Every file that it names."""
+        files = {path for path in (self.labels, self.descriptions) if path}
+        return files | {*(self.head.assets.values() if self.head else ())}
+
+
 class Quantization(FrozenModel):
     """How each graph became what it is; ``none`` for float."""
 
@@ -231,32 +252,20 @@ class File(FrozenModel):
     bytes: int = Field(ge=0)
 
 
-Task = Literal["classify", "embed", "detect", "raw"]
-
-# task -> role -> what its graph is fed by; a task finds its graphs by these roles
-ROLES: dict[str, dict[str, type[ImagePreprocess] | type[TextPreprocess] | None]] = {
-    "classify": {"image": ImagePreprocess, "text": TextPreprocess},
-    "detect": {"regions": ImagePreprocess, "text": TextPreprocess, "detect": None},
-}
-REGIONS = ("boxes", "class_embeds", "objectness")  # outputs of `regions`; it may have more
-QUERIED = ("boxes", "class_embeds", "text_embeds")  # what `detect` takes besides its settings, and more of `regions`
-SUPPRESSION = ("iou_threshold", "max_output", "method", "min_score", "per_class", "sigma")
-DETECTED = ("candidates", "classes", "kept_boxes", "raw_scores", "scores")
-
-
 class Manifest(FrozenModel):
     """`bundle.json`: everything needed to feed the graphs and read their answers."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: Name
     precision: Literal["int8", "float32", "mixed"]
-    tasks: tuple[Task, ...] = Field(min_length=1)
+    tasks: tuple[TaskName, ...] = Field(min_length=1)
     source: Source
+    family: str | None = Field(
+        None, pattern=_SHA256, description="of what embeds: float and INT8 bundles of one export have the same"
+    )
     graphs: Mapping[str, Graph] = Field(min_length=1, description="by role")
     ops: Ops = Ops()
-    prompts: Plugin | None = None
-    head: Plugin | None = None
-    labels: Path | None = Field(None, description="JSON list of strings: the bundle's own label set")
+    classifier: DefaultClassifier | None = Field(None, description="of a request that names no other")
     suppression: SuppressionDefaults | None = Field(None, description="of a detect request, where it differs")
     quantization: Quantization
     created: str = Field(description="UTC, ISO 8601")
@@ -266,38 +275,15 @@ class Manifest(FrozenModel):
     def _whole(self) -> "Manifest":
         named = {graph.file for graph in self.graphs.values()}
         named |= {g.preprocess.tokenizer for g in self.graphs.values() if isinstance(g.preprocess, TextPreprocess)}
-        named |= {path for plugin in (self.head, self.prompts) if plugin for path in plugin.assets.values()}
-        named |= {self.labels} if self.labels else set()
+        named |= self.classifier.paths() if self.classifier else set()
         if self.files and (absent := sorted(named - self.files.keys())):
             raise ValueError(f"named but not listed under `files`: {', '.join(absent)}")
-        for task in self.tasks:
-            self._serves(task)
-        return self
+        from calmclip.models.tasks import TASKS  # which is made of these types
 
-    def _serves(self, task: Task) -> None:
-        roles = ROLES.get(task, {})
-        if task == "embed":
-            roles = {role: kind for role, kind in ROLES["classify"].items() if role in self.graphs} or {"image": None}
-        for role, kind in roles.items():
-            if role not in self.graphs:
-                raise ValueError(f"task {task!r} needs a graph {role!r}; there is {sorted(self.graphs)}")
-            if kind and not isinstance(self.graphs[role].preprocess, kind):
-                raise ValueError(f"task {task!r} needs `graphs.{role}.preprocess` to be an {kind.__name__}")
-        dims = {role: _embeds(role, self.graphs[role]) for role in roles if role in ("image", "text")}
-        if len(set(dims.values())) > 1:
-            raise ValueError(f"image and text embeddings differ in length: {dims}")
-        if task == "classify" and not (self.head and self.prompts):
-            raise ValueError("task 'classify' needs `head` and `prompts`")
-        if task == "detect":
-            if not self.prompts:
-                raise ValueError("task 'detect' needs `prompts`")
-            made, taken = self.graphs["regions"].outputs, self.graphs["detect"].inputs
-            _named("regions", "outputs", made, REGIONS, also=made)
-            _named("detect", "inputs", taken, (*QUERIED, *SUPPRESSION), also=made)
-            _named("detect", "outputs", self.graphs["detect"].outputs, DETECTED)
-            for name in made.keys() & taken.keys():
-                if made[name].dtype != taken[name].dtype or not fits((1, *made[name].shape[1:]), taken[name].shape):
-                    raise ValueError(f"`detect` takes {name!r} as another tensor than `regions` answers")
+        for task in self.tasks:
+            if task in TASKS.names():  # of another nothing is known, and the rest is served
+                TASKS.get(task).require(self)
+        return self
 
 
 def fits(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
@@ -307,24 +293,7 @@ def fits(one: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
     )
 
 
-def _embeds(role: str, graph: Graph) -> int:
-    """The length of the vectors which are the graph's one output, float32 [B, D]."""
-    tensors = tuple(graph.outputs.values())
-    if len(tensors) == 1 and tensors[0].dtype == "float32" and len(tensors[0].shape) == 2:
-        length = tensors[0].shape[1]
-        if isinstance(length, int):
-            return length
-    raise ValueError(f"graph {role!r} embeds, so it has one output, float32 [B, D] with D a number")
-
-
-def _named(role: str, side: str, found: Mapping[str, Tensor], names: tuple[str, ...], also: Iterable[str] = ()) -> None:
-    """All of ``names``, and nothing else but some of ``also``."""
-    if not set(names) <= set(found) <= {*names, *also}:
-        besides = f", and besides only some of {sorted(also)}" if also else ""
-        raise ValueError(f"`graphs.{role}.{side}` are {sorted(found)}; expected {sorted(names)}{besides}")
-
-
-# format of the file -> what turns it into the next one. Empty until there is a format 2.
+# format of the file -> what turns it into the next one, from `OLDEST` on.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
@@ -341,10 +310,15 @@ def parse(text: bytes, where: str) -> Manifest:
         raise BundleInvalid(f"{where} holds a JSON {type(data).__name__}, not an object")
     number = data.get("format")
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise BundleInvalid(f"{where}: `format` is {number!r}; expected a whole number from 1 to {FORMAT}")
+        raise BundleInvalid(f"{where}: `format` is {number!r}; expected a whole number from {OLDEST} to {FORMAT}")
     if number > FORMAT:
         raise BundleTooNew(
             f"{where} has format {number}; this calmclip reads up to {FORMAT}. Install a newer calmclip."
+        )
+    if number < OLDEST:
+        raise BundleInvalid(
+            f"{where} has format {number}, from before the first release; this calmclip reads from {OLDEST} on. Export "
+            "the checkpoint again."
         )
     for step in range(number, FORMAT):
         data = UPGRADES[step](data)

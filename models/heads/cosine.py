@@ -1,7 +1,7 @@
 """Cosine head: labels compete.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), figure 3: logits = exp(t) * I T^T, softmax over the classes.
-In:     image [B, D], text [C, D], unit rows.
+In:     image [B, D], columns.text [C, D], unit rows.
 Assets: none.
 Out:    logits float32 [B, C] = scale * cosine; scores sum to 1 over C.
 """
@@ -10,16 +10,16 @@ import numpy as np
 from pydantic import Field
 
 from calmclip.models.bundle.manifest import FrozenModel
-from calmclip.models.flow import Array, Arrays
-from calmclip.models.heads import HEADS, Head
+from calmclip.models.flow import Array
+from calmclip.models.heads import HEADS, Columns, Head
 
 
 class Params(FrozenModel):
     scale: float = Field(100.0, gt=0, le=1e4)  # exp of the learned log temperature
 
 
-def logits(image: Array, text: Array, assets: Arrays, params: Params) -> Array:
-    return np.float32(params.scale) * (image @ text.T)
+def logits(image: Array, columns: Columns, params: Params) -> Array:
+    return np.float32(params.scale) * (image @ columns.text.T)
 
 
 def softmax(logits: Array) -> Array:

@@ -1,7 +1,7 @@
 """Sigmoid head: every label is judged alone, so several or none may be true.
 
 Source: Zhai et al. 2023 (arXiv 2303.15343), section 3.2: p = sigmoid(t * I T^T + b).
-In:     image [B, D], text [C, D], unit rows.
+In:     image [B, D], columns.text [C, D], unit rows.
 Assets: none.
 Out:    logits float32 [B, C] = scale * cosine + bias; scores in (0, 1), each on its own.
 """
@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from calmclip.models.bundle.manifest import FrozenModel
-from calmclip.models.flow import Array, Arrays
-from calmclip.models.heads import HEADS, Head
+from calmclip.models.flow import Array
+from calmclip.models.heads import HEADS, Columns, Head
 
 
 class Params(FrozenModel):
@@ -19,8 +19,8 @@ class Params(FrozenModel):
     bias: float = Field(-10.0, ge=-1e4, le=1e4)
 
 
-def logits(image: Array, text: Array, assets: Arrays, params: Params) -> Array:
-    return np.float32(params.scale) * (image @ text.T) + np.float32(params.bias)
+def logits(image: Array, columns: Columns, params: Params) -> Array:
+    return np.float32(params.scale) * (image @ columns.text.T) + np.float32(params.bias)
 
 
 def sigmoid(logits: Array) -> Array:

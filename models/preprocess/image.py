@@ -8,12 +8,14 @@ makes, as no kernel does.
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from calmclip.models.bundle.manifest import ImagePreprocess
-from calmclip.models.errors import BadImage, ImageTooLarge
+from calmclip.models.errors import BadImage, BadRequest, ImageTooLarge
 from calmclip.models.flow import Array
 from calmclip.models.ops import pixels as kernel
 from calmclip.models.ops.library import Library
@@ -21,6 +23,8 @@ from calmclip.models.preprocess.gaussian import square_to
 from calmclip.models.preprocess.memory import Band, in_bands, worth_it
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+# A file, its bytes, or a picture in memory: one of Pillow's, or uint8 [height, width, 3], upright RGB.
+Picture: TypeAlias = Path | bytes | Image.Image | Array
 MAX_PIXELS = 40_000_000
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -80,6 +84,33 @@ def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Header:
     """Read the header only. Raises `BadImage` for anything but JPEG, PNG, WebP; `ImageTooLarge` over the limit."""
     with _open(data, max_pixels) as image:
         return _header(image)
+
+
+def load(picture: Picture, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Any `Picture`, upright and as 8-bit RGB. Raises as `decode`; `BadRequest` for a file that cannot be read, an
+    array of another dtype or shape, and what is no picture at all."""
+    if isinstance(picture, bytes):
+        return decode(picture, max_pixels=max_pixels)
+    if isinstance(picture, Path):
+        try:
+            data = picture.read_bytes()
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"the picture {str(picture)!r} cannot be read: {error}") from None
+        return decode(data, max_pixels=max_pixels)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+            raise BadRequest(f"the picture is {picture.dtype} {list(picture.shape)}; expected uint8 [height, width, 3]")
+        picture = Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        raise BadRequest(
+            f"the picture is a {type(picture).__name__}; expected a path, the bytes of a file, a picture of Pillow's, "
+            "or uint8 [height, width, 3]"
+        )
+    if picture.width * picture.height > max_pixels:
+        raise ImageTooLarge(
+            f"the picture is {picture.width} x {picture.height} pixels; at most {max_pixels} are read. Scale it down."
+        )
+    return _rgb(_upright(picture))
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

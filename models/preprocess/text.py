@@ -50,6 +50,10 @@ class TextPreparer:
         """Tokens of ``text``, the special ones included, however many."""
         return len(self._ids(text))
 
+    def length(self, text: str, index: int = 0) -> int:
+        """Tokens of ``text`` as `prepare` takes them. Raises as `prepare`; ``index`` names it in the error."""
+        return len(self._row(text, index))
+
     @cached_property
     def ids(self) -> int:
         """One more than the largest id of a token."""

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
-from calmclip.models.flow import Array, Call, Flow, Work
-from calmclip.models.preprocess.image import decode
-from calmclip.models.tasks.texts import embed_labels, only_output
+from calmclip.models.flow import Array, Flow
+from calmclip.models.preprocess.image import Picture
+from calmclip.models.tasks.classify import LogitsRequest, chosen, logits
 
 TEMPERATURES: list[float] = np.geomspace(
     0.01, 100, 401
@@ -22,30 +23,31 @@ TEMPERATURES: list[float] = np.geomspace(
 
 @dataclass(frozen=True)
 class CalibrateRequest:
-    """``truth``: for each picture the place of its label among ``labels``."""
+    """``truth``: for each picture the place of its label among the classifier's."""
 
-    images: Sequence[bytes]
+    images: Sequence[Picture]
     truth: Sequence[int]
-    labels: Sequence[str]
-    templates: Sequence[str] = ()
+    classifier: Classifier
 
 
 def calibrate(bundle: Bundle, request: CalibrateRequest) -> Flow[float]:
     """Raises `BadRequest` for fewer than two labels: there is nothing to be unsure between."""
     bundle.require("classify")
-    if len(request.labels) < 2:
-        raise BadRequest(f"there are {len(request.labels)} labels; expected at least 2 to calibrate between")
-    text = yield from embed_labels(bundle, request.labels, request.templates)
-    preparer, rows = bundle.image(), []
-    for data in request.images:
-        picture = yield Work("decode", lambda data=data: decode(data, max_pixels=bundle.max_pixels))  # type: ignore[misc]
-        pixels = yield Work("preprocess", lambda picture=picture: preparer.prepare(picture)[0])  # type: ignore[misc]
-        found = yield Call("image", {preparer.spec.input: pixels})
-        rows.append(found[only_output(bundle, "image")])
-    return fit(bundle.head.logits(np.concatenate(rows), text), request.truth, bundle.head.scores)
+    classifier = chosen(bundle, request.classifier)
+    require_two(classifier.labels)
+    rows = []
+    for image in request.images:
+        rows.append((yield from logits(bundle, LogitsRequest(image, classifier=classifier))))
+    return best_temperature(np.stack(rows), request.truth, classifier.bound.scores)
 
 
-def fit(logits: Array, truth: Sequence[int], scores: Callable[[Array], Array]) -> float:
+def require_two(labels: Sequence[str]) -> None:
+    """Raises `BadRequest` for fewer than two labels."""
+    if len(labels) < 2:
+        raise BadRequest(f"there are {len(labels)} labels; expected at least 2 to calibrate between")
+
+
+def best_temperature(logits: Array, truth: Sequence[int], scores: Callable[[Array], Array]) -> float:
     """The one of `TEMPERATURES` with the least log loss; ``logits`` float [N, C], ``scores`` of the head."""
     count = len(logits)
     targets = np.full(logits.shape, 1 / (count + 2))

@@ -8,6 +8,7 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.errors import BadRequest, ImageTooLarge, TextTooLong
 from calmclip.models.flow import Array, Arrays, Call, Flow
+from calmclip.models.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,14 @@ def _within(bundle: Bundle, role: str, name: str, array: Array) -> None:
             raise BadRequest(f"input {name!r} holds ids that are no tokens'; they are from 0 to {most}")
     if isinstance(spec, ImagePreprocess) and spec.in_graph and shape[0] * shape[1] > bundle.max_pixels:
         raise ImageTooLarge(f"input {name!r} has {shape[0]} x {shape[1]} pixels; at most {bundle.max_pixels} are read")
+
+
+TASKS.register("raw")(
+    Task(
+        name="raw",
+        summary="named tensors -> named tensors of one graph",
+        request=RawRequest,
+        flow=raw,
+        example=lambda bundle, picture: None,  # which graph is meant, only its caller knows
+    )
+)

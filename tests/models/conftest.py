@@ -16,10 +16,12 @@ from onnx import parser
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from calmclip.models.bundle import manifest
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import Manifest, parse
 from calmclip.models.bundle.store import read, seal, stage
+from calmclip.models.tasks.detect import DETECTED as FOUND
+from calmclip.models.tasks.detect import REGIONS as PROPOSED
+from calmclip.models.tasks.detect import SUPPRESSION
 
 IMAGE = """<ir_version: 9, opset_import: ["" : 18]>
 image (float[B, 3, 4, 4] pixels) => (float[B, 3] image_embeds) {
@@ -70,7 +72,7 @@ detect (float[1, 1, 3] class_embeds, float[1, 1, 4] boxes, float[1, 1] objectnes
 }"""
 VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "red": 2, "green": 3, "blue": 4}
 MANIFEST: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "name": "colours",
     "precision": "float32",
     "tasks": ["classify", "embed", "raw"],
@@ -95,8 +97,7 @@ MANIFEST: dict[str, Any] = {
             "preprocess": {"kind": "text", "context": 6},
         },
     },
-    "prompts": {"name": "single", "params": {"template": "{}"}},
-    "head": {"name": "cosine", "params": {"scale": 2.0}},
+    "classifier": {"templates": ["{}"], "head": {"name": "cosine", "params": {"scale": 2.0}}},
     "quantization": {"name": "none"},
     "created": "2026-01-01T00:00:00+00:00",
 }
@@ -158,14 +159,14 @@ def detector(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Ma
     graphs["regions"] = {
         "file": "regions.onnx",
         "inputs": {"pixels": {"dtype": "float32", "shape": [1, 3, 8, 8]}},
-        "outputs": named(*manifest.REGIONS),
+        "outputs": named(*PROPOSED),
         "preprocess": plain,
     }
     graphs["detect"] = {
         "file": "detect.onnx",
         "batch": False,
-        "inputs": named(*manifest.REGIONS, "text_embeds", *manifest.SUPPRESSION),
-        "outputs": named(*manifest.DETECTED),
+        "inputs": named(*PROPOSED, "text_embeds", *SUPPRESSION),
+        "outputs": named(*FOUND),
     }
     colours["tasks"].append("detect")
     with stage(tmp_path / "detectors", "colours") as staged:
@@ -177,6 +178,11 @@ def detector(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Ma
 @pytest.fixture
 def bundle(sealed: Path) -> Bundle:
     return Bundle(read(sealed))
+
+
+@pytest.fixture
+def finder(detector: Path) -> Bundle:
+    return Bundle(read(detector))
 
 
 @pytest.fixture

@@ -2,14 +2,25 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from calmclip import Suppression, models, open_bundle
-from calmclip.models.errors import BadImage, BadRequest, BundleNotFound, TaskNotServed
+from calmclip import Runner, Suppression, models, open_bundle
+from calmclip.models.errors import (
+    BadImage,
+    BadRequest,
+    BundleNotFound,
+    ImageTooLarge,
+    TaskNotServed,
+    TooManyLabels,
+    UnknownName,
+)
+from calmclip.models.flow import Arrays
+from calmclip.models.tasks.embed import EmbedRequest
 
 ASSETS = Path(__file__).parents[2] / "export" / "samples"
 Png = Callable[..., bytes]
@@ -43,18 +54,22 @@ def test_detect_finds_a_box_in_the_original(detector: Path, png: Png):
     assert list(open_bundle(detector).detect(png("yellow"), ["red"], suppression=strict)) == []
 
 
-def test_the_example_of_the_page_runs(
+def test_the_examples_of_the_page_run(
     detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     page = (Path(models.__file__).parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    example, evals = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     shutil.copytree(detector, tmp_path / "models" / "bundles" / "mini-int8")
     shutil.copy(ASSETS / "cat.jpg", tmp_path)
     monkeypatch.chdir(tmp_path)
     exec(example.replace("a cat", "red").replace("a dog", "blue").replace("a red bicycle", "red"), {})
-    ranked, *_, last = capsys.readouterr().out.splitlines()
+    ranked, *_, shape, first, second, third = capsys.readouterr().out.splitlines()
     assert ranked.startswith("red ")  # the cat is brown
-    assert last.startswith("(2, 3) {'preprocess': ")
+    assert shape.startswith("(2, 3) {")
+    assert [first, second, third] == ["red"] * 3
+    shutil.copytree(detector, tmp_path / "models" / "bundles" / "mini-float")
+    exec(evals, {"__name__": "__main__"})
+    assert "zero_shot: 2 pictures, 2 labels" in capsys.readouterr().out
 
 
 def test_raw_runs_one_graph(sealed: Path):
@@ -82,3 +97,149 @@ def test_what_cannot_be_answered_is_said(sealed: Path, tmp_path: Path):
         runner.classify(tmp_path / "absent.jpg", ["red"])
     with pytest.raises(BundleNotFound, match=r"holds no bundle\.json"):
         open_bundle(tmp_path)
+
+
+# --- many pictures ------------------------------------------------------------------------------------------------
+
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+class Spy:
+    """Counts the rows of each run of a runner's graphs."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runs: list[tuple[str, int]] = []
+        for role in ("image", "text"):
+            session = runner.session(role)
+            monkey = session.run
+
+            def run(feeds: Arrays, role: str = role, plain: Callable[[Arrays], Arrays] = monkey) -> Arrays:
+                self.runs.append((role, len(next(iter(feeds.values())))))
+                return plain(feeds)
+
+            session.run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("batch", [None, 1, 4])
+def test_answers_of_many_come_in_their_order(sealed: Path, png: Png, batch: int | None, threads: int):
+    runner = open_bundle(sealed)
+    spy = Spy(runner)
+    names = [("red", "green", "blue")[i * i % 3] for i in range(23)]
+    pictures = (png(name, (8 + i, 6)) for i, name in enumerate(names))  # each is read once, when its turn is near
+    found = runner.classify_many(pictures, [*COLOURS], top_k=1, batch=batch, threads=threads)
+    assert [ranking.labels[0].label for ranking in found] == names
+    assert [run for run in spy.runs if run[0] == "text"] == [("text", 3)]  # labels are embedded once
+    rows = [count for role, count in spy.runs if role == "image"]
+    assert sum(rows) == 23
+    assert max(rows) <= (batch or 23)
+    assert batch == 1 or max(rows) > 1 or threads  # with threads it is a race how many wait together
+
+
+def test_flows_are_taken_as_they_are_needed_and_closed_when_nobody_asks_on(sealed: Path, png: Png):
+    runner, taken = open_bundle(sealed), []
+
+    def pictures() -> Iterator[bytes]:
+        for i in range(1000):
+            taken.append(i)
+            yield png("red")
+
+    answers = runner.embed_many(pictures(), batch=2, threads=1)
+    first = [next(answers) for _ in range(5)]
+    assert np.array(first) == pytest.approx(np.array([[1, 0, 0]] * 5))
+    assert len(taken) < 20
+    answers.close()  # type: ignore[attr-defined]
+    assert len(taken) < 20
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_comes_where_the_answer_would_and_those_before_it_are_there(sealed: Path, png: Png, threads: int):
+    runner, pictures = open_bundle(sealed), [png("red"), png("blue"), b"no picture", png("green")]
+    answers = runner.embed_many(pictures, threads=threads)
+    assert [next(answers).tolist() for _ in range(2)] == [[1, 0, 0], [0, 0, 1]]
+    with pytest.raises(BadImage, match="10 bytes starting"):
+        next(answers)
+    with pytest.raises(BadRequest, match="batch is 0; expected at least 1"):
+        list(runner.embed_many(pictures, batch=0))
+
+
+def test_pictures_may_be_in_memory(sealed: Path, png: Png, tmp_path: Path):
+    array = np.full((6, 8, 3), (0, 255, 0), np.uint8)
+    (tmp_path / "green.png").write_bytes(png("green"))
+    kinds = [png((0, 255, 0)), tmp_path / "green.png", str(tmp_path / "green.png"), array, Image.fromarray(array)]
+    rows = open_bundle(sealed).embed(images=kinds)
+    assert rows == pytest.approx(np.array([[0, 1, 0]] * 5), abs=1e-6)
+    for wrong, says in (
+        (array[..., 0], r"uint8 \[6, 8\]; expected uint8 \[height, width, 3\]"),
+        (array.astype(np.float32), r"float32 \[6, 8, 3\]"),
+        (7, "the picture is a int; expected a path"),
+    ):
+        with pytest.raises(BadRequest, match=says):
+            open_bundle(sealed).embed(images=[wrong])  # type: ignore[list-item]
+    with pytest.raises(ImageTooLarge, match="8 x 6 pixels; at most 47 are read"):
+        open_bundle(sealed, max_pixels=47).embed(images=[array])
+
+
+def test_temperature_and_none_below_reach_one_picture_and_many(sealed: Path, png: Png):
+    runner, asked = open_bundle(sealed), {"temperature": 4.0, "none_below": 0.5}
+    one = runner.classify(png("red"), ["green", "red"], **asked)
+    # logits 2 and 0 divided by 4: 1 / (1 + e^-0.5) = 0.622459
+    assert (one.labels[0].score, one.none, one.temperature) == (pytest.approx(0.622459), False, 4.0)
+    assert list(runner.classify_many([png("red")], ["green", "red"], **asked)) == [one]
+    assert runner.classify(png("red"), ["green", "red"], none_below=0.99).none is True
+
+
+def test_logits_are_rows_of_pictures_and_columns_of_labels(sealed: Path, png: Png):
+    found = open_bundle(sealed).logits([png("red"), png("yellow")], ["blue", "red"])
+    assert found == pytest.approx(np.array([[0, 2], [0, 2 * 0.5**0.5]]), abs=1e-6)
+    assert open_bundle(sealed).logits([], ["blue", "red"]).shape == (0, 2)
+
+
+def test_what_a_runner_remembers_is_counted_and_can_be_nothing(sealed: Path, png: Png):
+    runner = open_bundle(sealed)
+    for _ in range(3):
+        runner.classify(png("red"), ["red", "blue"])
+        runner.embed(texts=["red"])
+    assert (runner.memory.misses, runner.memory.hits) == (2, 3 + 2 * 2)
+    forgetful = open_bundle(sealed, remembered=0)
+    assert forgetful.classify(png("red"), ["red"]).labels == runner.classify(png("red"), ["red"]).labels
+    assert len(forgetful.memory) == 0
+
+
+def test_any_task_is_asked_by_name(sealed: Path, png: Png):
+    runner = open_bundle(sealed)
+    found = runner.ask("embed", EmbedRequest(["red", png("red")]))
+    assert found.vectors == pytest.approx(np.array([[1, 0, 0]] * 2), abs=1e-6)
+    with pytest.raises(UnknownName, match="did you mean 'embed'"):
+        runner.ask("embde", None)
+
+
+def test_a_head_is_fitted_and_calibrated_from_python(sealed: Path, png: Png):
+    """The labels are said of the wrong colours, so no text would find them. A yellow picture is half red, half
+    green."""
+    runner = open_bundle(sealed)
+    pictures, truth = [png("red"), png((0, 255, 0)), png("blue")], ["sea", "grass", "fire"]
+    found = runner.fit(pictures, truth, "prototype", labels=["fire", "sea", "grass"], scale=2.0)
+    assert (found.family, found.assets["prototypes"].tolist()) == (
+        runner.bundle.family,
+        [[0, 0, 1], [1, 0, 0], [0, 1, 0]],
+    )
+    ranked = runner.classify(png("blue"), ["grass", "fire"], classifier=found)
+    assert [(r.label, r.score) for r in ranked] == [  # logits 2 and 0
+        ("fire", pytest.approx(0.880797, abs=1e-6)), ("grass", pytest.approx(0.119203, abs=1e-6))
+    ]  # fmt: skip
+    # three right, one wrong: targets 5/6 and 1/6, in the mean 2/3 for the best of two: T = 2 / ln 2
+    two = runner.fit(pictures[:2], ["sea", "grass"], "prototype", scale=2.0)
+    warm = runner.calibrate([png("red")] * 4, ["sea", "sea", "sea", "grass"], two)
+    assert warm.temperature == pytest.approx(2 / np.log(2), rel=0.025)
+    assert runner.classify(png("red"), classifier=warm).temperature == warm.temperature
+    for asked, says in (
+        ((pictures, truth[:2], "prototype"), "3 pictures and 2 labels of theirs"),
+        ((pictures, truth, "cosine"), "the head 'cosine' has nothing to fit; those that do: prototype"),
+        (([], [], "prototype"), "no labels were given"),
+    ):
+        with pytest.raises((BadRequest, TooManyLabels), match=says):
+            runner.fit(*asked)
+    with pytest.raises(BadRequest, match="the label 'sand' of a picture is none of the 1 labels"):
+        runner.fit(pictures, ["sand"] * 3, "prototype", labels=["sea"])

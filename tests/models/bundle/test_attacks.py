@@ -16,6 +16,7 @@ import pytest
 from calmclip import open_bundle
 from calmclip.models.bundle import store
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import DefaultClassifier
 from calmclip.models.bundle.store import read, seal, stage
 from calmclip.models.errors import BundleInvalid, BundleNotFound, BundleTooNew
 
@@ -137,37 +138,9 @@ def path_out_of_the_folder(sealed: Path) -> str:
     return r"files\.\.\./secret.*not a path inside the bundle"
 
 
-def unknown_key(sealed: Path) -> str:
-    edit(sealed, lambda data: data["graphs"]["text"].update(run="rm -rf /"))
-    return r"graphs\.text\.run: unknown key"
-
-
-def unsealed(sealed: Path) -> str:
-    edit(sealed, lambda data: data.pop("files"))
-    return "lists no files; it was never sealed"
-
-
-def many_files(sealed: Path) -> str:
-    edit(
-        sealed,
-        lambda data: data["files"].update({f"f{i}": {"sha256": "0" * 64, "bytes": 0} for i in range(1000)}),
-    )
-    return "lists 1003 files; at most 1000 are read"
-
-
-def huge_manifest(sealed: Path) -> str:
-    edit(sealed, lambda data: data["source"].update(notes="x" * (1 << 20)))
-    return r"has \d+ bytes; a manifest has at most 1048576"
-
-
 def empty_manifest(sealed: Path) -> str:
     (sealed / "bundle.json").write_bytes(b"")
     return r"bundle\.json is not JSON"
-
-
-def huge_number_of_bytes(sealed: Path) -> str:
-    edit(sealed, lambda data: data["files"]["image.onnx"].update(bytes=10**300))
-    return r"files\.image\.onnx\.bytes|image\.onnx has \d+ bytes"
 
 
 ATTACKS = [
@@ -188,18 +161,35 @@ ATTACKS = [
     pipe_for_a_file,
     stray_socket,
     path_out_of_the_folder,
-    unknown_key,
-    unsealed,
-    many_files,
-    huge_manifest,
     empty_manifest,
-    huge_number_of_bytes,
 ]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_what_is_wrong_is_named(sealed: Path, attack: Callable[[Path], str]):
     says = attack(sealed)
+    with pytest.raises(BundleInvalid, match=says):
+        read(sealed)
+
+
+EMPTY = {"sha256": "0" * 64, "bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data["graphs"]["text"].update(run="rm -rf /"), r"graphs\.text\.run: unknown key"),
+        (lambda data: data.pop("files"), "lists no files; it was never sealed"),
+        (lambda data: data["files"].update({f"f{i}": EMPTY for i in range(1000)}), "lists 1003 files; at most 1000"),
+        (lambda data: data["source"].update(notes="x" * (1 << 20)), r"has \d+ bytes; a manifest has at most 1048576"),
+        (
+            lambda data: data["files"]["image.onnx"].update(bytes=10**300),
+            r"image\.onnx\.bytes|image\.onnx has \d+ bytes",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_manifest_is_named(sealed: Path, change: Callable[[dict[str, Any]], object], says: str):
+    edit(sealed, change)
     with pytest.raises(BundleInvalid, match=says):
         read(sealed)
 
@@ -309,11 +299,9 @@ def with_file(sealed: Path, tmp_path: Path) -> Callable[..., Bundle]:
     ],
 )
 def test_an_asset_is_a_plain_array_and_runs_nothing(sealed: Path, with_file: Callable[..., Bundle], content: bytes):
-    head = read(sealed).manifest.head
-    assert head
-    bundle = with_file({"keys.npy": content}, head=head.model_copy(update={"assets": {"keys": "keys.npy"}}))
+    bundle = with_file({"keys.npy": content}, classifier=head(sealed, assets={"keys": "keys.npy"}))
     with pytest.raises(BundleInvalid, match=r"keys\.npy is no plain \.npy array"):
-        bundle.head  # noqa: B018 - reads the assets
+        bundle.classifier  # noqa: B018 - reads the assets
     assert not Payload.ran
 
 
@@ -324,21 +312,64 @@ def test_a_tokenizer_that_is_none_is_refused(with_file: Callable[..., Bundle], c
         bundle.text()  # reads the tokenizer
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'["a", 1]', b"[" * 100_000, b'["\xff"]', b'"cat"'])
-def test_labels_that_are_none_are_refused(with_file: Callable[..., Bundle], content: bytes):
-    bundle = with_file({"labels.json": content}, labels="labels.json")
-    with pytest.raises(BundleInvalid, match=r"labels\.json is not"):
-        bundle.labels  # noqa: B018 - reads the labels
+@pytest.mark.parametrize("content", [b"", b'["a", 1]', b"[" * 100_000, b'["\xff"]', b'"cat"', b'{"a": ["b", 1]}'])
+@pytest.mark.parametrize("kind", ["labels", "descriptions"])
+def test_labels_and_descriptions_that_are_none_are_refused(
+    with_file: Callable[..., Bundle], sealed: Path, kind: str, content: bytes
+):
+    bundle = with_file({f"{kind}.json": content}, classifier=classifier(sealed, **{kind: f"{kind}.json"}))
+    with pytest.raises(BundleInvalid, match=rf"{kind}\.json is not"):
+        bundle.classifier  # noqa: B018 - reads the file
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"labels": ["a", "b", "a"]}, "the label 'a' is given twice"),
+        ({"labels": ["a", " "]}, "label 1 is empty"),
+        ({"labels": ["a"], "descriptions": {"b": ["a b"]}}, "descriptions of 'b', which is none of the 1 labels"),
+        (
+            {"labels": ["a"], "descriptions": {"a": []}},
+            r"the descriptions of 'a' are \(\); expected a list of sentences",
+        ),
+    ],
+)
+def test_a_classifier_that_contradicts_itself_is_refused(
+    with_file: Callable[..., Bundle], sealed: Path, files: dict[str, object], says: str
+):
+    paths = {kind: f"{kind}.json" for kind in files}
+    content = {f"{kind}.json": json.dumps(data).encode() for kind, data in files.items()}
+    bundle = with_file(content, classifier=classifier(sealed, **paths))
+    with pytest.raises(BundleInvalid, match=f"its classifier: .*{says}"):
+        bundle.warm()
+
+
+def test_a_bundle_of_tasks_nobody_knows_is_too_new_and_one_with_others_serves_them(with_file: Callable[..., Bundle]):
+    assert with_file({}, name="other", tasks=("embed", "levitate")).tasks == ("embed",)
+    with pytest.raises(BundleTooNew, match=r"serves levitate, of which this calmclip knows none; it knows classify, "):
+        with_file({}, tasks=("levitate",))
 
 
 def test_unknown_plugins_and_params_are_refused(with_file: Callable[..., Bundle], sealed: Path):
-    head = read(sealed).manifest.head
-    assert head
-    bundle = with_file({}, head=head.model_copy(update={"params": {"scale": 1.0, "temper": 2}}))
-    with pytest.raises(BundleInvalid, match=r"head params .*temper: unknown key"):
-        bundle.head  # noqa: B018 - binds the params
-    with pytest.raises(BundleInvalid, match=r"head params .*temper: unknown key"):
-        bundle.warm()
+    for name, changed, says in (
+        ("one", {"params": {"scale": 1.0, "temper": 2}}, "head 'cosine': params .*temper: unknown key"),
+        ("two", {"name": "cosinus"}, "there is no heads 'cosinus'"),
+    ):
+        bundle = with_file({}, name=name, classifier=head(sealed, **changed))
+        with pytest.raises(BundleInvalid, match=says):
+            bundle.warm()
+
+
+def classifier(sealed: Path, **changed: object) -> DefaultClassifier:
+    found = read(sealed).manifest.classifier
+    assert found
+    return found.model_copy(update=changed)
+
+
+def head(sealed: Path, **changed: object) -> DefaultClassifier:
+    found = classifier(sealed).head
+    assert found
+    return classifier(sealed, head=found.model_copy(update=changed))
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------

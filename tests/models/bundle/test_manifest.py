@@ -43,8 +43,8 @@ def test_a_manifest_survives_the_round_trip(colours: Json):
         "graphs/image/inputs/pixels/",
         "graphs/image/preprocess/",
         "graphs/text/preprocess/",
-        "head/",
-        "prompts/",
+        "classifier/",
+        "classifier/head/",
         "quantization/",
     ],
 )
@@ -66,7 +66,8 @@ def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
         ("name", "c" * 65, "name: "),
         ("precision", "int4", "precision: "),
         ("tasks", [], "tasks: "),
-        ("tasks", ["segment"], r"tasks\.0: "),
+        ("tasks", ["Segment!"], r"tasks\.0: "),
+        ("family", "0" * 63, "family: "),
         ("tasks", ["detect"], "needs a graph 'regions'"),
         ("graphs", {}, "graphs: "),
         ("graphs/text/preprocess", None, r"`graphs\.text\.preprocess` to be an? TextPreprocess"),
@@ -86,13 +87,20 @@ def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
         ("graphs/image/outputs", {}, "outputs: "),
         ("graphs/image/outputs/image_embeds/shape", ["B", 5], "embeddings differ in length"),
         ("graphs/image/outputs/image_embeds/shape", ["B", "D"], r"one output, float32 \[B, D\]"),
-        ("graphs/image/outputs/more", {"dtype": "float32", "shape": ["B", 3]}, "one output"),
+        (
+            "graphs/image/outputs",
+            {name: {"dtype": "float32", "shape": ["B", 3]} for name in ("vectors", "patches")},
+            r"called 'image_embeds'; there is \['patches', 'vectors'\]",
+        ),
         ("graphs/text/preprocess/context", 0, "context: "),
         ("graphs/text/preprocess/context", 10**12, "context: "),
         ("graphs/text/preprocess/pad_id", -1, "pad_id: "),
         ("graphs/text/preprocess/mask", "mask", r"makes the inputs \['ids', 'mask'\]; the graph takes \['ids'\]"),
-        ("head", None, "'classify' needs `head` and `prompts`"),
-        ("prompts", None, "'classify' needs `head` and `prompts`"),
+        ("classifier", None, "'classify' needs `classifier` with a `head`"),
+        ("classifier/head", None, "'classify' needs `classifier` with a `head`"),
+        ("classifier/templates", ["a photo"], r"classifier\.templates\.0: "),
+        ("classifier/temperature", 0, r"classifier\.temperature: "),
+        ("classifier/none_below", 1.5, r"classifier\.none_below: "),
         ("graphs/image/batch", "yes", "batch: "),  # types are strict: JSON has its own
         ("graphs/image/batch", 1, "batch: "),
         ("graphs/text/preprocess/context", "6", "context: "),
@@ -149,7 +157,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("place", ["graphs/image/file", "graphs/text/preprocess/tokenizer", "labels"])
+@pytest.mark.parametrize("place", ["graphs/image/file", "graphs/text/preprocess/tokenizer", "classifier/labels"])
 def test_a_path_that_could_leave_its_folder_is_refused(colours: Json, place: str, path: str):
     there, key = at(colours, place)
     there[key] = path
@@ -162,8 +170,8 @@ def test_nor_is_it_listed_or_an_asset(colours: Json, path: str):
     listed = colours | {"files": {path: {"sha256": "0" * 64, "bytes": 1}}}
     with pytest.raises(BundleInvalid, match=r"files\."):
         read(listed)
-    colours["head"]["assets"] = {"keys": path}
-    with pytest.raises(BundleInvalid, match=r"head\.assets\.keys"):
+    colours["classifier"]["head"]["assets"] = {"keys": path}
+    with pytest.raises(BundleInvalid, match=r"classifier\.head\.assets\.keys"):
         read(colours)
 
 
@@ -172,13 +180,28 @@ def test_plain_paths_are_fine():
 
 
 def test_a_newer_format_is_refused_by_its_number(colours: Json):
-    with pytest.raises(BundleTooNew, match=r"has format 2; this calmclip reads up to 1\. Install a newer calmclip"):
-        read(colours | {"format": 2, "key of a later format": {}})
+    with pytest.raises(BundleTooNew, match=r"has format 3; this calmclip reads up to 2\. Install a newer calmclip"):
+        read(colours | {"format": 3, "key of a later format": {}})
+
+
+def test_the_format_from_before_the_first_release_is_refused_and_says_what_to_do(colours: Json):
+    with pytest.raises(BundleInvalid, match=r"has format 1, .* reads from 2 on\. Export the checkpoint again"):
+        read(colours | {"format": 1})
+
+
+def test_a_graph_that_embeds_may_answer_more(colours: Json):
+    outputs = colours["graphs"]["image"]["outputs"]
+    outputs["patches"] = {"dtype": "float32", "shape": ["B", 2, 2, 3]}
+    assert read(colours).graphs["image"].outputs.keys() == {"image_embeds", "patches"}
+
+
+def test_a_task_that_this_version_does_not_know_is_left_to_others(colours: Json):
+    assert read(colours | {"tasks": ["embed", "levitate"]}).tasks == ("embed", "levitate")
 
 
 @pytest.mark.parametrize("number", [True, "1", 1.0, 0, -1, None, [1]])
 def test_format_is_a_whole_number(colours: Json, number: Any):
-    with pytest.raises(BundleInvalid, match=r"`format` is .*; expected a whole number from 1 to 1"):
+    with pytest.raises(BundleInvalid, match=r"`format` is .*; expected a whole number from 2 to 2"):
         read(colours | {"format": number})
 
 
@@ -236,7 +259,9 @@ def test_numbers_are_finite(colours: Json, number: float):
     for name in ("mean", "std"):
         with pytest.raises(ValidationError, match="finite number"):
             ImagePreprocess(size=(4, 4), shortest=4, **{"mean": (0, 0, 0), "std": (1, 1, 1)} | {name: (1, 1, number)})
-    broken = read(colours).model_copy(update={"head": Plugin(name="cosine", params={"scale": number})})
+    whole = read(colours)
+    head = whole.classifier.model_copy(update={"head": Plugin(name="cosine", params={"scale": number})})
+    broken = whole.model_copy(update={"classifier": head})
     with pytest.raises(BundleInvalid, match="not a finite number"):  # and not written as null
         parse(broken.model_dump_json().encode(), "bundle.json")
 
@@ -275,8 +300,8 @@ def test_detection_asks_for_its_graphs_by_role_and_name(colours: Json):
         with pytest.raises(BundleInvalid, match=rf"`graphs\.{role}\.{side}` are .*; expected .*{lost[0]}"):
             read(whole)
         names[lost[0]] = lost[1]
-    del whole["prompts"]
-    with pytest.raises(BundleInvalid, match="'detect' needs `prompts`"):
+    del whole["classifier"]
+    with pytest.raises(BundleInvalid, match="'detect' needs `classifier`"):
         read(whole)
 
 
@@ -341,7 +366,7 @@ def test_the_schema_agrees_about_right_and_wrong(colours: Json, sealed: Path):
     check.check_schema(check.schema)
     assert check.is_valid(json.loads((sealed / "bundle.json").read_bytes()))
     assert check.is_valid(regions(colours))
-    for change in ({"name": "A"}, {"format": 2}, {"tasks": ["x"]}, {"surprise": 1}, {"graphs": {"image": {}}}):
+    for change in ({"name": "A"}, {"format": 1}, {"tasks": ["X"]}, {"surprise": 1}, {"graphs": {"image": {}}}):
         assert not check.is_valid(colours | change), change
 
 
@@ -350,7 +375,7 @@ def keys(model: type[FrozenModel], prefix: str = "") -> dict[str, type[FrozenMod
 
 
 def test_the_format_page_has_a_row_for_every_key():
-    page = (HERE.parent / "README.md").read_text(encoding="utf-8").split("\n## Operators\n")[0]
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8").split("\n## The bundle format")[1].split("\n## ")[0]
     first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     rows = {key for cell in first for key in re.findall(r"`([^`]+)`", cell)}
     expected = {
@@ -361,7 +386,8 @@ def test_the_format_page_has_a_row_for_every_key():
         *keys(ImagePreprocess, "graphs.*.preprocess."),
         *keys(module.TextPreprocess, "graphs.*.preprocess."),
         *keys(module.Ops, "ops."),
-        *keys(Plugin, "head."),
+        *keys(module.DefaultClassifier, "classifier."),
+        *keys(Plugin, "classifier.head."),
         *keys(module.Quantization, "quantization."),
         *keys(module.SuppressionDefaults, "suppression."),
         *keys(module.File, "files.*."),
@@ -370,12 +396,12 @@ def test_the_format_page_has_a_row_for_every_key():
 
 
 def test_an_older_format_is_upgraded_step_by_step(colours: Json, monkeypatch: pytest.MonkeyPatch):
-    """As if the format were 2 already, and `precision` had been called `kind` in format 1."""
+    """As if the format were 3 already, and `precision` had been called `kind` in format 2."""
 
     def old_to_new(data: Json) -> Json:
-        return {**{k: v for k, v in data.items() if k != "kind"}, "precision": data["kind"], "format": 1}
+        return {**{k: v for k, v in data.items() if k != "kind"}, "precision": data["kind"], "format": 2}
 
-    monkeypatch.setattr(module, "FORMAT", 2)
-    monkeypatch.setitem(module.UPGRADES, 1, old_to_new)
+    monkeypatch.setattr(module, "FORMAT", 3)
+    monkeypatch.setitem(module.UPGRADES, 2, old_to_new)
     colours["kind"] = colours.pop("precision")
     assert read(colours).precision == "float32"

@@ -236,5 +236,5 @@ def test_an_unknown_name_is_refused_with_the_known_ones(sealed: Path, name: str)
 
 def test_the_manifest_on_disk_is_plain_json(sealed: Path):
     data = json.loads((sealed / "bundle.json").read_text(encoding="utf-8"))
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert "mask" not in data["graphs"]["text"]["preprocess"]  # nothing is written that says nothing

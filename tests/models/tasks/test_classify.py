@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadImage, BadRequest, TaskNotServed, TooManyLabels
 from calmclip.models.flow import Arrays, Call, drive
-from calmclip.models.tasks.classify import ClassifyRequest, Ranking, classify
+from calmclip.models.tasks.classify import ClassifyRequest, LogitsRequest, Ranking, classify, logits
 
 Png = Callable[..., bytes]
 
@@ -95,7 +96,32 @@ def test_a_bad_picture_is_refused_before_any_graph_runs(bundle: Bundle):
 
 
 def test_a_bundle_that_does_not_classify_says_what_it_does(bundle: Bundle, png: Png):
-    bundle.manifest = bundle.manifest.model_copy(update={"tasks": ("embed",)})
+    bundle.tasks = ("embed",)
     with pytest.raises(TaskNotServed, match="does not serve 'classify'; it serves embed") as refused:
         rank(bundle, Graphs([1, 0, 0], [[1, 0, 0]]), png("red"), ["red"])
     assert refused.value.known == ["embed"]
+
+
+def test_a_classifier_fills_what_the_request_leaves_open_and_the_bundle_the_rest(bundle: Bundle, png: Png):
+    own = Classifier(("red", "blue"), ("a {}",), {"blue": ("the sea",)}, temperature=2.0, none_below=0.9)
+    graphs = Graphs([0.6, 0.8, 0], [[1, 0, 0], [0, 1, 0]])
+    ranking = rank(bundle, graphs, png("red"), [], classifier=own)
+    assert graphs.calls[0].keys == ("a red", "the sea")
+    # the bundle's head: logits 1.2 and 1.6, divided by 2; softmax 1 / (1 + e^-0.2) = 0.549834
+    assert [(r.label, r.score) for r in ranking] == [
+        ("blue", pytest.approx(0.549834)),
+        ("red", pytest.approx(0.450166)),
+    ]
+    assert (ranking.none, ranking.temperature) == (True, 2.0)
+    graphs = Graphs([0.6, 0.8, 0], [[0, 1, 0], [1, 0, 0]])
+    ranking = rank(
+        bundle, graphs, png("red"), ["blue", "green"], templates=["{}"], classifier=own, temperature=1, none_below=0.5
+    )
+    assert graphs.calls[0].keys == ("blue", "green")
+    assert (ranking.none, ranking.temperature) == (False, 1)
+
+
+def test_logits_are_those_of_the_labels_in_their_order(bundle: Bundle, png: Png):
+    graphs = Graphs([0.6, 0.8, 0], [[1, 0, 0], [0, 1, 0]])
+    found = drive(logits(bundle, LogitsRequest(png("red"), ["red", "green"])), graphs)
+    assert found == pytest.approx([1.2, 1.6])

@@ -1,18 +1,15 @@
 """detect over made-up regions: what reaches the graphs, and where its boxes land in the picture."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
-from calmclip.models.bundle.store import read
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Arrays, Call, drive
-from calmclip.models.tasks.detect import Detections, DetectRequest, Suppression, detect
+from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION, Detections, DetectRequest, Suppression, detect
 
 Png = Callable[..., bytes]
 PROPOSED = {
@@ -27,11 +24,6 @@ KEPT = {  # in pixels of the 8 x 8 letterbox
     "classes": np.array([1, 0], np.int64),
     "candidates": np.array([12], np.int64),
 }
-
-
-@pytest.fixture
-def finder(detector: Path) -> Bundle:
-    return Bundle(read(detector))
 
 
 def find(bundle: Bundle, picture: bytes, kept: Arrays = KEPT, **more: Any) -> tuple[Detections, list[Call]]:

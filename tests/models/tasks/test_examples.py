@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.store import read
 from calmclip.models.errors import BadImage, BadRequest, TooManyLabels
 from calmclip.models.flow import Array, Arrays, Call, drive
 from calmclip.models.runner import open_bundle
@@ -78,11 +77,6 @@ def test_overlaps_are_those_of_torchvision():
         assert overlaps(box, boxes) == pytest.approx(want.numpy(), abs=1e-6)
 
 
-@pytest.fixture
-def finder(detector: Path) -> Bundle:
-    return Bundle(read(detector))
-
-
 def queries(bundle: Bundle, request: DetectRequest, regions: list[Arrays]) -> tuple[Array, list[Call]]:
     """What the `detect` graph is asked, while `regions` answers these in turn."""
     calls: list[Call] = []
@@ -141,7 +135,7 @@ def test_a_runner_reads_examples_from_paths(detector: Path, png: Png, tmp_path: 
             runner.detect(red, examples=path)  # type: ignore[arg-type]
     with pytest.raises(BadRequest, match=r"'nowhere.png' cannot be read"):
         runner.detect(red, examples=[Example("nowhere.png")])
-    with pytest.raises(BadRequest, match="example 0: its picture is a str; expected the bytes of a file"):
+    with pytest.raises(BadRequest, match="example 0: the picture is a str; expected a path"):
         runner.run(detect(runner.bundle, DetectRequest(red, examples=[Example("red.png")])))
 
 

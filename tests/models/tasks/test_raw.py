@@ -65,7 +65,7 @@ def test_an_unknown_graph_and_a_closed_door(bundle: Bundle):
     with pytest.raises(TaskNotServed, match="has no graph 'audio'; it has image, text") as refused:
         run(bundle, "audio", {})
     assert refused.value.known == ["image", "text"]
-    bundle.manifest = bundle.manifest.model_copy(update={"tasks": ("embed",)})
+    bundle.tasks = ("embed",)
     with pytest.raises(TaskNotServed, match="does not serve 'raw'"):
         run(bundle, "text", {"ids": ids(1, 1)})
 
