@@ -1,6 +1,6 @@
 """`build(recipe)`: checkpoint -> sealed bundles. The only place that knows the order of the steps.
 
-load -> the softmax that is asked for -> trace -> parity (torch against float ONNX), tower by tower
+load -> adapters -> fold -> trace -> parity (torch against float ONNX), tower by tower
      -> observe or read ranges -> quantize -> rewrite with our ops -> parity (standard against rewritten), again so
      -> write float and INT8 side by side -> measure one against the other -> bars -> seal
 
@@ -9,6 +9,8 @@ for what was rewritten. All towers are traced before the first is quantized, so 
 stay in memory, each weight once, and no more than one session with it.
 """
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,9 +22,11 @@ from typing import Any
 
 import onnx
 
-from calmclip.export import calibrate, parity, report, rewrites, samples, softmax, weights
+from calmclip.export import calibrate, parity, report, rewrites, samples, weights
+from calmclip.export.adapters import Adapt, Context, adapt
+from calmclip.export.checkpoints import Weights
 from calmclip.export.checkpoints.weights import one_line
-from calmclip.export.nets import NETS, Built, Net, Tower
+from calmclip.export.nets import NETS, Built, Net, Tower, ready
 from calmclip.export.quantizers import QUANTIZERS, Goal, Settled
 from calmclip.export.recipe import Quantize, Recipe
 from calmclip.export.rewrites import image_to_pixels
@@ -52,9 +56,9 @@ def build(
     """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first. It is NAME-int8 or, where too little of it is
     in INT8 (`report.precision`), NAME-mixed.
 
-    ``net``: the checkpoint, where it is loaded already; with ``release`` its modules are emptied once they are traced.
-    Raises `BadRequest` for a softmax that the net was not trained with; `ParityLost`; `BarMissed` (nothing is sealed,
-    and NAME-int8.report.json is kept for reading); `BundleError` when a bundle of that name exists.
+    ``net``: what `load` answered, where it was called already; with ``release`` its modules are emptied once they are
+    traced. Raises as `load`; `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for
+    reading); `BundleError` when a bundle of that name exists.
     """
     int8_name, mixed_name, float_name = (f"{recipe.name}-{kind}" for kind in ("int8", "mixed", "float"))
     may_be = [int8_name, mixed_name, *([float_name] if recipe.keep_float else [])]
@@ -62,13 +66,16 @@ def build(
         raise BundleError(
             f"{out / taken[0]} exists, and a sealed bundle never changes; pass --replace or another --name"
         )
+    if net is not None and net.adapters != (named := tuple(one.name for one in recipe.adapters)):
+        raise BadRequest(
+            f"the net has the adapters {[*net.adapters]}, the recipe {[*named]}; load it with the recipe's"
+        )
     say(f"loading {recipe.checkpoint} with the net {recipe.net}")
     step, release = report.Steps(), release or net is None
     with step("load"):
-        net = net or NETS.get(recipe.net).load(recipe.checkpoint, recipe.weights)
+        net = net or load(recipe.net, recipe.checkpoint, recipe.weights, recipe.adapters, say)
     with _scratch(net) as directory:
         shown = samples.pictures(), calibrate.fitting(net, directory, samples.texts())
-        net = softmax.asked(net, recipe.weights, lambda tower: [*calibrate.feeds(tower, directory, *shown)], say)
         made = _convert(recipe, net, directory, shown, step, release, say)
 
     with ExitStack() as stack:
@@ -99,6 +106,8 @@ def build(
             name = mixed_name
             say(report.why_mixed(figures["int8"], name))
         manifests[int8_name] = manifests[int8_name].model_copy(update={"name": name, "precision": kind})
+        family = _family(manifests[float_name])
+        manifests = {which: one.model_copy(update={"family": family}) for which, one in manifests.items()}
         text = report.text(figures)
         try:
             report.require(figures["bars"], name, made.facts)
@@ -115,6 +124,26 @@ def build(
             sealed.append(seal(staged[which], manifests[which], replace=recipe.replace))
             say(f"sealed {sealed[-1].directory}")
         return sealed[::-1]
+
+
+def load(
+    name: str, checkpoint: str, weights: Weights, adapters: Sequence[Adapt] = (), say: Say = lambda line: None
+) -> Net:
+    """The net ``name`` of a checkpoint, its ``adapters`` done, ready to be traced. Raises as the net and `adapt`."""
+    plugin = NETS.get(name)
+    if not adapters:
+        return plugin.load(checkpoint, weights)
+    for one in adapters:
+        one.given()  # said before a large checkpoint is read
+    net = (plugin.unfolded or plugin.load)(checkpoint, weights)
+    return ready(adapt(net, adapters, Context(_shown, weights, say)))
+
+
+def _shown(net: Net, tower: Tower) -> list[Arrays]:
+    """The pictures or texts that ship, as the tower takes them."""
+    with _scratch(net) as directory:
+        texts = calibrate.fitting(net, directory, samples.texts())
+        return [*calibrate.feeds(tower, directory, samples.pictures(), texts)]
 
 
 @dataclass
@@ -385,14 +414,23 @@ def _write(
             for role, part in parts.items()
         },
         ops=Ops(used=tuple(sorted({f.name for m in graphs.values() for f in m.functions if f.domain == DOMAIN}))),
-        prompts=net.prompts,
-        head=net.head,
-        labels=net.labels,
+        classifier=net.classifier,
         suppression=net.suppression,
         quantization=quantization,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return describe(directory, manifest)
+
+
+def _family(floats: Manifest) -> str:
+    """sha256 of what embeds: the float graphs, their weights, tokenizer and preprocessing, of a manifest that lists
+    them. INT8 and float bundles of one export have the same, and so has each later export of the same graphs."""
+    apart = floats.classifier.paths() if floats.classifier else set()
+    said = {
+        "files": {path: file.sha256 for path, file in sorted(floats.files.items()) if path not in apart},
+        "preprocess": {role: one.model_dump(mode="json")["preprocess"] for role, one in sorted(floats.graphs.items())},
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _specs(values: Iterable[onnx.ValueInfoProto], promised: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,17 +4,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from calmclip.export.adapters import Adapt
 from calmclip.export.checkpoints import Weights, hub, read
 from calmclip.export.checkpoints.weights import SUFFIXES
-from calmclip.export.evals import EVALS
 from calmclip.export.nets import NETS, Net, NetPlugin
 from calmclip.export.quantizers import QUANTIZERS
 from calmclip.export.rewrites import REWRITES, image_to_pixels, swaps
-from calmclip.export.towers.attention import Softmax
 from calmclip.models.bundle.manifest import FrozenModel, ImagePreprocess, Name
 from calmclip.models.errors import BadRequest, UnknownCheckpoint, suggestion
+from calmclip.models.evals import EVALS, measure
 
 
 class Quantize(FrozenModel):
@@ -65,6 +65,7 @@ class Recipe(FrozenModel):
         False, description="image graphs take decoded pictures, one at a time, and prepare them (op ImageToPixels)"
     )
     weights: Weights = Weights()
+    adapters: tuple[Adapt, ...] = Field((), description="what changes the net before it is traced, in this order")
     calibration: Calibration = Calibration()
     evals: dict[str, Path] = Field(
         default_factory=dict, description="name of an eval -> its data, measured in float and in INT8 for the report"
@@ -77,7 +78,7 @@ class Recipe(FrozenModel):
         """What a report may say: file and folder names, but not where on this machine they lie."""
         data = self.model_dump(mode="json", exclude={"replace"})
         data["checkpoint"] = hub.name(Path(self.checkpoint))
-        data["weights"] |= {key: hub.name(path) for key in ("over", "mix") if (path := getattr(self.weights, key))}
+        data["adapters"] = [one.public() for one in self.adapters]
         data["evals"] = {name: path.name for name, path in self.evals.items()}
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
         return data
@@ -102,20 +103,25 @@ def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
 def load_weights(file: Path | None = None, **flags: Any) -> Weights:
     """What the recipe says of the weights, which a net is loaded with: the TOML ``file``'s, then ``flags`` not None.
 
-    Other checkpoints are fetched where they are on the hub. Raises `BadRequest` naming the key that does not fit;
-    as `hub.locate`.
+    Raises `BadRequest` naming the key that does not fit.
     """
     data = _merge(_toml(file).get("weights", {}), {key: value for key, value in flags.items() if value is not None})
     try:
-        weights = Weights.model_validate(data)
+        return Weights.model_validate(data)
     except ValidationError as error:
         raise _bad(error, "weights.") from None
-    named = {key: path for key in ("over", "mix") if (path := getattr(weights, key))}
-    return weights.model_copy(update={key: hub.locate(path.as_posix()) for key, path in named.items()})
+
+
+def load_adapters(file: Path | None = None) -> tuple[Adapt, ...]:
+    """Those that the TOML ``file`` lists. Raises `BadRequest` naming the key that does not fit."""
+    try:
+        return TypeAdapter(tuple[Adapt, ...]).validate_python(_toml(file).get("adapters", ()))
+    except ValidationError as error:
+        raise _bad(error, "adapters.") from None
 
 
 def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = None, **flags: Any) -> Recipe:
-    """Defaults of the net, then the TOML ``file``, then ``flags`` that are not None.
+    """Defaults of the net, its adapters done, then the TOML ``file``, then ``flags`` that are not None.
 
     Raises `BadRequest` naming the key that does not fit.
     """
@@ -128,8 +134,6 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
         if recipe.preset:
             preset = Quantize(name=recipe.preset)
             recipe = recipe.model_copy(update={"quantize": dict.fromkeys(net.towers, preset) | recipe.quantize})
-        if recipe.weights.softmax:
-            Softmax.parse(recipe.weights.softmax)
         for role, how in recipe.quantize.items():
             if role not in net.towers:
                 raise BadRequest(
@@ -142,7 +146,7 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                 raise BadRequest(
                     f"recipe: evals.{name}: it measures {measured.task}, but {net.name} serves {', '.join(net.tasks)}"
                 )
-            measured.read(data)
+            measure.read(name, data)
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(

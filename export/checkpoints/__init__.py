@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from calmclip.export.checkpoints.files import read_json
@@ -21,36 +21,12 @@ CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json", "
 
 
 class Weights(FrozenModel):
-    """What the recipe says of the weights: facts that a checkpoint leaves out, and edits (`export.checkpoints.edits`).
-
-    The edits are done in the order of the fields.
-    """
+    """Facts that a checkpoint leaves out. What changes a net is an adapter."""
 
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
     experts: Literal["dense", "routed"] | None = Field(
         None, description="of a mixture: every expert answers every token, or only those that go to it"
     )
-    softmax: str | None = Field(
-        None, description='of attention, where the configs do not say it: "vanilla" or "clipped(gamma:zeta)"'
-    )
-    force: bool = Field(False, description="take the `softmax` though the checkpoint was trained with another")
-    over: Path | None = Field(None, description="a checkpoint whose image tower takes the place of this one's")
-    mix: Path | None = Field(None, description="a checkpoint of the same shapes to mix with this one")
-    alpha: float | None = Field(None, ge=0, le=1, description="the share of `mix`: 0 is this checkpoint, 1 the other")
-    stretch: int | None = Field(None, ge=2, description="tokens of context: the table of positions is stretched to it")
-
-    @model_validator(mode="after")
-    def _go_together(self) -> Self:
-        if (self.mix is None) != (self.alpha is None):
-            raise ValueError("mix and alpha go together: which checkpoint, and its share")
-        if self.force and self.softmax is None:
-            raise ValueError("force takes a softmax though it is another; say which one")
-        return self
-
-    @property
-    def untouched(self) -> bool:
-        """Nothing is asked of the tensors: at most another softmax."""
-        return self.model_copy(update={"softmax": None, "force": False}) == Weights()
 
 
 @dataclass(frozen=True)

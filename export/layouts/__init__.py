@@ -7,7 +7,7 @@ anything; so a table reads both ways, and what is missing is reported by the nam
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calmclip.export.checkpoints import Checkpoint
 from calmclip.export.checkpoints.weights import one_line
 from calmclip.export.towers import part
-from calmclip.models.bundle.manifest import ImagePreprocess, Plugin, TextPreprocess
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from calmclip.models.registry import Registry
 
@@ -63,7 +63,7 @@ class Settings:
     tokens: TextPreprocess
     tokenizer: bytes
     license: str = "not stated in the checkpoint"
-    prompts: Plugin = field(default_factory=lambda: Plugin(name="single", params={"template": "a photo of a {}."}))
+    templates: tuple[str, ...] = ("a photo of a {}.",)
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def fill(
     layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any, *, fold: bool = True
 ) -> nn.Module:
     """The tower whose tensors are those of ``state`` under ``prefix``, ready to run: ``make(tensors)`` with them in;
-    without ``fold``, ready to be trained.
+    without ``fold``, as it was trained.
 
     Raises `UnknownCheckpoint` naming, as the checkpoint does, what is missing, unexpected or of another shape.
     """
@@ -332,10 +332,9 @@ def fill(
                 "expected floating-point numbers, as they were before any quantization"
             )
     module.load_state_dict(tensors, assign=True)
-    if not fold:
-        return module.requires_grad_(True).train()
     module.requires_grad_(False)
-    module.fold()
+    if fold:
+        module.fold()
     return module.eval()
 
 

@@ -15,11 +15,11 @@ from calmclip.export.checkpoints import Checkpoint
 from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _hugging_face, _openai, hf_clip
 from calmclip.export.towers import Style
 from calmclip.export.towers.image import VisionTransformer
-from calmclip.models.bundle.manifest import ImagePreprocess, Plugin
+from calmclip.models.bundle.manifest import ImagePreprocess
 
 CONTEXT = 52  # of training; the table of positions is BERT's own, of 512
 LONGEST_WORD = 200  # characters, in the authors' WordPiece; a longer word is [UNK]
-PROMPTS = Plugin(name="single", params={"template": "一张{}的照片。"})
+TEMPLATES = ("一张{}的照片。",)
 
 
 def pixels(side: int) -> ImagePreprocess:
@@ -39,7 +39,7 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
         pixels=pixels(_openai.side(state)),
         tokens=tokens,
         tokenizer=tokenizer.to_str().encode(),
-        prompts=PROMPTS,
+        templates=TEMPLATES,
     )
 
 
@@ -55,7 +55,7 @@ def hf_settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings
         tokens=tokens,
         tokenizer=_bert.tokenizer(checkpoint, state).to_str().encode(),
         license=_hugging_face.license_of(checkpoint.directory),
-        prompts=PROMPTS,
+        templates=TEMPLATES,
     )
 
 

@@ -1,7 +1,8 @@
 """FAMILY nets: a checkpoint -> `Net`: what the pipeline needs to know to make a bundle of it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 
 from calmclip.export.layouts import Layout
 from calmclip.models.bundle.manifest import (
+    DefaultClassifier,
     ImagePreprocess,
-    Plugin,
     Source,
     SuppressionDefaults,
-    Task,
     Tensor,
     TextPreprocess,
 )
@@ -39,7 +39,7 @@ class Tower:
     preprocess: ImagePreprocess | TextPreprocess | None
     quantizer: str
     quantizer_params: Mapping[str, Any] = field(default_factory=dict)
-    prefix: str = ""  # of its tensors among those by our names, for a checkpoint that is written
+    prefix: str = ""  # of its tensors among those by our names, for adapters and for a checkpoint that is written
     summary: Callable[[Arrays], Arrays] | None = None
     promises: Mapping[str, int] = field(default_factory=dict)
 
@@ -69,17 +69,17 @@ class Net:
 
     name: str
     source: Source
-    tasks: tuple[Task, ...]
+    tasks: tuple[str, ...]
     towers: Mapping[str, Tower]
     files: Mapping[str, bytes]
-    prompts: Plugin | None = None
-    head: Plugin | None = None
-    labels: str | None = None
+    classifier: DefaultClassifier | None = None
     built: Mapping[str, Built] = field(default_factory=dict)
     ranges: Mapping[str, Path] = field(default_factory=dict)
     keep_float: bool = False  # export seals NAME-float beside NAME-int8 unless told otherwise
     bars: Mapping[str, float] = field(default_factory=dict)  # defaults of the recipe's bars for this net
     layout: Layout | None = None  # by which its tensors are named, where they may be written again
+    folded: bool = True  # its modules are as they are traced; see `ready`
+    adapters: tuple[str, ...] = ()  # those that were done, in order
     suppression: SuppressionDefaults | None = None  # of a detect request, where calmclip's do not suit its scores
 
 
@@ -87,13 +87,44 @@ class Net:
 class NetPlugin:
     """``recognise(checkpoint)``: is this directory, file or built-in name one of ours? ``load(checkpoint, weights)``.
 
-    ``weights``: what the recipe says of them; the default says nothing. ``learn(checkpoint)``: the same net with
-    modules that can be trained, where the kind can be.
+    ``weights``: what the recipe says of them; the default says nothing. ``unfolded(checkpoint, weights)``: the same net
+    before its modules are folded, for adapters and for training; None where the kind has no such form. `ready` makes of
+    it what ``load`` answers.
     """
 
     recognise: Callable[[str], bool]
     load: Callable[..., Net]
-    learn: Callable[[str], Net] | None = None
+    unfolded: Callable[..., Net] | None = None
+
+
+def ready(net: Net) -> Net:
+    """``net`` with modules as they are traced: folded, as copies that share with its own the tensors that folding
+    leaves as they are. A net that is folded already, as it is."""
+    if net.folded:
+        return net
+    towers = {role: replace(tower, module=_folded(tower.module)) for role, tower in net.towers.items()}
+    return replace(net, towers=towers, folded=True)
+
+
+def _folded(module: torch.nn.Module) -> torch.nn.Module:
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    copy: torch.nn.Module = deepcopy(module, shared)
+    _fold(copy)
+    return copy.eval()
+
+
+def _fold(module: Any) -> None:
+    """The outermost modules that know how: an adapter may have put one of its own around them."""
+    if hasattr(module, "fold"):
+        module.fold()
+    else:
+        for child in module.children():
+            _fold(child)
+
+
+def reads(tokens: TextPreprocess) -> dict[str, Tensor]:
+    """The inputs of a graph of texts."""
+    return {name: Tensor(dtype=dtype, shape=shape) for name, (dtype, shape) in tokens.feeds().items()}  # type: ignore[arg-type]
 
 
 def bucketed(tokens: TextPreprocess) -> TextPreprocess:

@@ -17,8 +17,7 @@ from calmclip.export.checkpoints.files import read_json
 from calmclip.export.checkpoints.weights import NoWeights, weight_files, weights_sha256
 from calmclip.export.layouts import Layout, _hugging_face
 from calmclip.export.towers import count
-from calmclip.models.bundle.manifest import Source, Task, TextPreprocess
-from calmclip.models.bundle.manifest import Tensor as Spec
+from calmclip.models.bundle.manifest import Source
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from calmclip.models.ops.spec import SOFTMAX
 
@@ -85,11 +84,9 @@ def recognise(kind: str, *tables: Layout) -> Callable[[str], bool]:
 
 def opened(tables: Sequence[Layout], checkpoint: str, weights: Weights, fold: bool) -> Opened:
     """Raises `UnknownCheckpoint` where none of ``tables`` fits, one of them saying why where it knows, and as
-    `layouts.translate`; `BadRequest` where the recipe edits weights."""
-    if not weights.untouched:
-        raise BadRequest(
-            f"weights of {tables[0].title} are read as they are; of the recipe's [weights] only softmax and force apply"
-        )
+    `layouts.translate`; `BadRequest` where the recipe says something of weights."""
+    if weights != Weights():
+        raise BadRequest(f"{tables[0].title} states its own activation; leave out the recipe's [weights]")
     found = read(checkpoint, weights)
     for layout in tables:
         if why := layout.refuses(found):
@@ -100,14 +97,9 @@ def opened(tables: Sequence[Layout], checkpoint: str, weights: Weights, fold: bo
     raise UnknownCheckpoint(f"{found.path}: its tensors are not those of {tables[0].title}; expected {wanted}")
 
 
-def reads(tokens: TextPreprocess) -> dict[str, Spec]:
-    """The inputs of a graph of texts."""
-    return {name: Spec(dtype=dtype, shape=shape) for name, (dtype, shape) in tokens.feeds().items()}  # type: ignore[arg-type]
-
-
 def promises(module: nn.Module) -> dict[str, int]:
     """One Softmax for each module that attends."""
     return {SOFTMAX.name: sum(getattr(inner, "attends", 0) for inner in module.modules())}
 
 
-RAW: tuple[Task, ...] = ("raw",)
+RAW: tuple[str, ...] = ("raw",)

@@ -26,8 +26,8 @@ from calmclip.export.checkpoints import Weights
 from calmclip.export.checkpoints.files import read_json
 from calmclip.export.checkpoints.weights import load_tensors, weight_files
 from calmclip.export.layouts import DROP, Layout, Rule, _attention, _bert
-from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from calmclip.export.nets._hugging_face import RAW, Opened, opened, promises, reads, recognise
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, reads
+from calmclip.export.nets._hugging_face import RAW, Opened, opened, promises, recognise
 from calmclip.export.towers.bert import MaskedLM
 from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.errors import UnknownCheckpoint
@@ -74,7 +74,7 @@ LAYOUTS = (_named("bert."), _named(""))
 
 def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
-    `BadRequest` where the recipe edits weights."""
+    `BadRequest` where the recipe says something of weights."""
     found = opened(LAYOUTS, checkpoint, weights, fold)
     config = found.config(_USUAL, "text.blocks.")
     tokenizer = _bert.tokenizer(found.checkpoint, found.state).to_str().encode()
@@ -148,6 +148,7 @@ def _net(
         },
         files={"tokenizer.json": tokenizer},
         layout=found.layout,
+        folded=found.fold,
     )
 
 

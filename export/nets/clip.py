@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from calmclip.export import layouts
 from calmclip.export.checkpoints import Checkpoint, Weights, hub, read
 from calmclip.export.checkpoints.weights import NoWeights, weight_files, weights_sha256
-from calmclip.export.layouts._edited import edited
-from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from calmclip.models.bundle.manifest import Plugin, Source
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, reads
+from calmclip.models.bundle.manifest import DefaultClassifier, Plugin, Source
 from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.errors import UnknownCheckpoint
 from calmclip.models.ops.spec import SOFTMAX
@@ -42,11 +41,9 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
     if fitting is None:
         raise UnknownCheckpoint(f"{checkpoint}: its tensors are of no layout in the table")
     name, layout = fitting
-    state, edits = edited(layout, layouts.translate(layout, found), weights)
+    state = layouts.translate(layout, found)
     settings = layouts.settings(layout, found, state)
     tokens = bucketed(settings.tokens)
-    if weights.stretch:
-        tokens = tokens.model_copy(update={"context": weights.stretch})
     image = layouts.fill(layout, found, state, "image.", settings.image, fold=fold)
     text = layouts.fill(layout, found, state, "text.", settings.text, fold=fold)
     embeds = Spec(dtype="float32", shape=("B", layouts.dim(layout, found, state)))
@@ -55,9 +52,9 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
         source=Source(
             net="clip",
             model=_name(found),
-            weights=weights_sha256(found.path) | edits.files,
+            weights=weights_sha256(found.path),
             license=settings.license,
-            notes="; ".join((f"layout {name}: {layout.title}", *filter(None, (layout.note,)), *edits.notes)),
+            notes="; ".join((f"layout {name}: {layout.title}", *filter(None, (layout.note,)))),
         ),
         tasks=("classify", "embed", "raw"),
         towers={
@@ -72,7 +69,7 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
             ),
             "text": Tower(
                 text,
-                {name: Spec(dtype=dtype, shape=shape) for name, (dtype, shape) in tokens.feeds().items()},  # type: ignore[arg-type]
+                reads(tokens),
                 {"text_embeds": embeds},
                 tokens,
                 quantizer="search",
@@ -81,9 +78,9 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
             ),
         },
         files={"tokenizer.json": settings.tokenizer},
-        prompts=settings.prompts,
-        head=head(state),
+        classifier=DefaultClassifier(templates=settings.templates, head=head(state)),
         layout=layout,
+        folded=fold,
     )
 
 

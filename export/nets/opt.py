@@ -12,8 +12,8 @@ from functools import partial
 from calmclip.export.checkpoints import Weights
 from calmclip.export.layouts import Layout, Rule, _attention, _hugging_face
 from calmclip.export.layouts._hugging_face import ACTIVATIONS
-from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
-from calmclip.export.nets._hugging_face import RAW, opened, promises, reads, recognise
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, reads
+from calmclip.export.nets._hugging_face import RAW, opened, promises, recognise
 from calmclip.export.nets.bert import tied
 from calmclip.export.towers import Style
 from calmclip.export.towers.attention import AttentionSpec
@@ -75,7 +75,7 @@ LAYOUTS = (_named("model.decoder."), _named("decoder."))
 
 def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
-    `BadRequest` where the recipe edits weights."""
+    `BadRequest` where the recipe says something of weights."""
     found = opened(LAYOUTS, checkpoint, weights, fold)
     config = found.config(_USUAL, "text.blocks.")
     found = replace(found, state=tied(found.checkpoint.path, found.state, config))
@@ -108,6 +108,7 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
         },
         files={"tokenizer.json": tokenizer},
         layout=found.layout,
+        folded=fold,
     )
 
 

@@ -29,12 +29,19 @@ from calmclip.export.checkpoints.files import read_json
 from calmclip.export.checkpoints.weights import weights_sha256
 from calmclip.export.layouts import DROP, Layout, Rule, Settings, _hugging_face, fill, translate
 from calmclip.export.layouts.hf_clip import TEXT, style, tower_config
-from calmclip.export.nets import NETS, Built, Net, NetPlugin, Tower, _detect, bucketed
+from calmclip.export.nets import NETS, Built, Net, NetPlugin, Tower, _detect, bucketed, reads
 from calmclip.export.towers import State, Style, part
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.towers.text import TextTransformer
 from calmclip.export.towers.transformer import linear
-from calmclip.models.bundle.manifest import ImagePreprocess, Plugin, Source, SuppressionDefaults, Tensor, TextPreprocess
+from calmclip.models.bundle.manifest import (
+    DefaultClassifier,
+    ImagePreprocess,
+    Source,
+    SuppressionDefaults,
+    Tensor,
+    TextPreprocess,
+)
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from calmclip.models.flow import Array, Arrays
 from calmclip.models.ops.spec import SOFTMAX
@@ -156,7 +163,7 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, TorchTensor]) -> Settin
         tokens=TextPreprocess(context=state["text.positions"].shape[0], pad="longest", pad_id=0),
         tokenizer=_hugging_face.tokenizer_json(checkpoint),
         license=_hugging_face.license_of(checkpoint.directory),
-        prompts=Plugin(name="single", params={"template": "a photo of a {}"}),
+        templates=("a photo of a {}",),
     )
 
 
@@ -240,20 +247,18 @@ def recognise(checkpoint: str) -> bool:
         return False
 
 
-def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
+def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
     `BadRequest` where the recipe says something of weights."""
-    if not weights.untouched:
-        raise BadRequest(
-            "weights of OWL-ViT are read as they are; of the recipe's [weights] only softmax and force apply"
-        )
+    if weights != Weights():
+        raise BadRequest("OWL-ViT states its own activation; leave out the recipe's [weights]")
     found = read(checkpoint, weights)
     layout = LAYOUTS[found.config["model_type"]]
     state = translate(layout, found)
     made = layouts.settings(layout, found, state)
-    regions = fill(layout, found, state, "regions.", made.image)
-    text = fill(layout, found, state, "text.", made.text)
-    dim, patches = state["text.projection.weight"].shape[0], len(regions.bias)
+    regions = fill(layout, found, state, "regions.", made.image, fold=fold)
+    text = fill(layout, found, state, "text.", made.text, fold=fold)
+    dim, patches = state["text.projection.weight"].shape[0], len(state["regions.vision.positions"]) - 1
     per_patch = _f32("B", patches)
     return Net(
         name="owl",
@@ -278,20 +283,24 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
                 quantizer=QUANTIZERS["regions"],
                 summary=partial(summary, side=made.pixels.size[0]),
                 promises={SOFTMAX.name: len(regions.vision.blocks)},
+                prefix="regions.",
             ),
             "text": Tower(
                 text,
-                {"ids": Tensor(dtype="int64", shape=("B", "T"))},
+                reads(made.tokens),
                 {"text_embeds": _f32("B", dim)},
                 bucketed(made.tokens),
                 quantizer=QUANTIZERS["text"],
                 promises={SOFTMAX.name: len(text.blocks)},
+                prefix="text.",
             ),
         },
         files={"tokenizer.json": made.tokenizer},
-        prompts=made.prompts,
+        classifier=DefaultClassifier(templates=made.templates),
         built={"detect": detect_graph(patches, dim, made.pixels.size[0])},
+        layout=layout,
         suppression=SuppressionDefaults(min_score=MIN_SCORE),
+        folded=fold,
     )
 
 
@@ -359,4 +368,4 @@ def _f32(*shape: int | str) -> Tensor:
     return Tensor(dtype="float32", shape=shape)
 
 
-NETS.register("owl")(NetPlugin(recognise, load))
+NETS.register("owl")(NetPlugin(recognise, load, partial(load, fold=False)))

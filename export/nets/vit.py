@@ -19,6 +19,7 @@ from calmclip.export.nets._hugging_face import RAW, opened, promises, recognise
 from calmclip.export.towers import Style
 from calmclip.export.towers.attention import AttentionSpec
 from calmclip.export.towers.image import ImageClassifier
+from calmclip.models.bundle.manifest import DefaultClassifier
 from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.errors import UnknownCheckpoint
 
@@ -64,7 +65,7 @@ LAYOUT = Layout(
 
 def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
     """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
-    `BadRequest` where the recipe edits weights."""
+    `BadRequest` where the recipe says something of weights."""
     found = opened((LAYOUT,), checkpoint, weights, fold)
     config, state = found.config(_USUAL, "image.blocks."), found.state
     grid, patch = round((len(state["image.positions"]) - 1) ** 0.5), state["image.patch.weight"].shape[-1]
@@ -98,8 +99,9 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
             )
         },
         files={"labels.json": json.dumps(labels, ensure_ascii=False, indent=0).encode()},
-        labels="labels.json",
+        classifier=DefaultClassifier(labels="labels.json"),
         layout=found.layout,
+        folded=fold,
     )
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import resource
 from dataclasses import replace
@@ -12,7 +13,7 @@ import transformers
 
 from calmclip.export import samples
 from calmclip.export.nets import NETS
-from calmclip.export.pipeline import _ties, build
+from calmclip.export.pipeline import _family, _ties, build
 from calmclip.export.recipe import load_recipe
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import names, read
@@ -34,7 +35,7 @@ def recipe(net, **flags):
     return load_recipe("x", "clip", net, name="tiny", **flags)
 
 
-def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Path):
+def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Path, tiny_hf_clip: Path):
     assert names(tiny_bundles) == ["tiny-float", "tiny-int8"]
     int8, whole = (read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
     assert (int8.manifest.precision, whole.manifest.precision) == ("int8", "float32")
@@ -42,6 +43,8 @@ def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Pa
     reports = [json.loads((s.directory / "report.json").read_text()) for s in (int8, whole)]
     assert reports[0] == reports[1]
     assert set(reports[0]["graphs"]) == {"image", "text"}
+    weights = hashlib.sha256((tiny_hf_clip / "model.safetensors").read_bytes()).hexdigest()
+    assert int8.manifest.source.weights == {"model.safetensors": weights}
     assert reports[0]["graphs"]["image"]["float_against_torch"]["image_embeds"]["max_abs"] < 1e-4
     assert {"cpu", "threads", "onnxruntime"} <= set(reports[0]["machine"])
 
@@ -286,3 +289,19 @@ def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path,
 def test_ties_may_cost_a_row_half_of_what_int8_does(rows, bound):
     agreement = {str(at): {"cosine_min": one} for at, one in enumerate(rows)}
     assert _ties(agreement)["min_cosine"] == pytest.approx(bound, abs=1e-12)
+
+
+def test_float_and_int8_of_one_export_are_one_family_of_what_embeds(tiny_bundles: Path):
+    tiny = [read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float")]
+    assert len({one.manifest.family for one in tiny}) == 1
+    assert len({one.digest for one in tiny}) == 2
+    # another preprocessing is another family, another time of export is not
+    floats = tiny[1].manifest
+    image = floats.graphs["image"]
+    spec = image.preprocess.model_copy(update={"mean": (0.0, 0.0, 0.0)})
+    graphs = {**floats.graphs, "image": image.model_copy(update={"preprocess": spec})}
+    other = floats.model_copy(update={"graphs": graphs})
+    listed = {path: file for path, file in floats.files.items() if path != "report.json"}
+    families = [_family(one.model_copy(update={"files": listed})) for one in (floats, other)]
+    assert families[0] == floats.family != families[1]
+    assert _family(floats.model_copy(update={"files": listed, "created": "another time"})) == families[0]

@@ -19,7 +19,7 @@ from calmclip.export.nets.mini.features import PIXELS
 from calmclip.export.nets.mini.regions import add_detection
 from calmclip.export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
 from calmclip.export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
-from calmclip.models.bundle.manifest import Plugin, Source, Tensor, TextPreprocess
+from calmclip.models.bundle.manifest import DefaultClassifier, Plugin, Source, Tensor, TextPreprocess
 from calmclip.models.errors import BadRequest
 from calmclip.models.ops.spec import SOFTMAX
 
@@ -41,8 +41,8 @@ def recognise(checkpoint: str) -> bool:
 
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
     """Raises `WeightsMissing`, which says what to install; `BadRequest` where the recipe says something of weights."""
-    if not weights.untouched:
-        raise BadRequest("the built-in model's weights are what they are; the recipe's [weights] do not apply to it")
+    if weights != Weights():
+        raise BadRequest("the built-in model has its own activation; leave out the recipe's [weights]")
     directory = None if checkpoint == "mini" else Path(checkpoint)
     file = (directory or SHIPPED.parent) / SHIPPED.name
     boxes = directory / BOXES.name if directory and (directory / BOXES.name).is_file() else BOXES
@@ -83,8 +83,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
             ),
         },
         files={"tokenizer.json": _unlimited(tokenizer_json(directory))},
-        prompts=Plugin(name="ensemble", params={"templates": list(TEMPLATES)}),
-        head=Plugin(name="cosine", params={"scale": SCALE}),
+        classifier=DefaultClassifier(templates=tuple(TEMPLATES), head=Plugin(name="cosine", params={"scale": SCALE})),
         ranges=dict.fromkeys(("image", "text", "regions"), RANGES),
         keep_float=True,
         bars={"min_image_cosine": 0.98, "min_text_cosine": 0.99, "min_output_cosine": 0.97, "max_megabytes": 35.0},

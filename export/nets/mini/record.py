@@ -13,14 +13,14 @@ import tempfile
 from pathlib import Path
 
 from calmclip.export import calibrate
-from calmclip.export.captions import read_captions
 from calmclip.export.nets import NETS
 from calmclip.export.nets.mini import RANGES, TEMPLATES
 from calmclip.export.pipeline import nominal
 from calmclip.export.quantizers import QUANTIZERS, Goal
 from calmclip.export.recipe import Bars
 from calmclip.export.trace import fingerprint, to_onnx
-from calmclip.models.prompts import fill
+from calmclip.models.classifier import fill
+from calmclip.models.datasets import read_captions
 
 
 def main() -> None:
