@@ -85,5 +85,5 @@ $(VENV)/.rivals: $(VENV)/.dev
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,otel,export,nets,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,otel,export,nets,eval,dev]'
 	touch $@

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from calmclip.export.captions import FORM, read_captions
 from calmclip.export.nets.mini import features
 from calmclip.export.nets.mini.backbone import from_state
 from calmclip.export.nets.mini.minilm import WIDTH
 from calmclip.export.nets.mini.towers import FEATURE_LENGTH, SHIPPED, Heads, ImageHead
 from calmclip.export.nets.mini.weights import backbone_state
+from calmclip.models.classifier import fill
 from calmclip.models.cli import parser
+from calmclip.models.datasets import FORM, read_captions
 from calmclip.models.errors import BadRequest
-from calmclip.models.prompts import fill
 
 PEOPLE = ("man", "woman", "child", "people", "boy", "girl")  # said of COCO's "person" in captions
 NOTHING = -1  # pads rows of `Source.holds`

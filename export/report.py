@@ -21,11 +21,11 @@ import numpy as np
 import onnx
 
 from calmclip.export import layers, outliers
-from calmclip.export.evals import EVALS
 from calmclip.export.quantizers import Settled
 from calmclip.export.recipe import Bars, Quantize
 from calmclip.export.share import count, share
 from calmclip.models.errors import BarMissed
+from calmclip.models.evals import measure as evaluate
 from calmclip.models.flow import Arrays
 from calmclip.models.measure import latency, machine
 from calmclip.models.runner import Runner
@@ -109,13 +109,11 @@ def why_mixed(found: Mapping[str, Any], name: str) -> str:
 def accuracy(quantized: Runner, reference: Runner, evals: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Every eval that the recipe names, on its data: eval -> {"int8": figures, "float32": figures}."""
     sides = {"int8": quantized, "float32": reference}
-    return {
-        name: {
-            side: {key: round(float(value), 3) for key, value in EVALS.get(name).measure(runner, data, None).items()}
-            for side, runner in sides.items()
-        }
-        for name, data in evals.items()
-    }
+    found = {}
+    for name, directory in evals.items():
+        data = evaluate.read(name, directory)
+        found[name] = {side: evaluate.named(evaluate.predict(name, runner, data)) for side, runner in sides.items()}
+    return found
 
 
 def text(figures: Mapping[str, Any]) -> str:

@@ -7,25 +7,13 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from calmclip.export.captions import read_captions
+from calmclip.models.datasets import read_captions
 from calmclip.models.errors import BadRequest, InputError
 from calmclip.models.flow import Array
 from calmclip.models.preprocess.image import ImagePreparer, decode
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their places are their ids, as in BERT's vocabularies
-IGNORED = -100  # a target that does not count
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-def lines(file: Path) -> list[str]:
-    """The texts in ``file``, one a line, without those that are empty. Raises `BadRequest`."""
-    try:
-        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{file} is no text in UTF-8 ({error}); expected one document a line") from None
-    if not found:
-        raise BadRequest(f"{file} holds no text; expected one document a line")
-    return found
 
 
 def word_pieces(texts: Iterable[str], size: int) -> Tokenizer:
@@ -104,21 +92,6 @@ def rows(texts: Sequence[str], tokenizer: Tokenizer, length: int, start: int, en
     found[:, 0] = start
     found[:, 1 : 1 + inner] = stream[: count * inner].reshape(count, inner)
     return found
-
-
-def masked(
-    rows: Array, draw: np.random.Generator, mask: int, words: int, spared: Sequence[int], rate: float = 0.15
-) -> tuple[Array, Array]:
-    """-> ids and targets like ``rows``; a target that is not asked for is `IGNORED`.
-
-    Of the tokens, but for those ``spared``, ``rate`` are asked for: of these 80 % become ``mask``, 10 % any of the
-    ``words`` tokens, 10 % stay. Source: Devlin et al. 2018 (arXiv 1810.04805), section 3.1.
-    """
-    asked = (draw.random(rows.shape) < rate) & ~np.isin(rows, spared)
-    what = draw.random(rows.shape)
-    ids = np.where(asked & (what < 0.8), mask, rows)
-    ids = np.where(asked & (what >= 0.9), draw.integers(0, words, rows.shape), ids)
-    return ids, np.where(asked, rows, IGNORED)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ import tomli_w
 from PIL import Image
 
 from calmclip.export.checkpoints.files import require_package
-from calmclip.export.training.data import lines, rows, word_pieces
+from calmclip.export.training.data import rows, word_pieces
+from calmclip.models.datasets import lines
 from calmclip.models.errors import BadRequest, ExportError
 
 Say = Callable[[str], None]

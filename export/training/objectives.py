@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calmclip.export.training.data import IGNORED, Pictures, masked, shifted
+from calmclip.export.training.data import Pictures, shifted
 from calmclip.export.training.settings import Training
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array
+from calmclip.models.preprocess.masking import IGNORED, masked
 from calmclip.models.preprocess.text import TextPreparer
 
 _MEASURED = 8  # batches of what was held out

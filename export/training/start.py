@@ -22,6 +22,7 @@ from calmclip.export.training import data
 from calmclip.export.training.objectives import Captions, Classes, MaskedWords, NextToken, Pair, Task
 from calmclip.export.training.settings import STATE, Training
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.datasets import lines, read_captions
 from calmclip.models.errors import BadRequest
 from calmclip.models.preprocess.image import ImagePreparer
 from calmclip.models.preprocess.text import TextPreparer
@@ -53,11 +54,8 @@ def student(settings: Training, out: Path) -> Student:
     name, plugin = recognise(str(directory))
     if name != kind:
         raise BadRequest(f"{directory} is a net of the kind {name}; {settings.objective} trains {kind}")
-    if plugin.learn is None:
-        raise BadRequest(
-            f"nets of the kind {name} cannot be trained; {', '.join(kind for kind, _ in _NETS.values())} can"
-        )
-    net = plugin.learn(str(directory))
+    assert plugin.unfolded is not None
+    net = plugin.unfolded(str(directory))
     if absent := [role for role in roles if role not in net.towers]:
         raise BadRequest(
             f"{directory} has no {absent[0]}, which {settings.objective} trains; it has {', '.join(net.towers)}"
@@ -68,6 +66,8 @@ def student(settings: Training, out: Path) -> Student:
         )
     torch.manual_seed(settings.seed)
     towers = [net.towers[role] for role in roles]
+    for tower in towers:
+        tower.module.requires_grad_(True).train()
     attention = _attend(towers, settings)
     return Student(net, _TASKS[settings.objective](net, towers, settings, directory), directory, attention)
 
@@ -110,7 +110,7 @@ def _mlm(net: Net, towers: Sequence[Tower], settings: Training, directory: Path)
     ids = {name: tokenizer.token_to_id(name) for name in data.SPECIAL}
     if None in ids.values():
         raise BadRequest(f"the tokenizer has no {next(n for n, i in ids.items() if i is None)}; mlm needs BERT's")
-    rows = data.rows(data.lines(_given(settings.text)), tokenizer, length, ids["[CLS]"], ids["[SEP]"])
+    rows = data.rows(lines(_given(settings.text)), tokenizer, length, ids["[CLS]"], ids["[SEP]"])
     spared = [ids[name] for name in ("[PAD]", "[CLS]", "[SEP]")]
     return MaskedWords(towers[0].module, rows, settings, ids["[MASK]"], tokenizer.get_vocab_size(), spared)
 
@@ -119,7 +119,7 @@ def _clm(net: Net, towers: Sequence[Tower], settings: Training, directory: Path)
     tokenizer, length = _tokens(net, towers[0], settings)
     first = tokenizer.encode("a").ids[0]  # what every text begins with
     return NextToken(
-        towers[0].module, data.rows(data.lines(_given(settings.text)), tokenizer, length, first, None), settings
+        towers[0].module, data.rows(lines(_given(settings.text)), tokenizer, length, first, None), settings
     )
 
 
@@ -139,7 +139,8 @@ def _contrastive(net: Net, towers: Sequence[Tower], settings: Training, director
     image, text = towers
     assert isinstance(image.preprocess, ImagePreprocess)
     assert isinstance(text.preprocess, TextPreprocess)
-    assert net.head is not None
+    assert net.classifier is not None
+    assert net.classifier.head is not None
     pixels, captions = data.captioned(
         _given(settings.captions), _given(settings.pictures), ImagePreparer(image.preprocess)
     )
@@ -147,7 +148,8 @@ def _contrastive(net: Net, towers: Sequence[Tower], settings: Training, director
     with TemporaryDirectory() as folder:  # the directory's own may be in other files
         (Path(folder) / spec.tokenizer).write_bytes(net.files["tokenizer.json"])
         tokens = TextPreparer(spec, Path(folder))
-    return Captions(Pair(image.module, text.module, net.head.params["scale"]), pixels, captions, tokens, settings)
+    scale = net.classifier.head.params["scale"]
+    return Captions(Pair(image.module, text.module, scale), pixels, captions, tokens, settings)
 
 
 _TASKS: Mapping[str, Callable[[Net, Sequence[Tower], Training, Path], Task]] = {
@@ -216,7 +218,7 @@ def new(settings: Training, directory: Path) -> None:
             0.5,
         )
     else:
-        captions = [one for many in data.read_captions(_given(settings.captions)).values() for one in many]
+        captions = [one for many in read_captions(_given(settings.captions)).values() for one in many]
         words = _vocabulary(settings, data.clip_pairs, captions)
         end = words.token_to_id("<|endoftext|>")
         tower = {**size, "intermediate_size": inner}
@@ -244,7 +246,7 @@ def _vocabulary(
             return Tokenizer.from_file(str(settings.tokenizer))
         except Exception as error:  # the library raises bare Exception
             raise BadRequest(f"{settings.tokenizer} is no tokenizer.json: {error}") from None
-    return make(texts or data.lines(_given(settings.text)), settings.words)
+    return make(texts or lines(_given(settings.text)), settings.words)
 
 
 def _processor(directory: Path, config: Mapping[str, Any], half: float) -> None:

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from calmclip.export import align, boxes, pipeline
-from calmclip.export.captions import read_captions
-from calmclip.export.evals.detection import measure, read_instances
 from calmclip.export.nets.mini import features
 from calmclip.export.nets.mini.backbone import frozen
 from calmclip.export.nets.mini.regions import average
 from calmclip.export.nets.mini.towers import SHIPPED
 from calmclip.export.nets.mini.weights import backbone_state
 from calmclip.export.recipe import Calibration, Recipe
+from calmclip.models.datasets import read_captions
+from calmclip.models.evals import measure
 from calmclip.models.runner import open_bundle
 
 SMALLEST = 40 * 40  # area of a box worth a crop, in pixels of the 640-pixel letterbox
@@ -111,7 +111,7 @@ def _sources(given: argparse.Namespace) -> dict[str, Any]:
 
 def _crops(given: argparse.Namespace, others: list[boxes.Views], fold: int) -> tuple[Tensor, list[int]]:
     """Region features [n, 2, 1280] (as served, mirrored) and classes of the true boxes outside the fold."""
-    truth = read_instances(given.data).truth
+    truth = measure.read("detection", given.data).truth
     rest = [list(range(len(truth)))[part :: boxes.PARTS] for part in range(boxes.PARTS) if part != fold]
     found, classes = [], []
     for part, numbers in zip(others, rest, strict=True):
@@ -143,10 +143,10 @@ def _figures(
     seen = Calibration(images=given.pictures, count=64)  # the ranges that ship are of other heads
     recipe = Recipe(checkpoint=str(folder), net="mini", name="cv", keep_float=True, replace=True, calibration=seen)
     pipeline.build(recipe, folder, say=lambda line: print(f"fold {fold}  {line}", flush=True))
-    data = _alone(given.data, folder / "data", fold)
+    data = measure.read("detection", _alone(given.data, folder / "data", fold))
+    runners = {p: open_bundle(folder / f"cv-{p}", threads=given.threads) for p in ("float", "int8")}
     found = {
-        precision: dict(measure(open_bundle(folder / f"cv-{precision}", threads=given.threads), data))
-        for precision in ("float", "int8")
+        precision: measure.named(measure.predict("detection", runner, data)) for precision, runner in runners.items()
     }
     figures.write_text(json.dumps(found, indent=2) + "\n")
     return found

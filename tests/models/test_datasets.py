@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from calmclip.export.captions import read_captions
+from calmclip.models.datasets import first, lines, read_captions
 from calmclip.models.errors import BadRequest
 
 
@@ -37,3 +37,19 @@ def test_other_lines_are_refused(tmp_path: Path, line: str):
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(BadRequest, match=r"lost\.json cannot be read"):
         read_captions(tmp_path / "lost.json")
+
+
+def test_texts_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    with pytest.raises(BadRequest, match=r"empty\.txt holds no text"):
+        lines(tmp_path / "empty.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadRequest, match=r"bytes\.txt is no text in UTF-8"):
+        lines(tmp_path / "bytes.txt")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_nothing_is_refused(limit: int):
+    assert first([1, 2, 3], 2) == [1, 2]
+    with pytest.raises(BadRequest, match=f"limit is {limit}; expected at least 1"):
+        first([1, 2, 3], limit)

@@ -9,11 +9,12 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer
 
-from calmclip.export.evals import perplexity, top1
 from calmclip.export.pipeline import build
 from calmclip.export.recipe import load_recipe, recognise
-from calmclip.export.training.data import IGNORED, masked, word_pieces
+from calmclip.export.training.data import word_pieces
 from calmclip.models.errors import BadRequest
+from calmclip.models.evals import measure
+from calmclip.models.preprocess.masking import IGNORED, masked
 from calmclip.models.runner import open_bundle
 from tests import tiny
 
@@ -33,6 +34,10 @@ def exported(checkpoint, out):
     recipe = load_recipe(str(checkpoint), name, net, name="tiny", keep_float=True, quantize=how)
     build(recipe, out, net=net)
     return open_bundle(out / "tiny-float")
+
+
+def measured(name, runner, data, limit=None):
+    return measure.named(measure.predict(name, runner, measure.read(name, data, limit=limit)))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def test_perplexity_of_masked_words_is_e_to_transformers_loss(data, tmp_path):
     padded.enable_truncation(6)
     padded.save(str(checkpoint / "tokenizer.json"))
     runner = exported(checkpoint, tmp_path / "out")
-    found = perplexity.measure(runner, data, None)
+    found = measured("perplexity", runner, data)
     lost, asked = 0.0, 0
     for number, text in enumerate(TEXTS):
         ids = made.encode(text).ids
@@ -72,12 +77,12 @@ def test_perplexity_of_masked_words_is_e_to_transformers_loss(data, tmp_path):
     (data / "red").mkdir()
     Image.new("RGB", (8, 8)).save(data / "red" / "a.png")
     with pytest.raises(BadRequest, match="top1 is of classifiers"):
-        top1.measure(runner, data, None)
+        measured("top1", runner, data)
 
 
 def test_perplexity_of_next_words_is_e_to_transformers_loss(data, tiny_opt, tmp_path):
     model = transformers.OPTForCausalLM.from_pretrained(tiny_opt).eval()
-    found = perplexity.measure(exported(tiny_opt, tmp_path), data, 2)
+    found = measured("perplexity", exported(tiny_opt, tmp_path), data, 2)
     tokenizer = Tokenizer.from_file(str(tiny_opt / "tokenizer.json"))
     losses, counts = [], []
     for text in TEXTS[:2]:
@@ -93,7 +98,7 @@ def test_top1_counts_what_transformers_would_have_right(tiny_vit, tmp_path):
     model = transformers.ViTForImageClassification.from_pretrained(tiny_vit).eval()
     processor = transformers.ViTImageProcessor.from_pretrained(tiny_vit)
     runner = exported(tiny_vit, tmp_path / "out")
-    labels, draw, right = runner.bundle.labels, np.random.default_rng(0), 0
+    labels, draw, right = runner.bundle.classifier.labels, np.random.default_rng(0), 0
     for number in range(8):
         name = labels[number % len(labels)]
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
@@ -102,12 +107,12 @@ def test_top1_counts_what_transformers_would_have_right(tiny_vit, tmp_path):
         with torch.inference_mode():
             answer = int(model(**processor(picture, return_tensors="pt")).logits.argmax())
         right += labels[answer] == name
-    found = top1.measure(runner, tmp_path / "data", None)
-    assert found == {"top1": 100 * right / 8, "pictures": 8}
+    found = measured("top1", runner, tmp_path / "data")
+    assert (found["top1"], found["pictures"], found["labels"]) == (100 * right / 8, 8, len(labels))
     (tmp_path / "data" / "zebra").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "zebra" / "a.png")
-    with pytest.raises(BadRequest, match="has a folder 'zebra', which is none of the bundle's"):
-        top1.measure(runner, tmp_path / "data", None)
+    with pytest.raises(BadRequest, match="the class 'zebra' is none of the"):
+        measured("top1", runner, tmp_path / "data")
     (tmp_path / "texts.txt").write_text("a cat\n")
     with pytest.raises(BadRequest, match="has no graph mlm or lm; perplexity is of language models"):
-        perplexity.measure(runner, tmp_path, None)
+        measured("perplexity", runner, tmp_path)

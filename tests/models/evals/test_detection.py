@@ -3,14 +3,17 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from calmclip.export.evals.detection import THRESHOLDS, Boxes, average_precision, measure, read_instances, recall
 from calmclip.models.errors import BadRequest
+from calmclip.models.evals import NoParams, detection, measure
+from calmclip.models.evals.detection import THRESHOLDS, Boxes, Matches, average_precision, covered
+from calmclip.models.runner import open_bundle
 
 NAMES = 3
 
@@ -75,19 +78,31 @@ def test_equals_cocos_own_evaluation(seed):
     np.testing.assert_allclose(average_precision(truth, found, THRESHOLDS), cocoeval(truth, found), atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_picture_that_was_drawn_three_times_counts_three_times(seed):
+    draw = np.random.default_rng(seed)
+    truth, found = scene(draw)
+    found = [replace(one, scores=draw.random(len(one.scores))) for one in found]  # of equal ones order is anybody's
+    drawn = draw.integers(0, 12, 12)
+    weighted = Matches(truth, found, THRESHOLDS).average_precision(np.bincount(drawn, minlength=12))
+    again = cocoeval([truth[i] for i in drawn], [found[i] for i in drawn])
+    np.testing.assert_allclose(weighted, again, atol=1e-12)
+
+
 def test_two_boxes_one_found_after_a_false_one():
     # Best first: false, true. Precision at recall 1/2 is 1/2, beyond it 0: 51 of the 101 recalls read 1/2.
     box, other, nowhere = [0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]
     truth = [Boxes.true(np.array([box, other]), np.array([0, 0]))]
     found = [Boxes.found(np.array([nowhere, box]), np.array([0, 0]), np.array([0.9, 0.8]))]
     assert average_precision(truth, found, (0.5,)) == pytest.approx([0.5 * 51 / 101])
+    assert Matches(truth, found, (0.5,)).curve().tolist() == [0.5] * 51 + [0.0] * 50
 
 
 def test_recall_asks_for_half_an_overlap():
     # IoU of [0,0,10,10] with [0,0,10,20] is 1/2 and counts; with [0,0,10,21] it is 10/21 and does not.
     truth = [Boxes.true(np.array([[0.0, 0, 10, 10], [40, 40, 50, 50]]), np.array([0, 1]))]
-    assert recall(truth, [np.array([[0.0, 0, 10, 20]])]) == 0.5
-    assert recall(truth, [np.array([[0.0, 0, 10, 21]])]) == 0.0
+    assert [n.tolist() for n in covered(truth, [np.array([[0.0, 0, 10, 20]])])] == [[1], [2]]
+    assert [n.tolist() for n in covered(truth, [np.array([[0.0, 0, 10, 21]])])] == [[0], [2]]
 
 
 def test_instances_are_read_with_names_in_their_order(tmp_path):
@@ -97,7 +112,7 @@ def test_instances_are_read_with_names_in_their_order(tmp_path):
         "annotations": [{"image_id": 2, "category_id": 3, "bbox": [1, 2, 3, 4]}],
     }
     (tmp_path / "instances.json").write_text(json.dumps(content))
-    instances = read_instances(tmp_path)
+    instances = detection.read(tmp_path, NoParams())
     assert instances.names == ("cat", "dog")
     assert instances.pictures[1] == tmp_path / "images" / "b.jpg"
     assert len(instances.truth[0].boxes) == 0
@@ -105,15 +120,26 @@ def test_instances_are_read_with_names_in_their_order(tmp_path):
     assert instances.truth[1].classes.tolist() == [1]
 
 
-@pytest.mark.parametrize(("text", "says"), [(None, "is not there"), ("{}", "COCO"), ("[", "COCO")])
-def test_a_directory_without_instances_is_refused(tmp_path, text, says):
-    if text is not None:
-        (tmp_path / "instances.json").write_text(text)
-    with pytest.raises(BadRequest, match=says):
-        read_instances(tmp_path)
+@pytest.mark.parametrize("text", ["{}", "["])
+def test_instances_in_another_form_are_refused(tmp_path, text):
+    (tmp_path / "instances.json").write_text(text)
+    with pytest.raises(BadRequest, match="COCO's instances form"):
+        measure.read("detection", tmp_path)
 
 
-def test_a_limit_that_leaves_nothing_is_refused(tmp_path):
-    (tmp_path / "instances.json").write_text('{"categories": [], "images": [], "annotations": []}')
-    with pytest.raises(BadRequest, match="limit is 0; expected at least 1"):
-        measure(None, tmp_path, 0)
+def test_regions_are_computed_once_a_picture_and_found_as_detect_finds_them(detector, png, monkeypatch):
+    """The one region of the fixture's detector is the whole picture; see tests/models/test_runner.py."""
+    calls, propose = [], detection.propose
+    monkeypatch.setattr(detection, "propose", lambda *given: calls.append(given) or propose(*given))
+    truth = [Boxes.true(np.array([[0.0, 0, 32, 16]]), np.array([place])) for place in (0, 1)]
+    pictures = [png("red", (32, 16)), png("red", (32, 16))]
+    data = detection.Instances(["red", "blue"], pictures, truth)
+    found = measure.predict("detection", open_bundle(detector), data)
+    assert len(calls) == 2
+    # asked for both names red is found twice; asked for blue alone nothing is: red is right, blue is missed
+    assert found.arrays["found_counts"].tolist() == [1, 1]
+    assert found.arrays["present_counts"].tolist() == [1, 0]
+    assert found.arrays["proposals_boxes"].tolist() == [[0, 0, 32, 16]] * 2
+    # red: best first right, wrong (equal scores), so precision 1 at every recall; blue 0: the mean is 1/2
+    expected = {"AP50": 50.0, "AP50:95": 50.0, "AP50 present names": 50.0, "recall@100 boxes": 100.0}
+    assert measure.named(found) == {**expected, "pictures": 2, "names": 2}

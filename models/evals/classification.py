@@ -1,0 +1,88 @@
+"""What evals of classifiers share: samples of logits and truth -> top-1, top-5, calibration, agreement.
+
+Source: Guo et al. 2017 (arXiv 1706.04599), section 2, for the expected calibration error and the reliability diagram.
+Samples: ``logits`` float32 [N, C], ``temperature`` [] of the bundle, ``truth`` int64 [N]; words ``labels`` [C],
+and ``head``, by whose scores a bundle says how sure it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field
+
+from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.evals import Figure, Line, Plot, Samples, Statistic
+from calmclip.models.flow import Array
+from calmclip.models.heads import HEADS
+
+
+class Scoring(FrozenModel):
+    bins: int = Field(15, ge=1, le=1000, description="of the calibration error, equally wide")
+    temperature: float | None = Field(
+        None, gt=0, description="that logits are divided by before scores are made of them; None: the bundle's own"
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of each picture [N]: how many labels stand before the right one, the score of the best, and its bin."""
+
+    rank: Array
+    score: Array
+    bin: Array
+
+    @property
+    def right(self) -> Array:
+        first: Array = self.rank == 0
+        return first
+
+
+def judge(samples: Samples, params: Scoring) -> Judged:
+    """Of equal logits the lower place stands first, as in `Runner.classify`."""
+    logits, truth = samples.arrays["logits"], samples.arrays["truth"]
+    own = logits[np.arange(len(truth)), truth][:, None]
+    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < truth[:, None]))
+    (head,) = samples.words["head"]
+    temperature = np.float32(params.temperature or samples.arrays["temperature"])
+    scores = HEADS.get(head).scores(logits / temperature).max(axis=1).astype(np.float64)
+    place = np.ceil(scores * params.bins).astype(np.int64) - 1  # bin m holds (m / M, (m + 1) / M]
+    return Judged(before.sum(axis=1), scores, np.clip(place, 0, params.bins - 1))
+
+
+def score(samples: Samples, params: Scoring) -> Statistic:
+    seen = judge(samples, params)
+    gap = seen.score - seen.right
+
+    def of(rows: Array) -> Sequence[Figure]:
+        rank = seen.rank[rows]
+        apart = np.abs(np.bincount(seen.bin[rows], weights=gap[rows])).sum() / len(rows)
+        return (
+            Figure("top1", 100 * float((rank < 1).mean()), "%"),
+            Figure("top5", 100 * float((rank < 5).mean()), "%"),
+            Figure("calibration error", 100 * float(apart), "%"),
+        )
+
+    return of
+
+
+def together(samples: Samples, others: Samples, params: Scoring) -> Statistic:
+    """How often both have the same best label, right or wrong."""
+    same = samples.arrays["logits"].argmax(axis=1) == others.arrays["logits"].argmax(axis=1)
+    return lambda rows: (Figure("agreement", 100 * float(same[rows].mean()), "%"),)
+
+
+def plots(sides: Mapping[str, Samples], params: Scoring) -> Sequence[Plot]:
+    lines = []
+    for name, samples in sides.items():
+        seen = judge(samples, params)
+        count = np.bincount(seen.bin, minlength=params.bins)
+        there = count > 0
+        sums = (np.bincount(seen.bin, weights=each, minlength=params.bins) for each in (seen.score, seen.right))
+        score, right = (each[there] / count[there] for each in sums)
+        lines.append(Line(name, score, right))
+    says = (
+        "How often the best label is right, by how sure its score is. On the dashed line scores are as sure as they "
+        "are right; below it they are too sure."
+    )
+    return [Plot("Reliability", "mean score of the best label", "part that is right", lines, says, diagonal=True)]

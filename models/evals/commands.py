@@ -1,0 +1,124 @@
+"""The verb eval: an eval on one bundle or two, from a data directory or from saved samples."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from calmclip.models.cli import bundle_options, emit, parser, positive
+from calmclip.models.errors import BadRequest
+from calmclip.models.registry import catalog
+
+
+def eval_command(argv: list[str]) -> int:
+    """`calmclip eval BUNDLE EVAL --data DIR [--against BUNDLE]`, or `calmclip eval --from FILE [FILE]`."""
+    given = _parser().parse_args(argv)
+    if bool(given.files) == bool(given.bundle):
+        raise BadRequest(
+            "expected a bundle and an eval (calmclip eval mini-int8 zero_shot --data DIR), or files of samples "
+            "(calmclip eval --from a.npz b.npz)"
+        )
+    if given.html:
+        from calmclip.models.evals import page
+
+        page.require()
+    from pydantic import ValidationError
+
+    from calmclip.models.bundle.manifest import explain
+    from calmclip.models.evals.bootstrap import Resampling
+    from calmclip.models.evals.samples import Samples, write
+    from calmclip.models.evals.tables import tabulate, text
+
+    params = _params(given.param)
+    try:
+        how = Resampling(resamples=given.resamples, method=given.method, seed=given.seed)
+    except ValidationError as error:
+        raise BadRequest(f"of the intervals: {explain(error)}") from None
+    if given.files:
+        sides = [Samples.load(file) for file in given.files]
+        table = tabulate(sides, params, how)
+    else:
+        sides = _measured(given, params)
+        table = tabulate(sides, {}, how)
+    if given.html:
+        content = page.html(table, sides, params).encode()
+        write(given.html, lambda file: file.write(content))
+    emit(given.json, table.as_json(), lambda _: print(text(table)))
+    return 0
+
+
+def _measured(given: argparse.Namespace, params: dict[str, Any]) -> list[Any]:
+    """Samples of the bundle and of the one it is compared with; where --save says so, each saved as soon as made."""
+    from calmclip.models.bundle.store import find
+    from calmclip.models.evals import measure
+    from calmclip.models.runner import open_bundle
+
+    if not (given.eval and given.data):
+        raise BadRequest(f"expected an eval and --data DIR, which it measures on; evals: {', '.join(catalog('evals'))}")
+    directories = [find(given.bundle, given.bundles)]
+    if given.against:
+        directories.append(find(given.against, given.bundles))
+    elif sibling := _float_of(directories[0]):
+        directories.append(sibling)
+    data = measure.read(given.eval, given.data, params, given.limit)
+    sides = []
+    for directory in directories:
+        runner = open_bundle(directory, threads=given.threads, ops=given.ops)
+        sides.append(samples := measure.predict(given.eval, runner, data, params))
+        if given.save:
+            file = given.save / f"{runner.bundle.name}.{given.eval}.npz"
+            samples.save(file)
+            print(f"calmclip: samples of {runner.bundle.name} are in {file}", file=sys.stderr)
+    return sides
+
+
+def _parser() -> argparse.ArgumentParser:
+    options = parser("eval", "Measure a bundle on a data set, INT8 beside float, or score saved samples.")
+    options.add_argument("bundle", nargs="?")
+    options.add_argument("eval", nargs="?", help=f"one of {', '.join(catalog('evals'))}")
+    options.add_argument("--data", type=Path, help="directory of the data set")
+    options.add_argument("--against", help="a second bundle; default: the float one sealed beside an INT8 one")
+    options.add_argument("--limit", type=positive, help="at most so many pictures")
+    options.add_argument(
+        "--param", action="append", default=[], metavar="KEY=VALUE", help="of the eval; a value may be JSON"
+    )
+    options.add_argument("--save", type=Path, metavar="DIR", help="keep the samples: DIR/BUNDLE.EVAL.npz")
+    options.add_argument(
+        "--from", dest="files", nargs="+", type=Path, metavar="FILE", help="score saved samples, of one bundle or two"
+    )
+    options.add_argument("--html", type=Path, metavar="FILE", help="write table and plots as a page")
+    options.add_argument("--resamples", type=positive, default=1000, help="of the pictures, for intervals")
+    options.add_argument("--method", choices=("percentile", "BCa"), default="percentile", help="of the intervals")
+    options.add_argument("--seed", type=int, default=0, help="of the resampling")
+    bundle_options(options)
+    return options
+
+
+def _params(given: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE, the value as JSON where it is JSON, else as text. Raises `BadRequest`."""
+    found: dict[str, Any] = {}
+    for one in given:
+        key, sign, value = one.partition("=")
+        if not (key and sign):
+            raise BadRequest(f"--param {one!r} is not KEY=VALUE, such as bins=20")
+        if key in found:
+            raise BadRequest(f'--param {key} is given twice; a list is JSON: {key}=\'["…", "…"]\'')
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _float_of(directory: Path) -> Path | None:
+    """NAME-float beside NAME-int8 or NAME-mixed, if it was made of the same weights."""
+    from calmclip.models.bundle.manifest import MANIFEST
+    from calmclip.models.bundle.store import read
+
+    other = directory.with_name(directory.name.removesuffix("-int8").removesuffix("-mixed") + "-float")
+    if other == directory or not (other / MANIFEST).is_file():
+        return None
+    same = read(other, verify=False).manifest.source == read(directory, verify=False).manifest.source
+    return other if same else None

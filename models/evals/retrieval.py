@@ -1,0 +1,85 @@
+"""Retrieval: recall@1/5/10, text -> image and image -> text, over captioned pictures.
+
+Source: Karpathy & Fei-Fei 2015 (arXiv 1412.2306), section 4.2: a query counts when one of its own is among the first K.
+Every caption is a query for its picture; every picture is a query for any of its captions. Intervals resample pictures,
+with their captions, as queries; what is searched stays whole.
+
+Data: captions.json {"file": [captions]}, or captions.jsonl lines {"image", "captions"}; pictures under images/.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from calmclip.models.datasets import first, read_captions
+from calmclip.models.errors import BadRequest
+from calmclip.models.evals import EVALS, Eval, Figure, NoParams, Samples, Statistic
+from calmclip.models.evals.progress import progress
+from calmclip.models.flow import Array
+from calmclip.models.runner import Picture, Runner
+
+DATA = 'captions.json ({"file": [captions]}) or captions.jsonl ({"image", "captions"} a line), and images/'
+_CHUNK = 64  # texts in one call
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """``captions``: of each picture, at least one."""
+
+    pictures: Sequence[Picture]
+    captions: Sequence[Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if not self.pictures or len(self.pictures) != len(self.captions) or not all(self.captions):
+            raise BadRequest(
+                f"{len(self.pictures)} pictures, captions of {sum(map(bool, self.captions))}; expected some of each"
+            )
+
+
+def read(data: Path, params: NoParams, limit: int | None = None) -> DataSet:
+    """Raises as `read_captions`; the message says what the directory must hold."""
+    rows = data / "captions.jsonl"
+    found = first([*read_captions(rows if rows.is_file() else data / "captions.json").items()], limit)
+    return DataSet([data / "images" / name for name, _ in found], [captions for _, captions in found])
+
+
+def predict(runner: Runner, data: DataSet, params: NoParams) -> Samples:
+    texts = [caption for captions in data.captions for caption in captions]
+    owner = np.repeat(np.arange(len(data.pictures)), [len(captions) for captions in data.captions])
+    what = runner.bundle.name
+    images = runner.embed(images=progress(data.pictures, f"pictures {what}", "picture", len(data.pictures)))
+    chunks = progress(range(0, len(texts), _CHUNK), f"captions {what}", f"{_CHUNK} captions")
+    vectors = np.concatenate([runner.embed(texts=texts[i : i + _CHUNK]) for i in chunks])
+    counts = {"pictures": len(images), "captions": len(texts)}
+    return Samples(counts, {"images": images, "texts": vectors, "owner": owner.astype(np.int64)})
+
+
+def ranks(images: Array, texts: Array, owner: Array) -> tuple[Array, Array]:
+    """images [N, D], texts [M, D] unit rows; ``owner`` int [M]: whose caption each text is -> int [M], int [N]: the
+    pictures that stand before the right one of each text, and the captions before the best of each picture's own."""
+    similar = texts.astype(np.float64) @ images.astype(np.float64).T  # [M, N]
+    own = similar[np.arange(len(texts)), owner]
+    right = owner[:, None] == np.arange(len(images))  # [M, N]
+    best = np.where(right, similar, -np.inf).max(axis=0)
+    return (similar > own[:, None]).sum(axis=1), ((similar > best) & ~right).sum(axis=0)
+
+
+def score(samples: Samples, params: NoParams) -> Statistic:
+    owner = samples.arrays["owner"]
+    text_rank, image_rank = ranks(samples.arrays["images"], samples.arrays["texts"], owner)
+    captions = np.bincount(owner, minlength=samples.count)
+    hits = {k: np.bincount(owner, weights=text_rank < k, minlength=samples.count) for k in (1, 5, 10)}
+
+    def of(rows: Array) -> Sequence[Figure]:
+        asked = captions[rows].sum()
+        to_image = [Figure(f"text_to_image_r{k}", 100 * float(hits[k][rows].sum() / asked), "%") for k in hits]
+        to_text = [Figure(f"image_to_text_r{k}", 100 * float((image_rank[rows] < k).mean()), "%") for k in hits]
+        found = [*to_image, *to_text]
+        return [*found, Figure("mean", float(np.mean([one.value for one in found])), "%")]
+
+    return of
+
+
+EVALS.register("retrieval")(Eval("embed", DATA, NoParams, read, predict, score))
