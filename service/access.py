@@ -1,11 +1,11 @@
 """Who may ask for what, and through which door; the middleware asks before it reads anything of a request.
 
-Without `CALMCLIP_KEYS` everybody may ask for all. With it, a route that nothing is said of here needs a key that may
-write, so a new one is closed until somebody opens it. Paths are those the router sees.
+Without `CALMCLIP_KEYS` everybody may ask for all. With it, what an endpoint needs is its `scope`, a key that may write
+where it says nothing.
 """
 
 import re
-from collections.abc import Iterable
+from typing import Literal
 
 from starlette.types import Scope as Connection
 
@@ -13,11 +13,9 @@ from calmclip.models.errors import CalmclipError, UnknownName
 from calmclip.service.keys import Keys, Scope
 from calmclip.service.settings import Settings
 
-HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-METRICS = "/metrics"
-LOOKING = ("GET", "HEAD")
-# POSTs that change nothing
-_ASKING = re.compile(r"/v1/(classify|detect|embed|embeddings|collections/[^/]+/search)|/v2/models/[^/]+/infer")
+# What an endpoint asks for: a key for this; none, since it says nothing of this service; or none and at every port.
+Door = Scope | Literal["open", "health"]
+OPEN = ("open", "health")
 _BEARER = re.compile(rb"bearer +(\S+)", re.IGNORECASE)
 
 
@@ -30,44 +28,28 @@ class Unauthorized(CalmclipError):
 class Forbidden(CalmclipError):
     """A key that may not do this."""
 
-    def __init__(self, message: str, scope: Scope) -> None:
+    def __init__(self, message: str, scope: Door) -> None:
         super().__init__(message)
         self.challenge = f'Bearer realm="calmclip", error="insufficient_scope", scope="{scope}"'
 
 
-def needs(method: str, path: str) -> Scope:
-    """What a key must be allowed to, to ask this."""
-    if path == METRICS:
-        return "metrics"
-    looks = method in LOOKING or (method == "POST" and _ASKING.fullmatch(path))
-    return "read" if looks else "write"
-
-
 class Access:
-    """Of one app. ``page``: paths of files that say nothing of this service, the page's own, which asks for a key.
+    """Of one app. Raises `BadRequest` where the keys cannot be read."""
 
-    Raises `BadRequest` where the keys cannot be read.
-    """
-
-    def __init__(self, settings: Settings, page: Iterable[str]) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.keys = Keys(settings.keys) if settings.keys else None
         self.metrics_port = settings.metrics_port
-        self._open = {*HEALTH, *page}
 
-    def is_open(self, method: str, path: str) -> bool:
-        """Whether it needs no key."""
-        return self.keys is None or (method in LOOKING and path in self._open)
-
-    def check(self, connection: Connection) -> str:
+    def check(self, connection: Connection, door: Door) -> str:
         """-> the name of the key, "" where none was needed. Raises `Unauthorized`, `Forbidden`, `UnknownName`."""
-        method, path = connection["method"], connection["path"]
         name = ""
-        if self.keys and not self.is_open(method, path):
-            name = self._name(self.keys, connection, needs(method, path))
-        self._door(connection, path)
+        if self.keys and door not in OPEN:
+            name = self._name(self.keys, connection, door)
+        if self.metrics_port is not None:
+            self._pass(connection, door, self.metrics_port)
         return name
 
-    def _name(self, keys: Keys, connection: Connection, scope: Scope) -> str:
+    def _name(self, keys: Keys, connection: Connection, scope: Door) -> str:
         given = _given(connection)
         if not given:
             raise Unauthorized("a key is needed; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
@@ -79,13 +61,11 @@ class Access:
             raise Forbidden(f"the key {found.name!r} is for {may}; this needs one for {scope}", scope)
         return found.name
 
-    def _door(self, connection: Connection, path: str) -> None:
-        """Metrics at their own port, if they have one, with health and nothing else; and nowhere else."""
-        if self.metrics_port is None:
-            return
+    def _pass(self, connection: Connection, door: Door, metrics_port: int) -> None:
+        """Metrics at their own port, with health and nothing else; and nowhere else."""
         port = (connection.get("server") or ("", None))[1]
-        if (port == self.metrics_port) != (path == METRICS) and path not in HEALTH:
-            raise UnknownName(f"there is no {path} at this port")
+        if (port == metrics_port) != (door == "metrics") and door != "health":
+            raise UnknownName(f"there is no {connection['path']} at this port")
 
 
 def _given(connection: Connection) -> list[bytes]:

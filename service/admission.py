@@ -10,8 +10,8 @@ from collections.abc import Callable
 from time import monotonic
 
 from calmclip.models.errors import Overloaded
-from calmclip.service.context import Context
 from calmclip.service.pace import Pace
+from calmclip.service.request import Context
 from calmclip.service.settings import Settings
 
 HOPE = 0.5  # of the time that is left: the pace is a mean, and what just fits is late every other time

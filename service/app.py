@@ -5,45 +5,36 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 
 import calmclip
 from calmclip.service import openapi, problems
 from calmclip.service.access import Access
 from calmclip.service.admission import Admission
+from calmclip.service.asked import serve
+from calmclip.service.classifiers import Classifiers
 from calmclip.service.collections import Collections
 from calmclip.service.connections import Connections
-from calmclip.service.context import Service
+from calmclip.service.endpoints import CATALOG, Endpoint, Table, registered
 from calmclip.service.engine import Engine
 from calmclip.service.fetching import Fetcher
 from calmclip.service.hub import Hub
-from calmclip.service.inference import InferBody
-from calmclip.service.labels import LabelSets
 from calmclip.service.metrics import Metrics
 from calmclip.service.middleware import RequestContext
-from calmclip.service.routes import catalog, classify, collections, detect, embed, embeddings, inference, labels
-from calmclip.service.schemas import (
-    CalibrateBody,
-    ClassifyBody,
-    CollectionBody,
-    DeleteItemsBody,
-    DetectBody,
-    EmbedBody,
-    EmbeddingsBody,
-    ItemsBody,
-    LabelSetBody,
-    SearchBody,
-)
+from calmclip.service.parts import Service
+from calmclip.service.routes.catalog import page
 from calmclip.service.settings import Settings
 from calmclip.service.tracing import open_tracing
+
+SPECIFICATION = "/openapi.json"  # FastAPI's own route
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     metrics = Metrics(settings)
     admission = Admission(settings)
-    page = catalog.page()
-    access = Access(settings, {route.path for route in page.routes if isinstance(route, APIRoute)})
+    access = Access(settings)
+    specification = Endpoint("GET", SPECIFICATION, task=CATALOG, scope="read", listed=False)
+    endpoints = Table([*registered(), *page(), specification])
     engine = Engine(settings, metrics)
     metrics.watch_admission(admission)
     parts = Service(
@@ -53,7 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         hub=Hub(settings, metrics, admission.company),
         engine=engine,
         collections=Collections(settings, metrics),
-        labels=LabelSets(settings.data_dir / "label-sets", settings.limits),
+        classifiers=Classifiers(settings.data_dir / "classifiers", settings.limits),
         fetcher=Fetcher(settings.url_hosts, settings.limits),
         connections=Connections(settings.connections, metrics.crowded),
     )
@@ -78,6 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=calmclip.__version__,
         summary="CLIP-family models over HTTP: classify, embed, search, detect",
         lifespan=lifespan,
+        openapi_url=SPECIFICATION,
         docs_url=None,  # FastAPI's documentation pages fetch scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # to whichever host the caller names, and to http:// behind a proxy that ends TLS
@@ -86,27 +78,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.service = parts
     app.add_middleware(
-        RequestContext, settings=settings, metrics=metrics, admission=admission, access=access, tracing=tracing
+        RequestContext,
+        settings=settings,
+        metrics=metrics,
+        admission=admission,
+        access=access,
+        endpoints=endpoints,
+        tracing=tracing,
     )
     problems.install(app)
-    for module in (classify, embed, embeddings, detect, collections, labels, inference, catalog):
-        app.include_router(module.router)
-    app.include_router(page)
-    openapi.install(
-        app,
-        access,
-        ClassifyBody,
-        EmbedBody,
-        EmbeddingsBody,
-        DetectBody,
-        CollectionBody,
-        ItemsBody,
-        DeleteItemsBody,
-        SearchBody,
-        LabelSetBody,
-        InferBody,
-        CalibrateBody,
-    )
+    for endpoint in endpoints.all:
+        if endpoint.handler:
+            serve(app, endpoint)
+    openapi.install(app, access, endpoints)
     return app
 
 

@@ -101,7 +101,7 @@ def keys_command(argv: list[str]) -> int:
     adding.add_argument("name")
     adding.add_argument(
         "--scope", action="append", choices=keys.SCOPES, required=True,
-        help="read (ask, search, look), write (change collections and label sets), metrics; may be repeated",
+        help="read (ask, search, look), write (change collections and classifiers), metrics; may be repeated",
     )  # fmt: skip
     verbs.add_parser("list", help="names and scopes")
     verbs.add_parser("remove", help="from now on it opens nothing").add_argument("name")

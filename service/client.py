@@ -11,7 +11,7 @@ send it and when to wait; each client drives that in its own world.
         ├── Rejected           4xx: the request itself; the same again will be refused again
         │   ├── Unauthorized   401: no key, or none that the service knows
         │   ├── Forbidden      403: not with this key
-        │   ├── NotFound       404: no such model, collection or label set
+        │   ├── NotFound       404: no such model, collection or classifier
         │   └── Conflict       409: not with this bundle
         └── Failed             5xx
             ├── Overloaded     503: try again after ``retry_after`` seconds
@@ -257,14 +257,20 @@ class Collection:
 
 
 @dataclass(frozen=True)
-class LabelSet:
+class Classifier:
+    """``head`` None: the bundle's. ``family``: of the bundles that it was fitted or calibrated for; None: for any."""
+
     name: str
     version: int
     labels: list[str]
     templates: list[str]
+    descriptions: dict[str, list[str]]
+    head: str | None
+    params: dict[str, Any]
     temperature: float
     none_below: float | None
-    calibrated_for: str | None
+    family: str | None
+    fitted: bool
 
 
 @dataclass(frozen=True)
@@ -273,6 +279,7 @@ class Model:
 
     name: str
     digest: str
+    family: str
     tasks: list[str]
     precision: str
     dim: int | None
@@ -320,17 +327,17 @@ class Calls:
         image: Picture,
         labels: Sequence[str] = (),
         *,
-        label_set: str | None = None,
+        classifier: str | None = None,
         templates: Sequence[str] = (),
         top_k: int | None = None,
         temperature: float | None = None,
         none_below: float | None = None,
         model: str | None = None,
     ) -> Call[Ranking]:
-        """Which labels fit a picture. Without labels or a label set: the bundle's own."""
+        """Which labels fit a picture. Without labels or a classifier: the bundle's own."""
         asked = _said(
             labels=_texts(labels),
-            label_set=label_set,
+            classifier=classifier,
             templates=_texts(templates),
             top_k=top_k,
             temperature=temperature,
@@ -353,7 +360,7 @@ class Calls:
         labels: Sequence[str] = (),
         *,
         examples: Sequence[Example | Picture] = (),
-        label_set: str | None = None,
+        classifier: str | None = None,
         templates: Sequence[str] = (),
         method: Literal["hard", "linear", "gaussian"] | None = None,
         sigma: float | None = None,
@@ -368,7 +375,7 @@ class Calls:
         asked = _said(
             labels=_texts(labels),
             examples=[{"image": _picture(one.image), **_said(box=one.box, label=one.label)} for one in shown],
-            label_set=label_set,
+            classifier=classifier,
             templates=_texts(templates),
             method=method,
             sigma=sigma,
@@ -431,42 +438,59 @@ class Calls:
         return Call("POST", _collection(collection, "/search"), _reader(list[Hit], "hits"), body)
 
     @staticmethod
-    def label_sets() -> Call[list[LabelSet]]:
-        """All of them."""
-        return Call("GET", "/v1/label-sets", _reader(list[LabelSet], "label_sets"))
+    def classifiers() -> Call[list[Classifier]]:
+        """All that are registered."""
+        return Call("GET", "/v1/classifiers", _reader(list[Classifier], "classifiers"))
 
     @staticmethod
-    def put_label_set(
+    def put_classifier(
         name: str,
         labels: Sequence[str],
         templates: Sequence[str] = (),
         *,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+        head: str | None = None,
+        params: Mapping[str, Any] | None = None,
         temperature: float | None = None,
         none_below: float | None = None,
-    ) -> Call[LabelSet]:
-        """Register labels under a name; a change counts its version up."""
-        more = _said(temperature=temperature, none_below=none_below)
+    ) -> Call[Classifier]:
+        """Register a classifier under a name; a change counts its version up. What is None is the bundle's own."""
+        said = {label: _texts(lines) for label, lines in (descriptions or {}).items()}
+        chosen = {"name": head, "params": dict(params or {})} if head else None
+        more = _said(descriptions=said or None, head=chosen, temperature=temperature, none_below=none_below)
         body = {"labels": _texts(labels), "templates": _texts(templates), **more}
-        return Call("PUT", f"/v1/label-sets/{quote(name, safe='')}", _reader(LabelSet), body)
+        return Call("PUT", _classifier(name), _reader(Classifier), body)
 
     @staticmethod
-    def calibrate_label_set(
+    def calibrate_classifier(
         name: str, items: Sequence[tuple[Picture, str]], *, model: str | None = None
-    ) -> Call[LabelSet]:
+    ) -> Call[Classifier]:
         """Set its temperature by pictures whose labels are known."""
-        known = [{"image": _picture(picture), "label": label} for picture, label in items]
-        body = {"items": known, **_said(model=model)}
-        return Call("POST", f"/v1/label-sets/{quote(name, safe='')}/calibrate", _reader(LabelSet), body)
+        body = {"items": _items(items), **_said(model=model)}
+        return Call("POST", _classifier(name, "/calibrate"), _reader(Classifier), body)
 
     @staticmethod
-    def label_set(name: str) -> Call[LabelSet]:
+    def fit_classifier(
+        name: str,
+        items: Sequence[tuple[Picture, str]],
+        head: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        model: str | None = None,
+    ) -> Call[Classifier]:
+        """Fit a head to pictures whose labels are known; the classifier then belongs to the bundle's family."""
+        body = {"head": head, "params": dict(params or {}), "items": _items(items), **_said(model=model)}
+        return Call("POST", _classifier(name, "/fit"), _reader(Classifier), body)
+
+    @staticmethod
+    def classifier(name: str) -> Call[Classifier]:
         """One of them."""
-        return Call("GET", f"/v1/label-sets/{quote(name, safe='')}", _reader(LabelSet))
+        return Call("GET", _classifier(name), _reader(Classifier))
 
     @staticmethod
-    def delete_label_set(name: str) -> Call[None]:
+    def delete_classifier(name: str) -> Call[None]:
         """Forget it."""
-        return Call("DELETE", f"/v1/label-sets/{quote(name, safe='')}", _nothing)
+        return Call("DELETE", _classifier(name), _nothing)
 
     @staticmethod
     def models() -> Call[list[Model]]:
@@ -482,6 +506,14 @@ class Calls:
     def ready() -> Call[Ready]:
         """Whether all bundles and collections are open, and if not, why."""
         return Call("GET", "/readyz", _reader(Ready), fine=(503,))
+
+
+def _classifier(name: str, rest: str = "") -> str:
+    return f"/v1/classifiers/{quote(name, safe='')}{rest}"
+
+
+def _items(items: Sequence[tuple[Picture, str]]) -> list[dict[str, Any]]:
+    return [{"image": _picture(picture), "label": label} for picture, label in items]
 
 
 def _collection(name: str, tail: str = "") -> str:
@@ -667,11 +699,12 @@ class Client:
     page = _sync(Calls.page)
     delete_items = _sync(Calls.delete_items)
     search = _sync(Calls.search)
-    label_sets = _sync(Calls.label_sets)
-    put_label_set = _sync(Calls.put_label_set)
-    calibrate_label_set = _sync(Calls.calibrate_label_set)
-    label_set = _sync(Calls.label_set)
-    delete_label_set = _sync(Calls.delete_label_set)
+    classifiers = _sync(Calls.classifiers)
+    put_classifier = _sync(Calls.put_classifier)
+    calibrate_classifier = _sync(Calls.calibrate_classifier)
+    fit_classifier = _sync(Calls.fit_classifier)
+    classifier = _sync(Calls.classifier)
+    delete_classifier = _sync(Calls.delete_classifier)
     models = _sync(Calls.models)
     model = _sync(Calls.model)
     ready = _sync(Calls.ready)
@@ -735,11 +768,12 @@ class AsyncClient:
     page = _async(Calls.page)
     delete_items = _async(Calls.delete_items)
     search = _async(Calls.search)
-    label_sets = _async(Calls.label_sets)
-    put_label_set = _async(Calls.put_label_set)
-    calibrate_label_set = _async(Calls.calibrate_label_set)
-    label_set = _async(Calls.label_set)
-    delete_label_set = _async(Calls.delete_label_set)
+    classifiers = _async(Calls.classifiers)
+    put_classifier = _async(Calls.put_classifier)
+    calibrate_classifier = _async(Calls.calibrate_classifier)
+    fit_classifier = _async(Calls.fit_classifier)
+    classifier = _async(Calls.classifier)
+    delete_classifier = _async(Calls.delete_classifier)
     models = _async(Calls.models)
     model = _async(Calls.model)
     ready = _async(Calls.ready)

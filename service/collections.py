@@ -26,8 +26,8 @@ from calmclip.models.errors import (
     suggestion,
 )
 from calmclip.models.flow import Array
+from calmclip.service.files import check_name
 from calmclip.service.hub import Loaded
-from calmclip.service.labels import check_name
 from calmclip.service.metrics import Metrics
 from calmclip.service.quantized import Quantized
 from calmclip.service.settings import Settings

@@ -16,13 +16,11 @@ from PIL import Image
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import Sealed, digest_of, find, names, read
 from calmclip.models.errors import BundleInvalid, BundleNotFound, CalmclipError, Overloaded, TaskNotServed, suggestion
-from calmclip.models.flow import Arrays, Call, Flow, drive
+from calmclip.models.flow import Arrays, Call, drive
 from calmclip.models.ops.library import find as find_library
 from calmclip.models.ops.library import why_not
 from calmclip.models.runtime.session import Session, SessionOptions
-from calmclip.models.tasks.classify import ClassifyRequest, classify
-from calmclip.models.tasks.detect import DetectRequest, detect
-from calmclip.models.tasks.embed import EmbedRequest, embed
+from calmclip.models.tasks import TASKS
 from calmclip.service.batching import Batcher
 from calmclip.service.resting import Resting
 from calmclip.service.settings import Settings
@@ -115,7 +113,7 @@ class Hub:
         if name is not None:
             raise BundleNotFound(f"no bundle named {name!r} is loaded; {suggestion(name, known)}", known=known)
         for loaded in self._loaded.values():
-            if task in loaded.bundle.manifest.tasks:
+            if task in loaded.bundle.tasks:
                 return loaded
         raise TaskNotServed(f"no loaded bundle serves {task!r}; loaded: {', '.join(known) or 'none'}", known=known)
 
@@ -217,7 +215,7 @@ class Hub:
                 self.failed[wanted] = str(error) if ours else repr(error)
             return None
         self.failed.pop(wanted, None)
-        log.info("loaded %s (%s)", bundle.name, ", ".join(bundle.manifest.tasks))
+        log.info("loaded %s (%s)", bundle.name, ", ".join(bundle.tasks))
         self.metrics.load_time(bundle.name, perf_counter() - start)
         return Loaded(bundle, graphs, {role: self._batcher(bundle, role, graph.run) for role, graph in graphs.items()})
 
@@ -329,16 +327,12 @@ def _warm_up(bundle: Bundle, graphs: dict[str, Resting]) -> None:
     """One request of each task, as a caller would send it: what it needs is made now, and what breaks breaks now."""
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(file, "PNG")
-    picture, labels = file.getvalue(), () if bundle.labels else ("a thing",)
-    inputs: dict[str, str | bytes] = {"image": picture, "text": "a thing"}
-    flows: dict[str, Callable[[], Flow[Any]]] = {
-        "classify": lambda: classify(bundle, ClassifyRequest(picture, labels)),
-        "embed": lambda: embed(bundle, EmbedRequest([one for role, one in inputs.items() if role in graphs])),
-        "detect": lambda: detect(bundle, DetectRequest(picture, labels)),
-    }
 
     def run(call: Call) -> Arrays:
         return graphs[call.graph].run(call.feeds)
 
-    for task in flows.keys() & {*bundle.manifest.tasks}:
-        drive(flows[task](), run)
+    for name in bundle.tasks:
+        task = TASKS.get(name)
+        request = task.example(bundle, file.getvalue())
+        if request is not None:
+            drive(task.flow(bundle, request), run)

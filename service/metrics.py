@@ -25,7 +25,8 @@ from calmclip.models.tasks.detect import Detections
 from calmclip.service.admission import Admission
 from calmclip.service.batching import RELEASES, Release
 from calmclip.service.connections import Connections
-from calmclip.service.context import Context, Service
+from calmclip.service.parts import Service
+from calmclip.service.request import Context
 from calmclip.service.settings import Settings
 
 EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -190,7 +191,7 @@ class Metrics:
             self.kept.labels(model).observe(len(value.detections))
             self.candidates.labels(model).observe(value.candidates)
 
-    def cached(self, model: str, *, hits: int, misses: int) -> None:
+    def cached(self, model: str, hits: int, misses: int) -> None:
         self.text_cache.labels(model, "hit").inc(hits)
         self.text_cache.labels(model, "miss").inc(misses)
 

@@ -11,13 +11,14 @@ import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from calmclip.service.access import LOOKING, Access
+from calmclip.service.access import Access
 from calmclip.service.admission import Admission
-from calmclip.service.context import Context, task_of
+from calmclip.service.endpoints import LOOKING, Table
 from calmclip.service.metrics import STAGES, Metrics
 from calmclip.service.problems import CLIENT_GONE, InvalidHeader, answer
+from calmclip.service.request import Context
 from calmclip.service.settings import Settings
-from calmclip.service.tracing import Untraced
+from calmclip.service.tracing import UNTRACED, Untraced
 
 access = logging.getLogger("calmclip.access")
 
@@ -36,10 +37,12 @@ class RequestContext:
         metrics: Metrics,
         admission: Admission,
         access: Access,
+        endpoints: Table,
         tracing: Untraced,
     ) -> None:
         self.app = app
         self.access = access
+        self.endpoints = endpoints
         self.metrics = metrics
         self.tracing = tracing
         self.admission = admission
@@ -50,16 +53,17 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        endpoint = self.endpoints.find(scope["method"], scope["path"])
         own = scope["calmclip.context"] = Context(
             _request_id(scope),
             self.deadline_s,
             self.tracing.clock(),
-            task=task_of(scope["method"], scope["path"]),
+            task=endpoint.task,
         )
         announced = _announced(scope)
         wire = _Wire(own, receive, send, announced, scope, self.admission)
         try:
-            own.key = self.access.check(scope)
+            own.key = self.access.check(scope, endpoint.scope)
             own.deadline_s = min(self.deadline_s, _deadline_s(scope))
             if scope["method"] not in LOOKING:
                 own.place = self.admission.admit(own, announced)
@@ -80,7 +84,8 @@ class RequestContext:
             wire.close()
             if own.place:
                 own.place.leave(finished=own.status not in UNFINISHED)
-            own.trace = self.tracing.record(scope, own)
+            if endpoint.scope not in UNTRACED:
+                own.trace = self.tracing.record(scope, own)
             self.metrics.observe(own)
             self._log(scope, own)
 

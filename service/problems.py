@@ -3,7 +3,6 @@
 `/problems/{slug}` explains each one; service/README.md lists them; a test compares.
 """
 
-import html
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -12,17 +11,17 @@ from typing import Any, NamedTuple
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from calmclip.models import errors
-from calmclip.models.errors import CalmclipError, Overloaded, Unavailable, suggestion
+from calmclip.models.errors import CalmclipError, Overloaded, Unavailable
 from calmclip.service.access import Forbidden, Unauthorized
-from calmclip.service.context import context
 from calmclip.service.fetching import NotFetched
+from calmclip.service.request import context
 
 log = logging.getLogger("calmclip")
 MEDIA_TYPE = "application/problem+json"
@@ -121,8 +120,14 @@ TABLE: dict[type[BaseException], Problem] = {
     errors.CollectionNotFound: Problem(
         "collection-not-found", 404, "Collection not found", "PUT /v1/collections/{name} makes one."
     ),
-    errors.LabelSetNotFound: Problem(
-        "label-set-not-found", 404, "Label set not found", "PUT /v1/label-sets/{name} registers one."
+    errors.ClassifierNotFound: Problem(
+        "classifier-not-found", 404, "Classifier not found", "PUT /v1/classifiers/{name} registers one."
+    ),
+    errors.ClassifierMismatch: Problem(
+        "classifier-bundle-mismatch",
+        409,
+        "Wrong bundle for this classifier",
+        "It was fitted to vectors of other bundles. Ask with a bundle of its family, or fit it anew.",
     ),
     errors.TaskNotServed: Problem(
         "task-not-served",
@@ -165,27 +170,10 @@ def find(error: BaseException) -> Problem:
 
 
 def install(app: FastAPI) -> None:
-    """The handlers, and the page that explains a slug."""
     app.add_exception_handler(CalmclipError, answer)
     app.add_exception_handler(HTTPException, _starlette)
     app.add_exception_handler(RequestValidationError, _query)
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=CLIENT_GONE))
-
-    from calmclip.service.openapi import answers  # which knows the table
-
-    @app.get(
-        "/problems/{slug}",
-        response_class=HTMLResponse,
-        tags=["catalog"],
-        summary="What a problem means",
-        responses=answers(None, "not-found"),
-    )
-    async def explain(slug: str) -> HTMLResponse:
-        if slug not in PROBLEMS:
-            raise errors.UnknownName(f"there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}", known=PROBLEMS)
-        problem = PROBLEMS[slug]
-        title, text = html.escape(f"{problem.status} {problem.title}"), html.escape(problem.explanation)
-        return HTMLResponse(f"<!doctype html><html lang=en><title>{title}</title><h1>{title}</h1><p>{text}</p></html>")
 
 
 def render(

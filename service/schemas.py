@@ -8,7 +8,7 @@ import base64
 import binascii
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import (
@@ -22,12 +22,16 @@ from pydantic import (
     model_validator,
 )
 
+from calmclip.models.classifier import Classifier
 from calmclip.models.flow import Array
 from calmclip.models.tasks.classify import Ranking
 from calmclip.models.tasks.detect import Detections, Example, Suppression
 from calmclip.models.tasks.embed import Embeddings
 from calmclip.service.settings import MAX_TEXTS
 from calmclip.service.stores import Condition
+
+if TYPE_CHECKING:
+    from calmclip.service.classifiers import Registered
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 # In a path, where it is the route that checks it.
@@ -95,29 +99,28 @@ _TEMPERATURE = "divides the logits, 0.01 to 100: over 1, scores are less sure of
 _NONE_BELOW = "`none_of_these` is true when no score reaches it"
 
 
-class LabelledPicture(Body):
+class PictureBody(Body):
+    """One picture, and fields that a form and a query can say too: such a body comes in any of the three shapes."""
+
     model: str | None = Field(None, description="a loaded bundle; else the first that serves the task")
     image: Picture
-    labels: list[str] = Field([], fail_fast=True, description="else the label set, else the bundle's own labels")
-    label_set: str | None = Field(None, description="a registered label set, instead of labels")
-    templates: list[Template] = Field(
-        [], fail_fast=True, description="sentences with a {}, instead of the bundle's prompts"
-    )
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "LabelledPicture":
-        if self.labels and self.label_set:
-            raise ValueError("`labels` and `label_set` are both given; send one of them")
-        return self
+
+class LabelledPicture(PictureBody):
+    labels: list[str] = Field([], fail_fast=True, description="else the classifier's, else the bundle's own")
+    classifier: str | None = Field(None, description="a registered one; with labels too, these are some of its own")
+    templates: list[Template] = Field(
+        [], fail_fast=True, description="sentences with a {}, instead of the classifier's or the bundle's"
+    )
 
 
 class ClassifyBody(LabelledPicture):
     top_k: int | None = Field(None, ge=1, description="how many labels to answer; all by default")
     temperature: float | None = Field(
-        None, ge=0.01, le=100, description=f"{_TEMPERATURE}; else the label set's, else 1"
+        None, ge=0.01, le=100, description=f"{_TEMPERATURE}; else the classifier's, else 1"
     )
     none_below: float | None = Field(
-        None, gt=0, le=1, description=f"{_NONE_BELOW}; else the label set's, if it has one"
+        None, gt=0, le=1, description=f"{_NONE_BELOW}; else the classifier's, if it has one"
     )
 
 
@@ -317,7 +320,7 @@ class SearchBody(Body):
 
 class KnownPicture(Body):
     image: Picture
-    label: str = Field(description="which of the set's labels is right")
+    label: str = Field(description="which of the classifier's labels is right")
 
 
 class CalibrateBody(Body):
@@ -325,13 +328,43 @@ class CalibrateBody(Body):
     items: list[KnownPicture] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
 
 
-class LabelSetBody(Body):
+class FitBody(CalibrateBody):
+    head: str = Field(description="a plug-in of the family heads that can be fitted")
+    params: dict[str, Any] = Field({}, description="the head's own")
+
+
+class HeadBody(Body):
+    name: str = Field(description="a plug-in of the family heads")
+    params: dict[str, Any] = Field({}, description="the head's own")
+
+
+Descriptions = Annotated[
+    dict[str, Annotated[list[str], Field(min_length=1, fail_fast=True)]],
+    Field(description="label -> sentences that take the place of the templates"),
+]
+
+
+class ClassifierBody(Body):
     max_bytes = MIB
 
     labels: list[str] = Field(min_length=1, fail_fast=True)
-    templates: list[Template] = Field([], fail_fast=True)
+    templates: list[Template] = Field([], fail_fast=True, description="else the bundle's")
+    descriptions: Descriptions = {}
+    head: HeadBody | None = Field(None, description="else the bundle's; one with arrays of its own is fitted, not sent")
     temperature: float = Field(1.0, ge=0.01, le=100, description=_TEMPERATURE)
     none_below: float | None = Field(None, gt=0, le=1, description=_NONE_BELOW)
+
+    def classifier(self) -> Classifier:
+        """Raises `BadRequest`."""
+        head: dict[str, Any] = {"head": self.head.name, "params": self.head.params} if self.head else {}
+        return Classifier(
+            tuple(self.labels),
+            tuple(self.templates),
+            {label: tuple(lines) for label, lines in self.descriptions.items()},
+            temperature=self.temperature,
+            none_below=self.none_below,
+            **head,
+        )
 
 
 class Answer(BaseModel):
@@ -354,10 +387,10 @@ class ClassifyAnswer(Answer):
     none_of_these: bool | None = Field(description="whether no score reaches `none_below`; null where it is not given")
 
     @classmethod
-    def of(cls, model: str, temperature: float, ranking: Ranking) -> "ClassifyAnswer":
+    def of(cls, model: str, ranking: Ranking) -> "ClassifyAnswer":
         return cls.model_construct(
             model=model,
-            temperature=temperature,
+            temperature=ranking.temperature,
             labels=[
                 RankedLabel.model_construct(
                     label=one.label, index=one.index, score=tidy(one.score), cosine=tidy(one.cosine)
@@ -524,25 +557,35 @@ class SearchAnswer(Answer):
     hits: list[Hit] = Field(description="nearest first")
 
 
-class LabelSetAnswer(Answer):
+class ClassifierAnswer(Answer):
     name: str
     version: int = Field(description="counts the changes")
     labels: list[str]
     templates: list[str]
+    descriptions: dict[str, list[str]]
+    head: str | None = Field(description="null: the bundle's")
+    params: dict[str, Any] = Field(description="of the head")
     temperature: float = Field(description=_TEMPERATURE)
     none_below: float | None = Field(description=_NONE_BELOW)
-    calibrated_for: str | None = Field(
-        description="digest of the bundle that the temperature was found for, and is used with; null: with any"
+    family: str | None = Field(
+        description="of the bundles that it was fitted or calibrated for, as /v1/models has it; null: for any"
     )
+    fitted: bool = Field(description="whether its head holds arrays of its own, and so is asked with its family alone")
+
+    @classmethod
+    def of(cls, one: "Registered") -> "ClassifierAnswer":
+        said = {key: value for key, value in one.said().items() if key != "assets"}
+        return cls.model_construct(version=one.version, fitted=bool(one.assets), **said)
 
 
-class LabelSetsAnswer(Answer):
-    label_sets: list[LabelSetAnswer]
+class ClassifiersAnswer(Answer):
+    classifiers: list[ClassifierAnswer]
 
 
 class ModelSummary(Answer):
     name: str
     digest: str
+    family: str = Field(description="the float and the INT8 bundle of one export have the same")
     tasks: list[str]
     precision: str
     dim: int | None

@@ -20,7 +20,7 @@ import uvicorn
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from calmclip.service.context import Service
+from calmclip.service.parts import Service
 
 POLL_S = 0.02
 HEAD_S = 10.0

@@ -51,8 +51,10 @@ class Limits(_Group):
     image_pixels: int = Field(
         default=MAX_PIXELS, ge=1, description="width x height of one picture, read from its header"
     )
-    labels: int = Field(default=256, ge=1, description="labels in a request or label set")
-    templates: int = Field(default=32, ge=1, description="prompt templates in a request or label set")
+    labels: int = Field(default=256, ge=1, description="labels in a request or classifier")
+    templates: int = Field(
+        default=32, ge=1, description="templates in a request or classifier, and descriptions of one label"
+    )
     examples: int = Field(default=8, ge=1, description="example pictures in a detect request")
     texts: int = Field(default=256, ge=1, le=MAX_TEXTS, description="inputs of one embed request; items of one upload")
     top_k: int = Field(default=1000, ge=1, description="hits of one search; items of one page")
@@ -88,7 +90,7 @@ class Settings(BaseSettings):
     reload_s: float = Field(default=5.0, ge=0, description="how often bundles are looked at for changes; 0: never")
     limits: Limits = Limits()
     text_cache: int = Field(default=4096, ge=0, description="embedded sentences and labels remembered")
-    data_dir: Path = Field(default=Path("data"), description="where label sets and, by default, collections live")
+    data_dir: Path = Field(default=Path("data"), description="where classifiers and, by default, collections live")
     store: str | None = Field(
         default=None,
         repr=False,  # it may hold a password

@@ -7,7 +7,7 @@
 Bytes are counted as they come in; nothing is kept of a body that is too large.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -20,10 +20,11 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from calmclip.models.errors import BadRequest, ImageTooLarge, InputError
 from calmclip.models.preprocess.image import inspect
-from calmclip.service.context import Context, context, service
-from calmclip.service.labels import MAX_CHARACTERS
+from calmclip.service.classifiers import MAX_CHARACTERS
+from calmclip.service.parts import service
 from calmclip.service.problems import BodyTooLarge, InvalidRequest, WrongContentType, invalid
-from calmclip.service.schemas import Body, EmbedBody, ExampleBody, LabelledPicture
+from calmclip.service.request import Context, context
+from calmclip.service.schemas import Body, EmbedBody, ExampleBody, PictureBody
 from calmclip.service.settings import Limits
 
 B = TypeVar("B", bound=Body)
@@ -39,25 +40,12 @@ async def read_body(request: Request, model: type[B]) -> B:
             raise invalid(error, "the request does not fit") from None
 
 
-def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
-    """`read_body` as a dependency."""
-
-    async def read(request: Request) -> B:
-        return await read_body(request, model)
-
-    return read
-
-
-def bytes_of(*kinds: str) -> Callable[[Request], Awaitable[bytes]]:
-    """A dependency: the request's body as it is, of one of these content types or of none that it names."""
-
-    async def read(request: Request) -> bytes:
-        async with _reading(request) as (kind, limits):
-            if kind and kind not in kinds:
-                raise WrongContentType(f"the content type is {kind!r}; expected {', '.join(kinds)}")
-            return await _whole(request, limits.body_bytes, BodyTooLarge, "the body")
-
-    return read
+async def read_bytes(request: Request, kinds: Sequence[str]) -> bytes:
+    """The request's body as it is, of one of these content types or of none that it names. Raises as `read_body`."""
+    async with _reading(request) as (kind, limits):
+        if kind and kind not in kinds:
+            raise WrongContentType(f"the content type is {kind!r}; expected {', '.join(kinds)}")
+        return await _whole(request, limits.body_bytes, BodyTooLarge, "the body")
 
 
 @asynccontextmanager
@@ -107,7 +95,7 @@ def _check_picture(data: bytes, limits: Limits, where: str) -> int:
 
 
 async def _fields(request: Request, kind: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
-    pictured = issubclass(model, (LabelledPicture, EmbedBody))
+    pictured = issubclass(model, (PictureBody, EmbedBody))
     stray = sorted({*request.query_params} & {*model.model_fields})
     if pictured and stray and kind in ("application/json", "multipart/form-data"):
         raise BadRequest(

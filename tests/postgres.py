@@ -3,7 +3,6 @@
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+
+from tests.process import free_port
 
 
 @dataclass
@@ -75,9 +76,7 @@ def serving(folder: Path) -> Iterator[Server]:
     folder.mkdir()
     if os.getuid() == 0:
         shutil.chown(folder, "postgres", "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        server = Server(bin_, folder, probe.getsockname()[1])
+    server = Server(bin_, folder, free_port())
     # over TCP with a password, over the socket without
     _run([str(bin_ / "initdb"), "-D", str(folder / "data"), "-U", "owner", "-E", "UTF8", "--locale=C.UTF-8",
           "--auth-local=trust", "--auth-host=scram-sha-256"])  # fmt: skip

@@ -18,8 +18,8 @@ from ray.serve.config import BackpressureConfig
 from calmclip.models.errors import BadRequest
 from calmclip.service.app import create_app
 from calmclip.service.cli import log_lines
-from calmclip.service.context import Service
 from calmclip.service.metrics import Together
+from calmclip.service.parts import Service
 from calmclip.service.settings import Settings
 
 POLL_S = 0.05

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from calmclip.service.endpoints import registered
+from calmclip.service.monitoring.rules import COUNTED
+
 FOLDER = Path(__file__).with_name("grafana") / "dashboards"
 SOURCE = {"type": "prometheus", "uid": "prometheus"}  # as grafana/provisioning/datasources names it
 
@@ -27,10 +30,10 @@ class Panel:
 
 
 OF_MODEL = 'model=~"$model"'
-OF_BOTH = f'task=~"$task", task!~"catalog|other", {OF_MODEL}'  # but not probes, scrapes, the page
+OF_BOTH = f'task=~"$task", {COUNTED}, {OF_MODEL}'  # but not probes, scrapes, the page
 FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
 HITS = f'{OF_MODEL}, outcome="hit"'
-OF_STORE = 'task=~"index|search|collections"'
+OF_STORE = f'task=~"{"|".join(sorted({one.task for one in registered() if "collections" in one.tags}))}"'
 
 
 def rate(metric: str, *labels: str, where: str = OF_BOTH) -> str:

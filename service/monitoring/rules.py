@@ -1,8 +1,9 @@
 """Recording and alerting rules, from the tables below: ``python -m calmclip.service.monitoring.rules`` writes `FILES`.
 
 The objectives are the service's own, `calmclip_slo_latency_seconds` and `calmclip_slo_target_ratio`: a changed setting
-changes the alerts. Burn rates over two windows at once as in Google's SRE Workbook, chapter 5, table 5-8: the long one
-says that it matters, the short one that it still goes on. Every alert has a section in README.md.
+changes the alerts. Which tasks they are about, the endpoints say. Burn rates over two windows at once as in Google's
+SRE Workbook, chapter 5, table 5-8: the long one says that it matters, the short one that it still goes on. Every alert
+has a section in README.md.
 """
 
 import json
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calmclip.service.endpoints import UNCOUNTED, registered
+
 FOLDER = Path(__file__).parent
 RUNBOOK = "service/monitoring/README.md"  # in this repository
 
@@ -18,11 +21,12 @@ WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 LEAST = 100  # requests within the long window, under which a share of failed ones says nothing
 LEAST_SHED_RPS = 0.1
 
-COUNTED = 'task!~"catalog|other"'  # not probes, scrapes, the page
+COUNTED = f'task!~"{"|".join(UNCOUNTED)}"'  # not probes, scrapes, the page
 OURS = f'{COUNTED}, outcome!~"client_error|cancelled"'  # what the caller did wrong is not our failure
 LOST = f'{COUNTED}, outcome=~"error|shed|deadline"'
 SHED = f'{COUNTED}, outcome="shed"'
-INTERACTIVE = 'task=~"classify|detect|embed|search|infer"'  # an upload may take its time
+# An upload may take its time.
+INTERACTIVE = f'task=~"{"|".join(sorted({one.task for one in registered() if one.interactive}))}"'
 
 # The objective's bucket edge as a series with that `le`, where Prometheus writes 1 and the client library 1.0.
 OBJECTIVE = 'label_replace(count_values("le", calmclip_slo_latency_seconds), "le", "$1.0", "le", "([0-9]+)")'

@@ -4,15 +4,13 @@ import json
 import mimetypes
 from pathlib import Path
 
-from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from calmclip.models.errors import BundleNotFound, TaskNotServed, suggestion
 from calmclip.models.tasks.detect import default_suppression
-from calmclip.service.context import Own, Parts
+from calmclip.service.asked import Asked
+from calmclip.service.endpoints import CATALOG, Endpoint
 from calmclip.service.hub import Loaded
-from calmclip.service.openapi import answers
-from calmclip.service.routes import respond
 from calmclip.service.schemas import (
     HealthAnswer,
     ModelAnswer,
@@ -21,8 +19,6 @@ from calmclip.service.schemas import (
     ReadyAnswer,
     SuppressionAsked,
 )
-
-router = APIRouter(tags=["catalog"])
 
 EXPOSITIONS = ("text/plain", "application/openmetrics-text")
 WEB = Path(__file__).parent.parent / "web"
@@ -35,82 +31,104 @@ PAGE_HEADERS = {
 }
 
 
-@router.get("/v1/models", summary="Loaded bundles", responses=answers(ModelsAnswer))
-async def list_models(own: Own, parts: Parts) -> Response:
-    return respond(
-        own, ModelsAnswer(models=[_summary(loaded, parts.settings.limits.examples) for loaded in parts.hub.all()])
-    )
+@Endpoint(
+    "GET", "/v1/models", task=CATALOG, scope="read", summary="Loaded bundles", tags=("catalog",), answer=ModelsAnswer
+)
+async def list_models(asked: Asked[None]) -> ModelsAnswer:
+    return ModelsAnswer(models=[_summary(loaded, asked.limits.examples) for loaded in asked.parts.hub.all()])
 
 
-@router.get("/v1/models/{name}", summary="Manifest and report", responses=answers(ModelAnswer, "model-not-found"))
-async def get_model(name: str, own: Own, parts: Parts) -> Response:
-    loaded = {one.name: one for one in parts.hub.all()}
+@Endpoint(
+    "GET",
+    "/v1/models/{name}",
+    task=CATALOG,
+    scope="read",
+    summary="Manifest and report",
+    tags=("catalog",),
+    answer=ModelAnswer,
+    problems=("model-not-found",),
+)
+async def get_model(asked: Asked[None], name: str) -> ModelAnswer:
+    loaded = {one.name: one for one in asked.parts.hub.all()}
     if name not in loaded:
         raise BundleNotFound(f"no bundle named {name!r} is loaded; {suggestion(name, loaded)}", known=loaded)
     bundle = loaded[name].bundle
     report = bundle.directory / "report.json"
-    return respond(
-        own,
-        ModelAnswer(
-            name=name,
-            digest=bundle.digest,
-            manifest=bundle.manifest.model_dump(mode="json", exclude_none=True),
-            report=json.loads(report.read_bytes()) if report.is_file() else None,
-        ),
+    return ModelAnswer(
+        name=name,
+        digest=bundle.digest,
+        manifest=bundle.manifest.model_dump(mode="json", exclude_none=True),
+        report=json.loads(report.read_bytes()) if report.is_file() else None,
     )
 
 
-@router.get("/healthz", summary="The process answers", responses=answers(HealthAnswer))
-@router.head("/healthz", include_in_schema=False)
-async def healthz() -> Response:
+@Endpoint(
+    "GET",
+    "/healthz",
+    task=CATALOG,
+    scope="health",
+    summary="The process answers",
+    tags=("catalog",),
+    answer=HealthAnswer,
+    head=True,
+)
+async def healthz(asked: Asked[None]) -> Response:
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
-@router.head("/readyz", include_in_schema=False)
-@router.get(
+@Endpoint(
+    "GET",
     "/readyz",
+    task=CATALOG,
+    scope="health",
     summary="Bundles and collections are loaded",
-    responses=answers(ReadyAnswer) | {503: {"model": ReadyAnswer, "description": "Not ready"}},
+    tags=("catalog",),
+    answer=ReadyAnswer,
+    responses={503: {"model": ReadyAnswer, "description": "Not ready"}},
+    head=True,
 )
-async def readyz(own: Own, parts: Parts) -> Response:
+async def readyz(asked: Asked[None]) -> Response:
+    parts = asked.parts
     ready = parts.ready
     loaded = [one.name for one in parts.hub.all()]
-    return respond(own, ReadyAnswer(ready=ready, loaded=loaded, failed=parts.failed), 200 if ready else 503)
+    return asked.respond(ReadyAnswer(ready=ready, loaded=loaded, failed=parts.failed), 200 if ready else 503)
 
 
-@router.get(
+@Endpoint(
+    "GET",
     "/metrics",
+    task=CATALOG,
+    scope="metrics",
     summary="Prometheus text",
-    response_class=Response,
-    responses=answers(None)
-    | {200: {"description": "Metrics", "content": {kind: {"schema": {"type": "string"}} for kind in EXPOSITIONS}}},
+    tags=("catalog",),
+    responses={
+        200: {"description": "Metrics", "content": {kind: {"schema": {"type": "string"}} for kind in EXPOSITIONS}}
+    },
 )
-async def metrics(request: Request, parts: Parts) -> Response:
-    body, kind = await parts.metrics.render(",".join(request.headers.getlist("accept")))
+async def metrics(asked: Asked[None]) -> Response:
+    body, kind = await asked.parts.metrics.render(",".join(asked.request.headers.getlist("accept")))
     return Response(body, headers={"Vary": "Accept"}, media_type=kind)
 
 
-def page(folder: Path = WEB) -> APIRouter:
-    """A route per file of ``folder``, read once, and `/` for its index.html: what is not there cannot be asked for."""
-    router = APIRouter()
+def page(folder: Path = WEB) -> list[Endpoint]:
+    """One for each file of ``folder``, read once, and `/` for its index.html: what is not there cannot be asked for."""
 
-    def serve(path: str, file: Path) -> None:
+    def of(file: Path) -> Endpoint:
+        path = "/" if file.name == "index.html" else f"/{file.name}"
         data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0]
 
-        @router.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
-        async def send() -> Response:
+        async def send(asked: Asked[None]) -> Response:
             return Response(data, headers=PAGE_HEADERS, media_type=kind)
 
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            serve("/" if file.name == "index.html" else f"/{file.name}", file)
-    return router
+        return Endpoint("GET", path, task=CATALOG, scope="open", head=True, listed=False, handler=send)
+
+    return [of(file) for file in sorted(folder.iterdir()) if file.is_file()]
 
 
 def _summary(loaded: Loaded, most: int) -> ModelSummary:
     """``most``: examples that a request may hold."""
     bundle = loaded.bundle
-    detects = "detect" in bundle.manifest.tasks
+    detects = "detect" in bundle.tasks
     try:
         dim = bundle.dim
     except TaskNotServed:
@@ -118,10 +136,11 @@ def _summary(loaded: Loaded, most: int) -> ModelSummary:
     return ModelSummary(
         name=bundle.name,
         digest=bundle.digest,
-        tasks=list(bundle.manifest.tasks),
+        family=bundle.family,
+        tasks=list(bundle.tasks),
         precision=bundle.manifest.precision,
         dim=dim,
-        labels=len(bundle.labels),
+        labels=len(bundle.classifier.labels),
         suppression=SuppressionAsked(**vars(default_suppression(bundle))) if detects else None,
         examples=most if detects else 0,
     )

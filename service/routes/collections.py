@@ -1,20 +1,19 @@
 """/v1/collections: fill collections with vectors of pictures and texts, and search them."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Depends, Query
+from fastapi import Query
 from fastapi.responses import Response
 
 from calmclip.models.errors import BadRequest, CollectionMismatch
 from calmclip.models.flow import Array
 from calmclip.models.tasks.embed import EmbedRequest, embed
+from calmclip.service.asked import Asked
 from calmclip.service.collections import Collection
-from calmclip.service.context import Context, Own, Parts, Service
+from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
 from calmclip.service.hub import Loaded
-from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from calmclip.service.routes import respond
 from calmclip.service.schemas import (
     CollectionAnswer,
     CollectionBody,
@@ -32,192 +31,219 @@ from calmclip.service.schemas import (
     tidy,
 )
 from calmclip.service.stores import Row
-from calmclip.service.uploads import body_of, check_picture
 
-router = APIRouter(tags=["collections"])
 MISSING = "collection-not-found"
 WRONG = "collection-bundle-mismatch"
 DOWN = "store-unavailable"
 STORE = ("overloaded", DOWN)
+TAGS = ("collections",)
 MAX_DEPTH = 16  # of metadata; what is read back is nested deeper still, and JSON writers have limits
 
 
-@router.get(
+@Endpoint(
+    "GET",
     "/v1/collections",
+    task="collections",
+    scope="read",
     summary="All collections",
-    responses=answers(CollectionsAnswer, *STORE),
+    tags=TAGS,
+    answer=CollectionsAnswer,
+    problems=STORE,
 )
-async def list_collections(own: Own, parts: Parts) -> Response:
-    async with own.deadline():
-        found = [await _describe(collection) for collection in await parts.collections.all()]
-    return respond(own, CollectionsAnswer(collections=found))
+async def list_collections(asked: Asked[None]) -> CollectionsAnswer:
+    async with asked.own.deadline():
+        return CollectionsAnswer(collections=[await _describe(one) for one in await asked.parts.collections.all()])
 
 
-@router.put(
+@Endpoint(
+    "PUT",
     "/v1/collections/{name}",
+    task="collections",
+    scope="write",
     summary="Make a collection",
     description="201 when it is new, 200 when it is there already.",
-    openapi_extra=takes(CollectionBody, {"model": "mini-int8"}),
-    responses=answers(CollectionAnswer, *ENGINE, DOWN, *INPUT, WRONG) | answers(CollectionAnswer, status=201),
+    tags=TAGS,
+    body=CollectionBody,
+    example={"model": "mini-int8"},
+    answer=CollectionAnswer,
+    problems=(*ENGINE, DOWN, *INPUT, WRONG),
+    responses={201: {"model": CollectionAnswer}},
 )
-async def make_collection(
-    name: NewName, body: Annotated[CollectionBody, Depends(body_of(CollectionBody))], own: Own, parts: Parts
-) -> Response:
-    loaded = parts.hub.get(body.model, "embed")
-    async with own.deadline():
-        collection, new = await parts.collections.create(name, loaded)
-        return respond(own, await _describe(collection), 201 if new else 200)
+async def make_collection(asked: Asked[CollectionBody], name: NewName) -> Response:
+    loaded = asked.parts.hub.get(asked.body.model, "embed")
+    async with asked.own.deadline():
+        collection, new = await asked.parts.collections.create(name, loaded)
+        return asked.respond(await _describe(collection), 201 if new else 200)
 
 
-@router.get(
+@Endpoint(
+    "GET",
     "/v1/collections/{name}",
+    task="collections",
+    scope="read",
     summary="One collection",
-    responses=answers(CollectionAnswer, MISSING, *STORE),
+    tags=TAGS,
+    answer=CollectionAnswer,
+    problems=(MISSING, *STORE),
 )
-async def get_collection(name: str, own: Own, parts: Parts) -> Response:
-    async with own.deadline():
-        return respond(own, await _describe(await parts.collections.get(name)))
+async def get_collection(asked: Asked[None], name: str) -> CollectionAnswer:
+    async with asked.own.deadline():
+        return await _describe(await asked.parts.collections.get(name))
 
 
-@router.delete(
+@Endpoint(
+    "DELETE",
     "/v1/collections/{name}",
+    task="collections",
+    scope="write",
     summary="Delete a collection and all in it",
-    status_code=204,
-    responses=answers(None, MISSING, *STORE, status=204),
+    tags=TAGS,
+    status=204,
+    problems=(MISSING, *STORE),
 )
-async def delete_collection(name: str, own: Own, parts: Parts) -> Response:
-    async with own.deadline():
-        await parts.collections.drop(name)
-    return Response(status_code=204)
+async def delete_collection(asked: Asked[None], name: str) -> None:
+    async with asked.own.deadline():
+        await asked.parts.collections.drop(name)
 
 
-@router.get(
+@Endpoint(
+    "GET",
     "/v1/collections/{name}/items",
+    task="collections",
+    scope="read",
     summary="Items, by id",
-    responses=answers(ItemsAnswer, MISSING, *STORE, "invalid-request"),
+    tags=TAGS,
+    answer=ItemsAnswer,
+    problems=(MISSING, *STORE, "invalid-request"),
 )
 async def list_items(
+    asked: Asked[None],
     name: str,
-    own: Own,
-    parts: Parts,
     after: Annotated[str | None, Query(description="the last id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, description="at most CALMCLIP_LIMITS__TOP_K")] = 100,
-) -> Response:
-    async with own.deadline():
-        collection = await parts.collections.get(name)
-    _at_most(limit, parts, "limit")
-    with own.clock.stage("search"):
-        async with own.deadline():
+) -> ItemsAnswer:
+    collection = await _collection(asked, name)
+    _at_most(limit, asked, "limit")
+    with asked.own.clock.stage("search"):
+        async with asked.own.deadline():
             found = await collection.page(after, limit)
     items = [StoredItem(id=one.id, meta=one.meta) for one in found]
     more = found[-1].id if len(found) == limit else None
-    return respond(own, ItemsAnswer(collection=name, items=items, next=more))
+    return ItemsAnswer(collection=name, items=items, next=more)
 
 
-@router.post(
+@Endpoint(
+    "POST",
     "/v1/collections/{name}/items",
+    task="index",
+    scope="write",
     summary="Add or replace items",
     description="All of them or none. On disk when answered.",
-    openapi_extra=takes(ItemsBody, {"items": [{"id": "a1", "image": {"b64": PIXEL}, "meta": {"title": "dunes"}}]}),
-    responses=answers(CountAnswer, *ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
+    tags=TAGS,
+    body=ItemsBody,
+    example={"items": [{"id": "a1", "image": {"b64": PIXEL}, "meta": {"title": "dunes"}}]},
+    answer=CountAnswer,
+    problems=(*ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
 )
-async def add_items(
-    name: str, body: Annotated[ItemsBody, Depends(body_of(ItemsBody))], own: Own, parts: Parts
-) -> Response:
-    limits = parts.settings.limits
-    async with own.deadline():
-        collection = await parts.collections.get(name)
-    loaded = _filler(collection, parts, own)
-    if len(body.items) > limits.texts:
-        raise BadRequest(f"{len(body.items)} items were given; at most {limits.texts} are read at once")
-    for item in body.items:
+async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
+    collection = await _collection(asked, name)
+    loaded = _filler(collection, asked)
+    items, limits = asked.body.items, asked.limits
+    if len(items) > limits.texts:
+        raise BadRequest(f"{len(items)} items were given; at most {limits.texts} are read at once")
+    for item in items:
         if "\0" in item.id:
             raise BadRequest(f"the id {item.id!r} holds a NUL character")
         if not _within(item.meta, MAX_DEPTH):
             raise BadRequest(f"the meta of item {item.id!r} is nested deeper than {MAX_DEPTH} levels")
         if (size := len(orjson.dumps(item.meta))) > limits.meta_bytes:
             raise BadRequest(f"the meta of item {item.id!r} has {size} bytes; at most {limits.meta_bytes} are kept")
-    vectors = await _vectors(body.items, [f"item {item.id!r}" for item in body.items], loaded, parts, own)
-    rows = [Row(item.id, vector, item.meta) for item, vector in zip(body.items, vectors, strict=True)]
-    with own.clock.stage("write"):
-        async with own.deadline():
+    vectors = await _vectors(items, [f"item {item.id!r}" for item in items], loaded, asked)
+    rows = [Row(item.id, vector, item.meta) for item, vector in zip(items, vectors, strict=True)]
+    with asked.own.clock.stage("write"):
+        async with asked.own.deadline():
             count = await collection.upsert(rows)
-            return respond(own, CountAnswer(collection=name, count=count, items=await collection.count()))
+            return CountAnswer(collection=name, count=count, items=await collection.count())
 
 
-@router.delete(
+@Endpoint(
+    "DELETE",
     "/v1/collections/{name}/items",
+    task="index",
+    scope="write",
     summary="Remove items",
     description="Ids that are not there are passed over.",
-    openapi_extra=takes(DeleteItemsBody, {"ids": ["a1"]}),
-    responses=answers(CountAnswer, *INPUT, MISSING, *STORE),
+    tags=TAGS,
+    body=DeleteItemsBody,
+    example={"ids": ["a1"]},
+    answer=CountAnswer,
+    problems=(*INPUT, MISSING, *STORE),
 )
-async def delete_items(
-    name: str, body: Annotated[DeleteItemsBody, Depends(body_of(DeleteItemsBody))], own: Own, parts: Parts
-) -> Response:
-    async with own.deadline():
-        collection = await parts.collections.get(name)
-    _at_most(len(body.ids), parts, "the number of ids")
-    with own.clock.stage("write"):
-        async with own.deadline():
-            count = await collection.delete(body.ids)
-            return respond(own, CountAnswer(collection=name, count=count, items=await collection.count()))
+async def delete_items(asked: Asked[DeleteItemsBody], name: str) -> CountAnswer:
+    collection = await _collection(asked, name)
+    _at_most(len(asked.body.ids), asked, "the number of ids")
+    with asked.own.clock.stage("write"):
+        async with asked.own.deadline():
+            count = await collection.delete(asked.body.ids)
+            return CountAnswer(collection=name, count=count, items=await collection.count())
 
 
-@router.post(
+@Endpoint(
+    "POST",
     "/v1/collections/{name}/search",
+    task="search",
+    scope="read",
     summary="Nearest items to a text or picture",
-    openapi_extra=takes(
-        SearchBody, {"query": {"text": "sand in the evening"}, "top_k": 3, "filter": {"year": {"gte": 2020}}}
-    ),
-    responses=answers(SearchAnswer, *ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
+    tags=TAGS,
+    body=SearchBody,
+    example={"query": {"text": "sand in the evening"}, "top_k": 3, "filter": {"year": {"gte": 2020}}},
+    answer=SearchAnswer,
+    problems=(*ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
 )
-async def search_collection(
-    name: str, body: Annotated[SearchBody, Depends(body_of(SearchBody))], own: Own, parts: Parts
-) -> Response:
-    async with own.deadline():
-        collection = await parts.collections.get(name)
+async def search_collection(asked: Asked[SearchBody], name: str) -> SearchAnswer:
+    body, collection = asked.body, await _collection(asked, name)
     if body.model is not None:
-        asked = parts.hub.get(body.model, "embed")
-        collection.require(asked.name, asked.digest)
-    loaded = _filler(collection, parts, own)
-    _at_most(body.top_k, parts, "top_k")
-    (vector,) = await _vectors([body.query], ["the query"], loaded, parts, own)
-    with own.clock.stage("search"):
-        async with own.deadline():
+        named = asked.parts.hub.get(body.model, "embed")
+        collection.require(named.name, named.digest)
+    loaded = _filler(collection, asked)
+    _at_most(body.top_k, asked, "top_k")
+    (vector,) = await _vectors([body.query], ["the query"], loaded, asked)
+    with asked.own.clock.stage("search"):
+        async with asked.own.deadline():
             found = await collection.search(vector, body.top_k, body.where())
-    hits = [Hit(id=one.id, score=tidy(one.score), meta=one.meta) for one in found]
-    return respond(own, SearchAnswer(collection=name, hits=hits))
+    return SearchAnswer(collection=name, hits=[Hit(id=one.id, score=tidy(one.score), meta=one.meta) for one in found])
 
 
-async def _vectors(
-    inputs: Sequence[EmbedInput], names: list[str], loaded: Loaded, parts: Service, own: Context
-) -> Array:
+async def _collection(asked: Asked[Any], name: str) -> Collection:
+    async with asked.own.deadline():
+        return await asked.parts.collections.get(name)
+
+
+async def _vectors(inputs: Sequence[EmbedInput], names: list[str], loaded: Loaded, asked: Asked[Any]) -> Array:
     """float32 [N, D] of the loaded bundle. Raises what a picture or text is wrong with, naming it."""
     for one, name in zip(inputs, names, strict=True):
         if one.image is not None:
-            check_picture(one.image, own, parts.settings.limits, name)
-    flow = embed(loaded.bundle, EmbedRequest([one.value for one in inputs]))
-    return (await parts.engine.answer(loaded, flow, own)).vectors
+            asked.check(one.image, name)
+    return (await asked.run(loaded, embed(loaded.bundle, EmbedRequest([one.value for one in inputs])))).vectors
 
 
 async def _describe(collection: Collection) -> CollectionAnswer:
     return CollectionAnswer(**vars(collection.info), items=await collection.count())
 
 
-def _filler(collection: Collection, parts: Service, own: Context) -> Loaded:
+def _filler(collection: Collection, asked: Asked[Any]) -> Loaded:
     """The loaded bundle that filled the collection. Raises `CollectionMismatch` when it is not among them."""
-    info = collection.info
-    loaded = parts.hub.by_digest(info.digest)
+    info, hub = collection.info, asked.parts.hub
+    loaded = hub.by_digest(info.digest)
     if loaded is None:
-        if parts.hub.loading:
-            parts.hub.get(info.model, "embed")  # says that bundles are still loading
+        if hub.loading:
+            hub.get(info.model, "embed")  # says that bundles are still loading
         raise CollectionMismatch(
             f"collection {info.name!r} was filled by {info.model!r} with digest {info.digest[:12]}…, "
             "which is not loaded; load that bundle, or fill a new collection",
-            known=[one.name for one in parts.hub.all()],
+            known=[one.name for one in hub.all()],
         )
-    own.model = loaded.name
+    asked.own.model = loaded.name
     return loaded
 
 
@@ -227,6 +253,6 @@ def _within(value: object, levels: int) -> bool:
     return levels >= 0 and all(_within(one, levels - 1) for one in inner)
 
 
-def _at_most(value: int, parts: Service, name: str) -> None:
-    if value > (most := parts.settings.limits.top_k):
+def _at_most(value: int, asked: Asked[Any], name: str) -> None:
+    if value > (most := asked.limits.top_k):
         raise BadRequest(f"{name} is {value}; at most {most}")

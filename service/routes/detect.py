@@ -1,36 +1,28 @@
 """POST /v1/detect: picture + labels and examples -> boxes in pixels of the original picture."""
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
-
 from calmclip.models.tasks.detect import DetectRequest, default_suppression, detect
-from calmclip.service.context import context, service
-from calmclip.service.openapi import ENGINE, INPUT, PICTURE, PIXEL, answers, takes
-from calmclip.service.routes import Straight, respond
+from calmclip.service.asked import Asked
+from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
 from calmclip.service.schemas import DetectAnswer, DetectBody
-from calmclip.service.uploads import check_examples, check_picture, read_body
-
-router = APIRouter(tags=["tasks"], route_class=Straight)
-
-EXAMPLE = {"image": {"b64": PIXEL}, "labels": ["car", "bicycle"], "method": "gaussian", "sigma": 0.5}
+from calmclip.service.uploads import check_examples
 
 
-@router.post(
+@Endpoint(
+    "POST",
     "/v1/detect",
+    task="detect",
+    scope="read",
     summary="Where labels, or what examples show, are in a picture",
-    openapi_extra=takes(DetectBody, EXAMPLE),
-    responses=answers(
-        DetectAnswer, *ENGINE, *INPUT, *PICTURE, "label-set-not-found", "too-many-labels", "text-too-long"
-    ),
+    body=DetectBody,
+    example={"image": {"b64": PIXEL}, "labels": ["car", "bicycle"], "method": "gaussian", "sigma": 0.5},
+    answer=DetectAnswer,
+    problems=(*ENGINE, *INPUT, *PICTURE, "classifier-not-found", "too-many-labels", "text-too-long"),
 )
-async def detect_boxes(request: Request) -> Response:
-    own, parts = context(request), service(request)
-    body = await read_body(request, DetectBody)
-    loaded = parts.hub.get(body.model, "detect")
-    own.model = loaded.name
-    asked = parts.labels.resolve(body.labels, body.label_set, body.templates)
-    check_picture(body.image, own, parts.settings.limits)
-    check_examples(body.examples, own, parts.settings.limits)
+async def detect_boxes(asked: Asked[DetectBody]) -> DetectAnswer:
+    body, loaded = asked.body, asked.bundle(asked.body.model)
+    classifier, labels, templates = asked.parts.classifiers.of_request(body.classifier, body.labels, body.templates)
+    asked.check(body.image)
+    check_examples(body.examples, asked.own, asked.limits)
     suppression = body.suppression(default_suppression(loaded.bundle))
-    flow = detect(loaded.bundle, DetectRequest(body.image, asked.labels, asked.templates, suppression, body.shown()))
-    return respond(own, DetectAnswer.of(loaded.name, await parts.engine.answer(loaded, flow, own), suppression))
+    wanted = DetectRequest(body.image, labels, templates, suppression, body.shown(), classifier)
+    return DetectAnswer.of(loaded.name, await asked.run(loaded, detect(loaded.bundle, wanted)), suppression)

@@ -1,15 +1,16 @@
 """/v2: the Open Inference Protocol over the loaded bundles' graphs; see `calmclip.service.inference`."""
 
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import Header
 from fastapi.responses import Response
 from pydantic import WithJsonSchema
 
 import calmclip
 from calmclip.service import inference
-from calmclip.service.context import Own, Parts
+from calmclip.service.asked import Asked
+from calmclip.service.endpoints import CATALOG, INPUT, Endpoint
 from calmclip.service.inference import (
     GraphMetadata,
     GraphReady,
@@ -19,92 +20,122 @@ from calmclip.service.inference import (
     ServerMetadata,
     ServerReady,
 )
-from calmclip.service.openapi import BINARY, INPUT, answers, takes
-from calmclip.service.routes import catalog, respond
-from calmclip.service.uploads import bytes_of
+from calmclip.service.openapi import BINARY, JSON
 
-JSON, BYTES = "application/json", "application/octet-stream"
+BYTES = "application/octet-stream"
 LENGTH = "Inference-Header-Content-Length"
 LENGTH_SAYS, LENGTH_IS = "bytes of the JSON, where more follows it", {"type": "integer", "minimum": 0}
 NOT_READY = 400  # the protocol: 200 is true, 4xx is false
 MISSING = ("model-not-found", "overloaded")
 
-router = APIRouter(prefix="/v2", tags=["compatible"])
+TAGS = ("compatible",)
 
 EXAMPLE = {"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]},
                       {"name": "mask", "datatype": "INT64", "shape": [1, 2], "data": [1, 1]}]}  # fmt: skip
 
 
-@router.get("", summary="The server, in the Open Inference Protocol", responses=answers(ServerMetadata))
-async def server(own: Own) -> Response:
-    return respond(own, ServerMetadata(name="calmclip", version=calmclip.__version__, extensions=inference.EXTENSIONS))
-
-
-@router.get("/health/live", summary="The process answers", responses=answers(LiveAnswer))
-async def live(own: Own) -> Response:
-    return respond(own, LiveAnswer(live=True))
-
-
-@router.get(
-    "/health/ready",
-    summary="Bundles and collections are loaded",
-    responses=answers(ServerReady) | {NOT_READY: {"model": ServerReady, "description": "Not ready"}},
+@Endpoint(
+    "GET",
+    "/v2",
+    task=CATALOG,
+    scope="read",
+    summary="The server, in the Open Inference Protocol",
+    tags=TAGS,
+    answer=ServerMetadata,
 )
-async def ready(own: Own, parts: Parts) -> Response:
-    yes = (await catalog.readyz(own, parts)).status_code == 200
-    return respond(own, ServerReady(ready=yes), 200 if yes else NOT_READY)
+async def server(asked: Asked[None]) -> ServerMetadata:
+    return ServerMetadata(name="calmclip", version=calmclip.__version__, extensions=inference.EXTENSIONS)
 
 
-@router.get(
-    "/models/{name}",
+@Endpoint(
+    "GET",
+    "/v2/health/live",
+    task=CATALOG,
+    scope="health",
+    summary="The process answers",
+    tags=TAGS,
+    answer=LiveAnswer,
+)
+async def live(asked: Asked[None]) -> LiveAnswer:
+    return LiveAnswer(live=True)
+
+
+@Endpoint(
+    "GET",
+    "/v2/health/ready",
+    task=CATALOG,
+    scope="health",
+    summary="Bundles and collections are loaded",
+    tags=TAGS,
+    answer=ServerReady,
+    responses={NOT_READY: {"model": ServerReady, "description": "Not ready"}},
+)
+async def ready(asked: Asked[None]) -> Response:
+    yes = asked.parts.ready
+    return asked.respond(ServerReady(ready=yes), 200 if yes else NOT_READY)
+
+
+@Endpoint(
+    "GET",
+    "/v2/models/{name}",
+    task=CATALOG,
+    scope="read",
     summary="What a graph takes and answers",
     description="Its name is BUNDLE.GRAPH, such as mini-int8.image.",
-    responses=answers(GraphMetadata, *MISSING),
+    tags=TAGS,
+    answer=GraphMetadata,
+    problems=MISSING,
 )
-async def describe(name: str, own: Own, parts: Parts) -> Response:
-    loaded, role = inference.find(parts.hub, name)
-    own.model = loaded.name
-    return respond(own, inference.metadata(name, loaded.bundle.graph(role)))
+async def describe(asked: Asked[None], name: str) -> GraphMetadata:
+    loaded, role = inference.find(asked.parts.hub, name)
+    asked.own.model = loaded.name
+    return inference.metadata(name, loaded.bundle.graph(role))
 
 
-@router.get("/models/{name}/ready", summary="A graph can be run", responses=answers(GraphReady, *MISSING))
-async def graph_ready(name: str, own: Own, parts: Parts) -> Response:
-    inference.find(parts.hub, name)
-    return respond(own, GraphReady(name=name, ready=True))
+@Endpoint(
+    "GET",
+    "/v2/models/{name}/ready",
+    task=CATALOG,
+    scope="read",
+    summary="A graph can be run",
+    tags=TAGS,
+    answer=GraphReady,
+    problems=MISSING,
+)
+async def graph_ready(asked: Asked[None], name: str) -> GraphReady:
+    inference.find(asked.parts.hub, name)
+    return GraphReady(name=name, ready=True)
 
 
-def _takes() -> dict[str, Any]:
-    extra = takes(InferBody, EXAMPLE)
-    extra["requestBody"]["content"][BYTES] = {"schema": BINARY}
-    return extra
-
-
-def _answers(*slugs: str) -> dict[int | str, dict[str, Any]]:
-    found = answers(InferAnswer, *slugs)
-    length = {LENGTH: {"description": LENGTH_SAYS, "schema": LENGTH_IS}}
-    found[200] |= {"content": {BYTES: {"schema": BINARY}}, "headers": length}
-    return found
-
-
-@router.post(
-    "/models/{name}/infer",
+@Endpoint(
+    "POST",
+    "/v2/models/{name}/infer",
+    task="infer",
+    scope="read",
     summary="Run one graph on tensors",
     description="With the binary tensor data extension: bytes of tensors behind the JSON, in both directions.",
-    openapi_extra=_takes(),
-    responses=_answers(*MISSING, *INPUT, "text-too-long", "image-too-large"),
+    tags=TAGS,
+    body=InferBody,
+    example=EXAMPLE,
+    kinds=(BYTES,),
+    answer=InferAnswer,
+    problems=(*MISSING, *INPUT, "text-too-long", "image-too-large"),
+    responses={
+        200: {
+            "content": {BYTES: {"schema": BINARY}},
+            "headers": {LENGTH: {"description": LENGTH_SAYS, "schema": LENGTH_IS}},
+        }
+    },
 )
 async def run(
+    asked: Asked[bytes],
     name: str,
-    body: Annotated[bytes, Depends(bytes_of(JSON, BYTES))],
-    own: Own,
-    parts: Parts,
     length: Annotated[str | None, Header(alias=LENGTH, description=LENGTH_SAYS), WithJsonSchema(LENGTH_IS)] = None,
 ) -> Response:
-    loaded, role = inference.find(parts.hub, name)
-    own.model = loaded.name
-    flow = inference.infer(loaded.bundle, role, body, length, parts.settings.limits.texts)
-    reply = await parts.engine.answer(loaded, flow, own)
-    own.answered = perf_counter()
+    loaded, role = inference.find(asked.parts.hub, name)
+    asked.own.model = loaded.name
+    reply = await asked.run(loaded, inference.infer(loaded.bundle, role, asked.body, length, asked.limits.texts))
+    asked.own.answered = perf_counter()
     if reply.json_bytes is None:
         return Response(reply.body, media_type=JSON)
     return Response(reply.body, headers={LENGTH: str(reply.json_bytes)}, media_type=BYTES)

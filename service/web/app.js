@@ -263,7 +263,7 @@ const task = () => document.querySelector("[role=tab][aria-selected=true]").getA
 function question() {
   const asking = { image: picture() };
   if ($("model").value) asking.model = $("model").value;
-  if ($("label-set").value) asking.label_set = $("label-set").value;
+  if ($("classifier").value) asking.classifier = $("classifier").value;
   else asking.labels = labels();
   return asking;
 }
@@ -463,9 +463,9 @@ async function collections() {
 }
 
 async function sets() {
-  const { data } = await ask("GET", "v1/label-sets");
-  $("label-set").replaceChildren($("label-set").options[0], ...data.label_sets.map(({ name }) => make("option", { value: name }, name)));
-  $("sets").hidden = !data.label_sets.length;
+  const { data } = await ask("GET", "v1/classifiers");
+  $("classifier").replaceChildren($("classifier").options[0], ...data.classifiers.map(({ name }) => make("option", { value: name }, name)));
+  $("registered").hidden = !data.classifiers.length;
 }
 
 const on = (id, event, act) => $(id).addEventListener(event, act);
@@ -503,7 +503,7 @@ on("files", "change", ({ target }) => choose(target.files));
 on("labels", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) quietly(submit)(event);
 });
-on("label-set", "change", () => current >= 0 && submit());
+on("classifier", "change", () => current >= 0 && submit());
 on("model", "change", change);
 
 const tabs = [...document.querySelectorAll("[role=tab]")];

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import numpy as np
 import onnx.parser
 import onnxruntime  # noqa: F401  its threads start before uvicorn's
@@ -139,7 +140,13 @@ def _tensor(dtype: str, *shape: int | str) -> dict[str, object]:
 
 
 def make_bundle(
-    bundles: Path, name: str = "colours-int8", *, note: str = "", report: str = REPORT, replace: bool = False
+    bundles: Path,
+    name: str = "colours-int8",
+    *,
+    note: str = "",
+    family: str | None = None,
+    report: str = REPORT,
+    replace: bool = False,
 ) -> Sealed:
     """Another ``note`` gives another digest with the same graphs."""
     picture = {"kind": "image", "size": (8, 8), "resample": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -194,8 +201,8 @@ def make_bundle(
                     },
                 },
             },
-            "head": {"name": "cosine", "params": {"scale": 10.0}},
-            "prompts": {"name": "single", "params": {"template": "a photo of a {}"}},
+            "classifier": {"templates": ["a photo of a {}"], "head": {"name": "cosine", "params": {"scale": 10.0}}},
+            "family": family,
             "quantization": {"name": "none"},
             "created": "2026-01-01T00:00:00+00:00",
         }
@@ -224,7 +231,7 @@ def paint(*colours: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") ->
 
 
 def declared(answer: httpx.Response, spec: dict[str, Any]) -> None:
-    """The specification knows this status of this operation, its content type and its `Retry-After`."""
+    """The specification knows this status of this operation, its content type and `Retry-After`; the body fits it."""
     path, method = answer.url.path, answer.request.method.lower()
     templates = [one for one in spec["paths"] if re.fullmatch(re.sub(r"{\w+}", "[^/]+", one), path)]
     operations = [spec["paths"][one][method] for one in templates if method in spec["paths"][one]]
@@ -238,6 +245,9 @@ def declared(answer: httpx.Response, spec: dict[str, Any]) -> None:
     if "content-type" in answer.headers:
         kind = answer.headers["content-type"].partition(";")[0]
         assert kind in known["content"], f"{method} {path} answered {answer.status_code} as {kind}"
+        if kind.endswith("json") and method != "head":
+            schema = {"components": spec["components"], **known["content"][kind]["schema"]}
+            jsonschema.Draft202012Validator(schema).validate(json.loads(answer.read()))
     assert ("retry-after" in answer.headers) == ("Retry-After" in known.get("headers", {})), f"{method} {path}"
 
 

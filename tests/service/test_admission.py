@@ -7,8 +7,8 @@ import pytest
 
 from calmclip.models.errors import Overloaded
 from calmclip.service.admission import Admission, Place
-from calmclip.service.context import Context
 from calmclip.service.pace import Pace
+from calmclip.service.request import Context
 from calmclip.service.settings import Settings
 
 

@@ -1,14 +1,11 @@
 """HAProxy's configuration agrees with docker-compose.yml and the service, and keeps its word between two servers."""
 
-import os
 import re
-import shutil
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import pytest
 from calmclip import service
 from calmclip.service.app import create_app
 from calmclip.service.settings import Settings
+from tests.process import free_port, installed
 from tests.test_compose import COMPOSE, SERVICES, STAGES, aliases, mounts, published, settings_of
 
 FILE = Path(service.__file__).parent / "deploy" / "balancer.cfg"
@@ -39,7 +37,7 @@ SLOTS, NAME, PORT = re.search(r"server-template \w+ (\d+) (\w+):(\d+)", TEXT).gr
 
 def test_it_stands_where_compose_puts_it_and_asks_for_whom_compose_names() -> None:
     (mounted,) = mounts("balancer").values()
-    assert (FILE.parents[2] / mounted).samefile(FILE)
+    assert (Path(__file__).parents[2] / mounted).samefile(FILE)
     ((_, _, port),) = published("balancer")
     assert re.findall(r"^ +bind :(\d+)$", TEXT, re.MULTILINE) == [port]
     assert NAME in aliases("replica")
@@ -54,7 +52,7 @@ def test_there_is_room_for_as_many_replicas_as_it_takes() -> None:
     pool = re.search(r"max_size=(\d+)", (FILE.parents[1] / "stores" / "pgvector.py").read_text())[1]
     (most,) = (re.search(r"max_connections=(\d+)", one) for one in SERVICES["postgres"]["command"] if "=" in one)
     assert int(most[1]) > int(SLOTS) * int(pool)
-    assert f"{SLOTS} at most" in (FILE.parents[2] / "docker-compose.yml").read_text()
+    assert f"{SLOTS} at most" in (Path(__file__).parents[2] / "docker-compose.yml").read_text()
 
 
 def test_it_waits_longer_than_a_request_may_take_and_notices_who_leaves_in_time(
@@ -112,13 +110,7 @@ class Answer(BaseHTTPRequestHandler):
 
 
 def haproxy() -> str:
-    """Where it is installed, as it must be in CI."""
-    found = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail("haproxy is not installed; CI runs the balancer")
-    if found is None:
-        pytest.skip("haproxy is not installed: the file was only read")
-    return found
+    return installed("haproxy", "the file was only read")
 
 
 def test_haproxy_accepts_the_file() -> None:
@@ -129,9 +121,7 @@ def test_haproxy_accepts_the_file() -> None:
 @contextmanager
 def balanced(folder: Path, *replicas: Replica) -> Iterator[httpx.Client]:
     """The repository's file, but for the addresses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     line, options = re.search(r"(?m)^ +server-template \S+ \S+ \S+ (.+?) resolvers .+$", TEXT).group(0, 1)
     servers = [f"    server r{i} 127.0.0.1:{one.server_port} {options}" for i, one in enumerate(replicas)]
     text = TEXT.replace(line, "\n".join(servers)).replace("bind :8080", f"bind {address}")
@@ -154,17 +144,8 @@ def balanced(folder: Path, *replicas: Replica) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def two() -> Iterator[tuple[Replica, Replica]]:
-    with ExitStack() as stack:
-        yield tuple(stack.enter_context(closing()) for _ in range(2))
-
-
-@contextmanager
-def closing() -> Iterator[Replica]:
-    replica = Replica()
-    try:
-        yield replica
-    finally:
-        replica.close()
+    with closing(Replica()) as one, closing(Replica()) as other:
+        yield one, other
 
 
 def test_requests_go_to_all_who_are_ready_and_to_no_other(two: tuple[Replica, Replica], tmp_path: Path) -> None:

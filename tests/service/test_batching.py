@@ -48,7 +48,7 @@ def run(scenario, **options):
 
 
 async def behind(batcher, graph, *calls):
-    """Starts one call that occupies the graph, then ``calls`` behind it, then lets all run."""
+    """Starts one call that occupies the graph, and ``calls`` behind it."""
     graph.gate.clear()
     first = asyncio.create_task(batcher.run(rows(0, width=9)))
     while batcher.depth or not batcher._worker:
@@ -58,69 +58,38 @@ async def behind(batcher, graph, *calls):
     return first, tasks
 
 
-def test_calls_that_wait_are_merged_and_split():
+NEARLY = [TextPreprocess(context=77, multiple=8).width(tokens) for tokens in (5, 7, 8, 9)]  # 8, 8, 8, 16
+
+
+@pytest.mark.parametrize(
+    ("calls", "options", "shapes"),
+    [
+        pytest.param([rows(1), rows(2, 3), rows(4)], {}, [(4, 2)], id="merged, and split"),
+        pytest.param(
+            [rows(1), rows(2, width=3), rows(3), rows(4, width=3)], {}, [(2, 2), (2, 3)],
+            id="other lengths are not merged, and order holds within a length",
+        ),
+        pytest.param(
+            [rows(i, width=width) for i, width in enumerate(NEARLY)], {}, [(3, 8), (1, 16)],
+            id="texts of nearly one length, whose widths are rounded up",
+        ),
+        pytest.param([rows(1), rows(2)], {"batch": False}, [(1, 2), (1, 2)], id="a graph without batch"),
+        pytest.param([rows(*range(7))], {"max_size": 3}, [(3, 2), (3, 2), (1, 2)], id="a larger call in pieces"),
+        pytest.param([rows(*range(5))], {"max_bytes": 17}, [(2, 2), (2, 2), (1, 2)], id="8 bytes a row"),
+        pytest.param([rows(1, 2, width=100)], {"max_bytes": 17}, [(1, 100), (1, 100)], id="one row always"),
+    ],
+)  # fmt: skip
+def test_calls_that_wait_are_merged_as_far_as_they_fit_and_split(calls, options, shapes):
     async def scenario(batcher, graph):
-        first, tasks = await behind(batcher, graph, rows(1), rows(2, 3), rows(4))
+        first, tasks = await behind(batcher, graph, *calls)
         graph.gate.set()
         await first
-        return [a.outputs["y"].tolist() for a in await asyncio.gather(*tasks)]
+        return [answer.outputs["y"] for answer in await asyncio.gather(*tasks)]
 
-    answers, graph = run(scenario)
-    assert answers == [[[2, 2]], [[4, 4], [6, 6]], [[8, 8]]]
-    assert graph.shapes == [(1, 9), (4, 2)]
-
-
-def test_other_lengths_are_not_merged_and_order_holds_within_a_length():
-    async def scenario(batcher, graph):
-        first, tasks = await behind(batcher, graph, rows(1), rows(2, width=3), rows(3), rows(4, width=3))
-        graph.gate.set()
-        await asyncio.gather(first, *tasks)
-
-    _, graph = run(scenario)
-    assert graph.shapes == [(1, 9), (2, 2), (2, 3)]
-
-
-def test_texts_of_nearly_one_length_share_a_run_where_their_widths_are_rounded_up():
-    """Of 5, 7, 8 and 9 tokens the first three are 8 wide, the last is 16."""
-    widths = [TextPreprocess(context=77, multiple=8).width(tokens) for tokens in (5, 7, 8, 9)]
-
-    async def scenario(batcher, graph):
-        first, tasks = await behind(batcher, graph, *(rows(i, width=width) for i, width in enumerate(widths)))
-        graph.gate.set()
-        await first
-        return [a.outputs["y"][:, 0].tolist() for a in await asyncio.gather(*tasks)]
-
-    answers, graph = run(scenario)
-    assert answers == [[0], [2], [4], [6]]
-    assert graph.shapes == [(1, 9), (3, 8), (1, 16)]
-
-
-def test_a_graph_without_batch_runs_every_call_alone():
-    async def scenario(batcher, graph):
-        first, tasks = await behind(batcher, graph, rows(1), rows(2))
-        graph.gate.set()
-        await asyncio.gather(first, *tasks)
-
-    _, graph = run(scenario, batch=False)
-    assert graph.shapes == [(1, 9), (1, 2), (1, 2)]
-
-
-def test_a_merged_run_has_at_most_max_size_rows_and_a_larger_call_goes_in_pieces():
-    async def scenario(batcher, graph):
-        return (await batcher.run(rows(*range(7)))).outputs["y"][:, 0].tolist()
-
-    answer, graph = run(scenario, max_size=3)
-    assert answer == [0, 2, 4, 6, 8, 10, 12]
-    assert [shape[0] for shape in graph.shapes] == [3, 3, 1]
-
-
-def test_a_merged_run_has_at_most_max_bytes_but_one_row_always():
-    async def scenario(batcher, graph):
-        await batcher.run(rows(*range(5)))  # 8 bytes a row
-        await batcher.run(rows(1, 2, width=100))
-
-    _, graph = run(scenario, max_bytes=17)
-    assert graph.shapes == [(2, 2), (2, 2), (1, 2), (1, 100), (1, 100)]
+    answers, graph = run(scenario, **options)
+    for answer, call in zip(answers, calls, strict=True):
+        assert (answer == 2 * call["x"]).all()
+    assert graph.shapes == [(1, 9), *shapes]
 
 
 def test_a_full_queue_is_refused_and_goes_on():

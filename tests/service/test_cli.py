@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -17,7 +16,8 @@ from calmclip.models.cli import main
 from calmclip.models.errors import BadRequest
 from calmclip.service.cli import _listen
 from calmclip.service.indexing import _Service
-from tests.process import serving
+from tests.asking import dial, metric, picture_head, raw, until
+from tests.process import free_port, serving
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def pictures(tmp_path, picture):
 @pytest.mark.parametrize(("number", "flags"), [(signal.SIGTERM, ["--json"]), (signal.SIGINT, ["--threads", "1"])])
 def test_serve_until_a_signal(bundles, tmp_path, picture, number, flags):
     with serving(bundles, tmp_path / "data", *flags) as (process, client, file):
-        send = {"content": picture("red"), "headers": {"content-type": "image/png", "x-request-id": "one"}}
+        send = raw(picture("red"), **{"x-request-id": "one"})
         assert client.post("/v1/classify?labels=red", **send).status_code == 200
         client.get("/no%0Apath")
         process.send_signal(number)
@@ -54,30 +54,20 @@ def test_serve_until_a_signal(bundles, tmp_path, picture, number, flags):
         assert r"/no\npath" in line
 
 
-def until(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_sigterm_finishes_what_is_under_way(bundles, tmp_path, picture, monkeypatch):
     """A request whose body comes only when new ones are turned away already is answered; probes are, all along."""
     monkeypatch.setenv("CALMCLIP_GRACE_S", "0.5")
     body = picture("red")
-    head = b"POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
-    send = {"content": body, "headers": {"content-type": "image/png"}}
     with serving(bundles, tmp_path / "data") as (process, client, file):
-        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as connection:
-            connection.sendall(head % len(body) + body[:10])
-            until(lambda: "calmclip_requests_pending 1.0" in client.get("/metrics").text)
+        with dial(client, picture_head(len(body)) + body[:10]) as connection:
+            until(lambda: metric(client, "calmclip_requests_pending") == 1)
             process.send_signal(signal.SIGTERM)
             until(lambda: client.get("/readyz").status_code == 503)
             assert client.get("/readyz").json()["failed"] == {"service": "it is shutting down"}
-            answer = client.post("/v1/classify?labels=red", **send)  # the grace: somebody has not noticed yet
+            answer = client.post("/v1/classify?labels=red", **raw(body))  # the grace: somebody has not noticed yet
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
-            until(lambda: client.post("/v1/classify?labels=red", **send).status_code == 503)
-            shed = client.post("/v1/classify?labels=red", **send)
+            until(lambda: client.post("/v1/classify?labels=red", **raw(body)).status_code == 503)
+            shed = client.post("/v1/classify?labels=red", **raw(body))
             assert shed.headers["retry-after"] == "1"
             assert "shutting down" in shed.json()["detail"]
             assert client.get("/healthz").status_code == 200
@@ -91,7 +81,6 @@ def test_sigterm_finishes_what_is_under_way(bundles, tmp_path, picture, monkeypa
 def test_sigterm_under_requests_drops_none(bundles, tmp_path, picture, monkeypatch):
     """Eight clients that go elsewhere, as a load balancer does, once they are told: none of their requests fails."""
     monkeypatch.setenv("CALMCLIP_GRACE_S", "0.5")
-    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
     statuses: list[int] = []
     with serving(bundles, tmp_path / "data") as (process, client, _log):
 
@@ -99,7 +88,7 @@ def test_sigterm_under_requests_drops_none(bundles, tmp_path, picture, monkeypat
             with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as own:
                 told = False
                 while not told:
-                    answer = own.post("/v1/classify?labels=red", **send)
+                    answer = own.post("/v1/classify?labels=red", **raw(picture("red")))
                     statuses.append(answer.status_code)
                     told = answer.headers.get("connection") == "close"
 
@@ -115,10 +104,9 @@ def test_sigterm_under_requests_drops_none(bundles, tmp_path, picture, monkeypat
 
 def test_headers_are_bounded_but_many_labels_fit(bundles, tmp_path, picture):
     with serving(bundles, tmp_path / "data") as (_, client, _log):
-        send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
         labels = [f"{i:03} " + "x" * 190 for i in range(256)]
-        assert client.post("/v1/classify", params={"labels": labels}, **send).status_code == 200
-        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as connection:
+        assert client.post("/v1/classify", params={"labels": labels}, **raw(picture("red"))).status_code == 200
+        with dial(client) as connection:
             with suppress(ConnectionError):  # it may hang up while this still writes
                 for chunk in (b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ", *[b"x" * 65536] * 32):
                     connection.sendall(chunk)
@@ -191,9 +179,7 @@ def test_exit_codes(bundles, tmp_path, monkeypatch, capsys):
     assert "export mini" in said(2, "serve", "--bundles", tmp_path / "none")
     assert "colours-int8" in said(2, "serve", "--bundles", bundles, "--load", "colors-int8")
     assert "not a folder" in said(2, "index", tmp_path / "none", "--collection", "c", "--bundles", bundles)
-    assert "no name" in said(2, "index", tmp_path, "--collection", "../x", "--bundles", bundles).replace(
-        "404", "no name"
-    )
+    assert "404" in said(2, "index", tmp_path, "--collection", "../x", "--bundles", bundles)
     assert "does not answer" in said(2, "index", tmp_path, "--collection", "c", "--url", "http://127.0.0.1:9")
     (tmp_path / "broken.png").write_bytes(b"x")
     said(1, "index", tmp_path, "--collection", "c", "--bundles", bundles)
@@ -216,9 +202,13 @@ def test_a_taken_port_is_bad_usage(bundles, tmp_path):
 
 @pytest.mark.parametrize("verb", [["serve"], ["index", ".", "--collection", "c"]])
 @pytest.mark.parametrize(
-    ("name", "value"), [("OPS", "nonsense"), ("BATCH__MAX_SIZE", "x"), ("BATCH__LEAST", "1"), ("BATCH", "x")]
-)
-def test_a_setting_that_makes_no_sense_is_bad_usage_and_named(monkeypatch, capsys, verb, name, value):
+    ("name", "value"),
+    [("OPS", "nonsense"), ("BATCH__MAX_SIZE", "x"), ("BATCH__LEAST", "1"), ("BATCH", "x"), ("LOG", "xml"),
+     ("QUEUE__MAX_PENDING", "-1"), ("SLO__TARGET", "1.5"), ("LIMITS__TEXTS", "10001")],
+)  # fmt: skip
+def test_a_setting_that_makes_no_sense_is_bad_usage_and_named(tmp_path, monkeypatch, capsys, verb, name, value):
+    monkeypatch.chdir(tmp_path)  # nothing is there to be indexed, and nothing is left here
+    monkeypatch.setattr("calmclip.service.cli._listen", lambda *_: pytest.fail("it listens"))
     monkeypatch.setenv(f"CALMCLIP_{name}", value)
     assert main(verb) == 2
     said = capsys.readouterr().err
@@ -239,15 +229,11 @@ def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(host):
 
 
 def test_metrics_at_their_own_port_and_both_on_the_loopback_address(bundles, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with serving(bundles, tmp_path / "data", CALMCLIP_METRICS_PORT=str(port)) as (process, client, _):
         own = f"http://127.0.0.1:{port}"
         assert client.get("/metrics").status_code == 404
         assert "calmclip_requests_total" in client.get(f"{own}/metrics").text
-        assert client.get(f"{own}/v1/models").status_code == 404
-        assert client.get(f"{own}/healthz").status_code == 200
         for each in (port, client.base_url.port):  # of 127.0.0.1 alone: a door to all addresses would open here too
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.2", each), timeout=5)

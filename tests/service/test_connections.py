@@ -13,20 +13,10 @@ from calmclip.service import server
 from calmclip.service.app import create_app
 from calmclip.service.connections import Connections
 from calmclip.service.engine import Engine
+from tests.asking import dial, metric, picture_head, until
 
 PROBE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 ITEMS, META = 200, 16_000  # a page of 3 MB
-
-
-def dial(client, data: bytes = b"", receive: int = 0) -> socket.socket:
-    """``receive``: the bytes that the kernel takes in before they are read."""
-    connection = socket.socket()
-    if receive:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
-    connection.settimeout(10)
-    connection.connect(("127.0.0.1", client.base_url.port))
-    connection.sendall(data)
-    return connection
 
 
 def is_open(connection: socket.socket) -> bool:
@@ -39,17 +29,6 @@ def is_open(connection: socket.socket) -> bool:
         return False
     finally:
         connection.settimeout(10)
-
-
-def metric(client, name: str) -> float:
-    return next(float(line.split()[-1]) for line in client.get("/metrics").text.splitlines() if line.startswith(name))
-
-
-def until(condition, seconds: float = 10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_the_one_that_waited_longest_goes_and_none_at_work():
@@ -91,9 +70,8 @@ def test_many_idle_connections_shut_nobody_out(settings, serve):
 
 def test_a_request_under_way_keeps_its_connection(settings, serve, picture):
     body = picture("red")
-    head = b"POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
     with serve(settings(connections=3)) as client, ExitStack() as stack:
-        working = stack.enter_context(dial(client, head % len(body) + body[:20]))
+        working = stack.enter_context(dial(client, picture_head(len(body)) + body[:20]))
         until(lambda: metric(client, "calmclip_requests_pending") == 1)
         for _ in range(10):
             stack.enter_context(dial(client))
@@ -102,50 +80,54 @@ def test_a_request_under_way_keeps_its_connection(settings, serve, picture):
         assert b" 200 OK" in working.recv(65536)
 
 
+@pytest.mark.parametrize("slow", [b"", PROBE[:-2] + b"X-Slow: " + b"x" * 100])
 @pytest.mark.parametrize("first", [b"", PROBE])
-def test_silence_is_ended(client, monkeypatch, first):
+def test_silence_and_a_head_that_drips_are_ended(client, monkeypatch, first, slow):
+    """Of a new connection, and of one that was answered once."""
     monkeypatch.setattr(server, "HEAD_S", 0.3)
     start, seen = time.monotonic(), b""
-    with dial(client, first) as connection:
+    with dial(client, first) as connection, suppress(ConnectionError):
+        if first:
+            seen = connection.recv(4096)
+        for byte in slow:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.02)
         while more := connection.recv(4096):
             seen += more
     assert (b" 200 " in seen) == bool(first)
-    assert 0.2 < time.monotonic() - start < 4
+    assert 0.2 < time.monotonic() - start < 2.5
+
+
+def test_a_pause_in_a_body_is_not_taken_for_one_in_a_head(client, picture, monkeypatch):
+    monkeypatch.setattr(server, "HEAD_S", 0.2)
+    body = picture("red")
+    with dial(client, picture_head(len(body)) + body[:10]) as connection:
+        time.sleep(0.5)  # a body has the request's deadline
+        connection.sendall(body[10:])
+        assert b" 200 OK" in connection.recv(65536)
 
 
 @pytest.mark.parametrize(
-    ("path", "headers", "told"),
-    [("v1/classify?labels=red", "Content-Type: image/png\r\nX-Request-Deadline-Ms: 400\r\n", b" 504 "),
-     ("nothing", "", b" 404 "), ("v1/label-sets", "", b" 405 ")],
+    ("asked", "more", "told"),
+    [("POST /v1/classify?labels=red", "X-Request-Deadline-Ms: 400\r\n", b" 504 "), ("POST /nothing", "", b" 404 "),
+     ("POST /v1/classifiers", "", b" 405 "), ("GET /healthz", "", b" 200 ")],
 )  # fmt: skip
-def test_a_body_that_drips_is_cut_off(client, monkeypatch, path, headers, told):
+@pytest.mark.parametrize("drip", [b"x", b""])
+def test_a_body_that_drips_or_never_comes_is_cut_off(client, monkeypatch, asked, more, told, drip):
     """By the request's deadline, or, where nobody wants it, at once."""
     monkeypatch.setattr(server, "HEAD_S", 0.4)
-    head = f"POST /{path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n{headers}\r\n"
     start, seen = time.monotonic(), b""
-    with dial(client, head.encode()) as connection:
+    with dial(client, picture_head(1000, asked, more)) as connection:
         connection.settimeout(0.05)
         with suppress(ConnectionError):
             while time.monotonic() - start < 8:
-                connection.sendall(b"x")
+                connection.sendall(drip)
                 with suppress(TimeoutError):
-                    more = connection.recv(4096)
-                    seen += more
-                    if not more:
+                    found = connection.recv(4096)
+                    seen += found
+                    if not found:
                         break
     assert told in seen
-    assert time.monotonic() - start < 4
-
-
-def test_a_body_for_a_probe_that_drips_is_cut_off(client, monkeypatch):
-    monkeypatch.setattr(server, "HEAD_S", 0.4)
-    start = time.monotonic()
-    with dial(client, PROBE.replace(b"Host: x", b"Host: x\r\nContent-Length: 1000")) as connection:
-        assert b" 200 " in connection.recv(4096)
-        with suppress(ConnectionError):
-            while time.monotonic() - start < 8:
-                connection.sendall(b"x")
-                time.sleep(0.05)
     assert time.monotonic() - start < 4
 
 
@@ -264,8 +246,7 @@ def test_who_hangs_up_is_noticed_behind_a_request_of_its_own(client, picture, mo
 
     monkeypatch.setattr(Engine, "answer", slow)
     body = picture("red")
-    head = "POST /v1/classify?labels=red&labels=blue HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: "
-    with dial(client, f"{head}{len(body)}\r\n\r\n".encode() + body + PROBE):
+    with dial(client, picture_head(len(body)) + body + PROBE):
         until(lambda: metric(client, "calmclip_requests_pending ") == 1)
     until(lambda: any('"cancelled"' in line for line in ended()), 2)
     assert not any('"error"' in line for line in ended())

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from calmclip.models.flow import Call
-from calmclip.models.tasks import texts
+from calmclip.models.tasks import features
 from calmclip.service.admission import Admission
 from calmclip.service.batching import Batcher
-from calmclip.service.context import Context
-from calmclip.service.engine import Engine, Row, RowCache, fingerprint
+from calmclip.service.engine import Engine
+from calmclip.service.request import Context
+from tests.asking import metric, raw
 
 CACHE = "calmclip_text_cache_total"
 LABELLED = [
@@ -17,11 +18,6 @@ LABELLED = [
     {"labels": ["red", "green"]},
     {"labels": "red", "templates": ["a {}", "one {}"]},
 ]
-
-
-def metric(client, line: str) -> float:
-    found = [entry for entry in client.get("/metrics").text.splitlines() if entry.startswith(line)]
-    return float(found[0].split()[-1]) if found else 0.0
 
 
 def embed(client, *texts: str) -> list[list[float]]:
@@ -38,7 +34,7 @@ def test_sentences_are_embedded_once(settings, serve, picture):
         assert embed(client, "blue", "a photo of a green thing", "red") == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
         assert (metric(client, hit), metric(client, miss)) == (2, 3)
         # classify shares it: its prompt for "green thing" is the very sentence
-        send = {"content": picture("green"), "headers": {"content-type": "image/png"}}
+        send = raw(picture("green"))
         answer = client.post("/v1/classify", params={"labels": "green thing"}, **send)
         assert answer.status_code == 200
         assert (metric(client, hit), metric(client, miss)) == (3, 3)
@@ -52,10 +48,9 @@ def test_known_sentences_do_not_go_by_the_event_loop(settings, serve, picture, m
     advance = Engine._advance
     monkeypatch.setattr(Engine, "_advance", lambda *given: steps.append(1) or advance(*given))
     with serve(settings()) as client:
-        send = {"content": picture("green"), "headers": {"content-type": "image/png"}, "params": {"labels": "red"}}
         answers = []
         for _ in range(2):
-            answers.append(client.post("/v1/classify", **send).json())
+            answers.append(client.post("/v1/classify?labels=red", **raw(picture("green"))).json())
             steps.append(0)
     # to the text's call, to the end; then the text is known
     assert steps == [1, 1, 0, 1, 0]
@@ -66,7 +61,7 @@ def test_alone_a_request_runs_its_graph_itself_and_in_company_by_the_queue(setti
     queued = []
     run = Batcher.run
     monkeypatch.setattr(Batcher, "run", lambda self, *a, **how: queued.append(self.name) or run(self, *a, **how))
-    send = {"content": picture("green"), "headers": {"content-type": "image/png"}, "params": {"labels": "red"}}
+    send = {**raw(picture("green")), "params": {"labels": "red"}}
     batches = 'calmclip_batch_size_count{graph="image",model="colours-int8"}'
     infers = 'calmclip_stage_duration_seconds_count{graph="image",model="colours-int8",stage="infer",task="classify"}'
     with serve(settings()) as client:
@@ -99,21 +94,6 @@ def test_without_a_cache_answers_are_the_same(settings, serve):
         assert metric(client, 'calmclip_text_cache_total{model="colours-int8",outcome="miss"}') == 4
 
 
-def test_the_cache_keeps_fingerprints_not_sentences():
-    long = fingerprint("x" * 100_000)
-    assert len(long) == 16
-    assert long not in {fingerprint("x" * 99_999), fingerprint("")}
-    assert fingerprint("red") == fingerprint("red")
-
-
-def test_a_long_sentence_does_not_stay_in_memory(settings, serve, monkeypatch):
-    kept = []
-    monkeypatch.setattr(RowCache, "put", lambda self, name, row: kept.append(name))
-    with serve(settings()) as client:
-        embed(client, "red" + " " * 90_000)
-    assert [len(key) for _, _, key in kept] == [16]
-
-
 def test_many_texts_go_in_pieces(settings, serve):
     colours = ["red", "green", "blue"]
     texts = [f"{'photo ' * (i % 7)}{colours[i % 3]}" for i in range(100)]
@@ -121,40 +101,12 @@ def test_many_texts_go_in_pieces(settings, serve):
         assert embed(client, *texts) == [np.eye(3)[i % 3].tolist() for i in range(100)]
 
 
-def test_the_least_used_row_goes_first():
-    cache = RowCache(2)
-    names = [("digest", "text", fingerprint(word)) for word in "abc"]
-    rows = [Row({"y": np.full(1, i)}) for i in range(3)]
-    cache.put(names[0], rows[0])
-    cache.put(names[1], rows[1])
-    assert cache.get(names[0]) is rows[0]
-    cache.put(names[2], rows[2])
-    assert (cache.get(names[0]), cache.get(names[1]), cache.get(names[2])) == (rows[0], None, rows[2])
-    assert len(cache) == 2
-
-
-def test_what_counts_as_several_rows_takes_their_place():
-    cache = RowCache(3)
-    small = [("digest", "text", fingerprint(word)) for word in "ab"]
-    matrix = ("digest", "labels", fingerprint("ab"))
-    for name in small:
-        cache.put(name, Row({}))
-    cache.put(matrix, Row({}, 4))
-    assert cache.get(matrix) is None  # and nothing had to go for it
-    assert len(cache) == 2
-    for _ in range(2):
-        cache.put(matrix, Row({}, 2))
-    assert [cache.get(name) is None for name in (*small, matrix)] == [True, False, False]
-    assert len(cache) == 3
-
-
 def test_labels_seen_before_are_not_made_again(settings, serve, picture, monkeypatch):
     made = []
-    monkeypatch.setattr(texts, "unit", lambda rows, unit=texts.unit: made.append(len(rows)) or unit(rows))
-    send = {"content": picture("green"), "headers": {"content-type": "image/png"}}
+    monkeypatch.setattr(features, "unit", lambda rows, unit=features.unit: made.append(len(rows)) or unit(rows))
     with serve(settings()) as client:
         made.clear()  # of what it warmed up with
-        answers = [client.post("/v1/classify", params=params, **send).json() for params in LABELLED]
+        answers = [client.post("/v1/classify", params=one, **raw(picture("green"))).json() for one in LABELLED]
         counted = [metric(client, f'{CACHE}{{model="colours-int8",outcome="{one}"}}') for one in ("hit", "miss")]
     # two sentences to two labels; the same again; the other way round, of known sentences; one label of two templates
     assert made == [2, 2, 2, 2, 2, 1]

@@ -1,8 +1,8 @@
 """Bundles while the service lives: warm before they serve, renewed when they change, at rest when nobody asks."""
 
 import asyncio
+import re
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +13,7 @@ from calmclip.models.errors import BundleInvalid, Overloaded
 from calmclip.service.hub import Hub
 from calmclip.service.metrics import Metrics
 from calmclip.service.resting import Resting
+from tests.asking import raw, until
 
 WORD = {"ids": np.ones((1, 1), np.int64), "mask": np.ones((1, 1), np.int64)}  # "red"
 
@@ -138,36 +139,24 @@ def test_no_request_fails_while_a_bundle_is_replaced(own, serve, bundle_maker, p
     with serve(settings) as client, ThreadPoolExecutor(4) as pool:
 
         def ask(_: int) -> tuple[int, float]:
-            send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
-            answer = client.post("/v1/detect?labels=red", **send)
+            answer = client.post("/v1/detect?labels=red", **raw(picture("red")))
             return answer.status_code, answer.json()["detections"][0]["score"]
 
         answers = pool.map(ask, range(400))
         new = bundle_maker(settings.bundles_dir, note="new", replace=True)
         assert set(answers) == {(200, 1.0)}
-        end = time.monotonic() + 10
-        while client.get("/v1/models").json()["models"][0]["digest"] != new.digest:
-            assert time.monotonic() < end
+        until(lambda: client.get("/v1/models").json()["models"][0]["digest"] == new.digest)
         assert ask(0) == (200, 1.0)
 
 
 def test_a_graph_nobody_uses_leaves_memory_and_comes_back(own, serve, picture):
     def open_graphs(client) -> set[str]:
-        lines = client.get("/metrics").text.splitlines()
-        return {
-            line.split('graph="')[1].split('"')[0]
-            for line in lines
-            if line[:20] == "calmclip_graph_open{" and line[-3] == "1"
-        }
+        return set(re.findall(r'calmclip_graph_open{graph="(\w+)".*} 1.0', client.get("/metrics").text))
 
     with serve(own(idle_unload_s=0.2)) as client:
-        end = time.monotonic() + 10
-        while open_graphs(client):
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        until(lambda: not open_graphs(client))
         assert client.get("/readyz").status_code == 200
-        send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
-        answer = client.post("/v1/classify?labels=red", **send)
+        answer = client.post("/v1/classify?labels=red", **raw(picture("red")))
         assert (answer.status_code, answer.json()["labels"][0]["cosine"]) == (200, 1.0)
         assert open_graphs(client) <= {"image", "text"}
 

@@ -1,13 +1,16 @@
 """What Prometheus sees, read with Prometheus' own parser."""
 
+import re
 from time import sleep
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from calmclip.models.errors import StoreUnavailable
-from calmclip.service.context import Context, Service
 from calmclip.service.metrics import EDGES_S, STAGES, outcome
+from calmclip.service.parts import Service
+from calmclip.service.request import Context
+from tests.asking import raw
 
 
 def scrape(client) -> dict[tuple[str, frozenset], float]:
@@ -21,9 +24,9 @@ def value(samples, name: str, **labels: str) -> float:
 
 def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
     with serve(settings()) as client:
-        send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
+        send = raw(picture("red"))
         timing = client.post("/v1/detect?labels=red&min_score=0.5", **send).headers["server-timing"]
-        client.post("/v1/detect?labels=red", content=b"x", headers={"content-type": "image/png"})
+        client.post("/v1/detect?labels=red", **raw(b"x"))
         client.post("/v1/detect?labels=red&model=other", **send)
         samples = scrape(client)
         model = {"model": "colours-int8"}
@@ -36,10 +39,8 @@ def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
         for graph in ("text", "regions", "detect"):
             assert value(samples, "batch_size_sum", graph=graph, **model) == 1
             for stage in ("queue", "infer"):
-                assert (
-                    value(samples, "stage_duration_seconds_count", task="detect", stage=stage, graph=graph, **model)
-                    == 1
-                )
+                of = {"task": "detect", "stage": stage, "graph": graph, **model}
+                assert value(samples, "stage_duration_seconds_count", **of) == 1
         assert not any(labels >= {("stage", "infer"), ("graph", "")} for _, labels in samples)
         inferred = sum(
             value(samples, "stage_duration_seconds_sum", task="detect", stage="infer", graph=graph, **model)
@@ -57,25 +58,28 @@ def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
 
 
 def test_stages_are_told_in_the_order_of_a_request_and_none_is_left_out(client, picture):
-    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
     assert client.put("/v1/collections/order", json={}).status_code == 201
     answers = [
-        client.post("/v1/classify?labels=red", **send),
+        client.post("/v1/classify?labels=red", **raw(picture("red"))),
         client.post("/v1/collections/order/items", json={"items": [{"id": "a", "text": "red"}]}),
         client.post("/v1/collections/order/search", json={"query": {"text": "red"}}),
     ]
-    seen = set()
+    seen: list[set[str]] = []
     for answer in answers:
-        names = [entry.split(";")[0] for entry in answer.headers["server-timing"].split(", ")]
-        assert names[-1] == "total"
-        assert names[:-1] == [stage for stage in STAGES if stage in names]
-        seen |= set(names)
-    assert seen == {*STAGES, "total"}
+        names, times = zip(*(one.split(";dur=") for one in answer.headers["server-timing"].split(", ")), strict=True)
+        seen.append({*names})
+        assert [*names] == [stage for stage in (*STAGES, "total") if stage in names]
+        *parts, total = map(float, times)
+        assert min(parts) >= 0
+        assert sum(parts) <= total + 0.1  # rounded to 0.01 ms each
+    assert seen[0] == {"read", "decode", "preprocess", "queue", "infer", "postprocess", "serialize", "total"}
+    assert set.union(*seen) == {*STAGES, "total"}
+    page = re.search(r"const STAGES = \[(.*?)\]", client.get("/app.js").text)[1]
+    assert set(re.findall(r'"(\w+)"', page)) >= {*STAGES}  # each has a colour there
 
 
 def test_labels_never_hold_what_a_caller_chose(client, picture):
-    send = {"content": picture("red"), "headers": {"content-type": "image/png"}}
-    client.post("/v1/classify?labels=red&model=secret-model", **send)
+    client.post("/v1/classify?labels=red&model=secret-model", **raw(picture("red")))
     client.get("/v1/collections/secret-name")
     client.get("/secret/path")
     assert "secret" not in client.get("/metrics").text
@@ -92,12 +96,8 @@ def test_the_objective_is_a_bucket_edge(settings, serve):
 
 
 def outliers(client) -> dict[tuple[str, str, str], float]:
-    found = {
-        name_and_labels: one for name_and_labels, one in scrape(client).items() if "outliers" in name_and_labels[0]
-    }
-    return {
-        tuple(dict(labels)[key] for key in ("model", "graph", "statistic")): one for (_, labels), one in found.items()
-    }
+    found = {labels: one for (name, labels), one in scrape(client).items() if "outliers" in name}
+    return {tuple(dict(labels)[key] for key in ("model", "graph", "statistic")): one for labels, one in found.items()}
 
 
 def test_outliers_of_loaded_bundles_come_from_their_reports_and_change_with_them(

@@ -1,9 +1,7 @@
 """Every expression of every panel and rule, asked of a real Prometheus while a service is under load."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -19,9 +17,11 @@ import httpx
 import pytest
 import yaml
 
-from calmclip.service.monitoring import dashboard, rules
+from calmclip.service.monitoring import rules
+from tests.asking import raw
 from tests.otlp import Collector, collecting
-from tests.process import serving
+from tests.process import free_port, installed, serving
+from tests.service.test_monitoring import PANELS
 
 CLIENTS = 5
 SECONDS = 12  # of load
@@ -39,9 +39,8 @@ def load(url: str, picture: bytes, until: float) -> None:
         while time.monotonic() < until:
             n = next(numbers)
             for path, body in bodies.items():
-                client.post(f"/v1/{path}", content=body, headers={"content-type": "image/png"})
-            hurry = {"content-type": "image/png", "x-request-deadline-ms": "8"}
-            client.post("/v1/classify?labels=red", content=picture, headers=hurry)
+                client.post(f"/v1/{path}", **raw(body))
+            client.post("/v1/classify?labels=red", **raw(picture, **{"x-request-deadline-ms": "8"}))
             client.post("/v1/embed", json={"inputs": [{"text": "red"}, {"text": "blue " * (n % 9) + "red"}]})
             client.post("/v1/collections/c/items", json={"items": [{"id": str(n), "text": "red"}]})
             client.post("/v1/collections/c/search", json={"query": {"text": "red"}})
@@ -58,11 +57,7 @@ def prometheus(
     tmp_path_factory: pytest.TempPathFactory, bundle_maker, picture, collector: Collector
 ) -> Iterator["Prometheus"]:
     """One that has watched a service under load."""
-    found = shutil.which("prometheus")
-    if found is None and os.environ.get("CI") == "true":
-        pytest.fail("prometheus is not installed; CI asks it every expression")
-    if found is None:
-        pytest.skip("prometheus is not installed: the expressions are only read, by test_monitoring.py")
+    installed("prometheus", "the expressions are only read, by test_monitoring.py")
     folder = tmp_path_factory.mktemp("live")
     bundle_maker(folder / "bundles")
     settings = {
@@ -116,9 +111,7 @@ class Prometheus:
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         for name in config["rule_files"]:
             shutil.copy(rules.FOLDER / name, folder)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self.command = [
             "prometheus",
             f"--config.file={folder / 'prometheus.yml'}",
@@ -168,13 +161,7 @@ class Question:
 
 
 QUESTIONS = {
-    **{
-        f"{board.title}: {panel.title} [{legend}]": Question(expr)
-        for board in dashboard.BOARDS.values()
-        for row in board.rows.values()
-        for panel in row
-        for legend, expr in panel.queries.items()
-    },
+    **{name: Question(expr) for name, _, expr in PANELS},
     **{f"{one.record}{dict(one.labels)}": Question(one.record, one.labels) for one in rules.RECORDS},
     **{f"{one.name}{dict(one.more)}: {expr}": Question(expr) for one in rules.ALERTS for expr in one.conditions},
 }

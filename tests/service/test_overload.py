@@ -1,6 +1,5 @@
 """More than the service can do, later than it may be, and clients that do not wait."""
 
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import calmclip.service.hub
+from tests.asking import dial, metric, picture_head, raw, until
 
 
 @pytest.fixture
@@ -30,20 +30,8 @@ def slow(monkeypatch):
     return Slow
 
 
-def ask(client, picture):
-    return client.post("/v1/classify?labels=red", content=picture, headers={"content-type": "image/png"})
-
-
-def until(condition, seconds: float = 5.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def metric(client, line: str) -> float:
-    found = [entry for entry in client.get("/metrics").text.splitlines() if entry.startswith(line)]
-    return float(found[0].split()[-1]) if found else 0.0
+def ask(client, picture, **headers: str):
+    return client.post("/v1/classify?labels=red", **raw(picture, **headers))
 
 
 def test_a_hundred_at_once_are_answered_or_shed(settings, serve, slow, picture):
@@ -62,27 +50,25 @@ def test_a_hundred_at_once_are_answered_or_shed(settings, serve, slow, picture):
         assert metric(client, "calmclip_requests_pending") == 0
 
 
-def test_a_full_service_refuses_before_the_body_is_sent(settings, serve, slow, picture):
+def test_a_full_service_refuses_every_body_before_it_is_sent(settings, serve, slow, picture):
     slow.seconds = 0.5
     with serve(settings(queue={"max_pending": 1})) as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, client, picture("red"))
         assert slow.running.wait(5)
-        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as connection:
-            connection.sendall(
-                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 5000000\r\n\r\n"
-            )
+        with dial(client, picture_head(5_000_000)) as connection:
             assert b" 503 " in connection.recv(4096)
-            assert not waiting.done()
+        for route, body in (("classifiers", {"labels": ["red"]}), ("collections", {})):
+            answer = client.put(f"/v1/{route}/x", json=body)
+            assert (answer.status_code, answer.json()["type"]) == (503, "/problems/overloaded")
+        assert not waiting.done()
         assert waiting.result().status_code == 200
 
 
 def test_bodies_that_drip_do_not_pass_for_slow_work(settings, serve, picture):
     """Two of them, never both gone, had everybody else turned away: it would take too long behind them."""
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 5000\r\n\r\n"
     with serve(settings(deadline_ms=3000)) as client:
         assert ask(client, picture("red")).status_code == 200
-        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as dripping:
-            dripping.sendall(head)
+        with dial(client, picture_head(5000)):
             until(lambda: metric(client, "calmclip_requests_pending") == 1)
             time.sleep(2)
             assert ask(client, picture("red")).status_code == 200
@@ -103,27 +89,13 @@ def test_too_late_is_504_and_what_waits_is_dropped(settings, serve, slow, pictur
         assert metric(client, 'calmclip_requests_total{model="colours-int8",outcome="deadline",task="classify"}') == 2
 
 
-def test_a_body_that_never_comes_is_504(settings, serve):
-    with serve(settings(deadline_ms=200)) as client:
-        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as connection:
-            connection.sendall(
-                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 50\r\n\r\nabc"
-            )
-            assert b" 504 " in connection.recv(4096)
-        assert client.get("/healthz").status_code == 200
-
-
 def test_who_hangs_up_frees_the_place_and_the_work(settings, serve, slow, picture):
     slow.seconds = 0.3
     with serve(settings(batch={"max_size": 1})) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, client, picture("red"))
         assert slow.running.wait(5)
         body = picture("blue")
-        with socket.create_connection(("127.0.0.1", client.base_url.port)) as connection:
-            connection.sendall(
-                b"POST /v1/classify?labels=red HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body
-            )
+        with dial(client, picture_head(len(body)) + body):
             until(lambda: metric(client, "calmclip_pending_pixels") == 2 * 64 * 48)
             assert metric(client, "calmclip_requests_pending") == 2
             assert metric(client, "calmclip_pending_bytes") == len(body) + len(picture("red"))
@@ -136,33 +108,14 @@ def test_who_hangs_up_frees_the_place_and_the_work(settings, serve, slow, pictur
         assert slow.runs == 1
 
 
-def test_nobody_is_served_before_the_bundles_are_loaded(settings, serve, monkeypatch, picture):
-    gate = threading.Event()
-    plain = calmclip.service.hub.Session
-
-    def late(*args):
-        gate.wait(5)
-        return plain(*args)
-
-    monkeypatch.setattr(calmclip.service.hub, "Session", late)
-    with serve(settings(), ready=False) as client:
-        answer = ask(client, picture("red"))
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert client.get("/healthz").status_code == 200
-        assert client.get("/readyz").status_code == 503
-        gate.set()
-        until(lambda: client.get("/readyz").status_code == 200)
-        assert ask(client, picture("red")).status_code == 200
-
-
 def test_calls_of_many_clients_are_merged_and_each_gets_its_own(settings, serve, slow, picture):
     slow.seconds = 0.05
     colours = ["red", "green", "blue"] * 5
     with serve(settings(batch={"max_size": 8, "max_wait_ms": 50})) as client:
 
         def best(colour: str) -> str:
-            send = {"content": picture(colour), "headers": {"content-type": "image/png"}}
-            return client.post("/v1/classify?labels=red&labels=green&labels=blue", **send).json()["labels"][0]["label"]
+            answer = client.post("/v1/classify?labels=red&labels=green&labels=blue", **raw(picture(colour)))
+            return answer.json()["labels"][0]["label"]
 
         with ThreadPoolExecutor(15) as pool:
             assert list(pool.map(best, colours)) == colours
@@ -171,8 +124,7 @@ def test_calls_of_many_clients_are_merged_and_each_gets_its_own(settings, serve,
 
 @pytest.mark.parametrize("given", ["", "0", "-1", "soon", "nan", "inf", "1e3", "1,5", "0.0"])
 def test_a_deadline_that_is_none_is_400(client, picture, given):
-    headers = {"content-type": "image/png", "x-request-deadline-ms": given}
-    answer = client.post("/v1/classify?labels=red", content=picture("red"), headers=headers)
+    answer = ask(client, picture("red"), **{"x-request-deadline-ms": given})
     assert (answer.status_code, answer.json()["type"]) == (400, "/problems/invalid-header")
     assert f"X-Request-Deadline-Ms is {given!r}; expected" in answer.json()["detail"]
 
@@ -186,8 +138,7 @@ def test_a_deadline_given_twice_is_400(client):
 def test_the_earlier_deadline_counts(settings, serve, slow, picture, service, asked, told):
     slow.seconds = 0.4
     with serve(settings(deadline_ms=service)) as client:
-        headers = {"content-type": "image/png", "x-request-deadline-ms": asked}
-        answer = client.post("/v1/classify?labels=red", content=picture("red"), headers=headers)
+        answer = ask(client, picture("red"), **{"x-request-deadline-ms": asked})
         assert (answer.status_code, answer.json()["type"]) == (504, "/problems/deadline-exceeded")
         assert told in answer.json()["detail"]
 
@@ -205,12 +156,9 @@ def test_too_many_pixels_or_bytes_at_once_are_shed(settings, serve, slow, pictur
         assert slow.running.wait(5)
         pixels = ask(client, picture("blue"))
         assert (pixels.status_code, "3072 pixels" in pixels.json()["detail"]) == (503, True)
-        chunked = client.post("/v1/embed", content=iter([b"x" * 200_000]), headers={"content-type": "image/png"})
+        chunked = client.post("/v1/embed", **raw(iter([b"x" * 200_000])))
         assert (chunked.status_code, "bytes" in chunked.json()["detail"]) == (503, True)
-        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=5) as connection:
-            connection.sendall(
-                b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100000\r\n\r\n"
-            )
+        with dial(client, picture_head(100_000)) as connection:
             assert b" 503 " in connection.recv(4096)
         assert not waiting.done()
         assert waiting.result().status_code == 200

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import shutil
 import threading
@@ -22,18 +21,17 @@ from calmclip.service import keys
 from calmclip.service.hub import Hub
 from calmclip.service.indexing import index
 from calmclip.service.settings import Settings
+from tests.process import installed
 
 BROKEN: FilePayload = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
 TABS = ("Classify", "Detect", "Search")
+Serve = Callable[..., AbstractContextManager[httpx.Client]]
+Draw = Callable[..., FilePayload]  # a picture of these colours
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None and os.environ.get("CI") == "true":
-        pytest.fail("chromium is not installed; CI opens the page")
-    if chromium is None:
-        pytest.skip("chromium is not installed: the page is not opened")
+    chromium = installed("chromium", "the page is not opened")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser
@@ -71,10 +69,7 @@ OWN = {"min_score": 0.123, "sigma": 3.0, "method": "hard", "per_class": False}  
 
 @pytest.fixture(scope="module")
 def several(
-    owl_bundles: Path,
-    bundle_maker: Callable[..., Sealed],
-    serve: Callable[..., AbstractContextManager[httpx.Client]],
-    tmp_path_factory: pytest.TempPathFactory,
+    owl_bundles: Path, bundle_maker: Callable[..., Sealed], serve: Serve, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
     """A service of an OWLv2, and of the colours: as they are, with settings of their own, and as classifiers alone."""
     folder = tmp_path_factory.mktemp("several")
@@ -110,7 +105,7 @@ def used(response: Response) -> dict[str, object]:
 
 
 @pytest.fixture
-def file(picture: Callable[..., bytes]) -> Callable[..., FilePayload]:
+def file(picture: Callable[..., bytes]) -> Draw:
     def make(*colours: str) -> FilePayload:
         return {"name": f"{colours[0]}.png", "mimeType": "image/png", "buffer": picture(*colours, size=(320, 320))}
 
@@ -127,7 +122,7 @@ def opaque(page: Page, x: int, y: int) -> bool:
     return bool(page.evaluate(script, [x, y]))
 
 
-def test_labels_become_bars_and_the_stages_are_told(page: Page, file: Callable[..., FilePayload]) -> None:
+def test_labels_become_bars_and_the_stages_are_told(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, green\nblue")
     choose(page, file("blue"))
     bars = page.locator("#answer li")
@@ -144,9 +139,7 @@ def test_labels_become_bars_and_the_stages_are_told(page: Page, file: Callable[.
     assert page.locator("#bar i").count() == page.locator("#stages span").count()
 
 
-def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(
-    page: Page, file: Callable[..., FilePayload]
-) -> None:
+def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, blue")
     page.get_by_role("tab", name="Detect").click()
     page.get_by_label("least score").fill("0.3")
@@ -168,7 +161,7 @@ def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(
     expect(page.get_by_label("sigma")).to_be_disabled()
 
 
-def test_a_name_does_not_hide_another(page: Page, file: Callable[..., FilePayload]) -> None:
+def test_a_name_does_not_hide_another(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, yellow")  # 1 and 1 / sqrt(2), both of the red quarter's box
     page.get_by_role("tab", name="Detect").click()
     choose(page, file("blue", "blue", "blue", "red"))
@@ -179,7 +172,7 @@ def test_a_name_does_not_hide_another(page: Page, file: Callable[..., FilePayloa
 
 
 def test_a_collection_is_filled_and_searched_with_words_and_with_a_picture(
-    page: Page, file: Callable[..., FilePayload], client: httpx.Client
+    page: Page, file: Draw, client: httpx.Client
 ) -> None:
     page.get_by_role("tab", name="Search").click()
     choose(page, file("red"), BROKEN, file("green"), file("blue"))
@@ -201,9 +194,7 @@ def test_a_collection_is_filled_and_searched_with_words_and_with_a_picture(
     expect(hits.first).to_have_text(re.compile(r"blue\.png\s*1\.000"))
 
 
-def test_an_indexed_folder_shows_its_pictures(
-    page: Page, file: Callable[..., FilePayload], client: httpx.Client, tmp_path: Path
-) -> None:
+def test_an_indexed_folder_shows_its_pictures(page: Page, file: Draw, client: httpx.Client, tmp_path: Path) -> None:
     (tmp_path / "green.png").write_bytes(file("green")["buffer"])
     (tmp_path / "broken.png").write_bytes(BROKEN["buffer"])
     noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (128, 128, 3))  # packs worst
@@ -229,10 +220,7 @@ def test_an_indexed_folder_shows_its_pictures(
 
 
 def test_a_page_opened_while_models_load_finds_them_later(
-    browser: Browser,
-    serve: Callable[..., AbstractContextManager[httpx.Client]],
-    settings: Callable[..., Settings],
-    monkeypatch: pytest.MonkeyPatch,
+    browser: Browser, serve: Serve, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, plain = threading.Event(), Hub._open
     monkeypatch.setattr(Hub, "_open", lambda *arguments: gate.wait(10) and plain(*arguments))
@@ -253,7 +241,7 @@ def test_sliders_stand_where_the_api_does(page: Page, client: httpx.Client) -> N
     }
 
 
-def test_a_models_own_settings_hold_until_one_is_moved(models: Page, file: Callable[..., FilePayload]) -> None:
+def test_a_models_own_settings_hold_until_one_is_moved(models: Page, file: Draw) -> None:
     least, beside = models.get_by_label("least score"), models.locator("output[for=least]")
     untouched = models.get_by_role("button", name="As the model has it")
     models.get_by_label("Labels").fill("red")
@@ -284,7 +272,7 @@ def test_a_models_own_settings_hold_until_one_is_moved(models: Page, file: Calla
     expect(beside).to_have_text("0.15")
 
 
-def test_examples_are_looked_for_beside_labels_or_alone(models: Page, file: Callable[..., FilePayload]) -> None:
+def test_examples_are_looked_for_beside_labels_or_alone(models: Page, file: Draw) -> None:
     models.get_by_label("Labels").fill("red")
     models.get_by_label("least score").fill("0.9")
     detected(models, lambda: choose(models, file("red", "green", "green", "blue")))
@@ -330,7 +318,7 @@ def test_a_detector_of_a_real_kind_finds_its_example(models: Page, photographs: 
     assert {row[:4] for row in rows.all_inner_texts()} == {"this"}
 
 
-def test_examples_are_there_where_the_model_takes_them(models: Page, file: Callable[..., FilePayload]) -> None:
+def test_examples_are_there_where_the_model_takes_them(models: Page, file: Draw) -> None:
     models.get_by_label("Labels").fill("red")
     detected(models, lambda: choose(models, file("red")))
     detected(models, lambda: add(models, file("blue")))
@@ -344,7 +332,7 @@ def test_examples_are_there_where_the_model_takes_them(models: Page, file: Calla
     assert len(answer.request.post_data_json["examples"]) == 1
 
 
-def test_nine_examples_are_refused_in_words(models: Page, file: Callable[..., FilePayload]) -> None:
+def test_nine_examples_are_refused_in_words(models: Page, file: Draw) -> None:
     detected(models, lambda: choose(models, file("red")))
     add(models, *[file("blue")] * 9)
     expect(models.get_by_role("alert")).to_contain_text("9 examples were given; at most 8 are looked at")
@@ -361,7 +349,7 @@ HAND = """(element, [bytes, event, carrier]) => {
 }"""
 
 
-def test_examples_are_dropped_and_pasted_where_they_belong(models: Page, file: Callable[..., FilePayload]) -> None:
+def test_examples_are_dropped_and_pasted_where_they_belong(models: Page, file: Draw) -> None:
     zone = models.locator("#examples .drop")
     for number, (event, carrier) in enumerate((("drop", "dataTransfer"), ("paste", "clipboardData"))):
         zone.evaluate(HAND, [list(file("blue")["buffer"]), event, carrier])
@@ -369,14 +357,14 @@ def test_examples_are_dropped_and_pasted_where_they_belong(models: Page, file: C
     expect(models.locator("#stage")).to_be_hidden()  # none became the picture
 
 
-def test_a_picture_is_dropped_and_pasted(page: Page, file: Callable[..., FilePayload]) -> None:
+def test_a_picture_is_dropped_and_pasted(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, green, blue")
     for colour, event, carrier in (("green", "drop", "dataTransfer"), ("red", "paste", "clipboardData")):
         page.locator("body").evaluate(HAND, [list(file(colour)["buffer"]), event, carrier])
         expect(page.locator("#answer li").first).to_have_text(re.compile(colour))
 
 
-def test_problems_are_told_in_words_and_the_page_goes_on(page: Page, file: Callable[..., FilePayload]) -> None:
+def test_problems_are_told_in_words_and_the_page_goes_on(page: Page, file: Draw) -> None:
     problem = page.get_by_role("alert")
     page.get_by_role("button", name="Classify").click()
     expect(problem).to_contain_text("Choose, drop or paste a picture first")
@@ -403,7 +391,7 @@ def test_problems_are_told_in_words_and_the_page_goes_on(page: Page, file: Calla
     expect(problem).to_be_empty()
 
 
-def test_the_keyboard_is_enough(page: Page, file: Callable[..., FilePayload]) -> None:
+def test_the_keyboard_is_enough(page: Page, file: Draw) -> None:
     choose(page, file("red"))
     page.get_by_role("tab", name="Classify").focus()
     for name in (*TABS[1:], TABS[0]):  # the arrow goes round
@@ -418,7 +406,7 @@ def test_the_keyboard_is_enough(page: Page, file: Callable[..., FilePayload]) ->
     expect(page.locator("#answer li")).to_have_text([re.compile(r"yellow\s*100\.0 %")])
 
 
-def test_it_fits_a_phone(page: Page, file: Callable[..., FilePayload]) -> None:
+def test_it_fits_a_phone(page: Page, file: Draw) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     choose(page, *[file(colour) for colour in ("red", "green", "blue", "white", "yellow")])
     page.get_by_role("tab", name="Detect").click()
@@ -429,28 +417,8 @@ def test_it_fits_a_phone(page: Page, file: Callable[..., FilePayload]) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_the_page_knows_every_stage(client: httpx.Client, picture: Callable[..., bytes]) -> None:
-    script = client.get("/app.js").text
-    known = set(re.findall(r'"(\w+)"', re.search(r"const STAGES = \[(.*?)\]", script)[1]))
-    client.put("/v1/collections/stages", json={})
-    files = {"image": picture("red")}
-    answers = [
-        client.post("/v1/collections/stages/items", json={"items": [{"id": "a", "text": "red"}]}),
-        client.post("/v1/collections/stages/search", json={"query": {"text": "red"}}),
-        client.post("/v1/classify", files=files, data={"labels": ["red"]}),
-        client.post("/v1/detect", files=files, data={"labels": ["red"]}),
-    ]
-    told = {name for one in answers for name in re.findall(r"([\w-]+);dur=", one.headers["server-timing"])}
-    assert {one.status_code for one in answers} == {200}
-    assert told - known == {"total"}
-
-
 def test_a_key_is_asked_for_kept_in_the_tab_and_sent(
-    browser: Browser,
-    serve: Callable[..., AbstractContextManager[httpx.Client]],
-    settings: Callable[..., Settings],
-    tmp_path: Path,
-    file: Callable[..., FilePayload],
+    browser: Browser, serve: Serve, settings: Callable[..., Settings], tmp_path: Path, file: Draw
 ) -> None:
     kept = tmp_path / "keys.json"
     reader, writer = keys.add(kept, "reader", ["read"]), keys.add(kept, "writer", ["read", "write"])

@@ -2,7 +2,7 @@
 
 import logging
 import re
-import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
 from calmclip.service import collections
 from calmclip.service.stores import Condition, Info, Row, open_store, shown
+from tests.asking import until
 
 
 @pytest.fixture
@@ -29,13 +30,6 @@ def find(client, text, name="c"):
     return [one["id"] for one in answer.json()["hits"]] if answer.status_code == 200 else answer.status_code
 
 
-def until(holds, seconds=15):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def sentence(url, error):
     with pytest.raises(error) as caught:
         open_store(f"pgvector:{url}")
@@ -45,14 +39,10 @@ def sentence(url, error):
 
 
 def test_what_is_wrong_is_said_in_a_sentence_without_the_password(postgres):
-    host = f"127.0.0.1:{postgres.port}"
+    host, away = f"127.0.0.1:{postgres.port}", "postgresql://keeper:hush-w@127.0.0.1:9/d"
     assert "expected pgvector:postgresql://" in sentence("data/collections", BadRequest)
     for url, error, words in [
-        (
-            "postgresql://keeper:hush-w@127.0.0.1:9/d?password=hush-w",
-            StoreUnavailable,
-            "d at 127.0.0.1:9 does not answer",
-        ),
+        (f"{away}?password=hush-w", StoreUnavailable, "d at 127.0.0.1:9 does not answer"),
         (postgres.url("nowhere"), StoreUnavailable, f'nowhere at {host} does not answer: .*"nowhere" does not exist'),
         (postgres.url("postgres", "hush-no"), StoreUnavailable, f"postgres at {host} .*authentication failed"),
         (f"postgresql://keeper:hush-w@{host}/d?hush-w=1", BadRequest, "none that libpq reads"),
@@ -160,8 +150,7 @@ def test_services_that_share_a_store_see_each_other_s_collections_at_once(
 
 def test_a_table_that_another_service_dropped_meanwhile_is_not_found(postgres):
     """Between the look at which collections there are and the statement that needs the table."""
-    store = open_store(f"pgvector:{postgres.database()}")
-    try:
+    with closing(open_store(f"pgvector:{postgres.database()}")) as store:
         table = store.create(Info("c", "m", "d", 2, ""))
         store.drop("c")
         vector = np.array([1, 0], np.float32)
@@ -174,8 +163,6 @@ def test_a_table_that_another_service_dropped_meanwhile_is_not_found(postgres):
         ):
             with pytest.raises(CollectionNotFound, match="'c' was deleted by another service"):
                 use()
-    finally:
-        store.close()
 
 
 def test_a_filter_by_value_is_answered_by_the_index_of_the_metadata(postgres):
@@ -183,8 +170,7 @@ def test_a_filter_by_value_is_answered_by_the_index_of_the_metadata(postgres):
     vectors = np.random.default_rng(0).standard_normal((4000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     url = postgres.database()
-    store = open_store(f"pgvector:{url}")
-    try:
+    with closing(open_store(f"pgvector:{url}")) as store:
         table = store.create(Info("c", "m", "d", 64, ""))
         table.upsert([Row(f"{i:04}", one, {"kind": f"k{i % 400}", "n": i}) for i, one in enumerate(vectors)])
         kind = Condition("kind", "in", ("k7", "no such"))
@@ -200,8 +186,6 @@ def test_a_filter_by_value_is_answered_by_the_index_of_the_metadata(postgres):
         postgres.psql("ANALYZE calmclip_c1", url.rpartition("/")[2])
         before = reads().split("|")[1]
         until(lambda: reads() == f"t|{before}")  # statistics are told with a delay
-    finally:
-        store.close()
 
 
 def test_what_postgresql_cannot_keep_is_the_caller_s_fault(postgres, settings, serve):

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from calmclip.models.errors import BadRequest
 from calmclip.service.app import create_app
+from tests.asking import raw
 from tests.otlp import collecting
+from tests.process import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")]
 
@@ -32,9 +33,7 @@ REQUESTS = 24
 @contextmanager
 def ray(**variables: str):
     """The application of the file that ships, with two replicas of one core and other settings; a client for it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     config["http_options"] = {"host": "127.0.0.1", "port": port}
     (application,) = config["applications"]
@@ -110,7 +109,7 @@ def counts(client: httpx.Client, task: str, outcome: str = "ok") -> dict[str, fl
 
 def test_two_replicas_answer_what_the_plain_service_answers(cluster, client, picture):
     assert not counts(cluster, "catalog", "shed")  # no request comes to a replica that is still loading
-    send = {"content": picture("red", "green", "blue", "white"), "headers": {"content-type": "image/png"}}
+    send = raw(picture("red", "green", "blue", "white"))
     asked = [
         ("POST", "/v1/classify?labels=red&labels=yellow", send),
         ("POST", "/v1/detect?labels=red&labels=yellow&min_score=0.1", send),
@@ -149,7 +148,7 @@ def test_collections_are_one_whichever_replica_is_asked(cluster):
 
 
 def test_what_is_too_much_is_told_when_to_come_again(cluster, picture):
-    send = {"content": picture("red", size=(1500, 1500)), "headers": {"content-type": "image/png"}}
+    send = raw(picture("red", size=(1500, 1500)))
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda _: cluster.post("/v1/classify?labels=red", **send), range(128)))
     assert {one.status_code for one in answers} == {200, 503}
@@ -205,7 +204,7 @@ def test_a_replica_whose_bundles_do_not_load_is_not_healthy(settings, tmp_path):
 def test_the_replicas_end_in_order(cluster, ending, collector, picture):
     """What each has not sent to its collector yet is sent at the end of its lifespan."""
     for at in range(REQUESTS):
-        headers = {"content-type": "image/png", "x-request-id": f"last-{at}"}
-        assert cluster.post("/v1/classify?labels=red", content=picture("red"), headers=headers).status_code == 200
+        send = raw(picture("red"), **{"x-request-id": f"last-{at}"})
+        assert cluster.post("/v1/classify?labels=red", **send).status_code == 200
     ending.close()
     assert set(collector.server_spans()) >= {f"last-{at}" for at in range(REQUESTS)}

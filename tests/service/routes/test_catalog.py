@@ -1,6 +1,5 @@
 """Models, probes, the page."""
 
-import json
 import shutil
 
 import lancedb
@@ -8,38 +7,6 @@ import pytest
 
 from calmclip.models.errors import BadRequest
 from calmclip.service.app import create_app
-
-
-def test_models(client):
-    (model,) = client.get("/v1/models").json()["models"]
-    assert (model["name"], model["tasks"], model["precision"], model["dim"], model["labels"]) == (
-        "colours-int8", ["classify", "embed", "detect"], "int8", 3, 0,
-    )  # fmt: skip
-    one = client.get("/v1/models/colours-int8").json()
-    assert one["digest"] == model["digest"]
-    assert one["manifest"]["head"] == {"name": "cosine", "params": {"scale": 10.0}, "assets": {}}
-    assert one["report"]["measured"] == "nothing"
-
-
-def test_models_say_what_a_detect_request_that_says_nothing_asks_for(settings, serve, bundle_maker, tmp_path):
-    bundles = tmp_path / "bundles"
-    own = {"min_score": 0.25, "method": "hard"}
-    for name, changes in (("plain", {}), ("own", {"suppression": own}), ("words", {"tasks": ["classify"]})):
-        folder = bundle_maker(bundles, name).directory
-        manifest = json.loads((folder / "bundle.json").read_text())
-        (folder / "bundle.json").write_text(json.dumps(manifest | changes))
-    with serve(settings(bundles_dir=bundles, limits={"examples": 3})) as client:
-        found = {
-            one["name"]: (one["suppression"], one["examples"]) for one in client.get("/v1/models").json()["models"]
-        }
-    usual = {"method": "gaussian", "sigma": 0.5, "iou_threshold": 0.3, "min_score": 0.15, "max_output": 100}
-    usual["per_class"] = True
-    assert found == {"plain": (usual, 3), "own": (usual | own, 3), "words": (None, 0)}
-
-
-def test_probes(client):
-    assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"ready": True, "loaded": ["colours-int8"], "failed": {}}
 
 
 def test_int8_is_the_default_before_float_and_the_load_order_before_that(settings, serve, bundle_maker, tmp_path):
@@ -95,10 +62,10 @@ def test_a_store_that_does_not_open_leaves_the_tasks(settings, serve, tmp_path):
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
 
 
-def test_a_damaged_label_set_is_said_at_once(settings, tmp_path):
-    (tmp_path / "data" / "label-sets").mkdir(parents=True)
-    (tmp_path / "data" / "label-sets" / "x.json").write_text("{")
-    with pytest.raises(BadRequest, match=r"x\.json is no label set"):
+def test_a_damaged_classifier_is_said_at_once(settings, tmp_path):
+    (tmp_path / "data" / "classifiers").mkdir(parents=True)
+    (tmp_path / "data" / "classifiers" / "x.json").write_text("{")
+    with pytest.raises(BadRequest, match=r"x\.json is no classifier"):
         create_app(settings())
 
 

@@ -27,22 +27,9 @@ def test_letterbox_padding_is_no_part_of_the_picture(client, picture):
 
 
 def test_effective_settings_are_echoed(client, picture):
-    data = {
-        "labels": ["red", "yellow"],
-        "method": "linear",
-        "iou_threshold": "0.4",
-        "per_class": "false",
-        "max_output": 3,
-    }
-    answer = client.post("/v1/detect", files={"image": picture("red", size=(64, 64))}, data={**data, "min_score": 0.5})
+    asked = {"method": "linear", "iou_threshold": 0.4, "per_class": False, "max_output": 3, "min_score": 0.5}
+    form = {"labels": ["red", "yellow"], **asked}
+    answer = client.post("/v1/detect", files={"image": picture("red", size=(64, 64))}, data=form)
     # every quarter is red: cosine 1 with red, sqrt(1/2) with yellow: 8 pairs over 0.5, 3 of them kept
-    used = {
-        "method": "linear",
-        "sigma": 0.5,
-        "iou_threshold": 0.4,
-        "min_score": 0.5,
-        "max_output": 3,
-        "per_class": False,
-    }
-    assert answer.json()["suppression"] == {**used, "candidates": 8, "kept": 3}
+    assert answer.json()["suppression"] == {**asked, "sigma": 0.5, "candidates": 8, "kept": 3}
     assert math.isclose(answer.json()["detections"][0]["raw_score"], 1, abs_tol=1e-6)

@@ -1,15 +1,10 @@
 """Examples instead of words: in JSON, in a form, beside labels, and what is refused. Regions are the four quarters."""
 
-import base64
-
 import pytest
 
 from calmclip.models.tasks.detect import Suppression
 from calmclip.service.schemas import DetectBody
-
-
-def b64(data: bytes) -> dict[str, str]:
-    return {"b64": base64.b64encode(data).decode()}
+from tests.asking import b64
 
 
 def labels(answer) -> list[tuple[str, int, dict[str, float]]]:

@@ -1,13 +1,9 @@
 """Vectors are known by hand: the colours of tests/service/conftest.py, made unit."""
 
-import base64
-
 import numpy as np
 import pytest
 
-
-def b64(data: bytes) -> dict[str, str]:
-    return {"b64": base64.b64encode(data).decode()}
+from tests.asking import b64, raw
 
 
 def test_texts_and_pictures_keep_their_order(client, picture):
@@ -32,12 +28,5 @@ def test_multipart_parts_are_inputs_in_their_order(client, picture):
 
 
 def test_a_raw_picture_is_one_input(client, picture):
-    answer = client.post("/v1/embed", content=picture("green"), headers={"content-type": "image/png"}).json()
+    answer = client.post("/v1/embed", **raw(picture("green"))).json()
     assert answer["embeddings"] == [[0, 1, 0]]
-
-
-def test_the_same_text_alone_and_among_others_has_the_same_bytes(client):
-    alone = client.post("/v1/embed", json={"inputs": [{"text": "yellow"}]}).json()["embeddings"][0]
-    texts = ["a photo of a red thing", "yellow", "blue"]
-    among = client.post("/v1/embed", json={"inputs": [{"text": t} for t in texts]}).json()["embeddings"][1]
-    assert alone == among

@@ -80,24 +80,6 @@ def test_a_bundle_that_serves_raw_opens_all_its_graphs(settings, serve, bundle_m
         assert {one["name"]: one["data"] for one in answer.json()["outputs"]}["candidates"] == [300]
 
 
-def test_before_anything_is_loaded(settings, serve, tmp_path, monkeypatch):
-    import threading
-
-    import calmclip.service.hub
-
-    gate = threading.Event()
-    monkeypatch.setattr(calmclip.service.hub, "read", lambda path: gate.wait(10))
-    with serve(settings(), ready=False) as client:
-        try:
-            ready = client.get("/v2/health/ready")
-            assert (ready.status_code, ready.json()) == (400, {"ready": False})  # the protocol: 4xx is false
-            one = client.get(f"{TEXT}/ready")
-            assert (one.status_code, one.headers["retry-after"]) == (503, "1")
-            assert client.get("/v2/health/live").status_code == 200
-        finally:
-            gate.set()
-
-
 def test_json_in_json_out(client):
     answer = client.post(f"{TEXT}/infer", json={"id": "42", "inputs": words([RED, 0], [YELLOW, 0])})
     assert answer.headers["content-type"] == "application/json"
@@ -151,12 +133,6 @@ def test_outputs_come_as_they_are_asked_for(client):
     assert (boxes["name"], boxes["shape"], boxes["data"][4:8]) == ("boxes", [1, 4, 4], [4, 0, 8, 4])
     assert (embeds["name"], embeds["parameters"]) == ("class_embeds", {"binary_data_size": 48})
     assert np.frombuffer(answer.content[length:], "<f4").reshape(4, 3) == pytest.approx(np.array([[0, 0, 1]] * 4))
-
-
-def test_more_rows_than_one_run_takes(client):
-    rows = [[RED, 0]] * 20 + [[GREEN, 0]] * 20
-    data = client.post(f"{TEXT}/infer", json={"inputs": words(*rows)}).json()["outputs"][0]["data"]
-    assert data == [1, 0, 0] * 20 + [0, 1, 0] * 20
 
 
 def test_requests_that_are_merged_do_not_hurt_each_other(client):

@@ -1,45 +1,19 @@
-"""What belongs to one request (`Context`) and to one app (`Service`), and how routes get at both."""
+"""`Context`: what belongs to one request."""
 
 import asyncio
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from calmclip.models.errors import DeadlineExceeded
 from calmclip.models.runtime.clock import Stopwatch
 
 if TYPE_CHECKING:
-    from calmclip.service.admission import Admission, Place
-    from calmclip.service.collections import Collections
-    from calmclip.service.connections import Connections
-    from calmclip.service.engine import Engine
-    from calmclip.service.fetching import Fetcher
-    from calmclip.service.hub import Hub
-    from calmclip.service.labels import LabelSets
-    from calmclip.service.metrics import Metrics
-    from calmclip.service.settings import Settings
-
-
-# A request -> what it is about; the first that fits.
-TASKS = tuple(
-    (re.compile(pattern), task)
-    for pattern, task in (
-        ("[A-Z]+ /v1/classify", "classify"),
-        ("[A-Z]+ /v1/detect", "detect"),
-        ("[A-Z]+ /v1/(embed|embeddings)", "embed"),
-        ("[A-Z]+ /v1/collections/[^/]+/search", "search"),
-        ("(POST|DELETE) /v1/collections/[^/]+/items", "index"),
-        ("[A-Z]+ /v1/collections(/.*)?", "collections"),
-        ("[A-Z]+ /v1/label-sets(/.*)?", "labels"),
-        ("[A-Z]+ /v2/models/[^/]+/infer", "infer"),
-        (r"[A-Z]+ /(v1/models(/.*)?|v2(/.*)?|problems/.*|[a-z]+(\.[a-z]+)?)?", "catalog"),
-    )
-)
+    from calmclip.service.admission import Place
 
 
 @dataclass
@@ -50,7 +24,7 @@ class Context:
     deadline_s: float  # seconds after the start; the caller may ask for less than the service allows
     clock: Stopwatch = field(default_factory=Stopwatch)
     graphs: dict[tuple[str, str], float] = field(default_factory=dict)  # (stage, graph) -> seconds
-    task: str = "other"
+    task: str = "other"  # what it counts as: the endpoint's
     model: str = ""
     key: str = ""  # name of the one it came with
     problem: str = ""  # slug of the problem that was answered
@@ -97,54 +71,6 @@ class Context:
         return f"last at {next(reversed(stages))!r}" if stages else "still being read"
 
 
-@dataclass(frozen=True)
-class Service:
-    """The parts of one app, as `create_app` wired them."""
-
-    settings: "Settings"
-    metrics: "Metrics"
-    admission: "Admission"
-    hub: "Hub"
-    engine: "Engine"
-    collections: "Collections"
-    labels: "LabelSets"
-    fetcher: "Fetcher"
-    connections: "Connections"
-
-    @property
-    def failed(self) -> dict[str, str]:
-        """What does not open, or why the service is leaving: name -> reason, as `/readyz` says."""
-        leaving = {"service": "it is shutting down"} if self.admission.leaving else {}
-        return {**self.collections.failed, **self.hub.failed, **leaving}
-
-    @property
-    def ready(self) -> bool:
-        return self.hub.ready and not self.collections.loading and not self.failed
-
-
 def context(request: Request) -> Context:
     found: Context = request.scope["calmclip.context"]
     return found
-
-
-def service(request: Request) -> Service:
-    found: Service = request.app.state.service
-    return found
-
-
-def task_of(method: str, path: str) -> str:
-    """What a request counts as, in metrics and paces."""
-    asked = f"{method} {path}"
-    return next((task for pattern, task in TASKS if pattern.fullmatch(asked)), "other")
-
-
-async def _own(request: Request) -> Context:  # async: FastAPI sends plain functions through a thread pool
-    return context(request)
-
-
-async def _parts(request: Request) -> Service:
-    return service(request)
-
-
-Own = Annotated[Context, Depends(_own)]
-Parts = Annotated[Service, Depends(_parts)]

@@ -1,0 +1,28 @@
+"""GET /problems/{slug}: what a problem means, for whoever follows its type."""
+
+import html
+
+from fastapi.responses import HTMLResponse
+
+from calmclip.models.errors import UnknownName, suggestion
+from calmclip.service.asked import Asked
+from calmclip.service.endpoints import CATALOG, Endpoint
+from calmclip.service.problems import PROBLEMS
+
+
+@Endpoint(
+    "GET",
+    "/problems/{slug}",
+    task=CATALOG,
+    scope="read",
+    summary="What a problem means",
+    tags=("catalog",),
+    problems=("not-found",),
+    responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}},
+)
+async def explain(asked: Asked[None], slug: str) -> HTMLResponse:
+    if slug not in PROBLEMS:
+        raise UnknownName(f"there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}", known=PROBLEMS)
+    problem = PROBLEMS[slug]
+    title, text = html.escape(f"{problem.status} {problem.title}"), html.escape(problem.explanation)
+    return HTMLResponse(f"<!doctype html><html lang=en><title>{title}</title><h1>{title}</h1><p>{text}</p></html>")
