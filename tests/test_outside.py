@@ -1,0 +1,286 @@
+"""A package of somebody else's adds a task, its endpoint, a head, an adapter and an eval; no file of ours is edited.
+
+The package is a real distribution on disk. Its adapter turns the pictures' vectors round and lets the net serve its
+task; the exported bundle is then asked over HTTP and by verbs.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calmclip import open_bundle
+from calmclip.export.adapters import ADAPTERS
+from calmclip.export.nets import NETS
+from calmclip.export.parity import torch_run
+from calmclip.export.trace import example
+from calmclip.models.bundle.store import read
+from calmclip.models.cli import main
+from calmclip.models.evals import EVALS
+from calmclip.models.heads import HEADS
+from calmclip.models.tasks import TASKS
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    "guest_adapter": """
+        from dataclasses import replace
+        from calmclip.export.adapters import ADAPTERS, Adapter
+        from calmclip.models.bundle.manifest import FrozenModel
+
+        class Params(FrozenModel):
+            factor: float
+            loud: bool = False
+
+        def adapt(net, params, context):
+            layer = net.towers["image"].module.projection
+            layer.weight.data = layer.weight.data * params.factor
+            return replace(net, tasks=tuple(dict.fromkeys((*net.tasks, "channel"))))
+
+        ADAPTERS.register("guest")(Adapter(Params, adapt, {"--guest": "factor", "--loud": "loud", "--name": "loud"}))
+        """,
+    "guest_task": """
+        from dataclasses import dataclass
+        from calmclip.models.bundle.manifest import ImagePreprocess
+        from calmclip.models.tasks import TASKS, Command, Task
+        from calmclip.models.tasks.features import picture
+
+        @dataclass(frozen=True)
+        class ChannelRequest:
+            image: object
+            times: float = 1
+
+        def channel(bundle, request):
+            bundle.require("channel")
+            row = (yield from picture(bundle, request.image))[0]
+            return {"channel": int(row.argmax()), "most": float(row.max()) * request.times}
+
+        command = Command(
+            lambda options: options.add_argument("--times", type=float, default=1.0),
+            lambda runner, given: (runner.ask("channel", ChannelRequest(path, given.times)) for path in given.pictures),
+            lambda answer: f"{answer['channel']} {answer['most']:.4f}",
+        )
+        TASKS.register("channel")(
+            Task("channel", "the strongest number of a picture's vector", ChannelRequest, channel,
+                 lambda bundle, file: ChannelRequest(file), {"image": ImagePreprocess}, command=command)
+        )
+        """,
+    "guest_endpoint": """
+        from calmclip.service.asked import Asked
+        from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
+        from calmclip.service.schemas import Answer, PictureBody
+        from guest_task import ChannelRequest, channel
+
+        class ChannelBody(PictureBody):
+            times: float = 1
+
+        class ChannelAnswer(Answer):
+            model: str
+            channel: int
+            most: float
+
+        @Endpoint("POST", "/v1/channel", task="channel", scope="read", summary="The strongest channel",
+                  body=ChannelBody, example={"image": {"b64": PIXEL}, "times": 2}, answer=ChannelAnswer,
+                  problems=(*ENGINE, *INPUT, *PICTURE))
+        async def ask(asked: Asked[ChannelBody]) -> ChannelAnswer:
+            loaded = asked.bundle(asked.body.model)
+            asked.check(asked.body.image)
+            request = ChannelRequest(asked.body.image, asked.body.times)
+            return ChannelAnswer(model=loaded.name, **await asked.run(loaded, channel(loaded.bundle, request)))
+        """,
+    "guest_head": """
+        import numpy as np
+        from calmclip.models.bundle.manifest import FrozenModel
+        from calmclip.models.heads import HEADS, Asset, Head
+
+        class Params(FrozenModel):
+            sure: float = 0.75
+
+        def fit(examples, params):  # every label is as likely as it was often shown, whatever the picture
+            return {"often": np.bincount(examples.truth, minlength=len(examples.labels)).astype(np.float32)}
+
+        def logits(image, columns, params):
+            return np.log(columns.assets["often"] * np.ones((len(image), 1), np.float32))
+
+        def scores(logits):
+            return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+        HEADS.register("guest")(Head(Params, logits, scores, {"often": Asset(("C",))}, fit))
+        """,
+    "guest_eval": """
+        import numpy as np
+        from calmclip.models.evals import EVALS, Eval, Figure, NoParams, Samples
+        from guest_task import ChannelRequest, channel
+
+        def predict(runner, files, params):
+            answers = runner.map(channel(runner.bundle, ChannelRequest(file)) for file in files)
+            return Samples({"pictures": len(files)}, {"most": np.array([one["most"] for one in answers])})
+
+        def score(samples, params):
+            return lambda rows: [Figure("mean of the most", float(samples.arrays["most"][rows].mean()), "")]
+
+        def read(data, params, limit):
+            return sorted(data.glob("*.jpg"))[:limit]
+
+        EVALS.register("guest")(Eval("channel", "*.jpg", NoParams, read, predict, score))
+        """,
+}
+POINTS = """
+[calmclip.adapters]
+guest = guest_adapter
+[calmclip.tasks]
+channel = guest_task
+[calmclip.endpoints]
+POST /v1/channel = guest_endpoint
+[calmclip.heads]
+guest = guest_head
+[calmclip.evals]
+guest = guest_eval
+"""
+SCRIPT = """
+import asyncio, base64, contextlib, io, json, sys
+from pathlib import Path
+import httpx
+from calmclip.models.cli import main
+from calmclip.service import keys
+from calmclip.service.app import create_app
+from calmclip.service.monitoring.rules import INTERACTIVE
+from calmclip.service.settings import Settings
+
+bundles, data, pictures = map(Path, sys.argv[1:])
+
+async def served(cat, rocket):
+    found = {}
+    secrets = {scope: keys.add(data / "keys", scope, [scope]) for scope in keys.SCOPES}
+    app = create_app(Settings(bundles_dir=bundles, data_dir=data, threads=1, keys=data / "keys"))
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        async def ask(scope, method, path, headers=None, **more):
+            key = {"x-api-key": secrets.get(scope, "")}
+            answer = await http.request(method, path, headers=key | (headers or {}), **more)
+            return [answer.status_code, answer.json() if "json" in answer.headers["content-type"] else answer.text]
+        while (await http.get("/readyz")).status_code != 200:
+            await asyncio.sleep(0.01)
+        send = {"content": cat, "headers": {"content-type": "image/jpeg"}}
+        for scope in ("nobody", *secrets):
+            found[scope] = await ask(scope, "POST", "/v1/channel?times=3", **send)
+        found["models"] = await ask("read", "GET", "/v1/models")
+        await ask("write", "PUT", "/v1/classifiers/odd", json={"labels": ["a", "b", "c"]})
+        pairs = ((cat, "a"), (rocket, "b"), (cat, "b"), (cat, "c"))
+        shown = [{"image": {"b64": base64.b64encode(one).decode()}, "label": label} for one, label in pairs]
+        found["fit"] = await ask("write", "POST", "/v1/classifiers/odd/fit", json={"head": "guest", "items": shown})
+        found["classify"] = await ask("read", "POST", "/v1/classify?classifier=odd&labels=c&labels=b", **send)
+        found["metrics text"] = (await ask("metrics", "GET", "/metrics"))[1]
+    return found | {"spec": app.openapi(), "interactive": INTERACTIVE}
+
+def verb(*argv):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([*argv, "--json"]) == 0, argv
+    return json.loads(out.getvalue())
+
+bundle, cat = str(next(bundles.iterdir())), pictures / "cat.jpg"
+found = asyncio.run(served(cat.read_bytes(), (pictures / "rocket.jpg").read_bytes()))
+found["plugins"] = verb("plugins")
+found["run"] = verb("run", bundle, "channel", str(cat), "--times", "2")
+found["eval"] = verb("eval", bundle, "guest", "--data", str(pictures), "--limit", "3")
+found["torch"] = "torch" in sys.modules
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """Where the package is installed."""
+    info = tmp_path / "site" / "guest-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(POINTS)
+    for name, text in MODULES.items():
+        (tmp_path / "site" / f"{name}.py").write_text(textwrap.dedent(text))
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def bundle(site: Path, tiny_hf_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Exported with the adapter, by a process that knows the package's adapter and not its task."""
+    for registry in (TASKS, HEADS, EVALS):
+        registry.load()  # without the package
+    monkeypatch.syspath_prepend(str(site))
+    importlib.invalidate_caches()
+    for name, fresh in (("_things", {**ADAPTERS._things}), ("_homes", {**ADAPTERS._homes}), ("_loaded", False)):
+        monkeypatch.setattr(ADAPTERS, name, fresh)
+    monkeypatch.delitem(sys.modules, "guest_adapter", raising=False)
+    (tmp_path / "recipe.toml").write_text('[quantize]\nimage = {name = "none"}\ntext = {name = "none"}\n')
+    asked = ["export", str(tiny_hf_clip), "--recipe", str(tmp_path / "recipe.toml"), "--name", "g"]
+    asked += ["--guest", "-1.0", "--loud", "--adapter", "guest:factor=2", "--out", str(tmp_path / "bundles")]
+    assert main(asked) == 0
+    (directory,) = (tmp_path / "bundles").iterdir()
+    return directory
+
+
+def test_each_is_listed_served_measured_and_in_openapi(
+    bundle: Path, site: Path, tiny_hf_clip: Path, photographs: dict[str, Path], tmp_path: Path
+):
+    assert read(bundle).manifest.source.notes.endswith(
+        "; adapter guest factor=-1.0 loud=True; adapter guest factor=2.0"
+    )
+    assert json.loads((bundle / "report.json").read_text())["recipe"]["adapters"] == [
+        {"name": "guest", "params": {"factor": -1.0, "loud": True}},
+        {"name": "guest", "params": {"factor": 2.0}},
+    ]
+    tower = NETS.get("clip").load(str(tiny_hf_clip)).towers["image"]
+    given = {key: tensor.numpy() for key, tensor in zip(tower.inputs, example(tower), strict=True)}
+    (want,) = torch_run(tower)(given).values()
+    runner = open_bundle(bundle)
+    (found,) = runner.raw("image", given).values()
+    assert np.allclose(found, -want, atol=1e-5)
+    assert "channel" not in TASKS.names()  # a reader that does not know the task serves the others
+    assert (runner.bundle.tasks, read(bundle).manifest.tasks[-1]) == (("classify", "embed", "raw"), "channel")
+
+    (tmp_path / "data").mkdir()
+    pictures = photographs["cat"].parent
+    given = [str(bundle.parent), str(tmp_path / "data"), str(pictures)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *given], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    row = runner.embed(images=[photographs["cat"]])[0]
+    most = {"channel": int(row.argmax()), "most": pytest.approx(float(row.max()), abs=1e-6)}
+    # served, to a key that may read
+    assert (told["nobody"][0], told["write"][0], told["metrics"][0]) == (401, 403, 403)
+    assert told["read"] == [200, {"model": bundle.name, **most, "most": pytest.approx(3 * row.max(), abs=1e-5)}]
+    # listed
+    assert told["models"][1]["models"][0]["tasks"] == ["classify", "embed", "raw", "channel"]
+    families = ("adapters", "tasks", "endpoints", "heads", "evals")
+    names = ("guest", "channel", "POST /v1/channel", "guest", "guest")
+    assert all(name in told["plugins"][family] for family, name in zip(families, names, strict=True))
+    # measured
+    assert f'calmclip_requests_total{{model="{bundle.name}",outcome="ok",task="channel"}} 1.0' in told["metrics text"]
+    assert "|channel|" in told["interactive"].replace('"', "|")
+    # in OpenAPI
+    operation = told["spec"]["paths"]["/v1/channel"]["post"]
+    content = operation["requestBody"]["content"]
+    assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/ChannelBody"}
+    assert content["application/json"]["example"]["times"] == 2
+    assert {"image/png", "multipart/form-data"} <= content.keys()
+    assert operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/ChannelAnswer")
+    assert operation["security"][0] == {"bearer": ["read"]}
+    assert {"ChannelBody", "ChannelAnswer"} <= told["spec"]["components"]["schemas"].keys()
+    # the head knows its labels: b was shown twice, a and c once
+    assert (told["fit"][0], told["fit"][1]["head"], told["fit"][1]["params"]) == (200, "guest", {"sure": 0.75})
+    ranked = [(one["label"], one["score"]) for one in told["classify"][1]["labels"]]
+    assert ranked == [("b", pytest.approx(2 / 3, abs=1e-6)), ("c", pytest.approx(1 / 3, abs=1e-6))]
+    # verbs
+    assert told["run"]["answers"] == [{**most, "most": pytest.approx(2 * row.max(), abs=1e-5)}]
+    rows = runner.embed(images=sorted(pictures.glob("*.jpg"))[:3])
+    (figure,) = told["eval"]["figures"]
+    assert figure["values"][bundle.name]["value"] == pytest.approx(rows.max(axis=1).mean(), abs=1e-6)
+    assert told["torch"] is False
