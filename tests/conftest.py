@@ -2,8 +2,9 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,45 +56,34 @@ def photographs() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_hf_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests import tiny
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a layout -> a tiny checkpoint of it. Not to be changed: `tests.tiny.changed` makes a copy."""
+    from tests.tiny_layouts.checkpoints import CHECKPOINTS, MORE
 
-    return tiny.hf_clip(tmp_path_factory.mktemp("checkpoints") / "tiny-hf")
+    made: dict[str, Path] = {}
 
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = (CHECKPOINTS | MORE)[name](tmp_path_factory.mktemp("layouts") / name)
+        return made[name]
 
-@pytest.fixture(scope="session")
-def tiny_open_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests import tiny
-
-    return tiny.open_clip(tmp_path_factory.mktemp("checkpoints") / "tiny-oc")
-
-
-@pytest.fixture(scope="session")
-def tiny_owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests import tiny
-
-    return tiny.owl(tmp_path_factory.mktemp("checkpoints") / "tiny-owl")
+    return of
 
 
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests import tiny
+def tiny_checkpoint(kind: str) -> Any:
+    """A fixture: a directory that `tests.tiny` writes."""
 
-    return tiny.bert(tmp_path_factory.mktemp("checkpoints") / "tiny-bert")
+    @pytest.fixture(scope="session")
+    def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        from tests import tiny
 
+        return getattr(tiny, kind)(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind.replace('_', '-')}")
 
-@pytest.fixture(scope="session")
-def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests import tiny
-
-    return tiny.opt(tmp_path_factory.mktemp("checkpoints") / "tiny-opt")
+    return made
 
 
-@pytest.fixture(scope="session")
-def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests import tiny
-
-    return tiny.vit(tmp_path_factory.mktemp("checkpoints") / "tiny-vit")
+tiny_hf_clip, tiny_open_clip, tiny_owl = map(tiny_checkpoint, ("hf_clip", "open_clip", "owl"))
+tiny_bert, tiny_opt, tiny_vit = map(tiny_checkpoint, ("bert", "opt", "vit"))
 
 
 @pytest.fixture(scope="session", autouse=True)

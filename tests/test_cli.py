@@ -75,7 +75,7 @@ def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, pho
         "classify"
     ]
     assert sum(row["score"] for row in ranked) == pytest.approx(1.0)
-    assert len(answer("run", "tiny-int8", "embed", cat, "--text", "two dogs")["embeddings"]) == 2
+    assert len(answer("run", "tiny-int8", "embed", cat, "--text", "two dogs")["answers"]) == 2
     timed = answer("bench", "tiny-int8", "--against", "tiny-float", "--rounds", "3")
     assert {role: len(sides) for role, sides in timed["latency_ms"].items()} == {"image": 2, "text": 2}
 
@@ -88,7 +88,7 @@ def test_the_op_library_is_used_as_the_environment_and_then_the_flag_say(
     rest = {"bench": ["--rounds", "2"], "run": ["embed", str(photographs["cat"])], "eval": ["retrieval"]}
     argv = [verb, "tiny-int8", *rest.get(verb, []), "--bundles", str(tiny_bundles)]
     if verb == "eval":
-        (tmp_path / "captions.txt").touch()
+        (tmp_path / "captions.json").write_text('{"a.jpg": ["a"]}')
         argv += ["--data", str(tmp_path)]
     wants = "no op library is built, and CALMCLIP_OPS=required"
     monkeypatch.setenv("CALMCLIP_OPS", "required")
@@ -155,9 +155,9 @@ def test_eval_prints_int8_beside_the_float_bundle_sealed_with_it(
     (tmp_path / "labels.json").write_text(json.dumps(rows))
     argv = ["eval", "tiny-int8", "zero_shot", "--data", str(tmp_path), "--bundles", str(tiny_bundles)]
     assert main([*argv, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["results"]
-    assert list(found) == ["tiny-int8", "tiny-float"]
-    assert found["tiny-int8"]["pictures"] == 2
+    found = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in found["bundles"]] == [*found["figures"][0]["values"]] == ["tiny-int8", "tiny-float"]
+    assert found["counts"] == {"pictures": 2, "labels": 2}
     assert main([*argv, "--against", "tiny-flaot"]) == 2
     assert "did you mean 'tiny-float'?" in capsys.readouterr().err
 
@@ -192,6 +192,6 @@ def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
     assert main(["plugins", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"cosine", "sigmoid"} <= set(found["heads"])
-    assert {"single", "ensemble"} <= set(found["prompts"])
+    assert {"classify", "embed", "detect", "raw"} == set(found["tasks"])
     assert {"mini", "clip"} <= set(found["nets"])
     assert all(found.values()), "an empty family is printed"

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from calmclip.models import extras
 from calmclip.models.ops import build
+from calmclip.service.monitoring import dashboard
 from calmclip.service.settings import Settings
 from tests import requirements
 
@@ -25,7 +27,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PROMETHEUS = yaml.safe_load((ROOT / "service/monitoring/prometheus.yml").read_text())
 GRAFANA = ROOT / "service/monitoring/grafana/provisioning"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LIBRARY = build.FOLDER.relative_to(ROOT).as_posix()
+LIBRARY = build.FOLDER.resolve().relative_to(ROOT).as_posix()  # behind the link
 
 
 @dataclass
@@ -63,15 +65,16 @@ def stages() -> dict[str, Stage]:
 STAGES = stages()
 
 
-def setting_names(model: type[BaseModel] = Settings, prefix: str = "CALMCLIP_") -> set[str]:
-    names: set[str] = set()
+def settings_there(model: type[BaseModel] = Settings, prefix: str = "CALMCLIP_") -> dict[str, Any]:
+    """Name of the variable -> default."""
+    found: dict[str, Any] = {}
     for name, of in model.model_fields.items():
         inner = of.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names |= setting_names(inner, f"{prefix}{name.upper()}__")
+            found |= settings_there(inner, f"{prefix}{name.upper()}__")
         else:
-            names.add(f"{prefix}{name.upper()}")
-    return names
+            found[f"{prefix}{name.upper()}"] = of.default
+    return found
 
 
 def published(service: str) -> list[tuple[str, str, str]]:
@@ -218,7 +221,7 @@ def test_the_op_library_reaches_both_images_which_demand_it() -> None:
     installed = f"/opt/calmclip/lib/python{python[1]}/site-packages"
     for name in ("export", "packages"):
         taken = [text.split()[1:] for text in STAGES[name].all("COPY") if "--from=ops" in text]
-        assert taken == [[f"/app/{LIBRARY}", f"{installed}/{LIBRARY}"]]
+        assert taken == [[f"/app/{LIBRARY}", f"{installed}/calmclip/{LIBRARY}"]]
     for name in ("export", "service"):
         steps = STAGES[name].steps
         arrives = max(
@@ -243,7 +246,7 @@ def test_the_ops_stage_has_what_its_build_imports_and_compiles(tmp_path: Path) -
         for source in sources:
             if (ROOT / source).is_dir():
                 hidden = shutil.ignore_patterns("lib", "__pycache__")
-                shutil.copytree(ROOT / source, tmp_path / target, ignore=hidden, dirs_exist_ok=True)
+                shutil.copytree(ROOT / source, tmp_path / target, symlinks=True, ignore=hidden, dirs_exist_ok=True)
             else:
                 (tmp_path / target).mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / source, tmp_path / target)
@@ -251,7 +254,9 @@ def test_the_ops_stage_has_what_its_build_imports_and_compiles(tmp_path: Path) -
     assert (python, flag) == ("python", "-c")
     imports, call = code.split("; ")
     assert call == "build()"
-    ask = f"{imports}; from calmclip.models.ops.build import FOLDER, fingerprint; print(FOLDER, fingerprint())"
+    ask = (
+        f"{imports}; from calmclip.models.ops.build import FOLDER, fingerprint; print(FOLDER.resolve(), fingerprint())"
+    )
     done = subprocess.run(  # -S -E: nothing is installed there
         [sys.executable, "-S", "-E", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -260,21 +265,24 @@ def test_the_ops_stage_has_what_its_build_imports_and_compiles(tmp_path: Path) -
 
 
 def test_the_sources_that_a_library_is_held_against_ship_with_the_package() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["models"]
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["calmclip.models"]
     shipped = {path for pattern in patterns for path in (ROOT / "models").glob(pattern)}
-    every = {path for path in build.SOURCES.rglob("*") if path.suffix in (".cc", ".h", ".inc")}  # all processors'
-    assert set(build.sources()) <= every
+    every = {
+        path for path in build.SOURCES.resolve().rglob("*") if path.suffix in (".cc", ".h", ".inc")
+    }  # all processors'
+    assert {path.resolve() for path in build.sources()} <= every
     assert every <= shipped
 
 
 def test_every_setting_that_is_set_exists() -> None:
-    known = setting_names()
+    known = settings_there().keys()
     assert "CALMCLIP_LIMITS__IMAGE_BYTES" in known  # that the walk went in
     named = {name for stage in STAGES.values() for name in stage.env()}
     named |= {name for one in SERVICES.values() for name in one.get("environment", {})}
     ours = {name for name in named if name.startswith("CALMCLIP_")}
     assert ours
-    assert ours <= known
+    assert ours <= known | {extras.IMAGE}
+    assert all(STAGES[name].env()[extras.IMAGE] == name for name in ("export", "service"))
 
 
 def test_one_port_from_the_command_to_the_scrape() -> None:
@@ -318,6 +326,9 @@ def test_grafana_asks_the_prometheus_of_this_file() -> None:
     assert url.hostname in SERVICES
     assert str(url.port) == published(url.hostname)[0][2]
     (provider,) = yaml.safe_load((GRAFANA / "dashboards/calmclip.yml").read_text())["providers"]
+    assert (source["type"], provider["type"]) == ("prometheus", "file")
+    for uid in dashboard.BOARDS:
+        assert set(re.findall(r'"uid": "([\w-]+)"', dashboard.text(uid))) - {uid} == {source["uid"]}
     folder = ROOT / mounts("grafana")[provider["options"]["path"]]
     home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (folder / Path(home).name).is_file()

@@ -5,12 +5,7 @@ The oracle is transformers on the checkpoint itself; nothing between it and the 
 
 import base64
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +20,8 @@ from PIL import Image
 from calmclip.models.preprocess.image import decode
 from calmclip.models.runner import open_bundle
 from calmclip.service.client import Client
+from tests import process
+from tests.asking import b64
 
 LABELS = ["a cat", "two dogs", "red", "a photo of a cup", "green green"]
 
@@ -37,35 +34,11 @@ def server(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @contextmanager
 def serving(bundles: Path, data: Path) -> Iterator[httpx.Client]:
-    """`calmclip serve` in a process of its own, from its start to its end. Its log goes to a file: a pipe that nobody
-    reads is full after a few hundred requests, and the server waits."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "calmclip.models.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
-    environment = os.environ | {"CALMCLIP_DATA_DIR": str(data), "CALMCLIP_THREADS": "1"}
-    log = data.with_name(f"{data.name}.log")
-    with log.open("w") as written:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=written)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            _until_ready(client, process, log)
-            yield client
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-
-
-def _until_ready(client: httpx.Client, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()
-        try:
-            if client.get("/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError("the service was not ready after a minute")
+    """From its start to its end, which is in order."""
+    with process.serving(bundles, data, "--threads", "1") as (running, client, _):
+        yield client
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +67,8 @@ def test_classify_over_http_agrees_with_the_checkpoint(server: httpx.Client, ora
     logits = scale * images.astype(np.float64) @ texts.T
     want = (np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[0]
     for model, tolerance in (("tiny-float", 1e-4), ("tiny-int8", 0.15)):
-        answer = server.post(
-            "/v1/classify",
-            files={"image": photographs["cat"].read_bytes()},
-            data={"labels": LABELS, "model": model},
-        )
+        files = {"image": photographs["cat"].read_bytes()}
+        answer = server.post("/v1/classify", files=files, data={"labels": LABELS, "model": model})
         assert answer.status_code == 200, answer.text
         rows = answer.json()["labels"]
         assert sorted(row["index"] for row in rows) == list(range(len(LABELS)))
@@ -110,20 +80,13 @@ def test_classify_over_http_agrees_with_the_checkpoint(server: httpx.Client, ora
 
 def test_vectors_over_http_agree_with_the_checkpoint(server: httpx.Client, oracle, photographs):
     images, texts, _ = oracle([photographs["rocket"]], ["two dogs"])
-    picture = {"b64": base64.b64encode(photographs["rocket"].read_bytes()).decode()}
-    inputs = [{"text": "two dogs"}, {"image": picture}]
+    inputs = [{"text": "two dogs"}, {"image": b64(photographs["rocket"].read_bytes())}]
     for model, least in (("tiny-float", 1 - 1e-6), ("tiny-int8", 0.97)):
         answer = server.post("/v1/embed", json={"model": model, "inputs": inputs})
         vectors = np.array(answer.json()["embeddings"])
         assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-3)
         assert vectors[0] @ texts[0] > least
         assert vectors[1] @ images[0] > least
-
-
-def test_the_report_that_was_sealed_is_served(server: httpx.Client, tiny_bundles: Path):
-    served = server.get("/v1/models/tiny-int8").json()
-    sealed = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())
-    assert served["report"] == sealed
 
 
 def test_every_door_of_the_service_gives_the_vectors_of_the_runner(

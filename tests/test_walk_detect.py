@@ -1,7 +1,6 @@
 """The whole walk of a detector: transformers writes an OWLv2 or OWL-ViT, one command seals it, `calmclip check` finds
 nothing wrong with it, and a real server answers over HTTP as transformers does."""
 
-import base64
 import io
 import json
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from PIL import Image
 
 from calmclip.models.cli import main
 from tests import tiny
+from tests.asking import b64
 from tests.test_walk import serving
 
 LABELS = ["a cat", "two dogs"]
@@ -112,7 +112,7 @@ def test_int8_sees_and_reads_as_float_does(detector: Detector):
 
 
 def test_an_example_is_found_again(server: httpx.Client, photographs: dict[str, Path]):
-    picture = {"b64": base64.b64encode(photographs["rocket"].read_bytes()).decode()}
+    picture = b64(photographs["rocket"].read_bytes())
     body = {"image": picture, "labels": LABELS, "examples": [{"image": picture, "label": "this"}], "max_output": 1000}
     for name in ("owl-float", "owl-int8"):
         answer = server.post("/v1/detect", json=body | {"model": name})
@@ -120,9 +120,3 @@ def test_an_example_is_found_again(server: httpx.Client, photographs: dict[str, 
         found = [one for one in answer.json()["detections"] if one["index"] == 2]
         assert {one["label"] for one in found} == {"this"}
         assert max(one["raw_score"] for one in found) > 0.5
-
-
-def test_a_detector_classifies_nothing(server: httpx.Client, photographs: dict[str, Path]):
-    files = {"image": photographs["cat"].read_bytes()}
-    answer = server.post("/v1/classify", files=files, data={"labels": LABELS, "model": "owl-int8"})
-    assert (answer.status_code, answer.json()["type"]) == (409, "/problems/task-not-served")

@@ -4,42 +4,36 @@ The weights are random but seeded, and large enough that a vector of the wrong p
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = ("a", "photo", "of", "red", "green", "blue", "cat", "dog", "two", ".")
 START, END = 598, 599
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TEXT = {**_TOWER, "vocab_size": 600, "max_position_embeddings": 40}
+_OPEN_VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+_OPEN_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 
 
 def hf_clip(directory: Path) -> Path:
     """A Hugging Face CLIP directory: 32-pixel pictures, 40 tokens of context, 16-d vectors."""
-    import transformers
-
     torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
-        text_config={
-            **tower,
-            "vocab_size": 600,
-            "max_position_embeddings": 40,
-            "eos_token_id": END,
-            "bos_token_id": START,
-        },
-        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        text_config={**_TEXT, "intermediate_size": 64, "eos_token_id": END, "bos_token_id": START},
+        vision_config={**_TOWER, "intermediate_size": 64, "image_size": 32, "patch_size": 8},
         projection_dim=16,
     )
     clip = transformers.CLIPModel(config)
     spread(clip)
-    directory.mkdir(parents=True, exist_ok=True)
-    clip.save_pretrained(directory)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(directory)
+    _with_tokenizer(clip, directory)
     preprocessor = {
         "size": {"shortest_edge": 32},
         "crop_size": {"height": 32, "width": 32},
@@ -56,18 +50,8 @@ def open_clip(directory: Path) -> Path:
     from open_clip.model import CLIP
 
     torch.manual_seed(0)
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
-    clip = CLIP(**config)
-    spread(clip)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
-    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    return directory
+    config = {"embed_dim": 16, "vision_cfg": _OPEN_VISION, "text_cfg": _OPEN_TEXT}
+    return _open_clip(CLIP(**config), config, "shortest", directory)
 
 
 def open_clip_custom_text(directory: Path) -> Path:
@@ -76,20 +60,16 @@ def open_clip_custom_text(directory: Path) -> Path:
 
     torch.manual_seed(0)
     more = {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}}
-    config = {
-        "embed_dim": 16,
-        "init_logit_bias": -10,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
-        "text_cfg": {
-            "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2,
-            "no_causal_mask": True, "pool_type": "last", "proj_bias": True, **more,
-        },
-    }  # fmt: skip
-    clip = CustomTextCLIP(**config)
+    words = {**_OPEN_TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True, **more}
+    config = {"embed_dim": 16, "init_logit_bias": -10, "vision_cfg": _OPEN_VISION, "text_cfg": words}
+    return _open_clip(CustomTextCLIP(**config), config | {"custom_text": True}, "squash", directory)
+
+
+def _open_clip(clip: torch.nn.Module, config: Mapping[str, object], resize: str, directory: Path) -> Path:
     spread(clip)
     directory.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, directory / "open_clip_model.safetensors")
-    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"}
+    preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": resize}
     (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return directory
 
@@ -120,12 +100,10 @@ def openai(directory: Path) -> Path:
 
 def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -> Path:
     """A Hugging Face OWL-ViT (kind "owlvit") or OWLv2 directory: 16 tokens of context, 32-d vectors."""
-    import transformers
-
     torch.manual_seed(0)
     names = {"owlvit": ("OwlViT", 3), "owlv2": ("Owlv2", 2)}
     name, resample = names[kind]
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {**_TOWER, "intermediate_size": 64}
     config = getattr(transformers, f"{name}Config")(
         text_config={**tower, "vocab_size": 600, "max_position_embeddings": 16},
         vision_config={**tower, "hidden_size": 64, "image_size": side, "patch_size": patch},
@@ -135,27 +113,17 @@ def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -
     spread(getattr(model, kind))
     spread(model.layer_norm)
     owl_heads(model)
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(directory)
+    _with_tokenizer(model, directory)
     processor = getattr(transformers, f"{name}ImageProcessor")(size={"height": side, "width": side}, resample=resample)
     processor.save_pretrained(directory)
     return directory
 
 
-_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-_TEXT = {**_TOWER, "vocab_size": 600, "max_position_embeddings": 40}
-
-
 def bert(directory: Path, kind: str = "BertForMaskedLM") -> Path:
     """A Hugging Face BERT directory, masked words or (kind "BertModel") bare: 40 tokens of context."""
-    import transformers
-
     torch.manual_seed(0)
     model = getattr(transformers, kind)(transformers.BertConfig(**_TEXT, intermediate_size=64))
-    return _words(spread(model), directory)
+    return _with_tokenizer(spread(model), directory)
 
 
 def sentences(directory: Path, pool: str = "mean", dense: Mapping[str, int] | None = None) -> Path:
@@ -189,17 +157,13 @@ def sentences(directory: Path, pool: str = "mean", dense: Mapping[str, int] | No
 
 def opt(directory: Path, **more: object) -> Path:
     """A Hugging Face OPT directory: 40 tokens of context."""
-    import transformers
-
     torch.manual_seed(0)
     config = transformers.OPTConfig(**{**_TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32, **more})
-    return _words(spread(transformers.OPTForCausalLM(config)), directory)
+    return _with_tokenizer(spread(transformers.OPTForCausalLM(config)), directory)
 
 
 def vit(directory: Path) -> Path:
     """A Hugging Face ViT directory: 32-pixel pictures, 3 classes."""
-    import transformers
-
     torch.manual_seed(0)
     names = dict(enumerate(("cat", "dog", "naïve café")))
     config = transformers.ViTConfig(**_TOWER, intermediate_size=64, image_size=32, patch_size=8, id2label=names)
@@ -208,9 +172,7 @@ def vit(directory: Path) -> Path:
     return directory
 
 
-def _words(model: torch.nn.Module, directory: Path) -> Path:
-    import transformers
-
+def _with_tokenizer(model: torch.nn.Module, directory: Path) -> Path:
     model.save_pretrained(directory)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="</s>"
@@ -257,6 +219,18 @@ def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
             left += right
             vocab.setdefault(left, 300 + len(vocab))
     return list(merges)
+
+
+def changed(checkpoint: Path, to: Path, file: str = "config.json", **said: object) -> Path:
+    """A copy at ``to`` whose ``file`` says something else, by key; objects are merged."""
+    shutil.copytree(checkpoint, to)
+    (to / file).write_text(json.dumps(_merged(json.loads((to / file).read_text()), said)))
+    return to
+
+
+def _merged(one: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(one[k], v) for k, v in other.items() if isinstance(v, dict) and isinstance(one.get(k), dict)}
+    return {**one, **other, **both}
 
 
 def spread(module: torch.nn.Module) -> torch.nn.Module:

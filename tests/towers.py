@@ -26,7 +26,7 @@ def drawn(shapes: Shapes) -> dict[str, Tensor]:
     return {name: torch.randn(shape) * (1.0 if len(shape) < 2 else shape[-1] ** -0.5) for name, shape in shapes.items()}
 
 
-def block(gate: GateKind) -> dict[str, Tensor]:
+def block(gate: GateKind = "none") -> dict[str, Tensor]:
     state = drawn({
         **_norm("norm1"), **_norm("norm2"),
         "attn.qkv.weight": (3 * WIDTH, WIDTH), "attn.qkv.bias": (3 * WIDTH,),

@@ -149,7 +149,7 @@ def test_graphs_answer_as_the_paper_defines_them_and_in_int8_nearly_so(kind: str
 @pytest.mark.parametrize("kind", CLASSES)
 def test_as_it_is_trained_it_answers_as_it_is_traced(kind: str, gate: str, made, tmp_path):
     _, net = made(kind, CLIPPED, gate)
-    whole = NETS.get(kind).learn(str(tmp_path / "changed"))
+    whole = NETS.get(kind).unfolded(str(tmp_path / "changed"))
     given = feeds(net)
     for role, tower in net.towers.items():
         assert not any(getattr(module, "folded", False) for module in whole.towers[role].module.modules())

@@ -1,7 +1,6 @@
-"""What every layout promises, on a checkpoint of each: one test module, `CHECKPOINTS` grows with the family."""
+"""What every layout promises, on a checkpoint of each: `CHECKPOINTS` and `REFERENCES` grow with the family."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -16,54 +15,17 @@ from calmclip.export import layouts
 from calmclip.export.calibrate import feeds
 from calmclip.export.checkpoints import Checkpoint, read
 from calmclip.export.layouts import LAYOUTS, _clip_bpe
+from calmclip.export.nets import Net, Tower
 from calmclip.export.nets.clip import load, recognise
-from calmclip.export.parity import torch_run
-from calmclip.export.trace import example
+from calmclip.export.parity import onnx_run, torch_run
+from calmclip.export.trace import to_onnx
 from calmclip.models.errors import UnknownCheckpoint
-from tests import tiny
-from tests.tiny_layouts import bert, mobileclip, openai_like, siglip, trunks
+from calmclip.models.flow import Arrays
+from tests.tiny_layouts.checkpoints import CHECKPOINTS
+from tests.tiny_layouts.references import REFERENCES
 
-CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    "altclip": bert.altclip,
-    "altclip_resaved": bert.altclip_resaved,
-    "chinese_clip": bert.chinese_clip,
-    "hf_chinese_clip": bert.hf_chinese_clip,
-    "open_clip_bert": bert.open_clip_bert,
-    "hf_clip": tiny.hf_clip,
-    "hf_siglip": siglip.hf_siglip,
-    "mobileclip": mobileclip.mobileclip,
-    "mobileclip_b": mobileclip.mobileclip_b,
-    "open_clip": tiny.open_clip,
-    "open_clip_custom_text": tiny.open_clip_custom_text,
-    "open_clip_siglip": siglip.open_clip_siglip,
-    "open_clip_timm": trunks.open_clip_timm,
-    "open_clip_timm_custom_text": trunks.open_clip_timm_custom_text,
-    "openai": tiny.openai,
-    "openai_resnet": openai_like.openai_resnet,
-    "open_clip_resnet": openai_like.open_clip_resnet,
-    "long_clip": openai_like.long_clip,
-    "clip_moe": openai_like.clip_moe,
-    "clip_svd": openai_like.clip_svd,
-    "cloob": openai_like.cloob,
-    "cloob_flat": openai_like.cloob_flat,
-    "cloob_vit": openai_like.cloob_vit,
-    "cloob_vit_flat": openai_like.cloob_vit_flat,
-    "slip": openai_like.slip,
-    "grain": openai_like.grain,
-}
 ALL = pytest.mark.parametrize("name", LAYOUTS.names())
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = CHECKPOINTS[name](tmp_path_factory.mktemp("layouts") / name)
-        return made[name]
-
-    return of
+GRAPHS = (("slip", "image"), ("grain", "image"), ("long_clip", "text"))
 
 
 def test_every_layout_has_a_checkpoint_to_be_tested_with():
@@ -74,16 +36,33 @@ def test_every_layout_has_a_checkpoint_to_be_tested_with():
 def test_its_checkpoint_fits_it_alone(name: str, checkpoint):
     found = read(checkpoint(name))
     assert [other for other in LAYOUTS.names() if LAYOUTS.get(other).fits(found)] == [name]
+    assert LAYOUTS.get(name).title
+
+
+def shown(net: Net, tower: Tower, folder: Path, photographs: dict[str, Path]) -> list[Arrays]:
+    """What the service would feed it of two photographs, or of texts of three lengths."""
+    for file, data in net.files.items():
+        (folder / file).write_bytes(data)
+    return list(feeds(tower, folder, [photographs["cat"], photographs["rocket"]], ["a photo of a cat.", "red", "dogs"]))
 
 
 @ALL
-def test_towers_answer_unit_rows(name: str, checkpoint):
-    """That their graphs do too, the walk tells (`test_layouts_walk`)."""
-    for role, tower in load(str(checkpoint(name))).towers.items():
-        with torch.inference_mode():
-            found = tower.module(*example(tower))
-        assert found.shape == (2, tower.outputs[f"{role}_embeds"].shape[1])
-        assert np.allclose(found.norm(dim=-1), 1.0, atol=1e-5)
+def test_towers_answer_as_the_layouts_reference_does(name: str, checkpoint, photographs, tmp_path: Path):
+    """Unit rows. That graphs do too, the walk tells (`test_layouts_walk`), and of what no other layout has this one."""
+    net, reference = load(str(checkpoint(name))), REFERENCES[name](checkpoint(name))
+    for role, tower in net.towers.items():
+        runs = [torch_run(tower)]
+        if (name, role) in GRAPHS:
+            runs.append(onnx_run(to_onnx(tower), threads=1))
+        wanted = []
+        for feed in shown(net, tower, tmp_path, photographs):
+            given = {key: torch.from_numpy(array) for key, array in feed.items()}
+            with torch.inference_mode():
+                want = reference.image(*given.values()) if role == "image" else reference.text(given)
+            wanted.append(torch.nn.functional.normalize(want, dim=-1).numpy())
+            for run in runs:
+                assert np.abs(run(feed)[f"{role}_embeds"] - wanted[-1]).max() <= 2e-5
+        assert np.abs(wanted[0] - wanted[1]).max() > 1e-2  # else anything would do
 
 
 IDLE = {  # what changes no answer, whatever it is
@@ -100,16 +79,13 @@ IDLE = {  # what changes no answer, whatever it is
 @ALL
 def test_no_norm_or_bias_of_its_checkpoint_could_go_unnoticed(name: str, checkpoint, photographs, tmp_path: Path):
     net = load(str(checkpoint(name)))
-    for file, data in net.files.items():
-        (tmp_path / file).write_bytes(data)
     for role, tower in net.towers.items():
-        run = torch_run(tower)
-        shown = list(feeds(tower, tmp_path, [photographs["cat"], photographs["rocket"]], ["a photo of a cat.", "red"]))
-        before = [run(feed)[f"{role}_embeds"] for feed in shown]
+        run, fed = torch_run(tower), shown(net, tower, tmp_path, photographs)
+        before = [run(feed)[f"{role}_embeds"] for feed in fed]
         for key, parameter in tower.module.named_parameters():
             if parameter.ndim == 1 and not any(fnmatch(f"{role}.{key}", pattern) for pattern in IDLE):
                 own, parameter.data = parameter.data, torch.full_like(parameter, float(key.endswith("weight")))
-                after = [run(feed)[f"{role}_embeds"] for feed in shown]
+                after = [run(feed)[f"{role}_embeds"] for feed in fed]
                 assert max(np.abs(one - other).max() for one, other in zip(before, after, strict=True)) > 1e-4, key
                 parameter.data = own
 
@@ -240,14 +216,6 @@ def test_clips_own_tokenizer_comes_with_its_cleaning(name: str, checkpoint):
     net = load(str(checkpoint(name)))
     if net.files["tokenizer.json"] == _clip_bpe.tokenizer_json():
         assert net.towers["text"].preprocess.clean == _clip_bpe.CLEAN
-
-
-@ALL
-def test_it_says_where_it_is_from(name: str):
-    module = sys.modules[LAYOUTS.get(name).settings.__module__]
-    assert module.__doc__
-    assert "Source: " in module.__doc__
-    assert LAYOUTS.get(name).title
 
 
 def test_no_two_rules_of_a_layout_read_the_same_name(checkpoint):

@@ -1,8 +1,8 @@
 """What every layout promises from end to end: one command makes a sealed bundle of a checkpoint, `calmclip check` finds
 nothing wrong with it, and a real server answers from it as the layout's reference does.
 
-A checkpoint of each (`test_layouts.CHECKPOINTS`), all but one of them slow: `test_walk` and `test_walk_detect` walk two
-more of other kinds in the fast suite.
+A checkpoint of each, all but one of them slow: `test_walk` and `test_walk_detect` walk two more of other kinds in the
+fast suite.
 """
 
 import base64
@@ -24,8 +24,8 @@ from calmclip.models.cli import main
 from calmclip.models.flow import Array
 from calmclip.models.preprocess.image import decode
 from calmclip.models.runner import Runner, open_bundle
-from tests.families.test_layouts import CHECKPOINTS
 from tests.test_walk import serving
+from tests.tiny_layouts.checkpoints import CHECKPOINTS
 from tests.tiny_layouts.references import REFERENCES
 
 FLAGS = {"clip_moe_routed": ["--experts", "routed"]}  # all other checkpoints say what they are
@@ -120,7 +120,7 @@ def test_vectors_over_http_are_the_references(name: str, walk: Walk):
 def test_classify_over_http_is_the_references_cosines_through_the_head(name: str, walk: Walk):
     picture = samples.pictures()[0]
     images, texts = walk.want(name)
-    head = read(walk.out / f"{name}-float").manifest.head
+    head = read(walk.out / f"{name}-float").manifest.classifier.head
     logits = head.params["scale"] * (texts @ images[0]).astype(np.float64)
     if head.name == "sigmoid":
         want = 1 / (1 + np.exp(-(logits + head.params["bias"])))

@@ -1,13 +1,12 @@
 """What every net promises, on a checkpoint of each."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from calmclip.export.nets import NETS, Net
+from calmclip.export.nets import NETS, Net, ready
 from calmclip.export.quantizers import QUANTIZERS
 from calmclip.export.trace import example
 from calmclip.models.bundle.manifest import TextPreprocess
@@ -74,6 +73,25 @@ def test_towers_answer_in_the_shapes_they_promise(name: str, net):
             assert np.allclose(outputs[0].norm(dim=-1), 1.0, atol=1e-5), role
 
 
+@pytest.mark.parametrize("name", [name for name in NETS.names() if NETS.get(name).unfolded])
+def test_what_is_folded_later_is_what_is_loaded(name: str, net, checkpoint):
+    """Bit by bit; and the net that was not folded stays so, of the tensors of its checkpoint."""
+    later = NETS.get(name).unfolded(checkpoint(name))
+    before = {
+        role: {n: t.clone() for n, t in tower.module.state_dict().items()} for role, tower in later.towers.items()
+    }
+    made = ready(later)
+    assert (later.folded, made.folded, ready(made)) == (False, True, made)
+    for role, tower in net(name).towers.items():
+        inputs, state = example(tower), later.towers[role].module.state_dict()
+        assert state.keys() == before[role].keys()
+        assert all(torch.equal(t, before[role][n]) for n, t in state.items())
+        with torch.inference_mode():
+            sides = [one.module(*inputs) for one in (tower, made.towers[role])]
+        for one, other in zip(*(side if isinstance(side, tuple) else (side,) for side in sides), strict=True):
+            assert torch.equal(one, other), role
+
+
 @pytest.mark.parametrize("name", NETS.names())
 def test_what_the_pipeline_needs_is_there(name: str, net):
     one = net(name)
@@ -84,10 +102,3 @@ def test_what_the_pipeline_needs_is_there(name: str, net):
     assert all(path.is_file() for path in one.ranges.values())
     if any(isinstance(tower.preprocess, TextPreprocess) for tower in one.towers.values()):
         assert "tokenizer.json" in one.files
-
-
-@pytest.mark.parametrize("name", NETS.names())
-def test_it_says_what_it_is_and_where_it_is_from(name: str):
-    module = sys.modules[NETS.get(name).load.__module__]
-    assert module.__doc__
-    assert "Source: " in module.__doc__

@@ -1,7 +1,5 @@
 """What every rewrite promises, each on a graph that holds its pattern."""
 
-import sys
-
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -10,6 +8,7 @@ from onnx import parser
 from pydantic import ValidationError
 
 from calmclip.export import rewrites
+from calmclip.export.parity import onnx_run
 from calmclip.export.rewrites import REWRITES
 from calmclip.models.ops.spec import DOMAIN, VERSION
 
@@ -126,14 +125,16 @@ def test_the_graph_brings_the_ops_body_and_a_plain_runtime_loads_it(name: str):
 
 
 @pytest.mark.parametrize("name", SWAPS)
-def test_one_that_swaps_leaves_inputs_outputs_and_answers(name: str):
+def test_one_that_swaps_leaves_inputs_outputs_and_answers_with_the_library_too(name: str, library):
     before = graph(EXAMPLES[name])
     after = applied(name, before).model
     assert (after.graph.input, after.graph.output) == (before.graph.input, before.graph.output)
     sides = [side.dim_value or 5 for side in before.graph.input[0].type.tensor_type.shape.dim]
-    x = np.random.default_rng(0).standard_normal(sides).astype(np.float32) * 3
-    one, other = (ort.InferenceSession(m.SerializeToString()).run(None, {"x": x})[0] for m in (before, after))
-    np.testing.assert_allclose(other, one, atol=1e-6)
+    x = {"x": np.random.default_rng(0).standard_normal(sides).astype(np.float32) * 3}
+    expected = onnx_run(before)(x)
+    for one in (None, library):
+        for value, found in onnx_run(after, library=one)(x).items():
+            np.testing.assert_allclose(found, expected[value], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SWAPS)
@@ -141,7 +142,7 @@ def test_one_that_swaps_finds_nothing_more_in_what_it_made(name: str):
     once = applied(name, graph(EXAMPLES[name])).model
     again = applied(name, once)
     assert again.counts == {name: 0}
-    assert again.model == once
+    assert again.model == once  # the body of its own op as well, which holds what the rule looks for
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -174,13 +175,6 @@ def test_it_leaves_the_graph_it_is_given_alone_and_answers_the_same_twice(name: 
     first, second = (applied(name, model).model.SerializeToString(deterministic=True) for _ in range(2))
     assert first == second
     assert model.SerializeToString(deterministic=True) == before
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_it_says_what_it_does_and_where_it_is_from(name: str):
-    module = sys.modules[REWRITES.get(name).rewrite.__module__]
-    assert module.__doc__
-    assert "Source: " in module.__doc__
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,23 +1,24 @@
 """What pixels and ids come to by the code that defines each layout: its library's own model with the tiny checkpoint's
 weights, or, where there is no library, the definition in these tests."""
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import open_clip
+import timm
 import torch
 import transformers
-from open_clip.model import CLIP, CustomTextCLIP
-from safetensors.torch import load_file
+from timm.models import fastvit, vision_transformer_hybrid
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calmclip.export.checkpoints import read
 from tests import tiny
-from tests.export.layouts import test_mobileclip, test_openai_names
 from tests.tiny_layouts import bert, openai_like
+from tests.tiny_layouts.mobileclip import DIM, OriginalText, small_fastvit
 
 Feeds = Mapping[str, Tensor]
 
@@ -56,11 +57,10 @@ def _of(module: nn.Module, context: int | None = 77) -> Reference:
     return Reference(image, text)
 
 
-def _open_clip(kind: type[nn.Module], checkpoint: Path) -> Reference:
-    config = json.loads((checkpoint / "open_clip_config.json").read_text())["model_cfg"]
-    module = kind(**{key: value for key, value in config.items() if key != "custom_text"})
-    module.load_state_dict(load_file(checkpoint / "open_clip_model.safetensors"))
-    return _of(module.eval(), config["text_cfg"]["context_length"])
+def _open_clip(checkpoint: Path) -> Reference:
+    """By open_clip's own factory, from the directory."""
+    module = open_clip.create_model_and_transforms(f"local-dir:{checkpoint}")[0].eval()
+    return _of(module, module.context_length)
 
 
 def _open_clip_bert(checkpoint: Path) -> Reference:
@@ -69,12 +69,19 @@ def _open_clip_bert(checkpoint: Path) -> Reference:
 
 
 def _mobileclip(name: str, checkpoint: Path) -> Reference:
+    """The image tower as timm reads the authors' names, branches and norms unfolded; their text tower."""
     state = dict(read(checkpoint).tensors)
-    text = test_mobileclip.text_reference(name, state)
-    return Reference(
-        test_mobileclip.image_reference(name, state),
-        lambda feeds: text(F.pad(feeds["ids"], (0, 77 - feeds["ids"].shape[1]))),
-    )
+    if name == "b":
+        image = timm.create_model("vit_base_mci_224", depth=1, img_size=64, num_classes=DIM, global_pool="token")
+        convert = vision_transformer_hybrid.checkpoint_filter_fn
+    else:
+        image, convert = small_fastvit(), fastvit.checkpoint_filter_fn
+    image.load_state_dict(convert(state, image))
+    text = OriginalText(["mix", "attend", "attend", "mix"] if name == "mixed" else ["attend", "attend"]).eval()
+    start = "text_encoder."
+    text.load_state_dict({key.removeprefix(start): t for key, t in state.items() if key.startswith(start)})
+    mask = torch.full((77, 77), -math.inf).triu(1) if name == "b" else None
+    return Reference(image.eval(), lambda feeds: text(F.pad(feeds["ids"], (0, 77 - feeds["ids"].shape[1])), mask))
 
 
 def _long_clip(checkpoint: Path) -> Reference:
@@ -85,11 +92,61 @@ def _long_clip(checkpoint: Path) -> Reference:
     return _of(module, context)
 
 
+def moe_block(state: dict[str, Tensor], prefix: str, x: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """y = x + sum_k p_k expert_k(ln_2(x)), p = softmax(gate), the two best renormalised. Float64, token by token."""
+    own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
+    width = x.shape[-1]
+    normed = F.layer_norm(x, (width,), own["ln_1.weight"], own["ln_1.bias"])
+    qkv = F.linear(normed, own["attn.in_proj_weight"], own["attn.in_proj_bias"]).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (heads, 64)).transpose(1, 2) for part in qkv)
+    logits = q @ k.mT / 8 + (0 if mask is None else mask)
+    mixed = (logits.softmax(-1) @ v).transpose(1, 2).flatten(-2)
+    x = x + F.linear(mixed, own["attn.out_proj.weight"], own["attn.out_proj.bias"])
+    normed = F.layer_norm(x, (width,), own["ln_2.weight"], own["ln_2.bias"])
+
+    def mlp(token: Tensor, name: str) -> Tensor:
+        up = F.linear(token, own[f"{name}.c_fc.weight"], own[f"{name}.c_fc.bias"])
+        return F.linear(up * torch.sigmoid(1.702 * up), own[f"{name}.c_proj.weight"], own[f"{name}.c_proj.bias"])
+
+    if "gate.weight" not in own:
+        return x + mlp(normed, "mlp")
+    found = x.clone()
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            p = F.linear(normed[b, t], own["gate.weight"]).softmax(-1)
+            best = p.argsort(descending=True)[:2]
+            for e in best:
+                found[b, t] += p[e] / p[best].sum() * mlp(normed[b, t], f"experts.{e}")
+    return found
+
+
+def moe_reference(state: dict[str, Tensor], images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    wide = {name: tensor.double() for name, tensor in state.items()}
+    x = F.conv2d(images.double(), wide["visual.conv1.weight"], stride=8).flatten(2).mT
+    x = (
+        torch.cat([wide["visual.class_embedding"].expand(len(x), 1, -1), x], dim=1)
+        + wide["visual.positional_embedding"]
+    )
+    x = F.layer_norm(x, x.shape[-1:], wide["visual.ln_pre.weight"], wide["visual.ln_pre.bias"])
+    for i in range(2):
+        x = moe_block(state, f"visual.transformer.resblocks.{i}.", x, 2, None)
+    x = F.layer_norm(x[:, 0], x.shape[-1:], wide["visual.ln_post.weight"], wide["visual.ln_post.bias"])
+    first = F.normalize(x @ wide["visual.proj"], dim=-1)
+    table = torch.cat([wide["positional_embedding"][:20], wide["positional_embedding_res"][20:]])
+    x = wide["token_embedding.weight"][ids] + table
+    mask = torch.full((ids.shape[1],) * 2, -torch.inf, dtype=torch.float64).triu(1)
+    for i in range(2):
+        x = moe_block(state, f"transformer.resblocks.{i}.", x, 1, mask)
+    x = F.layer_norm(x, x.shape[-1:], wide["ln_final.weight"], wide["ln_final.bias"])
+    x = x[torch.arange(len(x)), ids.argmax(-1)] @ wide["text_projection"]
+    return first, F.normalize(x, dim=-1)
+
+
 def _clip_moe(checkpoint: Path) -> Reference:
     """In float64."""
     state, context = openai_like.clip_moe_state(), openai_like.CONTEXT
     some = {"images": torch.zeros(1, 3, 32, 32), "ids": torch.zeros(1, context, dtype=torch.int64)}
-    both = partial(test_openai_names.moe_reference, state)
+    both = partial(moe_reference, state)
     return Reference(
         lambda pixels: both(pixels, some["ids"])[0],
         lambda feeds: both(some["images"], F.pad(feeds["ids"], (0, context - feeds["ids"].shape[1])))[1],
@@ -118,13 +175,13 @@ REFERENCES: dict[str, Callable[[Path], Reference]] = {
     "long_clip": _long_clip,
     "mobileclip": partial(_mobileclip, "mixed"),
     "mobileclip_b": partial(_mobileclip, "b"),
-    "open_clip": partial(_open_clip, CLIP),
+    "open_clip": _open_clip,
     "open_clip_bert": _open_clip_bert,
-    "open_clip_custom_text": partial(_open_clip, CustomTextCLIP),
-    "open_clip_resnet": partial(_open_clip, CLIP),
-    "open_clip_siglip": partial(_open_clip, CustomTextCLIP),
-    "open_clip_timm": partial(_open_clip, CLIP),
-    "open_clip_timm_custom_text": partial(_open_clip, CustomTextCLIP),
+    "open_clip_custom_text": _open_clip,
+    "open_clip_resnet": _open_clip,
+    "open_clip_siglip": _open_clip,
+    "open_clip_timm": _open_clip,
+    "open_clip_timm_custom_text": _open_clip,
     "openai": lambda checkpoint: _of(tiny.openai_module()),
     "openai_resnet": lambda checkpoint: _of(openai_like.resnet_module()),
     "slip": lambda checkpoint: _of(openai_like.Slip(qk_norm=True)),

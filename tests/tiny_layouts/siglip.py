@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from tests.tiny import spread
 
 DATA = Path(__file__).parents[1] / "data" / "siglip"  # a SentencePiece model of 420 pieces, and what it makes of texts
+KNOWN = json.loads((DATA / "ids.json").read_text(encoding="utf-8"))  # 500 strings, and SigLIP's ids of them
 CONTEXT = 64
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
@@ -130,6 +132,19 @@ def vit_tiny_patch8_siglip_32(pretrained: bool = False, **more):  # type: ignore
 
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "act_layer": "gelu_tanh"}
     return vit_base_patch16_siglip_224(pretrained, **{**small, **more})
+
+
+def reference_tokenizer(checkpoint: Path) -> Callable[[list[str]], torch.Tensor]:
+    """Strings -> ids [N, 64], padded: by what transformers has for SigLIP 2, by the recorded ids for SigLIP."""
+    import transformers
+
+    if (checkpoint / "spiece.model").is_file():
+        known = dict(zip(KNOWN["strings"], KNOWN["ids"], strict=True))
+        return lambda texts: torch.tensor([[*known[t], *[1] * (CONTEXT - len(known[t]))] for t in texts])
+    tokenizer = transformers.Siglip2Tokenizer.from_pretrained(checkpoint)
+    return lambda texts: tokenizer(texts, padding="max_length", max_length=64, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]
 
 
 def register() -> None:

@@ -18,9 +18,11 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 
-from calmclip.export.checkpoints import hub
+from calmclip.export import pipeline
+from calmclip.export.adapters import Adapt
+from calmclip.export.checkpoints import Weights, hub
 from calmclip.export.nets.clip import load
-from calmclip.export.recipe import load_recipe, load_weights
+from calmclip.export.recipe import load_recipe
 from calmclip.models.errors import ExtraMissing, UnknownCheckpoint
 from tests import tiny
 
@@ -126,12 +128,13 @@ def test_what_goes_into_a_checkpoint_may_be_on_the_hub_too(
     edit: str, endpoint: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(hub, "locate", partial(hub.locate, cache=tmp_path / "cache", endpoint=endpoint))
-    weights = load_weights(None, **{edit: f"hf:{REPO}@v1"}, alpha=0.5 if edit == "mix" else None)
-    net = load(str(folder), weights)
+    params = {"checkpoint": f"hf:{REPO}@v1"} | ({"alpha": 0.5} if edit == "mix" else {})
+    asked = [Adapt(name=edit, params=params)]
+    net = pipeline.load("clip", str(folder), Weights(), asked)
     assert f"of {REPO}@{OLD}" in net.source.notes
     assert f"{edit}/model.safetensors" in net.source.weights
-    public = load_recipe(str(folder), "clip", net, weights=weights.model_dump()).public()
-    assert public["weights"][edit] == f"{REPO}@{OLD}"
+    public = load_recipe(str(folder), "clip", net, adapters=asked).public()
+    assert public["adapters"][0]["params"]["checkpoint"] == f"{REPO}@{OLD}"
 
 
 def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path: Path):

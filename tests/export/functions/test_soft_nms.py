@@ -1,50 +1,37 @@
 """SoftNMS as a local function: in a plain ONNX Runtime against the numpy reference, and against the op library."""
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
 
-from calmclip.export.functions.soft_nms import OPSET, soft_nms
+from calmclip.export.functions import alone
+from calmclip.export.parity import onnx_run
 from calmclip.models.ops import reference
-from calmclip.models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
+from calmclip.models.ops.spec import METHODS, SOFT_NMS
 
 
 def model(*front):
     """The node and its body. ``front``: dimensions before N."""
-    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    shape = lambda t: (*front, *t.shape) if t.shape[0] == "N" else t.shape  # noqa: E731
-    declare = lambda tensors: [helper.make_tensor_value_info(k, kinds[t.dtype], shape(t)) for k, t in tensors.items()]  # noqa: E731
-    node = helper.make_node(SOFT_NMS.name, list(SOFT_NMS.inputs), list(SOFT_NMS.outputs), domain=DOMAIN)
-    graph = helper.make_graph([node], "alone", declare(SOFT_NMS.inputs), declare(SOFT_NMS.outputs))
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    whole = helper.make_model(graph, functions=[soft_nms()], opset_imports=opsets, ir_version=10)
-    onnx.checker.check_model(whole, full_check=True)
-    return whole.SerializeToString()
-
-
-def opened(content, path=None):
-    options = ort.SessionOptions()
-    if path:
-        options.register_custom_ops_library(str(path))
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    inputs, outputs = (
+        {n: t.model_copy(update={"shape": (*front, *t.shape)}) if t.shape[0] == "N" else t for n, t in tensors.items()}
+        for tensors in (SOFT_NMS.inputs, SOFT_NMS.outputs)
+    )
+    return alone(SOFT_NMS, inputs, outputs, {})
 
 
 @pytest.fixture(scope="module")
 def session():
-    return opened(model())
+    return onnx_run(model())
 
 
 @pytest.fixture(scope="module")
 def batches():
-    return opened(model("B"))
+    return onnx_run(model("B"))
 
 
 @pytest.fixture(scope="module")
 def compiled(library):
-    """The same two files with the op library registered: its kernel runs, not the function."""
-    return opened(model(), library.path), opened(model("B"), library.path)
+    """The same two graphs with the op library registered: its kernel runs, not the function."""
+    return onnx_run(model(), library=library), onnx_run(model("B"), library=library)
 
 
 def run(session, boxes, scores, classes, *, method, per_class=False, threshold=0.3, sigma=0.5, least=1e-3, most=100):
@@ -54,7 +41,7 @@ def run(session, boxes, scores, classes, *, method, per_class=False, threshold=0
         *(np.array([value], np.float32) for value in (threshold, sigma, least)),
         np.array([most]),
     )
-    return session.run(None, dict(zip(SOFT_NMS.inputs, (boxes, scores, classes, *settings), strict=True)))
+    return [*session(dict(zip(SOFT_NMS.inputs, (boxes, scores, classes, *settings), strict=True))).values()]
 
 
 def scene(seed, n):

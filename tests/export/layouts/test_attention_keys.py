@@ -1,6 +1,5 @@
 """The public names of gates, read and written: what `tests.quantizable` writes comes back bit by bit."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from calmclip.export.checkpoints import read
 from calmclip.export.layouts import LAYOUTS, translate, written
 from calmclip.export.nets import NETS, bert, opt, vit
 from calmclip.models.errors import UnknownCheckpoint
-from tests import quantizable, tiny
+from tests import quantizable
 from tests.quantizable import GATES
-from tests.tiny import spread
+from tests.tiny import changed, spread
 
 CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**CONFIG, "vocab_size": 60, "max_position_embeddings": 16}
@@ -86,12 +85,10 @@ def test_gates_that_do_not_go_together_are_named(change: dict, named: str, direc
         translate(TABLES["bert"], read(path))
 
 
-def test_what_a_clip_says_of_attention_it_says_of_each_tower(tmp_path: Path):
+def test_what_a_clip_says_of_attention_it_says_of_each_tower(tiny_hf_clip: Path, tmp_path: Path):
     """Above them it would be read by neither, and the softmax taken for the plain one."""
-    file = tiny.hf_clip(tmp_path) / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, "attn_softmax": "clipped(-0.1:1)"}))
+    lame = changed(tiny_hf_clip, tmp_path / "lame", attn_softmax="clipped(-0.1:1)")
     with pytest.raises(
         UnknownCheckpoint, match=r"says attn_softmax, but not in vision_config; attention is each tower"
     ):
-        NETS.get("clip").load(str(tmp_path))
+        NETS.get("clip").load(str(lame))

@@ -1,99 +1,55 @@
-"""The oracle is open_clip itself: its transforms, its tokenizer, its model, on a real photograph."""
+"""What open_clip's configs may say, of whichever tower; `test_libraries` has its transforms, tokenizers and models."""
 
-import json
-import shutil
 from pathlib import Path
+from typing import Any
 
-import open_clip
 import pytest
-import torch
-from PIL import Image
-from tokenizers import Tokenizer
 
-from calmclip.export.layouts._clip_bpe import tokenizer_json
 from calmclip.export.nets.clip import load
 from calmclip.models.cli import main
 from calmclip.models.errors import UnknownCheckpoint
-from calmclip.models.runner import Runner
-from tests.tiny_layouts import sealed
+from tests.tiny import changed
 
-TEXTS = [
-    "a photo of a cat.",
-    "Two dogs' toys, they're 12 o'clock!",
-    "naïve café  déjà   vu",
-    "日本語 emoji 🐱 x",
-    "don't  STOP\tnow",
-    "x" * 60,
-]
+FILE = "open_clip_config.json"
 
 
-@pytest.fixture(scope="module")
-def runner(tiny_open_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return sealed.runner(load(str(tiny_open_clip)), tmp_path_factory.mktemp("bundles"), "oc")
+def text(**said: Any) -> dict[str, Any]:
+    return {"model_cfg": {"text_cfg": said}}
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_open_clip: Path):
-    return open_clip.create_model_and_transforms(f"local-dir:{tiny_open_clip}")
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_the_tokenizer_is_open_clips(text: str):
-    want = open_clip.tokenizer.SimpleTokenizer()([text])[0].tolist()
-    assert Tokenizer.from_str(tokenizer_json().decode()).encode(text).ids == want[: want.index(49407) + 1]
-
-
-def test_pictures_come_out_as_open_clip_embeds_them(runner: Runner, reference, photographs):
-    model, _, transform = reference
-    for name in ("cat", "astronaut", "rocket", "coffee"):
-        pixels = transform(Image.open(photographs[name]))[None]
-        with torch.no_grad():
-            want = model.eval().encode_image(pixels, normalize=True).numpy()
-        assert runner.embed(images=[photographs[name]]) == pytest.approx(want, abs=2e-5)
-
-
-def test_texts_come_out_as_open_clip_embeds_them(runner: Runner, reference):
-    model = reference[0].eval()
-    tokenize = open_clip.tokenizer.SimpleTokenizer()
-    with torch.no_grad():
-        want = model.encode_text(tokenize(TEXTS), normalize=True).numpy()
-    assert runner.embed(texts=TEXTS) == pytest.approx(want, abs=2e-5)
+def vision(**said: Any) -> dict[str, Any]:
+    return {"model_cfg": {"vision_cfg": said}}
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("name", "change", "what"),
     [
-        ({"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode 'longest'"),
-        ({"model_cfg": None}, "has no model_cfg"),
-        ({"model_cfg": {"embed_dim": 16, "text_cfg": {}, "vision_cfg": {"pool_type": "avg"}}}, "pool_type is 'avg'"),
-        ({"model_cfg": {"embed_dim": 16, "text_cfg": {"pool_type": "eos"}, "vision_cfg": {}}}, "pool_type is 'eos'"),
+        ("open_clip", {"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode 'longest'"),
+        ("open_clip", {"model_cfg": None}, "has no model_cfg"),
+        ("open_clip", vision(pool_type="avg"), "pool_type is 'avg'"),
+        ("open_clip", text(pool_type="eos"), "pool_type is 'eos'"),
+        ("open_clip", text(context_length=100), "its context is 100 tokens, but positional_embedding has 77 rows"),
+        ("open_clip_timm", vision(timm_model_name="nobodys_net"), "timm_model_name is 'nobodys_net'"),
+        ("open_clip_timm", vision(timm_model_name="hf-hub:timm/resnet18.a1_in1k"), "timm_model_name is 'hf-hub:"),
+        ("open_clip_timm", vision(timm_model_name="local-dir:/etc"), "timm_model_name is 'local-dir:/etc'"),
+        ("open_clip_timm", vision(timm_pool="abs_attn"), "cannot be built"),
+        ("open_clip_timm", vision(timm_proj="mlp"), r"lacks 4 tensors|visual\.head\.mlp"),
+        ("open_clip_timm", vision(timm_model_name="convnext_atto"), "visual.trunk"),
+        ("open_clip_bert", text(hf_pooler_type="max_pooler"), "hf_pooler_type is 'max_pooler'"),
+        ("open_clip_bert", text(tokenizer_kwargs={"strip_sep_token": True}), "tokenizer_kwargs"),
+        ("open_clip_bert", text(output_tokens=True), "output_tokens is True"),
+        ("open_clip_siglip", text(tokenizer_kwargs={"clean": "wash"}), "clean is 'wash'"),
+        ("open_clip_siglip", text(tokenizer_kwargs={"strip_sep_token": True}), "strip_sep_token"),
+        ("open_clip_siglip", text(tokenizer_mode="clips"), "clips"),
     ],
 )
-def test_what_is_not_supported_is_named(tiny_open_clip: Path, tmp_path: Path, change: dict, what: str):
-    copy = shutil.copytree(tiny_open_clip, tmp_path / "other")
-    config = json.loads((copy / "open_clip_config.json").read_text())
-    (copy / "open_clip_config.json").write_text(json.dumps(config | change))
+def test_what_is_not_supported_is_named(name: str, change: dict, what: str, checkpoint, tmp_path: Path):
     with pytest.raises(UnknownCheckpoint, match=what):
-        load(str(copy))
+        load(str(changed(checkpoint(name), tmp_path / "other", FILE, **change)))
 
 
-def configured(checkpoint: Path, to: Path, tower: str, **change: int) -> Path:
-    """A copy whose config says something else of a tower."""
-    copy = shutil.copytree(checkpoint, to)
-    config = json.loads((copy / "open_clip_config.json").read_text())
-    config["model_cfg"][tower] |= change
-    (copy / "open_clip_config.json").write_text(json.dumps(config))
-    return copy
-
-
-def test_a_context_longer_than_the_table_of_positions_is_refused(tiny_open_clip: Path, tmp_path: Path):
-    copy = configured(tiny_open_clip, tmp_path / "other", "text_cfg", context_length=100)
-    with pytest.raises(UnknownCheckpoint, match="its context is 100 tokens, but positional_embedding has 77 rows"):
-        load(str(copy))
-
-
-def test_pictures_of_a_size_that_the_weights_cannot_see_are_one_line(tiny_open_clip: Path, tmp_path: Path, capsys):
-    copy = configured(tiny_open_clip, tmp_path / "other", "vision_cfg", image_size=64)
+def test_pictures_of_a_size_that_the_weights_cannot_see_are_one_line(checkpoint, tmp_path: Path, capsys):
+    copy = changed(checkpoint("open_clip"), tmp_path / "other", FILE, **vision(image_size=64))
     assert main(["export", str(copy), "--out", str(tmp_path / "bundles")]) == 2
     error = capsys.readouterr().err
     assert "image: the tower does not run on pixels [1, 3, 64, 64], which its configs ask for: " in error

@@ -14,6 +14,7 @@ from torch import Tensor
 from calmclip.export.nets.bert import load
 from calmclip.models.errors import UnknownCheckpoint
 from tests import tiny
+from tests.tiny import changed
 
 IDS = torch.tensor([[598, 3, 6, 7, 599], [598, 1, 599, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -24,13 +25,6 @@ def renamed(checkpoint: Path, to: Path, name: Callable[[str], str], more: Mappin
     shutil.copytree(checkpoint, to)
     state = load_file(to / "model.safetensors")
     save_file({name(one): tensor for one, tensor in state.items()} | dict(more or {}), to / "model.safetensors")
-    return to
-
-
-def changed(checkpoint: Path, to: Path, **config: object) -> Path:
-    shutil.copytree(checkpoint, to)
-    found = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(found | config))
     return to
 
 

@@ -1,6 +1,5 @@
 """The oracle is transformers' OPTForCausalLM; `tests/export/test_attention.py` compares every kind of attention."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from calmclip.export.nets.opt import load
 from calmclip.models.errors import UnknownCheckpoint
 from tests import tiny
+from tests.tiny import changed
 
 
 @torch.no_grad()
@@ -50,8 +50,5 @@ def test_opt_350m_is_refused_in_one_sentence(more: dict, named: str, tmp_path: P
 
 
 def test_an_activation_we_do_not_have_is_named(tiny_opt: Path, tmp_path: Path):
-    lame = shutil.copytree(tiny_opt, tmp_path / "lame")
-    config = json.loads((lame / "config.json").read_text())
-    (lame / "config.json").write_text(json.dumps(config | {"activation_function": "swish"}))
     with pytest.raises(UnknownCheckpoint, match="activation_function is 'swish'; expected one of"):
-        load(str(lame))
+        load(str(changed(tiny_opt, tmp_path / "lame", activation_function="swish")))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from calmclip.export.nets._detect import CANDIDATES
 from calmclip.export.nets.owl import detect_graph, grid_bias, pixels
 from calmclip.export.recipe import Recipe
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.manifest import DETECTED, Manifest
+from calmclip.models.bundle.manifest import Manifest
 from calmclip.models.bundle.store import Sealed
 from calmclip.models.cli import main
 from calmclip.models.commands import check_command
@@ -32,7 +31,7 @@ from calmclip.models.ops.reference import soft_nms
 from calmclip.models.preprocess.image import decode
 from calmclip.models.preprocess.text import TextPreparer
 from calmclip.models.runner import Runner, open_bundle
-from calmclip.models.tasks.detect import Detections, DetectRequest, Example, Suppression, detect
+from calmclip.models.tasks.detect import DETECTED, Detections, DetectRequest, Example, Suppression, detect
 from tests import tiny
 
 KINDS = {"owlvit": "OwlViT", "owlv2": "Owlv2"}
@@ -99,7 +98,7 @@ def assemble(net: Net, directory: Path) -> tuple[Bundle, Callable[[Call], Arrays
         tasks=net.tasks,
         source=net.source,
         graphs=graphs,
-        prompts=net.prompts,
+        classifier=net.classifier,
         suppression=net.suppression,
         quantization={"name": "none"},
         created="2026-01-01T00:00:00+00:00",
@@ -328,16 +327,11 @@ def broken(tiny_owl: Path, tmp_path: Path) -> Callable[..., str]:
     """A copy of the checkpoint with other tensors or another config."""
 
     def make(tensors: Callable[[dict[str, torch.Tensor]], Any] | None = None, **config: Any) -> str:
-        copy = tmp_path / "copy"
-        shutil.copytree(tiny_owl, copy)
+        copy = tiny.changed(tiny_owl, tmp_path / "copy", **config)
         state = load_file(copy / "model.safetensors")
         if tensors:
             tensors(state)
         save_file(state, copy / "model.safetensors")
-        said = json.loads((copy / "config.json").read_text())
-        for name, value in config.items():
-            said[name] = said[name] | value if isinstance(value, dict) else value
-        (copy / "config.json").write_text(json.dumps(said))
         return str(copy)
 
     return make

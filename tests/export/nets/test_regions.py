@@ -22,9 +22,9 @@ from calmclip.export.nets.mini.regions import (
     propose,
     survivors,
 )
-from calmclip.models.bundle.manifest import DETECTED, REGIONS, SUPPRESSION
 from calmclip.models.ops.reference import soft_nms
 from calmclip.models.ops.spec import METHODS
+from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION, Suppression
 
 
 def random_boxes(seed, *shape, most=200.0):
@@ -170,16 +170,11 @@ def test_before_it_is_attached_the_graph_is_of_standard_ops_and_its_example_runs
 @pytest.mark.parametrize("method", METHODS)
 def test_the_detect_graph_is_its_formula(scene, method, per_class):
     session = detector(scene["background"])
-    settings = {
-        "method": np.array([METHODS.index(method)]),
-        "per_class": np.array([per_class]),
-        "iou_threshold": np.array([0.3], np.float32),
-        "sigma": np.array([0.5], np.float32),
-        "min_score": np.array([0.02], np.float32),
-        "max_output": np.array([20]),
-    }
+    settings = Suppression(
+        method, per_class=bool(per_class), iou_threshold=0.3, sigma=0.5, min_score=0.02, max_output=20
+    )
     feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes", "objectness")}
-    found = run(session, feeds | settings)
+    found = run(session, feeds | settings.tensors())
 
     texts = np.concatenate((scene["text_embeds"], scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ texts.T)
@@ -208,9 +203,7 @@ def test_however_many_pairs_are_asked_for_only_the_best_are_suppressed(scene):
     texts = np.random.default_rng(3).standard_normal((60, dim)).astype(np.float32)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     feeds = {name: scene[name] for name in ("class_embeds", "boxes", "objectness")} | {"text_embeds": texts}
-    settings = {"method": 0, "per_class": 0, "max_output": 1000, "iou_threshold": 0.3, "sigma": 0.5, "min_score": 0.0}
-    kinds = dict.fromkeys(("method", "per_class", "max_output"), np.int64)
-    feeds |= {name: np.array([value], kinds.get(name, np.float32)) for name, value in settings.items()}
+    feeds |= Suppression("hard", per_class=False, iou_threshold=0.3, min_score=0.0, max_output=1000).tensors()
     found = run(detector(scene["background"]), feeds)
     assert found["candidates"].tolist() == [60 * PROPOSALS]
     every = np.concatenate((texts, scene["background"])).astype(np.float64)
@@ -223,11 +216,8 @@ def test_however_many_pairs_are_asked_for_only_the_best_are_suppressed(scene):
 
 
 def test_the_detect_graph_finds_nothing_in_nothing(scene):
-    one = lambda value, kind: np.array([value], kind)  # noqa: E731
-    settings = {"method": one(2, np.int64), "per_class": one(1, np.int64), "max_output": one(9, np.int64)}
-    settings |= {name: one(0.5, np.float32) for name in ("iou_threshold", "sigma", "min_score")}
     feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes")}
-    feeds |= {**settings, "objectness": np.zeros((1, PROPOSALS), np.float32)}
+    feeds |= {**Suppression("gaussian").tensors(), "objectness": np.zeros((1, PROPOSALS), np.float32)}
     found = run(detector(scene["background"]), feeds)
     assert found["kept_boxes"].shape == (0, 4)
     assert found["scores"].shape == (0,)

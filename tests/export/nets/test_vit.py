@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from calmclip.export.nets.vit import load
 from calmclip.models.errors import UnknownCheckpoint
 from calmclip.models.preprocess.image import ImagePreparer, decode
+from tests.tiny import changed
 
 
 @torch.no_grad()
@@ -29,9 +30,9 @@ def test_photographs_are_prepared_and_scored_as_transformers_does(tiny_vit: Path
 
 def test_classes_have_their_names(tiny_vit: Path, tmp_path: Path):
     net = load(str(tiny_vit))
-    assert json.loads(net.files[net.labels]) == ["cat", "dog", "naïve café"]
-    lame = changed(tiny_vit, tmp_path / "lame", id2label={"0": "cat"})
-    with pytest.raises(UnknownCheckpoint, match="id2label names 1 classes; the weights have 3"):
+    assert json.loads(net.files[net.classifier.labels]) == ["cat", "dog", "naïve café"]
+    lame = changed(tiny_vit, tmp_path / "lame", id2label={"3": "bird"})
+    with pytest.raises(UnknownCheckpoint, match="id2label names 4 classes; the weights have 3"):
         load(str(lame))
 
 
@@ -75,10 +76,3 @@ def test_positions_of_other_pictures_are_refused(tiny_vit: Path, tmp_path: Path)
     (directory / "preprocessor_config.json").unlink()
     with pytest.raises(UnknownCheckpoint, match=r"preprocessor_config\.json"):
         load(str(directory))
-
-
-def changed(checkpoint: Path, to: Path, **config: object) -> Path:
-    shutil.copytree(checkpoint, to)
-    found = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(found | config))
-    return to

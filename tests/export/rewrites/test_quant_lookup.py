@@ -1,12 +1,10 @@
 """Functions of one variable between 8 bits -> tables. The oracle is the graph before, run by ONNX Runtime with nothing
 of ours in it, on every byte; and for some, the function written in Python's float64."""
 
-import collections
 import math
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import parser
 
@@ -14,6 +12,7 @@ from calmclip.export import rewrites
 from calmclip.export.parity import onnx_run
 from calmclip.export.rewrites.quant_lookup import POINTWISE
 from calmclip.models.ops.library import find
+from tests.export.rewrites.quantized import kinds
 
 STEP, MID, FINE, LOW = np.float32(0.05), 117, np.float32(0.03), 21
 _GRIDS = """<float step = {0.05}, uint8 mid = {117}, float fine = {0.03}, uint8 low = {21}, int8 mid8 = {-3},
@@ -230,16 +229,6 @@ def convolutions(weight):
            z = Gelu (cb) z8 = QuantizeLinear (z, fine, low) zb = DequantizeLinear (z8, fine, low)
            d = Conv (zb, w) d8 = QuantizeLinear (d, step, mid) y = DequantizeLinear (d8, step, mid) }}
     """)
-
-
-def kinds(model, folder, library):
-    """What ONNX Runtime makes of a graph, counted."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.register_custom_ops_library(str(library.path))
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return collections.Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 def test_convolutions_around_it_are_fused_and_turned_as_before(library, tmp_path):

@@ -12,8 +12,9 @@ from calmclip.export.towers.attention import GATES, AttentionSpec, Gate, Softmax
 from calmclip.export.towers.bert import LastPostBlock, PostBlock
 from calmclip.export.towers.transformer import Attention, Block, LastBlock, causal
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
+from tests.towers import HEADS, WIDTH, block
 
-WIDTH, HEADS, TOKENS = 32, 4, 7
+TOKENS = 7
 EACH = WIDTH // HEADS
 X = torch.tensor([2.0, 1, 0, -1, -6], dtype=torch.float64)
 REAL = [gate for gate in GATES if gate != "none"]
@@ -178,20 +179,11 @@ def test_attention_is_what_the_paper_says_folded_or_not(which: str, folded: bool
     assert torch.allclose(made(x), defined(state, which, spec, x), atol=1e-10, rtol=0)
 
 
-def block_of(gate: dict[str, Tensor]) -> dict[str, Tensor]:
-    shapes = {
-        "attn.qkv.weight": (3 * WIDTH, WIDTH), "attn.qkv.bias": (3 * WIDTH,), "attn.out.weight": (WIDTH, WIDTH),
-        "attn.out.bias": (WIDTH,), "mlp.up.weight": (48, WIDTH), "mlp.up.bias": (48,), "mlp.down.weight": (WIDTH, 48),
-        "mlp.down.bias": (WIDTH,), **{f"norm{n}.{p}": (WIDTH,) for n in (1, 2) for p in ("weight", "bias")},
-    }  # fmt: skip
-    return {**{name: torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}, **gate}
-
-
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("which", GATES)
 @pytest.mark.parametrize(("whole", "last"), [(Block, LastBlock), (PostBlock, LastPostBlock)])
 def test_the_last_block_is_the_whole_block_and_then_its_token(which: str, whole: type, last: type, folded: bool):
-    state = block_of(gate_of(which, "attn.gate."))
+    state = block() | gate_of(which, "attn.gate.")
     style = Style(heads=HEADS, attention=AttentionSpec(Softmax(-0.04), gate_scale=1.5))
     found = []
     for made in (whole, last):

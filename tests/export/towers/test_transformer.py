@@ -16,30 +16,16 @@ from calmclip.export.towers.text import Pick, TextTransformer
 from calmclip.export.towers.transformer import Block, LastBlock, causal
 from calmclip.export.trace import to_onnx
 from calmclip.models.bundle.manifest import Tensor as Spec
+from tests import towers
+from tests.towers import HEADS, HIDDEN, OUT, WIDTH, WORDS, drawn
 
-WIDTH, HEADS, HIDDEN, TOKENS, LAYERS, WORDS, OUT = 32, 4, 80, 7, 3, 50, 16
+TOKENS, LAYERS = 7, 3
 STYLE = Style(heads=HEADS)
-
-
-def drawn(shapes: dict[str, tuple[int, ...]], prefix: str = "") -> dict[str, Tensor]:
-    """No norm at 1 and no bias at 0, which would hide what becomes of them."""
-    sizes = {name: 1.0 if len(shape) < 2 else shape[-1] ** -0.5 for name, shape in shapes.items()}
-    return {prefix + name: torch.randn(shape) * sizes[name] for name, shape in shapes.items()}
 
 
 def block(prefix: str = "", *, qk_norm: bool = False) -> dict[str, Tensor]:
     normed = {f"attn.{one}_norm.{p}": (WIDTH // HEADS,) for one in "qk" for p in ("weight", "bias")}
-    return drawn(
-        {
-            **{f"{one}.{p}": (WIDTH,) for one in ("norm1", "norm2") for p in ("weight", "bias")},
-            "attn.qkv.weight": (3 * WIDTH, WIDTH), "attn.qkv.bias": (3 * WIDTH,),
-            "attn.out.weight": (WIDTH, WIDTH), "attn.out.bias": (WIDTH,),
-            "mlp.up.weight": (HIDDEN, WIDTH), "mlp.up.bias": (HIDDEN,),
-            "mlp.down.weight": (WIDTH, HIDDEN), "mlp.down.bias": (WIDTH,),
-            **(normed if qk_norm else {}),
-        },
-        prefix,
-    )  # fmt: skip
+    return {prefix + name: tensor for name, tensor in (towers.block() | drawn(normed if qk_norm else {})).items()}
 
 
 def tower_state(first: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from calmclip.export.towers.transformer import Block
 from calmclip.export.training.loop import LOG, STATE, outliers, train
 from calmclip.export.training.settings import training
 from calmclip.models.errors import BadRequest, ExportError
+from tests import towers
 
 
 class Line:
@@ -99,19 +100,14 @@ def test_a_loss_that_is_no_number_stops_it(tmp_path):
 
 def test_outliers_are_the_papers():
     torch.manual_seed(0)
-    shapes = {
-        **{f"{one}.{p}": (8,) for one in ("norm1", "norm2") for p in ("weight", "bias")},
-        "attn.qkv.weight": (24, 8), "attn.qkv.bias": (24,), "attn.out.weight": (8, 8), "attn.out.bias": (8,),
-        "mlp.up.weight": (16, 8), "mlp.up.bias": (16,), "mlp.down.weight": (8, 16), "mlp.down.bias": (8,),
-    }  # fmt: skip
-    state = {name: torch.randn(shape) for name, shape in shapes.items()}
-    block = Block(state, Style(heads=2), 8)
+    state = towers.block()
+    block = Block(state, Style(towers.HEADS), towers.WIDTH)
     block.load_state_dict(state)
     taken = {}
     block.mlp.register_forward_hook(lambda module, inputs, output: taken.setdefault("mlp", output.detach()))
     block.norm2.register_forward_pre_hook(lambda module, inputs: taken.setdefault("sum", inputs[0].detach()))
     with outliers(nn.ModuleList([block])) as seen:
-        taken["out"] = block(torch.randn(3, 5, 8)).detach()
+        taken["out"] = block(torch.randn(3, 5, towers.WIDTH)).detach()
         found = seen()
     norms, peaks = [], []
     for values in taken.values():

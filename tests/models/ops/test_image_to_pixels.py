@@ -1,34 +1,31 @@
 """ImageToPixels against Pillow, to the bit: kernels of every instruction set, op, local function and preparer."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 from PIL import Image
 from pydantic import ValidationError
 
-from calmclip.export.functions.image_to_pixels import OPSET, image_to_pixels, image_to_quantized_pixels
+from calmclip.export.functions import alone
+from calmclip.export.functions.image_to_pixels import image_to_pixels
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import ImagePreprocess
 from calmclip.models.bundle.store import read
 from calmclip.models.errors import BadRequest, OpsLibraryMissing
 from calmclip.models.flow import Array
 from calmclip.models.ops import pixels, reference
-from calmclip.models.ops.library import Library, look
-from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, VERSION, Op
+from calmclip.models.ops.library import Library
+from calmclip.models.ops.spec import IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, Op
 from calmclip.models.preprocess import memory
 from calmclip.models.preprocess.image import ImagePreparer, columns_first
 from calmclip.models.runner import open_bundle
+from tests.models.ops import harness
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[3] / "export" / "samples").glob("*.jpg"))
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
@@ -106,14 +103,6 @@ def four_bytes(image: Array) -> Array:
 
 
 # --- the kernels ----------------------------------------------------------------------------------------------------
-
-
-def test_the_library_holds_both_passes_for_the_same_instruction_sets(library: Library):
-    rows, columns = (
-        [line.isa for line in library.kernels if line.name == name] for name in ("resize_rows", "resize_columns")
-    )
-    assert rows == columns
-    assert "scalar" in rows
 
 
 @pytest.mark.parametrize("kind", ["grey", "black or white"])
@@ -300,46 +289,26 @@ MODES: dict[str, dict[str, Any]] = {
 }
 # 900 x 300 goes columns first; 600 x 300 just does not
 SHAPES = [(480, 640), (640, 480), (900, 300), (600, 300), (301, 900), (333, 500), (1, 1), (1, 300), (300, 1), (64, 64)]
-LOADING = "Exception during initialization: "
-RUNNING = "INVALID_ARGUMENT : Non-zero status code returned while running "
 QUANTIZED = {"scale": 0.0173, "zero_point": 114}
 
 
-def model(op: Op, attributes: dict[str, Any], function: onnx.FunctionProto | None = None) -> bytes:
-    full: dict[str, Any] = op.attributes | attributes
-    node = helper.make_node(op.name, list(op.inputs), list(op.outputs), domain=DOMAIN, **full)
-    kind = TensorProto.UINT8 if op.outputs["pixels"].dtype == "uint8" else TensorProto.FLOAT
-    image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["H", "W", 3])
-    made = helper.make_tensor_value_info("pixels", kind, [1, 3, "h", "w"])
-    graph = helper.make_graph([node], "alone", [image], [made])
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    whole = helper.make_model(graph, functions=[function] if function else [], opset_imports=opsets, ir_version=10)
-    if function:
-        onnx.checker.check_model(whole, full_check=True)
-    return whole.SerializeToString()
+def session(op: Op, attributes: dict[str, Any], library: Library | None, threads: int = 1) -> Any:
+    shapes = {"image": ["H", "W", 3]}
+    return harness.session(op, {"image": noise(1, 1)}, attributes, library=library, shapes=shapes, threads=threads)
 
 
-def session(model: bytes, library: Library | None = None, threads: int = 1) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    if library:
-        options.enable_cpu_mem_arena = False  # each tensor has memory of its own, whose ends a sanitizer knows
-        options.register_custom_ops_library(str(library.path))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def run(loaded: ort.InferenceSession, image: Array) -> Array:
+def run(loaded: Any, image: Array) -> Array:
     return loaded.run(None, {"image": image})[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_op_function_and_reference_are_one(library: Library, mode: str):
-    """On the same model file. The function is exact as well: a grey level was allowed, none is needed."""
+    """The function is exact as well: a grey level was allowed, none is needed."""
     how, quantized = MODES[mode], MODES[mode] | QUANTIZED
-    file = model(IMAGE_TO_PIXELS, how, image_to_pixels(**how))
-    file8 = model(IMAGE_TO_QUANTIZED_PIXELS, quantized, image_to_quantized_pixels(**quantized))
-    op, function, op8, function8 = session(file, library), session(file), session(file8, library), session(file8)
+    ways = ((IMAGE_TO_PIXELS, how), (IMAGE_TO_QUANTIZED_PIXELS, quantized))
+    for node, attributes in ways:
+        onnx.checker.check_model(alone(node, node.inputs, node.outputs, attributes), full_check=True)
+    op, function, op8, function8 = (session(*way, by) for way in ways for by in (library, None))
     assert op.get_outputs()[0].shape == [1, 3, *(IMAGE_TO_PIXELS.attributes | how)["size"]]
     for number, shape in enumerate(SHAPES):
         image = noise(*shape, number, "black or white" if number % 2 else "grey")
@@ -359,8 +328,7 @@ def test_op_function_and_reference_are_one(library: Library, mode: str):
 def test_op_and_function_agree_on_ribbons(library: Library, mode: str):
     """Where Pillow would resize to more than 40 million pixels, the op makes only those that are seen."""
     how = MODES[mode]
-    file = model(IMAGE_TO_PIXELS, how, image_to_pixels(**how))
-    op, function = session(file, library), session(file)
+    op, function = (session(IMAGE_TO_PIXELS, how, by) for by in (library, None))
     for shape in ((2, 9000), (9000, 2)):
         image = noise(*shape)
         made = run(op, image)
@@ -371,10 +339,10 @@ def test_op_and_function_agree_on_ribbons(library: Library, mode: str):
 
 @pytest.mark.parametrize("mode", ["clip", "owl"])
 def test_the_op_is_the_same_on_several_threads(library: Library, mode: str):
-    file = model(IMAGE_TO_PIXELS, MODES[mode])
+    one, four = (session(IMAGE_TO_PIXELS, MODES[mode], library, threads) for threads in (1, 4))
     for shape in ((2000, 1500), (1500, 2000), (2400, 700)):  # the last one columns first
         image = noise(*shape)
-        assert np.array_equal(run(session(file, library, threads=4), image), run(session(file, library), image))
+        assert np.array_equal(run(four, image), run(one, image))
 
 
 def test_every_grey_level_quantises_as_onnx_runtime_does(library: Library):
@@ -388,46 +356,17 @@ def test_every_grey_level_quantises_as_onnx_runtime_does(library: Library):
         (1 / 64, 128, NORMAL),
     ):
         how = {"size": (1, 256), "resize": "exact", **normal, "scale": scale, "zero_point": zero_point}
-        file = model(IMAGE_TO_QUANTIZED_PIXELS, how, image_to_quantized_pixels(**how))
         expected = reference.image_to_quantized_pixels(levels, **how)
-        assert np.array_equal(run(session(file, library), levels), expected)
-        assert np.array_equal(run(session(file), levels), expected)
-
-
-@pytest.mark.parametrize(
-    ("attributes", "says"),
-    [
-        ({"size": (224,)}, "size has 1 numbers; expected height and width"),
-        ({"size": (0, 5)}, r"size is \[0, 5\]; expected sides within 1 to 4096"),
-        ({"size": (5, 4097)}, "expected sides within 1 to 4096"),
-        ({"resize": "stretch"}, "resize is 'stretch'; expected one of shortest, exact, letterbox"),
-        ({"resample": "nearest"}, "resample is 'nearest'; expected one of bilinear, bicubic"),
-        ({"crop_offset": "ceil"}, "crop_offset is 'ceil'; expected one of round, floor"),
-        ({"shortest": 223}, r"shortest is 223; expected the larger of size \[224, 224\] to 4096"),
-        ({"shortest": 2**62}, "expected the larger of size"),
-        ({"pad": 256}, "pad is 256; expected 0 to 255"),
-        ({"pad": -1}, "pad is -1; expected 0 to 255"),
-        ({"bias": (0.0, 0.0)}, "gain has 3 numbers and bias 2; expected 3 each"),
-        ({"gain": (1.0, float("nan"), 1.0)}, "of channel 1; expected"),
-        ({"bias": (float("inf"), 0.0, 0.0)}, "of channel 0; expected"),
-        ({"scale": 0.0}, "scale is 0.000000; expected a finite number over 0"),
-        ({"scale": float("nan")}, "expected a finite number over 0"),
-        ({"zero_point": 256}, "zero_point is 256; expected 0 to 255"),
-        ({"size": "big"}, "size has 0 numbers; expected height and width"),
-        ({"pad": 1.5}, "the attribute pad cannot be read"),
-    ],
-)
-def test_attributes_out_of_range_are_refused(library: Library, attributes, says: str):
-    """When the model is loaded; ONNX Runtime makes an exception of its own of the status there."""
-    with pytest.raises(Exception, match=f"{LOADING}ImageToQuantizedPixels: .*{says}"):
-        session(model(IMAGE_TO_QUANTIZED_PIXELS, attributes), library)
+        for way in (library, None):
+            assert np.array_equal(run(session(IMAGE_TO_QUANTIZED_PIXELS, how, way), levels), expected)
 
 
 def test_a_missing_attribute_is_named(library: Library):
-    whole = onnx.load_from_string(model(IMAGE_TO_PIXELS, {}))
-    del whole.graph.node[0].attribute[0]
+    node = harness.node(IMAGE_TO_PIXELS, ["image"], ["pixels"], **IMAGE_TO_PIXELS.attributes)
+    del node.attribute[0]
+    ends = {"image": (np.uint8, None)}, {"pixels": (np.float32, None)}
     with pytest.raises(Exception, match=r"ImageToPixels: the attribute .* cannot be read"):
-        session(whole.SerializeToString(), library)
+        harness.load(harness.model([node], *ends), library)
 
 
 def test_the_function_refuses_attributes_out_of_range():
@@ -435,105 +374,6 @@ def test_the_function_refuses_attributes_out_of_range():
         image_to_pixels(shortest=100)
     with pytest.raises(TypeError, match="has no attribute colour; it has size"):
         image_to_pixels(colour=1)
-
-
-@pytest.mark.parametrize(
-    ("shape", "says"),
-    [
-        ((0, 5, 3), r"the picture has the shape \[0, 5, 3\]; expected sides within 1 to 65536"),
-        ((65537, 1, 3), "expected sides within 1 to 65536"),
-        ((5, 5, 4), r"the picture has the shape \[5, 5, 4\]; expected \[height, width, 3\]"),
-        ((1, 5, 5, 3), r"expected \[height, width, 3\]"),
-        ((), r"expected \[height, width, 3\]"),
-    ],
-)
-def test_what_is_no_picture_is_refused(library: Library, shape: tuple[int, ...], says: str):
-    whole = onnx.load_from_string(model(IMAGE_TO_PIXELS, {}))
-    whole.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.UINT8, None))
-    with pytest.raises(Exception, match=says) as caught:
-        run(session(whole.SerializeToString(), library), np.zeros(shape, np.uint8))
-    assert "InvalidArgument" in type(caught.value).__name__
-
-
-# --- nothing crashes ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_malformed_inputs_crash_nothing(library: Library, count: int):
-    done = subprocess.run(
-        [sys.executable, __file__, str(count), library.path],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[3],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-2:] == ["survived", str(count)]
-    refused = int(done.stdout.split()[0])
-    assert count / 10 < refused < count * 9 / 10  # and some of both
-
-
-def malform(count: int, library: Library) -> None:
-    """Random nodes and pictures, good and bad; whatever is raised names the op as InvalidArgument."""
-    rng = np.random.default_rng(count)
-
-    def any_of(*choices: Any) -> Any:
-        return choices[int(rng.integers(len(choices)))]
-
-    refused = 0
-    for number in range(count):
-        op = any_of(IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS)
-        side = int(rng.integers(1, 40))
-        attributes: dict[str, Any] = {
-            "size": (side, int(rng.integers(1, 40))),
-            "shortest": int(rng.integers(38, 60)),
-            "resize": any_of("shortest", "exact", "letterbox"),
-            "resample": any_of("bilinear", "bicubic"),
-            "keep_square": int(rng.integers(2)),
-            "crop_offset": any_of("round", "floor"),
-        }
-        if rng.random() < 0.3:
-            attributes |= any_of(
-                {"size": (-side, 3)},
-                {"size": (2**40, 3)},
-                {"size": ()},
-                {"size": tuple(range(50))},
-                {"size": 4.5},
-                {"shortest": int(rng.integers(-(2**63), 2**63))},
-                {"shortest": 4096},
-                {"gain": (0.0,) * 3},
-                {"gain": (float("nan"),) * 3},
-                {"bias": (1e38, -1e38, 0.0)},
-                {"bias": ()},
-                {"pad": int(rng.integers(-(2**63), 2**63))},
-                {"resize": "x" * 10_000},
-                {"resample": ""},
-                {"crop_offset": b"\xff\x00".decode("latin1")},
-            )
-        if op is IMAGE_TO_QUANTIZED_PIXELS and rng.random() < 0.2:
-            attributes |= any_of({"scale": float("inf")}, {"scale": -1.0}, {"zero_point": -1}, {"scale": 1e-45})
-        attributes = {name: value for name, value in attributes.items() if value != ()}
-        shape = (*map(int, rng.integers(0, any_of(2, 5, 100, 400), 2)), 3)
-        if rng.random() < 0.2:
-            shape = any_of((), (3,), (4, 3), (4, 4, 1), (1, 4, 4, 3), (0, 0, 0), (70_000, 1, 3), (1, 65_536, 3))
-        try:
-            whole = onnx.load_from_string(model(op, attributes))
-            whole.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.UINT8, None))
-            if rng.random() < 0.05:
-                del whole.graph.node[0].attribute[int(rng.integers(9))]
-            made = run(session(whole.SerializeToString(), library), rng.integers(0, 256, shape, np.uint8))
-            assert made.shape == (1, 3, *(op.attributes | attributes)["size"])
-        except Exception as error:
-            refusals = (
-                f"{LOADING}{op.name}: ",
-                f"INVALID_ARGUMENT : Non-zero status code returned while running {op.name}",
-            )
-            if not any(refusal in str(error) for refusal in refusals):
-                error.add_note(f"number {number}: {attributes}, picture {shape}")
-                raise
-            refused += 1
-    print(refused, "refused, survived", count)
 
 
 # --- the preparer ---------------------------------------------------------------------------------------------------
@@ -617,9 +457,3 @@ def test_a_bundle_says_who_prepares(library: Library, sealed: Path, tmp_path: Pa
     assert Bundle(read(sealed)).image().library is None
     with pytest.raises(OpsLibraryMissing, match="no op library is built"):
         open_bundle(sealed, ops="required")
-
-
-if __name__ == "__main__":
-    at_hand = look(Path(sys.argv[2]).parent)
-    assert isinstance(at_hand, Library), at_hand
-    malform(int(sys.argv[1]), at_hand)

@@ -4,22 +4,17 @@ Against numpy's whole numbers, torch's activations, and ONNX Runtime's own nodes
 """
 
 import ctypes
-import platform
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
-from calmclip.export.functions.quant_linear import quant_linear, quant_linear_to_float
-from calmclip.models.ops import build, reference
-from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, VERSION
+from calmclip.models.ops import reference
+from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT
+from tests.models.ops import harness
+from tests.models.ops.harness import ISAS, kernel, kernels
 
-ISAS = build.INT8_ISAS.get(platform.machine(), ("scalar",))
 PANEL = 32
 ACTIVATE = {
     "none": lambda x: x,
@@ -28,7 +23,6 @@ ACTIVATE = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
-InvalidArgument = ort.capi.onnxruntime_pybind11_state.InvalidArgument
 
 
 class Work(ctypes.Structure):
@@ -41,6 +35,9 @@ class Work(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("activation", "one_residual")),
         *((name, ctypes.c_void_p) for name in ("residual", "values", "bytes")),
     )
+
+
+PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.POINTER(Work), ctypes.c_size_t, ctypes.c_size_t)
 
 
 def packed(w):
@@ -56,10 +53,7 @@ def packed(w):
 @pytest.fixture(params=ISAS)
 def run(library, request):
     """The kernel as a function of x [rows, K] and w [K, N], its output between guards that it must not touch."""
-    found = [k for k in library.kernels if (k.name, k.isa) == ("quant_linear", request.param)]
-    if not found or not found[0].runs:
-        pytest.skip(f"no {request.param} here")
-    function = ctypes.CFUNCTYPE(None, ctypes.POINTER(Work), ctypes.c_size_t, ctypes.c_size_t)(found[0].address)
+    function = kernel(library, "quant_linear", request.param, PROTOTYPE)
 
     def run(x, w, *, zero=0, scale=1.0, bias=0.0, activation="none", y=None, residual=0.0, inplace=False, panels=None,
             floor=None):  # fmt: skip
@@ -249,27 +243,24 @@ def test_the_peak_is_of_products(library):
     """Each form takes longer for more, so none is left out by its compiler."""
     from time import process_time
 
-    for kernel in library.kernels:
-        if kernel.name == "int8_peak" and kernel.runs:
-            peak = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_size_t)(kernel.address)
+    def took(peak, rounds):
+        start = process_time()
+        peak(rounds)
+        return process_time() - start
 
-            def took(rounds, peak=peak):
-                start = process_time()
-                peak(rounds)
-                return process_time() - start
-
-            few, many = (min(took(rounds) for _ in range(5)) for rounds in (2_000, 20_000))
-            assert 5 < many / few < 20
-            assert 1536 * 20_000 / many < 2e12
+    for peak in kernels(library, "int8_peak", ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_size_t)).values():
+        few, many = (min(took(peak, rounds) for _ in range(5)) for rounds in (2_000, 20_000))
+        assert 5 < many / few < 20
+        assert 1536 * 20_000 / many < 2e12
 
 
 # the ops
 
 
-def feeds(seed, shape, n, to_float, *, k=None, per_column=True):
+def draw(seed, shape, n, to_float=False, *, per_column=True):
     """Inputs of a layer whose results are about 1, their steps about 0.02."""
     rng = np.random.default_rng(seed)
-    k = shape[-1] if k is None else k
+    k = shape[-1]
     made = {
         "x": rng.integers(0, 256, shape, np.uint8),
         "x_scale": np.array(0.02),
@@ -287,39 +278,18 @@ def feeds(seed, shape, n, to_float, *, k=None, per_column=True):
     return {name: np.asarray(value, types.get(name, np.float32)) for name, value in made.items()}
 
 
-def session(library, given, *, activation=0, fed=("x", "residual"), threads=1, shape=None, function=False, path=None):
-    """Of one node: inputs other than ``fed`` are constants. ``library`` None: by the function, which travels then."""
+def session(library, given, *, activation=0, fed=("x", "residual"), shapes=None, **how):
+    """Of one node: inputs other than ``fed`` are constants. ``library`` None: by the function."""
     op = QUANT_LINEAR_TO_FLOAT if "residual" in given else QUANT_LINEAR
-    node = helper.make_node(op.name, list(given), ["y"], domain=DOMAIN, activation=activation)
-    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in given.items()}
-    declared = [
-        helper.make_tensor_value_info(name, kinds[name], shape if name == "x" else None)
-        for name in given
-        if name in fed
-    ]
-    constants = [numpy_helper.from_array(array, name) for name, array in given.items() if name not in fed]
-    y = helper.make_tensor_value_info("y", kinds["x" if op is QUANT_LINEAR else "residual"], None)
-    graph = helper.make_graph([node], "alone", declared, [y], constants)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
-    functions = [quant_linear() if op is QUANT_LINEAR else quant_linear_to_float()] if function else []
-    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=10)
-    return load(library, model, threads, path)
-
-
-def load(library, model, threads=1, path=None):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    if library is not None:
-        options.register_custom_ops_library(str(library.path))
-    if path is not None:
-        options.optimized_model_filepath = str(path)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    constants = [name for name in given if name not in fed]
+    attributes = {"activation": activation}
+    return harness.session(op, given, attributes, library=library, constants=constants, shapes=shapes, **how)
 
 
 def answer(library, given, **how):
-    fed = how.setdefault("fed", ("x", "residual"))
-    return session(library, given, **how).run(None, {name: given[name] for name in given if name in fed})[0]
+    return session(library, given, **how).run(None, {name: given[name] for name in given if name in ("x", "residual")})[
+        0
+    ]
 
 
 def oracle(given, activation):
@@ -329,14 +299,13 @@ def oracle(given, activation):
 
 
 @pytest.mark.parametrize("to_float", [False, True])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_op_equals_the_reference(library, to_float, threads):
+def test_op_equals_the_reference(library, to_float):
     """Of any rank; some in several pieces, of columns, and of rows where x is more than is near."""
     shapes = ([7], 9), ([3, 7], 64), ([2, 5, 64], 33), ([2, 1, 3, 20], 100), ([50, 768], 768), ([1, 600, 700], 130)
     for number, (shape, n) in enumerate(shapes):
         for activation in range(len(ACTIVATIONS)) if number < 3 else (2,):
-            given = feeds(number, shape, n, to_float, per_column=number % 2 == 0)
-            got, expected = answer(library, given, activation=activation, threads=threads), oracle(given, activation)
+            given = draw(number, shape, n, to_float, per_column=number % 2 == 0)
+            got, expected = answer(library, given, activation=activation), oracle(given, activation)
             assert got.shape == expected.shape
             assert got.dtype == expected.dtype
             apart = np.abs(got.astype(np.float64) - expected.astype(np.float64))
@@ -347,7 +316,7 @@ def test_op_equals_the_reference(library, to_float, threads):
 
 def test_a_column_far_out_is_cut_too(library):
     """Of one number beyond what an int32 holds, in steps of y, all columns go the longer way."""
-    given = feeds(3, [4, 30], 40, False)
+    given = draw(3, [4, 30], 40, False)
     given["bias"][:3] = 3e38, -3e38, 4e7
     with np.errstate(over="ignore"):
         got, expected = answer(library, given), oracle(given, 0)
@@ -355,36 +324,20 @@ def test_a_column_far_out_is_cut_too(library):
     assert (got == expected).mean() > 0.99
 
 
-@pytest.mark.parametrize("to_float", [False, True])
-def test_what_is_fed_does_as_what_is_constant(library, to_float):
-    for number, per_column in enumerate((True, False)):
-        given = feeds(number, [5, 70], 45, to_float, per_column=per_column)
-        constant = answer(library, given, activation=2)
-        for fed in ("x_zero", "weight", "bias"):
-            assert (answer(library, given, activation=2, fed=("x", "residual", fed)) == constant).all()
-        all_fed = session(library, given, activation=2, fed=tuple(given))
-        for _ in range(2):
-            assert (all_fed.run(None, given)[0] == constant).all()
-        given["weight"] = np.roll(given["weight"], 1)
-        assert (all_fed.run(None, given)[0] != constant).mean() > 0.1
-
-
 def test_numbers_of_shape_one(library):
-    given = feeds(1, [4, 9], 5, False, per_column=False)
+    given = draw(1, [4, 9], 5, False, per_column=False)
     expected = answer(library, given)
     ones = {name: a.reshape(1) if a.ndim == 0 else a for name, a in given.items()}
     assert (answer(library, ones) == expected).all()
-    given = feeds(1, [4, 9], 5, True)
+    given = draw(1, [4, 9], 5, True)
     for shape in ((), (1,)):
         given["residual"] = np.full(shape, 0.5, np.float32)
         assert (answer(library, given) == oracle(given, 0)).all()
 
 
 @pytest.mark.parametrize("to_float", [False, True])
-def test_op_empty(library, to_float):
-    for shape, n in (([0, 8], 5), ([2, 0, 8], 5), ([3, 8], 0)):
-        assert answer(library, feeds(0, shape, n, to_float)).shape == (*shape[:-1], n)
-    given = feeds(0, [3, 0], 5, to_float)
+def test_of_no_columns_of_x_there_is_the_bias_alone(library, to_float):
+    given = draw(0, [3, 0], 5, to_float)
     assert (answer(library, given) == oracle(given, 0)).all()
 
 
@@ -393,8 +346,8 @@ def test_op_equals_onnx_runtimes_own_nodes(library, to_float, tmp_path):
     """Which its fusion finds: MatMulIntegerToFloat does the same in float32. So does QuantizeLinear, but it divides."""
     for activation, name in enumerate(ACTIVATIONS):
         for seed in range(4):
-            given = feeds(seed, [2, 25, 100], 66, to_float, per_column=seed % 2 == 0)
-            how = {"activation": activation, "shape": ["b", "t", 100], "function": True}
+            given = draw(seed, [2, 25, 100], 66, to_float, per_column=seed % 2 == 0)
+            how = {"activation": activation, "shapes": {"x": ["b", "t", 100]}, "body": True}
             theirs = answer(None, given, path=tmp_path / "left.onnx", **how)
             kinds = [node.op_type for node in onnx.load(tmp_path / "left.onnx").graph.node]
             assert kinds[0] == "MatMulIntegerToFloat"
@@ -412,112 +365,23 @@ def test_op_equals_onnx_runtimes_own_nodes(library, to_float, tmp_path):
 
 def test_shapes_flow(library):
     for to_float in (False, True):
-        given = feeds(0, [2, 3, 8], 5, to_float)
-        assert session(library, given, shape=["b", 3, 8]).get_outputs()[0].shape == ["b", 3, 5]
-        assert session(library, given, shape=["b", 3, 8], fed=("x", "residual", "weight")).get_outputs()[0].shape == []
-        assert session(library, given).get_outputs()[0].shape == []
-
-
-def test_in_the_place_of_the_residual(library):
-    """Between nodes, one of whose values has a second reader and must stay."""
-    given = feeds(6, [60, 64], 64, True)
-    del given["residual"]
-    names = list(given)
-    nodes = [
-        helper.make_node("Neg", ["r"], ["a"]),
-        helper.make_node(QUANT_LINEAR_TO_FLOAT.name, [*names, "a"], ["b"], domain=DOMAIN, activation=0),
-        helper.make_node("Neg", ["b"], ["c"]),
-        helper.make_node(QUANT_LINEAR_TO_FLOAT.name, [*names, "c"], ["d"], domain=DOMAIN, activation=0),
-        helper.make_node("Add", ["c", "d"], ["y"]),
-    ]
-    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [60, 64])
-    r, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [60, 64]) for name in "ry")
-    constants = [numpy_helper.from_array(given[name], name) for name in names[1:]]
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
-    graph = helper.make_graph(nodes, "chain", [x, r], [y], constants)
-    at_hand = load(library, helper.make_model(graph, opset_imports=opsets, ir_version=10), 2)
-    start = np.random.default_rng(7).normal(0, 1, (60, 64)).astype(np.float32)
-    c = -oracle(given | {"residual": -start}, 0)
-    expected = c + oracle(given | {"residual": c}, 0)
-    assert (at_hand.run(None, {"x": given["x"], "r": start})[0] == expected).all()
-
-
-@pytest.mark.parametrize(
-    ("to_float", "change", "says"),
-    [
-        (False, {"x": [2, 7]}, r"x has the shape \[2, 7\]; expected \[..., 8\], for the weight is \[8, 5\]"),
-        (True, {"x": []}, r"x has the shape \[\]; expected"),
-        (False, {"weight": [8]}, r"weight has the shape \[8\]; expected \[K, N\]"),
-        (True, {"weight": [65537, 1]}, r"weight has the shape \[65537, 1\]; expected at most 65536 rows"),
-        (False, {"x_scale": [2]}, r"x_scale has the shape \[2\]; expected one number"),
-        (True, {"x_zero": [2]}, r"x_zero has the shape \[2\]; expected one number"),
-        (False, {"weight_scale": [4]}, r"weight_scale has the shape \[4\]; expected one number, or \[5\]"),
-        (True, {"bias": [1]}, r"bias has the shape \[1\]; expected \[5\]"),
-        (True, {"bias": []}, r"bias has the shape \[\]; expected \[5\]"),
-        (False, {"y_scale": [4]}, r"y_scale has the shape \[4\]; expected one number, or \[5\]"),
-        (False, {"y_zero": [5, 1]}, r"y_zero has the shape \[5, 1\]; expected one number, or \[5\]"),
-        (True, {"residual": [3, 5]}, r"residual has the shape \[3, 5\]; expected that of y, \[2, 5\], or one number"),
-        (True, {"residual": [5]}, r"residual has the shape \[5\]"),
-    ],
-)
-def test_op_refuses_shapes(library, to_float, change, says):
-    given = feeds(0, [2, 8], 5, to_float)
-    ((name, shape),) = change.items()
-    given[name] = np.ones(shape, given[name].dtype)
-    name = QUANT_LINEAR_TO_FLOAT.name if to_float else QUANT_LINEAR.name
-    with pytest.raises(InvalidArgument, match=f"{name}: {says}"):
-        answer(library, given, fed=tuple(given))
-    with pytest.raises(Exception, match=f"{name}: {says}"):  # of constants it is said when the graph is loaded
-        answer(library, given)
-
-
-@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf, 1e-39])
-@pytest.mark.parametrize("scale", ["x_scale", "weight_scale", "y_scale"])
-def test_op_refuses_scales(library, scale, value):
-    given = feeds(0, [2, 8], 5, False)
-    given[scale] = given[scale].copy()
-    given[scale].flat[-1] = value
-    with pytest.raises(Exception, match=rf"QuantLinear: {scale}(\[4\])? is .*; expected a positive, normal"):
-        answer(library, given)
-
-
-@pytest.mark.parametrize(
-    ("value", "says"), [(5, "activation is 5; expected 0 none"), (-1, "activation is -1"), (1.0, "activation cannot")]
-)
-def test_op_refuses_activations(library, value, says):
-    with pytest.raises(Exception, match=f"QuantLinear: .*{says}"):
-        session(library, feeds(0, [2, 8], 5, False), activation=value)
-
-
-def test_op_refuses_other_types(library):
-    for to_float in (False, True):
-        for name, array in feeds(0, [2, 8], 5, to_float).items():
-            given = feeds(0, [2, 8], 5, to_float) | {name: array.astype(np.int32)}
-            with pytest.raises(Exception, match="int32"):
-                session(library, given)
-
-
-def test_one_session_from_many_threads(library):
-    given = feeds(9, [50, 200], 96, False)
-    expected, at_hand, gate = answer(library, given), session(library, given), threading.Barrier(4)
-
-    def work(_):
-        gate.wait()
-        return [at_hand.run(None, {"x": given["x"]})[0] for _ in range(20)]
-
-    with ThreadPoolExecutor(4) as pool:
-        for results in pool.map(work, range(4)):
-            assert all((y == expected).all() for y in results)
+        given = draw(0, [2, 3, 8], 5, to_float)
+        known, fed = {"shapes": {"x": ["b", 3, 8]}}, {"fed": ("x", "residual", "weight")}
+        assert session(library, given, **known).get_outputs()[0].shape == ["b", 3, 5]
+        assert session(library, given, **known, **fed).get_outputs()[0].shape == ["b", 3, "weight_1"]
+        unknown = {"shapes": {"x": None, "weight": None}}
+        assert session(library, given, **unknown).get_outputs()[0].shape == []
+        assert session(library, given, shapes={"weight": None} | known["shapes"], **fed).get_outputs()[0].shape == []
 
 
 def test_weights_go_with_their_session(library):
     """Many sessions one after the other and at once: their packed weights share memory, kept while one needs it."""
-    given = feeds(10, [3, 300], 500, True)
+    given = draw(10, [3, 300], 500, True)
     expected = answer(library, given)
     kept = [session(library, given) for _ in range(5)]
     for number in (1, 3, 0, 2):
         kept[number] = None
-        session(library, feeds(11, [3, 2000], 20, True))
+        session(library, draw(11, [3, 2000], 20, True))
         assert (kept[4].run(None, {name: given[name] for name in ("x", "residual")})[0] == expected).all()
 
 
