@@ -304,4 +304,6 @@ def test_float_and_int8_of_one_export_are_one_family_of_what_embeds(tiny_bundles
     listed = {path: file for path, file in floats.files.items() if path != "report.json"}
     families = [_family(one.model_copy(update={"files": listed})) for one in (floats, other)]
     assert families[0] == floats.family != families[1]
-    assert _family(floats.model_copy(update={"files": listed, "created": "another time"})) == families[0]
+    named = floats.classifier.model_copy(update={"labels": "labels.json"})
+    again = {"classifier": named, "files": {**listed, "labels.json": listed["text.onnx"]}, "created": "another time"}
+    assert _family(floats.model_copy(update=again)) == families[0]

@@ -62,6 +62,7 @@ def test_what_was_made_of_rows_takes_their_place_and_too_much_is_not_kept():
     assert found["vectors"].shape == (1, 3, 2)
     memory.answer("one", Keep("labels", "large", matrix, 6))
     assert memory.answer("one", Recall("labels", ("large",))) is None
+    assert memory.answer("one", Recall("labels", ("k",)))  # nothing had to go for it
 
 
 def test_a_row_does_not_hold_the_batch_it_came_with():

@@ -21,6 +21,7 @@ from calmclip.models.errors import (
 )
 from calmclip.models.flow import Arrays
 from calmclip.models.tasks.embed import EmbedRequest
+from calmclip.models.tasks.raw import RawRequest, raw
 
 ASSETS = Path(__file__).parents[2] / "export" / "samples"
 Png = Callable[..., bytes]
@@ -125,16 +126,30 @@ class Spy:
 @pytest.mark.parametrize("batch", [None, 1, 4])
 def test_answers_of_many_come_in_their_order(sealed: Path, png: Png, batch: int | None, threads: int):
     runner = open_bundle(sealed)
-    spy = Spy(runner)
+    spy, text, tokenized = Spy(runner), runner.bundle.text(), []
+    plain = text.prepare
+    text.prepare = lambda texts: tokenized.append(len(texts)) or plain(texts)  # type: ignore[method-assign]
     names = [("red", "green", "blue")[i * i % 3] for i in range(23)]
     pictures = (png(name, (8 + i, 6)) for i, name in enumerate(names))  # each is read once, when its turn is near
     found = runner.classify_many(pictures, [*COLOURS], top_k=1, batch=batch, threads=threads)
     assert [ranking.labels[0].label for ranking in found] == names
     assert [run for run in spy.runs if run[0] == "text"] == [("text", 3)]  # labels are embedded once
+    assert tokenized == [3]
     rows = [count for role, count in spy.runs if role == "image"]
     assert sum(rows) == 23
     assert max(rows) <= (batch or 23)
     assert batch == 1 or max(rows) > 1 or threads  # with threads it is a race how many wait together
+
+
+def test_only_calls_of_one_shape_run_together(sealed: Path):
+    runner, words = open_bundle(sealed), {"red": 2, "green": 3, "blue": 4}
+    spy = Spy(runner)
+    texts = ["red", "blue", "red green", "green", "blue blue", "red"]
+    feeds = [{"ids": np.array([[words[word] for word in text.split()]])} for text in texts]
+    flows = (raw(runner.bundle, RawRequest("text", ids)) for ids in feeds)
+    rows = [found["text_embeds"][0] for found in runner.map(flows, batch=8, threads=0)]
+    assert np.array(rows) == pytest.approx(runner.embed(texts=texts), abs=1e-6)
+    assert max(count for _, count in spy.runs[:-1]) > 1
 
 
 def test_flows_are_taken_as_they_are_needed_and_closed_when_nobody_asks_on(sealed: Path, png: Png):
