@@ -35,7 +35,7 @@ from calmclip.models.tasks.raw import RawRequest, raw
 T = TypeVar("T")
 Picture = str | Loaded  # a path, the bytes of a file, a picture of Pillow's, or uint8 [height, width, 3]
 REMEMBERED = 32_768  # rows of text: 64 MiB of 512 numbers
-BATCH_BYTES = 1_835_008  # of the inputs of a run: two pictures of 224 to 260 pixels; with more it leaves the caches
+BATCH_BYTES = 3_670_016  # of a run's inputs, as the service has it: with more they leave the caches
 AHEAD = 2  # runs' worth of pictures that are decoded while a graph runs
 
 
