@@ -367,7 +367,9 @@ def _waiting(one: _Under[Any]) -> Call | None:
 
 
 def _height(call: Call) -> int:
-    return len(next(iter(call.feeds.values())))
+    """Rows; of a graph that takes a number alone, one."""
+    first = next(iter(call.feeds.values()), None)
+    return 1 if first is None or not first.ndim else len(first)
 
 
 def _alike(one: Call, other: Call) -> bool:
