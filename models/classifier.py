@@ -37,8 +37,8 @@ class Classifier:
     ``family``: of the bundles that it was made for, where it was fitted or calibrated; None: for any. Float and INT8
     bundles of one export are of one family.
 
-    Raises `BadRequest`: a label or sentence that is empty, a template without ``{}``, a description of what is no label,
-    a temperature or threshold out of range.
+    Raises `BadRequest`: a label or sentence that is empty, a template without ``{}``, a description of what is no
+    label, a temperature or threshold out of range.
     """
 
     labels: tuple[str, ...] = ()

@@ -209,7 +209,7 @@ def site(tmp_path: Path) -> Path:
 @pytest.fixture
 def bundle(site: Path, tiny_hf_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Exported with the adapter, by a process that knows the package's adapter and not its task."""
-    for registry in (TASKS, HEADS, EVALS):
+    for registry in (TASKS, HEADS, EVALS, ADAPTERS):
         registry.load()  # without the package
     monkeypatch.syspath_prepend(str(site))
     importlib.invalidate_caches()
