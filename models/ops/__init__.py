@@ -1,1 +1,1 @@
-"""Our ONNX operators: `spec` (what each promises), `reference` (each in plain numpy, the oracle)."""
+"""Our ONNX operators; README.md explains them. `table` lists them."""

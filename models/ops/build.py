@@ -1,7 +1,7 @@
-"""csrc/ -> the op library, with whatever C++ compiler the machine has. A pip install needs none of this.
+"""csrc/ -> the op library, by the C++ compiler of the machine. A pip install does not need it.
 
 Headers are ONNX Runtime's public C and C++ ones, 1.21 or newer: in Debian the package libonnxruntime-dev. The library
-links to nothing of ONNX Runtime; it gets the API handed when it is registered, so older headers serve newer wheels.
+does not link to ONNX Runtime. It receives the API when it is registered, so older headers work with newer wheels.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ NAME = "calmclip_ops.so"
 
 FLAGS = (
     "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wpedantic", "-Werror",
-    # a multiply and an add stay two roundings, so that every instruction set rounds as numpy does; where one is
-    # wanted, a kernel says fma
+    # a multiply and an add are two roundings, so that every instruction set rounds as numpy does; kernels that want one
+    # rounding call fma
     "-ffp-contract=off",
 )  # fmt: skip
-# file suffix -> flags. A file without one is compiled for the base architecture, and so is the dispatcher.
+# file suffix -> flags. A file without a suffix, such as the dispatcher, is compiled for the base architecture.
 ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
@@ -37,15 +37,15 @@ ISA_FLAGS = {
     "vbmi": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx2", "-mfma"),
     "vnni": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma"),
 }
-# what `platform.machine` says -> the sets that processors of that family may have
+# the answer of `platform.machine` -> the instruction sets that processors of that family may have
 ISAS = {
     "x86_64": ("scalar", "avx2", "avx512"),
     "aarch64": ("scalar", "neon"),
-    "arm64": ("scalar", "neon"),  # as macOS calls it
+    "arm64": ("scalar", "neon"),  # on macOS
 }
-# of kernels that live on products of bytes
+# for kernels of byte products
 INT8_ISAS = {"x86_64": ("scalar", "avx2", "vnni")}
-# of kernels that live on tables of bytes
+# for kernels of byte tables
 TABLE_ISAS = {"x86_64": ("scalar", "avx2", "vbmi")}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1")
 _INCLUDES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/include/onnxruntime/core/session")
@@ -53,31 +53,31 @@ _INCLUDES = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What `build` needs."""
+    """The compiler and the folder of ONNX Runtime's headers."""
 
     compiler: str
     include: Path
 
 
 def toolchain() -> Toolchain:
-    """Raises `OpsNotBuilt`, which says what is missing and how to get it."""
-    wanted = os.environ.get("CXX", "c++")
-    compiler = shutil.which(wanted) or shutil.which("g++") or shutil.which("clang++")
+    """Raises `OpsNotBuilt`, which names the missing part and how to get it."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise OpsNotBuilt("there is no C++ compiler (c++, g++, clang++, or what CXX names); on Debian: apt install g++")
-    given = os.environ.get("ORT_INCLUDE_DIR")
-    for folder in [given] if given else _INCLUDES:
+        raise OpsNotBuilt(
+            "no C++ compiler; expected c++, g++, clang++, or the one that CXX names; on Debian: apt install g++"
+        )
+    folders = [os.environ["ORT_INCLUDE_DIR"]] if os.environ.get("ORT_INCLUDE_DIR") else _INCLUDES
+    for folder in folders:
         if (Path(folder) / "onnxruntime_cxx_api.h").is_file():
             return Toolchain(compiler, Path(folder))
-    looked = given or ", ".join(_INCLUDES)
     raise OpsNotBuilt(
-        f"ONNX Runtime's header onnxruntime_cxx_api.h is not in {looked}; on Debian: apt install libonnxruntime-dev, "
-        "elsewhere name its folder in ORT_INCLUDE_DIR"
+        f"ONNX Runtime's header onnxruntime_cxx_api.h is not in {', '.join(folders)}; on Debian: apt install "
+        "libonnxruntime-dev, elsewhere set ORT_INCLUDE_DIR to its folder"
     )
 
 
 def sources() -> list[Path]:
-    """Every file the library of this processor family is made of, in a fixed order."""
+    """Every source file of the library for this processor family, in a fixed order."""
     isas = {isa for kind in (ISAS, INT8_ISAS, TABLE_ISAS) for isa in kind.get(platform.machine(), ("scalar",))}
     return [
         path
@@ -87,7 +87,7 @@ def sources() -> list[Path]:
 
 
 def fingerprint() -> str:
-    """SHA-256 over the sources and flags: a library of another one is out of date."""
+    """SHA-256 over the sources and flags. A library with another fingerprint is out of date."""
     digest = hashlib.sha256(repr((FLAGS, ISA_FLAGS)).encode())
     for path in sources():
         digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -95,10 +95,10 @@ def fingerprint() -> str:
 
 
 def build(folder: Path = FOLDER, *, sanitize: bool = False) -> Path:
-    """Compile into ``folder``; -> the library, with a JSON file beside it that holds its SHA-256.
+    """Compile into ``folder``; -> the library. A JSON file beside it holds its SHA-256.
 
-    A process that has the old library loaded keeps it: the new one is renamed into place. Raises `OpsNotBuilt`
-    with what the compiler said.
+    The new library is renamed into place, so a process keeps the old one that it has loaded. Raises `OpsNotBuilt` with
+    the compiler's message.
     """
     tools = toolchain()
     common = [tools.compiler, *FLAGS, *(SANITIZE if sanitize else ()), "-isystem", str(tools.include)]
@@ -135,7 +135,7 @@ def _isa(path: Path) -> str | None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OpsNotBuilt(f"the compiler refused:\n{' '.join(command)}\n{done.stderr.strip()}")
+        raise OpsNotBuilt(f"the compiler failed:\n{' '.join(command)}\n{done.stderr.strip()}")
 
 
 def _version(compiler: str) -> str:

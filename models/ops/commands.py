@@ -6,63 +6,65 @@ from typing import Any
 
 from calmclip.models.cli import emit, parser
 from calmclip.models.errors import OpsNotBuilt
-from calmclip.models.ops import build, library, spec
+from calmclip.models.ops import build, library
 from calmclip.models.ops.library import Library
+from calmclip.models.ops.spec import DOMAIN, VERSION
+from calmclip.models.ops.table import OPS
 
 
 def ops_command(argv: list[str]) -> int:
     """`calmclip ops build|info|check`: compile the library; which kernels run here; compare with the oracle."""
-    options = parser("ops", "The compiled op library: softmax, soft-NMS and image preprocessing.")
+    options = parser("ops", "The compiled op library.")
     options.add_argument("do", choices=("build", "info", "check"))
     options.add_argument(
         "--if-possible",
         action="store_true",
-        help="build: where that cannot be done, for want of a compiler, headers or else, say so in a line and exit 0",
+        help="build: if the build fails, e.g. without a compiler or headers, print a line and exit 0",
     )
-    given = options.parse_args(argv)
-    return {"build": _build, "info": _info, "check": _check}[given.do](given)
+    arguments = options.parse_args(argv)
+    return {"build": _build, "info": _info, "check": _check}[arguments.do](arguments)
 
 
-def _build(given: argparse.Namespace) -> int:
-    """Does nothing where the library is of these sources already."""
-    found = library.look(build.FOLDER)
-    done = not isinstance(found, Library)
+def _build(arguments: argparse.Namespace) -> int:
+    """Does nothing if the library is up to date."""
+    built = library.look(build.FOLDER)
+    outdated = not isinstance(built, Library)
     try:
-        if done:
+        if outdated:
             build.build(build.FOLDER)
             library.look.cache_clear()
-            found = library.look(build.FOLDER)
-        if not isinstance(found, Library):
-            raise OpsNotBuilt(f"what was built cannot be used: {found}")
-    except (OpsNotBuilt, OSError) as error:  # OSError: the package's folder is not ours to write to, or full
-        if not given.if_possible:
+            built = library.look(build.FOLDER)
+        if not isinstance(built, Library):
+            raise OpsNotBuilt(f"the new library cannot be used: {built}")
+    except (OpsNotBuilt, OSError) as error:  # OSError: the package's folder is read-only, or the disk is full
+        if not arguments.if_possible:
             raise
         reason = str(error).splitlines()
         print(f"calmclip: no op library ({reason[0]}); bundles run their own functions instead", file=sys.stderr)
         print(*reason[1:20], sep="\n", end="\n" if reason[1:] else "", file=sys.stderr)
         return 0
-    value = {"library": str(found.path), "sha256": found.sha256, "built": done}
-    emit(given.json, value, lambda v: print(f"{v['library']} {'built' if v['built'] else 'is up to date'}"))
+    value = {"library": str(built.path), "sha256": built.sha256, "built": outdated}
+    emit(arguments.json, value, lambda v: print(f"{v['library']} {'built' if v['built'] else 'is up to date'}"))
     return 0
 
 
-def _info(given: argparse.Namespace) -> int:
-    """Also without a library: what the operators are, and why there is none."""
-    found = library.find()
+def _info(arguments: argparse.Namespace) -> int:
+    """The operators and the kernels; without a library the operators and the reason."""
+    installed = library.find()
     kernels: dict[str, list[dict[str, Any]]] = {}
-    for kernel in found.kernels if found else ():
+    for kernel in installed.kernels if installed else ():
         kernels.setdefault(kernel.name, []).append({"isa": kernel.isa, "runs": kernel.runs})
     value = {
-        "domain": spec.DOMAIN,
-        "version": spec.VERSION,
-        "library": {"path": str(found.path), "sha256": found.sha256, **found.about} if found else None,
+        "domain": DOMAIN,
+        "version": VERSION,
+        "library": {"path": str(installed.path), "sha256": installed.sha256, **installed.about} if installed else None,
         "why_not": library.why_not(),
-        "ops": {op.name: {"inputs": list(op.inputs), "attributes": op.attributes} for op in spec.OPS},
+        "ops": {op.name: {"inputs": list(op.inputs), "attributes": op.attributes} for op in OPS},
         "kernels": {
-            name: {"isas": isas, "used": found.isas[name] if found else None} for name, isas in kernels.items()
+            name: {"isas": isas, "used": installed.isas[name] if installed else None} for name, isas in kernels.items()
         },
     }
-    emit(given.json, value, _show)
+    emit(arguments.json, value, _show)
     return 0
 
 
@@ -77,21 +79,21 @@ def _show(value: dict[str, Any]) -> None:
     library = value["library"]
     print(f"{library['path']}  {library['sha256'][:12]}  {library['compiler']}  {library['built']}")
     for name, kernel in value["kernels"].items():
-        isas = ", ".join(one["isa"] + ("" if one["runs"] else " (not on this processor)") for one in kernel["isas"])
+        isas = ", ".join(row["isa"] + ("" if row["runs"] else " (not on this processor)") for row in kernel["isas"])
         print(f"  {name:24s} {kernel['used']:8s} of {isas}")
 
 
-def _check(given: argparse.Namespace) -> int:
-    """Exit 1 where an operator differs from its oracle, or there is no library."""
+def _check(arguments: argparse.Namespace) -> int:
+    """Exit 1 if an operator differs from its oracle, or there is no library."""
     from calmclip.models.ops.check import as_json, check
 
     results = [as_json(result) for result in check()]
     passed = all(result["passed"] for result in results)
-    emit(given.json, {"passed": passed, "results": results}, _show_check)
+    emit(arguments.json, {"passed": passed, "results": results}, _show_check)
     return 0 if passed else 1
 
 
 def _show_check(value: dict[str, Any]) -> None:
     for result in value["results"]:
-        said = result["trouble"] or f"{result['rounds']} inputs, at most {result['difference']:.1e} from the oracle"
-        print(f"{'ok  ' if result['passed'] else 'FAIL'} {result['probe']:26s} {result['way']:9s} {said}")
+        text = result["trouble"] or f"{result['rounds']} inputs, at most {result['difference']:.1e} from the oracle"
+        print(f"{'ok  ' if result['passed'] else 'FAIL'} {result['probe']:26s} {result['way']:9s} {text}")

@@ -1,7 +1,7 @@
-"""The compiled op library: found at one place, verified, and what it holds for this processor.
+"""The compiled op library: its place, its verification, and its kernels for this processor.
 
-It lies in ``models/ops/lib`` and nowhere else: no bundle, setting or working directory can bring one. Beside it lies
-the SHA-256 that `build` wrote; a library that differs, or one of other sources, is not loaded.
+Its only place is ``models/ops/lib``: no bundle, setting or working directory can provide one. `build` writes its
+SHA-256 beside it. A library with another SHA-256, or of other sources, is not loaded.
 """
 
 import ctypes
@@ -36,67 +36,67 @@ class Library:
     sha256: str
     about: dict[str, str]
     kernels: tuple[Kernel, ...]
-    handle: ctypes.CDLL = field(compare=False)  # of one file loaded twice they are two
+    handle: ctypes.CDLL = field(compare=False)  # loading one file twice gives two handles
 
     @property
     def isas(self) -> dict[str, str]:
-        """Kernel -> the instruction set that dispatch takes for it here: the last of the list that runs."""
+        """Kernel -> the instruction set that dispatch uses here: the last of the list that this processor has."""
         return {kernel.name: kernel.isa for kernel in self.kernels if kernel.runs}
 
 
 def find(mode: Mode = "auto") -> Library | None:
-    """The library, verified; None where there is none or ``mode`` is off.
+    """The verified library; None if there is none or ``mode`` is off.
 
-    Raises `OpsLibraryMissing` when ``mode`` is required and it is absent, altered or out of date.
+    Raises `OpsLibraryMissing` if ``mode`` is required and the library is missing, altered or out of date.
     """
     if mode == "off":
         return None
-    found = look(build.FOLDER)
-    if isinstance(found, Library):
-        return found
+    library = look(build.FOLDER)
+    if isinstance(library, Library):
+        return library
     if mode == "required":
         raise OpsLibraryMissing(
-            f"{found}, and CALMCLIP_OPS=required. Run 'calmclip ops build', or set CALMCLIP_OPS=auto to run the "
+            f"{library}, and CALMCLIP_OPS=required. Run 'calmclip ops build', or set CALMCLIP_OPS=auto to run the "
             "functions that bundles carry."
         )
     return None
 
 
 def why_not() -> str:
-    """Why `find` gives nothing; "" where it gives a library."""
-    found = look(build.FOLDER)
-    return "" if isinstance(found, Library) else found
+    """The reason why `find` returns None; "" if it returns a library."""
+    library = look(build.FOLDER)
+    return "" if isinstance(library, Library) else library
 
 
-@cache  # a process decides once: what it has loaded cannot be unloaded
+@cache  # a process decides once, because a loaded library cannot be unloaded
 def look(folder: Path) -> Library | str:
-    """The verified library in ``folder``, or in words why there is none."""
-    path, note = folder / build.NAME, folder / f"{build.NAME}.json"
+    """The verified library in ``folder``, or the reason why there is none."""
+    path = folder / build.NAME
     try:
-        about = json.loads(note.read_bytes())
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        about = json.loads((folder / f"{build.NAME}.json").read_bytes())
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
         return "no op library is built"
     except (OSError, ValueError) as error:
         return f"the op library {path} cannot be read: {error}"
-    if not isinstance(about, dict) or found != about.get("sha256"):
-        return f"the op library {path} has the SHA-256 {found[:12]}…, not the one it was built with"
+    if not isinstance(about, dict) or sha256 != about.get("sha256"):
+        return f"the op library {path} has the SHA-256 {sha256[:12]}…, not the one it was built with"
     if about.get("sources") != build.fingerprint():
-        return f"the op library {path} is of other sources than these"
+        return f"the op library {path} was built from other sources than these"
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the op library {path} does not load: {error}"
     version = handle.calmclip_ops_version()
     if version != VERSION:
-        return f"the op library {path} is of version {version}, not {VERSION}"
-    return Library(path, found, about, _kernels(handle), handle)
+        return f"the op library {path} has version {version}, not {VERSION}"
+    return Library(path, sha256, about, _kernels(handle), handle)
 
 
 class _Line(ctypes.Structure):
     """`calmclip_kernel` of csrc/kernels/dispatch.h."""
 
-    _fields_ = [  # ctypes asks for a list
+    _fields_ = [  # ctypes requires a list
         ("name", ctypes.c_char_p),
         ("isa", ctypes.c_char_p),
         ("function", ctypes.c_void_p),

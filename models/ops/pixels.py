@@ -1,4 +1,4 @@
-"""The library's kernel of `ImageToPixels`, called without ONNX Runtime. It runs without the interpreter's lock."""
+"""The library's `ImageToPixels` kernel, called without ONNX Runtime. It runs without Python's global lock."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,12 +14,12 @@ _FILTERS = {"bilinear": 0, "bicubic": 1}
 
 
 class Picture(ctypes.Structure):
-    """`Picture` of csrc/kernels/image_to_pixels.h: of ``height`` rows ``rows``, from ``first`` on, lie at ``data``.
+    """`Picture` of csrc/kernels/image_to_pixels.h: ``data`` holds ``rows`` of the ``height`` rows, from ``first`` on.
 
-    Strides in bytes; a pixel has 3, or 4 of which the last does not count.
+    Strides are in bytes. A pixel has 3 bytes, or 4 of which the last is ignored.
     """
 
-    _fields_ = [  # ctypes asks for a list
+    _fields_ = [  # ctypes requires a list
         ("data", ctypes.c_void_p),
         ("height", ctypes.c_size_t),
         ("width", ctypes.c_size_t),
@@ -33,7 +33,7 @@ class Picture(ctypes.Structure):
 class Placement(ctypes.Structure):
     """`Placement` of the same file."""
 
-    _fields_ = [  # ctypes asks for a list
+    _fields_ = [  # ctypes requires a list
         ("resized_height", ctypes.c_size_t),
         ("resized_width", ctypes.c_size_t),
         ("top", ctypes.c_size_t),
@@ -58,8 +58,8 @@ def image_to_pixels(
 ) -> None:
     """Write the rows ``outputs`` = (first, last), or all, of ``out`` float32 [..., 3, height, width], C-contiguous.
 
-    ``gain``, ``bias``: float32, 3 numbers. ``isa``: the kernels of this instruction set and not the best.
-    Raises ValueError for numbers that make no sense, MemoryError.
+    ``gain``, ``bias``: float32, 3 numbers. ``isa``: the instruction set of the kernels; the best one by default.
+    Raises ValueError for numbers out of range, and MemoryError.
     """
     shape = (3, placement.height, placement.width)
     if out.dtype != "float32" or not out.flags.c_contiguous or out.size != 3 * placement.height * placement.width:
@@ -82,9 +82,11 @@ def image_to_pixels(
         kernels["resize_columns"] if isa else None,
     )
     if status == 1:
-        raise MemoryError("the pictures' kernel found no memory")
+        raise MemoryError("the picture kernel has no memory; reduce the number of threads or the size of the picture")
     if status:
-        raise ValueError(f"the pictures' kernel refused rows {first} to {last} of {list(shape)}")
+        raise ValueError(
+            f"the picture kernel refused rows {first} to {last} of {list(shape)}; expected rows within the output"
+        )
 
 
 @cache  # a process loads one library

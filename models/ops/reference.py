@@ -15,11 +15,11 @@ from calmclip.models.preprocess.image import ImagePreparer
 
 
 def softmax(x: Array, axis: int = -1, gamma: float = 0.0, zeta: float = 1.0) -> Array:
-    """clamp((zeta - gamma) * softmax(x) + gamma, 0, 1) along ``axis``; rows are not normalised again.
+    """clamp((zeta - gamma) * softmax(x) + gamma, 0, 1) along ``axis``; rows are not normalized again.
 
     x float32 [...] -> float32 [...], float64 inside. gamma <= 0 and zeta >= 1 are read as float32; 0 and 1 are plain
-    softmax. -inf counts as the lowest finite float32, so a row of nothing but masks is uniform; a row that holds NaN
-    or +inf is NaN throughout; an empty axis gives an empty output.
+    softmax. -inf counts as the lowest finite float32, so a row with only masked values is uniform. A row that holds NaN
+    or +inf is NaN throughout. An empty axis gives an empty output.
     Raises `BadRequest` for an axis that x does not have, and for gamma and zeta out of range.
     Source: Bondarenko et al. 2023 (arXiv 2306.12929), equation 4.
     """
@@ -33,7 +33,7 @@ def softmax(x: Array, axis: int = -1, gamma: float = 0.0, zeta: float = 1.0) -> 
     if value.size == 0:
         return value.astype(np.float32)
     value = np.maximum(value, float(np.finfo(np.float32).min))
-    with np.errstate(invalid="ignore"):  # inf - inf is the NaN that is asked for
+    with np.errstate(invalid="ignore"):  # inf - inf gives the specified NaN
         power = np.exp(value - value.max(axis, keepdims=True))
         p = power / power.sum(axis, keepdims=True)
     result: Array = np.clip((high - low) * p + low, 0.0, 1.0).astype(np.float32)
@@ -49,7 +49,7 @@ class Kept(NamedTuple):
 
 
 class Suppression(TypedDict, total=False):
-    """The settings of `soft_nms` by name, for those who hand them on."""
+    """The settings of `soft_nms` by name, for functions that pass them on."""
 
     method: Required[Method]
     per_class: bool
@@ -62,7 +62,7 @@ class Suppression(TypedDict, total=False):
 def iou(box: Array, boxes: Array) -> Array:
     """IoU of ``box`` [4] with each of ``boxes`` [N, 4].
 
-    0 for a box whose area is no normal, finite float32, and for two whose areas add up to more than float32 holds.
+    0 for a box whose area is no normal, finite float32, and for two boxes if the sum of their areas overflows float32.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
@@ -84,14 +84,14 @@ def soft_nms(
     min_score: float = 1e-3,
     max_output: int | None = None,
 ) -> Kept:
-    """Take the best box, decay those that overlap it, drop what falls under ``min_score``; repeat.
+    """Take the best box, decay those that overlap it, drop those under ``min_score``; repeat.
 
-    boxes [N, 4] x0 y0 x1 y1, scores [N], classes [N] (absent: all one class).
+    boxes [N, 4] x0 y0 x1 y1, scores [N], classes [N] (None: one class).
     Weight of a box with overlap o:   hard      0 where o > iou_threshold, else 1
                                       linear    1 - o where o > iou_threshold, else 1
                                       gaussian  exp(-o^2 / sigma)
     o is rounded to float32 before it is compared, so that float32 kernels agree on ties of whole pixels. A box whose
-    weight is 0, or no normal float32, goes, whatever ``min_score``. Ties go to the lower index. N = 0 gives empty
+    weight is 0, or no normal float32, is dropped for any ``min_score``. Ties go to the lower index. N = 0 gives empty
     outputs.
     Raises `BadRequest` for a NaN score, naming its index, and for a sigma that is not positive.
     Source: Bodla et al. 2017 (arXiv 1704.04503), section 3; the score threshold as in mmcv, tested on every box.
@@ -108,43 +108,44 @@ def soft_nms(
         raise BadRequest(f"method is {method!r}; expected one of {', '.join(METHODS)}")
 
     alive = score >= least
-    found: list[tuple[int, float]] = []
-    while alive.any() and (max_output is None or len(found) < max_output):
-        left = np.flatnonzero(alive)
-        best = int(left[np.argmax(score[left])])
-        found.append((best, score[best]))
+    kept: list[tuple[int, float]] = []
+    while alive.any() and (max_output is None or len(kept) < max_output):
+        candidates = np.flatnonzero(alive)
+        best = int(candidates[np.argmax(score[candidates])])
+        kept.append((best, score[best]))
         alive[best] = False
-        rest = np.flatnonzero(alive & (labels == labels[best])) if per_class else np.flatnonzero(alive)
-        overlap = iou(box[best], box[rest])
+        others = np.flatnonzero(alive & (labels == labels[best])) if per_class else np.flatnonzero(alive)
+        overlap = iou(box[best], box[others])
         if method == "gaussian":
             weight = np.exp(np.maximum(-(overlap**2) / sigma, -1e3))
         else:
             over = overlap.astype(np.float32) > threshold
             weight = np.where(over, 0.0 if method == "hard" else 1.0 - overlap, 1.0)
         stays = weight >= np.finfo(np.float32).tiny
-        score[rest] *= np.where(stays, weight, 1.0)
-        alive[rest] = stays & (score[rest] >= least)
-    indices = np.array([index for index, _ in found], np.int64)
-    return Kept(indices, np.array([s for _, s in found], np.float32), labels[indices])
+        score[others] *= np.where(stays, weight, 1.0)
+        alive[others] = stays & (score[others] >= least)
+    indices = np.array([index for index, _ in kept], np.int64)
+    return Kept(indices, np.array([s for _, s in kept], np.float32), labels[indices])
 
 
 def soft_nms_batch(
-    boxes: Array, scores: Array, classes: Array | None = None, **how: Unpack[Suppression]
+    boxes: Array, scores: Array, classes: Array | None = None, **settings: Unpack[Suppression]
 ) -> tuple[Kept, Array]:
     """`soft_nms` of each image alone: boxes [B, N, 4], scores and classes [B, N].
 
-    -> what is kept, one image after the other, ``indices`` into the N of their image, ``max_output`` of each; and
-    batch_indices int64 [K], the image of each. Raises `BadRequest` as `soft_nms` does, naming the image.
+    -> the kept boxes, one image after the other, ``indices`` into the N of their image, at most ``max_output`` of each;
+    and batch_indices int64 [K], the image of each box. Raises `BadRequest` as `soft_nms` does, with the image.
     """
-    found: list[Kept] = []
+    images: list[Kept] = []
     for image in range(len(boxes)):
         try:
-            found.append(soft_nms(boxes[image], scores[image], None if classes is None else classes[image], **how))
+            labels = None if classes is None else classes[image]
+            images.append(soft_nms(boxes[image], scores[image], labels, **settings))
         except BadRequest as error:
             raise BadRequest(f"image {image}: {error}") from None
     empty = Kept(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.int64))
-    kept = Kept(*(np.concatenate(parts) for parts in zip(empty, *found, strict=True)))
-    return kept, np.repeat(np.arange(len(found)), [len(one.indices) for one in found])
+    kept = Kept(*(np.concatenate(parts) for parts in zip(empty, *images, strict=True)))
+    return kept, np.repeat(np.arange(len(images)), [len(image.indices) for image in images])
 
 
 def _normal(area: Array) -> Array:
@@ -156,9 +157,9 @@ def _normal(area: Array) -> Array:
 def image_to_pixels(image: Array, **attributes: Any) -> Array:
     """uint8 [H, W, 3] -> float32 [1, 3, h, w] by Pillow and numpy, as `ImagePreparer` without a library does it.
 
-    ``attributes`` of `IMAGE_TO_PIXELS`, the rest its defaults.
-    A picture that `ImagePreparer` resizes only where it is seen (over 40 million pixels) may differ from the op by a
-    grey level, for Pillow takes the place in float32. Raises `BadRequest` for what is no picture, pydantic's
+    ``attributes`` of `IMAGE_TO_PIXELS`; the others have their defaults. Of a picture over 40 million pixels
+    `ImagePreparer` resizes only the visible part, and Pillow takes its position in float32, so the result may differ
+    from the op by a grey level. Raises `BadRequest` for an array of another shape or type, and pydantic's
     ValidationError for attributes out of range.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -184,34 +185,27 @@ def image_to_quantized_pixels(image: Array, *, scale: float = 1.0, zero_point: i
     return quantized
 
 
-# Of x in float64, by their names in `ACTIVATIONS`.
+# on float64, by their names in `ACTIVATIONS`
 _ACTIVATE: dict[Activation, Callable[[Array], Array]] = {
     "none": lambda x: x,
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: x * 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2)),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "quick_gelu": lambda x: x * 0.5 * (1 + np.tanh(1.702 / 2 * x)),  # a sigmoid that cannot overflow
+    "quick_gelu": lambda x: x * 0.5 * (1 + np.tanh(1.702 / 2 * x)),  # a sigmoid without overflow
 }
 
 
 def quant_linear(
-    x: Array,
-    x_scale: Array,
-    x_zero: Array,
-    weight: Array,
-    weight_scale: Array,
-    bias: Array,
-    y_scale: Array,
-    y_zero: Array,
-    *,
-    activation: int = 0,
-) -> Array:
-    """A linear layer on bytes: f((x - x_zero) w * x_scale * weight_scale + bias), quantized.
+    x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array,
+    y_scale: Array, y_zero: Array, *, activation: int = 0,
+) -> Array:  # fmt: skip
+    """A linear layer on uint8: f((x - x_zero) w * x_scale * weight_scale + bias), quantized.
 
     x uint8 [..., K], weight int8 [K, N]; x_scale float32 and x_zero uint8, one number each; weight_scale float32 [N] or
     one; bias float32 [N]; y_scale float32 and y_zero uint8, [N] or one each. -> uint8 [..., N].
-    Sums are whole numbers; the scaling is float32, two roundings; the activation, a place in `ACTIVATIONS`, is float64,
-    rounded. Quantized as QuantizeLinear does it: clip(rint(y / y_scale) + y_zero, 0, 255), half to even.
+    Sums are integers. The scaling is float32, two roundings. ``activation`` is an index into `ACTIVATIONS`; it is
+    computed in float64 and rounded. Quantized as QuantizeLinear does it: clip(rint(y / y_scale) + y_zero, 0, 255), half
+    to even.
     Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
     """
     y = _linear(x, x_scale, x_zero, weight, weight_scale, bias, activation)
@@ -220,30 +214,17 @@ def quant_linear(
 
 
 def quant_pointwise(
-    x: Array,
-    x_scale: Array,
-    x_zero: Array,
-    weight: Array,
-    weight_scale: Array,
-    bias: Array,
-    y_scale: Array,
-    y_zero: Array,
-) -> Array:
-    """`quant_linear` of each place of x uint8 [B, H, W, K]. -> uint8 [B, H, W, N]."""
+    x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array,
+    y_scale: Array, y_zero: Array,
+) -> Array:  # fmt: skip
+    """`quant_linear` of each pixel of x uint8 [B, H, W, K]. -> uint8 [B, H, W, N]."""
     return quant_linear(x, x_scale, x_zero, weight, weight_scale, bias, y_scale, y_zero)
 
 
 def quant_linear_to_float(
-    x: Array,
-    x_scale: Array,
-    x_zero: Array,
-    weight: Array,
-    weight_scale: Array,
-    bias: Array,
-    residual: Array,
-    *,
-    activation: int = 0,
-) -> Array:
+    x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array,
+    residual: Array, *, activation: int = 0,
+) -> Array:  # fmt: skip
     """`quant_linear` before it is quantized, plus ``residual``, float32 [..., N] or one number. -> float32 [..., N]."""
     return _linear(x, x_scale, x_zero, weight, weight_scale, bias, activation) + np.asarray(residual, np.float32)
 
@@ -251,6 +232,7 @@ def quant_linear_to_float(
 def _linear(
     x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array, activation: int
 ) -> Array:
+    """`quant_linear` before it is quantized, float32."""
     sums = (x.astype(np.int64) - np.asarray(x_zero, np.int64)) @ weight.astype(np.int64)
     y: Array = sums.astype(np.float32) * (np.asarray(x_scale, np.float32) * weight_scale) + bias
     return _ACTIVATE[ACTIVATIONS[activation]](y.astype(np.float64)).astype(np.float32)
@@ -271,14 +253,14 @@ def quant_attention(
     mask: Array, y_scale: Array | float, y_zero: Array | int, *, heads: int, width: int,
     q_start: int = 0, k_start: int = 0, v_start: int = 0, gamma: float = 0.0, zeta: float = 1.0,
 ) -> Array:  # fmt: skip
-    """softmax(q k^T + mask) v of each head, in bytes.
+    """softmax(q k^T + mask) v of each head, quantized.
 
-    q uint8 [B, T, Q], k uint8 [B, S, K], v uint8 [B, S, V], of which the ``width`` columns from ``*_start`` on; mask
-    float32, added to [B, heads, T, S] as numpy broadcasts -> uint8 [B, T, width]. Sums are int64, all else float64,
-    but for logits with their mask, which are as low as float32 goes at least: -inf counts as that.
-    p is quantized at ``p_scale``; where that is 0, exp(logit - the row's greatest) is, at 1/255, and rows are divided
-    by their sum afterwards. Raises `BadRequest` for a ``p_scale`` of 0 with gamma or zeta, ValueError for shapes that
-    do not fit.
+    q uint8 [B, T, Q], k uint8 [B, S, K], v uint8 [B, S, V]; each uses the ``width`` columns from ``*_start`` on. mask
+    float32 is added to [B, heads, T, S] as numpy broadcasts. -> uint8 [B, T, width]. Sums are int64, everything else
+    is float64. Logits with their mask are at least the lowest float32; -inf counts as that.
+    p is quantized at ``p_scale``. If that is 0, exp(logit - row maximum) is quantized at 1/255, and rows are divided by
+    their sum afterwards. Raises `BadRequest` for a ``p_scale`` of 0 with gamma or zeta, ValueError for shapes that do
+    not fit.
     Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
     """
 
@@ -311,7 +293,7 @@ def quant_layer_norm(
     x: Array, residual: Array, weight: Array, bias: Array, y_scale: Array | float, y_zero: Array | int,
     *, epsilon: float = 1e-5,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """x + residual, normalised along the last axis, times ``weight``, plus ``bias``: in bytes, and before.
+    """x + residual, normalized along the last axis, times ``weight``, plus ``bias``; quantized and as float32.
 
     x float32 [..., W], residual like x or [1], weight and bias float32 [W]
     -> y uint8 [..., W], normed float32 [..., W], the sum float32 [..., W]. float64 inside, the sum rounded to float32.
@@ -326,17 +308,12 @@ def quant_layer_norm(
 
 
 def quant_patches(
-    x: Array,
-    y_scale: float,
-    y_zero: int,
-    *,
-    patch: tuple[int, int],
-    strides: tuple[int, int] = (0, 0),
+    x: Array, y_scale: float, y_zero: int, *, patch: tuple[int, int], strides: tuple[int, int] = (0, 0),
     pads: tuple[int, int, int, int] = (0, 0, 0, 0),
-) -> Array:
+) -> Array:  # fmt: skip
     """float32 [B, C, H, W] quantized -> uint8 [B, P, C h w]: patches of h x w, row by row, each channel by channel.
 
-    They begin ``strides`` apart, 0 as far as they are high or wide; ``pads``: top, left, bottom, right, of y_zero.
+    ``strides``: their distance, 0 for their height or width. ``pads``: top, left, bottom, right, filled with y_zero.
     """
     top, left, bottom, right = pads
     padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))  # 0 is quantized to y_zero
@@ -356,12 +333,12 @@ def quant_depthwise(
     """A depthwise convolution with channels last, quantized.
 
     x uint8 [B, H, W, C], weight int8 [h, w, C], bias float32 [C], the others one or [C]; ``pads`` top, left, bottom,
-    right -> uint8 [B, H', W', C]; no row or column where the window does not fit. Sums are int64; scale and bias
-    float32, two roundings; quantized in float64. Raises ValueError where ``group`` is not C.
+    right -> uint8 [B, H', W', C]; no row or column if the window does not fit. Sums are int64; scale and bias are
+    float32, two roundings; quantized in float64. Raises ValueError if ``group`` is not C.
     Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
     """
     if x.shape[-1] != group:
-        raise ValueError(f"group is {group} and x has {x.shape[-1]} channels; expected as many")
+        raise ValueError(f"group is {group} and x has {x.shape[-1]} channels; expected {x.shape[-1]}")
     top, left, bottom, right = pads
     picture = x.astype(np.int64) - np.asarray(x_zero, np.int64)
     picture = np.pad(picture, ((0, 0), (top, bottom), (left, right), (0, 0)))
@@ -381,7 +358,7 @@ def quant_depthwise(
 def quant_lookup(x: Array, table: Array) -> Array:
     """uint8 of any shape, table uint8 [256] -> table[x], uint8 of that shape.
 
-    Raises IndexError where the table is shorter than some byte.
+    Raises IndexError if the table is too short for a byte.
     """
     y: Array = table[x]
     return y
@@ -390,23 +367,23 @@ def quant_lookup(x: Array, table: Array) -> Array:
 def quant_add(
     a: Array, a_scale: Array, a_zero: Array, b: Array, b_scale: Array, b_zero: Array, y_scale: Array, y_zero: Array
 ) -> Array:
-    """The sum of two tensors in bytes, quantized.
+    """The sum of two uint8 tensors, quantized.
 
     a and b uint8 [..., C], the others one number or [C] -> uint8 [..., C]. float64 inside.
-    Raises ValueError where a and b have not the same shape.
+    Raises ValueError if a and b differ in shape.
     Source: Jacob et al. 2017 (arXiv 1712.05877), appendix A.2.
     """
     if a.shape != b.shape:
         raise ValueError(f"b has the shape {list(b.shape)}; expected that of a, {list(a.shape)}")
-    one, other = (
+    terms = [
         (x.astype(np.float64) - np.asarray(zero, np.float64)) * np.asarray(scale, np.float64)
         for x, scale, zero in ((a, a_scale, a_zero), (b, b_scale, b_zero))
-    )
-    return quantize(one + other, y_scale, y_zero)
+    ]
+    return quantize(terms[0] + terms[1], y_scale, y_zero)
 
 
 def _area(boxes: Array) -> Array:
-    """[N, 4] -> [N]; a box turned inside out has none, one with a side that float32 does not hold an infinite one."""
+    """[N, 4] -> [N]: 0 for an inverted box, infinite for a box with a side that overflows float32."""
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
     area: Array = np.prod(np.where(sides > np.finfo(np.float32).max, np.inf, sides), axis=1)
     return area

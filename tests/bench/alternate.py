@@ -1,11 +1,14 @@
-"""Sides that take turns in one run: what every benchmark of an operator is measured with."""
+"""Measures several sides in one run, in turns."""
 
 import os
 import platform
+import re
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import IO
 
 import numpy as np
 
@@ -27,11 +30,11 @@ def alternate(
     turn: float = 0.001,
     clock: Callable[[], float] = perf_counter,
 ) -> dict[str, Timing]:
-    """The sides in turn, each in every place of the order, for about ``seconds`` and at least ``least`` rounds.
+    """Time the sides in turns for about ``seconds`` and at least ``least`` rounds; the order rotates every round.
 
-    A side that is done in less than ``turn`` seconds is called as often as fills them, lest it be measured with the
-    caches as a slower side left them. Two rounds of warm-up are not counted. ``clock``: `time.process_time` suits sides
-    of one thread on a machine that others use too.
+    A side that takes less than ``turn`` seconds is called repeatedly for that time, so that it does not start each call
+    with the caches of a slower side. Two rounds of warm-up are not counted. ``clock``: use `time.process_time` for
+    sides of one thread on a machine with other load.
     """
     names = list(sides)
     spent: dict[str, list[float]] = {name: [] for name in names}
@@ -58,25 +61,26 @@ def alternate(
 
 
 def machine(threads: int) -> str:
-    """One line a figure must be read with."""
+    """The machine and versions in one line, which belongs to every figure."""
     import onnxruntime
 
     from calmclip.models.ops.library import find
 
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
+    models = re.findall(r"^model name\s*: *(.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    model = models[0] if models else platform.machine()
     library = find()
     isas = sorted(set(library.isas.values())) if library else ["no op library"]
     return (
         f"{model}, {os.cpu_count()} cores, {threads} thread{'s'[: threads != 1]}; kernels {', '.join(isas)}; "
         f"onnxruntime {onnxruntime.__version__}, numpy {np.__version__}"
     )
+
+
+def pipes(process: "subprocess.Popen[str]") -> tuple[IO[str], IO[str]]:
+    """Standard input and output of a process that was started with both."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
 
 
 def line(case: str, timings: Mapping[str, Timing], ours: str) -> str:

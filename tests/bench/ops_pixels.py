@@ -10,7 +10,7 @@ turns. "off by" is the largest difference to Pillow's path in grey levels.
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,20 +18,23 @@ from PIL import Image
 
 from calmclip.models.bundle.manifest import ImagePreprocess
 from calmclip.models.flow import Array
-from calmclip.models.ops.library import find
+from calmclip.models.ops.spec import IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS
 from calmclip.models.preprocess.image import ImagePreparer, decode
 from tests.bench.alternate import alternate, line, machine
+from tests.bench.ops import library, options
 
+OPS = (IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS)
 SAMPLES = Path(__file__).parents[2] / "export" / "samples"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
 SIZES = ((640, 480), (4000, 3000))
 SPEC = ImagePreprocess(size=(224, 224), shortest=224, mean=MEAN, std=STD)
 
-T = TypeVar("T")
-Side = Callable[[Image.Image], Array]
+Side = Callable[[Any], Array]
 
 
-def main(seconds: float = 4.0) -> None:
+def main() -> None:
+    given = options(__doc__, 4.0, "less time").parse_args()
+    seconds = 0.5 if given.quick else given.seconds
     torch.set_num_threads(1)
     sides = _sides()
     print(machine(1))
@@ -43,7 +46,7 @@ def main(seconds: float = 4.0) -> None:
         case = f"{width} x {height}"
         turns = {name: _in_turn(side, photographs) for name, side in sides.items()}
         print(line(f"{case} picture", alternate(turns, seconds=seconds), "calmclip"))
-        turns = {name: _in_turn(lambda data, side=side: side(decode(data)), files) for name, side in sides.items()}
+        turns = {name: _in_turn(side, files, decode) for name, side in sides.items()}
         print(line(f"{case} JPEG", alternate(turns, seconds=seconds), "calmclip"))
         alone = alternate({"decode": _in_turn(decode, files)}, seconds=seconds / 4)
         print(line(f"{case} decode alone", alone, "decode"))
@@ -60,10 +63,10 @@ def _sides() -> dict[str, Side]:
     from torchvision.transforms import v2
     from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
-    ours, pillow = ImagePreparer(SPEC, find("required")), ImagePreparer(SPEC)
+    ours, pillow = ImagePreparer(SPEC, library()), ImagePreparer(SPEC)
     open_clip = image_transform(224, is_train=False, mean=MEAN, std=STD)
     square = {"height": 224, "width": 224}
-    kwargs = {"size": {"shortest_edge": 224}, "crop_size": square, "image_mean": MEAN, "image_std": STD}
+    kwargs: dict[str, Any] = {"size": {"shortest_edge": 224}, "crop_size": square, "image_mean": MEAN, "image_std": STD}
     torchvision_backend, pillow_backend = CLIPImageProcessor(**kwargs), CLIPImageProcessorPil(**kwargs)
     resize = v2.Compose(
         [
@@ -84,22 +87,24 @@ def _sides() -> dict[str, Side]:
     }
 
 
-def _in_turn(do: Callable[[T], object], things: Sequence[T]) -> Callable[[], object]:
-    """A call takes the next thing: what a processor sees is not what it has just seen."""
+def _in_turn(
+    do: Callable[[Any], object], things: Sequence[Any], before: Callable[[Any], Any] = lambda thing: thing
+) -> Callable[[], object]:
+    """Each call takes the next picture, so a processor never sees one twice in a row."""
     place = 0
 
     def call() -> object:
         nonlocal place
         place = (place + 1) % len(things)
-        return do(things[place])
+        return do(before(things[place]))
 
     return call
 
 
-def _off(found: Array, expected: Array) -> float:
+def _off(pixels: Array, expected: Array) -> float:
     """In grey levels."""
     std = np.array(STD).reshape(3, 1, 1)
-    return float(np.abs((found.astype(np.float64) - expected) * std * 255).max())
+    return float(np.abs((pixels.astype(np.float64) - expected) * std * 255).max())
 
 
 def _jpeg(image: Image.Image) -> bytes:

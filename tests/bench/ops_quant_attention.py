@@ -1,28 +1,29 @@
-"""The ops on bytes but for products and convolutions, in ONNX Runtime against its own, and torch.
+"""The quantized ops except products and convolutions, in ONNX Runtime, against its own ops and torch.
 
     python -m tests.bench.ops_quant_attention --threads 1 [--quick]
 
-Attention from q, k and v in three tensors to what the output projection reads, one picture or text: 12 heads of 64 over
-50 tokens is ViT-B/32, over 197 B/16; 16 heads over 257 L/14; 8 heads over 77, causal, a text tower of CLIP, over 16 a
-short text; one row of 197 a last block's. "op" quantizes probabilities by the row's own step, "op 1/255" as the paper;
-"function" is what runs without the library; "QDQ" has its logits in bytes too, so that both products are QLinearMatMul;
+Attention from q, k and v in three tensors to the input of the output projection, one picture or text: 12 heads of 64
+over 50 tokens is ViT-B/32, over 197 B/16; 16 heads over 257 L/14; 8 heads over 77, causal, a text tower of CLIP, over
+16 a short text; one row of 197 a last block's. "op" normalizes probabilities by the row maximum, "op 1/255" is the
+paper's; "function" runs without the library; "QDQ" also quantizes the logits, so that both products are QLinearMatMul;
 "float" is the same chain in float32, "sdpa" torch's scaled_dot_product_attention. Sessions write, by IO binding, to a
 buffer that was touched before. QuantLookup stands beside DequantizeLinear, a function and QuantizeLinear; "copy" is
 numpy's, of as many bytes. QuantAdd has one scale for each tensor, beside QLinearAdd, or ("of channels") one for each
-channel, beside the nodes that a graph has for them. The first side comes after the slowest and finds the caches as that
-left them: so "op 1/255" has it easier than "op". Behind each side stands how many times faster the first one is.
+channel, beside the standard nodes. The first side runs after the slowest one and with its caches, so "op 1/255" has an
+advantage over "op". The ratio after a side is the speed-up of the first side.
 """
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, parser
 
 from calmclip.export.functions import BODIES
-from calmclip.models.ops.library import find, why_not
 from calmclip.models.ops.spec import (
     DOMAIN,
     QUANT_ADD,
@@ -34,7 +35,9 @@ from calmclip.models.ops.spec import (
     Op,
 )
 from tests.bench.alternate import alternate, line, machine
+from tests.bench.ops import library, options
 
+OPS = (QUANT_ATTENTION, QUANT_LAYER_NORM, QUANT_PATCHES, QUANT_LOOKUP, QUANT_ADD)
 # name, query rows, keys, heads of 64, causal
 ATTENTION = [("B/32", 50, 50, 12, False), ("B/16", 197, 197, 12, False), ("L/14", 257, 257, 16, False),
              ("text", 77, 77, 8, True), ("short text", 16, 16, 8, True), ("B/16 last", 1, 197, 12, False)]  # fmt: skip
@@ -49,6 +52,7 @@ PATCHES = [
 ]
 LOOKUP = [("50 k", 50_000), ("1 M", 1 << 20)]
 ADD = [("64x64x80", (1, 64, 64, 80)), ("32x32x160", (1, 32, 32, 160)), ("50x768", (1, 50, 768))]
+Feeds = Mapping[str, Any]
 SCALE, STEP = 3 / (74 * 74 * 8), 1 / 255
 
 # quantized logits and all; {kind} of its inputs
@@ -98,18 +102,12 @@ FLOAT = {
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--seconds", type=float, default=3.0, help="for each line")
-    options.add_argument("--quick", action="store_true", help="less time")
-    given = options.parse_args()
-    library = find()
-    if library is None:
-        raise SystemExit(f"{why_not()}; 'calmclip ops build' makes one")
-    torch.set_num_threads(given.threads)
-    seconds = 0.5 if given.quick else given.seconds
-    bench = Bench(given.threads, str(library.path))
-    print(machine(given.threads))
+    arguments = options(__doc__, 3.0, "less time").parse_args()
+    built = library()
+    torch.set_num_threads(arguments.threads)
+    seconds = 0.5 if arguments.quick else arguments.seconds
+    bench = Bench(arguments.threads, str(built.path))
+    print(machine(arguments.threads))
     print("\nQuantAttention")
     for name, rows, keys, heads, causal in ATTENTION:
         print(
@@ -119,7 +117,7 @@ def main() -> None:
                 "op",
             )
         )
-    print("\nQuantLayerNorm, of a sum that is answered too")
+    print("\nQuantLayerNorm, with the sum as an output")
     for name, rows, width in NORM:
         print(line(f"{name} {rows}x{width}", alternate(bench.norm(rows, width), seconds=seconds), "op"))
     print("\nQuantPatches")
@@ -135,7 +133,7 @@ def main() -> None:
 
 
 class Bench:
-    """Sides by name, of one case: each a call."""
+    """The sides of one case by name; each is a call."""
 
     def __init__(self, threads: int, library: str) -> None:
         self.threads, self.library = threads, library
@@ -162,20 +160,14 @@ class Bench:
         mask = mask if causal else mask[None]
         floats = {name: x.astype(np.float32) - 128 for name, x in lends.items()}
         floats["q"] *= np.float32(SCALE)
-        for name, text, inputs, dtype in (("QDQ", QDQ, lends, np.uint8), ("float", FLOAT, floats, np.float32)):
+        for name, text, inputs, kind in (("QDQ", QDQ, lends, np.uint8), ("float", FLOAT, floats, np.float32)):
             parts = text | {"logits": text["logits"].format(*(("Add", ", mask") if causal else ("Identity", "")))}
             chain = parser.parse_model(CHAIN.format(**parts, q_scale=SCALE, step=STEP, heads=heads, width=width))
-            target = {"y": np.zeros((1, rows, width), dtype)}
+            target = {"y": np.zeros((1, rows, width), kind)}
             sides[name] = _bound(self.session(chain), inputs | {"mask": mask}, target)
         for dtype in (torch.float32, torch.bfloat16):
-            heads_of = [
-                torch.from_numpy(x).to(dtype).unflatten(2, (heads, 64)).transpose(1, 2) for x in floats.values()
-            ]
-            sides[f"sdpa {str(dtype)[6:]}"] = lambda args=heads_of: (
-                torch.nn.functional.scaled_dot_product_attention(*args, is_causal=causal, scale=1.0)
-                .transpose(1, 2)
-                .flatten(2)
-            )
+            rows_of = (torch.from_numpy(x).to(dtype).view(1, -1, heads, 64).transpose(1, 2) for x in floats.values())
+            sides[f"sdpa {str(dtype)[6:]}"] = partial(_sdpa, causal, *rows_of)
         return sides
 
     def norm(self, rows: int, width: int) -> dict[str, Callable[[], object]]:
@@ -237,11 +229,11 @@ class Bench:
 
     def add(self, shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
         a, b = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(np.uint8)
-        one = {"scale": np.float32(0.02), "zero": np.uint8(128)}
-        each = {name: np.full(shape[-1], number) for name, number in one.items()}
+        scalar = {"scale": np.float32(0.02), "zero": np.uint8(128)}
+        each = {name: np.full(shape[-1], number) for name, number in scalar.items()}
         lends, y = {"a": a, "b": b}, {"y": np.zeros_like(a)}
 
-        def fed(numbers: dict) -> dict[str, np.ndarray]:
+        def fed(numbers: dict[str, Any]) -> dict[str, np.ndarray]:
             made = {f"{name}_{kind}": number for name in "aby" for kind, number in numbers.items()} | lends
             return {name: made[name] for name in QUANT_ADD.inputs}
 
@@ -254,13 +246,15 @@ class Bench:
                f = Add (c, e) g = Mul (f, gain) y = QuantizeLinear (g, scale, zero) }}
         """)
         return {
-            "op": self.node(QUANT_ADD, fed(one), lends, y, {}),
-            "QLinearAdd": self.node(QUANT_ADD, fed(one), lends, y, {}, function=True),
+            "op": self.node(QUANT_ADD, fed(scalar), lends, y, {}),
+            "QLinearAdd": self.node(QUANT_ADD, fed(scalar), lends, y, {}, function=True),
             "of channels": self.node(QUANT_ADD, fed(each), lends, y, {}),
             "nodes of channels": _bound(self.session(chain), lends, y),
         }
 
-    def node(self, op: Op, feeds, lends, outputs, attributes, *, function: bool = False) -> Callable[[], object]:
+    def node(
+        self, op: Op, feeds: Feeds, lends: Feeds, outputs: Feeds, attributes: Feeds, *, function: bool = False
+    ) -> Callable[[], object]:
         """A model of one node: ``lends`` are its inputs, the other ``feeds`` initializers."""
         names = [name if name in outputs else "" for name in op.outputs]
         made = helper.make_node(op.name, list(feeds), names, domain=DOMAIN, **attributes)
@@ -275,21 +269,26 @@ class Bench:
         model = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10)
         return _bound(self.session(model, library=not function), lends, outputs)
 
-    def session(self, model, *, library: bool = False) -> ort.InferenceSession:
+    def session(self, model: onnx.ModelProto, *, library: bool = False) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3  # chains have constants they do without
+        options.log_severity_level = 3  # chains have unused constants
         if library:
             options.register_custom_ops_library(self.library)
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _declare(tensors: dict[str, np.ndarray]) -> list:
+def _declare(tensors: Feeds) -> list[onnx.ValueInfoProto]:
     types = {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.float32): TensorProto.FLOAT}
     return [helper.make_tensor_value_info(name, types[x.dtype], x.shape) for name, x in tensors.items()]
 
 
-def _bound(session: ort.InferenceSession, inputs: dict, outputs: dict) -> Callable[[], object]:
+def _sdpa(causal: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    rows = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1.0)
+    return rows.transpose(1, 2).flatten(2)
+
+
+def _bound(session: ort.InferenceSession, inputs: Feeds, outputs: Feeds) -> Callable[[], object]:
     binding = session.io_binding()
     for name, x in inputs.items():
         binding.bind_input(name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)

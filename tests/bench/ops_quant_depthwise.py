@@ -9,9 +9,9 @@ float32, channels first. Sessions write, by IO binding, to buffers that were tou
 processor time, more by the clock.
 """
 
-import argparse
 from collections.abc import Callable
 from time import perf_counter, process_time
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,10 +19,12 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from calmclip.export.functions.quant_depthwise import quant_depthwise
-from calmclip.models.ops.library import Library, find, why_not
+from calmclip.models.ops.library import Library
 from calmclip.models.ops.spec import DOMAIN, QUANT_DEPTHWISE, VERSION
 from tests.bench.alternate import alternate, machine
+from tests.bench.ops import library, options
 
+OPS = (QUANT_DEPTHWISE,)
 LAYERS = 4
 CASES = {
     "EfficientNet-Lite": [
@@ -38,21 +40,15 @@ Side = Callable[[], object]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--seconds", type=float, default=2.0, help="for each line")
-    options.add_argument("--quick", action="store_true", help="less time")
-    given = options.parse_args()
-    library = find()
-    if library is None:
-        raise SystemExit(f"{why_not()}; 'calmclip ops build' makes one")
-    clock = process_time if given.threads == 1 else perf_counter
-    print(machine(given.threads))
+    arguments = options(__doc__, 2.0, "less time").parse_args()
+    built = library()
+    clock = process_time if arguments.threads == 1 else perf_counter
+    print(machine(arguments.threads))
     for net, cases in CASES.items():
         print(f"\n{net}")
         for side, channels, window, stride in cases:
-            sides, numbers = _sides(library, given.threads, side, channels, window, stride)
-            timings = alternate(sides, seconds=0.4 if given.quick else given.seconds, clock=clock)
+            sides, numbers = _sides(built, arguments.threads, side, channels, window, stride)
+            timings = alternate(sides, seconds=0.4 if arguments.quick else arguments.seconds, clock=clock)
             spent = {name: timing.p50 for name, timing in timings.items()}
             cells = [f"op {spent['op'] / numbers * 1e9:.3f} ns a number"]
             cells += [
@@ -67,17 +63,17 @@ def main() -> None:
 def _sides(
     library: Library, threads: int, side: int, channels: int, window: int, stride: int
 ) -> tuple[dict[str, Side], int]:
-    """-> each side, and how many numbers a call of it answers."""
+    """-> each side, and the numbers of one call."""
     random = np.random.default_rng(0)
-    how = {"strides": [stride] * 2, "pads": [window // 2] * 4, "group": channels}
+    how: dict[str, Any] = {"strides": [stride] * 2, "pads": [window // 2] * 4, "group": channels}
     x = random.integers(0, 256, (1, side, side, channels)).astype(np.uint8)
-    one, middle = np.float32(0.02), np.uint8(120)
-    constants = {
-        "x_scale": one,
+    scale, middle = np.float32(0.02), np.uint8(120)
+    constants: dict[str, Any] = {
+        "x_scale": scale,
         "x_zero": middle,
         "weight_scale": (random.uniform(0.5, 1, channels) / (80 * window)).astype(np.float32),
         "bias": random.normal(0, 1, channels).astype(np.float32),
-        "y_scale": one,
+        "y_scale": scale,
         "y_zero": middle,
     }
     nodes, floats = [], []
@@ -91,7 +87,7 @@ def _sides(
         floats.append(helper.make_node("Conv", [f"x{number}", f"weight{number}", "bias"], [f"y{number}"], **how))
     out = (side + window // 2 * 2 - window) // stride + 1
     y = np.ones((1, out, out, channels), np.uint8)
-    first = (x.astype(np.float32) * one).transpose(0, 3, 1, 2).copy()
+    first = (x.astype(np.float32) * scale).transpose(0, 3, 1, 2).copy()
     quantized = _model(nodes, constants | kernels, x, y)
     sides = {
         "op": _bound(_session(quantized, threads, library), x, y),
@@ -105,9 +101,7 @@ def _sides(
     return sides, LAYERS * y.size
 
 
-def _model(
-    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray
-) -> onnx.ModelProto:
+def _model(nodes: list[onnx.NodeProto], constants: dict[str, Any], x: np.ndarray, y: np.ndarray) -> onnx.ModelProto:
     values = [
         helper.make_tensor_value_info(f"{name}{number}", helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         for name, array in (("x", x), ("y", y))

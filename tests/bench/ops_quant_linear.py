@@ -12,7 +12,6 @@ follows. "torch" has neither activation nor residual, and bytes throughout. "pea
 line has, in the widest form that the processor has. One thread is timed by processor time, more by the clock.
 """
 
-import argparse
 import ctypes
 import warnings
 from collections.abc import Callable
@@ -24,10 +23,20 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from calmclip.export.functions.quant_linear import quant_linear, quant_linear_to_float
-from calmclip.models.ops.library import Library, find, why_not
-from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, VERSION, Activation
+from calmclip.models.ops.library import Library
+from calmclip.models.ops.spec import (
+    ACTIVATIONS,
+    DOMAIN,
+    QUANT_LINEAR,
+    QUANT_LINEAR_TO_FLOAT,
+    QUANT_POINTWISE,
+    VERSION,
+    Activation,
+)
 from tests.bench.alternate import alternate, machine
+from tests.bench.ops import library, options
 
+OPS = (QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, QUANT_POINTWISE)  # the last runs the kernel of the first
 LAYERS = 12
 TOWERS = {"B/32": (50, 768), "B/16": (197, 768), "B/32 x 8": (400, 768), "text": (77, 512), "label": (16, 512)}
 TOWERS |= {"last token": (1, 768)}
@@ -43,28 +52,23 @@ Side = Callable[[], object]
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--seconds", type=float, default=4.0, help="for each line")
-    options.add_argument("--tower", choices=TOWERS, action="append", help="only this one; may be given again")
-    options.add_argument("--quick", action="store_true", help="less time, and no batch")
-    given = options.parse_args()
-    library = find()
-    if library is None:
-        raise SystemExit(f"{why_not()}; 'calmclip ops build' makes one")
-    torch.set_num_threads(given.threads)
-    clock = process_time if given.threads == 1 else perf_counter
-    print(machine(given.threads))
-    for tower in given.tower or TOWERS:
+    parser = options(__doc__, 4.0, "less time, and no batch")
+    parser.add_argument("--tower", choices=TOWERS, action="append", help="measure this tower only; repeatable")
+    arguments = parser.parse_args()
+    built = library()
+    torch.set_num_threads(arguments.threads)
+    clock = process_time if arguments.threads == 1 else perf_counter
+    print(machine(arguments.threads))
+    for tower in arguments.tower or TOWERS:
         rows, width = TOWERS[tower]
-        if given.quick and rows > 200:
+        if arguments.quick and rows > 200:
             continue
         total: dict[str, float] = {}
         macs = 0
         for name, wide_in, wide_out, activation, quantized in PRODUCTS:
             k, n = wide_in * width, wide_out * width
-            sides = _sides(library, given.threads, rows, k, n, activation, quantized)
-            timings = alternate(sides, seconds=0.5 if given.quick else given.seconds, clock=clock)
+            sides = _sides(built, arguments.threads, rows, k, n, activation, quantized)
+            timings = alternate(sides, seconds=0.5 if arguments.quick else arguments.seconds, clock=clock)
             spent = {side: timing.p50 for side, timing in timings.items()}
             _show(f"{tower}: {rows} x {k} -> {n} {name}", LAYERS * rows * k * n, spent)
             total = {side: total.get(side, 0.0) + seconds for side, seconds in spent.items()}
@@ -105,9 +109,9 @@ def _session(
     threads: int,
     library: Library | None,
 ) -> ort.InferenceSession:
-    """A node for each weight, each with an x of its own; without the library, by the function.
+    """A node for each weight, each with its own x; without the library, by the function.
 
-    As in a tower the batch is any: where all sides are known, ONNX Runtime makes a float Gemm of MatMul and Add.
+    The batch is unknown, as in a tower: with known sides ONNX Runtime fuses MatMul and Add to a float Gemm.
     """
     quantized = "residual" not in feeds
     op = QUANT_LINEAR if quantized else QUANT_LINEAR_TO_FLOAT
@@ -117,7 +121,7 @@ def _session(
         "x_scale": np.array(0.02, np.float32),
         "x_zero": np.array(120, np.uint8),
         "weight_scale": (random.uniform(0.5, 1, n) / (80 * np.sqrt(k))).astype(np.float32),
-        "bias": random.normal(0, 1, n).astype(np.float32),
+        "bias": random.normal(0, 1, (n,)).astype(np.float32),
     }
     if quantized:
         constants |= {"y_scale": np.array(0.02, np.float32), "y_zero": np.array(120, np.uint8)}
@@ -155,11 +159,11 @@ def _session(
 
 
 def _bound(session: ort.InferenceSession, feeds: dict[str, np.ndarray], rows: int, n: int) -> Side:
-    """To buffers that were touched before: no side pays for fresh pages."""
+    """Bound to buffers that were touched before, so no side pays for fresh pages."""
     binding = session.io_binding()
-    for given in session.get_inputs():
-        array = feeds[given.name.rstrip("0123456789")]
-        binding.bind_input(given.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    for value in session.get_inputs():
+        array = feeds[value.name.rstrip("0123456789")]
+        binding.bind_input(value.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
     made = [np.ones((1, rows, n), np.float32 if "residual" in feeds else np.uint8) for _ in session.get_outputs()]
     for output, array in zip(session.get_outputs(), made, strict=True):
         binding.bind_output(output.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -168,7 +172,7 @@ def _bound(session: ort.InferenceSession, feeds: dict[str, np.ndarray], rows: in
 
 def _torch(weights: list[np.ndarray], x: np.ndarray) -> Side:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # these tensors are deprecated, and have no successor that is as fast
+        warnings.simplefilter("ignore")  # these tensors are deprecated, and their successor is slower
         n = weights[0].shape[1]
         scales, zeros = torch.full((n,), 1e-4), torch.zeros(n, dtype=torch.long)
         rows = torch.quantize_per_tensor(
@@ -187,7 +191,7 @@ def _torch(weights: list[np.ndarray], x: np.ndarray) -> Side:
 
 
 def _peak(library: Library, macs: int, threads: int) -> Side:
-    """Of one thread; of more, as if each had its own processor."""
+    """The peak of one thread, times the threads."""
     address = next(k.address for k in library.kernels if k.name == "int8_peak" and k.isa == library.isas["int8_peak"])
     function, rounds = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_size_t)(address), macs // (PEAK_MACS * threads)
     return lambda: function(rounds)

@@ -1,33 +1,30 @@
-"""SoftNMS beside others that do the same: kernel, op, function, numpy, torchvision's hard NMS, ensemble-boxes.
+"""SoftNMS beside other implementations: kernel, op, function, numpy, torchvision's hard NMS, ensemble-boxes.
 
-    python tests/bench/ops_soft_nms.py [--quick] [--isas]
+    python -m tests.bench.ops_soft_nms [--quick] [--isas]
 
 Boxes lie on a 1000 x 1000 canvas. Clustered: a true box for every 20, sides 40 to 200, and 20 boxes around each, their
 centres off by 12 % of the sides, their sides by 15 %. Uniform: sides 10 to 50, anywhere. Scores are uniform in [0, 1).
 iou_threshold 0.3, sigma 0.5, min_score 0.001; torchvision's hard NMS has 0.5, which keeps far fewer boxes than soft
-suppression does. One thread throughout. "kernel" is csrc/kernels/soft_nms.cc with the score cut and the layout, from
-C to C; what ctypes adds to it is a few microseconds, and counted.
+suppression does. One thread throughout. "kernel" is csrc/kernels/soft_nms.cc with the score threshold and the layout,
+from C to C; ctypes adds a few microseconds, which count.
 """
 
-import argparse
 import ctypes
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
-try:
-    from tests.bench.alternate import alternate, line, machine
-except ModuleNotFoundError:  # run as a file: its folder is on the path
-    from alternate import alternate, line, machine
-
 from calmclip.models.flow import Array
-from calmclip.models.ops.library import Library, find, why_not
+from calmclip.models.ops.library import Library
 from calmclip.models.ops.spec import DOMAIN, METHODS, SOFT_NMS, VERSION
+from tests.bench import ops
+from tests.bench.alternate import alternate, line, machine
 
+OPS = (SOFT_NMS,)
 THRESHOLD, SIGMA, LEAST = 0.3, 0.5, 1e-3
 SIZES = (100, 1000, 3000, 8000)
-FUNCTION_UP_TO = 1000  # boxes; beyond, the function takes seconds
+FUNCTION_UP_TO = 1000  # boxes; with more the function takes seconds
 
 
 def clustered(n: int, seed: int = 0) -> tuple[Array, Array]:
@@ -51,7 +48,7 @@ def _boxes(centre: Array, sides: Array) -> Array:
 
 
 def loop(boxes: Array, scores: Array, method: str) -> tuple[Array, Array]:
-    """Soft-NMS as it is written in numpy: float32 columns, one pass over what is left for every box that is kept."""
+    """Soft-NMS as usual in numpy: float32 columns, one pass over the remaining boxes for every kept box."""
     places = np.flatnonzero(scores >= LEAST)
     x0, y0, x1, y1 = np.ascontiguousarray(boxes[places].T)
     area, score = (x1 - x0) * (y1 - y0), scores[places]
@@ -76,15 +73,15 @@ def loop(boxes: Array, scores: Array, method: str) -> tuple[Array, Array]:
 
 
 def kernel(library: Library, isa: str, boxes: Array, scores: Array, method: str) -> Callable[[], int]:
-    """-> a call of `soft_nms_image` whose arguments are made already."""
+    """-> a call of `soft_nms_image` with prepared arguments."""
     size, pointer, real = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_float
     address = next(k.address for k in library.kernels if (k.name, k.isa) == ("soft_nms_image", isa))
     kind = ctypes.CFUNCTYPE(size, *[pointer] * 3, size, *[ctypes.c_int] * 2, *[real] * 3, size, *[pointer] * 2)
     function, n = kind(address), len(scores)
     hold = [boxes, scores, np.zeros(n, np.int64), np.empty(n, np.int64), np.empty(n, np.float32)]
-    given = [pointer(part.ctypes.data) for part in hold]
+    arguments = [pointer(part.ctypes.data) for part in hold]
     settings = [size(n), METHODS.index(method), 0, real(THRESHOLD), real(SIGMA), real(LEAST), size(n)]
-    call = lambda hold=hold: function(*given[:3], *settings, *given[3:])  # noqa: E731
+    call = lambda hold=hold: function(*arguments[:3], *settings, *arguments[3:])  # noqa: E731
     return call
 
 
@@ -96,9 +93,12 @@ def session(library: Library | None) -> Callable[[Array, Array, str], Callable[[
     from calmclip.export.functions.soft_nms import OPSET, soft_nms
 
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    declare = lambda tensors: [helper.make_tensor_value_info(k, kinds[t.dtype], t.shape) for k, t in tensors.items()]  # noqa: E731
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, kinds[tensor.dtype], tensor.shape) for name, tensor in tensors.items()]
+        for tensors in (SOFT_NMS.inputs, SOFT_NMS.outputs)
+    )
     node = helper.make_node(SOFT_NMS.name, list(SOFT_NMS.inputs), list(SOFT_NMS.outputs), domain=DOMAIN)
-    graph = helper.make_graph([node], "alone", declare(SOFT_NMS.inputs), declare(SOFT_NMS.outputs))
+    graph = helper.make_graph([node], "alone", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, functions=[soft_nms()], opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
@@ -124,7 +124,7 @@ def ensemble() -> Callable[[Array, Array, str], Callable[[], object]] | None:
         return None
 
     def side(boxes: Array, scores: Array, method: str) -> Callable[[], object]:
-        unit = boxes.clip(0, 1000) / 1000  # it wants boxes in [0, 1]
+        unit = boxes.clip(0, 1000) / 1000  # it expects boxes in [0, 1]
         labels, code = np.zeros(len(scores)), 1 if method == "linear" else 2
         how = {"method": code, "iou_thr": THRESHOLD, "sigma": SIGMA, "thresh": LEAST}
         return lambda: soft_nms([unit], [scores], [labels], **how)
@@ -133,24 +133,21 @@ def ensemble() -> Callable[[Array, Array, str], Callable[[], object]] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100 and 1000 boxes only, few rounds")
+    parser = ops.options(__doc__, 3.0, "100 and 1000 boxes only, few rounds")
     parser.add_argument("--isas", action="store_true", help="the kernel of every instruction set instead of the others")
-    given = parser.parse_args()
-    library = find()
-    if library is None:
-        raise SystemExit(f"{why_not()}; 'calmclip ops build' makes one")
+    arguments = parser.parse_args()
+    library = ops.library()
     import torch
     from torchvision.ops import nms
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     isas = [k.isa for k in library.kernels if k.name == "soft_nms_image" and k.runs]
     op, function, ensembled = session(library), session(None), ensemble()
-    print(machine(1))
-    if ensembled is None and not given.isas:
+    print(machine(arguments.threads))
+    if ensembled is None and not arguments.isas:
         print("ensemble-boxes is not installed: not measured")
     for make in (clustered, uniform):
-        for n in SIZES[: 2 if given.quick else None]:
+        for n in SIZES[: 2 if arguments.quick else None]:
             boxes, scores = make(n)
             tensors = torch.from_numpy(boxes), torch.from_numpy(scores)
             for method in ("linear", "gaussian"):
@@ -158,17 +155,19 @@ def main() -> None:
                 kept = len(loop(boxes, scores, method)[0])
                 if ours() != kept:
                     raise SystemExit(f"{ours()} boxes are kept, by numpy {kept}")
-                if given.isas:
+                sides: dict[str, Callable[[], object]] = {"kernel": ours, "op": op(boxes, scores, method)}
+                if arguments.isas:
                     sides = {isa: kernel(library, isa, boxes, scores, method) for isa in reversed(isas)}
                 else:
-                    sides = {"kernel": ours, "op": op(boxes, scores, method)}
                     sides["hard nms"] = partial(nms, *tensors, 0.5)
                     sides["numpy"] = partial(loop, boxes, scores, method)
                     if n <= FUNCTION_UP_TO:
                         sides["function"] = function(boxes, scores, method)
                     if ensembled:
                         sides["ensemble-boxes"] = ensembled(boxes, scores, method)
-                timings = alternate(sides, seconds=0.5 if given.quick else 3.0, least=5 if given.quick else 9)
+                timings = alternate(
+                    sides, seconds=0.5 if arguments.quick else arguments.seconds, least=5 if arguments.quick else 9
+                )
                 case = f"{make.__name__} {n} {method}"
                 print(f"{line(case, timings, next(iter(sides)))}   kept {kept}", flush=True)
 

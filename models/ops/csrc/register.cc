@@ -1,4 +1,4 @@
-// What ONNX Runtime calls when the library is registered with a session.
+// The entry point that ONNX Runtime calls when the library is registered with a session.
 #include "ops/op.h"
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
@@ -10,14 +10,9 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   return calmclip::guarded([&]() -> OrtStatusPtr {
     static Ort::CustomOpDomain domain(calmclip::kDomain);  // lives as long as the library: sessions keep pointers
     static const bool filled = [] {
-      for (const OrtCustomOp* op : {calmclip::softmax_op(), calmclip::soft_nms_op(), calmclip::image_to_pixels_op(),
-                                    calmclip::image_to_quantized_pixels_op(), calmclip::quant_linear_op(),
-                                    calmclip::quant_linear_to_float_op(), calmclip::quant_pointwise_op(),
-                                    calmclip::quant_attention_op(),
-                                    calmclip::quant_layer_norm_op(), calmclip::quant_patches_op(),
-                                    calmclip::quant_depthwise_op(), calmclip::quant_lookup_op(),
-                                    calmclip::quant_add_op()})
-        domain.Add(op);
+#define OP(key) domain.Add(calmclip::key##_op());
+#include "ops/ops.inc"
+#undef OP
       return true;
     }();
     (void)filled;

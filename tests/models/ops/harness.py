@@ -1,11 +1,16 @@
-"""What the tests of operators share: a few nodes in ONNX Runtime, kernels, how near bytes are, a process apart."""
+"""Shared parts of the tests of operators: contracts, nodes, kernels, comparisons, and separate processes."""
 
+import ctypes
+import mmap
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,67 +25,103 @@ from calmclip.models.ops.spec import DOMAIN, VERSION, Op
 
 ROOT = Path(__file__).parents[3]
 ISAS = build.INT8_ISAS.get(platform.machine(), ("scalar",))
-Feeds = dict[str, np.ndarray]
+Feeds = dict[str, Any]
+Names = Iterable[str]
+Prototype = Callable[[int], Callable[..., Any]]
 
 
-def node(op: Op, inputs: Iterable[str], outputs: Iterable[str], **attributes) -> onnx.NodeProto:
+@dataclass(frozen=True)
+class Contract:
+    """One operator, for the tests of all operators. The list `CONTRACTS` of the operator's file contains it.
+
+    ``draw``: a seed, and whether scales have one number per column -> small inputs; ``attributes``: those of the node.
+    ``refused``: new inputs or attributes (a list: an input of that shape), and the error that they cause.
+    ``large``: inputs and attributes worth several threads. ``in_place``: the inputs whose memory y may take.
+    ``any_side``: the inputs whose sides may be unknown. ``empty``: inputs, attributes, and the shape of the outputs;
+    ``empty_by_function``: whether the function takes them, too (nodes of ONNX Runtime may crash on empty tensors).
+    """
+
+    op: Op
+    draw: Callable[[int, bool], Feeds]
+    refused: list[tuple[dict[str, Any], str]]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    large: tuple[Feeds, dict[str, Any]] | None = None
+    in_place: tuple[str, ...] = ()
+    any_side: tuple[str, ...] = ()
+    empty: list[tuple[Feeds, dict[str, Any], tuple[int, ...]]] = field(default_factory=list)
+    empty_by_function: bool = False
+
+
+def gather(name: str) -> list[Any]:
+    """The lists called ``name`` of all test files in this folder, as one list."""
+    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    modules = [import_module(f"tests.models.ops.{file.stem}") for file in files]
+    return [item for module in modules for item in getattr(module, name, ())]
+
+
+def node(op: Op, inputs: Iterable[str], outputs: Iterable[str], **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(op.name, list(inputs), list(outputs), domain=DOMAIN, **attributes)
 
 
-def model(nodes, inputs, outputs, constants: Feeds | None = None, functions=()) -> onnx.ModelProto:
-    """``inputs``, ``outputs``: name -> (dtype, shape); of a shape that is None not even the rank is known."""
+def model(
+    nodes: Iterable[Any], inputs: Feeds, outputs: Feeds, constants: Feeds | None = None, functions: Iterable[Any] = ()
+) -> onnx.ModelProto:
+    """``inputs``, ``outputs``: name -> (dtype, shape). A shape of None leaves even the rank open."""
 
-    def declare(tensors) -> list[onnx.ValueInfoProto]:
+    def declare(tensors: Feeds) -> list[onnx.ValueInfoProto]:
         kinds = {name: helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) for name, (dtype, _) in tensors.items()}
         return [helper.make_tensor_value_info(name, kinds[name], shape) for name, (_, shape) in tensors.items()]
 
-    held = [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()]
-    graph = helper.make_graph(list(nodes), "g", declare(inputs), declare(outputs), held)
+    initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()]
+    graph = helper.make_graph(list(nodes), "g", declare(inputs), declare(outputs), initializers)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
     return helper.make_model(graph, functions=list(functions), opset_imports=opsets, ir_version=10)
 
 
-def load(made: onnx.ModelProto, library: Library | None, *, threads: int = 1, path=None) -> ort.InferenceSession:
-    """``path``: where what ONNX Runtime makes of it is written."""
+def load(proto: onnx.ModelProto, library: Library | None, *, threads: int = 1, path: Path | None = None) -> Any:
+    """``path``: the file for the graph as ONNX Runtime optimizes it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # many tests are after refusals
-    options.enable_cpu_mem_arena = False  # each tensor has memory of its own, whose ends a sanitizer knows
+    options.log_severity_level = 4  # many tests expect a refusal
+    options.enable_cpu_mem_arena = False  # each tensor has its own memory, so a sanitizer knows its ends
     if library is not None:
         options.register_custom_ops_library(str(library.path))
     if path is not None:
         options.optimized_model_filepath = str(path)
-    return ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def session(op: Op, feeds: Feeds, attributes, *, library: Library | None, constants=(), shapes=None, body=False, **how):
-    """Of one node, by the library, or else by its function, which the model has then, or with ``body``.
+def session(
+    op: Op, feeds: Feeds, attributes: Feeds, *, library: Library | None, constants: Names = (),
+    shapes: Feeds | None = None, body: bool = False, **how: Any,
+) -> Any:  # fmt: skip
+    """A session of one node. Without a library, or with ``body``, the model carries the local function.
 
-    Sides of what is fed are known at run time only, unless ``shapes`` has them; ``constants``: what the model holds.
+    Sides of fed inputs are unknown before a run, unless ``shapes`` has them. ``constants``: inputs in the model.
     """
-    given = op.attributes | attributes
-    known = {name: [f"{name}_{axis}" for axis in range(array.ndim)] for name, array in feeds.items()} | (shapes or {})
-    inputs = {name: (array.dtype, known[name]) for name, array in feeds.items() if name not in constants}
+    attributes = op.attributes | attributes
+    sides = {name: [f"{name}_{axis}" for axis in range(array.ndim)] for name, array in feeds.items()} | (shapes or {})
+    inputs = {name: (array.dtype, sides[name]) for name, array in feeds.items() if name not in constants}
     outputs = {name: (tensor.dtype, None) for name, tensor in op.outputs.items()}
-    functions = [BODIES[op.name](**given)] if body or library is None else []
-    nodes = [node(op, op.inputs, op.outputs, **given)]
+    functions = [BODIES[op.name](**attributes)] if body or library is None else []
+    nodes = [node(op, op.inputs, op.outputs, **attributes)]
     return load(model(nodes, inputs, outputs, {name: feeds[name] for name in constants}, functions), library, **how)
 
 
-def run(op: Op, feeds: Feeds, attributes, *, library: Library | None, constants=(), **how) -> list[np.ndarray]:
+def run(op: Op, feeds: Feeds, attributes: Feeds, *, library: Library | None, constants: Names = (), **how: Any) -> Any:
     """-> the node's outputs."""
     fed = {name: array for name, array in feeds.items() if name not in constants}
     return session(op, feeds, attributes, library=library, constants=constants, **how).run(None, fed)
 
 
-def kernels(library: Library, name: str, prototype) -> dict[str, Callable]:
-    """Instruction set -> function, of those that this processor has."""
-    return {one.isa: prototype(one.address) for one in library.kernels if one.name == name and one.runs}
+def kernels(library: Library, name: str, prototype: Prototype) -> dict[str, Callable[..., Any]]:
+    """Instruction set -> function, for the instruction sets of this processor."""
+    return {kernel.isa: prototype(kernel.address) for kernel in library.kernels if kernel.name == name and kernel.runs}
 
 
-def kernel(library: Library, name: str, isa: str, prototype) -> Callable:
-    """Where the processor has no such instructions, the test is skipped."""
-    assert (name, isa) in {(one.name, one.isa) for one in library.kernels}, f"the library has no {name} of {isa}"
+def kernel(library: Library, name: str, isa: str, prototype: Prototype) -> Callable[..., Any]:
+    """The kernel's function; the test is skipped if the processor lacks the instructions."""
+    assert (name, isa) in {(k.name, k.isa) for k in library.kernels}, f"the library has no {name} of {isa}"
     functions = kernels(library, name, prototype)
     if isa not in functions:
         pytest.skip(f"no {isa} here")
@@ -88,14 +129,32 @@ def kernel(library: Library, name: str, isa: str, prototype) -> Callable:
 
 
 def near(y: np.ndarray, exact: np.ndarray, *, most: float = 0.01) -> bool:
-    """Bytes against what they round, float64 before it is rounded: nowhere more than a step away, and rarely one."""
+    """Whether y is ``exact`` (float64, in steps of y) rounded: at most a step off, and that at most ``most`` times."""
     expected = np.clip(np.rint(exact), 0, 255)
-    apart = np.abs(y.astype(np.float64) - expected)
-    return bool(apart.max(initial=0) <= 1 and (apart > 0).sum() <= np.ceil(most * apart.size))
+    difference = np.abs(y.astype(np.float64) - expected)
+    return bool(difference.max(initial=0) <= 1 and (difference > 0).sum() <= np.ceil(most * difference.size))
 
 
-def apart(file: str, library: Library, *arguments: object) -> list[str]:
-    """The words that a file prints, run in a process of its own: there a crash is seen as a crash."""
+class Edge:
+    """Tensors whose last byte is the last byte of readable memory."""
+
+    PAGES = 16
+
+    def __init__(self) -> None:
+        self.maps: list[mmap.mmap] = []
+
+    def lay(self, x: np.ndarray) -> int:
+        """The address of a copy that ends at the end of its memory."""
+        memory = mmap.mmap(-1, (self.PAGES + 1) * mmap.PAGESIZE)
+        self.maps.append(memory)
+        edge = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + self.PAGES * mmap.PAGESIZE
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        ctypes.memmove(edge - x.nbytes, x.ctypes.data, x.nbytes)
+        return edge - x.nbytes
+
+
+def run_separately(file: str, library: Library, *arguments: object) -> list[str]:
+    """The words that a file prints, run in a separate process, so that a crash fails the test and not the run."""
     command = [sys.executable, file, str(library.path.parent), *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env, timeout=600)

@@ -1,6 +1,7 @@
-"""`calmclip ops check`: it passes here, and it fails where an operator is not its oracle."""
+"""`calmclip ops check` passes here, and it fails if an operator differs from its oracle."""
 
 import json
+import re
 from dataclasses import replace
 
 import onnx
@@ -8,36 +9,48 @@ import pytest
 
 from calmclip.export.functions import BODIES, alone
 from calmclip.models.cli import main
-from calmclip.models.ops import build, check
+from calmclip.models.ops import build, check, spec
 from calmclip.models.ops.library import Library
-from calmclip.models.ops.spec import OPS
+from calmclip.models.ops.spec import Op
+from calmclip.models.ops.table import OPS, TABLE, Probe, Row
+from tests.bench.ops import benches
+
+PROBES = [(row, probe) for row in TABLE for probe in row.probes]
 
 
-@pytest.mark.parametrize("probe", check.PROBES, ids=lambda probe: probe.name)
-def test_the_models_that_ship_are_those_that_export_makes(probe: check.Probe):
-    made = alone(probe.op, probe.graph.inputs, probe.graph.outputs, probe.attributes)
-    assert onnx.load(check.FOLDER / probe.graph.file) == made, "python -m calmclip.export.functions prints them anew"
+@pytest.mark.parametrize(("row", "probe"), PROBES, ids=[probe.name for _, probe in PROBES])
+def test_the_models_that_ship_are_those_of_the_export(row: Row, probe: Probe):
+    graph = row.graph(probe)
+    model = alone(row.op, graph.inputs, graph.outputs, probe.attributes)
+    assert onnx.load(check.FOLDER / graph.file) == model, "python -m calmclip.export.functions writes them"
 
 
-def test_every_operator_has_a_body_and_a_probe():
-    assert {op.name for op in OPS} == set(BODIES) == {probe.op.name for probe in check.PROBES}
-    assert {path.name for path in check.FOLDER.iterdir()} == {probe.graph.file for probe in check.PROBES}
+def test_the_table_has_every_spec_body_wrapper_bench_and_model():
+    """The table has the order of the specs, of the local functions, and of the C++ list that registers the wrappers."""
+    wrappers = re.findall(r"^OP\((\w+)\)$", (build.SOURCES / "ops" / "ops.inc").read_text(), re.MULTILINE)
+    assert [op.key for op in OPS] == wrappers
+    assert [op.name for op in OPS] == list(BODIES) == [op.name for op in vars(spec).values() if isinstance(op, Op)]
+    assert benches()
+    assert sorted(path.stem for path in check.FOLDER.iterdir()) == sorted(probe.name for _, probe in PROBES)
 
 
-def test_every_operator_is_its_oracle_compiled_and_as_a_function(library: Library, capsys: pytest.CaptureFixture[str]):
+def test_every_operator_equals_its_oracle_by_the_library_and_by_the_function(
+    library: Library, capsys: pytest.CaptureFixture[str]
+):
     assert main(["ops", "check", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert [(r["probe"], r["way"]) for r in results] == [
-        (probe.name, way) for probe in check.PROBES for way in ("library", "function")
+        (probe.name, way) for _, probe in PROBES for way in ("library", "function")
     ]
     assert main(["ops", "check"]) == 0
     assert capsys.readouterr().out.count("ok  ") == len(results)
 
 
-def test_another_answer_fails(library: Library):
-    """The oracle of the plain softmax is none of the clipped one, whose values are elsewhere by more than 1e-6."""
-    plain, clipped = check.PROBES[:2]
-    for result in check.check((replace(clipped, expected=plain.expected),)):
+def test_a_wrong_answer_fails(library: Library):
+    """The plain softmax is no oracle of the clipped one: they differ by more than 1e-6."""
+    softmax = TABLE[0]
+    plain = replace(softmax, oracle=lambda x, **_: softmax.oracle(x), probes=softmax.probes[1:])
+    for result in check.check((plain,)):
         assert not result.passed
         assert 1e-4 < result.difference < 1e-2
 
@@ -50,4 +63,4 @@ def test_without_a_library_the_functions_are_checked_and_the_verb_fails(
     out = capsys.readouterr().out
     assert "FAIL library" in out
     assert "no op library is built" in out
-    assert out.count("ok  ") == len(check.PROBES)
+    assert out.count("ok  ") == len(PROBES)

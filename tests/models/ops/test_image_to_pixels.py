@@ -23,9 +23,11 @@ from calmclip.models.ops import pixels, reference
 from calmclip.models.ops.library import Library
 from calmclip.models.ops.spec import IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED_PIXELS, Op
 from calmclip.models.preprocess import memory
-from calmclip.models.preprocess.image import ImagePreparer, columns_first
+from calmclip.models.preprocess.image import ImagePreparer
+from calmclip.models.preprocess.placement import columns_first
 from calmclip.models.runner import open_bundle
 from tests.models.ops import harness
+from tests.models.ops.harness import Contract
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[3] / "export" / "samples").glob("*.jpg"))
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # Radford et al. 2021
@@ -35,38 +37,23 @@ GUARD = 64
 
 # (height, width) -> (height, width)
 SIZES = [
-    ((480, 640), (224, 298)),
-    ((640, 480), (298, 224)),
-    ((1, 1), (224, 224)),
-    ((7, 5), (224, 160)),
-    ((1, 300), (3, 40)),
-    ((300, 1), (40, 3)),
-    ((3, 5000), (224, 30)),
-    ((5000, 3), (30, 224)),  # columns first
-    ((1, 40000), (1, 224)),
-    ((40000, 1), (224, 1)),
-    ((65536, 1), (1, 1)),
-    ((1, 65536), (1, 1)),
-    ((900, 300), (50, 40)),  # columns first
-    ((300, 900), (40, 50)),
-    ((97, 131), (97, 131)),  # nothing to do
-    ((97, 131), (97, 40)),
-    ((97, 131), (40, 131)),
-    ((97, 131), (300, 131)),
-    ((13, 17), (29, 700)),  # wider than a strip
-    ((33, 15), (16, 16)),
-    ((16, 1100), (17, 1030)),
-]
+    ((480, 640), (224, 298)), ((640, 480), (298, 224)), ((1, 1), (224, 224)), ((7, 5), (224, 160)),
+    ((1, 300), (3, 40)), ((300, 1), (40, 3)), ((3, 5000), (224, 30)), ((1, 40000), (1, 224)), ((40000, 1), (224, 1)),
+    ((65536, 1), (1, 1)), ((1, 65536), (1, 1)), ((300, 900), (40, 50)), ((33, 15), (16, 16)),
+    ((5000, 3), (30, 224)), ((900, 300), (50, 40)),  # columns first
+    ((97, 131), (97, 131)), ((97, 131), (97, 40)), ((97, 131), (40, 131)), ((97, 131), (300, 131)),  # one side or none
+    ((13, 17), (29, 700)), ((16, 1100), (17, 1030)),  # wider than a strip
+]  # fmt: skip
 
 
 def noise(height: int, width: int, seed: int = 0, kind: str = "grey") -> Array:
-    """Every frequency there is; ``black or white`` over- and undershoots most."""
-    found = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return np.where(found > 127, 255, 0).astype(np.uint8) if kind == "black or white" else found
+    """All frequencies; ``black or white`` over- and undershoots most."""
+    grey = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return np.where(grey > 127, 255, 0).astype(np.uint8) if kind == "black or white" else grey
 
 
 def pillow(image: Array, height: int, width: int, resample: str) -> Array:
-    """uint8 [H, W, 3] -> [3, height, width] in two calls of Pillow, in the order that the op promises."""
+    """uint8 [H, W, 3] -> [3, height, width] in two calls of Pillow, in the order of the spec."""
     picture, mode = Image.fromarray(image), FILTERS[resample]
     halfway = (picture.width, height) if columns_first(*picture.size, width, height) else (width, picture.height)
     return np.asarray(picture.resize(halfway, mode).resize((width, height), mode)).transpose(2, 0, 1)
@@ -81,7 +68,7 @@ def kernel(
     resample: str = "bicubic",
     **options: Any,
 ) -> Array:
-    """uint8 [3, height, width], from the kernel's float32 with gain 1 and bias 0; what lies around it is checked."""
+    """uint8 [3, height, width], from the kernel's float32 with gain 1 and bias 0, between guard values."""
     memory = np.full(3 * size[0] * size[1] + 2 * GUARD, np.nan, np.float32)
     out = memory[GUARD:-GUARD].reshape(3, *size)
     picture = pixels.Picture(image.ctypes.data, *image.shape[:2], *image.strides[:2], 0, image.shape[0])
@@ -98,7 +85,7 @@ def isas(library: Library) -> list[str]:
 
 
 def four_bytes(image: Array) -> Array:
-    """As Pillow keeps it; what is in the fourth must not matter."""
+    """Four bytes a pixel, as in Pillow; the fourth must not matter."""
     return np.concatenate([image, noise(*image.shape[:2], 9)[..., :1]], axis=2)
 
 
@@ -114,8 +101,8 @@ def test_every_kernel_equals_pillow(library: Library, source, resized, resample:
     wide = four_bytes(image)
     for isa in isas(library):
         for form in (image, wide):
-            found = kernel(library, form, resized, resized, resample=resample, isa=isa)
-            assert np.array_equal(found, expected), (isa, form.shape)
+            pixels = kernel(library, form, resized, resized, resample=resample, isa=isa)
+            assert np.array_equal(pixels, expected), (isa, form.shape)
 
 
 @pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.stem)
@@ -134,16 +121,16 @@ def test_any_cut_of_any_size(library: Library, sizes, resample: str, seed: int, 
     top, left = (data.draw(st.integers(0, side - 1)) for side in resized)
     size = data.draw(st.integers(1, 160)), data.draw(st.integers(1, 160))
     image = noise(*source, seed, "black or white" if seed % 2 else "grey")
-    whole = pillow(image, *resized, resample)[:, top : top + size[0], left : left + size[1]]
+    visible = pillow(image, *resized, resample)[:, top : top + size[0], left : left + size[1]]
     expected = np.full((3, *size), 7, np.uint8)
-    expected[:, : whole.shape[1], : whole.shape[2]] = whole
+    expected[:, : visible.shape[1], : visible.shape[2]] = visible
     for isa in isas(library):
-        found = kernel(library, image, resized, size, (top, left), resample, pad=7, isa=isa)
-        assert np.array_equal(found, expected), isa
+        pixels = kernel(library, image, resized, size, (top, left), resample, pad=7, isa=isa)
+        assert np.array_equal(pixels, expected), isa
 
 
 def test_a_picture_inside_a_larger_buffer(library: Library):
-    """Rows further apart than their pixels; nothing is read past a row's end."""
+    """Rows with a stride over their length; no byte is read past a row's end."""
     frame = noise(70, 90, 3)
     inside = frame[11:60, 5:76]
     assert np.array_equal(
@@ -171,7 +158,7 @@ def test_rows_in_parts_and_from_parts_of_the_picture(library: Library, source, r
 @pytest.mark.parametrize("resample", FILTERS)
 @pytest.mark.parametrize("resized", [90, 97, 300, 1000])
 def test_a_row_that_is_needed_and_missing_is_noticed(library: Library, resized: int, resample: str):
-    """A picture of a single white row tells whether an output looks at it."""
+    """A picture with one white row shows whether an output depends on that row."""
     size = (resized, 4)
     place = pixels.Placement(*size, 0, 0, *size, 0)
     radius = {"bilinear": 1, "bicubic": 2}[resample] * max(500 / resized, 1)
@@ -189,11 +176,11 @@ def test_a_row_that_is_needed_and_missing_is_noticed(library: Library, resized: 
                 pixels.image_to_pixels(library, picture, place, resample, ONE, NIL, out, (first, first + 7))
             except ValueError:
                 continue
-            made = kernel(library, image, size, size, resample=resample)
-            assert not made[:, first : first + 7].any(), (first, row)
+            output = kernel(library, image, size, size, resample=resample)
+            assert not output[:, first : first + 7].any(), (first, row)
 
 
-def test_numbers_that_make_no_sense_are_refused(library: Library):
+def test_invalid_numbers_are_refused(library: Library):
     image = noise(20, 20)
     right = {"height": 20, "width": 20, "row": 60, "pixel": 3, "first": 0, "rows": 20}
     where = {"rh": 8, "rw": 8, "top": 0, "left": 0, "h": 8, "w": 8}
@@ -206,21 +193,10 @@ def test_numbers_that_make_no_sense_are_refused(library: Library):
 
     run()
     for changes in (
-        {"height": 0},
-        {"width": 0},
-        {"height": 2**64 - 1, "rows": 2**64 - 1},
-        {"width": 70000},
-        {"row": 59},
-        {"pixel": 2},
-        {"rows": 21},
-        {"rows": 0},
-        {"first": 5},
-        {"first": 10, "rows": 10},  # half of what the outputs need
-        {"rh": 0},
-        {"rw": 2**40},
-        {"top": 8},
-        {"left": 2**64 - 1},
-    ):
+        {"height": 0}, {"width": 0}, {"height": 2**64 - 1, "rows": 2**64 - 1}, {"width": 70000}, {"row": 59},
+        {"pixel": 2}, {"rows": 21}, {"rows": 0}, {"first": 5}, {"rh": 0}, {"rw": 2**40}, {"top": 8},
+        {"left": 2**64 - 1}, {"first": 10, "rows": 10},  # half of the rows that the outputs need
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="refused rows 0 to 8"):
             run(**changes)
     with pytest.raises(ValueError, match="refused rows 0 to 9"):
@@ -234,7 +210,7 @@ def test_numbers_that_make_no_sense_are_refused(library: Library):
 # --- the reference and its order ------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older ones resize the width first, always")
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older versions always resize the width first")
 def test_the_order_is_that_of_the_installed_pillow():
     rng = np.random.default_rng(5)
     for _ in range(200):
@@ -245,27 +221,27 @@ def test_the_order_is_that_of_the_installed_pillow():
         assert np.array_equal(pillow(image, *resized, "bicubic"), np.asarray(expected).transpose(2, 0, 1))
 
 
-def test_the_reference_normalises_as_the_textbook_does():
+def test_the_reference_normalizes_by_mean_and_deviation():
     image = noise(50, 40)
-    found = reference.image_to_pixels(image, size=(20, 24), resize="exact", **NORMAL)
+    normalized = reference.image_to_pixels(image, size=(20, 24), resize="exact", **NORMAL)
     grey = pillow(image, 20, 24, "bicubic").astype(np.float64)
     mean, std = (np.array(v).reshape(3, 1, 1) for v in (MEAN, STD))
-    assert found.shape == (1, 3, 20, 24)
-    assert np.abs(found[0] - (grey / 255 - mean) / std).max() < 1e-6
+    assert normalized.shape == (1, 3, 20, 24)
+    assert np.abs(normalized[0] - (grey / 255 - mean) / std).max() < 1e-6
 
 
 def test_the_reference_quantises_half_to_even_and_clips():
     grey = np.repeat(np.array([[[0], [1], [2], [255]]], np.uint8), 3, axis=2)
     step = 2 * float(np.float32(1 / 255))  # two grey levels, to the last bit
     how: dict[str, Any] = {"size": (1, 4), "resize": "exact", "scale": step}
-    found = reference.image_to_quantized_pixels(grey, zero_point=200, **how)
-    assert found[0, 0, 0].tolist() == [200, 200, 201, 255]  # 0; 0.5 goes to 0; 1; 127.5 is over the top
-    found = reference.image_to_quantized_pixels(grey, zero_point=100, bias=(-1.0,) * 3, **how)
-    assert found[0, 0, 0].tolist() == [0, 0, 0, 100]  # -127.5 is under the bottom
+    steps = reference.image_to_quantized_pixels(grey, zero_point=200, **how)
+    assert steps[0, 0, 0].tolist() == [200, 200, 201, 255]  # 0; 0.5 rounds to 0; 1; 127.5 is above the range
+    steps = reference.image_to_quantized_pixels(grey, zero_point=100, bias=(-1.0,) * 3, **how)
+    assert steps[0, 0, 0].tolist() == [0, 0, 0, 100]  # -127.5 is below the range
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (0, 4, 3), (1, 4, 4, 3)])
-def test_the_reference_refuses_what_is_no_picture(shape: tuple[int, ...]):
+def test_the_reference_refuses_other_shapes(shape: tuple[int, ...]):
     with pytest.raises(BadRequest, match=r"expected uint8 \[height, width, 3\]"):
         reference.image_to_pixels(np.zeros(shape, np.uint8))
 
@@ -274,7 +250,7 @@ def test_the_reference_refuses_what_is_no_picture(shape: tuple[int, ...]):
 
 
 def scaled(mean: Any, std: Any) -> dict[str, Any]:
-    """What a node holds of mean and std."""
+    """The gain and bias of a node, from mean and std."""
     mean, std = np.array(mean), np.array(std)
     return {"gain": np.float32(1 / (255 * std)).tolist(), "bias": np.float32(-mean / std).tolist()}
 
@@ -287,7 +263,7 @@ MODES: dict[str, dict[str, Any]] = {
     "owl": {"size": (96, 64), "resize": "letterbox", "pad": 114, **NORMAL},
     "square": {"size": (32, 32), "shortest": 40, "keep_square": 1, "crop_offset": "round"},
 }
-# 900 x 300 goes columns first; 600 x 300 just does not
+# 900 x 300 is resized columns first; 600 x 300 is the limit and is not
 SHAPES = [(480, 640), (640, 480), (900, 300), (600, 300), (301, 900), (333, 500), (1, 1), (1, 300), (300, 1), (64, 64)]
 QUANTIZED = {"scale": 0.0173, "zero_point": 114}
 
@@ -302,8 +278,8 @@ def run(loaded: Any, image: Array) -> Array:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_op_function_and_reference_are_one(library: Library, mode: str):
-    """The function is exact as well: a grey level was allowed, none is needed."""
+def test_op_and_function_equal_the_reference(library: Library, mode: str):
+    """The function is exact as well."""
     how, quantized = MODES[mode], MODES[mode] | QUANTIZED
     ways = ((IMAGE_TO_PIXELS, how), (IMAGE_TO_QUANTIZED_PIXELS, quantized))
     for node, attributes in ways:
@@ -314,40 +290,34 @@ def test_op_function_and_reference_are_one(library: Library, mode: str):
         image = noise(*shape, number, "black or white" if number % 2 else "grey")
         expected = reference.image_to_pixels(image, **how)
         expected8 = reference.image_to_quantized_pixels(image, **quantized)
-        for found, wanted in (
-            (run(op, image), expected),
-            (run(function, image), expected),
-            (run(op8, image), expected8),
-            (run(function8, image), expected8),
-        ):
-            assert found.dtype == wanted.dtype
-            assert np.array_equal(found, wanted), shape
+        for way, wanted in ((op, expected), (function, expected), (op8, expected8), (function8, expected8)):
+            np.testing.assert_array_equal(run(way, image), wanted, err_msg=str(shape), strict=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_op_and_function_agree_on_ribbons(library: Library, mode: str):
-    """Where Pillow would resize to more than 40 million pixels, the op makes only those that are seen."""
+    """If Pillow would resize to more than 40 million pixels, the op computes only the visible pixels."""
     how = MODES[mode]
     op, function = (session(IMAGE_TO_PIXELS, how, by) for by in (library, None))
     for shape in ((2, 9000), (9000, 2)):
         image = noise(*shape)
-        made = run(op, image)
-        assert np.array_equal(made, run(function, image)), shape
+        output = run(op, image)
+        assert np.array_equal(output, run(function, image)), shape
         level = np.array((IMAGE_TO_PIXELS.attributes | how)["gain"]).reshape(3, 1, 1)
-        assert (np.abs(made - reference.image_to_pixels(image, **how)) < 1.01 * level).all(), shape
+        assert (np.abs(output - reference.image_to_pixels(image, **how)) < 1.01 * level).all(), shape
 
 
 @pytest.mark.parametrize("mode", ["clip", "owl"])
 def test_the_op_is_the_same_on_several_threads(library: Library, mode: str):
-    one, four = (session(IMAGE_TO_PIXELS, MODES[mode], library, threads) for threads in (1, 4))
-    for shape in ((2000, 1500), (1500, 2000), (2400, 700)):  # the last one columns first
+    alone, four = (session(IMAGE_TO_PIXELS, MODES[mode], library, threads) for threads in (1, 4))
+    for shape in ((2000, 1500), (1500, 2000), (2400, 700)):  # the last is resized columns first
         image = noise(*shape)
-        assert np.array_equal(run(four, image), run(one, image))
+        assert np.array_equal(run(four, image), run(alone, image))
 
 
 def test_every_grey_level_quantises_as_onnx_runtime_does(library: Library):
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
-    halves = scaled((0.0,) * 3, (1.0,) * 3)  # by two grey levels, to the last bit: the odd ones are halves
+    halves = scaled((0.0,) * 3, (1.0,) * 3)  # steps of two grey levels, to the last bit: odd levels are halves
     for scale, zero_point, normal in (
         (0.0173, 114, NORMAL),
         (1e-30, 0, NORMAL),
@@ -410,7 +380,7 @@ def test_the_preparer_on_any_size(library: Library, width: int, height: int, mod
 @pytest.mark.parametrize("size", [(2400, 1900), (1000, 4300)])
 @pytest.mark.parametrize("mode", ["clip", "owl", "siglip"])
 def test_the_preparer_on_pictures_over_one_block_of_pillows(library: Library, size: tuple[int, int], mode: str):
-    """They are taken in bands; the second one is resized along its columns first."""
+    """The preparer cuts them into bands; the second is resized columns first."""
     both(library, spec(mode), Image.fromarray(noise(*size[::-1])))
 
 
@@ -419,14 +389,14 @@ def test_the_preparer_on_pictures_over_one_block_of_pillows(library: Library, si
 def test_no_picture_is_copied_many_times_over(
     library: Library, size: tuple[int, int], mode: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Everything 128 times smaller than for 40 million pixels. A wide letterboxed picture went 60 times into bands."""
+    """128 times smaller than 40 million pixels. A wide letterboxed picture was once copied 60 times for its bands."""
     monkeypatch.setattr(memory, "_BAND", (8 << 20) // 128)
     cut, copied = memory._band, 0
 
-    def band(image: Image.Image, low: int, high: int, outputs: tuple[int, int]) -> memory.Band:
+    def band(part: Image.Image, first: int, outputs: tuple[int, int]) -> memory.Band:
         nonlocal copied
-        copied += high - low
-        return cut(image, low, high, outputs)
+        copied += part.height
+        return cut(part, first, outputs)
 
     monkeypatch.setattr(memory, "_band", band)
     monkeypatch.setattr(memory, "borrow", lambda image: None)
@@ -437,7 +407,7 @@ def test_no_picture_is_copied_many_times_over(
         assert copied <= 2.2 * size[1] + target[0], (target, copied)
 
 
-def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: pytest.MonkeyPatch):
+def test_the_preparer_without_borrowed_memory(library: Library, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("calmclip.models.preprocess.memory.borrow", lambda image: None)
     for size in (1 << 12, 8 << 20):
         monkeypatch.setattr("calmclip.models.preprocess.memory._BAND", size)
@@ -446,7 +416,9 @@ def test_the_preparer_where_pillow_lends_nothing(library: Library, monkeypatch: 
                 both(library, spec(mode), Image.fromarray(noise(*shape)))
 
 
-def test_a_bundle_says_who_prepares(library: Library, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_option_ops_selects_the_preparer(
+    library: Library, sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     assert Bundle(read(sealed)).image().library == library
     assert Bundle(read(sealed), ops="required").image().library == library
     assert Bundle(read(sealed), ops="off").image().library is None
@@ -457,3 +429,46 @@ def test_a_bundle_says_who_prepares(library: Library, sealed: Path, tmp_path: Pa
     assert Bundle(read(sealed)).image().library is None
     with pytest.raises(OpsLibraryMissing, match="no op library is built"):
         open_bundle(sealed, ops="required")
+
+
+def picture(seed, columns):
+    return {"image": np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)}
+
+
+CONTRACTS = [
+    Contract(
+        IMAGE_TO_PIXELS,
+        picture,
+        refused=[
+            ({"image": [0, 5, 3]}, r"the picture has the shape \[0, 5, 3\]; expected sides within 1 to 65536"),
+            ({"image": [65537, 1, 3]}, "expected sides within 1 to 65536"),
+            ({"image": [5, 5, 4]}, r"the picture has the shape \[5, 5, 4\]; expected \[height, width, 3\]"),
+            ({"image": [1, 5, 5, 3]}, r"expected \[height, width, 3\]"),
+            ({"image": []}, r"expected \[height, width, 3\]"),
+        ],
+    ),
+    Contract(
+        IMAGE_TO_QUANTIZED_PIXELS,
+        picture,
+        refused=[
+            ({"size": (224,)}, "size has 1 numbers; expected height and width"),
+            ({"size": (0, 5)}, r"size is \[0, 5\]; expected sides within 1 to 4096"),
+            ({"size": (5, 4097)}, "expected sides within 1 to 4096"),
+            ({"resize": "stretch"}, "resize is 'stretch'; expected one of shortest, exact, letterbox"),
+            ({"resample": "nearest"}, "resample is 'nearest'; expected one of bilinear, bicubic"),
+            ({"crop_offset": "ceil"}, "crop_offset is 'ceil'; expected one of round, floor"),
+            ({"shortest": 223}, r"shortest is 223; expected the larger of size \[224, 224\] to 4096"),
+            ({"shortest": 2**62}, "expected the larger of size"),
+            ({"pad": 256}, "pad is 256; expected 0 to 255"),
+            ({"pad": -1}, "pad is -1; expected 0 to 255"),
+            ({"bias": (0.0, 0.0)}, "gain has 3 numbers and bias 2; expected 3 each"),
+            ({"gain": (1.0, float("nan"), 1.0)}, "of channel 1; expected"),
+            ({"bias": (float("inf"), 0.0, 0.0)}, "of channel 0; expected"),
+            ({"scale": 0.0}, "scale is 0.000000; expected a finite number over 0"),
+            ({"scale": float("nan")}, "expected a finite number over 0"),
+            ({"zero_point": 256}, "zero_point is 256; expected 0 to 255"),
+            ({"size": "big"}, "size has 0 numbers; expected height and width"),
+            ({"pad": 1.5}, "the attribute pad cannot be read"),
+        ],
+    ),
+]

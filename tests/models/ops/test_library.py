@@ -1,4 +1,4 @@
-"""Which library is loaded: the one at its place, as it was built, and none other."""
+"""Only the library at its fixed place is loaded, and only as it was built."""
 
 import json
 import platform
@@ -12,27 +12,25 @@ import pytest
 
 from calmclip.models.cli import main
 from calmclip.models.errors import OpsLibraryMissing, OpsNotBuilt
-from calmclip.models.ops import build, spec
+from calmclip.models.ops import build
 from calmclip.models.ops.library import Library, find, look, why_not
+from calmclip.models.ops.table import OPS
 
 
 @pytest.fixture
 def folder(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the built library at the place where one is looked for."""
+    """A copy of the built library at the place that `find` reads."""
     for path in (library.path, library.path.with_name(f"{build.NAME}.json")):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     return tmp_path
 
 
-def test_the_library_as_it_was_built_is_taken(folder: Path):
-    found = find("required")
-    assert isinstance(found, Library)
-    assert found.path == folder / build.NAME
+def test_the_library_is_loaded_unless_ops_is_off(folder: Path):
+    library = find("required")
+    assert isinstance(library, Library)
+    assert library.path == folder / build.NAME
     assert why_not() == ""
-
-
-def test_off_means_off(folder: Path):
     assert find("off") is None
 
 
@@ -50,47 +48,51 @@ def test_a_changed_byte_is_noticed_before_the_library_is_loaded(folder: Path):
 
 
 @pytest.mark.parametrize("note", ["", "[]", '"text"', "{", "\x00"])
-def test_a_broken_note_is_no_library_and_no_crash(folder: Path, note: str):
+def test_a_library_with_a_broken_note_is_not_loaded(folder: Path, note: str):
     (folder / f"{build.NAME}.json").write_text(note)
     assert find() is None
 
 
-def test_a_library_of_other_sources_is_out_of_date(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DNDEBUG"))
+@pytest.mark.parametrize(
+    ("module", "value", "reason"),
+    [("build.FLAGS", (*build.FLAGS, "-DNDEBUG"), "other sources"), ("library.VERSION", 2, "has version 1, not 2")],
+)
+def test_a_library_of_other_sources_or_another_version_is_not_loaded(
+    folder: Path, module: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(f"calmclip.models.ops.{module}", value)
     assert find() is None
-    assert "other sources" in why_not()
+    assert reason in why_not()
 
 
-def test_a_library_of_another_version_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("calmclip.models.ops.library.VERSION", 2)
-    assert find() is None
-    assert "is of version 1, not 2" in why_not()
-
-
-def test_without_one_auto_goes_on_and_required_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_library_auto_and_info_succeed_and_required_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     assert find() is None
     with pytest.raises(OpsLibraryMissing, match=r"no op library is built.*calmclip ops build"):
         find("required")
+    assert main(["ops", "info"]) == 0
+    assert "no op library is built" in capsys.readouterr().out
 
 
-def test_a_bundle_and_a_working_directory_cannot_bring_one(
+def test_a_bundle_and_a_working_directory_cannot_provide_a_library(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The place is fixed by the installed package; nothing a caller or a bundle names is ever loaded."""
+    """The installed package fixes the place; no path of a caller or a bundle is loaded."""
     planted = tmp_path / "models" / "ops" / "lib"
     planted.mkdir(parents=True)
     shutil.copy(library.path, planted / build.NAME)
     monkeypatch.chdir(tmp_path)
     look.cache_clear()
-    found = find("required")
-    assert found is not None
-    assert found.path == library.path
+    loaded = find("required")
+    assert loaded is not None
+    assert loaded.path == library.path
     assert build.FOLDER.is_absolute()
 
 
-def test_the_list_of_kernels_is_whole(library: Library):
-    """Every line of list.inc once for each instruction set of this processor family, and scalar runs everywhere."""
+def test_the_list_of_kernels_is_complete(library: Library):
+    """Every row of list.inc once for each instruction set of this processor family; scalar runs everywhere."""
     text = (build.SOURCES / "kernels" / "list.inc").read_text()
     isas = {"": build.ISAS, "INT8_": build.INT8_ISAS, "TABLE_": build.TABLE_ISAS}
     lines = re.findall(r"^(INT8_|TABLE_|)KERNEL\((\w+),", text, re.MULTILINE)
@@ -101,8 +103,8 @@ def test_the_list_of_kernels_is_whole(library: Library):
     assert len({k.address for k in library.kernels}) == len(library.kernels)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the oracle is Linux's own list of processor flags")
-def test_what_runs_is_what_the_kernel_says_the_processor_has(library: Library):
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the oracle is Linux's list of processor flags")
+def test_kernels_run_if_linux_lists_their_instructions(library: Library):
     flags = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
@@ -116,7 +118,7 @@ def test_what_runs_is_what_the_kernel_says_the_processor_has(library: Library):
             assert kernel.runs == (needs[kernel.isa] <= flags), kernel
 
 
-def test_the_library_shows_four_names_and_needs_nothing_of_onnx_runtime(library: Library):
+def test_the_library_exports_its_own_names_and_does_not_link_onnx_runtime(library: Library):
     shown = subprocess.run(["nm", "-D", "--defined-only", library.path], capture_output=True, text=True, check=True)
     names = {line.split()[-1] for line in shown.stdout.splitlines() if " T " in line}
     assert "RegisterCustomOps" in names
@@ -132,28 +134,32 @@ def test_it_registers_with_a_session_more_than_once(library: Library):
 
 
 @pytest.mark.parametrize(
-    ("env", "says"),
+    ("env", "message"),
     [
         ({"CXX": "no-such-compiler", "PATH": "/nowhere"}, "compiler"),
         ({"ORT_INCLUDE_DIR": "/nowhere"}, "libonnxruntime-dev"),
     ],
 )
 def test_a_missing_tool_is_named_with_the_way_to_get_it(
-    env: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    env: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(OpsNotBuilt, match=says):
+    with pytest.raises(OpsNotBuilt, match=message):
         build.build(tmp_path)
     assert main(["ops", "build"]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert main(["ops", "build", "--if-possible"]) == 0
     assert "bundles run their own functions" in capsys.readouterr().err
     assert not (tmp_path / build.NAME).exists()
 
 
-def test_what_the_compiler_refuses_is_shown_and_the_old_library_stays(
+def test_a_compiler_error_is_shown_and_the_old_library_stays(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ):
     other = tmp_path_factory.mktemp("sources")
@@ -166,24 +172,24 @@ def test_what_the_compiler_refuses_is_shown_and_the_old_library_stays(
     assert sorted(path.name for path in folder.iterdir()) == [build.NAME, f"{build.NAME}.json"]
 
 
-def test_what_is_built_and_does_not_load_is_no_library(
+def test_a_library_that_does_not_load_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """As with a compiler whose own shared libraries are not where the loader looks."""
+    """For example if the loader does not find the compiler's own shared libraries."""
     source = tmp_path / "csrc" / "register.cc"
     source.parent.mkdir()
     source.write_text("extern int absent; int* there() { return &absent; }\n")
     monkeypatch.setattr(build, "SOURCES", source.parent)
     monkeypatch.setattr(build, "FOLDER", tmp_path / "lib")
     assert main(["ops", "build", "--if-possible"]) == 0
-    said = capsys.readouterr().err
-    assert "does not load" in said
-    assert "undefined symbol: absent" in said
-    assert said.endswith("bundles run their own functions instead\n")
+    error = capsys.readouterr().err
+    assert "does not load" in error
+    assert "undefined symbol: absent" in error
+    assert error.endswith("bundles run their own functions instead\n")
     assert main(["ops", "build"]) == 2
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_reason_to_stop(
+def test_an_unwritable_folder_is_an_error_unless_the_build_is_optional(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "file").touch()
@@ -197,17 +203,9 @@ def test_info_shows_ops_kernels_and_library(library: Library, capsys: pytest.Cap
     assert main(["ops", "info", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["library"]["sha256"] == library.sha256
-    assert list(value["ops"]) == [op.name for op in spec.OPS]
+    assert list(value["ops"]) == [op.name for op in OPS]
     assert {name: kernel["used"] for name, kernel in value["kernels"].items()} == library.isas
     assert main(["ops", "info"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {op.name} " in out for op in spec.OPS)
+    assert all(f"  {op.name} " in out for op in OPS)
     assert all(f"  {name} " in out for name in library.isas)
-
-
-def test_info_works_without_a_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(build, "FOLDER", tmp_path)
-    assert main(["ops", "info"]) == 0
-    assert "no op library is built" in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""QuantAdd: the oracle, every kernel of this processor, the op in ONNX Runtime and its function, against sums that
-Python rounds itself, exactly where steps are powers of two, and float64 elsewhere."""
+"""QuantAdd: the oracle, every kernel of this processor, the op in ONNX Runtime and its function, against Python's
+fractions if steps are powers of two, and float64 otherwise."""
 
 import ctypes
 from fractions import Fraction
@@ -9,24 +9,14 @@ import pytest
 
 from calmclip.models.ops import reference
 from calmclip.models.ops.spec import QUANT_ADD
-from tests.models.ops.harness import ISAS, kernel, kernels, near, run
+from tests.models.ops.harness import ISAS, Contract, Edge, kernel, kernels, near, run
 
 BLOCK = 64
 NUMBERS = ("a_scale", "a_zero", "b_scale", "b_zero", "y_scale", "y_zero")
-# columns: none, parts of a block, blocks and what is left, many
+# columns: a scalar, parts of a block, blocks with a remainder, many
 SHAPES = [
-    (1,),
-    (7, 1),
-    (2, 5, 3),
-    (9, 16),
-    (3, 4, 64),
-    (5, 65),
-    (31, 77),
-    (2, 3, 7, 80),
-    (2, 640),
-    (3, 1025),
-    (1, 2000),
-]
+    (), (1,), (7, 1), (2, 5, 3), (9, 16), (3, 4, 64), (5, 65), (31, 77), (2, 3, 7, 80), (2, 640), (3, 1025), (1, 2000),
+]  # fmt: skip
 
 
 class Block(ctypes.Structure):
@@ -43,11 +33,11 @@ PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.POINTER(Block))
 
 
 def draw(seed, shape, columns=()):
-    """``columns``: which inputs have a number for each."""
+    """``columns``: the inputs with one number per column."""
     random = np.random.default_rng(seed)
 
     def numbers(name, dtype, low, high):
-        drawn = random.uniform(low, high, shape[-1] if name in columns else ())
+        drawn = random.uniform(low, high, shape[-1:] if name in columns else ())
         return np.asarray(drawn, dtype)
 
     feeds = {}
@@ -60,14 +50,14 @@ def draw(seed, shape, columns=()):
 
 
 def exact(feeds):
-    """float64, before it is rounded."""
+    """float64, before rounding."""
     real = {name: np.asarray(value, np.float64) for name, value in feeds.items()}
     a, b = ((real[x] - real[f"{x}_zero"]) * real[f"{x}_scale"] for x in "ab")
     return (a + b) / real["y_scale"] + real["y_zero"]
 
 
 def pairs():
-    """Every byte with every other; steps so that a third of the sums are ties."""
+    """Every pair of bytes; a third of the sums are ties."""
     a, b = (x.astype(np.uint8).reshape(-1) for x in np.mgrid[:256, :256])
     scales = {"a_scale": 0.25, "b_scale": 0.5, "y_scale": 1.0}
     zeros = {"a_zero": 3, "b_zero": 160, "y_zero": 101}
@@ -79,20 +69,20 @@ def pairs():
 
 
 def by_hand():
-    """Of `pairs`; Python rounds fractions half to even."""
+    """The sums of `pairs`; Python rounds fractions half to even."""
     rounded = {four: min(255, max(0, round(Fraction(four, 4)) + 101)) for four in range(-3 - 2 * 160, 256 + 2 * 256)}
     return np.array([rounded[a - 3 + 2 * (b - 160)] for a in range(256) for b in range(256)], np.uint8)
 
 
 @pytest.fixture(params=ISAS)
 def add(library, request):
-    """A kernel as a function of rows of bytes and the columns' numbers, between guards that it must not touch."""
+    """A kernel as a function of rows of bytes and the columns' numbers, between guard values."""
     function = kernel(library, "quant_add", request.param, PROTOTYPE)
-    return lambda *given, **how: call(function, *given, **how)
+    return lambda *arguments, **how: call(function, *arguments, **how)
 
 
 def call(function, a, b, numbers, *, step=None, into=None):
-    """a and b uint8 [rows, width]; rows lie ``step`` apart; y where ``into`` says, or by itself."""
+    """a and b uint8 [rows, width]; rows are ``step`` apart; y has the memory that ``into`` names, or its own."""
     rows, width = a.shape
     step = step or width
     laid = {name: np.full(rows * step + 2 * BLOCK, 77, np.uint8) for name in "aby"}
@@ -130,8 +120,8 @@ def test_reference_refuses_shapes_that_differ():
 
 
 @pytest.mark.parametrize("into", ["a", "b", "y"])
-def test_kernels_know_every_pair_of_bytes(add, into):
-    """Also where y lies on what it is made of. What is over and under 8 bits is among them, and every tie."""
+def test_kernels_add_every_pair_of_bytes(add, into):
+    """Also with y in the memory of an input. Includes sums beyond 8 bits, and every tie."""
     feeds = pairs()
     start = -(3 * 0.25 + 160 * 0.5)
     numbers = [np.full(BLOCK, number, np.float32) for number in (0.25, 0.5, start)] + [np.full(BLOCK, 101, np.int32)]
@@ -150,7 +140,7 @@ def test_kernels_take_any_width_and_any_step(add):
 
 
 def test_kernels_agree_to_the_bit(library):
-    """Next to ties too: as many as there are of numbers with few digits."""
+    """Also next to ties, which numbers of few digits often give."""
     functions = kernels(library, "quant_add", PROTOTYPE).values()
     random = np.random.default_rng(1)
     a, b = random.integers(0, 256, (2, 300, 61)).astype(np.uint8)
@@ -162,7 +152,7 @@ def test_kernels_agree_to_the_bit(library):
 
 
 def test_kernels_take_the_widest_steps_that_the_op_has(add):
-    """2^20 steps of y each: nothing leaves int32, and what is over or under is cut."""
+    """2^20 steps of y each: no sum leaves int32, and sums beyond 8 bits are clipped."""
     most = np.full(BLOCK, 2.0**20, np.float32)
     start = np.full(BLOCK, -510 * 2.0**19, np.float32)
     zero = np.full(BLOCK, 255, np.int32)
@@ -172,14 +162,13 @@ def test_kernels_take_the_widest_steps_that_the_op_has(add):
     np.testing.assert_array_equal(add(a, b, (most, most, start, zero)), expected)
 
 
-def test_op_knows_every_pair_of_bytes(library):
+def test_op_adds_every_pair_of_bytes(library):
     (y,) = run(QUANT_ADD, pairs(), {}, library=library)
     np.testing.assert_array_equal(y, by_hand(), strict=True)
 
 
-def test_function_knows_every_pair_of_bytes_but_for_ties():
-    """ONNX Runtime makes a QLinearAdd of it, which adds the zero point first: around an odd one ties are rounded to the
-    other side."""
+def test_function_adds_every_pair_of_bytes_except_ties():
+    """ONNX Runtime fuses it to a QLinearAdd, which adds the zero point first; an odd one changes how ties round."""
     (y,) = run(QUANT_ADD, pairs(), {}, library=None)
     real = exact(pairs())
     tie = real % 1 == 0.5
@@ -189,26 +178,52 @@ def test_function_knows_every_pair_of_bytes_but_for_ties():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "columns", [(), ("a_scale", "a_zero"), ("b_scale", "b_zero", "y_scale", "y_zero"), NUMBERS], ids=len
+    "columns",
+    [(), *((name,) for name in NUMBERS), ("a_scale", "a_zero"), ("b_scale", "b_zero", "y_scale", "y_zero"), NUMBERS],
+    ids="-".join,
 )
 def test_op_and_function_are_near_the_sum(library, shape, columns):
     feeds = draw(len(shape), shape, columns)
-    for given in (library, None):
-        (y,) = run(QUANT_ADD, feeds, {}, library=given)
+    for ops in (library, None):
+        (y,) = run(QUANT_ADD, feeds, {}, library=ops)
         assert y.shape == shape
         assert near(y, exact(feeds))
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_for_each_column_is_read_where_it_belongs(library, name):
-    feeds = draw(1, (50, 70), (name,))
-    (y,) = run(QUANT_ADD, feeds, {}, library=library)
-    assert near(y, exact(feeds))
+def add_at_edge(function, edge: Edge, rows: int, width: int) -> None:
+    ends = {name: edge.lay(np.zeros(rows * width, np.uint8)) for name in "aby"}
+    ends |= {name: edge.lay(np.zeros(BLOCK, np.float32)) for name in ("a_factor", "b_factor", "start")}
+    ends |= {"zero": edge.lay(np.zeros(BLOCK, np.int32))}
+    function(ctypes.byref(Block(rows=rows, step=width, width=width, **ends)))
 
 
-def test_one_number_without_a_shape(library):
-    feeds = draw(0, ())
-    for given in (library, None):
-        (y,) = run(QUANT_ADD, feeds, {}, library=given)
-        assert y.shape == ()
-        assert near(y, exact(feeds))
+EDGES = [("quant_add", PROTOTYPE, add_at_edge, [(3, width) for width in range(1, BLOCK + 1)])]
+CONTRACTS = [
+    Contract(
+        QUANT_ADD,
+        lambda seed, columns: draw(seed, (5, 70), NUMBERS if columns else ()),
+        refused=[
+            ({"b": [1, 70]}, r"b has the shape \[1, 70\]; .* \[5, 70\]"),
+            ({"b": [70]}, r"b has the shape \[70\]; expected that of a, \[5, 70\]"),
+            (
+                {"y_scale": [69]},
+                r"a has the shape \[5, 70\]; expected \[..., 69\], because scales or zero points have 69 columns",
+            ),
+            ({"a_scale": [70], "b_zero": [69]}, r"a_scale has the shape \[70\]; expected one number, or \[69\]"),
+            ({"a_zero": [1, 70]}, r"a_zero has the shape \[1, 70\]; expected one number, or \[1\]"),
+            # scales too far apart
+            (
+                {"a_scale": np.array(1.001 * 2.0**20), "y_scale": []},
+                r"a scale is 1049624.* times y_scale; expected at most 2\^20",
+            ),
+        ],
+        large=(draw(2, (5001, 77), NUMBERS), {}),
+        in_place=("a", "b"),
+        any_side=("a", "b"),
+        empty=[
+            (draw(0, shape, columns), {}, shape)
+            for shape in ((0,), (3, 0), (0, 5), (2, 0, 5))
+            for columns in ((), NUMBERS)
+        ],
+    ),
+]

@@ -11,11 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from calmclip.models.errors import BadRequest
 from calmclip.models.ops import reference
 from calmclip.models.ops.spec import QUANT_ATTENTION
-from tests.models.ops.harness import ISAS, kernel, near, run
+from tests.models.ops.harness import ISAS, Contract, Edge, kernel, near, run
 
 LOWEST = np.finfo(np.float32).min
 PAPER = float(np.float32(1 / 255))
-# p_scale, gamma, zeta: the row's own step, the paper's, one at which the greatest saturate, clipped
+# p_scale, gamma, zeta: the step of each row, the step of the paper, a step at which the greatest saturate, clipped
 WAYS = [(0.0, 0.0, 1.0), (PAPER, 0.0, 1.0), (0.0011, 0.0, 1.0), (PAPER, -0.03, 1.1)]
 # query rows, keys, dims: around what kernels take at once (8 and 16 rows; 2, 4, 12 and 24 keys; 4, 16, 32, 64 numbers)
 SIZES = [(1, 1, 1), (1, 2, 4), (3, 3, 3), (7, 5, 15), (8, 11, 16), (9, 12, 17), (15, 13, 31), (16, 23, 32),
@@ -24,7 +24,7 @@ SIZES = [(1, 1, 1), (1, 2, 4), (3, 3, 3), (7, 5, 15), (8, 11, 16), (9, 12, 17), 
 
 
 def exact(feeds, heads, width, q_start=0, k_start=0, v_start=0, gamma=0.0, zeta=1.0):
-    """What y rounds, float64 [B, T, width]."""
+    """y before rounding, float64 [B, T, width]."""
     number = {name: float(x) for name, x in feeds.items() if x.ndim == 0}
 
     def real(name, start, zero):
@@ -91,10 +91,10 @@ def scratch_bytes(keys, dims):
 
 @pytest.fixture(params=ISAS)
 def attend(library, request):
-    """A kernel as a function of feeds of one head and one picture, between guards that it must not touch."""
+    """A kernel as a function of feeds of one head and one picture, between guard values."""
     function = kernel(library, "quant_attention", request.param, PROTOTYPE)
 
-    def go(feeds, gamma=0.0, zeta=1.0, seen=None):
+    def go(feeds, gamma=0.0, zeta=1.0, visible=None):
         (_, rows, q_step), (_, keys, k_step) = feeds["q"].shape, feeds["k"].shape
         dims = len(feeds["y_scale"])
         mask = np.broadcast_to(feeds["mask"], (rows, keys)) if feeds["mask"].ndim > 1 else None
@@ -107,7 +107,8 @@ def attend(library, request):
             q_step=q_step, k_step=k_step, v_step=feeds["v"].shape[2], y_step=dims, rows=rows, keys=keys, dims=dims,
             mask=None if mask is None else mask.ctypes.data,
             mask_row=0 if mask is None else mask.strides[0] // 4, mask_key=0 if mask is None else mask.strides[1] // 4,
-            seen=None if seen is None else seen.ctypes.data, seen_step=0 if seen is None or len(seen) == 1 else 1,
+            seen=None if visible is None else visible.ctypes.data,
+            seen_step=0 if visible is None or len(visible) == 1 else 1,
             y_scale=feeds["y_scale"].ctypes.data, y_zero=feeds["y_zero"].ctypes.data, y_scale_step=1, y_zero_step=1,
             scale=float(feeds["q_scale"] * feeds["k_scale"]), v_scale=float(feeds["v_scale"]),
             p_scale=float(feeds["p_scale"]), gamma=gamma, zeta=zeta, q_zero=int(feeds["q_zero"]),
@@ -134,7 +135,7 @@ def test_reference_equals_torch(p_scale, gamma, zeta):
 
 
 def test_the_rounding_of_probabilities_costs_little():
-    """Against torch's own attention on what the bytes stand for."""
+    """Against torch's own attention on the dequantized inputs."""
     feeds = draw(0, 2, 50, 50, 4, 64)
 
     def real(name, zero):
@@ -144,7 +145,7 @@ def test_the_rounding_of_probabilities_costs_little():
     y = scaled_dot_product_attention(real("q", int(feeds["q_zero"])), real("k", 128), real("v", 128), scale=1.0)
     y = y.transpose(1, 2).flatten(2).numpy() / feeds["y_scale"] + feeds["y_zero"]
     ours = reference.quant_attention(**feeds, heads=4, width=256)
-    assert np.abs(ours - np.clip(y, 0, 255)).mean() <= 0.5  # of which 0.25 are the rounding of y
+    assert np.abs(ours - np.clip(y, 0, 255)).mean() <= 0.5  # the rounding of y alone gives 0.25
 
 
 def test_reference_refuses_clipping_by_the_rows_own_step():
@@ -164,7 +165,7 @@ def test_kernels_equal_float64(attend, p_scale, gamma, zeta):
 
 
 def test_no_product_saturates(attend):
-    """Pairs of 255 times -128 or 127 leave 16 bits."""
+    """Pairs of 255 times -128 or 127 overflow 16 bits."""
     for q, k, zero in ((255, 0, 0), (255, 255, 0), (0, 0, 255), (255, 0, 255)):
         feeds = draw(0, 1, 17, 50, 1, 64, zero=zero, spread=0.1)
         feeds["q"][:] = q
@@ -176,16 +177,16 @@ def test_no_product_saturates(attend):
 
 @pytest.mark.parametrize(("p_scale", "gamma", "zeta"), WAYS)
 def test_masks(attend, p_scale, gamma, zeta):
-    """Each read, and, where it hides the end of every row, told in advance: both are the same."""
+    """Read in full, and, if it hides the end of every row, stated in advance; both give the same."""
     for rows, keys in ((17, 17), (50, 50), (77, 77), (20, 26)):
         rng = np.random.default_rng(rows)
         some = np.where(rng.random((rows, keys)) < 0.5, -np.inf, rng.normal(0, 2, (rows, keys))).astype(np.float32)
-        some[::7] = -np.inf  # nothing but masks: uniform
+        some[::7] = -np.inf  # only masked keys: uniform
         some[3::7] = LOWEST
         padding = np.zeros((1, keys), np.float32)
         padding[0, keys // 3 :] = -np.inf
         ends = np.arange(1, rows + 1, dtype=np.uint32) + keys - rows
-        for mask, seen in (
+        for mask, visible in (
             (causal(rows, keys), ends),
             (causal(rows, keys, LOWEST), ends),
             (padding, np.array([keys // 3], np.uint32)),
@@ -201,19 +202,19 @@ def test_masks(attend, p_scale, gamma, zeta):
             expected = exact(feeds, 1, 24, gamma=gamma, zeta=zeta)
             read = attend(feeds, gamma, zeta)
             assert near(read, expected)
-            if seen is not None:
-                told = attend(feeds, gamma, zeta, np.ascontiguousarray(seen, np.uint32))
-                assert near(told, expected)
+            if visible is not None:
+                stated = attend(feeds, gamma, zeta, np.ascontiguousarray(visible, np.uint32))
+                assert near(stated, expected)
 
 
-def test_a_row_of_nothing_but_masks_is_the_mean(attend):
+def test_a_row_of_masks_alone_is_the_mean(attend):
     feeds = draw(1, 1, 9, 51, 1, 20, mask=np.full((1, 51), -np.inf, np.float32))
     mean = (feeds["v"][0].astype(np.float64) - 128).mean(0) * 0.02
     assert near(attend(feeds), np.broadcast_to(mean / feeds["y_scale"] + feeds["y_zero"], (1, 9, 20)), most=0)
 
 
 def test_logits_of_any_size(attend):
-    """exp far under the smallest float, steps of logits over any power, and rows where all are equal."""
+    """exp far under the smallest float, logits of any magnitude, and rows of equal logits."""
     for spread in (1e-9, 30.0, 1e4, 1e6, 1e12, 1e20):
         feeds = draw(2, 1, 18, 30, 1, 32, spread=spread)
         feeds["k"][0, 4] = feeds["k"][0, 9]
@@ -226,11 +227,11 @@ def test_any_scale_of_y(attend):
         feeds["v"][:, :, 0] = 128
         feeds["v_scale"] = np.array(v_scale, np.float32)
         feeds["y_scale"][:] = y_scale
-        assert near(attend(feeds), exact(feeds, 1, 32), most=0.03)  # a sum of almost 0, over a tiny scale
+        assert near(attend(feeds), exact(feeds, 1, 32), most=0.03)  # a sum near 0 over a tiny scale
 
 
 def test_ties_are_rounded_to_even(attend):
-    """One key, of 128 steps of 1 / 128: y is v - 128, halved."""
+    """One key, p = 128 steps of 1 / 128: y is v - 128, halved."""
     feeds = draw(4, 1, 1, 1, 1, 64, p_scale=1 / 128)
     feeds["v"][0, 0] = np.arange(96, 160)
     feeds["v_scale"], feeds["y_scale"][:], feeds["y_zero"][:] = np.array(0.5, np.float32), 1, 101
@@ -258,8 +259,8 @@ def test_op_and_function_read_columns_of_one_tensor(library, p_scale, gamma, zet
     feeds |= {"k": qkv, "v": qkv, "y_scale": feeds["y_scale"][:24], "y_zero": feeds["y_zero"][:24]}
     how = {"heads": 2, "width": 24, "q_start": 1, "k_start": 25, "v_start": 46, "gamma": gamma, "zeta": zeta}
     expected = exact(feeds, **how)
-    for given in (library, None):
-        (y,) = run(QUANT_ATTENTION, feeds, how, library=given)
+    for ops in (library, None):
+        (y,) = run(QUANT_ATTENTION, feeds, how, library=ops)
         assert near(y, expected)
 
 
@@ -269,18 +270,67 @@ def test_op_and_function_take_any_mask(library):
         mask = rng.normal(0, 2, shape or 1).astype(np.float32) * (1 if shape else 0)
         if len(shape) > 2:
             mask[..., :6] = 0
-            mask[..., 6:] = -np.inf if len(shape) == 4 else -1.5  # nothing that hides
+            mask[..., 6:] = -np.inf if len(shape) == 4 else -1.5  # hides no key
             mask[1:, ..., 3:] = mask[0, ..., -1].min()  # pictures differ
         feeds = draw(7, 2, 13, 11, 3, 16, mask=mask)
         how = {"heads": 3, "width": 48}
-        for given in (library, None):
-            (y,) = run(QUANT_ATTENTION, feeds, how, library=given)
-            assert near(y, exact(feeds, **how)), (shape, given)
+        for ops in (library, None):
+            (y,) = run(QUANT_ATTENTION, feeds, how, library=ops)
+            assert near(y, exact(feeds, **how)), (shape, ops)
 
 
 def test_op_and_function_take_one_scale(library):
     feeds = draw(8, 1, 5, 6, 2, 8)
     feeds |= {"y_scale": np.array(0.015, np.float32), "y_zero": np.array(200, np.uint8)}
-    for given in (library, None):
-        (y,) = run(QUANT_ATTENTION, feeds, {"heads": 2, "width": 16}, library=given)
+    for ops in (library, None):
+        (y,) = run(QUANT_ATTENTION, feeds, {"heads": 2, "width": 16}, library=ops)
         assert near(y, exact(feeds, 2, 16))
+
+
+def attend_at_edge(function, edge: Edge, rows: int, keys: int, dims: int) -> None:
+    mask = causal(rows, keys)
+    mask[0] = -0.5
+    feeds = draw(0, 1, rows, keys, 1, dims, mask=mask)
+    ends = {name: edge.lay(feeds[name]) for name in ("q", "k", "v", "mask", "y_scale", "y_zero")}
+    room = np.empty(scratch_bytes(keys, dims) + 64, np.uint8)
+    head = Head(
+        y=edge.lay(np.zeros(rows * dims, np.uint8)), q_step=dims, k_step=dims, v_step=dims, y_step=dims, rows=rows,
+        keys=keys, dims=dims, mask_row=keys, mask_key=1, y_scale_step=1, y_zero_step=1, scale=1e-3, v_scale=0.02,
+        zeta=1.0, q_zero=9, **ends,
+    )  # fmt: skip
+    function(ctypes.byref(head), room.ctypes.data + -room.ctypes.data % 64)
+
+
+EDGES = [("quant_attention", PROTOTYPE, attend_at_edge, SIZES)]
+CONTRACTS = [
+    Contract(
+        QUANT_ATTENTION,
+        lambda seed, columns: draw(seed, 1, 3, 4, 2, 8),
+        attributes={"heads": 2, "width": 16},
+        refused=[
+            ({"q": [1, 3]}, r"q has the shape \[1, 3\]; expected \[batch, tokens, columns\]"),
+            ({"q": [1, 3, 15]}, r"q has the shape \[1, 3, 15\]; expected 16 columns from 0 on"),
+            ({"k": [2, 4, 16]}, r"k has the shape \[2, 4, 16\]; expected the batch of q, 1"),
+            ({"k": [1, 0, 16], "v": [1, 0, 16]}, r"k has the shape \[1, 0, 16\]; expected 1 to 65536 tokens"),
+            ({"v": [1, 5, 16]}, r"v has the shape \[1, 5, 16\]; expected the batch and tokens of k, \[1, 4\]"),
+            ({"q_scale": [2]}, r"q_scale has the shape \[2\]; expected one number"),
+            ({"q_zero": [2]}, r"q_zero has the shape \[2\]; expected one number"),
+            ({"y_scale": [15]}, r"y_scale has the shape \[15\]; expected one number, or \[16\]"),
+            ({"y_zero": [1, 16]}, r"y_zero has the shape \[1, 16\]; expected one number, or \[16\]"),
+            ({"mask": [3, 3]}, r"mask has the shape \[3, 3\]; expected \[1\], or .* to \[1, 2, 3, 4\]"),
+            ({"mask": [2, 1, 3, 4]}, r"mask has the shape \[2, 1, 3, 4\]"),
+            ({"mask": [1, 1, 1, 3, 4]}, r"mask has the shape \[1, 1, 1, 3, 4\]"),
+            ({"mask": [4]}, r"mask has the shape \[4\]"),
+            ({"mask": [1]}, "mask is one number, 1.0+; expected 0"),
+            ({"heads": 3}, "width is 16 and heads 3; expected a width that is a multiple of heads"),
+            ({"heads": 0}, "heads is 0; expected 1 to"),
+            ({"q_start": -1}, "q_start is -1; expected 0 to"),
+            ({"gamma": 0.1}, "gamma is 0.1.* expected -1e30 <= gamma <= 0"),
+            ({"zeta": 0.5}, "zeta 0.5"),
+            ({"heads": 1, "width": 40000}, "at most 32768 each"),
+            ({"gamma": -0.1}, r"p_scale is 0, gamma -0.1.*expected a p_scale over 0, or gamma 0 and zeta 1"),
+        ],
+        large=(draw(0, 2, 50, 50, 12, 64), {"heads": 12, "width": 768}),
+        empty=[(draw(0, *shape, 4, 2, 8), {"heads": 2, "width": 16}, (*shape, 16)) for shape in ((0, 3), (2, 0))],
+    ),
+]

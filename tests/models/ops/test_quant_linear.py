@@ -1,6 +1,6 @@
 """QuantLinear and QuantLinearToFloat: every kernel of this processor, and the ops in ONNX Runtime.
 
-Against numpy's whole numbers, torch's activations, and ONNX Runtime's own nodes.
+Against numpy's integers, torch's activations, and ONNX Runtime's own nodes.
 """
 
 import ctypes
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from calmclip.models.ops import reference
-from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT
+from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, QUANT_POINTWISE
 from tests.models.ops import harness
-from tests.models.ops.harness import ISAS, kernel, kernels
+from tests.models.ops.harness import ISAS, Contract, kernel, kernels
 
 PANEL = 32
 ACTIVATE = {
@@ -41,34 +41,34 @@ PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.POINTER(Work), ctypes.c_size_t, ctypes
 
 
 def packed(w):
-    """[N/32][K/4][32][4], filled up with 0."""
+    """[N/32][K/4][32][4], padded with 0."""
     k, n = w.shape
-    whole = np.zeros((-(-k // 4) * 4, -(-n // PANEL) * PANEL), np.int8)
-    whole[:k, :n] = w
+    padded = np.zeros((-(-k // 4) * 4, -(-n // PANEL) * PANEL), np.int8)
+    padded[:k, :n] = w
     return np.ascontiguousarray(
-        whole.reshape(whole.shape[0] // 4, 4, whole.shape[1] // PANEL, PANEL).transpose(2, 0, 3, 1)
+        padded.reshape(padded.shape[0] // 4, 4, padded.shape[1] // PANEL, PANEL).transpose(2, 0, 3, 1)
     )
 
 
 @pytest.fixture(params=ISAS)
 def run(library, request):
-    """The kernel as a function of x [rows, K] and w [K, N], its output between guards that it must not touch."""
+    """The kernel as a function of x [rows, K] and w [K, N], its output between guard values."""
     function = kernel(library, "quant_linear", request.param, PROTOTYPE)
 
     def run(x, w, *, zero=0, scale=1.0, bias=0.0, activation="none", y=None, residual=0.0, inplace=False, panels=None,
             floor=None):  # fmt: skip
-        """``y``: (scale, zero point) where bytes are wanted; with a ``floor`` scale and bias are in steps of y."""
+        """``y``: scale and zero point, for uint8 output. With a ``floor``, scale and bias are in steps of y."""
         (rows, k), n = x.shape, w.shape[1]
         count = -(-n // PANEL)
 
         def columns(value, dtype):
-            made = np.zeros(count * PANEL, dtype)
-            made[:n] = value
-            return made
+            padded = np.zeros(count * PANEL, dtype)
+            padded[:n] = value
+            return padded
 
         sums = columns(w.sum(0, dtype=np.int64), np.int64)
         arrays = {
-            "x": np.concatenate([np.full(1, 77, np.uint8), x.ravel()])[1:],  # off every alignment
+            "x": np.concatenate([np.full(1, 77, np.uint8), x.ravel()])[1:],  # unaligned
             "panels": packed(w),
             "start": (-zero * sums).astype(np.int32),
             "scale": columns(scale, np.float32),
@@ -120,8 +120,8 @@ def test_sums_are_exact(run, rows):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 128, 255])
-def test_the_greatest_sums_there_are(run, zero):
-    """65536 products of 255 and -128 stay within int32; the correction for the zero point alone does not always."""
+def test_the_greatest_possible_sums(run, zero):
+    """65536 products of 255 and -128 fit int32; the correction for the zero point alone may not."""
     for value, weight in ((255, -128), (255, 127), (0, -128), (zero, -128)):
         x, w = np.full((3, 65536), value, np.uint8), np.full((65536, 2), weight, np.int8)
         expected = np.full((3, 2), (value - zero) * weight * 65536)
@@ -130,7 +130,7 @@ def test_the_greatest_sums_there_are(run, zero):
 
 
 def test_neighbouring_products_do_not_saturate(run):
-    """Two of them are more than 16 bits hold, four and a vector of them too; of every sign."""
+    """Two, four and a vector of products of any sign overflow 16 bits."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         x, w = rng.choice([0, 1, 128, 255], (5, 44)).astype(np.uint8), rng.choice([-128, -127, 127], (44, 37))
@@ -162,8 +162,8 @@ def test_bytes_with_a_scale_and_zero_point_for_each_column(run, n):
 
 @pytest.mark.parametrize("n", [1, 8, 15, 16, 17, 24, 31, 32, 33, 48, 100])
 @pytest.mark.parametrize("k", [4, 27, 40])
-def test_bytes_at_once_are_rounded_once(run, n, k):
-    """sum * scale + bias in steps of y: float64 holds the product, so its sum is rounded like one to float32."""
+def test_bytes_by_one_multiply_add_are_rounded_once(run, n, k):
+    """sum * scale + bias in steps of y: float64 holds the product exactly, so its sum rounds once to float32."""
     rng = np.random.default_rng(n)
     for rows in (1, 5, 12, 13, 26):
         x, w = layer(n + rows, rows, k, n)
@@ -175,7 +175,7 @@ def test_bytes_at_once_are_rounded_once(run, n, k):
         assert (got == expected).all()
 
 
-def test_bytes_at_once_far_out(run):
+def test_bytes_by_one_multiply_add_are_clipped(run):
     x, w = np.full((2, 4), 255, np.uint8), np.full((4, 2), 127, np.int8)
     for scale, expected in ((8e3, 255), (-8e3, 3)):
         assert (run(x, w, scale=scale, y=(1.0, 7), floor=3) == expected).all()
@@ -189,7 +189,7 @@ def test_ties_go_to_the_even_step_before_the_zero_point_is_added(run, zero):
     assert (got == np.clip(expected, 0, 255)).all()
 
 
-def test_what_is_far_out_is_cut(run):
+def test_values_outside_8_bits_are_clipped(run):
     x, w = np.full((2, 4), 255, np.uint8), np.full((4, 3), 127, np.int8)
     bias = np.array([np.inf, -np.inf, 3e38], np.float32)
     for scale in (1.0, 1e30):
@@ -233,14 +233,14 @@ def test_panels_by_themselves(run):
         assert (got == 99).all()
 
 
-def test_nothing(run):
+def test_empty_shapes(run):
     assert run(*layer(5, 0, 8, 8)).shape == (0, 8)
     assert run(*layer(5, 3, 8, 0)).shape == (3, 0)
     assert (run(*layer(5, 3, 0, 40), bias=1.5) == 1.5).all()
 
 
-def test_the_peak_is_of_products(library):
-    """Each form takes longer for more, so none is left out by its compiler."""
+def test_the_peak_measures_products(library):
+    """More rounds take longer in each version, so no compiler removed the products."""
     from time import process_time
 
     def took(peak, rounds):
@@ -258,10 +258,10 @@ def test_the_peak_is_of_products(library):
 
 
 def draw(seed, shape, n, to_float=False, *, per_column=True):
-    """Inputs of a layer whose results are about 1, their steps about 0.02."""
+    """Inputs; results are about 1, in steps of about 0.02."""
     rng = np.random.default_rng(seed)
     k = shape[-1]
-    made = {
+    arrays = {
         "x": rng.integers(0, 256, shape, np.uint8),
         "x_scale": np.array(0.02),
         "x_zero": np.array(rng.integers(0, 256)),
@@ -270,119 +270,119 @@ def draw(seed, shape, n, to_float=False, *, per_column=True):
         "bias": rng.normal(0, 1, n),
     }
     if to_float:
-        made["residual"] = rng.normal(0, 1, (*shape[:-1], n))
+        arrays["residual"] = rng.normal(0, 1, (*shape[:-1], n))
     else:
         columns = n if per_column else ()
-        made |= {"y_scale": rng.uniform(0.01, 0.03, columns), "y_zero": rng.integers(0, 256, columns)}
+        arrays |= {"y_scale": rng.uniform(0.01, 0.03, columns), "y_zero": rng.integers(0, 256, columns)}
     types = {"x": np.uint8, "x_zero": np.uint8, "weight": np.int8, "y_zero": np.uint8}
-    return {name: np.asarray(value, types.get(name, np.float32)) for name, value in made.items()}
+    return {name: np.asarray(value, types.get(name, np.float32)) for name, value in arrays.items()}
 
 
-def session(library, given, *, activation=0, fed=("x", "residual"), shapes=None, **how):
-    """Of one node: inputs other than ``fed`` are constants. ``library`` None: by the function."""
-    op = QUANT_LINEAR_TO_FLOAT if "residual" in given else QUANT_LINEAR
-    constants = [name for name in given if name not in fed]
+def session(library, feeds, *, activation=0, fed=("x", "residual"), shapes=None, **how):
+    """A session of one node: inputs other than ``fed`` are constants. ``library`` None: by the function."""
+    op = QUANT_LINEAR_TO_FLOAT if "residual" in feeds else QUANT_LINEAR
+    constants = [name for name in feeds if name not in fed]
     attributes = {"activation": activation}
-    return harness.session(op, given, attributes, library=library, constants=constants, shapes=shapes, **how)
+    return harness.session(op, feeds, attributes, library=library, constants=constants, shapes=shapes, **how)
 
 
-def answer(library, given, **how):
-    return session(library, given, **how).run(None, {name: given[name] for name in given if name in ("x", "residual")})[
+def answer(library, feeds, **how):
+    return session(library, feeds, **how).run(None, {name: feeds[name] for name in feeds if name in ("x", "residual")})[
         0
     ]
 
 
-def oracle(given, activation):
-    return (reference.quant_linear_to_float if "residual" in given else reference.quant_linear)(
-        **given, activation=activation
+def oracle(feeds, activation):
+    return (reference.quant_linear_to_float if "residual" in feeds else reference.quant_linear)(
+        **feeds, activation=activation
     )
 
 
 @pytest.mark.parametrize("to_float", [False, True])
 def test_op_equals_the_reference(library, to_float):
-    """Of any rank; some in several pieces, of columns, and of rows where x is more than is near."""
+    """Any rank; some in several blocks of columns, and of rows if x exceeds the cache."""
     shapes = ([7], 9), ([3, 7], 64), ([2, 5, 64], 33), ([2, 1, 3, 20], 100), ([50, 768], 768), ([1, 600, 700], 130)
     for number, (shape, n) in enumerate(shapes):
         for activation in range(len(ACTIVATIONS)) if number < 3 else (2,):
-            given = draw(number, shape, n, to_float, per_column=number % 2 == 0)
-            got, expected = answer(library, given, activation=activation), oracle(given, activation)
+            feeds = draw(number, shape, n, to_float, per_column=number % 2 == 0)
+            got, expected = answer(library, feeds, activation=activation), oracle(feeds, activation)
             assert got.shape == expected.shape
             assert got.dtype == expected.dtype
-            apart = np.abs(got.astype(np.float64) - expected.astype(np.float64))
-            assert apart.max() <= (2e-6 if to_float else 1)
+            difference = np.abs(got.astype(np.float64) - expected.astype(np.float64))
+            assert difference.max() <= (2e-6 if to_float else 1)
             if activation < 2:
-                assert (apart == 0).mean() > 0.999
+                assert (difference == 0).mean() > 0.999
 
 
-def test_a_column_far_out_is_cut_too(library):
-    """Of one number beyond what an int32 holds, in steps of y, all columns go the longer way."""
-    given = draw(3, [4, 30], 40, False)
-    given["bias"][:3] = 3e38, -3e38, 4e7
+def test_a_column_outside_int32_is_clipped(library):
+    """If one number overflows int32 in steps of y, all columns use two roundings."""
+    feeds = draw(3, [4, 30], 40, False)
+    feeds["bias"][:3] = 3e38, -3e38, 4e7
     with np.errstate(over="ignore"):
-        got, expected = answer(library, given), oracle(given, 0)
+        got, expected = answer(library, feeds), oracle(feeds, 0)
     assert got[:, :3].tolist() == expected[:, :3].tolist() == [[255, 0, 255]] * 4
     assert (got == expected).mean() > 0.99
 
 
 def test_numbers_of_shape_one(library):
-    given = draw(1, [4, 9], 5, False, per_column=False)
-    expected = answer(library, given)
-    ones = {name: a.reshape(1) if a.ndim == 0 else a for name, a in given.items()}
+    feeds = draw(1, [4, 9], 5, False, per_column=False)
+    expected = answer(library, feeds)
+    ones = {name: a.reshape(1) if a.ndim == 0 else a for name, a in feeds.items()}
     assert (answer(library, ones) == expected).all()
-    given = draw(1, [4, 9], 5, True)
+    feeds = draw(1, [4, 9], 5, True)
     for shape in ((), (1,)):
-        given["residual"] = np.full(shape, 0.5, np.float32)
-        assert (answer(library, given) == oracle(given, 0)).all()
+        feeds["residual"] = np.full(shape, 0.5, np.float32)
+        assert (answer(library, feeds) == oracle(feeds, 0)).all()
 
 
 @pytest.mark.parametrize("to_float", [False, True])
-def test_of_no_columns_of_x_there_is_the_bias_alone(library, to_float):
-    given = draw(0, [3, 0], 5, to_float)
-    assert (answer(library, given) == oracle(given, 0)).all()
+def test_without_columns_of_x_the_output_is_the_bias(library, to_float):
+    feeds = draw(0, [3, 0], 5, to_float)
+    assert (answer(library, feeds) == oracle(feeds, 0)).all()
 
 
 @pytest.mark.parametrize("to_float", [False, True])
 def test_op_equals_onnx_runtimes_own_nodes(library, to_float, tmp_path):
-    """Which its fusion finds: MatMulIntegerToFloat does the same in float32. So does QuantizeLinear, but it divides."""
+    """Its fusion gives MatMulIntegerToFloat, which is the same in float32. QuantizeLinear is too, but it divides."""
     for activation, name in enumerate(ACTIVATIONS):
         for seed in range(4):
-            given = draw(seed, [2, 25, 100], 66, to_float, per_column=seed % 2 == 0)
+            feeds = draw(seed, [2, 25, 100], 66, to_float, per_column=seed % 2 == 0)
             how = {"activation": activation, "shapes": {"x": ["b", "t", 100]}, "body": True}
-            theirs = answer(None, given, path=tmp_path / "left.onnx", **how)
+            theirs = answer(None, feeds, path=tmp_path / "left.onnx", **how)
             kinds = [node.op_type for node in onnx.load(tmp_path / "left.onnx").graph.node]
             assert kinds[0] == "MatMulIntegerToFloat"
             assert "If" not in kinds
             assert len(kinds) <= 4
-            ours = answer(library, given, path=tmp_path / "ours.onnx", **how)
+            ours = answer(library, feeds, path=tmp_path / "ours.onnx", **how)
             assert [node.domain for node in onnx.load(tmp_path / "ours.onnx").graph.node] == [DOMAIN]
-            apart = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+            difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
             if name in ("none", "relu"):
-                assert apart.max() <= 1 - to_float
-                assert (apart == 0).mean() > 0.9999
+                assert difference.max() <= 1 - to_float
+                assert (difference == 0).mean() > 0.9999
             else:
-                assert apart.max() <= (3e-6 if to_float else 1)
+                assert difference.max() <= (3e-6 if to_float else 1)
 
 
 def test_shapes_flow(library):
     for to_float in (False, True):
-        given = draw(0, [2, 3, 8], 5, to_float)
+        feeds = draw(0, [2, 3, 8], 5, to_float)
         known, fed = {"shapes": {"x": ["b", 3, 8]}}, {"fed": ("x", "residual", "weight")}
-        assert session(library, given, **known).get_outputs()[0].shape == ["b", 3, 5]
-        assert session(library, given, **known, **fed).get_outputs()[0].shape == ["b", 3, "weight_1"]
+        assert session(library, feeds, **known).get_outputs()[0].shape == ["b", 3, 5]
+        assert session(library, feeds, **known, **fed).get_outputs()[0].shape == ["b", 3, "weight_1"]
         unknown = {"shapes": {"x": None, "weight": None}}
-        assert session(library, given, **unknown).get_outputs()[0].shape == []
-        assert session(library, given, shapes={"weight": None} | known["shapes"], **fed).get_outputs()[0].shape == []
+        assert session(library, feeds, **unknown).get_outputs()[0].shape == []
+        assert session(library, feeds, shapes={"weight": None} | known["shapes"], **fed).get_outputs()[0].shape == []
 
 
-def test_weights_go_with_their_session(library):
-    """Many sessions one after the other and at once: their packed weights share memory, kept while one needs it."""
-    given = draw(10, [3, 300], 500, True)
-    expected = answer(library, given)
-    kept = [session(library, given) for _ in range(5)]
+def test_weights_live_as_long_as_a_session(library):
+    """Many sessions, sequential and concurrent: their packed weights share memory while any session needs it."""
+    feeds = draw(10, [3, 300], 500, True)
+    expected = answer(library, feeds)
+    sessions = [session(library, feeds) for _ in range(5)]
     for number in (1, 3, 0, 2):
-        kept[number] = None
+        sessions[number] = None
         session(library, draw(11, [3, 2000], 20, True))
-        assert (kept[4].run(None, {name: given[name] for name in ("x", "residual")})[0] == expected).all()
+        assert (sessions[4].run(None, {name: feeds[name] for name in ("x", "residual")})[0] == expected).all()
 
 
 # the reference
@@ -390,7 +390,7 @@ def test_weights_go_with_their_session(library):
 
 def test_reference_by_hand():
     """x - x_zero = [1, -2]; sums [1 * 3 - 2 * -4, 1 * 5 - 2 * 6] = [11, -7]; times 0.5 * [2, 1], plus [1, 0]."""
-    given = {
+    feeds = {
         "x": np.array([[11, 8]], np.uint8),
         "x_scale": np.float32(0.5),
         "x_zero": np.uint8(10),
@@ -398,11 +398,11 @@ def test_reference_by_hand():
         "weight_scale": np.array([2, 1], np.float32),
         "bias": np.array([1, 0], np.float32),
     }
-    assert reference.quant_linear_to_float(**given, residual=np.float32(100)).tolist() == [[112, 96.5]]
-    assert reference.quant_linear_to_float(**given, residual=np.float32(0), activation=1).tolist() == [[12, 0]]
+    assert reference.quant_linear_to_float(**feeds, residual=np.float32(100)).tolist() == [[112, 96.5]]
+    assert reference.quant_linear_to_float(**feeds, residual=np.float32(0), activation=1).tolist() == [[12, 0]]
     per_column = {"y_scale": np.array([8, 1], np.float32), "y_zero": np.array([7, 5], np.uint8)}
-    assert reference.quant_linear(**given, **per_column).tolist() == [[2 + 7, 1]]  # 12 / 8 and -3.5 are ties
-    assert reference.quant_linear(**given, y_scale=np.float32(0.04), y_zero=np.uint8(100)).tolist() == [[255, 12]]
+    assert reference.quant_linear(**feeds, **per_column).tolist() == [[2 + 7, 1]]  # 12 / 8 and -3.5 are ties
+    assert reference.quant_linear(**feeds, y_scale=np.float32(0.04), y_zero=np.uint8(100)).tolist() == [[255, 12]]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -420,3 +420,53 @@ def test_reference_activations_equal_torch(activation):
     )
     expected = ACTIVATE[activation](torch.from_numpy(bias).double()).numpy()
     assert np.allclose(y, expected, rtol=2e-7, atol=1e-12)
+
+
+WITHOUT_NUMBERS = ([0, 8], 5), ([2, 0, 8], 5), ([3, 8], 0)
+CONTRACTS = [
+    Contract(
+        QUANT_LINEAR,
+        lambda seed, columns: draw(seed, [2, 8], 5, per_column=columns),
+        attributes={"activation": 2},
+        refused=[
+            ({"x": [2, 7]}, r"x has the shape \[2, 7\]; expected \[..., 8\], because the weight is \[8, 5\]"),
+            ({"weight": [8]}, r"weight has the shape \[8\]; expected \[K, N\]"),
+            ({"x_scale": [2]}, r"x_scale has the shape \[2\]; expected one number"),
+            ({"weight_scale": [4]}, r"weight_scale has the shape \[4\]; expected one number, or \[5\]"),
+            ({"y_scale": [4]}, r"y_scale has the shape \[4\]; expected one number, or \[5\]"),
+            ({"y_zero": [5, 1]}, r"y_zero has the shape \[5, 1\]; expected one number, or \[5\]"),
+            ({"activation": 5}, "activation is 5; expected 0 none"),
+            ({"activation": -1}, "activation is -1"),
+            ({"activation": 1.0}, "activation cannot"),
+        ],
+        large=(draw(4, [50, 768], 768), {"activation": 2}),
+        any_side=("x",),
+        empty=[(draw(0, shape, n), {}, (*shape[:-1], n)) for shape, n in WITHOUT_NUMBERS],
+    ),
+    Contract(
+        QUANT_LINEAR_TO_FLOAT,
+        lambda seed, columns: draw(seed, [2, 8], 5, True, per_column=columns),
+        attributes={"activation": 2},
+        refused=[
+            ({"x": []}, r"x has the shape \[\]; expected"),
+            ({"weight": [65537, 1]}, r"weight has the shape \[65537, 1\]; expected at most 65536 rows"),
+            ({"x_zero": [2]}, r"x_zero has the shape \[2\]; expected one number"),
+            ({"bias": [1]}, r"bias has the shape \[1\]; expected \[5\]"),
+            ({"bias": []}, r"bias has the shape \[\]; expected \[5\]"),
+            ({"residual": [3, 5]}, r"residual has the shape \[3, 5\]; expected that of y, \[2, 5\], or one number"),
+            ({"residual": [5]}, r"residual has the shape \[5\]"),
+        ],
+        large=(draw(5, [1, 600, 700], 130, True), {}),
+        in_place=("residual",),
+        any_side=("x",),
+        empty=[(draw(0, shape, n, True), {}, (*shape[:-1], n)) for shape, n in WITHOUT_NUMBERS],
+    ),
+    Contract(
+        QUANT_POINTWISE,
+        lambda seed, columns: draw(seed, [1, 2, 3, 8], 5, per_column=columns),
+        refused=[
+            ({"x": [2, 8]}, r"x has the shape \[2, 8\]; expected \[B, H, W, 8\]"),
+        ],
+        large=(draw(6, [2, 20, 20, 300], 130), {}),
+    ),
+]

@@ -1,5 +1,5 @@
-"""QuantLookup: the oracle, every kernel of this processor, the op in ONNX Runtime and its function, byte by byte in
-Python's own `bytes.translate`."""
+"""QuantLookup: the oracle, every kernel of this processor, the op in ONNX Runtime and its function, against Python's
+`bytes.translate`."""
 
 import ctypes
 import platform
@@ -9,7 +9,7 @@ import pytest
 
 from calmclip.models.ops import build, reference
 from calmclip.models.ops.spec import QUANT_LOOKUP
-from tests.models.ops.harness import kernel, run
+from tests.models.ops.harness import Contract, Edge, kernel, run
 
 ISAS = build.TABLE_ISAS.get(platform.machine(), ("scalar",))
 PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
@@ -23,13 +23,13 @@ def draw(seed, shape):
 
 
 def exact(feeds):
-    found = feeds["x"].tobytes().translate(feeds["table"].tobytes())
-    return np.frombuffer(found, np.uint8).reshape(feeds["x"].shape)
+    y = feeds["x"].tobytes().translate(feeds["table"].tobytes())
+    return np.frombuffer(y, np.uint8).reshape(feeds["x"].shape)
 
 
 @pytest.fixture(params=ISAS)
 def look(library, request):
-    """A kernel as a function of bytes and table, between guards that it must not touch."""
+    """A kernel as a function of bytes and table, between guard values."""
     function = kernel(library, "quant_lookup", request.param, PROTOTYPE)
 
     def go(x, table, at=32, in_place=False):
@@ -57,8 +57,8 @@ def test_kernels_equal_translate_at_any_size_and_place(look, in_place):
         np.testing.assert_array_equal(look(**feeds, at=32 + size % 5, in_place=in_place), exact(feeds))
 
 
-def test_kernels_know_every_byte_at_every_place_of_a_vector(look):
-    """Each byte at each of 64 places, and a table that is another permutation of all."""
+def test_kernels_look_up_every_byte_at_every_place_of_a_vector(look):
+    """Each byte at each of 64 positions; each table is another permutation."""
     table = np.random.default_rng(0).permutation(256).astype(np.uint8)
     for place in range(64):
         x = np.roll(np.arange(256, dtype=np.uint8), place)
@@ -68,6 +68,29 @@ def test_kernels_know_every_byte_at_every_place_of_a_vector(look):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_op_and_function_equal_translate(library, shape):
     feeds = draw(1, shape)
-    for given in (library, None):
-        (y,) = run(QUANT_LOOKUP, feeds, {}, library=given)
+    for ops in (library, None):
+        (y,) = run(QUANT_LOOKUP, feeds, {}, library=ops)
         np.testing.assert_array_equal(y, exact(feeds), strict=True)
+
+
+def look_up_at_edge(function, edge: Edge, count: int) -> None:
+    x, y, table = (edge.lay(np.zeros(size, np.uint8)) for size in (count, count, 256))
+    function(x, y, count, table)
+
+
+EDGES = [("quant_lookup", PROTOTYPE, look_up_at_edge, [(size,) for size in SIZES])]
+CONTRACTS = [
+    Contract(
+        QUANT_LOOKUP,
+        lambda seed, columns: draw(seed, (2, 8)),
+        refused=[
+            *(
+                ({"table": list(shape)}, rf"table has the shape \[{sides}\]; expected \[256\]")
+                for shape, sides in (((255,), "255"), ((257,), "257"), ((1, 256), "1, 256"), ((0,), "0"), ((), ""))
+            ),
+        ],
+        large=(draw(2, (3, 300_001)), {}),
+        in_place=("x",),
+        any_side=("x",),
+    ),
+]

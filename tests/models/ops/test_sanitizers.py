@@ -1,4 +1,4 @@
-"""Every test of the operators once more, over a library with AddressSanitizer and UBSan, which stop at a finding."""
+"""The tests of the operators, with a library that AddressSanitizer and UBSan check."""
 
 import os
 import subprocess
@@ -22,9 +22,9 @@ def sanitized(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def environment() -> dict[str, str]:
-    """Python itself is not instrumented, so the run-time library comes first; Python's own leaks are not ours.
+    """Python itself is not instrumented, so the run-time library comes first; leaks of Python do not count.
 
-    libstdc++ comes with it: AddressSanitizer looks for `__cxa_throw` when it starts, and aborts at a throw without.
+    libstdc++ comes with it: AddressSanitizer looks for `__cxa_throw` when it starts, and aborts at a throw without it.
     """
     compiler = build.toolchain().compiler
     paths = [
@@ -45,7 +45,7 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_sanitizers_are_on(sanitized: Path):
-    """A kernel that reads one float behind its row is caught: a check that could not fail would be none."""
+    """A kernel that reads one float past its row is caught, so the next test can fail."""
     reads_behind = (
         "import ctypes, sys; from pathlib import Path; from calmclip.models.ops.library import look\n"
         "library = look(Path(sys.argv[1]))\n"
@@ -61,7 +61,7 @@ def test_the_sanitizers_are_on(sanitized: Path):
 
 
 @pytest.mark.slow
-def test_nothing_is_found(sanitized: Path):
+def test_the_sanitizers_report_no_error(sanitized: Path):
     command = [sys.executable, "-m", "pytest", f"--ops-folder={sanitized}", "-x", *WHERE]
     done = run(command)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -1,5 +1,7 @@
-"""SoftNMS: the reference and kernels of every instruction set against float64, torchvision, mmcv's rule and each other;
-the op in ONNX Runtime against the reference."""
+"""SoftNMS: the reference and kernels of every instruction set against float64, torchvision, mmcv's rule and each other.
+
+The op in ONNX Runtime is compared with the reference.
+"""
 
 import ctypes
 import functools
@@ -16,7 +18,7 @@ from torchvision.ops import nms
 from calmclip.models.errors import BadRequest
 from calmclip.models.ops import build, reference
 from calmclip.models.ops.spec import METHODS, SOFT_NMS
-from tests.models.ops.harness import kernels, load, model, node
+from tests.models.ops.harness import Contract, kernels, load, model, node
 
 ISAS = build.ISAS.get(platform.machine(), ("scalar",))
 SIZES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
@@ -26,14 +28,14 @@ IMAGE = ctypes.CFUNCTYPE(  # SoftNmsImage of csrc/kernels/soft_nms.h
 )
 RACE = ctypes.CFUNCTYPE(SIZE, *[POINTER] * 6, SIZE, ctypes.c_int, *[FLOAT] * 3, SIZE, *[POINTER] * 3)  # SoftNms
 
-# Five boxes whose results were computed in float64 outside this project's code.
+# five boxes; their results were computed in float64 outside this project's code
 BOXES = np.array([[0, 0, 100, 100], [10, 10, 110, 110], [20, 20, 120, 120], [200, 200, 300, 300], [0, 0, 50, 100]])
 SCORES = np.array([0.95, 0.9, 0.8, 0.85, 0.6])
 
 
 def suppress(function, boxes, scores, classes=None, *, method, per_class=False, iou_threshold=0.3, sigma=0.5,
              min_score=1e-3, max_output=None):  # fmt: skip
-    """-> indices, scores. What is beyond the results must stay as it was."""
+    """-> indices, scores. Memory past the results must not change."""
     boxes, scores = np.ascontiguousarray(boxes, np.float32), np.ascontiguousarray(scores, np.float32)
     n, most = len(scores), len(scores) if max_output is None else max_output
     labels = np.zeros(n, np.int64) if classes is None else np.ascontiguousarray(classes, np.int64)
@@ -71,7 +73,7 @@ def images(library):
 
 @pytest.fixture(scope="module")
 def every(images):
-    """The kernels, and the reference: what holds of all."""
+    """The kernels and the reference, for properties of all."""
     return [*images.values(), by_reference]
 
 
@@ -95,7 +97,7 @@ def random_scores(rng, n):
 
 
 def close(kept, expected, rel=2e-6):
-    """The same boxes with the same scores. In float32 two scores may swap that float64 tells apart."""
+    """The same boxes with the same scores. Two scores that differ only in float64 may swap in float32."""
     assert dict(zip(kept[0].tolist(), kept[1].tolist(), strict=True)) == pytest.approx(
         dict(zip(expected.indices.tolist(), expected.scores.tolist(), strict=True)), rel=rel, abs=1e-9
     )
@@ -170,11 +172,11 @@ def test_equals_float64(images, n, method):
             for kept in results:
                 close(kept, expected)
                 for part, first in zip(kept, results[0], strict=True):
-                    assert part.tobytes() == first.tobytes()  # not one bit differs between instruction sets
+                    assert part.tobytes() == first.tobytes()  # the same bits for all instruction sets
 
 
 def test_the_race_alone_gives_the_same_bits(library):
-    """`soft_nms` itself, arrays of coordinates, at addresses that are aligned to nothing."""
+    """`soft_nms` itself, on arrays of coordinates at unaligned addresses."""
     rng = np.random.default_rng(5)
     for n, method in itertools.product((1, 16, 33, 300), range(3)):
         boxes = random_boxes(rng, n)
@@ -187,7 +189,7 @@ def test_the_race_alone_gives_the_same_bits(library):
         expected = reference.soft_nms(
             np.where(good[:, None], boxes, 0), columns[5], method=METHODS[method], min_score=0.0
         )
-        seen = set()
+        bits = set()
         for function in kernels(library, "soft_nms", RACE).values():
             scratch = np.full(64 * ((n + 63) // 64 * 64) + 4096 + 64, 0xA5, np.uint8)
             kept, decayed = np.empty(n, np.int32), np.empty(n, np.float32)
@@ -196,8 +198,8 @@ def test_the_race_alone_gives_the_same_bits(library):
                 (scratch.ctypes.data + 63) // 64 * 64, kept.ctypes.data, decayed.ctypes.data
             )  # fmt: skip
             close((kept[:count], decayed[:count]), expected)
-            seen.add(kept[:count].tobytes() + decayed[:count].tobytes())
-        assert len(seen) == 1
+            bits.add(kept[:count].tobytes() + decayed[:count].tobytes())
+        assert len(bits) == 1
 
 
 def test_hard_equals_torchvision_on_many_sets(image):
@@ -225,32 +227,35 @@ def test_many_boxes(images, n):
 
 
 def mmcv(boxes, scores, method, threshold, sigma, least):
-    """mmcv's rule in float64, offset 0: `>=`; every box is tested each round; only the first taken never is.
+    """mmcv's rule in float64, offset 0: `>=`; every box is tested each round, except the first taken box.
 
     -> indices, scores.
     """
     boxes, scores = boxes.astype(np.float64), scores.astype(np.float64)
-    left, kept = np.arange(len(scores)), []
-    while left.size:
-        best = left[np.argmax(scores[left])]
+    open_boxes, kept = np.arange(len(scores)), []
+    while open_boxes.size:
+        best = open_boxes[np.argmax(scores[open_boxes])]
         kept.append(int(best))
-        left = left[left != best]
-        low, high = np.maximum(boxes[best, :2], boxes[left, :2]), np.minimum(boxes[best, 2:], boxes[left, 2:])
+        open_boxes = open_boxes[open_boxes != best]
+        low, high = (
+            np.maximum(boxes[best, :2], boxes[open_boxes, :2]),
+            np.minimum(boxes[best, 2:], boxes[open_boxes, 2:]),
+        )
         shared = np.prod(np.clip(high - low, 0, None), axis=1)
         areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-        o = np.divide(shared, areas[best] + areas[left] - shared, out=np.zeros_like(shared), where=shared > 0)
-        scores[left] *= np.exp(-o * o / sigma) if method == "gaussian" else np.where(o >= threshold, 1 - o, 1)
-        left = left[scores[left] >= least]
+        o = np.divide(shared, areas[best] + areas[open_boxes] - shared, out=np.zeros_like(shared), where=shared > 0)
+        scores[open_boxes] *= np.exp(-o * o / sigma) if method == "gaussian" else np.where(o >= threshold, 1 - o, 1)
+        open_boxes = open_boxes[scores[open_boxes] >= least]
     return kept, scores[kept]
 
 
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
-def test_keeps_what_mmcv_keeps_on_a_thousand_sets(every, method):
+def test_equals_mmcv_on_a_thousand_sets(every, method):
     rng = np.random.default_rng(1)
     for number in range(1000):
         n = int(rng.integers(1, 40))
         boxes, scores = random_boxes(rng, n), random_scores(rng, n)
-        alike = number % 4 == 0  # boxes of the same sides, and without area: float32 takes other ones for equal
+        alike = number % 4 == 0  # equal sides, or no area: float32 may find other boxes equal
         threshold, sigma, least = float(rng.uniform(0.1, 0.9)), float(rng.uniform(0.1, 1)), float(rng.uniform(0, 0.02))
         boxes = np.floor(boxes / 8) if alike else boxes
         indices, decayed = mmcv(boxes, scores, method, threshold, sigma, least)
@@ -261,7 +266,7 @@ def test_keeps_what_mmcv_keeps_on_a_thousand_sets(every, method):
 
 
 def greedy32(boxes, scores, classes, *, method, per_class, iou_threshold, min_score, max_output):
-    """The rule box by box in numpy's float32, hard and linear: what the kernels must give to the bit."""
+    """The rule box by box in numpy's float32, hard and linear; the kernels must give the same bits."""
     boxes, score = np.float32(boxes), np.float32(scores).copy()
     alive, kept = [i for i in range(len(score)) if score[i] >= np.float32(min_score)], []
     limits = np.finfo(np.float32)
@@ -316,8 +321,8 @@ SETTINGS = st.fixed_dictionaries(
 
 @given(odd_scenes(), SETTINGS, st.sampled_from([1e-40, 0.1, 0.5, 1e30, np.inf]))
 @settings(max_examples=120, deadline=None)
-def test_odd_floats_are_what_the_rule_says(images, scene, how, sigma):
-    """To the bit for hard and linear; gaussian the same for every instruction set."""
+def test_odd_floats_follow_the_rule(images, scene, how, sigma):
+    """Hard and linear give the rule's bits; gaussian gives the same bits for every instruction set."""
     results = [image(*scene, **how, sigma=sigma) for image in images.values()]
     for kept, decayed in results:
         assert kept.tolist() == results[0][0].tolist()
@@ -367,7 +372,7 @@ def test_the_order_of_the_boxes_does_not_matter(every, scene, method, random):
 @settings(max_examples=40, deadline=None)
 def test_neither_shift_nor_scale_matters(every, scene, method, scale):
     boxes, scores, _ = scene
-    boxes = boxes.round()  # so that a shift rounds nothing
+    boxes = boxes.round()  # a shift then rounds nothing
     for image in every:
         plain = image(boxes, scores, method=method)
         for moved in (boxes * np.float32(scale), boxes - 512):
@@ -393,7 +398,7 @@ def test_per_class_is_each_class_alone(every, scene, method, stride):
 
 @given(scenes())
 @settings(max_examples=30, deadline=None)
-def test_an_endless_sigma_and_a_threshold_of_one_change_no_score(every, scene):
+def test_an_infinite_sigma_and_a_threshold_of_one_change_no_score(every, scene):
     boxes, scores, _ = scene
     for image in every:
         for how in ({"method": "gaussian", "sigma": 1e12}, {"method": "gaussian", "sigma": np.inf},
@@ -405,7 +410,7 @@ def test_an_endless_sigma_and_a_threshold_of_one_change_no_score(every, scene):
 
 @pytest.mark.parametrize("per_class", [False, True])
 def test_ties_go_to_the_lower_index(image, per_class):
-    n = 500  # apart, in an order that has nothing to do with where they are
+    n = 500  # apart, in an order that is independent of their positions
     rng = np.random.default_rng(2)
     corner = np.stack(np.divmod(rng.permutation(n), 25), axis=1) * 10.0
     boxes, classes = np.concatenate([corner, corner + 5], axis=1), rng.integers(0, 3, n)
@@ -419,14 +424,14 @@ def test_ties_go_to_the_lower_index(image, per_class):
 
 @pytest.mark.parametrize(("shift", "over"), [(3, [0, 1]), (2, [0])])
 def test_an_overlap_equal_to_the_threshold_is_not_over_it(image, shift, over):
-    # 17 x 10 boxes shifted by 3 share 14 of 20 columns: 7/10, and 0.7 as float32 is what 7/10 rounds to
+    # 17 x 10 boxes shifted by 3 share 14 of 20 columns: 7/10, which rounds to 0.7 as float32
     boxes = np.array([[0, 0, 17, 10], [shift, 0, 17 + shift, 10]])
     scores = np.array([0.9, 0.8])
     assert image(boxes, scores, method="hard", iou_threshold=0.7)[0].tolist() == over
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("side", [1e-30, 1e-20])  # areas 0 and 1e-40: beneath what a float32 holds in full
+@pytest.mark.parametrize("side", [1e-30, 1e-20])  # areas 0 and 1e-40: under the smallest normal float32
 def test_an_area_that_is_no_normal_float_overlaps_nothing(image, side, method):
     boxes, scores = np.array([[0, 0, side, side]] * 3), np.float32([0.9, 0.8, 0.7])
     kept, decayed = image(boxes, scores, method=method)
@@ -435,30 +440,30 @@ def test_an_area_that_is_no_normal_float_overlaps_nothing(image, side, method):
 
 
 def test_a_side_beyond_float32_overlaps_nothing(image):
-    """6e38 by 1/1024: the area would be a float32, had the width been one."""
+    """6e38 by 1/1024: the area fits float32, the width does not."""
     boxes, scores = np.float32([[-3e38, 0, 3e38, 2**-10]] * 2), np.float32([0.9, 0.8])
     assert image(boxes, scores, method="hard")[0].tolist() == [0, 1]
     infinite = np.array([[0, 0, np.inf, 10], [0, 0, 10, 10], [-np.inf, 0, 10, 10]])
     assert image(infinite, np.array([0.9, 0.8, 0.7]), method="hard")[0].tolist() == [0, 1, 2]
 
 
-def test_the_smallest_sigma_changes_nothing_where_the_overlap_is_nothing(image):
-    # IoU 1e-30 / 2e10: its square is 0 in float32, 1 / sigma is infinite there, and the weight is 1 all the same
+def test_the_smallest_sigma_does_not_decay_boxes_that_do_not_overlap(image):
+    # IoU 1e-30 / 2e10: in float32 its square is 0 and 1 / sigma is infinite; the weight is still 1
     boxes = np.array([[0, 0, 1e5, 1e5], [-1e5, -1e5, 1e-15, 1e-15]])
     kept, decayed = image(boxes, np.float32([0.9, 0.8]), method="gaussian", sigma=1e-40)
     assert kept.tolist() == [0, 1]
     assert decayed.tolist() == np.float32([0.9, 0.8]).tolist()
 
 
-def test_exp_is_good_to_the_last_digits(image):
-    """One box of weight exp(-IoU^2 / sigma), over all that float32 holds."""
+def test_exp_is_exact_to_the_last_digits(image):
+    """One box of weight exp(-IoU^2 / sigma), over the whole range of float32."""
     for width in np.geomspace(1e-3, 1, 60):
         boxes, scores = np.array([[0, 0, 1, 1], [0, 0, width, 1]]), np.array([2.0, 1.0])
         for sigma in (0.5, 0.1, 0.012, 0.0115, 0.011):
             expected = reference.soft_nms(boxes, scores, method="gaussian", sigma=sigma, min_score=0.0)
             kept, decayed = image(boxes, scores, method="gaussian", sigma=sigma, min_score=0.0)
             assert kept.tolist() == expected.indices.tolist()
-            # the exponent, up to 87, is a product of three floats: 1.5 units of its last place
+            # the exponent, up to 87, is a product of three floats: an error of 1.5 units in the last place
             exponent = float(width) ** 2 / sigma
             assert decayed == pytest.approx(expected.scores, rel=4e-7 + 2e-7 * exponent)
 
@@ -466,24 +471,24 @@ def test_exp_is_good_to_the_last_digits(image):
 def test_the_reference_of_a_batch_is_each_image_alone():
     rng = np.random.default_rng(3)
     boxes, scores = np.stack([random_boxes(rng, 30) for _ in range(3)]), rng.random((3, 30)).astype(np.float32)
-    scores[1] = 0  # nothing of this image is kept
+    scores[1] = 0  # no box of this image is kept
     kept, images = reference.soft_nms_batch(boxes, scores, method="linear", max_output=5)
     assert images.tolist() == [0] * 5 + [2] * 5
     for place, row in ((np.s_[:5], 0), (np.s_[5:], 2)):
         alone = reference.soft_nms(boxes[row], scores[row], method="linear", max_output=5)
-        for part, whole in zip(alone, kept, strict=True):
-            np.testing.assert_array_equal(whole[place], part)
+        for part, batched in zip(alone, kept, strict=True):
+            np.testing.assert_array_equal(batched[place], part)
     scores[2, 7] = np.nan
     with pytest.raises(BadRequest, match="image 2: score 7 is NaN"):
         reference.soft_nms_batch(boxes, scores, method="linear")
 
 
-# The op, in ONNX Runtime.
+# the op, in ONNX Runtime
 
 
 @pytest.fixture(scope="module")
 def session(library):
-    """Nothing but the node; any shapes go in."""
+    """One node with inputs of any shape."""
     ends = [
         {name: (tensor.dtype, None) for name, tensor in side.items()} for side in (SOFT_NMS.inputs, SOFT_NMS.outputs)
     ]
@@ -520,15 +525,15 @@ def test_a_batch_is_its_images_one_after_the_other(session, shape):
     rng = np.random.default_rng(6)
     boxes = random_boxes(rng, shape[0] * shape[1]).reshape(*shape, 4)
     scores, classes = rng.random(shape).astype(np.float32), rng.integers(0, 4, shape)
-    scores[::2] *= 1e-3  # of these images nothing is left
+    scores[::2] *= 1e-3  # no box of these images remains
     for method, most in itertools.product(METHODS, (0, 3, 1000)):
         how = {"method": method, "per_class": True, "max_output": most}
         kept = session.run(None, feeds(boxes, scores, classes, **how))
-        alone = [session.run(None, feeds(*one, **how)) for one in zip(boxes, scores, classes, strict=True)]
+        alone = [session.run(None, feeds(*inputs, **how)) for inputs in zip(boxes, scores, classes, strict=True)]
         for place in range(3):
-            parts = [one[place] for one in alone]
+            parts = [outputs[place] for outputs in alone]
             np.testing.assert_array_equal(kept[place], np.concatenate(parts) if parts else [])
-        assert kept[3].tolist() == [image for image, one in enumerate(alone) for _ in one[0]]
+        assert kept[3].tolist() == [image for image, outputs in enumerate(alone) for _ in outputs[0]]
 
 
 GOOD = feeds(BOXES, SCORES, [0] * 5)
@@ -548,3 +553,42 @@ def test_a_setting_may_be_a_scalar(session):
 
 def test_max_output_may_be_the_greatest_number(session):
     assert len(session.run(None, GOOD | {"max_output": np.array([2**63 - 1])})[0]) == 5
+
+
+CONTRACTS = [
+    Contract(
+        SOFT_NMS,
+        lambda seed, columns: GOOD,
+        refused=[
+            ({"scores": np.float32([0.5, 0.5, 0.5, np.nan, 0.5])}, "score 3 is NaN"),
+            (
+                {
+                    "boxes": [3, 5, 4],
+                    "scores": np.where(np.arange(15) == 14, np.nan, 0.5).reshape(3, 5),
+                    "classes": [3, 5],
+                },
+                "score 4 of image 2 is NaN",
+            ),
+            ({"scores": [4]}, r"scores has the shape \[4\]; expected \[5\].*\[5, 4\]"),
+            ({"classes": [6]}, r"classes has the shape \[6\]; expected \[5\]"),
+            ({"scores": [1, 5]}, r"scores has the shape \[1, 5\]; expected \[5\]"),
+            ({"boxes": [5, 3]}, r"boxes has the shape \[5, 3\]; expected \[N, 4\] or \[B, N, 4\]"),
+            ({"boxes": [4]}, r"boxes has the shape \[4\]"),
+            ({"boxes": [1, 1, 5, 4]}, r"boxes has the shape \[1, 1, 5, 4\]"),
+            ({"boxes": []}, r"boxes has the shape \[\]"),
+            ({"method": np.array([3])}, "method is 3; expected 0 .hard., 1 .linear. or 2"),
+            ({"method": np.array([-1])}, "method is -1"),
+            ({"method": np.array([2**40])}, "method is 1099511627776"),
+            ({"method": [2]}, r"method has the shape \[2\]; expected \[1\]"),
+            ({"method": [0]}, r"method has the shape \[0\]"),
+            ({"sigma": [1, 1]}, r"sigma has the shape \[1, 1\]"),
+            ({"per_class": np.array([2])}, "per_class is 2; expected 0 or 1"),
+            ({"iou_threshold": np.float32([np.nan])}, "iou_threshold is NaN"),
+            ({"sigma": np.float32([0])}, "sigma is 0.0*; expected more than 0"),
+            ({"sigma": np.float32([-1])}, "sigma is -1"),
+            ({"sigma": np.float32([np.nan])}, "sigma is -?nan"),
+            ({"min_score": np.float32([np.nan])}, "min_score is NaN"),
+            ({"max_output": np.array([-1])}, "max_output is -1; expected 0 or more"),
+        ],
+    ),
+]

@@ -11,7 +11,8 @@ double gelu(double u) { return u * 0.5 * std::erfc(u / std::sqrt(2.0)); }
 double gelu_tanh(double u) { return u / (1 + std::exp(2 * std::sqrt(2 / kPi) * (u + 0.044715 * u * u * u))); }
 double quick_gelu(double u) { return u / (1 + std::exp(1.702 * u)); }
 
-// h by the cubic through it at the four Chebyshev nodes of each interval, Newton's form multiplied out.
+// h is approximated by the cubic through its values at the four Chebyshev nodes of each interval; Newton's form,
+// multiplied out.
 ActivationCurve fit(double (*h)(double), float pitch) {
   ActivationCurve curve{pitch, {}};
   for (size_t i = 0; i < kIntervals; ++i) {

@@ -1,8 +1,8 @@
-// gelu, gelu_tanh and quick_gelu as tables. Each is max(x, 0) - h(|x|), for x g(x) + x g(-x) = x; and h is small, smooth
-// and soon 0. With v = 1 + pitch |x|, cut to under 16, h is a cubic in v in each of 32 intervals, eight of equal width to
-// an octave of v, so the topmost bits of v's mantissa and the lowest two of its exponent are the interval's number:
-// intervals are narrow where h bends, and a processor finds one by a shift. Off by less than 1e-6 everywhere; +inf stays,
-// -inf becomes 0, NaN stays.
+// gelu, gelu_tanh and quick_gelu as piecewise cubic tables. Each function is max(x, 0) - h(|x|), because x g(x) + x
+// g(-x) = x. h is small, smooth, and 0 for large |x|. With v = 1 + pitch |x|, limited to less than 16, h is a cubic in
+// v in each of 32 intervals. Each octave of v has eight intervals of equal width, so the top bits of v's mantissa and
+// the lowest two bits of its exponent are the number of the interval. Intervals are narrow where h bends, and a shift
+// finds the interval. The error is less than 1e-6. +inf stays, -inf becomes 0, NaN stays.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 namespace calmclip {
 
 inline constexpr size_t kIntervals = 32;
-inline constexpr int kIntervalShift = 20;       // of the bits of v; the interval's number is the lowest five bits then
+inline constexpr int kIntervalShift = 20;       // the lowest five bits of v >> 20 number the interval
 inline constexpr float kHighestV = 0x1.fffffep3f;
 
 struct ActivationCurve {
@@ -18,9 +18,9 @@ struct ActivationCurve {
   float c[4][kIntervals];  // h = ((c3 v + c2) v + c1) v + c0
 };
 
-inline constexpr int kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kQuickGelu = 4;  // places in spec.ACTIVATIONS
+inline constexpr int kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kQuickGelu = 4;  // indices into spec.ACTIVATIONS
 
-// Null where the activation has none: for kNone and kRelu.
+// Null for kNone and kRelu, which have no curve.
 const ActivationCurve* activation_curve(int activation);
 
 }  // namespace calmclip

@@ -5,7 +5,7 @@
 namespace calmclip {
 namespace {
 
-// The sets that the flags of build.py switch on; keep the two together.
+// These features must match the flags of the same instruction sets in build.py.
 bool has(const char* isa) {
   if (std::strcmp(isa, "scalar") == 0) return true;
 #if defined(__x86_64__)
@@ -61,7 +61,7 @@ const Kernels& kernels() {
 
 }  // namespace calmclip
 
-// For `calmclip ops info`, tests and benchmarks: the whole list, `count` lines.
+// For `calmclip ops info`, tests and benchmarks: all kernels; `count` is their number.
 extern "C" __attribute__((visibility("default"))) const calmclip::calmclip_kernel* calmclip_kernels(size_t* count) {
   return calmclip::all(count);
 }

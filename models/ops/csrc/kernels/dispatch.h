@@ -1,4 +1,4 @@
-// Which kernels there are, and which this processor gets.
+// The list of kernels, and the choice among them for this processor.
 #pragma once
 
 #include <cstddef>
@@ -13,9 +13,8 @@
 #include "soft_nms.h"
 #include "softmax_rows.h"
 
-// In rising order: the last one that a processor has is taken.
-// Products of bytes and tables of bytes come in other sets: what AVX-512 adds to AVX2 there is VNNI and VBMI, and NEON has
-// no form of them yet.
+// In rising order: dispatch takes the last instruction set that the processor has. Kernels of byte products and byte
+// tables have other sets: VNNI and VBMI are the useful parts of AVX-512 there, and there is no NEON version yet.
 #if defined(__x86_64__)
 #define FOR_EACH_ISA(X, name, type) X(name, type, scalar) X(name, type, avx2) X(name, type, avx512)
 #define FOR_EACH_INT8_ISA(X, name, type) X(name, type, scalar) X(name, type, avx2) X(name, type, vnni)
@@ -42,7 +41,7 @@ namespace calmclip {
 #undef KERNEL
 #undef DECLARE
 
-// The fastest form of each kernel that this processor runs; asked once.
+// The fastest version of each kernel that this processor can run; determined once.
 struct Kernels {
 #define KERNEL(name, type) type* name;
 #define INT8_KERNEL KERNEL
@@ -54,7 +53,7 @@ struct Kernels {
 };
 const Kernels& kernels();
 
-// One line of the list as the outside sees it. `runs`: whether this processor has the instructions.
+// One row of the list, as other languages see it. `runs`: whether this processor has the instructions.
 extern "C" struct calmclip_kernel {
   const char* name;
   const char* isa;

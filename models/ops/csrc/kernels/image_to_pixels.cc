@@ -10,7 +10,7 @@
 namespace calmclip {
 namespace {
 
-constexpr size_t kStrip = 512;  // output columns at a time, so that what lies between the passes stays small
+constexpr size_t kStrip = 512;  // output columns at a time, so that the intermediate data stays in the caches
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -24,7 +24,7 @@ std::unique_ptr<T[]> array(size_t count) {
   return std::unique_ptr<T[]>(new (std::nothrow) T[count]);
 }
 
-// Keys 1981 with a = -1/2, and the triangle; x >= 0.
+// Keys 1981 with a = -1/2, and the triangle filter; x >= 0.
 double cubic(double x) {
   constexpr double a = -0.5;
   const double near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
@@ -35,14 +35,14 @@ double triangle(double x) { return x < 1.0 ? 1.0 - x : 0.0; }
 
 }  // namespace
 
-// Outputs [first, first + count) of an axis that is resized from `source` to `resized` samples. Output o is centred at
-// (o + 0.5) * source / resized; the filter is stretched by that ratio where it shrinks. Weights sum to 1 in double and
-// are then rounded, half away from zero, to 22 bits.
+// The weights of outputs [first, first + count) of an axis that is resized from `source` to `resized` samples. Output o
+// is centred at (o + 0.5) * source / resized. For a smaller output the filter is stretched by that ratio. Weights sum
+// to 1 in double. They are then rounded to 22 bits, half away from zero.
 bool ImageToPixels::Axis::fill(size_t source, size_t resized, size_t first, size_t count, Filter filter) {
   const double scale = static_cast<double>(source) / static_cast<double>(resized);
   const double stretch = std::max(scale, 1.0), inverse = 1.0 / stretch;
   const double support = (filter == Filter::bicubic ? 2.0 : 1.0) * stretch;
-  // two ends rounded to whole samples, and one more tap where the first is odd
+  // two ends rounded to whole samples, and one more tap if the first sample is odd
   const size_t most = std::min(source, static_cast<size_t>(std::ceil(support)) * 2 + 1);
   const size_t pairs = (most + 2) / 2;
   taps = array<Taps>(count);
@@ -68,7 +68,7 @@ bool ImageToPixels::Axis::fill(size_t source, size_t resized, size_t first, size
       const double w = (total != 0 ? exact[t] / total : exact[t]) * (1 << kWeightBits);
       fixed[t] = static_cast<int32_t>(w < 0 ? w - 0.5 : w + 0.5);
     }
-    size_t begin = 0, stop = n;  // taps that weigh nothing at the ends: at equal size one is left
+    size_t begin = 0, stop = n;  // drops taps of weight 0 at both ends; at equal size one tap remains
     while (stop > begin + 1 && fixed[stop - 1] == 0) --stop;
     while (begin + 1 < stop && fixed[begin] == 0) ++begin;
 
@@ -94,14 +94,14 @@ bool ImageToPixels::Axis::fill(size_t source, size_t resized, size_t first, size
 const char* ImageToPixels::check(const Picture& p, const Placement& q) {
   if (p.height < 1 || p.width < 1 || p.height > kMaxSide || p.width > kMaxSide)
     return "a side of the picture is not within 1 to 65536";
-  if (p.rows < 1 || p.first >= p.height || p.rows > p.height - p.first) return "the rows given are not the picture's";
+  if (p.rows < 1 || p.first >= p.height || p.rows > p.height - p.first) return "the rows in memory are not rows of the picture";
   if ((p.pixel_stride != 3 && p.pixel_stride != 4) || p.row_stride / p.pixel_stride < p.width)
-    return "a pixel is not of 3 or 4 bytes, or a row is shorter than its pixels";
+    return "pixel_stride is not 3 or 4, or row_stride is less than the pixels of a row";
   if (q.height < 1 || q.width < 1 || q.height > kMaxInput || q.width > kMaxInput)
     return "a side of the output is not within 1 to 4096";
   if (q.resized_height < 1 || q.resized_width < 1 || q.resized_height > kMaxResized || q.resized_width > kMaxResized)
     return "a side of the resized picture is not within 1 to 2^31";
-  if (q.top >= q.resized_height || q.left >= q.resized_width) return "the cut lies outside of the resized picture";
+  if (q.top >= q.resized_height || q.left >= q.resized_width) return "the crop is outside of the resized picture";
   return nullptr;
 }
 
@@ -120,10 +120,10 @@ bool ImageToPixels::prepare(const Picture& picture, const Placement& placement, 
 
 namespace {
 
-// Both passes, for the rows [first, last) of `down` and the first `count` outputs of `across`. The picture's first
-// column is number `origin` (even) to `across`. put(quads, quad_stride, taps, c, y, x, n) makes n columns from x on of
-// row y. Sixteen source rows at a time go through the first pass; as soon as an output row has all it needs, it is
-// made. Of the quads between the passes only those that are still needed are kept.
+// Both passes, for the rows [first, last) of `down` and the first `count` outputs of `across`. `origin` (even) is the
+// index in `across` of the picture's first column. put(quads, quad_stride, taps, c, y, x, n) computes n columns of row
+// y, from column x on. The first pass takes sixteen source rows at a time. An output row is computed when all its
+// source rows are ready. Only the quads that later rows need are kept.
 template <class Put>
 bool both(const Picture& picture, size_t origin, const ImageToPixels::Axis& across, size_t count,
           const ImageToPixels::Axis& down, size_t first, size_t last, ResizeRows* pass, const Put& put) {
@@ -142,7 +142,7 @@ bool both(const Picture& picture, size_t origin, const ImageToPixels::Axis& acro
     end = std::min(end, origin + picture.width);
     const size_t plane = (columns + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4, quad_bytes = plane * 3;
 
-    size_t held = down.keep[first] / 4 * 4, done = held;  // source rows [held, done) lie in `quads`
+    size_t held = down.keep[first] / 4 * 4, done = held;  // source rows [held, done) are in `quads`
     for (size_t y = first; y < last; ++y) {
       const Taps& tap = down.taps[y];
       while (done < std::min(tap.first + tap.pairs * 2, picture.height)) {
@@ -181,7 +181,7 @@ bool ImageToPixels::resize(size_t first, size_t last, const Sink& sink) const {
   const size_t columns = placement_.columns();
   if (!columns_first_) return both(picture_, 0, across_, columns, down_, first, last, passes_.rows, put(0));
 
-  // Each call of `both` does one of the passes and leaves the other axis as it is.
+  // Each call of `both` does one of the two passes and copies the other axis.
   const size_t from = across_.keep[0], span = across_.end - from, rows = last - first;
   const Block between = block(rows * span * 3);  // RGB
   Axis each;
@@ -202,7 +202,7 @@ bool ImageToPixels::covers(size_t first, size_t last) const {
   size_t begin = picture_.height, end = 0;
   for (size_t y = first; y < last; ++y) {
     const Taps& tap = down_.taps[y];
-    // one tap at either end may weigh nothing, for the sake of even numbers
+    // a tap at either end may have weight 0, because taps are pairs that start at an even index
     const int16_t *head = tap.weights, *tail = head + (tap.pairs - 1) * 4;
     begin = std::min(begin, tap.first + (head[0] == 0 && head[2] == 0));
     end = std::max(end, tap.first + tap.pairs * 2 - (tail[1] == 0 && tail[3] == 0));
@@ -233,9 +233,9 @@ bool ImageToPixels::run(size_t first, size_t last, const Sink& sink) const {
 
 }  // namespace calmclip
 
-// From outside ONNX Runtime: rows [first, last) of `out`, float32 [3, height, width]. filter: 0 bilinear, 1 bicubic.
-// `rows`, `columns`: a form of the passes, null for the fastest. -> 0: done; 1: memory is short; 2: a number makes no
-// sense.
+// For callers without ONNX Runtime: rows [first, last) of `out`, float32 [3, height, width]. filter: 0 bilinear, 1
+// bicubic. `rows`, `columns`: the kernels of one instruction set, or null for the fastest. Returns 0 if done, 1 if
+// there is no memory, 2 if a number is out of range.
 extern "C" __attribute__((visibility("default"))) int calmclip_image_to_pixels(
     const calmclip::Picture* picture, const calmclip::Placement* placement, int filter, const float* gain,
     const float* bias, size_t first, size_t last, float* out, calmclip::ResizeRows* rows,

@@ -12,10 +12,10 @@ namespace {
 
 constexpr size_t kFourth = kAddBlock / 4;
 
-// The numbers of a block as they are multiplied with bytes where they lie in words, times 2^8 or 2^16.
+// The constants of a block, scaled by 2^8 or 2^16 for bytes that keep their position within a word.
 struct Numbers {
   alignas(32) float a_factor[kAddBlock], b_factor[kAddBlock], start[kAddBlock];
-  alignas(32) int16_t zero[kAddBlock];  // as `add` packs words
+  alignas(32) int16_t zero[kAddBlock];  // in the order in which `add` packs words
 
   explicit Numbers(const AddBlock& block) {
     std::memcpy(start, block.start, sizeof start);
@@ -36,15 +36,15 @@ struct Numbers {
   }
 };
 
-// Half a block: 32 bytes.
+// Adds half a block: 32 bytes.
 void add(const Numbers& of, size_t half, const uint8_t* a, const uint8_t* b, uint8_t* y) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + 32 * half));
   const __m256i z = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32 * half));
-  const auto sum = [&](size_t i, __m256i one, __m256i other) {
+  const auto sum = [&](size_t i, __m256i a_words, __m256i b_words) {
     const size_t at = i * kFourth + 8 * half;
-    const __m256 rest =
-        _mm256_fmadd_ps(_mm256_cvtepi32_ps(other), _mm256_load_ps(of.b_factor + at), _mm256_load_ps(of.start + at));
-    return _mm256_cvtps_epi32(_mm256_fmadd_ps(_mm256_cvtepi32_ps(one), _mm256_load_ps(of.a_factor + at), rest));
+    const __m256 b_part =
+        _mm256_fmadd_ps(_mm256_cvtepi32_ps(b_words), _mm256_load_ps(of.b_factor + at), _mm256_load_ps(of.start + at));
+    return _mm256_cvtps_epi32(_mm256_fmadd_ps(_mm256_cvtepi32_ps(a_words), _mm256_load_ps(of.a_factor + at), b_part));
   };
   const auto masked = [&](size_t i) {
     const __m256i mask = _mm256_set1_epi32(0xff << 8 * i);
@@ -56,7 +56,7 @@ void add(const Numbers& of, size_t half, const uint8_t* a, const uint8_t* b, uin
   const __m256i last = sum(3, _mm256_srli_epi32(x, 24), _mm256_srli_epi32(z, 24));
   const __m256i even = _mm256_adds_epi16(_mm256_packs_epi32(masked(0), masked(2)), zero(0));
   const __m256i odd = _mm256_adds_epi16(_mm256_packs_epi32(masked(1), last), zero(1));
-  // bytes of one place lie behind those of another: back into their words
+  // restores the order of the bytes within each word
   const __m256i order =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15));
   const __m256i bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(even, odd), order);

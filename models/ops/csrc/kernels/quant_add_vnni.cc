@@ -8,8 +8,9 @@ extern "C" QuantAdd quant_add_vnni;
 
 namespace {
 
-// Bytes are taken out of words where they lie, times 2^8 or 2^16: masks run anywhere, shuffles do not. A factor makes up
-// for it. The numbers of a block lie in registers, row after row.
+// Bytes are masked out of words and keep their position, so they are multiplied by 2^8 or 2^16. Masks run on every
+// execution unit, shuffles do not. The factors divide by the same power. The constants of a block stay in registers for
+// all rows.
 template <bool whole>
 void add(const AddBlock block) {
   __m512 a_factor[4], b_factor[4], start[4];
@@ -21,7 +22,7 @@ void add(const AddBlock block) {
     start[i] = _mm512_loadu_ps(block.start + 16 * i);
     zero[i] = _mm512_loadu_si512(block.zero + 16 * i);
   }
-  // bytes of one place behind those of another, and back into their words
+  // restores the order of the bytes within each word
   const __m512i even = _mm512_packs_epi32(zero[0], zero[2]), odd = _mm512_packs_epi32(zero[1], zero[3]);
   const __m512i order =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15));
@@ -31,9 +32,9 @@ void add(const AddBlock block) {
       return whole ? _mm512_loadu_si512(p + at) : _mm512_maskz_loadu_epi8(there, p + at);
     };
     const __m512i a = load(block.a), b = load(block.b);
-    const auto sum = [&](size_t i, __m512i one, __m512i other) {
-      const __m512 rest = _mm512_fmadd_ps(_mm512_cvtepi32_ps(other), b_factor[i], start[i]);
-      return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(one), a_factor[i], rest));
+    const auto sum = [&](size_t i, __m512i a_words, __m512i b_words) {
+      const __m512 b_part = _mm512_fmadd_ps(_mm512_cvtepi32_ps(b_words), b_factor[i], start[i]);
+      return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(a_words), a_factor[i], b_part));
     };
     const auto masked = [&](size_t i) {
       const __m512i mask = _mm512_set1_epi32(0xff << 8 * i);

@@ -18,7 +18,7 @@ extern "C" QuantAttention quant_attention_avx2;
 
 namespace {
 
-// In 16 bits: products of bytes in pairs (vpmaddubsw) saturate, pairs of 16 bits cannot.
+// In 16 bits: the instruction for pairs of byte products (vpmaddubsw) saturates, the one for pairs of 16 bits does not.
 struct V {
   using I = __m256i;
   using F = __m256;
@@ -44,7 +44,7 @@ struct V {
     return _mm256_blendv_epi8(hidden, x, _mm256_cmpgt_epi32(lens, set(static_cast<int32_t>(s))));
   }
 
-  // Written out: gcc 12 multiplies for all sums before it adds, and then keeps half of these in memory.
+  // Written out: gcc 12 multiplies for all sums before it adds, and then spills half of the products.
   static void dot(I& sum, I x, const K* k) {
     typedef int32_t __attribute__((may_alias)) Word;
     I product;
@@ -53,7 +53,7 @@ struct V {
         : "m"(*reinterpret_cast<const Word*>(k)), "x"(x));
   }
 
-  // Far down the exponent's bits are 0, and so is the power.
+  // For large negative x the bits of the exponent are 0, and so is the power.
   static F bounded(F x) { return max(x, set(-127.0f)); }
   static F fraction(F x) { return sub(bounded(x), _mm256_floor_ps(bounded(x))); }
   static F raise(F m, F x) {
@@ -100,7 +100,7 @@ struct V {
         y[i / 2 * 16 + r * 2 + i % 2] = r < rows && i < dims ? q[r * step + i] : 0;
   }
 
-  static void turn(const float* x, size_t step, size_t rows, size_t n, F* out) {
+  static void transpose(const float* x, size_t step, size_t rows, size_t n, F* out) {
     auto* const y = reinterpret_cast<float*>(out);
     for (size_t r = 0; r < kWidth; ++r)
       for (size_t i = 0; i < n; ++i) y[i * kWidth + r] = r < rows ? x[r * step + i] : 0;

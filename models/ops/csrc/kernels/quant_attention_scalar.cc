@@ -9,12 +9,12 @@ extern "C" QuantAttention quant_attention_scalar;
 
 namespace {
 
-// To the nearest of 0 to 255; of NaN it is 0.
+// Rounds to 0 .. 255; NaN becomes 0.
 int32_t steps(double x) { return !(x > 0) ? 0 : x > 255 ? 255 : static_cast<int32_t>(std::nearbyint(x)); }
 
 }  // namespace
 
-// Row by row, as the contract says it. exp is taken in double, so that a probability is as near as float32 allows.
+// Row by row, as quant_attention.h defines it. exp is in double, so a probability is as accurate as float32 allows.
 void quant_attention_scalar(const AttentionHead& head, void* scratch) {
   auto* logits = static_cast<float*>(scratch);
   auto* p = reinterpret_cast<int32_t*>(logits + head.keys);
@@ -28,7 +28,7 @@ void quant_attention_scalar(const AttentionHead& head, void* scratch) {
       for (size_t i = 0; i < head.dims; ++i) sum += (q[i] - head.q_zero) * (k[i] - 128);
       float x = static_cast<float>(sum) * head.scale;
       if (head.mask) x += head.mask[t * head.mask_row + s * head.mask_key];
-      logits[s] = x > -FLT_MAX ? x : -FLT_MAX;  // NaN too
+      logits[s] = x > -FLT_MAX ? x : -FLT_MAX;  // also for NaN
       top = logits[s] > top ? logits[s] : top;
     }
     const auto power = [&](size_t s) { return std::exp(double{logits[s]} - double{top}); };

@@ -44,8 +44,8 @@ struct V {
     return _mm512_mask_mov_epi32(hidden, _mm512_cmpgt_epi32_mask(lens, set(static_cast<int32_t>(s))), x);
   }
 
-  // Written out: of more than about twenty accumulators gcc 12 spills some where it is an intrinsic, and it does not
-  // broadcast from memory within the instruction.
+  // Written out: with the intrinsic and more than about twenty accumulators, gcc 12 spills some of them, and it does
+  // not use the broadcast operand of the instruction.
   static void dot(I& sum, I x, const K* k) {
     typedef int32_t __attribute__((may_alias)) Word;
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*reinterpret_cast<const Word*>(k)));
@@ -54,7 +54,7 @@ struct V {
   static F fraction(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static F raise(F m, F x) { return _mm512_scalef_ps(m, x); }
   static I count(I sum, I p) { return _mm512_dpbusd_epi32(sum, p, _mm512_set1_epi8(1)); }
-  // The lowest bytes of four, the first lowest.
+  // The lowest bytes of four words; that of the first word is the lowest.
   static I pack(const I (&p)[4]) {
     constexpr int kSelect = 0xca;  // a ? b : c
     const I low = _mm512_ternarylogic_epi32(set(0xff), p[0], _mm512_slli_epi32(p[1], 8), kSelect);
@@ -69,7 +69,7 @@ struct V {
     return _mm512_add_epi8(x, set(four));
   }
 
-  // The first n of 64 bytes, the rest 0; of all of them without a mask, whose stores are slow.
+  // The first n of 64 bytes, the others 0. For all 64 it uses no mask, because masked stores are slow.
   static I read(const uint8_t* p, size_t n) {
     return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first(n), p);
   }
@@ -81,7 +81,7 @@ struct V {
     const __mmask64 there = first(n);
     const I middle = _mm512_maskz_set1_epi8(there, -128), none = _mm512_setzero_si512();
     for (size_t s = 0; s < rows; s += 4) {
-      // each of the eight sums of a row fits 11 bits, all together 14: those of four rows lie in one word
+      // each of a row's eight sums fits 11 bits, and their total 14 bits: one word holds the sums of four rows
       I four = none;
       for (size_t i = 0; i < 4 && s + i < rows; ++i) {
         const I x = read(k + (s + i) * step, n);
@@ -96,7 +96,7 @@ struct V {
     }
   }
 
-  // Four rows, 64 numbers of each at a time; what is written behind the last the next group overwrites.
+  // Four rows, 64 numbers of each at a time; the next group overwrites the bytes written past the last number.
   static void weave(const uint8_t* v, size_t step, size_t rows, size_t n, K* out) {
     for (size_t i = 0; i < n; i += 64) {
       const I middle = _mm512_maskz_set1_epi8(first(n - i), -128);
@@ -106,7 +106,7 @@ struct V {
       const I a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpacklo_epi8(x[2], x[3]);
       const I c = _mm512_unpackhi_epi8(x[0], x[1]), d = _mm512_unpackhi_epi8(x[2], x[3]);
       const I y[4] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b), _mm512_unpacklo_epi16(c, d),
-                      _mm512_unpackhi_epi16(c, d)};  // of 16 numbers a quarter each
+                      _mm512_unpackhi_epi16(c, d)};  // a quarter of 16 numbers each
       const I e = _mm512_shuffle_i32x4(y[0], y[1], 0x44), f = _mm512_shuffle_i32x4(y[2], y[3], 0x44);
       const I g = _mm512_shuffle_i32x4(y[0], y[1], 0xee), h = _mm512_shuffle_i32x4(y[2], y[3], 0xee);
       const I z[4] = {_mm512_shuffle_i32x4(e, f, 0x88), _mm512_shuffle_i32x4(e, f, 0xdd),
@@ -140,7 +140,7 @@ struct V {
     }
   }
 
-  // Bytes [start, start + 64) of up to 16 rows, as far as `n` goes, word by word; -> how many words there are.
+  // Transposes bytes [start, start + 64) of up to 16 rows by words, up to `n`; -> the number of words.
   static size_t words(const uint8_t* x, size_t step, size_t rows, size_t n, size_t start, I (&r)[16]) {
     const size_t left = n - start;
     for (size_t i = 0; i < 16; ++i)
@@ -157,7 +157,7 @@ struct V {
     }
   }
 
-  static void turn(const float* x, size_t step, size_t rows, size_t n, F* out) {
+  static void transpose(const float* x, size_t step, size_t rows, size_t n, F* out) {
     I r[16];
     for (size_t i = 0; i < n; i += 16) {
       const size_t count = words(reinterpret_cast<const uint8_t*>(x), step * 4, rows, n * 4, i * 4, r);

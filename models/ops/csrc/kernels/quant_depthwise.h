@@ -1,17 +1,18 @@
-// A depthwise convolution with channels last, in bytes: QuantDepthwise of models/ops/spec.py.
+// A depthwise convolution on uint8, channels last: QuantDepthwise of models/ops/spec.py.
 // x uint8 [batch, height, width, channels], w int8 [h, w, channels], y [batch, out_height, out_width, channels].
 //
-// Channels go in blocks of 64, filled up with 0. Bytes of four rows of x, one below the other, are interleaved until a
-// lane of 32 bits holds the four of one channel; a dot product of four bytes is then four taps. What was interleaved
-// serves every column of y whose window lies over it, and where the window leaves some of its rows free, the next rows
-// of y too, whose weights lie a stride further down. Interleaved within 128 bits a block's channels come in this order:
-// 0 .. 3, 16 .. 19, 32 .. 35, 48 .. 51, then 4 .. 7, 20 .. 23, and so on. Weights and the numbers of each channel are
-// packed in it, and the instructions that pack sums to bytes undo it.
+// Channels are processed in blocks of 64, padded with 0. The bytes of four rows of x, one below the other, are
+// interleaved, so that 32 bits hold the four bytes of one channel. A dot product of four bytes is then four taps. The
+// interleaved bytes serve every column of y whose window covers them. If the window leaves some of the four or eight
+// rows free, they also serve the next rows of y, with the weights shifted down by a stride. Interleaving within 128
+// bits orders the channels of a block as 0 .. 3, 16 .. 19, 32 .. 35, 48 .. 51, then 4 .. 7, 20 .. 23, and so on.
+// Weights and the constants of each channel are packed in this order, and the instructions that pack sums to bytes undo
+// it.
 //
 // w is packed once: [block][row of y][four rows of x][column of w][channel of the block, in that order][4].
 //
 // Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, two roundings; * inverse,
-// rounded half to even, + zero, cut to 0 .. 255.
+// rounded half to even, + zero, clipped to 0 .. 255.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +23,7 @@ namespace calmclip {
 inline constexpr size_t kBlock = 64;  // channels
 inline constexpr size_t kMostTaps = 65536;
 
-// Where in its block a channel lies.
+// The index of a channel within its packed block.
 inline constexpr size_t depthwise_place(size_t channel) {
   return channel % kBlock / 4 % 4 * 16 + channel % kBlock / 16 * 4 + channel % 4;
 }
@@ -33,15 +34,16 @@ struct Window {
   size_t height, width;
   size_t down, across;  // strides
 
-  // Rows of x that are interleaved at once, by fours.
+  // Rows of x that are interleaved together, in fours.
   constexpr size_t fours() const { return (height + 3) / 4; }
-  // Whether kernels have code of their own for it.
+  // Whether kernels have a specialized version for this window.
   constexpr bool usual() const {
     return height == width && (width == 3 || width == 5 || width == 7) && (across == 1 || across == 2);
   }
-  // Rows of y that are made of them at once.
+  // Rows of y that are computed from them together.
   constexpr size_t rows() const { return usual() ? (4 * fours() - height) / down + 1 : 1; }
-  // Columns of y that are made at once, at most: what they look at and its copy, interleaved, stay in an L1 cache.
+  // The most columns of y that are computed together, so that their bytes of x and the interleaved copy stay in an L1
+  // cache.
   constexpr size_t most_columns() const { return usual() ? 48 / (fours() + across - 1) / 4 * 4 : 64; }
   constexpr size_t row_bytes() const { return fours() * width * 4 * kBlock; }
   constexpr size_t block_bytes() const { return rows() * row_bytes(); }
@@ -59,23 +61,23 @@ struct DepthwiseWork {
   size_t top, left;  // rows and columns of padding before those of x
   Window window;
   const int8_t* weights;
-  const uint8_t* around;  // what x is outside, channels numbers: x_zero
-  // Of each channel, in the order of the blocks:
-  const int32_t* start;  // -x_zero * the sum of its weights, modulo 2^32
+  const uint8_t* around;  // x outside the picture: `channels` times x_zero
+  // For each channel, in the order of the blocks:
+  const int32_t* start;  // -x_zero * the sum of the channel's weights, modulo 2^32
   const float* scale;    // x_scale * weight_scale
   const float* bias;
   const float* inverse;  // 1 / y_scale
   const int32_t* zero;
 
-  // A unit is what is made at once: of a block of channels some rows of some columns. They follow one another from top
-  // to bottom, then come the next columns, the next block, the next image.
+  // A unit is computed at once: one block of channels, some rows of some columns. Units are ordered from top to bottom,
+  // then by columns, blocks and images.
   size_t strips() const { return (out_height + window.rows() - 1) / window.rows(); }
   size_t pieces() const { return (out_width + window.most_columns() - 1) / window.most_columns(); }
   size_t columns() const { return ((out_width + pieces() - 1) / pieces() + 3) / 4 * 4; }
   size_t units() const { return batch * depthwise_blocks(channels) * pieces() * strips(); }
 };
 
-// The units [first, last).
+// Computes the units [first, last).
 using QuantDepthwise = void(const DepthwiseWork& work, size_t first, size_t last);
 
 }  // namespace calmclip

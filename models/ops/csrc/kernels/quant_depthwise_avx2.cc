@@ -10,8 +10,8 @@ extern "C" QuantDepthwise quant_depthwise_avx2;
 
 namespace {
 
-// Bytes become words first: the instruction that multiplies bytes adds two products in 16 bits, which do not hold them.
-// Of the four bytes of a lane those of rows 0 and 2, and those of 1 and 3.
+// Bytes are widened to 16 bits first, because the instruction for byte products adds two products in 16 bits and
+// saturates. One word holds the bytes of rows 0 and 2 of a lane, the other those of rows 1 and 3.
 struct Words {
   __m256i even, odd;
 };

@@ -8,15 +8,15 @@ extern "C" QuantDepthwise quant_depthwise_scalar;
 
 namespace {
 
-// One number of y: image, row, column and channel.
-uint8_t one(const DepthwiseWork& work, size_t image, size_t row, size_t column, size_t channel) {
+// One number of y.
+uint8_t number(const DepthwiseWork& work, size_t image, size_t row, size_t column, size_t channel) {
   const Window& window = work.window;
   const size_t block = channel / kBlock, place = depthwise_place(channel), at = block * kBlock + place;
   const int8_t* weights = work.weights + block * window.block_bytes() + 4 * place;
-  uint32_t sum = static_cast<uint32_t>(work.start[at]);  // may be beyond what int32 holds, and comes back into it
+  uint32_t sum = static_cast<uint32_t>(work.start[at]);  // may overflow int32; the final sum fits
   for (size_t i = 0; i < window.height; ++i)
     for (size_t j = 0; j < window.width; ++j) {
-      // what lies before the picture is a large number, and so outside too
+      // rows and columns before the picture are large numbers, and so outside too
       const size_t y = row * window.down + i - work.top, x = column * window.across + j - work.left;
       const bool inside = y < work.height && x < work.width;
       const uint8_t* from =
@@ -26,7 +26,7 @@ uint8_t one(const DepthwiseWork& work, size_t image, size_t row, size_t column, 
     }
   const float scaled = static_cast<float>(static_cast<int32_t>(sum)) * work.scale[at] + work.bias[at];
   float v = scaled * work.inverse[at];
-  v = v < 512 ? v : 512;  // what lies beyond may not fit; all of it is cut
+  v = v < 512 ? v : 512;  // larger values may overflow int32; all of them are clipped
   v = v > -512 ? v : -512;
   const int32_t q = static_cast<int32_t>(std::nearbyint(v)) + work.zero[at];
   return static_cast<uint8_t>(q < 0 ? 0 : q > 255 ? 255 : q);
@@ -44,7 +44,7 @@ void quant_depthwise_scalar(const DepthwiseWork& work, size_t first, size_t last
       for (size_t column = left; column < left + columns && column < work.out_width; ++column) {
         uint8_t* y = work.y + ((image * work.out_height + row) * work.out_width + column) * work.channels;
         for (size_t c = channel; c < channel + kBlock && c < work.channels; ++c)
-          y[c] = one(work, image, row, column, c);
+          y[c] = number(work, image, row, column, c);
       }
   }
 }

@@ -55,7 +55,7 @@ struct Whole {
   static __mmask64 mask(size_t count) { return ~__mmask64{0} >> (kBytes - count); }
 };
 
-// The same of vectors half as long: for what remains of the channels.
+// The same with vectors of half the length, for the remaining channels.
 struct Half {
   using F = __m256;
   using I = __m256i;

@@ -12,7 +12,7 @@ void pack_linear(const int8_t* w, size_t k, size_t n, int8_t* panels, int32_t* s
     for (size_t row = 0; row < k; row += 4, panels += 4 * kPanel) {
       const size_t rows = k - row < 4 ? k - row : 4;
       const int8_t* from = w + row * n + column;
-      if (rows == 4 && columns == kPanel) {  // fixed counts, which compilers make vectors of
+      if (rows == 4 && columns == kPanel) {  // constant bounds let compilers vectorize the loops
         for (size_t c = 0; c < kPanel; ++c)
           for (size_t r = 0; r < 4; ++r) panels[4 * c + r] = from[r * n + c];
       } else {

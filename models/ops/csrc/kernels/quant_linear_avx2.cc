@@ -13,14 +13,15 @@ extern "C" Int8Peak int8_peak_avx2;
 
 namespace {
 
-// Bytes become words first: the instruction that multiplies bytes adds two products in 16 bits, which do not hold them.
+// Bytes are widened to 16 bits first, because the instruction for byte products adds two products in 16 bits and
+// saturates.
 inline __m256i words(const int8_t* w) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
 }
 
 inline __m256i dot(__m256i sum, __m256i x, __m256i w) { return _mm256_add_epi32(sum, _mm256_madd_epi16(x, w)); }
 
-// Sixteen columns of a tile; each has two sums, of the first two and of the last two of four along k.
+// Sixteen columns of a tile. Each column has two sums, for the first two and the last two of four rows of w.
 template <size_t rows>
 void product_of(const Product& p, size_t column) {
   __m256i sum[rows][4];
@@ -86,7 +87,7 @@ struct V {
   static I bytes(const I* v, const Zero& zero) {
     const I a = _mm256_adds_epi16(_mm256_packs_epi32(v[0], v[1]), zero.words[0]);
     const I b = _mm256_adds_epi16(_mm256_packs_epi32(v[2], v[3]), zero.words[1]);
-    // in each 128 bits lie four bytes of every vector
+    // each 128 bits hold four bytes of every vector
     return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
   static void store(uint8_t* p, I bytes) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes); }
@@ -107,11 +108,11 @@ struct V {
 
   struct Table {
     const float (&c)[4][kIntervals];
-    explicit Table(const float (&given)[4][kIntervals]) : c(given) {}
-    void find(F v, F (&found)[4]) const {
+    explicit Table(const float (&coefficients)[4][kIntervals]) : c(coefficients) {}
+    void find(F v, F (&result)[4]) const {
       const I bits = _mm256_srli_epi32(_mm256_castps_si256(v), kIntervalShift);
       const I i = _mm256_and_si256(bits, _mm256_set1_epi32(kIntervals - 1));
-      for (size_t k = 0; k < 4; ++k) found[k] = _mm256_i32gather_ps(c[k], i, sizeof(float));
+      for (size_t k = 0; k < 4; ++k) result[k] = _mm256_i32gather_ps(c[k], i, sizeof(float));
     }
   };
 };
@@ -126,7 +127,7 @@ int32_t int8_peak_avx2(size_t rounds) {
   __m256i sum[12], x = _mm256_set1_epi16(3), w = _mm256_set1_epi16(-5);
   for (auto& s : sum) s = _mm256_setzero_si256();
   for (size_t i = 0; i < 8 * rounds; ++i) {  // 8 x 12 x 16 products
-    asm("" : "+x"(x), "+x"(w));              // else it would be one product
+    asm("" : "+x"(x), "+x"(w));              // without it the compiler computes one product
 #pragma GCC unroll 12
     for (auto& s : sum) s = dot(s, x, w);
   }

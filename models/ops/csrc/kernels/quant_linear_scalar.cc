@@ -24,7 +24,7 @@ struct V {
   static constexpr size_t kWidth = 1, kRows = 1;
 
   static void product(size_t, const Product& p) {
-    uint32_t sum[kPanel];  // `start` may be beyond what int32 holds, and comes back into it
+    uint32_t sum[kPanel];  // `start` may overflow int32; the final sum fits
     std::memcpy(sum, p.from, sizeof sum);
     const int8_t* w = p.panel;
     for (size_t i = 0; i < p.steps; ++i)
@@ -57,11 +57,11 @@ struct V {
 
   struct Table {
     const float (&c)[4][kIntervals];
-    explicit Table(const float (&given)[4][kIntervals]) : c(given) {}
-    void find(F v, F (&found)[4]) const {
+    explicit Table(const float (&coefficients)[4][kIntervals]) : c(coefficients) {}
+    void find(F v, F (&result)[4]) const {
       uint32_t bits;
       std::memcpy(&bits, &v, sizeof bits);
-      for (size_t k = 0; k < 4; ++k) found[k] = c[k][(bits >> kIntervalShift) % kIntervals];
+      for (size_t k = 0; k < 4; ++k) result[k] = c[k][(bits >> kIntervalShift) % kIntervals];
     }
   };
 };
@@ -81,7 +81,7 @@ int32_t int8_peak_scalar(size_t rounds) {
   }
   int32_t sum = 0;
   for (size_t i = 0; i < 24 * rounds; ++i) {
-    asm volatile("" : : "r"(x), "r"(w) : "memory");  // else it would be a multiplication by 24 * rounds
+    asm volatile("" : : "r"(x), "r"(w) : "memory");  // without it the compiler computes one product with 24 * rounds
     int32_t once = 0;
     for (size_t k = 0; k < sizeof x; ++k) once += x[k] * w[k];
     sum ^= once;

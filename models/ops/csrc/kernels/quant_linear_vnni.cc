@@ -13,8 +13,8 @@ extern "C" Int8Peak int8_peak_vnni;
 
 namespace {
 
-// sum += the dot products of four unsigned bytes of x with four signed ones of w. Not the intrinsic: gcc 12 keeps a
-// tile's sums in memory then, which halves the speed.
+// sum += the dot products of four unsigned bytes of x with four signed bytes of w. Not the intrinsic: with it gcc 12
+// keeps a tile's sums in memory, which halves the speed.
 inline void dot(__m512i& sum, __m512i x, __m512i w) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w)); }
 
 inline __m512i four(const uint8_t* x) {
@@ -23,7 +23,7 @@ inline __m512i four(const uint8_t* x) {
   return _mm512_set1_epi32(bytes);
 }
 
-// Numbers of two times sixteen columns as bytes: zero added, cut to 0 .. 255.
+// Stores numbers of two times sixteen columns as bytes: zero added, clipped to 0 .. 255.
 struct Zero {
   __m512i words;  // in the order that packing leaves
   explicit Zero(const int32_t* zero)
@@ -31,7 +31,7 @@ struct Zero {
 
   __m256i bytes(__m512i a, __m512i b) const {
     const __m512i sums = _mm512_adds_epi16(_mm512_packs_epi32(a, b), words);
-    // in each 128 bits lie four bytes of the first vector, four of the second, and both again
+    // each 128 bits hold four bytes of the first vector, four of the second, and both again
     const __m512i bytes = _mm512_packus_epi16(sums, sums);
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
     return _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes));
@@ -46,7 +46,7 @@ struct Floored : Zero {
   __m256i bytes(__m512i a, __m512i b) const { return _mm256_max_epu8(Zero::bytes(a, b), floor); }
 };
 
-// Where a tile's bytes go, and what belongs to its columns: rows of y lie n apart.
+// The destination of a tile's bytes and the constants of its columns; rows of y are n apart.
 struct Target {
   const float *scale, *bias;
   const int32_t* zero;
@@ -74,15 +74,15 @@ inline void write(const Target& target, const __m512i (&sum)[rows][halves]) {
   }
 }
 
-// Sums of a tile, and what `end` makes of them; `halves` of its panel.
+// The sums of a tile, followed by the epilogue `end`; `halves` of its panel.
 template <size_t rows, size_t halves, class End>
 inline void product_of(const Product& p, End end) {
   __m512i sum[rows][halves];
 #pragma GCC unroll 16
   for (size_t r = 0; r < rows; ++r)
     for (size_t h = 0; h < halves; ++h) sum[r][h] = _mm512_loadu_si512(p.from + r * p.from_stride + 16 * h);
-  // A pointer for every third row, of which the compiler knows no more than that: it would make one for each, and have
-  // no register for them.
+  // One pointer for every third row, hidden from the compiler: it would derive one pointer for each row, and there are
+  // no registers for these.
   constexpr size_t groups = (rows + 2) / 3;
   const size_t stride = p.stride;
   const uint8_t* x[groups];
@@ -166,7 +166,7 @@ struct V {
       }
     }
     void find(F v, F (&c)[4]) const {
-      const I i = _mm512_srli_epi32(_mm512_castps_si512(v), kIntervalShift);  // only its lowest five bits are looked at
+      const I i = _mm512_srli_epi32(_mm512_castps_si512(v), kIntervalShift);  // only the lowest five bits are read
       for (size_t k = 0; k < 4; ++k) c[k] = _mm512_permutex2var_ps(low[k], i, high[k]);
     }
   };
@@ -176,7 +176,7 @@ struct V {
 
 constexpr size_t kFewWeights = 64 << 10;
 
-// All that is quantized as it comes: tiles become bytes where their sums are.
+// For results with a floor: tiles become bytes in the registers of their sums.
 void bytes_at_once(const LinearWork& work, size_t first, size_t last) {
   using Tile = void(const Product&, const Target&);
   static Tile* const all[2][V::kRows] = {
@@ -186,7 +186,7 @@ void bytes_at_once(const LinearWork& work, size_t first, size_t last) {
       {write_bytes<1, 2>, write_bytes<2, 2>, write_bytes<3, 2>, write_bytes<4, 2>, write_bytes<5, 2>,
        write_bytes<6, 2>, write_bytes<7, 2>, write_bytes<8, 2>, write_bytes<9, 2>, write_bytes<10, 2>,
        write_bytes<11, 2>, write_bytes<12, 2>}};
-  const size_t bytes = linear_panel_bytes(work.k), whole = work.k / 4, rest = work.k % 4;
+  const size_t bytes = linear_panel_bytes(work.k), quads = work.k / 4, remainder = work.k % 4;
   const size_t blocks = (work.rows + V::kRows - 1) / V::kRows;
   if (blocks == 0) return;
   const size_t share = (bytes + blocks - 1) / blocks, ahead_step = (4 * kPanel + blocks - 1) / blocks;
@@ -201,15 +201,15 @@ void bytes_at_once(const LinearWork& work, size_t first, size_t last) {
     const Target target{work.scale + column, work.bias + column, work.zero + column, work.floor + column,
                         y,                   work.n,             columns};
     Tile* const write = all[columns > 16][rows - 1];
-    const Product product{x, work.k, w, whole, work.start + column, 0, next + block * share, ahead_step, sums};
+    const Product product{x, work.k, w, quads, work.start + column, 0, next + block * share, ahead_step, sums};
     ask(work, column, row, rows);
-    if (rest == 0) return write(product, target);
+    if (remainder == 0) return write(product, target);
     V::product(rows, product);
     for (size_t r = 0; r < rows; ++r)
-      for (size_t i = 0; i < rest; ++i) last_bytes[4 * r + i] = x[r * work.k + 4 * whole + i];
-    write({last_bytes, 4, w + whole * 4 * kPanel, 1, sums, kPanel, next, 0, sums}, target);
+      for (size_t i = 0; i < remainder; ++i) last_bytes[4 * r + i] = x[r * work.k + 4 * quads + i];
+    write({last_bytes, 4, w + quads * 4 * kPanel, 1, sums, kPanel, next, 0, sums}, target);
   };
-  // Few weights stay in the caches, and a row is written whole; of many each panel is read once.
+  // Few weights stay in the caches, so a row is written as a whole. With many weights each panel is read once.
   if ((last - first) * bytes <= kFewWeights) {
     for (size_t block = 0; block < blocks; ++block)
       for (size_t panel = first; panel < last; ++panel) tile(panel, block);

@@ -6,7 +6,7 @@ namespace calmclip {
 
 extern "C" QuantLookup quant_lookup_vbmi;
 
-// The table lies in four registers; of two at once an instruction picks by the lower seven bits.
+// The table is in four registers; one instruction looks up the lower seven bits in two of them.
 void quant_lookup_vbmi(const uint8_t* x, uint8_t* y, size_t count, const uint8_t* table) {
   const __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
   const __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);

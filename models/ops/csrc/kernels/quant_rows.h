@@ -1,5 +1,5 @@
-// Rows of floats into bytes: QuantLayerNorm and QuantPatches of models/ops/spec.py. clip(rint(x * inverse) + zero, 0,
-// 255), half to even; inverse is 1 / scale. NaN gives some byte.
+// Rows of floats into bytes: QuantLayerNorm and QuantPatches of models/ops/spec.py. A byte is clip(rint(x * inverse) +
+// zero, 0, 255), half to even; inverse is 1 / scale. NaN gives an unspecified byte.
 #pragma once
 
 #include <cstddef>
@@ -9,11 +9,11 @@ namespace calmclip {
 
 // s = x + residual; normed = (s - mean) / sqrt(variance + epsilon) * weight + bias along each row;
 // y = normed, quantized.
-// Rows of width numbers, one after the other. tests/models/ops/test_quant_layer_norm.py lays it out the same.
+// Rows of width numbers, one after the other. tests/models/ops/test_quant_layer_norm.py declares the same layout.
 struct NormRows {
-  const float *x, *residual;  // residual: of x's size, or null, and then `added` is added
+  const float *x, *residual;  // residual: of x's size, or null; then `added` is added instead
   const float *weight, *bias;
-  const float* inverse;  // width numbers each, or one each: `columns`
+  const float* inverse;  // width numbers each if `columns`, else one each
   const int32_t* zero;
   uint8_t* y;
   float *normed, *sum;  // or null
@@ -22,16 +22,16 @@ struct NormRows {
   bool columns;
 };
 
-// `row`: room for width floats. The mean first, then the mean of squares of what is left, in float32.
+// `row`: scratch for width floats. In float32: first the mean, then the mean of the squared deviations.
 using QuantLayerNorm = void(const NormRows& rows, float* row);
 
-// `count` pieces of `width` numbers, one after the other in x, each to `step` bytes behind the one before it in y.
+// Quantizes `count` pieces of `width` numbers, adjacent in x and `step` bytes apart in y.
 using QuantPatches = void(const float* x, size_t width, size_t count, uint8_t* y, size_t step, float inverse,
                           int32_t zero);
 
-// Windows of bytes, one after the other in y: of each the `width` bytes of every line from its place on. Places are
-// `stride` apart. Of a line kPastLine bytes behind the last window's may be read.
-// tests/models/ops/test_quant_patches.py lays it out the same.
+// Copies windows of bytes, adjacent in y. A window is `width` bytes of every line, from the window's position on;
+// positions are `stride` apart. Up to kPastLine bytes of a line after its last window may be read.
+// tests/models/ops/test_quant_patches.py declares the same layout.
 struct Windows {
   const uint8_t* const* line;
   size_t lines, width, stride, count;  // at least 1

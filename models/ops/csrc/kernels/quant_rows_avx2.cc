@@ -53,7 +53,7 @@ struct V {
     return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
   }
   static uint64_t eight(F x, I zero) {
-    const I y = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_min_ps(x, set(1024.0f))), zero);  // more is no int32
+    const I y = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_min_ps(x, set(1024.0f))), zero);  // fits int32
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
     return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
   }

@@ -22,7 +22,7 @@ struct V {
   static constexpr size_t kWidth = 1;
   struct All {};
   struct Rest {
-    explicit Rest(size_t) {}  // with one lane there is none
+    explicit Rest(size_t) {}  // never used with one lane
   };
 
   static void ahead(const float* p) { __builtin_prefetch(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p))); }
@@ -47,7 +47,7 @@ struct V {
   static float total(F x) { return x; }
   template <class Which>
   static void bytes(uint8_t* p, F x, I zero, Which) {
-    // of a float within +-2^22 what this leaves is rounded, half to even
+    // adding it to a float within +-2^22 rounds that, half to even
     x = x > -1024.0f ? x < 1024.0f ? x : 1024.0f : -1024.0f;
     const I y = static_cast<I>((x + 12582912.0f) - 12582912.0f) + zero;
     *p = static_cast<uint8_t>(y < 0 ? 0 : y > 255 ? 255 : y);

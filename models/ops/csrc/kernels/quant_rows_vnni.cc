@@ -45,7 +45,7 @@ struct V {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float total(F x) { return _mm512_reduce_add_ps(x); }
   static __m128i sixteen(F x, I zero) {
-    const I y = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(x, set(1024.0f))), zero);  // more may be no int32
+    const I y = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(x, set(1024.0f))), zero);  // fits int32
     return _mm512_cvtusepi32_epi8(_mm512_max_epi32(y, set(0)));
   }
   static void bytes(uint8_t* p, F x, I zero, All) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), sixteen(x, zero)); }

@@ -7,7 +7,7 @@ namespace calmclip {
 extern "C" ResizeRows resize_rows_neon;
 extern "C" ResizeColumns resize_columns_neon;
 
-// Sums of hi and lo over the taps -> 16-bit values, clipped when they become bytes.
+// Sums of hi and lo over the taps -> 16-bit values; the conversion to bytes clips them.
 static int16x4_t finish(int32x4_t hi, int32x4_t lo) {
   return vqmovn_s32(vshrq_n_s32(vaddq_s32(vshlq_n_s32(hi, 16), lo), kWeightBits));
 }
@@ -15,7 +15,7 @@ static int16x4_t finish(int32x4_t hi, int32x4_t lo) {
 void resize_rows_neon(const uint8_t* const* rows, const uint8_t* const*, size_t pixel_stride, size_t base,
                       size_t width, const Taps* taps, size_t columns, int16_t* scratch, uint8_t* quads,
                       size_t quad_stride) {
-  static const size_t kRow[4] = {0, 2, 1, 3};  // whose bytes follow one another in a quad
+  static const size_t kRow[4] = {0, 2, 1, 3};  // the rows in the order of their bytes in a quad
   const size_t plane = (columns + kQuadColumns - 1) / kQuadColumns * kQuadColumns * 4;
   for (size_t part = 0; part < 2; ++part, rows += 8, quads += 2 * quad_stride) {
     // scratch: [pixel][channel][8 rows: two quads]
@@ -75,19 +75,19 @@ void resize_columns_neon(const uint8_t* quads, size_t quad_stride, const Taps* t
       second = 1 - second;
     }
     const uint8x8_t byte = vqmovun_s16(vcombine_s16(finish(hi0, lo0), finish(hi1, lo1)));
-    const size_t left = columns - i < 8 ? columns - i : 8;
+    const size_t remaining = columns - i < 8 ? columns - i : 8;
     if (values) {
       const uint16x8_t wide = vmovl_u8(byte);
       float line[8];
-      float* out = left == 8 ? values + i : line;
+      float* out = remaining == 8 ? values + i : line;
       const float32x4_t gains = vdupq_n_f32(gain), biases = vdupq_n_f32(bias);
       vst1q_f32(out, vaddq_f32(vmulq_f32(vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), gains), biases));
       vst1q_f32(out + 4, vaddq_f32(vmulq_f32(vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide))), gains), biases));
-      if (left < 8) __builtin_memcpy(values + i, line, left * sizeof(float));
+      if (remaining < 8) __builtin_memcpy(values + i, line, remaining * sizeof(float));
     } else {
       uint8_t line[8];
       vst1_u8(line, byte);
-      __builtin_memcpy(bytes + i, line, left);
+      __builtin_memcpy(bytes + i, line, remaining);
     }
   }
 }

@@ -16,7 +16,7 @@ static uint32_t weight(const int16_t* weights, size_t tap) {
 }
 
 static const uint32_t kHalf = 1u << (kWeightBits - 1);
-static const size_t kPlace[4] = {0, 2, 1, 3};  // of a row in its quad
+static const size_t kPlace[4] = {0, 2, 1, 3};  // of a row within its quad
 
 void resize_rows_scalar(const uint8_t* const* rows, const uint8_t* const*, size_t pixel_stride, size_t base,
                         size_t width, const Taps* taps, size_t columns, int16_t*, uint8_t* quads,

@@ -1,4 +1,4 @@
-// One image through the race of soft_nms.h: the score cut, the classes, the layout.
+// One image: applies the score threshold, groups boxes by class, and lays them out for the race of soft_nms.h.
 #include "soft_nms.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace calmclip {
 namespace {
 
-// The boxes that take part, class by class, each class in the order of the input.
+// The boxes at or above the score threshold, class by class, each class in the order of the input.
 struct Field {
   std::vector<uint32_t> index;  // into the input
   std::vector<size_t> ends;     // of each class, in `index`
@@ -66,18 +66,18 @@ size_t suppress(SoftNms* race, const float* boxes, const float* scores, const in
   size_t longest = 0, begin = 0;
   for (const size_t end : field.ends) longest = std::max(longest, end - begin), begin = end;
   const size_t most = std::min(count, max_output);
-  // x0, y0, x1, y1, area, score; then what the races give; then their scratch
+  // x0, y0, x1, y1, area, score; then the results of the races; then their scratch
   const size_t bytes = (7 * count * sizeof(float) + count * sizeof(int32_t) + 63) / 64 * 64;
   const auto memory = std::make_unique_for_overwrite<unsigned char[]>(bytes + soft_nms_scratch(longest) + 64);
   unsigned char* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
   float *x0 = reinterpret_cast<float*>(aligned), *y0 = x0 + count, *x1 = y0 + count, *y1 = x1 + count,
-        *area = y1 + count, *score = area + count, *left_scores = score + count;
-  int32_t* left = reinterpret_cast<int32_t*>(left_scores + count);
+        *area = y1 + count, *score = area + count, *winner_scores = score + count;
+  int32_t* winners = reinterpret_cast<int32_t*>(winner_scores + count);
   void* scratch = aligned + bytes;
   for (size_t i = 0; i < count; ++i) {
     const float* box = boxes + 4 * static_cast<size_t>(index[i]);
     const float width = box[2] - box[0], height = box[3] - box[1], product = width * height;
-    // written so that NaN is no good
+    // false for NaN
     const bool good = width > 0 && height > 0 && product >= FLT_MIN && product <= FLT_MAX;
     x0[i] = good ? box[0] : FLT_MAX;
     y0[i] = good ? box[1] : FLT_MAX;
@@ -95,18 +95,18 @@ size_t suppress(SoftNms* race, const float* boxes, const float* scores, const in
   std::vector<Lane> lanes;
   begin = 0;
   for (const size_t end : field.ends) {
-    const size_t found = race(x0 + begin, y0 + begin, x1 + begin, y1 + begin, area + begin, score + begin, end - begin,
+    const size_t taken = race(x0 + begin, y0 + begin, x1 + begin, y1 + begin, area + begin, score + begin, end - begin,
                               method, iou_threshold, sigma, min_score, std::min(max_output, end - begin), scratch,
-                              left + begin, left_scores + begin);
-    for (size_t k = begin; k < begin + found; ++k) left[k] += static_cast<int32_t>(begin);
-    lanes.push_back({left_scores[begin], index[static_cast<size_t>(left[begin])], begin, begin + found});
+                              winners + begin, winner_scores + begin);
+    for (size_t k = begin; k < begin + taken; ++k) winners[k] += static_cast<int32_t>(begin);
+    lanes.push_back({winner_scores[begin], index[static_cast<size_t>(winners[begin])], begin, begin + taken});
     begin = end;
   }
   if (lanes.size() == 1) {
-    const size_t found = lanes[0].end;
-    for (size_t k = 0; k < found; ++k) kept[k] = index[static_cast<size_t>(left[k])];
-    std::copy(left_scores, left_scores + found, kept_scores);
-    return found;
+    const size_t taken = lanes[0].end;
+    for (size_t k = 0; k < taken; ++k) kept[k] = index[static_cast<size_t>(winners[k])];
+    std::copy(winner_scores, winner_scores + taken, kept_scores);
+    return taken;
   }
   const auto behind = [](const Lane& a, const Lane& b) {
     return a.score != b.score ? a.score < b.score : a.index > b.index;
@@ -119,8 +119,8 @@ size_t suppress(SoftNms* race, const float* boxes, const float* scores, const in
     kept[out] = lane.index;
     kept_scores[out++] = lane.score;
     if (++lane.next < lane.end) {
-      lane.score = left_scores[lane.next];
-      lane.index = index[static_cast<size_t>(left[lane.next])];
+      lane.score = winner_scores[lane.next];
+      lane.index = index[static_cast<size_t>(winners[lane.next])];
       std::push_heap(lanes.begin(), lanes.end(), behind);
     } else {
       lanes.pop_back();

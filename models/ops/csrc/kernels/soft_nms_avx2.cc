@@ -8,7 +8,7 @@ namespace {
 inline uint64_t touching(const Field& f, size_t at, const Box& box) {
   const __m256 x0 = _mm256_set1_ps(box.x0), y0 = _mm256_set1_ps(box.y0);
   const __m256 x1 = _mm256_set1_ps(box.x1), y1 = _mm256_set1_ps(box.y1);
-  uint64_t found = 0;
+  uint64_t mask_bits = 0;
   for (size_t j = 0; j < 64; j += 8) {
     const size_t b = at + j;
     const __m256 left = _mm256_max_ps(x0, _mm256_load_ps(f.low_x + b));
@@ -16,9 +16,9 @@ inline uint64_t touching(const Field& f, size_t at, const Box& box) {
     const __m256 right = _mm256_min_ps(x1, _mm256_load_ps(f.high_x + b));
     const __m256 bottom = _mm256_min_ps(y1, _mm256_load_ps(f.high_y + b));
     const __m256 touch = _mm256_and_ps(_mm256_cmp_ps(left, right, _CMP_LT_OQ), _mm256_cmp_ps(top, bottom, _CMP_LT_OQ));
-    found |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(touch))) << j;
+    mask_bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(touch))) << j;
   }
-  return found;
+  return mask_bits;
 }
 
 inline __m256 power(__m256 t) {
@@ -101,7 +101,7 @@ inline int32_t greatest(const int32_t* keys, size_t n) {
   return reduce(best);
 }
 
-// Whole vectors are stored, so that the next load of them need not wait for a narrow store to retire.
+// Whole vectors are stored, so that the next load does not wait for a narrow store to retire.
 inline int32_t drop(int32_t* keys, size_t lane) {
   int32_t* half = keys + (lane & 8);
   const __m256i hit = _mm256_cmpeq_epi32(_mm256_set1_epi32(static_cast<int32_t>(lane & 7)),

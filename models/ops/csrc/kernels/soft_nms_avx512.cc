@@ -80,7 +80,7 @@ inline int32_t greatest(const int32_t* keys, size_t n) {
   return _mm512_reduce_max_epi32(best);
 }
 
-// The whole vector is stored, so that the next load of it need not wait for a narrow store to retire.
+// The whole vector is stored, so that the next load does not wait for a narrow store to retire.
 inline int32_t drop(int32_t* keys, size_t lane) {
   const __m512i left =
       _mm512_mask_set1_epi32(_mm512_load_si512(keys), static_cast<__mmask16>(1u << lane), kGone);

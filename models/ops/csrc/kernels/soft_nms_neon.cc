@@ -14,14 +14,14 @@ inline uint32_t lanes(uint32x4_t mask) {
 inline uint64_t touching(const Field& f, size_t at, const Box& box) {
   const float32x4_t x0 = vdupq_n_f32(box.x0), y0 = vdupq_n_f32(box.y0);
   const float32x4_t x1 = vdupq_n_f32(box.x1), y1 = vdupq_n_f32(box.y1);
-  uint64_t found = 0;
+  uint64_t mask_bits = 0;
   for (size_t j = 0; j < 64; j += 4) {
     const size_t b = at + j;
     const uint32x4_t across = vandq_u32(vcltq_f32(vld1q_f32(f.low_x + b), x1), vcltq_f32(x0, vld1q_f32(f.high_x + b)));
     const uint32x4_t down = vandq_u32(vcltq_f32(vld1q_f32(f.low_y + b), y1), vcltq_f32(y0, vld1q_f32(f.high_y + b)));
-    found |= static_cast<uint64_t>(lanes(vandq_u32(across, down))) << j;
+    mask_bits |= static_cast<uint64_t>(lanes(vandq_u32(across, down))) << j;
   }
-  return found;
+  return mask_bits;
 }
 
 inline float32x4_t power(float32x4_t t) {
@@ -96,9 +96,9 @@ inline int32_t drop(int32_t* keys, size_t lane) {
 
 inline uint32_t equal(const int32_t* keys, int32_t key) {
   const int32x4_t wanted = vdupq_n_s32(key);
-  uint32_t found = 0;
-  for (size_t j = 0; j < kBlock; j += 4) found |= lanes(vceqq_s32(vld1q_s32(keys + j), wanted)) << j;
-  return found;
+  uint32_t mask_bits = 0;
+  for (size_t j = 0; j < kBlock; j += 4) mask_bits |= lanes(vceqq_s32(vld1q_s32(keys + j), wanted)) << j;
+  return mask_bits;
 }
 
 }  // namespace

@@ -1,11 +1,10 @@
-// The race of soft_nms.h, the same text for every instruction set: included by soft_nms_<isa>.cc, which then defines
-// the five functions declared below. Everything is in an anonymous namespace: each file has its own, compiled for its
-// own processor.
+// The race of soft_nms.h, the same source for every instruction set: soft_nms_<isa>.cc includes it and defines the five
+// functions declared below. Everything is in an anonymous namespace, so each file has a copy for its own processor.
 //
-// The boxes still in the race are sorted along a curve that keeps neighbours together (Morton's) and cut into blocks of
-// 16. Each block knows the box around its boxes and its best score. So a pick meets only blocks that it may touch, and
-// the next pick is searched among the best of the blocks, where only those of the blocks it met have changed. When half
-// of the places are empty, the rest moves together.
+// The boxes in the race are sorted along a space-filling curve (Morton's), which keeps neighbours together, and cut
+// into blocks of 16. Each block has a bounding box and its best score. So a pick visits only blocks that it may
+// overlap. The next pick is the best of the blocks' best scores, and only the visited blocks have changed. When half of
+// the slots are empty, the remaining boxes move together.
 #pragma once
 
 #include "soft_nms.h"
@@ -29,41 +28,41 @@ struct Rule {
   float min_score;
 };
 
-// One box that touches nothing, not even itself.
+// A box that touches nothing, not even itself.
 constexpr float kNowhereLow = FLT_MAX, kNowhereHigh = -FLT_MAX;
 
 struct Field {
-  // per box, padded to whole blocks; all arrays begin at multiples of 64 bytes
+  // per box, padded to whole blocks; all arrays are aligned to 64 bytes
   float *x0, *y0, *x1, *y1, *area;
   int32_t* key;    // the score, as `key_of`; kGone: out of the race
-  int32_t* place;  // in the input
-  // per block, padded to a multiple of 64 with blocks that touch nothing and hold nothing
+  int32_t* place;  // index into the input
+  // per block, padded to a multiple of 64 with empty blocks that touch nothing
   float *low_x, *low_y, *high_x, *high_y;
   int32_t* top;  // the greatest key
 };
 
-// Bit j: block at + j and the box may share a positive area.
+// Bit j: block at + j and the box may overlap.
 uint64_t touching(const Field& field, size_t at, const Box& box);
-// The boxes of a block decay by what they share with `box`; sets the block's top, returns how many went.
+// Decays the boxes of a block by their overlap with `box` and updates the block's top; -> the number of dropped boxes.
 uint32_t meet(const Field& field, size_t block, const Box& box, const Rule& rule);
-// One of 16 keys becomes kGone; the greatest of the 16.
+// Sets one of 16 keys to kGone; -> the maximum of the 16.
 int32_t drop(int32_t* keys, size_t lane);
-// The greatest of n keys; n a multiple of 16, not 0.
+// The maximum of n keys; n is a multiple of 16, not 0.
 int32_t greatest(const int32_t* keys, size_t n);
-// Bit j: keys[j] is `key`, of 16.
+// Bit j: keys[j] equals `key`; 16 keys.
 uint32_t equal(const int32_t* keys, int32_t key);
 
-// exp(t) for t <= 0, relative error 2e-7; 0 where it is no normal float: 2^n exp(r), |r| <= ln 2 / 2, with the
+// exp(t) for t <= 0, relative error 2e-7; 0 if the result is no normal float. 2^n exp(r), |r| <= ln 2 / 2, with the
 // coefficients of Cephes' expf and no fused step.
 constexpr float kLowest = -87.33654f;  // ln FLT_MIN
 constexpr float kFloor = -88.0f;
 constexpr float kLog2E = 1.44269504f;
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, found in the low bits
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits hold
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 constexpr float kFirst = 1.9875691500e-4f;
 constexpr float kRest[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
 
-// The order of scores as an order of integers: those of negative scores are mirrored. -0 becomes 0.
+// Maps the order of scores to an order of integers; negative scores are mirrored. -0 becomes 0.
 inline int32_t key_of(float score) {
   const float plain = score + 0.0f;
   int32_t bits;
@@ -85,8 +84,8 @@ inline uint32_t spread_bits(uint32_t x) {
   return (x | x << 1) & 0x5555;
 }
 
-// order[i]: which box comes i-th along the curve. `cell` has room for n, `start` for 4 n + 2 numbers. Any order is
-// right; one box far out puts all others into one cell, and then every pick meets every block.
+// order[i]: the index of the i-th box along the curve. `cell` has room for n numbers, `start` for 4 n + 2. Any order is
+// correct. With one box far away all others share one cell, and every pick then visits every block.
 inline void sort_along_curve(const float* x0, const float* y0, const float* x1, const float* y1, size_t n,
                              uint32_t* order, uint32_t* cell, uint32_t* start) {
   if (n <= 2 * kBlock) {
@@ -111,7 +110,7 @@ inline void sort_along_curve(const float* x0, const float* y0, const float* x1, 
   const float last = static_cast<float>(sides);
   for (size_t c = 0; c <= cells; ++c) start[c] = 0;
   for (size_t i = 0; i < n; ++i) {
-    // in [0, last] whatever rounding and overflow do: an infinite difference times 0 is NaN, and compares false
+    // in [0, last] despite rounding and overflow: an infinite difference times 0 is NaN, which compares false
     const float x = (0.5f * x0[i] + 0.5f * x1[i] - low_x) * scale_x, y = (0.5f * y0[i] + 0.5f * y1[i] - low_y) * scale_y;
     const uint32_t column = static_cast<uint32_t>(x < last ? x : last), row = static_cast<uint32_t>(y < last ? y : last);
     cell[i] = spread_bits(column) | spread_bits(row) << 1;
@@ -121,7 +120,7 @@ inline void sort_along_curve(const float* x0, const float* y0, const float* x1, 
   for (size_t i = 0; i < n; ++i) order[start[cell[i]]++] = static_cast<uint32_t>(i);
 }
 
-// The boxes around the blocks and their tops, for the first n places; -> blocks, padded to a multiple of 64.
+// Computes the bounding boxes and tops of the blocks of the first n slots; -> the blocks, padded to a multiple of 64.
 inline size_t fence(const Field& f, size_t n) {
   const size_t used = (n + kBlock - 1) / kBlock, blocks = (used + 63) / 64 * 64;
   for (size_t i = n; i < used * kBlock; ++i) {
@@ -147,7 +146,7 @@ inline size_t fence(const Field& f, size_t n) {
   return blocks;
 }
 
-// Who is still in the race moves to the front, in the same order; -> how many.
+// Moves the remaining boxes to the front, in the same order; -> their number.
 inline size_t close_up(const Field& f, size_t n) {
   size_t to = 0;
   for (size_t i = 0; i < n; ++i) {
@@ -164,26 +163,26 @@ inline size_t close_up(const Field& f, size_t n) {
   return to;
 }
 
-// Of the boxes whose key is `best`, which is some block's top: where the one of the lowest place is.
+// The slot with the lowest index among the boxes whose key is `best`, the top of some block.
 inline size_t find(const Field& f, size_t blocks, int32_t best) {
-  size_t found = 0;
+  size_t slot = 0;
   int32_t lowest = INT32_MAX;
   for (size_t b = 0; b < blocks; b += kBlock)
     for (uint32_t tops = equal(f.top + b, best); tops; tops &= tops - 1) {
       const size_t begin = (b + static_cast<size_t>(__builtin_ctz(tops))) * kBlock;
       for (uint32_t keys = equal(f.key + begin, best); keys; keys &= keys - 1) {
         const size_t i = begin + static_cast<size_t>(__builtin_ctz(keys));
-        if (f.place[i] < lowest) lowest = f.place[i], found = i;
+        if (f.place[i] < lowest) lowest = f.place[i], slot = i;
       }
     }
-  return found;
+  return slot;
 }
 
 inline size_t run_race(const float* x0, const float* y0, const float* x1, const float* y1, const float* area,
                        const float* score, size_t n, int method, float iou_threshold, float sigma, float min_score,
                        size_t max_output, void* scratch, int32_t* kept, float* kept_scores) {
   if (n == 0 || max_output == 0) return 0;
-  if (method == 0 && iou_threshold < 0) max_output = 1;  // an IoU of 0 is over it, too
+  if (method == 0 && iou_threshold < 0) max_output = 1;  // an IoU of 0 is also over a negative threshold
   const size_t room = (n + 63) / 64 * 64, blocks_room = (room / kBlock + 63) / 64 * 64;
   float* floats = static_cast<float*>(scratch);
   int32_t* numbers = reinterpret_cast<int32_t*>(floats + 5 * room + 4 * blocks_room);
@@ -206,7 +205,7 @@ inline size_t run_race(const float* x0, const float* y0, const float* x1, const 
   const float steepness = -1.0f / sigma;
   const Rule rule{method, iou_threshold, steepness < -FLT_MAX ? -FLT_MAX : steepness, min_score};
 
-  size_t places = n, left = n, count = 0, blocks = fence(f, n);
+  size_t places = n, alive = n, count = 0, blocks = fence(f, n);
   while (true) {
     const int32_t best = greatest(f.top, blocks);
     if (best == kGone) return count;
@@ -215,13 +214,13 @@ inline size_t run_race(const float* x0, const float* y0, const float* x1, const 
     kept_scores[count] = score_of(best);
     if (++count == max_output) return count;
     const Box box{f.x0[i], f.y0[i], f.x1[i], f.y1[i], f.area[i]};
-    const size_t own = i / kBlock;
-    f.top[own] = drop(f.key + own * kBlock, i % kBlock);
-    --left;
+    const size_t block = i / kBlock;
+    f.top[block] = drop(f.key + block * kBlock, i % kBlock);
+    --alive;
     for (size_t at = 0; at < blocks; at += 64)
       for (uint64_t met = touching(f, at, box); met; met &= met - 1)
-        left -= meet(f, at + static_cast<size_t>(__builtin_ctzll(met)), box, rule);
-    if (left < places / 2 && places > 2 * kBlock) {
+        alive -= meet(f, at + static_cast<size_t>(__builtin_ctzll(met)), box, rule);
+    if (alive < places / 2 && places > 2 * kBlock) {
       places = close_up(f, places);
       blocks = fence(f, places);
     }

@@ -4,13 +4,13 @@ namespace calmclip {
 namespace {
 
 inline uint64_t touching(const Field& f, size_t at, const Box& box) {
-  uint64_t found = 0;
+  uint64_t mask_bits = 0;
   for (size_t j = 0; j < 64; ++j) {
     const size_t b = at + j;
     const bool touch = (f.low_x[b] < box.x1) & (box.x0 < f.high_x[b]) & (f.low_y[b] < box.y1) & (box.y0 < f.high_y[b]);
-    found |= static_cast<uint64_t>(touch) << j;
+    mask_bits |= static_cast<uint64_t>(touch) << j;
   }
-  return found;
+  return mask_bits;
 }
 
 inline float power(float t) {
@@ -68,9 +68,9 @@ inline int32_t drop(int32_t* keys, size_t lane) {
 }
 
 inline uint32_t equal(const int32_t* keys, int32_t key) {
-  uint32_t found = 0;
-  for (size_t j = 0; j < kBlock; ++j) found |= static_cast<uint32_t>(keys[j] == key) << j;
-  return found;
+  uint32_t mask_bits = 0;
+  for (size_t j = 0; j < kBlock; ++j) mask_bits |= static_cast<uint32_t>(keys[j] == key) << j;
+  return mask_bits;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Which form of softmax_rows.h is taken for rows of `cols` in a tensor of so many bytes, read and written: one table.
+// The form of softmax_rows.h for rows of `cols` in a tensor of a given size in bytes, read and written: one table.
 //
-// Measured with tests/bench/ops_softmax.py, ns an element, one thread, AVX-512; form + s: streams.
+// Measured 2026-11 with `python -m tests.bench.ops_softmax`, ns an element, one thread, AVX-512; form + s: streams.
 //
 //   rows x cols          reload   two_pass   two_pass + s   recompute + s   ONNX Runtime
 //   Intel server core, 2 MiB L2, a very large L3 that many share
@@ -19,9 +19,9 @@
 //   16 x 1M     128 MB    0.42      0.38          -              -             0.45
 //   1 x 64M     512 MB    0.56      0.43        0.36           0.48            0.63
 //
-// So: reload, where the caches hold what the later passes read again, and for short rows, each of which they hold;
-// two_pass beyond. It wins within an L3 where that is slow (1M, 4M above) and loses where that is fast, hence the line
-// at half of it. Stores that pass the caches win only where these do not hold the output.
+// So the table takes reload if the caches hold what the later passes read again, and for short rows, which always fit.
+// It takes two_pass otherwise. two_pass wins within an L3 that is slow (1M, 4M above) and loses within a fast L3, hence
+// the limit at half of it. Streaming stores win only if the caches do not hold the output.
 #pragma once
 
 #include <unistd.h>
@@ -35,13 +35,13 @@
 namespace calmclip {
 
 struct SoftmaxForm {
-  size_t cols;    // rows of at most so many
-  double caches;  // in tensors of at most so many times the last level of the caches
+  size_t cols;    // rows of at most this many
+  double caches;  // tensors of at most this many times the last-level cache
   SoftmaxRows* Kernels::*rows;
   bool stream;
 };
 
-inline constexpr SoftmaxForm kSoftmaxForms[] = {  // the first line that holds
+inline constexpr SoftmaxForm kSoftmaxForms[] = {  // the first row that matches
     {4095, HUGE_VAL, &Kernels::softmax_reload, false},
     {SIZE_MAX, 0.5, &Kernels::softmax_reload, false},
     {262143, 1, &Kernels::softmax_reload, false},  // a row, read and written, fits an L2 of 2 MiB
@@ -49,16 +49,16 @@ inline constexpr SoftmaxForm kSoftmaxForms[] = {  // the first line that holds
     {SIZE_MAX, HUGE_VAL, &Kernels::softmax_two_pass, true},
 };
 
-// Bytes of the last level. One of more than 64 MiB is a server's, shared with neighbours who use it too: 64 MiB then
-// (1 x 16M above streams with gain beside an L3 of 480 MiB). 16 MiB where nobody says.
+// Bytes of the last-level cache. More than 64 MiB belongs to a server and is shared with other tenants, so 64 MiB
+// counts then (1 x 16M above streams with gain beside an L3 of 480 MiB). 16 MiB if the system does not report it.
 inline double last_level() {
   static const double bytes = [] {
 #ifdef _SC_LEVEL3_CACHE_SIZE
-    const long told = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #else
-    const long told = 0;
+    const long reported = 0;
 #endif
-    const long known = told > 0 ? told : 16L << 20;
+    const long known = reported > 0 ? reported : 16L << 20;
     return static_cast<double>(known < 64L << 20 ? known : 64L << 20);
   }();
   return bytes;

@@ -12,7 +12,7 @@ extern "C" SoftmaxRows softmax_reload_avx2, softmax_recompute_avx2, softmax_two_
 
 namespace {
 
-// first(n) reads 8 of these at 8 - n: n lanes on, the others off.
+// first(n) reads 8 of these from index 8 - n on: n lanes on, the others off.
 alignas(64) constexpr int32_t kLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 
 struct V {
@@ -50,7 +50,7 @@ struct V {
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
   }
 
-  // Subnormal results cost some 150 cycles each; 0x8040: flush them to zero, read them as zero.
+  // Subnormal results cost some 150 cycles each; 0x8040 flushes them to zero and reads them as zero.
   struct Flush {
     unsigned before = _mm_getcsr();
     Flush() { _mm_setcsr(before | 0x8040); }

@@ -33,7 +33,7 @@ struct V {
   static F reduce(F x, F n);
   static F power(F z) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(z), 23)); }
   static F scale(F m, F s) { return _mm512_scalef_ps(m, s); }
-  // Every lane: all of v combined. Within halves of halves, so that no lane has to be broadcast at the end.
+  // Every lane: all of v combined. Halves are combined step by step, so no lane is broadcast at the end.
   template <class Both>
   static F across(F v, Both both) {
     v = both(v, _mm512_shuffle_f32x4(v, v, 0x4e));
@@ -46,7 +46,7 @@ struct V {
   static float highest(F v) { return _mm512_cvtss_f32(highest_all(v)); }
   static float total(F v) { return _mm512_cvtss_f32(total_all(v)); }
 
-  // Subnormal results cost some 150 cycles each; 0x8040: flush them to zero, read them as zero.
+  // Subnormal results cost some 150 cycles each; 0x8040 flushes them to zero and reads them as zero.
   struct Flush {
     unsigned before = _mm_getcsr();
     Flush() { _mm_setcsr(before | 0x8040); }
@@ -66,15 +66,15 @@ inline F V::reduce(F x, F n) { return _mm512_fmsub_ps(x, set(kLog2e), n); }
 #define CALMCLIP_UNROLL _Pragma("GCC unroll 64")
 #endif
 
-// Rows of `count` vectors, the last one with 1 to 16 values, that stay in registers from load to store.
+// Rows of `count` vectors, the last with 1 to 16 values; they stay in registers from load to store.
 template <size_t count, bool plain>
 void held_rows(const float* x, float* y, size_t rows, size_t cols, float gamma, float zeta) {
   constexpr size_t last = count - 1, w = V::kWidth;
   const __mmask16 tail = V::first(cols - last * w);
   const F one = V::set(1.0f), low = V::set(gamma), nothing = V::set(kLowest);
   const float span = zeta - gamma;
-  // The first vector of a row is loaded before the row ahead of it is stored: where x == y, a load that the masked store
-  // of a row's last vector reaches into would wait until that store has left for the cache.
+  // The first vector of a row is loaded before the row before it is stored. If x == y, a load that overlaps the masked
+  // store of a row's last vector would wait until that store has reached the cache.
   const __mmask16 whole = count == 1 ? tail : V::first(w);
   F next = rows ? _mm512_mask_loadu_ps(nothing, whole, x) : nothing;
   for (size_t r = 0; r < rows; ++r, x += cols, y += cols) {
@@ -106,7 +106,7 @@ void held_rows(const float* x, float* y, size_t rows, size_t cols, float gamma, 
   }
 }
 
-constexpr size_t kHeld = 20;  // vectors: with the constants of exp all 32 registers are in use
+constexpr size_t kHeld = 20;  // vectors; with the constants of exp all 32 registers are in use
 
 using HeldRows = void(const float*, float*, size_t, size_t, float, float);
 

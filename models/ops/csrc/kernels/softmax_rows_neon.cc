@@ -29,7 +29,7 @@ struct V {
     vst1q_f32(lanes, v);
     for (size_t i = 0; i < n; ++i) p[i] = lanes[i];
   }
-  static void stream(float* p, F v) { vst1q_f32(p, v); }  // no such store; the processor sees streams by itself
+  static void stream(float* p, F v) { vst1q_f32(p, v); }  // no such store; the processor detects streams
   static void fence() {}
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }

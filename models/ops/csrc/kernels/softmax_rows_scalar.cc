@@ -17,7 +17,7 @@ struct V {
 
   static F set(float v) { return v; }
   static F load(const float* p) { return *p; }
-  static F load(const float*, size_t, float fill) { return fill; }  // with one lane there is no rest of a row
+  static F load(const float*, size_t, float fill) { return fill; }  // one lane: a row has no partial vector
   static void store(float* p, F v) { *p = v; }
   static void store(float*, F, size_t) {}
   static void stream(float* p, F v) { *p = v; }
@@ -48,7 +48,7 @@ struct V {
 
 #include "softmax_rows_body.inc"
 
-// A float product fits into a double, so this rounds as the vectors' fused forms do.
+// A double holds a float product exactly, so this rounds as the fused operations of the vector kernels do.
 inline F V::reduce(F x, F n) { return static_cast<float>(double{x} * double{kLog2e} - double{n}); }
 inline F V::scale(F m, F s) { return m * power((s > -127.0f ? s : -127.0f) + kBias); }
 

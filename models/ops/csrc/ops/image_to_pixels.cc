@@ -1,8 +1,9 @@
-// A picture, uint8 [H, W, 3] -> what a graph takes, [1, 3, h, w]: resized as Pillow does it, cut or padded, normalised.
-// The geometry is that of models/preprocess/image.py.
+// A picture, uint8 [H, W, 3] -> the input of a graph, [1, 3, h, w]: resized as Pillow does it, cropped or padded,
+// normalized. The geometry is that of models/preprocess/image.py.
 //
-// Two operators, float32 ImageToPixels and uint8 ImageToQuantizedPixels: an output's type must follow from the inputs'
-// types, for ONNX Runtime's choice among kernels of one name as for a function body, and here both take uint8 alone.
+// There are two operators, ImageToPixels (float32) and ImageToQuantizedPixels (uint8). The type of an output must
+// follow from the types of the inputs, both for ONNX Runtime's choice among kernels of one name and for a function
+// body, and here both take uint8.
 #include "../kernels/image_to_pixels.h"
 
 #include <atomic>
@@ -21,10 +22,10 @@ class Settings {
   Settings(Ort::ConstKernelInfo info, bool quantized) : name_(kName[quantized]) {
     const auto size = list<int64_t>(info, "size");
     const auto gain = list<float>(info, "gain"), bias = list<float>(info, "bias");
-    const auto resize = one<std::string>(info, "resize"), resample = one<std::string>(info, "resample");
-    const auto crop_offset = one<std::string>(info, "crop_offset");
-    const auto shortest = one<int64_t>(info, "shortest"), pad = one<int64_t>(info, "pad");
-    keep_square_ = one<int64_t>(info, "keep_square") != 0;
+    const auto resize = scalar<std::string>(info, "resize"), resample = scalar<std::string>(info, "resample");
+    const auto crop_offset = scalar<std::string>(info, "crop_offset");
+    const auto shortest = scalar<int64_t>(info, "shortest"), pad = scalar<int64_t>(info, "pad");
+    keep_square_ = scalar<int64_t>(info, "keep_square") != 0;
 
     constexpr auto most = static_cast<int64_t>(kMaxInput);
     if (size.size() != 2) refuse_("size has " + std::to_string(size.size()) + " numbers; expected height and width");
@@ -53,8 +54,8 @@ class Settings {
     pad_ = static_cast<uint8_t>(pad);
     if (!quantized) return;
 
-    const auto scale = one<float>(info, "scale");
-    const auto zero_point = one<int64_t>(info, "zero_point");
+    const auto scale = scalar<float>(info, "scale");
+    const auto zero_point = scalar<int64_t>(info, "zero_point");
     if (!std::isfinite(scale) || !(scale > 0))
       refuse_("scale is " + std::to_string(scale) + "; expected a finite number over 0");
     if (zero_point < 0 || zero_point > 255)
@@ -68,7 +69,7 @@ class Settings {
       }
   }
 
-  // The output from a picture of any size.
+  // Computes the output from a picture of any size.
   std::vector<int64_t> shape() const { return {1, 3, static_cast<int64_t>(rows_), static_cast<int64_t>(columns_)}; }
 
   OrtStatusPtr compute(Ort::KernelContext& context, float* values, uint8_t* bytes) const {
@@ -82,9 +83,9 @@ class Settings {
     if (!work.prepare(picture, placement, filter_, {kernels().resize_rows, kernels().resize_columns}))
       throw std::bad_alloc();
     const Sink sink{values, gain_, bias_, bytes, table_};
-    // a part reads the rows of its neighbours that its own windows reach: many times as many should be its own
-    const size_t own = std::max<size_t>(256, 8 * work.window());
-    const size_t grain = std::max<size_t>(1, placement.resized_height * own / picture.height);
+    // a part reads the rows of its neighbours that its windows reach, so it should have many times more rows of its own
+    const size_t min_rows = std::max<size_t>(256, 8 * work.window());
+    const size_t grain = std::max<size_t>(1, placement.resized_height * min_rows / picture.height);
     std::atomic<bool> done{true};
     spread(context, rows_, grain, [&](size_t first, size_t last) {
       if (!work.run(first, last, sink)) done = false;
@@ -93,7 +94,7 @@ class Settings {
     return nullptr;
   }
 
-  // Null when the input is a picture.
+  // Null if the input is a picture, else the error.
   OrtStatusPtr check(Ort::KernelContext& context) const {
     const auto shape = context.GetInput(0).GetTensorTypeAndShapeInfo().GetShape();
     if (shape.size() != 3 || shape[2] != 3)
@@ -112,7 +113,7 @@ class Settings {
   }
 
   template <class T>
-  T one(Ort::ConstKernelInfo info, const char* attribute) const {
+  T scalar(Ort::ConstKernelInfo info, const char* attribute) const {
     try {
       return info.GetAttribute<T>(attribute);
     } catch (const Ort::Exception& error) {
@@ -129,12 +130,12 @@ class Settings {
     }
   }
 
-  size_t choice(const char* attribute, const std::string& found, const std::vector<std::string>& known) const {
-    const auto place = std::find(known.begin(), known.end(), found);
+  size_t choice(const char* attribute, const std::string& value, const std::vector<std::string>& known) const {
+    const auto place = std::find(known.begin(), known.end(), value);
     if (place != known.end()) return static_cast<size_t>(place - known.begin());
     std::string all;
-    for (const auto& one : known) all += (all.empty() ? "" : ", ") + one;
-    refuse_(std::string(attribute) + " is '" + found.substr(0, 40) + "'; expected one of " + all);
+    for (const auto& name : known) all += (all.empty() ? "" : ", ") + name;
+    refuse_(std::string(attribute) + " is '" + value.substr(0, 40) + "'; expected one of " + all);
   }
 
   size_t margin(size_t spare) const {
@@ -191,16 +192,10 @@ struct Kernel {
 
 template <bool quantized>
 struct Schema : Op<Schema<quantized>, Kernel<quantized>> {
-  static constexpr ONNXTensorElementDataType kOut =
-      quantized ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  static constexpr const char* kOpName = kName[quantized];
+  static constexpr Type kInputTypes[] = {kUint8}, kOutputTypes[] = {quantized ? kUint8 : kFloat};
 
-  Schema() {
-    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&] { return infer(context); });
-    };
-  }
-
-  // [1, 3, *size]. What is wrong with `size` is said when the kernel is made.
+  // [1, 3, *size]. The constructor of the kernel reports a wrong `size`.
   static OrtStatusPtr infer(OrtShapeInferContext* context) {
     const OrtApi& api = Ort::GetApi();
     const OrtOpAttr* attribute = nullptr;
@@ -213,30 +208,17 @@ struct Schema : Op<Schema<quantized>, Kernel<quantized>> {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     Ort::ThrowOnError(api.CreateTensorTypeAndShapeInfo(&info));
     const int64_t dims[4] = {1, 3, size[0], size[1]};
-    OrtStatusPtr status = api.SetTensorElementType(info, kOut);
+    OrtStatusPtr status = api.SetTensorElementType(info, kOutputTypes[0]);
     if (!status) status = api.SetDimensions(info, dims, 4);
     if (!status) status = api.ShapeInferContext_SetOutputTypeShape(context, 0, info);
     api.ReleaseTensorTypeAndShapeInfo(info);
     return status;
   }
-
-  const char* GetName() const { return kName[quantized]; }
-  size_t GetInputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return kOut; }
 };
 
 }  // namespace
 
-const OrtCustomOp* image_to_pixels_op() {
-  static const Schema<false> op;
-  return &op;
-}
-
-const OrtCustomOp* image_to_quantized_pixels_op() {
-  static const Schema<true> op;
-  return &op;
-}
+DEFINE_OP(image_to_pixels, Schema<false>)
+DEFINE_OP(image_to_quantized_pixels, Schema<true>)
 
 }  // namespace calmclip

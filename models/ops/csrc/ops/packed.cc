@@ -16,7 +16,7 @@ constexpr size_t kPiece = 32 << 20;
 constexpr size_t kLine = 64;
 
 std::mutex guard;
-std::weak_ptr<int8_t> piece;  // the last one; nobody else's once all that lies in it is gone
+std::weak_ptr<int8_t> piece;  // the last one; it expires when all packed weights in it are gone
 size_t taken, size;
 
 size_t up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
@@ -31,7 +31,7 @@ Packed packed(size_t bytes) {
     void* memory = std::aligned_alloc(kHuge, size);
     if (!memory) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    madvise(memory, size, MADV_HUGEPAGE);  // a wish; without it 4 kB are a page, and a stream of them a tenth slower
+    madvise(memory, size, MADV_HUGEPAGE);  // a hint; with pages of 4 kB a stream of weights is a tenth slower
 #endif
     in = Packed(static_cast<int8_t*>(memory), std::free);
     piece = in;

@@ -1,4 +1,4 @@
-// Where packed weights live: one node's behind the other's, in large pieces of huge pages.
+// Memory for packed weights: those of one node after those of another, in large pieces of huge pages.
 #pragma once
 
 #include <cstddef>
@@ -7,11 +7,12 @@
 
 namespace calmclip {
 
-// Keeps its piece as long as anything in it is kept.
+// Keeps its whole piece alive.
 using Packed = std::shared_ptr<int8_t>;
 
-// `bytes` of memory from a cache line on; throws std::bad_alloc. Those that are asked for one after the other lie so, and
-// nodes are made in the order in which they run: what a kernel asks for beyond its last panel is the next one's first.
+// `bytes` of memory, aligned to a cache line; throws std::bad_alloc. Consecutive calls return adjacent memory. Nodes
+// are constructed in the order in which they run, so a prefetch past the last panel of a node reads the first panel of
+// the next node.
 Packed packed(size_t bytes);
 
 }  // namespace calmclip

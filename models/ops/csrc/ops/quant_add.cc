@@ -1,6 +1,6 @@
-// The sum of two tensors of bytes, in bytes. Source: Jacob et al. 2017 (arXiv 1712.05877), appendix A.2.
+// The sum of two uint8 tensors, quantized. Source: Jacob et al. 2017 (arXiv 1712.05877), appendix A.2.
 //
-// What a graph holds as constants is made ready once, when its node's kernel is made; what is fed, in every run.
+// Constants of the graph are prepared once, when the node's kernel is constructed; fed inputs in every run.
 #include <functional>
 #include <numeric>
 #include <optional>
@@ -11,16 +11,16 @@
 namespace calmclip {
 namespace {
 
-constexpr size_t kGrain = 131072;       // numbers that are worth a thread: some 8 us
-constexpr size_t kNear = 65536;         // bytes of each at a time, block of columns by block of columns: a part of a cache
-constexpr size_t kMostRepeated = 1024;  // columns; of more, what lies behind whole blocks is little
+constexpr size_t kGrain = 131072;       // numbers that are worth a thread: about 8 us
+constexpr size_t kNear = 65536;         // bytes of each tensor at a time, by blocks of columns: a part of a cache
+constexpr size_t kMostRepeated = 1024;  // columns; with more columns the partial block is a small part
 constexpr double kMostFactor = 1 << 20;
 
 enum Place : size_t { kA, kAScale, kAZero, kB, kBScale, kBZero, kYScale, kYZero };
 
 const Named kOp("QuantAdd");
 
-// The inputs by their places: of a run, or the constants among them.
+// The inputs by index: of a run, or the constants of the graph.
 using Inputs = std::function<Ort::ConstValue(Place)>;
 
 class Add {
@@ -40,23 +40,23 @@ class Add {
       const Columns& of = columns_ ? *columns_ : *fed;
       const Input<uint8_t> a(kOp, context, kA, "a"), b(kOp, context, kB, "b");
       if (of.n != 1 && (a.shape.empty() || a.side(a.shape.size() - 1) != of.n))
-        a.refuse("[..., " + std::to_string(of.n) + "], for scales or zero points are of " + std::to_string(of.n) +
+        a.refuse("[..., " + std::to_string(of.n) + "], because scales or zero points have " + std::to_string(of.n) +
                  " columns");
       if (b.shape != a.shape) b.refuse("that of a, " + text(a.shape));
       auto output = context.GetOutput(0, a.shape);
       if (a.count == 0) return nullptr;
-      AddBlock whole{};
-      whole.a = a.data;
-      whole.b = b.data;
-      whole.y = output.GetTensorMutableData<uint8_t>();
-      whole.step = of.wide;
-      whole.a_factor = of.a_factor.data();
-      whole.b_factor = of.b_factor.data();
-      whole.start = of.start.data();
-      whole.zero = of.zero.data();
+      AddBlock all{};
+      all.a = a.data;
+      all.b = b.data;
+      all.y = output.GetTensorMutableData<uint8_t>();
+      all.step = of.wide;
+      all.a_factor = of.a_factor.data();
+      all.b_factor = of.b_factor.data();
+      all.start = of.start.data();
+      all.zero = of.zero.data();
       const size_t rows = (a.count + of.wide - 1) / of.wide;
       spread(context, rows, kGrain / of.wide, [&](size_t first, size_t last) {
-        run(whole, first * of.wide, std::min(last * of.wide, a.count));
+        run(all, first * of.wide, std::min(last * of.wide, a.count));
       });
       return nullptr;
     });
@@ -65,8 +65,8 @@ class Add {
  private:
   static constexpr Place kFixed[] = {kAScale, kAZero, kBScale, kBZero, kYScale, kYZero};
 
-  // n: how many columns have numbers of their own. The numbers of several rows lie one behind the other, so that blocks
-  // are whole: a tensor is read in rows that are `wide`.
+  // n: the number of columns with constants of their own. The constants of several rows are repeated so that blocks are
+  // whole; a tensor is then read in rows of `wide` numbers.
   struct Columns {
     size_t n, wide;
     std::vector<float> a_factor, b_factor, start;
@@ -89,22 +89,22 @@ class Add {
     const auto a_point = each(a_zero), b_point = each(b_zero), y_point = each(y_zero);
     const size_t wide = n > kMostRepeated ? n : std::lcm(n, kAddBlock);
     const size_t room = (wide + kAddBlock - 1) / kAddBlock * kAddBlock;
-    Columns made{n, wide, std::vector<float>(room), std::vector<float>(room), std::vector<float>(room),
+    Columns result{n, wide, std::vector<float>(room), std::vector<float>(room), std::vector<float>(room),
                  std::vector<int32_t>(room)};
     for (size_t column = 0; column < wide; ++column) {
       const size_t c = column % n, i = add_place(column);
       const double a = double{a_step(c)} / y_step(c), b = double{b_step(c)} / y_step(c);
       if (std::max(a, b) > kMostFactor)
         kOp.invalid("a scale is " + std::to_string(std::max(a, b)) + " times y_scale; expected at most 2^20 times");
-      made.a_factor[i] = static_cast<float>(a);
-      made.b_factor[i] = static_cast<float>(b);
-      made.start[i] = static_cast<float>(-(a_point(c) * a + b_point(c) * b));
-      made.zero[i] = y_point(c);
+      result.a_factor[i] = static_cast<float>(a);
+      result.b_factor[i] = static_cast<float>(b);
+      result.start[i] = static_cast<float>(-(a_point(c) * a + b_point(c) * b));
+      result.zero[i] = y_point(c);
     }
-    return made;
+    return result;
   }
 
-  // From a row's beginning to another one's, or to the end. `all` says what a row is.
+  // From the start of one row to the start of another row, or to the end. `all` has the sizes of a row.
   static void run(const AddBlock& all, size_t from, size_t to) {
     const size_t wide = all.step, near = std::max<size_t>(kNear / wide, 1);
     while (from < to) {
@@ -130,37 +130,15 @@ class Add {
 };
 
 struct Schema : Op<Schema, Add> {
-  Schema() {
-    // y has the shape of a, and may take its place or that of b.
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&]() -> OrtStatusPtr {
-        const Known a = Known::input(context, kA);
-        return a.dims.empty() ? nullptr : a.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
-      });
-    };
-    GetMayInplace = [](int** inputs, int** outputs) -> size_t {
-      static int given[] = {kA, kB}, made[] = {0, 0};
-      *inputs = given;
-      *outputs = made;
-      return 2;
-    };
-    ReleaseMayInplace = [](int*, int*) {};
-  }
-  const char* GetName() const { return "QuantAdd"; }
-  size_t GetInputTypeCount() const { return 8; }
-  ONNXTensorElementDataType GetInputType(size_t input) const {
-    return input == kAScale || input == kBScale || input == kYScale ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
-                                                                    : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-  }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; }
+  static constexpr const char* kOpName = "QuantAdd";
+  static constexpr Type kInputTypes[] = {kUint8, kFloat, kUint8, kUint8, kFloat, kUint8, kFloat, kUint8};
+  static constexpr Type kOutputTypes[] = {kUint8};
+  static inline int in_place[] = {kA, kB};
+  static OrtStatusPtr infer(OrtShapeInferContext* context) { return same_shape(context, kA, kUint8); }
 };
 
 }  // namespace
 
-const OrtCustomOp* quant_add_op() {
-  static const Schema op;
-  return &op;
-}
+DEFINE_OP(quant_add, Schema)
 
 }  // namespace calmclip

@@ -1,4 +1,4 @@
-// Attention in bytes: softmax(q k^T + mask) v for each head.
+// Attention on uint8: softmax(q k^T + mask) v for each head.
 // Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 5.
 #include "../kernels/quant_attention.h"
 
@@ -12,19 +12,19 @@
 namespace calmclip {
 namespace {
 
-constexpr size_t kGrain = 1 << 20;  // products that are worth a thread: some 8 us
-constexpr size_t kUnits = 8;        // where there are fewer heads than that, their rows are shared out too,
-constexpr size_t kRows = 64;        // at least so many together, for each share lays out all of k and v
+constexpr size_t kGrain = 1 << 20;  // products that are worth a thread: about 8 us
+constexpr size_t kUnits = 8;        // with fewer heads than this, the rows of a head are also divided among threads,
+constexpr size_t kRows = 64;        // at least this many rows in a part, because each part lays out all of k and v
 
 enum Place { kQ, kQScale, kQZero, kK, kKScale, kV, kVScale, kPScale, kMask, kYScale, kYZero };
 
 const Named kOp("QuantAttention");
 
-// How the mask's numbers lie: for each axis the step to the next, 0 where one serves all.
+// The strides of the mask: for each axis the step to the next number, 0 if one number serves all.
 struct Mask {
   const float* data = nullptr;
   size_t batch = 0, head = 0, row = 0, key = 0;
-  std::vector<uint32_t> seen;  // attention_seen of each of its rows, in order; empty where there is no telling
+  std::vector<uint32_t> seen;  // attention_seen of each row of the mask, in order; empty if unknown
 
   const float* of(size_t b, size_t h) const { return data ? data + b * batch + h * head : nullptr; }
   const uint32_t* seen_of(size_t b, size_t h) const {
@@ -47,7 +47,7 @@ class Attention {
         zeta_(kOp.attribute<float>(info, "zeta")) {
     if (width_ % heads_ || width_ / heads_ > kMostDims)
       kOp.invalid("width is " + std::to_string(width_) + " and heads " + std::to_string(heads_) +
-                  "; expected a width that the heads share evenly, at most " + std::to_string(kMostDims) + " each");
+                  "; expected a width that is a multiple of heads, at most " + std::to_string(kMostDims) + " each");
     if (!(gamma_ <= 0 && zeta_ >= 1 && gamma_ >= -1e30f && zeta_ <= 1e30f))
       kOp.invalid("gamma is " + std::to_string(gamma_) + " and zeta " + std::to_string(zeta_) +
                   "; expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30");
@@ -75,7 +75,7 @@ class Attention {
       head.mask_row = mask.row, head.mask_key = mask.key, head.seen_step = mask.row != 0;
       head.y_scale_step = scales, head.y_zero_step = zeros;
       head.scale = scale, head.v_scale = v_scale.scale(), head.gamma = gamma_, head.zeta = zeta_;
-      head.q_zero = q_zero.one(), head.p_scale = step_of(p_scale);
+      head.q_zero = q_zero.number(), head.p_scale = step_of(p_scale);
       auto output = context.GetOutput(0, {q.shape[0], q.shape[1], static_cast<int64_t>(width_)});
       if (sizes.batch == 0 || sizes.rows == 0) return nullptr;
       uint8_t* const y = output.GetTensorMutableData<uint8_t>();
@@ -93,7 +93,7 @@ class Attention {
         uint8_t* const scratch = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
         for (size_t unit = first; unit < last; ++unit) {
           const size_t share = unit % shares, h = unit / shares % heads_, b = unit / shares / heads_;
-          // whole blocks of 16 rows, as kernels take them
+          // whole blocks of 16 rows, as the kernels take them
           const size_t blocks = (sizes.rows + 15) / 16;
           const size_t start = blocks * share / shares * 16;
           const size_t end = std::min(sizes.rows, blocks * (share + 1) / shares * 16);
@@ -134,9 +134,9 @@ class Attention {
     return {q.side(0), q.side(1), k.side(1)};
   }
 
-  // 0: the row's own step, which knows no clipping.
+  // 0: normalize by the row maximum, which excludes clipping.
   float step_of(const Input<float>& p_scale) const {
-    if (p_scale.one() != 0) return p_scale.scale();
+    if (p_scale.number() != 0) return p_scale.scale();
     if (gamma_ != 0 || zeta_ != 1)
       kOp.invalid("p_scale is 0, gamma " + std::to_string(gamma_) + " and zeta " + std::to_string(zeta_) +
                   "; expected a p_scale over 0, or gamma 0 and zeta 1");
@@ -146,7 +146,7 @@ class Attention {
   Mask mask_of(const Input<float>& mask, const Sizes& sizes, float scale) const {
     if (mask.shape.size() == 1 && mask.count == 1) {
       if (*mask.data != 0)
-        kOp.invalid("mask is one number, " + std::to_string(*mask.data) + "; expected 0, which is none");
+        kOp.invalid("mask is one number, " + std::to_string(*mask.data) + "; expected 0, which means no mask");
       return {};
     }
     const size_t sides[] = {sizes.batch, heads_, sizes.rows, sizes.keys};
@@ -162,15 +162,15 @@ class Attention {
     if (!fits)
       mask.refuse("[1], or what can be broadcast to [" + std::to_string(sizes.batch) + ", " + std::to_string(heads_) +
                   ", " + std::to_string(sizes.rows) + ", " + std::to_string(sizes.keys) + "]");
-    Mask found{mask.data, steps[0], steps[1], steps[2], steps[3], {}, sizes.keys};
-    // what brings every logit so far under every other that its exp is less than the smallest float
+    Mask result{mask.data, steps[0], steps[1], steps[2], steps[3], {}, sizes.keys};
+    // a mask that lowers every logit so far that its exp is under the smallest float
     const double hides = -2 * attention_reach(width_ / heads_) * double{scale} - 104;
     if (hides > -1e30 && steps[3] == 1) {
-      found.seen.resize(mask.count / sizes.keys);
-      for (size_t i = 0; i < found.seen.size(); ++i)
-        found.seen[i] = attention_seen(mask.data + i * sizes.keys, sizes.keys, static_cast<float>(hides));
+      result.seen.resize(mask.count / sizes.keys);
+      for (size_t i = 0; i < result.seen.size(); ++i)
+        result.seen[i] = attention_seen(mask.data + i * sizes.keys, sizes.keys, static_cast<float>(hides));
     }
-    return found;
+    return result;
   }
 
   size_t heads_, width_, starts_[3];
@@ -178,33 +178,22 @@ class Attention {
 };
 
 struct Schema : Op<Schema, Attention> {
-  Schema() {
-    // [B, T, W]
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&]() -> OrtStatusPtr {
-        Known q = Known::input(context, kQ);
-        const auto width = known_attribute<1>(context, "width", ORT_OP_ATTR_INT);
-        if (q.dims.size() != 3 || width.empty()) return nullptr;
-        q.set(2, width[0]);
-        return q.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
-      });
-    };
+  static constexpr const char* kOpName = "QuantAttention";
+  static constexpr Type kInputTypes[] = {kUint8, kFloat, kUint8, kUint8, kFloat, kUint8, kFloat, kFloat, kFloat, kFloat, kUint8};
+  static constexpr Type kOutputTypes[] = {kUint8};
+
+  // [B, T, W]
+  static OrtStatusPtr infer(OrtShapeInferContext* context) {
+    Known q = Known::input(context, kQ);
+    const auto width = known_attribute<1>(context, "width", ORT_OP_ATTR_INT);
+    if (q.dims.size() != 3 || width.empty()) return nullptr;
+    q.set(2, width[0]);
+    return q.output(context, 0, kUint8);
   }
-  const char* GetName() const { return "QuantAttention"; }
-  size_t GetInputTypeCount() const { return 11; }
-  ONNXTensorElementDataType GetInputType(size_t index) const {
-    const bool bytes = index == kQ || index == kK || index == kV || index == kQZero || index == kYZero;
-    return bytes ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; }
 };
 
 }  // namespace
 
-const OrtCustomOp* quant_attention_op() {
-  static const Schema op;
-  return &op;
-}
+DEFINE_OP(quant_attention, Schema)
 
 }  // namespace calmclip

@@ -1,6 +1,6 @@
-// A depthwise convolution with channels last, in bytes. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
+// A depthwise convolution on uint8, channels last. Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
 //
-// What a graph holds as constants is made ready once, when its node's kernel is made; what is fed, in every run.
+// Constants of the graph are prepared once, when the node's kernel is constructed; fed inputs in every run.
 #include "../kernels/quant_depthwise.h"
 
 #include <array>
@@ -14,16 +14,16 @@
 namespace calmclip {
 namespace {
 
-constexpr size_t kGrain = 1 << 20;  // products that are worth a thread: some 20 us
+constexpr size_t kGrain = 1 << 20;  // products that are worth a thread: about 20 us
 
 enum Place : size_t { kX, kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero };
 
 const Named kOp("QuantDepthwise");
 
-// The inputs by their places: of a run, or the constants among them.
+// The inputs by index: of a run, or the constants of the graph.
 using Inputs = std::function<Ort::ConstValue(Place)>;
 
-// How many windows of `size` fit, a stride apart.
+// The number of windows of `size` that fit, one stride apart.
 int64_t windows(int64_t side, int64_t before, int64_t behind, int64_t size, int64_t stride) {
   const int64_t room = side + before + behind - size;
   return room < 0 ? 0 : room / stride + 1;
@@ -55,7 +55,7 @@ class Depthwise {
       const Input<uint8_t> x(kOp, context, kX, "x");
       const auto& window = weight.window;
       if (x.shape.size() != 4 || x.side(3) != group_)
-        x.refuse("[batch, height, width, " + std::to_string(group_) + "], for group is " + std::to_string(group_));
+        x.refuse("[batch, height, width, " + std::to_string(group_) + "], because group is " + std::to_string(group_));
       const int64_t down = windows(x.shape[1], pads_[0], pads_[2], window.height, strides_[0]);
       const int64_t across = windows(x.shape[2], pads_[1], pads_[3], window.width, strides_[1]);
       auto output = context.GetOutput(0, {x.shape[0], down, across, x.shape[3]});
@@ -93,7 +93,7 @@ class Depthwise {
     std::vector<int32_t> sums;
   };
 
-  // Each as long as whole blocks are, and in their order, but for `around`; see DepthwiseWork.
+  // Padded to whole blocks and in their order, except `around`; see DepthwiseWork.
   struct Channels {
     std::vector<uint8_t> around;
     std::vector<int32_t> start, zero;
@@ -102,33 +102,33 @@ class Depthwise {
 
   template <size_t n>
   static std::array<int64_t, n> sizes(Ort::ConstKernelInfo info, const char* name, int64_t least) {
-    std::vector<int64_t> given;
+    std::vector<int64_t> values;
     try {
-      given = info.GetAttributes<int64_t>(name);
+      values = info.GetAttributes<int64_t>(name);
     } catch (const Ort::Exception& error) {
       kOp.invalid("the attribute " + std::string(name) + " cannot be read: " + error.what());
     }
-    if (given.size() != n || *std::min_element(given.begin(), given.end()) < least ||
-        *std::max_element(given.begin(), given.end()) > INT32_MAX)
-      kOp.invalid(std::string(name) + " is " + text(given) + "; expected " + std::to_string(n) + " numbers, " +
+    if (values.size() != n || *std::min_element(values.begin(), values.end()) < least ||
+        *std::max_element(values.begin(), values.end()) > INT32_MAX)
+      kOp.invalid(std::string(name) + " is " + text(values) + "; expected " + std::to_string(n) + " numbers, " +
                   std::to_string(least) + " to " + std::to_string(INT32_MAX));
-    std::array<int64_t, n> made{};
-    std::copy(given.begin(), given.end(), made.begin());
-    return made;
+    std::array<int64_t, n> result{};
+    std::copy(values.begin(), values.end(), result.begin());
+    return result;
   }
 
   Weight pack(const Inputs& inputs) const {
     const Input<int8_t> weight(kOp, inputs(kWeight), "weight");
     if (weight.shape.size() != 3 || weight.side(2) != group_)
-      weight.refuse("[height, width, " + std::to_string(group_) + "], for group is " + std::to_string(group_));
+      weight.refuse("[height, width, " + std::to_string(group_) + "], because group is " + std::to_string(group_));
     const size_t height = weight.side(0), width = weight.side(1);
     if (height < 1 || width < 1 || height > kMostTaps || width > kMostTaps || height * width > kMostTaps)
       weight.refuse("a window of 1 to " + std::to_string(kMostTaps) + " taps");
     const Window window{height, width, static_cast<size_t>(strides_[0]), static_cast<size_t>(strides_[1])};
     const size_t blocks = depthwise_blocks(group_);
-    Weight made{window, packed(blocks * window.block_bytes()), std::vector<int32_t>(blocks * kBlock)};
-    pack_depthwise(weight.data, window, group_, made.packed.get(), made.sums.data());
-    return made;
+    Weight result{window, packed(blocks * window.block_bytes()), std::vector<int32_t>(blocks * kBlock)};
+    pack_depthwise(weight.data, window, group_, result.packed.get(), result.sums.data());
+    return result;
   }
 
   Channels channels(const Inputs& inputs, const Weight& weight) const {
@@ -141,19 +141,19 @@ class Depthwise {
     weight_scale.check_scales();
     if (bias.shape.size() != 1 || bias.side(0) != n) bias.refuse("[" + std::to_string(n) + "]");
     const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, n);
-    const size_t whole = weight.sums.size();
-    Channels made{std::vector<uint8_t>(n), weight.sums, std::vector<int32_t>(whole), {}, {}, {}};
-    for (auto* numbers : {&made.scale, &made.bias, &made.inverse}) numbers->resize(whole);
+    const size_t padded = weight.sums.size();
+    Channels result{std::vector<uint8_t>(n), weight.sums, std::vector<int32_t>(padded), {}, {}, {}};
+    for (auto* numbers : {&result.scale, &result.bias, &result.inverse}) numbers->resize(padded);
     for (size_t c = 0; c < n; ++c) {
       const size_t at = c / kBlock * kBlock + depthwise_place(c), step = steps.zero.size() == n ? c : 0;
-      made.around[c] = x_zero.data[x_zeros ? c : 0];
-      made.start[at] = static_cast<int32_t>(uint32_t{0} - made.around[c] * static_cast<uint32_t>(made.start[at]));
-      made.scale[at] = x_scale.data[x_scales ? c : 0] * weight_scale.data[weight_scales ? c : 0];
-      made.bias[at] = bias.data[c];
-      made.inverse[at] = steps.inverse[step];
-      made.zero[at] = steps.zero[step];
+      result.around[c] = x_zero.data[x_zeros ? c : 0];
+      result.start[at] = static_cast<int32_t>(uint32_t{0} - result.around[c] * static_cast<uint32_t>(result.start[at]));
+      result.scale[at] = x_scale.data[x_scales ? c : 0] * weight_scale.data[weight_scales ? c : 0];
+      result.bias[at] = bias.data[c];
+      result.inverse[at] = steps.inverse[step];
+      result.zero[at] = steps.zero[step];
     }
-    return made;
+    return result;
   }
 
   std::array<int64_t, 2> strides_;
@@ -164,39 +164,27 @@ class Depthwise {
 };
 
 struct Schema : Op<Schema, Depthwise> {
-  Schema() {
-    // [B, H', W', C], as far as it is known
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&]() -> OrtStatusPtr {
-        Known y = Known::input(context, kX);
-        const Known weight = Known::input(context, kWeight);
-        const auto strides = known_attribute<2>(context, "strides", ORT_OP_ATTR_INTS);
-        const auto pads = known_attribute<4>(context, "pads", ORT_OP_ATTR_INTS);
-        if (y.dims.size() != 4 || strides.empty() || pads.empty() || strides[0] < 1 || strides[1] < 1) return nullptr;
-        for (size_t i = 0; i < 2; ++i) {
-          const bool known = y.dims[1 + i] >= 0 && weight.dims.size() == 3 && weight.dims[i] >= 0;
-          y.set(1 + i, known ? windows(y.dims[1 + i], pads[i], pads[2 + i], weight.dims[i], strides[i]) : -1);
-        }
-        return y.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
-      });
-    };
+  static constexpr const char* kOpName = "QuantDepthwise";
+  static constexpr Type kInputTypes[] = {kUint8, kFloat, kUint8, kInt8, kFloat, kFloat, kFloat, kUint8};
+  static constexpr Type kOutputTypes[] = {kUint8};
+
+  // [B, H', W', C], as far as known
+  static OrtStatusPtr infer(OrtShapeInferContext* context) {
+    Known y = Known::input(context, kX);
+    const Known weight = Known::input(context, kWeight);
+    const auto strides = known_attribute<2>(context, "strides", ORT_OP_ATTR_INTS);
+    const auto pads = known_attribute<4>(context, "pads", ORT_OP_ATTR_INTS);
+    if (y.dims.size() != 4 || strides.empty() || pads.empty() || strides[0] < 1 || strides[1] < 1) return nullptr;
+    for (size_t i = 0; i < 2; ++i) {
+      const bool known = y.dims[1 + i] >= 0 && weight.dims.size() == 3 && weight.dims[i] >= 0;
+      y.set(1 + i, known ? windows(y.dims[1 + i], pads[i], pads[2 + i], weight.dims[i], strides[i]) : -1);
+    }
+    return y.output(context, 0, kUint8);
   }
-  const char* GetName() const { return "QuantDepthwise"; }
-  size_t GetInputTypeCount() const { return 8; }
-  ONNXTensorElementDataType GetInputType(size_t input) const {
-    if (input == kWeight) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
-    return input == kX || input == kXZero || input == kYZero ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
-                                                             : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; }
 };
 
 }  // namespace
 
-const OrtCustomOp* quant_depthwise_op() {
-  static const Schema op;
-  return &op;
-}
+DEFINE_OP(quant_depthwise, Schema)
 
 }  // namespace calmclip

@@ -1,4 +1,4 @@
-// A sum, its layer norm, and that in bytes, row by row.
+// A sum and its layer norm, as float32 and quantized, row by row.
 #include <atomic>
 #include <memory>
 #include <new>
@@ -10,7 +10,7 @@
 namespace calmclip {
 namespace {
 
-constexpr size_t kGrain = 32768;  // numbers that are worth a thread: some 6 us
+constexpr size_t kGrain = 32768;  // numbers that are worth a thread: about 6 us
 
 enum Place { kX, kResidual, kWeight, kBias, kYScale, kYZero };
 
@@ -32,7 +32,7 @@ class LayerNorm {
       Ort::KernelContext context(raw);
       const Input<float> x(kOp, context, kX, "x"), residual(kOp, context, kResidual, "residual");
       const Input<float> weight(kOp, context, kWeight, "weight"), bias(kOp, context, kBias, "bias");
-      if (x.shape.empty() || x.shape.back() < 1) x.refuse("[..., columns], at least one");
+      if (x.shape.empty() || x.shape.back() < 1) x.refuse("[..., columns], at least one column");
       const size_t width = x.side(x.shape.size() - 1);
       const bool one_added = residual.shape != x.shape;
       if (one_added && !(residual.shape.size() <= 1 && residual.count == 1))
@@ -77,7 +77,7 @@ class LayerNorm {
   }
 
  private:
-  // Null where nobody asks for it.
+  // Null if the node does not use this output.
   static float* answer(Ort::KernelContext& context, size_t index, const std::vector<int64_t>& shape) {
     if (index >= context.GetOutputCount()) return nullptr;
     auto output = context.GetOutput(index, shape);
@@ -85,30 +85,21 @@ class LayerNorm {
   }
 
   float epsilon_;
-  std::optional<Steps> steps_;  // of constants
+  std::optional<Steps> steps_;  // if scales and zero points are constants
 };
 
 struct Schema : Op<Schema, LayerNorm> {
-  Schema() {
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&]() -> OrtStatusPtr {
-        const Known x = Known::input(context, kX);
-        if (x.dims.empty()) return nullptr;
-        OrtStatusPtr status = x.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
-        for (size_t i = 1; !status && i < 3; ++i)  // a node that has them not complains, which is no matter
-          went(x.output(context, i, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT));
-        return status;
-      });
-    };
-  }
-  const char* GetName() const { return "QuantLayerNorm"; }
-  size_t GetInputTypeCount() const { return 6; }
-  ONNXTensorElementDataType GetInputType(size_t index) const {
-    return index == kYZero ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  }
-  size_t GetOutputTypeCount() const { return 3; }
-  ONNXTensorElementDataType GetOutputType(size_t index) const {
-    return index == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  static constexpr const char* kOpName = "QuantLayerNorm";
+  static constexpr Type kInputTypes[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kUint8};
+  static constexpr Type kOutputTypes[] = {kUint8, kFloat, kFloat};
+
+  static OrtStatusPtr infer(OrtShapeInferContext* context) {
+    const Known x = Known::input(context, kX);
+    if (x.dims.empty()) return nullptr;
+    OrtStatusPtr status = x.output(context, 0, kUint8);
+    for (size_t i = 1; !status && i < 3; ++i)  // ignores the error for outputs that the node does not name
+      went(x.output(context, i, kFloat));
+    return status;
   }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
     return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
@@ -117,9 +108,6 @@ struct Schema : Op<Schema, LayerNorm> {
 
 }  // namespace
 
-const OrtCustomOp* quant_layer_norm_op() {
-  static const Schema op;
-  return &op;
-}
+DEFINE_OP(quant_layer_norm, Schema)
 
 }  // namespace calmclip

@@ -1,9 +1,9 @@
-// A linear layer on bytes, its activation, and either bytes again or float32 with a residual added.
-// Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
+// A linear layer on uint8, its activation, and uint8 again or float32 with a residual added. Source: Jacob et al. 2017
+// (arXiv 1712.05877), section 2.2.
 //
-// Three operators: QuantLinear; QuantLinearToFloat, for an output's type follows from the inputs' types; QuantPointwise,
-// which has another body.
-// What a graph holds as constants is made ready once, when its node's kernel is made; what is fed, in every run.
+// There are three operators: QuantLinear; QuantLinearToFloat, because the type of an output must follow from the types
+// of the inputs; QuantPointwise, which has another function body. Constants of the graph are prepared once, when the
+// node's kernel is constructed; fed inputs in every run.
 #include "../kernels/quant_linear.h"
 
 #include <array>
@@ -21,14 +21,14 @@ namespace calmclip {
 namespace {
 
 constexpr size_t kGrain = 2 << 20;   // products that are worth a thread
-constexpr size_t kFewRows = 8;       // fewer take as long: it is the weights that take their time
-constexpr size_t kNear = 256 << 10;  // bytes of x at a time, for they are read once a panel: a part of an L2 cache
+constexpr size_t kFewRows = 8;       // fewer rows take as long: the time is that of the weights
+constexpr size_t kNear = 256 << 10;  // bytes of x at a time, a part of an L2 cache, because every panel reads them again
 
 enum Kind : size_t { kToBytes, kToFloat, kPointwise };
 constexpr const char* kName[] = {"QuantLinear", "QuantLinearToFloat", "QuantPointwise"};
 enum Place : size_t { kX, kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero, kResidual = kYScale };
 
-// The inputs by their places: of a run, or the constants among them.
+// The inputs by index: of a run, or the constants of the graph.
 using Inputs = std::function<Ort::ConstValue(Place)>;
 
 template <Kind kind>
@@ -57,7 +57,7 @@ class Linear {
 
       const Input<uint8_t> x(kOp, context, kX, "x");
       if (x.shape.empty() || x.shape.back() != static_cast<int64_t>(weight.k))
-        x.refuse("[..., " + std::to_string(weight.k) + "], for the weight is " + weight.text());
+        x.refuse("[..., " + std::to_string(weight.k) + "], because the weight is " + weight.text());
       if (kind == kPointwise && x.shape.size() != 4) x.refuse("[B, H, W, " + std::to_string(weight.k) + "]");
       auto shape = x.shape;
       shape.back() = static_cast<int64_t>(weight.n);
@@ -110,13 +110,13 @@ class Linear {
     std::string text() const { return "[" + std::to_string(k) + ", " + std::to_string(n) + "]"; }
   };
 
-  // Each as long as whole panels are; see LinearWork.
+  // Padded to whole panels; see LinearWork.
   struct Columns {
     std::vector<int32_t> start, zero;
     std::vector<float> scale, bias, inverse;
     std::vector<uint8_t> floor;
 
-    // What is quantized as it comes is scaled once, where no number leaves the range that a conversion to int32 has.
+    // A quantized result without a curve is scaled once, if no number leaves the range of a conversion to int32.
     void quantize_at_once(size_t k, bool relu) {
       std::vector<float> scales, biases;
       for (size_t i = 0; i < scale.size(); ++i) {
@@ -145,13 +145,13 @@ class Linear {
     if (weight.shape.size() != 2) weight.refuse("[K, N]");
     const size_t k = weight.side(0), n = weight.side(1);
     if (k > kMostK) weight.refuse("at most " + std::to_string(kMostK) + " rows");
-    Weight made{k, n, packed(linear_panels(n) * linear_panel_bytes(k)), {}};
-    made.sums.resize(linear_panels(n) * kPanel);
-    pack_linear(weight.data, k, n, made.panels.get(), made.sums.data());
-    return made;
+    Weight result{k, n, packed(linear_panels(n) * linear_panel_bytes(k)), {}};
+    result.sums.resize(linear_panels(n) * kPanel);
+    pack_linear(weight.data, k, n, result.panels.get(), result.sums.data());
+    return result;
   }
 
-  // Of each column, whether there are n or one for all.
+  // For each column: whether there are n numbers or one.
   template <class T>
   static std::vector<T> each(const std::vector<T>& numbers, size_t n) {
     return numbers.size() == n ? numbers : std::vector<T>(n, numbers[0]);
@@ -160,27 +160,27 @@ class Linear {
   static Columns columns(const Inputs& inputs, const Weight& weight, int32_t activation) {
     const size_t n = weight.n;
     const float x_scale = Input<float>(kOp, inputs(kXScale), "x_scale").scale();
-    const uint32_t x_zero = Input<uint8_t>(kOp, inputs(kXZero), "x_zero").one();
+    const uint32_t x_zero = Input<uint8_t>(kOp, inputs(kXZero), "x_zero").number();
     const Input<float> scale(kOp, inputs(kWeightScale), "weight_scale"), bias(kOp, inputs(kBias), "bias");
     const bool scales = scale.columns(n);
     scale.check_scales();
     if (bias.shape.size() != 1 || bias.side(0) != n) bias.refuse("[" + std::to_string(n) + "]");
-    Columns made{weight.sums, {}, {}, {bias.data, bias.data + n}, {}, {}};
-    for (int32_t& sum : made.start) sum = static_cast<int32_t>(-x_zero * static_cast<uint32_t>(sum));
-    for (size_t i = 0; i < n; ++i) made.scale.push_back(scale.data[scales ? i : 0] * x_scale);
+    Columns result{weight.sums, {}, {}, {bias.data, bias.data + n}, {}, {}};
+    for (int32_t& sum : result.start) sum = static_cast<int32_t>(-x_zero * static_cast<uint32_t>(sum));
+    for (size_t i = 0; i < n; ++i) result.scale.push_back(scale.data[scales ? i : 0] * x_scale);
     if constexpr (!to_float) {
       const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, n);
-      made.inverse = each(steps.inverse, n);
-      made.zero = each(steps.zero, n);
-      if (activation <= kRelu) made.quantize_at_once(weight.k, activation == kRelu);
+      result.inverse = each(steps.inverse, n);
+      result.zero = each(steps.zero, n);
+      if (activation <= kRelu) result.quantize_at_once(weight.k, activation == kRelu);
     }
-    for (auto* numbers : {&made.scale, &made.bias, &made.inverse}) numbers->resize(weight.sums.size());
-    made.zero.resize(weight.sums.size());
-    if (!made.floor.empty()) made.floor.resize(weight.sums.size());
-    return made;
+    for (auto* numbers : {&result.scale, &result.bias, &result.inverse}) numbers->resize(weight.sums.size());
+    result.zero.resize(weight.sums.size());
+    if (!result.floor.empty()) result.floor.resize(weight.sums.size());
+    return result;
   }
 
-  // Panels of columns, all of them for as many rows as are near; then the next rows.
+  // Computes all panels for a block of rows that fits the cache, then for the next rows.
   static void run(Ort::KernelContext& context, const LinearWork& work) {
     const size_t panels = linear_panels(work.n), parts = (work.rows * work.k + kNear - 1) / kNear;
     const size_t chunks = std::clamp<size_t>(parts, 1, work.rows), rows = work.rows / chunks;
@@ -206,64 +206,38 @@ class Linear {
   std::optional<Columns> columns_;
 };
 
+template <bool to_float>
+struct Types {
+  static constexpr Type kInputTypes[] = {kUint8, kFloat, kUint8, kInt8, kFloat, kFloat, kFloat, kUint8};
+  static constexpr Type kOutputTypes[] = {kUint8};
+};
+
+template <>
+struct Types<true> {
+  static constexpr Type kInputTypes[] = {kUint8, kFloat, kUint8, kInt8, kFloat, kFloat, kFloat};
+  static constexpr Type kOutputTypes[] = {kFloat};
+  static inline int in_place[] = {kResidual};
+};
+
 template <Kind kind>
-struct Schema : Op<Schema<kind>, Linear<kind>> {
-  static constexpr bool to_float = kind == kToFloat;
-  static constexpr ONNXTensorElementDataType kOut =
-      to_float ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+struct Schema : Op<Schema<kind>, Linear<kind>>, Types<kind == kToFloat> {
+  static constexpr const char* kOpName = kName[kind];
 
-  Schema() {
-    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&] { return infer(context); });
-    };
-    if constexpr (to_float) {
-      // a residual is read where y is then written, tile by tile
-      OrtCustomOp::GetMayInplace = [](int** inputs, int** outputs) -> size_t {
-        static int residual = kResidual, y = 0;
-        *inputs = &residual;
-        *outputs = &y;
-        return 1;
-      };
-      OrtCustomOp::ReleaseMayInplace = [](int*, int*) {};
-    }
-  }
-
-  // The shape of x, its last dimension that of the weight; nothing where either's rank is not known.
+  // The shape of x with the last dimension of the weight; nothing if either rank is unknown.
   static OrtStatusPtr infer(OrtShapeInferContext* context) {
     Known y = Known::input(context, kX);
     const Known weight = Known::input(context, kWeight);
     if (y.dims.empty() || weight.dims.size() != 2) return nullptr;
     y.dims.back() = weight.dims[1];
     y.names.back() = weight.names[1];
-    return y.output(context, 0, kOut);
+    return y.output(context, 0, kind == kToFloat ? kFloat : kUint8);
   }
-
-  const char* GetName() const { return kName[kind]; }
-  size_t GetInputTypeCount() const { return to_float ? 7 : 8; }
-  ONNXTensorElementDataType GetInputType(size_t input) const {
-    if (input == kX || input == kXZero) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-    if (input == kWeight) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
-    return input == kYZero ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return kOut; }
 };
 
 }  // namespace
 
-const OrtCustomOp* quant_linear_op() {
-  static const Schema<kToBytes> op;
-  return &op;
-}
-
-const OrtCustomOp* quant_pointwise_op() {
-  static const Schema<kPointwise> op;
-  return &op;
-}
-
-const OrtCustomOp* quant_linear_to_float_op() {
-  static const Schema<kToFloat> op;
-  return &op;
-}
+DEFINE_OP(quant_linear, Schema<kToBytes>)
+DEFINE_OP(quant_pointwise, Schema<kPointwise>)
+DEFINE_OP(quant_linear_to_float, Schema<kToFloat>)
 
 }  // namespace calmclip

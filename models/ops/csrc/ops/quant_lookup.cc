@@ -1,11 +1,11 @@
-// Any function of one variable between bytes: its 256 answers in a table.
+// Any function of one variable from uint8 to uint8: a table of its 256 results.
 #include "../kernels/dispatch.h"
 #include "quantized.h"
 
 namespace calmclip {
 namespace {
 
-constexpr size_t kGrain = 262144;  // bytes that are worth a thread: some 6 us
+constexpr size_t kGrain = 262144;  // bytes that are worth a thread: about 6 us
 
 enum Place { kX, kTable };
 
@@ -31,33 +31,14 @@ class Lookup {
 };
 
 struct Schema : Op<Schema, Lookup> {
-  Schema() {
-    // y has the shape of x, and may take its place.
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&]() -> OrtStatusPtr {
-        const Known x = Known::input(context, kX);
-        return x.dims.empty() ? nullptr : x.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
-      });
-    };
-    GetMayInplace = [](int** inputs, int** outputs) -> size_t {
-      static int first = 0;
-      *inputs = *outputs = &first;
-      return 1;
-    };
-    ReleaseMayInplace = [](int*, int*) {};
-  }
-  const char* GetName() const { return "QuantLookup"; }
-  size_t GetInputTypeCount() const { return 2; }
-  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8; }
+  static constexpr const char* kOpName = "QuantLookup";
+  static constexpr Type kInputTypes[] = {kUint8, kUint8}, kOutputTypes[] = {kUint8};
+  static inline int in_place[] = {kX};
+  static OrtStatusPtr infer(OrtShapeInferContext* context) { return same_shape(context, kX, kUint8); }
 };
 
 }  // namespace
 
-const OrtCustomOp* quant_lookup_op() {
-  static const Schema op;
-  return &op;
-}
+DEFINE_OP(quant_lookup, Schema)
 
 }  // namespace calmclip

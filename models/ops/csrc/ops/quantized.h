@@ -1,4 +1,4 @@
-// What the doormen of operators on bytes share: inputs by name, scales and zero points checked.
+// Shared by the op wrappers of quantized operators: inputs by name, checked scales and zero points.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,7 @@
 
 namespace calmclip {
 
-// An operator's name, for what it complains of.
+// An operator's name, for its error messages.
 class Named {
  public:
   explicit Named(const char* op) : op_(op) {}
@@ -26,7 +26,7 @@ class Named {
     }
   }
 
-  // At least `least`.
+  // An integer attribute of at least `least`.
   size_t size(Ort::ConstKernelInfo info, const char* name, int64_t least) const {
     const auto value = attribute<int64_t>(info, name);
     if (value < least || value > INT32_MAX)
@@ -39,13 +39,13 @@ class Named {
   const char* op_;
 };
 
-// An input: where its numbers lie, and its shape.
+// An input: its data and its shape.
 template <class T>
 struct Input {
   Input(const Named& op, Ort::KernelContext& context, size_t index, const char* input)
       : Input(op, context.GetInput(index), input) {}
 
-  // Of a run, or a constant of the graph.
+  // From a run, or from a constant of the graph.
   Input(const Named& op, Ort::ConstValue value, const char* input)
       : op_(op), name(input), value_(value), shape(value_.GetTensorTypeAndShapeInfo().GetShape()) {
     data = value_.GetTensorData<T>();
@@ -58,13 +58,13 @@ struct Input {
 
   size_t side(size_t axis) const { return static_cast<size_t>(shape[axis]); }
 
-  // Its only number.
-  T one() const {
+  // The only number of the input.
+  T number() const {
     if (count != 1) refuse("one number");
     return *data;
   }
 
-  // Whether it has a number for each of n columns; else it has one for all.
+  // Whether there is one number for each of n columns; otherwise there is one for all.
   bool columns(size_t n) const {
     if (shape.size() == 1 && side(0) == n) return true;
     if (count != 1) refuse("one number, or [" + std::to_string(n) + "]");
@@ -80,7 +80,7 @@ struct Input {
   }
 
   float scale() const {
-    const float value = one();
+    const float value = number();
     check_scales();
     return value;
   }
@@ -100,7 +100,7 @@ struct Input {
   size_t count = 1;
 };
 
-// What rounds numbers to bytes: 1 / scale and zero point, of each of n columns, or one each where one serves all.
+// The quantizer of an output: 1 / scale and zero point, for each of n columns, or one of each for all columns.
 struct Steps {
   Steps(const Input<float>& scale, const Input<uint8_t>& point, size_t n) {
     const bool scales = scale.columns(n), points = point.columns(n);
@@ -117,7 +117,7 @@ struct Steps {
   std::vector<int32_t> zero;
 };
 
-// A constant of the graph; null where the input is fed.
+// A constant of the graph; null if the input is fed.
 inline Ort::ConstValue constant(Ort::ConstKernelInfo info, size_t input) {
   int is_constant = 0;
   return info.GetTensorConstantInput(input, &is_constant);

@@ -1,4 +1,4 @@
-// What doormen say of shapes before a graph runs.
+// Shape inference of the op wrappers, before a graph runs.
 #pragma once
 
 #include <atomic>
@@ -7,29 +7,29 @@
 
 namespace calmclip {
 
-// Whether the API call went well; what it complained of is forgotten.
+// Whether the API call succeeded; its error is dropped.
 inline bool went(OrtStatusPtr status) { return Ort::Status(status).IsOK(); }
 
-// A shape as far as it is known before a graph runs: -1, and a name or "", for what is not.
+// A shape as far as it is known before a graph runs. An unknown side is -1 with a name or "".
 struct Known {
   std::vector<int64_t> dims;
   std::vector<std::string> names;
 
-  // Of the input; without dims where its rank is not known.
+  // The shape of an input; without dims if the rank is unknown.
   static Known input(OrtShapeInferContext* context, size_t index) {
     const OrtApi& api = Ort::GetApi();
-    OrtTensorTypeAndShapeInfo* info = nullptr;  // the context's own
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
     size_t rank = 0;
     if (!went(api.ShapeInferContext_GetInputTypeShape(context, index, &info)) || !info ||
         !went(api.GetDimensionsCount(info, &rank)))
       return {};
-    Known found{std::vector<int64_t>(rank), std::vector<std::string>(rank)};
+    Known known{std::vector<int64_t>(rank), std::vector<std::string>(rank)};
     std::vector<const char*> names(rank, "");
-    if (!went(api.GetDimensions(info, found.dims.data(), rank)) ||
+    if (!went(api.GetDimensions(info, known.dims.data(), rank)) ||
         !went(api.GetSymbolicDimensions(info, names.data(), rank)))
       return {};
-    for (size_t i = 0; i < rank; ++i) found.names[i] = names[i] ? names[i] : "";
-    return found;
+    for (size_t i = 0; i < rank; ++i) known.names[i] = names[i] ? names[i] : "";
+    return known;
   }
 
   void set(size_t axis, int64_t side) {
@@ -37,16 +37,16 @@ struct Known {
     names[axis].clear();
   }
 
-  OrtStatusPtr output(OrtShapeInferContext* context, size_t index, ONNXTensorElementDataType type) const {
+  OrtStatusPtr output(OrtShapeInferContext* context, size_t index, Type type) const {
     const OrtApi& api = Ort::GetApi();
-    // For ONNX Runtime a side without a name is its number, and -1 one that fits no other: it refuses a graph where such a
-    // side meets one that is known. So what is not known has a name that nobody else has.
+    // ONNX Runtime compares sides without a name by number, and -1 then equals no known side: it refuses such a graph.
+    // So every unknown side gets a name that no other side has.
     static std::atomic<uint64_t> number = 0;
-    std::vector<std::string> own = names;
+    std::vector<std::string> unique = names;
     std::vector<const char*> raw;
-    for (size_t i = 0; i < own.size(); ++i) {
-      if (dims[i] < 0 && own[i].empty()) own[i] = std::string(kDomain) + "." + std::to_string(number++);
-      raw.push_back(own[i].c_str());
+    for (size_t i = 0; i < unique.size(); ++i) {
+      if (dims[i] < 0 && unique[i].empty()) unique[i] = std::string(kDomain) + "." + std::to_string(number++);
+      raw.push_back(unique[i].c_str());
     }
     OrtTensorTypeAndShapeInfo* info = nullptr;
     Ort::ThrowOnError(api.CreateTensorTypeAndShapeInfo(&info));
@@ -59,7 +59,13 @@ struct Known {
   }
 };
 
-// The attribute's integers; none where they cannot be read.
+// An output of the shape of an input; nothing if its rank is unknown, or 0.
+inline OrtStatusPtr same_shape(OrtShapeInferContext* context, size_t input, Type type) {
+  const Known shape = Known::input(context, input);
+  return shape.dims.empty() ? nullptr : shape.output(context, 0, type);
+}
+
+// The integers of an attribute; empty if it cannot be read.
 template <size_t n>
 std::vector<int64_t> known_attribute(OrtShapeInferContext* context, const char* name, OrtOpAttrType type) {
   const OrtApi& api = Ort::GetApi();

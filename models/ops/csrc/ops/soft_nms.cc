@@ -1,4 +1,4 @@
-// Greedy suppression that decays the scores of overlapping boxes, of one image or of many.
+// Greedy suppression that decays the scores of overlapping boxes, for one image or many.
 // Source: Bodla et al. 2017 (arXiv 1704.04503), section 3.
 #include <atomic>
 #include <cmath>
@@ -11,7 +11,7 @@
 namespace calmclip {
 namespace {
 
-enum Input { kBoxes, kScores, kClasses, kMethod, kPerClass, kThreshold, kSigma, kMinScore, kMaxOutput, kInputs };
+enum Input { kBoxes, kScores, kClasses, kMethod, kPerClass, kThreshold, kSigma, kMinScore, kMaxOutput };
 constexpr const char* kNames[] = {"boxes",         "scores", "classes",   "method",    "per_class",
                                   "iou_threshold", "sigma",  "min_score", "max_output"};
 
@@ -68,11 +68,11 @@ class SoftNmsKernel {
         invalid("boxes has the shape " + text(shape) + "; expected [N, 4] or [B, N, 4]");
       const std::vector<int64_t> rows(shape.begin(), shape.end() - 1);
       for (const Input which : {kScores, kClasses})
-        if (const auto found = shape_of(context, which); found != rows)
-          invalid(std::string(kNames[which]) + " has the shape " + text(found) + "; expected " + text(rows) +
+        if (const auto actual = shape_of(context, which); actual != rows)
+          invalid(std::string(kNames[which]) + " has the shape " + text(actual) + "; expected " + text(rows) +
                   ", for boxes has the shape " + text(shape));
       const auto n = static_cast<size_t>(rows.back());
-      // without boxes the number of images may be anything: there is no memory that bounds it
+      // without boxes the number of images is unbounded, because it takes no memory
       const auto images = n == 0 ? size_t{0} : static_cast<size_t>(rows.size() == 2 ? rows[0] : 1);
       if (images && n > static_cast<size_t>(std::numeric_limits<int32_t>::max()) - 64)
         invalid("there are " + std::to_string(n) + " boxes in an image; expected fewer than 2^31 - 64");
@@ -90,7 +90,7 @@ class SoftNmsKernel {
       const auto kept = std::make_unique_for_overwrite<int64_t[]>(images * most);
       const auto kept_scores = std::make_unique_for_overwrite<float[]>(images * most);
       std::vector<size_t> counts(images);
-      std::atomic<bool> starved = false;  // what a thread of the pool throws would end the process
+      std::atomic<bool> starved = false;  // an exception on a thread of the pool would end the process
       const size_t grain = 1 + 4096 / std::max<size_t>(n, 1);
       spread(context, images, grain, [&](size_t first, size_t last) noexcept {
         for (size_t b = first; b < last; ++b) try {
@@ -124,23 +124,13 @@ class SoftNmsKernel {
 };
 
 struct Schema : Op<Schema, SoftNmsKernel> {
-  const char* GetName() const { return "SoftNMS"; }
-  size_t GetInputTypeCount() const { return kInputs; }
-  ONNXTensorElementDataType GetInputType(size_t i) const {
-    const bool whole = i == kClasses || i == kMethod || i == kPerClass || i == kMaxOutput;
-    return whole ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  }
-  size_t GetOutputTypeCount() const { return 4; }
-  ONNXTensorElementDataType GetOutputType(size_t i) const {
-    return i == 1 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-  }
+  static constexpr const char* kOpName = "SoftNMS";
+  static constexpr Type kInputTypes[] = {kFloat, kFloat, kInt64, kInt64, kInt64, kFloat, kFloat, kFloat, kInt64};
+  static constexpr Type kOutputTypes[] = {kInt64, kFloat, kInt64, kInt64};
 };
 
 }  // namespace
 
-const OrtCustomOp* soft_nms_op() {
-  static const Schema op;
-  return &op;
-}
+DEFINE_OP(soft_nms, Schema)
 
 }  // namespace calmclip

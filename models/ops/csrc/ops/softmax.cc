@@ -10,20 +10,21 @@
 namespace calmclip {
 namespace {
 
-constexpr size_t kGrain = 16384;   // elements that are worth a thread; ONNX Runtime's own Softmax takes as many
-constexpr size_t kColumns = 16;    // along another axis than the last: gathered at a time, a cache line of floats
-constexpr size_t kGather = 65536;  // or fewer, so that they take no more floats than this
+constexpr size_t kGrain = 16384;   // elements that are worth a thread, as in ONNX Runtime's own Softmax
+constexpr size_t kColumns = 16;    // columns gathered at a time if the axis is not the last: a cache line of floats
+constexpr size_t kGather = 65536;  // or fewer, so that they take at most this many floats
 
-// ONNX Runtime fills in no defaults for a custom operator, and tells "absent" and "of another type" apart in words only.
+// ONNX Runtime fills in no defaults for a custom operator. It distinguishes "absent" and "of another type" by text
+// only.
 bool has_other_type(const OrtKernelInfo* info, const char* name) {
   const OrtApi& api = Ort::GetApi();
-  int64_t whole;
+  int64_t integer;
   float number;
   size_t size = 0;
   Ort::AllocatorWithDefaultOptions allocator;
   OrtValue* tensor = nullptr;
   if (went(api.KernelInfoGetAttribute_tensor(info, name, allocator, &tensor))) return Ort::Value(tensor), true;
-  return went(api.KernelInfoGetAttribute_int64(info, name, &whole)) ||
+  return went(api.KernelInfoGetAttribute_int64(info, name, &integer)) ||
          went(api.KernelInfoGetAttribute_float(info, name, &number)) ||
          went(api.KernelInfoGetAttribute_string(info, name, nullptr, &(size = 0))) ||
          went(api.KernelInfoGetAttributeArray_int64(info, name, nullptr, &(size = 0))) ||
@@ -39,7 +40,7 @@ T attribute(const OrtKernelInfo* info, const char* name, const char* type, T oth
   return otherwise;
 }
 
-// A row for each (outer, inner), in between the values along the axis; contiguous where inner is 1.
+// One row for each (outer, inner); the values along the axis are between; contiguous if inner is 1.
 struct Rows {
   size_t outer = 1, cols = 1, inner = 1;
 };
@@ -62,7 +63,7 @@ class Softmax {
       const auto input = context.GetInput(0);
       const auto shape = input.GetTensorTypeAndShapeInfo().GetShape();
       const auto rank = static_cast<int64_t>(shape.size());
-      if (axis_ < -rank || axis_ >= rank)  // of rank 0 every axis is
+      if (axis_ < -rank || axis_ >= rank)  // with rank 0 every axis is out of range
         return refuse("Softmax: axis is " + std::to_string(axis_) + " and x has the shape " + text(shape) +
                       "; expected an axis that x has");
       auto output = context.GetOutput(0, shape);
@@ -89,7 +90,7 @@ class Softmax {
     return nullptr;
   }
 
-  // A few columns at a time are gathered into rows, and scattered from there. Exceptions stay on their thread.
+  // Gathers a few columns at a time into rows, and scatters the results. An exception stays on its thread.
   OrtStatusPtr strided(Ort::KernelContext& context, const float* x, float* y, const Rows& rows) const {
     const size_t cols = rows.cols, inner = rows.inner;
     const size_t width = std::clamp<size_t>(kGather / cols, 1, std::min(kColumns, inner));
@@ -120,33 +121,14 @@ class Softmax {
 };
 
 struct Schema : Op<Schema, Softmax> {
-  Schema() {
-    // y has the type and shape of x, and may take its place.
-    InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) {
-      return guarded([&]() -> OrtStatusPtr {
-        const Known x = Known::input(context, 0);  // of an x whose rank is not known it is 0, too
-        return x.dims.empty() ? nullptr : x.output(context, 0, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-      });
-    };
-    GetMayInplace = [](int** inputs, int** outputs) -> size_t {
-      static int first = 0;
-      *inputs = *outputs = &first;
-      return 1;
-    };
-    ReleaseMayInplace = [](int*, int*) {};
-  }
-  const char* GetName() const { return "Softmax"; }
-  size_t GetInputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  static constexpr const char* kOpName = "Softmax";
+  static constexpr Type kInputTypes[] = {kFloat}, kOutputTypes[] = {kFloat};
+  static inline int in_place[] = {0};
+  static OrtStatusPtr infer(OrtShapeInferContext* context) { return same_shape(context, 0, kFloat); }
 };
 
 }  // namespace
 
-const OrtCustomOp* softmax_op() {
-  static const Schema op;
-  return &op;
-}
+DEFINE_OP(softmax, Schema)
 
 }  // namespace calmclip
