@@ -1,7 +1,7 @@
-"""What a bundle is and does: the ground that export and service share. Free of torch and of HTTP."""
+"""Bundles and their tasks: the package that export and service share. It imports neither torch nor HTTP."""
 
 import os
 
-# ONNX Runtime's wheels keep a file of what is run and send it to their maker unless told otherwise. They look when they
-# are imported, which nothing of ours does before this package.
+# ONNX Runtime's wheels record and send usage data unless this is set before their import. All imports of onnxruntime in
+# calmclip come after this package.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,8 +1,7 @@
-"""`Classifier`: labels, the sentences that stand for them, and the head that scores pictures against them, as one
-value.
+"""`Classifier`: labels, their sentences, and the head that scores pictures against them, as one value.
 
-A bundle carries at most one, as its default; a service registers any number; a request may name one, or say its own
-labels and templates. Whatever it leaves open is the bundle's own.
+A bundle has at most one, its default. A service registers any number. A request names one, or has its own labels and
+templates; the bundle's default supplies the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,34 +10,31 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
-from calmclip.models.errors import BadRequest, ClassifierMismatch, TaskNotServed, TooManyLabels
+from calmclip.models.errors import ClassifierMismatch, TaskNotServed
 from calmclip.models.flow import Arrays
 from calmclip.models.heads import BoundHead
-
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+from calmclip.models.labels import check_lists, check_none_below, check_temperature, check_texts
 
 
 def fill(template: str, label: str) -> str:
-    """``template`` with its ``{}`` replaced. Not `str.format`: a label may hold braces, a template no code."""
+    """``template`` with its ``{}`` replaced. Not by `str.format`: a label may hold braces."""
     return template.replace("{}", label)
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """What pictures are told apart by.
+    """``templates`` (with a ``{}`` each) make the sentences of a label; the label's vector is the mean of their unit
+    vectors. ``descriptions`` (label -> sentences) replace the templates for their labels.
 
-    ``templates``, each with a ``{}``, make the sentences of a label, whose unit vectors are averaged; ``descriptions``
-    (label -> sentences) take their place for the labels that have some. ``head`` names a plug-in of the family heads,
-    ``params`` and ``assets`` are its own; ``columns``: the labels that its columns are, None: ``labels``.
-    ``temperature`` divides the logits: over 1 the scores are less sure of themselves (Guo et al. 2017, arXiv
-    1706.04599). ``none_below``: with no score of at least that, none of the labels fits (Ming et al. 2022, arXiv
-    2211.13445); None: that is not asked.
+    ``head`` names a plug-in of the family heads; ``params`` and ``assets`` are the head's own; ``columns``: the labels
+    of its columns, None: ``labels``. ``temperature`` divides the logits: above 1 the scores are less confident (Guo et
+    al. 2017, arXiv 1706.04599). ``none_below``: if every score is lower, none of the labels fits (Ming et al. 2022,
+    arXiv 2211.13445); None: no such test.
 
-    ``family``: of the bundles that it was made for, where it was fitted or calibrated; None: for any. Float and INT8
-    bundles of one export are of one family.
+    ``family``: the bundles that it was fitted or calibrated for; None: any bundle. The float and the INT8 bundle of one
+    export have the same family.
 
-    Raises `BadRequest`: a label or sentence that is empty, a template without ``{}``, a description of what is no
-    label, a temperature or threshold out of range.
+    Raises `BadRequest` as `check_texts`, and for a temperature or threshold out of range.
     """
 
     labels: tuple[str, ...] = ()
@@ -53,15 +49,12 @@ class Classifier:
     family: str | None = None
 
     def __post_init__(self) -> None:
-        check_lists(self.labels, self.templates)
-        check_labels(self.labels)
-        check_templates(self.templates)
-        check_descriptions(self.descriptions, self.labels)
+        check_texts(self.labels, self.templates, self.descriptions)
         check_temperature(self.temperature)
         check_none_below(self.none_below)
 
-    def over(self, default: "Classifier") -> "Classifier":
-        """Complete: what this one leaves open is ``default``'s, which is a bundle's own."""
+    def with_defaults(self, default: "Classifier") -> "Classifier":
+        """Labels, templates and head, where this classifier has none, come from ``default``, the bundle's."""
         if default is self:
             return self
         filled: dict[str, Any] = {}
@@ -70,111 +63,55 @@ class Classifier:
         if not self.templates and default.templates:
             filled["templates"] = default.templates
         if self.head is None and default.head is not None:
-            own = {"head": default.head, "params": default.params, "assets": default.assets}
-            filled |= own | {"columns": default.columns or default.labels}
+            filled |= {"head": default.head, "params": default.params, "assets": default.assets}
+            filled["columns"] = default.columns or default.labels
         return replace(self, **filled)._bound_as(default if "head" in filled else self) if filled else self
 
-    def asked(self, labels: Sequence[str] = (), templates: Sequence[str] = ()) -> "Classifier":
-        """For one request, whose labels and templates win. The head keeps its columns, so one with columns of its own
-        finds each label that is asked for by name. Raises `BadRequest`."""
+    def for_request(self, labels: Sequence[str] = (), templates: Sequence[str] = ()) -> "Classifier":
+        """With the labels and templates of a request, if it has some. The head keeps its columns, so it finds each
+        requested label by name. Raises `BadRequest`."""
         if not labels and not templates:
             return self
         check_lists(labels, templates)
         changed: dict[str, Any] = {"columns": self.columns or self.labels}
         if labels:
-            chosen = tuple(labels)
-            kept = {label: self.descriptions[label] for label in chosen if label in self.descriptions}
-            changed |= {"labels": chosen, "descriptions": kept}
+            descriptions = {label: self.descriptions[label] for label in labels if label in self.descriptions}
+            changed |= {"labels": tuple(labels), "descriptions": descriptions}
         if templates:
             changed |= {"templates": tuple(templates), "descriptions": {}}
         return replace(self, **changed)._bound_as(self)
 
     def _bound_as(self, other: "Classifier") -> "Classifier":
-        """With the head that ``other`` has bound, for it is the same: to bind it for each request takes time."""
+        """Share the bound head of ``other``, which is the same: binding takes time."""
         if "bound" in other.__dict__:
             self.__dict__["bound"] = other.bound
         return self
 
     @cached_property
     def bound(self) -> BoundHead:
-        """The head, ready to score. Raises `BadRequest`, see `BoundHead`; `TaskNotServed` where there is no head."""
+        """The head, ready to score. Raises `BadRequest` as `BoundHead`; `TaskNotServed` if there is no head."""
         if self.head is None:
             raise TaskNotServed("the bundle has no head, so it scores no labels")
         return BoundHead(self.head, self.params, self.assets, self.columns or self.labels)
 
     @cached_property
     def text_key(self) -> str:
-        """Stands for what decides the vectors of the labels: they, their templates and descriptions."""
-        said = repr((self.labels, self.templates, sorted(self.descriptions.items())))
-        return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        """A fingerprint of the label vectors' input: labels, templates, descriptions."""
+        texts = repr((self.labels, self.templates, sorted(self.descriptions.items())))
+        return blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def sentences(self, label: str) -> tuple[str, ...]:
-        """At least one."""
+        """The sentences of ``label``, at least one."""
         return self.descriptions.get(label) or tuple(fill(template, label) for template in self.templates) or (label,)
 
     def temperature_for(self, family: str) -> float:
-        """What was found for one family of bundles says nothing of another, whose scores stay as they are."""
+        """1 for another family of bundles: a temperature holds only for the family that it was calibrated on."""
         return self.temperature if self.family in (None, family) else 1.0
 
     def require_family(self, family: str, bundle: str) -> None:
-        """Raises `ClassifierMismatch` where its head was fitted to vectors of other bundles."""
+        """Raises `ClassifierMismatch` if the head was fitted to vectors of another family."""
         if self.assets and self.family not in (None, family):
             raise ClassifierMismatch(
                 f"the classifier was fitted to vectors of the family {str(self.family)[:12]}…; bundle "
-                f"{bundle!r} is of the family {family[:12]}…. Ask with a bundle of that family, or fit it anew"
+                f"{bundle!r} is of the family {family[:12]}…. Use a bundle of that family, or fit it again"
             )
-
-
-def check_lists(labels: Sequence[str], templates: Sequence[str]) -> None:
-    """Raises `BadRequest` for a text where a list of texts belongs."""
-    for name, given in (("labels", labels), ("templates", templates)):
-        if isinstance(given, str):
-            raise BadRequest(f"{name} is the text {given[:40]!r}; expected a list of texts")
-
-
-def check_labels(labels: Sequence[str]) -> None:
-    """Raises `BadRequest` for an empty label."""
-    for index, label in enumerate(labels):
-        if not label.strip():
-            raise BadRequest(f"label {index} is empty; expected some words")
-
-
-def check_distinct(labels: Sequence[str]) -> None:
-    """Raises `BadRequest` for a label that is given twice: of a classifier that is kept, each is a column of its
-    own."""
-    if len({*labels}) < len(labels):
-        seen: set[str] = set()
-        repeated = next(label for label in labels if label in seen or seen.add(label))  # type: ignore[func-returns-value]
-        raise BadRequest(f"the label {repeated!r} is given twice; expected each once")
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raises `BadRequest` for a template without a place for the label."""
-    for template in templates:
-        if "{}" not in template:
-            raise BadRequest(f"the template {template[:200]!r} has no '{{}}' where the label belongs")
-
-
-def check_descriptions(descriptions: Mapping[str, Sequence[str]], labels: Sequence[str]) -> None:
-    """Raises `BadRequest` for descriptions of what is no label, or without words."""
-    for label, sentences in descriptions.items():
-        if labels and label not in labels:
-            raise BadRequest(f"there are descriptions of {label[:200]!r}, which is none of the {len(labels)} labels")
-        if isinstance(sentences, str) or not sentences or not all(sentence.strip() for sentence in sentences):
-            raise BadRequest(f"the descriptions of {label[:200]!r} are {sentences!r}; expected a list of sentences")
-
-
-def check_temperature(temperature: float) -> None:
-    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise BadRequest(f"temperature is {temperature}; expected {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}")
-
-
-def check_none_below(none_below: float | None) -> None:
-    if none_below is not None and not 0 < none_below <= 1:
-        raise BadRequest(f"none_below is {none_below}; expected over 0, at most 1")
-
-
-def require_labels(labels: Sequence[str]) -> None:
-    """Raises `TooManyLabels` where there are none."""
-    if not labels:
-        raise TooManyLabels("no labels were given; expected at least one, for example 'a cat'")

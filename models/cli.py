@@ -1,6 +1,6 @@
-"""The front door: `calmclip VERB …`. A verb's module is imported when the verb is chosen.
+"""The command line: `calmclip VERB …`. A verb's module is imported when the verb is used.
 
-Exit status: 0 done, 1 a check did not pass, 2 bad usage or bad input, 3 an extra is missing (and which).
+Exit status: 0 success, 1 a check failed, 2 bad usage or bad input, 3 an extra is missing.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from calmclip.models.extras import extra_of, missing
 
 BUNDLES = Path("models/bundles")
 
-# verb -> (function, what it does). The whole command line on one screen.
+# verb -> (function, description)
 VERBS: dict[str, tuple[str, str]] = {
     "export": ("calmclip.export.cli:export_command", "checkpoint directory, or 'mini', -> INT8 bundle"),
     "align": (
@@ -70,11 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(missing(f"calmclip {verb}", error.name or "", extra), 3)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output left; nothing more to say
+    except BrokenPipeError:  # the reader of the output has closed the pipe
         sys.stderr.close()
         return 0
     except FileNotFoundError as error:
-        return _fail(f"{error.filename} is not there", 2)
+        return _fail(f"{error.filename} does not exist", 2)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
 
@@ -85,7 +85,7 @@ def usage() -> str:
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
-    """What every verb starts from."""
+    """The parser of a verb, with the flags that all verbs have."""
     options = argparse.ArgumentParser(prog=f"calmclip {verb}", description=description)
     options.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return options
@@ -94,36 +94,36 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def bundle_options(
     options: argparse.ArgumentParser, *, threads: int = 0, defaults: argparse.Namespace | None = None
 ) -> None:
-    """What every verb takes that opens a bundle: where they are, and how their graphs run. ``defaults``: what an
-    earlier parser of the same command line found."""
+    """The flags of all verbs that open a bundle. ``defaults``: the values of an earlier parser of the same command
+    line."""
     ops = os.environ.get("CALMCLIP_OPS") or "auto"
-    options.add_argument("--bundles", type=Path, default=defaults.bundles if defaults else BUNDLES)
-    threads = defaults.threads if defaults else threads
-    options.add_argument("--threads", type=int, default=threads, help="0: one per core")
+    defaults = defaults or argparse.Namespace(bundles=BUNDLES, threads=threads, ops=ops)
+    options.add_argument("--bundles", type=Path, default=defaults.bundles)
+    options.add_argument("--threads", type=int, default=defaults.threads, help="0: one per core")
     options.add_argument(
-        "--ops", type=ops_mode, default=defaults.ops if defaults else ops,
-        help="the op library: auto (where there is one), required or off; default: what CALMCLIP_OPS says, else auto",
+        "--ops", type=ops_mode, default=defaults.ops,
+        help="the op library: auto (if there is one), required or off; default: CALMCLIP_OPS, else auto",
     )  # fmt: skip
 
 
 def ops_mode(text: str) -> str:
-    """An argparse type, of the environment's word too."""
+    """An argparse type, also for the environment's value."""
     from calmclip.models.ops.library import MODES
 
     if text not in MODES:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MODES)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(MODES)}")
     return text
 
 
 def emit(as_json: bool, value: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
-    """The answer of a verb, for a program or for a person."""
+    """Print the answer of a verb, as JSON or as text."""
     if as_json:
         print(json.dumps(value))
     else:

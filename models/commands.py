@@ -19,75 +19,73 @@ from calmclip.models.measure import latency, machine
 from calmclip.models.outliers import outliers
 from calmclip.models.registry import FAMILIES, catalog
 from calmclip.models.runner import Runner, open_bundle
+from calmclip.models.suppression import Suppression
 from calmclip.models.tasks import TASKS, Task
-from calmclip.models.tasks.detect import Suppression
 
-CHART = "calmclip.export.chart"  # needs matplotlib, which the extra of export brings
+CHART = "calmclip.export.chart"  # needs matplotlib, of the extra `export`
 
 
 def show_command(argv: list[str]) -> int:
     """`calmclip show [BUNDLE [--outliers [--plot FILE.png]]]`: manifest and report as a table, or outliers; without
-    BUNDLE, the names there are."""
+    BUNDLE, the names of all bundles."""
     options = parser("show", "Manifest and report of a bundle.")
     options.add_argument("bundle", nargs="?")
     options.add_argument("--bundles", type=Path, default=BUNDLES)
-    options.add_argument("--outliers", action="store_true", help="of its graphs in float, tensor by tensor")
-    options.add_argument("--plot", type=Path, metavar="FILE.png", help="with --outliers: draw them into this file too")
-    given = options.parse_args(argv)
-    if given.plot and not given.outliers:
+    options.add_argument("--outliers", action="store_true", help="of the float graphs, for each tensor")
+    options.add_argument("--plot", type=Path, metavar="FILE.png", help="with --outliers: also draw them into this file")
+    args = options.parse_args(argv)
+    if args.plot and not args.outliers:
         options.error("--plot draws outliers; add --outliers")
-    if not given.bundle:
-        if given.outliers:
-            options.error("--outliers needs a bundle; 'calmclip show' prints the names there are")
-        emit(
-            given.json, {"bundles": names(given.bundles)}, lambda v: print("\n".join(v["bundles"]) or "no bundles yet")
-        )
+    if not args.bundle:
+        if args.outliers:
+            options.error("--outliers needs a bundle; 'calmclip show' prints the names")
+        emit(args.json, {"bundles": names(args.bundles)}, lambda v: print("\n".join(v["bundles"]) or "no bundles yet"))
         return 0
-    sealed = read(find(given.bundle, given.bundles), verify=False)
-    if given.outliers:
-        return _outliers(given.json, sealed, given.plot)
+    sealed = read(find(args.bundle, args.bundles), verify=False)
+    if args.outliers:
+        return _outliers(args.json, sealed, args.plot)
     file = sealed.directory / "report.json"
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     value = {"digest": sealed.digest, "manifest": sealed.manifest.model_dump(mode="json"), "report": report}
-    emit(given.json, value, _show)
+    emit(args.json, value, _show)
     return 0
 
 
 def _outliers(as_json: bool, sealed: Sealed, plot: Path | None) -> int:
     name = sealed.manifest.name
-    found = outliers(sealed.directory, sealed.manifest.graphs)
-    if not found:
+    measured = outliers(sealed.directory, sealed.manifest.graphs)
+    if not measured:
         raise BundleInvalid(
-            f"the report of {name} says nothing of outliers: it was exported before they were measured, or is not as "
-            "export writes it; export the checkpoint again"
+            f"the report of {name} has no outliers: an older calmclip exported it, or it is damaged; export the "
+            "checkpoint again"
         )
     if plot:
-        import_module(CHART).draw(found, plot, title=name)
+        import_module(CHART).draw(measured, plot, title=name)
     graphs = {
-        role: one.model_dump(mode="json")
-        | {"tensors": {tensor: pair._asdict() for tensor, pair in one.tensors.items()}}
-        for role, one in found.items()
+        role: graph.model_dump(mode="json")
+        | {"tensors": {tensor: pair._asdict() for tensor, pair in graph.tensors.items()}}
+        for role, graph in measured.items()
     }
     emit(as_json, {"bundle": name, "graphs": graphs, "plot": str(plot) if plot else None}, _show_outliers)
     return 0
 
 
 def check_command(argv: list[str]) -> int:
-    """`calmclip check BUNDLE`: every file hashed, every graph run once; exit 1 when something is not right."""
+    """`calmclip check BUNDLE`: every file hashed, every graph run once; exit 1 if a check fails."""
     options = parser("check", "Verify a bundle and run each of its graphs once.")
     options.add_argument("bundle")
     bundle_options(options)
-    given = options.parse_args(argv)
-    directory = find(given.bundle, given.bundles)
+    args = options.parse_args(argv)
+    directory = find(args.bundle, args.bundles)
     checks: list[dict[str, Any]] = []
     try:
-        for check, passed in _checks(open_bundle(directory, threads=given.threads, ops=given.ops)):
+        for check, passed in _checks(open_bundle(directory, threads=args.threads, ops=args.ops)):
             checks.append({"check": check, "passed": passed})
     except (BundleInvalid, UnknownName) as error:
         checks.append({"check": str(error), "passed": False})
     passed = all(check["passed"] for check in checks)
     emit(
-        given.json,
+        args.json,
         {"bundle": directory.name, "passed": passed, "checks": checks},
         lambda v: print("\n".join(f"{'ok  ' if c['passed'] else 'FAIL'} {c['check']}" for c in v["checks"])),
     )
@@ -95,104 +93,99 @@ def check_command(argv: list[str]) -> int:
 
 
 def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
-    """What was looked at, and whether it is right. `detect` is fed what `regions` and `text` answered."""
+    """Each check and whether it passed. The outputs of `regions` and `text` are inputs of `detect`."""
     bundle = runner.bundle
     yield f"{len(bundle.manifest.files)} files hashed", True
     bundle.warm()
     yield "tokenizer and classifier load", True
-    known: dict[str, Array] = Suppression(min_score=0.0).tensors()  # so that `detect` has boxes to suppress
+    known: dict[str, Array] = Suppression(min_score=0.0).tensors()  # with 0, `detect` has boxes to suppress
     for role, graph in sorted(bundle.manifest.graphs.items(), key=lambda item: item[1].preprocess is None):
         try:
             session = runner.session(role)
             if graph.preprocess is None and not graph.inputs.keys() <= known.keys():
-                yield f"{role}: loads", True  # served raw: what it takes, only its caller knows
+                yield f"{role}: loads", True  # for the task raw: its inputs are unknown here
                 continue
             outputs = session.run(_feeds(bundle, role, known))
-        except Exception as error:  # also those of ONNX Runtime, whose types are not public
+        except Exception as error:  # the types of ONNX Runtime's errors are not public
             yield f"{role}: {error}", False
             continue
         known.update(outputs)
         for name, promised in graph.outputs.items():
-            found = outputs[name]
-            fits = found.dtype.name == promised.dtype and len(found.shape) == len(promised.shape)
-            yield (
-                f"{role}: {name} {list(found.shape)} {found.dtype.name}, finite",
-                fits and bool(np.isfinite(found).all()),
-            )
+            array = outputs[name]
+            fits = array.dtype.name == promised.dtype and len(array.shape) == len(promised.shape)
+            title = f"{role}: {name} {list(array.shape)} {array.dtype.name}, finite"
+            yield title, fits and bool(np.isfinite(array).all())
             if name.endswith("_embeds"):
-                unit = bool(np.allclose(np.linalg.norm(found, axis=-1), 1.0, atol=1e-3))
+                unit = bool(np.allclose(np.linalg.norm(array, axis=-1), 1.0, atol=1e-3))
                 yield f"{role}: {name} rows are unit vectors", unit
 
 
 def _feeds(bundle: Bundle, role: str, known: Arrays) -> Arrays:
-    """Noise for a graph of pictures, a sentence for one of texts, what others answered for the rest."""
+    """Noise for a graph of pictures, a sentence for a graph of texts, else the outputs of other graphs."""
     graph = bundle.graph(role)
     if graph.preprocess is None:
         return {name: known[name] for name in graph.inputs}
     if graph.preprocess.kind == "text":
         return bundle.text(role).prepare(["a self-test"])
     if graph.preprocess.in_graph:
-        return {graph.preprocess.input: np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)}
+        return {graph.preprocess.input: _noise((48, 64, 3))}
     shape = [1 if isinstance(d, str) else d for d in graph.inputs[graph.preprocess.input].shape]
     return {graph.preprocess.input: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
 
 
 def run_command(argv: list[str]) -> int:
-    """`calmclip run BUNDLE TASK PICTURE…`: answers of one task, no server; every task has its own flags."""
-    chosen = parser(
-        "run", "Ask a bundle from the command line. 'calmclip run BUNDLE TASK --help' lists a task's flags."
-    )
-    chosen.add_argument("bundle")
-    chosen.add_argument("task", help="; ".join(f"{name}: {task.summary}" for name, task in _runnable().items()))
-    chosen.add_argument("rest", nargs=argparse.REMAINDER, help="pictures, and the task's flags", metavar="…")
-    bundle_options(chosen)
-    first = chosen.parse_args(argv)
+    """`calmclip run BUNDLE TASK PICTURE…`: answers of one task without a server; each task has its own flags."""
+    outer = parser("run", "Run a task of a bundle. 'calmclip run BUNDLE TASK --help' lists a task's flags.")
+    outer.add_argument("bundle")
+    outer.add_argument("task", help="; ".join(f"{name}: {task.summary}" for name, task in _runnable().items()))
+    outer.add_argument("rest", nargs=argparse.REMAINDER, help="pictures, and the task's flags", metavar="…")
+    bundle_options(outer)
+    first = outer.parse_args(argv)
     known = _runnable()
     if first.task not in known:
-        raise UnknownName(f"no task {first.task!r} is run from here; {suggestion(first.task, known)}", known=known)
+        raise UnknownName(f"the verb run has no task {first.task!r}; {suggestion(first.task, known)}", known=known)
     command = known[first.task].command
     assert command is not None
     options = parser(f"run {first.bundle} {first.task}", known[first.task].summary)
     options.add_argument("pictures", nargs="*", type=Path)
     command.options(options)
     bundle_options(options, defaults=first)
-    given = options.parse_intermixed_args(first.rest)  # pictures may stand behind options
-    runner = open_bundle(find(first.bundle, given.bundles), threads=given.threads, ops=given.ops)
+    args = options.parse_intermixed_args(first.rest)  # pictures may follow flags
+    runner = open_bundle(find(first.bundle, args.bundles), threads=args.threads, ops=args.ops)
     runner.bundle.require(first.task)
-    answers = list(command.answers(runner, given))
+    answers = list(command.answers(runner, args))
     if not answers:
-        raise BadRequest(
-            f"{first.task} was given nothing; 'calmclip run BUNDLE {first.task} --help' says what it takes"
-        )
+        raise BadRequest(f"{first.task} has no input; 'calmclip run BUNDLE {first.task} --help' lists its arguments")
     shown = {"answers": answers}
-    emit(given.json or first.json, shown, lambda value: print("\n".join(map(command.line, value["answers"]))))
+    emit(args.json or first.json, shown, lambda value: print("\n".join(map(command.line, value["answers"]))))
     return 0
 
 
 def _runnable() -> dict[str, Task[Any, Any]]:
-    found = {name: TASKS.get(name) for name in TASKS.names()}
-    return {name: task for name, task in found.items() if task.command}
+    return {name: TASKS.get(name) for name in TASKS.names() if TASKS.get(name).command}
 
 
 def bench_command(argv: list[str]) -> int:
-    """`calmclip bench BUNDLE [--against BUNDLE]`: p50 and p95 per graph, taking turns in one run."""
+    """`calmclip bench BUNDLE [--against BUNDLE]`: p50 and p95 per graph, in alternation."""
     options = parser("bench", "Latency of a bundle's graphs at batch 1.")
     options.add_argument("bundle")
     options.add_argument("--against")
     options.add_argument("--picture", type=Path, help="default: grey noise of 640 x 480")
     options.add_argument("--rounds", type=int, default=50)
-    options.add_argument("--against-ops", type=ops_mode, help="op library of the other side; alone: the same bundle")
+    options.add_argument(
+        "--against-ops", type=ops_mode, help="op library of the second side; alone: of the same bundle"
+    )
     bundle_options(options, threads=1)
-    given = options.parse_args(argv)
-    sides = [(given.bundle, given.ops)]
-    if given.against or given.against_ops:
-        sides.append((given.against or given.bundle, given.against_ops or given.ops))
-    runners = [open_bundle(find(name, given.bundles), threads=given.threads, ops=ops) for name, ops in sides]
-    picture = given.picture.read_bytes() if given.picture else _noise()
-    table = latency(runners, picture, given.rounds)
-    named = [f"{name} (ops {ops})" if given.against_ops else name for name, ops in sides]
-    value = {"machine": machine(given.threads), "bundles": named, "latency_ms": table}
-    emit(given.json, value, _bench)
+    args = options.parse_args(argv)
+    sides = [(args.bundle, args.ops)]
+    if args.against or args.against_ops:
+        sides.append((args.against or args.bundle, args.against_ops or args.ops))
+    runners = [open_bundle(find(name, args.bundles), threads=args.threads, ops=ops) for name, ops in sides]
+    picture = args.picture.read_bytes() if args.picture else _noise((480, 640, 3))
+    table = latency(runners, picture, args.rounds)
+    named = [f"{name} (ops {ops})" if args.against_ops else name for name, ops in sides]
+    value = {"machine": machine(args.threads), "bundles": named, "latency_ms": table}
+    emit(args.json, value, _bench)
     return 0
 
 
@@ -200,18 +193,18 @@ def plugins_command(argv: list[str]) -> int:
     """`calmclip plugins [FAMILY]`: the names in each family."""
     options = parser("plugins", "Names in every plug-in family.")
     options.add_argument("family", nargs="?", choices=list(FAMILIES))
-    given = options.parse_args(argv)
-    found: dict[str, list[str]] = {}
-    for family in [given.family] if given.family else FAMILIES:
+    args = options.parse_args(argv)
+    families: dict[str, list[str]] = {}
+    for family in [args.family] if args.family else FAMILIES:
         try:
-            found[family] = catalog(family)
+            families[family] = catalog(family)
         except ModuleNotFoundError as error:
             extra = extra_of(error.name or "")
-            if given.family and extra:
+            if args.family and extra:
                 raise missing(f"calmclip plugins {family}", error.name or "", extra) from None
             if extra is None:
                 raise
-    emit(given.json, found, lambda v: print("\n".join(f"{k:12s} {', '.join(names)}" for k, names in v.items())))
+    emit(args.json, families, lambda v: print("\n".join(f"{k:12s} {', '.join(names)}" for k, names in v.items())))
     return 0
 
 
@@ -236,14 +229,14 @@ def _show(value: dict[str, Any]) -> None:
 
 
 def _show_outliers(value: dict[str, Any]) -> None:
-    for role, one in value["graphs"].items():
-        width = max(map(len, one["tensors"]))
+    for role, graph in value["graphs"].items():
+        width = max(map(len, graph["tensors"]))
         print(f"{'graph':8s} {'tensor':{width}s} {'inf norm':>12s} {'kurtosis':>12s}")
-        for tensor, pair in one["tensors"].items():
+        for tensor, pair in graph["tensors"].items():
             print(f"{role:8s} {tensor:{width}s} {pair['inf_norm']:12.5g} {pair['kurtosis']:12.5g}")
         for of in ("max", "avg"):
-            print(f"{role:8s} {of:{width}s} {one[f'{of}_inf_norm']:12.5g} {one[f'{of}_kurtosis']:12.5g}")
-        print(f"{role:8s} worst of {one['inputs']} inputs: {', '.join(one['worst'])}\n")
+            print(f"{role:8s} {of:{width}s} {graph[f'{of}_inf_norm']:12.5g} {graph[f'{of}_kurtosis']:12.5g}")
+        print(f"{role:8s} worst of {graph['inputs']} inputs: {', '.join(graph['worst'])}\n")
     if value["plot"]:
         print(f"drawn into {value['plot']}")
 
@@ -258,12 +251,5 @@ def _bench(value: dict[str, Any]) -> None:
         print(f"{role:8s} {'   '.join(cells)}{ratio}")
 
 
-def _noise() -> bytes:
-    import io
-
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=90)
-    return file.getvalue()
+def _noise(shape: tuple[int, ...]) -> Array:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)

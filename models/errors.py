@@ -1,39 +1,7 @@
-"""Every error calmclip raises on purpose, as one tree.
+"""The errors of models, export and service, as one tree; errors that only HTTP knows are in `service/errors.py`.
 
-    CalmclipError
-    ├── BundleError
-    │   ├── BundleNotFound        no bundle of that name or at that path
-    │   ├── BundleInvalid         a sealed directory that is not what its manifest says
-    │   └── BundleTooNew          a format this version does not read
-    ├── InputError                what the caller sent
-    │   ├── BadRequest            values that make no sense together
-    │   ├── BadImage              bytes that are no picture we read
-    │   ├── ImageTooLarge         over a limit of bytes or pixels
-    │   ├── TooManyLabels         no labels, or more than the limit
-    │   └── TextTooLong           more tokens than the text tower's context
-    ├── UnknownName               no plug-in, verb or graph of that name
-    ├── TaskNotServed             the bundle exists but does not do this
-    ├── CollectionError
-    │   ├── CollectionNotFound
-    │   └── CollectionMismatch    vectors of one bundle, asked with another
-    ├── ClassifierError
-    │   ├── ClassifierNotFound
-    │   └── ClassifierMismatch    fitted to vectors of one family of bundles, asked with another
-    ├── Unavailable               not now; try again
-    │   ├── Overloaded            too much is under way
-    │   └── StoreUnavailable      the database of the collections does not answer
-    ├── DeadlineExceeded          too late to be of use
-    ├── OpsLibraryMissing         the op library was demanded and cannot be used; says why
-    ├── OpsNotBuilt               no compiler, no headers, or the compiler refused
-    ├── ExtraMissing              an optional dependency is not installed; says which
-    └── ExportError               raised only in export/
-        ├── UnknownCheckpoint     a directory no net recognises
-        ├── WeightsMissing        a package or file with weights is absent or altered
-        ├── ParityLost            the ONNX graph does not compute what torch computes
-        └── BarMissed             a sealed bundle would break a bar of its recipe
-
-A message says what was, what was expected, and what to do. ``known`` holds the names that would have
-worked, where there are such names. `service.problems` maps classes to HTTP; `calmclip.models.cli` to exit codes.
+A message says what was, what was expected, and what to do. ``known`` has the names that would have worked, if there are
+such names. `service.problems` maps the classes to HTTP answers, `calmclip.models.cli` maps them to exit codes.
 """
 
 from collections.abc import Iterable
@@ -41,7 +9,7 @@ from difflib import get_close_matches
 
 
 class CalmclipError(Exception):
-    """Base of all of them."""
+    """The base class."""
 
     def __init__(self, message: str, *, known: Iterable[str] = ()) -> None:
         super().__init__(message)
@@ -51,37 +19,37 @@ class CalmclipError(Exception):
 class BundleError(CalmclipError): ...
 
 
-class BundleNotFound(BundleError): ...
+class BundleNotFound(BundleError): ...  # no bundle with that name or at that path
 
 
-class BundleInvalid(BundleError): ...
+class BundleInvalid(BundleError): ...  # a sealed directory that differs from its manifest
 
 
-class BundleTooNew(BundleError): ...
+class BundleTooNew(BundleError): ...  # a format or a set of tasks that this version does not know
 
 
-class InputError(CalmclipError): ...
+class InputError(CalmclipError): ...  # the caller's input is wrong
 
 
-class BadRequest(InputError): ...
+class BadRequest(InputError): ...  # values out of range, or values that contradict each other
 
 
-class BadImage(InputError): ...
+class BadImage(InputError): ...  # bytes that are no JPEG, PNG or WebP
 
 
-class ImageTooLarge(InputError): ...
+class ImageTooLarge(InputError): ...  # more bytes or pixels than the limit
 
 
-class TooManyLabels(InputError): ...
+class TooManyLabels(InputError): ...  # no labels, or more than the limit
 
 
-class TextTooLong(InputError): ...
+class TextTooLong(InputError): ...  # more tokens than the text tower's context
 
 
-class UnknownName(CalmclipError): ...
+class UnknownName(CalmclipError): ...  # no plug-in, verb or graph has that name
 
 
-class TaskNotServed(CalmclipError): ...
+class TaskNotServed(CalmclipError): ...  # the bundle does not serve the task
 
 
 class CollectionError(CalmclipError): ...
@@ -90,7 +58,7 @@ class CollectionError(CalmclipError): ...
 class CollectionNotFound(CollectionError): ...
 
 
-class CollectionMismatch(CollectionError): ...
+class CollectionMismatch(CollectionError): ...  # the collection holds vectors of another bundle
 
 
 class ClassifierError(CalmclipError): ...
@@ -99,11 +67,11 @@ class ClassifierError(CalmclipError): ...
 class ClassifierNotFound(ClassifierError): ...
 
 
-class ClassifierMismatch(ClassifierError): ...
+class ClassifierMismatch(ClassifierError): ...  # the classifier was fitted to another family of bundles
 
 
 class Unavailable(CalmclipError):
-    """``retry_after``: seconds after which it is likely to go."""
+    """The service cannot answer now. ``retry_after``: seconds after which a new try may succeed."""
 
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -111,47 +79,45 @@ class Unavailable(CalmclipError):
 
 
 class Overloaded(Unavailable):
-    """Turned away before any work was done. ``reason``: one word for what was full."""
+    """Rejected before any work was done. ``reason``: one word for the limit that was reached."""
 
     def __init__(self, message: str, *, retry_after: float = 1.0, reason: str = "queue") -> None:
         super().__init__(message, retry_after=retry_after)
         self.reason = reason
 
 
-class StoreUnavailable(Unavailable): ...
+class StoreUnavailable(Unavailable): ...  # the database of the collections does not answer
 
 
-class DeadlineExceeded(CalmclipError): ...
+class DeadlineExceeded(CalmclipError): ...  # the deadline of the request has passed
 
 
-class OpsLibraryMissing(CalmclipError): ...
+class OpsLibraryMissing(CalmclipError): ...  # the op library is required and cannot be used
 
 
-class OpsNotBuilt(CalmclipError): ...
+class OpsNotBuilt(CalmclipError): ...  # no compiler, no headers, or a compiler error
 
 
-class ExtraMissing(CalmclipError): ...
+class ExtraMissing(CalmclipError): ...  # an optional dependency is not installed
 
 
-class ExportError(CalmclipError): ...
+class ExportError(CalmclipError): ...  # raised only in export
 
 
-class UnknownCheckpoint(ExportError): ...
+class UnknownCheckpoint(ExportError): ...  # no net recognises the directory
 
 
-class WeightsMissing(ExportError): ...
+class WeightsMissing(ExportError): ...  # a package or file with weights is absent or altered
 
 
-class ParityLost(ExportError): ...
+class ParityLost(ExportError): ...  # the ONNX graph and the torch module disagree
 
 
-class BarMissed(ExportError): ...
+class BarMissed(ExportError): ...  # the bundle misses a bar of its recipe
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The tail of a message about an unknown name: the nearest known one, else all of them."""
+    """The end of a message about an unknown name: the nearest known name, else all known names."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"known: {', '.join(known) or 'none'}."
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."

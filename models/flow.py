@@ -1,9 +1,10 @@
 """What a task yields, and how it is stepped.
 
-A task is a *flow*: a generator that yields `Work` (pure, named, timed), `Recall` (is this known already?), `Keep` (it
-is now) and `Call` (run this graph on these feeds) and returns its answer. It knows no thread, batch or metric. `Walk`
-steps a flow up to its next call and times what lies between; `drive` runs a whole one synchronously. The service's
-engine drives the same flows with batching (`service/engine.py`).
+A task is a *flow*: a generator that yields requests to its driver and returns its answer. It yields four things:
+`Work` (run this pure function and time it), `CacheGet` (does the cache hold these rows?), `CachePut` (keep this in the
+cache) and `Call` (run this graph on these feeds). A flow knows no thread, no batch and no metric. `Walk` steps a flow
+to its next call and times the code between calls; `drive` runs a whole flow synchronously. The service's engine drives
+the same flows with batching (`service/engine.py`).
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -23,8 +24,8 @@ T = TypeVar("T")
 class Call:
     """Run ``graph`` on ``feeds``; the driver sends back its outputs by name.
 
-    ``keys``, where given, has one entry per row of every feed and promises that a row of the answer depends
-    on that row alone: a driver may remember rows by key and run only those it has not seen.
+    ``keys`` is optional. It has one entry per row of every feed, and it promises that a row of the answer depends on
+    that row alone. The driver may then cache rows by key and run only the rows that the cache does not hold.
     """
 
     graph: str
@@ -33,9 +34,10 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Recall:
-    """The rows of a `Call` with these ``keys``, before its feeds are made, or what was given to `Keep` under them; the
-    driver sends back the outputs by name where it remembers every row, else None.
+class CacheGet:
+    """Ask the cache for the rows of a `Call` with these ``keys``, before the feeds exist, or for a `CachePut`.
+
+    The driver sends back the outputs by name if its cache holds every row, else None.
     """
 
     graph: str
@@ -43,10 +45,11 @@ class Recall:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """What was made of a graph's rows, for whoever recalls ``key`` of ``graph``, which here is a name that no graph
-    has. The driver may forget it. ``outputs`` take as much place as so many rows, ``size``; they are handed out again
-    and again, so nobody changes them.
+class CachePut:
+    """Keep in the cache a value that was computed from rows; `CacheGet` finds it by ``graph`` and ``key``.
+
+    ``graph`` is here a name that no graph has. ``outputs`` count as ``size`` rows of the cache. The driver may drop
+    them at any time, and it hands out the same arrays again, so the receiver must not change them.
     """
 
     graph: str
@@ -57,7 +60,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Work:
-    """Do this, timed as ``stage``; the driver sends back what it returned, or throws what it raised."""
+    """Run ``do``, timed as ``stage``. The driver sends back the result, or throws the exception into the flow."""
 
     stage: str
     do: Callable[[], Any]
@@ -68,31 +71,31 @@ class Done(Generic[T]):
     value: T
 
 
-Flow: TypeAlias = Generator[Call | Recall | Keep | Work, Any, T]
+Flow: TypeAlias = Generator[Call | CacheGet | CachePut | Work, Any, T]
 
 
-def nothing(asked: Recall | Keep) -> Arrays | None:
-    """The memory of a driver without one."""
+def no_cache(asked: CacheGet | CachePut) -> Arrays | None:
+    """The cache of a driver that has none."""
     return None
 
 
 class Walk(Generic[T]):
-    """One flow under way. A flow's own time counts as `preprocess` before its first call, `postprocess` after; so does
-    that of ``memory``, the driver's.
+    """One flow that runs. The flow's own time, with that of the driver's ``cache``, counts as `preprocess` before its
+    first call and as `postprocess` after it.
     """
 
     def __init__(
-        self, flow: Flow[T], clock: Stopwatch, memory: Callable[[Recall | Keep], Arrays | None] = nothing
+        self, flow: Flow[T], clock: Stopwatch, cache: Callable[[CacheGet | CachePut], Arrays | None] = no_cache
     ) -> None:
         self.flow = flow
         self.clock = clock
-        self.memory = memory
+        self.cache = cache
         self.stage = "preprocess"
 
     def step(self, value: Any = None) -> Call | Done[T]:
-        """To the next call, or to the end. Blocking and CPU-bound: a service runs it in a worker thread.
+        """Run to the next call or to the end. This blocks and needs the CPU: a service runs it in a worker thread.
 
-        The end comes as a value because an asyncio future refuses to carry `StopIteration`.
+        The end is a value, because an asyncio future cannot carry `StopIteration`.
         """
         try:
             with self.clock.stage(self.stage):
@@ -103,10 +106,10 @@ class Walk(Generic[T]):
                     try:
                         with self.clock.stage(state.stage):
                             value = state.do()
-                    except Exception as error:  # the flow may know more of it
+                    except Exception as error:  # the flow may add what it knows
                         go_on, value = self.flow.throw, error
                 with self.clock.stage(self.stage):
-                    state = go_on(value if isinstance(state, Work) else self.memory(state))
+                    state = go_on(value if isinstance(state, Work) else self.cache(state))
         except StopIteration as stop:
             return Done(stop.value)
         self.stage = "postprocess"
@@ -117,11 +120,11 @@ def drive(
     flow: Flow[T],
     run: Callable[[Call], Arrays],
     clock: Stopwatch | None = None,
-    memory: Callable[[Recall | Keep], Arrays | None] = nothing,
+    cache: Callable[[CacheGet | CachePut], Arrays | None] = no_cache,
 ) -> T:
     """Run a flow to its end in this thread; ``run`` answers its calls (timed as ``infer``)."""
     clock = clock or Stopwatch()
-    walk = Walk(flow, clock, memory)
+    walk = Walk(flow, clock, cache)
     state = walk.step()
     while isinstance(state, Call):
         with clock.stage("infer"):

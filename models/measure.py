@@ -1,4 +1,4 @@
-"""How long a bundle's graphs take on this machine. A measurement, not a test."""
+"""Latency of a bundle's graphs on this machine."""
 
 import os
 import platform
@@ -11,32 +11,31 @@ import numpy as np
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Arrays
-from calmclip.models.preprocess.image import decode
+from calmclip.models.preprocess.image import Picture, load
 from calmclip.models.runner import Runner
 from calmclip.models.runtime.session import versions
 
 SENTENCES = ("a photo of two dogs running on the beach.", "a dog")  # the first that fits the context
 
 
-def feeds(runner: Runner, picture: bytes) -> dict[str, Arrays]:
+def feeds(runner: Runner, picture: Picture) -> dict[str, Arrays]:
     """One row for every graph that takes a picture or a text."""
     bundle = runner.bundle
-    found: dict[str, Arrays] = {}
+    rows: dict[str, Arrays] = {}
     for role, graph in bundle.manifest.graphs.items():
         if isinstance(graph.preprocess, ImagePreprocess):
-            found[role] = {graph.preprocess.input: bundle.image(role).prepare(decode(picture))[0]}
+            rows[role] = {graph.preprocess.input: bundle.image(role).prepare(load(picture))[0]}
         elif isinstance(graph.preprocess, TextPreprocess):
             text = bundle.text(role)
-            found[role] = text.prepare([s for s in SENTENCES if text.count(s) <= graph.preprocess.context][:1])
-    return found
+            rows[role] = text.prepare([s for s in SENTENCES if text.count(s) <= graph.preprocess.context][:1])
+    return rows
 
 
-def latency(runners: Sequence[Runner], picture: bytes, rounds: int = 50) -> dict[str, list[Mapping[str, float]]]:
+def latency(runners: Sequence[Runner], picture: Picture, rounds: int = 50) -> dict[str, list[Mapping[str, float]]]:
     """Role -> per runner {"p50", "p95"} in milliseconds at batch 1.
 
-    The runners take turns inside every round, so a noisy moment hits them alike, and the first of one round is the last
-    of the next: the first finds the caches colder. 3 rounds warm up. Raises
-    `BadRequest` for a single round, which has no quantiles.
+    The runners alternate inside every round, so noise affects all of them, and the order is reversed in the next round,
+    because the first runner has colder caches. 3 rounds warm up. Raises `BadRequest` for fewer than 2 rounds.
     """
     if rounds < 2:
         raise BadRequest(f"rounds is {rounds}; expected at least 2")
@@ -56,7 +55,7 @@ def latency(runners: Sequence[Runner], picture: bytes, rounds: int = 50) -> dict
 
 
 def machine(threads: int) -> dict[str, str | int]:
-    """What a figure must be read with."""
+    """The machine and the versions that belong to a figure."""
     cpu = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

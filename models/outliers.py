@@ -1,11 +1,12 @@
-"""Outliers inside a bundle's float graphs, as export measured them and report.json keeps them.
+"""Outliers in a bundle's float graphs, as export measures them and writes them to report.json.
 
-Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 3. The larger they are, the less of a tensor's 8 bits is left
-for all its other numbers.
+Source: Bondarenko et al. 2023 (arXiv 2306.12929), section 3. The larger the outliers, the fewer of a tensor's 8 bits
+resolve its other values.
 """
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +16,14 @@ STATISTICS = ("max_inf_norm", "avg_inf_norm", "max_kurtosis", "avg_kurtosis")
 
 
 class Pair(NamedTuple):
-    """Of one tensor: its largest magnitude and its kurtosis (3: Gaussian), means over the inputs."""
+    """One tensor's largest magnitude and its kurtosis (a Gaussian has 3), means over the inputs."""
 
     inf_norm: FiniteFloat
     kurtosis: FiniteFloat
 
 
 class Outliers(BaseModel, frozen=True):
-    """Of one graph. ``tensors``: in order of depth; ``worst``: their names, those of the highest kurtosis first."""
+    """The outliers of one graph. ``tensors``: in order of depth; ``worst``: their names by descending kurtosis."""
 
     max_inf_norm: FiniteFloat
     avg_inf_norm: FiniteFloat
@@ -34,16 +35,14 @@ class Outliers(BaseModel, frozen=True):
 
 
 def outliers(directory: Path, roles: Collection[str]) -> dict[str, Outliers]:
-    """Role -> what report.json says; those of whom it says nothing, or what is no `Outliers`, are left out."""
+    """Role -> outliers from report.json, without roles that have none there, or none that are valid."""
     try:
         graphs = json.loads((directory / "report.json").read_bytes())["graphs"]
-        told = {role: graphs[role]["outliers"] for role in roles if "outliers" in graphs.get(role, {})}
+        entries = {role: graphs[role]["outliers"] for role in roles if "outliers" in graphs.get(role, {})}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    found = {}
-    for role, facts in told.items():
-        try:
-            found[role] = Outliers.model_validate(facts)
-        except ValidationError:
-            continue
-    return found
+    measured = {}
+    for role, entry in entries.items():
+        with suppress(ValidationError):
+            measured[role] = Outliers.model_validate(entry)
+    return measured

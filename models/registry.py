@@ -1,12 +1,11 @@
 """`Registry`: the one mechanism behind every plug-in family.
 
-A family is a package. A module of it registers what it holds when imported; packages of others join through
-the entry-point group ``calmclip.<family>``. Nothing is imported before somebody asks for a name. One that does
-not import takes nothing from the others; its error is told to whoever asks for a name that is then not there.
+A family is a package. Each of its modules registers its names when it is imported; other packages join through the
+entry-point group ``calmclip.<family>``. The modules are imported when the first name is needed. A module that fails to
+import does not affect the others. The error is shown when a caller asks for a name that is missing.
 
-`catalog` lists a family without importing it, so that a list of names costs no torch. It reads the sources: the text
-in ``register("name")``, both in ``@Endpoint("VERB", "/path")``, which registers itself, and ``NAMES``, a tuple of
-texts, of a module that makes its names in a loop.
+`catalog` lists the names of a family without importing it, so a list needs no torch. It reads the sources: the string
+in ``register("name")``, both strings in ``@Endpoint("VERB", "/path")``, and ``NAMES``, a tuple of strings.
 """
 
 import ast
@@ -25,7 +24,7 @@ from calmclip.models.errors import UnknownName, suggestion
 
 T = TypeVar("T")
 
-# family -> its package and the registry in it. Every family of calmclip, on one screen.
+# family -> its package and the registry in it
 FAMILIES = {
     "nets": "calmclip.export.nets:NETS",
     "layouts": "calmclip.export.layouts:LAYOUTS",
@@ -41,16 +40,16 @@ FAMILIES = {
 
 
 def catalog(family: str) -> list[str]:
-    """Names of a family of `FAMILIES`, sorted: of its own modules as their sources say, of other packages' entry
-    points as these are called. Nothing of the family is imported. Raises `ModuleNotFoundError`: its package is not
-    installed.
+    """Sorted names of a family: from the sources of its modules, and from entry points of other packages.
+
+    No module of the family is imported. Raises `ModuleNotFoundError` if its package is not installed.
     """
     package, _ = FAMILIES[family].split(":")
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     names = {point.name for point in entry_points(group=f"calmclip.{family}")}
-    for folder in found.submodule_search_locations:
+    for folder in spec.submodule_search_locations:
         for module in iter_modules([folder]):
             if not module.name.startswith("_"):
                 path = Path(folder, module.name)
@@ -60,53 +59,49 @@ def catalog(family: str) -> list[str]:
 
 
 def _registered(module: ast.Module) -> set[str]:
-    """The names that a module of a family registers, as its source says."""
+    """The names that the source of a module registers."""
     names: set[str] = set()
     for node in ast.walk(module):
         match node:
             case ast.Call(func=ast.Attribute(attr="register"), args=[ast.Constant(value=str(name)), *_]):
                 names.add(name)
-            case ast.Call(
-                func=ast.Name(id="Endpoint"), args=[ast.Constant(value=str(verb)), ast.Constant(value=str(path)), *_]
-            ):
-                names.add(f"{verb} {path}")
+            case ast.Call(args=[ast.Constant(value=str(verb)), ast.Constant(value=str(path)), *_]) if path[:1] == "/":
+                names.add(f"{verb} {path}")  # of an Endpoint, or of a partial of it
             case ast.Assign(targets=[ast.Name(id="NAMES")], value=ast.Tuple() as value):
                 names |= set(ast.literal_eval(value))
     return names
 
 
 class Registry(Generic[T]):
-    """Named things of one family."""
+    """The named plug-ins of one family."""
 
     def __init__(self, family: str, package: str) -> None:
         self.family = family
         self.package = package
-        self.broken: dict[str, Exception] = {}  # module or entry point -> why it did not import
-        self._things: dict[str, T] = {}
+        self.broken: dict[str, Exception] = {}  # module or entry point -> its import error
+        self._plugins: dict[str, T] = {}
         self._homes: dict[str, str] = {}  # name -> the module that registered it
         self._loaded = False
-        self._loading = RLock()  # of one thread's imports the others wait for the end
+        self._loading = RLock()  # other threads wait until the imports end
 
     def register(self, name: str, home: str = "") -> Callable[[T], T]:
-        """A decorator. A second use of a name is an error, never a silent replacement.
-
-        ``home``: the module whose name it is, else the caller's.
-        """
+        """A decorator. A second use of a name is an error. ``home``: the module that owns the name; else the
+        caller's."""
         home = home or sys._getframe(1).f_globals["__name__"]
 
-        def keep(thing: T) -> T:
-            if name in self._things:
+        def add(plugin: T) -> T:
+            if name in self._plugins:
                 raise ValueError(f"{self.family} {name!r} is registered twice; choose another name")
-            self._things[name], self._homes[name] = thing, home
-            return thing
+            self._plugins[name], self._homes[name] = plugin, home
+            return plugin
 
-        return keep
+        return add
 
     def get(self, name: str) -> T:
-        """Raises `UnknownName`, which says the nearest and all known names, and what did not import."""
+        """Raises `UnknownName` with the nearest name, all known names, and all import errors."""
         self.load()
         try:
-            return self._things[name]
+            return self._plugins[name]
         except KeyError:
             known = self.names()
             why = "".join(f" {module} did not import: {error!r}." for module, error in self.broken.items())
@@ -116,10 +111,10 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         self.load()
-        return sorted(self._things)
+        return sorted(self._plugins)
 
     def load(self) -> None:
-        """Imports every module of the package, then the entry points of other packages. Once."""
+        """Import every module of the package, then the entry points of other packages. Only the first call does so."""
         if self._loaded:
             return
         with self._loading:
@@ -133,10 +128,10 @@ class Registry(Generic[T]):
             self._loaded = True
 
     def _try(self, title: str, home: str, load: Callable[[], object]) -> None:
-        """A module that fails half-way holds nothing, so that importing it again fails as it did, not for its names."""
+        """Remove the names of a module that fails, so that a second import raises the same error again."""
         try:
             load()
         except Exception as error:
             self.broken[title] = error
-            for name in [name for name, where in self._homes.items() if where == home]:
-                del self._things[name], self._homes[name]
+            for name in [name for name, owner in self._homes.items() if owner == home]:
+                del self._plugins[name], self._homes[name]

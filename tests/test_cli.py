@@ -61,10 +61,10 @@ def test_an_unknown_checkpoint_and_an_unknown_bundle_are_bad_usage(capsys: pytes
 
 
 def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, photographs, capsys):
-    where = ["--bundles", str(tiny_bundles), "--json"]
+    options = ["--bundles", str(tiny_bundles), "--json"]
 
     def answer(*argv: str) -> dict:
-        assert main([*argv, *where]) == 0
+        assert main([*argv, *options]) == 0
         return json.loads(capsys.readouterr().out)
 
     assert answer("show") == {"bundles": ["tiny-float", "tiny-int8"]}
@@ -84,26 +84,26 @@ def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, pho
 def test_the_op_library_is_used_as_the_environment_and_then_the_flag_say(
     verb: str, tiny_bundles: Path, photographs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    monkeypatch.setattr("calmclip.models.ops.build.FOLDER", tmp_path)  # none is there
-    rest = {"bench": ["--rounds", "2"], "run": ["embed", str(photographs["cat"])], "eval": ["retrieval"]}
-    argv = [verb, "tiny-int8", *rest.get(verb, []), "--bundles", str(tiny_bundles)]
+    monkeypatch.setattr("calmclip.models.ops.build.FOLDER", tmp_path)  # an empty folder
+    more = {"bench": ["--rounds", "2"], "run": ["embed", str(photographs["cat"])], "eval": ["retrieval"]}
+    argv = [verb, "tiny-int8", *more.get(verb, []), "--bundles", str(tiny_bundles)]
     if verb == "eval":
         (tmp_path / "captions.json").write_text('{"a.jpg": ["a"]}')
         argv += ["--data", str(tmp_path)]
-    wants = "no op library is built, and CALMCLIP_OPS=required"
+    error = "no op library is built, and CALMCLIP_OPS=required"
     monkeypatch.setenv("CALMCLIP_OPS", "required")
     assert main(argv) == 2
-    assert wants in capsys.readouterr().err
-    assert verb == "eval" or main([*argv, "--ops", "off"]) == 0  # of no pictures there is no eval
+    assert error in capsys.readouterr().err
+    assert verb == "eval" or main([*argv, "--ops", "off"]) == 0  # the eval has no pictures
     monkeypatch.delenv("CALMCLIP_OPS")
     assert main([*argv, "--ops", "required"]) == 2
-    assert wants in capsys.readouterr().err
-    for where in ("flag", "environment"):
-        monkeypatch.setenv("CALMCLIP_OPS", "nonsense" if where == "environment" else "")
+    assert error in capsys.readouterr().err
+    for source in ("flag", "environment"):
+        monkeypatch.setenv("CALMCLIP_OPS", "nonsense" if source == "environment" else "")
         with pytest.raises(SystemExit) as stopped:
-            main([*argv, *(["--ops", "nonsense"] if where == "flag" else [])])
+            main([*argv, *(["--ops", "nonsense"] if source == "flag" else [])])
         assert stopped.value.code == 2
-        assert "'nonsense' is none of auto, required, off" in capsys.readouterr().err
+        assert "'nonsense' is not one of auto, required, off" in capsys.readouterr().err
 
 
 def test_bench_of_a_bundle_against_itself_without_the_op_library(
@@ -111,18 +111,16 @@ def test_bench_of_a_bundle_against_itself_without_the_op_library(
 ):
     argv = ["bench", "tiny-int8", "--rounds", "2", "--bundles", str(tiny_bundles), "--json", "--against-ops"]
     assert main([*argv, "off"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["bundles"] == ["tiny-int8 (ops auto)", "tiny-int8 (ops off)"]
-    assert {len(sides) for sides in found["latency_ms"].values()} == {2}
+    timed = json.loads(capsys.readouterr().out)
+    assert timed["bundles"] == ["tiny-int8 (ops auto)", "tiny-int8 (ops off)"]
+    assert {len(sides) for sides in timed["latency_ms"].values()} == {2}
     monkeypatch.setattr("calmclip.models.ops.build.FOLDER", tmp_path)
     assert main([*argv, "required"]) == 2
     assert "no op library is built" in capsys.readouterr().err
 
 
-def test_check_fails_with_status_1_when_a_graph_answers_otherwise_than_promised(
-    tiny_bundles: Path, tmp_path: Path, capsys
-):
-    """A bundle whose vectors are not unit vectors, though every hash is right."""
+def test_check_fails_with_status_1_when_a_graph_breaks_its_promise(tiny_bundles: Path, tmp_path: Path, capsys):
+    """The vectors of the bundle are not unit vectors; all hashes are right."""
     copy = Path(shutil.copytree(tiny_bundles / "tiny-float", tmp_path / "tiny-float"))
     model = onnx.load(copy / "image.onnx")
     last = next(n for n in model.graph.node if "image_embeds" in n.output)
@@ -155,9 +153,10 @@ def test_eval_prints_int8_beside_the_float_bundle_sealed_with_it(
     (tmp_path / "labels.json").write_text(json.dumps(rows))
     argv = ["eval", "tiny-int8", "zero_shot", "--data", str(tmp_path), "--bundles", str(tiny_bundles)]
     assert main([*argv, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in found["bundles"]] == [*found["figures"][0]["values"]] == ["tiny-int8", "tiny-float"]
-    assert found["counts"] == {"pictures": 2, "labels": 2}
+    result = json.loads(capsys.readouterr().out)
+    names = [bundle["name"] for bundle in result["bundles"]]
+    assert names == [*result["figures"][0]["values"]] == ["tiny-int8", "tiny-float"]
+    assert result["counts"] == {"pictures": 2, "labels": 2}
     assert main([*argv, "--against", "tiny-flaot"]) == 2
     assert "did you mean 'tiny-float'?" in capsys.readouterr().err
 
@@ -170,28 +169,28 @@ def test_the_printed_recipe_reads_back_as_the_same_recipe(tiny_hf_clip: Path, tm
     assert capsys.readouterr().out == text
 
 
-def test_export_is_told_what_to_measure_for_the_report(tiny_hf_clip: Path, tmp_path: Path, capsys):
+def test_export_takes_the_evals_of_the_report(tiny_hf_clip: Path, tmp_path: Path, capsys):
     argv = ["recipe", str(tiny_hf_clip), "--json", "--eval"]
     (tmp_path / "labels.json").write_text('[{"file": "a.jpg", "label": "a"}]')
     assert main([*argv, f"zero_shot={tmp_path}"]) == 0
     assert json.loads(capsys.readouterr().out)["evals"] == {"zero_shot": str(tmp_path)}
-    for given, said in (
+    for value, error in (
         (f"zero_shoot={tmp_path}", "did you mean 'zero_shot'?"),
         (f"zero_shot={tmp_path / 'gone'}", "gone/labels.json cannot be read"),
-        (f"retrieval={tmp_path}", "captions.json cannot be read"),  # there are labels, no captions
+        (f"retrieval={tmp_path}", "captions.json cannot be read"),  # the folder has labels and no captions
         (f"detection={tmp_path}", "it measures detect, but clip serves classify, embed, raw"),
     ):
-        assert main([*argv, given]) == 2
-        assert said in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # argparse's own way
+        assert main([*argv, value]) == 2
+        assert error in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # argparse refuses the form
         main([*argv, str(tmp_path)])
     assert "is not NAME=DIR" in capsys.readouterr().err
 
 
 def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
     assert main(["plugins", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {"cosine", "sigmoid"} <= set(found["heads"])
-    assert {"classify", "embed", "detect", "raw"} == set(found["tasks"])
-    assert {"mini", "clip"} <= set(found["nets"])
-    assert all(found.values()), "an empty family is printed"
+    families = json.loads(capsys.readouterr().out)
+    assert {"cosine", "sigmoid"} <= set(families["heads"])
+    assert {"classify", "embed", "detect", "raw"} == set(families["tasks"])
+    assert {"mini", "clip"} <= set(families["nets"])
+    assert all(families.values()), "an empty family is printed"

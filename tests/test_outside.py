@@ -1,7 +1,7 @@
-"""A package of somebody else's adds a task, its endpoint, a head, an adapter and an eval; no file of ours is edited.
+"""A foreign package adds a task, its endpoint, a head, an adapter and an eval without an edit of calmclip.
 
-The package is a real distribution on disk. Its adapter turns the pictures' vectors round and lets the net serve its
-task; the exported bundle is then asked over HTTP and by verbs.
+The package is a real distribution on disk. Its adapter negates the pictures' vectors and lets the net serve the task;
+then the test calls the exported bundle over HTTP and by verbs.
 """
 
 import importlib
@@ -101,7 +101,7 @@ MODULES = {
         class Params(FrozenModel):
             sure: float = 0.75
 
-        def fit(examples, params):  # every label is as likely as it was often shown, whatever the picture
+        def fit(examples, params):  # a label's score is its part of the examples, for every picture
             return {"often": np.bincount(examples.truth, minlength=len(examples.labels)).astype(np.float32)}
 
         def logits(image, columns, params):
@@ -119,7 +119,7 @@ MODULES = {
 
         def predict(runner, files, params):
             answers = runner.map(channel(runner.bundle, ChannelRequest(file)) for file in files)
-            return Samples({"pictures": len(files)}, {"most": np.array([one["most"] for one in answers])})
+            return Samples({"pictures": len(files)}, {"most": np.array([answer["most"] for answer in answers])})
 
         def score(samples, params):
             return lambda rows: [Figure("mean of the most", float(samples.arrays["most"][rows].mean()), "")]
@@ -155,7 +155,7 @@ from calmclip.service.settings import Settings
 bundles, data, pictures = map(Path, sys.argv[1:])
 
 async def served(cat, rocket):
-    found = {}
+    answers = {}
     secrets = {scope: keys.add(data / "keys", scope, [scope]) for scope in keys.SCOPES}
     app = create_app(Settings(bundles_dir=bundles, data_dir=data, threads=1, keys=data / "keys"))
     transport = httpx.ASGITransport(app)
@@ -168,15 +168,15 @@ async def served(cat, rocket):
             await asyncio.sleep(0.01)
         send = {"content": cat, "headers": {"content-type": "image/jpeg"}}
         for scope in ("nobody", *secrets):
-            found[scope] = await ask(scope, "POST", "/v1/channel?times=3", **send)
-        found["models"] = await ask("read", "GET", "/v1/models")
+            answers[scope] = await ask(scope, "POST", "/v1/channel?times=3", **send)
+        answers["models"] = await ask("read", "GET", "/v1/models")
         await ask("write", "PUT", "/v1/classifiers/odd", json={"labels": ["a", "b", "c"]})
         pairs = ((cat, "a"), (rocket, "b"), (cat, "b"), (cat, "c"))
-        shown = [{"image": {"b64": base64.b64encode(one).decode()}, "label": label} for one, label in pairs]
-        found["fit"] = await ask("write", "POST", "/v1/classifiers/odd/fit", json={"head": "guest", "items": shown})
-        found["classify"] = await ask("read", "POST", "/v1/classify?classifier=odd&labels=c&labels=b", **send)
-        found["metrics text"] = (await ask("metrics", "GET", "/metrics"))[1]
-    return found | {"spec": app.openapi(), "interactive": INTERACTIVE}
+        items = [{"image": {"b64": base64.b64encode(picture).decode()}, "label": label} for picture, label in pairs]
+        answers["fit"] = await ask("write", "POST", "/v1/classifiers/odd/fit", json={"head": "guest", "items": items})
+        answers["classify"] = await ask("read", "POST", "/v1/classify?classifier=odd&labels=c&labels=b", **send)
+        answers["metrics text"] = (await ask("metrics", "GET", "/metrics"))[1]
+    return answers | {"spec": app.openapi(), "interactive": INTERACTIVE}
 
 def verb(*argv):
     out = io.StringIO()
@@ -185,18 +185,18 @@ def verb(*argv):
     return json.loads(out.getvalue())
 
 bundle, cat = str(next(bundles.iterdir())), pictures / "cat.jpg"
-found = asyncio.run(served(cat.read_bytes(), (pictures / "rocket.jpg").read_bytes()))
-found["plugins"] = verb("plugins")
-found["run"] = verb("run", bundle, "channel", str(cat), "--times", "2")
-found["eval"] = verb("eval", bundle, "guest", "--data", str(pictures), "--limit", "3")
-found["torch"] = "torch" in sys.modules
-print(json.dumps(found))
+results = asyncio.run(served(cat.read_bytes(), (pictures / "rocket.jpg").read_bytes()))
+results["plugins"] = verb("plugins")
+results["run"] = verb("run", bundle, "channel", str(cat), "--times", "2")
+results["eval"] = verb("eval", bundle, "guest", "--data", str(pictures), "--limit", "3")
+results["torch"] = "torch" in sys.modules
+print(json.dumps(results))
 """
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """Where the package is installed."""
+    """The folder in which the package is installed."""
     info = tmp_path / "site" / "guest-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1.0\n")
@@ -208,18 +208,18 @@ def site(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bundle(site: Path, tiny_hf_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Exported with the adapter, by a process that knows the package's adapter and not its task."""
+    """Exported with the adapter, by a process that knows the package's adapter but not its task."""
     for registry in (TASKS, HEADS, EVALS, ADAPTERS):
         registry.load()  # without the package
     monkeypatch.syspath_prepend(str(site))
     importlib.invalidate_caches()
-    for name, fresh in (("_things", {**ADAPTERS._things}), ("_homes", {**ADAPTERS._homes}), ("_loaded", False)):
+    for name, fresh in (("_plugins", {**ADAPTERS._plugins}), ("_homes", {**ADAPTERS._homes}), ("_loaded", False)):
         monkeypatch.setattr(ADAPTERS, name, fresh)
     monkeypatch.delitem(sys.modules, "guest_adapter", raising=False)
     (tmp_path / "recipe.toml").write_text('[quantize]\nimage = {name = "none"}\ntext = {name = "none"}\n')
-    asked = ["export", str(tiny_hf_clip), "--recipe", str(tmp_path / "recipe.toml"), "--name", "g"]
-    asked += ["--guest", "-1.0", "--loud", "--adapter", "guest:factor=2", "--out", str(tmp_path / "bundles")]
-    assert main(asked) == 0
+    argv = ["export", str(tiny_hf_clip), "--recipe", str(tmp_path / "recipe.toml"), "--name", "g"]
+    argv += ["--guest", "-1.0", "--loud", "--adapter", "guest:factor=2", "--out", str(tmp_path / "bundles")]
+    assert main(argv) == 0
     (directory,) = (tmp_path / "bundles").iterdir()
     return directory
 
@@ -235,52 +235,54 @@ def test_each_is_listed_served_measured_and_in_openapi(
         {"name": "guest", "params": {"factor": 2.0}},
     ]
     tower = NETS.get("clip").load(str(tiny_hf_clip)).towers["image"]
-    given = {key: tensor.numpy() for key, tensor in zip(tower.inputs, example(tower), strict=True)}
-    (want,) = torch_run(tower)(given).values()
+    feeds = {key: tensor.numpy() for key, tensor in zip(tower.inputs, example(tower), strict=True)}
+    (expected,) = torch_run(tower)(feeds).values()
     runner = open_bundle(bundle)
-    (found,) = runner.raw("image", given).values()
-    assert np.allclose(found, -want, atol=1e-5)
-    assert "channel" not in TASKS.names()  # a reader that does not know the task serves the others
+    (vectors,) = runner.raw("image", feeds).values()
+    assert np.allclose(vectors, -expected, atol=1e-5)
+    assert "channel" not in TASKS.names()  # a reader without the task serves the other tasks
     assert (runner.bundle.tasks, read(bundle).manifest.tasks[-1]) == (("classify", "embed", "raw"), "channel")
 
     (tmp_path / "data").mkdir()
     pictures = photographs["cat"].parent
-    given = [str(bundle.parent), str(tmp_path / "data"), str(pictures)]
+    arguments = [str(bundle.parent), str(tmp_path / "data"), str(pictures)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)])}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *given], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    results = json.loads(done.stdout)
     row = runner.embed(images=[photographs["cat"]])[0]
     most = {"channel": int(row.argmax()), "most": pytest.approx(float(row.max()), abs=1e-6)}
-    # served, to a key that may read
-    assert (told["nobody"][0], told["write"][0], told["metrics"][0]) == (401, 403, 403)
-    assert told["read"] == [200, {"model": bundle.name, **most, "most": pytest.approx(3 * row.max(), abs=1e-5)}]
+    # served to a key with the scope read
+    assert (results["nobody"][0], results["write"][0], results["metrics"][0]) == (401, 403, 403)
+    assert results["read"] == [200, {"model": bundle.name, **most, "most": pytest.approx(3 * row.max(), abs=1e-5)}]
     # listed
-    assert told["models"][1]["models"][0]["tasks"] == ["classify", "embed", "raw", "channel"]
+    assert results["models"][1]["models"][0]["tasks"] == ["classify", "embed", "raw", "channel"]
     families = ("adapters", "tasks", "endpoints", "heads", "evals")
     names = ("guest", "channel", "POST /v1/channel", "guest", "guest")
-    assert all(name in told["plugins"][family] for family, name in zip(families, names, strict=True))
+    assert all(name in results["plugins"][family] for family, name in zip(families, names, strict=True))
     # measured
-    assert f'calmclip_requests_total{{model="{bundle.name}",outcome="ok",task="channel"}} 1.0' in told["metrics text"]
-    assert "|channel|" in told["interactive"].replace('"', "|")
+    assert (
+        f'calmclip_requests_total{{model="{bundle.name}",outcome="ok",task="channel"}} 1.0' in results["metrics text"]
+    )
+    assert "|channel|" in results["interactive"].replace('"', "|")
     # in OpenAPI
-    operation = told["spec"]["paths"]["/v1/channel"]["post"]
+    operation = results["spec"]["paths"]["/v1/channel"]["post"]
     content = operation["requestBody"]["content"]
     assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/ChannelBody"}
     assert content["application/json"]["example"]["times"] == 2
     assert {"image/png", "multipart/form-data"} <= content.keys()
     assert operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/ChannelAnswer")
     assert operation["security"][0] == {"bearer": ["read"]}
-    assert {"ChannelBody", "ChannelAnswer"} <= told["spec"]["components"]["schemas"].keys()
-    # the head knows its labels: b was shown twice, a and c once
-    assert (told["fit"][0], told["fit"][1]["head"], told["fit"][1]["params"]) == (200, "guest", {"sure": 0.75})
-    ranked = [(one["label"], one["score"]) for one in told["classify"][1]["labels"]]
+    assert {"ChannelBody", "ChannelAnswer"} <= results["spec"]["components"]["schemas"].keys()
+    # the head knows its labels: b has two examples, a and c have one
+    assert (results["fit"][0], results["fit"][1]["head"], results["fit"][1]["params"]) == (200, "guest", {"sure": 0.75})
+    ranked = [(row["label"], row["score"]) for row in results["classify"][1]["labels"]]
     assert ranked == [("b", pytest.approx(2 / 3, abs=1e-6)), ("c", pytest.approx(1 / 3, abs=1e-6))]
     # verbs
-    assert told["run"]["answers"] == [{**most, "most": pytest.approx(2 * row.max(), abs=1e-5)}]
+    assert results["run"]["answers"] == [{**most, "most": pytest.approx(2 * row.max(), abs=1e-5)}]
     rows = runner.embed(images=sorted(pictures.glob("*.jpg"))[:3])
-    (figure,) = told["eval"]["figures"]
+    (figure,) = results["eval"]["figures"]
     assert figure["values"][bundle.name]["value"] == pytest.approx(rows.max(axis=1).mean(), abs=1e-6)
-    assert told["torch"] is False
+    assert results["torch"] is False

@@ -1,6 +1,7 @@
-"""`Bundle`: an opened bundle as tasks see it, without its sessions."""
+"""`Bundle`: an open bundle without its sessions."""
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 
 from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess
 from calmclip.models.bundle.store import Sealed
-from calmclip.models.classifier import Classifier, check_distinct
+from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest, BundleInvalid, BundleTooNew, TaskNotServed
 from calmclip.models.flow import Array
+from calmclip.models.labels import check_distinct, require_labels
 from calmclip.models.ops.library import Library, Mode, find
 from calmclip.models.outliers import Outliers, outliers
 from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer
@@ -20,9 +22,9 @@ from calmclip.models.tasks import TASKS, embedding
 
 
 class Bundle:
-    """Manifest, preprocessing and default classifier. ``max_pixels``: the largest picture it decodes.
+    """Manifest, preprocessing and default classifier. ``max_pixels``: the largest picture that is decoded.
 
-    ``ops``: whether pictures are prepared by the op library, see `models.ops.library.find`; the answers are the same.
+    ``ops``: whether the op library prepares pictures, see `models.ops.library.find`; the answers are the same.
     """
 
     def __init__(self, sealed: Sealed, *, max_pixels: int = MAX_PIXELS, ops: Mode = "auto") -> None:
@@ -33,8 +35,8 @@ class Bundle:
         self.tasks: tuple[str, ...] = tuple(task for task in self.manifest.tasks if task in TASKS.names())
         if not self.tasks:
             raise BundleTooNew(
-                f"bundle {self.name!r} serves {', '.join(self.manifest.tasks)}, of which this calmclip knows none; it "
-                f"knows {', '.join(TASKS.names())}. Install a newer calmclip, or the package that brings the task"
+                f"bundle {self.name!r} serves {', '.join(self.manifest.tasks)}; this calmclip knows none of these, "
+                f"only {', '.join(TASKS.names())}. Install a newer calmclip, or the package that has the task"
             )
         self._library: Library | None = find(ops)
         self._images: dict[str, ImagePreparer] = {}
@@ -46,17 +48,14 @@ class Bundle:
 
     @property
     def family(self) -> str:
-        """What float and INT8 bundles of one export share; of a bundle that does not say, its digest."""
+        """The same for the float and the INT8 bundle of one export; the digest if the manifest has no family."""
         return self.manifest.family or self.digest
 
     def graph(self, role: str) -> Graph:
-        try:
-            return self.manifest.graphs[role]
-        except KeyError:
+        if role not in self.manifest.graphs:
             known = sorted(self.manifest.graphs)
-            raise TaskNotServed(
-                f"bundle {self.name!r} has no graph {role!r}; it has {', '.join(known)}", known=known
-            ) from None
+            raise TaskNotServed(f"bundle {self.name!r} has no graph {role!r}; it has {', '.join(known)}", known=known)
+        return self.manifest.graphs[role]
 
     def require(self, task: str) -> None:
         """Raises `TaskNotServed` unless the manifest lists ``task``."""
@@ -67,7 +66,7 @@ class Bundle:
             )
 
     def warm(self) -> None:
-        """Make now what is otherwise made at first use: a bundle that cannot serve says so before it is asked."""
+        """Build everything that is otherwise built at first use, so a broken bundle fails before its first request."""
         for role, graph in self.manifest.graphs.items():
             if isinstance(graph.preprocess, ImagePreprocess):
                 self.image(role)
@@ -103,15 +102,14 @@ class Bundle:
 
     @cached_property
     def classifier(self) -> Classifier:
-        """The bundle's own, empty where it carries none. Raises `BundleInvalid` naming the file that is not one."""
+        """The bundle's default; empty if the manifest has none. Raises `BundleInvalid` naming the wrong file."""
         spec = self.manifest.classifier
         if spec is None:
             return Classifier()
         head = spec.head
         try:
-            labels = self._labels(spec.labels) if spec.labels else ()
-            found = Classifier(
-                labels=labels,
+            classifier = Classifier(
+                labels=self._labels(spec.labels) if spec.labels else (),
                 templates=spec.templates,
                 descriptions=self._descriptions(spec.descriptions) if spec.descriptions else {},
                 head=head.name if head else None,
@@ -120,12 +118,24 @@ class Bundle:
                 temperature=spec.temperature,
                 none_below=spec.none_below,
             )
-            check_distinct(found.labels)
+            check_distinct(classifier.labels)
             if head:
-                found.bound.check(found.labels, self.dim)
+                classifier.bound.check(classifier.labels, self.dim)
         except BadRequest as error:
             raise BundleInvalid(f"bundle {self.name!r}: its classifier: {error}") from None
-        return found
+        return classifier
+
+    def classifier_for(
+        self, classifier: Classifier | None, labels: Sequence[str] = (), templates: Sequence[str] = ()
+    ) -> Classifier:
+        """The complete classifier of a request: its labels and templates, else ``classifier``'s, else the default's.
+
+        Raises `TooManyLabels` if it has no labels.
+        """
+        base = self.classifier if classifier is None else classifier.with_defaults(self.classifier)
+        complete = base.for_request(labels, templates)
+        require_labels(complete.labels)
+        return complete
 
     def _labels(self, name: str) -> tuple[str, ...]:
         labels = self._json(name)
@@ -134,13 +144,13 @@ class Bundle:
         return tuple(labels)
 
     def _descriptions(self, name: str) -> dict[str, tuple[str, ...]]:
-        found = self._json(name)
-        fits = isinstance(found, dict) and all(
-            isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in found.values()
+        content = self._json(name)
+        fits = isinstance(content, dict) and all(
+            isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in content.values()
         )
         if not fits:
             raise BundleInvalid(f"{self.directory / name} is not a JSON object of lists of strings")
-        return {label: tuple(lines) for label, lines in found.items()}
+        return {label: tuple(lines) for label, lines in content.items()}
 
     def _json(self, name: str) -> Any:
         path = self.directory / name
@@ -151,12 +161,12 @@ class Bundle:
 
     @cached_property
     def outliers(self) -> dict[str, Outliers]:
-        """Graph -> what its report says of outliers in float; without those of whom it says nothing."""
+        """Graph -> outliers of the float graph, for graphs whose report has them."""
         return outliers(self.directory, self.manifest.graphs)
 
     def _array(self, name: str) -> Array:
-        try:  # `np.load` would also read zip files and, asked to, pickles
+        try:  # `np.load` also reads zip files and pickles
             with (self.directory / name).open("rb") as file:
                 return np.lib.format.read_array(file, allow_pickle=False)
         except (OSError, ValueError, EOFError, MemoryError) as error:
-            raise BundleInvalid(f"{self.directory / name} is no plain .npy array: {error}") from None
+            raise BundleInvalid(f"{self.directory / name} is not a plain .npy array: {error}") from None

@@ -1,7 +1,7 @@
-"""Bundle directories on disk: read, verify, seal, list. Knows no ONNX.
+"""Bundle directories on disk: read, verify, seal, list. This module reads no ONNX.
 
-A sealed bundle never changes. A new one is written in a hidden directory beside its target and renamed into
-place, so a reader sees all of it or none.
+A sealed bundle never changes. A new bundle is written into a hidden directory beside its target and then renamed, so a
+reader sees the complete bundle or none.
 """
 
 import ctypes
@@ -17,14 +17,15 @@ from typing import NamedTuple
 
 from calmclip.models.bundle.manifest import MANIFEST, File, Manifest, parse
 from calmclip.models.errors import BundleError, BundleInvalid, BundleNotFound, suggestion
+from calmclip.models.tasks import require
 
-MAX_MANIFEST_BYTES = 1 << 20  # a manifest is a page; more is an attack or a mistake
+MAX_MANIFEST_BYTES = 1 << 20  # a manifest has a few KiB; a larger file is an attack or a mistake
 MAX_FILES = 1000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Sealed(NamedTuple):
-    """A verified bundle directory. ``digest``: sha256 of bundle.json, which names the whole content."""
+    """A verified bundle directory. ``digest``: sha256 of bundle.json, which has the hash of every file."""
 
     directory: Path
     manifest: Manifest
@@ -34,14 +35,14 @@ class Sealed(NamedTuple):
 def read(directory: Path, *, verify: bool = True) -> Sealed:
     """Open the bundle in ``directory``; with ``verify`` every listed file is hashed.
 
-    Raises `BundleNotFound`, `BundleTooNew`, or `BundleInvalid` naming the file that is wrong: absent, of
-    another size, of another hash, a link, or not listed.
+    Raises `BundleNotFound`, `BundleTooNew`, or `BundleInvalid` naming the wrong file: it is absent, a link, not listed,
+    or has another size or hash.
     """
     try:
         return _read(directory, verify=verify)
     except OSError as error:
         raise BundleInvalid(f"{error.filename or directory} cannot be read: {error.strerror}") from None
-    except RecursionError:  # Python 3.11 walks folders by recursion
+    except RecursionError:  # Python 3.11 walks folders recursively
         raise BundleInvalid(f"{directory} holds folders too deep to walk") from None
 
 
@@ -54,17 +55,27 @@ def _read(directory: Path, *, verify: bool) -> Sealed:
     if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
         raise BundleInvalid(f"{path} has {size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
     text = path.read_bytes()
-    manifest = parse(text, str(path))
+    manifest = load(text, str(path))
     if not manifest.files:
-        raise BundleInvalid(f"{path} lists no files; it was never sealed")
+        raise BundleInvalid(f"{path} lists no files, so it is not sealed")
     if len(manifest.files) > MAX_FILES:
         raise BundleInvalid(f"{path} lists {len(manifest.files)} files; at most {MAX_FILES} are read")
     _compare(directory, manifest, contents=verify)
     return Sealed(directory, manifest, hashlib.sha256(text).hexdigest())
 
 
+def load(text: bytes, where: str) -> Manifest:
+    """The manifest in ``text``, with everything that its tasks need. Raises as `parse`."""
+    manifest = parse(text, where)
+    try:
+        require(manifest)
+    except ValueError as error:
+        raise BundleInvalid(f"{where}: manifest: {error}") from None
+    return manifest
+
+
 def find(name: str, bundles: Path) -> Path:
-    """The directory of the bundle called ``name`` under ``bundles``, or ``name`` itself where that is a path."""
+    """The directory of the bundle ``name`` under ``bundles``, or ``name`` itself if it is a path."""
     if name in (known := names(bundles)):
         return bundles / name
     if os.path.isfile(os.path.join(name, MANIFEST)):
@@ -73,7 +84,7 @@ def find(name: str, bundles: Path) -> Path:
 
 
 def digest_of(directory: Path) -> str | None:
-    """sha256 of its bundle.json, which names the whole content; None where there is none to read."""
+    """sha256 of bundle.json; None if the file cannot be read."""
     try:
         with (directory / MANIFEST).open("rb") as file:
             return hashlib.sha256(file.read(MAX_MANIFEST_BYTES)).hexdigest()
@@ -82,7 +93,7 @@ def digest_of(directory: Path) -> str | None:
 
 
 def names(bundles: Path) -> list[str]:
-    """Bundle directories under ``bundles``, sorted; hidden ones are exports under way."""
+    """Bundle directories under ``bundles``, sorted, without hidden ones, which are unfinished exports."""
     if not bundles.is_dir():
         return []
     return sorted(d.name for d in bundles.iterdir() if not d.name.startswith(".") and (d / MANIFEST).is_file())
@@ -90,9 +101,9 @@ def names(bundles: Path) -> list[str]:
 
 @contextmanager
 def stage(bundles: Path, name: str) -> Iterator[Path]:
-    """A hidden directory under ``bundles`` to write ``name`` in; gone afterwards unless `seal` renamed it.
+    """A hidden directory under ``bundles`` for the files of ``name``; removed at the end unless `seal` renamed it.
 
-    Raises `BundleError` where it cannot be made, and when the disk or a quota is full before all is written.
+    Raises `BundleError` if it cannot be created, and if the disk or a quota is full.
     """
     try:
         bundles.mkdir(parents=True, exist_ok=True)
@@ -105,8 +116,8 @@ def stage(bundles: Path, name: str) -> Iterator[Path]:
         if error.errno not in _FULL:
             raise
         raise BundleError(
-            f"{bundles} took no more of {name}: {error.strerror}. Nothing of it was sealed; make room, or give another "
-            "place (--out)"
+            f"{name} cannot be written to {bundles}: {error.strerror}. Nothing was sealed; free some space, or choose "
+            "another directory (--out)"
         ) from None
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -115,7 +126,7 @@ def stage(bundles: Path, name: str) -> Iterator[Path]:
 def describe(directory: Path, manifest: Manifest) -> Manifest:
     """Write ``manifest`` into ``directory`` with the hash and size of every file there, and return it.
 
-    Raises `BundleInvalid` for a file whose name no bundle holds, and for a manifest that names an absent one.
+    Raises `BundleInvalid` for a file name that no bundle may have, and for a manifest that names an absent file.
     """
     files = {
         path.relative_to(directory).as_posix(): File(sha256=_sha256(path), bytes=path.stat().st_size)
@@ -123,7 +134,7 @@ def describe(directory: Path, manifest: Manifest) -> Manifest:
         if path.is_file() and path != directory / MANIFEST
     }
     text = manifest.model_copy(update={"files": files}).model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
-    complete = parse(text, str(directory / MANIFEST))
+    complete = load(text, str(directory / MANIFEST))
     (directory / MANIFEST).write_bytes(text)
     return complete
 
@@ -131,14 +142,14 @@ def describe(directory: Path, manifest: Manifest) -> Manifest:
 def seal(staged: Path, manifest: Manifest, *, replace: bool = False) -> Sealed:
     """Hash every file of ``staged`` into the manifest, flush to disk, verify, and rename into place.
 
-    Raises `BundleError` when the target exists and not ``replace``, `BundleInvalid` when ``staged`` would be no
-    bundle; then nothing has changed. With ``replace`` the two directories change places in one step where the
-    system can (Linux), so that at every moment one whole bundle bears the name; elsewhere the old one is moved
-    aside first, and for that moment none does. Of several that seal one name at once, each succeeds or says why.
+    Raises `BundleError` if the target exists without ``replace``, `BundleInvalid` if ``staged`` is no valid bundle;
+    then nothing has changed. With ``replace`` the two directories are exchanged atomically on Linux; elsewhere the old
+    one is moved away first, and for a moment no bundle has the name. Several processes may seal one name at the same
+    time.
     """
     target = staged.parent / manifest.name
     describe(staged, manifest)
-    staged.chmod(0o755)  # mkdtemp made it private
+    staged.chmod(0o755)  # mkdtemp creates private directories
     for path in (*staged.rglob("*"), staged):
         if not path.is_symlink():
             _flush(path)
@@ -147,19 +158,19 @@ def seal(staged: Path, manifest: Manifest, *, replace: bool = False) -> Sealed:
         while not _moved(staged, target):
             if not replace:
                 raise BundleError(
-                    f"{target} exists, and a sealed bundle never changes; remove it, name another, or pass --replace"
+                    f"{target} exists; a sealed bundle never changes, so remove it, rename the new one, or --replace"
                 )
             if _exchanged(staged, target):
                 shutil.rmtree(staged, ignore_errors=True)
                 break
-            with suppress(FileNotFoundError):  # another sealer was quicker
+            with suppress(FileNotFoundError):  # another process was faster
                 os.rename(target, tempfile.mkdtemp(dir=aside))
     _flush(target.parent)
     return sealed._replace(directory=target)
 
 
 def _moved(source: Path, target: Path) -> bool:
-    """Rename; False when the target is there (a rename onto a directory that holds something fails)."""
+    """Rename; False if the target exists and is not empty."""
     try:
         os.rename(source, target)
     except OSError as error:
@@ -169,26 +180,26 @@ def _moved(source: Path, target: Path) -> bool:
     return True
 
 
-def _exchanged(one: Path, other: Path) -> bool:
-    """Let two directories change names in one step: renameat2(2) with RENAME_EXCHANGE; False without it."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+def _exchanged(source: Path, target: Path) -> bool:
+    """Exchange two directories atomically by renameat2(2) with RENAME_EXCHANGE; False if that is not possible."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(cwd, os.fsencode(source), cwd, os.fsencode(target), exchange) == 0
 
 
 def _compare(directory: Path, manifest: Manifest, *, contents: bool) -> None:
-    """What is in the directory must be exactly what the manifest lists. Sizes first: no byte is read before."""
+    """The directory must hold exactly the files of the manifest. Sizes are compared before any file is read."""
     root = directory.resolve()
     for name, file in manifest.files.items():
         path = directory / name
         if path.is_symlink() or not path.resolve().is_relative_to(root):
             raise BundleInvalid(f"{path} is a link or leads out of the bundle; a bundle holds plain files only")
         if not path.is_file():
-            raise BundleInvalid(f"{path} is listed in {MANIFEST} but is not there")
+            raise BundleInvalid(f"{path} is listed in {MANIFEST} but does not exist")
         if (size := path.stat().st_size) != file.bytes:
             raise BundleInvalid(f"{path} has {size} bytes; {MANIFEST} lists {file.bytes}")
-    found = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
-    if stray := sorted(found - manifest.files.keys() - {MANIFEST}):
+    files = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()}
+    if stray := sorted(files - manifest.files.keys() - {MANIFEST}):
         raise BundleInvalid(f"{directory / stray[0]} is not listed in {MANIFEST}")
     for name, file in manifest.files.items() if contents else ():
         if (digest := _sha256(directory / name)) != file.sha256:

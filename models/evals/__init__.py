@@ -1,8 +1,8 @@
 """FAMILY evals: a `Runner` and a data set -> samples; samples of one bundle or two -> figures.
 
-An eval is one module that registers one `Eval`. The frame does the rest, the same for all: samples are saved and read
-back (`samples`), two bundles are compared by a paired bootstrap over pictures (`bootstrap`), figures become a table
-(`tables`) or a page with plots (`page`), and `calmclip eval` is the verb for it (`commands`).
+An eval is one module that registers one `Eval`. All evals share the other steps: `samples` saves and loads samples,
+`bootstrap` compares two bundles by a paired bootstrap over pictures, `tables` makes a table of figures, `page` an HTML
+page with plots, and `commands` is the verb `calmclip eval`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,26 +22,26 @@ __all__ = ["EVALS", "Eval", "Figure", "Line", "NoParams", "Plot", "Samples", "St
 D = TypeVar("D")
 P = TypeVar("P", bound=FrozenModel)
 
-# int64 [n], places of pictures, one as often as it was drawn -> the figures of just these; NaN where there is no value
+# int64 [n], indices of pictures, with repetitions -> the figures of these pictures; NaN for a figure without a value
 Statistic: TypeAlias = Callable[[Array], Sequence[Figure]]
 
 
 class NoParams(FrozenModel):
-    """Of an eval with nothing to set."""
+    """The params of an eval without params."""
 
 
 @dataclass(frozen=True)
 class Eval(Generic[D, P]):
-    """``task``: what a bundle must serve. ``data``: the files a data directory must hold, in words.
+    """``task``: the task that a bundle must serve. ``data``: a description of the files in a data directory.
 
-    ``read(directory, params, limit)``: the data set as a value, a frozen dataclass of texts, numbers, arrays and
-    pictures; pictures are not opened. At most ``limit`` pictures. `BadRequest` where the directory does not hold it.
-    ``predict(runner, data set, params)``: what the bundle answers, all that scores are made of.
-    ``score(samples, params)``: does what is done once (ranks, matches) and returns a `Statistic`, which the bootstrap
-    calls a thousand times. The same pictures give figures of the same names, whatever the bundle.
-    ``together(samples, others, params)``: the statistic of two bundles at once, such as how often they agree.
+    ``read(directory, params, limit)``: the data set, a frozen dataclass of texts, numbers, arrays and at most ``limit``
+    pictures, which are not opened. Raises `BadRequest` if the directory does not hold such a data set.
+    ``predict(runner, data set, params)``: the bundle's answers, from which all scores are computed.
+    ``score(samples, params)``: computes ranks or matches once and returns a `Statistic`, which the bootstrap calls a
+    thousand times. The names of the figures depend on the pictures only, not on the bundle.
+    ``together(samples, others, params)``: the statistic that compares two bundles, such as their agreement.
     ``plots({side: samples}, params)``: curves for the page.
-    ``scoring``: the params that `predict` does not look at. They may be changed for samples read from a file.
+    ``scoring``: the params that `predict` does not use. They may change for samples from a file.
     """
 
     task: str

@@ -1,8 +1,8 @@
-"""What evals of classifiers share: samples of logits and truth -> top-1, top-5, calibration, agreement.
+"""Shared by evals of classifiers: samples of logits and truth -> top-1, top-5, calibration error, agreement.
 
 Source: Guo et al. 2017 (arXiv 1706.04599), section 2, for the expected calibration error and the reliability diagram.
 Samples: ``logits`` float32 [N, C], ``temperature`` [] of the bundle, ``truth`` int64 [N]; words ``labels`` [C],
-and ``head``, by whose scores a bundle says how sure it is.
+and ``head``, which turns logits into scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +18,15 @@ from calmclip.models.heads import HEADS
 
 
 class Scoring(FrozenModel):
-    bins: int = Field(15, ge=1, le=1000, description="of the calibration error, equally wide")
+    bins: int = Field(default=15, ge=1, le=1000, description="of the calibration error, of equal width")
     temperature: float | None = Field(
-        None, gt=0, description="that logits are divided by before scores are made of them; None: the bundle's own"
+        default=None, gt=0, description="divides the logits before the scores are computed; None: the bundle's own"
     )
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Of each picture [N]: how many labels stand before the right one, the score of the best, and its bin."""
+    """For each picture [N]: the rank of the right label from 0, the score of the best label, and its bin."""
 
     rank: Array
     score: Array
@@ -39,10 +39,10 @@ class Judged:
 
 
 def judge(samples: Samples, params: Scoring) -> Judged:
-    """Of equal logits the lower place stands first, as in `Runner.classify`."""
+    """Equal logits rank by index, as in `Runner.classify`."""
     logits, truth = samples.arrays["logits"], samples.arrays["truth"]
-    own = logits[np.arange(len(truth)), truth][:, None]
-    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < truth[:, None]))
+    target = logits[np.arange(len(truth)), truth][:, None]
+    before = (logits > target) | ((logits == target) & (np.arange(logits.shape[1]) < truth[:, None]))
     (head,) = samples.words["head"]
     temperature = np.float32(params.temperature or samples.arrays["temperature"])
     scores = HEADS.get(head).scores(logits / temperature).max(axis=1).astype(np.float64)
@@ -51,12 +51,12 @@ def judge(samples: Samples, params: Scoring) -> Judged:
 
 
 def score(samples: Samples, params: Scoring) -> Statistic:
-    seen = judge(samples, params)
-    gap = seen.score - seen.right
+    judged = judge(samples, params)
+    gap = judged.score - judged.right
 
     def of(rows: Array) -> Sequence[Figure]:
-        rank = seen.rank[rows]
-        apart = np.abs(np.bincount(seen.bin[rows], weights=gap[rows])).sum() / len(rows)
+        rank = judged.rank[rows]
+        apart = np.abs(np.bincount(judged.bin[rows], weights=gap[rows])).sum() / len(rows)
         return (
             Figure("top1", 100 * float((rank < 1).mean()), "%"),
             Figure("top5", 100 * float((rank < 5).mean()), "%"),
@@ -67,7 +67,7 @@ def score(samples: Samples, params: Scoring) -> Statistic:
 
 
 def together(samples: Samples, others: Samples, params: Scoring) -> Statistic:
-    """How often both have the same best label, right or wrong."""
+    """The percentage of pictures for which both have the same best label, right or wrong."""
     same = samples.arrays["logits"].argmax(axis=1) == others.arrays["logits"].argmax(axis=1)
     return lambda rows: (Figure("agreement", 100 * float(same[rows].mean()), "%"),)
 
@@ -75,11 +75,11 @@ def together(samples: Samples, others: Samples, params: Scoring) -> Statistic:
 def plots(sides: Mapping[str, Samples], params: Scoring) -> Sequence[Plot]:
     lines = []
     for name, samples in sides.items():
-        seen = judge(samples, params)
-        count = np.bincount(seen.bin, minlength=params.bins)
-        there = count > 0
-        sums = (np.bincount(seen.bin, weights=each, minlength=params.bins) for each in (seen.score, seen.right))
-        score, right = (each[there] / count[there] for each in sums)
+        judged = judge(samples, params)
+        count = np.bincount(judged.bin, minlength=params.bins)
+        filled = count > 0
+        sums = (np.bincount(judged.bin, weights=each, minlength=params.bins) for each in (judged.score, judged.right))
+        score, right = (each[filled] / count[filled] for each in sums)
         lines.append(Line(name, score, right))
     says = (
         "How often the best label is right, by how sure its score is. On the dashed line scores are as sure as they "

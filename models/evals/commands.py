@@ -1,4 +1,4 @@
-"""The verb eval: an eval on one bundle or two, from a data directory or from saved samples."""
+"""The verb eval: one bundle or two, on a data directory or from saved samples."""
 
 import argparse
 import json
@@ -14,13 +14,13 @@ from calmclip.models.registry import catalog
 
 def eval_command(argv: list[str]) -> int:
     """`calmclip eval BUNDLE EVAL --data DIR [--against BUNDLE]`, or `calmclip eval --from FILE [FILE]`."""
-    given = _parser().parse_args(argv)
-    if bool(given.files) == bool(given.bundle):
+    args = _parser().parse_args(argv)
+    if bool(args.files) == bool(args.bundle):
         raise BadRequest(
             "expected a bundle and an eval (calmclip eval mini-int8 zero_shot --data DIR), or files of samples "
             "(calmclip eval --from a.npz b.npz)"
         )
-    if given.html:
+    if args.html:
         from calmclip.models.evals import page
 
         page.require()
@@ -31,44 +31,44 @@ def eval_command(argv: list[str]) -> int:
     from calmclip.models.evals.samples import Samples, write
     from calmclip.models.evals.tables import tabulate, text
 
-    params = _params(given.param)
+    params = _params(args.param)
     try:
-        how = Resampling(resamples=given.resamples, method=given.method, seed=given.seed)
+        how = Resampling(resamples=args.resamples, method=args.method, seed=args.seed)
     except ValidationError as error:
-        raise BadRequest(f"of the intervals: {explain(error)}") from None
-    if given.files:
-        sides = [Samples.load(file) for file in given.files]
+        raise BadRequest(f"--resamples, --method or --seed: {explain(error)}") from None
+    if args.files:
+        sides = [Samples.load(file) for file in args.files]
         table = tabulate(sides, params, how)
     else:
-        sides = _measured(given, params)
+        sides = _measured(args, params)
         table = tabulate(sides, {}, how)
-    if given.html:
+    if args.html:
         content = page.html(table, sides, params).encode()
-        write(given.html, lambda file: file.write(content))
-    emit(given.json, table.as_json(), lambda _: print(text(table)))
+        write(args.html, lambda file: file.write(content))
+    emit(args.json, table.as_json(), lambda _: print(text(table)))
     return 0
 
 
-def _measured(given: argparse.Namespace, params: dict[str, Any]) -> list[Any]:
-    """Samples of the bundle and of the one it is compared with; where --save says so, each saved as soon as made."""
+def _measured(args: argparse.Namespace, params: dict[str, Any]) -> list[Any]:
+    """Samples of the bundle and of the second one. With --save, each is saved at once."""
     from calmclip.models.bundle.store import find
     from calmclip.models.evals import measure
     from calmclip.models.runner import open_bundle
 
-    if not (given.eval and given.data):
-        raise BadRequest(f"expected an eval and --data DIR, which it measures on; evals: {', '.join(catalog('evals'))}")
-    directories = [find(given.bundle, given.bundles)]
-    if given.against:
-        directories.append(find(given.against, given.bundles))
+    if not (args.eval and args.data):
+        raise BadRequest(f"expected an eval and --data DIR; evals: {', '.join(catalog('evals'))}")
+    directories = [find(args.bundle, args.bundles)]
+    if args.against:
+        directories.append(find(args.against, args.bundles))
     elif sibling := _float_of(directories[0]):
         directories.append(sibling)
-    data = measure.read(given.eval, given.data, params, given.limit)
+    data = measure.read(args.eval, args.data, params, args.limit)
     sides = []
     for directory in directories:
-        runner = open_bundle(directory, threads=given.threads, ops=given.ops)
-        sides.append(samples := measure.predict(given.eval, runner, data, params))
-        if given.save:
-            file = given.save / f"{runner.bundle.name}.{given.eval}.npz"
+        runner = open_bundle(directory, threads=args.threads, ops=args.ops)
+        sides.append(samples := measure.predict(args.eval, runner, data, params))
+        if args.save:
+            file = args.save / f"{runner.bundle.name}.{args.eval}.npz"
             samples.save(file)
             print(f"calmclip: samples of {runner.bundle.name} are in {file}", file=sys.stderr)
     return sides
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("eval", nargs="?", help=f"one of {', '.join(catalog('evals'))}")
     options.add_argument("--data", type=Path, help="directory of the data set")
     options.add_argument("--against", help="a second bundle; default: the float one sealed beside an INT8 one")
-    options.add_argument("--limit", type=positive, help="at most so many pictures")
+    options.add_argument("--limit", type=positive, help="at most this many pictures")
     options.add_argument(
         "--param", action="append", default=[], metavar="KEY=VALUE", help="of the eval; a value may be JSON"
     )
@@ -96,24 +96,24 @@ def _parser() -> argparse.ArgumentParser:
     return options
 
 
-def _params(given: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE, the value as JSON where it is JSON, else as text. Raises `BadRequest`."""
-    found: dict[str, Any] = {}
-    for one in given:
-        key, sign, value = one.partition("=")
+def _params(items: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE; a value that is not JSON is text. Raises `BadRequest`."""
+    params: dict[str, Any] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
         if not (key and sign):
-            raise BadRequest(f"--param {one!r} is not KEY=VALUE, such as bins=20")
-        if key in found:
+            raise BadRequest(f"--param {item!r} is not KEY=VALUE, such as bins=20")
+        if key in params:
             raise BadRequest(f'--param {key} is given twice; a list is JSON: {key}=\'["…", "…"]\'')
         try:
-            found[key] = json.loads(value)
+            params[key] = json.loads(value)
         except ValueError:
-            found[key] = value
-    return found
+            params[key] = value
+    return params
 
 
 def _float_of(directory: Path) -> Path | None:
-    """NAME-float beside NAME-int8 or NAME-mixed, if it was made of the same weights."""
+    """NAME-float beside NAME-int8 or NAME-mixed, if it has the same weights."""
     from calmclip.models.bundle.manifest import MANIFEST
     from calmclip.models.bundle.store import read
 

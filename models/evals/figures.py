@@ -1,4 +1,4 @@
-"""What scores come to, before anybody rounds or draws it: figures, and curves as data."""
+"""Figures and curves as data, before they are rounded or drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from calmclip.models.flow import Array
 
 @dataclass(frozen=True)
 class Figure:
-    """``unit``: "%", "nats", "" for a plain number. ``group``: a heading that figures stand under, such as a corruption
-    or an age. ``lower``, ``upper``: a confidence interval, where there is one. ``sampled``: False for a figure that was
-    computed once, of all pictures, whatever the places asked for; it gets no interval."""
+    """``unit``: "%", "nats", "" for a plain number. ``group``: a heading for several figures, such as a corruption or
+    an age. ``lower``, ``upper``: a confidence interval, or None."""
 
     name: str
     value: float
@@ -19,7 +18,6 @@ class Figure:
     group: str = ""
     lower: float | None = None
     upper: float | None = None
-    sampled: bool = True
 
     @property
     def key(self) -> tuple[str, str]:
@@ -28,7 +26,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Line:
-    """``x``, ``y`` float [n]; bars stand at ``x``, as wide as they are apart."""
+    """``x``, ``y`` float [n]; a bar at each ``x`` is as wide as the distance of the first two."""
 
     label: str
     x: Sequence[float] | Array
@@ -38,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """``says``: one sentence on how to read it. ``diagonal``: y = x is drawn too, dashed."""
+    """``says``: one sentence on how to read it. ``diagonal``: also draw y = x, dashed."""
 
     title: str
     x: str
@@ -46,4 +44,3 @@ class Plot:
     lines: Sequence[Line]
     says: str
     diagonal: bool = False
-    log_x: bool = False

@@ -1,4 +1,4 @@
-"""An eval at work: params checked, data read, samples made."""
+"""The steps of an eval: check params, read data, predict samples, score."""
 
 import math
 from collections.abc import Mapping
@@ -17,23 +17,23 @@ from calmclip.models.evals.samples import Origin, Samples, fingerprint
 from calmclip.models.runner import Runner
 
 
-def params_of(name: str, given: Mapping[str, Any] | None = None) -> FrozenModel:
-    """Raises `UnknownName` for the eval, `BadRequest` naming the param that does not fit."""
+def params_of(name: str, params: Mapping[str, Any] | None = None) -> FrozenModel:
+    """The checked params. Raises `UnknownName` for the eval, `BadRequest` naming the wrong param."""
     model: type[FrozenModel] = EVALS.get(name).params
     try:
-        return model.model_validate(given or {})
+        return model.model_validate(params or {})
     except ValidationError as error:
         known = ", ".join(model.model_fields) or "none"
         raise BadRequest(f"params of {name}: {explain(error)}; its params: {known}") from None
 
 
 def read(name: str, directory: Path, params: Mapping[str, Any] | None = None, limit: int | None = None) -> Any:
-    """The eval's data set in ``directory``, at most ``limit`` pictures of it."""
+    """The eval's data set in ``directory``, at most ``limit`` pictures."""
     return EVALS.get(name).read(directory, params_of(name, params), limit)
 
 
 def predict(name: str, runner: Runner, data: Any, params: Mapping[str, Any] | None = None) -> Samples:
-    """``data``: what `read` gave, or a data set of the eval's own type made in Python. Raises `TaskNotServed`."""
+    """``data``: from `read`, or a data set of the eval's own type. Raises `TaskNotServed`."""
     measured, checked = EVALS.get(name), params_of(name, params)
     runner.bundle.require(measured.task)
     origin = Origin(
@@ -44,23 +44,23 @@ def predict(name: str, runner: Runner, data: Any, params: Mapping[str, Any] | No
 
 
 def figures(samples: Samples, params: Mapping[str, Any] | None = None) -> list[Figure]:
-    """Of all its pictures. ``params`` over those that the samples were made with; see `rescored`."""
+    """The figures of all pictures. ``params`` override those of the samples; see `rescored`."""
     checked = rescored(samples, params or {})
     return [*EVALS.get(samples.made.eval).score(samples, checked)(np.arange(samples.count))]
 
 
 def named(samples: Samples) -> dict[str, float | int | None]:
-    """Figures and counts by name, None for a figure without a value: one side of a report."""
-    found = {" ".join(filter(None, one.key)): one.value for one in figures(samples)}
-    return {**{name: value if math.isfinite(value) else None for name, value in found.items()}, **samples.counts}
+    """Figures and counts by name, None for a figure without a value: one bundle's part of a report."""
+    values = {" ".join(filter(None, figure.key)): figure.value for figure in figures(samples)}
+    return {**{name: value if math.isfinite(value) else None for name, value in values.items()}, **samples.counts}
 
 
-def rescored(samples: Samples, given: Mapping[str, Any]) -> FrozenModel:
-    """The params of ``samples`` with those ``given`` that only scores depend on. `BadRequest` names another one."""
+def rescored(samples: Samples, changes: Mapping[str, Any]) -> FrozenModel:
+    """The params of ``samples`` with ``changes``. Raises `BadRequest` for a change that needs new samples."""
     origin = samples.made
-    merged = params_of(origin.eval, {**origin.params, **given})
-    made, now = params_of(origin.eval, origin.params).model_dump(), merged.model_dump()
-    for key in sorted(now.keys() - EVALS.get(origin.eval).scoring):
-        if made[key] != now[key]:
-            raise BadRequest(f"the samples were made with {key} = {made[key]!r}; measure anew for {now[key]!r}")
+    merged = params_of(origin.eval, {**origin.params, **changes})
+    before, after = params_of(origin.eval, origin.params).model_dump(), merged.model_dump()
+    for key in sorted(after.keys() - EVALS.get(origin.eval).scoring):
+        if before[key] != after[key]:
+            raise BadRequest(f"the samples have {key} = {before[key]!r}; measure again for {after[key]!r}")
     return merged

@@ -1,4 +1,4 @@
-"""A table and plots as one HTML file that needs no other. Plots are SVG by matplotlib, of the extra `eval`."""
+"""A table and plots as one self-contained HTML file. matplotlib, of the extra `eval`, draws the plots as SVG."""
 
 import io
 import sys
@@ -23,7 +23,7 @@ figure { margin: 1.5rem 0 } figcaption, .small { color: #555; font-size: .9rem }
 
 
 def require() -> None:
-    """Raises `ExtraMissing` without matplotlib: said before an hour of measuring, not after it."""
+    """Raises `ExtraMissing` without matplotlib; called before the measurement."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -31,7 +31,7 @@ def require() -> None:
 
 
 def html(table: Table, sides: Sequence[Samples], params: Mapping[str, Any] | None = None) -> str:
-    """``sides`` and ``params``: what ``table`` was made of, for the plots. Raises `ExtraMissing`."""
+    """``sides`` and ``params``: the input of ``table``, for the plots. Raises `ExtraMissing`."""
     require()
     measured = EVALS.get(table.eval)
     named = {side.name: samples for side, samples in zip(table.sides, sides, strict=True)}
@@ -74,7 +74,7 @@ def _row(row: Sequence[str], tag: str) -> str:
 
 
 def _svg(plot: Plot, number: int) -> str:
-    """Text stays text; ids differ from plot to plot and not from run to run."""
+    """Text stays text; ids are different in each plot and the same in each run."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -98,8 +98,6 @@ def _draw(axes: Any, plot: Plot) -> None:
             axes.plot(line.x, line.y, "o" if line.kind == "points" else "-", color=colour, label=line.label)
     if plot.diagonal:
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="--")
-    if plot.log_x:
-        axes.set_xscale("log")
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
     axes.grid(linewidth=0.4)
     axes.legend()

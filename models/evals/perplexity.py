@@ -1,8 +1,7 @@
-"""Perplexity of a language model: e to the mean cross-entropy of the tokens it is asked for.
+"""Perplexity of a language model: e to the mean cross-entropy of the predicted tokens.
 
-A graph `lm` is asked for every token that follows another; a graph `mlm` for 15 % of the tokens, masked as in training
-and the same ones whatever the bundle. Each line is one row, alone and so without padding; what is longer than the
-context is cut.
+A graph `lm` predicts every token after the first; a graph `mlm` predicts 15 % of the tokens, masked as in training, the
+same tokens for every bundle. Each line is one row without padding, cut to the context.
 
 Source: Devlin et al. 2018 (arXiv 1810.04805), section 3.1; Radford et al. 2019.
 
@@ -38,26 +37,26 @@ class DataSet:
 
 
 def read(data: Path, params: NoParams, limit: int | None = None) -> DataSet:
-    """Raises `BadRequest` where the directory does not hold them."""
+    """Raises `BadRequest` if the directory has no texts."""
     try:
-        found = lines(data / "texts.txt")
+        texts = lines(data / "texts.txt")
     except BadRequest as error:
         raise BadRequest(f"{error}; the data directory must hold {DATA}") from None
-    return DataSet(first(found, limit))
+    return DataSet(first(texts, limit))
 
 
 def predict(runner: Runner, data: DataSet, params: NoParams) -> Samples:
     bundle = runner.bundle
     role = next((role for role in ROLES if role in bundle.manifest.graphs), None)
     if role is None:
-        raise BadRequest(f"{bundle.name} has no graph {' or '.join(ROLES)}; perplexity is of language models")
+        raise BadRequest(f"{bundle.name} has no graph {' or '.join(ROLES)}; perplexity needs a language model")
     texts = progress(data.texts, f"perplexity {bundle.name}", "row", len(data.texts))
     rows = _rows(bundle, role, texts)
-    found = np.array([*runner.map(_loss(bundle, role, feeds, targets) for feeds, targets in rows)], np.float64)
-    asked = found[:, 1].astype(np.int64)
-    if not asked.any():
-        raise BadRequest(f"the {len(found)} rows are too short: no token of them is asked for")
-    return Samples({"rows": len(found), "tokens": int(asked.sum())}, {"lost": found[:, 0], "asked": asked})
+    losses = np.array([*runner.map(_loss(bundle, role, feeds, targets) for feeds, targets in rows)], np.float64)
+    counts = losses[:, 1].astype(np.int64)
+    if not counts.any():
+        raise BadRequest(f"the {len(losses)} rows are too short: they have no token to predict")
+    return Samples({"rows": len(losses), "tokens": int(counts.sum())}, {"lost": losses[:, 0], "asked": counts})
 
 
 def _rows(bundle: Bundle, role: str, texts: Iterable[str]) -> Iterator[tuple[Arrays, Array]]:
@@ -65,7 +64,7 @@ def _rows(bundle: Bundle, role: str, texts: Iterable[str]) -> Iterator[tuple[Arr
     spec = bundle.graph(role).preprocess
     assert isinstance(spec, TextPreprocess)
     tokenizer = Tokenizer.from_file(str(bundle.directory / spec.tokenizer))
-    tokenizer.no_padding()  # whose tokens would be asked for
+    tokenizer.no_padding()  # padding must not be predicted
     tokenizer.no_truncation()
     for number, text in enumerate(texts):
         ids = tokenizer.encode(text).ids
@@ -78,19 +77,19 @@ def _rows(bundle: Bundle, role: str, texts: Iterable[str]) -> Iterator[tuple[Arr
 
 
 def _loss(bundle: Bundle, role: str, feeds: Arrays, targets: Array) -> Flow[tuple[float, int]]:
-    """-> the cross-entropy of the tokens that are asked for, summed, in nats; how many they are."""
+    """-> the sum of the predicted tokens' cross-entropy in nats, and the number of these tokens."""
     (logits,) = (yield from raw(bundle, RawRequest(role, feeds))).values()
     at = targets != IGNORED
     return float(_cross_entropy(logits[at].astype(np.float64), targets[at]).sum()), int(at.sum())
 
 
 def _words(tokenizer: Tokenizer) -> tuple[int, int, list[int]]:
-    """-> the id of [MASK], the size of the vocabulary, and the tokens that are not asked for."""
+    """-> the id of [MASK], the size of the vocabulary, and the tokens that are never predicted."""
     mask = tokenizer.token_to_id("[MASK]")
     if mask is None:
-        raise BadRequest("the bundle's tokenizer has no [MASK]; expected that of a masked language model")
+        raise BadRequest("the bundle's tokenizer has no [MASK]; expected a masked language model")
     spared = [tokenizer.token_to_id(name) for name in ("[PAD]", "[CLS]", "[SEP]")]
-    return mask, tokenizer.get_vocab_size(), [one for one in spared if one is not None]
+    return mask, tokenizer.get_vocab_size(), [token for token in spared if token is not None]
 
 
 def _cross_entropy(logits: Array, targets: Array) -> Array:
@@ -102,11 +101,11 @@ def _cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def score(samples: Samples, params: NoParams) -> Statistic:
-    lost, asked = samples.arrays["lost"], samples.arrays["asked"]
+    losses, counts = samples.arrays["lost"], samples.arrays["asked"]
 
     def of(rows: Array) -> Sequence[Figure]:
-        tokens = asked[rows].sum()
-        mean = lost[rows].sum() / tokens if tokens else math.nan
+        tokens = counts[rows].sum()
+        mean = losses[rows].sum() / tokens if tokens else math.nan
         return [Figure("perplexity", math.exp(min(mean, 700.0)))]
 
     return of

@@ -1,4 +1,4 @@
-"""How far a measurement is, on a terminal."""
+"""A progress bar on a terminal."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -6,11 +6,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterable[T]:
-    """``items`` as they are; where standard error is a terminal and tqdm is installed, with a bar that counts them."""
+def progress(items: Iterable[T], title: str, unit: str, total: int | None = None) -> Iterable[T]:
+    """``items``, with a bar on standard error if it is a terminal and tqdm is installed."""
     try:
         from tqdm import tqdm
-    except ModuleNotFoundError:  # nothing is wrong without it
+    except ModuleNotFoundError:  # optional
         return items
-    shown: Iterable[T] = tqdm(items, desc=what, unit=unit, total=total, disable=None, leave=False)
+    shown: Iterable[T] = tqdm(items, desc=title, unit=unit, total=total, disable=None, leave=False)
     return shown

@@ -1,8 +1,8 @@
 """Retrieval: recall@1/5/10, text -> image and image -> text, over captioned pictures.
 
-Source: Karpathy & Fei-Fei 2015 (arXiv 1412.2306), section 4.2: a query counts when one of its own is among the first K.
-Every caption is a query for its picture; every picture is a query for any of its captions. Intervals resample pictures,
-with their captions, as queries; what is searched stays whole.
+Source: Karpathy & Fei-Fei 2015 (arXiv 1412.2306), section 4.2: a query is a hit if one of its matches is among the
+first K. Every caption is a query for its picture; every picture is a query for any of its captions. Intervals resample
+pictures, with their captions, as queries; the searched set does not change.
 
 Data: captions.json {"file": [captions]}, or captions.jsonl lines {"image", "captions"}; pictures under images/.
 """
@@ -26,7 +26,7 @@ _CHUNK = 64  # texts in one call
 
 @dataclass(frozen=True)
 class DataSet:
-    """``captions``: of each picture, at least one."""
+    """``captions``: at least one per picture."""
 
     pictures: Sequence[Picture]
     captions: Sequence[Sequence[str]]
@@ -34,36 +34,36 @@ class DataSet:
     def __post_init__(self) -> None:
         if not self.pictures or len(self.pictures) != len(self.captions) or not all(self.captions):
             raise BadRequest(
-                f"{len(self.pictures)} pictures, captions of {sum(map(bool, self.captions))}; expected some of each"
+                f"{len(self.pictures)} pictures, {sum(map(bool, self.captions))} with captions; expected all"
             )
 
 
 def read(data: Path, params: NoParams, limit: int | None = None) -> DataSet:
-    """Raises as `read_captions`; the message says what the directory must hold."""
+    """Raises `BadRequest` as `read_captions`."""
     rows = data / "captions.jsonl"
-    found = first([*read_captions(rows if rows.is_file() else data / "captions.json").items()], limit)
-    return DataSet([data / "images" / name for name, _ in found], [captions for _, captions in found])
+    pairs = first([*read_captions(rows if rows.is_file() else data / "captions.json").items()], limit)
+    return DataSet([data / "images" / name for name, _ in pairs], [captions for _, captions in pairs])
 
 
 def predict(runner: Runner, data: DataSet, params: NoParams) -> Samples:
     texts = [caption for captions in data.captions for caption in captions]
     owner = np.repeat(np.arange(len(data.pictures)), [len(captions) for captions in data.captions])
-    what = runner.bundle.name
-    images = runner.embed(images=progress(data.pictures, f"pictures {what}", "picture", len(data.pictures)))
-    chunks = progress(range(0, len(texts), _CHUNK), f"captions {what}", f"{_CHUNK} captions")
+    name = runner.bundle.name
+    images = runner.embed(images=progress(data.pictures, f"pictures {name}", "picture", len(data.pictures)))
+    chunks = progress(range(0, len(texts), _CHUNK), f"captions {name}", f"{_CHUNK} captions")
     vectors = np.concatenate([runner.embed(texts=texts[i : i + _CHUNK]) for i in chunks])
     counts = {"pictures": len(images), "captions": len(texts)}
     return Samples(counts, {"images": images, "texts": vectors, "owner": owner.astype(np.int64)})
 
 
 def ranks(images: Array, texts: Array, owner: Array) -> tuple[Array, Array]:
-    """images [N, D], texts [M, D] unit rows; ``owner`` int [M]: whose caption each text is -> int [M], int [N]: the
-    pictures that stand before the right one of each text, and the captions before the best of each picture's own."""
+    """images [N, D], texts [M, D] unit rows; ``owner`` int [M]: the picture of each text -> int [M], int [N]: for each
+    text the rank of its picture, for each picture the rank of its best caption, both from 0."""
     similar = texts.astype(np.float64) @ images.astype(np.float64).T  # [M, N]
-    own = similar[np.arange(len(texts)), owner]
+    target = similar[np.arange(len(texts)), owner]
     right = owner[:, None] == np.arange(len(images))  # [M, N]
     best = np.where(right, similar, -np.inf).max(axis=0)
-    return (similar > own[:, None]).sum(axis=1), ((similar > best) & ~right).sum(axis=0)
+    return (similar > target[:, None]).sum(axis=1), ((similar > best) & ~right).sum(axis=0)
 
 
 def score(samples: Samples, params: NoParams) -> Statistic:
@@ -73,11 +73,11 @@ def score(samples: Samples, params: NoParams) -> Statistic:
     hits = {k: np.bincount(owner, weights=text_rank < k, minlength=samples.count) for k in (1, 5, 10)}
 
     def of(rows: Array) -> Sequence[Figure]:
-        asked = captions[rows].sum()
-        to_image = [Figure(f"text_to_image_r{k}", 100 * float(hits[k][rows].sum() / asked), "%") for k in hits]
+        queries = captions[rows].sum()
+        to_image = [Figure(f"text_to_image_r{k}", 100 * float(hits[k][rows].sum() / queries), "%") for k in hits]
         to_text = [Figure(f"image_to_text_r{k}", 100 * float((image_rank[rows] < k).mean()), "%") for k in hits]
-        found = [*to_image, *to_text]
-        return [*found, Figure("mean", float(np.mean([one.value for one in found])), "%")]
+        figures = [*to_image, *to_text]
+        return [*figures, Figure("mean", float(np.mean([figure.value for figure in figures])), "%")]
 
     return of
 

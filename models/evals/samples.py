@@ -1,6 +1,6 @@
-"""Samples: what one bundle answered on one data set, as a value and as a file.
+"""Samples: the answers of one bundle on one data set, as a value and as a file.
 
-The file is a zip: header.json, and each array as NumPy's .npy, never pickled; `numpy.load` reads it too.
+The file is a zip of header.json and one .npy per array, without pickles; `numpy.load` reads it too.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ _KIND, _FORMAT, _HEADER = "calmclip samples", 1, "header.json"
 
 
 class Origin(FrozenModel):
-    """``digest`` of the bundle; ``data``: the data set's `fingerprint`; ``params`` as the eval took them."""
+    """``digest``: the bundle's; ``data``: the data set's `fingerprint`; ``params``: the eval's."""
 
     eval: str
     bundle: str
@@ -47,9 +47,9 @@ class Header(FrozenModel):
 
 @dataclass(frozen=True)
 class Samples:
-    """``arrays``: numbers by name, of whatever shape. ``words``: texts by name, such as the labels.
-    ``counts``: how large the data set is, by what is counted; the first is what a bootstrap resamples.
-    ``origin``: filled in by `measure.predict`."""
+    """``arrays``: numbers by name, of any shape. ``words``: texts by name, such as the labels.
+    ``counts``: the sizes of the data set by unit; the bootstrap resamples the first unit.
+    ``origin``: set by `measure.predict`."""
 
     counts: Mapping[str, int]
     arrays: Arrays
@@ -62,13 +62,13 @@ class Samples:
 
     @property
     def made(self) -> Origin:
-        """Raises ValueError for samples that no `measure.predict` made."""
+        """The origin. Raises ValueError for samples that `measure.predict` did not make."""
         if self.origin is None:
-            raise ValueError("these samples have no origin; make them by calmclip.models.evals.measure.predict")
+            raise ValueError("these samples have no origin; use calmclip.models.evals.measure.predict")
         return self.origin
 
     def save(self, path: Path) -> None:
-        """Whole or not at all. Raises OSError where the file cannot be written."""
+        """Write the file atomically. Raises OSError."""
         named = {name: (str(array.dtype), array.shape) for name, array in self.arrays.items()}
         header = Header(
             kind=_KIND, format=_FORMAT, origin=self.made, counts=dict(self.counts), arrays=named,
@@ -77,7 +77,7 @@ class Samples:
         write(path, lambda file: self._write(file, header))
 
     def _write(self, file: BinaryIO, header: Header) -> None:
-        with zipfile.ZipFile(file, "w") as archive:  # entries are dated 1980, so that equal samples are equal files
+        with zipfile.ZipFile(file, "w") as archive:  # all entries have the date 1980, so equal samples give equal files
             archive.writestr(zipfile.ZipInfo(_HEADER), header.model_dump_json(indent=1))
             for name, array in self.arrays.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
@@ -85,7 +85,7 @@ class Samples:
 
     @staticmethod
     def load(path: Path, eval: str | None = None) -> "Samples":
-        """Raises `BadRequest` for a file that is none, is damaged, or is of another eval than ``eval``."""
+        """Raises `BadRequest` for a file without samples, a damaged file, or samples of another eval than ``eval``."""
         try:
             with zipfile.ZipFile(path) as archive:
                 content = json.loads(archive.read(_HEADER))
@@ -95,7 +95,9 @@ class Samples:
                 arrays = {name: _array(archive, name) for name in header.arrays}
             for name, array in arrays.items():
                 if (str(array.dtype), array.shape) != header.arrays[name]:
-                    raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, the header says another")
+                    raise ValueError(
+                        f"{name} is {array.dtype}{list(array.shape)}; the header says {header.arrays[name]}"
+                    )
         except ValidationError as error:
             raise BadRequest(f"{path} holds no samples: its header: {explain(error)}") from None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
@@ -113,7 +115,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> Array:
 
 
 def write(path: Path, content: Callable[[BinaryIO], object]) -> None:
-    """A file that is there whole or, whatever interrupts, not at all. Raises OSError."""
+    """Write a file atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -125,16 +127,16 @@ def write(path: Path, content: Callable[[BinaryIO], object]) -> None:
 
 
 def fingerprint(value: object) -> str:
-    """SHA-256 of a data set: of its texts, numbers, arrays and pictures, a file by its name and its bytes, so that the
-    same pictures in another folder are the same data. A text in the field ``pictures`` is a path. Raises `BadRequest`
-    naming a file that cannot be read."""
+    """SHA-256 of a data set's texts, numbers, arrays and pictures. A file counts by its name and bytes, so the same
+    pictures in another folder have the same fingerprint. A text in the field ``pictures`` is a path. Raises
+    `BadRequest` naming a file that cannot be read."""
     digest = hashlib.sha256()
     _feed(digest.update, value)
     return digest.hexdigest()
 
 
 def _feed(update: Callable[[bytes], object], value: object) -> None:
-    """Each value with its kind and length before it: no two data sets feed the same bytes."""
+    """Each value has its kind and length in front, so different data sets feed different bytes."""
 
     def keep(kind: str, content: bytes) -> None:
         update(f"{kind} {len(content)}\n".encode())
@@ -163,14 +165,14 @@ def _feed(update: Callable[[bytes], object], value: object) -> None:
                 _feed(update, pair)
         case Sequence():
             keep("sequence", str(len(value)).encode())
-            for one in value:
-                _feed(update, one)
+            for item in value:
+                _feed(update, item)
         case _ if is_dataclass(value):
             keep("data", type(value).__name__.encode())
-            for one in fields(value):
-                content = getattr(value, one.name)
-                if one.name == "pictures":
+            for item in fields(value):
+                content = getattr(value, item.name)
+                if item.name == "pictures":
                     content = [Path(each) if isinstance(each, str) else each for each in content]
                 _feed(update, content)
         case _:
-            raise TypeError(f"a data set holds a {type(value).__name__}; expected texts, numbers, arrays, pictures")
+            raise TypeError(f"a data set has a {type(value).__name__}; expected texts, numbers, arrays, pictures")

@@ -1,6 +1,6 @@
-"""Samples of one bundle or two -> a table: figures side by side, their difference, and how sure it is.
+"""Samples of one bundle or two -> a table of figures, their differences, and intervals.
 
-`text` is the one place that rounds; a `Table` and its JSON hold what was computed.
+Only `text` rounds; a `Table` and its JSON have the computed values.
 """
 
 import math
@@ -20,12 +20,12 @@ from calmclip.models.extras import how_to_install
 from calmclip.models.flow import Array
 
 EMPTY = "-"
-TOGETHER = "both together"  # the heading of figures of two bundles at once
+TOGETHER = "both together"  # the heading of figures that compare two bundles
 
 
 @dataclass(frozen=True)
 class Side:
-    """``name``: of the bundle, with a number behind it where both sides have one name."""
+    """``name``: the bundle's, with a number if both sides have the same name."""
 
     name: str
     digest: str
@@ -34,21 +34,21 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of each side, and the first side less the second where there are two."""
+    """One figure of each side; with two sides, also the first minus the second."""
 
     values: tuple[Figure, ...]
     difference: Figure | None = None
 
     @property
     def figure(self) -> Figure:
-        """Whose name, unit and group are the row's."""
+        """The figure with the row's name, unit and group."""
         return self.values[0]
 
 
 @dataclass(frozen=True)
 class Table:
-    """``together``: figures of both sides at once. ``resampling``: None where no interval was computed; ``notes`` say
-    why. ``data``: the data set's fingerprint."""
+    """``together``: figures that compare both sides. ``resampling``: None if there are no intervals; ``notes`` say why.
+    ``data``: the data set's fingerprint."""
 
     eval: str
     data: str
@@ -60,7 +60,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; null for a figure without a value."""
+        """JSON-like values; null for a figure without a value."""
         names = [side.name for side in self.sides]
         return {
             "eval": self.eval,
@@ -70,13 +70,14 @@ class Table:
             "figures": [
                 {
                     "name": row.figure.name, "group": row.figure.group, "unit": row.figure.unit,
-                    "values": {name: _plain(one) for name, one in zip(names, row.values, strict=True)},
+                    "values": {name: _plain(figure) for name, figure in zip(names, row.values, strict=True)},
                 }
                 | ({"difference": {"unit": row.difference.unit, **_plain(row.difference)}} if row.difference else {})
                 for row in self.rows
             ],
             "together": [
-                {"name": one.name, "group": one.group, "unit": one.unit, **_plain(one)} for one in self.together
+                {"name": figure.name, "group": figure.group, "unit": figure.unit, **_plain(figure)}
+                for figure in self.together
             ],
             "intervals": self.resampling.model_dump() if self.resampling else None,
             "notes": list(self.notes),
@@ -84,20 +85,20 @@ class Table:
 
 
 def tabulate(sides: Sequence[Samples], params: Mapping[str, Any] | None = None, how: Resampling | None = None) -> Table:
-    """One bundle's samples, or two bundles' of the same data. ``how`` None: as `Resampling` has it.
+    """The table of one bundle's samples, or of two bundles' samples of the same data. ``how`` None: `Resampling()`.
 
-    Raises `BadRequest` where they are more, or of other evals or other data. Without scipy, and of a single picture,
-    the table has no intervals and says so.
+    Raises `BadRequest` for more than two, and for different evals or data sets. Without scipy, or with a single
+    picture, the table has no intervals but a note.
     """
     how = how or Resampling()
     if not 1 <= len(sides) <= 2:
-        raise BadRequest(f"samples of {len(sides)} bundles were given; expected of one or two")
+        raise BadRequest(f"samples of {len(sides)} bundles were given; expected one or two")
     first = sides[0]
     origin, measured = first.made, EVALS.get(first.made.eval)
     for other in sides[1:]:
         _paired(first, other)
     checked = [rescored(side, params or {}) for side in sides]
-    statistics = [measured.score(side, given) for side, given in zip(sides, checked, strict=True)]
+    statistics = [measured.score(side, settings) for side, settings in zip(sides, checked, strict=True)]
     both = measured.together(sides[0], sides[1], checked[0]) if measured.together and len(sides) == 2 else None
 
     layout = _Layout(statistics, both, first.count)
@@ -125,35 +126,35 @@ def tabulate(sides: Sequence[Samples], params: Mapping[str, Any] | None = None, 
 
 
 def _paired(first: Samples, other: Samples) -> None:
-    one, two = first.made, other.made
-    if one.eval != two.eval:
-        raise BadRequest(f"the samples of {one.bundle} are of {one.eval}, those of {two.bundle} of {two.eval}")
-    if one.data != two.data or dict(first.counts) != dict(other.counts):
+    ours, theirs = first.made, other.made
+    if ours.eval != theirs.eval:
+        raise BadRequest(f"the samples of {ours.bundle} are of {ours.eval}, those of {theirs.bundle} of {theirs.eval}")
+    if ours.data != theirs.data or dict(first.counts) != dict(other.counts):
         raise BadRequest(
-            f"the samples of {one.bundle} are of the data set {one.data[:12]}, those of {two.bundle} of "
-            f"{two.data[:12]}; only answers to the same pictures can be compared"
+            f"the samples of {ours.bundle} are of the data set {ours.data[:12]}, those of {theirs.bundle} of "
+            f"{theirs.data[:12]}; only answers to the same pictures can be compared"
         )
 
 
 class _Layout:
-    """All figures of a table as one vector, so that one resample serves all: those of each side, the differences, those
-    of both together."""
+    """All figures of a table as one vector, for one resampling: each side's, the differences, those of both
+    together."""
 
     def __init__(self, statistics: Sequence[Statistic], both: Statistic | None, count: int) -> None:
         self.count = count
         self._statistics, self._both = statistics, both
         every = np.arange(count)
-        found = [statistic(every) for statistic in statistics]
-        self._keys = [*dict.fromkeys(one.key for side in found for one in side)]
-        first = {one.key: one for side in reversed(found) for one in side}
+        sides = [statistic(every) for statistic in statistics]
+        self._keys = [*dict.fromkeys(figure.key for side in sides for figure in side)]
+        first = {figure.key: figure for side in reversed(sides) for figure in side}
         named = [first[key] for key in self._keys]
         extra = [*both(every)] if both else []
-        self._both_keys = [one.key for one in extra]
+        self._both_keys = [figure.key for figure in extra]
         empty = [*named * len(statistics), *(map(_differing, named) if len(statistics) == 2 else ()), *extra]
-        self.figures = [replace(one, value=float(v)) for one, v in zip(empty, self.vector(every), strict=True)]
+        self.figures = [replace(figure, value=float(v)) for figure, v in zip(empty, self.vector(every), strict=True)]
 
     def vector(self, rows: Array) -> Array:
-        """float64 [K] of the pictures at ``rows``."""
+        """float64 [K] for the pictures at ``rows``."""
         sides = [_values(statistic(rows), self._keys) for statistic in self._statistics]
         if len(sides) == 2:
             sides.append(sides[0] - sides[1])
@@ -164,8 +165,8 @@ class _Layout:
     def with_intervals(self, how: Resampling) -> list[Figure]:
         low, high = intervals(self.vector, self.count, how)
         return [
-            replace(one, lower=float(a), upper=float(b)) if one.sampled and np.isfinite([a, b]).all() else one
-            for one, a, b in zip(self.figures, low, high, strict=True)
+            replace(figure, lower=float(a), upper=float(b)) if np.isfinite([a, b]).all() else figure
+            for figure, a, b in zip(self.figures, low, high, strict=True)
         ]
 
     def rows(self, figures: Sequence[Figure]) -> Iterator[Row]:
@@ -179,54 +180,54 @@ class _Layout:
 
 
 def _values(figures: Sequence[Figure], keys: Sequence[tuple[str, str]]) -> Array:
-    """In the order of ``keys``; NaN for those that are not there."""
-    found = {one.key: one.value for one in figures}
-    return np.array([found.get(key, math.nan) for key in keys], np.float64)
+    """Values in the order of ``keys``; NaN for an absent figure."""
+    values = {figure.key: figure.value for figure in figures}
+    return np.array([values.get(key, math.nan) for key in keys], np.float64)
 
 
-def _differing(one: Figure) -> Figure:
-    return replace(one, unit="points" if one.unit == "%" else one.unit)
+def _differing(figure: Figure) -> Figure:
+    return replace(figure, unit="points" if figure.unit == "%" else figure.unit)
 
 
-def _plain(one: Figure) -> dict[str, float | None]:
+def _plain(figure: Figure) -> dict[str, float | None]:
     return {
         key: None if value is None or not math.isfinite(value) else value
-        for key, value in (("value", one.value), ("lower", one.lower), ("upper", one.upper))
+        for key, value in (("value", figure.value), ("lower", figure.lower), ("upper", figure.upper))
     }
 
 
 def rounded(value: float | None, unit: str, sign: str = "") -> str:
-    """Percent and points to two places, others to four digits that count."""
+    """Percent and points to two decimals, others to four significant digits."""
     if value is None or not math.isfinite(value):
         return EMPTY
     shown = f"{value:{sign}.2f}" if unit in ("%", "points") else f"{value:{sign}.4g}"
     return shown if float(shown) else shown.lstrip("+-")
 
 
-def between(one: Figure, sign: str = "") -> str:
-    """Its interval in brackets, or nothing."""
-    if one.lower is None or one.upper is None:
+def between(figure: Figure, sign: str = "") -> str:
+    """The figure's interval in brackets, or an empty string."""
+    if figure.lower is None or figure.upper is None:
         return ""
-    return f"[{rounded(one.lower, one.unit, sign)}, {rounded(one.upper, one.unit, sign)}]"
+    return f"[{rounded(figure.lower, figure.unit, sign)}, {rounded(figure.upper, figure.unit, sign)}]"
 
 
 def cells(table: Table) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
-    """What a reader sees: the head, and for each group its name and rows of as many cells."""
+    """The head, and for each group its name and its rows, all with the same number of cells."""
     two = len(table.sides) == 2
     head = ["figure", "unit", *(side.name for side in table.sides)]
     head += ["difference", *_interval_head(table)] if two else _interval_head(table)
     groups: dict[str, list[list[str]]] = {}
     for row in table.rows:
-        one = row.figure
-        line = [one.name, one.unit, *(rounded(v.value, one.unit) for v in row.values)]
+        figure = row.figure
+        line = [figure.name, figure.unit, *(rounded(v.value, figure.unit) for v in row.values)]
         if row.difference:
             line.append(rounded(row.difference.value, row.difference.unit, "+"))
         if table.resampling:
-            line.append(between(row.difference, "+") if row.difference else between(one))
-        groups.setdefault(one.group, []).append(line)
-    for one in table.together:
-        line = [one.name, one.unit, rounded(one.value, one.unit), *[""] * (len(table.sides) - 1), ""]
-        groups.setdefault(one.group or TOGETHER, []).append([*line, between(one)] if table.resampling else line)
+            line.append(between(row.difference, "+") if row.difference else between(figure))
+        groups.setdefault(figure.group, []).append(line)
+    for figure in table.together:
+        line = [figure.name, figure.unit, rounded(figure.value, figure.unit), *[""] * (len(table.sides) - 1), ""]
+        groups.setdefault(figure.group or TOGETHER, []).append([*line, between(figure)] if table.resampling else line)
     return head, [*groups.items()]
 
 
@@ -235,24 +236,24 @@ def _interval_head(table: Table) -> list[str]:
 
 
 def remarks(table: Table) -> list[str]:
-    """Lines under a table: how intervals were made, params that were set, notes."""
-    found = [*table.notes]
+    """The lines under a table: notes, and how the intervals were computed."""
+    lines = [*table.notes]
     if how := table.resampling:
         paired = "paired " if len(table.sides) == 2 else ""
-        found.append(
+        lines.append(
             f"intervals: {how.resamples} {paired}bootstrap resamples of {next(iter(table.counts))}, {how.method}, "
             f"seed {how.seed}"
         )
-    return found
+    return lines
 
 
 def heading(table: Table) -> str:
-    counts = ", ".join(f"{count} {what}" for what, count in table.counts.items())
+    counts = ", ".join(f"{count} {unit}" for unit, count in table.counts.items())
     return f"{table.eval}: {counts}"
 
 
 def text(table: Table) -> str:
-    """As the command line prints it."""
+    """The table as text for a terminal."""
     head, groups = cells(table)
     lines = [head, *(line for _, rows in groups for line in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -261,8 +262,8 @@ def text(table: Table) -> str:
         shown = [cell.ljust(w) if n < 2 else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))]
         return "  ".join(shown).rstrip()
 
-    found = [heading(table), line(head)]
+    output = [heading(table), line(head)]
     for group, rows in groups:
-        found += [f"-- {group}"] if group else []
-        found += map(line, rows)
-    return "\n".join([*found, *remarks(table)])
+        output += [f"-- {group}"] if group else []
+        output += map(line, rows)
+    return "\n".join([*output, *remarks(table)])

@@ -1,8 +1,8 @@
-"""A picture classifier whose classes are its own: does the right logit win?
+"""Top-1 accuracy of a picture classifier with fixed classes.
 
-Source: Deng et al. 2009, whose ImageNet is measured so; of the calibration error Guo et al. 2017 (arXiv 1706.04599).
+Source: Deng et al. 2009 (ImageNet); for the calibration error Guo et al. 2017 (arXiv 1706.04599).
 
-Data: a folder for each class, named as the bundle's labels are, the pictures in it.
+Data: a folder of pictures for each class, with the name of one of the bundle's labels.
 """
 
 from collections.abc import Sequence
@@ -21,20 +21,20 @@ from calmclip.models.runner import Picture, Runner
 from calmclip.models.tasks.features import prepared
 from calmclip.models.tasks.raw import RawRequest, raw
 
-DATA = "a folder for each class, named like the bundle's labels, its pictures in it"
+DATA = "a folder of pictures for each class, with the name of one of the bundle's labels"
 ROLE = "logits"
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """``truth``: the class of each picture, by name."""
+    """``truth``: the class name of each picture."""
 
     pictures: Sequence[Picture]
     truth: Sequence[str]
 
 
 def read(data: Path, params: classification.Scoring, limit: int | None = None) -> DataSet:
-    """The first picture of every class, then the second of every class. Raises `BadRequest`: there are none."""
+    """The first picture of every class, then the second of every class. Raises `BadRequest` if there are none."""
     folders = sorted(p for p in data.iterdir() if p.is_dir()) if data.is_dir() else []
     each = [sorted(file for file in folder.iterdir() if file.is_file()) for folder in folders]
     ranked = sorted((place, file) for files in each for place, file in enumerate(files))
@@ -47,9 +47,7 @@ def read(data: Path, params: classification.Scoring, limit: int | None = None) -
 def predict(runner: Runner, data: DataSet, params: classification.Scoring) -> Samples:
     bundle, labels = runner.bundle, runner.bundle.classifier.labels
     if ROLE not in bundle.manifest.graphs or not labels:
-        raise BadRequest(
-            f"{bundle.name} has no graph {ROLE!r} with labels; top1 is of classifiers with classes of their own"
-        )
+        raise BadRequest(f"{bundle.name} has no graph {ROLE!r} with labels; top1 needs a classifier with fixed classes")
     if unknown := sorted({*data.truth} - {*labels}):
         raise BadRequest(f"the class {unknown[0]!r} is none of the {len(labels)} labels of {bundle.name}")
     pictures = progress(data.pictures, f"top-1 {bundle.name}", "picture", len(data.pictures))
@@ -61,7 +59,7 @@ def predict(runner: Runner, data: DataSet, params: classification.Scoring) -> Sa
             "truth": np.array([labels.index(name) for name in data.truth], np.int64),
             "temperature": np.array(1.0),
         },
-        {"labels": labels, "head": ("cosine",)},  # whose scores are a softmax
+        {"labels": labels, "head": ("cosine",)},  # its scores are a softmax
     )
 
 

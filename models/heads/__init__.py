@@ -1,10 +1,10 @@
 """FAMILY heads: vectors -> logits and scores, a column for each label. A head is pure numpy.
 
-A head may need arrays of its own, its *assets*: it declares them by name, dtype and named dimensions. ``C`` is a column
-for each label that the head was made for, ``D`` the length of the embeddings; any other name is a size of the head's
-own that all its assets share. Who binds a head says which labels its columns are. What is then asked may be all of
-them, some of them, or all in another order: assets are cut along ``C`` before the head sees them, so no head can
-mistake a column. A label that a head with a ``C`` does not know is an error that names it.
+A head may have arrays, its *assets*, which it declares by name, dtype and named dimensions. ``C`` is a column for each
+label of the head, ``D`` the length of the embeddings; another name is a size that all assets of the head share. The
+caller that binds a head names the labels of its columns. A request may have some of these labels, in any order: the
+assets are indexed along ``C`` first, so the head sees the columns of the request. A label that a head with a ``C`` does
+not know is an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ P = TypeVar("P", bound=FrozenModel)
 
 @dataclass(frozen=True)
 class Asset:
-    """An array that a head brings along. ``shape``: numbers, and names of dimensions."""
+    """An array of a head. ``shape``: numbers, and names of dimensions."""
 
     shape: tuple[int | str, ...]
     dtype: str = "float32"
@@ -33,9 +33,9 @@ class Asset:
 
 @dataclass(frozen=True)
 class Columns:
-    """What a head scores against, a column for each label that is asked for, in the order in which they are asked.
+    """The columns of a request, one for each of its labels, in the order of the request.
 
-    ``text`` float32 [C, D], unit rows; ``assets``: the head's, cut to these labels along every ``C``.
+    ``text`` float32 [C, D], unit rows; ``assets``: the head's, indexed by these labels along every ``C``.
     """
 
     labels: tuple[str, ...]
@@ -45,7 +45,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a head is fitted on: ``image`` float32 [N, D] unit rows, ``truth`` int64 [N], places among ``labels``, and
+    """What a head is fitted on: ``image`` float32 [N, D] unit rows, ``truth`` int64 [N], indices into ``labels``, and
     ``text`` float32 [C, D] unit rows of those labels."""
 
     image: Array
@@ -58,7 +58,7 @@ class Examples:
 class Head(Generic[P]):
     """``logits(image [B, D], columns, params) -> [B, C]``; ``scores(logits) -> [B, C]`` in [0, 1].
 
-    ``fit(examples, params) -> assets``, where the head can be fitted to pictures whose labels are known.
+    ``fit(examples, params) -> assets``; None if the head cannot be fitted to labelled pictures.
     """
 
     params: type[P]
@@ -69,7 +69,7 @@ class Head(Generic[P]):
 
     @cached_property
     def closed(self) -> bool:
-        """Whether it scores only the labels that it was made for."""
+        """Whether it scores only its own labels."""
         return any("C" in asset.shape for asset in self.assets.values())
 
 
@@ -77,60 +77,63 @@ HEADS: Registry[Head[Any]] = Registry("heads", "calmclip.models.heads")
 
 
 def named(name: str) -> Head[Any]:
-    """The head of that name, which a bundle or a caller says. Raises `BadRequest` with the nearest and all known
-    names."""
+    """The head with this name. Raises `BadRequest` with the nearest name and all known names."""
     try:
         return HEADS.get(name)
     except UnknownName as error:
         raise BadRequest(str(error), known=error.known) from None
 
 
-class BoundHead:
-    """A head with its params and assets. ``labels``: those that its columns are.
+def params_of(name: str, params: Mapping[str, Any]) -> FrozenModel:
+    """The checked params of a head. Raises `BadRequest`."""
+    try:
+        checked: FrozenModel = named(name).params.model_validate(dict(params))
+    except ValidationError as error:
+        raise BadRequest(f"head {name!r}: params {dict(params)}: {explain(error)}") from None
+    return checked
 
-    Raises `BadRequest` for a name that no head has; for params that are not the head's; for an asset that is absent,
-    unknown, of another dtype or shape, or not finite; and where the columns are not as many as the labels.
+
+class BoundHead:
+    """A head with its params and assets. ``labels``: the labels of its columns.
+
+    Raises `BadRequest` for an unknown head; for wrong params; for an asset that is absent, unknown, of another dtype or
+    shape, or not finite; and if the numbers of columns and labels differ.
     """
 
     def __init__(self, name: str, params: Mapping[str, Any], assets: Arrays, labels: Sequence[str]) -> None:
         self.name = name
         self.head = named(name)
         self.labels = tuple(labels)
-        try:
-            self.params = self.head.params.model_validate(dict(params))
-        except ValidationError as error:
-            raise BadRequest(f"head {name!r}: params {dict(params)}: {explain(error)}") from None
+        self.params = params_of(name, params)
         self.assets = assets
         self.sizes = _sizes(name, self.head, assets)
-        columns = self.sizes.get("C", len(self.labels))  # of a head without a C: as many as are asked for
+        columns = self.sizes.get("C", len(self.labels))  # a head without a C takes any number
         if columns != len(self.labels):
             raise BadRequest(f"head {name!r} has {columns} columns; expected one for each of {len(self.labels)} labels")
-        self._place = {label: index for index, label in enumerate(self.labels)}
+        self._index = {label: index for index, label in enumerate(self.labels)}
 
     def columns(self, labels: tuple[str, ...], text: Array) -> Columns:
-        """``text`` float32 [C, D]: rows of ``labels``. Raises `BadRequest` for a label that is none of the head's."""
+        """``text`` float32 [C, D]: rows of ``labels``. Raises `BadRequest` for a label that the head does not know."""
         self.check(labels, text.shape[1])
         if not self.head.closed or labels == self.labels:
             return Columns(labels, text, self.assets)
-        places = [self._place[label] for label in labels]
-        cut = {
-            name: _cut(array, self.head.assets[name].shape, places) for name, array in self.assets.items()
-        }  # a copy of what is asked for, C x D numbers for most heads
-        return Columns(labels, text, cut)
+        indices = [self._index[label] for label in labels]  # copies C x D numbers for most heads
+        assets = {name: _take(array, self.head.assets[name].shape, indices) for name, array in self.assets.items()}
+        return Columns(labels, text, assets)
 
     def check(self, labels: Sequence[str], dim: int | None = None) -> None:
         """Raises `BadRequest` for labels that the head does not know, and for vectors of another length."""
         if not self.head.closed:
             return
-        if unknown := [label for label in labels if label not in self._place]:
+        if unknown := [label for label in labels if label not in self._index]:
             shown = ", ".join(map(repr, self.labels[:5])) + (", …" if len(self.labels) > 5 else "")
             raise BadRequest(
-                f"the head {self.name!r} was not made for the label {unknown[0]!r}; it knows {shown}. "
-                "Leave labels out for all of them, or ask for some of them"
+                f"the head {self.name!r} does not know the label {unknown[0]!r}; it knows {shown}. "
+                "Send some of these labels, or none to get all"
             )
         if dim is not None and self.sizes.get("D", dim) != dim:
             raise BadRequest(
-                f"the head {self.name!r} was made for vectors of {self.sizes['D']} numbers; the bundle's have {dim}"
+                f"the head {self.name!r} takes vectors of {self.sizes['D']} numbers; the bundle's vectors have {dim}"
             )
 
     def logits(self, image: Array, columns: Columns) -> Array:
@@ -156,15 +159,15 @@ def _sizes(name: str, head: Head[Any], assets: Arrays) -> dict[str, int]:
         if array.dtype.name != wanted.dtype or not fits:
             raise BadRequest(
                 f"head {name!r}: asset {key!r} is {array.dtype.name} {list(array.shape)}; expected {wanted.dtype} "
-                f"{list(wanted.shape)} with equal names equal"
+                f"{list(wanted.shape)}, with one size per name"
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise BadRequest(f"head {name!r}: asset {key!r} holds numbers that are not finite")
+            raise BadRequest(f"head {name!r}: asset {key!r} has values that are not finite")
     return sizes
 
 
-def _cut(array: Array, shape: tuple[int | str, ...], places: Sequence[int]) -> Array:
+def _take(array: Array, shape: tuple[int | str, ...], indices: Sequence[int]) -> Array:
     for axis, dim in enumerate(shape):
         if dim == "C":
-            array = array.take(places, axis=axis)
+            array = array.take(indices, axis=axis)
     return array

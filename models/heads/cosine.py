@@ -1,4 +1,4 @@
-"""Cosine head: labels compete.
+"""Cosine head: softmax over the labels.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), figure 3: logits = exp(t) * I T^T, softmax over the classes.
 In:     image [B, D], columns.text [C, D], unit rows.
@@ -15,7 +15,7 @@ from calmclip.models.heads import HEADS, Columns, Head
 
 
 class Params(FrozenModel):
-    scale: float = Field(100.0, gt=0, le=1e4)  # exp of the learned log temperature
+    scale: float = Field(default=100.0, gt=0, le=1e4)  # exp of the learned log temperature
 
 
 def logits(image: Array, columns: Columns, params: Params) -> Array:
@@ -23,7 +23,7 @@ def logits(image: Array, columns: Columns, params: Params) -> Array:
 
 
 def softmax(logits: Array) -> Array:
-    """Over the last axis, max subtracted; float32."""
+    """Over the last axis, with the maximum subtracted; float32."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities: Array = powers / powers.sum(axis=-1, keepdims=True)
     return probabilities

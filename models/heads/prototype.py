@@ -1,7 +1,7 @@
-"""Prototype head: a picture is nearest to the mean of the pictures of its label.
+"""Prototype head: nearest class mean.
 
-Source: Mensink et al. 2013 (doi 10.1109/TPAMI.2013.83), nearest class mean; Snell et al. 2017 (arXiv 1703.05175), whose
-         prototypes are such means; here they are made unit, so that the distance is the cosine.
+Source: Mensink et al. 2013 (doi 10.1109/TPAMI.2013.83), nearest class mean; Snell et al. 2017 (arXiv 1703.05175),
+         prototypes. Here prototypes are unit vectors, so the distance is the cosine.
 In:     image [B, D], unit rows; columns.assets["prototypes"] [C, D], unit rows.
 Assets: prototypes float32 [C, D], fitted.
 Out:    logits float32 [B, C] = scale * cosine; scores sum to 1 over C.
@@ -18,7 +18,7 @@ from calmclip.models.heads.cosine import softmax
 
 
 class Params(FrozenModel):
-    scale: float = Field(15.0, gt=0, le=1e4)  # of the cosines; `calibrate` finds the temperature that suits
+    scale: float = Field(default=15.0, gt=0, le=1e4)  # of the cosines; `calibrate` finds the temperature
 
 
 def fit(examples: Examples, params: Params) -> Arrays:
@@ -26,7 +26,7 @@ def fit(examples: Examples, params: Params) -> Arrays:
     counts = np.bincount(examples.truth, minlength=len(examples.labels))
     if not counts.all():
         raise BadRequest(
-            f"no picture is of {examples.labels[int(counts.argmin())]!r}; expected at least one of each label"
+            f"the label {examples.labels[int(counts.argmin())]!r} has no picture; expected at least one for each label"
         )
     sums = np.zeros((len(examples.labels), examples.image.shape[1]))
     np.add.at(sums, examples.truth, examples.image)

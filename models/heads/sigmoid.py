@@ -1,9 +1,9 @@
-"""Sigmoid head: every label is judged alone, so several or none may be true.
+"""Sigmoid head: each label has its own probability, so several labels or none may be true.
 
 Source: Zhai et al. 2023 (arXiv 2303.15343), section 3.2: p = sigmoid(t * I T^T + b).
 In:     image [B, D], columns.text [C, D], unit rows.
 Assets: none.
-Out:    logits float32 [B, C] = scale * cosine + bias; scores in (0, 1), each on its own.
+Out:    logits float32 [B, C] = scale * cosine + bias; scores in (0, 1), independent of each other.
 """
 
 import numpy as np
@@ -15,8 +15,8 @@ from calmclip.models.heads import HEADS, Columns, Head
 
 
 class Params(FrozenModel):
-    scale: float = Field(10.0, gt=0, le=1e4)  # exp of the learned log temperature
-    bias: float = Field(-10.0, ge=-1e4, le=1e4)
+    scale: float = Field(default=10.0, gt=0, le=1e4)  # exp of the learned log temperature
+    bias: float = Field(default=-10.0, ge=-1e4, le=1e4)
 
 
 def logits(image: Array, columns: Columns, params: Params) -> Array:

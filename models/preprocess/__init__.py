@@ -1,1 +1,1 @@
-"""From what a caller sends to what a graph takes: `image` and `text`."""
+"""A caller's pictures and texts -> the inputs of graphs: `image` and `text`."""

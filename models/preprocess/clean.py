@@ -1,8 +1,8 @@
-"""What OpenAI's CLIP and open_clip do with a text before they tokenize it, with the standard library alone.
+"""The text cleaning of OpenAI's CLIP and open_clip before tokenization, with the standard library alone.
 
-They call ftfy (white space, quotes, widths, ligatures, control characters, NFC, HTML), unescape HTML twice and join
-what lies between white space by one space. All of it is done here but for one thing: ftfy also guesses which text was
-decoded by a wrong table ("schÃ¶n") and repairs it. Such a text is read as it stands.
+They call ftfy (white space, quotes, widths, ligatures, control characters, NFC, HTML), unescape HTML twice and join the
+words by single spaces. This module does the same, with one exception: ftfy also repairs text that was decoded with a
+wrong encoding ("schÃ¶n"); here such a text stays unchanged.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), its published code; Speer, ftfy 6 (doi 10.5281/zenodo.2591652).
 """
@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from html.entities import html5
 
-ROUNDS = 8  # "&amp;amp;…" hides one more layer in each; ftfy peels them all, at a price that grows with the square
+ROUNDS = 8  # layers of "&amp;amp;…" that are resolved; ftfy resolves all, in quadratic time
 _LIGATURES = "ĲĳŉǄǅǆǇǈǉǊǋǌǱǲǳﬀﬁﬂﬃﬄﬅﬆ"
 _QUOTES = {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
 _CONTROLS = (*range(9), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD))
@@ -22,12 +22,12 @@ _TERMINAL = re.compile(r"\x1b\[[\d;]*[a-zA-Z]")  # colours of a terminal
 
 
 def lower(text: str) -> str:
-    """Lower-cased; no white space at its ends, one space wherever there was some."""
+    """In lower case; no white space at the ends, one space between words."""
     return whitespace(text).lower()
 
 
 def whitespace(text: str) -> str:
-    """The same in its own case."""
+    """The same without the change of case."""
     lines, tags = [], False
     for line in text.split("\n"):
         tags = tags or "<" in line
@@ -40,7 +40,7 @@ CLEANERS: Mapping[str, Callable[[str], str]] = {"lower": lower, "whitespace": wh
 
 
 def _repair(line: str, *, references: bool) -> str:
-    """``references``: HTML's are resolved. From a line with "<" on it is not the time yet: they may be text there."""
+    """``references``: resolve HTML references. False from the first line with "<" on: there they may be text."""
     for _ in range(ROUNDS):
         before = line
         if references:
@@ -53,16 +53,16 @@ def _repair(line: str, *, references: bool) -> str:
 
 
 def _character(match: re.Match[str]) -> str:
-    """Of a reference that ends in its semicolon; names of letters may be written in capitals."""
+    """The character of a reference with a semicolon; names of letters may be in capitals."""
     name = match[0]
-    found = html5.get(name[1:]) or _CAPITALS.get(name[1:])
-    if found is None and name[1] == "#":
-        found = html.unescape(name)
-    return name if found is None or ";" in found else found
+    character = html5.get(name[1:]) or _CAPITALS.get(name[1:])
+    if character is None and name[1] == "#":
+        character = html.unescape(name)
+    return name if character is None or ";" in character else character
 
 
 def _letters() -> dict[int, str]:
-    """Code point -> what is read in its place: one width, no ligatures, straight quotes, Windows-1252 for C1."""
+    """Code point -> its replacement: one width, no ligatures, straight quotes, Windows-1252 for C1."""
     table = {ord(letter): _parts(letter) for letter in _LIGATURES}
     table[0x3000] = " "
     for code in range(0xFF01, 0xFFF0):
@@ -76,7 +76,7 @@ def _letters() -> dict[int, str]:
 
 
 def _parts(letter: str) -> str:
-    """One step of its compatibility decomposition: "ﬅ" is "ſt", not yet "st"."""
+    """One step of the compatibility decomposition: "ﬅ" becomes "ſt", not "st"."""
     return "".join(chr(int(code, 16)) for code in unicodedata.decomposition(letter).split()[1:])
 
 

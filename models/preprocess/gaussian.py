@@ -1,12 +1,12 @@
-"""A picture padded to a square, blurred by a Gaussian and sampled linearly: how OWLv2 sees.
+"""Pad a picture to a square, blur it by a Gaussian and sample it linearly: OWLv2's preprocessing.
 
 Source: Minderer et al. 2023 (arXiv 2306.09683); its code resizes by scikit-image, `transformers.Owlv2ImageProcessor`
-by torchvision, and it is the latter whose borders are kept here: the blur mirrors at them (without repeating the
-border itself) and is cut at three sigma, the sampling clamps.
+by torchvision. This module follows torchvision at the borders: the blur mirrors without repeating the border pixel and
+ends at three sigma; the sampling clamps.
 
-Both steps are linear, and so is padding once its grey is subtracted: a resized picture is A (picture - pad) B + pad,
-with a band matrix for each axis. Bands are cut into blocks of rows, so that nothing as large as the square is ever
-made, and what is beside the picture costs nothing.
+Both steps are linear, and so is padding after the grey is subtracted: a resized picture is A (picture - pad) B + pad,
+with a band matrix per axis. The band matrices are computed in blocks of rows, so no array is as large as the square,
+and the padding costs no time.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from PIL import Image
 from calmclip.models.flow import Array
 
 _NUMBERS = 1 << 22  # of a block of the picture, and of a block of weights: 16 MiB each
-_ROWS = 32  # outputs a block, where they are near each other
+_ROWS = 32  # outputs of one block, at most
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def blocks(side: int, square: int, to: int, width: int = 1) -> Iterator[Block]:
     reach = int(np.ceil(3 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2) if reach else np.ones(1)
     kernel /= kernel.sum()
-    near = np.concatenate((kernel, [0.0]))  # of the sample at or before the place, and of the one after it
+    near = np.concatenate((kernel, [0.0]))  # weights of the sample at or before the position, and of the next one
     after = np.concatenate(([0.0], kernel))
     taps = np.arange(-reach, reach + 2)
     budget = int(min(max(1, _NUMBERS // width), _NUMBERS // _ROWS) / shrink)
@@ -53,10 +53,10 @@ def blocks(side: int, square: int, to: int, width: int = 1) -> Iterator[Block]:
     for start in range(0, to, rows):
         stop = min(start + rows, to)
         place = np.clip((np.arange(start, stop) + 0.5) * shrink - 0.5, 0, square - 1)
-        whole = np.floor(place).astype(np.int64)
-        part = (place - whole)[:, None]
-        weights = near * (1 - part) + after * part
-        at = _mirror(whole[:, None] + taps, square)
+        floor = np.floor(place).astype(np.int64)
+        fraction = (place - floor)[:, None]
+        weights = near * (1 - fraction) + after * fraction
+        at = _mirror(floor[:, None] + taps, square)
         first, end = int(at.min()), min(int(at.max()) + 1, side)
         if first >= end:
             continue  # all padding
@@ -70,7 +70,7 @@ def square_to(image: Image.Image, size: tuple[int, int], pad: int) -> Array:
     picture = np.asarray(image, np.uint8)
     height, width, _ = picture.shape
     square = max(height, width)
-    made = np.zeros((3, *size), np.float32)
+    resized = np.zeros((3, *size), np.float32)
     across = list(blocks(width, square, size[1]))
     for down in blocks(height, square, size[0], 3 * width):
         source = picture[down.first : down.end].transpose(2, 0, 1).astype(np.float32, order="C")
@@ -78,13 +78,13 @@ def square_to(image: Image.Image, size: tuple[int, int], pad: int) -> Array:
         rows = np.matmul(down.weights, source)  # [3, rows, width]
         for block in across:
             part = np.matmul(rows[:, :, block.first : block.end], block.weights.T)
-            made[:, down.start : down.stop, block.start : block.stop] = part
-    made += pad
-    return made
+            resized[:, down.start : down.stop, block.start : block.stop] = part
+    resized += pad
+    return resized
 
 
 def _mirror(at: Array, count: int) -> Array:
-    """Indices outside 0 to ``count`` - 1 -> those they mirror, the border itself not repeated."""
+    """Indices outside 0 to ``count`` - 1 are mirrored, without repeating the border."""
     if count == 1:
         return np.zeros_like(at)
     period = 2 * (count - 1)

@@ -1,8 +1,9 @@
-"""The bytes of a Pillow picture without a copy, or with the smallest that serves.
+"""Zero-copy views of a Pillow picture's pixels, or copies of small bands of it.
 
-Pillow keeps RGB as 4 bytes a pixel and, since 11.2, lends them by the Arrow C data interface
-(arrow.apache.org/docs/format/CDataInterface.html). It refuses a picture that spans several of its memory blocks (over
-16 MiB); such a one is cut into bands, each of which it copies row by row. `np.asarray` takes longer than the resize.
+Pillow stores RGB as 4 bytes a pixel. Since 11.2 it exports the buffer by the Arrow C data interface
+(arrow.apache.org/docs/format/CDataInterface.html), unless the picture spans several of its memory blocks (over 16 MiB).
+Such a picture is cropped into bands that fit one block each. `np.asarray` of a whole picture takes longer than the
+resize.
 """
 
 import ctypes
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_BAND = 8 << 20  # bytes: half a block of Pillow's
+_BAND = 8 << 20  # bytes: half of one of Pillow's blocks
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that stay where they are as long as ``owner`` is held. ``strides``: bytes of a row, of a pixel."""
+class Buffer:
+    """Pixels at ``address``, valid while ``owner`` is referenced. ``strides``: bytes per row, bytes per pixel."""
 
     address: int
     strides: tuple[int, int]
@@ -27,18 +28,18 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Band(Memory):
-    """``rows`` rows of a picture from ``first`` on: all that the rows ``outputs`` = (first, last) are made of."""
+class Band(Buffer):
+    """``rows`` rows of a picture from ``first`` on: the input of the output rows ``outputs`` = (first, end)."""
 
     first: int
     rows: int
     outputs: tuple[int, int]
 
 
-def worth_it(image: Image.Image, reach: float) -> bool:
-    """Whether what two neighbouring bands share is no larger than a band.
+def fits_bands(image: Image.Image, reach: float) -> bool:
+    """Whether two neighbouring bands share at most one band's bytes, so `in_bands` copies a row at most twice.
 
-    Then `in_bands` copies a row twice at most, and Pillow lends the band. Not so of wide pictures that become few rows.
+    False for a wide picture that shrinks to few rows.
     """
     return min(image.height, 2 * reach) * image.width * 4 <= _BAND
 
@@ -46,44 +47,42 @@ def worth_it(image: Image.Image, reach: float) -> bool:
 def in_bands(
     image: Image.Image, outputs: int, centre: Callable[[int], float], reach: float, use: Callable[[Band], None]
 ) -> None:
-    """Hand an RGB picture to ``use`` in as few bands as it takes, in order, each gone before the next is made.
+    """Pass an RGB picture to ``use`` in as few bands as possible, in order; each is freed before the next.
 
-    Output row i of ``outputs`` is made of the source rows within ``reach`` of ``centre(i)``; rows whose centre lies
-    past the picture's end are of padding.
+    Output row i of ``outputs`` depends on the source rows within ``reach`` of ``centre(i)``. A row whose centre lies
+    below the picture is padding.
     """
     image.load()
-    whole = borrow(image)
     width, height = image.size
-    if whole or width * height * 4 <= _BAND:
-        whole = whole or copy(image)
-        use(Band(whole.address, whole.strides, whole.owner, 0, height, (0, outputs)))
+    if width * height * 4 <= _BAND or borrow(image):
+        use(_band(image, 0, (0, outputs)))
         return
     step = max(1, int(_BAND / (width * 4) / max(centre(1) - centre(0), 1e-9)))
     for first in range(0, outputs, step):
         last = min(first + step, outputs)
         low = min(max(math.floor(centre(first) - reach), 0), height - 1)
         high = max(min(math.ceil(centre(last - 1) + reach), height), low + 1)
-        use(_band(image, low, high, (first, last)))
+        use(_band(image.crop((0, low, width, high)), low, (first, last)))
 
 
-def _band(image: Image.Image, low: int, high: int, outputs: tuple[int, int]) -> Band:
-    part = image.crop((0, low, image.width, high))
-    memory = borrow(part) or copy(part)
-    return Band(memory.address, memory.strides, memory.owner, low, high - low, outputs)
+def _band(part: Image.Image, first: int, outputs: tuple[int, int]) -> Band:
+    """All rows of ``part``, which begins at row ``first`` of its picture."""
+    buffer = borrow(part) or copy(part)
+    return Band(buffer.address, buffer.strides, buffer.owner, first, part.height, outputs)
 
 
-def copy(image: Image.Image) -> Memory:
-    """As numpy reads it: 3 bytes a pixel."""
+def copy(image: Image.Image) -> Buffer:
+    """A numpy copy, 3 bytes a pixel."""
     array = np.ascontiguousarray(np.asarray(image, np.uint8))
-    return Memory(array.ctypes.data, (array.strides[0], array.strides[1]), array)
+    return Buffer(array.ctypes.data, (array.strides[0], array.strides[1]), array)
 
 
 class _Schema(ctypes.Structure):
-    """ArrowSchema, up to what is read."""
+    """ArrowSchema, up to the last field that is read."""
 
 
 class _Array(ctypes.Structure):
-    """ArrowArray, up to what is read."""
+    """ArrowArray, up to the last field that is read."""
 
 
 _Schema._fields_ = [
@@ -105,15 +104,15 @@ _Array._fields_ = [
 ]
 
 
-def borrow(image: Image.Image) -> Memory | None:
-    """The picture's own bytes, 4 a pixel; None where Pillow does not lend them, or not as they are expected."""
+def borrow(image: Image.Image) -> Buffer | None:
+    """A zero-copy view, 4 bytes a pixel; None if Pillow exports no buffer, or one of another layout."""
     if image.mode != "RGB" or not hasattr(image, "__arrow_c_array__"):
         return None
     try:
         schema_capsule, array_capsule = image.__arrow_c_array__()
         schema = _Schema.from_address(_pointer(schema_capsule, b"arrow_schema"))
         array = _Array.from_address(_pointer(array_capsule, b"arrow_array"))
-    except Exception:  # several blocks, a mode it does not lend: whatever it says, there is another way
+    except Exception:  # several blocks, or another mode: the caller copies instead
         return None
     pixels = image.width * image.height
     if schema.format != b"+w:4" or schema.n_children != 1 or schema.children[0].contents.format != b"C":
@@ -123,7 +122,7 @@ def borrow(image: Image.Image) -> Memory | None:
     values = array.children[0].contents
     if values.length != 4 * pixels or values.offset or values.n_buffers != 2 or not values.buffers[1]:
         return None
-    return Memory(values.buffers[1], (image.width * 4, 4), (schema_capsule, array_capsule))
+    return Buffer(values.buffers[1], (image.width * 4, 4), (schema_capsule, array_capsule))
 
 
 def _pointer(capsule: object, name: bytes) -> int:

@@ -12,13 +12,13 @@ from calmclip.models.errors import BadRequest, BundleInvalid, TextTooLong
 from calmclip.models.flow import Array
 from calmclip.models.preprocess.clean import CLEANERS
 
-REMEMBERED = 4096  # texts whose tokens are kept: the same labels come again and again
-REMEMBERED_CHARACTERS = 256  # and longer ones are no labels
-MAX_CHARACTERS = 100_000  # a tokenizer takes a second for some millions, before their number is known
+CACHED_TEXTS = 4096  # the cache of tokens holds this many texts, because labels repeat
+CACHED_CHARACTERS = 256  # longer texts are not cached
+MAX_CHARACTERS = 100_000  # limits the time of a tokenizer: a second for a few million characters
 
 
 class TextPreparer:
-    """`TextPreprocess` at work. Safe to share between threads."""
+    """Runs a `TextPreprocess`. Several threads may share it."""
 
     def __init__(self, spec: TextPreprocess, directory: Path) -> None:
         self.spec = spec
@@ -26,13 +26,13 @@ class TextPreparer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise BundleInvalid(f"{path} is no tokenizer the `tokenizers` library reads: {error}") from None
+            raise BundleInvalid(f"{path} is not a tokenizer of the `tokenizers` library: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._remembered = lru_cache(REMEMBERED)(self._encode)
+        self._cached = lru_cache(CACHED_TEXTS)(self._encode)
 
     def prepare(self, texts: Sequence[str]) -> dict[str, Array]:
-        """Exactly the feeds the graph names: ids int64 [B, T], and mask int64 [B, T] (1 = a token) if it takes one.
+        """The graph's feeds: ids int64 [B, T], and mask int64 [B, T] (1 = a token) if the graph takes one.
 
         Raises `TextTooLong` with the count of tokens and the limit, unless the bundle truncates; `BadRequest`
         for a text that is empty, is not Unicode (a lone surrogate), or has no token.
@@ -47,11 +47,11 @@ class TextPreparer:
         return {self.spec.ids: ids} | ({self.spec.mask: mask} if self.spec.mask else {})
 
     def count(self, text: str) -> int:
-        """Tokens of ``text``, the special ones included, however many."""
+        """The number of tokens of ``text`` with special tokens, without a limit."""
         return len(self._ids(text))
 
     def length(self, text: str, index: int = 0) -> int:
-        """Tokens of ``text`` as `prepare` takes them. Raises as `prepare`; ``index`` names it in the error."""
+        """The number of tokens of ``text`` in `prepare`. Raises as `prepare`; ``index`` names the text in the error."""
         return len(self._row(text, index))
 
     @cached_property
@@ -60,7 +60,7 @@ class TextPreparer:
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return self._remembered(text) if len(text) <= REMEMBERED_CHARACTERS else self._encode(text)
+        return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self.spec.clean:
@@ -80,7 +80,7 @@ class TextPreparer:
             raise BadRequest(f"text {index} holds a lone surrogate and is not Unicode text") from None
         row = self._ids(text)
         if not row:
-            raise BadRequest(f"text {index} ({text[:40]!r}) holds nothing this model reads; expected some words")
+            raise BadRequest(f"text {index} ({text[:40]!r}) has no token of this model; expected some words")
         if len(row) <= self.spec.context:
             return row
         if self.spec.truncate:

@@ -1,1 +1,1 @@
-"""Running graphs: `session` (the one door to onnxruntime) and `clock` (named stage durations)."""
+"""Running graphs: `session` (the only import of onnxruntime) and `clock` (durations of named stages)."""

@@ -1,4 +1,4 @@
-"""`Stopwatch`: named stage durations. No metric library in sight."""
+"""`Stopwatch`: durations of named stages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from time import perf_counter
 
 
 class Stopwatch:
-    """Adds up seconds by stage name, in the order in which stages were first seen."""
+    """Sums seconds by stage name, in the order in which the stages first occur."""
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
@@ -21,10 +21,10 @@ class Stopwatch:
             self.add(name, perf_counter() - start)
 
     def add(self, name: str, seconds: float, end: float | None = None, **about: str | int) -> None:
-        """``end`` (on `perf_counter`; without it, now) and ``about`` are for a watch that keeps laps. This adds up."""
+        """``end`` (by `perf_counter`; None: now) and ``about`` are for subclasses that record each stage."""
         self.stages[name] = self.stages.get(name, 0.0) + seconds
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the watch was made."""
+        """Seconds since the start."""
         return perf_counter() - self._start

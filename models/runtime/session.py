@@ -1,4 +1,4 @@
-"""The only file of models and service that imports onnxruntime: threads, providers, and errors that name the graph."""
+"""Sessions of ONNX Runtime. The only module of models and service that imports onnxruntime."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,16 @@ _DTYPES = {
     "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
-# What ONNX Runtime is asked not to do to a graph: it puts the weights of a convolution or a Gemm between 8 bits into 8
-# bits too, in one scale, also where a graph has them in float because those cost too much.
-AS_WRITTEN = ("WeightBiasQuantization",)
+# Disabled, because this optimizer quantizes float weights of a convolution or Gemm between 8-bit tensors with one
+# scale, also weights that export keeps in float for accuracy.
+DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
 
 
 @dataclass(frozen=True)
 class SessionOptions:
     """``threads``: intra-op threads, 0 = one per core. ``profile``: a file prefix for ONNX Runtime's profiler.
 
-    ``ops``: whether the op library is used (auto: where there is one), see `calmclip.models.ops.library.find`.
+    ``ops``: whether the op library is used (auto: if there is one), see `calmclip.models.ops.library.find`.
     """
 
     threads: int = 0
@@ -37,11 +37,11 @@ class SessionOptions:
 
 
 class Session:
-    """One graph, loaded. `run` may be called from several threads at once.
+    """One loaded graph. Several threads may call `run` at once.
 
-    Weights that lie in a file of their own are found beside the graph; ONNX Runtime (since 1.24.1) refuses a
-    graph that points out of its folder. Raises `BundleInvalid` for it, for a graph that does not load, and for
-    one whose inputs and outputs are not the manifest's; `OpsLibraryMissing` as `library.find` does.
+    External weights are files beside the graph; ONNX Runtime (since 1.24.1) refuses a path out of this folder. Raises
+    `BundleInvalid` for a graph that does not load or whose inputs or outputs differ from the manifest;
+    `OpsLibraryMissing` as `library.find`.
     """
 
     def __init__(self, path: Path, graph: Graph, options: SessionOptions | None = None) -> None:
@@ -51,10 +51,10 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
-        # Its arena keeps the most a run ever took, for each graph; without it the same speed, and 40 MB less.
+        # The arena keeps the peak memory of each graph. Without it: the same speed, 40 MB less.
         settings.enable_cpu_mem_arena = False
-        settings.log_severity_level = 4  # fatal only: errors are raised, warnings are about its own optimizer
-        # Spinning threads win microseconds and burn the cores that decode pictures.
+        settings.log_severity_level = 4  # fatal only: errors are raised, warnings concern its optimizer
+        # Spinning threads save microseconds and take CPU time from the threads that decode pictures.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if options.profile:
             settings.enable_profiling = True
@@ -63,19 +63,21 @@ class Session:
             settings.register_custom_ops_library(str(library.path))
         try:
             self._session = ort.InferenceSession(
-                str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=list(AS_WRITTEN)
+                str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=list(DISABLED_OPTIMIZERS)
             )
-        except Exception as error:  # its exception types are not public
+        except Exception as error:  # the exception types are not public
             raise BundleInvalid(f"{path} does not load in ONNX Runtime {ort.__version__}: {error}") from None
         for kind, promised, nodes in (
             ("input", graph.inputs, self._session.get_inputs()),
             ("output", graph.outputs, self._session.get_outputs()),
         ):
-            found = {node.name: node for node in nodes}
-            if found.keys() != promised.keys():
-                raise BundleInvalid(f"{path} has the {kind}s {sorted(found)}; the manifest promises {sorted(promised)}")
+            present = {node.name: node for node in nodes}
+            if present.keys() != promised.keys():
+                raise BundleInvalid(
+                    f"{path} has the {kind}s {sorted(present)}; the manifest promises {sorted(promised)}"
+                )
             for name, tensor in promised.items():
-                dtype, shape = _DTYPES.get(found[name].type, found[name].type), _shape(found[name])
+                dtype, shape = _DTYPES.get(present[name].type, present[name].type), _shape(present[name])
                 if dtype != tensor.dtype or (shape and not fits(shape, tensor.shape)):
                     raise BundleInvalid(
                         f"{path} has the {kind} {name!r} as {dtype} {list(shape)}; "
@@ -83,9 +85,9 @@ class Session:
                     )
 
     def run(self, feeds: Arrays) -> dict[str, Array]:
-        """Arrays by input name -> arrays by output name. Raises `BadRequest` for feeds the graph does not take.
+        """Arrays by input name -> arrays by output name. Raises `BadRequest` for feeds that the graph does not take.
 
-        What else goes wrong in ONNX Runtime rises as it is, with a note that names the graph.
+        Other errors of ONNX Runtime get a note with the graph's path.
         """
         names = list(self.graph.outputs)
         try:
@@ -93,7 +95,7 @@ class Session:
         except InvalidArgument as error:
             shapes = {name: (str(a.dtype), a.shape) for name, a in feeds.items()}
             raise BadRequest(f"graph {self.path.name} refused {shapes}: {error}") from None
-        except Exception as error:  # no memory, a broken kernel: not the caller's doing
+        except Exception as error:  # no memory, a broken kernel: not the caller's fault
             error.add_note(f"in graph {self.path}")
             raise
 
@@ -103,7 +105,7 @@ class Session:
 
 
 def _shape(node: ort.NodeArg) -> tuple[int | str, ...]:
-    """Dimensions as a manifest writes them; () where the graph does not say its rank."""
+    """Dimensions as in a manifest; () if the graph has no rank."""
     return tuple(d if isinstance(d, int) and d > 0 else str(d) for d in node.shape or ())
 
 

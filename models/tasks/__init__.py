@@ -1,56 +1,51 @@
-"""FAMILY tasks: what a caller wants, each as one value. The flows are pure: no I/O, no threads, no clock.
+"""FAMILY tasks: classify, embed, detect and raw, each as one value. The flows are pure: no I/O, no threads, no clock.
 
-A task names the graphs it needs by role, says what its manifest must hold, and has one flow from a request to an
-answer. Manifest checks, the warm-up of a service, its metrics and the verb `run` read this table; endpoints of the
-service name a task of it. A bundle may list a task that this version does not know: its other tasks are served.
+A task names the graphs it needs by role, checks the manifest, and has one flow from a request to an answer. Manifest
+checks, the service's warm-up, metrics and endpoints, and the verb `run` read this table. A bundle may list a task that
+this version does not know; its other tasks are served.
 """
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, Tensor, TextPreprocess
 from calmclip.models.flow import Flow
 from calmclip.models.registry import Registry
 
-if TYPE_CHECKING:
-    from calmclip.models.bundle.bundle import Bundle
-    from calmclip.models.runner import Runner
-
 R = TypeVar("R")
 A = TypeVar("A")
-Fed = type[ImagePreprocess] | type[TextPreprocess] | None  # what makes the inputs of a graph; None: other graphs
+Fed = type[ImagePreprocess] | type[TextPreprocess] | None  # the producer of a graph's inputs; None: other graphs
 
 
 @dataclass(frozen=True)
 class Command:
-    """What ``calmclip run BUNDLE TASK`` does.
+    """The task in ``calmclip run BUNDLE TASK``.
 
-    ``options(parser)`` adds the task's own flags. ``answers(runner, given)`` yields one JSON-like dict for each picture
-    or text. ``line(answer)`` is that answer for a person.
+    ``options(parser)`` adds the task's flags. ``answers(driver, options)`` yields one JSON-like dict for each picture
+    or text; see `features.Driver`. ``line(answer)`` formats this dict as text.
     """
 
     options: Callable[[ArgumentParser], None]
-    answers: Callable[["Runner", Namespace], Iterable[dict[str, Any]]]
+    answers: Callable[[Any, Namespace], Iterable[dict[str, Any]]]
     line: Callable[[dict[str, Any]], str]
 
 
 @dataclass(frozen=True)
 class Task(Generic[R, A]):
-    """``flow(bundle, request) -> Flow[answer]``; ``request`` is the type of its request.
+    """``flow(bundle, request) -> Flow[answer]``, with an open `Bundle`; ``request`` is the type of its request.
 
-    ``roles``: role -> what feeds its graph; every one of them is needed, or with ``any_role`` at least one.
-    ``check(manifest)`` raises `ValueError` for what the roles alone do not say. ``example(bundle, picture)``: a small
-    request that uses every graph of the task, for the warm-up of a service; ``picture`` is the bytes of a file, and
-    None instead of a request means that there is nothing to warm up.
+    ``roles``: role -> the preprocessing of its graph; all roles are needed, or with ``any_role`` at least one.
+    ``check(manifest)`` raises `ValueError` for other faults. ``example(bundle, picture)``: a small request that uses
+    every graph of the task, for the service's warm-up, or None; ``picture`` is the bytes of a file.
     """
 
     name: str
     summary: str
     request: type[R]
-    flow: Callable[["Bundle", R], Flow[A]]
-    example: Callable[["Bundle", bytes], R | None]
+    flow: Callable[[Any, R], Flow[A]]
+    example: Callable[[Any, bytes], R | None]
     roles: Mapping[str, Fed] = field(default_factory=dict)
     any_role: bool = False
     check: Callable[[Manifest], None] = lambda manifest: None
@@ -58,11 +53,11 @@ class Task(Generic[R, A]):
 
     def require(self, manifest: Manifest) -> None:
         """Raises `ValueError` for the first thing that ``manifest`` lacks to serve this task."""
-        there = [role for role in self.roles if role in manifest.graphs]
-        needed = there if self.any_role and there else list(self.roles)
+        present = [role for role in self.roles if role in manifest.graphs]
+        needed = present if self.any_role and present else list(self.roles)
         for role in needed:
             if role not in manifest.graphs:
-                raise ValueError(f"task {self.name!r} needs a graph {role!r}; there is {sorted(manifest.graphs)}")
+                raise ValueError(f"task {self.name!r} needs a graph {role!r}; the graphs are {sorted(manifest.graphs)}")
             kind = self.roles[role]
             if kind and not isinstance(manifest.graphs[role].preprocess, kind):
                 raise ValueError(f"task {self.name!r} needs `graphs.{role}.preprocess` to be an {kind.__name__}")
@@ -72,9 +67,16 @@ class Task(Generic[R, A]):
 TASKS: Registry[Task[Any, Any]] = Registry("tasks", "calmclip.models.tasks")
 
 
+def require(manifest: Manifest) -> None:
+    """Raises `ValueError` for the first thing that the manifest's tasks lack. An unknown task is not checked."""
+    for task in manifest.tasks:
+        if task in TASKS.names():
+            TASKS.get(task).require(manifest)
+
+
 def embedding(role: str, graph: Graph) -> tuple[str, int]:
-    """Which output of a graph is its embedding, and how long the vectors are: the one called ``ROLE_embeds``, or the
-    only one. It is float32 [B, D], D a number; a graph may answer more beside it. Raises `ValueError` for another.
+    """The name of a graph's embedding output, and the length of its vectors. The output is the only one, or is called
+    ``ROLE_embeds``. Raises `ValueError` unless it is float32 [B, D] with a fixed D.
     """
     name = f"{role}_embeds" if len(graph.outputs) > 1 else next(iter(graph.outputs))
     tensor = graph.outputs.get(name)
@@ -82,23 +84,22 @@ def embedding(role: str, graph: Graph) -> tuple[str, int]:
     if tensor and tensor.dtype == "float32" and isinstance(length, int):
         return name, length
     raise ValueError(
-        f"graph {role!r} embeds, so it has one output, float32 [B, D] with D a number, or that and others, and then it "
-        f"is called '{role}_embeds'; there is {sorted(graph.outputs)}"
+        f"graph {role!r} has the outputs {sorted(graph.outputs)}; expected one output, float32 [B, D] with a fixed D, "
+        f"or several, with such an output called '{role}_embeds'"
     )
 
 
 def one_space(manifest: Manifest) -> None:
-    """Raises `ValueError` where the vectors of pictures and of texts differ in length."""
-    graphs = {role: manifest.graphs[role] for role in ("image", "text") if role in manifest.graphs}
-    lengths = {role: embedding(role, graph)[1] for role, graph in graphs.items()}
+    """Raises `ValueError` if the vectors of pictures and of texts differ in length."""
+    lengths = {role: embedding(role, manifest.graphs[role])[1] for role in ("image", "text") if role in manifest.graphs}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"image and text embeddings differ in length: {lengths}")
 
 
 def exactly(
-    role: str, side: str, found: Mapping[str, Tensor], names: tuple[str, ...], also: Iterable[str] = ()
+    role: str, side: str, tensors: Mapping[str, Tensor], names: tuple[str, ...], also: Iterable[str] = ()
 ) -> None:
-    """Raises `ValueError` unless the tensors are ``names``, and besides only some of ``also``."""
-    if not set(names) <= set(found) <= {*names, *also}:
-        besides = f", and besides only some of {sorted(also)}" if also else ""
-        raise ValueError(f"`graphs.{role}.{side}` are {sorted(found)}; expected {sorted(names)}{besides}")
+    """Raises `ValueError` unless the tensors are all of ``names``, and any of ``also``."""
+    if not set(names) <= set(tensors) <= {*names, *also}:
+        optional = f", and any of {sorted(also)}" if also else ""
+        raise ValueError(f"`graphs.{role}.{side}` are {sorted(tensors)}; expected {sorted(names)}{optional}")

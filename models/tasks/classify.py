@@ -1,31 +1,29 @@
 """Picture + labels -> ranked labels.
 
-Source: Radford et al. 2021 (arXiv 2103.00020), zero-shot prediction; the head is the classifier's.
+Source: Radford et al. 2021 (arXiv 2103.00020), zero-shot prediction.
 """
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import ImagePreprocess, Manifest, TextPreprocess
-from calmclip.models.classifier import Classifier, check_none_below, check_temperature, require_labels
+from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Call, Flow
+from calmclip.models.labels import check_none_below, check_temperature
 from calmclip.models.preprocess.image import Picture
 from calmclip.models.tasks import TASKS, Command, Task, one_space
-from calmclip.models.tasks.features import labels, output_of, picture, prepared
-
-if TYPE_CHECKING:
-    from calmclip.models.runner import Runner
+from calmclip.models.tasks.features import Driver, labels, output_of, picture, prepared
 
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """``labels`` and ``templates`` (each with a ``{}``) win over those of ``classifier``, and these over the bundle's.
+    """``labels`` and ``templates`` (each with a ``{}``): if empty, those of ``classifier``, else those of the bundle.
 
     ``top_k`` None: all labels. ``temperature`` and ``none_below`` None: the classifier's, see `Classifier`.
     """
@@ -42,15 +40,15 @@ class ClassifyRequest:
 @dataclass(frozen=True, slots=True)
 class Ranked:
     label: str
-    index: int  # in the labels that were asked for
+    index: int  # in the labels of the request
     score: float  # of the head: softmax over the labels, or a sigmoid for each
     cosine: float  # of picture and label, before temperature
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Best first; ties go to the lower index. ``none``: whether none of them fits, None where that was not asked.
-    ``temperature``: the one that the scores were made with."""
+    """Best first; ties go to the lower index. ``none``: whether none of the labels fits; None without ``none_below``.
+    ``temperature``: the divisor of the logits."""
 
     labels: tuple[Ranked, ...]
     none: bool | None = None
@@ -61,8 +59,7 @@ class Ranking:
 
 
 def classify(bundle: Bundle, request: ClassifyRequest) -> Flow[Ranking]:
-    """Raises `TaskNotServed`, `ClassifierMismatch`, `TooManyLabels` (there are none), `BadRequest` and
-    `InputError`s."""
+    """Raises `TaskNotServed`, `ClassifierMismatch`, `TooManyLabels` (no labels), `BadRequest` and `InputError`s."""
     bundle.require("classify")
     classifier = chosen(bundle, request.classifier, request.labels, request.templates)
     if request.top_k is not None and request.top_k < 1:
@@ -75,26 +72,28 @@ def classify(bundle: Bundle, request: ClassifyRequest) -> Flow[Ranking]:
     check_none_below(none_below)
     feeds, _ = yield from prepared(bundle, request.image)
     text = yield from labels(bundle, classifier)
-    found = yield Call("image", feeds)
-    image = found[output_of(bundle, "image")]
+    outputs = yield Call("image", feeds)
+    image = outputs[output_of(bundle, "image")]
 
     logits = scored(classifier, image, text) / np.float32(temperature)
-    return ranking(classifier, logits, (image @ text.T)[0], request.top_k, none_below, temperature)
+    scores = classifier.bound.scores(logits)[0]
+    order = np.argsort(-scores, kind="stable")[: request.top_k].tolist()
+    none = None if none_below is None else bool(scores.max() < none_below)
+    score, cosine, names = scores.tolist(), (image @ text.T)[0].tolist(), classifier.labels
+    return Ranking(tuple(Ranked(names[i], i, score[i], cosine[i]) for i in order), none, temperature)
 
 
 def chosen(
     bundle: Bundle, classifier: Classifier | None, labels: Sequence[str] = (), templates: Sequence[str] = ()
 ) -> Classifier:
-    """The classifier of a request, complete, with at least one label that its head knows.
+    """The complete classifier of a request, with at least one label; its head knows all its labels.
 
     Raises `ClassifierMismatch`, `TooManyLabels`, `BadRequest`.
     """
-    own = bundle.classifier if classifier is None else classifier.over(bundle.classifier)
-    own.require_family(bundle.family, bundle.name)
-    found = own.asked(labels, templates)
-    require_labels(found.labels)
-    found.bound.check(found.labels)
-    return found
+    complete = bundle.classifier_for(classifier, labels, templates)
+    complete.require_family(bundle.family, bundle.name)
+    complete.bound.check(complete.labels)
+    return complete
 
 
 def scored(classifier: Classifier, image: Array, text: Array) -> Array:
@@ -103,39 +102,12 @@ def scored(classifier: Classifier, image: Array, text: Array) -> Array:
     return head.logits(image, head.columns(classifier.labels, text))
 
 
-def ranking(
-    classifier: Classifier,
-    logits: Array,
-    cosines: Array,
-    top_k: int | None,
-    none_below: float | None,
-    temperature: float,
-) -> Ranking:
-    """logits [1, C] and cosines [C] of one picture -> its labels, best first."""
-    scores = classifier.bound.scores(logits)[0]
-    order = np.argsort(-scores, kind="stable")[:top_k].tolist()
-    none = None if none_below is None else bool(scores.max() < none_below)
-    score, cosine, names = scores.tolist(), cosines.tolist(), classifier.labels
-    return Ranking(tuple(Ranked(names[i], i, score[i], cosine[i]) for i in order), none, temperature)
-
-
-@dataclass(frozen=True)
-class LogitsRequest:
-    """As of a `ClassifyRequest`."""
-
-    image: Picture
-    labels: Sequence[str] = ()
-    templates: Sequence[str] = ()
-    classifier: Classifier | None = None
-
-
-def logits(bundle: Bundle, request: LogitsRequest) -> Flow[Array]:
-    """-> float32 [C], the head's logits before temperature, in the order of the labels: what evaluations score."""
+def logits(bundle: Bundle, image: Picture, classifier: Classifier) -> Flow[Array]:
+    """-> float32 [C], the head's logits before temperature, in the order of the labels."""
     bundle.require("classify")
-    classifier = chosen(bundle, request.classifier, request.labels, request.templates)
+    classifier = chosen(bundle, classifier)
     text = yield from labels(bundle, classifier)
-    image = yield from picture(bundle, request.image)
-    row: Array = scored(classifier, image, text)[0]
+    row: Array = scored(classifier, (yield from picture(bundle, image)), text)[0]
     return row
 
 
@@ -154,17 +126,16 @@ def _options(options: ArgumentParser) -> None:
     options.add_argument("--template", action="append", default=[], help="a sentence with {}; may be given many times")
     options.add_argument("--top", type=int, default=5, help="how many labels to print (default 5)")
     options.add_argument("--temperature", type=float, help="divides the logits, 0.01 to 100")
-    options.add_argument("--none-below", type=float, help="say so where no score reaches it")
+    options.add_argument("--none-below", type=float, help="if every score is lower, print 'none of these'")
 
 
-def _answers(runner: "Runner", given: Namespace) -> Iterator[dict[str, Any]]:
-    many = runner.classify_many(
-        given.pictures, given.label, templates=given.template, top_k=given.top, temperature=given.temperature,
-        none_below=given.none_below,
-    )  # fmt: skip
-    for path, found in zip(given.pictures, many, strict=True):
-        none = {} if found.none is None else {"none_of_these": found.none}
-        yield {"picture": str(path), "classify": [{"label": r.label, "score": r.score} for r in found], **none}
+def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
+    classifier = driver.bundle.classifier_for(None, options.label, options.template)
+    request = ClassifyRequest(b"", (), (), options.top, options.temperature, options.none_below, classifier)
+    rankings = driver.map(classify(driver.bundle, replace(request, image=path)) for path in options.pictures)
+    for path, ranking in zip(options.pictures, rankings, strict=True):
+        none = {} if ranking.none is None else {"none_of_these": ranking.none}
+        yield {"picture": str(path), "classify": [{"label": r.label, "score": r.score} for r in ranking], **none}
 
 
 def _line(answer: dict[str, Any]) -> str:

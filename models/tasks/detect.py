@@ -1,9 +1,8 @@
 """Picture + labels and examples -> boxes in pixels of the original upright picture.
 
-The `regions` graph proposes boxes and says what each looks like; the `detect` graph compares them with the
-labels and suppresses (op SoftNMS: Bodla et al. 2017, arXiv 1704.04503). Thresholds are inputs of that graph,
-so one bundle serves every setting. An example is a picture of what is wanted: its own regions give a query, which takes
-the place of a text's vector.
+The `regions` graph proposes boxes with embeddings. The `detect` graph compares the embeddings with queries and
+suppresses overlapping boxes (op SoftNMS); thresholds are inputs of that graph. A query is the vector of a label, or the
+embedding of an example picture's region.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -11,79 +10,40 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import ImagePreprocess, Manifest, TextPreprocess, fits
-from calmclip.models.classifier import Classifier, require_labels
+from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest, InputError
 from calmclip.models.flow import Array, Arrays, Call, Flow
-from calmclip.models.ops.spec import METHODS, Method
-from calmclip.models.preprocess.image import Frame, Picture
+from calmclip.models.preprocess.image import Picture
+from calmclip.models.preprocess.placement import Frame
+from calmclip.models.suppression import DEFAULT, METHODS, NUMBERS, Suppression
 from calmclip.models.tasks import TASKS, Command, Task, exactly
 from calmclip.models.tasks.examples import pick
+from calmclip.models.tasks.features import Driver, prepared
 from calmclip.models.tasks.features import labels as label_vectors
-from calmclip.models.tasks.features import prepared
 
-if TYPE_CHECKING:
-    from calmclip.models.runner import Runner
-
-REGIONS = ("boxes", "class_embeds", "objectness")  # outputs of `regions`; it may have more
-QUERIED = ("boxes", "class_embeds", "text_embeds")  # what `detect` takes besides its settings, and more of `regions`
+REGIONS = ("boxes", "class_embeds", "objectness")  # outputs of `regions`; more are allowed
+QUERIED = ("boxes", "class_embeds", "text_embeds")  # inputs of `detect`; more outputs of `regions` are allowed
 SUPPRESSION = ("iou_threshold", "max_output", "method", "min_score", "per_class", "sigma")
 DETECTED = ("candidates", "classes", "kept_boxes", "raw_scores", "scores")
 
 
-@dataclass(frozen=True)
-class Suppression:
-    """How overlapping boxes are thinned out, as the op SoftNMS takes it.
-
-    hard: a box over ``iou_threshold`` with a better one goes; linear: its score is multiplied by 1 - IoU;
-    gaussian: by exp(-IoU^2 / sigma), whatever the overlap. Boxes under ``min_score`` go.
-    """
-
-    method: Method = "gaussian"
-    sigma: float = 0.5
-    iou_threshold: float = 0.3
-    min_score: float = 0.15
-    max_output: int = 100
-    per_class: bool = True
-
-    def tensors(self) -> dict[str, Array]:
-        """The op's inputs, each of shape [1]. Raises `BadRequest` naming the value out of range."""
-        if self.method not in METHODS:
-            raise BadRequest(f"method is {self.method!r}; expected one of {', '.join(METHODS)}")
-        for name, low, high in (
-            ("sigma", 1e-6, 1e6),
-            ("iou_threshold", 0.0, 1.0),
-            ("min_score", 0.0, 1.0),
-            ("max_output", 1, 1000),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise BadRequest(f"{name} is {value}; expected {low} to {high}")
-        return {
-            "method": np.array([METHODS.index(self.method)], np.int64),
-            "per_class": np.array([int(self.per_class)], np.int64),
-            "iou_threshold": np.array([self.iou_threshold], np.float32),
-            "sigma": np.array([self.sigma], np.float32),
-            "min_score": np.array([self.min_score], np.float32),
-            "max_output": np.array([self.max_output], np.int64),
-        }
-
-
 def default_suppression(bundle: Bundle) -> Suppression:
-    """What a request that says nothing else asks for: the manifest's words, over calmclip's own."""
-    said = bundle.manifest.suppression
-    return replace(Suppression(), **said.model_dump(exclude_none=True)) if said else Suppression()
+    """The settings of a request that sets none: the manifest's, and calmclip's own for those it does not set."""
+    settings = bundle.manifest.suppression
+    return replace(DEFAULT, **settings.model_dump(exclude_none=True)) if settings else DEFAULT
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture of what is wanted. ``box``: where in it, x0 y0 x1 y1 in pixels of the upright picture; None: what it
-    shows. ``label``: its name in the answer; None: "example N", counted from 0."""
+    """A picture of an object to look for. ``box``: the object, x0 y0 x1 y1 in pixels of the upright picture; None: the
+    main object. ``label``: its name in the answer; None: "example N", counted from 0."""
 
     image: Picture | str
     box: Sequence[float] | Array | None = None
@@ -92,8 +52,8 @@ class Example:
 
 @dataclass(frozen=True)
 class DetectRequest:
-    """``labels`` and ``templates`` win over those of ``classifier``, and these over the bundle's own, which are looked
-    for where there is nothing else, no examples either. Heads score no boxes. ``suppression`` None: the bundle's
+    """``labels`` and ``templates``: if empty, those of ``classifier``, else those of the bundle. With ``examples`` and
+    without labels, the bundle's labels are not searched. The head is not used. ``suppression`` None: the bundle's
     default."""
 
     image: Picture
@@ -107,7 +67,7 @@ class DetectRequest:
 @dataclass(frozen=True)
 class Detection:
     label: str
-    index: int  # in the request's labels, examples counted on behind them
+    index: int  # in the request's labels, followed by its examples
     score: float  # after suppression
     raw_score: float  # before
     box: Array  # float32 [4] x0 y0 x1 y1
@@ -115,8 +75,8 @@ class Detection:
 
 @dataclass(frozen=True)
 class Detections:
-    """Best first, none that lies beside the picture. ``width``, ``height``: of the upright picture.
-    ``candidates``: box-label pairs over min_score."""
+    """Best first; all boxes overlap the picture. ``width``, ``height``: the size of the upright picture.
+    ``candidates``: the number of box-label pairs above min_score."""
 
     width: int
     height: int
@@ -129,25 +89,25 @@ class Detections:
 
 @dataclass(frozen=True)
 class Regions:
-    """What the graph `regions` found in one picture. ``outputs``: its answer; ``frame`` maps its boxes to the
-    picture."""
+    """``outputs`` of the graph `regions` for one picture; ``frame`` maps their boxes to the picture."""
 
     outputs: Arrays
     frame: Frame
 
     @property
     def boxes(self) -> Array:
-        """float32 [P, 4] x0 y0 x1 y1 in pixels of the upright picture, those with an objectness over 0."""
-        found: Array = self.frame.to_original(self.outputs["boxes"][0][self.outputs["objectness"][0] > 0])
-        return found
+        """float32 [P, 4] x0 y0 x1 y1 in pixels of the upright picture; boxes with an objectness above 0."""
+        return self.frame.to_original(self.outputs["boxes"][0][self.outputs["objectness"][0] > 0])
 
 
 def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
-    """Raises `TaskNotServed`, `TooManyLabels` (there is nothing to look for), `BadRequest` and `InputError`s."""
+    """Raises `TaskNotServed`, `TooManyLabels` (no labels and no examples), `BadRequest` and `InputError`s."""
     bundle.require("detect")
     settings = request.suppression or default_suppression(bundle)
-    settings.tensors()  # said before the picture is decoded
-    classifier = chosen(bundle, request.classifier, request.labels, request.templates, optional=bool(request.examples))
+    settings.tensors()  # raises before the picture is decoded
+    classifier = None
+    if request.labels or not request.examples or (request.classifier and request.classifier.labels):
+        classifier = bundle.classifier_for(request.classifier, request.labels, request.templates)
     feeds, frame = yield from prepared(bundle, request.image, "regions")
     names: list[str] = []
     queries: list[Array] = []
@@ -162,7 +122,7 @@ def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
 
 
 def propose(bundle: Bundle, image: Picture) -> Flow[Regions]:
-    """The regions of one picture, to be asked about as often as one likes, see `find`."""
+    """The regions of one picture, for any number of searches with `find`."""
     bundle.require("detect")
     feeds, frame = yield from prepared(bundle, image, "regions")
     outputs = yield Call("regions", feeds)
@@ -176,70 +136,49 @@ def find(
     templates: Sequence[str] = (),
     suppression: Suppression | None = None,
 ) -> Flow[Detections]:
-    """Labels among regions that were proposed before: one run of the small graph `detect`."""
-    classifier = chosen(bundle, None, labels, templates)
-    assert classifier is not None
+    """Search for labels among proposed regions: one run of the small graph `detect`."""
+    classifier = bundle.classifier_for(None, labels, templates)
     queries = yield from label_vectors(bundle, classifier)
     settings = suppression or default_suppression(bundle)
     return (yield from compare(bundle, regions, queries, classifier.labels, settings))
 
 
-def chosen(
-    bundle: Bundle,
-    classifier: Classifier | None,
-    labels: Sequence[str],
-    templates: Sequence[str],
-    *,
-    optional: bool = False,
-) -> Classifier | None:
-    """The classifier whose labels are looked for; None where ``optional`` and the caller named none."""
-    if optional and not labels and (classifier is None or not classifier.labels):
-        return None
-    own = bundle.classifier if classifier is None else classifier.over(bundle.classifier)
-    found = own.asked(labels, templates)
-    require_labels(found.labels)
-    return found
-
-
 def compare(
     bundle: Bundle, regions: Regions, queries: Array, names: Sequence[str], settings: Suppression
 ) -> Flow[Detections]:
-    """queries float32 [Q, D] unit rows, called ``names``, against regions, through the `detect` graph."""
+    """Run the graph `detect`: regions against queries float32 [Q, D], unit rows with ``names``."""
     outputs, frame, tensors = regions.outputs, regions.frame, settings.tensors()
-    wanted = bundle.graph("detect").inputs.keys() & outputs.keys()
-    feeds = {name: outputs[name] for name in sorted(wanted)}
-    most = settings.max_output
-    beside = np.count_nonzero(~_inside(frame.to_original(outputs["boxes"][0])))  # which shall cost no other its place
-    tensors["max_output"] = tensors["max_output"] + beside * len(names)
-    found = yield Call("detect", {**feeds, "text_embeds": queries, **tensors})
+    feeds = {name: outputs[name] for name in sorted(bundle.graph("detect").inputs.keys() & outputs.keys())}
+    padding = np.count_nonzero(~_inside(frame.to_original(outputs["boxes"][0])))  # boxes that do not count
+    tensors["max_output"] = tensors["max_output"] + padding * len(names)
+    answer = yield Call("detect", {**feeds, "text_embeds": queries, **tensors})
 
-    boxes = frame.to_original(found["kept_boxes"])
-    rows = zip(*(found[name] for name in ("classes", "scores", "raw_scores")), boxes, _inside(boxes), strict=True)
-    kept = [Detection(names[c], int(c), float(score), float(raw), box) for c, score, raw, box, inside in rows if inside]
-    return Detections(frame.width, frame.height, tuple(kept[:most]), int(found["candidates"][0]))
+    boxes = frame.to_original(answer["kept_boxes"])
+    rows = zip(*(answer[name] for name in ("classes", "scores", "raw_scores")), boxes, _inside(boxes), strict=True)
+    hits = [Detection(names[c], int(c), float(score), float(raw), box) for c, score, raw, box, inside in rows if inside]
+    return Detections(frame.width, frame.height, tuple(hits[: settings.max_output]), int(answer["candidates"][0]))
 
 
 def _inside(boxes: Array) -> Array:
-    """Boxes [N, 4] cut to the picture -> bool [N]: what is left of the others lies in what was added to the picture."""
+    """Boxes [N, 4] clipped to the picture -> bool [N]: False for a box that lies in the padding."""
     inside: Array = (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
     return inside
 
 
 def _embed_example(bundle: Bundle, number: int, example: Example) -> Flow[Array]:
-    """-> float32 [1, D], the query. Raises `InputError`s that name the example."""
-    with _named(number):
+    """-> float32 [1, D], the query. Raises `InputError`s with the number of the example."""
+    with _numbered(number):
         _check(example)
         feeds, frame = yield from prepared(bundle, example.image, "regions")  # type: ignore[arg-type]
-        whole = (0.0, 0.0, frame.width, frame.height)
-        box = _within(whole if example.box is None else example.box, frame)
+        box = _clipped((0.0, 0.0, frame.width, frame.height) if example.box is None else example.box, frame)
     regions = yield Call("regions", feeds)
-    with _named(number):
+    with _numbered(number):
         return pick(regions, frame.to_input(box), drawn=example.box is not None)
 
 
 @contextmanager
-def _named(number: int) -> Iterator[None]:
-    """What the caller did wrong in one example is said of that example."""
+def _numbered(number: int) -> Iterator[None]:
+    """An `InputError` names the example."""
     try:
         yield
     except InputError as error:
@@ -247,17 +186,17 @@ def _named(number: int) -> Iterator[None]:
 
 
 def _check(example: Example) -> None:
-    """Raises `BadRequest` where the example says nonsense."""
+    """Raises `BadRequest` for an empty label or an impossible box."""
     if example.label is not None and not example.label.strip():
-        raise BadRequest("its label is empty; expected some words, or none at all")
+        raise BadRequest("its label is empty; expected some words, or no label")
     if example.box is not None:
         box = [*map(float, example.box)]
         if len(box) != 4 or not all(map(isfinite, box)) or not (box[0] < box[2] and box[1] < box[3]):
             raise BadRequest(f"box is {box}; expected x0, y0, x1, y1 in pixels, x0 < x1 and y0 < y1")
 
 
-def _within(box: Sequence[float] | Array, frame: Frame) -> Array:
-    """What of the box is in the picture. Raises `BadRequest` when nothing is."""
+def _clipped(box: Sequence[float] | Array, frame: Frame) -> Array:
+    """The part of the box inside the picture. Raises `BadRequest` if there is none."""
     cut: Array = np.clip(np.array(box, np.float64), 0.0, [frame.width, frame.height] * 2).astype(np.float32)
     if not (cut[0] < cut[2] and cut[1] < cut[3]):
         raise BadRequest(f"box {[*box]} lies outside of its picture, {frame.width} x {frame.height} pixels")
@@ -266,14 +205,14 @@ def _within(box: Sequence[float] | Array, frame: Frame) -> Array:
 
 def check(manifest: Manifest) -> None:
     if manifest.classifier is None:
-        raise ValueError("task 'detect' needs `classifier`, whose templates say how a label is read")
-    made, taken = manifest.graphs["regions"].outputs, manifest.graphs["detect"].inputs
-    exactly("regions", "outputs", made, REGIONS, also=made)
-    exactly("detect", "inputs", taken, (*QUERIED, *SUPPRESSION), also=made)
+        raise ValueError("task 'detect' needs `classifier`, for the templates of labels")
+    outputs, inputs = manifest.graphs["regions"].outputs, manifest.graphs["detect"].inputs
+    exactly("regions", "outputs", outputs, REGIONS, also=outputs)
+    exactly("detect", "inputs", inputs, (*QUERIED, *SUPPRESSION), also=outputs)
     exactly("detect", "outputs", manifest.graphs["detect"].outputs, DETECTED)
-    for name in made.keys() & taken.keys():
-        if made[name].dtype != taken[name].dtype or not fits((1, *made[name].shape[1:]), taken[name].shape):
-            raise ValueError(f"`detect` takes {name!r} as another tensor than `regions` answers")
+    for name in outputs.keys() & inputs.keys():
+        if outputs[name].dtype != inputs[name].dtype or not fits((1, *outputs[name].shape[1:]), inputs[name].shape):
+            raise ValueError(f"the input {name!r} of `detect` and the output of `regions` differ in dtype or shape")
 
 
 def example(bundle: Bundle, picture: bytes) -> DetectRequest:
@@ -283,24 +222,22 @@ def example(bundle: Bundle, picture: bytes) -> DetectRequest:
 def _options(options: ArgumentParser) -> None:
     options.add_argument("--label", action="append", default=[], help="may be given many times; else the bundle's own")
     options.add_argument("--template", action="append", default=[], help="a sentence with {}; may be given many times")
-    options.add_argument("--example", action="append", default=[], help="a picture of what is looked for")
+    options.add_argument("--example", action="append", type=Path, default=[], help="a picture of an object to look for")
     options.add_argument("--top", type=int, default=5, dest="max_output", help="at most so many boxes (default 5)")
-    options.add_argument("--method", choices=METHODS, help="it and what follows: else the bundle's default")
-    for name in ("sigma", "iou-threshold", "min-score"):
-        options.add_argument(f"--{name}", type=float)
+    options.add_argument("--method", choices=METHODS, help="of soft-NMS; each setting has the bundle's default")
+    for name in ("sigma", "iou_threshold", "min_score"):
+        options.add_argument(f"--{name.replace('_', '-')}", type=float, help=NUMBERS[name].description)
 
 
-def _answers(runner: "Runner", given: Namespace) -> Iterator[dict[str, Any]]:
-    asked = {name: getattr(given, name) for name in ("method", "sigma", "iou_threshold", "min_score", "max_output")}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    how = replace(default_suppression(runner.bundle), **asked)
-    many = runner.detect_many(
-        given.pictures, given.label, templates=given.template, suppression=how, examples=given.example
-    )
-    for path, found in zip(given.pictures, many, strict=True):
+def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
+    flags = {name: value for name, value in vars(options).items() if name in ("method", *NUMBERS) and value is not None}
+    settings = replace(default_suppression(driver.bundle), **flags)
+    request = DetectRequest(b"", options.label, options.template, settings, [*map(Example, options.example)])
+    answers = driver.map(detect(driver.bundle, replace(request, image=path)) for path in options.pictures)
+    for path, detections in zip(options.pictures, answers, strict=True):
         rows = [
             {"label": d.label, "score": d.score, "raw_score": d.raw_score, "box": [round(float(x), 1) for x in d.box]}
-            for d in found
+            for d in detections
         ]
         yield {"picture": str(path), "detect": rows}
 

@@ -1,24 +1,35 @@
-"""Pictures, texts and labels -> vectors: the parts that flows of several tasks share.
+"""Pictures, texts and labels -> vectors: the parts of flows that several tasks share.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), section 3.1.4, for the mean over the sentences of a label.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.classifier import Classifier
-from calmclip.models.flow import Array, Arrays, Call, Flow, Keep, Recall, Work
-from calmclip.models.preprocess.image import Frame, Picture, load
+from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Flow, Work
+from calmclip.models.preprocess.image import Picture, load
+from calmclip.models.preprocess.placement import Frame
 from calmclip.models.tasks import embedding
 
-LABELS = "labels of text"  # where their finished vectors are kept
-CHUNK = 64  # texts of one call: enough to fill a core, and a short one is not padded to the longest of thousands
+T = TypeVar("T")
+LABELS = "labels of text"  # the cache's name for the vectors of all labels of a classifier
+CHUNK = 64  # texts of one call: enough to use a core fully, and few enough to have about the same length
+
+
+class Driver(Protocol):
+    """`Runner`, as far as the commands of tasks use it."""
+
+    bundle: Bundle
+
+    def map(self, flows: Iterable[Flow[T]]) -> Iterator[T]: ...
 
 
 def prepared(bundle: Bundle, image: Picture, role: str = "image") -> Flow[tuple[Arrays, Frame]]:
-    """-> the feeds of graph ``role`` for one picture, and the `Frame` that maps boxes and maps back.
+    """-> the feeds of graph ``role`` for one picture, and the `Frame` that maps its boxes.
 
     Raises `BadImage`, `ImageTooLarge`.
     """
@@ -29,53 +40,53 @@ def prepared(bundle: Bundle, image: Picture, role: str = "image") -> Flow[tuple[
 
 
 def picture(bundle: Bundle, image: Picture) -> Flow[Array]:
-    """-> float32 [1, D], the unit row of graph `image`. One picture a call: a driver merges the calls of many."""
+    """-> float32 [1, D], the unit row of graph `image`. A driver merges the calls of many pictures."""
     feeds, _ = yield from prepared(bundle, image)
-    found = yield Call("image", feeds)
-    row: Array = found[output_of(bundle, "image")]
+    outputs = yield Call("image", feeds)
+    row: Array = outputs[output_of(bundle, "image")]
     return row
 
 
 def texts(bundle: Bundle, sentences: Sequence[str]) -> Flow[Array]:
-    """-> float32 [N, D], the rows of graph `text`. Texts that the driver remembers are not tokenized again.
+    """-> float32 [N, D], the rows of graph `text`. Cached texts are not tokenized.
 
-    More than `CHUNK` of them are run in groups of like length. Raises `TextTooLong`, `BadRequest`.
+    More than `CHUNK` texts run in groups of similar length. Raises `TextTooLong`, `BadRequest`.
     """
     keys = tuple(sentences)
     output = output_of(bundle, "text")
-    if (found := (yield Recall("text", keys))) is not None:
-        known: Array = found[output]
-        return known
+    rows: Array
+    if cached := (yield CacheGet("text", keys)):
+        rows = cached[output]
+        return rows
     preparer = bundle.text()
     if len(keys) <= CHUNK:
-        found = yield Call("text", preparer.prepare(keys), keys)
-        rows: Array = found[output]
+        rows = (yield Call("text", preparer.prepare(keys), keys))[output]
         return rows
     order = np.argsort([preparer.length(text, index) for index, text in enumerate(keys)], kind="stable")
-    many = np.empty((len(keys), bundle.dim), np.float32)
+    rows = np.empty((len(keys), bundle.dim), np.float32)
     for start in range(0, len(keys), CHUNK):
-        chosen = order[start : start + CHUNK]
-        group = tuple(keys[i] for i in chosen)
-        found = yield Call("text", preparer.prepare(group), group)
-        many[chosen] = found[output]
-    return many
+        indices = order[start : start + CHUNK]
+        group = tuple(keys[i] for i in indices)
+        rows[indices] = (yield Call("text", preparer.prepare(group), group))[output]
+    return rows
 
 
 def labels(bundle: Bundle, classifier: Classifier) -> Flow[Array]:
-    """-> float32 [C, D] unit rows: per label the mean of its sentences' unit vectors, made unit again.
+    """-> float32 [C, D] unit rows: per label the normalized mean of its sentences' unit vectors.
 
-    ``classifier`` is a complete one, see `Classifier.over`. Time and memory grow with the number of distinct sentences
-    at first use; afterwards the driver remembers the matrix by `Classifier.text_key`.
+    ``classifier`` is complete, see `Bundle.classifier_for`. Time and memory grow with the number of distinct sentences
+    at first use; then the driver caches the matrix by `Classifier.text_key`.
     """
-    if found := (yield Recall(LABELS, (classifier.text_key,))):
-        known: Array = found["vectors"][0]
-        return known
+    vectors: Array
+    if cached := (yield CacheGet(LABELS, (classifier.text_key,))):
+        vectors = cached["vectors"][0]
+        return vectors
     groups = [classifier.sentences(label) for label in classifier.labels]
     distinct = tuple(dict.fromkeys(sentence for group in groups for sentence in group))
     units = unit((yield from texts(bundle, distinct)))
     row = {sentence: index for index, sentence in enumerate(distinct)}
     vectors = unit(_means(units, [[row[sentence] for sentence in group] for group in groups]))
-    yield Keep(LABELS, classifier.text_key, {"vectors": vectors}, len(vectors))
+    yield CachePut(LABELS, classifier.text_key, {"vectors": vectors}, len(vectors))
     return vectors
 
 
@@ -92,7 +103,7 @@ def output_of(bundle: Bundle, role: str) -> str:
 
 
 def _means(rows: Array, groups: Sequence[Sequence[int]]) -> Array:
-    """Of each group of rows; all at once where, as nearly always, there are as many in each."""
+    """The mean of each group of rows; in one step if the groups have one size."""
     if len({len(group) for group in groups}) > 1:
         return np.stack([rows[[*group]].mean(axis=0) for group in groups])
     means: Array = rows[np.array(groups)].mean(axis=1)

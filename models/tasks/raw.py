@@ -1,4 +1,4 @@
-"""Named tensors -> named tensors of one graph, for anything without a task of its own."""
+"""Named tensors -> named tensors of one graph, for graphs without a task of their own."""
 
 from dataclasses import dataclass
 
@@ -18,14 +18,14 @@ class RawRequest:
 
 
 def raw(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
-    """Raises `TaskNotServed` unless the bundle serves it, and what `run` raises."""
+    """Raises `TaskNotServed`, and as `run`."""
     bundle.require("raw")
     return (yield from run(bundle, request))
 
 
 def run(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
     """Raises `BadRequest` naming the input that is absent, unknown, of another dtype, or of another shape;
-    `TextTooLong`, `ImageTooLarge` as the preprocessing of the graph would."""
+    `TextTooLong`, `ImageTooLarge` as the preprocessing of the graph."""
     wanted = bundle.graph(request.graph).inputs
     if sorted(wanted) != sorted(request.feeds):
         raise BadRequest(
@@ -37,12 +37,12 @@ def run(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
         if array.dtype.name != tensor.dtype:
             raise BadRequest(f"input {name!r} is {array.dtype.name}; expected {tensor.dtype}")
         fits = len(array.shape) == len(tensor.shape) and all(
-            found == (sizes.setdefault(want, found) if isinstance(want, str) else want)
-            for found, want in zip(array.shape, tensor.shape, strict=False)
+            size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            for size, dim in zip(array.shape, tensor.shape, strict=False)
         )
         if not fits:
             raise BadRequest(
-                f"input {name!r} has shape {list(array.shape)}; expected {list(tensor.shape)} with equal names equal"
+                f"input {name!r} has shape {list(array.shape)}; expected {list(tensor.shape)}, with one size per name"
             )
         if 0 in array.shape:
             raise BadRequest(f"input {name!r} has shape {list(array.shape)}; it holds nothing")
@@ -52,9 +52,9 @@ def run(bundle: Bundle, request: RawRequest) -> Flow[Arrays]:
 
 
 def _within(bundle: Bundle, role: str, name: str, array: Array) -> None:
-    """What the manifest leaves open, but the graph's preprocessing does not.
+    """Limits of the graph's preprocessing that the manifest's shapes do not state.
 
-    A driver may run the calls of several requests as one: what the graph would refuse must not fail the others.
+    A driver may merge the calls of several requests; an input that the graph refuses would fail all of them.
     """
     spec, shape = bundle.graph(role).preprocess, array.shape
     if isinstance(spec, TextPreprocess):
@@ -64,7 +64,7 @@ def _within(bundle: Bundle, role: str, name: str, array: Array) -> None:
             )
         if name == spec.ids and not 0 <= array.min() <= array.max() < bundle.text(role).ids:
             most = bundle.text(role).ids - 1
-            raise BadRequest(f"input {name!r} holds ids that are no tokens'; they are from 0 to {most}")
+            raise BadRequest(f"input {name!r} holds ids outside of the vocabulary; expected 0 to {most}")
     if isinstance(spec, ImagePreprocess) and spec.in_graph and shape[0] * shape[1] > bundle.max_pixels:
         raise ImageTooLarge(f"input {name!r} has {shape[0]} x {shape[1]} pixels; at most {bundle.max_pixels} are read")
 
@@ -75,6 +75,6 @@ TASKS.register("raw")(
         summary="named tensors -> named tensors of one graph",
         request=RawRequest,
         flow=raw,
-        example=lambda bundle, picture: None,  # which graph is meant, only its caller knows
+        example=lambda bundle, picture: None,  # only the caller knows the graph
     )
 )

@@ -1,7 +1,7 @@
-"""A bundle of hand-made graphs whose answers can be worked out by hand; no torch.
+"""A bundle of hand-written graphs whose answers are worked out by hand, without torch.
 
-`image` is the mean colour of a picture, made unit; `text` is the sum of its words' vectors, made unit: red, green
-and blue are the three axes, every other word is nothing.
+`image` is the normalized mean colour of a picture. `text` is the normalized sum of its words' vectors: red, green and
+blue are the three axes, all other words are zero.
 """
 
 import copy
@@ -19,9 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import Manifest, parse
 from calmclip.models.bundle.store import read, seal, stage
-from calmclip.models.tasks.detect import DETECTED as FOUND
-from calmclip.models.tasks.detect import REGIONS as PROPOSED
-from calmclip.models.tasks.detect import SUPPRESSION
+from calmclip.models.tasks.detect import DETECTED, SUPPRESSION
+from calmclip.models.tasks.detect import REGIONS as REGION_OUTPUTS
 
 IMAGE = """<ir_version: 9, opset_import: ["" : 18]>
 image (float[B, 3, 4, 4] pixels) => (float[B, 3] image_embeds) {
@@ -37,7 +36,7 @@ text (int64[B, T] ids) => (float[B, 3] text_embeds)
     sum = ReduceSum <keepdims = 0> (each, axes)
     text_embeds = LpNormalization <axis = 1, p = 2> (sum)
 }"""
-# One region: the whole 8 x 8 letterbox, which looks as its mean colour does.
+# One region: the 8 x 8 letterbox, whose vector is its normalized mean colour.
 REGIONS = """<ir_version: 9, opset_import: ["" : 18]>
 regions (float[1, 3, 8, 8] pixels) => (float[1, 1, 3] class_embeds, float[1, 1, 4] boxes, float[1, 1] objectness)
 <float[1, 1, 4] boxes = {0, 0, 8, 8}, float[1, 1] objectness = {1}> {
@@ -47,7 +46,7 @@ regions (float[1, 3, 8, 8] pixels) => (float[1, 1, 3] class_embeds, float[1, 1, 
     first = Constant <value_ints = [0]> ()
     class_embeds = Unsqueeze (row, first)
 }"""
-# Every prompt whose cosine reaches min_score, once; the other settings have nothing to do.
+# One detection per prompt whose cosine is at least min_score; the other settings have no effect.
 DETECT = """<ir_version: 9, opset_import: ["" : 18]>
 detect (float[1, 1, 3] class_embeds, float[1, 1, 4] boxes, float[1, 1] objectness, float[Q, 3] text_embeds,
         int64[1] method, int64[1] per_class, float[1] iou_threshold, float[1] sigma, float[1] min_score,
@@ -55,19 +54,19 @@ detect (float[1, 1, 3] class_embeds, float[1, 1, 4] boxes, float[1, 1] objectnes
     => (float[K, 4] kept_boxes, float[K] scores, float[K] raw_scores, int64[K] classes, int64[1] candidates) {
     column = Constant <value_ints = [3, 1]> ()
     all = Constant <value_ints = [-1]> ()
-    look = Reshape (class_embeds, column)
-    cosines = MatMul (text_embeds, look)
+    vector = Reshape (class_embeds, column)
+    cosines = MatMul (text_embeds, vector)
     flat = Reshape (cosines, all)
-    good = GreaterOrEqual (flat, min_score)
-    found = NonZero (good)
-    classes = Reshape (found, all)
+    over = GreaterOrEqual (flat, min_score)
+    indices = NonZero (over)
+    classes = Reshape (indices, all)
     scores = Gather (flat, classes)
     raw_scores = Identity (scores)
     candidates = Shape (classes)
     four = Constant <value_ints = [4]> ()
     sizes = Concat <axis = 0> (candidates, four)
-    one = Constant <value_ints = [1, 4]> ()
-    box = Reshape (boxes, one)
+    row = Constant <value_ints = [1, 4]> ()
+    box = Reshape (boxes, row)
     kept_boxes = Expand (box, sizes)
 }"""
 VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "red": 2, "green": 3, "blue": 4}
@@ -82,13 +81,7 @@ MANIFEST: dict[str, Any] = {
             "file": "image.onnx",
             "inputs": {"pixels": {"dtype": "float32", "shape": ["B", 3, 4, 4]}},
             "outputs": {"image_embeds": {"dtype": "float32", "shape": ["B", 3]}},
-            "preprocess": {
-                "kind": "image",
-                "size": [4, 4],
-                "shortest": 4,
-                "mean": [0.0, 0.0, 0.0],
-                "std": [1.0, 1.0, 1.0],
-            },
+            "preprocess": {"kind": "image", "size": [4, 4], "shortest": 4, "mean": [0.0] * 3, "std": [1.0] * 3},
         },
         "text": {
             "file": "text.onnx",
@@ -111,33 +104,33 @@ def _words() -> str:
 
 @pytest.fixture
 def colours() -> dict[str, Any]:
-    """The manifest of the hand-made bundle as JSON data, yours to change."""
+    """The manifest of the hand-written bundle as JSON data; a test may change it."""
     return copy.deepcopy(MANIFEST)
 
 
 @pytest.fixture
 def write(colours: dict[str, Any]) -> Callable[[Path], Manifest]:
-    """Puts the bundle's files into a directory and returns its manifest, without `files`."""
+    """Writes the bundle's files into a directory and returns its manifest, without `files`."""
 
-    def put(directory: Path) -> Manifest:
+    def write_files(directory: Path) -> Manifest:
         for name, text in (("image.onnx", IMAGE), ("text.onnx", TEXT)):
             (directory / name).write_bytes(parser.parse_model(text).SerializeToString())
         (directory / "tokenizer.json").write_text(_words(), encoding="utf-8")
         return parse(json.dumps(colours).encode(), "colours")
 
-    return put
+    return write_files
 
 
 @pytest.fixture
 def sealed(tmp_path: Path, write: Callable[[Path], Manifest]) -> Path:
-    """The directory of the bundle, sealed."""
+    """The directory of the sealed bundle."""
     with stage(tmp_path / "bundles", "colours") as staged:
         return seal(staged, write(staged)).directory
 
 
 @pytest.fixture
 def detector(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Manifest]) -> Path:
-    """The same with detection, sealed."""
+    """The directory of the sealed bundle, with detection."""
     tensors = {
         "class_embeds": ("float32", [1, 1, 3]),
         "boxes": ("float32", [1, 1, 4]),
@@ -159,14 +152,14 @@ def detector(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Ma
     graphs["regions"] = {
         "file": "regions.onnx",
         "inputs": {"pixels": {"dtype": "float32", "shape": [1, 3, 8, 8]}},
-        "outputs": named(*PROPOSED),
+        "outputs": named(*REGION_OUTPUTS),
         "preprocess": plain,
     }
     graphs["detect"] = {
         "file": "detect.onnx",
         "batch": False,
-        "inputs": named(*PROPOSED, "text_embeds", *SUPPRESSION),
-        "outputs": named(*FOUND),
+        "inputs": named(*REGION_OUTPUTS, "text_embeds", *SUPPRESSION),
+        "outputs": named(*DETECTED),
     }
     colours["tasks"].append("detect")
     with stage(tmp_path / "detectors", "colours") as staged:
@@ -189,9 +182,9 @@ def finder(detector: Path) -> Bundle:
 def png() -> Callable[..., bytes]:
     """The bytes of a PNG of one colour."""
 
-    def make(colour: tuple[int, int, int] | str, size: tuple[int, int] = (8, 6)) -> bytes:
+    def encode(colour: tuple[int, int, int] | str, size: tuple[int, int] = (8, 6)) -> bytes:
         file = io.BytesIO()
         Image.new("RGB", size, colour).save(file, "PNG")
         return file.getvalue()
 
-    return make
+    return encode

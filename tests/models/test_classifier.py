@@ -1,4 +1,4 @@
-"""A classifier: what it leaves open is the bundle's, what a request says wins, and each is refused by name."""
+"""A classifier: defaults come from the bundle, values of a request win, wrong values are refused by name."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ BUNDLE = Classifier(("x", "y"), ("a photo of a {}.",), {"y": ("why",)}, head="co
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("arguments", "says"),
     [
         ({"labels": "red"}, "labels is the text 'red'; expected a list of texts"),
         ({"labels": ("red", "\n")}, "label 1 is empty; expected some words"),
@@ -26,45 +26,50 @@ BUNDLE = Classifier(("x", "y"), ("a photo of a {}.",), {"y": ("why",)}, head="co
         ({"none_below": 0.0}, "none_below is 0.0; expected over 0, at most 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(given: dict[str, Any], says: str):
+def test_invalid_values_are_refused(arguments: dict[str, Any], says: str):
     with pytest.raises(BadRequest, match=says):
-        Classifier(**given)
+        Classifier(**arguments)
 
 
 def test_sentences_are_of_the_templates_unless_there_are_descriptions():
     assert BUNDLE.sentences("x") == ("a photo of a x.",)
     assert BUNDLE.sentences("y") == ("why",)
     assert Classifier(("x",)).sentences("x") == ("x",)
-    assert fill("a {} and {0.__class__} {}", "{}") == "a {} and {0.__class__} {}"  # nothing of either is run
+    assert fill("a {} and {0.__class__} {}", "{}") == "a {} and {0.__class__} {}"  # neither is a format string
 
 
-def test_what_is_left_open_is_the_bundles():
-    assert BUNDLE.over(BUNDLE) is BUNDLE
-    everything = Classifier().over(BUNDLE)
+def test_absent_values_are_the_bundles():
+    assert BUNDLE.with_defaults(BUNDLE) is BUNDLE
+    everything = Classifier().with_defaults(BUNDLE)
     assert (everything.labels, everything.templates, everything.head) == (BUNDLE.labels, BUNDLE.templates, "cosine")
     assert everything.sentences("y") == ("why",)
-    own = Classifier(("z",), temperature=2.0, none_below=0.5).over(BUNDLE)
-    assert (own.labels, own.sentences("z"), own.params) == (("z",), ("a photo of a z.",), {"scale": 3.0})
-    assert (own.temperature, own.none_below) == (2.0, 0.5)
-    assert Classifier(head="sigmoid").over(BUNDLE).params == {}  # params belong to their head
+    classifier = Classifier(("z",), temperature=2.0, none_below=0.5).with_defaults(BUNDLE)
+    assert (classifier.labels, classifier.sentences("z")) == (("z",), ("a photo of a z.",))
+    assert (classifier.params, classifier.temperature, classifier.none_below) == ({"scale": 3.0}, 2.0, 0.5)
+    assert Classifier(head="sigmoid").with_defaults(BUNDLE).params == {}  # the default's params belong to another head
 
 
 def test_labels_and_templates_of_a_request_win():
-    assert BUNDLE.asked() is BUNDLE
-    assert BUNDLE.asked(["y", "w"]).sentences("y") == ("why",)
-    assert BUNDLE.asked(["y"], ["{}!"]).sentences("y") == ("y!",)
-    assert BUNDLE.asked(templates=["{}!"]).labels == ("x", "y")
+    assert BUNDLE.for_request() is BUNDLE
+    assert BUNDLE.for_request(["y", "w"]).sentences("y") == ("why",)
+    assert BUNDLE.for_request(["y"], ["{}!"]).sentences("y") == ("y!",)
+    assert BUNDLE.for_request(templates=["{}!"]).labels == ("x", "y")
 
 
-def test_the_key_of_the_vectors_knows_all_that_they_are_made_of():
-    others = BUNDLE.asked(["y", "x"]), BUNDLE.asked(["x"]), BUNDLE.asked(templates=["{}"]), Classifier(("x", "y"))
-    keys = [one.text_key for one in (BUNDLE, *others)]
+def test_the_cache_key_of_the_vectors_depends_on_all_their_inputs():
+    others = (
+        BUNDLE.for_request(["y", "x"]),
+        BUNDLE.for_request(["x"]),
+        BUNDLE.for_request(templates=["{}"]),
+        Classifier(("x", "y")),
+    )
+    keys = [classifier.text_key for classifier in (BUNDLE, *others)]
     assert len({*keys}) == 5
     assert Classifier(BUNDLE.labels, BUNDLE.templates, BUNDLE.descriptions, temperature=3.0).text_key == keys[0]
 
 
-def test_a_head_with_columns_keeps_them_when_others_are_asked_for(monkeypatch: pytest.MonkeyPatch):
-    """The columns are those of the labels it was made for, also behind `over` and `asked`."""
+def test_a_head_keeps_its_columns_when_other_labels_are_requested(monkeypatch: pytest.MonkeyPatch):
+    """The columns are those of the labels of the fit, also after `with_defaults` and `for_request`."""
     from calmclip.models.bundle.manifest import FrozenModel
     from calmclip.models.heads import HEADS, Asset, Head
 
@@ -75,14 +80,18 @@ def test_a_head_with_columns_keeps_them_when_others_are_asked_for(monkeypatch: p
         Nothing, lambda image, columns, params: image @ columns.assets["w"].T, lambda x: x, {"w": Asset(("C", "D"))}
     )
     HEADS.load()
-    monkeypatch.setitem(HEADS._things, "plain", plain)
+    monkeypatch.setitem(HEADS._plugins, "plain", plain)
     weight = np.eye(3, dtype=np.float32)
     fitted = Classifier(("a", "b", "c"), head="plain", assets={"w": weight}, family="f" * 64)
-    for one in (fitted.asked(["c", "a"]), fitted.over(BUNDLE).asked(["c", "a"]), Classifier(("c", "a")).over(fitted)):
-        columns = one.bound.columns(one.labels, np.zeros((2, 3), np.float32))
-        assert one.bound.logits(np.array([[1.0, 2.0, 4.0]], np.float32), columns).tolist() == [[4.0, 1.0]]
-    with pytest.raises(BadRequest, match="not made for the label 'd'"):
-        fitted.asked(["a", "d"]).bound.check(("a", "d"))
+    for classifier in (
+        fitted.for_request(["c", "a"]),
+        fitted.with_defaults(BUNDLE).for_request(["c", "a"]),
+        Classifier(("c", "a")).with_defaults(fitted),
+    ):
+        columns = classifier.bound.columns(classifier.labels, np.zeros((2, 3), np.float32))
+        assert classifier.bound.logits(np.array([[1.0, 2.0, 4.0]], np.float32), columns).tolist() == [[4.0, 1.0]]
+    with pytest.raises(BadRequest, match="does not know the label 'd'"):
+        fitted.for_request(["a", "d"]).bound.check(("a", "d"))
     fitted.require_family("f" * 64, "mini-float")
     with pytest.raises(
         ClassifierMismatch, match=r"vectors of the family ffffffffffff…; bundle 'other' is of the family 0000"
@@ -91,10 +100,10 @@ def test_a_head_with_columns_keeps_them_when_others_are_asked_for(monkeypatch: p
 
 
 def test_a_calibrated_temperature_belongs_to_its_family():
-    found = Classifier(("a",), temperature=3.0, family="f")
-    assert (found.temperature_for("f"), found.temperature_for("g")) == (3.0, 1.0)
+    calibrated = Classifier(("a",), temperature=3.0, family="f")
+    assert (calibrated.temperature_for("f"), calibrated.temperature_for("g")) == (3.0, 1.0)
     assert Classifier(("a",), temperature=3.0).temperature_for("g") == 3.0
-    found.require_family("g", "other")  # nothing of it was fitted to vectors
+    calibrated.require_family("g", "other")  # it has no fitted head
 
 
 def test_without_a_head_nothing_is_scored():

@@ -14,37 +14,28 @@ def test_captions_are_read_in_both_forms(tmp_path: Path):
     assert read_captions(tmp_path / "c.json") == read_captions(tmp_path / "c.jsonl") == expected
 
 
-@pytest.mark.parametrize(
-    "text", ["[1, 2]", '{"a.jpg": "one"}', '{"a.jpg": []}', "{}", "no JSON", '{"a.jpg": [1]}', '"one"']
-)
-def test_other_captions_are_refused(tmp_path: Path, text: str):
-    file = tmp_path / "c.json"
-    file.write_text(text)
-    with pytest.raises(BadRequest, match=r"c\.json"):
-        read_captions(file)
+OBJECTS = ["[1, 2]", '{"a.jpg": "one"}', '{"a.jpg": []}', "{}", "no JSON", '{"a.jpg": [1]}', '"one"']
+LINES = ['{"image": "a.jpg"}', '{"captions": ["one"]}', '["a.jpg"]', '{"image": [], "captions": ["x"]}']
 
 
-@pytest.mark.parametrize(
-    "line", ['{"image": "a.jpg"}', '{"captions": ["one"]}', '["a.jpg"]', '{"image": [], "captions": ["x"]}']
-)
-def test_other_lines_are_refused(tmp_path: Path, line: str):
-    file = tmp_path / "c.jsonl"
-    file.write_text(line)
-    with pytest.raises(BadRequest, match=r"c\.jsonl .* must hold"):
-        read_captions(file)
+@pytest.mark.parametrize(("name", "text"), [*(("c.json", o) for o in OBJECTS), *(("c.jsonl", x) for x in LINES)])
+def test_invalid_captions_are_refused(tmp_path: Path, name: str, text: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadRequest, match=rf"{name} .* must hold"):
+        read_captions(tmp_path / name)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+def test_an_absent_file_is_named(tmp_path: Path):
     with pytest.raises(BadRequest, match=r"lost\.json cannot be read"):
         read_captions(tmp_path / "lost.json")
 
 
 def test_texts_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
     (tmp_path / "empty.txt").write_text("\n  \n")
-    with pytest.raises(BadRequest, match=r"empty\.txt holds no text"):
+    with pytest.raises(BadRequest, match=r"empty\.txt has no text"):
         lines(tmp_path / "empty.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(BadRequest, match=r"bytes\.txt is no text in UTF-8"):
+    with pytest.raises(BadRequest, match=r"bytes\.txt is not text in UTF-8"):
         lines(tmp_path / "bytes.txt")
 
 

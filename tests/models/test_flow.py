@@ -1,18 +1,18 @@
-"""A flow is stepped to its calls, its work is timed by stage, and what it raises comes through."""
+"""A flow stops at its calls, its work is timed by stage, and its errors reach the driver."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from calmclip.models.flow import Call, Done, Flow, Recall, Walk, Work, drive
+from calmclip.models.flow import CacheGet, Call, Done, Flow, Walk, Work, drive
 from calmclip.models.runtime.clock import Stopwatch
 
 ONE = {"x": np.ones(1)}
 
 
 def double_twice(start: int) -> Flow[int]:
-    """Two calls with work around them."""
+    """Two calls, with work before and between them."""
     ready = yield Work("decode", lambda: start + 1)
     first = yield Call("double", {"x": np.array(ready)})
     middle = yield Work("between", lambda: int(first["y"]) + 1)
@@ -29,7 +29,7 @@ def test_drive_answers_calls_and_returns_the_value():
     assert drive(double_twice(4), run) == 22  # (4 + 1) * 2 = 10, (10 + 1) * 2 = 22
 
 
-def test_stages_are_named_in_the_order_they_were_seen():
+def test_stages_are_in_the_order_of_their_first_use():
     clock = Stopwatch()
     drive(double_twice(4), run, clock)
     assert list(clock.stages) == ["preprocess", "decode", "infer", "postprocess", "between"]
@@ -48,18 +48,18 @@ def test_a_walk_stops_at_each_call_and_then_is_done():
     assert walk.step({"y": np.array(5)}) == Done(5)
 
 
-def test_what_a_driver_remembers_is_not_called_for():
+def test_cached_rows_need_no_call():
     def flow() -> Flow[list[Any]]:
-        found = yield Recall("double", ("one",))
-        if found is None:
-            found = yield Call("double", ONE, ("one",))
-        return found["y"].tolist()
+        rows = yield CacheGet("double", ("one",))
+        if rows is None:
+            rows = yield Call("double", ONE, ("one",))
+        return rows["y"].tolist()
 
-    assert drive(flow(), run) == [2]  # which remembers nothing
-    clock, asked = Stopwatch(), []
-    memory = Walk(flow(), clock, lambda one: asked.append(one) or {"y": np.array([3])})
-    assert memory.step() == Done([3])
-    assert asked == [Recall("double", ("one",))]
+    assert drive(flow(), run) == [2]  # `drive` without a cache
+    clock, requests = Stopwatch(), []
+    walk = Walk(flow(), clock, lambda request: requests.append(request) or {"y": np.array([3])})
+    assert walk.step() == Done([3])
+    assert requests == [CacheGet("double", ("one",))]
     assert list(clock.stages) == ["preprocess"]
 
 
@@ -76,7 +76,7 @@ def test_a_flow_without_calls_is_done_at_once():
 
 
 @pytest.mark.parametrize("place", ["flow", "work", "run"])
-def test_errors_come_through_and_are_timed(place: str):
+def test_errors_reach_the_driver_and_are_timed(place: str):
     def fail(*_: Any) -> Any:
         raise ValueError(place)
 
@@ -93,7 +93,7 @@ def test_errors_come_through_and_are_timed(place: str):
 
 
 def test_a_stop_iteration_inside_a_flow_is_not_taken_for_its_end():
-    """PEP 479: a generator that leaks one raises RuntimeError; a future could not carry it either."""
+    """PEP 479: a generator that leaks it raises RuntimeError."""
 
     def flow() -> Flow[None]:
         yield Work("decode", lambda: None)

@@ -24,8 +24,8 @@ FACTS = {
 }
 
 
-def told(directory: Path, report: Any) -> Path:
-    """The bundle with this report, every hash right again."""
+def with_report(directory: Path, report: Any) -> Path:
+    """The bundle with this report, and with the new hashes."""
     (directory / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
     describe(directory, Manifest.model_validate_json((directory / "bundle.json").read_text()))
     return directory
@@ -35,11 +35,11 @@ def of(**graphs: Any) -> dict[str, Any]:
     return {"graphs": {role: {"outliers": facts} for role, facts in graphs.items()}}
 
 
-def test_a_bundle_knows_what_its_report_says(sealed: Path):
-    found = Bundle(read(told(sealed, of(image=FACTS)))).outliers
-    assert list(found) == ["image"]
-    assert found["image"].max_inf_norm == 90.5
-    assert found["image"].tensors["blocks.0.mlp.down"].kurtosis == 700.0
+def test_a_bundle_has_the_outliers_of_its_report(sealed: Path):
+    outliers = Bundle(read(with_report(sealed, of(image=FACTS)))).outliers
+    assert list(outliers) == ["image"]
+    assert outliers["image"].max_inf_norm == 90.5
+    assert outliers["image"].tensors["blocks.0.mlp.down"].kurtosis == 700.0
 
 
 @pytest.mark.parametrize(
@@ -49,23 +49,23 @@ def test_a_bundle_knows_what_its_report_says(sealed: Path):
         of(image={}), of(image=[]), of(image=FACTS | {"max_kurtosis": float("inf")}), of(image=FACTS | {"tensors": {}}),
         of(image=FACTS | {"tensors": {"patch": [1.0]}}), of(image=FACTS | {"tensors": {"patch": [1.0, float("nan")]}}),
         of(nowhere=FACTS),
-        # of bundles exported before tensors were kept
+        # the older form, without tensors
         of(image={"max_inf_norm": 1.0, "worst": {"Add_1": {"inf_norm": 1.0, "kurtosis": 3.0}}}),
     ],
 )  # fmt: skip
-def test_a_report_that_is_odd_says_nothing_and_breaks_nothing(sealed: Path, report: Any):
-    bundle = Bundle(read(told(sealed, report)))
+def test_an_invalid_report_has_no_outliers_and_no_error(sealed: Path, report: Any):
+    bundle = Bundle(read(with_report(sealed, report)))
     bundle.warm()
     assert bundle.outliers == {}
 
 
-def test_of_two_graphs_the_sound_one_is_read(sealed: Path):
-    bundle = Bundle(read(told(sealed, of(image=FACTS, text={"inputs": 4}))))
+def test_a_valid_graph_beside_an_invalid_one_is_read(sealed: Path):
+    bundle = Bundle(read(with_report(sealed, of(image=FACTS, text={"inputs": 4}))))
     assert list(bundle.outliers) == ["image"]
 
 
-def test_show_prints_every_tensor_and_what_all_come_to(sealed: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["show", str(told(sealed, of(image=FACTS, text=FACTS))), "--outliers"]) == 0
+def test_show_prints_every_tensor_and_the_totals(sealed: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", str(with_report(sealed, of(image=FACTS, text=FACTS))), "--outliers"]) == 0
     each = """
         graph tensor inf norm kurtosis
         {0} patch 1.5 3
@@ -80,17 +80,17 @@ def test_show_prints_every_tensor_and_what_all_come_to(sealed: Path, capsys: pyt
 
 
 def test_show_as_json_names_its_numbers(sealed: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["show", str(told(sealed, of(image=FACTS))), "--outliers", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["bundle"], found["plot"]) == ("colours", None)
+    assert main(["show", str(with_report(sealed, of(image=FACTS))), "--outliers", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["bundle"], shown["plot"]) == ("colours", None)
     tensors = {"patch": {"inf_norm": 1.5, "kurtosis": 3.0}, "blocks.0.mlp.down": {"inf_norm": 90.5, "kurtosis": 700.0}}
-    assert found["graphs"] == {"image": FACTS | {"tensors": tensors}}
-    assert list(found["graphs"]["image"]["tensors"]) == ["patch", "blocks.0.mlp.down"]  # in order of depth
+    assert shown["graphs"] == {"image": FACTS | {"tensors": tensors}}
+    assert list(shown["graphs"]["image"]["tensors"]) == ["patch", "blocks.0.mlp.down"]  # in order of depth
 
 
-def test_show_draws_where_it_is_asked_to(sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_show_draws_into_the_file(sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "outliers.png"
-    assert main(["show", str(told(sealed, of(image=FACTS))), "--outliers", "--plot", str(file)]) == 0
+    assert main(["show", str(with_report(sealed, of(image=FACTS))), "--outliers", "--plot", str(file)]) == 0
     assert f"drawn into {file}" in capsys.readouterr().out
     with Image.open(file) as opened:
         assert opened.format == "PNG"
@@ -101,18 +101,18 @@ def test_show_says_what_it_cannot_do(
     sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     assert main(["show", str(sealed), "--outliers"]) == 2
-    assert "the report of colours says nothing of outliers: " in capsys.readouterr().err
+    assert "the report of colours has no outliers: " in capsys.readouterr().err
     for wrong, why in ((["--outliers"], "needs a bundle"), ([str(sealed), "--plot", "x.png"], "add --outliers")):
         with pytest.raises(SystemExit, match="2"):
             main(["show", *wrong])
         assert why in capsys.readouterr().err
-    told(sealed, of(image=FACTS))
+    with_report(sealed, of(image=FACTS))
     assert main(["show", str(sealed), "--outliers", "--plot", str(tmp_path / "nowhere" / "x.png")]) == 2
-    assert "x.png is not there" in capsys.readouterr().err
+    assert "x.png does not exist" in capsys.readouterr().err
     monkeypatch.delitem(sys.modules, "calmclip.export.chart", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
     assert main(["show", str(sealed), "--outliers", "--plot", str(tmp_path / "x.png")]) == 3
-    said = capsys.readouterr().err
-    assert "'matplotlib.figure', which is not installed; in " in said
-    assert "pip install -e '.[export]'" in said
+    error = capsys.readouterr().err
+    assert "'matplotlib.figure', which is not installed; in " in error
+    assert "pip install -e '.[export]'" in error
     assert not list(tmp_path.glob("*.png"))

@@ -1,4 +1,4 @@
-"""The one mechanism behind every family: found by name, imported when asked, never replaced silently."""
+"""The mechanism of every plug-in family: a get by name, lazy imports, and no silent replacement."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ Family = Callable[..., Registry[str]]
 
 @pytest.fixture
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
-    """A family whose modules have the given texts; `THINGS` in them is its registry."""
+    """A family with modules of these texts, in which `THINGS` is its registry."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(name: str, **modules: str) -> Registry[str]:
@@ -36,14 +36,14 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
     return make
 
 
-def test_nothing_is_imported_before_a_name_is_asked_for(family: Family):
+def test_nothing_is_imported_before_the_first_get(family: Family):
     things = family("lazy_family", one="THINGS.register('one')('ONE')")
     assert "lazy_family.one" not in sys.modules
     assert things.get("one") == "ONE"
     assert "lazy_family.one" in sys.modules
 
 
-def test_a_module_may_hold_several_and_a_private_one_is_left_alone(family: Family):
+def test_a_module_may_register_several_and_a_private_one_is_not_imported(family: Family):
     things = family(
         "several_family", b="THINGS.register('b')('B'); THINGS.register('a')('A')", _private="raise AssertionError"
     )
@@ -55,7 +55,7 @@ def test_register_is_a_decorator(family: Family):
     assert things.get("f")() == "called"  # type: ignore[operator]
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_and_all(family: Family):
+def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(family: Family):
     things = family("near_family", m="for n in ('cosine', 'sigmoid'): THINGS.register(n)(n)")
     with pytest.raises(UnknownName, match="there is no things 'cosin'; did you mean 'cosine'") as refused:
         things.get("cosin")
@@ -84,14 +84,14 @@ def test_packages_of_others_join_by_entry_point(family: Family, monkeypatch: pyt
         def load(self) -> None:
             things.register("guest")("GUEST")
 
-    asked = []
-    monkeypatch.setattr(module, "entry_points", lambda group: asked.append(group) or [Point("guest", "guests", group)])
+    groups = []
+    monkeypatch.setattr(module, "entry_points", lambda group: groups.append(group) or [Point("guest", "guests", group)])
     assert things.get("guest") == "GUEST"
     assert things.names() == ["guest"]
-    assert asked == ["calmclip.things"]  # once
+    assert groups == ["calmclip.things"]  # once
 
 
-def test_a_module_that_does_not_import_takes_nothing_from_the_others(family: Family, monkeypatch: pytest.MonkeyPatch):
+def test_a_module_that_does_not_import_does_not_affect_the_others(family: Family, monkeypatch: pytest.MonkeyPatch):
     things = family(
         "broken_family",
         bad="THINGS.register('half')('HALF')\nraise RuntimeError('bad module')",
@@ -103,15 +103,15 @@ def test_a_module_that_does_not_import_takes_nothing_from_the_others(family: Fam
         assert things.names() == ["good"]
         with pytest.raises(
             UnknownName, match=r"broken_family\.bad did not import: RuntimeError\('bad module'\)"
-        ) as told:
+        ) as refused:
             things.get("half")
-        assert "entry point guest = no_such_package did not import" in str(told.value)
-        assert isinstance(told.value.__cause__, RuntimeError)
-    with pytest.raises(RuntimeError, match="bad module"):  # its own error, not "registered twice"
+        assert "entry point guest = no_such_package did not import" in str(refused.value)
+        assert isinstance(refused.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="bad module"):  # not "registered twice"
         import_module("broken_family.bad")
 
 
-def test_threads_that_ask_at_once_all_wait_for_the_whole_family(family: Family):
+def test_concurrent_threads_wait_for_all_imports(family: Family):
     things = family("slow_family", a="import time; time.sleep(0.1)", b="THINGS.register('b')('B')")
 
     def ask(_: int) -> str:

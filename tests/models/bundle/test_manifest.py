@@ -1,4 +1,4 @@
-"""bundle.json: what is read, what is refused, and that each refusal names the place."""
+"""bundle.json: valid values are read, invalid values are refused with their path."""
 
 import json
 import re
@@ -11,15 +11,16 @@ from pydantic import ValidationError
 
 from calmclip.models.bundle import manifest as module
 from calmclip.models.bundle.manifest import FrozenModel, Graph, ImagePreprocess, Manifest, Plugin, parse, schema
+from calmclip.models.bundle.store import load
 from calmclip.models.errors import BundleInvalid, BundleTooNew
-from calmclip.models.tasks.detect import Suppression
+from calmclip.models.suppression import Suppression
 
 HERE = Path(module.__file__).parent
 Json = dict[str, Any]
 
 
 def read(data: Any) -> Manifest:
-    return parse(json.dumps(data).encode(), "bundle.json")
+    return load(json.dumps(data).encode(), "bundle.json")
 
 
 def at(data: Json, path: str) -> tuple[Json, str]:
@@ -49,8 +50,8 @@ def test_a_manifest_survives_the_round_trip(colours: Json):
     ],
 )
 def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
-    there, key = at(colours, f"{place}surprise")
-    there[key] = 1
+    parent, key = at(colours, f"{place}surprise")
+    parent[key] = 1
     with pytest.raises(
         BundleInvalid, match=rf"{re.escape(place.rstrip('/').replace('/', '.'))}.*surprise: unknown key"
     ):
@@ -90,7 +91,7 @@ def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
         (
             "graphs/image/outputs",
             {name: {"dtype": "float32", "shape": ["B", 3]} for name in ("vectors", "patches")},
-            r"called 'image_embeds'; there is \['patches', 'vectors'\]",
+            r"has the outputs \['patches', 'vectors'\].*called 'image_embeds'",
         ),
         ("graphs/text/preprocess/context", 0, "context: "),
         ("graphs/text/preprocess/context", 10**12, "context: "),
@@ -101,7 +102,7 @@ def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
         ("classifier/templates", ["a photo"], r"classifier\.templates\.0: "),
         ("classifier/temperature", 0, r"classifier\.temperature: "),
         ("classifier/none_below", 1.5, r"classifier\.none_below: "),
-        ("graphs/image/batch", "yes", "batch: "),  # types are strict: JSON has its own
+        ("graphs/image/batch", "yes", "batch: "),  # types are strict
         ("graphs/image/batch", 1, "batch: "),
         ("graphs/text/preprocess/context", "6", "context: "),
         ("graphs/text/preprocess/context", 6.5, "context: "),
@@ -111,8 +112,8 @@ def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
     ],
 )
 def test_a_wrong_value_is_refused_by_name(colours: Json, place: str, value: Any, says: str):
-    there, key = at(colours, place)
-    there[key] = value
+    parent, key = at(colours, place)
+    parent[key] = value
     with pytest.raises(BundleInvalid, match=says):
         read(colours)
 
@@ -121,7 +122,7 @@ def test_a_graph_that_prepares_pictures_takes_one_at_a_time(colours: Json):
     image = colours["graphs"]["image"]
     image["preprocess"]["in_graph"] = True
     with pytest.raises(
-        BundleInvalid, match=r"makes 'pixels' as uint8 \['height', 'width', 3\]; the graph takes another"
+        BundleInvalid, match=r"makes 'pixels' as uint8 \['height', 'width', 3\]; the graph takes float32"
     ):
         read(colours)
     image["inputs"] = {"pixels": {"dtype": "uint8", "shape": ["height", "width", 3]}}
@@ -159,14 +160,14 @@ PATHS = [
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("place", ["graphs/image/file", "graphs/text/preprocess/tokenizer", "classifier/labels"])
 def test_a_path_that_could_leave_its_folder_is_refused(colours: Json, place: str, path: str):
-    there, key = at(colours, place)
-    there[key] = path
+    parent, key = at(colours, place)
+    parent[key] = path
     with pytest.raises(BundleInvalid, match=rf"{key}: .*(not a path inside the bundle|cannot name itself)"):
         read(colours)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_nor_is_it_listed_or_an_asset(colours: Json, path: str):
+def test_such_a_path_is_refused_in_files_and_assets(colours: Json, path: str):
     listed = colours | {"files": {path: {"sha256": "0" * 64, "bytes": 1}}}
     with pytest.raises(BundleInvalid, match=r"files\."):
         read(listed)
@@ -175,7 +176,7 @@ def test_nor_is_it_listed_or_an_asset(colours: Json, path: str):
         read(colours)
 
 
-def test_plain_paths_are_fine():
+def test_plain_paths_are_allowed():
     assert Plugin(name="x", assets={"a": "deep/er/weights-1.0_b.npy"}).assets["a"] == "deep/er/weights-1.0_b.npy"
 
 
@@ -184,7 +185,7 @@ def test_a_newer_format_is_refused_by_its_number(colours: Json):
         read(colours | {"format": 3, "key of a later format": {}})
 
 
-def test_the_format_from_before_the_first_release_is_refused_and_says_what_to_do(colours: Json):
+def test_the_format_before_the_first_release_is_refused_with_a_remedy(colours: Json):
     with pytest.raises(BundleInvalid, match=r"has format 1, .* reads from 2 on\. Export the checkpoint again"):
         read(colours | {"format": 1})
 
@@ -195,7 +196,7 @@ def test_a_graph_that_embeds_may_answer_more(colours: Json):
     assert read(colours).graphs["image"].outputs.keys() == {"image_embeds", "patches"}
 
 
-def test_a_task_that_this_version_does_not_know_is_left_to_others(colours: Json):
+def test_an_unknown_task_is_not_checked(colours: Json):
     assert read(colours | {"tasks": ["embed", "levitate"]}).tasks == ("embed", "levitate")
 
 
@@ -259,9 +260,9 @@ def test_numbers_are_finite(colours: Json, number: float):
     for name in ("mean", "std"):
         with pytest.raises(ValidationError, match="finite number"):
             ImagePreprocess(size=(4, 4), shortest=4, **{"mean": (0, 0, 0), "std": (1, 1, 1)} | {name: (1, 1, number)})
-    whole = read(colours)
-    head = whole.classifier.model_copy(update={"head": Plugin(name="cosine", params={"scale": number})})
-    broken = whole.model_copy(update={"classifier": head})
+    manifest = read(colours)
+    head = manifest.classifier.model_copy(update={"head": Plugin(name="cosine", params={"scale": number})})
+    broken = manifest.model_copy(update={"classifier": head})
     with pytest.raises(BundleInvalid, match="not a finite number"):  # and not written as null
         parse(broken.model_dump_json().encode(), "bundle.json")
 
@@ -291,41 +292,39 @@ def regions(colours: Json) -> Json:
     return colours | {"graphs": graphs, "tasks": ["detect"]}
 
 
-def test_detection_asks_for_its_graphs_by_role_and_name(colours: Json):
-    whole = regions(colours)
-    assert read(whole).tasks == ("detect",)
+def test_detection_needs_graphs_by_role_and_tensors_by_name(colours: Json):
+    data = regions(colours)
+    assert read(data).tasks == ("detect",)
     for role, side in (("regions", "outputs"), ("detect", "inputs"), ("detect", "outputs")):
-        names = whole["graphs"][role][side]
+        names = data["graphs"][role][side]
         lost = names.popitem()
         with pytest.raises(BundleInvalid, match=rf"`graphs\.{role}\.{side}` are .*; expected .*{lost[0]}"):
-            read(whole)
+            read(data)
         names[lost[0]] = lost[1]
-    del whole["classifier"]
+    del data["classifier"]
     with pytest.raises(BundleInvalid, match="'detect' needs `classifier`"):
-        read(whole)
+        read(data)
 
 
-def test_regions_may_answer_more_and_detect_takes_what_it_likes_of_it(colours: Json):
-    whole = regions(colours)
-    made, taken = whole["graphs"]["regions"]["outputs"], whole["graphs"]["detect"]["inputs"]
-    made["shift"] = {"dtype": "float32", "shape": ["B", 7]}
-    assert read(whole).tasks == ("detect",)
-    taken["shift"] = {"dtype": "float32", "shape": [1, 7]}
-    del taken["objectness"]
-    assert read(whole).tasks == ("detect",)
+def test_regions_may_have_more_outputs_and_detect_may_take_any_of_them(colours: Json):
+    data = regions(colours)
+    outputs, inputs = data["graphs"]["regions"]["outputs"], data["graphs"]["detect"]["inputs"]
+    outputs["shift"] = {"dtype": "float32", "shape": ["B", 7]}
+    assert read(data).tasks == ("detect",)
+    inputs["shift"] = {"dtype": "float32", "shape": [1, 7]}
+    del inputs["objectness"]
+    assert read(data).tasks == ("detect",)
     for wrong in ({"dtype": "float32", "shape": [1, 8]}, {"dtype": "int64", "shape": [1, 7]}):
-        taken["shift"] = wrong
-        with pytest.raises(BundleInvalid, match="`detect` takes 'shift' as another tensor than `regions` answers"):
-            read(whole)
-    del taken["shift"]
-    taken["scale"] = made["shift"]
-    with pytest.raises(
-        BundleInvalid, match=r"`graphs\.detect\.inputs` are .*'scale'.*; expected .*besides only some of"
-    ):
-        read(whole)
+        inputs["shift"] = wrong
+        with pytest.raises(BundleInvalid, match="'shift' of `detect` and the output of `regions` differ"):
+            read(data)
+    del inputs["shift"]
+    inputs["scale"] = outputs["shift"]
+    with pytest.raises(BundleInvalid, match=r"`graphs\.detect\.inputs` are .*'scale'.*; expected .*, and any of"):
+        read(data)
 
 
-def test_defaults_of_suppression_are_the_bundles_to_set(colours: Json):
+def test_a_bundle_may_set_defaults_of_suppression(colours: Json):
     assert read(colours).suppression is None
     colours["suppression"] = {"min_score": 0.1}
     assert read(colours).suppression.model_dump(exclude_none=True) == {"min_score": 0.1}
@@ -338,12 +337,12 @@ def test_defaults_of_suppression_are_the_bundles_to_set(colours: Json):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"resize": "square"}, "resize = square and resample = gaussian go together"),
-        ({"resample": "gaussian"}, "resize = square and resample = gaussian go together"),
+        ({"resize": "square"}, "square and gaussian need each other"),
+        ({"resample": "gaussian"}, "square and gaussian need each other"),
         ({"resize": "square", "resample": "gaussian", "in_graph": True}, "`in_graph` must be false"),
     ],
 )
-def test_only_a_squared_picture_is_resampled_by_a_gaussian(change: Json, says: str):
+def test_square_and_gaussian_need_each_other(change: Json, says: str):
     with pytest.raises(ValidationError, match=says):
         ImagePreprocess(**{"size": (4, 4), "shortest": 4, "mean": (0, 0, 0), "std": (1, 1, 1)} | change)
 
@@ -361,7 +360,7 @@ def test_the_schema_on_disk_is_the_one_printed():
     assert (HERE / "bundle.schema.json").read_text(encoding="utf-8") == schema()
 
 
-def test_the_schema_agrees_about_right_and_wrong(colours: Json, sealed: Path):
+def test_the_schema_accepts_and_refuses_the_same_manifests(colours: Json, sealed: Path):
     check = jsonschema.Draft202012Validator(json.loads(schema()))
     check.check_schema(check.schema)
     assert check.is_valid(json.loads((sealed / "bundle.json").read_bytes()))
@@ -375,7 +374,7 @@ def keys(model: type[FrozenModel], prefix: str = "") -> dict[str, type[FrozenMod
 
 
 def test_the_format_page_has_a_row_for_every_key():
-    page = (HERE.parent / "README.md").read_text(encoding="utf-8").split("\n## The bundle format")[1].split("\n## ")[0]
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8").split("\n### Keys\n")[1].split("\n### ")[0]
     first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     rows = {key for cell in first for key in re.findall(r"`([^`]+)`", cell)}
     expected = {
@@ -396,7 +395,7 @@ def test_the_format_page_has_a_row_for_every_key():
 
 
 def test_an_older_format_is_upgraded_step_by_step(colours: Json, monkeypatch: pytest.MonkeyPatch):
-    """As if the format were 3 already, and `precision` had been called `kind` in format 2."""
+    """As if the format were 3, and format 2 had named `precision` `kind`."""
 
     def old_to_new(data: Json) -> Json:
         return {**{k: v for k, v in data.items() if k != "kind"}, "precision": data["kind"], "format": 2}

@@ -1,4 +1,4 @@
-"""Directories on disk: sealing is all or nothing, whoever else seals or dies."""
+"""Directories on disk: sealing is atomic, also with other writers and after a kill."""
 
 import hashlib
 import json
@@ -34,22 +34,22 @@ def note(bundles: Path) -> str:
 
 
 def test_a_sealed_bundle_lists_every_file_with_its_hash(sealed: Path):
-    found = read(sealed)
-    assert set(found.manifest.files) == {"image.onnx", "text.onnx", "tokenizer.json"}
-    for name, file in found.manifest.files.items():
+    contents = read(sealed)
+    assert set(contents.manifest.files) == {"image.onnx", "text.onnx", "tokenizer.json"}
+    for name, file in contents.manifest.files.items():
         content = (sealed / name).read_bytes()
         assert (file.sha256, file.bytes) == (hashlib.sha256(content).hexdigest(), len(content))
-    assert found.digest == hashlib.sha256((sealed / "bundle.json").read_bytes()).hexdigest()
+    assert contents.digest == hashlib.sha256((sealed / "bundle.json").read_bytes()).hexdigest()
     assert sealed.stat().st_mode & 0o777 == 0o755
     assert os.listdir(sealed.parent) == ["colours"]
 
 
-def test_a_full_disk_is_said_in_one_sentence_and_leaves_nothing(tmp_path: Path, write: Write):
-    """The system's own refusal: no file of this process may grow over 100 kB."""
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, write: Write):
+    """A limit of the system stands for the full disk: no file of this process may exceed 100 kB."""
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most[1]))
     try:
-        with pytest.raises(BundleError, match=r"took no more of colours: File too large\. Nothing of it was sealed"):
+        with pytest.raises(BundleError, match=r"colours cannot be written to .*: File too large\. Nothing was sealed"):
             export(tmp_path, write, note="x" * 100_001)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
@@ -67,18 +67,18 @@ def test_files_may_lie_in_folders(tmp_path: Path, write: Write):
 
 def test_an_existing_bundle_is_not_replaced_by_accident(tmp_path: Path, write: Write):
     export(tmp_path, write, note="old")
-    with pytest.raises(BundleError, match="exists, and a sealed bundle never changes; remove it, name another"):
+    with pytest.raises(BundleError, match="exists; a sealed bundle never changes, so remove it, rename the new one"):
         export(tmp_path, write, note="new")
     assert note(tmp_path) == "old"
     assert os.listdir(tmp_path) == ["colours"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_replace_leaves_the_new_one_and_nothing_else(
+def test_replace_leaves_only_the_new_bundle(
     tmp_path: Path, write: Write, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if not exchange:  # as on a system without renameat2
-        monkeypatch.setattr(store, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(store, "_exchanged", lambda first, second: False)
     export(tmp_path, write, note="old")
     sealed = export(tmp_path, write, replace=True, note="new")
     assert sealed == read(tmp_path / "colours")
@@ -111,9 +111,7 @@ def spoil_absent(staged: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [spoil_link, spoil_hidden, spoil_absent])
 @pytest.mark.parametrize("replace", [False, True])
-def test_what_would_be_no_bundle_is_not_sealed(
-    tmp_path: Path, write: Write, replace: bool, spoil: Callable[[Path], None]
-):
+def test_an_invalid_directory_is_not_sealed(tmp_path: Path, write: Write, replace: bool, spoil: Callable[[Path], None]):
     if replace:
         export(tmp_path, write, note="old")
     before = os.listdir(tmp_path)
@@ -128,24 +126,26 @@ def test_what_would_be_no_bundle_is_not_sealed(
 
 def test_describe_makes_a_staged_directory_readable(tmp_path: Path, write: Write):
     with stage(tmp_path, "colours") as staged:
+        with pytest.raises(BundleInvalid, match="task 'detect' needs a graph 'regions'"):
+            describe(staged, write(staged).model_copy(update={"tasks": ("detect",)}))
         complete = describe(staged, write(staged))
         assert read(staged).manifest == complete
         assert set(complete.files) == {"image.onnx", "text.onnx", "tokenizer.json"}
         assert names(tmp_path) == []  # hidden until sealed
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path: Path):
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot be written"), stage(tmp_path / "file" / "bundles", "colours"):
         pass
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_of_many_sealers_all_succeed_with_replace(
+def test_many_writers_all_succeed_with_replace(
     tmp_path: Path, write: Write, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if not exchange:
-        monkeypatch.setattr(store, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(store, "_exchanged", lambda first, second: False)
     export(tmp_path, write)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: export(tmp_path, write, replace=True, note=str(i)), range(24)))
@@ -153,7 +153,7 @@ def test_of_many_sealers_all_succeed_with_replace(
     assert os.listdir(tmp_path) == ["colours"]
 
 
-def test_of_many_sealers_one_succeeds_without(tmp_path: Path, write: Write):
+def test_one_of_many_writers_succeeds_without_replace(tmp_path: Path, write: Write):
     def attempt(i: int) -> str | None:
         try:
             export(tmp_path, write, note=str(i))
@@ -167,9 +167,9 @@ def test_of_many_sealers_one_succeeds_without(tmp_path: Path, write: Write):
     assert os.listdir(tmp_path) == ["colours"]
 
 
-def test_a_reader_sees_one_whole_bundle_at_every_moment_of_a_replacement(tmp_path: Path, write: Write):
+def test_a_reader_always_sees_a_complete_bundle_during_a_replacement(tmp_path: Path, write: Write):
     if not _exchanges(tmp_path):
-        return  # here replacing takes two steps, and says so
+        return  # this system replaces in two steps
     export(tmp_path, write, note="0")
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(lambda: [export(tmp_path, write, replace=True, note=str(i)) for i in range(30)])
@@ -198,9 +198,9 @@ def test_a_kill_in_the_middle_leaves_the_old_or_the_new(tmp_path: Path, write: W
             from calmclip.models.bundle import store
             from calmclip.models.bundle.manifest import Manifest
             source, bundles = Path({str(source)!r}), Path({str(tmp_path)!r})
-            whole = store.{step}
+            original = store.{step}
             def die(*args, **kwargs):
-                whole(*args, **kwargs)
+                original(*args, **kwargs)
                 os.kill(os.getpid(), signal.SIGKILL)
             with store.stage(bundles, "colours") as staged:
                 shutil.copytree(source, staged, dirs_exist_ok=True)
@@ -237,4 +237,4 @@ def test_an_unknown_name_is_refused_with_the_known_ones(sealed: Path, name: str)
 def test_the_manifest_on_disk_is_plain_json(sealed: Path):
     data = json.loads((sealed / "bundle.json").read_text(encoding="utf-8"))
     assert data["format"] == 2
-    assert "mask" not in data["graphs"]["text"]["preprocess"]  # nothing is written that says nothing
+    assert "mask" not in data["graphs"]["text"]["preprocess"]  # absent values are not written

@@ -1,4 +1,4 @@
-"""The detection metric against COCO's own code, and one average precision worked out by hand."""
+"""The detection metric against COCO's code, and one average precision computed by hand."""
 
 import contextlib
 import io
@@ -12,15 +12,15 @@ from pycocotools.cocoeval import COCOeval
 
 from calmclip.models.errors import BadRequest
 from calmclip.models.evals import NoParams, detection, measure
-from calmclip.models.evals.detection import THRESHOLDS, Boxes, Matches, average_precision, covered
+from calmclip.models.evals.average_precision import THRESHOLDS, Boxes, Matches, covered
 from calmclip.models.runner import open_bundle
 
 NAMES = 3
 
 
 def scene(rng, pictures=12):
-    """Random truth (some crowds), and detections that are truths moved a little or boxes drawn at random."""
-    truth, found = [], []
+    """Random true boxes (some crowds), and detections: true boxes moved a little, and random boxes."""
+    truth, detected = [], []
     for _ in range(pictures):
         n, extra = int(rng.integers(0, 8)), int(rng.integers(0, 12))
         boxes = rng.uniform(0, 100, (n, 2))
@@ -32,13 +32,13 @@ def scene(rng, pictures=12):
         stray = np.concatenate([corner, corner + rng.uniform(5, 60, (extra, 2))], axis=1)
         names = np.where(rng.random(n) < 0.8, classes, rng.integers(NAMES, size=n))
         scores = rng.integers(0, 50, n + extra) / 50  # ties on purpose
-        found.append(
-            Boxes.found(np.concatenate([moved, stray]), np.append(names, rng.integers(NAMES, size=extra)), scores)
+        detected.append(
+            Boxes.detected(np.concatenate([moved, stray]), np.append(names, rng.integers(NAMES, size=extra)), scores)
         )
-    return truth, found
+    return truth, detected
 
 
-def cocoeval(truth, found):
+def cocoeval(truth, detected):
     wide = lambda b: [*map(float, b[:2]), *map(float, b[2:] - b[:2])]  # noqa: E731
     annotations = [
         {
@@ -53,7 +53,7 @@ def cocoeval(truth, found):
     ]
     results = [
         {"image_id": i, "category_id": int(c), "bbox": wide(b), "score": float(s)}
-        for i, f in enumerate(found)
+        for i, f in enumerate(detected)
         for b, c, s in zip(f.boxes, f.classes, f.scores, strict=True)
     ]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -73,32 +73,37 @@ def cocoeval(truth, found):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_equals_cocos_own_evaluation(seed):
-    truth, found = scene(np.random.default_rng(seed))
-    np.testing.assert_allclose(average_precision(truth, found, THRESHOLDS), cocoeval(truth, found), atol=1e-12)
+def test_equals_the_code_of_coco(seed):
+    truth, detected = scene(np.random.default_rng(seed))
+    np.testing.assert_allclose(
+        Matches(truth, detected, THRESHOLDS).average_precision(np.ones(len(truth), int)),
+        cocoeval(truth, detected),
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_picture_that_was_drawn_three_times_counts_three_times(seed):
     draw = np.random.default_rng(seed)
-    truth, found = scene(draw)
-    found = [replace(one, scores=draw.random(len(one.scores))) for one in found]  # of equal ones order is anybody's
+    truth, detected = scene(draw)
+    detected = [replace(boxes, scores=draw.random(len(boxes.scores))) for boxes in detected]  # no ties
     drawn = draw.integers(0, 12, 12)
-    weighted = Matches(truth, found, THRESHOLDS).average_precision(np.bincount(drawn, minlength=12))
-    again = cocoeval([truth[i] for i in drawn], [found[i] for i in drawn])
+    weighted = Matches(truth, detected, THRESHOLDS).average_precision(np.bincount(drawn, minlength=12))
+    again = cocoeval([truth[i] for i in drawn], [detected[i] for i in drawn])
     np.testing.assert_allclose(weighted, again, atol=1e-12)
 
 
-def test_two_boxes_one_found_after_a_false_one():
+def test_a_right_detection_after_a_wrong_one():
     # Best first: false, true. Precision at recall 1/2 is 1/2, beyond it 0: 51 of the 101 recalls read 1/2.
     box, other, nowhere = [0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]
     truth = [Boxes.true(np.array([box, other]), np.array([0, 0]))]
-    found = [Boxes.found(np.array([nowhere, box]), np.array([0, 0]), np.array([0.9, 0.8]))]
-    assert average_precision(truth, found, (0.5,)) == pytest.approx([0.5 * 51 / 101])
-    assert Matches(truth, found, (0.5,)).curve().tolist() == [0.5] * 51 + [0.0] * 50
+    detected = [Boxes.detected(np.array([nowhere, box]), np.array([0, 0]), np.array([0.9, 0.8]))]
+    matches = Matches(truth, detected, (0.5,))
+    assert matches.average_precision(np.ones(1, int)) == pytest.approx([0.5 * 51 / 101])
+    assert matches.curve().tolist() == [0.5] * 51 + [0.0] * 50
 
 
-def test_recall_asks_for_half_an_overlap():
+def test_recall_needs_an_iou_of_a_half():
     # IoU of [0,0,10,10] with [0,0,10,20] is 1/2 and counts; with [0,0,10,21] it is 10/21 and does not.
     truth = [Boxes.true(np.array([[0.0, 0, 10, 10], [40, 40, 50, 50]]), np.array([0, 1]))]
     assert [n.tolist() for n in covered(truth, [np.array([[0.0, 0, 10, 20]])])] == [[1], [2]]
@@ -127,19 +132,19 @@ def test_instances_in_another_form_are_refused(tmp_path, text):
         measure.read("detection", tmp_path)
 
 
-def test_regions_are_computed_once_a_picture_and_found_as_detect_finds_them(detector, png, monkeypatch):
+def test_regions_are_computed_once_a_picture_and_answers_are_those_of_detect(detector, png, monkeypatch):
     """The one region of the fixture's detector is the whole picture; see tests/models/test_runner.py."""
     calls, propose = [], detection.propose
-    monkeypatch.setattr(detection, "propose", lambda *given: calls.append(given) or propose(*given))
+    monkeypatch.setattr(detection, "propose", lambda *arguments: calls.append(arguments) or propose(*arguments))
     truth = [Boxes.true(np.array([[0.0, 0, 32, 16]]), np.array([place])) for place in (0, 1)]
     pictures = [png("red", (32, 16)), png("red", (32, 16))]
     data = detection.Instances(["red", "blue"], pictures, truth)
-    found = measure.predict("detection", open_bundle(detector), data)
+    samples = measure.predict("detection", open_bundle(detector), data)
     assert len(calls) == 2
-    # asked for both names red is found twice; asked for blue alone nothing is: red is right, blue is missed
-    assert found.arrays["found_counts"].tolist() == [1, 1]
-    assert found.arrays["present_counts"].tolist() == [1, 0]
-    assert found.arrays["proposals_boxes"].tolist() == [[0, 0, 32, 16]] * 2
+    # with both names as labels each picture has a red detection, the first right; with blue alone there is none
+    assert samples.arrays["found_counts"].tolist() == [1, 1]
+    assert samples.arrays["present_counts"].tolist() == [1, 0]
+    assert samples.arrays["proposals_boxes"].tolist() == [[0, 0, 32, 16]] * 2
     # red: best first right, wrong (equal scores), so precision 1 at every recall; blue 0: the mean is 1/2
     expected = {"AP50": 50.0, "AP50:95": 50.0, "AP50 present names": 50.0, "recall@100 boxes": 100.0}
-    assert measure.named(found) == {**expected, "pictures": 2, "names": 2}
+    assert measure.named(samples) == {**expected, "pictures": 2, "names": 2}

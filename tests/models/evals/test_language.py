@@ -1,4 +1,4 @@
-"""perplexity and top1 of whole bundles, against transformers' losses and answers."""
+"""perplexity and top1 of exported bundles, against the losses and answers of transformers."""
 
 import math
 
@@ -48,41 +48,41 @@ def data(tmp_path_factory):
 
 
 def test_perplexity_of_masked_words_is_e_to_transformers_loss(data, tmp_path):
-    made = word_pieces(TEXTS * 50, 300)
+    tokenizer = word_pieces(TEXTS * 50, 300)
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(**size, vocab_size=made.get_vocab_size(), max_position_embeddings=24)
+    config = transformers.BertConfig(**size, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=24)
     model = tiny.spread(transformers.BertForMaskedLM(config)).eval()
     checkpoint = tmp_path / "bert"
     model.save_pretrained(checkpoint)
-    padded = Tokenizer.from_str(made.to_str())  # as many are published
+    padded = Tokenizer.from_str(tokenizer.to_str())  # many published tokenizers pad and truncate
     padded.enable_padding(pad_id=1, pad_token="[UNK]", length=64)
     padded.enable_truncation(6)
     padded.save(str(checkpoint / "tokenizer.json"))
     runner = exported(checkpoint, tmp_path / "out")
-    found = measured("perplexity", runner, data)
-    lost, asked = 0.0, 0
+    figures = measured("perplexity", runner, data)
+    loss, tokens = 0.0, 0
     for number, text in enumerate(TEXTS):
-        ids = made.encode(text).ids
-        ids = ids if len(ids) <= 24 else [*ids[:23], ids[-1]]  # cut, its [SEP] kept
-        fed, targets = masked(np.array([ids]), np.random.default_rng(number), 4, made.get_vocab_size(), [0, 2, 3])
+        ids = tokenizer.encode(text).ids
+        ids = ids if len(ids) <= 24 else [*ids[:23], ids[-1]]  # cut, with [SEP] at the end
+        fed, targets = masked(np.array([ids]), np.random.default_rng(number), 4, tokenizer.get_vocab_size(), [0, 2, 3])
         with torch.inference_mode():
             logits = model(torch.from_numpy(fed)).logits.double()
         each = torch.nn.functional.cross_entropy(
             logits[0], torch.from_numpy(targets)[0], ignore_index=IGNORED, reduction="sum"
         )
-        lost, asked = lost + float(each), asked + int((targets != IGNORED).sum())
-    assert found["tokens"] == asked > 4
-    assert found["perplexity"] == pytest.approx(math.exp(lost / asked), rel=1e-4)
+        loss, tokens = loss + float(each), tokens + int((targets != IGNORED).sum())
+    assert figures["tokens"] == tokens > 4
+    assert figures["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
     (data / "red").mkdir()
     Image.new("RGB", (8, 8)).save(data / "red" / "a.png")
-    with pytest.raises(BadRequest, match="top1 is of classifiers"):
+    with pytest.raises(BadRequest, match="top1 needs a classifier"):
         measured("top1", runner, data)
 
 
 def test_perplexity_of_next_words_is_e_to_transformers_loss(data, tiny_opt, tmp_path):
     model = transformers.OPTForCausalLM.from_pretrained(tiny_opt).eval()
-    found = measured("perplexity", exported(tiny_opt, tmp_path), data, 2)
+    figures = measured("perplexity", exported(tiny_opt, tmp_path), data, 2)
     tokenizer = Tokenizer.from_file(str(tiny_opt / "tokenizer.json"))
     losses, counts = [], []
     for text in TEXTS[:2]:
@@ -90,11 +90,11 @@ def test_perplexity_of_next_words_is_e_to_transformers_loss(data, tiny_opt, tmp_
         with torch.inference_mode():
             losses.append(float(model(ids, labels=ids).loss))
         counts.append(ids.shape[1] - 1)
-    assert found["tokens"] == sum(counts)
-    assert found["perplexity"] == pytest.approx(math.exp(np.average(losses, weights=counts)), rel=1e-4)
+    assert figures["tokens"] == sum(counts)
+    assert figures["perplexity"] == pytest.approx(math.exp(np.average(losses, weights=counts)), rel=1e-4)
 
 
-def test_top1_counts_what_transformers_would_have_right(tiny_vit, tmp_path):
+def test_top1_counts_the_right_answers_of_transformers(tiny_vit, tmp_path):
     model = transformers.ViTForImageClassification.from_pretrained(tiny_vit).eval()
     processor = transformers.ViTImageProcessor.from_pretrained(tiny_vit)
     runner = exported(tiny_vit, tmp_path / "out")
@@ -107,12 +107,12 @@ def test_top1_counts_what_transformers_would_have_right(tiny_vit, tmp_path):
         with torch.inference_mode():
             answer = int(model(**processor(picture, return_tensors="pt")).logits.argmax())
         right += labels[answer] == name
-    found = measured("top1", runner, tmp_path / "data")
-    assert (found["top1"], found["pictures"], found["labels"]) == (100 * right / 8, 8, len(labels))
+    figures = measured("top1", runner, tmp_path / "data")
+    assert (figures["top1"], figures["pictures"], figures["labels"]) == (100 * right / 8, 8, len(labels))
     (tmp_path / "data" / "zebra").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "zebra" / "a.png")
     with pytest.raises(BadRequest, match="the class 'zebra' is none of the"):
         measured("top1", runner, tmp_path / "data")
     (tmp_path / "texts.txt").write_text("a cat\n")
-    with pytest.raises(BadRequest, match="has no graph mlm or lm; perplexity is of language models"):
+    with pytest.raises(BadRequest, match="has no graph mlm or lm; perplexity needs a language model"):
         measured("perplexity", runner, tmp_path)

@@ -9,25 +9,25 @@ from calmclip.models.errors import BadRequest
 from calmclip.models.evals import NoParams, Samples, measure, retrieval
 
 
-def test_recalls_worked_out_by_hand():
+def test_recalls_by_hand():
     # Three pictures on the axes, four captions. Similarities (caption x picture):
     #   0: (.9, .1, 0) of picture 0 -> rank 0      1: (.2, .8, 0) of picture 0 -> rank 1
     #   2: (0, .6, .8) of picture 1 -> rank 1
     #   3: (.7, .5, .5) of picture 2 -> rank 1: the tie with picture 1 does not count
     texts = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.0, 0.6, 0.8], [0.7, 0.5, 0.5]])
-    given = Samples({"pictures": 3}, {"images": np.eye(3), "texts": texts, "owner": np.array([0, 0, 1, 2])})
-    statistic = retrieval.score(given, NoParams())
-    found = {one.name: one.value for one in statistic(np.arange(3))}
-    assert found["text_to_image_r1"] == 25.0
-    assert found["text_to_image_r5"] == 100.0
-    # pictures: 0's best own is caption 0 (.9): nothing above; 1's own .6, above it caption 1 (.8): rank 1;
-    # 2's own .5, above it caption 2 (.8): rank 1
-    assert found["image_to_text_r1"] == pytest.approx(100 / 3)
-    assert found["image_to_text_r5"] == 100.0
+    samples = Samples({"pictures": 3}, {"images": np.eye(3), "texts": texts, "owner": np.array([0, 0, 1, 2])})
+    statistic = retrieval.score(samples, NoParams())
+    figures = {figure.name: figure.value for figure in statistic(np.arange(3))}
+    assert figures["text_to_image_r1"] == 25.0
+    assert figures["text_to_image_r5"] == 100.0
+    # picture 0: its best caption is 0 (.9), rank 0; picture 1: its caption has .6, caption 1 has .8, rank 1;
+    # picture 2: its caption has .5, caption 2 has .8, rank 1
+    assert figures["image_to_text_r1"] == pytest.approx(100 / 3)
+    assert figures["image_to_text_r5"] == 100.0
     # picture 0 twice, 1 once: two of five captions are first, two of three pictures
-    found = {one.name: one.value for one in statistic(np.array([0, 1, 0]))}
-    assert found["text_to_image_r1"] == pytest.approx(100 * 2 / 5)
-    assert found["image_to_text_r1"] == pytest.approx(100 * 2 / 3)
+    figures = {figure.name: figure.value for figure in statistic(np.array([0, 1, 0]))}
+    assert figures["text_to_image_r1"] == pytest.approx(100 * 2 / 5)
+    assert figures["image_to_text_r1"] == pytest.approx(100 * 2 / 3)
 
 
 class Fake:
@@ -48,8 +48,8 @@ def test_either_file_is_read_and_each_caption_belongs_to_its_picture(tmp_path: P
         (tmp_path / "images" / name).touch()
     rows = [json.dumps({"image": k, "captions": v}) for k, v in captions.items()]
     (tmp_path / file).write_text("\n".join(rows) if file.endswith("l") else json.dumps(captions))
-    found = measure.named(measure.predict("retrieval", Fake(), measure.read("retrieval", tmp_path)))
-    assert (found["mean"], found["pictures"], found["captions"]) == (100.0, 2, 3)
+    figures = measure.named(measure.predict("retrieval", Fake(), measure.read("retrieval", tmp_path)))
+    assert (figures["mean"], figures["pictures"], figures["captions"]) == (100.0, 2, 3)
     assert len(measure.read("retrieval", tmp_path, limit=1).pictures) == 1
-    with pytest.raises(BadRequest, match="2 pictures, captions of 1"):
+    with pytest.raises(BadRequest, match="2 pictures, 1 with captions"):
         retrieval.DataSet(["a.jpg", "b.jpg"], [["one"], []])

@@ -1,4 +1,4 @@
-"""What every eval gets from the frame: intervals, files, tables, a page, the verb. Over an eval of another package."""
+"""The parts that all evals share: intervals, files, tables, a page, the verb. The eval is one of another package."""
 
 import sys
 from dataclasses import replace
@@ -56,7 +56,7 @@ EVALS.register("toy")(Eval("embed", "texts.txt", Params, read, predict, score, t
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch):
     EVALS.load()
-    for part in ("_things", "_homes"):
+    for part in ("_plugins", "_homes"):
         monkeypatch.setattr(EVALS, part, dict(getattr(EVALS, part)))
     exec(compile(TOY, "toy.py", "exec"), {"__name__": __name__})
 
@@ -74,13 +74,13 @@ def two() -> list[Samples]:
 
 @pytest.mark.parametrize("method", ["percentile", "BCa"])
 def test_intervals_are_those_of_scipys_paired_bootstrap(two, method: str):
-    a, b = (one.arrays["hit"] for one in two)
+    a, b = (samples.arrays["hit"] for samples in two)
     table = tables.tabulate(two, how=HOW.model_copy(update={"method": method}))
 
     def by_hand(statistic, *data):
         rng = np.random.default_rng(7)
-        found = scipy.stats.bootstrap(data, statistic, paired=True, n_resamples=200, method=method, rng=rng)
-        return pytest.approx(found.confidence_interval)
+        bootstrap = scipy.stats.bootstrap(data, statistic, paired=True, n_resamples=200, method=method, rng=rng)
+        return pytest.approx(bootstrap.confidence_interval)
 
     first = table.rows[0]
     assert first.difference.value == pytest.approx(100 * (a.mean() - b.mean()))
@@ -92,38 +92,38 @@ def test_intervals_are_those_of_scipys_paired_bootstrap(two, method: str):
     assert (agreement.lower, agreement.upper) == by_hand(lambda same, axis: 100 * same.mean(axis), a == b)
 
 
-def test_resamples_without_a_value_are_left_out_and_what_never_varies_has_an_interval_of_no_width():
-    # of two texts, one long: drawn are both short, both long, or one of each, which alone has odds, of 1
+def test_resamples_without_a_value_are_skipped_and_a_constant_figure_has_a_point_as_interval():
+    # one of two texts is long: a resample has two short, two long, or one of each; only the last has odds: 1
     odds = tables.tabulate([side("a", [True, False])], how=HOW)
     row = odds.rows[1].figure
     assert (row.value, row.lower, row.upper) == (1.0, 0.0, 1.0)
     assert tables.text(odds).splitlines()[4].split() == ["odds", "<b>", "1", "[0,", "1]"]
-    one = tables.tabulate([side("a", [True, True, True])], how=HOW)
-    assert (one.rows[0].figure.lower, one.rows[0].figure.upper) == (100.0, 100.0)
-    assert one.rows[1].figure.lower is None
-    assert one.as_json()["figures"][1]["values"]["a"] == {"value": None, "lower": None, "upper": None}
+    constant = tables.tabulate([side("a", [True, True, True])], how=HOW)
+    assert (constant.rows[0].figure.lower, constant.rows[0].figure.upper) == (100.0, 100.0)
+    assert constant.rows[1].figure.lower is None
+    assert constant.as_json()["figures"][1]["values"]["a"] == {"value": None, "lower": None, "upper": None}
     assert tables.tabulate([side("a", [True])]).notes == ("no intervals: the data set has 1 of texts",)
 
 
 def test_samples_read_back_give_the_same_table_and_damaged_ones_are_refused_by_name(two, tmp_path: Path, capsys):
-    files = [tmp_path / "new" / f"{one.made.bundle}.npz" for one in two]
-    for one, file in zip(two, files, strict=True):
-        one.save(file)
+    files = [tmp_path / "new" / f"{samples.made.bundle}.npz" for samples in two]
+    for samples, file in zip(two, files, strict=True):
+        samples.save(file)
     assert [path.name for path in sorted(files[0].parent.iterdir())] == ["a-float.npz", "a-int8.npz"]
     assert np.load(files[0])["hit"].tolist() == two[0].arrays["hit"].tolist()
     back = [Samples.load(file, "toy") for file in files]
     assert tables.tabulate(back, how=HOW) == tables.tabulate(two, how=HOW)
     with pytest.raises(BadRequest, match=r"a-int8\.npz holds samples of 'toy'; expected samples of 'zero_shot'"):
         Samples.load(files[0], "zero_shot")
-    whole = files[0].read_bytes()
-    place = whole.index(two[0].arrays["hit"].tobytes())
-    broken = {"cut": whole[:-40], "flipped": whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :],
-              "text": b"no zip", "header": whole.replace(b'"format": 1', b'"format": 9')}  # fmt: skip
+    saved = files[0].read_bytes()
+    place = saved.index(two[0].arrays["hit"].tobytes())
+    broken = {"cut": saved[:-40], "flipped": saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :],
+              "text": b"no zip", "header": saved.replace(b'"format": 1', b'"format": 9')}  # fmt: skip
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadRequest, match=rf"{name} holds no samples that can be read"):
             Samples.load(tmp_path / name)
-    for given, says in (
+    for sides, says in (
         ([two[0], side("b", [True] * 60, "other")], "only answers to the same pictures"),
         (
             [two[0], replace(two[1], origin=two[1].made.model_copy(update={"eval": "zero_shot"}))],
@@ -131,33 +131,33 @@ def test_samples_read_back_give_the_same_table_and_damaged_ones_are_refused_by_n
         ),
     ):
         with pytest.raises(BadRequest, match=says):
-            tables.tabulate(given)
+            tables.tabulate(sides)
     assert main(["eval", "--from", *map(str, files), "--param", "scale=1", "--resamples", "50"]) == 0
     assert f"{two[0].arrays['hit'].mean():.2f}" in capsys.readouterr().out
     assert main(["eval", "--from", *map(str, files), "--param", "long=4"]) == 2
-    assert "made with long = 3; measure anew for 4" in capsys.readouterr().err
+    assert "the samples have long = 3; measure again for 4" in capsys.readouterr().err
     assert main(["eval", "a", "toy", "--from", str(files[0])]) == main(["eval", "a"]) == 2
 
 
-def test_the_page_holds_the_table_and_a_picture_of_each_plot(two):
-    seen: list[str] = []
+def test_the_page_has_the_table_and_a_drawing_of_each_plot(two):
+    texts: list[str] = []
 
     class Reader(HTMLParser):
         def handle_data(self, data: str) -> None:
-            seen.append(data)
+            texts.append(data)
 
     table = tables.tabulate(two, how=HOW)
-    made = page.html(table, two)
-    Reader().feed(made)
+    html = page.html(table, two)
+    Reader().feed(html)
     head, groups = tables.cells(table)
     assert head == ["figure", "unit", "a-int8", "a-float", "difference", "95 % interval"]
     assert [name for name, _ in groups] == ["", "of <two>", "both together"]
     for cell in [*head, *(cell for _, rows in groups for row in rows for cell in row if cell), "Says so.", "x & y"]:
-        assert cell in seen
-    assert made.count("<svg") == 1
-    assert "http" not in made.replace("http://www.w3.org/", "").replace("http://purl.org/", "").replace(
+        assert cell in texts
+    assert html.count("<svg") == 1
+    assert "http" not in html.replace("http://www.w3.org/", "").replace("http://purl.org/", "").replace(
         "http://creativecommons.org/", "").replace("https://matplotlib.org/", "")  # fmt: skip
-    assert page.html(table, two) == made
+    assert page.html(table, two) == html
     shown = tables.text(table)
     assert "200 paired bootstrap resamples of texts, percentile, seed 7" in shown
     assert f"{100 * two[0].arrays['hit'].mean():.2f}" in shown
@@ -175,7 +175,7 @@ def test_without_scipy_there_are_no_intervals_and_without_matplotlib_no_page(two
     assert "'matplotlib'" in capsys.readouterr().err
 
 
-def test_a_data_set_is_known_by_what_is_in_it_not_by_where_it_lies(tmp_path: Path):
+def test_the_fingerprint_depends_on_the_content_not_on_the_folder(tmp_path: Path):
     for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.jpg").write_bytes(content)

@@ -1,5 +1,5 @@
 # ruff: noqa: E501, RUF001
-"""The oracle is ftfy itself with open_clip's steps behind it, on texts drawn from what it mends."""
+"""The oracle is ftfy and then open_clip's steps, on random texts of characters that ftfy changes."""
 
 import html
 import random
@@ -35,7 +35,7 @@ def drawn(count: int) -> list[str]:
     ]
 
 
-def test_it_does_what_ftfy_and_open_clip_do():
+def test_equals_ftfy_and_open_clip():
     for text in drawn(5000):
         assert whitespace(text) == reference(text), ascii(text)
         assert lower(text) == reference(text).lower(), ascii(text)
@@ -47,12 +47,12 @@ def test_it_does_what_ftfy_and_open_clip_do():
         ("  Tom &amp;\tJerry’s “Café”  ", 'tom & jerry\'s "café"'),
         ("ＬＯＵＤ　ﬁrst!\n&lt;b>", "loud first! <b>"),
         ("<i>&eacute;&amp;eacute;</i>", "<i>éé</i>"),
-        ("schÃ¶n", "schã¶n"),  # decoded by a wrong table: left as it is
+        ("schÃ¶n", "schã¶n"),  # a wrong decoding is not repaired
     ],
 )
 def test_by_hand(text: str, want: str):
     assert lower(text) == want
 
 
-def test_a_tower_of_references_comes_down_by_a_bounded_number_of_floors():
+def test_nested_references_are_resolved_to_a_bounded_depth():
     assert lower("&" + "amp;" * 20) == "&" + "amp;" * (20 - ROUNDS - 2)

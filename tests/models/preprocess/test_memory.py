@@ -1,4 +1,4 @@
-"""Pillow's own bytes, read through the Arrow interface, against numpy's copy of them."""
+"""Zero-copy views of Pillow's pixels through the Arrow interface, against numpy's copy."""
 
 import ctypes
 import gc
@@ -11,10 +11,10 @@ from PIL import Image
 
 from calmclip.models.flow import Array
 from calmclip.models.preprocess import memory
-from calmclip.models.preprocess.memory import Band, Memory, borrow, copy, in_bands
+from calmclip.models.preprocess.memory import Band, Buffer, borrow, copy, in_bands
 
-lends = pytest.mark.skipif(
-    not hasattr(Image.Image, "__arrow_c_array__"), reason=f"Pillow {PIL.__version__} lends nothing"
+exports = pytest.mark.skipif(
+    not hasattr(Image.Image, "__arrow_c_array__"), reason=f"Pillow {PIL.__version__} exports no buffer"
 )
 
 
@@ -22,37 +22,37 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def read(lent: Memory, rows: int, columns: int) -> Array:
-    """uint8 [rows, columns, 3] by its address alone."""
-    row, pixel = lent.strides
-    flat = np.frombuffer((ctypes.c_uint8 * (row * (rows - 1) + pixel * columns)).from_address(lent.address), np.uint8)
+def read(buffer: Buffer, rows: int, columns: int) -> Array:
+    """-> uint8 [rows, columns, 3], read from its address."""
+    row, pixel = buffer.strides
+    flat = np.frombuffer((ctypes.c_uint8 * (row * (rows - 1) + pixel * columns)).from_address(buffer.address), np.uint8)
     return np.lib.stride_tricks.as_strided(flat, (rows, columns, 3), (row, pixel, 1)).copy()
 
 
-@lends
+@exports
 @pytest.mark.parametrize("size", [(640, 480), (1, 1), (1, 300), (300, 1), (17, 13)])
-def test_what_is_lent_is_the_picture(size: tuple[int, int]):
+def test_a_view_has_the_pixels_of_the_picture(size: tuple[int, int]):
     image = picture(*size)
-    lent = borrow(image)
-    assert lent is not None
-    assert lent.strides == (size[0] * 4, 4)
-    assert np.array_equal(read(lent, *size[::-1]), np.asarray(image))
+    view = borrow(image)
+    assert view is not None
+    assert view.strides == (size[0] * 4, 4)
+    assert np.array_equal(read(view, *size[::-1]), np.asarray(image))
 
 
-@lends
-def test_what_is_lent_outlives_the_picture():
+@exports
+def test_a_view_outlives_the_picture():
     image = picture(640, 480)
-    expected, lent = np.asarray(image), borrow(image)
+    expected, view = np.asarray(image), borrow(image)
     del image
     gc.collect()
-    others = [picture(640, 480) for _ in range(5)]  # would take its place
-    assert lent is not None
-    assert np.array_equal(read(lent, 480, 640), expected)
+    others = [picture(640, 480) for _ in range(5)]  # would reuse its memory
+    assert view is not None
+    assert np.array_equal(read(view, 480, 640), expected)
     assert others
 
 
-@lends
-def test_lending_leaks_nothing():
+@exports
+def test_views_leak_no_memory():
     image = picture(64, 64)
     for _ in range(3):
         borrow(image)
@@ -63,13 +63,13 @@ def test_lending_leaks_nothing():
     assert len(gc.get_objects()) - before < 50
 
 
-def test_what_is_not_rgb_in_one_block_is_not_lent():
+def test_only_rgb_in_one_block_is_borrowed():
     assert borrow(picture(4, 4).convert("L")) is None
     assert borrow(picture(4, 4).convert("RGBA")) is None
     assert borrow(Image.new("RGB", (3000, 2000))) is None  # 24 MB: two blocks
 
 
-def test_a_pillow_that_lends_otherwise_is_not_believed(monkeypatch: pytest.MonkeyPatch):
+def test_without_the_arrow_interface_nothing_is_borrowed(monkeypatch: pytest.MonkeyPatch):
     def refuse(self: Image.Image) -> None:
         raise ValueError("of no interest")
 
@@ -79,24 +79,24 @@ def test_a_pillow_that_lends_otherwise_is_not_believed(monkeypatch: pytest.Monke
     assert borrow(picture(4, 4)) is None
 
 
-@lends
-def test_another_layout_is_not_believed(monkeypatch: pytest.MonkeyPatch):
-    lend = Image.Image.__arrow_c_array__
-    for other in (picture(4, 4).convert("L"), picture(5, 5)):  # of 1 byte a pixel; of more pixels
-        monkeypatch.setattr(Image.Image, "__arrow_c_array__", lambda self, other=other: lend(other))
+@exports
+def test_another_layout_is_not_borrowed(monkeypatch: pytest.MonkeyPatch):
+    plain = Image.Image.__arrow_c_array__
+    for other in (picture(4, 4).convert("L"), picture(5, 5)):  # 1 byte a pixel; more pixels
+        monkeypatch.setattr(Image.Image, "__arrow_c_array__", lambda self, other=other: plain(other))
         assert borrow(picture(4, 4)) is None
     image = picture(4, 4)
     monkeypatch.setattr(
-        Image.Image, "__arrow_c_array__", lambda self: lend(self)[::-1]
+        Image.Image, "__arrow_c_array__", lambda self: plain(self)[::-1]
     )  # the capsules' names are wrong
     assert borrow(image) is None
 
 
-@lends
+@exports
 def test_the_picture_can_be_written_to_afterwards():
     image = picture(4, 4)
-    lent = borrow(image)
-    del lent
+    view = borrow(image)
+    del view
     image.putpixel((1, 2), (1, 2, 3))
     assert image.getpixel((1, 2)) == (1, 2, 3)
 
@@ -107,12 +107,11 @@ def test_a_copy_has_three_bytes_a_pixel():
     assert np.array_equal(read(copy(image), 5, 7), np.asarray(image))
 
 
-@pytest.mark.parametrize("lent", [True, False])
+@pytest.mark.parametrize("zero_copy", [True, False])
 @pytest.mark.parametrize(("height", "outputs"), [(500, 50), (50, 500), (333, 100), (1, 40), (40, 1)])
-def test_bands_hold_what_their_rows_need(monkeypatch: pytest.MonkeyPatch, height: int, outputs: int, lent: bool):
+def test_bands_hold_what_their_rows_need(monkeypatch: pytest.MonkeyPatch, height: int, outputs: int, zero_copy: bool):
     monkeypatch.setattr(memory, "_BAND", 1)
-    find = memory.borrow
-    monkeypatch.setattr(memory, "borrow", lambda image: None if image.height == height or not lent else find(image))
+    monkeypatch.setattr(memory, "borrow", lambda image: borrow(image) if zero_copy and image.height < height else None)
     image, scale, reach, done = picture(30, height), height / outputs, 3.5, 0
 
     def use(band: Band) -> None:

@@ -1,4 +1,4 @@
-"""Ids and masks against transformers' tokenizers, built from the same tiny vocabularies; and what is refused."""
+"""Ids and masks against tokenizers of transformers with the same tiny vocabularies; and texts that are refused."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_byte_pairs_equal_clips(make: Make, clip_bpe: CLIPTokenizerFast):
     end = clip_bpe.eos_token_id
     expected = clip_bpe(SENTENCES, padding="max_length", max_length=77, return_tensors="np")["input_ids"]
     feeds = make(clip_bpe.backend_tokenizer, context=77, pad="context", pad_id=end).prepare(SENTENCES)
-    assert feeds.keys() == {"ids"}  # exactly what the graph takes
+    assert feeds.keys() == {"ids"}  # exactly the graph's inputs
     assert feeds["ids"].shape == (len(SENTENCES), 77)
     assert np.array_equal(feeds["ids"], expected)
 
@@ -77,12 +77,13 @@ def test_a_cut_text_keeps_its_last_token(make: Make, clip_bpe: CLIPTokenizerFast
     preparer = make(clip_bpe.backend_tokenizer, context=16, truncate=True)
     assert np.array_equal(preparer.prepare([text])["ids"], expected)
     assert expected[0, -1] == clip_bpe.eos_token_id
-    assert preparer.count(text) == 47  # 9 x (the, cat, on, the, dogs) and the two ends: however many there are
+    assert make(wordpiece(), context=9).count("two dogs") == 5  # [CLS] two dog ##s [SEP]
+    assert preparer.count(text) == 47  # 9 x (the, cat, on, the, dogs) and the two ends, without a limit
     assert make(wordpiece(), context=1, truncate=True).prepare(["a cat"])["ids"].tolist() == [[SEP]]
 
 
-def test_padding_and_truncation_of_the_file_do_not_count(make: Make):
-    """A tokenizer.json often carries settings of its own; the manifest's are the ones that hold."""
+def test_padding_and_truncation_of_the_file_are_ignored(make: Make):
+    """A tokenizer.json often has settings for both; those of the manifest apply."""
     tokenizer = wordpiece()
     tokenizer.enable_padding(length=50, pad_id=9)
     tokenizer.enable_truncation(3)
@@ -99,7 +100,7 @@ def test_a_batch_is_as_wide_as_its_longest_or_as_the_context(make: Make):
 
 
 def test_widths_are_rounded_up_to_a_multiple_but_never_over_the_context(make: Make):
-    """[CLS], n words, [SEP]: n + 2 tokens. By hand: the next multiple of 4, and of 9 at most."""
+    """[CLS], n words, [SEP]: n + 2 tokens. The width is the next multiple of 4, at most 9."""
     preparer = make(wordpiece(), context=9, multiple=4, mask="mask", pad_id=5)
     for tokens, width in ((3, 4), (4, 4), (5, 8), (8, 8), (9, 9)):
         feeds = preparer.prepare([" ".join(["cat"] * (tokens - 2)), "a"])
@@ -109,7 +110,7 @@ def test_widths_are_rounded_up_to_a_multiple_but_never_over_the_context(make: Ma
     assert make(wordpiece(), context=9, multiple=16).prepare(["a"])["ids"].shape == (1, 9)
 
 
-def test_one_width_knows_no_multiple():
+def test_a_fixed_width_has_no_multiple():
     with pytest.raises(ValidationError, match="`multiple` must be 1; it is 8"):
         TextPreprocess(context=77, pad="context", multiple=8)
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
@@ -123,7 +124,7 @@ def test_a_text_over_the_context_is_refused_with_both_numbers(make: Make):
         preparer.prepare(["a", "a photo of a cat"])
 
 
-def test_an_endless_text_is_refused_before_it_is_read(make: Make):
+def test_a_very_long_text_is_refused_before_tokenization(make: Make):
     for truncate in (True, False):
         with pytest.raises(TextTooLong, match=f"{MAX_CHARACTERS + 1} characters; at most {MAX_CHARACTERS}"):
             make(wordpiece(), context=5, truncate=truncate).prepare(["a" * (MAX_CHARACTERS + 1)])
@@ -141,10 +142,10 @@ def test_a_lone_surrogate_is_refused(make: Make):
 
 
 def test_a_text_without_tokens_is_refused(make: Make):
-    """Its mask would be all zero, and attention over nothing is NaN."""
+    """Its mask would be zero, and attention over no token is NaN."""
     bare = wordpiece()
     bare.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    with pytest.raises(BadRequest, match="holds nothing this model reads"):
+    with pytest.raises(BadRequest, match="has no token of this model"):
         make(bare, context=5, mask="mask").prepare(["\x00\u200b"])
 
 
@@ -157,10 +158,6 @@ def test_strange_texts_are_read_as_transformers_reads_them(make: Make, clip_bpe:
     assert feeds["ids"].tolist() == [clip_bpe(text)["input_ids"]]
 
 
-def test_count_is_the_number_of_tokens(make: Make):
-    assert make(wordpiece(), context=9).count("two dogs") == 5  # [CLS] two dog ##s [SEP]
-
-
 def test_a_directory_without_tokenizer_is_refused(tmp_path: Path):
-    with pytest.raises(BundleInvalid, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(BundleInvalid, match=r"tokenizer\.json is not a tokenizer"):
         TextPreparer(TextPreprocess(context=5), tmp_path)

@@ -1,4 +1,4 @@
-"""Sessions over tiny graphs: what is checked when one loads, and what a run answers."""
+"""Sessions over tiny graphs: the checks of a load, and the answers of a run."""
 
 import os
 import subprocess
@@ -61,8 +61,8 @@ def test_arrays_by_name_in_and_out(make: Make):
     }
 
 
-def test_weights_that_a_graph_has_in_float_stay_in_float(tmp_path: Path):
-    """Between 8 bits too, where ONNX Runtime would make 8 bits of them: 0.1 beside 100 would be 0."""
+def test_float_weights_stay_float(tmp_path: Path):
+    """Also between quantized tensors, for which ONNX Runtime would quantize them: 0.1 beside 100 would become 0."""
     text = """<ir_version: 10, opset_import: ["": 20]> g (float[b, 2, 1, 1] x) => (float[b, 2, 1, 1] y)
         <float step = {1.0}, float fine = {0.1}, uint8 nil = {0}, float[2, 2, 1, 1] w = {100, 0, 0.1, 0.1}>
         { x8 = QuantizeLinear (x, step, nil) xb = DequantizeLinear (x8, step, nil) z = Conv (xb, w)
@@ -72,7 +72,7 @@ def test_weights_that_a_graph_has_in_float_stay_in_float(tmp_path: Path):
     promised = Graph(file="conv.onnx", inputs={"x": tensor}, outputs={"y": tensor})
     x = np.array([3, 5], np.float32).reshape(1, 2, 1, 1)
     y = Session(tmp_path / "conv.onnx", promised).run({"x": x})["y"]
-    np.testing.assert_allclose(y.ravel(), [25.5, 0.8], rtol=1e-6)  # 300 is beyond what a byte holds
+    np.testing.assert_allclose(y.ravel(), [25.5, 0.8], rtol=1e-6)  # 300 is out of the range of 8 bits
 
 
 def test_the_order_of_outputs_is_the_manifests(make: Make):
@@ -100,18 +100,18 @@ def test_one_session_serves_many_threads(make: Make):
         (graph(shape=("B",)), r"the manifest promises float32 \['B'\]"),
     ],
 )
-def test_a_graph_that_breaks_its_promise_is_refused(make: Make, promised: Graph, says: str):
+def test_a_graph_that_differs_from_the_manifest_is_refused(make: Make, promised: Graph, says: str):
     with pytest.raises(BundleInvalid, match=says):
         make(promised)
 
 
-def test_a_dimension_may_be_open_on_either_side(make: Make):
+def test_a_dimension_may_be_dynamic_on_either_side(make: Make):
     assert make(graph(shape=("B", "D"))).run({"a": A, "b": B})["sum"].shape == (1, 3)
     assert make(graph(shape=(1, 3)), model((None, None))).run({"a": A, "b": B})["sum"].shape == (1, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph", model()[:40]])
-def test_what_does_not_load_is_refused_by_its_path(make: Make, content: bytes):
+def test_a_graph_that_does_not_load_is_refused_by_its_path(make: Make, content: bytes):
     with pytest.raises(BundleInvalid, match=r"two\.onnx does not load in ONNX Runtime \d+"):
         make(content=content)
 
@@ -136,11 +136,11 @@ def test_feeds_the_graph_refuses_are_a_bad_request(
 ):
     with pytest.raises(BadRequest, match=r"graph two\.onnx refused \{'a': \('float32', "):
         make().run(feeds)
-    assert capfd.readouterr().err == ""  # the error is raised, not also printed
+    assert capfd.readouterr().err == ""  # the error is raised, not printed
 
 
 @pytest.mark.parametrize("feeds", [{"a": A}, {"a": np.zeros((2, 3), np.float32), "b": np.zeros((3, 3), np.float32)}])
-def test_a_run_that_fails_is_no_fault_of_the_caller(make: Make, feeds: dict[str, Any]):
+def test_a_failed_run_is_not_the_callers_fault(make: Make, feeds: dict[str, Any]):
     with pytest.raises(Exception, match=r"missing|Non-zero status code") as caught:
         make().run(feeds)
     assert not isinstance(caught.value, CalmclipError)
@@ -158,8 +158,10 @@ def test_versions_name_the_runtime():
 
 
 @pytest.mark.parametrize(("ops", "by_kernel"), [("off", False), ("auto", True), ("required", True)])
-def test_the_op_library_runs_our_nodes_unless_it_is_off(library: Library, tmp_path: Path, ops: Mode, by_kernel: bool):
-    """The function that this graph carries is a wrong one, so the answer says who ran the node."""
+def test_the_op_library_runs_custom_nodes_unless_it_is_off(
+    library: Library, tmp_path: Path, ops: Mode, by_kernel: bool
+):
+    """The function of this graph is wrong on purpose: the answer shows whether the kernel ran."""
     name, opsets = "Softmax", [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)]
     body = helper.make_node("Identity", ["x"], ["y"])
     defaults = [
@@ -173,12 +175,12 @@ def test_the_op_library_runs_our_nodes_unless_it_is_off(library: Library, tmp_pa
     model = helper.make_model(nodes, opset_imports=opsets, functions=[function], ir_version=9)
     (tmp_path / "one.onnx").write_bytes(model.SerializeToString())
     session = Session(tmp_path / "one.onnx", graph(inputs="a", outputs="sum"), SessionOptions(ops=ops))
-    found = session.run({"a": np.zeros((1, 3), np.float32)})["sum"]
-    assert found[0].tolist() == pytest.approx([1 / 3] * 3 if by_kernel else [0] * 3)
+    output = session.run({"a": np.zeros((1, 3), np.float32)})["sum"]
+    assert output[0].tolist() == pytest.approx([1 / 3] * 3 if by_kernel else [0] * 3)
 
 
-def test_no_session_leaves_a_trace_of_what_it_ran(tmp_path: Path):
-    """ONNX Runtime 1.32's wheel writes .ses into the temporary folder, and a data base into ~/.cache, for an upload."""
+def test_a_session_writes_no_telemetry(tmp_path: Path):
+    """ONNX Runtime 1.32 writes .ses into the temporary folder and a database into ~/.cache, to upload them."""
     (tmp_path / "two.onnx").write_bytes(model())
     home = tmp_path / "home"
     home.mkdir()

@@ -1,4 +1,4 @@
-"""classify over made-up embeddings: which calls it makes, and what it makes of the answers."""
+"""classify over invented embeddings: its calls, and its answer from their outputs."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,13 +9,13 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadImage, BadRequest, TaskNotServed, TooManyLabels
 from calmclip.models.flow import Arrays, Call, drive
-from calmclip.models.tasks.classify import ClassifyRequest, LogitsRequest, Ranking, classify, logits
+from calmclip.models.tasks.classify import ClassifyRequest, Ranking, classify, logits
 
 Png = Callable[..., bytes]
 
 
 class Graphs:
-    """Answers `image` with one vector and `text` with given ones, and remembers what was asked."""
+    """Answers `image` with one vector and `text` with ``texts``, and records the calls."""
 
     def __init__(self, image: Sequence[float], texts: Sequence[Sequence[float]]) -> None:
         self.answers = {"image": np.array([image], np.float32), "text": np.array(texts, np.float32)}
@@ -39,7 +39,7 @@ def test_scores_are_a_softmax_of_scaled_cosines(bundle: Bundle, png: Png):
     assert (first.cosine, second.cosine) == pytest.approx((0.8, 0.6), abs=1e-6)
 
 
-def test_it_asks_for_the_texts_by_key_and_for_one_picture(bundle: Bundle, png: Png):
+def test_texts_are_called_by_key_and_one_picture_without(bundle: Bundle, png: Png):
     graphs = Graphs([1, 0, 0], [[1, 0, 0], [0, 1, 0]])
     rank(bundle, graphs, png((255, 0, 51)), ["red", "green"])
     text, image = graphs.calls
@@ -79,7 +79,7 @@ def test_one_label_twice_is_two_labels_and_one_text(bundle: Bundle, png: Png):
         (["red"], {"templates": ["a photo"]}, BadRequest, r"'a photo' has no '\{\}' where the label belongs"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused_before_any_graph_runs(
+def test_invalid_requests_are_refused_before_any_graph_runs(
     bundle: Bundle, png: Png, labels: Sequence[str], more: dict[str, object], error: type[Exception], says: str
 ):
     graphs = Graphs([1, 0, 0], [[1, 0, 0]])
@@ -95,17 +95,17 @@ def test_a_bad_picture_is_refused_before_any_graph_runs(bundle: Bundle):
     assert not graphs.calls
 
 
-def test_a_bundle_that_does_not_classify_says_what_it_does(bundle: Bundle, png: Png):
+def test_a_bundle_that_does_not_classify_names_its_tasks(bundle: Bundle, png: Png):
     bundle.tasks = ("embed",)
     with pytest.raises(TaskNotServed, match="does not serve 'classify'; it serves embed") as refused:
         rank(bundle, Graphs([1, 0, 0], [[1, 0, 0]]), png("red"), ["red"])
     assert refused.value.known == ["embed"]
 
 
-def test_a_classifier_fills_what_the_request_leaves_open_and_the_bundle_the_rest(bundle: Bundle, png: Png):
-    own = Classifier(("red", "blue"), ("a {}",), {"blue": ("the sea",)}, temperature=2.0, none_below=0.9)
+def test_a_classifier_has_defaults_for_the_request_and_the_bundle_for_the_classifier(bundle: Bundle, png: Png):
+    classifier = Classifier(("red", "blue"), ("a {}",), {"blue": ("the sea",)}, temperature=2.0, none_below=0.9)
     graphs = Graphs([0.6, 0.8, 0], [[1, 0, 0], [0, 1, 0]])
-    ranking = rank(bundle, graphs, png("red"), [], classifier=own)
+    ranking = rank(bundle, graphs, png("red"), [], classifier=classifier)
     assert graphs.calls[0].keys == ("a red", "the sea")
     # the bundle's head: logits 1.2 and 1.6, divided by 2; softmax 1 / (1 + e^-0.2) = 0.549834
     assert [(r.label, r.score) for r in ranking] == [
@@ -114,14 +114,13 @@ def test_a_classifier_fills_what_the_request_leaves_open_and_the_bundle_the_rest
     ]
     assert (ranking.none, ranking.temperature) == (True, 2.0)
     graphs = Graphs([0.6, 0.8, 0], [[0, 1, 0], [1, 0, 0]])
-    ranking = rank(
-        bundle, graphs, png("red"), ["blue", "green"], templates=["{}"], classifier=own, temperature=1, none_below=0.5
-    )
+    more = {"templates": ["{}"], "classifier": classifier, "temperature": 1, "none_below": 0.5}
+    ranking = rank(bundle, graphs, png("red"), ["blue", "green"], **more)
     assert graphs.calls[0].keys == ("blue", "green")
     assert (ranking.none, ranking.temperature) == (False, 1)
 
 
 def test_logits_are_those_of_the_labels_in_their_order(bundle: Bundle, png: Png):
     graphs = Graphs([0.6, 0.8, 0], [[1, 0, 0], [0, 1, 0]])
-    found = drive(logits(bundle, LogitsRequest(png("red"), ["red", "green"])), graphs)
-    assert found == pytest.approx([1.2, 1.6])
+    row = drive(logits(bundle, png("red"), Classifier(("red", "green"))), graphs)
+    assert row == pytest.approx([1.2, 1.6])

@@ -1,4 +1,4 @@
-"""detect over made-up regions: what reaches the graphs, and where its boxes land in the picture."""
+"""detect over invented regions: the feeds of the graphs, and the positions of boxes in the picture."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,8 @@ import pytest
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Arrays, Call, drive
-from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION, Detections, DetectRequest, Suppression, detect
+from calmclip.models.suppression import Suppression
+from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION, Detections, DetectRequest, detect
 
 Png = Callable[..., bytes]
 PROPOSED = {
@@ -26,12 +27,12 @@ KEPT = {  # in pixels of the 8 x 8 letterbox
 }
 
 
-def find(bundle: Bundle, picture: bytes, kept: Arrays = KEPT, **more: Any) -> tuple[Detections, list[Call]]:
+def find(bundle: Bundle, picture: bytes, suppressed: Arrays = KEPT, **more: Any) -> tuple[Detections, list[Call]]:
     calls: list[Call] = []
     answers: dict[str, Arrays] = {
         "text": {"text_embeds": np.array([[2, 0, 0], [0, 2, 0]], np.float32)},
         "regions": PROPOSED,
-        "detect": kept,
+        "detect": suppressed,
     }
 
     def run(call: Call) -> Arrays:
@@ -42,10 +43,10 @@ def find(bundle: Bundle, picture: bytes, kept: Arrays = KEPT, **more: Any) -> tu
 
 
 def test_boxes_come_back_in_pixels_of_the_original(finder: Bundle, png: Png):
-    # 16 x 32 fits 8 x 8 at a quarter: every coordinate times 4, cut to the picture
-    found, _ = find(finder, png("red", (16, 32)))
-    assert (found.width, found.height, found.candidates) == (16, 32, 12)
-    first, second = found
+    # 16 x 32 fits 8 x 8 at a quarter: every coordinate times 4, clipped to the picture
+    detections, _ = find(finder, png("red", (16, 32)))
+    assert (detections.width, detections.height, detections.candidates) == (16, 32, 12)
+    first, second = detections
     assert (first.label, first.index, first.score, first.raw_score) == ("green", 1, 0.5, 0.5)
     assert first.box.tolist() == [4, 8, 12, 16]
     assert (second.label, second.index, second.score, second.raw_score) == ("red", 0, 0.25, 0.75)
@@ -72,30 +73,30 @@ def test_the_detect_graph_takes_regions_unit_texts_and_settings(finder: Bundle, 
     }
 
 
-def test_a_box_in_the_padding_is_no_answer(finder: Bundle, png: Png):
+def test_a_box_in_the_padding_is_not_an_answer(finder: Bundle, png: Png):
     # 16 x 32 fills 4 x 8 of the letterbox; the second box begins where the picture ends
-    kept = KEPT | {"kept_boxes": np.array([[3, 0, 5, 8], [4, 0, 8, 8]], np.float32)}
-    found, _ = find(finder, png("red", (16, 32)), kept)
-    assert [one.box.tolist() for one in found] == [[12, 0, 16, 32]]
+    suppressed = KEPT | {"kept_boxes": np.array([[3, 0, 5, 8], [4, 0, 8, 8]], np.float32)}
+    detections, _ = find(finder, png("red", (16, 32)), suppressed)
+    assert [detection.box.tolist() for detection in detections] == [[12, 0, 16, 32]]
 
 
-def test_boxes_in_the_padding_cost_no_other_its_place(finder: Bundle, png: Png, monkeypatch: pytest.MonkeyPatch):
-    # of the regions two lie beside 4 x 8, and with two labels each may be kept twice, before the one that is asked for
+def test_boxes_in_the_padding_do_not_count_as_output(finder: Bundle, png: Png, monkeypatch: pytest.MonkeyPatch):
+    # two of the regions lie beside 4 x 8; with two labels suppression may keep each twice, before the requested box
     boxes = np.array([[[0, 0, 8, 8]] * 5 + [[4, 0, 8, 8], [5, 1, 6, 2]]], np.float32)
     monkeypatch.setitem(PROPOSED, "boxes", boxes)
-    kept: Arrays = KEPT | {
+    suppressed: Arrays = KEPT | {
         "kept_boxes": np.array([[4, 0, 8, 8], [5, 1, 6, 2], [3, 0, 5, 8], [0, 0, 1, 1]], np.float32),
         **{name: KEPT[name].repeat(2) for name in ("scores", "raw_scores", "classes")},
     }
-    found, calls = find(finder, png("red", (16, 32)), kept, suppression=Suppression(max_output=1))
+    detections, calls = find(finder, png("red", (16, 32)), suppressed, suppression=Suppression(max_output=1))
     assert calls[-1].feeds["max_output"].tolist() == [1 + 2 * 2]
-    assert [one.box.tolist() for one in found] == [[12, 0, 16, 32]]
+    assert [detection.box.tolist() for detection in detections] == [[12, 0, 16, 32]]
 
 
-def test_nothing_found_is_an_answer(finder: Bundle, png: Png):
+def test_no_detection_is_an_answer(finder: Bundle, png: Png):
     none: dict[str, Array] = {name: array[:0] for name, array in KEPT.items()} | {"candidates": np.array([0])}
-    found, _ = find(finder, png("red"), none)
-    assert (list(found), found.candidates) == ([], 0)
+    detections, _ = find(finder, png("red"), none)
+    assert (list(detections), detections.candidates) == ([], 0)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,6 @@ def test_settings_out_of_range_are_refused_by_name(finder: Bundle, png: Png, cha
         find(finder, png("red"), suppression=Suppression(**change))
 
 
-def test_the_manifests_names_are_the_tasks():
+def test_names_of_tensors_are_those_of_the_manifest():
     assert set(SUPPRESSION) == set(Suppression().tensors())
     assert set(DETECTED) == set(KEPT)

@@ -1,4 +1,4 @@
-"""embed over made-up vectors: order, one call for all texts, one for each picture."""
+"""embed over invented vectors: order, one call for all texts, one for each picture."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,10 +28,10 @@ def run(bundle: Bundle, inputs: Sequence[str | bytes]) -> tuple[Embeddings, list
 
 
 def test_answers_keep_the_order_of_the_inputs(bundle: Bundle, png: Png):
-    found, calls = run(bundle, [png("red"), "red", png("blue"), "green blue"])
-    assert found.vectors.tolist() == [[1, 0, 0], [0, 1, 0], [2, 0, 0], [0, 2, 0]]
-    assert found.vectors.dtype == np.float32
-    assert found.tokens == 3
+    embeddings, calls = run(bundle, [png("red"), "red", png("blue"), "green blue"])
+    assert embeddings.vectors.tolist() == [[1, 0, 0], [0, 1, 0], [2, 0, 0], [0, 2, 0]]
+    assert embeddings.vectors.dtype == np.float32
+    assert embeddings.tokens == 3
     assert [(c.graph, c.keys) for c in calls] == [("text", ("red", "green blue")), ("image", None), ("image", None)]
 
 
@@ -45,7 +45,7 @@ def test_texts_alone_make_one_call_and_pictures_alone_none_for_text(bundle: Bund
     assert pictures.tokens == 0
 
 
-def test_nothing_and_nonsense_are_refused(bundle: Bundle, png: Png):
+def test_empty_and_invalid_inputs_are_refused(bundle: Bundle, png: Png):
     with pytest.raises(BadRequest, match="no inputs were given"):
         run(bundle, [])
     with pytest.raises(BadRequest, match="text 1 is empty"):

@@ -1,4 +1,4 @@
-"""Labels -> one unit vector each: sentences, the mean of unit vectors; texts in groups of like length."""
+"""Labels -> one unit vector each: sentences, the mean of unit vectors; texts in groups of similar length."""
 
 from typing import Any
 
@@ -8,23 +8,23 @@ import pytest
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import TextTooLong
-from calmclip.models.flow import Array, Arrays, Call, Keep, Recall, Walk, drive
+from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Walk, drive
 from calmclip.models.runtime.clock import Stopwatch
 from calmclip.models.tasks.features import CHUNK, labels, texts, unit
 
 
-class Known:
-    """A driver's memory. ``kept``: (graph, keys) -> outputs."""
+class Cached:
+    """A driver that answers cache requests. ``rows``: (graph, keys) -> outputs."""
 
-    def __init__(self, kept: dict[tuple[str, tuple[str, ...]], Arrays]) -> None:
-        self.kept, self.asked = kept, 0
+    def __init__(self, rows: dict[tuple[str, tuple[str, ...]], Arrays]) -> None:
+        self.rows, self.requests = rows, 0
 
-    def __call__(self, one: Recall | Keep) -> Arrays | None:
-        self.asked += 1
-        if isinstance(one, Recall):
-            return self.kept.get((one.graph, one.keys))
-        assert one.size == len(one.outputs["vectors"])
-        self.kept[one.graph, (one.key,)] = {"vectors": one.outputs["vectors"][None]}
+    def __call__(self, request: CacheGet | CachePut) -> Arrays | None:
+        self.requests += 1
+        if isinstance(request, CacheGet):
+            return self.rows.get((request.graph, request.keys))
+        assert request.size == len(request.outputs["vectors"])
+        self.rows[request.graph, (request.key,)] = {"vectors": request.outputs["vectors"][None]}
         return None
 
 
@@ -40,7 +40,7 @@ def embedded(bundle: Bundle, names: list[str], rows: Any, **more: Any) -> tuple[
     return vectors, call
 
 
-def test_a_label_is_the_mean_of_its_sentences_made_unit_before_and_after(bundle: Bundle):
+def test_a_label_is_the_unit_mean_of_unit_sentences(bundle: Bundle):
     vectors, call = embedded(
         bundle, ["red"], [[2, 0, 0], [0, 1, 0], [0, 0.5, 0]], templates=("{} one", "{} two", "{} three")
     )
@@ -50,14 +50,14 @@ def test_a_label_is_the_mean_of_its_sentences_made_unit_before_and_after(bundle:
     assert vectors.dtype == np.float32
 
 
-def test_each_distinct_sentence_is_asked_for_once(bundle: Bundle):
+def test_each_distinct_sentence_is_embedded_once(bundle: Bundle):
     vectors, call = embedded(bundle, ["red", "green", "red"], [[1, 0, 0], [0, 1, 0]])
     assert call.keys == ("red", "green")
     assert len(call.feeds["ids"]) == 2
     assert vectors.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0]]
 
 
-def test_descriptions_take_the_place_of_the_templates_and_are_any_number(bundle: Bundle):
+def test_descriptions_replace_the_templates_and_are_any_number(bundle: Bundle):
     vectors, call = embedded(
         bundle,
         ["green", "red"],
@@ -69,19 +69,19 @@ def test_descriptions_take_the_place_of_the_templates_and_are_any_number(bundle:
     assert vectors == pytest.approx(np.array([[0, 1, 0], [0.5**0.5, 0, 0.5**0.5]]), abs=1e-6)
 
 
-def test_texts_that_are_known_are_not_tokenized(bundle: Bundle):
-    bundle.text = None  # so that to ask for it fails
+def test_cached_texts_are_not_tokenized(bundle: Bundle):
+    bundle.text = None  # a call of it would fail
     rows = {"text_embeds": np.eye(3, dtype=np.float32)[[1, 0]]}
-    known = Known({("text", ("green", "red")): rows})
-    for asked in (3, 1):  # the second time the labels themselves are known
-        walk = Walk(labels(bundle, Classifier(("green", "red", "green"))), Stopwatch(), known)
+    cache = Cached({("text", ("green", "red")): rows})
+    for requests in (3, 1):  # the second time the vectors of the labels are cached
+        walk = Walk(labels(bundle, Classifier(("green", "red", "green"))), Stopwatch(), cache)
         assert walk.step().value.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
-        assert known.asked == asked
-        known.asked = 0
+        assert cache.requests == requests
+        cache.requests = 0
 
 
-def test_other_labels_or_templates_are_not_taken_for_those_that_are_known(bundle: Bundle):
-    known = Known({})
+def test_other_labels_or_templates_do_not_hit_the_cache(bundle: Bundle):
+    cache = Cached({})
     for names, more in [
         (("a", "b"), {}),
         (("a', 'b",), {}),
@@ -91,10 +91,10 @@ def test_other_labels_or_templates_are_not_taken_for_those_that_are_known(bundle
         (("a", "b"), {"templates": ("x {}",)}),
         (("a", "b"), {"descriptions": {"a": ("x",)}}),
     ]:
-        walk = Walk(labels(bundle, Classifier(names, **more)), Stopwatch(), known)
+        walk = Walk(labels(bundle, Classifier(names, **more)), Stopwatch(), cache)
         count = len(walk.step().keys)
         walk.step({"text_embeds": np.eye(3, dtype=np.float32)[:count]})
-    assert len(known.kept) == 7
+    assert len(cache.rows) == 7
 
 
 def test_a_label_may_hold_braces_and_a_template_no_code(bundle: Bundle):
@@ -108,8 +108,8 @@ def test_unit_rows_have_length_one_and_zero_stays_zero():
     assert rows.dtype == np.float32
 
 
-def test_many_texts_go_in_groups_of_like_length_and_come_back_in_their_order(bundle: Bundle):
-    """One long text among many pads its own group and no other; 6 tokens are the context."""
+def test_many_texts_run_in_groups_of_similar_length_and_return_in_their_order(bundle: Bundle):
+    """A long text pads only its group; the context is 6 tokens."""
     sentences = [("red " * (1 + i % 5)).strip() + (" blue" if i % 2 else "") for i in range(2 * CHUNK + 3)]
     calls: list[Call] = []
 
@@ -118,7 +118,8 @@ def test_many_texts_go_in_groups_of_like_length_and_come_back_in_their_order(bun
         return {"text_embeds": (call.feeds["ids"][:, :, None] == [[[2, 3, 4]]]).sum(axis=1).astype(np.float32)}
 
     rows = drive(texts(bundle, sentences), run)
-    assert rows.tolist() == [[one.split().count(word) for word in ("red", "green", "blue")] for one in sentences]
+    words = [sentence.split() for sentence in sentences]
+    assert rows.tolist() == [[line.count(word) for word in ("red", "green", "blue")] for line in words]
     widths = [call.feeds["ids"].shape for call in calls]
     assert widths == sorted(widths, key=lambda shape: shape[1])
     assert [count for count, _ in widths] == [CHUNK, CHUNK, 3]

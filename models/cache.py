@@ -1,6 +1,6 @@
-"""`Memory`: rows of graphs, and what was made of them, by key. Bounded, safe between threads, counted.
+"""`RowCache`: rows of graphs, and values computed from them, by key. Bounded, thread-safe, counted.
 
-It belongs to whatever drives flows: `Runner` has one, the service's `Engine` has one for all its bundles.
+A driver of flows owns it: `Runner` has one, and the service's `Engine` has one for all its bundles.
 """
 
 from collections import OrderedDict
@@ -13,32 +13,32 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from calmclip.models.flow import Arrays, Call, Keep, Recall
+from calmclip.models.flow import Arrays, CacheGet, CachePut, Call
 
 Name: TypeAlias = tuple[str, str, bytes]  # owner, graph, fingerprint of the key
 Counter: TypeAlias = Callable[[int, int], None]  # hits, misses
 
 
 class Row(NamedTuple):
-    """One row of a graph's answer, by output; or what was made of several, and takes the place of ``size``."""
+    """One row of a graph's answer, by output; or a value computed from rows, which counts as ``size`` rows."""
 
     outputs: Arrays
     size: int = 1
 
 
 @dataclass(frozen=True)
-class Partial:
-    """A `Call` of which some rows are known. ``feeds``: of the others; None where every row is known."""
+class PartialCall:
+    """A `Call` without its cached rows. ``feeds``: those of the other rows; None if every row is cached."""
 
     feeds: Arrays | None
     complete: Callable[[Arrays], Arrays]
 
 
-class Memory:
-    """Least recently used rows, at most ``size`` of them. 0: nothing is remembered.
+class RowCache:
+    """A least-recently-used cache of at most ``size`` rows. With 0 it holds no row.
 
-    ``hits`` and ``misses`` count the rows that were asked for. Memory grows with ``size``: a row of 512 float32 numbers
-    takes 2 KiB. Look-ups take the same time however many rows are held.
+    ``hits`` and ``misses`` count the requested rows. Memory grows with ``size``: a row of 512 float32 numbers takes
+    2 KiB. The time of a look-up does not depend on the number of rows.
     """
 
     def __init__(self, size: int) -> None:
@@ -53,9 +53,9 @@ class Memory:
         """Rows held now."""
         return self._held
 
-    def answer(self, owner: str, asked: Recall | Keep, count: Counter | None = None) -> Arrays | None:
-        """What a flow over the bundle ``owner`` (a digest) asks of its driver: the outputs where all rows are known."""
-        if isinstance(asked, Keep):
+    def answer(self, owner: str, asked: CacheGet | CachePut, count: Counter | None = None) -> Arrays | None:
+        """Answer a flow over the bundle ``owner`` (a digest): the outputs if every row is cached, else None."""
+        if isinstance(asked, CachePut):
             (name,) = _names(owner, asked.graph, (asked.key,))
             self._put(name, Row(asked.outputs, asked.size))
             return None
@@ -66,21 +66,21 @@ class Memory:
         self._count(sum(rows[name].size for name in names), 0, count)
         return _stack([rows[name] for name in names])
 
-    def split(self, owner: str, call: Call, count: Counter | None = None) -> Partial:
-        """``call``, which has keys, without the rows that are known. ``complete`` takes the answer to the rest, keeps
-        its rows, and gives all of them in the order of the call."""
+    def split(self, owner: str, call: Call, count: Counter | None = None) -> PartialCall:
+        """Take the cached rows out of ``call``, which has keys. ``complete`` takes the answer to the other rows, caches
+        them, and returns all rows in the order of the call."""
         assert call.keys is not None
         names = _names(owner, call.graph, call.keys)
         rows = self._known(names)
         missing = [i for i, name in enumerate(names) if name not in rows]
         self._count(len(names) - len(missing), len(missing), count)
         feeds = {name: array[missing] for name, array in call.feeds.items()} if missing else None
-        return Partial(feeds, partial(self._complete, names, rows, missing))
+        return PartialCall(feeds, partial(self._complete, names, rows, missing))
 
-    def _complete(self, names: Sequence[Name], rows: dict[Name, Row], missing: Sequence[int], found: Arrays) -> Arrays:
+    def _complete(self, names: Sequence[Name], rows: dict[Name, Row], missing: Sequence[int], new: Arrays) -> Arrays:
         for at, i in enumerate(missing):
             # a copy: a row must not keep the whole batch it came with in memory
-            rows[names[i]] = Row({output: array[at].copy() for output, array in found.items()})
+            rows[names[i]] = Row({output: array[at].copy() for output, array in new.items()})
             self._put(names[i], rows[names[i]])
         return _stack([rows[name] for name in names])
 
@@ -93,12 +93,12 @@ class Memory:
 
     def _known(self, names: Sequence[Name]) -> dict[Name, Row]:
         with self._lock:
-            found = {}
+            cached = {}
             for name in names:
                 if (row := self._rows.get(name)) is not None:
                     self._rows.move_to_end(name)
-                    found[name] = row
-            return found
+                    cached[name] = row
+            return cached
 
     def _put(self, name: Name, row: Row) -> None:
         if row.size > self.size:
@@ -113,7 +113,7 @@ class Memory:
 
 
 def _names(owner: str, graph: str, keys: Sequence[str]) -> list[Name]:
-    """A key's fingerprint: a text may be long, and hundreds of thousands are held."""
+    """Keys as fingerprints: a text may be long, and the cache may hold hundreds of thousands."""
     return [(owner, graph, blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()) for key in keys]
 
 

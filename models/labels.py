@@ -1,0 +1,107 @@
+"""Rules for the labels, templates and descriptions of a classifier, and for its two numbers.
+
+Each ``check_*`` raises `BadRequest`, unless it names another error. The manifest and the service's schemas read the
+types; the service passes its limits to `check_sizes`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from calmclip.models.errors import BadRequest, TooManyLabels
+
+MAX_CHARACTERS = 1000  # of a label, template or description; no text tower reads more
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+
+Template = Annotated[str, Field(pattern=r"\{\}")]
+Temperature = Annotated[
+    float,
+    Field(
+        ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="divides the logits; above 1 the scores are less confident"
+    ),
+]
+NoneBelow = Annotated[float, Field(gt=0, le=1, description="if every score is lower, none of the labels fits")]
+
+
+def require_labels(labels: Sequence[str]) -> None:
+    """Raises `TooManyLabels` if there are none."""
+    if not labels:
+        raise TooManyLabels("no labels were given; expected at least one, for example 'a cat'")
+
+
+def check_lists(labels: Sequence[str], templates: Sequence[str]) -> None:
+    """A text where a list of texts belongs is an error."""
+    for name, texts in (("labels", labels), ("templates", templates)):
+        if isinstance(texts, str):
+            raise BadRequest(f"{name} is the text {texts[:40]!r}; expected a list of texts")
+
+
+def check_texts(labels: Sequence[str], templates: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> None:
+    """Labels and sentences are not empty, templates hold a ``{}`` for the label, descriptions are of labels.
+
+    Without labels, which the bundle then has, descriptions may be of any label.
+    """
+    check_lists(labels, templates)
+    for index, label in enumerate(labels):
+        if not label.strip():
+            raise BadRequest(f"label {index} is empty; expected some words")
+    for template in templates:
+        if "{}" not in template:
+            raise BadRequest(f"the template {template[:200]!r} has no '{{}}' where the label belongs")
+    for label, sentences in descriptions.items():
+        if labels and label not in labels:
+            raise BadRequest(f"there are descriptions of {label[:200]!r}, which is none of the {len(labels)} labels")
+        if isinstance(sentences, str) or not sentences or not all(sentence.strip() for sentence in sentences):
+            raise BadRequest(f"the descriptions of {label[:200]!r} are {sentences!r}; expected a list of sentences")
+
+
+def check_distinct(labels: Sequence[str]) -> None:
+    """A repeated label is an error, because each label of a stored classifier is one column of its head."""
+    label, times = Counter(labels).most_common(1)[0] if labels else ("", 1)
+    if times > 1:
+        raise BadRequest(f"the label {label!r} is given twice; expected each once")
+
+
+def check_sizes(
+    labels: Sequence[str],
+    templates: Sequence[str],
+    descriptions: Mapping[str, Sequence[str]],
+    *,
+    max_labels: int,
+    max_templates: int,
+) -> None:
+    """Limits on numbers and on lengths; ``max_templates`` also limits the descriptions of one label.
+
+    No labels are allowed: the caller's classifier or the bundle may have some. Raises `TooManyLabels`, `BadRequest`.
+    """
+    if len(labels) > max_labels:
+        raise TooManyLabels(f"{len(labels)} labels were given; at most {max_labels} are read at once")
+    if len(templates) > max_templates:
+        raise BadRequest(f"{len(templates)} templates were given; at most {max_templates} are read at once")
+    for label, sentences in descriptions.items():
+        if len(sentences) > max_templates:
+            raise BadRequest(
+                f"{len(sentences)} descriptions of {label[:200]!r} were given; at most {max_templates} are read"
+            )
+    described = (("description", sentences) for sentences in descriptions.values())
+    for kind, texts in (("label", labels), ("template", templates), *described):
+        for index, text in enumerate(texts):
+            check_length(f"{kind} {index}", text)
+
+
+def check_length(name: str, text: str) -> None:
+    """``name`` begins the message."""
+    if len(text) > MAX_CHARACTERS:
+        raise BadRequest(f"{name} has {len(text)} characters; at most {MAX_CHARACTERS} are read")
+
+
+def check_temperature(temperature: float) -> None:
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise BadRequest(f"temperature is {temperature}; expected {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}")
+
+
+def check_none_below(none_below: float | None) -> None:
+    if none_below is not None and not 0 < none_below <= 1:
+        raise BadRequest(f"none_below is {none_below}; expected over 0, at most 1")
