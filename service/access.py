@@ -1,7 +1,7 @@
-"""Who may ask for what, and through which door; the middleware asks before it reads anything of a request.
+"""`Access`: which requests need which key, and at which port. The middleware checks it before it reads a body.
 
-Without `CALMCLIP_KEYS` everybody may ask for all. With it, what an endpoint needs is its `scope`, a key that may write
-where it says nothing.
+Without `CALMCLIP_KEYS` every request is allowed. With it, an endpoint needs a key of its `scope`, which is `write`
+unless the endpoint says otherwise.
 """
 
 import re
@@ -9,71 +9,57 @@ from typing import Literal
 
 from starlette.types import Scope as Connection
 
-from calmclip.models.errors import CalmclipError, UnknownName
+from calmclip.models.errors import UnknownName
+from calmclip.service.errors import Forbidden, Unauthorized
 from calmclip.service.keys import Keys, Scope
 from calmclip.service.settings import Settings
 
-# What an endpoint asks for: a key for this; none, since it says nothing of this service; or none and at every port.
-Door = Scope | Literal["open", "health"]
+# An endpoint needs a key of this scope; or no key, because it reveals nothing (open); or no key at any port (health).
+EndpointScope = Scope | Literal["open", "health"]
 OPEN = ("open", "health")
 _BEARER = re.compile(rb"bearer +(\S+)", re.IGNORECASE)
 
 
-class Unauthorized(CalmclipError):
-    """No key, or none that is known. ``challenge``: RFC 6750's."""
-
-    challenge = 'Bearer realm="calmclip"'
-
-
-class Forbidden(CalmclipError):
-    """A key that may not do this."""
-
-    def __init__(self, message: str, scope: Door) -> None:
-        super().__init__(message)
-        self.challenge = f'Bearer realm="calmclip", error="insufficient_scope", scope="{scope}"'
-
-
 class Access:
-    """Of one app. Raises `BadRequest` where the keys cannot be read."""
+    """One per app. Raises `BadRequest` if the keys cannot be read."""
 
     def __init__(self, settings: Settings) -> None:
         self.keys = Keys(settings.keys) if settings.keys else None
         self.metrics_port = settings.metrics_port
 
-    def check(self, connection: Connection, door: Door) -> str:
-        """-> the name of the key, "" where none was needed. Raises `Unauthorized`, `Forbidden`, `UnknownName`."""
+    def check(self, connection: Connection, scope: EndpointScope) -> str:
+        """-> the key's name, "" if no key is needed. Raises `Unauthorized`, `Forbidden`, `UnknownName`."""
         name = ""
-        if self.keys and door not in OPEN:
-            name = self._name(self.keys, connection, door)
+        if self.keys and scope not in OPEN:
+            name = self._key_name(self.keys, connection, scope)
         if self.metrics_port is not None:
-            self._pass(connection, door, self.metrics_port)
+            self._check_port(connection, scope, self.metrics_port)
         return name
 
-    def _name(self, keys: Keys, connection: Connection, scope: Door) -> str:
-        given = _given(connection)
-        if not given:
+    def _key_name(self, keys: Keys, connection: Connection, scope: EndpointScope) -> str:
+        secrets = _secrets(connection)
+        if not secrets:
             raise Unauthorized("a key is needed; send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
-        found = keys.find(given[0]) if len(given) == 1 else None
-        if found is None:
-            raise Unauthorized("the key is not one of this service's; ask whoever runs it for one")
-        if scope not in found.scopes:
-            may = ", ".join(found.scopes)
-            raise Forbidden(f"the key {found.name!r} is for {may}; this needs one for {scope}", scope)
-        return found.name
+        key = keys.find(secrets[0]) if len(secrets) == 1 else None
+        if key is None:
+            raise Unauthorized("the key is not one of this service's; ask its operator for a key")
+        if scope not in key.scopes:
+            raise Forbidden(f"the key {key.name!r} is for {', '.join(key.scopes)}; this needs one for {scope}", scope)
+        return key.name
 
-    def _pass(self, connection: Connection, door: Door, metrics_port: int) -> None:
-        """Metrics at their own port, with health and nothing else; and nowhere else."""
+    def _check_port(self, connection: Connection, scope: EndpointScope, metrics_port: int) -> None:
+        """The metrics port serves metrics and health alone; the other port serves no metrics."""
         port = (connection.get("server") or ("", None))[1]
-        if (port == metrics_port) != (door == "metrics") and door != "health":
+        if (port == metrics_port) != (scope == "metrics") and scope != "health":
             raise UnknownName(f"there is no {connection['path']} at this port")
 
 
-def _given(connection: Connection) -> list[bytes]:
-    """The keys a request brings, each once; more than one is none that we would choose."""
-    found = []
+def _secrets(connection: Connection) -> list[bytes]:
+    """The distinct keys in a request's headers. A request with two different keys is not authorized."""
+    secrets = []
     for name, value in connection["headers"]:
         if name == b"x-api-key":
-            found.append(value.strip())
+            secrets.append(value.strip())
         elif name == b"authorization" and (bearer := _BEARER.fullmatch(value.strip())):
-            found.append(bearer[1])
-    return list(dict.fromkeys(found))
+            secrets.append(bearer[1])
+    return list(dict.fromkeys(secrets))

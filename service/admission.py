@@ -1,8 +1,8 @@
-"""`Admission`: the two gates. What is let in is counted until its request ends, whichever way it ends.
+"""`Admission`: two gates that bound the work in flight. What a request reserves counts until the request ends.
 
-The first gate is before the body: requests under way, the bytes they announced, and whether this one can still be
-in time. The second is behind the picture's header: pixels that will be decoded. Who finds nothing of a kind under way
-passes whatever its size: the limits of a single request are others' business.
+The first gate is before the body: it checks the number of requests in flight, announced bytes and the deadline. The
+second gate is behind the picture's header: it checks the pixels that will be decoded. While no other request holds any
+bytes or pixels, a request of any size passes: `Settings.limits` bounds a single request.
 """
 
 from collections import defaultdict
@@ -10,60 +10,59 @@ from collections.abc import Callable
 from time import monotonic
 
 from calmclip.models.errors import Overloaded
-from calmclip.service.pace import Pace
-from calmclip.service.request import Context
 from calmclip.service.settings import Settings
+from calmclip.service.throughput import Throughput
 
-HOPE = 0.5  # of the time that is left: the pace is a mean, and what just fits is late every other time
+# A request is admitted if its estimated time is at most this share of its time left. The estimate is a mean, so half of
+# the requests that just fit would be late.
+DEADLINE_SHARE = 0.5
 
 
-class Place:
-    """What one request holds of what may be under way, until it leaves. Raises `Overloaded`."""
+class Reservation:
+    """What one admitted request holds until `release`."""
 
-    def __init__(self, gate: "Admission", paces: tuple[Pace, ...], size: int) -> None:
+    def __init__(self, gate: "Admission", throughputs: tuple[Throughput, ...], size: int) -> None:
         self._gate = gate
-        self._paces = paces
+        self._throughputs = throughputs
         self.bytes = 0
         self.pixels = 0
         self._waits = False
-        self.more_bytes(size)
-        for pace in paces:
-            pace.begin()
+        self.reserve_bytes(size)
+        for throughput in throughputs:
+            throughput.begin()
 
-    def more_bytes(self, count: int) -> None:
+    def reserve_bytes(self, count: int) -> None:
         """Raises `Overloaded`."""
         gate = self._gate
-        others = gate.bytes - self.bytes
-        if count and others and gate.bytes + count > gate.max_bytes:
-            raise gate.full("bytes", f"requests under way have {gate.bytes} bytes, and at most {gate.max_bytes} may be")
+        if count and gate.bytes > self.bytes and gate.bytes + count > gate.max_bytes:
+            raise gate.overloaded("bytes", f"requests in flight hold {gate.bytes} bytes of at most {gate.max_bytes}")
         self.bytes += count
         gate.bytes += count
 
-    def more_pixels(self, count: int) -> None:
+    def reserve_pixels(self, count: int) -> None:
         """Raises `Overloaded`."""
         gate = self._gate
-        others = gate.pixels - self.pixels
-        if others and gate.pixels + count > gate.max_pixels:
-            raise gate.full(
-                "pixels", f"pictures under way have {gate.pixels} pixels, and at most {gate.max_pixels} may be"
+        if gate.pixels > self.pixels and gate.pixels + count > gate.max_pixels:
+            raise gate.overloaded(
+                "pixels", f"pictures in flight hold {gate.pixels} pixels of at most {gate.max_pixels}"
             )
         self.pixels += count
         gate.pixels += count
 
-    def waits(self, for_caller: bool) -> None:
-        """Whether it is the caller who keeps it here, with a body to come or an answer to take: that is no work."""
-        if for_caller != self._waits:
-            self._waits = for_caller
-            for pace in self._paces:
-                pace.wait(1 if for_caller else -1)
+    def set_waits(self, waits: bool) -> None:
+        """Whether the request waits for its client, which sends a body or receives an answer. That is not work."""
+        if waits != self._waits:
+            self._waits = waits
+            for throughput in self._throughputs:
+                throughput.add_waiting(1 if waits else -1)
 
-    def leave(self, *, finished: bool = True) -> None:
-        """``finished`` False: given up, so it says nothing about how fast work is done."""
-        self.waits(False)
+    def release(self, *, finished: bool = True) -> None:
+        """``finished`` False: the request was given up, so it does not count as finished work."""
+        self.set_waits(False)
         self._gate.bytes -= self.bytes
         self._gate.pixels -= self.pixels
-        for pace in self._paces:
-            pace.end(finished=finished)
+        for throughput in self._throughputs:
+            throughput.end(finished=finished)
 
 
 class Admission:
@@ -75,40 +74,40 @@ class Admission:
         self.max_pixels = settings.queue.max_pixels
         self.bytes = 0
         self.pixels = 0
-        self.leaving = False  # shutting down, and still serving: who asks whether this is ready is told
-        self.closed = False  # what is under way is the last
-        self.pace = Pace(now)
-        self._paces: defaultdict[str, Pace] = defaultdict(lambda: Pace(now))  # by task: they cost differently
+        self.leaving = False  # the service shuts down but still serves; `/readyz` answers 503
+        self.closed = False  # no new request is admitted
+        self.throughput = Throughput(now)
+        self._by_task: defaultdict[str, Throughput] = defaultdict(lambda: Throughput(now))
         self._max_body = settings.limits.body_bytes
 
     @property
     def pending(self) -> int:
-        """Requests under way."""
-        return self.pace.under_way
+        """Requests in flight."""
+        return self.throughput.in_flight
 
-    def company(self) -> bool:
-        """Whether more than one request is under way, so that calls may come that can be merged."""
+    def concurrent(self) -> bool:
+        """Whether several requests are in flight, so that calls may come which can be merged."""
         return self.pending > 1 and not self.leaving
 
-    def full(self, reason: str, what: str) -> Overloaded:
-        wait = self.pace.retry_after_s
-        return Overloaded(f"{what}; try again in {wait:.0f} s", retry_after=wait, reason=reason)
+    def overloaded(self, reason: str, message: str) -> Overloaded:
+        wait = self.throughput.retry_after_s
+        return Overloaded(f"{message}; try again in {wait:.0f} s", retry_after=wait, reason=reason)
 
-    def admit(self, own: Context, announced: int | None = 0) -> Place:
-        """A place for a request whose body will have ``announced`` bytes, so far as is known.
+    def admit(self, task: str, left_s: float, announced: int | None = 0) -> Reservation:
+        """``left_s``: seconds until the request's deadline. ``announced``: bytes of its body, None if unknown.
 
         Raises `Overloaded`, before a byte of the body is read.
         """
         if self.closed:
-            raise self.full("leaving", "the service is shutting down")
+            raise self.overloaded("leaving", "the service is shutting down")
         if self.pending >= self.max_pending:
-            raise self.full("requests", f"{self.pending} requests are under way, the most allowed")
-        pace = self._paces[own.task]
-        needed = pace.seconds_for(pace.under_way + 1)
-        if pace.under_way and needed > HOPE * own.left_s:
-            raise self.full(
+            raise self.overloaded("requests", f"{self.pending} requests are in flight, the most allowed")
+        throughput = self._by_task[task]
+        needed = throughput.seconds_for(throughput.in_flight + 1)
+        if throughput.in_flight and needed > DEADLINE_SHARE * left_s:
+            raise self.overloaded(
                 "deadline",
-                f"this would take {needed:.1f} s behind {pace.under_way} requests under way, "
-                f"and must be done in {max(0.0, own.left_s):.1f} s",
+                f"this request would take {needed:.1f} s behind {throughput.in_flight} requests in flight, "
+                f"and its deadline is in {max(0.0, left_s):.1f} s",
             )
-        return Place(self, (self.pace, pace), min(announced or 0, self._max_body))
+        return Reservation(self, (self.throughput, throughput), min(announced or 0, self._max_body))

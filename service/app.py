@@ -1,4 +1,4 @@
-"""`create_app(settings)`: wires hub, engine, collections, routes and handlers; no logic. May be called twice."""
+"""`create_app(settings)`: creates the parts, routes and handlers of one app. It may be called more than once."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,31 +30,29 @@ SPECIFICATION = "/openapi.json"  # FastAPI's own route
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
-    metrics = Metrics(settings)
+    metrics = Metrics(settings.slo)
     admission = Admission(settings)
     access = Access(settings)
     specification = Endpoint("GET", SPECIFICATION, task=CATALOG, scope="read", listed=False)
     endpoints = Table([*registered(), *page(), specification])
     engine = Engine(settings, metrics)
-    metrics.watch_admission(admission)
     parts = Service(
         settings=settings,
         metrics=metrics,
         admission=admission,
-        hub=Hub(settings, metrics, admission.company),
+        hub=Hub(settings, metrics, admission.concurrent),
         engine=engine,
         collections=Collections(settings, metrics),
         classifiers=Classifiers(settings.data_dir / "classifiers", settings.limits),
         fetcher=Fetcher(settings.url_hosts, settings.limits),
-        connections=Connections(settings.connections, metrics.crowded),
+        connections=Connections(settings.connections, metrics.connections_crowded.inc),
     )
-    metrics.watch_connections(parts.connections)
-    metrics.watch_health(parts)
+    parts.watch()
     tracing = open_tracing(settings.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # In the background: the probes answer while bundles load.
+        # In the background, so that probes are answered while bundles load.
         loading = asyncio.create_task(_load(parts), name="load")
         yield
         loading.cancel()
@@ -70,10 +68,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="CLIP-family models over HTTP: classify, embed, search, detect",
         lifespan=lifespan,
         openapi_url=SPECIFICATION,
-        docs_url=None,  # FastAPI's documentation pages fetch scripts from elsewhere
+        docs_url=None,  # FastAPI's documentation pages fetch third-party scripts
         redoc_url=None,
-        redirect_slashes=False,  # to whichever host the caller names, and to http:// behind a proxy that ends TLS
-        # newer FastAPIs trace too, questions and all, and send them where variables of theirs say; here `tracing` does
+        redirect_slashes=False,  # to the host that the client names, and to http:// behind a TLS proxy
+        # Newer FastAPI versions would trace too, queries included, and send that elsewhere; only `tracing` shall.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.service = parts

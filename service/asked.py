@@ -1,4 +1,4 @@
-"""`Asked`: what a handler of an endpoint is given; `serve`: an endpoint on the router, body read and answer sent."""
+"""`Asked`: the argument of an endpoint's handler; `serve`: an endpoint on the router, body read and answer sent."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -14,8 +14,8 @@ from calmclip.models.flow import Flow
 from calmclip.service.endpoints import Endpoint
 from calmclip.service.hub import Loaded
 from calmclip.service.openapi import JSON, operation
-from calmclip.service.parts import Service, service
-from calmclip.service.request import Context, context
+from calmclip.service.parts import Service
+from calmclip.service.request import Context
 from calmclip.service.schemas import Answer, encode
 from calmclip.service.settings import Limits
 from calmclip.service.uploads import check_picture, read_body, read_bytes
@@ -25,47 +25,48 @@ T = TypeVar("T")
 
 
 class Asked(Generic[B]):
-    """One request to an endpoint: its body, validated, and the parts of the app. ``B`` is None where it has no body."""
+    """One request to an endpoint: its validated body and the parts of the app. ``B`` is None if it has no body."""
 
-    __slots__ = ("body", "own", "parts", "request")
+    __slots__ = ("body", "context", "parts", "request")
 
     def __init__(self, request: Request, body: B) -> None:
         self.request = request
         self.body = body
-        self.own: Context = context(request)
-        self.parts: Service = service(request)
+        self.context: Context = Context.of(request)
+        self.parts: Service = Service.of(request)
 
     @property
     def limits(self) -> Limits:
         return self.parts.settings.limits
 
     def bundle(self, name: str | None, task: str = "") -> Loaded:
-        """The loaded bundle of that name, or the first that serves ``task``, else the endpoint's own; noted for log and
-        metrics. Raises `BundleNotFound`, `TaskNotServed`; `Overloaded` while bundles are still loading.
+        """The loaded bundle of that name, or the first that serves ``task`` (default: the endpoint's). Log and metrics
+        name it. Raises `BundleNotFound`, `TaskNotServed`; `Overloaded` while bundles are loading.
         """
-        loaded = self.parts.hub.get(name, task or self.own.task)
-        self.own.model = loaded.name
+        loaded = self.parts.hub.get(name, task or self.context.task)
+        self.context.model = loaded.name
         return loaded
 
     def check(self, picture: bytes, where: str = "") -> None:
-        """Its bytes and header, as `uploads.check_picture` does."""
-        check_picture(picture, self.own, self.limits, where)
+        """Check a picture's size and header, as `uploads.check_picture`."""
+        check_picture(picture, self.context, self.limits, where)
 
     async def run(self, loaded: Loaded, flow: Flow[T]) -> T:
-        """What the flow returns. Raises what it raises, `DeadlineExceeded`."""
-        return await self.parts.engine.answer(loaded, flow, self.own)
+        """The result of ``flow``. Raises what it raises, `DeadlineExceeded`."""
+        return await self.parts.engine.answer(loaded, flow, self.context)
 
     def respond(self, answer: Answer, status: int = 200) -> Response:
-        """For handlers that answer with more than one status. Raises `DeadlineExceeded` where it comes too late."""
-        if self.own.left_s < 0:
-            raise self.own.late()
-        self.own.answered = perf_counter()  # from here to the headers is `serialize`, which the middleware adds up
+        """For handlers that answer with more than one status. Raises `DeadlineExceeded` after the deadline."""
+        if self.context.left_s < 0:
+            raise self.context.late()
+        self.context.answered = perf_counter()  # from here to the headers is the stage `serialize`
         return Response(encode(answer), status, media_type=JSON)
 
 
-class Straight(APIRoute):
-    """Its endpoint takes the request and nothing else: the search for what else it may want takes time with each
-    request, and there is nothing to find. What it says of itself in /openapi.json stays FastAPI's work.
+class DirectRoute(APIRoute):
+    """A route whose endpoint takes the request alone. FastAPI would search for further parameters on each request.
+
+    FastAPI still describes the route in /openapi.json.
     """
 
     def get_route_handler(self) -> Callable[[Request], Any]:
@@ -74,13 +75,13 @@ class Straight(APIRoute):
 
 
 def serve(app: FastAPI, endpoint: Endpoint) -> None:
-    """On the app's router. A handler returns an answer or nothing, sent with the endpoint's status, or a response.
+    """Add an endpoint to the app's router. Its handler returns an answer, None or a response.
 
-    What it takes behind the `Asked` FastAPI reads of path, query and headers.
+    FastAPI reads the handler's further parameters from path, query and headers.
     """
     handler = endpoint.handler
     assert handler, f"{endpoint.name} has no handler"
-    given, *more = signature(handler, eval_str=True).parameters.values()
+    first, *more = signature(handler, eval_str=True).parameters.values()
 
     async def ask(request: Request) -> Asked[Any]:
         if endpoint.body is None:
@@ -90,22 +91,22 @@ def serve(app: FastAPI, endpoint: Endpoint) -> None:
         return Asked(request, await read_body(request, endpoint.body))
 
     async def send(asked: Asked[Any], **more: Any) -> Response:
-        found = await handler(asked, **more)
-        if isinstance(found, Response):
-            return found
-        return Response(status_code=endpoint.status) if found is None else asked.respond(found, endpoint.status)
+        answer = await handler(asked, **more)
+        if isinstance(answer, Response):
+            return answer
+        return Response(status_code=endpoint.status) if answer is None else asked.respond(answer, endpoint.status)
 
-    async def straight(request: Request) -> Response:
+    async def direct(request: Request) -> Response:
         return await send(await ask(request))
 
-    asks = given.replace(name="asked", annotation=Annotated[Any, Depends(ask)])
-    send.__signature__ = Signature([asks, *more])  # type: ignore[attr-defined]  # by which FastAPI calls it
-    how: dict[str, Any] = {
+    parameter = first.replace(name="asked", annotation=Annotated[Any, Depends(ask)])
+    send.__signature__ = Signature([parameter, *more])  # type: ignore[attr-defined]  # FastAPI reads it
+    options: dict[str, Any] = {
         "name": handler.__name__,
         "response_model": None,
-        "route_class_override": None if more else Straight,
+        "route_class_override": None if more else DirectRoute,
     }
-    add = partial(app.router.add_api_route, endpoint.path, send if more else straight, **how)
+    add = partial(app.router.add_api_route, endpoint.path, send if more else direct, **options)
     add(methods=[endpoint.method], **operation(endpoint))
     if endpoint.head:
         add(methods=["HEAD"], include_in_schema=False)

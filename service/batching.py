@@ -1,9 +1,9 @@
-"""`Batcher`: merges compatible calls to one graph, runs them once, and splits the answer. Bounded.
+"""`Batcher`: merges compatible calls to one graph, runs them once, and splits the answer. Its queue is bounded.
 
-Calls fit together when every feed has the same dtype and the same shape behind the first dimension: texts of
-another length T wait for their own kind, so company changes no answer by padding: with an INT8 bundle the rows are
-the very bits of a lone call; in float a lone row may differ by the last bit, for its products are summed in another
-order. Nor does company make a call fail: those of a merged run that failed are run once more, each alone.
+Two calls are compatible if every feed has the same dtype and the same shape after the first dimension. Texts of another
+length T are not, so merging adds no padding. With an INT8 bundle a merged row equals a lone one bit by bit; in float it
+may differ in the last bit, because a product of one row sums in another order. Merging makes no call fail: if a merged
+run fails, each of its calls runs again alone.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ import numpy as np
 
 from calmclip.models.errors import BundleInvalid, CalmclipError, DeadlineExceeded, InputError, Overloaded
 from calmclip.models.flow import Array, Arrays
-from calmclip.service.pace import Pace
+from calmclip.service.throughput import Throughput
 
 Signature: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 Outputs: TypeAlias = dict[str, Array]
-# Why a batch went: no room for more; the oldest call had waited its time; nobody else was due; no waiting any more;
-# a call alone, after a merged run that it was in had failed.
+# Why a batch was released: it was full; its oldest call had waited `max_wait_s`; no other request was in flight; the
+# service was draining; the call runs alone after its merged run failed.
 Release: TypeAlias = Literal["full", "timeout", "idle", "drain", "apart"]
 RELEASES: tuple[Release, ...] = ("full", "timeout", "idle", "drain", "apart")
 
@@ -32,7 +32,7 @@ POLL_S = 0.0005
 
 
 class Answer(NamedTuple):
-    """Outputs by name, the seconds the call waited and the graph ran, and the rows of the largest run it shared."""
+    """Outputs by name, seconds in the queue and in the graph, and the rows of the largest run that served the call."""
 
     outputs: Outputs
     queue_s: float
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class _Entry:
-    """One call in the queue; carries its own times and the future its caller waits on."""
+    """One call in the queue. ``done``: the future on which its caller waits. ``until``: its deadline."""
 
     __slots__ = ("born", "done", "feeds", "rows", "signature", "until")
 
@@ -55,12 +55,13 @@ class _Entry:
 
 
 class Batcher:
-    """The one door to a graph.
+    """All runs of one graph go through its batcher.
 
-    ``max_size``, ``max_bytes``: rows, and bytes of feeds, in a merged run; one row always fits.
-    ``max_wait_s``: how long the oldest call waits for company, and only while ``company()`` says that some may
-    come. ``max_pending``: calls in the queue; more raise `Overloaded`. ``batch`` False: rows are no rows, every
-    call runs alone. ``observe``: told the rows of each run that gave an answer, and why it was not held back for more.
+    ``max_size``, ``max_bytes``: most rows, and bytes of feeds, in one run; one row always fits.
+    ``max_wait_s``: how long the oldest call waits for more calls, and only while ``concurrent()`` says that other
+    requests are in flight. ``max_pending``: most calls in the queue; one more raises `Overloaded`. ``batch`` False: the
+    first dimension does not count rows, so every call runs alone. ``observe`` gets the rows of each run that gave an
+    answer, and why it was released.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Batcher:
         max_bytes: int = 7 << 19,
         max_wait_s: float = 0.002,
         max_pending: int = 64,
-        company: Callable[[], bool] = lambda: False,
+        concurrent: Callable[[], bool] = lambda: False,
         observe: Callable[[int, Release], None] = lambda rows, release: None,
         name: str = "graph",
     ) -> None:
@@ -83,29 +84,29 @@ class Batcher:
         self._max_bytes = max_bytes
         self._max_wait_s = max_wait_s
         self._max_pending = max_pending
-        self._company = company
+        self._concurrent = concurrent
         self._observe = observe
         self._queue: deque[_Entry] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"infer-{name}")
-        self._turn = Lock()  # held by whoever runs the graph
+        self._turn = Lock()  # held while the graph runs
         self._worker: asyncio.Task[None] | None = None
-        self._pace = Pace()
+        self._throughput = Throughput()
         self._draining = False
         self._closed = False
 
     @property
     def depth(self) -> int:
-        """Calls that wait."""
+        """Calls in the queue."""
         return len(self._queue)
 
     async def run(self, feeds: Arrays, *, until: float = inf) -> Answer:
-        """``until``: on `perf_counter`; what is still in the queue then is not run.
+        """``until``: a deadline on `perf_counter`; a call that is still in the queue then does not run.
 
-        Raises `Overloaded` when the queue is full, `DeadlineExceeded`, what the graph raises, and `BundleInvalid` where
-        its answer has not a row for each that was asked. A cancelled caller's call is dropped too.
+        Raises `Overloaded` if the queue is full, `DeadlineExceeded`, what the graph raises, and `BundleInvalid` if the
+        answer does not have one row per requested row. If the caller is cancelled, its call is dropped.
         """
-        answers = [await self._one(piece, until) for piece in self._pieces(feeds)]
+        answers = [await self._enqueue(piece, until) for piece in self._pieces(feeds)]
         if len(answers) == 1:
             return answers[0]
         outputs = {name: np.concatenate([a.outputs[name] for a in answers]) for name in answers[0].outputs}
@@ -113,13 +114,13 @@ class Batcher:
         return Answer(outputs, queue_s, infer_s, max(a.rows for a in answers))
 
     def run_here(self, feeds: Arrays) -> Answer | None:
-        """In the calling thread, which is not the event loop's.
+        """Run in the calling thread, which must not be the event loop's.
 
-        None where `run` has to be asked: the graph is at work, somebody waits for it or may come, the call is more than
-        one run, or this is closed. Raises what the graph raises, and `BundleInvalid` as `run` does.
+        None if the caller must use `run` instead: the graph is busy, other calls wait or may come, the call needs more
+        than one run, or the batcher is closed. Raises what the graph raises, and `BundleInvalid` as `run` does.
         """
         fits = not self._batch or _rows(feeds) <= self._most(feeds)
-        if not fits or self._closed or self._queue or self._company() or not self._turn.acquire(blocking=False):
+        if not fits or self._closed or self._queue or self._concurrent() or not self._turn.acquire(blocking=False):
             return None
         try:
             outputs, infer_s = self._timed(feeds)
@@ -129,11 +130,11 @@ class Batcher:
         return Answer(outputs, 0.0, infer_s, rows)
 
     def drain(self) -> None:
-        """From now on nothing waits for company."""
+        """From now on no call waits for more calls."""
         self._draining = True
 
     async def close(self) -> None:
-        """What is in the queue is run first."""
+        """Run the calls in the queue, then end."""
         self._draining = self._closed = True
         self._arrived.set()
         if self._worker:
@@ -141,7 +142,7 @@ class Batcher:
         self._thread.shutdown(wait=True)
 
     def _pieces(self, feeds: Arrays) -> Iterator[Arrays]:
-        """A call of many rows goes in pieces: others get between, and memory stays bounded."""
+        """Split a call of many rows, so that other calls run in between and memory stays bounded."""
         rows, size = _rows(feeds), self._most(feeds)
         if not self._batch or rows <= size:
             yield feeds
@@ -150,15 +151,15 @@ class Batcher:
             yield {name: array[start : start + size] for name, array in feeds.items()}
 
     def _most(self, feeds: Arrays) -> int:
-        """Rows in one run of calls like this."""
+        """Most rows in one run of such calls."""
         row_bytes = sum(array.nbytes for array in feeds.values()) // max(1, _rows(feeds))
         return max(1, min(self._max_size, self._max_bytes // max(1, row_bytes)))
 
-    async def _one(self, feeds: Arrays, until: float) -> Answer:
+    async def _enqueue(self, feeds: Arrays, until: float) -> Answer:
         if len(self._queue) >= self._max_pending:
-            wait = self._pace.retry_after_s
+            wait = self._throughput.retry_after_s
             raise Overloaded(
-                f"{len(self._queue)} calls wait for {self.name} already, the most allowed; try again in {wait:.0f} s",
+                f"{len(self._queue)} calls wait for {self.name}, the most allowed; try again in {wait:.0f} s",
                 retry_after=wait,
             )
         if self._closed:
@@ -169,16 +170,16 @@ class Batcher:
         entry = _Entry(feeds, loop.create_future(), until)
         self._queue.append(entry)
         self._arrived.set()
-        self._pace.begin()
+        self._throughput.begin()
         try:
             return await entry.done
         finally:
-            self._pace.end(finished=not entry.done.cancelled())
+            self._throughput.end(finished=not entry.done.cancelled())
 
     async def _work(self) -> None:
         while self._queue or not self._closed:
             await self._arrived.wait()
-            while not self._turn.acquire(blocking=False):  # a run in the thread of its caller, and seldom
+            while not self._turn.acquire(blocking=False):  # seldom: `run_here` is running
                 await asyncio.sleep(POLL_S)
             try:
                 release = await self._gather()
@@ -191,11 +192,11 @@ class Batcher:
                 self._turn.release()
 
     async def _serve(self, entries: list[_Entry], release: Release) -> None:
-        """Run them together and hand out the rows; where that fails and may be the doing of one, each alone."""
+        """Run the calls together and hand out their rows. If that fails and one call may be the cause: each alone."""
         try:
             await self._run_once(entries, release)
         except Exception as error:
-            if len(entries) > 1 and _may_be_one_call_s(error):
+            if len(entries) > 1 and _may_be_due_to_one_call(error):
                 for entry in entries:
                     if not self._is_over(entry):
                         await self._serve([entry], "apart")
@@ -211,64 +212,64 @@ class Batcher:
         rows = self._checked(outputs, sum(entry.rows for entry in entries), release)
         at = 0
         for entry in entries:
-            mine = outputs if len(entries) == 1 else {k: v[at : at + entry.rows] for k, v in outputs.items()}
+            part = outputs if len(entries) == 1 else {k: v[at : at + entry.rows] for k, v in outputs.items()}
             at += entry.rows
             if not entry.done.done():
-                # waiting for the thread is waiting too: queue + infer is all of it
-                entry.done.set_result(Answer(mine, end - entry.born - infer_s, infer_s, rows))
+                # The wait for the thread counts as queue, so queue + infer is all of the call's time.
+                entry.done.set_result(Answer(part, end - entry.born - infer_s, infer_s, rows))
 
     def _checked(self, outputs: Outputs, rows: int, release: Release) -> int:
-        """``rows``, of a run that gave an answer."""
+        """-> ``rows``, after the answer of a run was checked and counted."""
         if self._batch:
             _check_rows(self.name, outputs, rows)
         self._observe(rows, release)
         return rows
 
     async def _gather(self) -> Release:
-        """Waits for company, but no longer than the oldest call may, nor when none is due; says what ended it."""
+        """Wait for more calls while other requests are in flight and the oldest call may wait. -> why it ended."""
         while True:
-            self._drop()
+            self._drop_over()
             if not self._queue or self._full():
                 return "full"
             if self._draining:
                 return "drain"
-            if not self._max_wait_s or not self._company():
+            if not self._max_wait_s or not self._concurrent():
                 return "idle"
-            left = self._queue[0].born + self._max_wait_s - perf_counter()
-            if left <= 0:
+            wait_s = self._queue[0].born + self._max_wait_s - perf_counter()
+            if wait_s <= 0:
                 return "timeout"
-            await asyncio.sleep(min(left, POLL_S))
+            await asyncio.sleep(min(wait_s, POLL_S))
 
     def _full(self) -> bool:
-        """Whether no more fit beside the oldest call."""
+        """Whether the oldest call and those compatible with it fill one run."""
         first = self._queue[0]
-        return not self._batch or sum(e.rows for e in self._mates(first)) >= self._most(first.feeds)
+        return not self._batch or sum(e.rows for e in self._compatible(first)) >= self._most(first.feeds)
 
-    def _mates(self, first: _Entry) -> Iterator[_Entry]:
-        """Those in the queue that fit with ``first``, and itself."""
+    def _compatible(self, first: _Entry) -> Iterator[_Entry]:
+        """The calls in the queue that are compatible with ``first``, and itself."""
         return (e for e in self._queue if e.signature == first.signature and not e.done.done())
 
-    def _drop(self) -> None:
-        """From the head of the queue, what is over."""
+    def _drop_over(self) -> None:
+        """Drop calls that are over from the head of the queue."""
         while self._queue and self._is_over(self._queue[0]):
             self._queue.popleft()
 
     def _is_over(self, entry: _Entry) -> bool:
-        """Whether nobody waits for it, or no longer: it is too late, which its caller is told."""
+        """Whether its caller no longer waits. Past its deadline the caller gets `DeadlineExceeded`."""
         if not entry.done.done() and entry.until < perf_counter():
             entry.done.set_exception(DeadlineExceeded(f"the deadline passed while waiting for {self.name}"))
         return entry.done.done()
 
     def _take(self) -> list[_Entry]:
-        """The oldest call that somebody waits for, and those that fit with it, in order; the rest stays."""
-        self._drop()
+        """Take the oldest call that is not over, and the calls that fit into the same run, in order."""
+        self._drop_over()
         if not self._queue:
             return []
         first = self._queue.popleft()
         taken, rows = [first], first.rows
         if self._batch:
             most = self._most(first.feeds)
-            for entry in [e for e in self._mates(first) if e.until >= perf_counter()]:
+            for entry in [e for e in self._compatible(first) if e.until >= perf_counter()]:
                 if rows + entry.rows > most:
                     break
                 taken.append(entry)
@@ -282,21 +283,19 @@ class Batcher:
         return self._run(feeds), perf_counter() - start
 
 
-def _may_be_one_call_s(error: Exception) -> bool:
-    """Whether the others may be answered without it: not where the graph does not open, or is broken.
-
-    Where memory is short they may: each alone needs less.
-    """
+def _may_be_due_to_one_call(error: Exception) -> bool:
+    """Whether the other calls may succeed alone: not if the graph does not open or is broken, but also if memory was
+    short, because a lone call needs less."""
     return isinstance(error, InputError) or not isinstance(error, CalmclipError)
 
 
 def _check_rows(name: str, outputs: Outputs, rows: int) -> None:
-    """Raises `BundleInvalid` before anybody is handed rows that are another's."""
+    """Raises `BundleInvalid` before a caller gets rows of another call."""
     for output, array in outputs.items():
         if array.shape[:1] != (rows,):
             raise BundleInvalid(
-                f"{name} was asked {rows} rows and answered {output!r} of shape {list(array.shape)}; expected "
-                f"{rows} first. Its manifest should say that it does not batch"
+                f"{name} was called with {rows} rows and answered {output!r} of shape {list(array.shape)}; expected "
+                f"{rows} as the first dimension. If the graph does not batch, its manifest should say so"
             )
 
 

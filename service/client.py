@@ -1,16 +1,16 @@
-"""A typed client of the service: `Client`, and `AsyncClient` with the same methods to be awaited.
+"""A typed client of the service: `Client`, and `AsyncClient` with the same methods as coroutines.
 
-It imports httpx and the standard library, nothing else of calmclip. A method is a line of `Calls`: a function from its
-arguments to a `Call`, which says what to ask and how to read the answer. `_attempts` decides, as a generator, when to
-send it and when to wait; each client drives that in its own world.
+It imports httpx and the standard library, and nothing of calmclip. Each method comes from a function of `Calls`, which
+turns the arguments into a `Call`: the request, and how to read its answer. The generator `_attempts` decides when to
+send and when to wait; each client drives it.
 
     ClientError
-    ├── Unreachable            no answer came: nobody there, cut off, or too late
-    ├── Unreadable             an answer that is not calmclip's
-    └── Problem                the service said no, and why
-        ├── Rejected           4xx: the request itself; the same again will be refused again
-        │   ├── Unauthorized   401: no key, or none that the service knows
-        │   ├── Forbidden      403: not with this key
+    ├── Unreachable            no answer: no connection, connection lost, or timeout
+    ├── Unreadable             the answer is not calmclip's
+    └── Problem                the service answered with a problem
+        ├── Rejected           4xx: the request is wrong; the same request will fail again
+        │   ├── Unauthorized   401: no key, or an unknown key
+        │   ├── Forbidden      403: the key lacks the scope
         │   ├── NotFound       404: no such model, collection or classifier
         │   └── Conflict       409: not with this bundle
         └── Failed             5xx
@@ -47,6 +47,7 @@ from urllib.parse import quote
 import httpx
 
 T = TypeVar("T")
+H = TypeVar("H")
 P = ParamSpec("P")
 Picture: TypeAlias = str | PathLike[str] | bytes | BinaryIO  # a path, or a JPEG, PNG or WebP file's content
 URL = "http://127.0.0.1:8080"
@@ -62,9 +63,9 @@ class Unreadable(ClientError): ...
 
 
 class Problem(ClientError):
-    """An RFC 9457 document. ``slug`` names the kind, see service/README.md; "" where the answer was no such document.
+    """A problem document (RFC 9457). ``slug``: its kind, see service/README.md; "" without such a document.
 
-    ``known``: names that would have worked. ``errors``: where the request does not fit. ``retry_after``: seconds.
+    ``known``: the names that exist. ``errors``: where the request does not match the schema. ``retry_after``: seconds.
     """
 
     def __init__(self, status: int, document: Mapping[str, Any], retry_after: float | None = None) -> None:
@@ -123,9 +124,9 @@ class RankedLabel:
 
 @dataclass(frozen=True)
 class Ranking:
-    """``labels``: best first. ``none_of_these``: whether no score reaches `none_below`; None where there is none.
+    """``labels``: best first. ``none_of_these``: whether every score is below `none_below`; None without one.
 
-    ``temperature``: the one that the scores were made with.
+    ``temperature``: of these scores.
     """
 
     model: str
@@ -136,7 +137,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """``embeddings``: unit vectors of ``dim`` numbers, texts first."""
+    """``embeddings``: unit vectors of length ``dim``, texts first."""
 
     model: str
     dim: int
@@ -145,7 +146,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Example:
-    """What to look for. ``box``: where in the picture, x0, y0, x1, y1 in pixels; ``label``: its name in the answer."""
+    """An object to find. ``box``: its x0, y0, x1, y1 in pixels of ``image``. ``label``: its name in the answer."""
 
     image: Picture
     box: Sequence[float] | None = None
@@ -164,7 +165,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Detection:
-    """``score`` after soft-NMS, ``raw_score`` before; ``index`` counts the labels, then the examples."""
+    """``score``: after soft-NMS. ``raw_score``: before. ``index`` counts the labels, then the examples."""
 
     label: str
     index: int
@@ -181,7 +182,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Suppression:
-    """How overlapping boxes are thinned out."""
+    """How overlapping boxes are suppressed."""
 
     method: str
     sigma: float
@@ -209,7 +210,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class Item:
-    """What goes into a collection: a text or a picture, and any JSON object with it."""
+    """An item of a collection: a text or a picture, and any JSON object as metadata."""
 
     id: str
     text: str | None = None
@@ -225,7 +226,7 @@ class StoredItem:
 
 @dataclass(frozen=True)
 class Page:
-    """``next``: what ``after`` is for the next page; None on the last."""
+    """``next``: the ``after`` of the next page; None on the last page."""
 
     items: list[StoredItem]
     next: str | None
@@ -240,7 +241,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Count:
-    """``count`` items were written or removed; the collection now has ``items``."""
+    """``count``: items written or removed. ``items``: items in the collection afterwards."""
 
     count: int
     items: int
@@ -258,7 +259,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class Classifier:
-    """``head`` None: the bundle's. ``family``: of the bundles that it was fitted or calibrated for; None: for any."""
+    """``head`` None: the bundle's head. ``family``: the bundles that it was fitted or calibrated with; None: any."""
 
     name: str
     version: int
@@ -275,7 +276,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Model:
-    """``suppression``: of a detect request that says nothing; None where the bundle does not detect."""
+    """``suppression``: the defaults of a detect request; None if the bundle does not detect."""
 
     name: str
     digest: str
@@ -290,7 +291,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A bundle's manifest and report, as they are on disk."""
+    """A bundle's manifest and report, as on disk."""
 
     name: str
     digest: str
@@ -309,14 +310,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request, and how its answer is read. ``fine``: statuses that are answers besides 2xx."""
+    """One request, and how to read its answer. ``ok_statuses``: statuses besides 2xx that are answers."""
 
     method: str
     path: str
     read: Callable[[Any], T]
     json: object = None
     params: Mapping[str, str | int] = field(default_factory=dict)
-    fine: tuple[int, ...] = ()
+    ok_statuses: tuple[int, ...] = ()
 
 
 class Calls:
@@ -334,8 +335,8 @@ class Calls:
         none_below: float | None = None,
         model: str | None = None,
     ) -> Call[Ranking]:
-        """Which labels fit a picture. Without labels or a classifier: the bundle's own."""
-        asked = _said(
+        """Rank labels for a picture. Default: the labels of the classifier, else of the bundle."""
+        fields = _present(
             labels=_texts(labels),
             classifier=classifier,
             templates=_texts(templates),
@@ -344,15 +345,15 @@ class Calls:
             none_below=none_below,
             model=model,
         )
-        return Call("POST", "/v1/classify", _reader(Ranking), {"image": _picture(image), **asked})
+        return Call("POST", "/v1/classify", _reader(Ranking), {"image": _picture(image), **fields})
 
     @staticmethod
     def embed(
         *, texts: Sequence[str] = (), images: Sequence[Picture] = (), model: str | None = None
     ) -> Call[Embeddings]:
         """Texts and pictures -> unit vectors in one space, texts first."""
-        inputs = [*({"text": one} for one in _texts(texts)), *({"image": _picture(one)} for one in images)]
-        return Call("POST", "/v1/embed", _reader(Embeddings), {"inputs": inputs, **_said(model=model)})
+        inputs = [*({"text": text} for text in _texts(texts)), *({"image": _picture(image)} for image in images)]
+        return Call("POST", "/v1/embed", _reader(Embeddings), {"inputs": inputs, **_present(model=model)})
 
     @staticmethod
     def detect(
@@ -370,11 +371,11 @@ class Calls:
         per_class: bool | None = None,
         model: str | None = None,
     ) -> Call[Detections]:
-        """Where labels, or what examples show, are in a picture. What is None is the bundle's own default."""
-        shown = [one if isinstance(one, Example) else Example(one) for one in examples]
-        asked = _said(
+        """Find labels, or the objects of examples, in a picture. Settings that are None have the bundle's default."""
+        pictures = [example if isinstance(example, Example) else Example(example) for example in examples]
+        fields = _present(
             labels=_texts(labels),
-            examples=[{"image": _picture(one.image), **_said(box=one.box, label=one.label)} for one in shown],
+            examples=[{"image": _picture(e.image), **_present(box=e.box, label=e.label)} for e in pictures],
             classifier=classifier,
             templates=_texts(templates),
             method=method,
@@ -385,42 +386,42 @@ class Calls:
             per_class=per_class,
             model=model,
         )
-        return Call("POST", "/v1/detect", _reader(Detections), {"image": _picture(image), **asked})
+        return Call("POST", "/v1/detect", _reader(Detections), {"image": _picture(image), **fields})
 
     @staticmethod
     def collections() -> Call[list[Collection]]:
-        """All of them."""
+        """All collections."""
         return Call("GET", "/v1/collections", _reader(list[Collection], "collections"))
 
     @staticmethod
     def create_collection(collection: str, *, model: str | None = None) -> Call[Collection]:
-        """For the vectors of one bundle; the same again changes nothing."""
-        return Call("PUT", _collection(collection), _reader(Collection), _said(model=model))
+        """Create a collection for the vectors of one bundle. If it exists, nothing changes."""
+        return Call("PUT", _collection(collection), _reader(Collection), _present(model=model))
 
     @staticmethod
     def collection(collection: str) -> Call[Collection]:
-        """Its bundle and size."""
+        """One collection: its bundle and size."""
         return Call("GET", _collection(collection), _reader(Collection))
 
     @staticmethod
     def delete_collection(collection: str) -> Call[None]:
-        """The collection and all in it."""
+        """Delete a collection and all its items."""
         return Call("DELETE", _collection(collection), _nothing)
 
     @staticmethod
     def upsert(collection: str, items: Sequence[Item]) -> Call[Count]:
-        """Add or replace items, all or none; on disk when answered."""
-        sent = [{"id": one.id, **_query(one.text, one.image), "meta": dict(one.meta)} for one in items]
+        """Add or replace items: all or none. They are on disk when the call returns."""
+        sent = [{"id": item.id, **_query(item.text, item.image), "meta": dict(item.meta)} for item in items]
         return Call("POST", _collection(collection, "/items"), _reader(Count), {"items": sent})
 
     @staticmethod
     def page(collection: str, *, after: str | None = None, limit: int = 100) -> Call[Page]:
-        """Items by id, those behind ``after``."""
-        return Call("GET", _collection(collection, "/items"), _reader(Page), params=_said(after=after, limit=limit))
+        """Items ordered by id, from the first id after ``after``."""
+        return Call("GET", _collection(collection, "/items"), _reader(Page), params=_present(after=after, limit=limit))
 
     @staticmethod
     def delete_items(collection: str, ids: Sequence[str]) -> Call[Count]:
-        """Ids that are not there are passed over."""
+        """Remove items. Ids that do not exist are ignored."""
         return Call("DELETE", _collection(collection, "/items"), _reader(Count), {"ids": _texts(ids)})
 
     @staticmethod
@@ -433,13 +434,13 @@ class Calls:
         filter: Mapping[str, Any] | None = None,
         model: str | None = None,
     ) -> Call[list[Hit]]:
-        """Nearest items to a text or a picture. ``filter``: field of the metadata -> value, or such as {"gte": 1}."""
-        body = {"query": _query(text, image), "top_k": top_k, **_said(filter=filter, model=model)}
+        """The nearest items to a text or picture. ``filter``: metadata field -> value or range, as {"gte": 1}."""
+        body = {"query": _query(text, image), "top_k": top_k, **_present(filter=filter, model=model)}
         return Call("POST", _collection(collection, "/search"), _reader(list[Hit], "hits"), body)
 
     @staticmethod
     def classifiers() -> Call[list[Classifier]]:
-        """All that are registered."""
+        """All registered classifiers."""
         return Call("GET", "/v1/classifiers", _reader(list[Classifier], "classifiers"))
 
     @staticmethod
@@ -454,19 +455,19 @@ class Calls:
         temperature: float | None = None,
         none_below: float | None = None,
     ) -> Call[Classifier]:
-        """Register a classifier under a name; a change counts its version up. What is None is the bundle's own."""
-        said = {label: _texts(lines) for label, lines in (descriptions or {}).items()}
+        """Register a classifier. A change increments its version. Settings that are None are the bundle's."""
+        sentences = {label: _texts(lines) for label, lines in (descriptions or {}).items()}
         chosen = {"name": head, "params": dict(params or {})} if head else None
-        more = _said(descriptions=said or None, head=chosen, temperature=temperature, none_below=none_below)
-        body = {"labels": _texts(labels), "templates": _texts(templates), **more}
+        optional = _present(descriptions=sentences or None, head=chosen, temperature=temperature, none_below=none_below)
+        body = {"labels": _texts(labels), "templates": _texts(templates), **optional}
         return Call("PUT", _classifier(name), _reader(Classifier), body)
 
     @staticmethod
     def calibrate_classifier(
         name: str, items: Sequence[tuple[Picture, str]], *, model: str | None = None
     ) -> Call[Classifier]:
-        """Set its temperature by pictures whose labels are known."""
-        body = {"items": _items(items), **_said(model=model)}
+        """Set a classifier's temperature from labelled pictures."""
+        body = {"items": _items(items), **_present(model=model)}
         return Call("POST", _classifier(name, "/calibrate"), _reader(Classifier), body)
 
     @staticmethod
@@ -478,23 +479,23 @@ class Calls:
         *,
         model: str | None = None,
     ) -> Call[Classifier]:
-        """Fit a head to pictures whose labels are known; the classifier then belongs to the bundle's family."""
-        body = {"head": head, "params": dict(params or {}), "items": _items(items), **_said(model=model)}
+        """Fit a head to labelled pictures. The classifier then belongs to the bundle's family."""
+        body = {"head": head, "params": dict(params or {}), "items": _items(items), **_present(model=model)}
         return Call("POST", _classifier(name, "/fit"), _reader(Classifier), body)
 
     @staticmethod
     def classifier(name: str) -> Call[Classifier]:
-        """One of them."""
+        """One classifier."""
         return Call("GET", _classifier(name), _reader(Classifier))
 
     @staticmethod
     def delete_classifier(name: str) -> Call[None]:
-        """Forget it."""
+        """Delete a classifier."""
         return Call("DELETE", _classifier(name), _nothing)
 
     @staticmethod
     def models() -> Call[list[Model]]:
-        """Loaded bundles; the first that serves a task is its default."""
+        """The loaded bundles. The first that serves a task is its default."""
         return Call("GET", "/v1/models", _reader(list[Model], "models"))
 
     @staticmethod
@@ -504,12 +505,12 @@ class Calls:
 
     @staticmethod
     def ready() -> Call[Ready]:
-        """Whether all bundles and collections are open, and if not, why."""
-        return Call("GET", "/readyz", _reader(Ready), fine=(503,))
+        """Whether all bundles and collections are open, and why not."""
+        return Call("GET", "/readyz", _reader(Ready), ok_statuses=(503,))
 
 
-def _classifier(name: str, rest: str = "") -> str:
-    return f"/v1/classifiers/{quote(name, safe='')}{rest}"
+def _classifier(name: str, tail: str = "") -> str:
+    return f"/v1/classifiers/{quote(name, safe='')}{tail}"
 
 
 def _items(items: Sequence[tuple[Picture, str]]) -> list[dict[str, Any]]:
@@ -520,8 +521,8 @@ def _collection(name: str, tail: str = "") -> str:
     return f"/v1/collections/{quote(name, safe='')}{tail}"
 
 
-def _said(**values: Any) -> dict[str, Any]:
-    """What was given."""
+def _present(**values: Any) -> dict[str, Any]:
+    """The values that are neither None nor an empty list."""
     return {name: value for name, value in values.items() if value is not None and value != []}
 
 
@@ -532,7 +533,7 @@ def _texts(values: Sequence[str]) -> list[str]:
 
 
 def _picture(picture: Picture) -> dict[str, str]:
-    """Raises `OSError` where a path cannot be read."""
+    """Raises `OSError` if a path cannot be read."""
     if isinstance(picture, (str, PathLike)):
         data = Path(picture).read_bytes()
     else:
@@ -542,7 +543,7 @@ def _picture(picture: Picture) -> dict[str, str]:
 
 def _query(text: str | None, image: Picture | None) -> dict[str, Any]:
     if (text is None) == (image is None):
-        raise TypeError("expected a text or a picture, one of them")
+        raise TypeError("expected a text or a picture, exactly one of them")
     return {"text": text} if image is None else {"image": _picture(image)}
 
 
@@ -551,21 +552,21 @@ def _nothing(answer: Any) -> None:
 
 
 def _reader(kind: type[T], key: str | None = None) -> Callable[[Any], T]:
-    """JSON -> ``kind``, a dataclass or a list of them; of an answer's ``key``, where one is given."""
+    """A function: JSON, or the value of its ``key`` -> ``kind``, a dataclass or a list of dataclasses."""
 
     def read(answer: Any) -> T:
-        found: T = _read(kind, answer if key is None else answer[key])
-        return found
+        value: T = _read(kind, answer if key is None else answer[key])
+        return value
 
     return read
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """By the types of the dataclass's fields; what a newer service says beyond them is passed over."""
+    """JSON -> the type ``kind``. Unknown fields, which a newer service may send, are ignored."""
     if types := _types(kind):
         return kind(**{name: _read(inner, value[name]) for name, inner in types.items()})
     if get_origin(kind) is list and _types(get_args(kind)[0]):
-        return [_read(get_args(kind)[0], one) for one in value]
+        return [_read(get_args(kind)[0], item) for item in value]
     if get_origin(kind) is UnionType and value is not None:
         return _read(get_args(kind)[0], value)
     return value
@@ -573,20 +574,20 @@ def _read(kind: Any, value: Any) -> Any:
 
 @cache
 def _types(kind: Any) -> dict[str, Any]:
-    """Fields of a dataclass; of anything else none."""
+    """Name -> type of a dataclass's fields; empty for another type."""
     return get_type_hints(kind) if is_dataclass(kind) else {}
 
 
 def _attempts(call: Call[T], retries: int, longest_wait: float) -> Generator[float, httpx.Response, T]:
-    """Yields how many seconds to wait before the request is sent, is sent its answer, and returns what that says."""
+    """Yields the seconds to wait before the request is sent, receives its response, and returns the value read."""
     wait = 0.0
     while True:
         answer = yield wait
-        if answer.is_success or answer.status_code in call.fine:
+        if answer.is_success or answer.status_code in call.ok_statuses:
             try:
                 return call.read(answer.json() if answer.content else None)
             except (ValueError, LookupError, TypeError) as error:
-                raise Unreadable(f"{answer.url} gave an answer that is not calmclip's: {error!r}") from None
+                raise Unreadable(f"{answer.url} did not answer as calmclip does: {error!r}") from None
         problem = _problem(answer)
         after = problem.retry_after if isinstance(problem, Overloaded) and retries else None
         if after is None or after > longest_wait:
@@ -609,49 +610,42 @@ def _problem(answer: httpx.Response) -> Problem:
 
 
 @contextmanager
-def _reaching(url: httpx.URL) -> Iterator[None]:
+def _reachable(url: httpx.URL) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as error:
         raise Unreachable(f"{url} does not answer: {error or type(error).__name__}") from error
 
 
-def _named(method: Any, make: Callable[..., Call[Any]]) -> None:
-    """What `help` shows of a method: the name, the words and the arguments of the call it makes."""
+def _describe(method: Any, make: Callable[..., Call[Any]]) -> None:
+    """Copy name, docstring and signature of ``make`` to the method, for `help`."""
     method.__name__, method.__doc__ = make.__name__, make.__doc__
     signature = inspect.signature(make)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    self_ = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     (answer,) = get_args(signature.return_annotation)
-    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()], return_annotation=answer)
+    method.__signature__ = signature.replace(
+        parameters=[self_, *signature.parameters.values()], return_annotation=answer
+    )
 
 
 def _sync(make: Callable[P, Call[T]]) -> "Callable[Concatenate[Client, P], T]":
     def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.run(make(*args, **kwargs))
 
-    _named(method, make)
+    _describe(method, make)
     return method
 
 
 def _async(make: Callable[P, Call[T]]) -> "Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]":
     async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self.run(await asyncio.to_thread(make, *args, **kwargs))  # pictures are read and encoded
+        return await self.run(await asyncio.to_thread(make, *args, **kwargs))  # reads and encodes pictures
 
-    _named(method, make)
+    _describe(method, make)
     return method
 
 
-def _headers(given: Mapping[str, str] | None, key: str | None) -> dict[str, str]:
-    return {**(given or {}), **({"Authorization": f"Bearer {key}"} if key is not None else {})}
-
-
-class Client:
-    """Synchronous; may be shared between threads. Methods raise `ClientError`, and `OSError` for a path.
-
-    ``retries``: how often a request is sent again that was answered 503, after as many seconds as the service asked
-    for; not where it asked for more than ``longest_wait``. ``headers`` go with every request, and so does
-    ``key``, where the service has keys.
-    """
+class _Options(Generic[H]):
+    _http_client: Callable[..., H]
 
     def __init__(
         self,
@@ -663,8 +657,19 @@ class Client:
         headers: Mapping[str, str] | None = None,
         key: str | None = None,
     ) -> None:
-        self._patience = (retries, longest_wait)
-        self._http = httpx.Client(base_url=url, timeout=timeout, headers=_headers(headers, key))
+        auth = {"Authorization": f"Bearer {key}"} if key is not None else {}
+        self._retry_limits = (retries, longest_wait)
+        self._http = self._http_client(base_url=url, timeout=timeout, headers={**(headers or {}), **auth})
+
+
+class Client(_Options[httpx.Client]):
+    """Synchronous; threads may share it. Methods raise `ClientError`, and `OSError` for a path.
+
+    ``retries``: how often a request that is answered 503 is sent again, after the seconds that the service asks for.
+    It is not sent again if these are more than ``longest_wait``. Every request has the ``headers`` and the ``key``.
+    """
+
+    _http_client = httpx.Client
 
     def __enter__(self) -> "Client":
         return self
@@ -676,17 +681,17 @@ class Client:
         self._http.close()
 
     def run(self, call: Call[T]) -> T:
-        attempts = _attempts(call, *self._patience)
+        attempts = _attempts(call, *self._retry_limits)
         try:
             wait = next(attempts)
             while True:
                 time.sleep(wait)
-                with _reaching(self._http.base_url):
+                with _reachable(self._http.base_url):
                     answer = self._http.request(call.method, call.path, json=call.json, params=call.params)
                 wait = attempts.send(answer)
         except StopIteration as done:
-            found: T = done.value
-            return found
+            value: T = done.value
+            return value
 
     classify = _sync(Calls.classify)
     embed = _sync(Calls.embed)
@@ -709,31 +714,20 @@ class Client:
     model = _sync(Calls.model)
     ready = _sync(Calls.ready)
 
-    def items(self, collection: str, *, at_once: int = 100) -> Iterator[StoredItem]:
-        """All items by id, page by page."""
+    def items(self, collection: str, *, page_size: int = 100) -> Iterator[StoredItem]:
+        """All items ordered by id, page by page."""
         after: str | None = None
         while True:
-            page = self.page(collection, after=after, limit=at_once)
+            page = self.page(collection, after=after, limit=page_size)
             yield from page.items
             if (after := page.next) is None:
                 return
 
 
-class AsyncClient:
+class AsyncClient(_Options[httpx.AsyncClient]):
     """`Client` under asyncio."""
 
-    def __init__(
-        self,
-        url: str = URL,
-        *,
-        timeout: float = 60.0,
-        retries: int = 2,
-        longest_wait: float = 30.0,
-        headers: Mapping[str, str] | None = None,
-        key: str | None = None,
-    ) -> None:
-        self._patience = (retries, longest_wait)
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, headers=_headers(headers, key))
+    _http_client = httpx.AsyncClient
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -745,17 +739,17 @@ class AsyncClient:
         await self._http.aclose()
 
     async def run(self, call: Call[T]) -> T:
-        attempts = _attempts(call, *self._patience)
+        attempts = _attempts(call, *self._retry_limits)
         try:
             wait = next(attempts)
             while True:
                 await asyncio.sleep(wait)
-                with _reaching(self._http.base_url):
+                with _reachable(self._http.base_url):
                     answer = await self._http.request(call.method, call.path, json=call.json, params=call.params)
                 wait = attempts.send(answer)
         except StopIteration as done:
-            found: T = done.value
-            return found
+            value: T = done.value
+            return value
 
     classify = _async(Calls.classify)
     embed = _async(Calls.embed)
@@ -778,12 +772,12 @@ class AsyncClient:
     model = _async(Calls.model)
     ready = _async(Calls.ready)
 
-    async def items(self, collection: str, *, at_once: int = 100) -> AsyncIterator[StoredItem]:
-        """All items by id, page by page."""
+    async def items(self, collection: str, *, page_size: int = 100) -> AsyncIterator[StoredItem]:
+        """All items ordered by id, page by page."""
         after: str | None = None
         while True:
-            page = await self.page(collection, after=after, limit=at_once)
-            for one in page.items:
-                yield one
+            page = await self.page(collection, after=after, limit=page_size)
+            for item in page.items:
+                yield item
             if (after := page.next) is None:
                 return

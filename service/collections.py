@@ -1,8 +1,7 @@
-"""`Collections`: named collections, which bundle filled them, and one writer each.
+"""`Collections`: the named collections of a store. Each `Collection` has one writer.
 
-Writes go through a queue: what waits there is written together, since a store dislikes many small commits. A
-write is answered when it is on disk. Searches do not wait for writes, nor writes for searches: what reads has
-threads of its own.
+Writes go through a queue. Waiting writes share a commit, because a store is slow with many small commits. A write is
+answered when it is on disk. Reads have their own threads, so searches and writes do not wait for each other.
 """
 
 import asyncio
@@ -29,17 +28,17 @@ from calmclip.models.flow import Array
 from calmclip.service.files import check_name
 from calmclip.service.hub import Loaded
 from calmclip.service.metrics import Metrics
-from calmclip.service.quantized import Quantized
+from calmclip.service.quantized import QuantizedTable
 from calmclip.service.settings import Settings
-from calmclip.service.stores import Condition, Found, Info, OwnTable, Row, Store, Table, open_store, shown
+from calmclip.service.stores import Condition, ExclusiveTable, Info, Match, Row, Store, Table, open_store, redacted
 
 T = TypeVar("T")
 log = logging.getLogger("calmclip")
 
-MAX_TOGETHER = 2048  # rows in one commit
-COMPACT_AFTER = 64  # commits at the latest;
-COMPACT_IDLE = 8, 2.0  # or fewer, when nothing came for so many seconds
-AGAIN_S = 3.0  # after which a store that did not answer is tried again
+MAX_COMMIT_ROWS = 2048
+COMPACT_AFTER = 64  # commits
+COMPACT_IDLE = 8, 2.0  # commits that suffice if no write came for so many seconds
+RETRY_S = 3.0  # between attempts to open a store that does not answer
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ _Queue: TypeAlias = "asyncio.Queue[_Write]"
 
 
 class Collection:
-    """One collection, open. ``readers``: the threads in which it is read."""
+    """One open collection. ``readers``: the threads that read it."""
 
     def __init__(self, table: Table, metrics: Metrics, max_pending: int, readers: Executor) -> None:
         self.table = table
@@ -61,35 +60,35 @@ class Collection:
         self._metrics = metrics
         self._readers = readers
         self._queue: _Queue = asyncio.Queue(max_pending)
-        self._held: _Write | None = None  # taken from the queue, but not fit to join what came before
-        self._untidy = 0  # commits since the last compaction
+        self._deferred: _Write | None = None  # taken from the queue, but not for the current commit
+        self._uncompacted = 0  # commits since the last compaction
         self._closed = False
         self._writer: asyncio.Task[None] | None = None
 
     async def upsert(self, rows: Sequence[Row]) -> int:
-        """How many were written. Raises `BadRequest` for an id given twice, `Overloaded`."""
-        seen: set[str] = set()
+        """The number of rows written. Raises `BadRequest` for a repeated id, `Overloaded`."""
+        ids: set[str] = set()
         for row in rows:
-            if row.id in seen:
+            if row.id in ids:
                 raise BadRequest(f"the id {row.id!r} is given twice; expected each once")
-            seen.add(row.id)
+            ids.add(row.id)
         return await self._write(rows, ())
 
     async def delete(self, ids: Sequence[str]) -> int:
-        """How many there were."""
+        """The number of rows deleted."""
         return await self._write((), tuple(dict.fromkeys(ids)))
 
-    async def search(self, vector: Array, top_k: int, where: Sequence[Condition]) -> list[Found]:
+    async def search(self, vector: Array, top_k: int, where: Sequence[Condition]) -> list[Match]:
         return await self._read(lambda: self.table.search(vector, top_k, where))
 
-    async def page(self, after: str | None, limit: int) -> list[Found]:
+    async def page(self, after: str | None, limit: int) -> list[Match]:
         return await self._read(lambda: self.table.page(after, limit))
 
     async def count(self) -> int:
         return await self._read(self.table.count)
 
     def require(self, model: str, digest: str) -> None:
-        """Raises `CollectionMismatch` unless that bundle filled it."""
+        """Raises `CollectionMismatch` unless this bundle filled the collection."""
         if digest != self.info.digest:
             raise CollectionMismatch(
                 f"collection {self.info.name!r} holds vectors of {self.info.model!r} "
@@ -98,15 +97,15 @@ class Collection:
             )
 
     async def close(self) -> None:
-        """What waits is written first."""
+        """Writes that wait are written first."""
         self._closed = True
         if self._writer:
             await self._queue.join()
             self._writer.cancel()
             await asyncio.gather(self._writer, return_exceptions=True)
 
-    async def _read(self, what: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, what)
+    async def _read(self, read: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _write(self, rows: Sequence[Row], ids: Sequence[str]) -> int:
         loop = asyncio.get_running_loop()
@@ -119,104 +118,104 @@ class Collection:
             self._queue.put_nowait(write)
         except asyncio.QueueFull:
             raise Overloaded(
-                f"{self._queue.maxsize} writes wait for collection {self.info.name!r} already; try again in a second",
+                f"{self._queue.maxsize} writes already wait for collection {self.info.name!r}; try again in a second",
                 reason="writes",
             ) from None
         return await write.done
 
     async def _work(self) -> None:
         while True:
-            together = [self._held or await self._next()]
-            self._held = None
-            while together[0].rows and not self._queue.empty():
+            batch = [self._deferred or await self._next()]
+            self._deferred = None
+            while batch[0].rows and not self._queue.empty():
                 write = self._queue.get_nowait()
-                if not write.rows or sum(len(w.rows) for w in together) + len(write.rows) > MAX_TOGETHER:
-                    self._held = write
+                if not write.rows or sum(len(w.rows) for w in batch) + len(write.rows) > MAX_COMMIT_ROWS:
+                    self._deferred = write
                     break
-                together.append(write)
-            wanted = [write for write in together if not write.done.done()]  # of the others nobody waits any more
+                batch.append(write)
+            awaited = [write for write in batch if not write.done.done()]  # the callers of the others have left
             try:
-                if wanted:
-                    await self._settle(wanted)
+                if awaited:
+                    await self._write_batch(awaited)
             finally:
-                for _ in together:
+                for _ in batch:
                     self._queue.task_done()
-            self._untidy += bool(wanted)
-            if self._untidy >= COMPACT_AFTER:
-                await self._tidy()
+            self._uncompacted += bool(awaited)
+            if self._uncompacted >= COMPACT_AFTER:
+                await self._compact()
 
-    async def _settle(self, together: Sequence[_Write]) -> None:
-        """Commit them together and tell their callers; where one of them cannot be kept, each alone, once."""
+    async def _write_batch(self, batch: Sequence[_Write]) -> None:
+        """Commit the batch and answer its callers. If a write is invalid, commit each write alone, once."""
         try:
-            counts = await asyncio.to_thread(self._commit, together)
+            counts = await asyncio.to_thread(self._commit, batch)
         except Exception as error:
-            if len(together) > 1 and isinstance(error, InputError):
-                for write in together:
-                    await self._settle([write])
+            if len(batch) > 1 and isinstance(error, InputError):
+                for write in batch:
+                    await self._write_batch([write])
                 return
-            for write in together:
+            for write in batch:
                 if not write.done.done():
                     write.done.set_exception(error)
         else:
-            for write, count in zip(together, counts, strict=True):
+            for write, count in zip(batch, counts, strict=True):
                 if not write.done.done():
                     write.done.set_result(count)
 
     async def _next(self) -> _Write:
         commits, seconds = COMPACT_IDLE
         try:
-            async with asyncio.timeout(seconds if self._untidy >= commits else None):
+            async with asyncio.timeout(seconds if self._uncompacted >= commits else None):
                 return await self._queue.get()
         except TimeoutError:
-            await self._tidy()
+            await self._compact()
             return await self._queue.get()
 
-    def _commit(self, together: Sequence[_Write]) -> list[int]:
-        first = together[0]
+    def _commit(self, batch: Sequence[_Write]) -> list[int]:
+        first = batch[0]
         if first.ids:
             counts = [self.table.delete(first.ids)]
         else:
-            latest = {row.id: row for write in together for row in write.rows}  # the later write wins
+            latest = {row.id: row for write in batch for row in write.rows}  # the later write wins
             self.table.upsert(list(latest.values()))
-            counts = [len(write.rows) for write in together]
+            counts = [len(write.rows) for write in batch]
         self._metrics.committed(self.info.name, self.table.count())
         return counts
 
-    async def _tidy(self) -> None:
-        self._untidy = 0
+    async def _compact(self) -> None:
+        self._uncompacted = 0
         try:
             await asyncio.to_thread(self.table.compact)
-        except Exception:  # what is written stays written; the next turn tries again
+        except Exception:  # the writes stay; the next compaction tries again
             log.exception("compaction of collection %s failed", self.info.name)
 
 
 class Collections:
-    """All of them, at one store. Where it is shared, it is asked each time which there are."""
+    """The collections of one store. If the store is shared, it is asked each time which collections exist."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._url = settings.store_url
         self._max_pending = settings.queue.max_pending
-        self._most = settings.limits.collections
+        self._max_collections = settings.limits.collections
         self._copy_bytes = settings.copy_bytes
         self._readers = ThreadPoolExecutor(settings.cores, thread_name_prefix="read")
         self._metrics = metrics
         self._store: Store | None = None
         self._open: dict[str, Collection] = {}
         self._lock = asyncio.Lock()
-        self._trying: asyncio.Task[None] | None = None
+        self._retrying: asyncio.Task[None] | None = None
         self.failed: dict[str, str] = {}
 
     async def load(self) -> None:
-        """Open the store and what is in it. The engine's library is imported here, off the event loop.
+        """Open the store and its collections. This imports the engine's library, in a thread.
 
-        What does not open is logged and remembered in `failed`; the rest serves. A store that does not answer is
-        tried again until it does.
+        A collection that does not open is logged and added to `failed`; the others are served. A store that does not
+        answer is tried again until it answers.
         """
         try:
             await self._load()
         except StoreUnavailable as error:
             self._fail(error)
-            self._trying = asyncio.create_task(self._try_again(), name="store")
+            self._retrying = asyncio.create_task(self._retry(), name="store-retry")
         except Exception as error:
             self._fail(error)
 
@@ -225,7 +224,7 @@ class Collections:
         return self._store is None and "collections" not in self.failed
 
     async def all(self) -> list[Collection]:
-        """By name. Raises `Overloaded` while they are being opened."""
+        """Sorted by name. Raises `Overloaded` while they are being opened."""
         store = self._ready()
         if store.shared:
             for name in {*await self._read(store.names), *self._open}:
@@ -248,21 +247,25 @@ class Collections:
     async def create(self, name: str, loaded: Loaded) -> tuple[Collection, bool]:
         """The collection, and whether it is new.
 
-        Raises `CollectionMismatch` if another bundle filled it or it does not open, `BadRequest` if there are too
-        many. Who hangs up does not stop it: the thread in the store would go on, and nobody know of its table.
+        Raises `CollectionMismatch` if another bundle filled it or it does not open, `BadRequest` if there are too many
+        collections. A client that hangs up does not cancel it: the store's thread would go on and leave an unknown
+        table.
         """
         check_name("collection", name)
         return await asyncio.shield(self._create(self._ready(), name, loaded))
 
     async def drop(self, name: str) -> None:
-        """Also one that does not open. Raises `CollectionNotFound`. Goes on when its caller hangs up."""
+        """Delete a collection, also one that does not open. A client that hangs up does not cancel it.
+
+        Raises `CollectionNotFound`.
+        """
         await asyncio.shield(self._drop(self._ready(), name))
 
     async def close(self) -> None:
-        if self._trying:
-            self._trying.cancel()
-            await asyncio.gather(self._trying, return_exceptions=True)
-        async with self._lock:  # what is being made or dropped is done first
+        if self._retrying:
+            self._retrying.cancel()
+            await asyncio.gather(self._retrying, return_exceptions=True)
+        async with self._lock:  # waits for a running `create` or `drop`
             for collection in self._open.values():
                 await collection.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -281,13 +284,13 @@ class Collections:
                 self.failed[_entry(name)] = str(error) or repr(error)
         self._store = store
 
-    async def _try_again(self) -> None:
+    async def _retry(self) -> None:
         while self._store is None:
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(RETRY_S)
             try:
                 await self._load()
                 del self.failed["collections"]
-                log.info("the store %s is open", shown(self._url))
+                log.info("the store %s is open", redacted(self._url))
             except StoreUnavailable as error:
                 self.failed["collections"] = str(error)
             except Exception as error:
@@ -295,11 +298,11 @@ class Collections:
                 return
 
     def _fail(self, error: Exception) -> None:
-        """Ours say all in a sentence; of others the log has the whole story."""
+        """Log a stack trace only for errors that are not calmclip's: those say everything in their message."""
         log.error(
-            "the store %s does not open: %s", shown(self._url), error, exc_info=not isinstance(error, CalmclipError)
+            "the store %s does not open: %s", redacted(self._url), error, exc_info=not isinstance(error, CalmclipError)
         )
-        self.failed["collections"] = f"{shown(self._url)} does not open: {error}"
+        self.failed["collections"] = f"{redacted(self._url)} does not open: {error}"
 
     def _known(self, name: str) -> Collection:
         try:
@@ -311,17 +314,17 @@ class Collections:
             ) from None
 
     async def _current(self, store: Store, name: str) -> Collection:
-        """What the shared store has under this name now, which another service may have made, or made anew."""
+        """The shared store's collection of this name. Another service may have created or replaced it."""
         try:
             table = await self._read(lambda: store.open(name))
         except CollectionNotFound:
-            if gone := self._open.pop(name, None):
-                await gone.close()
+            if closed := self._open.pop(name, None):
+                await closed.close()
                 self._metrics.items(name, None)
             return self._known(name)
         if name not in self._open or self._open[name].table != table:
-            if gone := self._open.pop(name, None):
-                await gone.close()
+            if closed := self._open.pop(name, None):
+                await closed.close()
             self._open[name] = await self._collection(store, table)
         return self._open[name]
 
@@ -329,7 +332,7 @@ class Collections:
         async with self._lock:
             if broken := self.failed.get(_entry(name)):
                 raise CollectionMismatch(
-                    f"there is a collection {name!r} that does not open ({broken}); delete it, or take another name"
+                    f"the collection {name!r} exists and does not open ({broken}); delete it, or choose another name"
                 )
             if store.shared:
                 with suppress(CollectionNotFound):
@@ -337,13 +340,13 @@ class Collections:
             if name in self._open:
                 self._open[name].require(loaded.name, loaded.digest)
                 return self._open[name], False
-            if len(self._open) >= self._most:
-                raise BadRequest(f"there are {len(self._open)} collections, the most allowed; delete one first")
+            if len(self._open) >= self._max_collections:
+                raise BadRequest(f"there are {len(self._open)} collections, which is the limit; delete one first")
             created = datetime.now(UTC).isoformat(timespec="seconds")
             info = Info(name, loaded.name, loaded.digest, loaded.bundle.dim, created)
             table = await asyncio.to_thread(store.create, info)
             self._open[name] = await self._collection(store, table)
-            self._open[name].require(loaded.name, loaded.digest)  # in a shared store another may have been first
+            self._open[name].require(loaded.name, loaded.digest)  # another service may have created it first
             self._metrics.committed(name, 0)
             return self._open[name], True
 
@@ -356,29 +359,29 @@ class Collections:
             try:
                 await asyncio.to_thread(store.drop, name)
             except Exception as error:
-                self.failed[_entry(name)] = f"it was not deleted: {error}"
+                self.failed[_entry(name)] = f"the deletion failed: {error}"
                 raise
             self.failed.pop(_entry(name), None)
             self._metrics.items(name, None)
 
-    async def _read(self, what: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, what)
+    async def _read(self, read: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _collection(self, store: Store, table: Table) -> Collection:
-        if self._copy_bytes and not store.shared and isinstance(table, OwnTable):
-            table = await asyncio.to_thread(Quantized, table, self._copy_bytes)
+        if self._copy_bytes and not store.shared and isinstance(table, ExclusiveTable):
+            table = await asyncio.to_thread(QuantizedTable, table, self._copy_bytes)
         return Collection(table, self._metrics, self._max_pending, self._readers)
 
     def _ready(self) -> Store:
         if self._store is None:
-            if self._trying and not self._trying.done():
-                raise StoreUnavailable(f"the store {shown(self._url)} does not answer; try again in a few seconds")
+            if self._retrying and not self._retrying.done():
+                raise StoreUnavailable(f"the store {redacted(self._url)} does not answer; try again in a few seconds")
             if "collections" in self.failed:
-                raise CollectionError(f"the store {shown(self._url)} did not open")
+                raise CollectionError(f"the store {redacted(self._url)} did not open")
             raise Overloaded("the collections are still being opened; try again in a second", reason="loading")
         return self._store
 
 
 def _entry(name: str) -> str:
-    """What a collection is called in `failed`."""
+    """The key of a collection in `failed`."""
     return f"collection {name}"

@@ -1,7 +1,7 @@
-"""`Endpoint`: one operation over HTTP, as one value; `ENDPOINTS`, the family of them; `Table`, those of one app.
+"""`Endpoint`: one operation over HTTP as a value; `ENDPOINTS`: the family; `Table`: the endpoints of one app.
 
-The app's routes, keys and ports, tasks in metrics and paces, /openapi.json, objectives, and the tests of client and
-pages read it. A handler takes an `asked.Asked`, and whatever of the path, query and headers FastAPI is to read for it::
+Routes, keys and ports, tasks of metrics and admission, /openapi.json, objectives, and the tests of client and pages
+read it. A handler takes an `asked.Asked`, and parameters that FastAPI reads from path, query and headers::
 
     @Endpoint("POST", "/v1/shout", task="shout", scope="read", body=ShoutBody, example={"text": "a"}, answer=Shout)
     async def shout(asked: Asked[ShoutBody]) -> Shout: ...
@@ -14,26 +14,26 @@ from typing import Any, TypeVar
 
 from calmclip.models.errors import CalmclipError
 from calmclip.models.registry import Registry
-from calmclip.service.access import Door
+from calmclip.service.access import EndpointScope
 from calmclip.service.schemas import Body
 
 Handler = Callable[..., Awaitable[Any]]
 H = TypeVar("H", bound=Handler)
 
-# What requests count as that no objective is about: probes, scrapes, the page, manifests; and what nobody serves.
+# Tasks without an objective: probes, scrapes, the page and manifests; and requests that no endpoint serves.
 CATALOG, OTHER = UNCOUNTED = ("catalog", "other")
 
-# Problems that endpoints have in common: of those that run a graph, that read a body, that look at a picture.
+# Common problems of endpoints that run a graph, read a body, or look at a picture.
 ENGINE = ("overloaded", "model-not-found", "task-not-served")
 INPUT = ("invalid-request", "picture-not-fetched", "unsupported-media-type", "body-too-large")
 PICTURE = ("unsupported-image", "image-too-large")
-# A PNG, base64, for examples that work.
+# A PNG in base64, so that examples can be run.
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGM4UaEBAAN0AWnL+tDXAAAAAElFTkSuQmCC"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """``path``: as Starlette has it, `{name}` for a segment. Over a function it registers itself with that handler.
+    """``path``: as in Starlette, `{name}` for a segment. As a decorator it registers the function as its handler.
 
     Raises `ValueError` for a body without an example.
     """
@@ -41,25 +41,25 @@ class Endpoint:
     method: str
     path: str
     _: KW_ONLY
-    task: str  # what its requests count as, in metrics, paces and objectives
-    scope: Door = "write"  # what a key must be for; closed until somebody opens it
+    task: str  # of its requests in metrics, admission and objectives
+    scope: EndpointScope = "write"  # of the key that it needs
     summary: str = ""
     description: str = ""
     tags: tuple[str, ...] = ("tasks",)
-    body: type[Body] | None = None  # what a request brings
-    example: Mapping[str, Any] | None = None  # of the body; it is answered with success
-    kinds: tuple[str, ...] = ()  # content types beside JSON; with any, the handler gets the body's bytes as they are
-    answer: Any = None  # the model of a success; None: no JSON
+    body: type[Body] | None = None  # of a request
+    example: Mapping[str, Any] | None = None  # of the body; it must succeed
+    kinds: tuple[str, ...] = ()  # content types beside JSON; with any, the handler gets the raw bytes
+    answer: Any = None  # model of a success; None: no JSON
     status: int = 200
-    problems: tuple[str, ...] = ()  # slugs, beside those that every request may come to
-    responses: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # status -> what OpenAPI says beside that
-    head: bool = False  # HEAD is answered too
+    problems: tuple[str, ...] = ()  # slugs, beside those that every request may have
+    responses: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # status -> more for OpenAPI
+    head: bool = False  # answer HEAD too
     listed: bool = True  # in /openapi.json
-    handler: Handler | None = None  # None: FastAPI's own
+    handler: Handler | None = None  # None: FastAPI has its own
 
     def __post_init__(self) -> None:
         if (self.body is None) != (self.example is None):
-            raise ValueError(f"{self.name} has a body or an example of one; expected both, or none")
+            raise ValueError(f"{self.name} has only one of body and example; expected both or none")
 
     def __call__(self, handler: H) -> H:
         ENDPOINTS.register(self.name, handler.__module__)(replace(self, handler=handler))
@@ -71,64 +71,64 @@ class Endpoint:
 
     @property
     def interactive(self) -> bool:
-        """Somebody waits for its answer: it is asked something and changes nothing."""
+        """Whether a user may wait for the answer: it takes a body and changes nothing."""
         return self.body is not None and self.scope == "read"
 
 
 ENDPOINTS: Registry[Endpoint] = Registry("endpoints", "calmclip.service.routes")
 
-# What is asked of no endpoint, and answered 404 or 405: it looks, or it is closed to those who may only look.
-LOOKING = ("GET", "HEAD")
-_LOOKED = Endpoint("GET", "", task=OTHER, scope="read")
-_CLOSED = Endpoint("", "", task=OTHER)
-_PLACE = re.compile(r"(\{\w+(?::\w+)?\})")
+# Stand for requests without an endpoint, which are answered 404 or 405: those that read, and all others.
+READING = ("GET", "HEAD")
+_NONE_READ = Endpoint("GET", "", task=OTHER, scope="read")
+_NONE_WRITE = Endpoint("", "", task=OTHER)
+_SEGMENT = re.compile(r"(\{\w+(?::\w+)?\})")
 
 
 def registered() -> list[Endpoint]:
-    """All of the family. Raises `CalmclipError` where a module of it does not import: a service that lacks a route it
-    was given does not start."""
+    """All of the family. Raises `CalmclipError` if a module does not import, because a service must not start without
+    one of its routes."""
     names = ENDPOINTS.names()
     if ENDPOINTS.broken:
-        where, error = next(iter(ENDPOINTS.broken.items()))
-        what = f"{where} did not import, so its endpoints would be missing: {error!r}"
-        raise CalmclipError(f"{what}; mend it, or uninstall the package that brings it") from error
+        module, error = next(iter(ENDPOINTS.broken.items()))
+        problem = f"{module} did not import, so its endpoints would be missing: {error!r}"
+        raise CalmclipError(f"{problem}; fix it, or uninstall its package") from error
     return [ENDPOINTS.get(name) for name in names]
 
 
 class Table:
-    """Endpoints of one app, in the order in which a router should try them: fixed paths first, so that `/a/b` wins over
-    `/a/{name}`, of those the ones whose requests are many.
+    """Endpoints of one app in the order in which a router must try them: fixed paths first, so that `/a/b` wins over
+    `/a/{name}`, then frequent ones first.
 
-    Raises `ValueError` where two have the same verb and path, but for the names in it.
+    Raises `ValueError` if two have the same method and path, apart from the names of segments.
     """
 
     def __init__(self, endpoints: Iterable[Endpoint]) -> None:
-        self.all = sorted(endpoints, key=lambda one: ("{" in one.path, not one.interactive, one.path, one.method))
+        self.all = sorted(endpoints, key=lambda e: ("{" in e.path, not e.interactive, e.path, e.method))
         shapes: dict[str, Endpoint] = {}
-        for one in self.all:
-            other = shapes.setdefault(_PLACE.sub("{}", one.name), one)
-            if other is not one:
-                raise ValueError(f"{one.name} and {other.name} are one path; choose another")
-        self._fixed = {one.name: one for one in self.all if "{" not in one.path}
-        self._placed = [one for one in self.all if "{" in one.path]
-        self._pattern = re.compile("|".join(f"({_pattern(one.name)}$)" for one in self._placed) or "(?!)")
+        for endpoint in self.all:
+            other = shapes.setdefault(_SEGMENT.sub("{}", endpoint.name), endpoint)
+            if other is not endpoint:
+                raise ValueError(f"{endpoint.name} and {other.name} are one path; choose another")
+        self._fixed = {e.name: e for e in self.all if "{" not in e.path}
+        self._variable = [e for e in self.all if "{" in e.path]
+        self._pattern = re.compile("|".join(f"({_pattern(e.name)}$)" for e in self._variable) or "(?!)")
 
     def find(self, method: str, path: str) -> Endpoint:
-        """The one that answers this; else one that stands for none, counts as `other` and is closed to strangers.
+        """The endpoint of a request; else one that stands for none, with task `other`.
 
-        On every request, before routing: a look into a dictionary, or one match.
+        It runs before routing, on every request: one look-up in a dictionary, or one match.
         """
-        asked = f"{'GET' if method == 'HEAD' else method} {path}"
-        if found := self._fixed.get(asked.removesuffix("\n")):  # as the router has it, whose paths end with a `$`
-            return found
-        if match := self._pattern.match(asked):
-            return self._placed[(match.lastindex or 0) - 1]
-        return _LOOKED if method in LOOKING else _CLOSED
+        name = f"{'GET' if method == 'HEAD' else method} {path}"
+        if endpoint := self._fixed.get(name.removesuffix("\n")):  # as in the router, whose patterns end with `$`
+            return endpoint
+        if match := self._pattern.match(name):
+            return self._variable[(match.lastindex or 0) - 1]
+        return _NONE_READ if method in READING else _NONE_WRITE
 
 
 def _pattern(name: str) -> str:
-    """A regular expression without groups, which takes what the router does, or more."""
+    """A regular expression without groups that matches all that the router matches, or more."""
     return "".join(
         re.escape(part) if part[:1] != "{" else ".*" if part.endswith(":path}") else "[^/]+"
-        for part in _PLACE.split(name)
+        for part in _SEGMENT.split(name)
     )

@@ -1,4 +1,4 @@
-"""`Engine`: the async driver of flows. Steps in a bounded pool, calls through batchers, every second on the clock."""
+"""`Engine`: the async driver of flows. Steps run in a bounded pool, calls go through batchers, all time is measured."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
-from calmclip.models.flow import Arrays, Call, Done, Flow, Keep, Recall, Walk
-from calmclip.models.memory import Memory
+from calmclip.models.cache import RowCache
+from calmclip.models.flow import Arrays, CacheGet, CachePut, Call, Done, Flow, Walk
 from calmclip.service.batching import Answer
 from calmclip.service.hub import Loaded
 from calmclip.service.metrics import Metrics
@@ -24,67 +24,67 @@ class Engine:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
         self._pool = ThreadPoolExecutor(settings.cores + 1, thread_name_prefix="step")
-        self._memory = Memory(settings.text_cache)
+        self._cache = RowCache(settings.text_cache)
 
-    async def answer(self, loaded: Loaded, flow: Flow[T], own: Context) -> T:
+    async def answer(self, loaded: Loaded, flow: Flow[T], context: Context) -> T:
         """Drive ``flow`` to its end within the request's deadline. Raises what the flow raises, `DeadlineExceeded`."""
-        walk = Walk(flow, own.clock, partial(self._remember, loaded))
+        walk = Walk(flow, context.clock, partial(self._cached, loaded))
         with loaded.lease():
-            async with own.deadline():
-                state: Call | Done[T] = await self.thread(self._advance, own, own, loaded, walk)
+            async with context.deadline():
+                state: Call | Done[T] = await self.thread(self._advance, context, context, loaded, walk)
                 while isinstance(state, Call):
-                    outputs = await self._call(loaded, state, own)
-                    state = await self.thread(self._advance, own, own, loaded, walk, outputs)
-        self.metrics.answered(loaded.name, state.value)
+                    outputs = await self._call(loaded, state, context)
+                    state = await self.thread(self._advance, context, context, loaded, walk, outputs)
         return state.value
 
-    async def thread(self, do: Callable[..., T], own: Context, *args: object) -> T:
-        """Run in the pool. What the clock did not see of it is waiting for a thread, so it counts as `queue`."""
-        start, before = perf_counter(), sum(own.clock.stages.values())
+    async def thread(self, do: Callable[..., T], context: Context, *args: object) -> T:
+        """Run in the pool. Time that ``do`` did not measure itself is the wait for a thread; it counts as `queue`."""
+        start, before = perf_counter(), sum(context.clock.stages.values())
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, do, *args)
         finally:
-            seen = sum(own.clock.stages.values()) - before
-            waited = max(0.0, perf_counter() - start - seen)
-            own.clock.add("queue", waited, start + waited)
+            measured = sum(context.clock.stages.values()) - before
+            waited = max(0.0, perf_counter() - start - measured)
+            context.clock.add("queue", waited, start + waited)
 
-    def _advance(self, own: Context, loaded: Loaded, walk: Walk[T], outputs: Arrays | None = None) -> Call | Done[T]:
-        """In the pool, to the next call that has to wait for others: the way to another thread and back takes long,
-        with caches that a graph has just filled."""
-        state = walk.step(outputs)
-        while isinstance(state, Call) and (found := self._here(own, loaded, state)) is not None:
-            state = walk.step(found)
+    def _advance(self, context: Context, loaded: Loaded, walk: Walk[T], value: Arrays | None = None) -> Call | Done[T]:
+        """In the pool: step to the end, or to the next call that must go through the batcher.
+
+        A switch to another thread and back takes long, and the graph has just filled this core's caches.
+        """
+        state = walk.step(value)
+        while isinstance(state, Call) and (direct := self._run_here(context, loaded, state)) is not None:
+            state = walk.step(direct)
         return state
 
-    def _here(self, own: Context, loaded: Loaded, call: Call) -> Arrays | None:
-        """The graph's answer, where it is idle and no other request is under way."""
-        if call.keys is not None or own.status or own.left_s < 0:  # rows to remember; nobody waits for it any more
+    def _run_here(self, context: Context, loaded: Loaded, call: Call) -> Arrays | None:
+        """The graph's answer, run in this thread; None if the graph is busy or other requests are in flight."""
+        if call.keys is not None or context.status or context.left_s < 0:  # has rows to cache; no client waits any more
             return None
         answer = loaded.batchers[call.graph].run_here(call.feeds)
-        return answer and _timed(own, call.graph, answer, 0.0)
+        return answer and _timed(context, call.graph, answer, 0.0)
 
-    def _remember(self, loaded: Loaded, asked: Recall | Keep) -> Arrays | None:
-        return self._memory.answer(loaded.digest, asked, partial(self.metrics.cached, loaded.name))
+    def _cached(self, loaded: Loaded, asked: CacheGet | CachePut) -> Arrays | None:
+        return self._cache.answer(loaded.digest, asked, partial(self.metrics.cached, loaded.name))
 
-    async def _call(self, loaded: Loaded, call: Call, own: Context) -> Arrays:
+    async def _call(self, loaded: Loaded, call: Call, context: Context) -> Arrays:
         if call.keys is None:
-            return await self._run(loaded, call.graph, call.feeds, own)
-        part = self._memory.split(loaded.digest, call, partial(self.metrics.cached, loaded.name))
-        found = await self._run(loaded, call.graph, part.feeds, own) if part.feeds else {}
-        return part.complete(found)
+            return await self._run(loaded, call.graph, call.feeds, context)
+        part = self._cache.split(loaded.digest, call, partial(self.metrics.cached, loaded.name))
+        return part.complete(await self._run(loaded, call.graph, part.feeds, context) if part.feeds else {})
 
-    async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, own: Context) -> Arrays:
+    async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, context: Context) -> Arrays:
         start = perf_counter()
-        answer = await loaded.batchers[graph].run(feeds, until=own.until)
-        # all that is not the run itself is waiting: for the queue, for a thread, for the event loop's turn
-        return _timed(own, graph, answer, perf_counter() - start - answer.infer_s)
+        answer = await loaded.batchers[graph].run(feeds, until=context.until)
+        # The time outside the run is a wait: in the queue, for a thread, or for the event loop.
+        return _timed(context, graph, answer, perf_counter() - start - answer.infer_s)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _timed(own: Context, graph: str, answer: Answer, queue_s: float) -> Arrays:
+def _timed(context: Context, graph: str, answer: Answer, queue_s: float) -> Arrays:
     end = perf_counter()
-    own.spent("queue", graph, queue_s, end - answer.infer_s)
-    own.spent("infer", graph, answer.infer_s, end, batch=answer.rows)
+    context.spent("queue", graph, queue_s, end - answer.infer_s)
+    context.spent("infer", graph, answer.infer_s, end, batch=answer.rows)
     return answer.outputs

@@ -1,8 +1,8 @@
-"""A picture by its address, from hosts that the operator named; with none, nothing is fetched.
+"""Fetch pictures by URL, from hosts that the operator lists. Without a list nothing is fetched.
 
-What a caller writes must not decide where a connection goes: an address has one spelling, its host is on the list, all
-that the name resolves to is public, and it is the checked address that is dialled, under the name that its certificate
-must have. One GET, no redirect, no proxy, no cookie, nothing unpacked; bytes and seconds are counted.
+A caller must not choose where a connection goes (server-side request forgery). A URL has exactly one spelling, its host
+is on the list, every IP address of the host is public, and the connection goes to the checked IP address, with the
+host's name for the certificate. One GET; no redirect, proxy, cookie or decompression; bytes and seconds are limited.
 """
 
 import asyncio
@@ -16,31 +16,28 @@ from typing import Any, TypeAlias
 
 import h11
 
-from calmclip.models.errors import ImageTooLarge, InputError
+from calmclip.models.errors import ImageTooLarge
+from calmclip.service.errors import NotFetched
 from calmclip.service.settings import Limits
 
-SECONDS = 5.0  # for one picture, of the request's own time
-MOST = 16  # addresses in a request
-AT_ONCE = 4
+TIMEOUT_S = 5.0  # of one picture, within the request's deadline
+MAX_URLS = 16  # in a request
+CONCURRENT = 4
 PORT = 443
-# https, a name, a path; no port, no user, no fragment, nothing but printable ASCII
+# https, a name, a path; no port, no user, no fragment; printable ASCII only
 _URL = re.compile(r"https://(?P<host>[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+)(?P<target>/[!\"$-\[\]-~]{0,2000})")
-_ADDRESS = re.compile(r"https://\S+", re.IGNORECASE)  # not a text that mentions one
+_ANY_URL = re.compile(r"https://\S+", re.IGNORECASE)  # the whole text, so a text that mentions a URL is not one
 _NAT64 = IPv6Network("64:ff9b::/96")
 _UNICAST = IPv6Network("2000::/3")
-_TUNNELS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # 6to4 and Teredo lead to whatever they hold
+_TUNNELS = (IPv6Network("2002::/16"), IPv6Network("2001::/32"))  # 6to4 and Teredo embed another address
 
 Wire: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Resolve: TypeAlias = Callable[[str], Awaitable[list[str]]]
-Dial: TypeAlias = Callable[[str, str], Awaitable[Wire]]  # address, the name its certificate must have
-
-
-class NotFetched(InputError):
-    """An address that is not asked, or that gave no picture."""
+Dial: TypeAlias = Callable[[str, str], Awaitable[Wire]]  # IP address, name for the certificate
 
 
 def is_public(address: str) -> bool:
-    """Whether everybody reaches it, and so nobody reaches more through us."""
+    """Whether every client can reach it directly, so that this service opens no new way to it."""
     try:
         ip = ip_address(address)
     except ValueError:
@@ -56,7 +53,7 @@ def is_public(address: str) -> bool:
 
 
 class Fetcher:
-    """``hosts``: names in lower case. ``resolve`` and ``dial`` are the network, for tests to replace."""
+    """``hosts``: names in lower case. Tests replace the network by ``resolve`` and ``dial``."""
 
     def __init__(
         self, hosts: Iterable[str], limits: Limits, resolve: Resolve | None = None, dial: Dial | None = None
@@ -66,56 +63,56 @@ class Fetcher:
         self._resolve = resolve or _resolve
         self._dial = dial or self._dial_tls
 
-    async def fill(self, body: Any, counted: Callable[[int], None]) -> None:
-        """Pictures ``{"url": …}`` where a body may hold pictures, and texts of ``input`` that are nothing but an
-        address -> their bytes, in place.
+    async def fill(self, body: Any, on_bytes: Callable[[int], None]) -> None:
+        """Replace in ``body``, in place, each picture ``{"url": …}`` and each text of ``input`` that is a URL by the
+        picture's bytes.
 
-        ``counted`` is told the bytes as they come. Raises `NotFetched`, `ImageTooLarge`. Without hosts nothing changes:
-        the schema refuses what it does not know.
+        ``on_bytes`` is called with the size of each chunk. Raises `NotFetched`, `ImageTooLarge`. Without hosts the body
+        does not change, and the schema refuses ``url``.
         """
-        asked = [*_addresses(body)] if self.hosts else []
-        if len(asked) > MOST:
-            raise NotFetched(f"{len(asked)} pictures are given by their addresses; at most {MOST} are fetched at once")
-        places = asyncio.Semaphore(AT_ONCE)
-        together = _Counter(self.limits.body_bytes, "the pictures at these addresses have")
+        urls = [*_urls(body)] if self.hosts else []
+        if len(urls) > MAX_URLS:
+            raise NotFetched(f"{len(urls)} pictures are given by URL; at most {MAX_URLS} are fetched at once")
+        slots = asyncio.Semaphore(CONCURRENT)
+        total = _Counter(self.limits.body_bytes, "the pictures at these URLs have")
 
         def count(size: int) -> None:
-            together.add(size)
-            counted(size)
+            total.add(size)
+            on_bytes(size)
 
-        async def fetch(holder: Any, at: str | int, url: str) -> None:
-            async with places:
-                holder[at] = await self.fetch(url, count)
+        async def fetch(holder: Any, key: str | int, url: str) -> None:
+            async with slots:
+                holder[key] = await self.fetch(url, count)
 
-        tasks = [asyncio.ensure_future(fetch(*one)) for one in asked]
+        tasks = [asyncio.ensure_future(fetch(*url)) for url in urls]
         try:
             await asyncio.gather(*tasks)
         finally:
-            for one in tasks:
-                one.cancel()
+            for task in tasks:
+                task.cancel()
 
-    async def fetch(self, url: str, counted: Callable[[int], None] = lambda count: None) -> bytes:
+    async def fetch(self, url: str, on_bytes: Callable[[int], None] = lambda size: None) -> bytes:
         """Raises `NotFetched`, `ImageTooLarge`."""
         match = _URL.fullmatch(url)
         if not match:
-            raise NotFetched(
-                "a picture's address is https://NAME/PATH in plain ASCII, without user or port; send one like it"
-            )
+            raise NotFetched("a picture's URL is https://NAME/PATH in ASCII, without user or port; this one is not")
         host = match["host"].lower()
         if host not in self.hosts:
-            raise NotFetched(f"pictures of {host[:100]!r} are not fetched; the operator names the hosts that are")
+            raise NotFetched(f"pictures of {host[:100]!r} are not fetched; the operator lists the hosts that are")
         try:
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(TIMEOUT_S):
                 addresses = await self._resolve(host)
                 if not addresses or not all(map(is_public, addresses)):
-                    raise NotFetched(f"{host!r} has an address that is not public, or none; nothing is fetched from it")
-                return await self._get(addresses[0], host, match["target"], counted)
+                    raise NotFetched(
+                        f"{host!r} has no IP address, or one that is not public; nothing is fetched from it"
+                    )
+                return await self._get(addresses[0], host, match["target"], on_bytes)
         except TimeoutError:
-            raise NotFetched(f"{host!r} did not give the whole picture within {SECONDS:g} s") from None
-        except (OSError, EOFError, h11.ProtocolError):  # of TLS too; what went wrong inside is not the caller's
+            raise NotFetched(f"{host!r} did not give the whole picture within {TIMEOUT_S:g} s") from None
+        except (OSError, EOFError, h11.ProtocolError):  # also of TLS; the reason is not the caller's business
             raise NotFetched(f"{host!r} did not give the picture") from None
 
-    async def _get(self, address: str, host: str, target: str, counted: Callable[[int], None]) -> bytes:
+    async def _get(self, address: str, host: str, target: str, on_bytes: Callable[[int], None]) -> bytes:
         reader, writer = await self._dial(address, host)
         try:
             wire = h11.Connection(h11.CLIENT)
@@ -129,10 +126,10 @@ class Fetcher:
                 if event is h11.NEED_DATA:
                     wire.receive_data(await reader.read(1 << 16))
                 elif isinstance(event, h11.Response):
-                    size.check(_announced(event, host))
+                    size.check(_content_length(event, host))
                 elif isinstance(event, h11.Data):
                     size.add(len(event.data))
-                    counted(len(event.data))
+                    on_bytes(len(event.data))
                     chunks.append(bytes(event.data))
                 elif isinstance(event, h11.EndOfMessage):
                     return b"".join(chunks)
@@ -148,12 +145,12 @@ class Fetcher:
 
 
 class _Counter:
-    """Bytes, and no more than ``limit``. Raises `ImageTooLarge`."""
+    """Counts bytes. Raises `ImageTooLarge` above ``limit``."""
 
-    def __init__(self, limit: int, what: str) -> None:
+    def __init__(self, limit: int, subject: str) -> None:
         self.count = 0
         self.limit = limit
-        self.what = what
+        self.subject = subject
 
     def add(self, size: int) -> None:
         self.count += size
@@ -161,41 +158,41 @@ class _Counter:
 
     def check(self, size: int) -> None:
         if size > self.limit:
-            raise ImageTooLarge(f"{self.what} more than {self.limit} bytes, the most that are read")
+            raise ImageTooLarge(f"{self.subject} more than {self.limit} bytes, the most that are read")
 
 
-def _announced(head: h11.Response, host: str) -> int:
-    """The length that an answer gives itself, 0 without one. Raises `NotFetched` for any but a plain 200."""
-    named = dict(head.headers)
-    if head.status_code != 200 or named.get(b"content-encoding", b"identity") != b"identity":
-        raise NotFetched(f"{host!r} answered {head.status_code}; expected 200 and the picture as it is, not packed")
-    return int(named.get(b"content-length", b"0"))
+def _content_length(head: h11.Response, host: str) -> int:
+    """0 without the header. Raises `NotFetched` unless the answer is an unencoded 200."""
+    headers = dict(head.headers)
+    if head.status_code != 200 or headers.get(b"content-encoding", b"identity") != b"identity":
+        raise NotFetched(f"{host!r} answered {head.status_code}; expected 200 and no content encoding")
+    return int(headers.get(b"content-length", b"0"))
 
 
-def _addresses(body: Any) -> Iterator[tuple[Any, str | int, str]]:
-    """What holds a picture's address, where, and the address."""
+def _urls(body: Any) -> Iterator[tuple[Any, str | int, str]]:
+    """For each URL of a picture: the container that holds it, its key or index there, and the URL."""
     if not isinstance(body, dict):
         return
-    for one in _holders(body):
-        picture = one.get("image")
+    for holder in _holders(body):
+        picture = holder.get("image")
         if isinstance(picture, dict) and set(picture) == {"url"} and isinstance(picture["url"], str):
-            yield one, "image", picture["url"]
+            yield holder, "image", picture["url"]
     texts = body.get("input")  # of /v1/embeddings
-    places: list[tuple[Any, str | int, Any]] = [(body, "input", texts)]
+    inputs: list[tuple[Any, str | int, Any]] = [(body, "input", texts)]
     if isinstance(texts, list):
-        places = [(texts, at, text) for at, text in enumerate(texts)]
-    for holder, at, text in places:
-        if isinstance(text, str) and _ADDRESS.fullmatch(text):
-            yield holder, at, text
+        inputs = [(texts, index, text) for index, text in enumerate(texts)]
+    for container, key, text in inputs:
+        if isinstance(text, str) and _ANY_URL.fullmatch(text):
+            yield container, key, text
 
 
 def _holders(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where `image` is a picture: the body, its query, its inputs, items and examples. Metadata is not looked into."""
+    """The objects whose `image` is a picture: the body, its query, inputs, items and examples; not metadata."""
     lists = [body.get(name) for name in ("inputs", "items", "examples")]
-    inner = [body.get("query"), *(one for many in lists if isinstance(many, list) for one in many)]
-    return [body, *(one for one in inner if isinstance(one, dict))]
+    inner = [body.get("query"), *(item for items in lists if isinstance(items, list) for item in items)]
+    return [body, *(item for item in inner if isinstance(item, dict))]
 
 
 async def _resolve(host: str) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, PORT, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
+    infos = await asyncio.get_running_loop().getaddrinfo(host, PORT, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in infos]

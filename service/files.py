@@ -1,4 +1,4 @@
-"""Files that several services may share: names that become names of files, whole writes, one writer at a time."""
+"""Files that several services may share: checked names, atomic writes, one writer at a time."""
 
 import fcntl
 import os
@@ -10,21 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calmclip.models.errors import BadRequest, Overloaded
-from calmclip.service.schemas import NAME
 
-LOCK_S = 5.0  # how long a change waits for those of others; one takes milliseconds
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+LOCK_S = 5.0  # how long a change waits for the lock; a change takes milliseconds
 
 
-def check_name(what: str, name: str) -> None:
-    """Names become names of files and tables. Raises `BadRequest`."""
+def check_name(kind: str, name: str) -> None:
+    """Raises `BadRequest` for a name that cannot be the name of a file or table."""
     if not re.fullmatch(NAME, name):
         raise BadRequest(
-            f"{name!r} is no name for a {what}; use 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit"
+            f"{name!r} is not a name for a {kind}; use 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit"
         )
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """A reader, also one after a crash, sees the old file or the new one."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader sees the old file or the new file, also after a crash."""
     handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -38,19 +38,19 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def alone(directory: Path, what: str) -> Iterator[None]:
-    """One writer in ``directory``, of all threads and of all services: each opens it and so has a lock of its own.
+def exclusive_lock(directory: Path, kind: str) -> Iterator[None]:
+    """One writer in ``directory``, among all threads and all services: each call opens a lock of its own.
 
-    Raises `Overloaded` where another keeps the lock: the threads that would wait are those that collections need.
+    Raises `Overloaded` after `LOCK_S`, because waiting threads are taken from the pool that collections need.
     """
     directory.mkdir(parents=True, exist_ok=True)
     folder = os.open(directory, os.O_RDONLY)
     try:
         latest = time.monotonic() + LOCK_S
-        while not _lock(folder):
+        while not _try_lock(folder):
             if time.monotonic() > latest:
                 raise Overloaded(
-                    f"another has kept the {what} locked for {LOCK_S:g} s; try again in a second", reason="writes"
+                    f"another writer has locked the {kind} for {LOCK_S:g} s; try again in a second", reason="writes"
                 )
             time.sleep(0.005)
         yield
@@ -58,8 +58,8 @@ def alone(directory: Path, what: str) -> Iterator[None]:
         os.close(folder)
 
 
-def _lock(folder: int) -> bool:
-    """Whether the lock is ours now."""
+def _try_lock(folder: int) -> bool:
+    """Whether this call took the lock."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

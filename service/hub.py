@@ -1,4 +1,4 @@
-"""`Hub`: which bundles are loaded, under which names, ready or not; renewed when they change, at rest when unused."""
+"""`Hub`: the loaded bundles by name. It reloads changed bundles and unloads idle graphs."""
 
 import asyncio
 import ctypes
@@ -9,34 +9,32 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import Sealed, digest_of, find, names, read
 from calmclip.models.errors import BundleInvalid, BundleNotFound, CalmclipError, Overloaded, TaskNotServed, suggestion
-from calmclip.models.flow import Arrays, Call, drive
-from calmclip.models.ops.library import find as find_library
-from calmclip.models.ops.library import why_not
+from calmclip.models.flow import Arrays, drive
+from calmclip.models.ops import library
+from calmclip.models.outliers import STATISTICS
 from calmclip.models.runtime.session import Session, SessionOptions
 from calmclip.models.tasks import TASKS
-from calmclip.service.batching import Batcher
-from calmclip.service.resting import Resting
+from calmclip.service.batching import RELEASES, Batcher
+from calmclip.service.idle_unload import UnloadableSession
+from calmclip.service.metrics import Metrics
 from calmclip.service.settings import Settings
-
-if TYPE_CHECKING:
-    from calmclip.service.metrics import Metrics
 
 log = logging.getLogger("calmclip")
 RETIRE_POLL_S = 0.05
-REST_LOOKS = 4  # looks at what is idle, in the time after which it rests
+IDLE_CHECKS = 4  # per `Settings.idle_unload_s`
 
 
 class Loaded:
-    """A bundle with one batcher per graph. Whoever drives a flow over it holds a `lease`."""
+    """A bundle with one session and one batcher per graph. The driver of a flow over it holds a `lease`."""
 
-    def __init__(self, bundle: Bundle, graphs: dict[str, Resting], batchers: dict[str, Batcher]) -> None:
+    def __init__(self, bundle: Bundle, graphs: dict[str, UnloadableSession], batchers: dict[str, Batcher]) -> None:
         self.bundle = bundle
         self.graphs = graphs
         self.batchers = batchers
@@ -51,13 +49,13 @@ class Loaded:
         return self.bundle.digest
 
     @property
-    def rests(self) -> bool:
-        """Whether a graph of it is at rest, and needs its file to come back."""
-        return any(graph.rests for graph in self.graphs.values())
+    def unloaded(self) -> bool:
+        """Whether a graph is unloaded, so that the bundle still needs its files."""
+        return any(graph.unloaded for graph in self.graphs.values())
 
     @contextmanager
     def lease(self) -> Iterator[None]:
-        """While one is held, its batchers stay open, also when another bundle has taken its name."""
+        """While a lease is held, the batchers stay open, even if another bundle has taken the name."""
         self._users += 1
         try:
             yield
@@ -65,7 +63,7 @@ class Loaded:
             self._users -= 1
 
     async def retire(self) -> None:
-        """Once nobody holds a lease, close it."""
+        """Close the batchers once no lease is held."""
         while self._users:
             await asyncio.sleep(RETIRE_POLL_S)
         for batcher in self.batchers.values():
@@ -73,21 +71,21 @@ class Loaded:
 
 
 class Hub:
-    """Loads the bundles that the settings name; ``company()``: whether more calls may come soon."""
+    """Loads the bundles that the settings name. ``concurrent()``: whether other requests are in flight."""
 
-    def __init__(self, settings: Settings, metrics: "Metrics", company: Callable[[], bool]) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, concurrent: Callable[[], bool]) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.company = company
+        self.concurrent = concurrent
         self.failed: dict[str, str] = {}
-        self._tried: dict[str, str | None] = {}  # as they were asked for -> digest on disk at the last try
+        self._tried: dict[str, str | None] = {}  # name as requested -> digest on disk at the last try
         self._loaded: dict[str, Loaded] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._complete = False
 
     @property
     def ready(self) -> bool:
-        """Everything that was asked for is loaded, and that is not nothing."""
+        """Whether every requested bundle is loaded, and at least one is."""
         return self._complete and bool(self._loaded) and not self.failed
 
     @property
@@ -118,10 +116,10 @@ class Hub:
         raise TaskNotServed(f"no loaded bundle serves {task!r}; loaded: {', '.join(known) or 'none'}", known=known)
 
     def by_digest(self, digest: str) -> Loaded | None:
-        return next((one for one in self._loaded.values() if one.digest == digest), None)
+        return next((loaded for loaded in self._loaded.values() if loaded.digest == digest), None)
 
     async def load(self) -> None:
-        """Every bundle once. One that does not load is logged and remembered in `failed`; the others serve."""
+        """Load every requested bundle. One that does not load is logged and noted in `failed`; the others serve."""
         bundles = self.settings.bundles_dir
         try:
             await self._load(self.settings.load or names(bundles))
@@ -132,84 +130,83 @@ class Hub:
             self._complete = True
 
     async def tend(self) -> None:
-        """For as long as the service lives: bundles that changed are renewed, graphs nobody uses are put to rest."""
-        every = {self.renew: self.settings.reload_s, self.rest: self.settings.idle_unload_s / REST_LOOKS}
-        await asyncio.gather(*(_repeat(do, seconds) for do, seconds in every.items() if seconds))
+        """Until it is cancelled: reload changed bundles, unload idle graphs."""
+        periods = {self.reload: self.settings.reload_s, self.unload_idle: self.settings.idle_unload_s / IDLE_CHECKS}
+        await asyncio.gather(*(_repeat(do, seconds) for do, seconds in periods.items() if seconds))
 
-    async def renew(self) -> None:
-        """Look for bundles whose digest on disk is another than at the last try, and load those.
+    async def reload(self) -> None:
+        """Load the bundles whose digest on disk has changed since the last try.
 
-        The new one takes the name once it is warm; what is under way ends on the old one. One that does not load is
-        logged, and the old one goes on, but for graphs at rest: their files are gone, which is told in `failed`.
+        The new bundle takes the name once it is warm; requests in flight end on the old one. If the new bundle does not
+        load, that is logged and the old one goes on. Its unloaded graphs have lost their files, which `failed` says.
         """
         for wanted, tried in list(self._tried.items()):
-            found = await asyncio.to_thread(self._digest, wanted)
-            if found == tried:
+            digest = await asyncio.to_thread(self._digest, wanted)
+            if digest == tried:
                 continue
-            if found is None:
+            if digest is None:
                 if self._is_stranded(wanted):
                     self._tried[wanted] = None
                     self.failed[wanted] = f"there is no bundle at {wanted} any more"
-                    log.error("%s, and a graph of it is at rest: put it back", self.failed[wanted])
+                    log.error("%s, and a graph of it is unloaded; put the bundle back", self.failed[wanted])
                 continue
-            log.info("bundle %s has changed: digest %s…", wanted, found[:12])
+            log.info("bundle %s has changed: digest %s…", wanted, digest[:12])
             new = await self._try(wanted)
             if new is None:
-                self.metrics.renewed(wanted, "failed")
+                self.metrics.reloaded(wanted, "failed")
                 continue
             old = self._loaded.get(new.name)
-            self._publish([*(one for one in self.all() if one is not old), new])
-            self.metrics.renewed(new.name, "ok")
+            self._publish([*(loaded for loaded in self.all() if loaded is not old), new])
+            self.metrics.reloaded(new.name, "ok")
             if old:
                 self._retire(old)
 
-    async def rest(self) -> None:
-        """Close the sessions that no request used for as long as the settings say.
+    async def unload_idle(self) -> None:
+        """Close the sessions that were idle for `Settings.idle_unload_s`.
 
-        Not of a bundle that was replaced: there would be no file to open them from.
+        Sessions of a bundle that was replaced on disk stay: there is no file to open them from.
         """
-        there = [one for one in self.all() if await asyncio.to_thread(digest_of, one.bundle.directory) == one.digest]
-        graphs = [(f"{one.name}.{role}", graph) for one in there for role, graph in one.graphs.items()]
-        rested = [name for name, graph in graphs if await asyncio.to_thread(graph.rest, self.settings.idle_unload_s)]
-        if rested:
-            await asyncio.to_thread(_give_back)
-            log.info("at rest: %s", ", ".join(rested))
+        current = [b for b in self.all() if await asyncio.to_thread(digest_of, b.bundle.directory) == b.digest]
+        graphs = [(f"{loaded.name}.{role}", graph) for loaded in current for role, graph in loaded.graphs.items()]
+        closed = [name for name, graph in graphs if await asyncio.to_thread(graph.unload, self.settings.idle_unload_s)]
+        if closed:
+            await asyncio.to_thread(_trim_heap)
+            log.info("unloaded: %s", ", ".join(closed))
 
     def drain(self) -> None:
-        """Nothing waits for company any more: the service is leaving."""
+        """No call waits for concurrent calls any more: the service shuts down."""
         for loaded in self.all():
             for batcher in loaded.batchers.values():
                 batcher.drain()
 
     async def close(self) -> None:
-        """What is queued is run first."""
+        """Run the queued calls, then close the batchers."""
         for loaded in self.all():
             self._retire(loaded)
         await asyncio.gather(*self._retiring)
 
     async def _load(self, wanted: Sequence[str]) -> None:
-        if library := find_library(self.settings.ops):
-            log.info("op library %s, %s", library.sha256[:12], ", ".join(sorted({*library.isas.values()})))
+        if ops := library.find(self.settings.ops):
+            isas = sorted({*ops.isas.values()})
+            log.info("op library %s, %s", ops.sha256[:12], ", ".join(isas))
+            self.metrics.ops(ops.sha256, ",".join(isas))
         else:
-            why = "CALMCLIP_OPS=off" if self.settings.ops == "off" else why_not()
+            why = "CALMCLIP_OPS=off" if self.settings.ops == "off" else library.why_not()
             log.info("%s: bundles run their own functions", why)
-        self.metrics.ops(library)
-        opened = [await self._try(name) for name in wanted]
-        self._publish([one for one in opened if one])
+            self.metrics.ops("", "none")
+        self._publish([loaded for name in wanted if (loaded := await self._try(name))])
         if not self._loaded:
             log.error("no bundle in %s was loaded; 'calmclip export mini' makes one", self.settings.bundles_dir)
 
     async def _try(self, wanted: str) -> Loaded | None:
-        """The bundle asked for as ``wanted``, opened and warm; None where that fails, which is then in `failed`.
-
-        Not in `failed` while an older one of that name serves, whole.
-        """
+        """Open and warm up the bundle ``wanted``. If that fails: None, and an entry in `failed` unless an older bundle
+        of that name serves with all its graphs."""
         start = perf_counter()
         self._tried[wanted] = await asyncio.to_thread(self._digest, wanted)
         try:
             bundle, graphs = await asyncio.to_thread(self._open, wanted)
         except Exception as error:
-            ours = isinstance(error, CalmclipError)  # says enough; of others the log wants to know where
+            ours = isinstance(error, CalmclipError)  # its message says enough; others need a traceback
             log.error("bundle %s does not load: %s", wanted, error, exc_info=not ours)
             if Path(wanted).name not in self._loaded or self._is_stranded(wanted):
                 self.failed[wanted] = str(error) if ours else repr(error)
@@ -220,21 +217,23 @@ class Hub:
         return Loaded(bundle, graphs, {role: self._batcher(bundle, role, graph.run) for role, graph in graphs.items()})
 
     def _publish(self, opened: list[Loaded]) -> None:
-        """Make these the loaded ones. Without an order of the caller's, INT8 is what is served by default."""
+        """Serve these bundles and no others. Outside `Settings.load`, INT8 comes before float."""
         order = [Path(name).name for name in self.settings.load]
 
-        def place(one: Loaded) -> tuple[int, bool, str]:
-            at = order.index(one.name) if one.name in order else len(order)
-            return at, one.bundle.manifest.precision == "float32", one.name
+        def rank(loaded: Loaded) -> tuple[int, bool, str]:
+            at = order.index(loaded.name) if loaded.name in order else len(order)
+            return at, loaded.bundle.manifest.precision == "float32", loaded.name
 
-        opened.sort(key=place)
-        self._loaded = {one.name: one for one in opened}
-        self.metrics.loaded([one.bundle for one in opened])
-        for loaded in opened:
+        opened.sort(key=rank)
+        self._loaded = {loaded.name: loaded for loaded in opened}
+        self.metrics.clear_bundles()
+        for name, loaded in self._loaded.items():
+            manifest = loaded.bundle.manifest
+            outliers = {r: {s: getattr(o, s) for s in STATISTICS} for r, o in loaded.bundle.outliers.items()}
+            self.metrics.loaded(name, loaded.digest, manifest.precision, ",".join(manifest.ops.used), outliers)
             for role, batcher in loaded.batchers.items():
-                self.metrics.watch_queue(
-                    loaded.name, role, partial(getattr, batcher, "depth"), self.settings.queue.max_pending
-                )
+                depth = partial(getattr, batcher, "depth")
+                self.metrics.watch_queue(name, role, depth, self.settings.queue.max_pending)
 
     def _retire(self, loaded: Loaded) -> None:
         task = asyncio.create_task(loaded.retire(), name=f"retire-{loaded.name}")
@@ -242,9 +241,9 @@ class Hub:
         task.add_done_callback(self._retiring.discard)
 
     def _is_stranded(self, wanted: str) -> bool:
-        """Whether what serves under this name has graphs at rest that only its own files could wake."""
+        """Whether the bundle that serves under this name has an unloaded graph, which only its own files can open."""
         old = self._loaded.get(Path(wanted).name)
-        return old is not None and old.rests
+        return old is not None and old.unloaded
 
     def _digest(self, wanted: str) -> str | None:
         try:
@@ -252,12 +251,12 @@ class Hub:
         except BundleNotFound:
             return None
 
-    def _open(self, wanted: str) -> tuple[Bundle, dict[str, Resting]]:
+    def _open(self, wanted: str) -> tuple[Bundle, dict[str, UnloadableSession]]:
         sealed = read(find(wanted, self.settings.bundles_dir))
         bundle = Bundle(sealed, max_pixels=self.settings.limits.image_pixels, ops=self.settings.ops)
         bundle.warm()
         graphs = {
-            role: Resting(
+            role: UnloadableSession(
                 partial(self._session, sealed, role),
                 partial(self.metrics.graph_opened, bundle.name, role),
                 partial(self.metrics.graph_closed, bundle.name, role),
@@ -268,9 +267,8 @@ class Hub:
         return bundle, graphs
 
     def _session(self, sealed: Sealed, role: str) -> Session:
-        """Where the directory holds another bundle by now: raises `Overloaded` as long as that one is on its way,
-        `BundleInvalid` where it does not load.
-        """
+        """Open a graph. If the directory holds another bundle by now: raises `Overloaded` while that bundle is being
+        loaded, `BundleInvalid` if it does not load."""
         graph = sealed.manifest.graphs[role]
         options = SessionOptions(threads=self.settings.cores, ops=self.settings.ops)
         try:
@@ -289,8 +287,8 @@ class Hub:
         if why is None and self.settings.reload_s:
             return Overloaded(f"{name} is being replaced; try again in a second", reason="replaced")
         return BundleInvalid(
-            f"{name} was replaced while its graph {role!r} was at rest, and the new one is not loaded "
-            f"({why or 'CALMCLIP_RELOAD_S is 0'}); put a whole one in {sealed.directory}, or restart the service"
+            f"{name} was replaced while its graph {role!r} was unloaded, and the new bundle is not loaded "
+            f"({why or 'CALMCLIP_RELOAD_S is 0'}); put a complete bundle in {sealed.directory}, or restart the service"
         )
 
     def _batcher(self, bundle: Bundle, role: str, run: Callable[[Arrays], Any]) -> Batcher:
@@ -302,14 +300,14 @@ class Hub:
             max_bytes=settings.batch.max_bytes,
             max_wait_s=settings.batch.max_wait_ms / 1000,
             max_pending=settings.queue.max_pending,
-            company=self.company,
-            observe=self.metrics.batch(bundle.name, role),
+            concurrent=self.concurrent,
+            observe=self.metrics.batch(bundle.name, role, RELEASES),
             name=f"{bundle.name}.{role}",
         )
 
 
-def _give_back() -> None:
-    """Memory that is free goes back to the system; glibc keeps it otherwise. Elsewhere this does nothing."""
+def _trim_heap() -> None:
+    """Return free memory to the system, which glibc does not do on its own. No effect with other C libraries."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -319,20 +317,17 @@ async def _repeat(do: Callable[[], Any], seconds: float) -> None:
         await asyncio.sleep(seconds)
         try:
             await do()
-        except Exception:  # the next turn tries again
+        except Exception:  # the next round tries again
             log.exception("%s failed", do.__name__)
 
 
-def _warm_up(bundle: Bundle, graphs: dict[str, Resting]) -> None:
-    """One request of each task, as a caller would send it: what it needs is made now, and what breaks breaks now."""
+def _warm_up(bundle: Bundle, graphs: dict[str, UnloadableSession]) -> None:
+    """Run one request of each task, so that lazy parts are built now and errors appear now."""
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(file, "PNG")
-
-    def run(call: Call) -> Arrays:
-        return graphs[call.graph].run(call.feeds)
 
     for name in bundle.tasks:
         task = TASKS.get(name)
         request = task.example(bundle, file.getvalue())
         if request is not None:
-            drive(task.flow(bundle, request), run)
+            drive(task.flow(bundle, request), lambda call: graphs[call.graph].run(call.feeds))

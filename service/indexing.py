@@ -1,7 +1,7 @@
-"""A folder of pictures -> a collection, through the HTTP routes: of a running service, or of one in this process.
+"""A folder of pictures -> a collection, through the HTTP routes of a running service or of an app in this process.
 
-An item's id is the picture's path in the folder; its content's hash lies in the metadata, so a second run
-sends only what is new or has changed. Title and thumbnail lie there too, as the page writes and shows them.
+An item's id is the picture's path in the folder. The metadata holds the hash of the file, so a second run sends only
+new and changed pictures. It also holds a title and a thumbnail, in the format that the page writes and shows.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import httpx
 import orjson
@@ -23,10 +24,10 @@ from calmclip.models.preprocess.image import decode
 from calmclip.service.settings import Settings
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-AT_ONCE = 16  # pictures in a request, but not more than
-BYTES_AT_ONCE = 16 << 20
-REQUESTS_AT_ONCE = 2  # one is prepared while the other is answered
-TRIES = 20  # when the service is full
+BATCH_PICTURES = 16  # per request, and at most
+BATCH_BYTES = 16 << 20
+CONCURRENT_REQUESTS = 2  # one is prepared while the service answers the other
+TRIES = 20  # of a request that is answered 503
 THUMBNAIL = 128  # pixels a side
 
 
@@ -47,9 +48,9 @@ class Picture(NamedTuple):
 
 
 def thumbnail(data: bytes) -> bytes | None:
-    """A small upright JPEG, or None: the service says what is wrong with the picture.
+    """A small upright JPEG. None if the picture cannot be decoded; the service then reports the error.
 
-    Even noise makes a data URL within the limit of an item's metadata, 16 KiB; photographs make 2 to 8 kB.
+    Its data URL fits an item's metadata (16 KiB) even if the picture is noise; photographs take 2 to 8 kB.
     """
     try:
         image = decode(data)
@@ -74,106 +75,107 @@ def index(
     settings: Settings | None = None,
     key: str | None = None,
 ) -> dict[str, Any]:
-    """What was added, skipped and broken. ``key``: for the service at ``url``.
+    """The numbers of added and skipped pictures, and the broken ones. ``key``: for the service at ``url``.
 
-    Raises `BadRequest`, and `CalmclipError` with what the service said.
+    Raises `BadRequest`, and `CalmclipError` with the service's error.
     """
     if not folder.is_dir():
         raise BadRequest(f"{folder} is not a folder")
     try:
         return asyncio.run(_index(folder, collection, model, _client(url, settings, key)))
-    except ExceptionGroup as group:  # of the requests under way; the first one says what is the matter
+    except ExceptionGroup as group:  # one per concurrent request; the first explains enough
         raise group.exceptions[0] from None
 
 
 async def _index(
-    folder: Path, collection: str, model: str | None, opening: AbstractAsyncContextManager[httpx.AsyncClient]
+    folder: Path, collection: str, model: str | None, connect: AbstractAsyncContextManager[httpx.AsyncClient]
 ) -> dict[str, Any]:
     start = perf_counter()
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    async with opening as client:
-        service = _Service(client, f"/v1/collections/{collection}")
-        made = await service.ask("PUT", "", {"model": model} if model else {})
-        there = await service.hashes()
+    async with connect as client:
+        service = _Service(client, collection)
+        created = await service.ask("PUT", "", {"model": model} if model else {})
+        hashes = await service.hashes()
         result: dict[str, Any] = {"added": 0, "skipped": 0, "broken": []}
         with tqdm(total=len(paths), unit="picture", disable=None) as bar:
-            slots = asyncio.Semaphore(REQUESTS_AT_ONCE)
+            slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
             async with asyncio.TaskGroup() as group:
-                for batch, known in _batches(folder, paths, there):
-                    result["skipped"] += known
-                    bar.update(known)
+                for batch, unchanged in _batches(folder, paths, hashes):
+                    result["skipped"] += unchanged
+                    bar.update(unchanged)
                     if batch:
                         await slots.acquire()
                         group.create_task(_send(service, batch, result, bar, slots))
         items = (await service.ask("GET", ""))["items"]
     seconds = round(perf_counter() - start, 1)
-    result["broken"].sort(key=lambda one: one["id"])
-    return {"collection": collection, "model": made["model"], **result, "items": items, "seconds": seconds}
+    result["broken"].sort(key=lambda entry: entry["id"])
+    return {"collection": collection, "model": created["model"], **result, "items": items, "seconds": seconds}
 
 
 async def _send(
     service: "_Service", batch: list[Picture], result: dict[str, Any], bar: "tqdm[Any]", slots: asyncio.Semaphore
 ) -> None:
-    """All at once; one by one where something among them is refused, to find out which."""
     try:
-        try:
-            await service.add(batch)
-            result["added"] += len(batch)
-        except _Refused as refused:
-            for one in batch if len(batch) > 1 else ():
-                try:
-                    await service.add([one])
-                    result["added"] += 1
-                except _Refused as why:
-                    result["broken"].append({"id": one.id, "why": str(why)})
-            if len(batch) == 1:
-                result["broken"].append({"id": batch[0].id, "why": str(refused)})
+        await _add(service, batch, result)
         bar.update(len(batch))
     finally:
         slots.release()
 
 
-def _batches(folder: Path, paths: list[Path], there: dict[str, str]) -> Iterator[tuple[list[Picture], int]]:
-    """Pictures to send together, and how many were passed over since the last time."""
+async def _add(service: "_Service", batch: list[Picture], result: dict[str, Any]) -> None:
+    """Add a batch. If the service refuses it, add its pictures one by one to find the broken ones."""
+    try:
+        await service.add(batch)
+        result["added"] += len(batch)
+    except _Refused as error:
+        if len(batch) == 1:
+            result["broken"].append({"id": batch[0].id, "why": str(error)})
+        else:
+            for picture in batch:
+                await _add(service, [picture], result)
+
+
+def _batches(folder: Path, paths: list[Path], hashes: dict[str, str]) -> Iterator[tuple[list[Picture], int]]:
+    """Pictures for one request, and the number of unchanged pictures since the previous batch."""
     batch: list[Picture] = []
-    known = 0
+    unchanged = 0
     for path in paths:
         data = path.read_bytes()
         picture = Picture(path.relative_to(folder).as_posix(), data, hashlib.sha256(data).hexdigest())
-        if there.get(picture.id) == picture.sha256:
-            known += 1
+        if hashes.get(picture.id) == picture.sha256:
+            unchanged += 1
             continue
-        if batch and (len(batch) == AT_ONCE or sum(len(p.data) for p in batch) + len(data) > BYTES_AT_ONCE):
-            yield batch, known
-            batch, known = [], 0
+        if batch and (len(batch) == BATCH_PICTURES or sum(len(p.data) for p in batch) + len(data) > BATCH_BYTES):
+            yield batch, unchanged
+            batch, unchanged = [], 0
         batch.append(picture)
-    yield batch, known
+    yield batch, unchanged
 
 
 class _Refused(Exception):
-    """The service reads this input never."""
+    """The service refused the input; to send it again is useless."""
 
 
 class _Service:
     """The routes of one collection."""
 
-    def __init__(self, client: httpx.AsyncClient, path: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, collection: str) -> None:
         self._client = client
-        self._path = path
+        self._path = f"/v1/collections/{quote(collection, safe='')}"
 
     async def add(self, pictures: list[Picture]) -> None:
-        items = await asyncio.to_thread(lambda: [picture.item() for picture in pictures])  # decoding takes its time
+        items = await asyncio.to_thread(lambda: [picture.item() for picture in pictures])  # decodes, which takes time
         await self.ask("POST", "/items", {"items": items})
 
     async def hashes(self) -> dict[str, str]:
-        """id -> hash of what the collection holds."""
-        found: dict[str, str] = {}
+        """id -> hash of the file, for every item of the collection."""
+        hashes: dict[str, str] = {}
         after = ""
         while True:
             page = await self.ask("GET", "/items", None, limit=500, **({"after": after} if after else {}))
-            found |= {item["id"]: item["meta"].get("sha256", "") for item in page["items"]}
+            hashes |= {item["id"]: item["meta"].get("sha256", "") for item in page["items"]}
             if page["next"] is None:
-                return found
+                return hashes
             after = page["next"]
 
     async def ask(self, method: str, path: str, body: object = None, **query: Any) -> dict[str, Any]:
@@ -185,16 +187,17 @@ class _Service:
                     method, self._path + path, content=content, headers=headers, params=query
                 )
             except httpx.HTTPError as error:
-                raise CalmclipError(
-                    f"{self._client.base_url} does not answer: {error or type(error).__name__}"
-                ) from None
+                why = error or type(error).__name__
+                raise CalmclipError(f"{self._client.base_url} does not answer: {why}") from None
             if answer.status_code != 503:
                 break
             await asyncio.sleep(float(answer.headers.get("retry-after", 1)))
         try:
             value: dict[str, Any] = orjson.loads(answer.content)
         except orjson.JSONDecodeError:
-            raise CalmclipError(f"{answer.url} answered {answer.status_code} and no JSON; is it calmclip?") from None
+            raise CalmclipError(
+                f"{answer.url} answered {answer.status_code} without JSON; check that it is a calmclip service"
+            ) from None
         if answer.is_success:
             return value
         detail = value.get("detail", answer.reason_phrase)
@@ -205,7 +208,7 @@ class _Service:
 
 @asynccontextmanager
 async def _client(url: str | None, settings: Settings | None, key: str | None) -> AsyncIterator[httpx.AsyncClient]:
-    """Of the service at ``url``, or of an app in this process, with its own collections open."""
+    """A client of the service at ``url``, or of an app in this process that opens the collections itself."""
     if url is not None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with httpx.AsyncClient(base_url=url, timeout=120, headers=headers) as client:
@@ -213,7 +216,7 @@ async def _client(url: str | None, settings: Settings | None, key: str | None) -
         return
     from calmclip.service.app import create_app
 
-    app = create_app((settings or Settings()).model_copy(update={"keys": None}))  # nobody else asks it
+    app = create_app((settings or Settings()).model_copy(update={"keys": None}))  # no other client reaches it
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

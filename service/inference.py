@@ -1,8 +1,8 @@
-"""The Open Inference Protocol: graphs under its names, tensors in and behind its JSON. Knows no HTTP.
+"""The Open Inference Protocol over the bundles' graphs, with tensors in JSON or as bytes after it; without HTTP.
 
-https://github.com/kserve/open-inference-protocol (`specification/protocol/inference_rest.md`), and the binary tensor
-data extension of https://github.com/triton-inference-server/server (`docs/protocol/extension_binary_data.md`): where an
-input has ``binary_data_size``, its elements follow the JSON, little-endian, row by row, in the order of the inputs.
+Source: https://github.com/kserve/open-inference-protocol (`specification/protocol/inference_rest.md`), and the binary
+tensor data extension of https://github.com/triton-inference-server/server (`docs/protocol/extension_binary_data.md`):
+if an input has ``binary_data_size``, its elements follow the JSON, little-endian, row-major, in the inputs' order.
 """
 
 import math
@@ -19,8 +19,8 @@ from calmclip.models.bundle.manifest import Graph, Tensor
 from calmclip.models.errors import BadRequest, BundleNotFound, Overloaded, suggestion
 from calmclip.models.flow import Array, Arrays, Flow
 from calmclip.models.tasks.raw import RawRequest, run
+from calmclip.service.errors import InvalidRequest, invalid
 from calmclip.service.hub import Hub, Loaded
-from calmclip.service.problems import InvalidRequest, invalid
 from calmclip.service.schemas import Answer, Body
 
 EXTENSIONS = ["binary_tensor_data"]
@@ -35,7 +35,7 @@ DATATYPES: dict[str, Datatype] = {
     "bool": "BOOL",
 }
 DTYPES = {datatype: np.dtype(dtype).newbyteorder("<") for dtype, datatype in DATATYPES.items()}
-JSON_TYPES: dict[str, tuple[set[type], type[np.generic]]] = {  # kind of a dtype -> what JSON may hold, what holds that
+JSON_TYPES: dict[str, tuple[set[type], type[np.generic]]] = {  # kind of a dtype -> types in JSON, dtype that holds them
     "f": ({float, int}, np.float64),
     "i": ({int}, np.int64),
     "u": ({int}, np.int64),
@@ -44,20 +44,22 @@ JSON_TYPES: dict[str, tuple[set[type], type[np.generic]]] = {  # kind of a dtype
 MAX_RANK = 8
 
 Data = Annotated[
-    list[Any], WithJsonSchema({"type": "array", "description": "row by row, flat or nested as the shape is"})
+    list[Any], WithJsonSchema({"type": "array", "description": "row-major, flat or nested like the shape"})
 ]
 
 
 class InputParameters(Body):
-    binary_data_size: int | None = Field(default=None, ge=0, description="bytes behind the JSON, instead of `data`")
+    binary_data_size: int | None = Field(
+        default=None, ge=0, description="number of bytes after the JSON, instead of `data`"
+    )
 
 
 class OutputParameters(Body):
-    binary_data: bool | None = Field(default=None, description="behind the JSON; else as `binary_data_output` says")
+    binary_data: bool | None = Field(default=None, description="send it after the JSON; default: `binary_data_output`")
 
 
 class InferParameters(Body):
-    binary_data_output: bool = Field(default=False, description="outputs follow the JSON as bytes")
+    binary_data_output: bool = Field(default=False, description="send all outputs as bytes after the JSON")
 
 
 class InputTensor(Body):
@@ -74,10 +76,12 @@ class OutputAsked(Body):
 
 
 class InferBody(Body):
-    id: str | None = Field(None, max_length=1000, description="comes back with the answer")
+    id: str | None = Field(None, max_length=1000, description="returned with the answer")
     parameters: InferParameters = InferParameters()
     inputs: list[InputTensor] = Field(max_length=64, fail_fast=True)
-    outputs: list[OutputAsked] = Field([], max_length=64, fail_fast=True, description="which to answer; all by default")
+    outputs: list[OutputAsked] = Field(
+        [], max_length=64, fail_fast=True, description="the outputs to send; default: all"
+    )
 
 
 class TensorMetadata(Answer):
@@ -88,8 +92,12 @@ class TensorMetadata(Answer):
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "list[TensorMetadata]":
         return [
-            cls(name=name, datatype=DATATYPES[one.dtype], shape=[d if isinstance(d, int) else -1 for d in one.shape])
-            for name, one in tensors.items()
+            cls(
+                name=name,
+                datatype=DATATYPES[tensor.dtype],
+                shape=[d if isinstance(d, int) else -1 for d in tensor.shape],
+            )
+            for name, tensor in tensors.items()
         ]
 
 
@@ -120,7 +128,7 @@ class GraphReady(Answer):
 
 
 class OutputTensor(TensorMetadata):
-    parameters: dict[str, int] | None = Field(None, description="`binary_data_size`, where the data follows the JSON")
+    parameters: dict[str, int] | None = Field(None, description="`binary_data_size`, if the data follows the JSON")
     data: Data | None = None
 
 
@@ -131,7 +139,7 @@ class InferAnswer(Answer):
 
 
 class Reply(NamedTuple):
-    """A body, and how many of its bytes are JSON, where not all are."""
+    """A body. ``json_bytes``: the length of its JSON, None if all of it is JSON."""
 
     body: bytes
     json_bytes: int | None
@@ -142,10 +150,10 @@ def name_of(loaded: Loaded, role: str) -> str:
 
 
 def served(hub: Hub) -> dict[str, tuple[Loaded, str]]:
-    """Name -> bundle and role of each graph that may be run as it is.
+    """Name -> bundle and role, for each graph that a client may run directly.
 
-    They are those that pictures or texts are prepared for, and in a bundle that serves ``raw`` all: another graph, such
-    as soft-NMS, counts on a task to check its settings.
+    These are the graphs with a preprocess, and all graphs of a bundle that serves ``raw``. Another graph, such as
+    soft-NMS, relies on a task to check its inputs.
     """
     return {
         name_of(loaded, role): (loaded, role)
@@ -157,12 +165,12 @@ def served(hub: Hub) -> dict[str, tuple[Loaded, str]]:
 
 def find(hub: Hub, name: str) -> tuple[Loaded, str]:
     """Raises `BundleNotFound`; `Overloaded` while bundles are still loading."""
-    known = served(hub)
-    if name in known:
-        return known[name]
+    graphs = served(hub)
+    if name in graphs:
+        return graphs[name]
     if hub.loading:
         raise Overloaded("the bundles are still loading; try again in a second", retry_after=1.0)
-    raise BundleNotFound(f"no model named {name!r} is served as BUNDLE.GRAPH; {suggestion(name, known)}", known=known)
+    raise BundleNotFound(f"no model named {name!r} is served as BUNDLE.GRAPH; {suggestion(name, graphs)}", known=graphs)
 
 
 def metadata(name: str, graph: Graph) -> GraphMetadata:
@@ -174,24 +182,25 @@ def metadata(name: str, graph: Graph) -> GraphMetadata:
     )
 
 
-def infer(bundle: Bundle, role: str, body: bytes, json_bytes: str | None, most_rows: int) -> Flow[Reply]:
-    """One graph, from a request's body to its answer's. ``json_bytes``: the header Inference-Header-Content-Length.
+def infer(bundle: Bundle, role: str, body: bytes, json_bytes: str | None, max_rows: int) -> Flow[Reply]:
+    """Run one graph: a request's body -> the answer's body. ``json_bytes``: the header Inference-Header-Content-Length.
 
-    Raises `InvalidRequest` and `BadRequest`, naming the tensor.
+    Raises `InvalidRequest`, and `BadRequest` that names the tensor.
     """
     graph = bundle.graph(role)
-    asked, rest = _parse(body, json_bytes)
-    feeds = _feeds(asked, rest)
+    request, data = _parse(body, json_bytes)
+    feeds = _feeds(request, data)
     for name, array in feeds.items():
-        if graph.batch and array.ndim and len(array) > most_rows:
-            raise BadRequest(f"input {name!r} has {len(array)} rows; at most {most_rows} are read at once")
-    wanted = _wanted(asked, graph)
-    found = yield from run(bundle, RawRequest(role, feeds))
-    return _reply(f"{bundle.name}.{role}", asked.id, {name: (found[name], binary) for name, binary in wanted.items()})
+        if graph.batch and array.ndim and len(array) > max_rows:
+            raise BadRequest(f"input {name!r} has {len(array)} rows; at most {max_rows} are read at once")
+    requested = _outputs(request, graph)
+    arrays = yield from run(bundle, RawRequest(role, feeds))
+    outputs = {name: (arrays[name], binary) for name, binary in requested.items()}
+    return _reply(f"{bundle.name}.{role}", request.id, outputs)
 
 
 def _parse(body: bytes, json_bytes: str | None) -> tuple[InferBody, memoryview]:
-    """The JSON, and what follows it."""
+    """The JSON part, and the bytes after it."""
     view = memoryview(body)
     length = len(view)
     if json_bytes is not None:
@@ -207,59 +216,61 @@ def _parse(body: bytes, json_bytes: str | None) -> tuple[InferBody, memoryview]:
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the first {length} bytes of the body are not JSON: {error}") from None
     except ValidationError as error:
-        raise invalid(error, "the request does not fit") from None
+        raise invalid(error) from None
 
 
-def _feeds(asked: InferBody, rest: memoryview) -> Arrays:
+def _feeds(request: InferBody, data: memoryview) -> Arrays:
     feeds: dict[str, Array] = {}
-    for one in asked.inputs:
-        if one.name in feeds:
-            raise BadRequest(f"input {one.name!r} is given twice; expected one")
-        size = one.parameters.binary_data_size
-        if (size is None) == (one.data is None):
-            raise BadRequest(f"input {one.name!r} needs `data` or the parameter `binary_data_size`, one of them")
-        feeds[one.name] = _from_json(one) if size is None else _from_bytes(one, rest[:size])
-        rest = rest[size or 0 :]
-    if rest:
-        raise BadRequest(f"{len(rest)} bytes are left behind the last input; expected none")
+    for tensor in request.inputs:
+        if tensor.name in feeds:
+            raise BadRequest(f"input {tensor.name!r} is given twice; expected one")
+        size = tensor.parameters.binary_data_size
+        if (size is None) == (tensor.data is None):
+            raise BadRequest(f"input {tensor.name!r} needs `data` or the parameter `binary_data_size`, one of them")
+        feeds[tensor.name] = _from_json(tensor) if size is None else _from_bytes(tensor, data[:size])
+        data = data[size or 0 :]
+    if data:
+        raise BadRequest(f"{len(data)} bytes follow the last input; expected none")
     return feeds
 
 
-def _from_bytes(one: InputTensor, data: memoryview) -> Array:
-    dtype, size = DTYPES[one.datatype], one.parameters.binary_data_size
-    if not (need := math.prod(one.shape) * dtype.itemsize) == size == len(data):
+def _from_bytes(tensor: InputTensor, data: memoryview) -> Array:
+    dtype, size = DTYPES[tensor.datatype], tensor.parameters.binary_data_size
+    if not (need := math.prod(tensor.shape) * dtype.itemsize) == size == len(data):
         raise BadRequest(
-            f"input {one.name!r} is {one.datatype} of shape {one.shape}, {need} bytes; "
-            f"`binary_data_size` is {size}, and {len(data)} bytes are there"
+            f"input {tensor.name!r} is {tensor.datatype} of shape {tensor.shape}, {need} bytes; "
+            f"`binary_data_size` is {size}, and the body has {len(data)} of them"
         )
     if dtype.kind == "b" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
-        raise BadRequest(f"input {one.name!r} is BOOL and holds bytes other than 0 and 1")
-    return np.frombuffer(data, dtype).reshape(one.shape).astype(dtype.newbyteorder("="), copy=False)
+        raise BadRequest(f"input {tensor.name!r} is BOOL and has bytes other than 0 and 1")
+    return np.frombuffer(data, dtype).reshape(tensor.shape).astype(dtype.newbyteorder("="), copy=False)
 
 
-def _from_json(one: InputTensor) -> Array:
-    """Types are looked at before numpy is: of a list of texts it would make a table as wide as the longest."""
-    dtype = DTYPES[one.datatype].newbyteorder("=")
-    flat, shape = _flat(one.data or [])
-    types, wide = JSON_TYPES[dtype.kind]
+def _from_json(tensor: InputTensor) -> Array:
+    """Checks types before numpy sees the data: from texts, numpy would make an array as wide as the longest text."""
+    dtype = DTYPES[tensor.datatype].newbyteorder("=")
+    flat, shape = _flat(tensor.data or [])
+    types, wide_dtype = JSON_TYPES[dtype.kind]
     if not set(map(type, flat)) <= types:
-        raise BadRequest(f"the data of input {one.name!r} holds what is not {one.datatype}, or rows of unequal length")
-    if len(flat) != math.prod(one.shape) or (len(shape) > 1 and shape != one.shape):
-        raise BadRequest(f"the data of input {one.name!r} has shape {shape[:MAX_RANK]}; its `shape` is {one.shape}")
+        raise BadRequest(f"the data of input {tensor.name!r} must be {tensor.datatype}, in rows of equal length")
+    if len(flat) != math.prod(tensor.shape) or (len(shape) > 1 and shape != tensor.shape):
+        raise BadRequest(
+            f"the data of input {tensor.name!r} has shape {shape[:MAX_RANK]}; its `shape` is {tensor.shape}"
+        )
     try:
-        given = np.array(flat, wide)
+        wide = np.array(flat, wide_dtype)
         with np.errstate(over="ignore"):
-            cast: Array = given.astype(dtype)
-        fits = np.isfinite(cast).all() if dtype.kind == "f" else np.array_equal(cast, given)
+            cast: Array = wide.astype(dtype)
+        fits = np.isfinite(cast).all() if dtype.kind == "f" else np.array_equal(cast, wide)
     except OverflowError:
         fits = False
     if not fits:
-        raise BadRequest(f"the data of input {one.name!r} holds numbers too large for {one.datatype}")
-    return cast.reshape(one.shape)
+        raise BadRequest(f"the data of input {tensor.name!r} has numbers out of the range of {tensor.datatype}")
+    return cast.reshape(tensor.shape)
 
 
 def _flat(data: list[Any]) -> tuple[list[Any], list[int]]:
-    """Elements and shape; where rows are of unequal length, rows are elements."""
+    """Elements and shape. Rows of unequal length count as elements."""
     shape = [len(data)]
     while data and set(map(type, data)) == {list} and len(lengths := set(map(len, data))) == 1:
         shape.append(lengths.pop())
@@ -267,31 +278,31 @@ def _flat(data: list[Any]) -> tuple[list[Any], list[int]]:
     return data, shape
 
 
-def _wanted(asked: InferBody, graph: Graph) -> dict[str, bool]:
-    """Outputs to answer -> whether as bytes behind the JSON."""
-    default = asked.parameters.binary_data_output
-    if not asked.outputs:
+def _outputs(request: InferBody, graph: Graph) -> dict[str, bool]:
+    """Requested output -> whether it is sent as bytes after the JSON."""
+    default = request.parameters.binary_data_output
+    if not request.outputs:
         return dict.fromkeys(graph.outputs, default)
-    wanted: dict[str, bool] = {}
-    for one in asked.outputs:
-        if one.name not in graph.outputs or one.name in wanted:
-            raise BadRequest(f"outputs asks for {one.name!r}; expected each once of {list(graph.outputs)}")
-        wanted[one.name] = default if one.parameters.binary_data is None else one.parameters.binary_data
-    return wanted
+    requested: dict[str, bool] = {}
+    for output in request.outputs:
+        if output.name not in graph.outputs or output.name in requested:
+            raise BadRequest(f"outputs asks for {output.name!r}; expected each once of {list(graph.outputs)}")
+        requested[output.name] = default if output.parameters.binary_data is None else output.parameters.binary_data
+    return requested
 
 
 def _reply(name: str, id_: str | None, outputs: Mapping[str, tuple[Array, bool]]) -> Reply:
     tensors: list[dict[str, Any]] = []
-    behind: list[bytes] = []
+    binary_data: list[bytes] = []
     for output, (array, binary) in outputs.items():
         datatype = DATATYPES[array.dtype.name]
         tensor: dict[str, Any] = {"name": output, "datatype": datatype, "shape": array.shape}
         if binary:
-            behind.append(array.astype(DTYPES[datatype], copy=False).tobytes())
-            tensor["parameters"] = {"binary_data_size": len(behind[-1])}
+            binary_data.append(array.astype(DTYPES[datatype], copy=False).tobytes())
+            tensor["parameters"] = {"binary_data_size": len(binary_data[-1])}
         else:
             tensor["data"] = np.ascontiguousarray(array).ravel()
         tensors.append(tensor)
     answer = {"model_name": name, **({} if id_ is None else {"id": id_}), "outputs": tensors}
     head = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Reply(b"".join([head, *behind]), len(head) if behind else None)
+    return Reply(b"".join([head, *binary_data]), len(head) if binary_data else None)

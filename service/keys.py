@@ -1,7 +1,7 @@
-"""API keys: a file of names, hashes and scopes, read again when it changes. No key itself is kept anywhere.
+"""API keys: a file of names, hashes and scopes, read again when it changes. The keys themselves are stored nowhere.
 
-A key is 256 random bits, so one SHA-256 is the right hash for it: nobody guesses it, however fast a guess is. A slow
-hash protects what people think up; here it would cost each request tens of milliseconds, also those without a key.
+A key is 256 random bits, so one SHA-256 protects it: no attacker guesses it, however fast a guess is. A slow hash is
+for passwords; here it would cost every request tens of milliseconds, even requests with a wrong key.
 """
 
 import fcntl
@@ -23,12 +23,12 @@ log = logging.getLogger("calmclip")
 
 Scope = Literal["read", "write", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-PREFIX = "calmclip_"  # by which scanners for secrets, and people, know one
+PREFIX = "calmclip_"  # by which secret scanners and people recognize a key
 BITS = 256
 
 
 class Key(BaseModel):
-    """What the file says of one key."""
+    """One key, as the file holds it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,16 +44,16 @@ class KeyFile(BaseModel):
 
     @field_validator("keys")
     @classmethod
-    def _once(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    def _unique(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
         if len({key.name for key in keys}) < len(keys):
-            raise ValueError("a name is given twice")
+            raise ValueError("a name appears twice")
         return keys
 
 
 class Keys:
-    """The keys of one file, as it is now. Raises `BadRequest` where it cannot be read at the start.
+    """The keys of one file, as it is now. Raises `BadRequest` if the file cannot be read at the start.
 
-    A file that breaks later leaves the keys in force that were, and the log says so; an empty list shuts everybody out.
+    If the file breaks later, the last good keys stay in force and the log says so. An empty list admits no client.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,11 +62,11 @@ class Keys:
         self._keys = read(path)
 
     def find(self, secret: bytes) -> Key | None:
-        """Whose ``secret`` it is. It is compared with all of them, and each time to the end."""
+        """The key of this ``secret``. The comparison takes the same time for every secret."""
         self._renew()
         digest = hashlib.sha256(secret).hexdigest()
-        same = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
-        return same[0] if same else None
+        matches = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
+        return matches[0] if matches else None
 
     def _renew(self) -> None:
         state = _state(self.path)
@@ -76,33 +76,33 @@ class Keys:
         try:
             self._keys = read(self.path)
         except BadRequest as error:
-            log.warning("%s; the keys that were read before stay in force", error)
+            log.warning("%s; the keys read before stay in force", error)
         else:
             log.info("%s was read again: %d keys", self.path, len(self._keys))
 
 
 def read(path: Path) -> tuple[Key, ...]:
-    """Raises `BadRequest`, without what the file holds: somebody may have put a key itself there."""
+    """Raises `BadRequest`. Its message quotes nothing of the file, which may hold a key by mistake."""
     try:
         return KeyFile.model_validate_json(path.read_bytes()).keys
     except OSError as error:
         raise BadRequest(
-            f"the keys in {path} cannot be read: {error.strerror}; 'calmclip keys add' makes the first"
+            f"the keys in {path} cannot be read: {error.strerror}; 'calmclip keys add' creates the file"
         ) from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise BadRequest(f"{path} is no file of keys: {place}: {first['msg']}; 'calmclip keys' writes one") from None
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise BadRequest(f"{path} is not a file of keys: {place}: {first['msg']}; 'calmclip keys' writes one") from None
 
 
 def add(path: Path, name: str, scopes: Iterable[Scope]) -> str:
-    """A new key, which is nowhere but in the answer. Raises `BadRequest` for a name that is taken or is none."""
+    """Add a key and return its secret, which is stored nowhere. Raises `BadRequest` for a taken or invalid name."""
     secret = PREFIX + secrets.token_urlsafe(BITS // 8)
     try:
         key = Key(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), scopes=tuple(dict.fromkeys(scopes)))
     except ValidationError:
-        raise BadRequest(f"{name!r} is no name: use 1 to 64 letters, digits, '.', '_', '-'") from None
-    with _alone(path):
+        raise BadRequest(f"{name!r} is not a name: use 1 to 64 letters, digits, '.', '_', '-'") from None
+    with _locked(path):
         keys = read(path) if path.exists() else ()
         if name in {key.name for key in keys}:
             raise BadRequest(f"{path} has a key {name!r} already; remove it first, or choose another name")
@@ -111,32 +111,32 @@ def add(path: Path, name: str, scopes: Iterable[Scope]) -> str:
 
 
 def remove(path: Path, name: str) -> None:
-    """Raises `BadRequest` for a name that is not there."""
-    with _alone(path):
+    """Raises `BadRequest` for an unknown name."""
+    with _locked(path):
         keys = read(path)
-        left = tuple(key for key in keys if key.name != name)
-        if len(left) == len(keys):
-            raise BadRequest(f"{path} has no key {name!r}; 'calmclip keys list' shows those it has")
-        _write(path, left)
+        others = tuple(key for key in keys if key.name != name)
+        if len(others) == len(keys):
+            raise BadRequest(f"{path} has no key {name!r}; 'calmclip keys list' shows its keys")
+        _write(path, others)
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Of several that would change the file one does at a time; the others wait.
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time changes the file; the others wait.
 
-    The lock is on the folder: the file itself is replaced, and one beside it would stay there.
+    The lock is on the folder, because the file is replaced and a lock file would stay behind.
     """
     folder = os.open(path.resolve().parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(folder)  # with the lock
+        os.close(folder)  # releases the lock
 
 
 def _write(path: Path, keys: tuple[Key, ...]) -> None:
-    """Whole or not at all, for the owner alone."""
-    path = path.resolve()  # or a link would be replaced instead of what it means
+    """Atomically, readable by the owner alone."""
+    path = path.resolve()  # else a symbolic link would be replaced, not its target
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -150,7 +150,7 @@ def _write(path: Path, keys: tuple[Key, ...]) -> None:
 
 def _state(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino

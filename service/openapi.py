@@ -1,5 +1,7 @@
-"""What endpoints say of themselves in /openapi.json: bodies in three shapes, and every problem."""
+"""/openapi.json of the endpoints: bodies in three content types, and every problem."""
 
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,7 +12,8 @@ from calmclip.models.errors import UnknownName, suggestion
 from calmclip.service.access import OPEN, Access
 from calmclip.service.endpoints import Endpoint, Table
 from calmclip.service.problems import MEDIA_TYPE, PROBLEMS
-from calmclip.service.schemas import Body, EmbedBody, PictureBody, ProblemAnswer
+from calmclip.service.schemas import Body, PictureBody, ProblemAnswer
+from calmclip.service.schemas.embed import EmbedBody
 from calmclip.service.uploads import PICTURES, is_list
 
 _REF = "#/components/schemas/{model}"
@@ -19,7 +22,7 @@ BINARY = {"type": "string", "format": "binary"}
 JSON = "application/json"
 RETRY_AFTER = {
     "Retry-After": {
-        "description": "seconds until there is likely to be room",
+        "description": "seconds until a retry is likely to succeed",
         "required": True,
         "schema": {"type": "integer", "minimum": 1},
     }
@@ -27,7 +30,7 @@ RETRY_AFTER = {
 
 
 def operation(endpoint: Endpoint) -> dict[str, Any]:
-    """Of ``add_api_route`` what it says of ``endpoint``. Raises `UnknownName` for a problem that is none."""
+    """Arguments of ``add_api_route`` that describe ``endpoint``. Raises `UnknownName` for an unknown problem."""
     return {
         "summary": endpoint.summary or None,
         "description": endpoint.description,
@@ -35,17 +38,18 @@ def operation(endpoint: Endpoint) -> dict[str, Any]:
         "status_code": endpoint.status,
         "response_class": JSONResponse if endpoint.answer else Response,
         "responses": _answers(endpoint),
-        "openapi_extra": _takes(endpoint, endpoint.body) if endpoint.body else None,
+        "openapi_extra": _body(endpoint, endpoint.body) if endpoint.body else None,
         "include_in_schema": endpoint.listed,
     }
 
 
-def _takes(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
+def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"schema": _ref(model), "example": endpoint.example}}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     content |= {kind: {"schema": BINARY} for kind in endpoint.kinds}
     flat = {name: field for name, field in model.model_fields.items() if name not in ("image", "inputs", "examples")}
-    schemas = {name: _said(one) for name, one in model.model_json_schema(ref_template=_REF)["properties"].items()}
+    properties = model.model_json_schema(ref_template=_REF)["properties"]
+    schemas = {name: _form_field(schema) for name, schema in properties.items()}
     if issubclass(model, PictureBody):
         fields = {name: schemas[name] for name in flat}
         files = {"examples": {"type": "array", "items": BINARY}} if "examples" in model.model_fields else {}
@@ -81,26 +85,26 @@ CHALLENGE = {"WWW-Authenticate": {"description": "RFC 6750", "required": True, "
 
 
 def _answers(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
-    """Its answer, and the problems it may come to, with those every request may."""
+    """The endpoint's answer and its problems, with those that every request may have."""
     done = {"model": endpoint.answer} if endpoint.answer else {"description": "Done"}
-    found: dict[int | str, dict[str, Any]] = {endpoint.status: done}
+    responses: dict[int | str, dict[str, Any]] = {endpoint.status: done}
     for slug in dict.fromkeys((*endpoint.problems, *EVERYWHERE)):
         if slug not in PROBLEMS:
             raise UnknownName(f"{endpoint.name}: there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}")
-        known = found.setdefault(PROBLEMS[slug].status, {"description": "", **PROBLEM})
-        known["description"] = ", ".join(filter(None, [known.get("description"), slug]))
+        response = responses.setdefault(PROBLEMS[slug].status, {"description": "", **PROBLEM})
+        response["description"] = ", ".join(filter(None, [response.get("description"), slug]))
         if slug == "overloaded":
-            known["headers"] = RETRY_AFTER
+            response["headers"] = RETRY_AFTER
     for status, more in endpoint.responses.items():
-        found[status] = {**found.get(status, {}), **more}
-    return found
+        responses[status] = {**responses.get(status, {}), **more}
+    return responses
 
 
 def install(app: FastAPI, access: Access, endpoints: Table) -> None:
-    """Puts the models that endpoints read by hand among the components, and takes FastAPI's own 422 away.
+    """Add the models of bodies to the components, and remove FastAPI's own 422.
 
-    Says which operations need a key, where there are keys; leaves out what is at another port. Raises `ValueError` for
-    two bodies of one name.
+    With keys, mark the operations that need one. Leave out operations at another port. Raises `ValueError` for two
+    bodies of one name.
     """
     plain = app.openapi
     models: dict[str, type[BaseModel]] = {ProblemAnswer.__name__: ProblemAnswer}
@@ -114,12 +118,12 @@ def install(app: FastAPI, access: Access, endpoints: Table) -> None:
             schemas = spec["components"]["schemas"]
             if access.keys:
                 spec["components"]["securitySchemes"] = SCHEMES
-            for endpoint in (one for one in endpoints.all if one.listed):
+            for endpoint in filter(attrgetter("listed"), endpoints.all):
                 if endpoint.scope == "metrics" and access.metrics_port:
                     del spec["paths"][endpoint.path]
                 elif access.keys and endpoint.scope not in OPEN:
-                    _close(spec["paths"][endpoint.path][endpoint.method.lower()], endpoint.scope)
-            for operation in (one for path in spec["paths"].values() for one in path.values()):
+                    _require_key(spec["paths"][endpoint.path][endpoint.method.lower()], endpoint.scope)
+            for operation in chain.from_iterable(path.values() for path in spec["paths"].values()):
                 if "HTTPValidationError" in str(operation["responses"].get("422")):  # ours are problems
                     del operation["responses"]["422"]
             for name in ("HTTPValidationError", "ValidationError"):
@@ -134,15 +138,15 @@ def install(app: FastAPI, access: Access, endpoints: Table) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _close(operation: dict[str, Any], scope: str) -> None:
+def _require_key(operation: dict[str, Any], scope: str) -> None:
     operation["security"] = [{name: [scope]} for name in SCHEMES]
     for slug in ("unauthorized", "forbidden"):
         operation["responses"][str(PROBLEMS[slug].status)] = {"description": slug, "headers": CHALLENGE, **PROBLEM}
 
 
-def _said(schema: dict[str, Any]) -> dict[str, Any]:
-    """As a field of a form or query says it: there is no null, only its absence."""
-    kinds: list[dict[str, Any]] = [one for one in schema.get("anyOf", ()) if one.get("type") != "null"]
+def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field in a form or query, which has no null."""
+    kinds: list[dict[str, Any]] = [kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"]
     if len(kinds) != 1:
         return schema
     return {key: value for key, value in schema.items() if key != "anyOf" and value is not None} | kinds[0]

@@ -1,49 +1,58 @@
-"""`Context`: what belongs to one request."""
+"""`Context`: the state of one request."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 
 from calmclip.models.errors import DeadlineExceeded
 from calmclip.models.runtime.clock import Stopwatch
 
-if TYPE_CHECKING:
-    from calmclip.service.admission import Place
+# HTTP status -> outcome, for statuses whose class (4xx, 5xx) says too little.
+OUTCOMES = {499: "cancelled", 504: "deadline"}
+
+
+def unbounded(count: int) -> None:
+    """The reservation of a request that passes no gate."""
 
 
 @dataclass
 class Context:
-    """One request: who it is, what it has cost so far, when it must be over. Made by the middleware."""
+    """One request: its identity, its deadline, and what it has cost so far. The middleware makes it."""
 
     id: str
-    deadline_s: float  # seconds after the start; the caller may ask for less than the service allows
+    deadline_s: float  # seconds after the start; the client may ask for less than the service allows
     clock: Stopwatch = field(default_factory=Stopwatch)
     graphs: dict[tuple[str, str], float] = field(default_factory=dict)  # (stage, graph) -> seconds
-    task: str = "other"  # what it counts as: the endpoint's
+    task: str = "other"  # the endpoint's
     model: str = ""
-    key: str = ""  # name of the one it came with
-    problem: str = ""  # slug of the problem that was answered
-    head_s: float = 0.0  # until the first byte of the answer
-    shed: str = ""  # why it was turned away, if it was
-    pictures: list[tuple[int, int]] = field(default_factory=list)  # bytes and pixels of those that passed
-    place: "Place | None" = None  # what it holds of the bytes and pixels under way, once it is admitted
+    key: str = ""  # name of the API key
+    problem: str = ""  # slug of the problem in the answer
+    head_s: float = 0.0  # seconds until the first byte of the answer
+    shed: str = ""  # reason of an `Overloaded`
+    pictures: list[tuple[int, int]] = field(default_factory=list)  # bytes and pixels of each accepted picture
+    reserve_bytes: Callable[[int], None] = unbounded  # both raise `Overloaded`
+    reserve_pixels: Callable[[int], None] = unbounded
     status: int = 0
-    answered: float | None = None  # perf_counter when the answer was there
-    trace: str = ""  # its trace id, where it was traced and sampled
+    answered: float | None = None  # perf_counter when the handler had its answer
+    trace: str = ""  # trace id, if the request was traced and sampled
+
+    @classmethod
+    def of(cls, request: Request) -> "Context":
+        context: Context = request.scope["calmclip.context"]
+        return context
 
     def spent(self, stage: str, graph: str, seconds: float, end: float, **about: int) -> None:
-        """Time in or before a graph: on the clock under ``stage``, and by graph for the metrics."""
+        """Add time in or before a graph: to the clock under ``stage``, and by graph for the metrics."""
         self.clock.add(stage, seconds, end, graph=graph, **about)
         self.graphs[stage, graph] = self.graphs.get((stage, graph), 0.0) + seconds
 
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
-        """Raises `DeadlineExceeded` when the block is not done in what is left of the request's time."""
+        """Raises `DeadlineExceeded` if the block does not end in the request's time."""
         try:
             async with asyncio.timeout(self.left_s):
                 yield
@@ -52,7 +61,7 @@ class Context:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the deadline; negative behind it."""
+        """Seconds until the deadline; negative after it."""
         return self.deadline_s - self.clock.elapsed
 
     @property
@@ -60,17 +69,18 @@ class Context:
         """The deadline on `perf_counter`."""
         return perf_counter() + self.left_s
 
+    @property
+    def outcome(self) -> str:
+        """How the request ended. ``ok``: it was answered without a problem."""
+        if self.shed:
+            return "shed"
+        if self.status in OUTCOMES:
+            return OUTCOMES[self.status]
+        return "ok" if not self.problem else "client_error" if 400 <= self.status < 500 else "error"
+
     def late(self) -> DeadlineExceeded:
+        last = next(reversed(self.clock.stages), "")
         return DeadlineExceeded(
-            f"the request was not done after {self.deadline_s * 1000:.0f} ms; it was {self.where()}. "
-            "Send less at once, or try later."
+            f"the request was not done after {self.deadline_s * 1000:.0f} ms; "
+            f"{f'its last stage was {last!r}' if last else 'it was still being read'}. Send less at once, or try later."
         )
-
-    def where(self) -> str:
-        stages = self.clock.stages
-        return f"last at {next(reversed(stages))!r}" if stages else "still being read"
-
-
-def context(request: Request) -> Context:
-    found: Context = request.scope["calmclip.context"]
-    return found

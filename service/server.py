@@ -1,9 +1,9 @@
-"""`Server`: uvicorn that leaves without dropping anybody. `Protocol`: one that waits for nobody without end.
+"""`Server`: uvicorn with a graceful shutdown and a bounded drain. `Protocol`: a connection with time and size limits.
 
-SIGTERM, the way out of a rollout: first `/readyz` says 503 and every answer ends its connection, while requests are
-still served, for `CALMCLIP_GRACE_S`, so that load balancers look elsewhere; then new requests are turned away until
-those under way are answered; only then the sockets close, so a probe for life is answered all along. Ctrl-C, or a
-second signal, goes straight to the last step, which also finishes what is under way.
+SIGTERM starts three steps. For `CALMCLIP_GRACE_S` requests are served, but `/readyz` answers 503 and every answer ends
+its connection, so that load balancers go elsewhere. Then new requests get 503 until those in flight are answered. Then
+the sockets close; until then liveness probes are answered. Ctrl-C, or a second signal, starts the last step at once,
+which also finishes the requests in flight.
 """
 
 import asyncio
@@ -15,56 +15,54 @@ import termios
 from contextlib import suppress
 from math import inf
 from types import FrameType
+from typing import Any
 
 import uvicorn
-from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from calmclip.service.parts import Service
 
 POLL_S = 0.02
 HEAD_S = 10.0
-HEAD_BYTES = 64 << 10  # of a request's line and headers: 256 labels fit into a query
+HEAD_BYTES = 64 << 10  # of request line and headers; 256 labels fit into a query
 TOO_LONG = f"the request's line and headers, or its trailers, have more than {HEAD_BYTES} bytes"
-AHEAD = 64  # requests that may wait behind the one under way; each costs a hundred times the bytes it came in
-TAKEN_S, TAKEN_BYTES = 10.0, 1 << 16  # how much of an answer must be taken in how long, while more than that waits
+AHEAD = 64  # pipelined requests behind the current one; each costs a hundred times its bytes on the wire
+TAKEN_S, TAKEN_BYTES = 10.0, 1 << 16  # a client must take so many bytes of an answer in so many seconds
 
 
 class Protocol(HttpToolsProtocol):
-    """A connection that keeps nobody waiting.
+    """A connection with limits; one of the app's `Connections`.
 
-    It is closed where a request's line and headers are not there within `HEAD_S`, however they drip, answered 400 where
-    they are longer than `HEAD_BYTES` or more than `AHEAD` requests come ahead of their turn, and cut off where an
-    answer is not taken. It is one of the app's `Connections`.
+    It closes if request line and headers do not arrive within `HEAD_S`. It answers 400 if they have more than
+    `HEAD_BYTES`, or if more than `AHEAD` requests are pipelined. It aborts if the client does not take an answer.
 
-    uvicorn's own clock runs between requests alone, and llhttp takes headers and trailers without end. From the headers
-    on it is the request's deadline that counts. Trailers are dropped: uvicorn takes them for headers, and what comes
-    before us has not looked at them.
+    uvicorn's own timeout runs only between requests, and llhttp bounds neither headers nor trailers. After the headers
+    the request's deadline applies. Trailers are dropped: uvicorn treats them as headers, and no proxy has checked them.
     """
 
-    _clock: asyncio.TimerHandle | None = None
-    _look: asyncio.TimerHandle | None = None
-    _head = 0  # bytes of a request since it began, or since the last of its body
-    _body = False  # what comes next belongs to one
-    _at_work: RequestResponseCycle | None = None  # uvicorn's own `cycle` is the last that came in
+    _head_timer: asyncio.TimerHandle | None = None
+    _taken_timer: asyncio.TimerHandle | None = None
+    _head = 0  # bytes since the request began, or since the last bytes of its body
+    _body = False  # whether the parser is between headers and the message's end
+    _running: RequestResponseCycle | None = None  # uvicorn's own `cycle` is the last that arrived
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         parts: Service = self.config.app.state.service  # type: ignore[union-attr]
-        self._all = parts.connections
-        self._all.opened(self, self._let_go)
-        self._wind()
+        self._connections = parts.connections
+        self._connections.opened(self, self._close)
+        self._update_timer()
 
     def data_received(self, data: bytes) -> None:
         self._head += len(data)
         super().data_received(data)
         if self._head > HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(TOO_LONG)
-        self._wind()
+        self._update_timer()
 
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
-            raise ValueError(TOO_LONG)  # httptools makes it a parser's error, and uvicorn that a 400
+            raise ValueError(TOO_LONG)  # httptools makes this a parser error, which uvicorn answers with 400
         if len(self.pipeline) >= AHEAD:
             raise ValueError(f"more than {AHEAD} requests wait for their turn")
         self._body = True
@@ -84,67 +82,67 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._wind()
+        self._update_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch()
+        self._check_taken()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if not self.transport.is_closing():
-            self._look = _stopped(self._look)
+            self._taken_timer = _cancel(self._taken_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._at_work and not self._at_work.response_complete:
-            self._at_work.disconnected = True
-            self._at_work.message_event.set()
-        self._all.lost(self)
-        self._clock, self._look = _stopped(self._clock), _stopped(self._look)
+        if self._running and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self._connections.lost(self)
+        self._head_timer, self._taken_timer = _cancel(self._head_timer), _cancel(self._taken_timer)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._at_work = cycle
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
         super()._start_asgi_task(cycle, app)
 
-    def _wind(self) -> None:
-        """The clock runs while no request is under way; more bytes do not set it back."""
+    def _update_timer(self) -> None:
+        """The head's timer runs while no request is in flight; more bytes do not restart it."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self._clock = _stopped(self._clock)
-            self._all.works(self)
-        elif self._clock is None and self in self.connections:
-            self._clock = self.loop.call_later(HEAD_S, self._let_go)
+            self._head_timer = _cancel(self._head_timer)
+            self._connections.busy(self)
+        elif self._head_timer is None and self in self.connections:
+            self._head_timer = self.loop.call_later(HEAD_S, self._close)
             if not self.transport.is_closing():
-                self._all.waits(self, self._let_go)
+                self._connections.waiting(self, self._close)
 
-    def _let_go(self) -> None:
-        """Close it, once what was answered is taken."""
-        self._all.works(self)
+    def _close(self) -> None:
+        """Close the connection once the client has taken the answers."""
+        self._connections.busy(self)
         self.transport.close()
-        self._watch()
+        self._check_taken()
 
-    def _watch(self, before: float = inf) -> None:
-        """Whether enough is taken of what waits to be sent, ``before`` bytes when it was last looked at."""
-        if before is inf and self._look:
+    def _check_taken(self, before: float = inf) -> None:
+        """Abort unless the client took enough since the last check, when ``before`` bytes were left to send."""
+        if before is inf and self._taken_timer:
             return
-        left = _untaken(self.transport)
-        if before - left < TAKEN_BYTES:
+        unsent = _unsent(self.transport)
+        if before - unsent < TAKEN_BYTES:
             self.transport.abort()
         else:
-            self._look = self.loop.call_later(TAKEN_S, self._watch, left)
+            self._taken_timer = self.loop.call_later(TAKEN_S, self._check_taken, unsent)
 
 
-def _untaken(transport: asyncio.Transport) -> int:
-    """Bytes of answers that lie here or in the kernel, which takes in megabytes, and more when a third is gone."""
-    left = transport.get_write_buffer_size()
-    with suppress(OSError, ValueError):  # another kind of socket; one that is closed
+def _unsent(transport: asyncio.Transport) -> int:
+    """Bytes of answers in asyncio's buffer and in the kernel's, which holds megabytes and refills by a third."""
+    count = transport.get_write_buffer_size()
+    with suppress(OSError, ValueError):  # not a TCP socket, or a closed one
         in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        left += int.from_bytes(in_kernel, sys.byteorder)
-    return left
+        count += int.from_bytes(in_kernel, sys.byteorder)
+    return count
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """None, in its place."""
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """-> None, which takes the timer's place."""
     if timer:
         timer.cancel()
     return None
@@ -155,7 +153,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.parts = parts
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._leaving: asyncio.Task[None] | None = None
+        self._finishing: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -169,7 +167,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     def _leave(self) -> None:
-        self._leaving = asyncio.get_running_loop().create_task(self._finish(), name="leave")
+        self._finishing = asyncio.get_running_loop().create_task(self._finish(), name="finish")
 
     async def _finish(self) -> None:
         admission, settings = self.parts.admission, self.parts.settings

@@ -1,4 +1,4 @@
-"""`Settings`: one frozen object, read from the environment once, handed down.
+"""`Settings`: one frozen object, read once from the environment and passed on.
 
 A variable is ``CALMCLIP_`` and the field's name in capitals; a nested field joins with two underscores:
 ``CALMCLIP_BATCH__MAX_SIZE=16``. service/README.md lists them all; a test compares.
@@ -16,9 +16,9 @@ from calmclip.models.ops.library import Mode
 from calmclip.models.preprocess.image import MAX_PIXELS
 
 MIB = 1 << 20
-HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # the last part of an address begins with a digit
+HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # not an IP address: its last part begins with a digit
 ADDRESS = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
-MAX_TEXTS = 10_000  # what `Limits.texts` may be; more are not even looked at
+MAX_TEXTS = 10_000  # upper bound of `Limits.texts`; schemas refuse longer lists
 
 
 class _Group(BaseModel):
@@ -26,25 +26,25 @@ class _Group(BaseModel):
 
 
 class Batch(_Group):
-    """How the calls of several requests to one graph are merged."""
+    """How calls of several requests to one graph are merged."""
 
     max_size: int = Field(default=8, ge=1, le=1024, description="rows in one run of a graph")
-    max_bytes: int = Field(default=7 * MIB // 2, ge=1, description="inputs in one run, but at least one row")
+    max_bytes: int = Field(default=7 * MIB // 2, ge=1, description="inputs in one run; one row always fits")
     max_wait_ms: float = Field(
-        default=2.0, ge=0, le=1000, description="how long a call waits for company, where some is due"
+        default=2.0, ge=0, le=1000, description="how long a call waits for calls of concurrent requests"
     )
 
 
 class Queue(_Group):
-    """How much work may be under way; beyond: 503 with `Retry-After`."""
+    """Limits of the work in flight; beyond them the answer is 503 with `Retry-After`."""
 
-    max_pending: int = Field(default=64, ge=1, description="requests under way, and calls waiting for one graph")
-    max_bytes: int = Field(default=256 * MIB, ge=1, description="bodies of all requests under way")
-    max_pixels: int = Field(default=4 * MAX_PIXELS, ge=1, description="pictures of all requests under way")
+    max_pending: int = Field(default=64, ge=1, description="requests in flight, and calls waiting for one graph")
+    max_bytes: int = Field(default=256 * MIB, ge=1, description="bodies of all requests in flight")
+    max_pixels: int = Field(default=4 * MAX_PIXELS, ge=1, description="pictures of all requests in flight")
 
 
 class Limits(_Group):
-    """Refused before work is done."""
+    """Limits of one request; they are checked before any work."""
 
     body_bytes: int = Field(default=64 * MIB, ge=1024, description="a whole request body")
     image_bytes: int = Field(default=10 * MIB, ge=1, description="one picture, as a file")
@@ -63,7 +63,7 @@ class Limits(_Group):
 
 
 class Slo(_Group):
-    """The declared objective: a share ``target`` of requests within ``latency_ms``, always a bucket edge."""
+    """The objective: a share ``target`` of requests takes at most ``latency_ms``, which is always a bucket edge."""
 
     latency_ms: float = Field(default=250.0, gt=0)
     target: float = Field(default=0.99, gt=0, lt=1)
@@ -74,43 +74,43 @@ class Settings(BaseSettings):
         env_prefix="CALMCLIP_", env_nested_delimiter="__", frozen=True, extra="forbid", env_ignore_empty=True
     )
 
-    bundles_dir: Path = Field(default=Path("models/bundles"), description="where bundles are looked for")
+    bundles_dir: Path = Field(default=Path("models/bundles"), description="directory of the bundles")
     load: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="names to load at start, by comma; the first that serves a task is its default. Empty: all",
+        description="bundles to load, separated by commas; the first that serves a task is its default. Empty: all",
     )
     threads: int = Field(default=0, ge=0, description="intra-op threads per graph; 0: one per core")
-    ops: Mode = Field(default="auto", description="the op library: where there is one (auto), required, or off")
+    ops: Mode = Field(default="auto", description="the op library: used if present (auto), required, or off")
     batch: Batch = Batch()
     queue: Queue = Queue()
-    connections: int = Field(default=512, ge=1, description="open at once; one more, and an idle one is closed")
-    deadline_ms: float = Field(default=10_000, gt=0, description="a request older than this is answered 504")
-    grace_s: float = Field(default=1.0, ge=0, description="after SIGTERM: still serving, but no longer ready")
-    idle_unload_s: float = Field(default=0, ge=0, description="a graph unused for so long leaves memory; 0: never")
-    reload_s: float = Field(default=5.0, ge=0, description="how often bundles are looked at for changes; 0: never")
+    connections: int = Field(default=512, ge=1, description="open connections; one more closes an idle one")
+    deadline_ms: float = Field(default=10_000, gt=0, description="a request that takes longer is answered 504")
+    grace_s: float = Field(default=1.0, ge=0, description="after SIGTERM: requests are served, /readyz answers 503")
+    idle_unload_s: float = Field(default=0, ge=0, description="a graph idle for so long leaves memory; 0: never")
+    reload_s: float = Field(default=5.0, ge=0, description="how often bundles are checked for changes; 0: never")
     limits: Limits = Limits()
-    text_cache: int = Field(default=4096, ge=0, description="embedded sentences and labels remembered")
-    data_dir: Path = Field(default=Path("data"), description="where classifiers and, by default, collections live")
+    text_cache: int = Field(default=4096, ge=0, description="cached vectors of sentences and labels")
+    data_dir: Path = Field(default=Path("data"), description="directory of classifiers and, by default, of collections")
     store: str | None = Field(
         default=None,
         repr=False,  # it may hold a password
-        description="where collections live, `lancedb:FOLDER` or `pgvector:postgresql://…`; else under data_dir",
+        description="store of collections, `lancedb:FOLDER` or `pgvector:postgresql://…`; else under data_dir",
     )
     copy_bytes: int = Field(
-        default=1024 * MIB, ge=0, description="a quantised copy of one collection's vectors in memory; 0: none is kept"
+        default=1024 * MIB, ge=0, description="largest quantized copy of one collection's vectors in memory; 0: no copy"
     )
     url_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="hosts that pictures may be fetched from, by comma; empty: nothing is fetched"
+        default=(), description="hosts from which pictures may be fetched, separated by commas; empty: none"
     )
-    keys: Path | None = Field(default=None, description="a file of `calmclip keys`; every route but health is closed")
+    keys: Path | None = Field(default=None, description="file of `calmclip keys`; every route but health needs a key")
     metrics_port: int | None = Field(
-        default=None, ge=1, le=65535, description="where /metrics is instead of at the service's own port"
+        default=None, ge=1, le=65535, description="port of /metrics, instead of the service's own port"
     )
     otlp_endpoint: str | None = Field(
-        default=None, description="traces go to this OpenTelemetry collector, by OTLP over HTTP; else there are none"
+        default=None, description="OpenTelemetry collector for traces, by OTLP over HTTP; else none"
     )
     slo: Slo = Slo()
-    log: Literal["text", "json"] = Field(default="text", description="shape of the access log")
+    log: Literal["text", "json"] = Field(default="text", description="format of the access log")
 
     @field_validator("load", mode="before")
     @classmethod
@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     def _are_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         for host in hosts:
             if not HOST.fullmatch(host):
-                raise ValueError(f"{host!r} is no name of a host, such as images.example.org")
+                raise ValueError(f"{host!r} is not a host name; expected one such as images.example.org")
         return hosts
 
     @field_validator("otlp_endpoint")
@@ -139,7 +139,7 @@ class Settings(BaseSettings):
 
     @property
     def cores(self) -> int:
-        """Threads for a graph, and for the pool that decodes pictures."""
+        """Threads per graph, and of the pool that decodes pictures."""
         return self.threads or len(os.sched_getaffinity(0))
 
     @property

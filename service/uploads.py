@@ -1,10 +1,10 @@
-"""A request's body, in any of its shapes -> one validated model, within limits.
+"""A request's body, in any of three formats -> one validated model, within limits.
 
     application/json       the model itself; a picture is {"b64": "..."}
     multipart/form-data    fields by name, a list by repeating its field; pictures are files
-    image/jpeg|png|webp    the picture alone, the other fields in the query
+    image/jpeg|png|webp    the picture alone; the other fields are in the query
 
-Bytes are counted as they come in; nothing is kept of a body that is too large.
+Bytes are counted as they arrive; reading stops at the limit.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -19,12 +19,14 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from calmclip.models.errors import BadRequest, ImageTooLarge, InputError
-from calmclip.models.preprocess.image import inspect
-from calmclip.service.classifiers import MAX_CHARACTERS
-from calmclip.service.parts import service
-from calmclip.service.problems import BodyTooLarge, InvalidRequest, WrongContentType, invalid
-from calmclip.service.request import Context, context
-from calmclip.service.schemas import Body, EmbedBody, ExampleBody, PictureBody
+from calmclip.models.labels import check_length
+from calmclip.models.preprocess.image import count_pixels
+from calmclip.service.errors import BodyTooLarge, InvalidRequest, WrongContentType, invalid
+from calmclip.service.parts import Service
+from calmclip.service.request import Context
+from calmclip.service.schemas import Body, PictureBody
+from calmclip.service.schemas.detect import ExampleBody
+from calmclip.service.schemas.embed import EmbedBody
 from calmclip.service.settings import Limits
 
 B = TypeVar("B", bound=Body)
@@ -32,109 +34,105 @@ PICTURES = ("image/jpeg", "image/png", "image/webp")
 
 
 async def read_body(request: Request, model: type[B]) -> B:
-    """The request's body as ``model``. Raises `InputError`s; the time so far counts as `read`."""
-    async with _reading(request) as (kind, limits):
+    """The request's body as ``model``. Raises `InputError`s."""
+    async with _reading(request) as (content_type, limits):
         try:
-            return model.model_validate(await _fields(request, kind, model, limits))
+            return model.model_validate(await _fields(request, content_type, model, limits))
         except ValidationError as error:
-            raise invalid(error, "the request does not fit") from None
+            raise invalid(error) from None
 
 
-async def read_bytes(request: Request, kinds: Sequence[str]) -> bytes:
-    """The request's body as it is, of one of these content types or of none that it names. Raises as `read_body`."""
-    async with _reading(request) as (kind, limits):
-        if kind and kind not in kinds:
-            raise WrongContentType(f"the content type is {kind!r}; expected {', '.join(kinds)}")
-        return await _whole(request, limits.body_bytes, BodyTooLarge, "the body")
+async def read_bytes(request: Request, content_types: Sequence[str]) -> bytes:
+    """The request's body, unparsed, in one of these content types or without a content type. Raises `InputError`s."""
+    async with _reading(request) as (content_type, limits):
+        if content_type and content_type not in content_types:
+            raise WrongContentType(f"the content type is {content_type!r}; expected {', '.join(content_types)}")
+        return await _read(request, limits.body_bytes, BodyTooLarge, "the body")
 
 
 @asynccontextmanager
 async def _reading(request: Request) -> AsyncIterator[tuple[str, Limits]]:
-    """The content type, and what may be read in the request's time; the time so far counts as `read`."""
-    own = context(request)
+    """The content type and the limits. The body must arrive before the request's deadline."""
+    context = Context.of(request)
     try:
-        async with own.deadline():
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            yield kind, service(request).settings.limits
+        async with context.deadline():
+            content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            yield content_type, Service.of(request).settings.limits
     finally:
-        own.clock.add("read", own.clock.elapsed)  # with routing, which comes before
+        context.clock.add("read", context.clock.elapsed)  # includes routing
 
 
-def check_picture(data: bytes, own: Context, limits: Limits, where: str = "") -> None:
-    """Bytes and header, before anything is decoded; ``where`` begins the message.
+def check_picture(data: bytes, context: Context, limits: Limits, where: str = "") -> None:
+    """Check size and header; nothing is decoded. ``where`` begins an error's message.
 
-    Raises `InputError`s; `Overloaded` where more pixels are under way than may be.
+    Raises `InputError`s, and `Overloaded` if concurrent requests have too many pixels already.
     """
-    with own.clock.stage("decode"):
-        pixels = _check_picture(data, limits, where)
-    own.pictures.append((len(data), pixels))
-    if own.place:
-        own.place.more_pixels(pixels)
+    with context.clock.stage("decode"):
+        pixels = _pixels(data, limits, where)
+    context.pictures.append((len(data), pixels))
+    context.reserve_pixels(pixels)
 
 
-def check_examples(examples: Sequence[ExampleBody], own: Context, limits: Limits) -> None:
-    """Their number and names, then each picture as `check_picture` does. Raises `InputError`s."""
+def check_examples(examples: Sequence[ExampleBody], context: Context, limits: Limits) -> None:
+    """Check the number of examples, and each label and picture. Raises what `check_picture` raises."""
     if len(examples) > limits.examples:
-        raise BadRequest(f"{len(examples)} examples were given; at most {limits.examples} are looked at")
-    for index, one in enumerate(examples):
-        if one.label and len(one.label) > MAX_CHARACTERS:
-            count = len(one.label)
-            raise BadRequest(f"example {index}: its label has {count} characters; at most {MAX_CHARACTERS} are read")
-        check_picture(one.image, own, limits, f"example {index}")
+        raise BadRequest(f"{len(examples)} examples were given; at most {limits.examples} are read")
+    for index, example in enumerate(examples):
+        check_length(f"example {index}: its label", example.label or "")
+        check_picture(example.image, context, limits, f"example {index}")
 
 
-def _check_picture(data: bytes, limits: Limits, where: str) -> int:
+def _pixels(data: bytes, limits: Limits, where: str) -> int:
     try:
         if len(data) > limits.image_bytes:
             raise ImageTooLarge(
                 f"the picture has {len(data)} bytes; at most {limits.image_bytes} are read. Scale it down."
             )
-        return inspect(data, max_pixels=limits.image_pixels).pixels
+        return count_pixels(data, max_pixels=limits.image_pixels)
     except InputError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
-async def _fields(request: Request, kind: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
-    pictured = issubclass(model, (PictureBody, EmbedBody))
-    stray = sorted({*request.query_params} & {*model.model_fields})
-    if pictured and stray and kind in ("application/json", "multipart/form-data"):
+async def _fields(request: Request, content_type: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
+    takes_pictures = issubclass(model, (PictureBody, EmbedBody))
+    misplaced = sorted({*request.query_params} & {*model.model_fields})
+    if takes_pictures and misplaced and content_type in ("application/json", "multipart/form-data"):
         raise BadRequest(
-            f"{stray[0]!r} is in the query, which is read beside a raw picture alone; put it into the body"
+            f"{misplaced[0]!r} is in the query, which is read only with a raw picture; put it into the body"
         )
-    if kind == "application/json":
+    if content_type == "application/json":
         limit = min(limits.body_bytes, model.max_bytes or limits.body_bytes)
-        value = _json(await _whole(request, limit, BodyTooLarge, "the body"))
-        place = context(request).place
-        await service(request).fetcher.fill(value, place.more_bytes if place else lambda count: None)
+        value = _json(await _read(request, limit, BodyTooLarge, "the body"))
+        await Service.of(request).fetcher.fill(value, Context.of(request).reserve_bytes)
         return value
-    if pictured and kind == "multipart/form-data":
+    if takes_pictures and content_type == "multipart/form-data":
         return _shape(await _form(request, limits), model)
-    if pictured and kind in PICTURES:
-        picture = await _whole(request, limits.image_bytes, ImageTooLarge, "the picture")
+    if takes_pictures and content_type in PICTURES:
+        picture = await _read(request, limits.image_bytes, ImageTooLarge, "the picture")
         return _shape([*request.query_params.multi_items(), ("image", picture)], model)
-    wanted = ["application/json", *(["multipart/form-data", *PICTURES] if pictured else [])]
-    raise WrongContentType(f"the content type is {kind or 'not given'!r}; expected {', '.join(wanted)}")
+    expected = ["application/json", *(["multipart/form-data", *PICTURES] if takes_pictures else [])]
+    raise WrongContentType(f"the content type is {content_type or 'not given'!r}; expected {', '.join(expected)}")
 
 
-async def _stream(request: Request, limit: int, error: type[InputError], what: str) -> AsyncGenerator[bytes, None]:
-    """The body's chunks; stops with ``error`` at the first byte over ``limit``, announced or real."""
-    message = f"{what} has more than {limit} bytes, the most that are read"
+async def _stream(request: Request, limit: int, error: type[InputError], name: str) -> AsyncGenerator[bytes, None]:
+    """The body's chunks. Raises ``error`` if Content-Length or the received bytes are above ``limit``."""
+    message = f"{name} has more than {limit} bytes, the most that are read"
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise error(message)
     count = 0
-    place = context(request).place
+    context = Context.of(request)
     async for chunk in request.stream():
         count += len(chunk)
-        if place and not announced:  # else it is counted already
-            place.more_bytes(len(chunk))
+        if not announced:  # else it is counted already
+            context.reserve_bytes(len(chunk))
         if count > limit:
             raise error(message)
         yield chunk
 
 
-async def _whole(request: Request, limit: int, error: type[InputError], what: str) -> bytes:
-    return b"".join([chunk async for chunk in _stream(request, limit, error, what)])
+async def _read(request: Request, limit: int, error: type[InputError], name: str) -> bytes:
+    return b"".join([chunk async for chunk in _stream(request, limit, error, name)])
 
 
 def _json(data: bytes) -> Mapping[str, Any]:
@@ -148,16 +146,16 @@ def _json(data: bytes) -> Mapping[str, Any]:
 
 
 class _Parser(MultiPartParser):
-    spool_max_size = 1 << 62  # parts stay in memory, bounded by the body's limit; a read-only disk is no matter
+    spool_max_size = 1 << 62  # parts stay in memory, within the body's limit, so no disk is needed
 
 
 async def _form(request: Request, limits: Limits) -> list[tuple[str, Any]]:
     stream = _stream(request, limits.body_bytes, BodyTooLarge, "the body")
-    most = limits.texts + limits.labels + limits.templates + limits.examples + 16
-    parser = _Parser(request.headers, stream, max_files=most, max_fields=most, max_part_size=limits.image_bytes)
+    parts = limits.texts + limits.labels + limits.templates + limits.examples + 16
+    parser = _Parser(request.headers, stream, max_files=parts, max_fields=parts, max_part_size=limits.image_bytes)
     try:
         form = await parser.parse()
-    except (MultiPartException, LookupError, ValueError) as error:  # the two of them also for a charset that is none
+    except (MultiPartException, LookupError, ValueError) as error:  # the last two for an unknown charset
         raise BadRequest(f"the multipart body is broken: {getattr(error, 'message', error)}") from None
     try:
         return [(k, await v.read() if isinstance(v, UploadFile) else v) for k, v in form.multi_items()]
@@ -166,14 +164,14 @@ async def _form(request: Request, limits: Limits) -> list[tuple[str, Any]]:
 
 
 def _shape(pairs: list[tuple[str, Any]], model: type[Body]) -> dict[str, Any]:
-    """Flat pairs -> the model's fields: a list takes them all, anything else exactly one.
+    """Flat pairs -> the model's fields. A list field takes every pair of its name, another field exactly one.
 
-    `EmbedBody` has no flat form of its own: each ``text`` and ``image``, in order, is one of its inputs.
+    `EmbedBody` has nested inputs: each ``text`` and ``image`` pair becomes one input, in order.
     """
     if issubclass(model, EmbedBody):
         inputs = [{key: value} for key, value in pairs if key in ("text", "image")]
-        rest = [(key, value) for key, value in pairs if key not in ("text", "image")]
-        return {**_shape(rest, Body), "inputs": inputs}
+        other = [(key, value) for key, value in pairs if key not in ("text", "image")]
+        return {**_shape(other, Body), "inputs": inputs}
     fields: dict[str, Any] = {}
     for key, value in pairs:
         if key in model.model_fields and is_list(model.model_fields[key]):

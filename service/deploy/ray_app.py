@@ -1,6 +1,6 @@
-"""The service as a Ray Serve application: each replica is the whole of it, behind Ray's proxy. See ray.md.
+"""The service as a Ray Serve application: each replica is a complete service behind Ray's proxy. See ray.md.
 
-The only file that imports Ray. `build` runs once, where Ray deploys; the app itself is made in each replica.
+The only file that imports Ray. `build` runs once, at deployment; each replica creates its app.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ from ray.serve.config import BackpressureConfig
 from calmclip.models.errors import BadRequest
 from calmclip.service.app import create_app
 from calmclip.service.cli import log_lines
-from calmclip.service.metrics import Together
+from calmclip.service.metrics import Replicas
 from calmclip.service.parts import Service
 from calmclip.service.settings import Settings
 
 POLL_S = 0.05
-ROOM = 4  # requests that Ray lets into a replica, for each that the replica will take on
+ROOM = 4  # requests that Ray sends to a replica, per request that the replica admits
 REPORTS = "RAY_USAGE_STATS_ENABLED"
-OWNED = "lancedb"  # a store that belongs to one process
+OWNED = "lancedb"  # the store that one process owns
 
 
 class Args(BaseModel):
-    """``args`` of the application, in ray.yaml. All else are the settings, as variables of its ``runtime_env``."""
+    """``args`` of the application in ray.yaml. The settings are variables of its ``runtime_env``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,49 +44,49 @@ class Args(BaseModel):
 
 
 class Replica:
-    """What Ray asks of one, beside requests. ``app`` is Ray's to set."""
+    """What Ray calls on a replica, beside requests. Ray sets ``app``."""
 
     app: FastAPI
 
     async def check_health(self) -> None:
-        """Asked before the first request, too: that waits until the bundles are loaded.
+        """Wait until the bundles are loaded; Ray calls this before the first request, too.
 
-        Who fails this is replaced by another, so it fails only where another would do better: a database that does
-        not answer is no reason, though `/readyz` says 503.
+        Ray replaces a replica that fails, so this fails only if a new replica would do better. A database that does not
+        answer is no such case, although `/readyz` then answers 503.
         """
         parts: Service = self.app.state.service
         while parts.hub.loading or parts.collections.loading:
             await asyncio.sleep(POLL_S)
         if not parts.hub.ready:
-            raise RuntimeError(f"the bundles do not load: {parts.hub.failed or 'there are none'}")
+            raise RuntimeError(f"the bundles do not load: {parts.hub.failed or 'none was found'}")
 
     async def families(self) -> tuple[str, list[Any]]:
-        """Its name, and its metrics."""
+        """The replica's name and its metrics."""
         parts: Service = self.app.state.service
         return serve.get_replica_context().replica_tag, parts.metrics.families()
 
 
 def build(args: Args) -> Application:
-    """Raises `BadRequest` where the settings do not go together with several replicas, or with Ray."""
+    """Raises `BadRequest` if the settings do not allow several replicas, or Ray."""
     if REPORTS not in os.environ:
         raise BadRequest(
-            f"Ray reports its use to those who make it; begin it with --disable-usage-stats, or set {REPORTS} to 0 or 1"
+            f"Ray reports its usage to its developers; start it with --disable-usage-stats, or set {REPORTS} to 0 or 1"
         )
     settings = Settings()
     check(settings, args.max_replicas)
-    settings = settings.model_copy(update={"threads": settings.cores})  # what a replica asks for is what it uses
+    settings = settings.model_copy(update={"threads": settings.cores})  # a replica uses the cores that it requests
 
     def app() -> FastAPI:
-        check(settings, serve.get_replica_context().world_size)  # `deployments` in ray.yaml may say more than ``args``
+        check(settings, serve.get_replica_context().world_size)  # `deployments` in ray.yaml may override ``args``
         _log(settings.log)
-        made = create_app(settings)
-        made.state.service.metrics.gather = _together
-        return made
+        app = create_app(settings)
+        app.state.service.metrics.gather = _all_replicas
+        return app
 
     deployment = serve.deployment(
         name="calmclip",
-        # The service itself turns away what is too much, with a Retry-After it has measured. Ray must let it: while
-        # a request is in a queue of Ray's no deadline runs.
+        # The service refuses excess requests itself, with a measured Retry-After. So Ray must pass them on: no deadline
+        # runs while a request is in Ray's queue.
         max_ongoing_requests=ROOM * settings.queue.max_pending,
         max_queued_requests=settings.queue.max_pending,
         backpressure_config=BackpressureConfig(retry_after_s=1.0),
@@ -115,15 +115,15 @@ def check(settings: Settings, replicas: int) -> None:
         )
 
 
-async def _together() -> Together:
-    """Every replica's metrics, for a scrape reaches any one of them."""
-    return Together(dict(await _peers().broadcast("families").results_async()))
+async def _all_replicas() -> Replicas:
+    """Metrics of every replica, because a scrape reaches any one of them."""
+    return Replicas(dict(await _peers().broadcast("families").results_async()))
 
 
 @cache
 def _peers() -> Any:
-    own = serve.get_replica_context()
-    return serve.get_deployment_handle(own.deployment, own.app_name)
+    context = serve.get_replica_context()
+    return serve.get_deployment_handle(context.deployment, context.app_name)
 
 
 def _log(kind: str) -> None:

@@ -1,7 +1,7 @@
 """The Grafana dashboards, from the panels below: ``python -m calmclip.service.monitoring.dashboard`` writes `FILES`.
 
-Tests keep the files equal to what this module says, every metric and label in an expression equal to what
-`calmclip.service.metrics` and `rules` have, and ask each expression of a live Prometheus.
+Tests compare the files with this module, compare metrics and labels of the expressions with `calmclip.service.metrics`
+and `rules`, and evaluate each expression in a live Prometheus.
 """
 
 import json
@@ -13,7 +13,7 @@ from calmclip.service.endpoints import registered
 from calmclip.service.monitoring.rules import COUNTED
 
 FOLDER = Path(__file__).with_name("grafana") / "dashboards"
-SOURCE = {"type": "prometheus", "uid": "prometheus"}  # as grafana/provisioning/datasources names it
+SOURCE = {"type": "prometheus", "uid": "prometheus"}  # as in grafana/provisioning/datasources
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Panel:
 
 
 OF_MODEL = 'model=~"$model"'
-OF_BOTH = f'task=~"$task", {COUNTED}, {OF_MODEL}'  # but not probes, scrapes, the page
+OF_BOTH = f'task=~"$task", {COUNTED}, {OF_MODEL}'  # no probes, scrapes, page
 FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
 HITS = f'{OF_MODEL}, outcome="hit"'
-OF_STORE = f'task=~"{"|".join(sorted({one.task for one in registered() if "collections" in one.tags}))}"'
+OF_STORE = f'task=~"{"|".join(sorted({e.task for e in registered() if "collections" in e.tags}))}"'
 
 
 def rate(metric: str, *labels: str, where: str = OF_BOTH) -> str:
@@ -47,7 +47,7 @@ def quantile(q: float, metric: str, *labels: str, where: str = OF_BOTH) -> str:
 
 
 def mean(metric: str, *labels: str, where: str = OF_MODEL) -> str:
-    """Of a histogram's observations."""
+    """Mean of a histogram's observations."""
     return f"{rate(f'{metric}_sum', *labels, where=where)} / {rate(f'{metric}_count', *labels, where=where)}"
 
 
@@ -78,7 +78,7 @@ OVERVIEW = Board(
                 unit="percentunit",
                 kind="stat",
                 width=4,
-                note="Share of requests that ended in an error of ours, were shed, or were late.",
+                note="Share of requests that the service failed, shed, or answered too late.",
             ),
             Panel("p95", {"p95": quantile(0.95, "request_duration_seconds")}, unit="s", kind="stat", width=4),
             Panel("Version", {"{{version}}": "sum by (version) (calmclip_build_info)"}, kind="stat", width=4),
@@ -92,7 +92,7 @@ OVERVIEW = Board(
                     "objective": "max(calmclip_slo_target_ratio)",
                 },
                 unit="percentunit",
-                note="Share of requests answered without a failure of ours, and within the declared latency.",
+                note="Share of requests answered without a failure of the service, and within the declared latency.",
             ),
             Panel(
                 "Burn rate",
@@ -101,7 +101,7 @@ OVERVIEW = Board(
                     "on () group_left () calmclip:slo_budget:ratio"
                     for window in ("5m", "1h", "6h")
                 },
-                note="How many times faster than the error budget lasts; 14.4 over 1 h wakes somebody.",
+                note="How many times too fast the error budget is used up; at 14.4 over 1 h a page is sent.",
             ),
             Panel(
                 "p99 and the declared latency",
@@ -149,7 +149,7 @@ OVERVIEW = Board(
                 },
                 unit="s",
                 stacked=True,
-                note="Seconds per request spent in each stage: the stack is as high as a mean request is long.",
+                note="Mean seconds per request in each stage; their sum is a mean request's duration.",
             ),
             Panel(
                 "p95 of each stage",
@@ -162,7 +162,7 @@ OVERVIEW = Board(
                     "{{task}}": f"{rate('request_duration_seconds_sum', 'task')} / "
                     f"{rate('stage_duration_seconds_sum', 'task', where=f'{OF_BOTH}, {COMPUTE}')}"
                 },
-                note="A request's time over the time computed for it: 1 is an idle service, 5 is mostly waiting.",
+                note="A request's duration over its computing time: 1 is an idle service, at 5 requests mostly wait.",
             ),
         ],
         "Saturation": [
@@ -170,7 +170,7 @@ OVERVIEW = Board(
                 "Saturation",
                 {"{{of}} {{instance}}": "instance:calmclip_saturation:ratio"},
                 unit="percentunit",
-                note="Depth over limit; at 1 requests are turned away.",
+                note="Depth over limit; at 1, requests are turned away.",
             ),
             Panel(
                 "Turned away, by reason",
@@ -260,14 +260,14 @@ OF_GRAPHS = Board(
                 note=note,
             )
             for what, title, note in (
-                ("inf_norm", "Infinity norm", "Of the float graph as it was exported: 8 bits have to reach as far."),
-                ("kurtosis", "Kurtosis", "The same; a Gaussian has 3, and hundreds mean a few numbers far from all."),
+                ("inf_norm", "Infinity norm", "In the exported float graph; an 8-bit range has to reach this far."),
+                ("kurtosis", "Kurtosis", "In the exported float graph; a Gaussian has 3, extreme values give more."),
             )
         ],
         "Batches": [
             Panel("Mean batch size", {"{{model}} {{graph}}": mean("batch_size", "model", "graph")}),
             Panel(
-                "Batches, by why they went",
+                "Batches, by reason of release",
                 {"{{graph}} {{reason}}": rate("batch_releases_total", "graph", "reason", where=OF_MODEL)},
                 unit="ops",
             ),

@@ -1,9 +1,9 @@
 """Recording and alerting rules, from the tables below: ``python -m calmclip.service.monitoring.rules`` writes `FILES`.
 
-The objectives are the service's own, `calmclip_slo_latency_seconds` and `calmclip_slo_target_ratio`: a changed setting
-changes the alerts. Which tasks they are about, the endpoints say. Burn rates over two windows at once as in Google's
-SRE Workbook, chapter 5, table 5-8: the long one says that it matters, the short one that it still goes on. Every alert
-has a section in README.md.
+The objectives come from the service's metrics `calmclip_slo_latency_seconds` and `calmclip_slo_target_ratio`, so a
+changed setting changes the alerts. Their tasks come from the endpoints. A burn rate must hold over two windows, as in
+Google's SRE Workbook, chapter 5, table 5-8: the long window shows that it matters, the short one that it goes on. Every
+alert has a section in README.md.
 """
 
 import json
@@ -18,17 +18,17 @@ FOLDER = Path(__file__).parent
 RUNBOOK = "service/monitoring/README.md"  # in this repository
 
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
-LEAST = 100  # requests within the long window, under which a share of failed ones says nothing
+LEAST = 100  # requests in the long window; with fewer, a share of failures says nothing
 LEAST_SHED_RPS = 0.1
 
-COUNTED = f'task!~"{"|".join(UNCOUNTED)}"'  # not probes, scrapes, the page
-OURS = f'{COUNTED}, outcome!~"client_error|cancelled"'  # what the caller did wrong is not our failure
+COUNTED = f'task!~"{"|".join(UNCOUNTED)}"'  # no probes, scrapes, page
+OURS = f'{COUNTED}, outcome!~"client_error|cancelled"'  # an error of the client is not a failure of the service
 LOST = f'{COUNTED}, outcome=~"error|shed|deadline"'
 SHED = f'{COUNTED}, outcome="shed"'
-# An upload may take its time.
-INTERACTIVE = f'task=~"{"|".join(sorted({one.task for one in registered() if one.interactive}))}"'
+# Without uploads, which may take long.
+INTERACTIVE = f'task=~"{"|".join(sorted({e.task for e in registered() if e.interactive}))}"'
 
-# The objective's bucket edge as a series with that `le`, where Prometheus writes 1 and the client library 1.0.
+# The objective's bucket edge as a series with that `le`. Prometheus writes 1, the client library 1.0.
 OBJECTIVE = 'label_replace(count_values("le", calmclip_slo_latency_seconds), "le", "$1.0", "le", "([0-9]+)")'
 
 
@@ -49,7 +49,7 @@ def slow(window: str) -> str:
 
 @dataclass(frozen=True)
 class Objective:
-    """``bad``: window -> share that missed it; ``all``: window -> how many per second that is a share of."""
+    """``bad``: window -> share of requests that missed it; ``all``: window -> requests per second."""
 
     bad: Callable[[str], str]
     all: Callable[[str], str]
@@ -59,7 +59,7 @@ OBJECTIVES = {
     "availability": Objective(unavailable, lambda window: total("requests_total", OURS, window)),
     "latency": Objective(slow, lambda window: total("request_duration_seconds_count", INTERACTIVE, window)),
 }
-# What is full when it reaches 1, of each replica.
+# Per replica; 1 means full.
 SATURATION = {
     "queue": "max by (instance) (calmclip_queue_depth / calmclip_queue_limit)",
     "requests": "max by (instance) (calmclip_requests_pending / calmclip_requests_limit)",
@@ -81,9 +81,9 @@ class Record:
 
 @dataclass(frozen=True)
 class Alert:
-    """Fires when every condition holds for so long. ``conditions``: what is looked at -> how it compares.
+    """Fires when every condition has held for ``hold``. ``conditions``: expression -> comparison.
 
-    ``severity``: a `page` wakes somebody; a `ticket` waits for the morning.
+    ``severity``: a `page` calls a person at once; a `ticket` waits for working hours.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Burn:
-    """``factor``: how many times faster than the budget lasts, over both windows."""
+    """``factor``: speed of the burn in both windows; 1 uses up the error budget exactly in its period."""
 
     factor: float
     long: str
@@ -226,14 +226,14 @@ def groups() -> dict[str, Any]:
     """Prometheus' rule file."""
     return {
         "groups": [
-            {"name": "calmclip-records", "rules": [one.rule() for one in RECORDS]},
-            {"name": "calmclip-alerts", "rules": [one.rule() for one in ALERTS]},
+            {"name": "calmclip-records", "rules": [record.rule() for record in RECORDS]},
+            {"name": "calmclip-alerts", "rules": [alert.rule() for alert in ALERTS]},
         ]
     }
 
 
 def resource() -> dict[str, Any]:
-    """The same for the Prometheus Operator."""
+    """The same rules for the Prometheus Operator."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
@@ -242,7 +242,7 @@ def resource() -> dict[str, Any]:
     }
 
 
-# JSON is YAML too, and needs no library.
+# JSON is valid YAML and needs no library.
 FILES: dict[Path, Callable[[], dict[str, Any]]] = {
     FOLDER / "rules.json": groups,
     FOLDER.parent / "deploy" / "k8s" / "prometheusrule.json": resource,

@@ -1,5 +1,57 @@
-"""FAMILY endpoints, a module per task: parse, call the engine, shape the answer. They do not catch, count or time."""
+"""FAMILY endpoints, a module per task; here is what tasks share. Handlers catch no errors and measure no time."""
 
-from calmclip.service.endpoints import ENDPOINTS
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
-__all__ = ["ENDPOINTS"]
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Flow
+from calmclip.service.asked import Asked
+from calmclip.service.endpoints import ENDPOINTS, Endpoint
+from calmclip.service.schemas import Answer
+
+__all__ = ["ENDPOINTS", "check_count", "task_route"]
+
+
+class NamesModel(Protocol):
+    @property
+    def model(self) -> str | None: ...
+
+
+B = TypeVar("B", bound=NamesModel)
+R = TypeVar("R")
+A = TypeVar("A")
+ToRequest = Callable[[Asked[B], Bundle], R]
+
+
+def task_route(
+    endpoint: Endpoint,
+    flow: Callable[[Bundle, R], Flow[A]],
+    to_answer: Callable[[B, Bundle, A], Answer],
+    count: Callable[[Asked[B], A], None] = lambda asked, result: None,
+) -> Callable[[ToRequest[B, R]], ToRequest[B, R]]:
+    """Register an endpoint that runs one task on the bundle that the body names.
+
+    The decorated function makes the task's request from the body, and raises what is wrong with it. ``flow`` is the
+    task's. ``to_answer`` makes the response from the body, the bundle and the task's result. ``count`` adds the result
+    to the metrics.
+    """
+
+    def register(to_request: ToRequest[B, R]) -> ToRequest[B, R]:
+        async def handler(asked: Asked[B]) -> Answer:
+            loaded = asked.bundle(asked.body.model)
+            result = await asked.run(loaded, flow(loaded.bundle, to_request(asked, loaded.bundle)))
+            count(asked, result)
+            return to_answer(asked.body, loaded.bundle, result)
+
+        handler.__name__, handler.__module__ = to_request.__name__, to_request.__module__
+        endpoint(handler)
+        return to_request
+
+    return register
+
+
+def check_count(asked: Asked[Any], count: int, kind: str) -> None:
+    """Raises `BadRequest` for more items than one request may have."""
+    if count > (limit := asked.limits.texts):
+        raise BadRequest(f"{count} {kind} were given; at most {limit} are read at once")

@@ -1,7 +1,8 @@
-"""What is loaded and how it is: /v1/models, the probes, the metrics, the page."""
+"""/v1/models, the health probes, the metrics and the page."""
 
 import json
 import mimetypes
+from functools import partial
 from pathlib import Path
 
 from fastapi.responses import Response
@@ -11,15 +12,10 @@ from calmclip.models.tasks.detect import default_suppression
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import CATALOG, Endpoint
 from calmclip.service.hub import Loaded
-from calmclip.service.schemas import (
-    HealthAnswer,
-    ModelAnswer,
-    ModelsAnswer,
-    ModelSummary,
-    ReadyAnswer,
-    SuppressionAsked,
-)
+from calmclip.service.schemas.catalog import HealthAnswer, ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer
+from calmclip.service.schemas.detect import SuppressionAsked
 
+_endpoint = partial(Endpoint, task=CATALOG, tags=("catalog",))
 EXPOSITIONS = ("text/plain", "application/openmetrics-text")
 WEB = Path(__file__).parent.parent / "web"
 PAGE_HEADERS = {
@@ -31,25 +27,21 @@ PAGE_HEADERS = {
 }
 
 
-@Endpoint(
-    "GET", "/v1/models", task=CATALOG, scope="read", summary="Loaded bundles", tags=("catalog",), answer=ModelsAnswer
-)
+@_endpoint("GET", "/v1/models", scope="read", summary="Loaded bundles", answer=ModelsAnswer)
 async def list_models(asked: Asked[None]) -> ModelsAnswer:
     return ModelsAnswer(models=[_summary(loaded, asked.limits.examples) for loaded in asked.parts.hub.all()])
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/v1/models/{name}",
-    task=CATALOG,
     scope="read",
     summary="Manifest and report",
-    tags=("catalog",),
     answer=ModelAnswer,
     problems=("model-not-found",),
 )
 async def get_model(asked: Asked[None], name: str) -> ModelAnswer:
-    loaded = {one.name: one for one in asked.parts.hub.all()}
+    loaded = {entry.name: entry for entry in asked.parts.hub.all()}
     if name not in loaded:
         raise BundleNotFound(f"no bundle named {name!r} is loaded; {suggestion(name, loaded)}", known=loaded)
     bundle = loaded[name].bundle
@@ -62,27 +54,16 @@ async def get_model(asked: Asked[None], name: str) -> ModelAnswer:
     )
 
 
-@Endpoint(
-    "GET",
-    "/healthz",
-    task=CATALOG,
-    scope="health",
-    summary="The process answers",
-    tags=("catalog",),
-    answer=HealthAnswer,
-    head=True,
-)
+@_endpoint("GET", "/healthz", scope="health", summary="The process is alive", answer=HealthAnswer, head=True)
 async def healthz(asked: Asked[None]) -> Response:
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/readyz",
-    task=CATALOG,
     scope="health",
     summary="Bundles and collections are loaded",
-    tags=("catalog",),
     answer=ReadyAnswer,
     responses={503: {"model": ReadyAnswer, "description": "Not ready"}},
     head=True,
@@ -90,17 +71,15 @@ async def healthz(asked: Asked[None]) -> Response:
 async def readyz(asked: Asked[None]) -> Response:
     parts = asked.parts
     ready = parts.ready
-    loaded = [one.name for one in parts.hub.all()]
+    loaded = [entry.name for entry in parts.hub.all()]
     return asked.respond(ReadyAnswer(ready=ready, loaded=loaded, failed=parts.failed), 200 if ready else 503)
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/metrics",
-    task=CATALOG,
     scope="metrics",
     summary="Prometheus text",
-    tags=("catalog",),
     responses={
         200: {"description": "Metrics", "content": {kind: {"schema": {"type": "string"}} for kind in EXPOSITIONS}}
     },
@@ -111,9 +90,9 @@ async def metrics(asked: Asked[None]) -> Response:
 
 
 def page(folder: Path = WEB) -> list[Endpoint]:
-    """One for each file of ``folder``, read once, and `/` for its index.html: what is not there cannot be asked for."""
+    """One endpoint per file of ``folder``, and `/` for index.html. Each file is read once, at the start."""
 
-    def of(file: Path) -> Endpoint:
+    def endpoint(file: Path) -> Endpoint:
         path = "/" if file.name == "index.html" else f"/{file.name}"
         data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0]
 
@@ -122,11 +101,11 @@ def page(folder: Path = WEB) -> list[Endpoint]:
 
         return Endpoint("GET", path, task=CATALOG, scope="open", head=True, listed=False, handler=send)
 
-    return [of(file) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [endpoint(file) for file in sorted(folder.iterdir()) if file.is_file()]
 
 
-def _summary(loaded: Loaded, most: int) -> ModelSummary:
-    """``most``: examples that a request may hold."""
+def _summary(loaded: Loaded, max_examples: int) -> ModelSummary:
+    """``max_examples``: the service's limit per request."""
     bundle = loaded.bundle
     detects = "detect" in bundle.tasks
     try:
@@ -142,5 +121,5 @@ def _summary(loaded: Loaded, most: int) -> ModelSummary:
         dim=dim,
         labels=len(bundle.classifier.labels),
         suppression=SuppressionAsked(**vars(default_suppression(bundle))) if detects else None,
-        examples=most if detects else 0,
+        examples=max_examples if detects else 0,
     )

@@ -1,6 +1,8 @@
-"""/v1/collections: fill collections with vectors of pictures and texts, and search them."""
+"""/v1/collections: store vectors of pictures and texts in collections, and search them."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import orjson
@@ -14,166 +16,137 @@ from calmclip.service.asked import Asked
 from calmclip.service.collections import Collection
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
 from calmclip.service.hub import Loaded
-from calmclip.service.schemas import (
+from calmclip.service.routes import check_count
+from calmclip.service.schemas import NewName, round_score
+from calmclip.service.schemas.collections import (
     CollectionAnswer,
     CollectionBody,
     CollectionsAnswer,
     CountAnswer,
     DeleteItemsBody,
-    EmbedInput,
     Hit,
     ItemsAnswer,
     ItemsBody,
-    NewName,
     SearchAnswer,
     SearchBody,
     StoredItem,
-    tidy,
 )
+from calmclip.service.schemas.embed import EmbedInput
 from calmclip.service.stores import Row
 
 MISSING = "collection-not-found"
-WRONG = "collection-bundle-mismatch"
-DOWN = "store-unavailable"
-STORE = ("overloaded", DOWN)
-TAGS = ("collections",)
-MAX_DEPTH = 16  # of metadata; what is read back is nested deeper still, and JSON writers have limits
+WRONG_BUNDLE = "collection-bundle-mismatch"
+STORE_DOWN = "store-unavailable"
+STORE = ("overloaded", STORE_DOWN)
+MAX_DEPTH = 16  # of metadata: an answer nests it deeper, and JSON writers have limits
+_endpoint = partial(Endpoint, task="collections", tags=("collections",))
 
 
-@Endpoint(
-    "GET",
-    "/v1/collections",
-    task="collections",
-    scope="read",
-    summary="All collections",
-    tags=TAGS,
-    answer=CollectionsAnswer,
-    problems=STORE,
-)
+@_endpoint("GET", "/v1/collections", scope="read", summary="All collections", answer=CollectionsAnswer, problems=STORE)
 async def list_collections(asked: Asked[None]) -> CollectionsAnswer:
-    async with asked.own.deadline():
-        return CollectionsAnswer(collections=[await _describe(one) for one in await asked.parts.collections.all()])
+    async with asked.context.deadline():
+        return CollectionsAnswer(collections=[await _describe(c) for c in await asked.parts.collections.all()])
 
 
-@Endpoint(
+@_endpoint(
     "PUT",
     "/v1/collections/{name}",
-    task="collections",
-    scope="write",
-    summary="Make a collection",
-    description="201 when it is new, 200 when it is there already.",
-    tags=TAGS,
+    summary="Create a collection",
+    description="201 if it is new, 200 if it exists.",
     body=CollectionBody,
     example={"model": "mini-int8"},
     answer=CollectionAnswer,
-    problems=(*ENGINE, DOWN, *INPUT, WRONG),
+    problems=(*ENGINE, STORE_DOWN, *INPUT, WRONG_BUNDLE),
     responses={201: {"model": CollectionAnswer}},
 )
 async def make_collection(asked: Asked[CollectionBody], name: NewName) -> Response:
     loaded = asked.parts.hub.get(asked.body.model, "embed")
-    async with asked.own.deadline():
+    async with asked.context.deadline():
         collection, new = await asked.parts.collections.create(name, loaded)
         return asked.respond(await _describe(collection), 201 if new else 200)
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/v1/collections/{name}",
-    task="collections",
     scope="read",
     summary="One collection",
-    tags=TAGS,
     answer=CollectionAnswer,
     problems=(MISSING, *STORE),
 )
 async def get_collection(asked: Asked[None], name: str) -> CollectionAnswer:
-    async with asked.own.deadline():
+    async with asked.context.deadline():
         return await _describe(await asked.parts.collections.get(name))
 
 
-@Endpoint(
+@_endpoint(
     "DELETE",
     "/v1/collections/{name}",
-    task="collections",
-    scope="write",
-    summary="Delete a collection and all in it",
-    tags=TAGS,
+    summary="Delete a collection and all its items",
     status=204,
     problems=(MISSING, *STORE),
 )
 async def delete_collection(asked: Asked[None], name: str) -> None:
-    async with asked.own.deadline():
+    async with asked.context.deadline():
         await asked.parts.collections.drop(name)
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/v1/collections/{name}/items",
-    task="collections",
     scope="read",
-    summary="Items, by id",
-    tags=TAGS,
+    summary="Items, ordered by id",
     answer=ItemsAnswer,
     problems=(MISSING, *STORE, "invalid-request"),
 )
 async def list_items(
     asked: Asked[None],
     name: str,
-    after: Annotated[str | None, Query(description="the last id of the page before")] = None,
+    after: Annotated[str | None, Query(description="the last id of the previous page")] = None,
     limit: Annotated[int, Query(ge=1, description="at most CALMCLIP_LIMITS__TOP_K")] = 100,
 ) -> ItemsAnswer:
     collection = await _collection(asked, name)
-    _at_most(limit, asked, "limit")
-    with asked.own.clock.stage("search"):
-        async with asked.own.deadline():
-            found = await collection.page(after, limit)
-    items = [StoredItem(id=one.id, meta=one.meta) for one in found]
-    more = found[-1].id if len(found) == limit else None
-    return ItemsAnswer(collection=name, items=items, next=more)
+    _check_top_k(limit, asked, "limit")
+    async with _stage(asked, "search"):
+        rows = await collection.page(after, limit)
+    items = [StoredItem(id=row.id, meta=row.meta) for row in rows]
+    return ItemsAnswer(collection=name, items=items, next=rows[-1].id if len(rows) == limit else None)
 
 
-@Endpoint(
+@_endpoint(
     "POST",
     "/v1/collections/{name}/items",
     task="index",
-    scope="write",
     summary="Add or replace items",
-    description="All of them or none. On disk when answered.",
-    tags=TAGS,
+    description="All items or none. They are on disk when the answer is sent.",
     body=ItemsBody,
     example={"items": [{"id": "a1", "image": {"b64": PIXEL}, "meta": {"title": "dunes"}}]},
     answer=CountAnswer,
-    problems=(*ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
+    problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, WRONG_BUNDLE, "text-too-long"),
 )
 async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
     collection = await _collection(asked, name)
-    loaded = _filler(collection, asked)
+    loaded = _bundle_of(collection, asked)
     items, limits = asked.body.items, asked.limits
-    if len(items) > limits.texts:
-        raise BadRequest(f"{len(items)} items were given; at most {limits.texts} are read at once")
+    check_count(asked, len(items), "items")
     for item in items:
         if "\0" in item.id:
-            raise BadRequest(f"the id {item.id!r} holds a NUL character")
-        if not _within(item.meta, MAX_DEPTH):
+            raise BadRequest(f"the id {item.id!r} contains a NUL character")
+        if not _is_within(item.meta, MAX_DEPTH):
             raise BadRequest(f"the meta of item {item.id!r} is nested deeper than {MAX_DEPTH} levels")
         if (size := len(orjson.dumps(item.meta))) > limits.meta_bytes:
-            raise BadRequest(f"the meta of item {item.id!r} has {size} bytes; at most {limits.meta_bytes} are kept")
+            raise BadRequest(f"the meta of item {item.id!r} has {size} bytes; at most {limits.meta_bytes} are stored")
     vectors = await _vectors(items, [f"item {item.id!r}" for item in items], loaded, asked)
     rows = [Row(item.id, vector, item.meta) for item, vector in zip(items, vectors, strict=True)]
-    with asked.own.clock.stage("write"):
-        async with asked.own.deadline():
-            count = await collection.upsert(rows)
-            return CountAnswer(collection=name, count=count, items=await collection.count())
+    return await _write(asked, collection, collection.upsert(rows))
 
 
-@Endpoint(
+@_endpoint(
     "DELETE",
     "/v1/collections/{name}/items",
     task="index",
-    scope="write",
     summary="Remove items",
-    description="Ids that are not there are passed over.",
-    tags=TAGS,
+    description="Ids that do not exist are ignored.",
     body=DeleteItemsBody,
     example={"ids": ["a1"]},
     answer=CountAnswer,
@@ -181,78 +154,89 @@ async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
 )
 async def delete_items(asked: Asked[DeleteItemsBody], name: str) -> CountAnswer:
     collection = await _collection(asked, name)
-    _at_most(len(asked.body.ids), asked, "the number of ids")
-    with asked.own.clock.stage("write"):
-        async with asked.own.deadline():
-            count = await collection.delete(asked.body.ids)
-            return CountAnswer(collection=name, count=count, items=await collection.count())
+    _check_top_k(len(asked.body.ids), asked, "the number of ids")
+    return await _write(asked, collection, collection.delete(asked.body.ids))
 
 
-@Endpoint(
+@_endpoint(
     "POST",
     "/v1/collections/{name}/search",
     task="search",
     scope="read",
     summary="Nearest items to a text or picture",
-    tags=TAGS,
     body=SearchBody,
     example={"query": {"text": "sand in the evening"}, "top_k": 3, "filter": {"year": {"gte": 2020}}},
     answer=SearchAnswer,
-    problems=(*ENGINE, DOWN, *INPUT, *PICTURE, MISSING, WRONG, "text-too-long"),
+    problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, WRONG_BUNDLE, "text-too-long"),
 )
 async def search_collection(asked: Asked[SearchBody], name: str) -> SearchAnswer:
     body, collection = asked.body, await _collection(asked, name)
     if body.model is not None:
         named = asked.parts.hub.get(body.model, "embed")
         collection.require(named.name, named.digest)
-    loaded = _filler(collection, asked)
-    _at_most(body.top_k, asked, "top_k")
+    loaded = _bundle_of(collection, asked)
+    _check_top_k(body.top_k, asked, "top_k")
     (vector,) = await _vectors([body.query], ["the query"], loaded, asked)
-    with asked.own.clock.stage("search"):
-        async with asked.own.deadline():
-            found = await collection.search(vector, body.top_k, body.where())
-    return SearchAnswer(collection=name, hits=[Hit(id=one.id, score=tidy(one.score), meta=one.meta) for one in found])
+    async with _stage(asked, "search"):
+        matches = await collection.search(vector, body.top_k, body.conditions())
+    return SearchAnswer(
+        collection=name, hits=[Hit(id=match.id, score=round_score(match.score), meta=match.meta) for match in matches]
+    )
 
 
 async def _collection(asked: Asked[Any], name: str) -> Collection:
-    async with asked.own.deadline():
+    async with asked.context.deadline():
         return await asked.parts.collections.get(name)
 
 
+@asynccontextmanager
+async def _stage(asked: Asked[Any], stage: str) -> AsyncIterator[None]:
+    """Within the request's deadline, timed as ``stage``."""
+    with asked.context.clock.stage(stage):
+        async with asked.context.deadline():
+            yield
+
+
+async def _write(asked: Asked[Any], collection: Collection, write: Awaitable[int]) -> CountAnswer:
+    """``write`` answers with the number of items that it wrote or removed."""
+    async with _stage(asked, "write"):
+        return CountAnswer(collection=collection.info.name, count=await write, items=await collection.count())
+
+
 async def _vectors(inputs: Sequence[EmbedInput], names: list[str], loaded: Loaded, asked: Asked[Any]) -> Array:
-    """float32 [N, D] of the loaded bundle. Raises what a picture or text is wrong with, naming it."""
-    for one, name in zip(inputs, names, strict=True):
-        if one.image is not None:
-            asked.check(one.image, name)
-    return (await asked.run(loaded, embed(loaded.bundle, EmbedRequest([one.value for one in inputs])))).vectors
+    """float32 [N, D] of the loaded bundle. Raises `InputError`s that begin with the input's name."""
+    for item, name in zip(inputs, names, strict=True):
+        if item.image is not None:
+            asked.check(item.image, name)
+    return (await asked.run(loaded, embed(loaded.bundle, EmbedRequest([item.value for item in inputs])))).vectors
 
 
 async def _describe(collection: Collection) -> CollectionAnswer:
     return CollectionAnswer(**vars(collection.info), items=await collection.count())
 
 
-def _filler(collection: Collection, asked: Asked[Any]) -> Loaded:
-    """The loaded bundle that filled the collection. Raises `CollectionMismatch` when it is not among them."""
+def _bundle_of(collection: Collection, asked: Asked[Any]) -> Loaded:
+    """The loaded bundle that filled the collection. Raises `CollectionMismatch` if it is not loaded."""
     info, hub = collection.info, asked.parts.hub
     loaded = hub.by_digest(info.digest)
     if loaded is None:
         if hub.loading:
-            hub.get(info.model, "embed")  # says that bundles are still loading
+            hub.get(info.model, "embed")  # raises `Overloaded`: bundles are still loading
         raise CollectionMismatch(
             f"collection {info.name!r} was filled by {info.model!r} with digest {info.digest[:12]}…, "
             "which is not loaded; load that bundle, or fill a new collection",
-            known=[one.name for one in hub.all()],
+            known=[bundle.name for bundle in hub.all()],
         )
-    asked.own.model = loaded.name
+    asked.context.model = loaded.name
     return loaded
 
 
-def _within(value: object, levels: int) -> bool:
-    """Whether JSON ``value`` is nested no deeper than that."""
+def _is_within(value: object, levels: int) -> bool:
+    """Whether JSON ``value`` has at most ``levels`` levels of nesting."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels >= 0 and all(_within(one, levels - 1) for one in inner)
+    return levels >= 0 and all(_is_within(child, levels - 1) for child in inner)
 
 
-def _at_most(value: int, asked: Asked[Any], name: str) -> None:
-    if value > (most := asked.limits.top_k):
-        raise BadRequest(f"{name} is {value}; at most {most}")
+def _check_top_k(value: int, asked: Asked[Any], name: str) -> None:
+    if value > (limit := asked.limits.top_k):
+        raise BadRequest(f"{name} is {value}; at most {limit} is allowed")

@@ -1,38 +1,66 @@
-"""POST /v1/embed: texts and pictures -> unit vectors in one space."""
+"""POST /v1/embed and POST /v1/embeddings: texts and pictures -> unit vectors, in our format or OpenAI's."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BadRequest
-from calmclip.models.tasks.embed import Embeddings, EmbedRequest, embed
+from calmclip.models.tasks.embed import EmbedRequest, embed
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
-from calmclip.service.hub import Loaded
-from calmclip.service.schemas import EmbedAnswer, EmbedBody
+from calmclip.service.routes import check_count, task_route
+from calmclip.service.schemas.embed import EmbedAnswer, EmbedBody, EmbeddingsAnswer, EmbeddingsBody
 
 
-@Endpoint(
-    "POST",
-    "/v1/embed",
-    task="embed",
-    scope="read",
-    summary="Texts and pictures as vectors",
-    body=EmbedBody,
-    example={"inputs": [{"text": "a red bicycle"}, {"image": {"b64": PIXEL}}]},
-    answer=EmbedAnswer,
-    problems=(*ENGINE, *INPUT, *PICTURE, "text-too-long"),
+@task_route(
+    Endpoint(
+        "POST",
+        "/v1/embed",
+        task="embed",
+        scope="read",
+        summary="Texts and pictures as vectors",
+        body=EmbedBody,
+        example={"inputs": [{"text": "a red bicycle"}, {"image": {"b64": PIXEL}}]},
+        answer=EmbedAnswer,
+        problems=(*ENGINE, *INPUT, *PICTURE, "text-too-long"),
+    ),
+    embed,
+    EmbedAnswer.of,
 )
-async def embed_inputs(asked: Asked[EmbedBody]) -> EmbedAnswer:
-    loaded = asked.bundle(asked.body.model)
-    found = await vectors_of([one.value for one in asked.body.inputs], loaded, asked)
-    return EmbedAnswer.of(loaded.name, found.vectors)
+def embed_inputs(asked: Asked[EmbedBody], bundle: Bundle) -> EmbedRequest:
+    return _request(asked, [item.value for item in asked.body.inputs])
 
 
-async def vectors_of(inputs: Sequence[str | bytes], loaded: Loaded, asked: Asked[Any]) -> Embeddings:
-    """Raises what the inputs' number, or a picture or text among them, is wrong with."""
-    if len(inputs) > (most := asked.limits.texts):
-        raise BadRequest(f"{len(inputs)} inputs were given; at most {most} are read at once")
-    for index, one in enumerate(inputs):
-        if isinstance(one, bytes):
-            asked.check(one, f"input {index}")
-    return await asked.run(loaded, embed(loaded.bundle, EmbedRequest(inputs)))
+@task_route(
+    Endpoint(
+        "POST",
+        "/v1/embeddings",
+        task="embed",
+        scope="read",
+        summary="Texts and pictures as vectors, in OpenAI's format",
+        description="A picture is a data URI in the list, or an https address if the service fetches pictures.",
+        tags=("compatible",),
+        body=EmbeddingsBody,
+        example={"model": "mini-int8", "input": ["a red bicycle", f"data:image/png;base64,{PIXEL}"]},
+        answer=EmbeddingsAnswer,
+        problems=(*ENGINE, *INPUT, *PICTURE, "text-too-long"),
+    ),
+    embed,
+    EmbeddingsAnswer.of,
+)
+def create_embeddings(asked: Asked[EmbeddingsBody], bundle: Bundle) -> EmbedRequest:
+    if asked.body.dimensions not in (None, dim := bundle.dim):
+        raise BadRequest(
+            f"dimensions is {asked.body.dimensions}; the vectors of {bundle.name!r} have {dim} and cannot be "
+            "shortened, so leave it out"
+        )
+    return _request(asked, asked.body.input)
+
+
+def _request(asked: Asked[Any], inputs: Sequence[str | bytes]) -> EmbedRequest:
+    """Raises `InputError`s for the number of inputs, or for a picture among them."""
+    check_count(asked, len(inputs), "inputs")
+    for index, item in enumerate(inputs):
+        if isinstance(item, bytes):
+            asked.check(item, f"input {index}")
+    return EmbedRequest(inputs)

@@ -1,5 +1,6 @@
-"""/v2: the Open Inference Protocol over the loaded bundles' graphs; see `calmclip.service.inference`."""
+"""/v2: the Open Inference Protocol over the graphs of loaded bundles, see `calmclip.service.inference`."""
 
+from functools import partial
 from time import perf_counter
 from typing import Annotated
 
@@ -24,81 +25,59 @@ from calmclip.service.openapi import BINARY, JSON
 
 BYTES = "application/octet-stream"
 LENGTH = "Inference-Header-Content-Length"
-LENGTH_SAYS, LENGTH_IS = "bytes of the JSON, where more follows it", {"type": "integer", "minimum": 0}
-NOT_READY = 400  # the protocol: 200 is true, 4xx is false
+LENGTH_TEXT, LENGTH_SCHEMA = "length of the JSON in bytes, if tensors follow it", {"type": "integer", "minimum": 0}
+NOT_READY = 400  # the protocol: 200 means true, 4xx means false
 MISSING = ("model-not-found", "overloaded")
 
-TAGS = ("compatible",)
+_endpoint = partial(Endpoint, task=CATALOG, tags=("compatible",))
 
 EXAMPLE = {"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]},
                       {"name": "mask", "datatype": "INT64", "shape": [1, 2], "data": [1, 1]}]}  # fmt: skip
 
 
-@Endpoint(
-    "GET",
-    "/v2",
-    task=CATALOG,
-    scope="read",
-    summary="The server, in the Open Inference Protocol",
-    tags=TAGS,
-    answer=ServerMetadata,
-)
+@_endpoint("GET", "/v2", scope="read", summary="The server, in the Open Inference Protocol", answer=ServerMetadata)
 async def server(asked: Asked[None]) -> ServerMetadata:
     return ServerMetadata(name="calmclip", version=calmclip.__version__, extensions=inference.EXTENSIONS)
 
 
-@Endpoint(
-    "GET",
-    "/v2/health/live",
-    task=CATALOG,
-    scope="health",
-    summary="The process answers",
-    tags=TAGS,
-    answer=LiveAnswer,
-)
+@_endpoint("GET", "/v2/health/live", scope="health", summary="The process is alive", answer=LiveAnswer)
 async def live(asked: Asked[None]) -> LiveAnswer:
     return LiveAnswer(live=True)
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/v2/health/ready",
-    task=CATALOG,
     scope="health",
     summary="Bundles and collections are loaded",
-    tags=TAGS,
     answer=ServerReady,
     responses={NOT_READY: {"model": ServerReady, "description": "Not ready"}},
 )
 async def ready(asked: Asked[None]) -> Response:
-    yes = asked.parts.ready
-    return asked.respond(ServerReady(ready=yes), 200 if yes else NOT_READY)
+    is_ready = asked.parts.ready
+    return asked.respond(ServerReady(ready=is_ready), 200 if is_ready else NOT_READY)
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/v2/models/{name}",
-    task=CATALOG,
     scope="read",
-    summary="What a graph takes and answers",
+    summary="Inputs and outputs of a graph",
     description="Its name is BUNDLE.GRAPH, such as mini-int8.image.",
-    tags=TAGS,
     answer=GraphMetadata,
     problems=MISSING,
 )
 async def describe(asked: Asked[None], name: str) -> GraphMetadata:
     loaded, role = inference.find(asked.parts.hub, name)
-    asked.own.model = loaded.name
+    asked.context.model = loaded.name
     return inference.metadata(name, loaded.bundle.graph(role))
 
 
-@Endpoint(
+@_endpoint(
     "GET",
     "/v2/models/{name}/ready",
-    task=CATALOG,
     scope="read",
-    summary="A graph can be run",
-    tags=TAGS,
+    summary="Whether a graph can be run",
     answer=GraphReady,
     problems=MISSING,
 )
@@ -107,14 +86,13 @@ async def graph_ready(asked: Asked[None], name: str) -> GraphReady:
     return GraphReady(name=name, ready=True)
 
 
-@Endpoint(
+@_endpoint(
     "POST",
     "/v2/models/{name}/infer",
     task="infer",
     scope="read",
     summary="Run one graph on tensors",
-    description="With the binary tensor data extension: bytes of tensors behind the JSON, in both directions.",
-    tags=TAGS,
+    description="Supports the binary tensor data extension: tensors as bytes after the JSON, in both directions.",
     body=InferBody,
     example=EXAMPLE,
     kinds=(BYTES,),
@@ -123,19 +101,19 @@ async def graph_ready(asked: Asked[None], name: str) -> GraphReady:
     responses={
         200: {
             "content": {BYTES: {"schema": BINARY}},
-            "headers": {LENGTH: {"description": LENGTH_SAYS, "schema": LENGTH_IS}},
+            "headers": {LENGTH: {"description": LENGTH_TEXT, "schema": LENGTH_SCHEMA}},
         }
     },
 )
 async def run(
     asked: Asked[bytes],
     name: str,
-    length: Annotated[str | None, Header(alias=LENGTH, description=LENGTH_SAYS), WithJsonSchema(LENGTH_IS)] = None,
+    length: Annotated[str | None, Header(alias=LENGTH, description=LENGTH_TEXT), WithJsonSchema(LENGTH_SCHEMA)] = None,
 ) -> Response:
     loaded, role = inference.find(asked.parts.hub, name)
-    asked.own.model = loaded.name
+    asked.context.model = loaded.name
     reply = await asked.run(loaded, inference.infer(loaded.bundle, role, asked.body, length, asked.limits.texts))
-    asked.own.answered = perf_counter()
+    asked.context.answered = perf_counter()
     if reply.json_bytes is None:
         return Response(reply.body, media_type=JSON)
     return Response(reply.body, headers={LENGTH: str(reply.json_bytes)}, media_type=BYTES)

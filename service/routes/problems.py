@@ -1,4 +1,4 @@
-"""GET /problems/{slug}: what a problem means, for whoever follows its type."""
+"""GET /problems/{slug}: explains a problem; the `type` of a problem document links here."""
 
 import html
 
@@ -22,7 +22,7 @@ from calmclip.service.problems import PROBLEMS
 )
 async def explain(asked: Asked[None], slug: str) -> HTMLResponse:
     if slug not in PROBLEMS:
-        raise UnknownName(f"there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}", known=PROBLEMS)
+        raise UnknownName(f"no problem is named {slug!r}; {suggestion(slug, PROBLEMS)}", known=PROBLEMS)
     problem = PROBLEMS[slug]
     title, text = html.escape(f"{problem.status} {problem.title}"), html.escape(problem.explanation)
     return HTMLResponse(f"<!doctype html><html lang=en><title>{title}</title><h1>{title}</h1><p>{text}</p></html>")

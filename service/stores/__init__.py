@@ -1,7 +1,6 @@
-"""FAMILY stores: vectors + metadata -> durable, filtered nearest neighbours, over an engine that exists already.
+"""FAMILY stores: vectors + metadata -> durable, filtered nearest neighbours, over an existing engine.
 
-A store is synchronous and may be called from several threads; `calmclip.service.collections` sees to it that each
-collection has one writer.
+A store is synchronous, and several threads may call it. `calmclip.service.collections` has one writer per collection.
 """
 
 import re
@@ -16,7 +15,7 @@ from calmclip.models.registry import Registry
 
 @dataclass(frozen=True)
 class Info:
-    """What a collection is, kept beside its vectors. ``digest``: of the bundle whose vectors it holds."""
+    """A collection's properties, stored with its vectors. ``digest``: of the bundle that made the vectors."""
 
     name: str
     model: str
@@ -35,17 +34,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     id: str
     meta: dict[str, Any]
-    score: float = 0.0  # cosine; 0 where nothing was searched
+    score: float = 0.0  # cosine; 0 on a page, which has no query
 
 
 @dataclass(frozen=True)
 class Condition:
-    """On a top-level field of the metadata. Values of another type than the field's never match.
+    """A condition on a top-level field of the metadata. A value of another type than the field's never matches.
 
-    ``in`` takes a tuple of strings, numbers and booleans; the others one number or string.
+    ``in`` takes a tuple of strings, numbers and booleans; the other operators take one number or string.
     """
 
     field: str
@@ -60,55 +59,55 @@ class Table(Protocol):
     def info(self) -> Info: ...
 
     def upsert(self, rows: Sequence[Row]) -> None:
-        """Rows with distinct ids; an id already there is replaced."""
+        """The ids are distinct. A row with an existing id replaces it."""
 
     def delete(self, ids: Sequence[str]) -> int:
-        """How many there were."""
+        """The number of rows deleted."""
 
-    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
-        """Nearest by cosine among the rows on which all conditions hold, best first. Scores are exact; among many rows
-        a few in a hundred hits may be missed."""
+    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Match]:
+        """The nearest rows by cosine that meet all conditions, best first. Scores are exact. In a large table, a few
+        percent of the nearest rows may be missing."""
 
-    def page(self, after: str | None, limit: int) -> list[Found]:
-        """By id, from the first one behind ``after``."""
+    def page(self, after: str | None, limit: int) -> list[Match]:
+        """Ordered by id, from the first id after ``after``."""
 
     def count(self) -> int: ...
 
     def compact(self) -> None:
-        """Tidy up what many small writes left; readers and answers are not disturbed."""
+        """Merge the files of many small writes. Readers may go on, and answers do not change."""
 
 
 @runtime_checkable
-class OwnTable(Table, Protocol):
-    """One that nobody else writes to, so that what is kept of it in memory stays true.
+class ExclusiveTable(Table, Protocol):
+    """A table that no other process writes to, so a copy in memory stays correct.
 
-    A row's *place* is a number that is its own as long as its id is there, whatever is written or tidied up.
+    A *row number* identifies a row as long as its id exists; writes and compaction do not change it.
     """
 
-    def places(self, ids: Sequence[str]) -> dict[str, int]:
-        """Of those that are there."""
+    def row_numbers(self, ids: Sequence[str]) -> dict[str, int]:
+        """id -> row number, for the ids that exist."""
 
-    def fetch(self, places: Sequence[int]) -> list[Row]:
-        """The rows that are there, in any order."""
+    def fetch(self, row_numbers: Sequence[int]) -> list[Row]:
+        """The rows that exist, in any order."""
 
-    def scan(self, most: int | None = None) -> Iterator[tuple[list[str], list[int], Array]]:
-        """Ids, places and vectors, float32 [N, dim], of all rows, a few thousand at a time; or of ``most``."""
+    def scan(self, limit: int | None = None) -> Iterator[tuple[list[str], list[int], Array]]:
+        """Ids, row numbers and vectors (float32 [N, dim]), some thousand rows at a time; of all rows or ``limit``."""
 
 
 class Store(Protocol):
-    """Collections at one place."""
+    """The collections at one location."""
 
     @property
     def shared(self) -> bool:
-        """Whether other processes may write there too, so that nothing read from it stays true."""
+        """Whether other processes may write to it, so that every read may be outdated."""
 
     def names(self) -> list[str]: ...
 
     def create(self, info: Info) -> Table:
-        """An empty one. The name is free; the caller has checked."""
+        """A new, empty table. The caller has checked that the name is free."""
 
     def open(self, name: str) -> Table:
-        """Equal to one opened before as long as it is the same. Raises `CollectionNotFound` where ``shared``."""
+        """Equal to a table opened before, unless it was replaced. Raises `CollectionNotFound` if ``shared``."""
 
     def drop(self, name: str) -> None: ...
 
@@ -119,14 +118,16 @@ STORES: Registry[Callable[[str], Store]] = Registry("stores", "calmclip.service.
 
 
 def open_store(url: str) -> Store:
-    """``KIND:PLACE``, for example ``lancedb:data/collections``. Raises `BadRequest`, `UnknownName`, and what the
-    engine is asked in vain for."""
-    kind, colon, place = url.partition(":")
-    if not colon or not place:
-        raise BadRequest(f"the store {shown(url)!r} is not KIND:PLACE; for example 'lancedb:data/collections'")
-    return STORES.get(kind)(place)
+    """``url``: KIND:LOCATION, for example ``lancedb:data/collections``.
+
+    Raises `BadRequest`, `UnknownName`, and the engine's errors.
+    """
+    kind, colon, location = url.partition(":")
+    if not colon or not location:
+        raise BadRequest(f"the store is {redacted(url)!r}; expected KIND:LOCATION, such as 'lancedb:data/collections'")
+    return STORES.get(kind)(location)
 
 
-def shown(url: str) -> str:
-    """``url`` for logs and answers: without user, password and options."""
+def redacted(url: str) -> str:
+    """``url`` without user, password and options, for logs and answers."""
     return re.sub(r"//.*@", "//", url).partition("?")[0]

@@ -1,12 +1,12 @@
-"""Collections in PostgreSQL with pgvector, by URL: several services may share them.
+"""Collections in PostgreSQL with pgvector, by URL. Several services may share them.
 
-Source: pgvector (PostgreSQL licence) >= 0.8, psycopg 3 (LGPL). A collection is a table of its own, beside one table
-that lists them: the vectors of a table have one length and one index, a search never meets another collection's rows,
-and to drop one is to drop a table. Tables are numbered, so no name of a caller becomes an identifier.
+Source: pgvector (PostgreSQL licence) >= 0.8, psycopg 3 (LGPL). Each collection is a table, and one more table lists
+them. The vectors of a table have one length and one index, a search never reads another collection's rows, and to drop
+a collection is to drop its table. Tables are numbered, so a caller's name never becomes an identifier.
 
-Vectors lie there as float32. A search sorts them all as long as they are few, or those that a filter leaves, found by
-an index of the metadata where it asks for values; otherwise HNSW over a copy in float16 proposes `OVERSAMPLED` times as
-many as are wanted, and float32 decides among them.
+Vectors are stored as float32. A search sorts all rows of a small table, or the rows that match a filter; an index of
+the metadata finds those. Otherwise HNSW over a float16 copy selects `OVERSAMPLING` times as many candidates as hits,
+and float32 decides among them.
 """
 
 import json
@@ -22,7 +22,7 @@ import numpy as np
 from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
 from calmclip.models.extras import missing
 from calmclip.models.flow import Array
-from calmclip.service.stores import STORES, Condition, Found, Info, Row, Store, Table
+from calmclip.service.stores import STORES, Condition, Info, Match, Row, Table
 
 try:
     import psycopg
@@ -32,14 +32,14 @@ except ModuleNotFoundError:
     raise missing("the store pgvector", "psycopg", "postgres") from None
 
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
-EXACT_BELOW = 10_000  # rows that are sorted in about the time HNSW takes
-OVERSAMPLED = 4
-MOST_PROPOSED = 1000  # the largest hnsw.ef_search; a search that needs more sorts
-LEAST_PROPOSED = 200
-MOST_INDEXED = 4000  # the longest halfvec HNSW takes
-PATIENCE_S = 5  # for a connection to be made,
-WAIT_S = 2.0  # and for one of the pool, which has some to spare unless the server does not answer
-LOCK = 0x63616C6D  # "calm": of an advisory lock, so that services that start together make one schema
+EXACT_BELOW = 10_000  # rows; to sort fewer takes about as long as HNSW
+OVERSAMPLING = 4
+MAX_CANDIDATES = 1000  # the limit of hnsw.ef_search; a search that needs more sorts all rows
+MIN_CANDIDATES = 200
+MAX_INDEXED_DIM = 4000  # HNSW's limit for halfvec
+CONNECT_S = 5  # timeout of a new connection,
+WAIT_S = 2.0  # and of one from the pool, which has spare ones unless the server does not answer
+LOCK = 0x63616C6D  # "calm", an advisory lock: services that start together create one schema
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS calmclip_collections (
@@ -52,9 +52,9 @@ CREATE TABLE IF NOT EXISTS calmclip_collections (
 )
 """
 CONNECTION: dict[str, Any] = {
-    "connect_timeout": PATIENCE_S,
+    "connect_timeout": CONNECT_S,
     "application_name": "calmclip",
-    "tcp_user_timeout": 10_000,  # ms: a peer that has vanished is an error, not a wait without end
+    "tcp_user_timeout": 10_000,  # ms: a vanished peer is an error, not an endless wait
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
@@ -81,113 +81,114 @@ class PgStore:
             return [name for (name,) in connection.execute("SELECT name FROM calmclip_collections ORDER BY name")]
 
     def create(self, info: Info) -> Table:
-        """Of two that make it at once, one does; both get it."""
+        """If two services create it at the same time, one does, and both get it."""
         with self._server.connection() as connection, connection.transaction():
-            made = connection.execute(
+            inserted = connection.execute(
                 "INSERT INTO calmclip_collections (name, model, digest, dim, created) VALUES (%s, %s, %s, %s, %s) "
                 "ON CONFLICT DO NOTHING RETURNING number",
                 [info.name, info.model, info.digest, info.dim, info.created],
             ).fetchone()
-            if made:
-                for statement in _table(made[0], info.dim):
+            if inserted:
+                for statement in _table(inserted[0], info.dim):
                     connection.execute(statement)
-        return PgTable(self._server, made[0], info) if made else self.open(info.name)
+        return PgTable(self._server, inserted[0], info) if inserted else self.open(info.name)
 
     def open(self, name: str) -> Table:
         with self._server.connection() as connection:
-            found = connection.execute(
+            entry = connection.execute(
                 "SELECT number, model, digest, dim, created FROM calmclip_collections WHERE name = %s", [name]
             ).fetchone()
-        if found is None:
+        if entry is None:
             raise CollectionNotFound(f"there is no collection {name!r}")
-        number, *info = found
+        number, *info = entry
         return PgTable(self._server, number, Info(name, *info))
 
     def drop(self, name: str) -> None:
         with self._server.connection() as connection, connection.transaction():
-            found = connection.execute("DELETE FROM calmclip_collections WHERE name = %s RETURNING number", [name])
-            for (number,) in found.fetchall():
+            deleted = connection.execute("DELETE FROM calmclip_collections WHERE name = %s RETURNING number", [name])
+            for (number,) in deleted.fetchall():
                 connection.execute(f"DROP TABLE calmclip_c{number}")
 
     def close(self) -> None:
         self._server.close()
 
     def _extension(self, connection: Any) -> None:
-        found = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
-        if found is None:
+        query = "SELECT extversion FROM pg_extension WHERE extname = 'vector'"
+        version = connection.execute(query).fetchone()
+        if version is None:
             try:
                 with connection.transaction():
                     connection.execute("CREATE EXTENSION vector")
             except errors.InsufficientPrivilege:
                 raise CollectionError(
-                    f"the database {self._server} has no extension vector, and its user may not make one; "
+                    f"the database {self._server} has no extension vector, and its user may not create it; "
                     "let a superuser run CREATE EXTENSION vector"
                 ) from None
             except psycopg.Error:
                 raise CollectionError(
                     f"the server of {self._server} has no pgvector; install it (Debian: postgresql-17-pgvector)"
                 ) from None
-            found = connection.execute("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
-        if [int(part) for part in found[0].split(".")[:2]] < [0, 8]:
+            version = connection.execute(query).fetchone()
+        if [int(part) for part in version[0].split(".")[:2]] < [0, 8]:
             raise CollectionError(
-                f"{self._server} has pgvector {found[0]}; expected 0.8 or newer: ALTER EXTENSION vector UPDATE"
+                f"{self._server} has pgvector {version[0]}; expected 0.8 or newer: ALTER EXTENSION vector UPDATE"
             )
 
 
 @dataclass
 class PgTable:
-    """Equal to another that is the same table at the same server."""
+    """Equal to another `PgTable` of the same table on the same server."""
 
     _server: "_Server" = field(repr=False)
     _number: int
     info: Info
-    _rows: int | None = field(default=None, compare=False)  # when last counted: which way to search
+    _rows: int | None = field(default=None, compare=False)  # at the last count; decides how to search
 
     def upsert(self, rows: Sequence[Row]) -> None:
         statement = (
             f"INSERT INTO {self._name} (id, vector, meta) VALUES (%s, %s, %s) "
             "ON CONFLICT (id) DO UPDATE SET vector = excluded.vector, meta = excluded.meta"
         )
-        ordered = sorted(rows, key=lambda row: row.id)  # two writers lock rows in one order, or they may wait in a ring
+        ordered = sorted(rows, key=lambda row: row.id)  # all writers lock rows in one order, or they may deadlock
         values = [(row.id, _text(row.vector), _json(row.meta)) for row in ordered]
         with self._open() as connection, connection.transaction():
             connection.cursor().executemany(statement, values)
 
     def delete(self, ids: Sequence[str]) -> int:
         with self._open() as connection:
-            there: int = connection.execute(f"DELETE FROM {self._name} WHERE id = ANY(%s)", [list(ids)]).rowcount
-        return there
+            count: int = connection.execute(f"DELETE FROM {self._name} WHERE id = ANY(%s)", [list(ids)]).rowcount
+        return count
 
-    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Found]:
+    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Match]:
         query = _text(vector)
         with self._open() as connection, connection.transaction():
             if where or not self._indexed(top_k):
                 conditions, values = _where(where)
-                found = connection.execute(
+                rows = connection.execute(
                     f"SELECT id, meta::text, 1 - (vector <=> %s::vector) AS score FROM {self._name}{conditions} "
                     "ORDER BY score DESC LIMIT %s",
                     [query, *values, top_k],
                 )
             else:
-                proposed = max(LEAST_PROPOSED, OVERSAMPLED * top_k)
-                connection.execute(f"SET LOCAL hnsw.ef_search = {proposed}")
-                connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")  # past rows that are dead already
+                candidates = max(MIN_CANDIDATES, OVERSAMPLING * top_k)
+                connection.execute(f"SET LOCAL hnsw.ef_search = {candidates}")
+                connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")  # past dead rows
                 dim = self.info.dim
-                found = connection.execute(
+                rows = connection.execute(
                     f"SELECT id, meta::text, 1 - (vector <=> %s::vector) AS score FROM (SELECT * FROM {self._name} "
                     f"ORDER BY vector::halfvec({dim}) <=> %s::halfvec({dim}) LIMIT %s) AS proposed "
                     "ORDER BY score DESC LIMIT %s",
-                    [query, query, proposed, top_k],
+                    [query, query, candidates, top_k],
                 )
-            return [Found(id_, _meta(meta), score) for id_, meta, score in found]
+            return [Match(id_, _meta(meta), score) for id_, meta, score in rows]
 
-    def page(self, after: str | None, limit: int) -> list[Found]:
+    def page(self, after: str | None, limit: int) -> list[Match]:
         start, values = ("", []) if after is None else (" WHERE id > %s", [after])
         with self._open() as connection:
-            found = connection.execute(
+            rows = connection.execute(
                 f"SELECT id, meta::text FROM {self._name}{start} ORDER BY id LIMIT %s", [*values, limit]
             )
-            return [Found(id_, _meta(meta)) for id_, meta in found]
+            return [Match(id_, _meta(meta)) for id_, meta in rows]
 
     def count(self) -> int:
         with self._open() as connection:
@@ -196,14 +197,14 @@ class PgTable:
         return int(rows)
 
     def compact(self) -> None:
-        """Nothing: autovacuum does that."""
+        """Nothing to do: autovacuum compacts tables."""
 
     @property
     def _name(self) -> str:
         return f"calmclip_c{self._number}"
 
     def _indexed(self, top_k: int) -> bool:
-        if self.info.dim > MOST_INDEXED or OVERSAMPLED * top_k > MOST_PROPOSED:
+        if self.info.dim > MAX_INDEXED_DIM or OVERSAMPLING * top_k > MAX_CANDIDATES:
             return False
         return (self.count() if self._rows is None else self._rows) >= EXACT_BELOW
 
@@ -216,23 +217,24 @@ class PgTable:
             raise CollectionNotFound(f"collection {self.info.name!r} was deleted by another service") from None
         except psycopg.DataError:
             raise BadRequest(
-                "PostgreSQL keeps no NUL characters; an id, the metadata or the filter holds one, or a number "
-                "beyond what it can hold"
+                "PostgreSQL cannot store NUL characters or numbers out of its range; an id, the metadata or the filter "
+                "has one"
             ) from None
 
 
 class _Server:
-    """A pool of connections to one database. As text: where it is, without user and password."""
+    """A pool of connections to one database. ``str()`` is its location, without user and password."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("postgresql", "postgres"):
             raise BadRequest(
-                "the place of the store pgvector is no URL; expected pgvector:postgresql://USER@HOST/DATABASE"
+                "the location of the store pgvector is not a URL; expected pgvector:postgresql://USER@HOST/DATABASE"
             )
-        if url.count("@") != parts.netloc.count("@") or parts.netloc.count("@") > 1:  # libpq quotes what it cannot read
+        # libpq's error would quote what it cannot parse
+        if url.count("@") != parts.netloc.count("@") or parts.netloc.count("@") > 1:
             raise BadRequest(
-                "the URL of the database has an @ too many; in a password it is %40, and / is %2F, ? is %3F"
+                "the URL of the database has more than one @; in a password write %40 for @, %2F for /, %3F for ?"
             )
         self._text = f"{parts.path.lstrip('/') or 'default'} at {parts.netloc.rpartition('@')[2] or 'this machine'}"
         try:
@@ -240,8 +242,8 @@ class _Server:
                 pass
         except psycopg.OperationalError as error:
             raise StoreUnavailable(f"the database {self} does not answer: {_reason(error)}") from None
-        except (psycopg.ProgrammingError, ValueError):  # their words may quote the URL
-            raise BadRequest(f"the URL of the database {self} is none that libpq reads; check its options") from None
+        except (psycopg.ProgrammingError, ValueError):  # the error may quote the URL, so it is not shown
+            raise BadRequest(f"libpq cannot read the URL of the database {self}; check its options") from None
         self._pool: Any = ConnectionPool(
             url,
             kwargs={**CONNECTION, "autocommit": True},
@@ -249,19 +251,19 @@ class _Server:
             max_size=16,
             timeout=WAIT_S,
             configure=_configure,
-            check=ConnectionPool.check_connection,  # one that died is replaced before anybody is handed it
-            reconnect_timeout=PATIENCE_S,
+            check=ConnectionPool.check_connection,  # replaces a dead connection before it is used
+            reconnect_timeout=CONNECT_S,
             open=True,
             name="calmclip",
         )
-        logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # a line for every attempt to connect again
+        logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # else it logs every attempt to reconnect
 
     def __str__(self) -> str:
         return self._text
 
     @contextmanager
     def connection(self) -> Iterator[Any]:
-        """Raises `StoreUnavailable`; what was not committed by then is not there."""
+        """Raises `StoreUnavailable`; an uncommitted transaction is then lost."""
         try:
             with self._pool.connection() as connection:
                 yield connection
@@ -274,36 +276,37 @@ class _Server:
 
 
 def _configure(connection: Any) -> None:
-    connection.execute("SET synchronous_commit = on")  # whatever the server's default: acknowledged is on disk
+    connection.execute("SET synchronous_commit = on")  # overrides the server: an acknowledged commit is on disk
 
 
 def _table(number: int, dim: int) -> Iterator[str]:
-    """PLAIN keeps vectors in the table's own pages, where a search that sorts them all reads them.
+    """The statements that create a table.
 
-    Without `fastupdate` off, each value that a filter asks for would read through all that was written of late.
+    PLAIN keeps vectors in the table's own pages, which a search of all rows reads. `fastupdate` is off because a filter
+    would otherwise scan the list of recent writes for each of its values.
     """
     name = f"calmclip_c{number}"
     yield f'CREATE TABLE {name} (id text COLLATE "C" PRIMARY KEY, vector vector({dim}) NOT NULL, meta jsonb NOT NULL)'
     yield f"ALTER TABLE {name} ALTER COLUMN vector SET STORAGE {'PLAIN' if dim <= 1536 else 'EXTERNAL'}"
     yield f"CREATE INDEX {name}_meta ON {name} USING gin (meta jsonb_path_ops) WITH (fastupdate = off)"
-    if dim <= MOST_INDEXED:
+    if dim <= MAX_INDEXED_DIM:
         yield f"CREATE INDEX ON {name} USING hnsw ((vector::halfvec({dim})) halfvec_cosine_ops)"
 
 
 def _where(conditions: Sequence[Condition]) -> tuple[str, list[Any]]:
-    """SQL with placeholders, and their values: nothing a caller chose is part of the text.
+    """SQL with placeholders, and their values; the SQL contains nothing from the caller.
 
-    Equality is that of jsonb, so "3" is not 3 while 3.0 is; strings are ordered by code points.
+    Equality is jsonb's: "3" is not 3, but 3.0 is. Strings are ordered by code points.
     """
-    found = [_condition(condition) for condition in conditions]
-    text = " AND ".join(text for text, _ in found)
-    return (f" WHERE {text}" if text else ""), [value for _, values in found for value in values]
+    parts = [_condition(condition) for condition in conditions]
+    text = " AND ".join(text for text, _ in parts)
+    return (f" WHERE {text}" if text else ""), [value for _, values in parts for value in values]
 
 
 def _condition(condition: Condition) -> tuple[str, list[Any]]:
     name, value = condition.field, condition.value
-    if condition.op == "in":  # as containment, which the index of the metadata answers
-        return "meta @> ANY(%s::jsonb[])", [[_json({name: one}) for one in value]]
+    if condition.op == "in":  # containment uses the index of the metadata
+        return "meta @> ANY(%s::jsonb[])", [[_json({name: item}) for item in value]]
     operator = OPERATORS[condition.op]
     if isinstance(value, str):
         return (
@@ -318,9 +321,9 @@ def _json(value: Any) -> str:
 
 
 def _meta(text: str) -> dict[str, Any]:
-    """jsonb writes 1e300 with all its digits; what no 64 bits hold was a float."""
-    found: dict[str, Any] = json.loads(text, parse_int=_number)
-    return found
+    """jsonb writes 1e300 with all its digits, so an integer beyond 64 bits was a float."""
+    meta: dict[str, Any] = json.loads(text, parse_int=_number)
+    return meta
 
 
 def _number(digits: str) -> int | float:
@@ -333,12 +336,8 @@ def _text(vector: Array) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The last line, where libpq says what was the matter; it never writes a password."""
+    """The last line of the error, which has libpq's reason; libpq never writes a password."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
-def open_pgvector(place: str) -> Store:
-    return PgStore(place)
-
-
-STORES.register("pgvector")(open_pgvector)
+STORES.register("pgvector")(PgStore)

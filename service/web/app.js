@@ -1,9 +1,9 @@
-// The page's whole client, over the public routes only. From top to bottom: asking the service, the picture
-// and its boxes, examples, settings of detect, one function per answer, the stages, and at the end what listens to whom.
+// The page's whole client. It uses only the public routes. From top to bottom: requests, the picture and its boxes,
+// examples, settings of detect, one function per task, the stages, and at the end the event handlers.
 
 const $ = (id) => document.getElementById(id);
 
-/** An element with properties and children; text is always text, never markup. */
+/** An element with properties and children. A string child becomes text, never markup. */
 const make = (tag, properties = {}, ...children) => {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -11,11 +11,11 @@ const make = (tag, properties = {}, ...children) => {
 };
 
 const percent = (score) => `${(100 * score).toFixed(1)} %`;
-const colour = (index) => `oklch(52% 0.17 ${(index * 137.508 + 255) % 360})`; // neighbours differ most; white reads on all
+const colour = (index) => `oklch(52% 0.17 ${(index * 137.508 + 255) % 360})`; // neighbours differ most; white text is readable on each
 
-// ---- asking the service
+// ---- requests
 
-/** What went wrong, as RFC 9457 tells it. */
+/** A problem document (RFC 9457). */
 class Problem extends Error {
   constructor(body) {
     super(body.detail || body.title);
@@ -23,10 +23,10 @@ class Problem extends Error {
   }
 }
 
-const KEY = "calmclip-key"; // in this tab alone, and gone with it
+const KEY = "calmclip-key"; // kept for this tab only
 const key = () => sessionStorage.getItem(KEY);
 
-/** -> {data, stages, ms}. Body: a form, or a value that becomes JSON. Throws `Problem`. */
+/** -> {data, stages, ms}. `body`: a form, or a value that is sent as JSON. Throws `Problem`. */
 async function ask(method, path, body, signal) {
   const form = body instanceof FormData;
   const headers = body && !form ? { "Content-Type": "application/json" } : {};
@@ -45,10 +45,10 @@ async function ask(method, path, body, signal) {
   return { data, ms: performance.now() - start, stages: timing(response.headers.get("Server-Timing")) };
 }
 
-/** As a request walks through them. */
+/** In the order of a request. */
 const STAGES = ["read", "decode", "preprocess", "queue", "infer", "postprocess", "search", "write", "serialize"];
 
-/** "infer;dur=18.9, decode;dur=1.4" -> [["decode", 1.4], ["infer", 18.9]] in milliseconds, in the order above. */
+/** "infer;dur=18.9, decode;dur=1.4" -> [["decode", 1.4], ["infer", 18.9]] in milliseconds, in the order of STAGES. */
 const timing = (header) =>
   [...(header ?? "").matchAll(/([\w-]+)(?:;[^,]*?)?;dur=([\d.]+)/g)]
     .map(([, name, duration]) => [name, Number(duration)])
@@ -56,9 +56,9 @@ const timing = (header) =>
     .sort(([one], [other]) => STAGES.indexOf(one) - STAGES.indexOf(other));
 
 let running = new AbortController();
-let pause; // until a slider rests
+let pause; // timer that waits until a slider stops moving
 
-/** Run what fills the answer: a newer run replaces an older one, and a problem is shown in words. */
+/** Run `work`, which fills the answer. A newer run cancels an older one; a problem is shown as text. */
 async function answer(work) {
   clearTimeout(pause);
   running.abort();
@@ -82,7 +82,7 @@ function explain(error) {
   const { status, title, detail, type, known = [], errors = [], request_id } = error.body ?? { title: error.message };
   const closed = [401, 403].includes(status);
   if (closed) $("key").hidden = false;
-  const linked = type && !closed && !key(); // a link brings no key
+  const linked = type && !closed && !key(); // a link sends no key
   const parts = [make("strong", {}, linked ? make("a", { href: type.replace(/^\//, "") }, title) : title)];
   if (detail) parts.push(make("p", {}, detail));
   if (errors.length > 1) parts.push(make("ul", {}, ...errors.map((e) => make("li", {}, `${e.where}: ${e.message}`))));
@@ -91,14 +91,14 @@ function explain(error) {
   $("problem").replaceChildren(...parts);
 }
 
-const asked = (detail) => new Problem({ title: "Something is missing", detail });
+const missing = (detail) => new Problem({ title: "Input is missing", detail });
 
 // ---- the picture and its boxes
 
 let chosen = []; // [{file, url}]
-let current = -1; // which of them is on the stage
-let shown = []; // the detections on the canvas
-const MOST_TAGS = 12; // boxes with a name on them; more would hide the picture
+let current = -1; // index of the picture on the stage
+let drawn = []; // the detections on the canvas
+const MAX_TAGS = 12; // boxes with a name tag; more tags would hide the picture
 
 const pictures = (files) => [...files].filter((file) => file.type.startsWith("image/"));
 
@@ -124,29 +124,29 @@ async function select(index) {
   draw([]);
   $("picture").src = chosen[index].url;
   $("picture").alt = chosen[index].file.name || "the pasted picture";
-  await $("picture").decode().catch(() => {}); // not one the browser reads: the service says so in words
+  await $("picture").decode().catch(() => {}); // the browser cannot read it: the service reports the error
   if (task() !== "search") submit();
 }
 
 function picture() {
-  if (current < 0) throw asked("Choose, drop or paste a picture first.");
+  if (current < 0) throw missing("Choose, drop or paste a picture first.");
   return chosen[current].file;
 }
 
-/** Boxes are x0 y0 x1 y1 in pixels of the upright picture, which is how the browser shows it. */
+/** Boxes are x0 y0 x1 y1 in pixels of the upright picture; the browser shows it upright too. */
 function draw(detections, bright = -1, count = detections.length) {
-  shown = detections;
+  drawn = detections;
   const { naturalWidth, naturalHeight, clientWidth } = $("picture");
   const canvas = $("boxes");
   const pen = canvas.getContext("2d");
-  [canvas.width, canvas.height] = [naturalWidth, naturalHeight]; // also wipes it
+  [canvas.width, canvas.height] = [naturalWidth, naturalHeight]; // also clears it
   const unit = naturalWidth / Math.max(clientWidth, 1); // picture pixels per page pixel
   pen.font = `600 ${13 * unit}px system-ui, sans-serif`;
   pen.textBaseline = "top";
   const all = [...detections.keys()].slice(0, count);
   const order = bright < 0 ? all : [bright, ...all.filter((i) => i !== bright)];
   const alpha = (i) => (bright < 0 || i === bright ? 1 : 0.25);
-  for (const i of order.toReversed()) { // the best on top
+  for (const i of order.toReversed()) { // the best box on top
     const { box, index } = detections[i];
     pen.globalAlpha = alpha(i);
     pen.strokeStyle = colour(index);
@@ -154,8 +154,8 @@ function draw(detections, bright = -1, count = detections.length) {
     pen.strokeRect(box.x0, box.y0, box.x1 - box.x0, box.y1 - box.y0);
   }
   const height = 18 * unit;
-  const tags = []; // the best first; one that would hide another moves down
-  for (const i of order.filter((i) => i === bright || i < MOST_TAGS)) {
+  const tags = []; // the best first; a tag that would hide another moves down
+  for (const i of order.filter((i) => i === bright || i < MAX_TAGS)) {
     const { box, label, index, score } = detections[i];
     const text = `${label} ${score.toFixed(2)}`;
     const width = pen.measureText(text).width + 8 * unit;
@@ -172,22 +172,22 @@ function draw(detections, bright = -1, count = detections.length) {
   }
 }
 
-/** One box after the other, best first, as they were kept. */
+/** Draw the boxes one after the other, best first. */
 function unroll(detections) {
   if (matchMedia("(prefers-reduced-motion: reduce)").matches) return draw(detections);
   const start = performance.now();
   const step = (now) => {
     const count = Math.ceil(((now - start) / 400) * detections.length);
-    if (shown === detections) draw(detections, -1, Math.max(1, count));
-    if (shown === detections && count < detections.length) requestAnimationFrame(step);
+    if (drawn === detections) draw(detections, -1, Math.max(1, count));
+    if (drawn === detections && count < detections.length) requestAnimationFrame(step);
   };
   draw(detections, -1, 0);
   requestAnimationFrame(step);
 }
 
-// ---- examples: each row of the list holds its file, and the name for what is found by it
+// ---- examples: each row of the list holds a file and the name of its boxes
 
-function exemplify(files) {
+function addExamples(files) {
   if (!pictures(files).length) return;
   for (const file of pictures(files)) {
     const url = URL.createObjectURL(file);
@@ -198,36 +198,36 @@ function exemplify(files) {
     remove.onclick = () => {
       URL.revokeObjectURL(url);
       row.remove();
-      count();
+      numberExamples();
       $("example-files").focus();
     };
-    $("shown").append(row);
+    $("example-list").append(row);
   }
-  count();
+  numberExamples();
 }
 
-/** Rows are called as the service calls them where they have no name. */
-function count() {
-  [...$("shown").children].forEach((row, index) => (row.querySelector("input").placeholder = `example ${index}`));
+/** A row without a name shows the name that the service gives it. */
+function numberExamples() {
+  [...$("example-list").children].forEach((row, index) => (row.querySelector("input").placeholder = `example ${index}`));
   again();
 }
 
 const examples = () =>
   $("examples").hidden
     ? []
-    : [...$("shown").children].map((row) => ({ file: row.file, label: row.querySelector("input").value.trim() }));
+    : [...$("example-list").children].map((row) => ({ file: row.file, label: row.querySelector("input").value.trim() }));
 
-// ---- settings of detect: the model's own, until somebody moves one
+// ---- settings of detect: the model's defaults, until the user changes one
 
-let catalogue = new Map(); // name -> what the service says of the model
-const moved = new Set(); // names of the settings that are sent
+let catalogue = new Map(); // name -> the model in /v1/models
+const changed = new Set(); // names of the settings that are sent
 
 const model = () => catalogue.get($("model").value) ?? {};
 
-/** What was moved is forgotten: the form shows what the model does with a request that says nothing. */
-function adopt() {
+/** Reset the form to the model's defaults. */
+function reset() {
   const { suppression, examples: most } = model();
-  moved.clear();
+  changed.clear();
   for (const [name, value] of Object.entries(suppression ?? {})) {
     const control = $("detect").elements[name];
     if (control?.type === "checkbox") control.checked = value;
@@ -243,14 +243,14 @@ function setting(name) {
   return { checkbox: control.checked, range: control.valueAsNumber }[control.type] ?? control.value;
 }
 
-/** The sliders' values beside them; those that the method does not use are off. */
+/** Show the sliders' values. Disable the sliders that the method does not use. */
 function settings() {
   $("sigma").disabled = setting("method") !== "gaussian";
   $("iou").disabled = setting("method") === "gaussian";
-  $("untouched").hidden = !moved.size;
+  $("defaults").hidden = !changed.size;
   for (const output of document.querySelectorAll("#detect output")) {
     const { name } = $(output.htmlFor.value);
-    const value = (!moved.has(name) && model().suppression?.[name]) || setting(name); // which may lie off the slider's steps
+    const value = (!changed.has(name) && model().suppression?.[name]) || setting(name); // the model's value may lie between the slider's steps
     output.value = value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 4 });
   }
 }
@@ -259,19 +259,19 @@ function settings() {
 
 const task = () => document.querySelector("[role=tab][aria-selected=true]").getAttribute("aria-controls");
 
-/** What classify and detect are both asked: picture, labels, model. */
-function question() {
-  const asking = { image: picture() };
-  if ($("model").value) asking.model = $("model").value;
-  if ($("classifier").value) asking.classifier = $("classifier").value;
-  else asking.labels = labels();
-  return asking;
+/** The fields of both classify and detect: picture, labels, model. */
+function fields() {
+  const body = { image: picture() };
+  if ($("model").value) body.model = $("model").value;
+  if ($("classifier").value) body.classifier = $("classifier").value;
+  else body.labels = labels();
+  return body;
 }
 
-/** Fields as a form, a list by repeating its field. */
-function form(fields) {
+/** Fields -> a form. A list repeats its field. */
+function form(body) {
   const data = new FormData();
-  for (const [name, values] of Object.entries(fields)) [values].flat().forEach((value) => data.append(name, value));
+  for (const [name, values] of Object.entries(body)) [values].flat().forEach((value) => data.append(name, value));
   return data;
 }
 
@@ -282,23 +282,23 @@ function labels() {
 
 const classify = () =>
   answer(async (signal) => {
-    const found = await ask("POST", "v1/classify", form(question()), signal);
+    const result = await ask("POST", "v1/classify", form(fields()), signal);
     draw([]);
-    const rows = found.data.labels.slice(0, 12).map(({ label, score }) => {
+    const rows = result.data.labels.slice(0, 12).map(({ label, score }) => {
       const fill = make("i");
       fill.style.width = `${100 * score}%`;
       return make("li", {}, make("span", {}, label), make("b", {}, percent(score)), fill);
     });
-    show(found, make("ol", { className: "bars" }, ...rows));
+    show(result, make("ol", { className: "bars" }, ...rows));
   });
 
 const detect = (unrolled = true) =>
   answer(async (signal) => {
-    const asking = question();
-    for (const name of moved) asking[name] = setting(name);
-    const shown = examples(); // only JSON can name them
-    const found = await ask("POST", "v1/detect", shown.length ? await exemplified(asking, shown) : form(asking), signal);
-    const { detections, suppression: by } = found.data;
+    const body = fields();
+    for (const name of changed) body[name] = setting(name);
+    const pictures = examples(); // only JSON can carry their names
+    const result = await ask("POST", "v1/detect", pictures.length ? await withExamples(body, pictures) : form(body), signal);
+    const { detections, suppression: by } = result.data;
     unrolled && detections.length ? unroll(detections) : draw(detections);
     const rows = detections.map(({ label, index, score, raw_score }, i) => {
       const row = make("li", { tabIndex: 0, onmouseenter: () => draw(detections, i), onmouseleave: () => draw(detections) });
@@ -309,32 +309,32 @@ const detect = (unrolled = true) =>
       return row;
     });
     const kept = `${by.kept} of ${by.candidates} kept by ${by.method} soft-NMS`;
-    show(found, make("p", {}, kept), make("ul", { className: "found" }, ...rows));
+    show(result, make("p", {}, kept), make("ul", { className: "detections" }, ...rows));
   });
 
-async function exemplified(asking, shown) {
+async function withExamples(body, pictures) {
   const picture = async (file) => ({ b64: await base64(file) });
-  const one = async ({ file, label }) => ({ image: await picture(file), ...(label && { label }) });
-  return { ...asking, image: await picture(asking.image), examples: await Promise.all(shown.map(one)) };
+  const example = async ({ file, label }) => ({ image: await picture(file), ...(label && { label }) });
+  return { ...body, image: await picture(body.image), examples: await Promise.all(pictures.map(example)) };
 }
 
 const search = (query) =>
   answer(async (signal) => {
     const name = collection();
-    const asking = { query: await query(), top_k: 12 };
-    const found = await ask("POST", `v1/collections/${name}/search`, asking, signal);
-    const cards = found.data.hits.map(({ id, score, meta }) => {
+    const body = { query: await query(), top_k: 12 };
+    const result = await ask("POST", `v1/collections/${name}/search`, body, signal);
+    const cards = result.data.hits.map(({ id, score, meta }) => {
       const title = meta?.title ?? id;
       const known = /^data:image\/jpeg;base64,/.test(meta?.thumbnail ?? "");
       const image = known ? make("img", { src: meta.thumbnail, alt: "" }) : make("div", { className: "blank" });
       return make("li", { title: id }, image, make("span", {}, title), make("b", {}, score.toFixed(3)));
     });
-    show(found, cards.length ? make("ol", { className: "hits" }, ...cards) : make("p", {}, "Nothing was found."));
+    show(result, cards.length ? make("ol", { className: "hits" }, ...cards) : make("p", {}, "No items match."));
   });
 
 function collection() {
   const name = $("collection").value.trim();
-  if (!name) throw asked("Name a collection first.");
+  if (!name) throw missing("Enter the name of a collection first.");
   return encodeURIComponent(name);
 }
 
@@ -357,8 +357,8 @@ const add = () =>
           failed.push(`${meta.title}: ${error.message}`);
         }
       }
-      const told = make("p", {}, `${chosen.length - failed.length} of ${chosen.length} added`);
-      show({ stages: [] }, told, make("ul", {}, ...failed.map((text) => make("li", {}, text))));
+      const summary = make("p", {}, `${chosen.length - failed.length} of ${chosen.length} added`);
+      show({ stages: [] }, summary, make("ul", {}, ...failed.map((text) => make("li", {}, text))));
     } finally {
       $("adding").hidden = true;
       collections();
@@ -369,14 +369,14 @@ const base64 = (file) =>
   new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
-    reader.onerror = () => reject(asked(`${file.name} cannot be read.`));
+    reader.onerror = () => reject(missing(`${file.name} cannot be read.`));
     reader.readAsDataURL(file);
   });
 
-/** Name and size stand for the picture: adding it twice leaves one. */
+/** The id is made of name and size, so a picture that is added twice is one item. */
 const identity = (file) => `${(file.name || "pasted").replace(/[^\w.-]+/g, "_")}-${file.size}`;
 
-/** A picture of at most 128 pixels a side as a data URL, kept in the item's metadata for later answers. */
+/** A data URL of the picture at 128 pixels or less a side, stored in the item's metadata for search results. */
 async function thumbnail(url) {
   const image = make("img", { src: url });
   await image.decode();
@@ -387,7 +387,7 @@ async function thumbnail(url) {
   return canvas.toDataURL("image/jpeg", 0.7);
 }
 
-/** Put an answer on the page, and under it the stages it took. */
+/** Show an answer, and under it the stages of the request. */
 function show({ stages, ms }, ...parts) {
   $("answer").replaceChildren(...parts);
   $("timing").hidden = !stages.length;
@@ -405,12 +405,12 @@ function show({ stages, ms }, ...parts) {
     return key;
   });
   $("bar").replaceChildren(...slices);
-  $("stages").replaceChildren(`${total.toFixed(1)} ms in the service, ${ms.toFixed(0)} ms there and back`, ...names);
+  $("stages").replaceChildren(`${total.toFixed(1)} ms in the service, ${ms.toFixed(0)} ms round trip`, ...names);
 }
 
-// ---- what listens to whom
+// ---- event handlers
 
-/** Where detect is what is looked at: once more, for something of what it is asked was changed. */
+/** If the tab Detect is open, send the request again, because a setting or an example has changed. */
 const again = () => current >= 0 && task() === "detect" && detect(false);
 
 const submit = () => ({ classify, detect, search: () => {} })[task()]();
@@ -431,7 +431,7 @@ function tab(button) {
   if (current >= 0) submit();
 }
 
-/** Asked again every second until all is loaded; the menu stays untouched where nothing changed. */
+/** Repeated every second until all bundles are loaded. The menu changes only if the list does. */
 async function models() {
   const { ready, loaded } = await ask("GET", "readyz").then(({ data }) => data, ({ body }) => body ?? {});
   const known = [...$("model").options].map(({ value }) => value);
@@ -440,16 +440,16 @@ async function models() {
     const options = loaded.map((name) => make("option", { value: name }, name));
     $("model").replaceChildren(...(options.length ? options : [make("option", { value: "" }, "none loaded yet")]));
     $("model").disabled = options.length < 2;
-    catalogue = new Map(data.models.map((one) => [one.name, one]));
+    catalogue = new Map(data.models.map((model) => [model.name, model]));
     change();
   }
   if (ready) await collections();
   else setTimeout(() => models().catch(explain), 1000);
 }
 
-/** Another model: its own settings, and of the tabs one that it serves. */
+/** Another model: show its settings, and open a tab that it serves. */
 function change() {
-  adopt();
+  reset();
   const served = (button) => !model().tasks || model().tasks.includes(button.dataset.task);
   const open = tabs.find((button) => button.ariaSelected === "true");
   if (!served(open) && tabs.some(served)) tab(tabs.find(served));
@@ -462,7 +462,7 @@ async function collections() {
   if (!$("collection").value && data.collections.length) $("collection").value = data.collections[0].name;
 }
 
-async function sets() {
+async function classifiers() {
   const { data } = await ask("GET", "v1/classifiers");
   $("classifier").replaceChildren($("classifier").options[0], ...data.classifiers.map(({ name }) => make("option", { value: name }, name)));
   $("registered").hidden = !data.classifiers.length;
@@ -477,25 +477,25 @@ const quietly = (act) => (event) => {
 on("classify", "submit", quietly(classify));
 on("detect", "submit", quietly(() => detect()));
 on("detect", "input", ({ target }) => {
-  if (!target.name) return; // an example's
-  moved.add(target.name);
+  if (!target.name) return; // the name of an example
+  changed.add(target.name);
   settings();
   clearTimeout(pause);
   pause = setTimeout(again, 120);
 });
-on("untouched", "click", () => {
-  adopt();
+on("defaults", "click", () => {
+  reset();
   again();
-  document.querySelector("[name=method]:checked").focus(); // the button is gone
+  document.querySelector("[name=method]:checked").focus(); // the button is hidden now
 });
 on("example-files", "change", ({ target }) => {
-  exemplify(target.files);
-  target.value = ""; // or the same file, taken out, could not be added again
+  addExamples(target.files);
+  target.value = ""; // else a removed file could not be added again
 });
 on("collect", "submit", quietly(add));
 on("query", "submit", quietly(() => search(() => {
   const text = $("sentence").value.trim();
-  if (!text) throw asked("Write a sentence first.");
+  if (!text) throw missing("Enter a sentence first.");
   return { text };
 })));
 on("alike", "click", () => search(async () => ({ image: { b64: await base64(picture()) } })));
@@ -518,8 +518,8 @@ for (const [index, button] of tabs.entries()) {
 }
 
 const zone = (target) => target.closest?.("#examples")?.querySelector(".drop") ?? $("drop");
-const take = (target, files) => (zone(target) === $("drop") ? choose : exemplify)(files);
-const over = (aim) => document.querySelectorAll(".drop").forEach((one) => one.classList.toggle("over", one === aim));
+const take = (target, files) => (zone(target) === $("drop") ? choose : addExamples)(files);
+const over = (aim) => document.querySelectorAll(".drop").forEach((drop) => drop.classList.toggle("over", drop === aim));
 addEventListener("paste", ({ target, clipboardData }) => take(target, clipboardData.files));
 addEventListener("dragover", quietly(({ target }) => over(zone(target))));
 addEventListener("dragleave", () => over(null));
@@ -527,10 +527,10 @@ addEventListener("drop", quietly(({ target, dataTransfer }) => {
   over(null);
   take(target, dataTransfer.files);
 }));
-new ResizeObserver(() => draw(shown)).observe($("picture"));
+new ResizeObserver(() => draw(drawn)).observe($("picture"));
 
-/** What every answer needs; where a key is missing it is asked for, and this runs again. */
-const begin = () => Promise.all([models(), sets()]).catch(explain);
+/** Load what every request needs. If a key is missing, the page asks for one and runs this again. */
+const begin = () => Promise.all([models(), classifiers()]).catch(explain);
 
 on("key", "submit", quietly(() => {
   sessionStorage.setItem(KEY, $("secret").value.trim());

@@ -1,7 +1,7 @@
-"""A bundle whose answers are known by hand, and a service over real sockets.
+"""A bundle whose answers are worked out by hand, and a service over real sockets.
 
-`colours-int8`: a picture's vector is its mean colour, a text's is the sum of its words' colours, both made
-unit; `regions` are the four quarters of the picture. So a red picture has cosine 1 with "red", 0 with
+`colours-int8`: the vector of a picture is its mean colour, the vector of a text is the sum of its words' colours; both
+are unit vectors. `regions` are the four quarters of the picture. So a red picture has cosine 1 with "red", 0 with
 "blue", and 1/sqrt(2) with "yellow" = red + green.
 """
 
@@ -19,7 +19,7 @@ import httpx
 import jsonschema
 import numpy as np
 import onnx.parser
-import onnxruntime  # noqa: F401  its threads start before uvicorn's
+import onnxruntime  # noqa: F401  starts its threads before uvicorn does
 import pytest
 import uvicorn
 from PIL import Image
@@ -52,10 +52,10 @@ TEXT = """
 <ir_version: 8, opset_import: ["" : 18]>
 text (int64[B, T] ids, int64[B, T] mask) => (float[B, 3] text_embeds) <int64[1] tokens = {1}, float tiny = {1e-9}> {
     rows = Gather(table, ids)
-    kept = Cast <to = 1> (mask)
-    column = Unsqueeze(kept, minus)
-    seen = Mul(rows, column)
-    sum = ReduceSum <keepdims = 0> (seen, tokens)
+    real = Cast <to = 1> (mask)
+    column = Unsqueeze(real, minus)
+    masked = Mul(rows, column)
+    sum = ReduceSum <keepdims = 0> (masked, tokens)
     length = ReduceL2 <keepdims = 1> (sum, tokens)
     safe = Max(length, tiny)
     text_embeds = Div(sum, safe)
@@ -86,14 +86,9 @@ def _outliers(norm: float) -> dict[str, object]:
     return facts | {"inputs": 4, "worst": ["mean"], "tensors": {"mean": [norm, 2 * norm], "length": [0, 0]}}
 
 
-# Nothing was measured: these outliers are made up.
-REPORT = json.dumps(
-    {
-        "measured": "nothing",
-        "graphs": {role: {"outliers": _outliers(norm)} for role, norm in (("image", 40), ("text", 6))},
-    }
-)
-# No suppression: every box-label pair over min_score, best first.
+GRAPHS = {role: {"outliers": _outliers(norm)} for role, norm in (("image", 40), ("text", 6))}
+REPORT = json.dumps({"measured": "nothing", "graphs": GRAPHS})  # invented
+# No suppression: every pair of box and label with at least min_score, the best first.
 DETECT = """
 <ir_version: 8, opset_import: ["" : 18]>
 detect (float[1, P, 3] class_embeds, float[1, P, 4] boxes, float[1, P] objectness, float[Q, 3] text_embeds,
@@ -101,9 +96,9 @@ detect (float[1, P, 3] class_embeds, float[1, P, 4] boxes, float[1, P] objectnes
         int64[1] max_output)
 => (float[K, 4] kept_boxes, float[K] scores, float[K] raw_scores, int64[K] classes, int64[1] candidates)
 <int64[1] first = {0}, int64[1] all = {-1}> {
-    seen = Squeeze(class_embeds, first)
+    vectors = Squeeze(class_embeds, first)
     labels = Transpose(text_embeds)
-    cosines = MatMul(seen, labels)
+    cosines = MatMul(vectors, labels)
     over = GreaterOrEqual(cosines, min_score)
     counted = Cast <to = 7> (over)
     candidates_2d = ReduceSum <keepdims = 0> (counted)
@@ -121,7 +116,7 @@ detect (float[1, P, 3] class_embeds, float[1, P, 4] boxes, float[1, P] objectnes
 """
 
 
-def _graph(text: str, **tensors: np.ndarray) -> bytes:
+def _graph(text: str, **tensors: np.ndarray) -> Any:
     model = onnx.parser.parse_model(text)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in tensors.items())
     onnx.checker.check_model(model)
@@ -148,7 +143,7 @@ def make_bundle(
     report: str = REPORT,
     replace: bool = False,
 ) -> Sealed:
-    """Another ``note`` gives another digest with the same graphs."""
+    """Seal the bundle. ``note`` changes its digest and not its graphs."""
     picture = {"kind": "image", "size": (8, 8), "resample": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
     settings = {"method": "int64", "per_class": "int64", "iou_threshold": "float32", "sigma": "float32",
                 "min_score": "float32", "max_output": "int64"}  # fmt: skip
@@ -213,8 +208,8 @@ def make_bundle(
     with stage(bundles, name) as directory:
         (directory / "image.onnx").write_bytes(_graph(IMAGE))
         (directory / "text.onnx").write_bytes(_graph(TEXT, table=table, minus=np.array([-1])))
-        nought, one = np.zeros(1, np.float32), np.ones(1, np.float32)
-        (directory / "regions.onnx").write_bytes(_graph(REGIONS, nought=nought, one=one))
+        numbers = {"nought": np.zeros(1, np.float32), "one": np.ones(1, np.float32)}
+        (directory / "regions.onnx").write_bytes(_graph(REGIONS, **numbers))
         (directory / "detect.onnx").write_bytes(_graph(DETECT))
         _tokenizer().save(str(directory / "tokenizer.json"))
         (directory / "report.json").write_text(report)
@@ -222,7 +217,7 @@ def make_bundle(
 
 
 def paint(*colours: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:
-    """One colour, or four: top left, top right, bottom left, bottom right."""
+    """A picture file of one colour, or of four: top left, top right, bottom left, bottom right."""
     grid = np.array([COLOURS[c] for c in (colours if len(colours) == 4 else colours[:1] * 4)], np.uint8) * 255
     image = Image.fromarray(grid.reshape(2, 2, 3)).resize(size, Image.Resampling.NEAREST)
     file = io.BytesIO()
@@ -231,29 +226,29 @@ def paint(*colours: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") ->
 
 
 def declared(answer: httpx.Response, spec: dict[str, Any]) -> None:
-    """The specification knows this status of this operation, its content type and `Retry-After`; the body fits it."""
+    """Assert that the specification declares the status, content type, `Retry-After` and body of ``answer``."""
     path, method = answer.url.path, answer.request.method.lower()
-    templates = [one for one in spec["paths"] if re.fullmatch(re.sub(r"{\w+}", "[^/]+", one), path)]
-    operations = [spec["paths"][one][method] for one in templates if method in spec["paths"][one]]
-    if not operations:  # no such path or verb; the page
+    templates = [t for t in spec["paths"] if re.fullmatch(re.sub(r"{\w+}", "[^/]+", t), path)]
+    operations = [spec["paths"][t][method] for t in templates if method in spec["paths"][t]]
+    if not operations:  # an unknown path or verb, or the page
         return
     (operation,) = operations
-    known = operation["responses"].get(str(answer.status_code))
-    assert known, (
+    response = operation["responses"].get(str(answer.status_code))
+    assert response, (
         f"{method} {path} answered {answer.status_code}, which /openapi.json does not declare: {answer.read()!r}"
     )
     if "content-type" in answer.headers:
         kind = answer.headers["content-type"].partition(";")[0]
-        assert kind in known["content"], f"{method} {path} answered {answer.status_code} as {kind}"
+        assert kind in response["content"], f"{method} {path} answered {answer.status_code} as {kind}"
         if kind.endswith("json") and method != "head":
-            schema = {"components": spec["components"], **known["content"][kind]["schema"]}
+            schema = {"components": spec["components"], **response["content"][kind]["schema"]}
             jsonschema.Draft202012Validator(schema).validate(json.loads(answer.read()))
-    assert ("retry-after" in answer.headers) == ("Retry-After" in known.get("headers", {})), f"{method} {path}"
+    assert ("retry-after" in answer.headers) == ("Retry-After" in response.get("headers", {})), f"{method} {path}"
 
 
 @contextmanager
 def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]:
-    """The app under uvicorn in a thread, on a free port; a client for it, which wants all answers in the OpenAPI."""
+    """Run the app under uvicorn in a thread, on a free port. The client checks every answer by `declared`."""
     app = create_app(settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http=Protocol, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=server.run)
@@ -299,9 +294,9 @@ def bundle_maker() -> Callable[..., Sealed]:
 
 @pytest.fixture
 def settings(bundles: Path, tmp_path: Path) -> Callable[..., Settings]:
-    """Settings over the tiny bundle, with an own data directory; keywords change them."""
+    """Settings for the hand-made bundle and a new data directory; keywords change them."""
 
-    def make(**changes: object) -> Settings:
+    def make(**changes: Any) -> Settings:
         return Settings(**{"bundles_dir": bundles, "data_dir": tmp_path / "data", "threads": 1, **changes})
 
     return make
@@ -309,7 +304,7 @@ def settings(bundles: Path, tmp_path: Path) -> Callable[..., Settings]:
 
 @pytest.fixture(scope="module")
 def client(bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """One service for a whole test file."""
+    """One service for all tests of a file."""
     data = tmp_path_factory.mktemp("data")
     with serving(Settings(bundles_dir=bundles, data_dir=data, threads=1)) as client:
         yield client

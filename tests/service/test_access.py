@@ -1,4 +1,4 @@
-"""Keys: every route closed but health, scopes kept, nothing of a key to be read anywhere; metrics at their own port."""
+"""Keys: every route except health needs a key with its scope, and no key appears in a log, metric or answer."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ from calmclip.service.app import create_app
 from calmclip.service.client import Client, Forbidden, Unauthorized
 from calmclip.service.indexing import index
 
-# What changes something, by hand; all else is read, but for these.
+# The routes with the scope "write", listed by hand; the other routes have the scope "read".
 WRITES = {
     "PUT /v1/collections/{name}", "DELETE /v1/collections/{name}", "POST /v1/collections/{name}/items",
     "DELETE /v1/collections/{name}/items", "PUT /v1/classifiers/{name}", "DELETE /v1/classifiers/{name}",
@@ -44,27 +44,27 @@ def bearer(secret: str) -> dict[str, str]:
 
 
 def ask(app, *requests: httpx.Request) -> list[httpx.Response]:
-    """Without a server and without bundles loaded: what the doorman says comes before all that."""
+    """Answers without a server and without loaded bundles: keys are checked before both."""
 
     async def go() -> list[httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
-            return [await client.send(one) for one in requests]
+            return [await client.send(request) for request in requests]
 
     return asyncio.run(go())
 
 
 def operations(routes) -> dict[str, str]:
-    """Every verb of every route, whatever made it -> its path without placeholders."""
-    found = {}
+    """Verb and path of every route -> its path without placeholders."""
+    paths = {}
     for route in routes:
-        if inner := getattr(route, "original_router", None):  # how newer FastAPI keeps an included router
-            found |= operations(inner.routes)
+        if inner := getattr(route, "original_router", None):  # newer FastAPI versions hold an included router there
+            paths |= operations(inner.routes)
         else:
-            found |= {f"{verb} {route.path}": re.sub(r"{\w+}", "x", route.path) for verb in route.methods}
-    return found
+            paths |= {f"{verb} {route.path}": re.sub(r"{\w+}", "x", route.path) for verb in route.methods}
+    return paths
 
 
-def test_every_route_is_closed_but_health_and_the_page(settings, file):
+def test_every_route_but_health_and_the_page_needs_a_key(settings, file):
     secrets = {scope: keys.add(file, scope, [scope]) for scope in keys.SCOPES}
     app = create_app(settings(keys=file))
     routes = operations(app.routes)
@@ -75,10 +75,10 @@ def test_every_route_is_closed_but_health_and_the_page(settings, file):
         verb = name.split()[0]
         needed = "write" if name in WRITES or name.split()[1] in ("page", "any") else "read"
         needed = "metrics" if path.startswith("/metrics") else needed
-        asked = [httpx.Request(verb, f"http://x{path}", headers=bearer(one)) for one in ("wrong", *secrets.values())]
-        bare, wrong, *known = ask(app, httpx.Request(verb, f"http://x{path}"), *asked)
+        headers = [{}, *map(bearer, ("wrong", *secrets.values()))]
+        bare, wrong, *known = ask(app, *(httpx.Request(verb, f"http://x{path}", headers=sent) for sent in headers))
         if name in HEALTH | PAGE:
-            assert bare.status_code in (200, 503, 400), name  # not ready is 400 under /v2
+            assert bare.status_code in (200, 503, 400), name  # "not ready" is 400 under /v2
             continue
         for answer in (bare, wrong):
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, CHALLENGE), name
@@ -110,8 +110,8 @@ def test_problems_and_the_two_headers(settings, file):
     (answer,) = ask(app, httpx.Request("PUT", "http://x/v1/collections/x", headers=bearer(secret)))
     assert answer.headers["content-type"] == "application/problem+json"
     problem = answer.json()
-    told = (problem["type"], problem["status"], problem["instance"])
-    assert told == ("/problems/forbidden", 403, "/v1/collections/x")
+    fields = (problem["type"], problem["status"], problem["instance"])
+    assert fields == ("/problems/forbidden", 403, "/v1/collections/x")
     assert problem["detail"] == "the key 'reader' is for read; this needs one for write"
     assert problem["request_id"] == answer.headers["x-request-id"]
     (answer,) = ask(app, httpx.Request("GET", "http://x/v1/models"))
@@ -125,7 +125,7 @@ def test_a_body_is_not_read_without_a_key(settings, serve, file):
         assert (answer.status_code, answer.headers["connection"]) == (401, "close")
 
 
-def test_the_specification_says_which_need_a_key(settings, file):
+def test_the_specification_says_which_operations_need_a_key(settings, file):
     assert "security" not in json.dumps(create_app(settings()).openapi())
     keys.add(file, "reader", ["read"])
     spec = create_app(settings(keys=file)).openapi()
@@ -149,7 +149,7 @@ def test_the_file_is_read_again_when_it_changes(settings, file, caplog):
     assert (status(first), status(second)) == (200, 200)
     keys.remove(file, "first")
     assert (status(first), status(second)) == (401, 200)
-    whole = file.read_bytes()
+    content = file.read_bytes()
     with caplog.at_level(logging.WARNING, "calmclip"):
         file.write_text(json.dumps({"keys": [{"name": "x", "sha256": second, "scopes": ["read"]}]}))
         assert (status(second), status(second)) == (200, 200)
@@ -158,43 +158,43 @@ def test_the_file_is_read_again_when_it_changes(settings, file, caplog):
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warned) == 2  # once for each change
     assert second not in caplog.text
-    file.write_bytes(whole.replace(b'"second"', b'"renamed"'))
+    file.write_bytes(content.replace(b'"second"', b'"renamed"'))
     assert status(second) == 200
     file.write_text('{"keys": []}')
     assert status(second) == 401
 
 
-def test_no_key_is_in_the_log_the_metrics_or_an_answer(settings, serve, file, caplog, picture):
+def test_no_key_appears_in_the_log_the_metrics_or_an_answer(settings, serve, file, caplog, picture):
     secret, other = keys.add(file, "both", ["read", "metrics"]), "calmclip_" + "guess" * 9
     caplog.set_level(logging.DEBUG)
-    seen = []
+    answers = []
     with serve(settings(keys=file)) as client:
-        for given in (secret, other):
-            for asked in ("GET /v1/models", "GET /no", "PUT /v1/collections/x", "GET /metrics"):
-                for headers in (bearer(given), {"X-API-Key": given}):
-                    answer = client.request(*asked.split(), headers=headers)
-                    seen.append(answer.text + str(answer.headers))
-    text = caplog.text + "".join(seen) + file.read_text()
+        for key in (secret, other):
+            for request in ("GET /v1/models", "GET /no", "PUT /v1/collections/x", "GET /metrics"):
+                for headers in (bearer(key), {"X-API-Key": key}):
+                    answer = client.request(*request.split(), headers=headers)
+                    answers.append(answer.text + str(answer.headers))
+    text = caplog.text + "".join(answers) + file.read_text()
     assert "calmclip_requests_total" in text
     assert "calmclip.access" in text
-    assert "both" in caplog.text  # whose it was is said
+    assert "both" in caplog.text  # the log names the key
     assert secret not in text
     assert other not in text
     digest = hashlib.sha256(secret.encode()).hexdigest()
-    assert digest not in caplog.text + "".join(seen)
+    assert digest not in caplog.text + "".join(answers)
 
 
-def test_clients_bring_a_key(settings, serve, file, tmp_path, picture, monkeypatch, capsys):
+def test_clients_send_a_key(settings, serve, file, tmp_path, picture, monkeypatch, capsys):
     secret, reader = keys.add(file, "both", ["read", "write"]), keys.add(file, "reader", ["read"])
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "red.png").write_bytes(picture("red"))
     alone = settings(keys=file, data_dir=tmp_path / "alone")
-    assert index(folder, "photos", settings=alone)["added"] == 1  # without a service there is nobody to show one to
+    assert index(folder, "photos", settings=alone)["added"] == 1  # without a service no key is needed
     with serve(settings(keys=file)) as http:
         url = str(http.base_url)
         with Client(url, key=reader) as client:
-            assert [one.name for one in client.models()] == ["colours-int8"]
+            assert [model.name for model in client.models()] == ["colours-int8"]
             with pytest.raises(Forbidden, match="needs one for write"):
                 client.create_collection("x")
         with Client(url) as client, pytest.raises(Unauthorized, match="a key is needed"):
@@ -203,15 +203,15 @@ def test_clients_bring_a_key(settings, serve, file, tmp_path, picture, monkeypat
         assert main(["index", str(folder), "--collection", "photos", "--url", url]) == 0
         monkeypatch.setenv("CALMCLIP_API_KEY", reader)
         assert main(["index", str(folder), "--collection", "photos", "--url", url]) == 2
-    said = capsys.readouterr()
-    assert "needs one for write" in said.err
-    assert secret not in said.out + said.err
-    assert reader not in said.out + said.err
+    output = capsys.readouterr()
+    assert "needs one for write" in output.err
+    assert secret not in output.out + output.err
+    assert reader not in output.out + output.err
 
 
-def test_the_verb(file, monkeypatch, capsys):
+def test_the_command_keys(file, monkeypatch, capsys):
     monkeypatch.setenv("CALMCLIP_KEYS", str(file))
-    os.umask(mask := os.umask(0))  # a mask that lets everybody in must not matter
+    os.umask(mask := os.umask(0))  # the mode of the file must not depend on the mask
     before = os.umask(0)
     try:
         assert main(["keys", "add", "prometheus", "--scope", "metrics"]) == 0
@@ -221,8 +221,8 @@ def test_the_verb(file, monkeypatch, capsys):
     secret = capsys.readouterr().out.strip()
     assert re.fullmatch(r"calmclip_[\w-]{43}", secret)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    (kept,) = json.loads(file.read_text())["keys"]
-    assert kept == {
+    (entry,) = json.loads(file.read_text())["keys"]
+    assert entry == {
         "name": "prometheus", "sha256": hashlib.sha256(secret.encode()).hexdigest(), "scopes": ["metrics"],
     }  # fmt: skip
     assert main(["keys", "--json", "add", "ci", "--scope", "read", "--scope", "write"]) == 0
@@ -233,7 +233,7 @@ def test_the_verb(file, monkeypatch, capsys):
     }
     assert main(["keys", "remove", "prometheus"]) == 0
     assert capsys.readouterr().out.split() == ["ci", "read", "write"]
-    for wrong, word in ((["add", "ci", "--scope", "read"], "already"), (["add", "a b", "--scope", "read"], "no name"),
+    for wrong, word in ((["add", "ci", "--scope", "read"], "already"), (["add", "a b", "--scope", "read"], "is not a"),
                         (["remove", "x"], "no key 'x'")):  # fmt: skip
         assert main(["keys", *wrong]) == 2
         assert word in capsys.readouterr().err
@@ -243,8 +243,8 @@ def test_the_verb(file, monkeypatch, capsys):
     assert "--file" in capsys.readouterr().err
 
 
-def test_of_many_who_change_the_file_at_once_none_is_lost(file):
-    """Processes that wait for each other's start, then add and remove as fast as they can."""
+def test_concurrent_changes_of_the_file_are_all_kept(file):
+    """Four processes start together, then add and remove keys as fast as possible."""
     keys.add(file, "first", ["read"])
     script = (
         "import sys; from pathlib import Path; from calmclip.service import keys\n"
@@ -254,24 +254,24 @@ def test_of_many_who_change_the_file_at_once_none_is_lost(file):
         "    keys.add(file, f'{me}-{i}', ['read'])\n"
         "    if i % 2: keys.remove(file, f'{me}-{i}')\n"
     )
-    many = [
+    processes = [
         subprocess.Popen([sys.executable, "-c", script, file, name], stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT)
         for name in "abcd"
     ]
-    for one in many:
-        assert one.stdout.readline() == "here\n"
-    for one in many:
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    assert [one.wait(60) for one in many] == [0] * 4
-    for one in many:
-        one.communicate()
-    kept = {f"{name}-{i}" for name in "abcd" for i in range(0, 10, 2)}
-    assert {key.name for key in keys.read(file)} == {"first", *kept}
+    for process in processes:
+        assert process.stdout.readline() == "here\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.wait(60) for process in processes] == [0] * 4
+    for process in processes:
+        process.communicate()
+    remaining = {f"{name}-{i}" for name in "abcd" for i in range(0, 10, 2)}
+    assert {key.name for key in keys.read(file)} == {"first", *remaining}
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_link_stays_one(file, tmp_path):
+def test_a_link_stays_a_link(file, tmp_path):
     link = tmp_path / "link.json"
     link.symlink_to(file)
     keys.add(link, "a", ["read"])
@@ -290,7 +290,7 @@ def test_a_link_stays_one(file, tmp_path):
         (json.dumps({"keys": [{"name": "a", "sha256": "0" * 64, "scopes": ["read"]}] * 2}), "twice"),
     ],
 )
-def test_a_file_that_is_none_is_said_at_the_start(settings, file, text, word):
+def test_an_invalid_file_stops_the_start(settings, file, text, word):
     if text is not None:
         file.write_text(text)
     with pytest.raises(BadRequest, match=word) as error:
@@ -303,13 +303,13 @@ def test_metrics_at_their_own_port(settings, file):
     app = create_app(settings(metrics_port=9090))
     paths = [f"http://x:{port}/{path}" for port in (8080, 9090) for path in ("metrics", "healthz", "v1/models")]
     answers = ask(app, *(httpx.Request("GET", path) for path in paths))
-    assert [one.status_code for one in answers] == [404, 200, 200, 200, 200, 404]
+    assert [each.status_code for each in answers] == [404, 200, 200, 200, 200, 404]
     assert answers[0].json()["type"] == "/problems/not-found"
     assert "calmclip_requests_total" in answers[3].text
-    (answer,) = ask(app, httpx.Request("GET", "http://x:8080/metrics%0A"))  # which the router takes for /metrics
+    (answer,) = ask(app, httpx.Request("GET", "http://x:8080/metrics%0A"))  # the router matches it as /metrics
     assert answer.status_code == 404
     assert "/metrics" not in app.openapi()["paths"]
     closed = create_app(settings(metrics_port=9090, keys=file))
     metrics = "http://x:9090/metrics"
     answers = ask(closed, httpx.Request("GET", metrics), httpx.Request("GET", metrics, headers=bearer(secret)))
-    assert [one.status_code for one in answers] == [401, 200]
+    assert [each.status_code for each in answers] == [401, 200]

@@ -1,4 +1,4 @@
-"""Both gates, and the pace that `Retry-After` goes by, on a clock that stands still until it is moved."""
+"""Admission and the throughput behind `Retry-After`, on a clock that a test moves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,10 +6,9 @@ from contextlib import contextmanager
 import pytest
 
 from calmclip.models.errors import Overloaded
-from calmclip.service.admission import Admission, Place
-from calmclip.service.pace import Pace
-from calmclip.service.request import Context
+from calmclip.service.admission import Admission, Reservation
 from calmclip.service.settings import Settings
+from calmclip.service.throughput import Throughput
 
 
 class Clock:
@@ -25,157 +24,155 @@ def clock() -> Clock:
     return Clock()
 
 
-def steady(pace: Pace, clock: Clock, seconds: float, each: float, *, finished: bool = True) -> None:
+def steady(throughput: Throughput, clock: Clock, seconds: float, each: float, *, finished: bool = True) -> None:
     for _ in range(round(seconds / each)):
-        pace.begin()
+        throughput.begin()
         clock.now += each
-        pace.end(finished=finished)
+        throughput.end(finished=finished)
 
 
-def test_the_pace_is_what_was_finished_per_busy_second(clock):
-    pace = Pace(clock)
-    assert (pace.rate, pace.seconds_for(10), pace.retry_after_s) == (0, 0, 1)
-    steady(pace, clock, 60, 0.1)
-    assert pace.rate == pytest.approx(10, rel=0.001)
-    clock.now += 3600  # nothing under way: it says nothing about how fast work is done
-    pace.begin()
-    pace.end()
-    assert pace.rate == pytest.approx(10, rel=0.05)
-    assert pace.seconds_for(25) == pytest.approx(2.5, rel=0.05)
+def test_the_throughput_is_finished_requests_per_busy_second(clock):
+    throughput = Throughput(clock)
+    assert (throughput.rate, throughput.seconds_for(10), throughput.retry_after_s) == (0, 0, 1)
+    steady(throughput, clock, 60, 0.1)
+    assert throughput.rate == pytest.approx(10, rel=0.001)
+    clock.now += 3600  # an idle hour does not lower the throughput
+    throughput.begin()
+    throughput.end()
+    assert throughput.rate == pytest.approx(10, rel=0.05)
+    assert throughput.seconds_for(25) == pytest.approx(2.5, rel=0.05)
 
 
-def test_the_pace_follows_and_counts_no_work_given_up(clock):
-    pace = Pace(clock)
-    steady(pace, clock, 60, 0.1)
-    steady(pace, clock, 30, 1.0)
-    assert pace.rate == pytest.approx(1, rel=0.01)
-    steady(pace, clock, 30, 0.1, finished=False)
-    assert pace.rate < 0.15
-    steady(pace, clock, 300, 10.0)
-    assert pace.rate == pytest.approx(0.1, rel=0.01)
+def test_the_throughput_follows_changes_and_counts_no_cancelled_request(clock):
+    throughput = Throughput(clock)
+    steady(throughput, clock, 60, 0.1)
+    steady(throughput, clock, 30, 1.0)
+    assert throughput.rate == pytest.approx(1, rel=0.01)
+    steady(throughput, clock, 30, 0.1, finished=False)
+    assert throughput.rate < 0.15
+    steady(throughput, clock, 300, 10.0)
+    assert throughput.rate == pytest.approx(0.1, rel=0.01)
 
 
-def test_several_at_once_count_together(clock):
-    pace = Pace(clock)
+def test_concurrent_requests_count_together(clock):
+    throughput = Throughput(clock)
     for _ in range(100):
         for _ in range(8):
-            pace.begin()
+            throughput.begin()
         clock.now += 0.5
         for _ in range(8):
-            pace.end()
-    assert pace.rate == pytest.approx(16, rel=0.001)
+            throughput.end()
+    assert throughput.rate == pytest.approx(16, rel=0.001)
 
 
 def settings(**queue: int) -> Settings:
     return Settings(queue=queue)
 
 
-def own(deadline_s: float = 60.0, task: str = "classify") -> Context:
-    return Context("id", deadline_s, task=task)
-
-
 @contextmanager
-def held(gate: Admission, own: Context, announced: int | None = 0) -> Iterator[Place]:
-    place = gate.admit(own, announced)
+def held(
+    gate: Admission, left_s: float = 60.0, announced: int | None = 0, task: str = "classify"
+) -> Iterator[Reservation]:
+    reservation = gate.admit(task, left_s, announced)
     try:
-        yield place
+        yield reservation
     finally:
-        place.leave()
+        reservation.release()
 
 
 def test_a_full_service_says_how_long_its_requests_will_take(clock):
     gate = Admission(settings(max_pending=40), clock)
-    steady(gate.pace, clock, 60, 0.25)  # 4 per second
-    places = [gate.admit(own()) for _ in range(40)]
-    with pytest.raises(Overloaded, match="40 requests are under way") as full:
-        gate.admit(own())
+    steady(gate.throughput, clock, 60, 0.25)  # 4 per second
+    held_by = [gate.admit("classify", 60) for _ in range(40)]
+    with pytest.raises(Overloaded, match="40 requests are in flight") as full:
+        gate.admit("classify", 60)
     assert full.value.reason == "requests"
     assert full.value.retry_after == pytest.approx(10, rel=0.001)  # 40 at 4 per second
-    for place in places:
-        place.leave()
+    for reservation in held_by:
+        reservation.release()
     assert gate.pending == 0
 
 
 @pytest.mark.parametrize(("per_second", "wanted"), [(100, 1), (0.1, 60)])
-def test_nobody_is_sent_away_for_less_than_a_second_or_more_than_a_minute(clock, per_second, wanted):
-    pace = Pace(clock)
-    steady(pace, clock, 100, 1 / per_second)
+def test_retry_after_is_between_a_second_and_a_minute(clock, per_second, wanted):
+    throughput = Throughput(clock)
+    steady(throughput, clock, 100, 1 / per_second)
     for _ in range(20):
-        pace.begin()
-    assert pace.retry_after_s == wanted
+        throughput.begin()
+    assert throughput.retry_after_s == wanted
 
 
-def test_who_has_no_chance_to_be_in_time_is_turned_away_at_once(clock):
+def test_a_request_that_cannot_meet_its_deadline_is_shed_at_once(clock):
     gate = Admission(settings(), clock)
     for _ in range(100):
-        with held(gate, own()):
+        with held(gate):
             clock.now += 0.25  # 4 per second
-    with held(gate, own(0.01)):  # alone: how else should the pace ever be found to have changed
+    with held(gate, 0.01):  # admitted without concurrent requests, or a higher throughput would never be measured
         pass
-    with held(gate, own()), held(gate, own()), held(gate, own()):
-        with pytest.raises(Overloaded, match="behind 3 requests") as shed:  # 4 in line take a second
-            gate.admit(own(1.0))
-        with held(gate, own(3.0)), held(gate, own(0.1, "detect")):  # in time; another kind of work
+    with held(gate), held(gate), held(gate):
+        with pytest.raises(Overloaded, match="behind 3 requests") as shed:  # 4 requests take a second
+            gate.admit("classify", 1.0)
+        with held(gate, 3.0), held(gate, 0.1, task="detect"):  # in time; another task
             pass
     assert shed.value.reason == "deadline"
     assert gate.pending == 0
 
 
-def test_announced_bytes_and_pixels_have_their_limits_and_are_given_back(clock):
+def test_announced_bytes_and_pixels_have_limits_and_are_released(clock):
     gate = Admission(settings(max_bytes=1000, max_pixels=500), clock)
-    with held(gate, own(), 5000) as first:  # alone, so its size is not this gate's business
+    with held(gate, announced=5000) as first:  # no concurrent request, so the limit does not apply
         assert gate.bytes == 5000
         with pytest.raises(Overloaded, match="5000 bytes") as bytes_:
-            gate.admit(own(), 1)
-        first.more_pixels(400)
-        first.more_pixels(400)  # its own pictures do not stand in its way
-        with held(gate, own(), None) as second:
+            gate.admit("classify", 60, 1)
+        first.reserve_pixels(400)
+        first.reserve_pixels(400)  # pictures of the same request do not count against it
+        with held(gate, announced=None) as second:
             with pytest.raises(Overloaded, match="800 pixels") as pixels:
-                second.more_pixels(1)
+                second.reserve_pixels(1)
             with pytest.raises(Overloaded):
-                second.more_bytes(1)  # a body in chunks is counted as it comes
+                second.reserve_bytes(1)  # a chunked body is counted chunk by chunk
     assert (bytes_.value.reason, pixels.value.reason) == ("bytes", "pixels")
     assert (gate.pending, gate.bytes, gate.pixels) == (0, 0, 0)
 
 
-def test_who_keeps_us_waiting_says_nothing_about_the_pace(clock):
+def test_waiting_for_a_client_does_not_lower_the_throughput(clock):
     gate = Admission(settings(), clock)
     for _ in range(100):
-        with held(gate, own()):
+        with held(gate):
             clock.now += 0.25  # 4 per second
-    with held(gate, own()) as dripping:
-        dripping.waits(True)
+    with held(gate) as dripping:
+        dripping.set_waits(True)
         clock.now += 60
-        with held(gate, own()):
+        with held(gate):
             clock.now += 0.25
-        assert gate.pace.rate == pytest.approx(4, rel=0.01)
-        with held(gate, own(2.0)):  # 2 in line take half a second
+        assert gate.throughput.rate == pytest.approx(4, rel=0.01)
+        with held(gate, 2.0):  # 2 requests take half a second
             pass
-    with held(gate, own()):
+    with held(gate):
         clock.now += 1000
-    assert gate.pace.rate < 0.1  # nobody waits any more, and it counts again
+    assert gate.throughput.rate < 0.1  # the service does not wait for a client, so the time counts again
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_request_gives_its_place_back_however_it_ends(clock, finished):
+def test_a_request_releases_what_it_holds_however_it_ends(clock, finished):
     gate = Admission(settings(), clock)
-    place = gate.admit(own(), 10)
-    place.more_pixels(10)
+    reservation = gate.admit("classify", 60, 10)
+    reservation.reserve_pixels(10)
     clock.now += 1
-    place.leave(finished=finished)
+    reservation.release(finished=finished)
     assert (gate.pending, gate.bytes, gate.pixels) == (0, 0, 0)
-    assert bool(gate.pace.rate) == finished
+    assert bool(gate.throughput.rate) == finished
 
 
-def test_a_service_that_closes_lets_nobody_in_and_waits_for_no_company(clock):
+def test_a_closing_service_admits_no_request_and_waits_for_no_concurrent_calls(clock):
     gate = Admission(settings(), clock)
-    with held(gate, own()), held(gate, own()):
-        assert gate.company()
+    with held(gate), held(gate):
+        assert gate.concurrent()
         gate.leaving = True
-        assert not gate.company()
-        with held(gate, own()):  # still served
+        assert not gate.concurrent()
+        with held(gate):  # still served
             pass
         gate.closed = True
         with pytest.raises(Overloaded, match="shutting down") as shed:
-            gate.admit(own())
+            gate.admit("classify", 60)
     assert shed.value.reason == "leaving"

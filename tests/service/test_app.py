@@ -1,4 +1,4 @@
-"""The whole app: its imports, two of them at once, what it says of itself, and what it answers."""
+"""The app as a whole: two apps in one process, its faults, its specification and its answers."""
 
 import json
 import threading
@@ -14,22 +14,22 @@ from calmclip.service.routes.catalog import page
 from tests.asking import raw
 
 
-def test_two_apps_in_one_process_do_not_meet(settings, serve, tmp_path):
+def test_two_apps_in_one_process_share_no_state(settings, serve, tmp_path):
     with (
-        serve(settings(data_dir=tmp_path / "a")) as one,
-        serve(settings(data_dir=tmp_path / "b", limits={"labels": 1})) as two,
+        serve(settings(data_dir=tmp_path / "a")) as first,
+        serve(settings(data_dir=tmp_path / "b", limits={"labels": 1})) as second,
     ):
-        one.put("/v1/collections/mine", json={})
-        assert two.get("/v1/collections").json() == {"collections": []}
-        assert one.put("/v1/classifiers/l", json={"labels": ["a", "b"]}).status_code == 200
-        assert two.put("/v1/classifiers/l", json={"labels": ["a", "b"]}).status_code == 422
+        first.put("/v1/collections/mine", json={})
+        assert second.get("/v1/collections").json() == {"collections": []}
+        assert first.put("/v1/classifiers/l", json={"labels": ["a", "b"]}).status_code == 200
+        assert second.put("/v1/classifiers/l", json={"labels": ["a", "b"]}).status_code == 422
 
 
-def test_a_fault_of_ours_is_500_without_details(settings, serve, monkeypatch, picture):
+def test_a_fault_of_the_service_is_500_without_details(settings, serve, monkeypatch, picture):
     def fail(*_: object):
         raise RuntimeError("secret path")
 
-    monkeypatch.setattr("calmclip.service.routes.classify.classify", fail)
+    monkeypatch.setattr("calmclip.service.routes.classify.ClassifyRequest", fail)
     with serve(settings()) as client:
         answer = client.post("/v1/classify?labels=red", **raw(picture("red")))
         assert (answer.status_code, answer.json()["type"]) == (500, "/problems/internal")
@@ -43,7 +43,7 @@ def test_a_fault_of_ours_is_500_without_details(settings, serve, monkeypatch, pi
 
 
 @pytest.mark.parametrize("broken", ["calmclip.service.hub.Bundle.warm", "calmclip.service.hub.names"])
-def test_a_bundle_that_breaks_while_loading_is_told_and_loading_ends(settings, serve, monkeypatch, caplog, broken):
+def test_a_bundle_that_fails_to_load_is_reported_and_loading_ends(settings, serve, monkeypatch, caplog, broken):
     def fail(*_: object):
         raise MemoryError("too large")
 
@@ -62,7 +62,7 @@ def test_a_bundle_that_breaks_while_loading_is_told_and_loading_ends(settings, s
 
 
 def test_a_store_that_hangs_is_answered_504(settings, serve, monkeypatch):
-    """The calls that hang have a deadline of their own: what is made before may take its time on a busy machine."""
+    """Only the calls that hang have a short deadline: the set-up may be slow on a busy machine."""
     gate, late = threading.Event(), {"x-request-deadline-ms": "300"}
     with serve(settings()) as client:
         assert [client.put(f"/v1/collections/{name}", json={}).status_code for name in "ab"] == [201, 201]
@@ -70,9 +70,11 @@ def test_a_store_that_hangs_is_answered_504(settings, serve, monkeypatch):
             monkeypatch.setattr(f"calmclip.service.stores.lancedb.{call}", lambda *_: gate.wait(15))
         calls = [("GET", ""), ("GET", "/a"), ("GET", "/a/items"), ("PUT", "/new"), ("DELETE", "/b")]
         try:
-            with ThreadPoolExecutor(len(calls)) as pool:
-                found = pool.map(lambda c: client.request(c[0], f"/v1/collections{c[1]}", json={}, headers=late), calls)
-                assert [answer.status_code for answer in found] == [504] * len(calls)
+            with ThreadPoolExecutor(5) as pool:
+                answers = pool.map(
+                    lambda c: client.request(c[0], f"/v1/collections{c[1]}", json={}, headers=late), calls
+                )
+                assert [answer.status_code for answer in answers] == [504] * len(calls)
         finally:
             gate.set()
 
@@ -82,28 +84,28 @@ def spec(client):
     return client.get("/openapi.json").json()
 
 
-def test_every_reference_in_the_specification_leads_somewhere(spec):
+def test_every_reference_in_the_specification_resolves(spec):
     def references(value):
         if isinstance(value, dict):
             yield from [value["$ref"]] if isinstance(value.get("$ref"), str) else []
-            for one in value.values():
-                yield from references(one)
+            for child in value.values():
+                yield from references(child)
         elif isinstance(value, list):
-            for one in value:
-                yield from references(one)
+            for child in value:
+                yield from references(child)
 
-    found = set(references(spec))
-    assert found
-    for reference in found:
+    targets = set(references(spec))
+    assert targets
+    for reference in targets:
         assert reference.removeprefix("#/components/schemas/") in spec["components"]["schemas"], reference
     for schema in spec["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def test_every_operation_declares_what_it_may_answer(spec):
-    """What it did answer in all these tests is held against it too: `declared` in conftest.py."""
-    ready = {"/readyz", "/v2/health/ready"}  # 503, and 400, are their answers
-    seen = 0
+def test_every_operation_declares_its_answers(spec):
+    """`declared` in conftest.py also compares the actual answers of all these tests with the specification."""
+    ready = {"/readyz", "/v2/health/ready"}  # their "not ready" is 503 or 400, without a problem
+    checked = 0
     for path, verbs in spec["paths"].items():
         for verb, operation in verbs.items():
             responses = operation["responses"]
@@ -122,13 +124,13 @@ def test_every_operation_declares_what_it_may_answer(spec):
                     assert response["content"][kind]["schema"] == {"$ref": "#/components/schemas/ProblemAnswer"}
                 if status == "503" and path not in ready:
                     assert response["headers"]["Retry-After"]["required"]
-                seen += 1
-    assert seen > 100
+                checked += 1
+    assert checked > 100
     assert "HTTPValidationError" not in spec["components"]["schemas"]
 
 
 def test_examples_in_the_specification_are_valid_and_answered(client, spec):
-    """And what needs no body. That answers are as the specification says is seen to in conftest.py."""
+    """GET operations are called too. conftest.py compares the answers with the specification."""
     client.put("/v1/collections/colours-int8", json={})
     for path, verbs in spec["paths"].items():
         name = "colours-int8.text" if path.startswith("/v2") else "colours-int8"
@@ -144,17 +146,17 @@ def test_examples_in_the_specification_are_valid_and_answered(client, spec):
             assert client.get(url).is_success, path
 
 
-def test_nothing_happens_before_the_app_starts(settings, tmp_path):
+def test_create_app_writes_nothing(settings, tmp_path):
     create_app(settings(data_dir=tmp_path / "untouched"))
     assert not (tmp_path / "untouched").exists()
 
 
-def test_every_operation_counts_as_its_endpoint_says_and_whoever_passes_the_gate_may_be_turned_away(client):
+def test_every_operation_has_the_task_of_its_endpoint_and_every_write_may_be_shed(client):
     table = Table([*registered(), *page()])
     for path, verbs in client.get("/openapi.json").json()["paths"].items():
         for verb, operation in verbs.items():
-            asked = path.replace("{name}", "a.b-c").replace("{slug}", "overloaded")
-            assert table.find(verb.upper(), asked).name == f"{verb.upper()} {path}"
+            url = path.replace("{name}", "a.b-c").replace("{slug}", "overloaded")
+            assert table.find(verb.upper(), url).name == f"{verb.upper()} {path}"
             assert verb in ("get", "head") or "503" in operation["responses"], (verb, path)
     counts = {
         "POST /v1/classify": "classify", "POST /v1/detect": "detect", "POST /v1/embed": "embed", "GET /": "catalog",

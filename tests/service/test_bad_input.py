@@ -1,4 +1,4 @@
-"""Whatever is sent: a clear problem, nothing lost, and the service goes on."""
+"""Invalid requests: each gets a clear problem, no data is lost, and the service goes on."""
 
 import io
 import json
@@ -50,7 +50,7 @@ JSON = "application/json"
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
-    ("what", "status", "slug", "word"),
+    ("damage", "status", "slug", "word"),
     [
         ("empty", 415, "unsupported-image", "0 bytes"),
         ("text", 415, "unsupported-image", "JPEG, PNG or WebP"),
@@ -60,28 +60,28 @@ JSON = "application/json"
         ("big", 413, "image-too-large", "10485760"),
     ],
 )
-def test_pictures_that_are_none(client, picture, route, what, status, slug, word):
+def test_invalid_pictures(client, picture, route, damage, status, slug, word):
     noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)
-    whole = io.BytesIO()
-    Image.fromarray(noise).save(whole, "JPEG")
+    jpeg = io.BytesIO()
+    Image.fromarray(noise).save(jpeg, "JPEG")
     gif = io.BytesIO()
     Image.fromarray(noise).save(gif, "GIF")
     data = {
         "empty": b"",
         "text": b"hello",
-        "truncated": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "truncated": jpeg.getvalue()[: len(jpeg.getvalue()) // 2],
         "gif": gif.getvalue(),
         "bomb": bomb(50_000, 50_000),
         "big": b"\xff\xd8" + b"\0" * (10 << 20),
-    }[what]
+    }[damage]
     check(client.post(f"{route}?labels=red", **raw(data, "image/jpeg")), status, slug, word)
     check(client.post(route, files={"image": data}, data={"labels": "red"}), status, slug, word)
     check(client.post(route, json={"image": b64(data), "labels": ["red"]}), status, slug, word)
 
 
-def test_bytes_are_counted_as_they_come(client):
+def test_the_bytes_of_a_chunked_body_are_counted(client):
     def endless():
-        while True:  # only the limit, or the deadline, ends it
+        while True:  # until the limit or the deadline
             yield b"\0" * (1 << 20)
 
     check(client.post("/v1/classify?labels=red", **raw(endless())), 413, "image-too-large")
@@ -123,7 +123,7 @@ def test_settings_out_of_range_are_named(client, picture, name, value):
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_json_without_numbers_that_are_none(client, picture, number):
+def test_json_with_numbers_that_are_not_finite(client, picture, number):
     text = f'{{"image": {json.dumps(b64(picture("red")))}, "labels": ["red"], "sigma": {number}}}'
     check(client.post("/v1/detect", **raw(text.encode(), JSON)), 422, "invalid-request")
 
@@ -141,7 +141,7 @@ def test_pictures_in_json(client, picture_, word):
     assert problem["errors"][0]["where"] == "image"
 
 
-def test_unknown_names_come_with_the_nearest(client, picture):
+def test_an_unknown_name_is_answered_with_the_nearest_name(client, picture):
     send = raw(picture("red"))
     answer = client.post("/v1/classify", params={"model": "colors-int8", "labels": "red"}, **send)
     problem = check(answer, 404, "model-not-found", "did you mean 'colours-int8'")
@@ -210,20 +210,20 @@ def test_broken_multipart(client, body):
 
 
 @pytest.mark.parametrize("charset", ["undefined", "none-such", "idna", "hex", "utf-16"])
-def test_charsets_that_are_none(client, charset):
+def test_unusable_charsets(client, charset):
     body = b'--b\r\nContent-Disposition: form-data; name="labels"\r\n\r\n\xff..red\r\n--b--\r\n'
     kind = f"multipart/form-data; boundary=b; charset={charset}"
     check(client.post("/v1/classify", **raw(body, kind)), 422, "invalid-request")
 
 
-def test_what_the_query_says_beside_a_body_of_fields_is_not_passed_over(client, picture):
+def test_a_field_in_the_query_of_a_request_with_fields_in_its_body_is_refused(client, picture):
     body = {"image": b64(picture("red")), "labels": ["red"]}
     form = {"files": {"image": picture("red")}, "data": {"labels": "red"}}
     for send in ({"json": body}, form):
         for route, name in (("classify", "top_k"), ("detect", "sigma"), ("classify", "labels")):
             answer = client.post(f"/v1/{route}?{name}=1", **send)
             check(answer, 422, "invalid-request", f"'{name}' is in the query", "put it into the body")
-        assert client.post("/v1/classify?other=1", **send).status_code == 200  # not ours
+        assert client.post("/v1/classify?other=1", **send).status_code == 200  # not a field of the service
     check(client.post("/v1/embed?model=x", json={"inputs": [{"text": "red"}]}), 422, "invalid-request", "'model'")
 
 
@@ -239,39 +239,39 @@ def test_a_field_twice_and_both_sources_of_labels(client, picture):
 @pytest.mark.parametrize(
     "name", ["..", "..%2Fx", "%2e%2e", "a%2Fb", "A", "ünï", "-a", ".a", "a" * 65, "a b", "a'b", "a%00"]
 )
-def test_names_that_are_paths_or_worse(client, name):
+def test_names_that_are_paths_or_invalid(client, name):
     for family in ("collections", "classifiers"):
         body = {"labels": ["red"]} if family == "classifiers" else {}
         answer = client.put(f"/v1/{family}/{name}", json=body)
-        assert answer.status_code in (404, 405, 422), answer.text  # a slash makes another path, and no route has it
+        assert answer.status_code in (404, 405, 422), answer.text  # a slash makes another path, which no route has
         assert answer.headers["content-type"] == "application/problem+json"
-        names = [one["name"] for one in client.get(f"/v1/{family}").json()[family.replace("-", "_")]]
-        assert all(one.isascii() and "/" not in one and ".." not in one for one in names)
+        names = [known["name"] for known in client.get(f"/v1/{family}").json()[family.replace("-", "_")]]
+        assert all(known.isascii() and "/" not in known and ".." not in known for known in names)
 
 
 def test_items_and_searches(client, picture):
     client.put("/v1/collections/bad", json={})
     url = "/v1/collections/bad"
-    one = {"id": "a", "text": "red"}
+    item = {"id": "a", "text": "red"}
 
     def add(*items: object):
         return client.post(f"{url}/items", json={"items": items})
 
-    assert add({**one, "id": "before"}).status_code == 200
-    check(add(one, {**one, "text": "blue"}), 422, "invalid-request", "'a'", "twice")
-    check(add(one, {"id": "b", "image": b64(b"nothing")}), 415, "unsupported-image", "item 'b'")
-    check(add(one, {"id": "b", "image": b64(picture("red")[:60])}), 415, "unsupported-image")
-    check(add({**one, "id": ""}), 422, "invalid-request", "id")
-    check(add({**one, "id": "a\0"}), 422, "invalid-request", "NUL")
-    check(add({**one, "meta": {"x": "y" * 20_000}}), 422, "invalid-request", "20", "16384")
+    assert add({**item, "id": "before"}).status_code == 200
+    check(add(item, {**item, "text": "blue"}), 422, "invalid-request", "'a'", "twice")
+    check(add(item, {"id": "b", "image": b64(b"nothing")}), 415, "unsupported-image", "item 'b'")
+    check(add(item, {"id": "b", "image": b64(picture("red")[:60])}), 415, "unsupported-image")
+    check(add({**item, "id": ""}), 422, "invalid-request", "id")
+    check(add({**item, "id": "a\0"}), 422, "invalid-request", "NUL")
+    check(add({**item, "meta": {"x": "y" * 20_000}}), 422, "invalid-request", "20", "16384")
     deep: object = 1
     for _ in range(300):
         deep = [deep]
-    check(add({**one, "meta": {"x": deep}}), 422, "invalid-request", "nested")
-    check(add({**one, "meta": [1]}), 422, "invalid-request", "meta")
-    check(add(*[{**one, "id": str(i)} for i in range(257)]), 422, "invalid-request", "257")
+    check(add({**item, "meta": {"x": deep}}), 422, "invalid-request", "nested")
+    check(add({**item, "meta": [1]}), 422, "invalid-request", "meta")
+    check(add(*[{**item, "id": str(i)} for i in range(257)]), 422, "invalid-request", "257")
     check(add(), 422, "invalid-request", "items")
-    assert client.get(url).json()["items"] == 1  # nothing of what was refused was written
+    assert client.get(url).json()["items"] == 1  # no refused item was written
 
     def search(**body: object):
         return client.post(f"{url}/search", json={"query": {"text": "red"}, **body})
@@ -326,64 +326,64 @@ def test_the_connection_stays_open_unless_a_body_was_not_read(client):
     assert "connection" not in client.post("/v1/embed", json={}).headers
 
 
-def test_a_small_body_that_nobody_reads_is_dropped_and_the_connection_goes_on(client):
-    body = b"GET / HTTP/1.1\r\n" * 50_000  # as long as a body may be, and not a request
+def test_an_unread_small_body_is_discarded_and_the_connection_goes_on(client):
+    body = b"GET / HTTP/1.1\r\n" * 50_000  # close to the largest body, and not to be read as a request
     head = f"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode()
     with dial(client) as connection:
         for _ in range(2):
             connection.sendall(head + b"\r\n" + body + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
-            seen = b""
-            while b'{"status":"ok"}' not in seen:
+            received = b""
+            while b'{"status":"ok"}' not in received:
                 got = connection.recv(65536)
-                assert got, seen
-                seen += got
-            assert (seen.count(b"HTTP/1.1 404"), seen.count(b"HTTP/1.1 200")) == (1, 1)
-    for more in (b"", b"Connection: keep-alive\r\n"):  # who wants it closed is not reset
-        asked = head + b"Connection: close\r\n" + more + b"\r\n" + body
-        with dial(client, asked) as connection, connection.makefile("rb") as answer:
+                assert got, received
+                received += got
+            assert (received.count(b"HTTP/1.1 404"), received.count(b"HTTP/1.1 200")) == (1, 1)
+    for more in (b"", b"Connection: keep-alive\r\n"):  # a client that asks to close gets the whole answer
+        request = head + b"Connection: close\r\n" + more + b"\r\n" + body
+        with dial(client, request) as connection, connection.makefile("rb") as answer:
             assert b"404" in answer.read().partition(b"\r\n")[0]
 
 
-def test_no_address_is_made_of_what_the_caller_says_the_host_is(client):
-    """A redirect would be, to http:// at that: behind a proxy with TLS a key would follow it in the clear."""
+def test_the_host_header_appears_in_no_redirect(client):
+    """A redirect would use it with http://: behind a TLS proxy a client would send its key unencrypted."""
     answer = client.get("/v1/models/", headers={"host": "elsewhere.example"})
     check(answer, 404, "not-found")
     assert "location" not in answer.headers
 
 
-@pytest.mark.parametrize(("asked", "status"), [("POST /nothing", b" 404 "), ("GET /healthz", b" 200 ")])
-def test_who_asks_before_sending_and_is_not_heard_asks_anew(client, asked, status):
-    """Or the next request of one who took the answer for a no would pass for the body."""
-    head = f"{asked} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 40\r\n\r\n"
+@pytest.mark.parametrize(("target", "status"), [("POST /nothing", b" 404 "), ("GET /healthz", b" 200 ")])
+def test_an_unread_body_after_expect_100_continue_closes_the_connection(client, target, status):
+    """Else the next request of a client that sends no body would be read as the body."""
+    head = f"{target} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 40\r\n\r\n"
     with dial(client, head.encode()) as connection, connection.makefile("rb") as answer:
-        whole = answer.read()
-    assert status in whole.partition(b"\r\n")[0]
-    assert b"connection: close" in whole
-    assert b"100 Continue" not in whole
+        received = answer.read()
+    assert status in received.partition(b"\r\n")[0]
+    assert b"connection: close" in received
+    assert b"100 Continue" not in received
 
 
 @pytest.mark.parametrize("body", [0, 200_000])
-def test_headers_without_end_are_cut_off(client, body):
+def test_endless_headers_are_refused(client, body):
     size = server.HEAD_BYTES
     for head in (b"GET /", b"GET / HTTP/1.1\r\nX-Long: ", b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (size // 6)):
         with dial(client) as connection:
-            with suppress(OSError):  # cut off while we write
+            with suppress(OSError):  # the service may close while this client writes
                 connection.sendall(head)
                 for _ in range(2 * size // 1000):
                     connection.sendall(b"x" * 1000)
                     time.sleep(0.0005)
             with suppress(ConnectionResetError):
                 assert b" 400 " in connection.recv(65536)
-    whole = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nX: %s\r\n\r\n"
+    request = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nX: %s\r\n\r\n"
     for length, status in ((size - 100, b" 404 "), (size, b" 400 ")):
-        assert status in answered(client, whole % (body, b"x" * length) + b"x" * body)
+        assert status in answered(client, request % (body, b"x" * length) + b"x" * body)
 
 
-def test_half_a_request_and_a_hang_up(client, picture):
+def test_a_client_that_disconnects_within_a_request(client, picture):
     body = picture("red")
-    whole = picture_head(len(body)) + body
-    for sent in (30, len(whole) - len(body), len(whole) - len(body) // 2, len(whole)):
-        dial(client, whole[:sent]).close()
+    request = picture_head(len(body)) + body
+    for sent in (30, len(request) - len(body), len(request) - len(body) // 2, len(request)):
+        dial(client, request[:sent]).close()
     assert b"400" in answered(client, b"NONSENSE\r\n\r\n")
 
 
@@ -403,7 +403,7 @@ def answered(client, data: bytes) -> bytes:
         ("classify", b'{"' + b"x" * 1_000_000 + b'": 1}', "image"),
     ],
 )
-def test_a_million_faults_are_a_handful_of_errors(client, route, body, word):
+def test_a_body_with_a_million_faults_gets_a_short_answer(client, route, body, word):
     answer = client.post(f"/v1/{route}", **raw(body, JSON))
     problem = check(answer, 422, "invalid-request", word)
     assert len(problem["errors"]) < 4

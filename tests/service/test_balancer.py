@@ -1,4 +1,4 @@
-"""HAProxy's configuration agrees with docker-compose.yml and the service, and keeps its word between two servers."""
+"""HAProxy's configuration agrees with docker-compose.yml and the service, and balances two servers."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ def count(pattern: str) -> int:
 SLOTS, NAME, PORT = re.search(r"server-template \w+ (\d+) (\w+):(\d+)", TEXT).groups()
 
 
-def test_it_stands_where_compose_puts_it_and_asks_for_whom_compose_names() -> None:
+def test_file_port_host_and_probe_agree_with_compose() -> None:
     (mounted,) = mounts("balancer").values()
     assert (Path(__file__).parents[2] / mounted).samefile(FILE)
     ((_, _, port),) = published("balancer")
@@ -47,15 +47,15 @@ def test_it_stands_where_compose_puts_it_and_asks_for_whom_compose_names() -> No
     assert uri in SERVICES["balancer"]["healthcheck"]["test"][-1]
 
 
-def test_there_is_room_for_as_many_replicas_as_it_takes() -> None:
+def test_slots_and_database_connections_suffice_for_all_replicas() -> None:
     assert SERVICES["replica"]["deploy"]["replicas"] <= int(SLOTS)
     pool = re.search(r"max_size=(\d+)", (FILE.parents[1] / "stores" / "pgvector.py").read_text())[1]
-    (most,) = (re.search(r"max_connections=(\d+)", one) for one in SERVICES["postgres"]["command"] if "=" in one)
+    (most,) = (re.search(r"max_connections=(\d+)", word) for word in SERVICES["postgres"]["command"] if "=" in word)
     assert int(most[1]) > int(SLOTS) * int(pool)
     assert f"{SLOTS} at most" in (Path(__file__).parents[2] / "docker-compose.yml").read_text()
 
 
-def test_it_waits_longer_than_a_request_may_take_and_notices_who_leaves_in_time(
+def test_its_timeouts_exceed_the_deadline_and_it_notices_a_leaving_replica_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = settings_of("replica", monkeypatch)
@@ -67,13 +67,13 @@ def test_it_waits_longer_than_a_request_may_take_and_notices_who_leaves_in_time(
     assert settings.grace_s > noticed
 
 
-def test_one_balancer_for_the_networks_of_this_file() -> None:
-    assert "networks" not in COMPOSE, "the engine's own DNS, 127.0.0.11, knows the containers of the default network"
+def test_its_resolver_is_that_of_the_default_network() -> None:
+    assert "networks" not in COMPOSE, "Docker's DNS server 127.0.0.11 resolves the containers of the default network"
     assert re.findall(r"nameserver \w+ (\S+)", TEXT) == ["127.0.0.11:53"]
 
 
 class Replica(ThreadingHTTPServer):
-    """Counts what it was asked. `dies`: it hangs up instead of an answer."""
+    """Counts its requests in `asked`. `dies`: it closes the connection instead of an answer."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -120,10 +120,10 @@ def test_haproxy_accepts_the_file() -> None:
 
 @contextmanager
 def balanced(folder: Path, *replicas: Replica) -> Iterator[httpx.Client]:
-    """The repository's file, but for the addresses."""
+    """A client of HAProxy with the repository's file, except for the addresses."""
     address = f"127.0.0.1:{free_port()}"
     line, options = re.search(r"(?m)^ +server-template \S+ \S+ \S+ (.+?) resolvers .+$", TEXT).group(0, 1)
-    servers = [f"    server r{i} 127.0.0.1:{one.server_port} {options}" for i, one in enumerate(replicas)]
+    servers = [f"    server r{i} 127.0.0.1:{replica.server_port} {options}" for i, replica in enumerate(replicas)]
     text = TEXT.replace(line, "\n".join(servers)).replace("bind :8080", f"bind {address}")
     (folder / "balancer.cfg").write_text(text)
     command = [haproxy(), "-db", "-f", str(folder / "balancer.cfg")]
@@ -144,43 +144,43 @@ def balanced(folder: Path, *replicas: Replica) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def two() -> Iterator[tuple[Replica, Replica]]:
-    with closing(Replica()) as one, closing(Replica()) as other:
-        yield one, other
+    with closing(Replica()) as first, closing(Replica()) as second:
+        yield first, second
 
 
-def test_requests_go_to_all_who_are_ready_and_to_no_other(two: tuple[Replica, Replica], tmp_path: Path) -> None:
-    one, other = two
-    with balanced(tmp_path, one, other) as client:
+def test_requests_go_to_all_ready_replicas_and_to_no_other(two: tuple[Replica, Replica], tmp_path: Path) -> None:
+    first, second = two
+    with balanced(tmp_path, first, second) as client:
         for _ in range(20):
             assert client.post("/", content=b"x").status_code == 200
-        assert min(one.asked, other.asked) > 5
-        one.ready = False
-        time.sleep(2)  # noticed after 1.25 s at most, and what it is asked by then it answers
-        before = one.asked
+        assert min(first.asked, second.asked) > 5
+        first.ready = False
+        time.sleep(2)  # noticed after 1.25 s at most; until then it answers its requests
+        before = first.asked
         assert {client.post("/", content=b"x").status_code for _ in range(20)} == {200}
-        assert one.asked == before
-        one.ready = True
+        assert first.asked == before
+        first.ready = True
         time.sleep(2)
         for _ in range(20):
             client.post("/", content=b"x")
-        assert one.asked > before
+        assert first.asked > before
 
 
-def test_one_that_is_gone_costs_nobody_an_answer(two: tuple[Replica, Replica], tmp_path: Path) -> None:
-    one, other = two
-    with balanced(tmp_path, one, other) as client:
-        one.close()  # nobody has told the balancer
+def test_a_replica_that_is_gone_fails_no_request(two: tuple[Replica, Replica], tmp_path: Path) -> None:
+    first, second = two
+    with balanced(tmp_path, first, second) as client:
+        first.close()  # without notice to the balancer
         answers = []
         for _ in range(20):
             answers.append(httpx.post(f"{client.base_url}/", content=b"x", trust_env=False).status_code)
         assert set(answers) == {200}
-        assert other.asked == 20
+        assert second.asked == 20
 
 
-def test_what_was_sent_is_not_sent_again(two: tuple[Replica, Replica], tmp_path: Path) -> None:
-    one, other = two
-    with balanced(tmp_path, one, other) as client:
-        one.dies = other.dies = True
+def test_a_request_is_never_sent_twice(two: tuple[Replica, Replica], tmp_path: Path) -> None:
+    first, second = two
+    with balanced(tmp_path, first, second) as client:
+        first.dies = second.dies = True
         for times, method in enumerate(("GET", "POST"), start=1):
             assert client.request(method, "/").status_code == 502
-            assert one.asked + other.asked == times
+            assert first.asked + second.asked == times

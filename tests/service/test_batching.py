@@ -1,4 +1,4 @@
-"""The batcher against a graph that says what it was run on."""
+"""The batcher over a graph that notes the shapes of its inputs."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from calmclip.service.batching import Batcher
 
 
 class Graph:
-    """y = 2 x, row by row; remembers the shapes it saw; `gate` holds it back; negative numbers raise `error`."""
+    """y = 2 x, row by row; notes input shapes; `gate` holds it back; negative numbers raise `error`."""
 
     error: type[Exception] = BadRequest
 
@@ -48,7 +48,7 @@ def run(scenario, **options):
 
 
 async def behind(batcher, graph, *calls):
-    """Starts one call that occupies the graph, and ``calls`` behind it."""
+    """Starts a call that occupies the graph, then ``calls``, which wait in the queue."""
     graph.gate.clear()
     first = asyncio.create_task(batcher.run(rows(0, width=9)))
     while batcher.depth or not batcher._worker:
@@ -67,19 +67,19 @@ NEARLY = [TextPreprocess(context=77, multiple=8).width(tokens) for tokens in (5,
         pytest.param([rows(1), rows(2, 3), rows(4)], {}, [(4, 2)], id="merged, and split"),
         pytest.param(
             [rows(1), rows(2, width=3), rows(3), rows(4, width=3)], {}, [(2, 2), (2, 3)],
-            id="other lengths are not merged, and order holds within a length",
+            id="different lengths are not merged; order is kept within a length",
         ),
         pytest.param(
             [rows(i, width=width) for i, width in enumerate(NEARLY)], {}, [(3, 8), (1, 16)],
-            id="texts of nearly one length, whose widths are rounded up",
+            id="texts of similar lengths, whose widths are rounded up",
         ),
         pytest.param([rows(1), rows(2)], {"batch": False}, [(1, 2), (1, 2)], id="a graph without batch"),
-        pytest.param([rows(*range(7))], {"max_size": 3}, [(3, 2), (3, 2), (1, 2)], id="a larger call in pieces"),
+        pytest.param([rows(*range(7))], {"max_size": 3}, [(3, 2), (3, 2), (1, 2)], id="a larger call is split"),
         pytest.param([rows(*range(5))], {"max_bytes": 17}, [(2, 2), (2, 2), (1, 2)], id="8 bytes a row"),
-        pytest.param([rows(1, 2, width=100)], {"max_bytes": 17}, [(1, 100), (1, 100)], id="one row always"),
+        pytest.param([rows(1, 2, width=100)], {"max_bytes": 17}, [(1, 100), (1, 100)], id="at least one row"),
     ],
 )  # fmt: skip
-def test_calls_that_wait_are_merged_as_far_as_they_fit_and_split(calls, options, shapes):
+def test_waiting_calls_are_merged_up_to_the_limits_and_split(calls, options, shapes):
     async def scenario(batcher, graph):
         first, tasks = await behind(batcher, graph, *calls)
         graph.gate.set()
@@ -106,7 +106,7 @@ def test_a_full_queue_is_refused_and_goes_on():
     assert later == [[10, 10]]
 
 
-def test_what_nobody_waits_for_is_not_run():
+def test_a_cancelled_call_is_not_run():
     async def scenario(batcher, graph):
         first, tasks = await behind(batcher, graph, rows(1, width=4), rows(2))
         tasks[0].cancel()
@@ -117,7 +117,7 @@ def test_what_nobody_waits_for_is_not_run():
     assert graph.shapes == [(1, 9), (1, 2)]
 
 
-def test_an_error_reaches_its_callers_and_the_next_call_runs():
+def test_an_error_reaches_its_caller_and_the_next_call_runs():
     async def scenario(batcher, graph):
         with pytest.raises(BadRequest, match="negative"):
             await batcher.run(rows(-1))
@@ -127,54 +127,54 @@ def test_an_error_reaches_its_callers_and_the_next_call_runs():
     assert answer == [[2, 2]]
 
 
-async def told(*tasks):
-    """What each was answered: the first number of its rows, or the name of its error."""
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    return [type(one).__name__ if isinstance(one, Exception) else one.outputs["y"][:, 0].tolist() for one in found]
+async def outcomes(*tasks):
+    """For each task: the first number of each row, or the name of its error."""
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    return [type(a).__name__ if isinstance(a, Exception) else a.outputs["y"][:, 0].tolist() for a in answers]
 
 
 @pytest.mark.parametrize("error", [BadRequest, RuntimeError, MemoryError])
-def test_of_a_merged_run_that_fails_only_the_guilty_call_does(error):
-    seen = []
+def test_in_a_merged_run_that_fails_only_the_faulty_call_fails(error):
+    releases = []
 
     async def scenario(batcher, graph):
         graph.error = error
         first, tasks = await behind(batcher, graph, rows(1), rows(-1), rows(2, 3))
         graph.gate.set()
         await first
-        return await told(*tasks, batcher.run(rows(5)))
+        return await outcomes(*tasks, batcher.run(rows(5)))
 
-    answers, graph = run(scenario, observe=lambda count, release: seen.append((count, release)))
+    answers, graph = run(scenario, observe=lambda count, release: releases.append((count, release)))
     assert answers == [[2], error.__name__, [4, 6], [10]]
-    assert graph.shapes == [(1, 9), (4, 2), (1, 2), (1, 2), (2, 2), (1, 2)]  # once more each, and no more
-    assert seen == [(1, "idle"), (1, "apart"), (2, "apart"), (1, "idle")]  # runs that gave answers
+    assert graph.shapes == [(1, 9), (4, 2), (1, 2), (1, 2), (2, 2), (1, 2)]  # each call runs once more on its own
+    assert releases == [(1, "idle"), (1, "apart"), (2, "apart"), (1, "idle")]  # the runs with answers
 
 
 @pytest.mark.parametrize("error", [BundleInvalid, Overloaded])
-def test_what_no_call_can_have_caused_is_not_tried_again(error):
+def test_an_error_that_no_call_can_cause_is_not_retried(error):
     async def scenario(batcher, graph):
         graph.error = error
         first, tasks = await behind(batcher, graph, rows(-1), rows(1))
         graph.gate.set()
         await first
-        return await told(*tasks)
+        return await outcomes(*tasks)
 
     answers, graph = run(scenario)
     assert answers == [error.__name__] * 2
     assert graph.shapes == [(1, 9), (2, 2)]
 
 
-def test_apart_too_what_is_late_or_given_up_is_not_run():
+def test_late_and_cancelled_calls_are_not_retried_after_a_failed_merged_run():
     async def scenario(batcher, graph):
         first, tasks = await behind(batcher, graph, rows(-1), rows(1))
-        given_up = asyncio.create_task(batcher.run(rows(2)))
+        cancelled = asyncio.create_task(batcher.run(rows(2)))
         late = asyncio.create_task(batcher.run(rows(3), until=perf_counter() + 0.05))
         await asyncio.sleep(0.01)
         first_shape, plain = len(graph.shapes), Graph.__call__
 
         def slow(self, feeds):
             if len(self.shapes) == first_shape + 1:  # the merged run
-                given_up.get_loop().call_soon_threadsafe(given_up.cancel)
+                cancelled.get_loop().call_soon_threadsafe(cancelled.cancel)
                 threading.Event().wait(0.1)
             return plain(self, feeds)
 
@@ -182,7 +182,7 @@ def test_apart_too_what_is_late_or_given_up_is_not_run():
             patch.setattr(Graph, "__call__", slow)
             graph.gate.set()
             await first
-            return await told(*tasks, late)
+            return await outcomes(*tasks, late)
 
     answers, graph = run(scenario)
     assert answers == ["BadRequest", [2], "DeadlineExceeded"]
@@ -190,8 +190,8 @@ def test_apart_too_what_is_late_or_given_up_is_not_run():
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_an_answer_without_a_row_for_each_is_nobody_s(calls):
-    """A graph that sums over its rows would hand the sum to one, and nothing to the other."""
+def test_an_answer_without_a_row_for_each_input_row_is_an_invalid_bundle(calls):
+    """If a graph sums over its rows, the rows cannot be split between the calls."""
 
     async def main():
         batcher = Batcher(lambda feeds: {"y": feeds["x"].sum(0)}, name="sums")
@@ -202,22 +202,22 @@ def test_an_answer_without_a_row_for_each_is_nobody_s(calls):
 
     for answer in asyncio.run(main()):
         assert isinstance(answer, BundleInvalid)
-        assert f"sums was asked {calls} rows and answered 'y' of shape [3]" in str(answer)
+        assert f"sums was called with {calls} rows and answered 'y' of shape [3]" in str(answer)
 
 
-def test_the_oldest_call_waits_for_company_only_while_some_may_come():
+def test_the_oldest_call_waits_for_more_only_while_requests_are_concurrent():
     async def scenario(batcher, graph):
         late = asyncio.create_task(batcher.run(rows(1)))
         await asyncio.sleep(0.01)
         await asyncio.gather(late, batcher.run(rows(2)))
 
-    _, graph = run(scenario, max_wait_s=5.0, max_size=2, company=lambda: True)
+    _, graph = run(scenario, max_wait_s=5.0, max_size=2, concurrent=lambda: True)
     assert graph.shapes == [(2, 2)]
-    _, graph = run(scenario, max_wait_s=5.0, max_size=2, company=lambda: False)
+    _, graph = run(scenario, max_wait_s=5.0, max_size=2, concurrent=lambda: False)
     assert graph.shapes == [(1, 2), (1, 2)]
 
 
-def test_waiting_and_running_are_told_apart():
+def test_queue_time_and_run_time_are_measured_apart():
     async def scenario(batcher, graph):
         first, tasks = await behind(batcher, graph, rows(1))
         await asyncio.sleep(0.05)
@@ -231,13 +231,13 @@ def test_waiting_and_running_are_told_apart():
 
 
 def releases(scenario, **options):
-    """Rows and reason of each run."""
-    seen = []
-    run(scenario, observe=lambda rows, release: seen.append((rows, release)), **options)
-    return seen
+    """The number of rows and the release reason of each run."""
+    observed = []
+    run(scenario, observe=lambda rows, release: observed.append((rows, release)), **options)
+    return observed
 
 
-def test_each_run_says_why_it_was_not_held_back():
+def test_each_run_has_a_release_reason():
     async def alone(batcher, graph):
         await batcher.run(rows(1))
 
@@ -248,7 +248,7 @@ def test_each_run_says_why_it_was_not_held_back():
         batcher.drain()
         await together(batcher, graph)
 
-    busy = {"company": lambda: True}
+    busy = {"concurrent": lambda: True}
     assert releases(alone) == [(1, "idle")]
     assert releases(alone, max_wait_s=0.01, **busy) == [(1, "timeout")]
     assert releases(together, max_wait_s=5.0, max_size=2, **busy) == [(2, "full")]
@@ -260,10 +260,10 @@ def test_calls_of_another_length_do_not_make_a_batch_full():
     async def scenario(batcher, graph):
         await asyncio.gather(*(batcher.run(rows(i, width=2 + i)) for i in range(2)))
 
-    assert releases(scenario, max_wait_s=0.02, max_size=2, company=lambda: True) == [(1, "timeout"), (1, "timeout")]
+    assert releases(scenario, max_wait_s=0.02, max_size=2, concurrent=lambda: True) == [(1, "timeout"), (1, "timeout")]
 
 
-def test_what_is_past_its_deadline_is_dropped_when_its_turn_comes():
+def test_a_call_past_its_deadline_is_dropped_before_its_run():
     async def scenario(batcher, graph):
         first, tasks = await behind(batcher, graph, rows(1))
         late = asyncio.create_task(batcher.run(rows(2), until=perf_counter() + 0.02))
@@ -279,39 +279,39 @@ def test_what_is_past_its_deadline_is_dropped_when_its_turn_comes():
     assert graph.shapes == [(1, 9), (1, 2)]
 
 
-def test_a_caller_s_own_thread_runs_the_graph_when_nobody_is_due():
+def test_the_callers_thread_runs_the_graph_when_no_call_waits():
     async def scenario(batcher, graph):
         answer = await asyncio.to_thread(batcher.run_here, rows(1, 2))
         assert answer.outputs["y"].tolist() == [[2, 2], [4, 4]]
         assert (answer.queue_s, answer.rows) == (0, 2)
-        assert await asyncio.to_thread(batcher.run_here, rows(1, 2, 3)) is None  # more than one run
+        assert await asyncio.to_thread(batcher.run_here, rows(1, 2, 3)) is None  # it needs more than one run
         with pytest.raises(BadRequest, match="negative"):
             await asyncio.to_thread(batcher.run_here, rows(-1))
         first, tasks = await behind(batcher, graph, rows(3))
-        assert await asyncio.to_thread(batcher.run_here, rows(4)) is None  # at work, and somebody waits
+        assert await asyncio.to_thread(batcher.run_here, rows(4)) is None  # the graph runs, and a call waits
         graph.gate.set()
         await asyncio.gather(first, *tasks)
-        assert await asyncio.to_thread(batcher.run_here, rows(5)) is not None  # and free again
+        assert await asyncio.to_thread(batcher.run_here, rows(5)) is not None  # idle again
         await batcher.close()
         assert batcher.run_here(rows(6)) is None
 
-    seen = releases(scenario, max_size=2)
-    assert seen == [(2, "idle"), (1, "idle"), (1, "idle"), (1, "idle")]
+    observed = releases(scenario, max_size=2)
+    assert observed == [(2, "idle"), (1, "idle"), (1, "idle"), (1, "idle")]
 
     async def due(batcher, graph):
         assert await asyncio.to_thread(batcher.run_here, rows(1)) is None
 
-    assert releases(due, company=lambda: True) == []
+    assert releases(due, concurrent=lambda: True) == []
 
 
-def test_the_queue_waits_for_a_run_in_a_caller_s_thread_and_merges_meanwhile():
+def test_the_queue_waits_for_a_run_in_a_callers_thread_and_merges_meanwhile():
     async def scenario(batcher, graph):
         graph.gate.clear()
         here = asyncio.create_task(asyncio.to_thread(batcher.run_here, rows(1)))
         await asyncio.sleep(0.02)
         tasks = [asyncio.create_task(batcher.run(rows(i))) for i in (2, 3)]
         await asyncio.sleep(0.02)
-        assert batcher.depth == 2  # not taken out of the queue, where more can join them
+        assert batcher.depth == 2  # they stay in the queue, where more calls can join them
         tasks.append(asyncio.create_task(batcher.run(rows(4))))
         await asyncio.sleep(0)
         graph.gate.set()

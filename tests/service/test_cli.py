@@ -1,4 +1,4 @@
-"""`serve` and `index` as a person starts them: processes, sockets, signals, exit codes."""
+"""`serve` and `index` from the command line: processes, sockets, signals, exit codes."""
 
 import json
 import os
@@ -44,18 +44,18 @@ def test_serve_until_a_signal(bundles, tmp_path, picture, number, flags):
     assert "Traceback" not in log
     if "--json" in flags:
         lines = [json.loads(line) for line in log.splitlines()]
-        (one,) = [line for line in lines if line.get("id") == "one"]
-        assert (one["path"], one["status"], one["task"], one["model"]) == (
+        (entry,) = [line for line in lines if line.get("id") == "one"]
+        assert (entry["path"], entry["status"], entry["task"], entry["model"]) == (
             "/v1/classify", 200, "classify", "colours-int8",
         )  # fmt: skip
-        assert one["stages_ms"].keys() >= {"read", "decode", "infer"}
+        assert entry["stages_ms"].keys() >= {"read", "decode", "infer"}
     else:
         (line,) = [line for line in log.splitlines() if "path" in line]
         assert r"/no\npath" in line
 
 
-def test_sigterm_finishes_what_is_under_way(bundles, tmp_path, picture, monkeypatch):
-    """A request whose body comes only when new ones are turned away already is answered; probes are, all along."""
+def test_sigterm_finishes_pending_requests(bundles, tmp_path, picture, monkeypatch):
+    """A pending request is answered even if its body arrives after new requests are refused; so are all probes."""
     monkeypatch.setenv("CALMCLIP_GRACE_S", "0.5")
     body = picture("red")
     with serving(bundles, tmp_path / "data") as (process, client, file):
@@ -64,7 +64,7 @@ def test_sigterm_finishes_what_is_under_way(bundles, tmp_path, picture, monkeypa
             process.send_signal(signal.SIGTERM)
             until(lambda: client.get("/readyz").status_code == 503)
             assert client.get("/readyz").json()["failed"] == {"service": "it is shutting down"}
-            answer = client.post("/v1/classify?labels=red", **raw(body))  # the grace: somebody has not noticed yet
+            answer = client.post("/v1/classify?labels=red", **raw(body))  # a new request in the grace period
             assert (answer.status_code, answer.headers["connection"]) == (200, "close")
             until(lambda: client.post("/v1/classify?labels=red", **raw(body)).status_code == 503)
             shed = client.post("/v1/classify?labels=red", **raw(body))
@@ -78,27 +78,27 @@ def test_sigterm_finishes_what_is_under_way(bundles, tmp_path, picture, monkeypa
     assert "Traceback" not in file.read_text()
 
 
-def test_sigterm_under_requests_drops_none(bundles, tmp_path, picture, monkeypatch):
-    """Eight clients that go elsewhere, as a load balancer does, once they are told: none of their requests fails."""
+def test_sigterm_under_load_drops_no_request(bundles, tmp_path, picture, monkeypatch):
+    """Eight clients stop when an answer closes the connection, like a load balancer; no request fails."""
     monkeypatch.setenv("CALMCLIP_GRACE_S", "0.5")
     statuses: list[int] = []
     with serving(bundles, tmp_path / "data") as (process, client, _log):
 
         def ask() -> None:
-            with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as own:
-                told = False
-                while not told:
-                    answer = own.post("/v1/classify?labels=red", **raw(picture("red")))
+            with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as connection:
+                closing = False
+                while not closing:
+                    answer = connection.post("/v1/classify?labels=red", **raw(picture("red")))
                     statuses.append(answer.status_code)
-                    told = answer.headers.get("connection") == "close"
+                    closing = answer.headers.get("connection") == "close"
 
         with ThreadPoolExecutor(8) as pool:
             asking = [pool.submit(ask) for _ in range(8)]
             until(lambda: len(statuses) > 100)
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
-            for one in asking:
-                one.result()
+            for future in asking:
+                future.result()
     assert set(statuses) == {200}
 
 
@@ -107,12 +107,12 @@ def test_headers_are_bounded_but_many_labels_fit(bundles, tmp_path, picture):
         labels = [f"{i:03} " + "x" * 190 for i in range(256)]
         assert client.post("/v1/classify", params={"labels": labels}, **raw(picture("red"))).status_code == 200
         with dial(client) as connection:
-            with suppress(ConnectionError):  # it may hang up while this still writes
+            with suppress(ConnectionError):  # the service may close while this client writes
                 for chunk in (b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: ", *[b"x" * 65536] * 32):
                     connection.sendall(chunk)
             with suppress(ConnectionResetError):
                 assert connection.recv(65536).startswith(b"HTTP/1.1 400")
-                while connection.recv(65536):  # to its end: it hung up, with the endless header at 2 MiB
+                while connection.recv(65536):  # until the service closes; the endless header is at 2 MiB
                     pass
 
 
@@ -126,7 +126,7 @@ def test_index_through_a_service_and_again(bundles, tmp_path, pictures, picture,
 
         first = index()
         assert (first["added"], first["skipped"], first["items"]) == (4, 0, 4)
-        assert [one["id"] for one in first["broken"]] == ["broken.jpg"]
+        assert [entry["id"] for entry in first["broken"]] == ["broken.jpg"]
         assert "JPEG, PNG or WebP" in first["broken"][0]["why"]
         body = {"query": {"text": "yellow"}, "top_k": 1}
         (hit,) = client.post("/v1/collections/c/search", json=body).json()["hits"]
@@ -138,7 +138,7 @@ def test_index_through_a_service_and_again(bundles, tmp_path, pictures, picture,
         assert (again["added"], again["skipped"], again["items"]) == (1, 3, 4)
 
 
-def test_a_service_that_dies_in_between_is_said_and_what_was_written_stays(
+def test_a_service_that_dies_during_indexing_is_reported_and_written_items_stay(
     bundles, tmp_path, pictures, picture, capsys, monkeypatch
 ):
     for i in range(80):
@@ -164,7 +164,7 @@ def test_index_without_a_service(bundles, tmp_path, pictures, capsys, monkeypatc
     monkeypatch.setenv("CALMCLIP_DATA_DIR", str(tmp_path / "data"))
     arguments = ["index", str(pictures), "--collection", "c", "--bundles", str(bundles), "--threads", "1"]
     assert main(arguments) == 0
-    assert "4 added, 0 there already, 1 broken; 4 items" in capsys.readouterr().out
+    assert "4 added, 0 already present, 1 broken; 4 items" in capsys.readouterr().out
     with serving(bundles, tmp_path / "data") as (_, client, _log):
         assert client.get("/v1/collections/c").json()["items"] == 4
 
@@ -172,17 +172,18 @@ def test_index_without_a_service(bundles, tmp_path, pictures, capsys, monkeypatc
 def test_exit_codes(bundles, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CALMCLIP_DATA_DIR", str(tmp_path / "data"))
 
-    def said(status: int, *arguments: object) -> str:
-        assert main([str(one) for one in arguments]) == status
+    def error(status: int, *arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == status
         return capsys.readouterr().err
 
-    assert "export mini" in said(2, "serve", "--bundles", tmp_path / "none")
-    assert "colours-int8" in said(2, "serve", "--bundles", bundles, "--load", "colors-int8")
-    assert "not a folder" in said(2, "index", tmp_path / "none", "--collection", "c", "--bundles", bundles)
-    assert "404" in said(2, "index", tmp_path, "--collection", "../x", "--bundles", bundles)
-    assert "does not answer" in said(2, "index", tmp_path, "--collection", "c", "--url", "http://127.0.0.1:9")
+    assert "export mini" in error(2, "serve", "--bundles", tmp_path / "none")
+    assert "colours-int8" in error(2, "serve", "--bundles", bundles, "--load", "colors-int8")
+    assert "not a folder" in error(2, "index", tmp_path / "none", "--collection", "c", "--bundles", bundles)
+    assert "no /v1/collections/../x" in error(2, "index", tmp_path, "--collection", "../x", "--bundles", bundles)
+    assert "'x?y' is not a name" in error(2, "index", tmp_path, "--collection", "x?y", "--bundles", bundles)
+    assert "does not answer" in error(2, "index", tmp_path, "--collection", "c", "--url", "http://127.0.0.1:9")
     (tmp_path / "broken.png").write_bytes(b"x")
-    said(1, "index", tmp_path, "--collection", "c", "--bundles", bundles)
+    error(1, "index", tmp_path, "--collection", "c", "--bundles", bundles)
     with pytest.raises(SystemExit) as usage:
         main(["index", str(tmp_path)])
     assert usage.value.code == 2
@@ -206,24 +207,24 @@ def test_a_taken_port_is_bad_usage(bundles, tmp_path):
     [("OPS", "nonsense"), ("BATCH__MAX_SIZE", "x"), ("BATCH__LEAST", "1"), ("BATCH", "x"), ("LOG", "xml"),
      ("QUEUE__MAX_PENDING", "-1"), ("SLO__TARGET", "1.5"), ("LIMITS__TEXTS", "10001")],
 )  # fmt: skip
-def test_a_setting_that_makes_no_sense_is_bad_usage_and_named(tmp_path, monkeypatch, capsys, verb, name, value):
-    monkeypatch.chdir(tmp_path)  # nothing is there to be indexed, and nothing is left here
+def test_an_invalid_setting_is_bad_usage_and_named(tmp_path, monkeypatch, capsys, verb, name, value):
+    monkeypatch.chdir(tmp_path)  # an empty folder: nothing to index, and no files are left in the repository
     monkeypatch.setattr("calmclip.service.cli._listen", lambda *_: pytest.fail("it listens"))
     monkeypatch.setenv(f"CALMCLIP_{name}", value)
     assert main(verb) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert (f"CALMCLIP_{name} is '{value}'" if name != "BATCH" else '"batch"') in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert (f"CALMCLIP_{name} is '{value}'" if name != "BATCH" else '"batch"') in error
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(host):
     try:
-        door = _listen(host, 0)
+        listener = _listen(host, 0)
     except BadRequest:
         pytest.skip(f"this machine has no {host}")
-    with door, socket.create_connection(door.getsockname()[:2]):
-        accepted, _ = door.accept()
+    with listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -231,10 +232,10 @@ def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(host):
 def test_metrics_at_their_own_port_and_both_on_the_loopback_address(bundles, tmp_path):
     port = free_port()
     with serving(bundles, tmp_path / "data", CALMCLIP_METRICS_PORT=str(port)) as (process, client, _):
-        own = f"http://127.0.0.1:{port}"
+        metrics_url = f"http://127.0.0.1:{port}"
         assert client.get("/metrics").status_code == 404
-        assert "calmclip_requests_total" in client.get(f"{own}/metrics").text
-        for each in (port, client.base_url.port):  # of 127.0.0.1 alone: a door to all addresses would open here too
+        assert "calmclip_requests_total" in client.get(f"{metrics_url}/metrics").text
+        for each in (port, client.base_url.port):  # a socket on all addresses would accept at 127.0.0.2 too
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.2", each), timeout=5)
         process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Both clients against a real service, held against `Runner` on the same bundle; refusals against a scripted server."""
+"""Both clients against a real service, compared with `Runner` on the same bundle; errors from a scripted server."""
 
 import asyncio
 import inspect
@@ -54,19 +54,19 @@ Ask = Callable[..., Any]
 async def _awaited(url: str, options: dict[str, Any], name: str, *args: Any, **kwargs: Any) -> Any:
     async with AsyncClient(url, **options) as client:
         if name == "items":
-            return [one async for one in client.items(*args, **kwargs)]
+            return [item async for item in client.items(*args, **kwargs)]
         return await getattr(client, name)(*args, **kwargs)
 
 
 def _called(url: str, options: dict[str, Any], name: str, *args: Any, **kwargs: Any) -> Any:
     with Client(url, **options) as client:
-        found = getattr(client, name)(*args, **kwargs)
-        return list(found) if name == "items" else found
+        result = getattr(client, name)(*args, **kwargs)
+        return list(result) if name == "items" else result
 
 
 @pytest.fixture(params=["sync", "async"])
 def asking(request: pytest.FixtureRequest) -> Callable[..., Ask]:
-    """(url, options of the client) -> ask(method, arguments), in the one world or the other."""
+    """(url, options of the client) -> ask(method, arguments), with the sync or the async client."""
 
     def bind(url: object, **options: Any) -> Ask:
         if request.param == "sync":
@@ -88,19 +88,19 @@ def runner(bundles) -> Runner:
 
 def test_classify(ask, runner, picture):
     data = picture("red", "red", "green", "green")
-    found = ask("classify", data, ["red", "blue", "yellow"], templates=["a {} thing"], top_k=2)
+    answer = ask("classify", data, ["red", "blue", "yellow"], templates=["a {} thing"], top_k=2)
     want = runner.classify(data, ["red", "blue", "yellow"], templates=["a {} thing"], top_k=2)
-    assert found.model == "colours-int8"
-    assert [(one.label, one.index) for one in found.labels] == [(one.label, one.index) for one in want]
-    numbers = [x for one in found.labels for x in (one.score, one.cosine)]
-    assert numbers == pytest.approx([x for one in want for x in (one.score, one.cosine)], abs=1e-6)
+    assert answer.model == "colours-int8"
+    assert [(row.label, row.index) for row in answer.labels] == [(row.label, row.index) for row in want]
+    numbers = [x for row in answer.labels for x in (row.score, row.cosine)]
+    assert numbers == pytest.approx([x for row in want for x in (row.score, row.cosine)], abs=1e-6)
 
 
 def test_embed_texts_first(ask, runner, picture):
     texts, images = ["a green thing", "yellow"], [picture("blue"), picture("white")]
-    found = ask("embed", texts=texts, images=images)
-    assert found.dim == 3
-    assert np.array(found.embeddings) == pytest.approx(runner.embed(texts=texts, images=images), abs=1e-6)
+    answer = ask("embed", texts=texts, images=images)
+    assert answer.dim == 3
+    assert np.array(answer.embeddings) == pytest.approx(runner.embed(texts=texts, images=images), abs=1e-6)
 
 
 def test_a_picture_is_a_path_bytes_or_a_file(ask, picture, tmp_path):
@@ -114,30 +114,30 @@ def test_a_picture_is_a_path_bytes_or_a_file(ask, picture, tmp_path):
 
 def test_detect(ask, runner, picture):
     data = picture("red", "green", "blue", "yellow")
-    found = ask("detect", data, ["red", "blue"], min_score=0.9, max_output=3)
-    assert (found.image.width, found.image.height) == (64, 48)
-    assert sorted(one.label for one in found.detections) == ["blue", "red"]
-    used = found.suppression
+    answer = ask("detect", data, ["red", "blue"], min_score=0.9, max_output=3)
+    assert (answer.image.width, answer.image.height) == (64, 48)
+    assert sorted(detection.label for detection in answer.detections) == ["blue", "red"]
+    used = answer.suppression
     assert (used.min_score, used.max_output, used.kept, used.method) == (0.9, 3, 2, "gaussian")
-    asked = {"method": "hard", "iou_threshold": 0.5, "min_score": 0.3, "sigma": 0.7, "per_class": False}
+    suppression = {"method": "hard", "iou_threshold": 0.5, "min_score": 0.3, "sigma": 0.7, "per_class": False}
     shown = [Example(picture("blue"), box=[0, 0, 10.0, 10], label="sea"), Example(picture("red"))]
-    found = ask("detect", data, ["green"], examples=[*shown, picture("green")], **asked)
+    answer = ask("detect", data, ["green"], examples=[*shown, picture("green")], **suppression)
     want = runner.detect(
         data,
         ["green"],
-        suppression=detect.Suppression(**asked),
+        suppression=detect.Suppression(**suppression),
         examples=[detect.Example(picture("blue"), [0, 0, 10, 10], "sea"), picture("red"), picture("green")],
     )
-    assert [(one.label, one.index) for one in found.detections] == [(one.label, one.index) for one in want]
-    boxes = [[one.box.x0, one.box.y0, one.box.x1, one.box.y1] for one in found.detections]
-    assert boxes == [pytest.approx(one.box.tolist(), abs=0.01) for one in want]
-    assert [one.score for one in found.detections] == pytest.approx([one.score for one in want], abs=1e-6)
-    assert {name: getattr(found.suppression, name) for name in asked} == asked
+    assert [(d.label, d.index) for d in answer.detections] == [(d.label, d.index) for d in want]
+    boxes = [[d.box.x0, d.box.y0, d.box.x1, d.box.y1] for d in answer.detections]
+    assert boxes == [pytest.approx(d.box.tolist(), abs=0.01) for d in want]
+    assert [d.score for d in answer.detections] == pytest.approx([d.score for d in want], abs=1e-6)
+    assert {name: getattr(answer.suppression, name) for name in suppression} == suppression
 
 
 def test_collections(ask, runner, picture):
-    made = ask("create_collection", "photos", model="colours-int8")
-    assert made == Collection("photos", "colours-int8", runner.bundle.digest, 3, made.created, 0)
+    created = ask("create_collection", "photos", model="colours-int8")
+    assert created == Collection("photos", "colours-int8", runner.bundle.digest, 3, created.created, 0)
     items = [
         Item("a", text="red", meta={"year": 2020}),
         Item("b", image=picture("green"), meta={"year": 2021, "tags": ["x"]}),
@@ -157,34 +157,34 @@ def test_collections(ask, runner, picture):
 
     assert ask("page", "photos", after="a", limit=1) == Page([StoredItem("b", {"year": 2021, "tags": ["x"]})], "b")
     assert ask("page", "photos", after="b") == Page([StoredItem("c", {})], None)
-    for at_once in (1, 2, 3, 100):
-        assert [one.id for one in ask("items", "photos", at_once=at_once)] == ["a", "b", "c"]
+    for size in (1, 2, 3, 100):
+        assert [item.id for item in ask("items", "photos", page_size=size)] == ["a", "b", "c"]
 
     assert ask("delete_items", "photos", ["a", "z"]) == Count(1, 2)
     assert ask("delete_collection", "photos") is None
     with pytest.raises(NotFound, match="'photos'") as refused:
         ask("collection", "photos")
     assert (refused.value.status, refused.value.slug) == (404, "collection-not-found")
-    assert ask("create_collection", "photos").items == 0  # its name is free
+    assert ask("create_collection", "photos").items == 0  # the name is free again
     ask("delete_collection", "photos")
 
 
 def test_classifiers(ask, runner, picture):
-    made = ask("put_classifier", "pets", ["red", "blue"], templates=["a {}"], descriptions={"red": ["red"]})
-    said = {"red": ["red"]}
-    assert made == Classifier("pets", 1, ["red", "blue"], ["a {}"], said, None, {}, 1.0, None, None, False)
-    assert ask("classifier", "pets") == made
-    assert ask("classifiers") == [made]
+    registered = ask("put_classifier", "pets", ["red", "blue"], templates=["a {}"], descriptions={"red": ["red"]})
+    described = {"red": ["red"]}
+    assert registered == Classifier("pets", 1, ["red", "blue"], ["a {}"], described, None, {}, 1.0, None, None, False)
+    assert ask("classifier", "pets") == registered
+    assert ask("classifiers") == [registered]
     (first, _) = ask("classify", picture("blue"), classifier="pets").labels
     assert first.label == "blue"
     known = [(picture("blue"), "red"), (picture("red"), "blue")]
     fitted = ask("fit_classifier", "pets", known, "prototype", {"scale": 9.0})
     assert (fitted.head, fitted.params, fitted.fitted) == ("prototype", {"scale": 9.0}, True)
-    assert ask("classify", picture("blue"), classifier="pets").labels[0].label == "red"  # as it was told
+    assert ask("classify", picture("blue"), classifier="pets").labels[0].label == "red"  # the fitted label
     assert ask("delete_classifier", "pets") is None
     assert ask("classifiers") == []
-    made = ask("put_classifier", "pets", ["red", "blue"], temperature=2.0, none_below=0.9)
-    assert (made.temperature, made.none_below) == (2.0, 0.9)
+    registered = ask("put_classifier", "pets", ["red", "blue"], temperature=2.0, none_below=0.9)
+    assert (registered.temperature, registered.none_below) == (2.0, 0.9)
     calibrated = ask("calibrate_classifier", "pets", [(picture("blue"), "blue"), (picture("red"), "red")])
     assert (calibrated.version, calibrated.temperature == 2.0) == (2, False)
     assert ask("classify", picture("blue"), classifier="pets", temperature=50.0).none_of_these
@@ -196,31 +196,32 @@ USUAL = Suppression("gaussian", 0.5, 0.3, 0.15, 100, True)
 
 
 def test_models(ask, runner):
-    (one,) = ask("models")
-    assert (one.name, one.digest, one.tasks) == ("colours-int8", runner.bundle.digest, ["classify", "embed", "detect"])
-    assert (one.precision, one.dim, one.labels, one.suppression) == ("int8", 3, 0, USUAL)
+    (model,) = ask("models")
+    assert (model.name, model.tasks) == ("colours-int8", ["classify", "embed", "detect"])
+    assert (model.digest, model.precision) == (runner.bundle.digest, "int8")
+    assert (model.dim, model.labels, model.suppression) == (3, 0, USUAL)
     files = ask("model", "colours-int8")
-    assert files.digest == one.digest
+    assert files.digest == model.digest
     assert files.manifest["classifier"]["head"] == {"name": "cosine", "params": {"scale": 10.0}, "assets": {}}
     assert files.report == json.loads((runner.bundle.directory / "report.json").read_text())
     assert ask("ready") == Ready(True, ["colours-int8"], {})
 
 
-def test_models_say_what_a_detect_request_that_says_nothing_asks_for(settings, serve, bundle_maker, tmp_path, asking):
-    own = {"min_score": 0.25, "method": "hard"}
-    for name, changes in (("plain", {}), ("own", {"suppression": own}), ("words", {"tasks": ["embed"]})):
+def test_models_name_the_defaults_of_a_detect_request(settings, serve, bundle_maker, tmp_path, asking):
+    suppression = {"min_score": 0.25, "method": "hard"}
+    for name, changes in (("plain", {}), ("own", {"suppression": suppression}), ("words", {"tasks": ["embed"]})):
         path = bundle_maker(tmp_path / "bundles", name).directory / "bundle.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": ["detect"]} | changes))
     with serve(settings(bundles_dir=tmp_path / "bundles", limits={"examples": 3})) as client:
         ask = asking(client.base_url)
-        found = {one.name: (one.suppression, one.examples) for one in ask("models")}
-        assert found == {"plain": (USUAL, 3), "own": (replace(USUAL, **own), 3), "words": (None, 0)}
+        defaults = {model.name: (model.suppression, model.examples) for model in ask("models")}
+        assert defaults == {"plain": (USUAL, 3), "own": (replace(USUAL, **suppression), 3), "words": (None, 0)}
         with pytest.raises(Conflict) as refused:
             ask("classify", b"", ["red"])
     assert (refused.value.slug, refused.value.known) == ("task-not-served", ["own", "plain", "words"])
 
 
-def test_refusals_say_what_the_service_said(ask, picture):
+def test_errors_carry_the_problem_of_the_service(ask, picture):
     with pytest.raises(Rejected, match="422 no labels were given") as refused:
         ask("classify", picture("red"), [])
     assert (refused.value.slug, refused.value.title) == ("too-many-labels", "Too few or too many labels")
@@ -252,7 +253,7 @@ def test_a_name_cannot_leave_its_path(ask):
         ("upsert", ("photos", [Item("a", "red", b"")])),
     ],
 )
-def test_what_can_only_be_a_mistake_is_a_type_error(ask, method, args):
+def test_an_impossible_argument_is_a_type_error(ask, method, args):
     with pytest.raises(TypeError, match="expected a"):
         ask(method, *args)
 
@@ -268,9 +269,9 @@ def test_a_service_that_is_still_loading(settings, serve, monkeypatch, asking):
                 ask("embed", texts=["red"])
             assert (refused.value.status, refused.value.slug, refused.value.retry_after) == (503, "overloaded", 1.0)
             ready = client.get("/v2/health/ready")
-            assert (ready.status_code, ready.json()) == (400, {"ready": False})  # the protocol: 4xx is false
-            one = client.get("/v2/models/colours-int8.text/ready")
-            assert (one.status_code, one.headers["retry-after"]) == (503, "1")
+            assert (ready.status_code, ready.json()) == (400, {"ready": False})  # in the protocol 4xx means false
+            loading = client.get("/v2/models/colours-int8.text/ready")
+            assert (loading.status_code, loading.headers["retry-after"]) == (503, "1")
             assert client.get("/v2/health/live").status_code == client.get("/healthz").status_code == 200
             assert client.get("/readyz").status_code == 503
         finally:
@@ -288,7 +289,7 @@ def full(wait: str | None) -> tuple[int, dict[str, str], bytes]:
 
 @pytest.fixture
 def scripted() -> Iterator[tuple[str, list[tuple[int, dict[str, str], bytes]]]]:
-    """A server's URL, and the answers that it gives in turn; what is left of them was not asked for."""
+    """A server's URL, and a list of its answers; an answer leaves the list when it is sent."""
     script: list[tuple[int, dict[str, str], bytes]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -314,22 +315,23 @@ def scripted() -> Iterator[tuple[str, list[tuple[int, dict[str, str], bytes]]]]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that a client waited; none pass."""
-    found: list[float] = []
+    """The seconds that a client would have waited; no time passes."""
+    seconds_waited: list[float] = []
 
     async def slept(seconds: float) -> None:
-        found.append(seconds)
+        seconds_waited.append(seconds)
 
-    monkeypatch.setattr(calmclip.service.client, "time", SimpleNamespace(sleep=found.append))  # the servers sleep on
+    # the client's modules only: the servers still sleep
+    monkeypatch.setattr(calmclip.service.client, "time", SimpleNamespace(sleep=seconds_waited.append))
     monkeypatch.setattr(calmclip.service.client, "asyncio", SimpleNamespace(sleep=slept, to_thread=asyncio.to_thread))
-    return found
+    return seconds_waited
 
 
-def test_a_full_service_is_asked_again_when_it_said(asking, scripted, waits):
+def test_a_full_service_is_asked_again_after_its_retry_after(asking, scripted, waits):
     url, script = scripted
     script += [full("3"), full("1"), GOOD]
     assert asking(url)("embed", texts=["x"]).embeddings == [[1.0]]
-    assert [one for one in waits if one] == [3.0, 1.0]
+    assert [seconds for seconds in waits if seconds] == [3.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -341,16 +343,16 @@ def test_a_full_service_is_asked_again_when_it_said(asking, scripted, waits):
         ({}, full("soon"), None),
     ],
 )
-def test_and_not_when_it_would_be_too_long_or_nobody_knows(asking, scripted, waits, options, answer, after):
+def test_a_long_or_unknown_wait_is_not_retried(asking, scripted, waits, options, answer, after):
     url, script = scripted
     script += [answer, GOOD]
     with pytest.raises(Overloaded) as refused:
         asking(url, **options)("embed", texts=["x"])
     assert (refused.value.detail, refused.value.retry_after) == ("full", after)
-    assert (script, [one for one in waits if one]) == ([GOOD], [])
+    assert (script, [seconds for seconds in waits if seconds]) == ([GOOD], [])
 
 
-def test_retries_come_to_an_end(asking, scripted, waits):
+def test_the_number_of_retries_is_limited(asking, scripted, waits):
     url, script = scripted
     script += [full("1")] * 4
     with pytest.raises(Overloaded):
@@ -379,14 +381,14 @@ def test_other_refusals(asking, scripted, answer, kind, slug):
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"model": "m"}', b"\xff"])
-def test_an_answer_of_somebody_else(asking, scripted, body):
+def test_an_answer_of_another_program(asking, scripted, body):
     url, script = scripted
     script += [(200, {}, body)]
-    with pytest.raises(Unreadable, match="not calmclip's"):
+    with pytest.raises(Unreadable, match="did not answer as calmclip does"):
         asking(url)("embed", texts=["x"])
 
 
-def test_nobody_there(asking):
+def test_no_service_at_the_address(asking):
     with pytest.raises(Unreachable, match=r"127\.0\.0\.1:9 does not answer") as refused:
         asking("http://127.0.0.1:9")("ready")
     assert isinstance(refused.value, ClientError)
@@ -398,7 +400,7 @@ def test_headers_go_with_every_request(client, asking):
     assert refused.value.request_id == "mine"
 
 
-def test_every_call_is_a_method_of_both_clients_that_says_what_it_takes():
+def test_every_call_is_a_method_of_both_clients_with_the_same_docstring_and_parameters():
     calls = {name: value for name, value in vars(Calls).items() if isinstance(value, staticmethod)}
     assert len(calls) > 15
     for name in calls:
@@ -411,15 +413,15 @@ def test_every_call_is_a_method_of_both_clients_that_says_what_it_takes():
             assert inspect.iscoroutinefunction(method) == (kind is AsyncClient)
 
 
-def test_every_endpoint_a_client_is_for_has_a_call():
-    """Pages, metrics and the other protocols have clients of their own."""
-    asked = set()
+def test_every_endpoint_of_the_clients_has_a_call():
+    """Pages, metrics and the compatible protocols have other clients."""
+    called = set()
     for name, make in inspect.getmembers(Calls, inspect.isfunction):
         words = {"image": b"", "text": "t", "items": [], "labels": [], "ids": []}
         needed = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
         call = make(
             **{p.name: words.get(p.name, "NAME") for p in needed}, **({"text": "t"} if name == "search" else {})
         )
-        asked.add(f"{call.method} {call.path.replace('NAME', '{name}')}")
+        called.add(f"{call.method} {call.path.replace('NAME', '{name}')}")
     others = {"GET /problems/{slug}", "GET /metrics", "GET /healthz"}
-    assert asked == {one.name for one in registered() if "compatible" not in one.tags} - others
+    assert called == {endpoint.name for endpoint in registered() if "compatible" not in endpoint.tags} - others

@@ -1,4 +1,4 @@
-"""The one writer of a collection, over a table that only takes notes; and all collections, over such a store."""
+"""The writer of a collection over a table that notes its commits, and all collections over a store of such tables."""
 
 import asyncio
 import threading
@@ -12,12 +12,12 @@ import calmclip.service.collections
 from calmclip.models.errors import BadRequest, CollectionMismatch, CollectionNotFound, Overloaded
 from calmclip.service.collections import Collection, Collections
 from calmclip.service.metrics import Metrics
-from calmclip.service.settings import Settings
+from calmclip.service.settings import Settings, Slo
 from calmclip.service.stores import Info, Row
 
 
 class Notes:
-    """Remembers commits; `gate` holds them back."""
+    """A table that notes commits; `gate` holds them back."""
 
     info = Info("c", "m", "d", 2, "")
 
@@ -54,7 +54,7 @@ def run(scenario, max_pending: int = 64):
     async def main():
         notes = Notes()
         with ThreadPoolExecutor(1) as readers:
-            collection = Collection(notes, Metrics(Settings()), max_pending, readers)
+            collection = Collection(notes, Metrics(Slo()), max_pending, readers)
             await scenario(collection, notes)
             notes.gate.set()
             await collection.close()
@@ -72,7 +72,7 @@ async def behind(collection, notes, *writes):
     return [first, *tasks]
 
 
-def test_what_waits_is_written_together_and_the_later_write_wins():
+def test_waiting_writes_are_merged_and_the_later_write_wins():
     async def scenario(collection, notes):
         writes = [collection.upsert([row("a", 1), row("b", 1)]), collection.upsert([row("a", 2)])]
         tasks = await behind(collection, notes, *writes)
@@ -82,7 +82,7 @@ def test_what_waits_is_written_together_and_the_later_write_wins():
     assert run(scenario).commits == [("upsert", ["first="]), ("upsert", ["a=2", "b=1"])]
 
 
-def test_a_delete_keeps_its_place():
+def test_a_delete_keeps_its_position_among_the_writes():
     async def scenario(collection, notes):
         writes = [collection.upsert([row("a")]), collection.delete(["a", "a"]), collection.upsert([row("b")])]
         tasks = await behind(collection, notes, *writes)
@@ -92,7 +92,7 @@ def test_a_delete_keeps_its_place():
     assert [commit for commit, _ in run(scenario).commits] == ["upsert", "upsert", "delete", "upsert"]
 
 
-def test_a_failed_commit_is_told_to_its_writers_and_the_next_succeeds():
+def test_a_failed_commit_raises_for_its_writers_and_the_next_succeeds():
     async def scenario(collection, notes):
         with pytest.raises(OSError, match="disk full"):
             await collection.upsert([row("bad")])
@@ -102,19 +102,19 @@ def test_a_failed_commit_is_told_to_its_writers_and_the_next_succeeds():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told", "commits"),
+    ("wrong", "outcomes", "commits"),
     [
         ("odd", [1, 1, BadRequest, 2], [["first="], ["a=1"], ["a=2", "b="]]),
-        ("bad", [1, OSError, OSError, OSError], [["first="]]),  # a full disk is nobody's fault, and full for each
+        ("bad", [1, OSError, OSError, OSError], [["first="]]),  # no single write causes a full disk, so all writes fail
     ],
 )
-def test_a_write_that_cannot_be_kept_fails_alone(wrong, told, commits):
+def test_an_invalid_write_does_not_fail_the_writes_merged_with_it(wrong, outcomes, commits):
     async def scenario(collection, notes):
         writes = [[row("a", 1)], [row(wrong)], [row("a", 2), row("b")]]
         tasks = await behind(collection, notes, *map(collection.upsert, writes))
         notes.gate.set()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(one) if isinstance(one, Exception) else one for one in found] == told
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) if isinstance(result, Exception) else result for result in results] == outcomes
 
     assert run(scenario).commits == [("upsert", ids) for ids in commits]
 
@@ -124,7 +124,7 @@ def test_bounds():
         with pytest.raises(BadRequest, match="'a' is given twice"):
             await collection.upsert([row("a"), row("a")])
         tasks = await behind(collection, notes, *[collection.upsert([row(str(i))]) for i in range(2)])
-        with pytest.raises(Overloaded, match="2 writes wait"):
+        with pytest.raises(Overloaded, match="2 writes already wait"):
             await collection.upsert([row("more")])
         notes.gate.set()
         await asyncio.gather(*tasks)
@@ -132,7 +132,7 @@ def test_bounds():
     run(scenario, max_pending=2)
 
 
-def test_close_writes_what_waits_and_takes_no_more():
+def test_close_commits_waiting_writes_and_refuses_new_writes():
     async def scenario(collection, notes):
         tasks = await behind(collection, notes, collection.upsert([row("waiting")]))
         closing = asyncio.create_task(collection.close())
@@ -145,15 +145,15 @@ def test_close_writes_what_waits_and_takes_no_more():
     assert run(scenario).commits[-1] == ("upsert", ["waiting="])
 
 
-def test_what_nobody_waits_for_any_more_is_not_written():
+def test_a_cancelled_write_is_not_committed():
     async def scenario(collection, notes):
         writes = [collection.upsert([row("late")]), collection.delete(["late"]), collection.upsert([row("kept")])]
-        first, late, too_late, kept = await behind(collection, notes, *writes)
+        first, late, too_late, last = await behind(collection, notes, *writes)
         late.cancel()
         too_late.cancel()
         await asyncio.sleep(0.02)
         notes.gate.set()
-        assert await asyncio.gather(first, kept) == [1, 1]
+        assert await asyncio.gather(first, last) == [1, 1]
 
     assert run(scenario).commits == [("upsert", ["first="]), ("upsert", ["kept="])]
 
@@ -167,7 +167,7 @@ def test_compaction_after_many_commits_and_after_fewer_when_idle(monkeypatch):
             await collection.upsert([row(str(i))])
         assert notes.compacted == 1
         await asyncio.sleep(0.15)
-        assert notes.compacted == 1  # one commit is too few
+        assert notes.compacted == 1  # a single commit is below the threshold
         await collection.upsert([row("x")])
         await asyncio.sleep(0.15)
         assert notes.compacted == 2
@@ -177,7 +177,7 @@ def test_compaction_after_many_commits_and_after_fewer_when_idle(monkeypatch):
 
 
 class Shelf:
-    """A store of `Notes`; `gate` holds back what changes it."""
+    """A store of `Notes`; `gate` holds back `create` and `drop`."""
 
     shared = False
 
@@ -218,7 +218,7 @@ def shelf(monkeypatch, scenario, store: Shelf, **limits: int):
     monkeypatch.setattr(calmclip.service.collections, "open_store", lambda url: store)
 
     async def main():
-        collections = Collections(Settings(threads=1, limits=limits), Metrics(Settings()))
+        collections = Collections(Settings(threads=1, limits=limits), Metrics(Slo()))
         try:
             await asyncio.wait_for(scenario(collections), 4)
         finally:
@@ -229,16 +229,16 @@ def shelf(monkeypatch, scenario, store: Shelf, **limits: int):
     asyncio.run(main())
 
 
-async def hang_up(doing):
-    """Starts it and lets go of it."""
-    task = asyncio.create_task(doing)
+async def hang_up(coroutine):
+    """Starts the coroutine and cancels it, like a client that disconnects."""
+    task = asyncio.create_task(coroutine)
     await asyncio.sleep(0.02)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
 
-def test_a_collection_whose_maker_hung_up_is_there(monkeypatch):
+def test_a_collection_exists_if_its_creator_disconnected(monkeypatch):
     store = Shelf()
 
     async def scenario(collections):
@@ -247,19 +247,19 @@ def test_a_collection_whose_maker_hung_up_is_there(monkeypatch):
         await hang_up(collections.create("a", BUNDLE))
         store.gate.set()
         assert (await collections.create("a", BUNDLE))[1] is False
-        assert [one.table for one in await collections.all()] == [store.tables["a"]]
+        assert [collection.table for collection in await collections.all()] == [store.tables["a"]]
 
     shelf(monkeypatch, scenario, store)
 
 
-def test_a_collection_whose_deleter_hung_up_is_gone_and_its_name_free(monkeypatch):
+def test_a_collection_is_deleted_if_its_deleter_disconnected(monkeypatch):
     store = Shelf("a")
     old = store.tables["a"]
 
     async def scenario(collections):
         await collections.load()
         write, *_ = await behind(await collections.get("a"), old)
-        await hang_up(collections.drop("a"))  # while it waits for the write
+        await hang_up(collections.drop("a"))  # while the deletion waits for the write
         old.gate.set()
         assert await write == 1
         assert (await collections.create("a", BUNDLE))[1] is True
@@ -296,7 +296,7 @@ def test_a_collection_that_cannot_be_counted_is_not_open(monkeypatch):
     shelf(monkeypatch, scenario, store)
 
 
-def test_a_collection_that_is_not_deleted_may_be_deleted_again(monkeypatch):
+def test_a_failed_deletion_may_be_repeated(monkeypatch):
     store = Shelf("stuck")
 
     async def scenario(collections):
@@ -304,14 +304,14 @@ def test_a_collection_that_is_not_deleted_may_be_deleted_again(monkeypatch):
         for _ in range(2):
             with pytest.raises(OSError, match="read-only"):
                 await collections.drop("stuck")
-            assert collections.failed == {"collection stuck": "it was not deleted: read-only"}
+            assert collections.failed == {"collection stuck": "the deletion failed: read-only"}
 
     shelf(monkeypatch, scenario, store)
 
 
-def test_nothing_is_told_before_all_are_open(monkeypatch):
+def test_no_collection_is_listed_before_all_are_open(monkeypatch):
     async def scenario(collections):
-        collections.failed["collection bad"] = "one of them does not open; the others are not tried yet"
+        collections.failed["collection bad"] = "it does not open; the others were not opened yet"
         for ask in (collections.all(), collections.get("a")):
             with pytest.raises(Overloaded, match="still being opened"):
                 await ask
@@ -342,7 +342,7 @@ def test_slow_searches_leave_threads_for_writes(monkeypatch):
 def test_no_more_collections_than_allowed(monkeypatch):
     async def scenario(collections):
         await collections.load()
-        with pytest.raises(BadRequest, match="1 collections, the most allowed"):
+        with pytest.raises(BadRequest, match="1 collections, which is the limit"):
             await collections.create("b", BUNDLE)
         await collections.drop("a")
         assert (await collections.create("b", BUNDLE))[1] is True

@@ -1,4 +1,4 @@
-"""Connections that are many, idle, slow to ask or slow to listen: none of them keeps others from being served."""
+"""Many, idle and slow connections: none of them keeps the service from serving others."""
 
 import asyncio
 import socket
@@ -31,44 +31,44 @@ def is_open(connection: socket.socket) -> bool:
         connection.settimeout(10)
 
 
-def test_the_one_that_waited_longest_goes_and_none_at_work():
-    closed, told = [], []
-    connections = Connections(2, lambda: told.append(1))
+def test_the_connection_with_the_longest_idle_time_is_closed_and_no_busy_connection():
+    closed, crowded = [], []
+    connections = Connections(2, lambda: crowded.append(1))
 
     def arrive(name: str) -> None:
         connections.opened(name, lambda: (closed.append(name), connections.lost(name)))
 
     arrive("a")
     arrive("b")
-    connections.works("a")
-    connections.waits("a", lambda: closed.append("a"))  # it was answered, and waits since later than b
+    connections.busy("a")
+    connections.waiting("a", lambda: closed.append("a"))  # it was answered, and is idle for a shorter time than b
     arrive("c")
     assert closed == ["b"]
-    connections.works("a")
-    connections.works("c")
-    arrive("d")  # nobody else waits
+    connections.busy("a")
+    connections.busy("c")
+    arrive("d")  # no other connection is idle
     assert closed == ["b", "d"]
     connections.lost("a")
     arrive("e")
-    assert (closed, len(told), connections.open) == (["b", "d"], 2, 2)
+    assert (closed, len(crowded), connections.open) == (["b", "d"], 2, 2)
 
 
-def test_many_idle_connections_shut_nobody_out(settings, serve):
+def test_many_idle_connections_keep_no_client_out(settings, serve):
     with serve(settings(connections=5)) as client, ExitStack() as stack:
-        mine = 1  # of the client
+        mine = 1  # connection of the client
         idle = []
         for count in range(20):
             idle.append(stack.enter_context(dial(client)))
             until(lambda: metric(client, "calmclip_connections_crowded_total") == max(0, count + 1 + mine - 5))  # noqa: B023
             assert metric(client, "calmclip_connections ") <= 5
-        assert [is_open(one) for one in idle] == [False] * 16 + [True] * 4
+        assert [is_open(connection) for connection in idle] == [False] * 16 + [True] * 4
         assert metric(client, "calmclip_connections_limit") == 5
-        for one in idle[-4:]:
-            one.sendall(PROBE)
-            assert b" 200 " in one.recv(4096)
+        for connection in idle[-4:]:
+            connection.sendall(PROBE)
+            assert b" 200 " in connection.recv(4096)
 
 
-def test_a_request_under_way_keeps_its_connection(settings, serve, picture):
+def test_a_pending_request_keeps_its_connection(settings, serve, picture):
     body = picture("red")
     with serve(settings(connections=3)) as client, ExitStack() as stack:
         working = stack.enter_context(dial(client, picture_head(len(body)) + body[:20]))
@@ -82,23 +82,23 @@ def test_a_request_under_way_keeps_its_connection(settings, serve, picture):
 
 @pytest.mark.parametrize("slow", [b"", PROBE[:-2] + b"X-Slow: " + b"x" * 100])
 @pytest.mark.parametrize("first", [b"", PROBE])
-def test_silence_and_a_head_that_drips_are_ended(client, monkeypatch, first, slow):
-    """Of a new connection, and of one that was answered once."""
+def test_silent_connections_and_slow_heads_are_closed(client, monkeypatch, first, slow):
+    """On a new connection, and after a first answer."""
     monkeypatch.setattr(server, "HEAD_S", 0.3)
-    start, seen = time.monotonic(), b""
+    start, received = time.monotonic(), b""
     with dial(client, first) as connection, suppress(ConnectionError):
         if first:
-            seen = connection.recv(4096)
+            received = connection.recv(4096)
         for byte in slow:
             connection.sendall(bytes([byte]))
             time.sleep(0.02)
         while more := connection.recv(4096):
-            seen += more
-    assert (b" 200 " in seen) == bool(first)
+            received += more
+    assert (b" 200 " in received) == bool(first)
     assert 0.2 < time.monotonic() - start < 2.5
 
 
-def test_a_pause_in_a_body_is_not_taken_for_one_in_a_head(client, picture, monkeypatch):
+def test_the_limit_of_a_head_does_not_hold_for_a_body(client, picture, monkeypatch):
     monkeypatch.setattr(server, "HEAD_S", 0.2)
     body = picture("red")
     with dial(client, picture_head(len(body)) + body[:10]) as connection:
@@ -108,32 +108,32 @@ def test_a_pause_in_a_body_is_not_taken_for_one_in_a_head(client, picture, monke
 
 
 @pytest.mark.parametrize(
-    ("asked", "more", "told"),
+    ("target", "more", "status"),
     [("POST /v1/classify?labels=red", "X-Request-Deadline-Ms: 400\r\n", b" 504 "), ("POST /nothing", "", b" 404 "),
      ("POST /v1/classifiers", "", b" 405 "), ("GET /healthz", "", b" 200 ")],
 )  # fmt: skip
 @pytest.mark.parametrize("drip", [b"x", b""])
-def test_a_body_that_drips_or_never_comes_is_cut_off(client, monkeypatch, asked, more, told, drip):
-    """By the request's deadline, or, where nobody wants it, at once."""
+def test_a_slow_or_missing_body_is_cut_off(client, monkeypatch, target, more, status, drip):
+    """At the request's deadline, or at once if the endpoint reads no body."""
     monkeypatch.setattr(server, "HEAD_S", 0.4)
-    start, seen = time.monotonic(), b""
-    with dial(client, picture_head(1000, asked, more)) as connection:
+    start, received = time.monotonic(), b""
+    with dial(client, picture_head(1000, target, more)) as connection:
         connection.settimeout(0.05)
         with suppress(ConnectionError):
             while time.monotonic() - start < 8:
                 connection.sendall(drip)
                 with suppress(TimeoutError):
-                    found = connection.recv(4096)
-                    seen += found
-                    if not found:
+                    chunk = connection.recv(4096)
+                    received += chunk
+                    if not chunk:
                         break
-    assert told in seen
+    assert status in received
     assert time.monotonic() - start < 4
 
 
 @pytest.fixture(scope="module")
 def page(client):
-    """A request with an answer that no kernel takes in whole."""
+    """A request with an answer that is larger than the kernel's buffers."""
     client.put("/v1/collections/big", json={})
     for start in range(0, ITEMS, 100):
         items = [{"id": f"{i:03}", "text": "red", "meta": {"x": "y" * META}} for i in range(start, start + 100)]
@@ -143,8 +143,8 @@ def page(client):
 
 @pytest.mark.parametrize("ends", [b"Connection: close\r\n\r\n", b"\r\n"])
 @pytest.mark.parametrize("times", [1, 8])
-def test_who_does_not_take_the_answer_is_cut_off(client, page, monkeypatch, ends, times):
-    """Also who asks for more meanwhile: the next answer waits for room."""
+def test_a_client_that_does_not_read_the_answer_is_cut_off(client, page, monkeypatch, ends, times):
+    """Also if it sends more requests meanwhile: the next answer waits for room in the buffer."""
     monkeypatch.setattr(server, "TAKEN_S", 0.3)
     monkeypatch.setattr(server, "HEAD_S", 0.3)
     before = metric(client, "calmclip_connections ")
@@ -154,20 +154,20 @@ def test_who_does_not_take_the_answer_is_cut_off(client, page, monkeypatch, ends
         assert metric(client, "calmclip_requests_pending") == 0
 
 
-def test_who_takes_it_slowly_gets_it_all(client, page, monkeypatch):
+def test_a_slow_reader_gets_the_whole_answer(client, page, monkeypatch):
     monkeypatch.setattr(server, "TAKEN_S", 0.2)
     monkeypatch.setattr(server, "HEAD_S", 0.2)
-    seen, start = 0, time.monotonic()
+    received, start = 0, time.monotonic()
     with dial(client, page + b"Connection: close\r\n\r\n", receive=4096) as connection:
         while more := connection.recv(1 << 16):
-            seen += len(more)
+            received += len(more)
             time.sleep(len(more) / 2e6)
-    assert seen > ITEMS * META
+    assert received > ITEMS * META
     assert time.monotonic() - start > 1
 
 
 class Stuck(asyncio.Transport):
-    """To a client that takes none of the last 100 bytes."""
+    """A connection to a client that reads none of the last 100 bytes."""
 
     closing = aborted = False
 
@@ -187,7 +187,7 @@ class Stuck(asyncio.Transport):
         self.aborted = True
 
 
-def test_the_last_bytes_are_not_waited_for_without_end(settings, monkeypatch):
+def test_waiting_for_the_last_bytes_has_a_limit(settings, monkeypatch):
     monkeypatch.setattr(server, "TAKEN_S", 0.05)
     monkeypatch.setattr(server, "HEAD_S", 0.05)
 
@@ -215,8 +215,8 @@ def test_trailers_are_no_headers(client):
     assert b"from-a-trailer" not in answer
 
 
-def test_trailers_have_an_end(client, monkeypatch):
-    """They are kept nowhere, but one of them might itself be without end."""
+def test_trailers_have_a_limit(client, monkeypatch):
+    """They are not stored, but a single trailer could be endless."""
     monkeypatch.setattr(server, "HEAD_BYTES", 10_000)
     with dial(client, CHUNKED) as connection, suppress(ConnectionError):
         for _ in range(100):
@@ -225,7 +225,7 @@ def test_trailers_have_an_end(client, monkeypatch):
         pytest.fail("600 kB of trailers were read")
 
 
-def test_requests_ahead_of_their_turn_are_counted(client, monkeypatch):
+def test_pipelined_requests_have_a_limit(client, monkeypatch):
     monkeypatch.setattr(server, "AHEAD", 5)
     with dial(client, 6 * PROBE) as connection:
         until(lambda: connection.recv(65536, socket.MSG_PEEK).count(b" 200 OK") == 6)
@@ -234,14 +234,14 @@ def test_requests_ahead_of_their_turn_are_counted(client, monkeypatch):
         assert b" 400 " in connection.recv(65536)
 
 
-def test_who_hangs_up_is_noticed_behind_a_request_of_its_own(client, picture, monkeypatch):
-    """The first of two on one connection is given up; it was answered into nothing, and counted as an error of ours."""
+def test_a_disconnect_is_noticed_behind_a_pipelined_request(client, picture, monkeypatch):
+    """The first of two pipelined requests is cancelled, and is not counted as an error of the service."""
 
     def ended() -> list[str]:
         lines = client.get("/metrics").text.splitlines()
         return [line for line in lines if line.startswith("calmclip_requests_total{") and 'task="classify"' in line]
 
-    async def slow(self, loaded, flow, own):
+    async def slow(self, loaded, flow, borrowed):
         await asyncio.sleep(5)
 
     monkeypatch.setattr(Engine, "answer", slow)

@@ -1,4 +1,4 @@
-"""More than two thousand broken, lying and exotic pictures, the same at each run: each is answered, none with a 5xx."""
+"""More than two thousand broken and unusual pictures, the same in each run: each gets an answer, none a 5xx."""
 
 import io
 import random
@@ -22,7 +22,7 @@ def saved(image: Image.Image, kind: str, **how: object) -> bytes:
 
 
 def originals() -> dict[str, bytes]:
-    """Small pictures of every format that is read, of every mode that it has, and of some that are not read."""
+    """Small pictures: every supported format in each of its modes, and some unsupported formats."""
     noise = np.random.default_rng(SEED).integers(0, 256, (21, 33, 4), np.uint8)
     rgba = Image.fromarray(noise, "RGBA")
     rgb = rgba.convert("RGB")
@@ -58,7 +58,7 @@ def originals() -> dict[str, bytes]:
 
 
 def png_mended(data: bytes) -> bytes:
-    """Each chunk with the check sum of what it holds now, so that a decoder goes on to look at it."""
+    """The PNG with the right checksum on each chunk, so that a decoder does not stop there."""
     out, at = bytearray(data[:8]), 8
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -69,7 +69,7 @@ def png_mended(data: bytes) -> bytes:
 
 
 def resized(data: bytes, width: int, height: int) -> bytes:
-    """The header says another size; the pixels stay."""
+    """The picture with another size in its header and the same pixels."""
     out = bytearray(data)
     if data[:4] == b"\x89PNG":
         struct.pack_into(">II", out, 16, width, height)
@@ -89,24 +89,24 @@ def resized(data: bytes, width: int, height: int) -> bytes:
 def mutated(data: bytes, others: list[bytes], dice: random.Random) -> bytes:
     out = bytearray(data)
     at, length = dice.randrange(len(out)), dice.randrange(1, 64)
-    what = dice.randrange(9)
-    if what == 0:
+    kind = dice.randrange(9)
+    if kind == 0:
         del out[at:]
-    elif what == 1:
+    elif kind == 1:
         for _ in range(dice.choice((1, 3, 20))):
             out[dice.randrange(len(out))] ^= 1 << dice.randrange(8)
-    elif what == 2:  # where headers are
+    elif kind == 2:  # in the header
         for _ in range(dice.choice((1, 3))):
             out[dice.randrange(min(64, len(out)))] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
-    elif what == 3:
+    elif kind == 3:
         return resized(data, dice.choice(SIZES), dice.choice(SIZES))
-    elif what == 4:
+    elif kind == 4:
         del out[at : at + length]
-    elif what == 5:
+    elif kind == 5:
         out[at:at] = dice.randbytes(length)
-    elif what == 6:
+    elif kind == 6:
         out[at : at + length] = out[:length]
-    elif what == 7:
+    elif kind == 7:
         other = dice.choice(others)
         out[at:] = other[dice.randrange(len(other)) :]
     else:
@@ -129,15 +129,15 @@ def test_each_is_answered_and_none_with_a_5xx(client):
     pictures = list(corpus())
     assert len({data for _, data in pictures}) >= 2000
     kinds = ("image/jpeg", "image/png", "image/webp")
-    seen = {}
+    answers = {}
     for number, (name, data) in enumerate(pictures):
-        headers = {"content-type": kinds[number % 3]}  # what it is said to be is never believed
-        seen[name] = client.post("/v1/classify?labels=red", content=data, headers=headers)
-    assert {name for name, answer in seen.items() if answer.status_code not in (200, 413, 415)} == set()
+        headers = {"content-type": kinds[number % 3]}  # the service ignores the declared type
+        answers[name] = client.post("/v1/classify?labels=red", content=data, headers=headers)
+    assert {name for name, answer in answers.items() if answer.status_code not in (200, 413, 415)} == set()
     for name in originals():
         read = name.split()[0] in ("jpeg", "png", "webp")
-        assert seen[name].status_code == (200 if read else 415), name
-    assert {answer.status_code for name, answer in seen.items() if name.endswith("bomb")} == {413}
-    count = Counter(answer.status_code for answer in seen.values())
-    assert all(count[status] >= 50 for status in (200, 413, 415)), count  # it reaches decoders, and what guards them
+        assert answers[name].status_code == (200 if read else 415), name
+    assert {answer.status_code for name, answer in answers.items() if name.endswith("bomb")} == {413}
+    count = Counter(answer.status_code for answer in answers.values())
+    assert all(count[status] >= 50 for status in (200, 413, 415)), count  # it reaches the decoders and all checks
     assert client.get("/readyz").status_code == 200

@@ -1,4 +1,4 @@
-"""service/README.md names every route, setting, metric and problem, none that does not exist, and its examples run."""
+"""The service's pages list every route, setting, metric and problem, and no other; the examples of all pages run."""
 
 import json
 import re
@@ -10,21 +10,25 @@ import jsonschema
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from calmclip import service
+from calmclip.models.cli import main
 from calmclip.service.endpoints import ENDPOINTS
 from calmclip.service.metrics import Metrics
 from calmclip.service.problems import PROBLEMS
-from calmclip.service.settings import Settings
+from calmclip.service.settings import Slo
 from tests.asking import raw
 from tests.test_compose import settings_there
 
-README = (Path(service.__file__).parent / "README.md").read_text(encoding="utf-8")
-ASSETS = Path(__file__).parents[2] / "export" / "samples"
+ROOT = Path(__file__).parents[2]
+ASSETS = ROOT / "export" / "samples"
+USING, CLIENTS, OPERATING, README = (
+    (ROOT / page).read_text(encoding="utf-8")
+    for page in ("docs/using.md", "docs/clients.md", "docs/operating.md", "README.md")
+)
 
 
-def table(title: str) -> dict[str, list[str]]:
-    """First cell without backquotes -> the other cells, of the table under a heading."""
-    section = README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def table(page: str, title: str) -> dict[str, list[str]]:
+    """The table under a heading: first cell without backquotes -> the other cells."""
+    section = page.split(f"\n## {title}\n")[1].split("\n## ", maxsplit=1)[0]
     rows = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in section.splitlines()
@@ -33,41 +37,41 @@ def table(title: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)
 
 
 def test_settings():
-    documented = table("Settings")
-    there = settings_there()
-    assert documented.keys() == there.keys()
-    for name, default in there.items():
-        if default not in ((), None):  # "all" and "under the data directory" are said in words
+    documented = table(OPERATING, "Settings")
+    defaults = settings_there()
+    assert documented.keys() == defaults.keys()
+    for name, default in defaults.items():
+        if default not in ((), None):  # the page describes these defaults in words
             assert type(default)(documented[name][0].strip("`")) == default, name
 
 
 def test_metrics(client, picture):
-    documented = {name: {one for one in row[0].split(", ") if one} for name, row in table("Metrics").items()}
-    metrics = Metrics(Settings())
-    there = {}
+    documented = {name: set(row[0].split(", ")) - {""} for name, row in table(OPERATING, "Metrics").items()}
+    metrics = Metrics(Slo())
+    families = {}
     for family in metrics.registry.collect():
         if family.name.startswith("calmclip_"):
-            there[family.name + ("_total" if family.type == "counter" else "")] = family
-    assert documented.keys() == there.keys()
+            families[family.name + ("_total" if family.type == "counter" else "")] = family
+    assert documented.keys() == families.keys()
     for path in ("/v1/detect?labels=red", "/v1/detect"):
         client.post(path, **raw(picture("red")))
     client.put("/v1/collections/c", json={})
-    seen = set()
+    scraped = set()
     for family in text_string_to_metric_families(client.get("/metrics").text):
         name = family.name + ("_total" if family.type == "counter" else "")
         if name in documented and family.samples:
             assert set(family.samples[0].labels) - {"le"} == documented[name], name
-            seen.add(name)
-    assert seen == documented.keys()
+            scraped.add(name)
+    assert scraped == documented.keys()
 
 
 def test_problems(client):
-    documented = table("Problems")
+    documented = table(USING, "Problems")
     assert {slug: int(row[0]) for slug, row in documented.items()} == {p.slug: p.status for p in PROBLEMS.values()}
     for problem in PROBLEMS.values():
         assert problem.title in client.get(f"/problems/{problem.slug}").text
@@ -75,19 +79,24 @@ def test_problems(client):
 
 def test_routes(client):
     paths = client.get("/openapi.json").json()["paths"]
-    there = {f"{method.upper()} {path}" for path, verbs in paths.items() for method in verbs}
-    assert set(table("Routes")) == set(ENDPOINTS.names()) == there
+    declared = {f"{method.upper()} {path}" for path, verbs in paths.items() for method in verbs}
+    assert set(table(USING, "Routes")) == set(ENDPOINTS.names()) == declared
 
 
-@pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.split("/v1/")[1].split()[0])
-def test_examples_run(client, block):
+@pytest.mark.parametrize("block", [*blocks(USING, "bash"), *blocks(CLIENTS, "bash"), *blocks(README, "bash")])
+def test_examples_run(client, block, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     for line in block.splitlines():
+        if line.startswith(".venv/bin/calmclip "):
+            words = shlex.split(line.replace("http://127.0.0.1:8080", str(client.base_url)))
+            assert main(words[1:]) == 0, capsys.readouterr().err
+            continue
         answer = curl(client, line)
         assert answer.is_success, f"{line}: {answer.text}"
 
 
 def test_the_python_example_runs(client, monkeypatch, capsys):
-    (block,) = blocks("python")
+    (block,) = blocks(CLIENTS, "python")
     monkeypatch.chdir(ASSETS)
     exec(block.replace("http://127.0.0.1:8080", str(client.base_url)), {})
     lines = capsys.readouterr().out.splitlines()
@@ -97,15 +106,27 @@ def test_the_python_example_runs(client, monkeypatch, capsys):
     assert lines[6].startswith("404 collection-not-found ")
 
 
-def test_json_examples_fit_the_schema(client):
-    spec = client.get("/openapi.json").json()
-    for block in blocks("json"):
-        schema = {"components": spec["components"], "$ref": "#/components/schemas/ClassifyBody"}
-        jsonschema.validate(json.loads(block), schema)
+def test_the_python_example_of_the_readme_runs(bundles, monkeypatch, capsys):
+    (block,) = blocks(README, "python")
+    monkeypatch.chdir(ROOT)
+    exec(block.replace("models/bundles/mini-int8", str(bundles / "colours-int8")), {})
+    assert {line.split()[-2] for line in capsys.readouterr().out.splitlines()} == {"cat", "dog"}
+
+
+@pytest.mark.parametrize(("page", "schema"), [(USING, "ClassifyBody"), (README, "ClassifyAnswer")])
+def test_json_examples_match_the_schema(client, page, schema):
+    components = client.get("/openapi.json").json()["components"]
+    (block,) = blocks(page, "json")
+    jsonschema.validate(json.loads(block), {"components": components, "$ref": f"#/components/schemas/{schema}"})
+
+
+def file(name: str) -> Path:
+    """The file that an example names, from the root or from the folder of samples."""
+    return next(folder / name for folder in (ROOT, ASSETS) if (folder / name).exists())
 
 
 def curl(client, line: str):
-    """As much of curl as the examples use."""
+    """The options of curl that the examples use."""
     program, *words = shlex.split(line.replace("mini-int8", "colours-int8"))
     assert program == "curl"
     method, url, headers, body, form = "GET", "", {}, None, []
@@ -120,11 +141,11 @@ def curl(client, line: str):
             headers[name] = value
         elif word in ("-d", "--data-binary"):
             value = words.pop(0)
-            body = (ASSETS / value[1:]).read_bytes() if value.startswith("@") else value
+            body = file(value[1:]).read_bytes() if value.startswith("@") else value
         elif word == "-F":
             name, value = words.pop(0).split("=", 1)
-            file = ASSETS / value[1:]
-            form.append((name, (file.name, file.read_bytes()) if value.startswith("@") else (None, value)))
+            sent = (value, file(value[1:]).read_bytes()) if value.startswith("@") else (None, value)
+            form.append((name, sent))
         else:
             pytest.fail(f"the examples use curl {word}; teach it to this test")
     if method == "GET" and (body is not None or form):

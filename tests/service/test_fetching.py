@@ -1,7 +1,7 @@
-"""Pictures by address: whatever is tried, nothing is fetched but a picture of a named host at a public address.
+"""Pictures by URL: the service fetches only pictures of allowed hosts at public addresses.
 
-The network is a resolver that answers as the test says and a dialler that leads to a TLS server in this process; both
-write down what they were asked for.
+The network is a resolver with the test's answers and a dialler that connects to a TLS server in this process; both
+note their calls.
 """
 
 import asyncio
@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from calmclip.models.errors import ImageTooLarge
 from calmclip.service import fetching
-from calmclip.service.fetching import MOST, Fetcher, NotFetched, is_public
+from calmclip.service.errors import NotFetched
+from calmclip.service.fetching import MAX_URLS, Fetcher, is_public
 from calmclip.service.settings import Limits, Settings
 
 HOST = "images.example.org"
@@ -27,7 +28,7 @@ LIMITS = Limits(image_bytes=5000, body_bytes=12_000)
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
-    """/picture is one; the others are what a host may do instead."""
+    """/picture is a picture; the other paths are faults of a host."""
 
     def do_GET(self) -> None:
         self.server.seen.append((self.path, self.headers["Host"]))
@@ -66,19 +67,19 @@ class Pages(http.server.BaseHTTPRequestHandler):
 
 
 class Network:
-    """``addresses``: what a name resolves to, one list after another; the last one stays."""
+    """``addresses``: the answers of the resolver, one list per call; the last list stays."""
 
     def __init__(self, picture: bytes) -> None:
         self.addresses = [[PUBLIC]]
         self.resolved: list[str] = []
         self.dialled: list[tuple[str, str]] = []
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages)
-        self.server.handle_error = lambda *_: None  # who hangs up is no news here
+        self.server.handle_error = lambda *_: None  # a disconnect is expected
         self.server.picture, self.server.seen, self.names = picture, [], []
-        own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        own.load_cert_chain(PEM)
-        own.sni_callback = lambda _, name, __: self.names.append(name)
-        self.server.socket = own.wrap_socket(self.server.socket, server_side=True, do_handshake_on_connect=False)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(PEM)
+        tls.sni_callback = lambda _, name, __: self.names.append(name)
+        self.server.socket = tls.wrap_socket(self.server.socket, server_side=True, do_handshake_on_connect=False)
         self.trust = ssl.create_default_context(cafile=PEM)
 
     async def resolve(self, host: str) -> list[str]:
@@ -96,13 +97,13 @@ class Network:
 
 @pytest.fixture
 def network(picture) -> Iterator[Network]:
-    found = Network(picture("red"))
-    thread = threading.Thread(target=found.server.serve_forever, kwargs={"poll_interval": 0.01})
+    opened = Network(picture("red"))
+    thread = threading.Thread(target=opened.server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield found
-    found.server.shutdown()
+    yield opened
+    opened.server.shutdown()
     thread.join()
-    found.server.server_close()
+    opened.server.server_close()
 
 
 def test_a_picture_comes_from_the_checked_address_under_its_name(network, picture):
@@ -114,7 +115,7 @@ def test_a_picture_comes_from_the_checked_address_under_its_name(network, pictur
     assert network.server.seen == [("/picture?size=small&x=%2e%2E", HOST)]
 
 
-# RFC 6890 and its IPv6 kin, cloud metadata, and ways to write one address inside another
+# RFC 6890 for IPv4 and IPv6, cloud metadata, and addresses embedded in other addresses
 INSIDE = [
     "127.0.0.1", "127.8.8.8", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1",
     "169.254.169.254", "100.64.0.1", "192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "224.0.0.1",
@@ -128,11 +129,11 @@ INSIDE = [
 
 @pytest.mark.parametrize("address", INSIDE)
 def test_nothing_is_fetched_from_an_address_that_is_not_public(network, address):
-    for found in ([address], [PUBLIC, address], [address, PUBLIC]):
-        network.addresses = [found]
+    for addresses in ([address], [PUBLIC, address], [address, PUBLIC]):
+        network.addresses = [addresses]
         with pytest.raises(NotFetched, match="not public") as error:
             network.fetch(f"https://{HOST}/picture")
-        assert not address or address not in str(error.value)  # where a name leads inside is nobody's business
+        assert not address or address not in str(error.value)  # the error hides internal addresses
     assert network.dialled == []
 
 
@@ -141,8 +142,8 @@ def test_public_addresses_are_public(address):
     assert is_public(address)
 
 
-def test_a_name_that_is_asked_again_would_lead_elsewhere(network):
-    """Rebinding: the first answer is public, every later one is not. There is one question."""
+def test_a_name_is_resolved_once_per_request(network):
+    """DNS rebinding: the first answer is public, every later answer is not."""
     network.addresses = [[PUBLIC], ["127.0.0.1"]]
     network.fetch(f"https://{HOST}/picture")
     assert network.resolved == [HOST]
@@ -154,7 +155,7 @@ def test_a_name_that_is_asked_again_would_lead_elsewhere(network):
 
 def test_a_name_without_addresses(network):
     network.addresses = [[]]
-    with pytest.raises(NotFetched, match="or none"):
+    with pytest.raises(NotFetched, match="no IP address"):
         network.fetch(f"https://{HOST}/picture")
 
 
@@ -178,7 +179,7 @@ def test_a_name_without_addresses(network):
         "https://{}/" + "x" * 2001, "data:image/png;base64,AAAA", "https://{}/\\..\\picture",
     ],
 )  # fmt: skip
-def test_odd_spellings_are_not_even_resolved(network, url):
+def test_invalid_and_misleading_urls_are_not_resolved(network, url):
     with pytest.raises(NotFetched):
         network.fetch(url.replace("{}", HOST))
     assert network.resolved == network.dialled == network.server.seen == []
@@ -188,31 +189,31 @@ def test_odd_spellings_are_not_even_resolved(network, url):
     ("path", "error", "word"),
     [
         ("moved", NotFetched, "302"), ("moved-inside", NotFetched, "301"), ("none", NotFetched, "404"),
-        ("packed", NotFetched, "not packed"), ("large", ImageTooLarge, "5000 bytes"),
+        ("packed", NotFetched, "no content encoding"), ("large", ImageTooLarge, "5000 bytes"),
         ("endless", ImageTooLarge, "5000 bytes"), ("short", NotFetched, "did not give"),
         ("liar", NotFetched, "did not give"),
         ("slow", NotFetched, "0.3 s"),
     ],
 )  # fmt: skip
-def test_hosts_that_do_something_else(network, monkeypatch, path, error, word):
+def test_faults_of_a_host(network, monkeypatch, path, error, word):
     if path == "slow":
-        monkeypatch.setattr(fetching, "SECONDS", 0.3)
+        monkeypatch.setattr(fetching, "TIMEOUT_S", 0.3)
     with pytest.raises(error, match=word):
         network.fetch(f"https://{HOST}/{path}")
     assert len(network.dialled) == len(network.server.seen) == 1
 
 
-def test_a_certificate_of_another_name_is_none(network):
+def test_a_certificate_of_another_name_is_refused(network):
     with pytest.raises(NotFetched, match="did not give"):
         network.fetch("https://other.example.org/picture", hosts=("other.example.org",))
     assert network.server.seen == []
 
 
-def test_a_connection_goes_to_the_address_and_wants_a_certificate_for_the_name(monkeypatch):
-    asked = []
+def test_a_connection_goes_to_the_address_and_requires_a_certificate_for_the_name(monkeypatch):
+    dialled = []
 
     async def open_connection(address: str, port: int, **how: object) -> None:
-        asked.append((address, port, how["server_hostname"], how["ssl"]))
+        dialled.append((address, port, how["server_hostname"], how["ssl"]))
         raise ConnectionRefusedError
 
     monkeypatch.setattr(asyncio, "open_connection", open_connection)
@@ -222,7 +223,7 @@ def test_a_connection_goes_to_the_address_and_wants_a_certificate_for_the_name(m
 
     with pytest.raises(NotFetched):
         asyncio.run(Fetcher([HOST], LIMITS, resolve).fetch(f"https://{HOST}/picture"))
-    ((address, port, name, tls),) = asked
+    ((address, port, name, tls),) = dialled
     assert (address, port, name) == (PUBLIC, 443, HOST)
     assert tls.check_hostname
     assert tls.verify_mode is ssl.CERT_REQUIRED
@@ -237,41 +238,41 @@ def test_over_http(network, settings, serve, picture, monkeypatch):
         assert answer.json()["labels"][0]["label"] == "red"
         embedded = client.post("/v1/embed", json={"inputs": [{"text": "red"}, {"image": shown}]})
         assert len(embedded.json()["embeddings"]) == 2
-        found = client.post("/v1/detect", json={"image": shown, "examples": [{"image": shown}]})
-        assert found.status_code == 200
+        detected = client.post("/v1/detect", json={"image": shown, "examples": [{"image": shown}]})
+        assert detected.status_code == 200
         client.put("/v1/collections/photos", json={})
         item = {"id": "a", "image": shown, "meta": {"image": {"url": "https://127.0.0.1/"}}}
         assert client.post("/v1/collections/photos/items", json={"items": [item]}).status_code == 200
         query = {"query": {"image": shown}}
-        assert [one["id"] for one in client.post("/v1/collections/photos/search", json=query).json()["hits"]] == ["a"]
+        assert [hit["id"] for hit in client.post("/v1/collections/photos/search", json=query).json()["hits"]] == ["a"]
         assert len(network.dialled) == 6
         for url, status, slug in ((f"https://{HOST}/none", 422, "picture-not-fetched"),
                                   ("https://evil.example/x", 422, "picture-not-fetched"),
                                   (f"https://{HOST}/endless", 413, "image-too-large")):  # fmt: skip
             answer = client.post("/v1/classify", json={"image": {"url": url}, "labels": ["red"]})
             assert (answer.status_code, answer.json()["type"]) == (status, f"/problems/{slug}")
-        many = client.post("/v1/embed", json={"inputs": [{"image": shown}] * (MOST + 1)})
+        many = client.post("/v1/embed", json={"inputs": [{"image": shown}] * (MAX_URLS + 1)})
         assert many.status_code == 422
-        assert f"at most {MOST}" in many.json()["detail"]
+        assert f"at most {MAX_URLS}" in many.json()["detail"]
         assert len(network.dialled) == 8
         assert "calmclip_pending_bytes 0.0" in client.get("/metrics").text
 
 
-def test_a_text_in_openai_s_shape_that_is_nothing_but_an_address_is_that_picture(network, settings, serve, monkeypatch):
+def test_a_text_of_an_openai_request_that_is_only_a_url_is_that_picture(network, settings, serve, monkeypatch):
     monkeypatch.setattr(fetching, "_resolve", network.resolve)
     monkeypatch.setattr(Fetcher, "_dial_tls", lambda self, *where: network.dial(*where))
     address = f"https://{HOST}/picture"
     with serve(settings(url_hosts=HOST)) as client:
 
-        def ask(given: object):
-            return client.post("/v1/embeddings", json={"model": "colours-int8", "input": given})
+        def ask(text: object):
+            return client.post("/v1/embeddings", json={"model": "colours-int8", "input": text})
 
-        for given, tokens in ((address, 0), ([address], 0), (["blue", address], 1)):  # a picture has none
-            answer = ask(given).json()
+        for text, tokens in ((address, 0), ([address], 0), (["blue", address], 1)):  # a picture has no tokens
+            answer = ask(text).json()
             assert answer["data"][-1]["embedding"] == [1, 0, 0]
             assert answer["usage"]["prompt_tokens"] == tokens
         assert len(network.dialled) == 3
-        assert ask(f"a {address}").json()["usage"]["prompt_tokens"] > 1  # a text that mentions one
+        assert ask(f"a {address}").json()["usage"]["prompt_tokens"] > 1  # a text that contains a URL
         assert ask([f"http://{HOST}/picture"]).json()["usage"]["prompt_tokens"] > 1
         for other in ("https://evil.example/x", "HTTPS://127.0.0.1/"):
             assert ask(["red", other]).json()["type"] == "/problems/picture-not-fetched"
@@ -282,7 +283,7 @@ def test_a_text_in_openai_s_shape_that_is_nothing_but_an_address_is_that_picture
     assert len(network.dialled) == 3
 
 
-def test_pictures_together_have_a_limit(network):
+def test_the_bytes_of_all_pictures_have_a_limit(network):
     network.server.picture = bytes(4500)
     body = {"inputs": [{"image": {"url": f"https://{HOST}/picture"}} for _ in range(3)]}
     fetcher = Fetcher([HOST], LIMITS, network.resolve, network.dial)
@@ -300,7 +301,7 @@ def test_without_hosts_nothing_is_fetched(network, client, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["127.0.0.1", "*.example.org", "https://example.org", "example.org:80", "::1", "0x7f.0x1", "x"]
 )
-def test_a_host_in_the_settings_is_a_name(name):
-    with pytest.raises(ValidationError, match="no name of a host"):
+def test_a_host_in_the_settings_must_be_a_name(name):
+    with pytest.raises(ValidationError, match="not a host name"):
         Settings(url_hosts=name)
     assert Settings(url_hosts="Images.Example.org, b.example.org").url_hosts == (HOST, "b.example.org")

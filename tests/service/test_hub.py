@@ -1,4 +1,4 @@
-"""Bundles while the service lives: warm before they serve, renewed when they change, at rest when nobody asks."""
+"""Bundles in a running service: warmed up before they serve, reloaded when they change, unloaded when idle."""
 
 import asyncio
 import re
@@ -11,16 +11,16 @@ import pytest
 import calmclip.service.hub
 from calmclip.models.errors import BundleInvalid, Overloaded
 from calmclip.service.hub import Hub
+from calmclip.service.idle_unload import UnloadableSession
 from calmclip.service.metrics import Metrics
-from calmclip.service.resting import Resting
 from tests.asking import raw, until
 
 WORD = {"ids": np.ones((1, 1), np.int64), "mask": np.ones((1, 1), np.int64)}  # "red"
 
 
 @pytest.fixture
-def own(settings, bundle_maker, tmp_path):
-    """Settings over a folder of its own that may be changed."""
+def make_settings(settings, bundle_maker, tmp_path):
+    """A maker of settings over a new folder of bundles, which the test may change."""
     bundle_maker(tmp_path / "bundles", note="old")
     return lambda **changes: settings(bundles_dir=tmp_path / "bundles", **changes)
 
@@ -29,7 +29,7 @@ def at(settings, scenario):
     """Run ``scenario(hub)`` over a hub that has loaded."""
 
     async def main():
-        hub = Hub(settings, Metrics(settings), lambda: False)
+        hub = Hub(settings, Metrics(settings.slo), lambda: False)
         await hub.load()
         try:
             return await scenario(hub)
@@ -43,26 +43,26 @@ def series(hub, name: str, **labels: str) -> float | None:
     return hub.metrics.registry.get_sample_value(f"calmclip_{name}", labels)
 
 
-def test_every_graph_has_run_before_it_is_ready(own, monkeypatch):
+def test_every_graph_runs_before_the_hub_is_ready(make_settings, monkeypatch):
     run: set[str] = set()
 
-    class Told(calmclip.service.hub.Session):
+    class Noted(calmclip.service.hub.Session):
         def run(self, feeds):
             run.add(self.path.stem)
             return super().run(feeds)
 
-    monkeypatch.setattr(calmclip.service.hub, "Session", Told)
+    monkeypatch.setattr(calmclip.service.hub, "Session", Noted)
 
     async def scenario(hub):
         return hub.ready, set(run), series(hub, "bundle_load_seconds", model="colours-int8")
 
-    ready, seen, seconds = at(own(), scenario)
+    ready, graphs, seconds = at(make_settings(), scenario)
     assert ready
-    assert seen == {"image", "text", "regions", "detect"}
+    assert graphs == {"image", "text", "regions", "detect"}
     assert seconds > 0
 
 
-def test_a_bundle_whose_graph_breaks_when_it_runs_does_not_load(own, monkeypatch):
+def test_a_bundle_whose_graph_breaks_when_it_runs_does_not_load(make_settings, monkeypatch):
     def broken(self, feeds):
         raise BundleInvalid("the graph is broken")
 
@@ -71,19 +71,19 @@ def test_a_bundle_whose_graph_breaks_when_it_runs_does_not_load(own, monkeypatch
     async def scenario(hub):
         return hub.ready, hub.failed
 
-    assert at(own(), scenario) == (False, {"colours-int8": "the graph is broken"})
+    assert at(make_settings(), scenario) == (False, {"colours-int8": "the graph is broken"})
 
 
-def test_a_changed_bundle_takes_the_name_and_what_is_under_way_ends_on_the_old_one(own, bundle_maker):
-    settings = own()
+def test_a_changed_bundle_takes_the_name_and_pending_requests_end_on_the_old_bundle(make_settings, bundle_maker):
+    settings = make_settings()
 
     async def scenario(hub):
         old = hub.get("colours-int8", "embed")
-        await hub.renew()
+        await hub.reload()
         assert hub.get("colours-int8", "embed") is old  # nothing has changed
         with old.lease():
             new = bundle_maker(settings.bundles_dir, note="new", replace=True)
-            await hub.renew()
+            await hub.reload()
             assert hub.get("colours-int8", "embed").digest == new.digest != old.digest
             assert hub.by_digest(old.digest) is None
             await asyncio.sleep(0.2)
@@ -100,42 +100,42 @@ def test_a_changed_bundle_takes_the_name_and_what_is_under_way_ends_on_the_old_o
     assert at(settings, scenario) == 1
 
 
-def test_one_that_does_not_load_leaves_the_old_one_where_it_is(own, bundle_maker):
-    settings = own()
+def test_a_changed_bundle_that_does_not_load_does_not_replace_the_old_bundle(make_settings, bundle_maker):
+    settings = make_settings()
 
     async def scenario(hub):
         old = hub.get(None, "embed")
         bundle_maker(settings.bundles_dir, note="broken", replace=True)
         (settings.bundles_dir / "colours-int8" / "text.onnx").write_bytes(b"x")
         for _ in range(2):
-            await hub.renew()
+            await hub.reload()
         assert hub.get(None, "embed") is old
         assert hub.ready
         assert (await old.batchers["text"].run(WORD)).outputs["text_embeds"].tolist() == [[1, 0, 0]]
         failed = series(hub, "bundle_reloads_total", model="colours-int8", outcome="failed")
         bundle_maker(settings.bundles_dir, note="whole", replace=True)
-        await hub.renew()
+        await hub.reload()
         assert hub.get(None, "embed") is not old
         return failed
 
-    assert at(settings, scenario) == 1  # and not tried again until it is another
+    assert at(settings, scenario) == 1  # loading is tried once per version
 
 
-def test_one_that_did_not_load_at_the_start_is_taken_once_it_is_whole(own, bundle_maker):
-    settings = own()
+def test_a_bundle_that_did_not_load_at_the_start_loads_after_its_repair(make_settings, bundle_maker):
+    settings = make_settings()
     (settings.bundles_dir / "colours-int8" / "text.onnx").write_bytes(b"x")
 
     async def scenario(hub):
         assert not hub.ready
         bundle_maker(settings.bundles_dir, note="whole", replace=True)
-        await hub.renew()
+        await hub.reload()
         return hub.ready
 
     assert at(settings, scenario)
 
 
-def test_no_request_fails_while_a_bundle_is_replaced(own, serve, bundle_maker, picture):
-    settings = own(reload_s=0.05)
+def test_no_request_fails_while_a_bundle_is_replaced(make_settings, serve, bundle_maker, picture):
+    settings = make_settings(reload_s=0.05)
     with serve(settings) as client, ThreadPoolExecutor(4) as pool:
 
         def ask(_: int) -> tuple[int, float]:
@@ -149,11 +149,11 @@ def test_no_request_fails_while_a_bundle_is_replaced(own, serve, bundle_maker, p
         assert ask(0) == (200, 1.0)
 
 
-def test_a_graph_nobody_uses_leaves_memory_and_comes_back(own, serve, picture):
+def test_an_idle_graph_is_unloaded_and_opened_again(make_settings, serve, picture):
     def open_graphs(client) -> set[str]:
         return set(re.findall(r'calmclip_graph_open{graph="(\w+)".*} 1.0', client.get("/metrics").text))
 
-    with serve(own(idle_unload_s=0.2)) as client:
+    with serve(make_settings(idle_unload_s=0.2)) as client:
         until(lambda: not open_graphs(client))
         assert client.get("/readyz").status_code == 200
         answer = client.post("/v1/classify?labels=red", **raw(picture("red")))
@@ -161,14 +161,14 @@ def test_a_graph_nobody_uses_leaves_memory_and_comes_back(own, serve, picture):
         assert open_graphs(client) <= {"image", "text"}
 
 
-def test_a_graph_at_rest_whose_bundle_was_replaced_is_not_opened(own, bundle_maker):
-    """Its file belongs to another bundle by now; until that one is loaded, callers are asked to come again."""
-    settings = own()
+def test_an_unloaded_graph_whose_bundle_was_replaced_is_not_opened(make_settings, bundle_maker):
+    """Its file belongs to the new bundle. Until that bundle is loaded, clients are told to retry."""
+    settings = make_settings()
 
     async def scenario(hub):
         old = hub.get(None, "embed")
         bundle_maker(settings.bundles_dir, note="new", replace=True)
-        assert all([graph.rest(0) for graph in old.graphs.values()])
+        assert all([graph.unload(0) for graph in old.graphs.values()])
         with pytest.raises(Overloaded, match="being replaced") as refused:
             await old.batchers["text"].run(WORD)
         shutil.rmtree(settings.bundles_dir / "colours-int8")
@@ -179,17 +179,17 @@ def test_a_graph_at_rest_whose_bundle_was_replaced_is_not_opened(own, bundle_mak
     assert at(settings, scenario) == "replaced"
 
 
-def test_a_bundle_that_was_replaced_by_a_broken_one_is_not_put_to_rest(own, bundle_maker):
-    settings = own(idle_unload_s=1e-9)
+def test_a_bundle_that_was_replaced_by_a_broken_one_is_not_unloaded(make_settings, bundle_maker):
+    settings = make_settings(idle_unload_s=1e-9)
 
     async def scenario(hub):
         old = hub.get(None, "embed")
         bundle_maker(settings.bundles_dir, note="broken", replace=True)
         (settings.bundles_dir / "colours-int8" / "text.onnx").write_bytes(b"x")
         for _ in range(2):
-            await hub.rest()
-            await hub.renew()
-        assert not old.rests
+            await hub.unload_idle()
+            await hub.reload()
+        assert not old.unloaded
         assert hub.ready
         return (await old.batchers["text"].run(WORD)).outputs["text_embeds"].tolist()
 
@@ -197,30 +197,30 @@ def test_a_bundle_that_was_replaced_by_a_broken_one_is_not_put_to_rest(own, bund
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_graph_at_rest_that_lost_its_files_is_told_until_there_are_some(own, bundle_maker, gone):
-    """Its callers are not asked to come again, and who asks whether the service is ready hears why not."""
-    settings = own(idle_unload_s=1e-9)
+def test_an_unloaded_graph_that_lost_its_files_is_reported_until_a_bundle_loads(make_settings, bundle_maker, gone):
+    """Its clients are not told to retry, and readiness names the reason."""
+    settings = make_settings(idle_unload_s=1e-9)
     folder = settings.bundles_dir / "colours-int8"
 
     async def scenario(hub):
         old = hub.get(None, "embed")
-        await hub.rest()
-        assert old.rests
+        await hub.unload_idle()
+        assert old.unloaded
         if gone:
             shutil.rmtree(folder)
         else:
             bundle_maker(settings.bundles_dir, note="broken", replace=True)
             (folder / "text.onnx").write_bytes(b"x")
         for _ in range(2):
-            await hub.renew()
+            await hub.reload()
         assert not hub.ready
         why = hub.failed["colours-int8"]
         assert ("no bundle at" if gone else "text.onnx") in why
-        with pytest.raises(BundleInvalid, match="was at rest, and the new one is not loaded") as refused:
+        with pytest.raises(BundleInvalid, match="was unloaded, and the new bundle is not loaded") as refused:
             await old.batchers["text"].run(WORD)
         assert why in str(refused.value)
         bundle_maker(settings.bundles_dir, note="old", replace=not gone)  # the same as before
-        await hub.renew()
+        await hub.reload()
         answer = await hub.get(None, "embed").batchers["text"].run(WORD)
         assert hub.ready
         return answer.outputs["text_embeds"].tolist()
@@ -228,11 +228,11 @@ def test_a_graph_at_rest_that_lost_its_files_is_told_until_there_are_some(own, b
     assert at(settings, scenario) == [[1, 0, 0]]
 
 
-def test_where_nobody_looks_for_changes_a_replaced_graph_at_rest_asks_for_a_restart(own, bundle_maker):
-    settings = own(idle_unload_s=1e-9, reload_s=0)
+def test_without_reloads_a_replaced_unloaded_graph_asks_for_a_restart(make_settings, bundle_maker):
+    settings = make_settings(idle_unload_s=1e-9, reload_s=0)
 
     async def scenario(hub):
-        await hub.rest()
+        await hub.unload_idle()
         bundle_maker(settings.bundles_dir, note="new", replace=True)
         with pytest.raises(BundleInvalid, match="restart the service"):
             await hub.get(None, "embed").batchers["text"].run(WORD)
@@ -241,7 +241,7 @@ def test_where_nobody_looks_for_changes_a_replaced_graph_at_rest_asks_for_a_rest
 
 
 class Graph:
-    """A session that says whether it was asked while it ran."""
+    """A session that calls ``during`` while it runs."""
 
     def __init__(self, during):
         self.during = during
@@ -251,21 +251,21 @@ class Graph:
         return {"y": feeds["x"]}
 
 
-def test_resting_opens_when_asked_and_never_rests_while_it_runs():
-    now, opened, closed, rested = [0.0], [], [], []
-    resting = Resting(
-        lambda: Graph(lambda: rested.append(resting.rest(0))), opened.append, lambda: closed.append(1), lambda: now[0]
+def test_a_session_opens_on_demand_and_is_never_unloaded_while_it_runs():
+    now, opened, closed, tried = [0.0], [], [], []
+    session = UnloadableSession(
+        lambda: Graph(lambda: tried.append(session.unload(0))), opened.append, lambda: closed.append(1), lambda: now[0]
     )
     assert len(opened) == 1
     now[0] = 9.0
-    assert not resting.rest(10)
-    assert resting.run({"x": 1}) == {"y": 1}
-    assert rested == [False]
+    assert not session.unload(10)
+    assert session.run({"x": 1}) == {"y": 1}
+    assert tried == [False]
     now[0] = 18.0
-    assert not resting.rest(10)
+    assert not session.unload(10)
     now[0] = 19.0
-    assert resting.rest(10)
-    assert not resting.rest(10)  # it rests already
+    assert session.unload(10)
+    assert not session.unload(10)  # it is unloaded already
     assert (len(opened), len(closed)) == (1, 1)
-    assert resting.run({"x": 2}) == {"y": 2}
+    assert session.run({"x": 2}) == {"y": 2}
     assert len(opened) == 2

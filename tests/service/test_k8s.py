@@ -13,7 +13,7 @@ from calmclip import service
 from calmclip.service.app import create_app
 from calmclip.service.metrics import Metrics
 from calmclip.service.monitoring import rules
-from calmclip.service.settings import Settings
+from calmclip.service.settings import Settings, Slo
 from tests.test_compose import STAGES, settings_there
 
 FOLDER = Path(service.__file__).parent / "deploy" / "k8s"
@@ -27,7 +27,7 @@ VERSIONS = {
     "ServiceMonitor": "monitoring.coreos.com/v1",
     "PrometheusRule": "monitoring.coreos.com/v1",
 }
-CLOSING_S = 5  # to end the process after the last answer
+CLOSING_S = 5  # from the last answer to the end of the process
 
 
 def manifests() -> Iterator[dict[str, Any]]:
@@ -35,29 +35,29 @@ def manifests() -> Iterator[dict[str, Any]]:
         yield from yaml.safe_load_all((FOLDER / name).read_text())
 
 
-KINDS = {one["kind"]: one for one in manifests()}
+KINDS = {manifest["kind"]: manifest for manifest in manifests()}
 DEPLOYMENT = KINDS["Deployment"]["spec"]
 POD = DEPLOYMENT["template"]["spec"]
 (CONTAINER,) = POD["containers"]
-ENVIRONMENT = {one["name"]: one.get("value") for one in CONTAINER["env"]}
+ENVIRONMENT = {variable["name"]: variable.get("value") for variable in CONTAINER["env"]}
 LABELS = DEPLOYMENT["template"]["metadata"]["labels"]
 
 
 def seconds(text: str) -> float:
-    """A probe's whole patience."""
+    """How long a probe may fail before Kubernetes acts."""
     probe = CONTAINER[text]
     return float(probe["periodSeconds"] * probe["failureThreshold"])
 
 
-def test_every_kind_is_there_once_in_its_version_and_every_file_is_used() -> None:
-    found = [(one["kind"], one["apiVersion"]) for one in manifests()]
-    assert sorted(found) == sorted(VERSIONS.items())
-    assert {one["metadata"]["name"] for one in manifests()} == {"calmclip"}
+def test_every_kind_appears_once_in_its_version_and_every_file_is_used() -> None:
+    kinds = [(manifest["kind"], manifest["apiVersion"]) for manifest in manifests()]
+    assert sorted(kinds) == sorted(VERSIONS.items())
+    assert {manifest["metadata"]["name"] for manifest in manifests()} == {"calmclip"}
     other = {"kustomization.yml", "prometheus-adapter.yml", "README.md"}
     assert {file.name for file in FOLDER.iterdir()} == {*KUSTOMIZATION["resources"], *other}
 
 
-def test_selectors_meet_the_labels_of_what_they_select() -> None:
+def test_selectors_match_the_labels_of_their_targets() -> None:
     assert DEPLOYMENT["selector"]["matchLabels"] == LABELS
     assert KINDS["Service"]["spec"]["selector"] == LABELS
     assert KINDS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == LABELS
@@ -65,9 +65,9 @@ def test_selectors_meet_the_labels_of_what_they_select() -> None:
     (spread,) = POD["topologySpreadConstraints"]
     assert spread["labelSelector"]["matchLabels"] == LABELS
     target = KINDS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
-    of = KINDS[target["kind"]]
-    assert (target["apiVersion"], target["name"]) == (of["apiVersion"], of["metadata"]["name"])
-    assert "replicas" not in DEPLOYMENT, "an apply would undo what the autoscaler did"
+    scaled = KINDS[target["kind"]]
+    assert (target["apiVersion"], target["name"]) == (scaled["apiVersion"], scaled["metadata"]["name"])
+    assert "replicas" not in DEPLOYMENT, "kubectl apply would overwrite the autoscaler's number of replicas"
 
 
 def test_one_port_from_the_image_to_the_scrape() -> None:
@@ -77,7 +77,9 @@ def test_one_port_from_the_image_to_the_scrape() -> None:
     assert of_service["targetPort"] == port["name"]
     (endpoint,) = KINDS["ServiceMonitor"]["spec"]["endpoints"]
     assert endpoint["port"] == of_service["name"]
-    assert KINDS["Service"]["metadata"]["name"] == "calmclip"  # the Operator's job; the rules ask for it
+    assert (
+        KINDS["Service"]["metadata"]["name"] == "calmclip"
+    )  # the Operator makes it the job, and the rules name the job
     assert any('up{job="calmclip"}' in alert.expr for alert in rules.ALERTS)
     assert all(CONTAINER[name]["httpGet"]["port"] == port["name"] for name in CONTAINER if name.endswith("Probe"))
 
@@ -92,8 +94,8 @@ def test_paths_are_routes() -> None:
 def test_the_container_is_an_ordinary_user_that_writes_only_into_volumes() -> None:
     inside, of_pod = CONTAINER["securityContext"], POD["securityContext"]
     assert of_pod["runAsNonRoot"]
-    made = next(text for text in STAGES["service"].all("RUN") if "useradd" in text)
-    assert re.search(rf"--uid {of_pod['runAsUser']}\b", made)
+    command = next(text for text in STAGES["service"].all("RUN") if "useradd" in text)
+    assert re.search(rf"--uid {of_pod['runAsUser']}\b", command)
     assert of_pod["seccompProfile"] == {"type": "RuntimeDefault"}
     assert inside == {
         "allowPrivilegeEscalation": False,
@@ -101,8 +103,8 @@ def test_the_container_is_an_ordinary_user_that_writes_only_into_volumes() -> No
         "capabilities": {"drop": ["ALL"]},
     }
     assert POD["automountServiceAccountToken"] is False
-    paths = {one["name"]: one["mountPath"] for one in CONTAINER["volumeMounts"]}
-    assert paths.keys() == {one["name"] for one in POD["volumes"]}
+    paths = {volume["name"]: volume["mountPath"] for volume in CONTAINER["volumeMounts"]}
+    assert paths.keys() == {volume["name"] for volume in POD["volumes"]}
     assert set(paths.values()) == {STAGES["service"].env()["CALMCLIP_DATA_DIR"], "/tmp"}
 
 
@@ -116,7 +118,7 @@ def test_every_setting_exists_and_takes_its_value(monkeypatch: pytest.MonkeyPatc
     assert "memory" in CONTAINER["resources"]["limits"]
 
 
-def test_a_pod_has_the_time_to_leave_without_dropping_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pod_has_time_to_shut_down_without_dropping_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CALMCLIP_GRACE_S", "CALMCLIP_DEADLINE_MS"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     settings = Settings()
@@ -124,7 +126,7 @@ def test_a_pod_has_the_time_to_leave_without_dropping_anybody(monkeypatch: pytes
     assert settings.grace_s > seconds("readinessProbe")
 
 
-def test_the_autoscaler_asks_for_what_the_adapter_makes_of_metrics_that_exist() -> None:
+def test_the_autoscaler_reads_a_metric_that_the_adapter_computes_from_existing_metrics() -> None:
     (metric,) = KINDS["HorizontalPodAutoscaler"]["spec"]["metrics"]
     (rule,) = yaml.safe_load((FOLDER / "prometheus-adapter.yml").read_text())["rules"]["custom"]
     assert metric["type"] == "Pods"
@@ -132,20 +134,16 @@ def test_the_autoscaler_asks_for_what_the_adapter_makes_of_metrics_that_exist() 
     target = metric["pods"]["target"]
     assert target["type"] == "AverageValue"
     assert 0 < int(target["averageValue"].removesuffix("m")) / 1000 < 1  # a ratio
-    there = {family.name for family in Metrics(Settings()).registry.collect()}
+    families = {family.name for family in Metrics(Slo()).registry.collect()}
     named = set(re.findall(r"calmclip_\w+", rule["seriesQuery"] + rule["metricsQuery"]))
     assert named == {"calmclip_queue_depth", "calmclip_queue_limit"}
-    assert named <= there
+    assert named <= families
     assert re.match(rule["name"]["matches"], "calmclip_queue_depth")
     assert (
         KINDS["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > KINDS["PodDisruptionBudget"]["spec"]["maxUnavailable"]
     )
 
 
-def test_the_image_that_kustomize_names_is_the_deployment_s() -> None:
-    (image,) = KUSTOMIZATION["images"]
-    assert image["name"] == CONTAINER["image"]
-
-
-def test_the_operator_gets_the_rules_of_the_monitoring_kit() -> None:
+def test_kustomize_names_the_image_of_the_deployment_and_the_operator_gets_the_monitoring_rules() -> None:
+    assert [image["name"] for image in KUSTOMIZATION["images"]] == [CONTAINER["image"]]
     assert KINDS["PrometheusRule"]["spec"] == json.loads((rules.FOLDER / "rules.json").read_text())

@@ -1,4 +1,4 @@
-"""kill -9 while clients write over HTTP: what was acknowledged is there afterwards, and no upsert is there by half."""
+"""kill -9 while clients write over HTTP: every acknowledged upsert is stored, and no upsert is stored in part."""
 
 import random
 import threading
@@ -16,7 +16,7 @@ COLOURS = ["red", "green", "blue", "yellow"]
 
 
 class Client(threading.Thread):
-    """Writes new items, and over and over its four own ones, until the service is gone; remembers what was answered."""
+    """Writes new items and overwrites the same four items until the service is gone; notes the answered upserts."""
 
     def __init__(self, url: str, name: str) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class Client(threading.Thread):
                 while True:
                     self.sent += 1
                     fresh = [f"{self.name}-{self.sent}-{i}" for i in range(TOGETHER)]
-                    own = [f"{self.name.partition('.')[0]}-own-{i}" for i in range(TOGETHER)]
+                    overwritten = [f"{self.name.partition('.')[0]}-same-{i}" for i in range(TOGETHER)]
                     meta = {"batch": f"{self.name}-{self.sent}", "at": time.time()}
                     items = [
                         {"id": id_, "text": text, "meta": meta}
-                        for id_, text in zip(fresh + own, COLOURS * 2, strict=True)
+                        for id_, text in zip(fresh + overwritten, COLOURS * 2, strict=True)
                     ]
                     answer = client.post("/v1/collections/c/items", json={"items": items})
                     assert answer.status_code == 200, answer.text
@@ -45,7 +45,7 @@ class Client(threading.Thread):
 
 
 def rounds(bundles, data, count, **environment) -> int:
-    """How many upserts were acknowledged, over all rounds."""
+    """The number of acknowledged upserts over all rounds."""
     chance = random.Random(0)
     acknowledged: set[str] = set()
     clients: list[Client] = []
@@ -57,45 +57,45 @@ def rounds(bundles, data, count, **environment) -> int:
             if turn == count:
                 return len(acknowledged)
             clients = [Client(str(client.base_url), f"c{i}.{turn}") for i in range(CLIENTS)]
-            for one in clients:
-                one.start()
+            for writer in clients:
+                writer.start()
             before = time.monotonic()
-            while not all(one.acknowledged for one in clients):
+            while not all(writer.acknowledged for writer in clients):
                 assert time.monotonic() < before + 20
                 time.sleep(0.01)
             time.sleep(chance.uniform(0.02, 0.4))
             process.kill()
-            for one in clients:
-                one.join()
-            acknowledged |= {f"{one.name}-{n}" for one in clients for n in one.acknowledged}
+            for writer in clients:
+                writer.join()
+            acknowledged |= {f"{writer.name}-{n}" for writer in clients for n in writer.acknowledged}
     raise AssertionError
 
 
 def check(client: httpx.Client, acknowledged: set[str], clients: list[Client]) -> None:
     fresh: dict[str, int] = defaultdict(int)
-    own: dict[str, set[str]] = defaultdict(set)
+    overwritten: dict[str, set[str]] = defaultdict(set)
     after: dict[str, str] = {}
     while True:
         page = client.get("/v1/collections/c/items", params={"limit": 1000, **after}).json()
         for item in page["items"]:
             batch = item["meta"]["batch"]
-            if "-own-" in item["id"]:
-                own[item["id"].partition("-")[0]].add(batch)
+            if "-same-" in item["id"]:
+                overwritten[item["id"].partition("-")[0]].add(batch)
             else:
                 assert item["id"].startswith(batch + "-")
                 fresh[batch] += 1
         if page["next"] is None:
             break
         after = {"after": page["next"]}
-    assert not acknowledged - fresh.keys(), "acknowledged and lost"
-    assert set(fresh.values()) == {TOGETHER}, "half an upsert"
-    for one in clients:
-        (batch,) = own[one.name.partition(".")[0]]  # all four of one upsert,
+    assert not acknowledged - fresh.keys(), "acknowledged upserts are lost"
+    assert set(fresh.values()) == {TOGETHER}, "an upsert is stored in part"
+    for writer in clients:
+        (batch,) = overwritten[writer.name.partition(".")[0]]  # all four items are of the same upsert
         turn, number = batch.rpartition("-")[::2]
-        assert turn == one.name
-        assert int(number) in (one.acknowledged[-1], one.sent)  # the last one answered, or the one then under way
+        assert turn == writer.name
+        assert int(number) in (writer.acknowledged[-1], writer.sent)  # the last answered upsert, or the killed upsert
     hits = client.post("/v1/collections/c/search", json={"query": {"text": "red"}, "top_k": 5}).json()["hits"]
-    assert [one["score"] for one in hits] == pytest.approx([1] * 5, abs=1e-5)
+    assert [hit["score"] for hit in hits] == pytest.approx([1] * 5, abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])

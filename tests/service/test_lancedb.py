@@ -1,4 +1,4 @@
-"""The index of vectors through writes and compactions: what LanceDB makes of it is not taken on trust."""
+"""The recall of LanceDB's vector index through writes and compactions."""
 
 import numpy as np
 import pytest
@@ -23,14 +23,14 @@ def write(table, start, end):
     table.upsert([Row(f"{i:05}", VECTORS[i], {"even": i % 2 == 0}) for i in range(start, end)])
 
 
-def recall(table, there, where=()):
+def recall(table, present, where=()):
     hits = 0
     for query in VECTORS[-40:]:
-        cosines = VECTORS[there].astype(np.float64) @ query
-        found = table.search(query, 10, where)
-        hits += len({one.id for one in found} & {f"{there[i]:05}" for i in np.argsort(-cosines)[:10]})
-        assert [one.score for one in found] == pytest.approx(
-            [float(VECTORS[int(one.id)] @ query) for one in found], abs=1e-5
+        cosines = VECTORS[present].astype(np.float64) @ query
+        nearest = table.search(query, 10, where)
+        hits += len({hit.id for hit in nearest} & {f"{present[i]:05}" for i in np.argsort(-cosines)[:10]})
+        assert [hit.score for hit in nearest] == pytest.approx(
+            [float(VECTORS[int(hit.id)] @ query) for hit in nearest], abs=1e-5
         )
     return hits / 400
 
@@ -39,7 +39,7 @@ def near(table):
     return [index.name for index in table._table.list_indices() if index.columns == ["vector"]]
 
 
-def test_an_index_is_made_kept_and_made_anew(table):
+def test_an_index_is_built_kept_and_rebuilt(table):
     write(table, 0, 900)
     table.compact()
     assert near(table) == []
@@ -48,7 +48,7 @@ def test_an_index_is_made_kept_and_made_anew(table):
     assert near(table) == ["near2000"]
     assert recall(table, np.arange(2000)) >= 0.99
     write(table, 2000, 3900)
-    assert recall(table, np.arange(3900)) >= 0.99  # those written since are read too
+    assert recall(table, np.arange(3900)) >= 0.99  # rows that are newer than the index are searched too
     table.compact()
     assert near(table) == ["near2000"]
     assert recall(table, np.arange(3900)) >= 0.99

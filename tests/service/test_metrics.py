@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from calmclip.models.errors import StoreUnavailable
-from calmclip.service.metrics import EDGES_S, STAGES, outcome
+from calmclip.service.metrics import EDGES_S, STAGES
 from calmclip.service.parts import Service
 from calmclip.service.request import Context
 from tests.asking import raw
@@ -46,39 +46,39 @@ def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
             value(samples, "stage_duration_seconds_sum", task="detect", stage="infer", graph=graph, **model)
             for graph in ("text", "regions", "detect")
         )
-        told = dict(entry.split(";dur=") for entry in timing.split(", "))
-        assert inferred == pytest.approx(float(told["infer"]) / 1000, abs=1e-5)
+        durations = dict(entry.split(";dur=") for entry in timing.split(", "))
+        assert inferred == pytest.approx(float(durations["infer"]) / 1000, abs=1e-5)
         stages = {dict(labels)["stage"] for name, labels in samples if name == "calmclip_stage_duration_seconds_count"}
         assert stages <= set(STAGES)
         assert value(samples, "detections_kept_sum", **model) == 4
         assert value(samples, "detections_candidates_sum", **model) == 4
         assert ("process_resident_memory_bytes", frozenset()) in samples
         info = [dict(labels) for name, labels in samples if name == "calmclip_bundle_info"]
-        assert [(one["model"], one["precision"]) for one in info] == [("colours-int8", "int8")]
+        assert [(bundle["model"], bundle["precision"]) for bundle in info] == [("colours-int8", "int8")]
 
 
-def test_stages_are_told_in_the_order_of_a_request_and_none_is_left_out(client, picture):
+def test_the_header_lists_all_stages_in_the_order_of_a_request(client, picture):
     assert client.put("/v1/collections/order", json={}).status_code == 201
     answers = [
         client.post("/v1/classify?labels=red", **raw(picture("red"))),
         client.post("/v1/collections/order/items", json={"items": [{"id": "a", "text": "red"}]}),
         client.post("/v1/collections/order/search", json={"query": {"text": "red"}}),
     ]
-    seen: list[set[str]] = []
+    stages: list[set[str]] = []
     for answer in answers:
-        names, times = zip(*(one.split(";dur=") for one in answer.headers["server-timing"].split(", ")), strict=True)
-        seen.append({*names})
+        names, times = zip(*(s.split(";dur=") for s in answer.headers["server-timing"].split(", ")), strict=True)
+        stages.append({*names})
         assert [*names] == [stage for stage in (*STAGES, "total") if stage in names]
         *parts, total = map(float, times)
         assert min(parts) >= 0
         assert sum(parts) <= total + 0.1  # rounded to 0.01 ms each
-    assert seen[0] == {"read", "decode", "preprocess", "queue", "infer", "postprocess", "serialize", "total"}
-    assert set.union(*seen) == {*STAGES, "total"}
+    assert stages[0] == {"read", "decode", "preprocess", "queue", "infer", "postprocess", "serialize", "total"}
+    assert set.union(*stages) == {*STAGES, "total"}
     page = re.search(r"const STAGES = \[(.*?)\]", client.get("/app.js").text)[1]
-    assert set(re.findall(r'"(\w+)"', page)) >= {*STAGES}  # each has a colour there
+    assert set(re.findall(r'"(\w+)"', page)) >= {*STAGES}  # each has a colour in the page
 
 
-def test_labels_never_hold_what_a_caller_chose(client, picture):
+def test_labels_never_hold_text_from_a_request(client, picture):
     client.post("/v1/classify?labels=red&model=secret-model", **raw(picture("red")))
     client.get("/v1/collections/secret-name")
     client.get("/secret/path")
@@ -96,14 +96,14 @@ def test_the_objective_is_a_bucket_edge(settings, serve):
 
 
 def outliers(client) -> dict[tuple[str, str, str], float]:
-    found = {labels: one for (name, labels), one in scrape(client).items() if "outliers" in name}
-    return {tuple(dict(labels)[key] for key in ("model", "graph", "statistic")): one for labels, one in found.items()}
+    series = {labels: number for (name, labels), number in scrape(client).items() if "outliers" in name}
+    return {tuple(dict(labels)[key] for key in ("model", "graph", "statistic")): n for labels, n in series.items()}
 
 
 def test_outliers_of_loaded_bundles_come_from_their_reports_and_change_with_them(
     settings, serve, bundle_maker, tmp_path
 ):
-    """The report of the service's conftest: the image graph's largest is 40, the text graph's 6."""
+    """The report in conftest.py: the largest value of the image graph is 40, of the text graph 6."""
     bundle_maker(tmp_path / "bundles")
     numbers = {("image", "max_inf_norm"): 40, ("image", "avg_inf_norm"): 20, ("image", "max_kurtosis"): 80,
                ("image", "avg_kurtosis"): 40, ("text", "max_inf_norm"): 6, ("text", "avg_inf_norm"): 3,
@@ -130,14 +130,14 @@ def test_a_deleted_collection_has_no_series(client):
     [(200, "", "", "ok"), (204, "", "", "ok"), (404, "not-found", "", "client_error"), (499, "", "", "cancelled"),
      (422, "invalid-request", "", "client_error"), (503, "overloaded", "queue", "shed"), (503, "", "", "ok"),
      (503, "store-unavailable", "", "error"), (504, "deadline-exceeded", "", "deadline"),
-     (500, "internal", "", "error"), (200, "internal", "", "error")],  # the last broke after it had begun
+     (500, "internal", "", "error"), (200, "internal", "", "error")],  # the last one failed within its answer
 )  # fmt: skip
 def test_outcomes(status, problem, shed, wanted):
-    assert outcome(Context("id", 1.0, status=status, problem=problem, shed=shed)) == wanted
+    assert Context("id", 1.0, status=status, problem=problem, shed=shed).outcome == wanted
 
 
-def test_probes_are_told_apart_from_what_they_watch_and_a_no_is_an_answer(settings, serve, monkeypatch):
-    """A service that is leaving says no to whoever asks, which is not a request that it turned away."""
+def test_probes_are_counted_as_catalog_and_not_ready_is_an_answer(settings, serve, monkeypatch):
+    """A service that shuts down answers probes with "not ready"; that is an answer, and not a rejected request."""
     with serve(settings()) as client:
         monkeypatch.setattr(Service, "ready", False)
         assert client.get("/readyz").status_code == 503
@@ -145,10 +145,10 @@ def test_probes_are_told_apart_from_what_they_watch_and_a_no_is_an_answer(settin
         for path in ("/healthz", "/v2/health/live", "/v2", "/v2/models/colours-int8.text"):
             assert client.get(path).status_code == 200
         counted = [dict(labels) for name, labels in scrape(client) if name == "calmclip_requests_total"]
-        assert {(one["task"], one["outcome"]) for one in counted} == {("catalog", "ok")}
+        assert {(series["task"], series["outcome"]) for series in counted} == {("catalog", "ok")}
 
 
-def test_a_store_that_does_not_answer_is_our_error_and_nothing_was_turned_away(settings, serve, monkeypatch):
+def test_a_store_that_does_not_answer_is_an_error_of_the_service_and_not_a_shed_request(settings, serve, monkeypatch):
     def away(*_):
         raise StoreUnavailable("the database does not answer")
 

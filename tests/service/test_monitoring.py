@@ -12,13 +12,13 @@ from prometheus_client import Histogram
 
 from calmclip.service.metrics import Metrics
 from calmclip.service.monitoring import dashboard, rules
-from calmclip.service.settings import Settings
+from calmclip.service.settings import Slo
 from tests.process import installed
 
 FOLDER = Path(dashboard.__file__).parent
 RUNBOOK = FOLDER / "README.md"
 UNIT_TESTS = Path(__file__).with_name("rules_test.yml")
-SCRAPE_LABELS = {"job", "instance"}  # put on every series by Prometheus itself
+SCRAPE_LABELS = {"job", "instance"}  # Prometheus adds them to every series
 GENERAL = {"up", "process_resident_memory_bytes"}  # of Prometheus and of every Python client
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 
@@ -31,8 +31,8 @@ PANELS = [
 ]
 QUERIES = [
     *PANELS,
-    *((f"{one.record}{dict(one.labels)}", "", one.expr) for one in rules.RECORDS),
-    *((f"{one.name}{dict(one.more)}", "", expr) for one in rules.ALERTS for expr in one.conditions),
+    *((f"{record.record}{dict(record.labels)}", "", record.expr) for record in rules.RECORDS),
+    *((f"{alert.name}{dict(alert.more)}", "", expr) for alert in rules.ALERTS for expr in alert.conditions),
 ]
 EXPRESSIONS = pytest.mark.parametrize(("legend", "expr"), [q[1:] for q in QUERIES], ids=[q[0] for q in QUERIES])
 
@@ -40,15 +40,15 @@ EXPRESSIONS = pytest.mark.parametrize(("legend", "expr"), [q[1:] for q in QUERIE
 @pytest.fixture(scope="module")
 def series() -> dict[str, set[str]]:
     """Series name -> its labels, as /metrics has them."""
-    found = dict.fromkeys(GENERAL, SCRAPE_LABELS)
-    for collector in vars(Metrics(Settings())).values():
+    names = dict.fromkeys(GENERAL, SCRAPE_LABELS)
+    for collector in vars(Metrics(Slo())).values():
         for family in collector.describe() if hasattr(collector, "_labelnames") else ():
             labels = {*collector._labelnames, *SCRAPE_LABELS, *(["le"] if isinstance(collector, Histogram) else [])}
-            found |= {family.name + suffix: labels for suffix in SUFFIXES[family.type]}
-    for one in rules.RECORDS:
-        grouped = re.match(r"max by \((\w+)\)", one.expr)
-        found[one.record] = {*dict(one.labels), *(grouped.groups() if grouped else ())}
-    return found
+            names |= {family.name + suffix: labels for suffix in SUFFIXES[family.type]}
+    for record in rules.RECORDS:
+        grouped = re.match(r"max by \((\w+)\)", record.expr)
+        names[record.record] = {*dict(record.labels), *(grouped.groups() if grouped else ())}
+    return names
 
 
 @EXPRESSIONS
@@ -71,8 +71,8 @@ def test_an_expression_names_only_series_and_labels_that_exist(
         assert label in series[name], f"{name} has no label {label}"
     for label in grouped | shown:
         assert any(label in series[name] for name in names), f"none of {names} has a label {label}"
-    whole = set() if grouped else set.union(*(series[name] for name in names))
-    assert shown <= grouped | whole, "a label that was summed away cannot be shown"
+    ungrouped = set() if grouped else set.union(*(series[name] for name in names))
+    assert shown <= grouped | ungrouped, "a legend shows a label that the expression aggregates away"
 
 
 def test_variables_name_series_and_labels_that_exist(series: dict[str, set[str]]) -> None:
@@ -81,7 +81,7 @@ def test_variables_name_series_and_labels_that_exist(series: dict[str, set[str]]
         assert label in series[name]
 
 
-def test_the_files_are_what_panels_and_rules_say() -> None:
+def test_the_files_are_generated_from_panels_and_rules() -> None:
     for file, uid in dashboard.FILES.items():
         assert file.read_text(encoding="utf-8") == dashboard.text(uid), (
             "run: python -m calmclip.service.monitoring.dashboard"
@@ -92,11 +92,12 @@ def test_the_files_are_what_panels_and_rules_say() -> None:
 
 
 @pytest.mark.parametrize("file", dashboard.FILES, ids=lambda file: file.stem)
-def test_panels_have_their_own_ids_and_places_and_variables_that_the_board_has(file: Path) -> None:
+def test_panels_have_distinct_ids_and_cells_and_use_the_variables_of_their_board(file: Path) -> None:
     board = json.loads(file.read_text(encoding="utf-8"))
     panels = board["panels"]
-    used = set(re.findall(r"\$(\w+)", " ".join(target["expr"] for one in panels for target in one.get("targets", ()))))
-    assert used - {"__rate_interval"} == {one["name"] for one in board["templating"]["list"]}
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    used = set(re.findall(r"\$(\w+)", " ".join(expressions)))
+    assert used - {"__rate_interval"} == {variable["name"] for variable in board["templating"]["list"]}
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
     for at in (panel["gridPos"] for panel in panels):
@@ -125,45 +126,45 @@ def test_prometheus_accepts_its_configuration_and_rules_and_every_expression(tmp
     promtool("check", "rules", tmp_path / "rules.yml")
 
 
-def test_the_rules_do_what_their_unit_tests_say_and_every_alert_has_one_in_which_it_fires(tmp_path: Path) -> None:
+def test_the_rules_pass_their_unit_tests_and_every_alert_fires_in_one(tmp_path: Path) -> None:
     cases = yaml.safe_load(UNIT_TESTS.read_text())["tests"]
-    fires = {one["alertname"] for case in cases for one in case.get("alert_rule_test", ()) if one["exp_alerts"]}
+    fires = {test["alertname"] for case in cases for test in case.get("alert_rule_test", ()) if test["exp_alerts"]}
     assert fires == {alert.name for alert in rules.ALERTS}
     for file in (UNIT_TESTS, FOLDER / "rules.json"):
         shutil.copy(file, tmp_path)
     promtool("test", "rules", tmp_path / UNIT_TESTS.name)
 
 
-def test_every_alert_links_to_its_section_of_the_runbook_and_that_has_no_other() -> None:
-    told = re.findall(r"^## (\w+)\n\n\S", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(told) == sorted({alert.name for alert in rules.ALERTS})
+def test_every_alert_links_to_its_section_of_the_runbook_which_has_no_other_section() -> None:
+    sections = re.findall(r"^## (\w+)\n\n\S", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(sections) == sorted({alert.name for alert in rules.ALERTS})
     for alert in rules.ALERTS:
         path, anchor = alert.rule()["annotations"]["runbook"].split("#")
         assert (FOLDER.parents[1] / path).samefile(RUNBOOK)
-        assert anchor in [name.lower() for name in told]
+        assert anchor in [name.lower() for name in sections]
 
 
 def test_burn_rates_are_those_of_the_workbook() -> None:
-    """Google, The Site Reliability Workbook, chapter 5, table 5-8, and its short windows, a twelfth of the long."""
-    assert [(one.factor, one.long, one.short, one.severity) for one in rules.BURNS] == [
+    """Google, The Site Reliability Workbook, chapter 5, table 5-8. A short window is a twelfth of the long window."""
+    assert [(burn.factor, burn.long, burn.short, burn.severity) for burn in rules.BURNS] == [
         (14.4, "1h", "5m", "page"),
         (6, "6h", "30m", "page"),
         (3, "1d", "2h", "ticket"),
         (1, "3d", "6h", "ticket"),
     ]
     hours = {"m": 1 / 60, "h": 1, "d": 24}
-    for one in rules.BURNS:
-        long, short = (int(text[:-1]) * hours[text[-1]] for text in (one.long, one.short))
+    for burn in rules.BURNS:
+        long, short = (int(text[:-1]) * hours[text[-1]] for text in (burn.long, burn.short))
         assert long == pytest.approx(12 * short)
-        assert one.seconds == long * 3600
+        assert burn.seconds == long * 3600
 
 
-def test_alertmanager_sends_to_receivers_that_exist_and_tells_nobody_by_default() -> None:
+def test_alertmanager_names_existing_receivers_and_notifies_nobody_by_default() -> None:
     config = yaml.safe_load((FOLDER / "alertmanager.yml").read_text())
     assert config["receivers"] == [{"name": config["route"]["receiver"]}]
     severities = {alert.severity for alert in rules.ALERTS}
     names = {alert.name for alert in rules.ALERTS}
-    labels = {"alertname", "severity", *(label for one in rules.RECORDS for label in dict(one.labels))}
+    labels = {"alertname", "severity", *(label for record in rules.RECORDS for label in dict(record.labels))}
     assert set(config["route"]["group_by"]) <= labels
     for rule in config["inhibit_rules"]:
         for matcher in rule["source_matchers"] + rule["target_matchers"]:

@@ -1,4 +1,4 @@
-"""Every expression of every panel and rule, asked of a real Prometheus while a service is under load."""
+"""A real Prometheus evaluates every expression of every panel and rule while a service is under load."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ SECONDS = 12  # of load
 
 
 def load(url: str, picture: bytes, until: float) -> None:
-    """All that a panel shows: answers, faults of callers, late and shed requests, writes, searches, new words."""
+    """Load for every panel: answers, client errors, late and shed requests, writes, searches, uncached texts."""
     numbers = count()
     bodies = {
         "classify?labels=red,blue": picture,
@@ -48,15 +48,15 @@ def load(url: str, picture: bytes, until: float) -> None:
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    with collecting() as found:
-        yield found
+    with collecting() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def prometheus(
     tmp_path_factory: pytest.TempPathFactory, bundle_maker, picture, collector: Collector
 ) -> Iterator["Prometheus"]:
-    """One that has watched a service under load."""
+    """A Prometheus that has scraped a service under load."""
     installed("prometheus", "the expressions are only read, by test_monitoring.py")
     folder = tmp_path_factory.mktemp("live")
     bundle_maker(folder / "bundles")
@@ -88,7 +88,7 @@ def prometheus(
 
 
 def reload(bundles: Path, bundle_maker) -> None:
-    """One changed bundle that loads, and one that does not."""
+    """Replace the bundle with a version that loads, then with a version that does not."""
     bundle_maker(bundles, note="again", replace=True)
     time.sleep(1.5)
     directory = bundles / "colours-int8"
@@ -99,7 +99,7 @@ def reload(bundles: Path, bundle_maker) -> None:
 
 
 class Prometheus:
-    """The repository's, but for where the service is, how often it looks, and that nobody is told."""
+    """Prometheus with the repository's configuration, except for target, intervals and Alertmanager."""
 
     def __init__(self, folder: Path, port: int) -> None:
         config = yaml.safe_load((rules.FOLDER / "prometheus.yml").read_text())
@@ -124,7 +124,7 @@ class Prometheus:
 
     @contextmanager
     def running(self) -> Iterator["Prometheus"]:
-        """Yields once it has seen the service."""
+        """Yields after the first successful scrape of the service."""
         process = subprocess.Popen(self.command)
         try:
             for _ in range(300):
@@ -145,36 +145,36 @@ class Prometheus:
         return answer["data"]
 
     def ask(self, promql: str) -> list[tuple[dict[str, str], float]]:
-        return [(one["metric"], float(one["value"][1])) for one in self.get("query", query=promql)["result"]]
+        return [(series["metric"], float(series["value"][1])) for series in self.get("query", query=promql)["result"]]
 
     def highest(self, promql: str, within: dict[str, str]) -> list[float]:
-        """Of each series with these labels, over the time of the load: a gauge may be at rest by now."""
+        """The maximum of each series with these labels during the load; a gauge may be back at zero now."""
         text = promql.replace("$__rate_interval", "10s").replace("$model", ".*").replace("$task", ".*")
-        found = self.ask(f"max_over_time(({text})[{SECONDS + 5}s:1s])")
-        return [value for labels, value in found if within.items() <= labels.items()]
+        maxima = self.ask(f"max_over_time(({text})[{SECONDS + 5}s:1s])")
+        return [value for labels, value in maxima if within.items() <= labels.items()]
 
 
 @dataclass(frozen=True)
 class Question:
     promql: str
-    within: tuple[tuple[str, str], ...] = ()  # labels of the series that are meant
+    within: tuple[tuple[str, str], ...] = ()  # labels of the expected series
 
 
 QUESTIONS = {
     **{name: Question(expr) for name, _, expr in PANELS},
-    **{f"{one.record}{dict(one.labels)}": Question(one.record, one.labels) for one in rules.RECORDS},
-    **{f"{one.name}{dict(one.more)}: {expr}": Question(expr) for one in rules.ALERTS for expr in one.conditions},
+    **{f"{record.record}{dict(record.labels)}": Question(record.record, record.labels) for record in rules.RECORDS},
+    **{f"{rule.name}{dict(rule.more)}: {expr}": Question(expr) for rule in rules.ALERTS for expr in rule.conditions},
 }
 
 
-def test_every_expression_of_a_panel_or_a_rule_has_data_that_the_load_caused(prometheus: Prometheus) -> None:
-    found = {name: prometheus.highest(one.promql, dict(one.within)) for name, one in QUESTIONS.items()}
-    assert not [name for name, values in found.items() if not values]
-    zero = {name for name, values in found.items() if not any(value and isfinite(value) for value in values)}
-    assert {QUESTIONS[name].promql.partition("{")[0] for name in zero} == {"calmclip_failed"}  # all opened
+def test_the_load_gives_data_to_every_expression_of_a_panel_or_a_rule(prometheus: Prometheus) -> None:
+    highest = {name: prometheus.highest(question.promql, dict(question.within)) for name, question in QUESTIONS.items()}
+    assert not [name for name, values in highest.items() if not values]
+    zero = {name for name, values in highest.items() if not any(value and isfinite(value) for value in values)}
+    assert {QUESTIONS[name].promql.partition("{")[0] for name in zero} == {"calmclip_failed"}  # nothing failed to open
 
 
-def test_every_rule_is_evaluated_without_an_error_and_the_broken_bundle_is_told(prometheus: Prometheus) -> None:
+def test_every_rule_is_evaluated_without_an_error_and_the_broken_bundle_fires_an_alert(prometheus: Prometheus) -> None:
     every = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert len(every) == len(rules.RECORDS) + len(rules.ALERTS)
     assert {rule["health"] for rule in every} == {"ok"}, [rule.get("lastError") for rule in every]
@@ -186,6 +186,6 @@ def test_exemplars_lead_from_prometheus_to_the_collector(prometheus: Prometheus,
     for name in ("request", "stage"):
         query = f'calmclip_{name}_duration_seconds_bucket{{task="classify"}}'
         series = prometheus.get("query_exemplars", query=query, start=str(time.time() - 60), end=str(time.time()))
-        found = {exemplar["labels"]["trace_id"] for one in series for exemplar in one["exemplars"]}
-        assert found
-        assert found <= sent
+        trace_ids = {exemplar["labels"]["trace_id"] for entry in series for exemplar in entry["exemplars"]}
+        assert trace_ids
+        assert trace_ids <= sent

@@ -1,4 +1,4 @@
-"""The op library as the service uses it: by its setting, told in the log and the metrics."""
+"""The op library in the service: its setting, its line in the log and its metric."""
 
 import logging
 
@@ -12,9 +12,9 @@ from calmclip.service import hub
 
 
 @pytest.fixture
-def told(settings, serve, monkeypatch, caplog):
-    """Serve with a setting; -> what the log says of the library, labels of `calmclip_ops_info`, who prepares pictures,
-    and the options of the sessions."""
+def observe(settings, serve, monkeypatch, caplog):
+    """Serve with a setting -> the log line about the library, the labels of `calmclip_ops_info`, the libraries that
+    prepare pictures, and the options of the sessions."""
     sessions: list[SessionOptions] = []
     bundles = []
 
@@ -48,8 +48,8 @@ def told(settings, serve, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
-def test_with_the_library(told, library, mode):
-    line, labels, prepare, sessions = told(mode)
+def test_with_the_library(observe, library, mode):
+    line, labels, prepare, sessions = observe(mode)
     assert line.startswith(f"op library {library.sha256[:12]}, ")
     assert labels["sha256"] == library.sha256
     sets = labels["isa"].split(",")
@@ -59,10 +59,10 @@ def test_with_the_library(told, library, mode):
     assert {options.ops for options in sessions} == {mode}
 
 
-def test_off_means_off_to_pictures_and_graphs(told, library, monkeypatch):
+def test_off_holds_for_pictures_and_graphs(observe, library, monkeypatch):
     looked: list[object] = []
     monkeypatch.setattr("calmclip.models.ops.library.look", lambda folder: looked.append(folder) or library)
-    line, labels, prepare, sessions = told("off")
+    line, labels, prepare, sessions = observe("off")
     assert not looked
     assert line == "CALMCLIP_OPS=off: bundles run their own functions"
     assert labels == {"sha256": "", "isa": "none"}
@@ -70,25 +70,25 @@ def test_off_means_off_to_pictures_and_graphs(told, library, monkeypatch):
     assert {options.ops for options in sessions} == {"off"}
 
 
-def test_without_one_it_is_said_once(told, tmp_path, monkeypatch):
+def test_a_missing_library_is_logged_once(observe, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
-    line, labels, prepare, _ = told("auto")
+    line, labels, prepare, _ = observe("auto")
     assert line == "no op library is built: bundles run their own functions"
     assert labels["isa"] == "none"
     assert prepare == [None] * 2
 
 
-def test_demanded_and_absent_nothing_starts(bundles, tmp_path, monkeypatch, capsys):
+def test_a_required_library_that_is_missing_stops_the_start(bundles, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     monkeypatch.setattr("calmclip.service.cli._listen", lambda *_: pytest.fail("it listens"))
     monkeypatch.setenv("CALMCLIP_OPS", "required")
     assert main(["serve", "--bundles", str(bundles)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "no op library is built, and CALMCLIP_OPS=required. Run 'calmclip ops build'" in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no op library is built, and CALMCLIP_OPS=required. Run 'calmclip ops build'" in error
 
 
-def test_demanded_and_absent_an_app_without_the_command_line_is_not_ready(settings, serve, tmp_path, monkeypatch):
+def test_a_required_library_that_is_missing_makes_the_app_not_ready(settings, serve, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     with serve(settings(ops="required"), ready=False) as client:
         for _ in range(200):

@@ -1,4 +1,4 @@
-"""The page in a real browser, over a real service whose answers are known by hand (see conftest)."""
+"""The page in a real browser, over a real service with answers known by hand (see conftest.py)."""
 
 import base64
 import json
@@ -47,43 +47,44 @@ def page(browser: Browser, client: httpx.Client) -> Iterator[Page]:
 
 @contextmanager
 def opened(browser: Browser, client: httpx.Client) -> Iterator[Page]:
-    """The page, opened. At the end: nothing was asked of another host, nothing broke the content policy."""
+    """The open page. At the end: no request went to another host, and no script or policy error occurred."""
     context = browser.new_context(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
     page.set_default_timeout(10_000)
-    asked: list[str] = []
+    requested: list[str] = []
     wrong: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "Failed to load" not in m.text else None)
     page.goto(str(client.base_url))
     yield page
     context.close()
-    own = (str(client.base_url), "blob:", "data:")
-    assert [url for url in asked if not url.startswith(own)] == []
+    allowed = (str(client.base_url), "blob:", "data:")
+    assert [url for url in requested if not url.startswith(allowed)] == []
     assert wrong == []
 
 
-OWN = {"min_score": 0.123, "sigma": 3.0, "method": "hard", "per_class": False}  # off the sliders' steps, and range
+CUSTOM = {"min_score": 0.123, "sigma": 3.0, "method": "hard", "per_class": False}  # outside the sliders' steps or range
 
 
 @pytest.fixture(scope="module")
 def several(
     owl_bundles: Path, bundle_maker: Callable[..., Sealed], serve: Serve, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    """A service of an OWLv2, and of the colours: as they are, with settings of their own, and as classifiers alone."""
+    """A service of an OWLv2 and three bundles of colours: unchanged, with custom suppression, and without detect."""
     folder = tmp_path_factory.mktemp("several")
     shutil.copytree(owl_bundles / "owl-int8", folder / "bundles" / "owl-int8")
-    for name, changes in (("colours-int8", {}), ("own-int8", {"suppression": OWN}), ("words", {"tasks": ["classify"]})):
-        made = bundle_maker(folder / "bundles", name).directory / "bundle.json"
-        made.write_text(json.dumps(json.loads(made.read_text()) | changes))
+    changed = {"colours-int8": {}, "custom-int8": {"suppression": CUSTOM}, "words": {"tasks": ["classify"]}}
+    for name, changes in changed.items():
+        manifest = bundle_maker(folder / "bundles", name).directory / "bundle.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
     with serve(Settings(bundles_dir=folder / "bundles", data_dir=folder / "data", threads=1)) as client:
         yield client
 
 
 @pytest.fixture
 def models(browser: Browser, several: httpx.Client) -> Iterator[Page]:
-    """The page over several models, at Detect."""
+    """The page over several models, with the tab Detect open."""
     with opened(browser, several) as page:
         expect(page.get_by_label("Model")).to_have_value("colours-int8")
         page.get_by_role("tab", name="Detect").click()
@@ -91,7 +92,7 @@ def models(browser: Browser, several: httpx.Client) -> Iterator[Page]:
 
 
 def detected(page: Page, act: Callable[[], object]) -> Response:
-    """The answer of the detect request that ``act`` leads to, once none is under way."""
+    """The answer of the detect request that ``act`` starts, after all earlier requests ended."""
     expect(page.locator("#work")).not_to_have_attribute("aria-busy", "true")
     with page.expect_response("**/v1/detect") as waiting:
         act()
@@ -100,8 +101,8 @@ def detected(page: Page, act: Callable[[], object]) -> Response:
 
 
 def used(response: Response) -> dict[str, object]:
-    found = response.json()["suppression"]
-    return {name: found[name] for name in OWN}
+    suppression = response.json()["suppression"]
+    return {name: suppression[name] for name in CUSTOM}
 
 
 @pytest.fixture
@@ -117,12 +118,12 @@ def choose(page: Page, *files: FilePayload) -> None:
 
 
 def opaque(page: Page, x: int, y: int) -> bool:
-    """Whether something is drawn over this pixel of the picture."""
+    """Whether the overlay covers this pixel of the picture."""
     script = "([x, y]) => document.getElementById('boxes').getContext('2d').getImageData(x, y, 1, 1).data[3]"
     return bool(page.evaluate(script, [x, y]))
 
 
-def test_labels_become_bars_and_the_stages_are_told(page: Page, file: Draw) -> None:
+def test_labels_become_bars_and_the_stages_are_shown(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, green\nblue")
     choose(page, file("blue"))
     bars = page.locator("#answer li")
@@ -142,13 +143,13 @@ def test_labels_become_bars_and_the_stages_are_told(page: Page, file: Draw) -> N
 def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, blue")
     page.get_by_role("tab", name="Detect").click()
-    page.get_by_label("least score").fill("0.3")
+    page.get_by_label("minimum score").fill("0.3")
     choose(page, file("red", "green", "blue", "white"))
     rows = page.locator("#answer li")
     # red 1, blue 1, and white is 1 / sqrt(3) = 0.58 of either, less what the resize mixes at the edges
     expect(rows).to_have_text([re.compile(p) for p in ("red1.00", "blue1.00", "0.5[78]", "0.5[78]")])
     assert opaque(page, 240, 160)  # the white quarter's upper edge
-    page.get_by_label("least score").fill("0.9")
+    page.get_by_label("minimum score").fill("0.9")
     expect(rows).to_have_count(2)
     assert opaque(page, 160, 80)  # the red quarter's right edge
     assert opaque(page, 160, 240)  # the blue quarter's
@@ -161,7 +162,7 @@ def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(page: Page
     expect(page.get_by_label("sigma")).to_be_disabled()
 
 
-def test_a_name_does_not_hide_another(page: Page, file: Draw) -> None:
+def test_a_box_label_does_not_hide_another(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, yellow")  # 1 and 1 / sqrt(2), both of the red quarter's box
     page.get_by_role("tab", name="Detect").click()
     choose(page, file("blue", "blue", "blue", "red"))
@@ -197,18 +198,18 @@ def test_a_collection_is_filled_and_searched_with_words_and_with_a_picture(
 def test_an_indexed_folder_shows_its_pictures(page: Page, file: Draw, client: httpx.Client, tmp_path: Path) -> None:
     (tmp_path / "green.png").write_bytes(file("green")["buffer"])
     (tmp_path / "broken.png").write_bytes(BROKEN["buffer"])
-    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (128, 128, 3))  # packs worst
+    noise = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (128, 128, 3))  # compresses badly
     Image.fromarray(noise).save(tmp_path / "noise.png")
     turned, tags = Image.new("RGB", (512, 64), "blue"), Image.Exif()
     tags[0x0112] = 6  # Orientation: a quarter to the right
     turned.save(tmp_path / "blue.jpg", exif=tags)
 
-    def run() -> dict[str, object]:  # in a thread of its own: this one has Playwright's event loop
+    def run() -> dict[str, object]:  # in another thread: this thread has Playwright's event loop
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(index, tmp_path, "folder", url=str(client.base_url)).result()
 
     first, second = run(), run()
-    assert ([one["id"] for one in first["broken"]], first["added"], second["skipped"]) == (["broken.png"], 3, 3)
+    assert ([entry["id"] for entry in first["broken"]], first["added"], second["skipped"]) == (["broken.png"], 3, 3)
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Collection").fill("folder")
     page.get_by_label("Sentence").fill("a photo of a green thing")
@@ -233,7 +234,7 @@ def test_a_page_opened_while_models_load_finds_them_later(
         page.close()
 
 
-def test_sliders_stand_where_the_api_does(page: Page, client: httpx.Client) -> None:
+def test_sliders_start_at_the_defaults_of_the_api(page: Page, client: httpx.Client) -> None:
     fields = client.get("/openapi.json").json()["components"]["schemas"]["DetectBody"]["properties"]
     sliders = page.locator("#detect input[type=range]").evaluate_all("all => all.map((one) => [one.name, one.value])")
     assert {name: float(value) for name, value in sliders} == {
@@ -241,30 +242,30 @@ def test_sliders_stand_where_the_api_does(page: Page, client: httpx.Client) -> N
     }
 
 
-def test_a_models_own_settings_hold_until_one_is_moved(models: Page, file: Draw) -> None:
-    least, beside = models.get_by_label("least score"), models.locator("output[for=least]")
-    untouched = models.get_by_role("button", name="As the model has it")
+def test_a_models_settings_apply_until_a_slider_is_moved(models: Page, file: Draw) -> None:
+    least, beside = models.get_by_label("minimum score"), models.locator("output[for=min-score]")
+    reset = models.get_by_role("button", name="Reset to the model's defaults")
     models.get_by_label("Labels").fill("red")
     detected(models, lambda: choose(models, file("red")))
     usual = {"min_score": 0.15, "sigma": 0.5, "method": "gaussian", "per_class": True}
     switch = models.get_by_label("Model").select_option
-    assert used(detected(models, lambda: switch("owl-int8"))) == usual | {"min_score": 0.1}  # what its manifest says
+    assert used(detected(models, lambda: switch("owl-int8"))) == usual | {"min_score": 0.1}  # from its manifest
     expect(beside).to_have_text("0.10")
-    assert used(detected(models, lambda: switch("own-int8"))) == OWN
+    assert used(detected(models, lambda: switch("custom-int8"))) == CUSTOM
     expect(beside).to_have_text("0.123")
     expect(models.get_by_label("hard")).to_be_checked()
-    expect(models.get_by_label("each label by itself")).not_to_be_checked()
-    expect(untouched).to_be_hidden()
+    expect(models.get_by_label("suppress each label separately")).not_to_be_checked()
+    expect(reset).to_be_hidden()
 
-    assert used(detected(models, lambda: least.fill("0.4"))) == OWN | {"min_score": 0.4}
+    assert used(detected(models, lambda: least.fill("0.4"))) == CUSTOM | {"min_score": 0.4}
     expect(beside).to_have_text("0.40")
-    assert used(detected(models, lambda: models.get_by_label("gaussian").check())) == OWN | {
+    assert used(detected(models, lambda: models.get_by_label("gaussian").check())) == CUSTOM | {
         "min_score": 0.4,
         "method": "gaussian",
     }
-    expect(models.locator("output[for=sigma]")).to_have_text("3.00")  # which the slider cannot show
-    assert used(detected(models, untouched.click)) == OWN
-    expect(untouched).to_be_hidden()
+    expect(models.locator("output[for=sigma]")).to_have_text("3.00")  # beyond the slider's range
+    assert used(detected(models, reset.click)) == CUSTOM
+    expect(reset).to_be_hidden()
     expect(models.get_by_label("hard")).to_be_focused()
 
     detected(models, lambda: least.fill("0.4"))
@@ -272,17 +273,17 @@ def test_a_models_own_settings_hold_until_one_is_moved(models: Page, file: Draw)
     expect(beside).to_have_text("0.15")
 
 
-def test_examples_are_looked_for_beside_labels_or_alone(models: Page, file: Draw) -> None:
+def test_examples_are_detected_with_or_without_labels(models: Page, file: Draw) -> None:
     models.get_by_label("Labels").fill("red")
-    models.get_by_label("least score").fill("0.9")
+    models.get_by_label("minimum score").fill("0.9")
     detected(models, lambda: choose(models, file("red", "green", "green", "blue")))
     rows = models.locator("#answer li")
     expect(rows).to_have_text([re.compile("red1.00")])
     expect(models.get_by_role("group", name="Examples")).to_contain_text("At most 8")
-    expect(models.get_by_role("group", name="Examples")).to_contain_text("sent whole, without a box")
+    expect(models.get_by_role("group", name="Examples")).to_contain_text("sent without a box")
 
     sent = detected(models, lambda: add(models, file("white"), file("blue"))).request.post_data_json
-    assert [sorted(one) for one in sent["examples"]] == [["image"], ["image"]]
+    assert [sorted(entry) for entry in sent["examples"]] == [["image"], ["image"]]
     assert base64.b64decode(sent["examples"][1]["image"]["b64"]) == file("blue")["buffer"]
     assert sorted({*sent} - {"image", "examples"}) == ["labels", "min_score", "model"]
     expect(rows).to_have_text([re.compile("red1.00"), re.compile("example 11.00")])
@@ -296,8 +297,8 @@ def test_examples_are_looked_for_beside_labels_or_alone(models: Page, file: Draw
     expect(models.get_by_label("Add example pictures")).to_be_focused()
     expect(name).to_have_attribute("placeholder", "example 0")
     models.get_by_label("Labels").fill("")
-    found = detected(models, models.get_by_role("button", name="Detect").click).json()["detections"]
-    assert [(one["label"], one["index"]) for one in found] == [("mine", 0)]
+    detections = detected(models, models.get_by_role("button", name="Detect").click).json()["detections"]
+    assert [(entry["label"], entry["index"]) for entry in detections] == [("mine", 0)]
     expect(rows).to_have_text([re.compile("mine1.00")])
     assert opaque(models, 160, 240)  # the blue quarter's left edge
     assert not opaque(models, 160, 80)
@@ -307,7 +308,7 @@ def add(page: Page, *files: FilePayload) -> None:
     page.get_by_label("Add example pictures").set_input_files(list(files))
 
 
-def test_a_detector_of_a_real_kind_finds_its_example(models: Page, photographs: dict[str, Path]) -> None:
+def test_an_owl_detector_finds_its_example(models: Page, photographs: dict[str, Path]) -> None:
     models.get_by_label("Model").select_option("owl-int8")
     models.get_by_label("Labels").fill("")
     models.get_by_label("Add example pictures").set_input_files(photographs["rocket"])
@@ -318,11 +319,11 @@ def test_a_detector_of_a_real_kind_finds_its_example(models: Page, photographs: 
     assert {row[:4] for row in rows.all_inner_texts()} == {"this"}
 
 
-def test_examples_are_there_where_the_model_takes_them(models: Page, file: Draw) -> None:
+def test_examples_are_shown_if_the_model_detects(models: Page, file: Draw) -> None:
     models.get_by_label("Labels").fill("red")
     detected(models, lambda: choose(models, file("red")))
     detected(models, lambda: add(models, file("blue")))
-    models.get_by_label("Model").select_option("words")  # which detects nothing: there is a tab it serves
+    models.get_by_label("Model").select_option("words")  # it does not serve detect, so another tab opens
     expect(models.get_by_role("tab", name="Classify")).to_have_attribute("aria-selected", "true")
     expect(models.locator("#answer li")).to_have_text([re.compile("red")])
     models.get_by_role("tab", name="Detect").click()
@@ -332,16 +333,16 @@ def test_examples_are_there_where_the_model_takes_them(models: Page, file: Draw)
     assert len(answer.request.post_data_json["examples"]) == 1
 
 
-def test_nine_examples_are_refused_in_words(models: Page, file: Draw) -> None:
+def test_nine_examples_are_refused_with_a_message(models: Page, file: Draw) -> None:
     detected(models, lambda: choose(models, file("red")))
     add(models, *[file("blue")] * 9)
-    expect(models.get_by_role("alert")).to_contain_text("9 examples were given; at most 8 are looked at")
+    expect(models.get_by_role("alert")).to_contain_text("9 examples were given; at most 8 are read")
     detected(models, models.get_by_role("button", name="Remove blue.png").first.click)
     expect(models.get_by_role("alert")).to_be_empty()
 
 
-# what a hand does: a PNG dropped on, or pasted into, an element
-HAND = """(element, [bytes, event, carrier]) => {
+# drops a PNG on an element, or pastes it there
+TRANSFER = """(element, [bytes, event, carrier]) => {
     const data = new DataTransfer();
     data.items.add(new File([new Uint8Array(bytes)], "", { type: "image/png" }));
     const Kind = event === "paste" ? ClipboardEvent : DragEvent;
@@ -349,22 +350,22 @@ HAND = """(element, [bytes, event, carrier]) => {
 }"""
 
 
-def test_examples_are_dropped_and_pasted_where_they_belong(models: Page, file: Draw) -> None:
+def test_a_file_dropped_or_pasted_in_the_zone_of_examples_is_an_example(models: Page, file: Draw) -> None:
     zone = models.locator("#examples .drop")
     for number, (event, carrier) in enumerate((("drop", "dataTransfer"), ("paste", "clipboardData"))):
-        zone.evaluate(HAND, [list(file("blue")["buffer"]), event, carrier])
-        expect(models.locator("#shown li")).to_have_count(number + 1)
-    expect(models.locator("#stage")).to_be_hidden()  # none became the picture
+        zone.evaluate(TRANSFER, [list(file("blue")["buffer"]), event, carrier])
+        expect(models.locator("#example-list li")).to_have_count(number + 1)
+    expect(models.locator("#stage")).to_be_hidden()  # no file became the picture
 
 
 def test_a_picture_is_dropped_and_pasted(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, green, blue")
     for colour, event, carrier in (("green", "drop", "dataTransfer"), ("red", "paste", "clipboardData")):
-        page.locator("body").evaluate(HAND, [list(file(colour)["buffer"]), event, carrier])
+        page.locator("body").evaluate(TRANSFER, [list(file(colour)["buffer"]), event, carrier])
         expect(page.locator("#answer li").first).to_have_text(re.compile(colour))
 
 
-def test_problems_are_told_in_words_and_the_page_goes_on(page: Page, file: Draw) -> None:
+def test_problems_are_shown_as_text_and_the_page_goes_on(page: Page, file: Draw) -> None:
     problem = page.get_by_role("alert")
     page.get_by_role("button", name="Classify").click()
     expect(problem).to_contain_text("Choose, drop or paste a picture first")
@@ -394,7 +395,7 @@ def test_problems_are_told_in_words_and_the_page_goes_on(page: Page, file: Draw)
 def test_the_keyboard_is_enough(page: Page, file: Draw) -> None:
     choose(page, file("red"))
     page.get_by_role("tab", name="Classify").focus()
-    for name in (*TABS[1:], TABS[0]):  # the arrow goes round
+    for name in (*TABS[1:], TABS[0]):  # the arrow wraps around
         page.keyboard.press("ArrowRight")
         expect(page.get_by_role("tab", name=name)).to_be_focused()
         expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
@@ -406,7 +407,7 @@ def test_the_keyboard_is_enough(page: Page, file: Draw) -> None:
     expect(page.locator("#answer li")).to_have_text([re.compile(r"yellow\s*100\.0 %")])
 
 
-def test_it_fits_a_phone(page: Page, file: Draw) -> None:
+def test_the_page_fits_a_phone(page: Page, file: Draw) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     choose(page, *[file(colour) for colour in ("red", "green", "blue", "white", "yellow")])
     page.get_by_role("tab", name="Detect").click()
@@ -417,24 +418,24 @@ def test_it_fits_a_phone(page: Page, file: Draw) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_a_key_is_asked_for_kept_in_the_tab_and_sent(
+def test_the_page_asks_for_a_key_keeps_it_in_the_tab_and_sends_it(
     browser: Browser, serve: Serve, settings: Callable[..., Settings], tmp_path: Path, file: Draw
 ) -> None:
-    kept = tmp_path / "keys.json"
-    reader, writer = keys.add(kept, "reader", ["read"]), keys.add(kept, "writer", ["read", "write"])
-    with serve(settings(keys=kept)) as client, opened(browser, client) as page:
-        problem, asked = page.locator("#problem"), page.get_by_label("Key kept in this tab alone")
+    key_file = tmp_path / "keys.json"
+    reader, writer = keys.add(key_file, "reader", ["read"]), keys.add(key_file, "writer", ["read", "write"])
+    with serve(settings(keys=key_file)) as client, opened(browser, client) as page:
+        problem, key_field = page.locator("#problem"), page.get_by_label("API key kept in this tab only")
         expect(problem).to_contain_text("a key is needed")
 
         def give(key: str) -> None:
-            asked.fill(key)
-            asked.press("Enter")
+            key_field.fill(key)
+            key_field.press("Enter")
 
         give("wrong")
         expect(problem).to_contain_text("not one of this service's")
         give(reader)
         expect(page.get_by_label("Model")).to_have_value("colours-int8")
-        expect(asked).to_be_hidden()
+        expect(key_field).to_be_hidden()
         expect(problem).to_be_empty()
         page.reload()
         expect(page.get_by_label("Model")).to_have_value("colours-int8")

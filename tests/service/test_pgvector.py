@@ -1,4 +1,4 @@
-"""PostgreSQL as the service meets it: absent, wrong, gone in the middle, shared. What may be read holds no password."""
+"""PostgreSQL: absent, misconfigured, stopped during requests, shared. No log, metric or answer shows the password."""
 
 import logging
 import re
@@ -9,14 +9,14 @@ import pytest
 
 from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
 from calmclip.service import collections
-from calmclip.service.stores import Condition, Info, Row, open_store, shown
+from calmclip.service.stores import Condition, Info, Row, open_store, redacted
 from tests.asking import until
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """What is waited for is not waited for long."""
-    monkeypatch.setattr(collections, "AGAIN_S", 0.2)
+    """Short waits and retries."""
+    monkeypatch.setattr(collections, "RETRY_S", 0.2)
     monkeypatch.setattr("calmclip.service.stores.pgvector.WAIT_S", 0.3)
 
 
@@ -27,47 +27,47 @@ def put(client, *items, name="c"):
 
 def find(client, text, name="c"):
     answer = client.post(f"/v1/collections/{name}/search", json={"query": {"text": text}, "top_k": 1})
-    return [one["id"] for one in answer.json()["hits"]] if answer.status_code == 200 else answer.status_code
+    return [hit["id"] for hit in answer.json()["hits"]] if answer.status_code == 200 else answer.status_code
 
 
 def sentence(url, error):
     with pytest.raises(error) as caught:
         open_store(f"pgvector:{url}")
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
-def test_what_is_wrong_is_said_in_a_sentence_without_the_password(postgres):
+def test_an_error_is_a_sentence_without_the_password(postgres):
     host, away = f"127.0.0.1:{postgres.port}", "postgresql://keeper:hush-w@127.0.0.1:9/d"
     assert "expected pgvector:postgresql://" in sentence("data/collections", BadRequest)
     for url, error, words in [
         (f"{away}?password=hush-w", StoreUnavailable, "d at 127.0.0.1:9 does not answer"),
         (postgres.url("nowhere"), StoreUnavailable, f'nowhere at {host} does not answer: .*"nowhere" does not exist'),
         (postgres.url("postgres", "hush-no"), StoreUnavailable, f"postgres at {host} .*authentication failed"),
-        (f"postgresql://keeper:hush-w@{host}/d?hush-w=1", BadRequest, "none that libpq reads"),
-        (f"postgresql://keeper:x@hush-w@{host}/d", BadRequest, "@ too many"),
-        (f"postgresql://keeper:x/hush-w@{host}/d", BadRequest, "@ too many"),
-        (f"postgresql://keeper:x?hush-w@{host}/d", BadRequest, "@ too many"),
-        (f"postgresql://keeper:hush%zz@{host}/d", BadRequest, "none that libpq reads"),
+        (f"postgresql://keeper:hush-w@{host}/d?hush-w=1", BadRequest, "libpq cannot read"),
+        (f"postgresql://keeper:x@hush-w@{host}/d", BadRequest, "more than one @"),
+        (f"postgresql://keeper:x/hush-w@{host}/d", BadRequest, "more than one @"),
+        (f"postgresql://keeper:x?hush-w@{host}/d", BadRequest, "more than one @"),
+        (f"postgresql://keeper:hush%zz@{host}/d", BadRequest, "libpq cannot read"),
         (f"postgresql://keeper:hush-w@{host}x/d", StoreUnavailable, "does not answer: .*invalid integer value"),
     ]:
-        said = sentence(url, error)
-        assert re.search(words, said), said
-        assert "hush" not in said
+        message = sentence(url, error)
+        assert re.search(words, message), message
+        assert "hush" not in message
 
 
 def test_a_url_is_shown_without_its_secrets():
     for secret in ("a:b", "a:b@c", "a:b/c", "a:b?c", "a:b#c"):
-        assert shown(f"pgvector:postgresql://{secret}@h:1/d?password=x") == "pgvector:postgresql://h:1/d"
-    assert shown("lancedb:data/collections") == "lancedb:data/collections"
+        assert redacted(f"pgvector:postgresql://{secret}@h:1/d?password=x") == "pgvector:postgresql://h:1/d"
+    assert redacted("lancedb:data/collections") == "lancedb:data/collections"
 
 
-def test_a_missing_extension_is_made_or_asked_for(postgres):
+def test_a_missing_extension_is_created_or_its_command_is_named(postgres):
     postgres.psql("CREATE DATABASE bare OWNER keeper")
-    said = sentence(postgres.url("bare"), CollectionError)
-    assert "bare at 127.0.0.1" in said
-    assert "let a superuser run CREATE EXTENSION vector" in said
+    message = sentence(postgres.url("bare"), CollectionError)
+    assert "bare at 127.0.0.1" in message
+    assert "let a superuser run CREATE EXTENSION vector" in message
     postgres.psql("ALTER ROLE keeper SUPERUSER")
     try:
         open_store(f"pgvector:{postgres.url('bare')}").close()
@@ -76,7 +76,7 @@ def test_a_missing_extension_is_made_or_asked_for(postgres):
     assert postgres.psql("SELECT extname FROM pg_extension WHERE extname = 'vector'", "bare") == "vector"
 
 
-def test_a_lost_server_is_503_and_passes(postgres, settings, serve, quick, caplog, capfd):
+def test_a_lost_server_is_503_until_it_returns(postgres, settings, serve, quick, caplog, capfd):
     url = f"pgvector:{postgres.database()}"
     with caplog.at_level(logging.DEBUG), serve(settings(store=url)) as client:
         assert put(client, ("r", "red"), ("g", "green")).status_code == 200
@@ -96,8 +96,8 @@ def test_a_lost_server_is_503_and_passes(postgres, settings, serve, quick, caplo
             postgres.start()
         until(lambda: find(client, "red") == ["r"])
         assert put(client, ("b", "blue")).json()["items"] == 3
-        seen = client.get("/metrics").text + client.get("/readyz").text
-    assert "hush" not in seen + caplog.text + "".join(capfd.readouterr())
+        public = client.get("/metrics").text + client.get("/readyz").text
+    assert "hush" not in public + caplog.text + "".join(capfd.readouterr())
 
 
 def test_connections_that_die_are_replaced_before_they_are_used(postgres, settings, serve):
@@ -108,7 +108,7 @@ def test_connections_that_die_are_replaced_before_they_are_used(postgres, settin
             assert find(client, "red") == ["r"]
 
 
-def test_a_server_that_comes_later_is_waited_for(postgres, settings, serve, quick, caplog):
+def test_the_service_waits_for_a_server_that_starts_later(postgres, settings, serve, quick, caplog):
     url = f"pgvector:{postgres.database()}"
     postgres.stop()
     try:
@@ -128,28 +128,26 @@ def test_a_server_that_comes_later_is_waited_for(postgres, settings, serve, quic
             postgres.start()
 
 
-def test_services_that_share_a_store_see_each_other_s_collections_at_once(
-    postgres, settings, serve, bundle_maker, tmp_path
-):
+def test_services_with_a_common_store_see_all_collections_at_once(postgres, settings, serve, bundle_maker, tmp_path):
     store = f"pgvector:{postgres.database()}"
     bundle_maker(tmp_path / "other", note="trained longer")
-    with serve(settings(store=store)) as one, serve(settings(store=store)) as two:
-        assert put(one, ("r", "red")).status_code == 200
-        assert find(two, "red") == ["r"]
-        assert put(two, ("g", "green")).json()["items"] == 2
-        assert find(one, "green") == ["g"]
-        assert two.delete("/v1/collections/c").status_code == 204
-        assert find(one, "red") == 404
-        assert one.get("/v1/collections").json()["collections"] == []
-        assert put(two, ("x", "red")).status_code == 200  # another collection of the same name
-        assert find(one, "red") == ["x"]
+    with serve(settings(store=store)) as first, serve(settings(store=store)) as second:
+        assert put(first, ("r", "red")).status_code == 200
+        assert find(second, "red") == ["r"]
+        assert put(second, ("g", "green")).json()["items"] == 2
+        assert find(first, "green") == ["g"]
+        assert second.delete("/v1/collections/c").status_code == 204
+        assert find(first, "red") == 404
+        assert first.get("/v1/collections").json()["collections"] == []
+        assert put(second, ("x", "red")).status_code == 200  # another collection of the same name
+        assert find(first, "red") == ["x"]
         with serve(settings(store=store, bundles_dir=tmp_path / "other")) as third:
             assert third.put("/v1/collections/c", json={}).status_code == 409
             assert find(third, "red") == 409
 
 
-def test_a_table_that_another_service_dropped_meanwhile_is_not_found(postgres):
-    """Between the look at which collections there are and the statement that needs the table."""
+def test_a_table_that_another_service_drops_meanwhile_is_not_found(postgres):
+    """The table is dropped between the list of collections and the statement that needs the table."""
     with closing(open_store(f"pgvector:{postgres.database()}")) as store:
         table = store.create(Info("c", "m", "d", 2, ""))
         store.drop("c")
@@ -166,36 +164,36 @@ def test_a_table_that_another_service_dropped_meanwhile_is_not_found(postgres):
 
 
 def test_a_filter_by_value_is_answered_by_the_index_of_the_metadata(postgres):
-    """Of 4 000 rows the ten that it leaves are looked up, not all of them: PostgreSQL counts what it reads how."""
+    """Of 4 000 rows the index gives the ten that match. PostgreSQL's statistics show that it reads no other rows."""
     vectors = np.random.default_rng(0).standard_normal((4000, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     url = postgres.database()
     with closing(open_store(f"pgvector:{url}")) as store:
         table = store.create(Info("c", "m", "d", 64, ""))
-        table.upsert([Row(f"{i:04}", one, {"kind": f"k{i % 400}", "n": i}) for i, one in enumerate(vectors)])
+        table.upsert([Row(f"{i:04}", vector, {"kind": f"k{i % 400}", "n": i}) for i, vector in enumerate(vectors)])
         kind = Condition("kind", "in", ("k7", "no such"))
         wanted = sorted(range(7, 4000, 400), key=lambda i: -float(vectors[i] @ vectors[0]))  # in numpy
 
         def reads() -> str:
-            found = table.search(vectors[0], 100, [kind, Condition("n", "gte", 400)])
-            assert [one.id for one in found] == [f"{i:04}" for i in wanted if i >= 400]
+            hits = table.search(vectors[0], 100, [kind, Condition("n", "gte", 400)])
+            assert [hit.id for hit in hits] == [f"{i:04}" for i in wanted if i >= 400]
             columns = "idx_scan > 0, (SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'calmclip_c1')"
-            asked = f"SELECT {columns} FROM pg_stat_user_indexes WHERE indexrelname = 'calmclip_c1_meta'"
-            return postgres.psql(asked, url.rpartition("/")[2])
+            query = f"SELECT {columns} FROM pg_stat_user_indexes WHERE indexrelname = 'calmclip_c1_meta'"
+            return postgres.psql(query, url.rpartition("/")[2])
 
         postgres.psql("ANALYZE calmclip_c1", url.rpartition("/")[2])
         before = reads().split("|")[1]
-        until(lambda: reads() == f"t|{before}")  # statistics are told with a delay
+        until(lambda: reads() == f"t|{before}")  # PostgreSQL reports statistics with a delay
 
 
-def test_what_postgresql_cannot_keep_is_the_caller_s_fault(postgres, settings, serve):
+def test_values_that_postgresql_cannot_store_are_a_client_error(postgres, settings, serve):
     with serve(settings(store=f"pgvector:{postgres.database()}")) as client:
         put(client, ("r", "red"))
         items = [{"id": "good", "text": "red"}, {"id": "bad", "text": "red", "meta": {"a": "x\0y"}}]
         answer = client.post("/v1/collections/c/items", json={"items": items})
         assert answer.status_code == 422
         assert "NUL" in answer.json()["detail"]
-        assert client.get("/v1/collections/c").json()["items"] == 1  # none of both
+        assert client.get("/v1/collections/c").json()["items"] == 1  # neither item was stored
         body = {"query": {"text": "red"}, "filter": {"a": {"gt": "x\0y"}}}
         assert client.post("/v1/collections/c/search", json=body).status_code == 422
         big = [{"id": "big", "text": "red", "meta": {"n": 1e300, "small": 5e-324, "i": 2**64 - 1}}]

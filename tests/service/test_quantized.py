@@ -1,4 +1,4 @@
-"""The copy in memory: what it proposes over a real LanceDB table, against all cosines in float64."""
+"""The quantized copy in memory over a real LanceDB table, against all cosines in float64."""
 
 import threading
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calmclip.service import quantized
-from calmclip.service.quantized import Quantized
+from calmclip.service.quantized import QuantizedTable
 from calmclip.service.stores import Condition, Info, Row, open_store
 
 DIM = 96  # no multiple of 64: the last word of signs is half empty
@@ -15,7 +15,7 @@ CENTRES = RNG.normal(size=(60, DIM))
 
 
 def draw(n):
-    """Unit vectors around 60 centres, off the origin as a tower's are."""
+    """Unit vectors around 60 centres, with a nonzero mean like the vectors of a tower."""
     x = CENTRES[RNG.integers(0, 60, n)] + RNG.normal(size=(n, DIM)) + 0.5
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
@@ -28,9 +28,14 @@ def rows(start, end, vectors=VECTORS):
     return [Row(f"{i:05}", vectors[i], {"n": i}) for i in range(start, end)]
 
 
-def best(query, there, top_k=10):
-    cosines = VECTORS.astype(np.float64)[there] @ query
-    return [f"{there[i]:05}" for i in np.argsort(-cosines)[:top_k]]
+def best(query, present):
+    """Ids of the ten rows of ``present`` that are nearest to the query, by float64 cosines."""
+    cosines = VECTORS.astype(np.float64)[present] @ query
+    return [f"{present[i]:05}" for i in np.argsort(-cosines)[:10]]
+
+
+def nearest(table, query):
+    return [hit.id for hit in table.search(query, 10)]
 
 
 @pytest.fixture
@@ -42,67 +47,66 @@ def plain(tmp_path):
 
 @pytest.fixture
 def table(plain, monkeypatch):
-    monkeypatch.setattr(quantized, "LEAST", 1000)
-    return Quantized(plain, 1 << 20)
+    monkeypatch.setattr(quantized, "MIN_ROWS", 1000)
+    return QuantizedTable(plain, 1 << 20)
 
 
 @pytest.fixture
 def scans(plain, monkeypatch):
-    """Searches of the table itself, which a copy makes needless."""
-    asked = []
+    """The searches that reach the table itself; a copy avoids them."""
+    searches = []
     search = plain.search
-    monkeypatch.setattr(plain, "search", lambda *a: asked.append(a) or search(*a))
-    return asked
+    monkeypatch.setattr(plain, "search", lambda *a: searches.append(a) or search(*a))
+    return searches
 
 
-def test_it_finds_what_is_nearest_with_exact_scores(table, scans):
-    hits = 0
+def test_it_finds_the_nearest_rows_with_exact_scores(table, scans):
+    matched = 0
     for query in QUERIES:
-        found = table.search(query, 10)
-        hits += len({one.id for one in found} & set(best(query, np.arange(3000))))
-        exact = [float(VECTORS[int(one.id)].astype(np.float64) @ query) for one in found]
-        assert [one.score for one in found] == pytest.approx(exact, abs=1e-6)
+        hits = table.search(query, 10)
+        matched += len({hit.id for hit in hits} & set(best(query, np.arange(3000))))
+        exact = [float(VECTORS[int(hit.id)].astype(np.float64) @ query) for hit in hits]
+        assert [hit.score for hit in hits] == pytest.approx(exact, abs=1e-6)
         assert exact == sorted(exact, reverse=True)
-        assert [one.meta["n"] for one in found] == [int(one.id) for one in found]
-    assert hits / 400 >= 0.99
+        assert [hit.meta["n"] for hit in hits] == [int(hit.id) for hit in hits]
+    assert matched / 400 >= 0.99
     assert not scans
 
 
-def test_what_was_written_since_is_found_and_what_was_removed_is_not(table, scans):
-    table.upsert(rows(3000, 4500))  # beyond the room it was made with
+def test_new_rows_are_found_and_removed_rows_are_not(table, scans):
+    table.upsert(rows(3000, 4500))  # more rows than the copy has room for
     table.upsert([Row("00007", VECTORS[5000], {"n": -7})])
     assert table.delete(["00003", "never"]) == 1
-    assert [(one.id, one.meta) for one in table.search(VECTORS[5000], 1)] == [("00007", {"n": -7})]
+    assert [(hit.id, hit.meta) for hit in table.search(VECTORS[5000], 1)] == [("00007", {"n": -7})]
     assert table.search(VECTORS[4000], 1)[0].id == "04000"
-    assert table.search(VECTORS[7], 1)[0].score < 0.999  # what 00007 was
-    assert "00003" not in {one.id for one in table.search(VECTORS[3], 100)}
-    table.compact()  # what moves rows about in the store changes no place
+    assert table.search(VECTORS[7], 1)[0].score < 0.999  # the old vector of 00007
+    assert "00003" not in {hit.id for hit in table.search(VECTORS[3], 100)}
+    table.compact()  # rows that move within the store keep their positions in the copy
     assert table.search(VECTORS[4000], 1)[0].id == "04000"
     assert not scans
 
 
 def test_deleted_rows_leave_no_gap_in_an_answer(table):
-    there = np.arange(0, 3000, 2)
+    present = np.arange(0, 3000, 2)
     table.delete([f"{i:05}" for i in range(1, 3000, 2)])
     for query in QUERIES[:5]:
-        assert [one.id for one in table.search(query, 10)] == best(query, there)
+        assert nearest(table, query) == best(query, present)
 
 
 def test_a_replaced_row_is_found_once(table):
-    table.upsert(rows(0, 300))  # the store gives them the places they had
-    found = [one.id for one in table.search(VECTORS[5], 10)]
-    assert found == best(VECTORS[5], np.arange(3000))
-    table.delete([f"{i:05}" for i in range(300, 3000)])  # fewer are left than the first sieve would let through
-    assert [one.id for one in table.search(VECTORS[5], 10)] == best(VECTORS[5], np.arange(300))
+    table.upsert(rows(0, 300))  # the store gives the rows their old positions
+    assert nearest(table, VECTORS[5]) == best(VECTORS[5], np.arange(3000))
+    table.delete([f"{i:05}" for i in range(300, 3000)])  # fewer rows remain than the first pass proposes
+    assert nearest(table, VECTORS[5]) == best(VECTORS[5], np.arange(300))
 
 
-def test_what_a_row_was_stands_in_nobody_s_way(table):
+def test_the_old_vector_of_a_row_hides_no_other_row(table):
     table.upsert([Row(f"{i:05}", QUERIES[0], {}) for i in range(100)])
     table.upsert(rows(0, 100))
-    assert [one.id for one in table.search(QUERIES[0], 10)] == best(QUERIES[0], np.arange(3000))
+    assert nearest(table, QUERIES[0]) == best(QUERIES[0], np.arange(3000))
 
 
-def test_it_is_made_anew_when_the_collection_has_doubled(table):
+def test_the_copy_is_rebuilt_when_the_collection_has_doubled(table):
     before = table._copy
     table.upsert(rows(3000, 5000))
     table.compact()
@@ -110,20 +114,20 @@ def test_it_is_made_anew_when_the_collection_has_doubled(table):
     table.upsert(rows(5000, 6000))
     table.compact()
     assert table._copy is not before
-    assert [one.id for one in table.search(QUERIES[0], 10)] == best(QUERIES[0], np.arange(6000))
+    assert nearest(table, QUERIES[0]) == best(QUERIES[0], np.arange(6000))
 
 
 @pytest.mark.parametrize(("least", "most"), [(3001, 1 << 20), (1, 3000 * DIM)])
 def test_few_rows_and_too_many_bytes_have_no_copy(plain, scans, monkeypatch, least, most):
-    monkeypatch.setattr(quantized, "LEAST", least)
-    table = Quantized(plain, most)
-    assert [one.id for one in table.search(QUERIES[0], 10)] == best(QUERIES[0], np.arange(3000))
+    monkeypatch.setattr(quantized, "MIN_ROWS", least)
+    table = QuantizedTable(plain, most)
+    assert nearest(table, QUERIES[0]) == best(QUERIES[0], np.arange(3000))
     assert len(scans) == 1
 
 
-def test_after_a_write_that_failed_half_way_the_table_is_asked(table, plain, scans, monkeypatch):
+def test_after_a_write_that_failed_in_part_searches_go_to_the_table(table, plain, scans, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(plain, "places", lambda ids: 1 / 0)
+        patch.setattr(plain, "row_numbers", lambda ids: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             table.upsert(rows(3000, 3010))
     assert table.search(VECTORS[3005], 1)[0].id == "03005"
@@ -133,21 +137,21 @@ def test_after_a_write_that_failed_half_way_the_table_is_asked(table, plain, sca
     assert len(scans) == 1
 
 
-def test_filters_and_many_hits_are_the_table_s(table, scans):
-    assert [one.id for one in table.search(QUERIES[0], 5, [Condition("n", "in", (9,))])] == ["00009"]
+def test_filters_and_many_hits_go_to_the_table(table, scans):
+    assert [hit.id for hit in table.search(QUERIES[0], 5, [Condition("n", "in", (9,))])] == ["00009"]
     assert len(table.search(QUERIES[0], 300)) == 300
     assert len(scans) == 2
 
 
-def test_readers_and_a_writer_do_not_meet(table):
+def test_readers_and_a_writer_do_not_disturb_each_other(table):
     stop = threading.Event()
     wrong = []
 
     def read():
         while not stop.is_set():
-            for one in table.search(VECTORS[10], 10):
-                if abs(one.score - float(VECTORS[one.meta["n"]] @ VECTORS[10])) > 1e-5:
-                    wrong.append(one)
+            for hit in table.search(VECTORS[10], 10):
+                if abs(hit.score - float(VECTORS[hit.meta["n"]] @ VECTORS[10])) > 1e-5:
+                    wrong.append(hit)
 
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:

@@ -1,4 +1,4 @@
-"""The service under Ray Serve: a cluster of this machine's own, two replicas, begun as a person would begin it."""
+"""The service under Ray Serve: a local cluster with two replicas, started by the documented command."""
 
 import asyncio
 import os
@@ -32,20 +32,20 @@ REQUESTS = 24
 
 @contextmanager
 def ray(**variables: str):
-    """The application of the file that ships, with two replicas of one core and other settings; a client for it."""
+    """A client of the shipped application with two replicas of one core and the settings of the test."""
     port = free_port()
     config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
     config["http_options"] = {"host": "127.0.0.1", "port": port}
     (application,) = config["applications"]
     application["args"] = {"min_replicas": 2, "max_replicas": 2}
     application["runtime_env"]["env_vars"] |= variables
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # its sockets' paths may not be long
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # Ray's socket paths have a maximum length
         file, log = Path(folder) / "ray.yaml", Path(folder) / "log"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder, "HOME": folder, "PYTHONPATH": str(ROOT)}
+        environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder, "HOME": folder, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [Path(sys.executable).with_name("serve"), "run", file],
-            env={**os.environ, **own},
+            env={**os.environ, **environment},
             stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -69,7 +69,7 @@ def ray(**variables: str):
 
 @pytest.fixture(scope="module")
 def settled(bundles, postgres, tmp_path_factory):
-    """Variables, for Ray and for the plain service alike."""
+    """Environment variables for Ray and for the plain service."""
     data = tmp_path_factory.mktemp("ray-data")
     return {
         "CALMCLIP_BUNDLES_DIR": str(bundles),
@@ -77,19 +77,19 @@ def settled(bundles, postgres, tmp_path_factory):
         "CALMCLIP_STORE": f"pgvector:{postgres.database()}",
         "CALMCLIP_THREADS": "1",
         "CALMCLIP_QUEUE__MAX_PENDING": "1",
-        "OTEL_BSP_SCHEDULE_DELAY": "600000",  # nothing is sent before the end
+        "OTEL_BSP_SCHEDULE_DELAY": "600000",  # no span is sent before the end
     }
 
 
 @pytest.fixture(scope="module")
 def collector():
-    with collecting() as found:
-        yield found
+    with collecting() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def ending():
-    """What ends the cluster, before its time where a test says so."""
+    """Ends the cluster; a test may close it early."""
     with ExitStack() as stack:
         yield stack
 
@@ -103,14 +103,14 @@ def counts(client: httpx.Client, task: str, outcome: str = "ok") -> dict[str, fl
     """Requests by replica."""
     families = text_string_to_metric_families(client.get("/metrics").text)
     samples = [sample for family in families for sample in family.samples if sample.name == "calmclip_requests_total"]
-    found = [one for one in samples if (one.labels["task"], one.labels["outcome"]) == (task, outcome)]
-    return {one.labels["replica"]: one.value for one in found}
+    samples_of_task = [entry for entry in samples if (entry.labels["task"], entry.labels["outcome"]) == (task, outcome)]
+    return {entry.labels["replica"]: entry.value for entry in samples_of_task}
 
 
 def test_two_replicas_answer_what_the_plain_service_answers(cluster, client, picture):
-    assert not counts(cluster, "catalog", "shed")  # no request comes to a replica that is still loading
+    assert not counts(cluster, "catalog", "shed")  # a replica that is still loading gets no request
     send = raw(picture("red", "green", "blue", "white"))
-    asked = [
+    requests = [
         ("POST", "/v1/classify?labels=red&labels=yellow", send),
         ("POST", "/v1/detect?labels=red&labels=yellow&min_score=0.1", send),
         ("POST", "/v1/embed", {"json": {"inputs": [{"text": "red"}, {"text": "a photo of a blue thing"}]}}),
@@ -119,7 +119,7 @@ def test_two_replicas_answer_what_the_plain_service_answers(cluster, client, pic
         ("GET", "/", {}),
         ("POST", "/v1/classify", send),  # no labels: a problem
     ]
-    for method, path, body in asked:
+    for method, path, body in requests:
         plain = client.request(method, path, **body)
         for _ in range(REQUESTS):
             answer = cluster.request(method, path, **body)
@@ -134,27 +134,27 @@ def test_two_replicas_answer_what_the_plain_service_answers(cluster, client, pic
         assert sum(by_replica.values()) == REQUESTS
 
 
-def test_collections_are_one_whichever_replica_is_asked(cluster):
+def test_all_replicas_have_the_same_collections(cluster):
     assert cluster.put("/v1/collections/shared", json={}).status_code == 201
     for at in range(6):
         item = {"id": f"a{at}", "text": "red" if at else "blue"}
         assert cluster.post("/v1/collections/shared/items", json={"items": [item]}).status_code == 200
-        found = [cluster.get("/v1/collections/shared").json()["items"] for _ in range(6)]
-        assert found == [at + 1] * 6
+        counted = [cluster.get("/v1/collections/shared").json()["items"] for _ in range(6)]
+        assert counted == [at + 1] * 6
     search = {"query": {"text": "blue"}, "top_k": 1}
     answers = {cluster.post("/v1/collections/shared/search", json=search).content for _ in range(8)}
     assert len(answers) == 1
     assert b'"a0"' in answers.pop()
 
 
-def test_what_is_too_much_is_told_when_to_come_again(cluster, picture):
+def test_a_shed_request_has_a_retry_after(cluster, picture):
     send = raw(picture("red", size=(1500, 1500)))
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda _: cluster.post("/v1/classify?labels=red", **send), range(128)))
-    assert {one.status_code for one in answers} == {200, 503}
-    refused = [one for one in answers if one.status_code == 503]
-    assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
-    assert "/problems/overloaded" in {one.json()["type"] for one in refused if "json" in one.headers["content-type"]}
+    assert {answer.status_code for answer in answers} == {200, 503}
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert "/problems/overloaded" in {a.json()["type"] for a in refused if "json" in a.headers["content-type"]}
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def quiet(monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def test_replicas_do_not_share_a_folder(quiet, monkeypatch):
+def test_replicas_refuse_a_store_in_a_folder(quiet, monkeypatch):
     from calmclip.service.deploy.ray_app import Args, build
 
     monkeypatch.setenv("CALMCLIP_STORE", "lancedb:somewhere")
@@ -179,7 +179,7 @@ def test_a_port_for_metrics_is_refused(quiet, monkeypatch):
         build(Args())
 
 
-def test_nothing_is_reported_by_oversight(monkeypatch):
+def test_ray_usage_statistics_must_be_disabled(monkeypatch):
     from calmclip.service.deploy.ray_app import Args, build
 
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
@@ -201,8 +201,8 @@ def test_a_replica_whose_bundles_do_not_load_is_not_healthy(settings, tmp_path):
         asyncio.run(ask())
 
 
-def test_the_replicas_end_in_order(cluster, ending, collector, picture):
-    """What each has not sent to its collector yet is sent at the end of its lifespan."""
+def test_replicas_send_their_last_spans_when_they_end(cluster, ending, collector, picture):
+    """Each replica sends its unsent spans at the end of its lifespan."""
     for at in range(REQUESTS):
         send = raw(picture("red"), **{"x-request-id": f"last-{at}"})
         assert cluster.post("/v1/classify?labels=red", **send).status_code == 200

@@ -18,14 +18,11 @@ def test_names_are_nested_with_two_underscores(monkeypatch):
     assert settings.store_url == "lancedb:data/collections"
 
 
-def test_given_values_win_over_the_environment(monkeypatch):
+def test_arguments_override_the_environment_and_settings_are_frozen(monkeypatch):
     monkeypatch.setenv("CALMCLIP_THREADS", "3")
     assert Settings().cores == 3
     assert Settings(threads=5).cores == 5
-    with pytest.raises(ValidationError, match="deadline_ms"):  # of all settings the one that `index` gives itself
+    with pytest.raises(ValidationError, match="deadline_ms"):  # `index` sets this setting
         Settings(deadline_ms=0)
-
-
-def test_frozen():
     with pytest.raises(ValidationError):
         Settings().threads = 2

@@ -1,6 +1,6 @@
-"""Schemathesis against /openapi.json of a running service: what fits it and what does not, every check there is.
+"""Schemathesis against /openapi.json of a running service: valid and invalid requests, with all its checks.
 
-The same cases at each run. ``make test-all`` makes many more of them.
+The cases are the same in each run. ``make test-all`` makes many more cases.
 """
 
 import re
@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-# Of what fits the schema some is refused for what no schema can say: bytes that are no picture, a word for a label
-# set that is not there, a sum of tokens, two fields that exclude each other.
+# Some requests match the schema and are still refused: a schema cannot express that bytes are a picture, that a
+# classifier exists, the sum of tokens, or that two fields exclude each other.
 CONFIG = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "404", "409", "413", "415", "422"]
@@ -28,8 +28,8 @@ def client(settings, serve, bundle_maker, tmp_path):
 @pytest.mark.parametrize(
     ("each", "least"), [(3, 1000), pytest.param(300, 5000, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def test_the_service_does_what_it_says(client, tmp_path, each, least):
-    """``each``: cases an operation and phase makes at most; ``least``: cases in all."""
+def test_the_service_conforms_to_its_specification(client, tmp_path, each, least):
+    """``each``: maximum number of cases per operation and phase; ``least``: minimum number of all cases."""
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     specification = f"{client.base_url}/openapi.json"

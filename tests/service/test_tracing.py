@@ -1,4 +1,4 @@
-"""Traces as a collector gets them: over HTTP, decoded by OpenTelemetry's own protobuf."""
+"""Traces at a collector: over HTTP, decoded with OpenTelemetry's protobuf."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;versi
 
 @pytest.fixture
 def collector():
-    with collecting() as found:
-        yield found
+    with collecting() as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch):
-    """Those of whoever runs the tests."""
+    """Remove OpenTelemetry variables of the environment that runs the tests."""
     for name in ("OTEL_TRACES_SAMPLER", "OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -66,47 +66,46 @@ def test_a_request_is_a_span_and_its_stages_are_children(settings, serve, pictur
         "calmclip.task": "detect",
         "calmclip.bundle": "colours-int8",
     }
-    children = [one for one in collector.spans if one.parent_span_id == span.span_id]
+    children = [child for child in collector.spans if child.parent_span_id == span.span_id]
     assert len(children) + 1 == len(collector.spans)
-    assert {one.trace_id.hex() for one in children} == {TRACE}
+    assert {child.trace_id.hex() for child in children} == {TRACE}
     spent: dict[str, float] = {}
-    for one in children:
-        assert (
-            span.start_time_unix_nano <= one.start_time_unix_nano <= one.end_time_unix_nano <= span.end_time_unix_nano
-        )
-        spent[one.name] = spent.get(one.name, 0.0) + (one.end_time_unix_nano - one.start_time_unix_nano) / 1e6
-    seen = timing(answer)
-    seen.pop("total")
-    assert spent == pytest.approx(seen, abs=0.006)  # two decimals
-    runs = {told(one).get("calmclip.graph"): told(one) for one in children if one.name == "infer"}
+    for child in children:
+        assert span.start_time_unix_nano <= child.start_time_unix_nano
+        assert child.start_time_unix_nano <= child.end_time_unix_nano <= span.end_time_unix_nano
+        spent[child.name] = spent.get(child.name, 0.0) + (child.end_time_unix_nano - child.start_time_unix_nano) / 1e6
+    header = timing(answer)
+    header.pop("total")
+    assert spent == pytest.approx(header, abs=0.006)  # two decimals
+    runs = {told(child).get("calmclip.graph"): told(child) for child in children if child.name == "infer"}
     assert runs == {graph: {"calmclip.graph": graph, "calmclip.batch": 1} for graph in ("text", "regions", "detect")}
 
 
-def test_stages_follow_each_other(settings, serve, picture, collector):
+def test_stages_do_not_overlap(settings, serve, picture, collector):
     with serve(settings(otlp_endpoint=collector.url)) as client:
         ask(client, "/v1/classify?labels=red", "one", picture("red"))
-    laps = sorted((one for one in collector.spans if one.parent_span_id), key=lambda one: one.start_time_unix_nano)
-    working = [one for one in laps if one.name != "queue"]  # where the waiting was is known to a turn of the loop
-    assert {one.name for one in working} == {"read", "decode", "preprocess", "infer", "postprocess", "serialize"}
+    stages = sorted((s for s in collector.spans if s.parent_span_id), key=lambda s: s.start_time_unix_nano)
+    working = [s for s in stages if s.name != "queue"]  # a wait's start is exact to one step of the event loop
+    assert {s.name for s in working} == {"read", "decode", "preprocess", "infer", "postprocess", "serialize"}
     for before, after in pairwise(working):
-        assert before.end_time_unix_nano <= after.start_time_unix_nano + 1000, f"{after.name} begins in {before.name}"
+        assert before.end_time_unix_nano <= after.start_time_unix_nano + 1000, f"{after.name} overlaps {before.name}"
     assert working[0].name == "read"
-    assert [one.name for one in working[-2:]] == ["postprocess", "serialize"]
-    waits = {told(one)["calmclip.graph"]: one for one in laps if one.name == "queue" and one.attributes}
-    runs = {told(one)["calmclip.graph"]: one for one in laps if one.name == "infer"}
+    assert [entry.name for entry in working[-2:]] == ["postprocess", "serialize"]
+    waits = {told(entry)["calmclip.graph"]: entry for entry in stages if entry.name == "queue" and entry.attributes}
+    runs = {told(entry)["calmclip.graph"]: entry for entry in stages if entry.name == "infer"}
     for graph in ("image", "text"):
         assert waits[graph].end_time_unix_nano == pytest.approx(runs[graph].start_time_unix_nano, abs=1000, rel=0)
 
 
-def test_a_batch_says_how_many_were_in_it(settings, serve, collector):
+def test_a_run_has_the_size_of_its_batch(settings, serve, collector):
     texts = {"inputs": [{"text": word} for word in ("red", "green", "blue")]}
     with serve(settings(otlp_endpoint=collector.url)) as client:
         assert client.post("/v1/embed", json=texts).status_code == 200
-    (run,) = [told(one) for one in collector.spans if one.name == "infer"]
+    (run,) = [told(span) for span in collector.spans if span.name == "infer"]
     assert run["calmclip.batch"] == 3
 
 
-def test_what_went_wrong_is_said(settings, serve, picture, collector, monkeypatch):
+def test_spans_name_the_problem(settings, serve, picture, collector, monkeypatch):
     from calmclip.service.engine import Engine
 
     with serve(settings(otlp_endpoint=collector.url)) as client:
@@ -116,7 +115,7 @@ def test_what_went_wrong_is_said(settings, serve, picture, collector, monkeypatc
         ask(client, "/v1/classify?labels=red", "fault", picture("red"))
     spans = collector.server_spans()
     assert told(spans["broken"])["calmclip.problem"] == "unsupported-image"
-    assert spans["broken"].status.code == Status.STATUS_CODE_UNSET  # the client's doing
+    assert spans["broken"].status.code == Status.STATUS_CODE_UNSET  # an error of the client
     assert spans["nowhere"].name == "GET"
     assert "http.route" not in told(spans["nowhere"])
     fault = told(spans["fault"])
@@ -124,7 +123,7 @@ def test_what_went_wrong_is_said(settings, serve, picture, collector, monkeypatc
     assert spans["fault"].status.code == Status.STATUS_CODE_ERROR
 
 
-def test_a_parent_that_cannot_be_read_is_none(settings, serve, collector):
+def test_an_unreadable_parent_is_ignored(settings, serve, collector):
     unreadable = [
         ["x"], ["00-0-0-01"], [f"00-{'0' * 32}-{PARENT}-01"], [f"ff-{TRACE}-{PARENT}-01"], ["\xff" * 55], [""],
         [f"00-{TRACE}-{PARENT}-01", f"00-{TRACE[::-1]}-{PARENT}-01"], ["0" * 5000],
@@ -134,7 +133,7 @@ def test_a_parent_that_cannot_be_read_is_none(settings, serve, collector):
             named = [
                 ("x-request-id", str(number)),
                 ("tracestate", "\xff=,,="),
-                *(("traceparent", one) for one in lines),
+                *(("traceparent", line) for line in lines),
             ]
             answer = client.get("/v1/models", headers=[(k.encode(), v.encode("latin-1")) for k, v in named])
             assert answer.status_code == 200
@@ -152,7 +151,7 @@ def test_probes_and_scrapes_are_not_traced(settings, serve, collector):
     assert [span.name for span in collector.server_spans().values()] == ["GET /v1/models"]
 
 
-def test_exemplars_are_of_the_traces_that_were_sent(settings, serve, picture, collector):
+def test_exemplars_name_sampled_traces(settings, serve, picture, collector):
     with serve(settings(otlp_endpoint=collector.url)) as client:
         assert ask(client, "/v1/classify?labels=red", "one", picture("red")).status_code == 200
         unsampled = f"00-{'1' * 32}-{PARENT}-00"
@@ -161,15 +160,15 @@ def test_exemplars_are_of_the_traces_that_were_sent(settings, serve, picture, co
         plain = client.get("/metrics")
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     (span,) = collector.server_spans().values()
-    found: dict[str, set[str]] = {}
+    trace_ids: dict[str, set[str]] = {}
     tasks = set()
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
             if sample.exemplar:
-                found.setdefault(family.name, set()).add(sample.exemplar.labels["trace_id"])
+                trace_ids.setdefault(family.name, set()).add(sample.exemplar.labels["trace_id"])
                 tasks.add(sample.labels["task"])
     wanted = {span.trace_id.hex()}
-    assert found == {"calmclip_request_duration_seconds": wanted, "calmclip_stage_duration_seconds": wanted}
+    assert trace_ids == {"calmclip_request_duration_seconds": wanted, "calmclip_stage_duration_seconds": wanted}
     assert tasks == {"classify"}
     assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "trace_id" not in plain.text
@@ -181,15 +180,15 @@ def test_the_log_names_the_trace(settings, serve, collector, caplog):
         serve(settings(otlp_endpoint=collector.url, log="json")) as client,
     ):
         client.get("/v1/models", headers={"x-request-id": "one"})
-    (line,) = [one for one in map(json.loads, caplog.messages) if one["id"] == "one"]
+    (line,) = [entry for entry in map(json.loads, caplog.messages) if entry["id"] == "one"]
     assert line["trace_id"] == collector.server_spans()["one"].trace_id.hex()
 
 
-def test_variables_of_opentelemetry_count(settings, serve, collector, monkeypatch):
+def test_opentelemetrys_variables_apply(settings, serve, collector, monkeypatch):
     monkeypatch.setenv("OTEL_SERVICE_NAME", "pictures")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=here")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
-    with serve(settings(otlp_endpoint=f"{collector.url}/v1/traces")) as client:  # all of the address is right too
+    with serve(settings(otlp_endpoint=f"{collector.url}/v1/traces")) as client:  # the full URL is accepted too
         client.get("/v1/models", headers={"x-request-id": "left-out"})
         client.get("/v1/models", headers={"x-request-id": "asked-for", "traceparent": f"00-{TRACE}-{PARENT}-01"})
     assert set(collector.server_spans()) == {"asked-for"}
@@ -198,8 +197,8 @@ def test_variables_of_opentelemetry_count(settings, serve, collector, monkeypatc
     assert collector.resource["deployment.environment.name"] == "here"
 
 
-def test_a_collector_that_never_answers_holds_nobody_up(settings, serve, picture, monkeypatch):
-    """It accepts connections and says nothing. Requests are answered as ever, and the service leaves in time."""
+def test_a_collector_that_never_answers_delays_no_request(settings, serve, picture, monkeypatch):
+    """It accepts connections and sends nothing. Requests are answered as usual, and the service ends in time."""
     import socket
 
     monkeypatch.setattr(tracing, "FLUSH_S", 0.5)
@@ -214,7 +213,7 @@ def test_a_collector_that_never_answers_holds_nobody_up(settings, serve, picture
         assert 0.5 <= time.perf_counter() - leaving < 5
 
 
-def test_a_collector_that_is_down_costs_nothing_but_its_spans(settings, serve, picture, monkeypatch):
+def test_a_collector_that_is_down_loses_only_spans(settings, serve, picture, monkeypatch):
     monkeypatch.setattr(tracing, "FLUSH_S", 0.5)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "20")
@@ -226,11 +225,11 @@ def test_a_collector_that_is_down_costs_nothing_but_its_spans(settings, serve, p
             assert ask(client, "/v1/classify?labels=red", "one", picture("red")).status_code == 200
 
 
-def test_without_an_address_nothing_is_kept():
+def test_without_an_address_no_span_is_recorded():
     assert type(tracing.open_tracing(None).clock()).__name__ == "Stopwatch"
 
 
-def test_without_the_extra_it_is_said_at_the_start(settings, monkeypatch):
+def test_a_missing_extra_stops_the_start(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ExtraMissing, match=re.escape("pip install -e '.[otel]'")):
         create_app(settings(otlp_endpoint="http://127.0.0.1:1"))

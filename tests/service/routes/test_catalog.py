@@ -9,7 +9,7 @@ from calmclip.models.errors import BadRequest
 from calmclip.service.app import create_app
 
 
-def test_int8_is_the_default_before_float_and_the_load_order_before_that(settings, serve, bundle_maker, tmp_path):
+def test_the_default_bundle_is_int8_before_float_unless_a_load_order_is_set(settings, serve, bundle_maker, tmp_path):
     bundles = tmp_path / "bundles"
     bundle_maker(bundles, "colours-float")
     bundle_maker(bundles, "colours-int8")
@@ -36,13 +36,13 @@ def test_a_broken_bundle_is_named_and_the_others_serve(settings, serve, bundles,
 
 
 def until_loaded(client):
-    """What `/readyz` says once bundles and collections are opened, as far as they can be."""
+    """The answer of `/readyz` after all bundles and collections were opened or failed to open."""
     while not client.get("/readyz").json()["loaded"] or client.get("/v1/collections").status_code == 503:
         pass
     return client.get("/readyz")
 
 
-def test_what_is_no_collection_is_named_and_the_others_serve(settings, serve, tmp_path):
+def test_a_foreign_table_is_named_and_the_collections_serve(settings, serve, tmp_path):
     with serve(settings()) as client:
         client.put("/v1/collections/mine", json={})
     lancedb.connect(tmp_path / "data" / "collections").create_table("foreign", [{"a": 1}])
@@ -50,10 +50,10 @@ def test_what_is_no_collection_is_named_and_the_others_serve(settings, serve, tm
         answer = until_loaded(client)
         assert answer.status_code == 503
         assert list(answer.json()["failed"]) == ["collection foreign"]
-        assert [one["name"] for one in client.get("/v1/collections").json()["collections"]] == ["mine"]
+        assert [collection["name"] for collection in client.get("/v1/collections").json()["collections"]] == ["mine"]
 
 
-def test_a_store_that_does_not_open_leaves_the_tasks(settings, serve, tmp_path):
+def test_a_store_that_does_not_open_does_not_stop_the_tasks(settings, serve, tmp_path):
     (tmp_path / "file").write_text("no folder")
     with serve(settings(store=f"lancedb:{tmp_path / 'file'}"), ready=False) as client:
         answer = until_loaded(client)
@@ -62,10 +62,10 @@ def test_a_store_that_does_not_open_leaves_the_tasks(settings, serve, tmp_path):
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
 
 
-def test_a_damaged_classifier_is_said_at_once(settings, tmp_path):
+def test_a_damaged_classifier_stops_the_start(settings, tmp_path):
     (tmp_path / "data" / "classifiers").mkdir(parents=True)
     (tmp_path / "data" / "classifiers" / "x.json").write_text("{")
-    with pytest.raises(BadRequest, match=r"x\.json is no classifier"):
+    with pytest.raises(BadRequest, match=r"x\.json is not a classifier"):
         create_app(settings())
 
 
@@ -89,7 +89,7 @@ def test_the_page_and_its_policy(client):
 
 @pytest.mark.parametrize("ranges", ["bytes=abc", "bytes=0-3", "bytes=9999999-", "x"])
 @pytest.mark.parametrize("path", ["/", "/app.js"])
-def test_the_page_knows_no_ranges(client, path, ranges):
+def test_the_page_ignores_ranges(client, path, ranges):
     answer = client.get(path, headers={"range": ranges})
     assert answer.status_code == 200
     assert answer.content == client.get(path).content

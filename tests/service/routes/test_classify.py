@@ -19,28 +19,24 @@ RED_YELLOW_BLUE = dict(zip(("red", "yellow", "blue"), expected(1, math.sqrt(0.5)
 def check(answer):
     assert answer.status_code == 200, answer.text
     labels = answer.json()["labels"]
-    assert [one["label"] for one in labels] == ["red", "yellow", "blue"]
-    assert [one["index"] for one in labels] == [1, 2, 0]
-    assert [one["score"] for one in labels] == pytest.approx(list(RED_YELLOW_BLUE.values()), abs=1e-6)
-    assert [one["cosine"] for one in labels] == pytest.approx([1, math.sqrt(0.5), 0], abs=1e-6)
+    assert [row["label"] for row in labels] == ["red", "yellow", "blue"]
+    assert [row["index"] for row in labels] == [1, 2, 0]
+    assert [row["score"] for row in labels] == pytest.approx(list(RED_YELLOW_BLUE.values()), abs=1e-6)
+    assert [row["cosine"] for row in labels] == pytest.approx([1, math.sqrt(0.5), 0], abs=1e-6)
 
 
-def test_json(client, picture):
-    body = {"image": b64(picture("red")), "labels": ["blue", "red", "yellow"]}
-    check(client.post("/v1/classify", json=body))
-
-
-def test_multipart_takes_a_repeated_field_as_a_list(client, picture):
-    files = {"image": ("r.png", picture("red"), "image/png")}
-    check(client.post("/v1/classify", files=files, data={"labels": ["blue", "red", "yellow"]}))
+def test_json_and_multipart_whose_repeated_field_is_a_list(client, picture):
+    labels = {"labels": ["blue", "red", "yellow"]}
+    check(client.post("/v1/classify", json={"image": b64(picture("red")), **labels}))
+    check(client.post("/v1/classify", files={"image": ("r.png", picture("red"), "image/png")}, data=labels))
 
 
 @pytest.mark.parametrize(("kind", "name"), [("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/webp", "WEBP")])
-def test_raw_picture_with_the_rest_in_the_query(client, picture, kind, name):
+def test_raw_picture_with_fields_in_the_query(client, picture, kind, name):
     params = {"labels": ["blue", "red"], "top_k": 1, "model": "colours-int8"}
     answer = client.post("/v1/classify", params=params, **raw(picture("red", kind=name), kind))
     assert answer.json()["model"] == "colours-int8"
-    assert [one["label"] for one in answer.json()["labels"]] == ["red"]
+    assert [row["label"] for row in answer.json()["labels"]] == ["red"]
 
 
 def test_templates_replace_the_prompts(client, picture):
@@ -50,9 +46,9 @@ def test_templates_replace_the_prompts(client, picture):
     assert labels[0]["cosine"] == pytest.approx(math.sqrt(0.5), abs=1e-6)
 
 
-def test_request_id_is_kept_when_plain_and_made_when_not(client, picture):
-    def ask(given: str) -> str:
-        return client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
+def test_a_plain_request_id_is_returned_and_another_is_replaced(client, picture):
+    def ask(request_id: str) -> str:
+        return client.get("/healthz", headers={"x-request-id": request_id}).headers["x-request-id"]
 
     assert ask("abc-1.2_3") == "abc-1.2_3"
     assert ask("a b") != "a b"
@@ -60,8 +56,8 @@ def test_request_id_is_kept_when_plain_and_made_when_not(client, picture):
 
 
 @pytest.mark.parametrize("task", ["classify", "detect", "embed", "embeddings"])
-def test_what_is_asked_most_does_not_go_by_the_search_for_dependencies(client, task, monkeypatch):
+def test_the_most_used_endpoints_skip_fastapis_dependencies(client, task, monkeypatch):
     searched = []
-    monkeypatch.setattr(fastapi.routing, "solve_dependencies", lambda **given: searched.append(1))
+    monkeypatch.setattr(fastapi.routing, "solve_dependencies", lambda **kwargs: searched.append(1))
     assert client.post(f"/v1/{task}", json={"nothing": 1}).json()["type"] == "/problems/invalid-request"
     assert not searched

@@ -1,4 +1,4 @@
-"""Collections over HTTP; vectors are colours known by hand (tests/service/conftest.py)."""
+"""Collections over HTTP; the vectors are the colours of tests/service/conftest.py."""
 
 import math
 
@@ -24,8 +24,8 @@ def test_fill_search_filter_remove(client, picture):
     url = "/v1/collections/photos/search"
 
     hits = client.post(url, json={"query": {"text": "yellow"}, "top_k": 2}).json()["hits"]
-    assert {one["id"] for one in hits} == {"r", "g"}  # yellow = red + green: both at 45 degrees
-    assert [one["score"] for one in hits] == pytest.approx([math.sqrt(0.5)] * 2, abs=1e-5)
+    assert {hit["id"] for hit in hits} == {"r", "g"}  # yellow = red + green: both at 45 degrees
+    assert [hit["score"] for hit in hits] == pytest.approx([math.sqrt(0.5)] * 2, abs=1e-5)
 
     hits = client.post(url, json={"query": {"image": b64(picture("red"))}, "top_k": 1}).json()["hits"]
     assert hits == [{"id": "r", "score": pytest.approx(1, abs=1e-5), "meta": {"title": "röd", "year": 2019}}]
@@ -38,7 +38,7 @@ def test_fill_search_filter_remove(client, picture):
         ("r", {"title": "röd", "year": {"lte": 2030}}),
     ]:
         hits = client.post(url, json={"query": {"text": "white"}, "filter": where}).json()["hits"]
-        assert {one["id"] for one in hits} == set(wanted), where
+        assert {hit["id"] for hit in hits} == set(wanted), where
 
     gone = client.request("DELETE", "/v1/collections/photos/items", json={"ids": ["r", "never"]})
     assert gone.json() == {"collection": "photos", "count": 1, "items": 2}
@@ -73,5 +73,5 @@ def test_a_collection_survives_a_restart_and_refuses_another_bundle(settings, se
     with serve(settings(bundles_dir=bundles)) as client:
         bundle_maker(bundles, "other-int8")
     with serve(settings(bundles_dir=bundles)) as client:
-        asked = {"query": {"text": "blue"}, "model": "other-int8"}
-        assert client.post("/v1/collections/kept/search", json=asked).status_code == 409
+        search = {"query": {"text": "blue"}, "model": "other-int8"}
+        assert client.post("/v1/collections/kept/search", json=search).status_code == 409

@@ -9,27 +9,27 @@ def test_boxes_come_in_pixels_of_the_picture(client, picture):
     # 64 x 64 is scaled by 1/8: a quarter is 32 x 32. Scaling down mixes a little across its edges.
     image = picture("red", "green", "green", "blue", size=(64, 64))
     answer = client.post("/v1/detect", files={"image": image}, data={"labels": ["blue", "red"], "min_score": "0.99"})
-    found = answer.json()
-    assert found["image"] == {"width": 64, "height": 64}
-    assert [(one["label"], one["index"], one["box"]) for one in found["detections"]] == [
+    body = answer.json()
+    assert body["image"] == {"width": 64, "height": 64}
+    assert [(detection["label"], detection["index"], detection["box"]) for detection in body["detections"]] == [
         ("red", 1, {"x0": 0, "y0": 0, "x1": 32, "y1": 32}),
         ("blue", 0, {"x0": 32, "y0": 32, "x1": 64, "y1": 64}),
     ]
-    assert [one["score"] for one in found["detections"]] == pytest.approx([1, 1], abs=5e-3)
+    assert [detection["score"] for detection in body["detections"]] == pytest.approx([1, 1], abs=5e-3)
 
 
 def test_letterbox_padding_is_no_part_of_the_picture(client, picture):
     image = picture("red", size=(64, 48))  # 8 x 6 in the input: the lower quarters are cut at 48
-    found = client.post("/v1/detect", files={"image": image}, data={"labels": "red", "min_score": "0.9"}).json()
-    boxes = [one["box"] for one in found["detections"]]
+    body = client.post("/v1/detect", files={"image": image}, data={"labels": "red", "min_score": "0.9"}).json()
+    boxes = [detection["box"] for detection in body["detections"]]
     assert {"x0": 32, "y0": 32, "x1": 64, "y1": 48} in boxes
     assert len(boxes) == 4
 
 
 def test_effective_settings_are_echoed(client, picture):
-    asked = {"method": "linear", "iou_threshold": 0.4, "per_class": False, "max_output": 3, "min_score": 0.5}
-    form = {"labels": ["red", "yellow"], **asked}
+    suppression = {"method": "linear", "iou_threshold": 0.4, "per_class": False, "max_output": 3, "min_score": 0.5}
+    form = {"labels": ["red", "yellow"], **suppression}
     answer = client.post("/v1/detect", files={"image": picture("red", size=(64, 64))}, data=form)
     # every quarter is red: cosine 1 with red, sqrt(1/2) with yellow: 8 pairs over 0.5, 3 of them kept
-    assert answer.json()["suppression"] == {**asked, "sigma": 0.5, "candidates": 8, "kept": 3}
+    assert answer.json()["suppression"] == {**suppression, "sigma": 0.5, "candidates": 8, "kept": 3}
     assert math.isclose(answer.json()["detections"][0]["raw_score"], 1, abs_tol=1e-6)

@@ -1,34 +1,34 @@
-"""Examples instead of words: in JSON, in a form, beside labels, and what is refused. Regions are the four quarters."""
+"""Examples in JSON, in a form, together with labels, and refused examples. Regions are the four quarters."""
 
 import pytest
 
-from calmclip.models.tasks.detect import Suppression
-from calmclip.service.schemas import DetectBody
+from calmclip.models.suppression import Suppression
+from calmclip.service.schemas.detect import DetectBody
 from tests.asking import b64
 
 
 def labels(answer) -> list[tuple[str, int, dict[str, float]]]:
     assert answer.status_code == 200, answer.text
-    return [(one["label"], one["index"], one["box"]) for one in answer.json()["detections"]]
+    return [(detection["label"], detection["index"], detection["box"]) for detection in answer.json()["detections"]]
 
 
 LOWER_RIGHT = {"x0": 32, "y0": 32, "x1": 64, "y1": 64}
 
 
-def test_an_example_finds_its_like(client, picture):
+def test_an_example_finds_similar_regions(client, picture):
     image = picture("red", "green", "green", "blue", size=(64, 64))
     body = {"image": b64(image), "examples": [{"image": b64(picture("blue")), "label": "mine"}], "min_score": 0.99}
     assert labels(client.post("/v1/detect", json=body)) == [("mine", 0, LOWER_RIGHT)]
 
 
-def test_a_box_says_where_in_the_example(client, picture):
+def test_a_box_selects_a_part_of_the_example(client, picture):
     image = picture("red", "green", "green", "blue", size=(64, 64))
-    # the same picture is its own example: the box is its lower right quarter
+    # the example is the same picture, and the box is its lower right quarter
     example = {"image": b64(image), "box": [33, 33.5, 64, 64]}
     body = {"image": b64(image), "labels": ["red"], "examples": [example], "min_score": 0.99}
-    found = labels(client.post("/v1/detect", json=body))
-    assert ("example 0", 1, LOWER_RIGHT) in found
-    assert sorted(index for _, index, _ in found) == [0, 1]
+    detections = labels(client.post("/v1/detect", json=body))
+    assert ("example 0", 1, LOWER_RIGHT) in detections
+    assert sorted(index for _, index, _ in detections) == [0, 1]
 
 
 def test_in_a_form_examples_are_files(client, picture):
@@ -38,19 +38,19 @@ def test_in_a_form_examples_are_files(client, picture):
     assert labels(answer) == [("example 1", 1, LOWER_RIGHT)]
 
 
-def test_a_field_is_no_file_and_words_say_so(client, picture):
+def test_an_example_in_a_text_field_is_refused(client, picture):
     answer = client.post("/v1/detect", files={"image": picture("red")}, data={"examples": "cat.jpg"})  # curl without @
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["where"] == "examples.0"
-    assert "in a form a file" in answer.json()["detail"]
+    assert "in a form, a file" in answer.json()["detail"]
 
 
-def test_the_specification_says_where_examples_go(client):
+def test_the_specification_puts_examples_into_bodies_only(client):
     spec = client.get("/openapi.json").json()
     route = spec["paths"]["/v1/detect"]["post"]
     form = route["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
     assert form["examples"] == {"type": "array", "items": {"type": "string", "format": "binary"}}
-    assert "examples" not in [one["name"] for one in route["parameters"]]
+    assert "examples" not in [parameter["name"] for parameter in route["parameters"]]
     (item,) = [spec["components"]["schemas"]["DetectBody"]["properties"]["examples"]["items"]["$ref"]]
     assert set(spec["components"]["schemas"][item.split("/")[-1]]["properties"]) == {"image", "box", "label"}
 
@@ -73,7 +73,7 @@ def test_the_specification_says_where_examples_go(client):
         ("hello", 422, 'expected {\\"image\\": {\\"b64\\"'),
     ],
 )
-def test_what_is_no_example_is_refused_in_words(client, picture, example, status, words):
+def test_an_invalid_example_is_refused_with_a_reason(client, picture, example, status, words):
     if isinstance(example, dict) and "image" not in example and words != "image":
         example = {"image": b64(picture("red"))} | example
     answer = client.post("/v1/detect", json={"image": b64(picture("red")), "examples": [example]})
@@ -81,14 +81,12 @@ def test_what_is_no_example_is_refused_in_words(client, picture, example, status
     assert words in answer.text
 
 
-def test_there_are_few_examples_in_a_request(client, picture):
-    body = {"image": b64(picture("red")), "examples": [{"image": b64(picture("red"))}] * 9}
-    answer = client.post("/v1/detect", json=body)
-    assert answer.status_code == 422
-    assert "9 examples were given; at most 8 are looked at" in answer.json()["detail"]
+def test_at_most_8_examples_are_read(client, picture):
+    answer = client.post("/v1/detect", json={"image": b64(picture("red")), "examples": [{"image": b64(b"")}] * 9})
+    assert (answer.status_code, "9 examples were given; at most 8 are read" in answer.text) == (422, True)
 
 
-def test_only_what_was_sent_goes_before_the_bundles_defaults():
+def test_only_the_fields_of_a_request_override_the_bundles_defaults():
     body = DetectBody.model_validate({"image": b"", "sigma": 0.5, "labels": ["a"]})
-    own = Suppression("hard", sigma=3, min_score=0.01, max_output=7, per_class=False)
-    assert body.suppression(own) == Suppression("hard", sigma=0.5, min_score=0.01, max_output=7, per_class=False)
+    defaults = Suppression("hard", sigma=3, min_score=0.01, max_output=7, per_class=False)
+    assert body.suppression(defaults) == Suppression("hard", sigma=0.5, min_score=0.01, max_output=7, per_class=False)

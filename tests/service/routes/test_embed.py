@@ -1,4 +1,4 @@
-"""Vectors are known by hand: the colours of tests/service/conftest.py, made unit."""
+"""The vectors are the normalized colours of tests/service/conftest.py."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`Resting`: a graph's session that leaves memory while nobody uses it and is opened again by the next run."""
+"""`UnloadableSession`: a graph's session that leaves memory while it is idle. The next run opens it again."""
 
 import threading
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from calmclip.models.flow import Array, Arrays
 from calmclip.models.runtime.session import Session
 
 
-class Resting:
-    """``open_session`` opens the session, at once and after each rest; ``opened`` is told the seconds, ``closed`` that
-    it rests. `run` and `rest` may be called from several threads; a run under way keeps its session.
+class UnloadableSession:
+    """``open_session`` is called at once, and by the first run after each unload; then ``opened`` gets the seconds that
+    it took. ``closed`` is called after an unload. Several threads may call the methods; a run keeps its session.
     """
 
     def __init__(
@@ -28,12 +28,12 @@ class Resting:
         self._running = 0
         self._used = now()
         self._session: Session | None = None
-        self._wake()
+        self._open()
 
     def run(self, feeds: Arrays) -> dict[str, Array]:
-        """As `Session.run`; raises what opening it raises."""
+        """As `Session.run`; raises also what ``open_session`` raises."""
         with self._lock:
-            session = self._wake()
+            session = self._open()
             self._running += 1
         try:
             return session.run(feeds)
@@ -43,12 +43,11 @@ class Resting:
                 self._used = self._now()
 
     @property
-    def rests(self) -> bool:
-        """Whether the next run opens it first."""
+    def unloaded(self) -> bool:
         return self._session is None
 
-    def rest(self, idle_s: float) -> bool:
-        """Close it when its last run ended ``idle_s`` ago or earlier; whether it did."""
+    def unload(self, idle_s: float) -> bool:
+        """Close the session if its last run ended at least ``idle_s`` ago. Returns whether it did."""
         with self._lock:
             due = self._session is not None and not self._running and self._now() - self._used >= idle_s
             if due:
@@ -56,7 +55,7 @@ class Resting:
                 self._closed()
             return due
 
-    def _wake(self) -> Session:
+    def _open(self) -> Session:
         if self._session is None:
             start = perf_counter()
             self._session = self._open_session()

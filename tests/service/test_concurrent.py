@@ -1,4 +1,4 @@
-"""Company changes no answer: rows of real bundles, alone and merged with others by the batcher."""
+"""Merging changes no answer: rows of real bundles in single runs and in merged runs of the batcher."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ ROWS = 7
 
 
 def feeds_of(bundle: Bundle, role: str) -> dict[str, np.ndarray]:
-    """As many different rows as `ROWS`, as requests would bring them."""
+    """`ROWS` different rows, like those of requests."""
     if role == "text":
         return dict(bundle.text().prepare([f"a photo of {thing}" for thing in "abcdefg"]))
     ((name, tensor),) = bundle.graph(role).inputs.items()
@@ -22,8 +22,8 @@ def feeds_of(bundle: Bundle, role: str) -> dict[str, np.ndarray]:
     return {name: np.random.default_rng(7).standard_normal(shape).astype(np.float32)}
 
 
-def asked(session: Session, feeds: dict[str, np.ndarray], *, together: bool) -> list[bytes | np.ndarray]:
-    """Each row's answer, all in one run or each in its own, through the batcher as the engine uses it."""
+def answered(session: Session, feeds: dict[str, np.ndarray], *, together: bool) -> list[bytes | np.ndarray]:
+    """The answer of each row, from one merged run or from a run per row, through the batcher."""
     sizes = []
 
     async def main():
@@ -31,7 +31,7 @@ def asked(session: Session, feeds: dict[str, np.ndarray], *, together: bool) -> 
             session.run,
             max_size=ROWS if together else 1,
             max_wait_s=5.0,
-            company=lambda: together,
+            concurrent=lambda: together,
             observe=lambda rows, _: sizes.append(rows),
         )
         calls = [{name: array[i : i + 1] for name, array in feeds.items()} for i in range(ROWS)]
@@ -47,15 +47,15 @@ def asked(session: Session, feeds: dict[str, np.ndarray], *, together: bool) -> 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("role", ["image", "text"])
 @pytest.mark.parametrize("name", ["tiny-int8", "tiny-float"])
-def test_a_row_is_the_same_alone_and_in_company(tiny_bundles, name, role, threads):
-    """INT8 to the bit; float to 1e-6, for a lone row's products may be summed in another order."""
+def test_a_row_has_the_same_answer_in_a_single_and_a_merged_run(tiny_bundles, name, role, threads):
+    """INT8 to the bit; float to 1e-6, because a single row's products may be summed in another order."""
     bundle = Bundle(read(tiny_bundles / name))
     graph = bundle.graph(role)
     session = Session(bundle.directory / graph.file, graph, SessionOptions(threads=threads))
     feeds = feeds_of(bundle, role)
-    alone, merged = (np.concatenate(asked(session, feeds, together=together)) for together in (False, True))
-    assert len(np.unique(alone, axis=0)) == ROWS
+    single, merged = (np.concatenate(answered(session, feeds, together=together)) for together in (False, True))
+    assert len(np.unique(single, axis=0)) == ROWS
     if name.endswith("int8"):
-        assert alone.tobytes() == merged.tobytes()
+        assert single.tobytes() == merged.tobytes()
     else:
-        assert np.abs(alone - merged).max() <= 1e-6
+        assert np.abs(single - merged).max() <= 1e-6

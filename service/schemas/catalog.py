@@ -1,0 +1,43 @@
+"""Responses of /v1/models and of the health probes."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from calmclip.service.schemas import Answer
+from calmclip.service.schemas.detect import SuppressionAsked
+
+
+class ModelSummary(Answer):
+    name: str
+    digest: str
+    family: str = Field(description="the float and the INT8 bundle of one export have the same family")
+    tasks: list[str]
+    precision: str
+    dim: int | None
+    labels: int = Field(description="number of labels in the bundle")
+    suppression: SuppressionAsked | None = Field(
+        description="the defaults of a detect request; null: the bundle does not detect"
+    )
+    examples: int = Field(description="largest number of examples in a detect request; 0: the bundle takes none")
+
+
+class ModelsAnswer(Answer):
+    models: list[ModelSummary] = Field(description="in load order: the first that serves a task is its default")
+
+
+class ModelAnswer(Answer):
+    name: str
+    digest: str
+    manifest: dict[str, Any] = Field(description="bundle.json")
+    report: dict[str, Any] | None = Field(description="report.json: what the export measured")
+
+
+class HealthAnswer(Answer):
+    status: Literal["ok"]
+
+
+class ReadyAnswer(Answer):
+    ready: bool
+    loaded: list[str]
+    failed: dict[str, str] = Field(description="bundle or collection -> why it did not load")
