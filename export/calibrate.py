@@ -1,14 +1,13 @@
-"""Calibration pictures and texts -> feeds, through the service's own preprocessing; and ranges that ship.
+"""Calibration pictures and texts -> feeds, by the service's preprocessing; and recorded ranges that ship.
 
-A ranges file holds what one observation of a net's float graphs found, so that every export of that net makes
-the same bundle:
+A ranges file holds the observed ranges of a net's float graphs, so that every export of that net makes the same bundle:
 
     {"source": "which pictures and texts, and the command", "pictures": ["…"], "weights": {"heads.safetensors": "…"},
      "graphs": {"image": {"fingerprint": "…", "quantizer": "search", "params": {},
                           "settled": {"name": "smooth", "params": {"alpha": 0.75}}, "ranges": {"Conv_0": [-1.0, 2.0]}}}}
 
-A quantizer that looks at channels records a list of minima and one of maxima instead of two numbers. ``settled`` is
-what a search found (`Settled`), so that it need not search again.
+A quantizer that works by channel records a list of minima and a list of maxima instead of two numbers. ``settled`` is
+the result of a search (`Settled`), so that an export need not search again.
 """
 
 import json
@@ -32,7 +31,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def inputs(calibration: Calibration) -> tuple[list[Path], list[str]]:
-    """``count`` pictures and texts drawn by ``seed``; those that ship where the recipe names none."""
+    """``count`` pictures and texts drawn by ``seed``, from the recipe's paths or from the samples that ship."""
     pictures, texts = samples.pictures(), samples.texts()
     if calibration.images:
         pictures = sorted(p for p in calibration.images.rglob("*") if p.suffix.lower() in _SUFFIXES)
@@ -42,10 +41,10 @@ def inputs(calibration: Calibration) -> tuple[list[Path], list[str]]:
         try:
             lines = calibration.texts.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise BadRequest(f"{calibration.texts} is no text in UTF-8 ({error}); expected one text a line") from None
+            raise BadRequest(f"{calibration.texts} is no text in UTF-8 ({error}); expected one text per line") from None
         texts = [line for line in lines if line.strip()]
         if not texts:
-            raise BadRequest(f"{calibration.texts} holds no texts; expected one a line")
+            raise BadRequest(f"{calibration.texts} holds no texts; expected one per line")
     draw = random.Random(calibration.seed)
     return (
         draw.sample(pictures, min(calibration.count, len(pictures))),
@@ -54,9 +53,9 @@ def inputs(calibration: Calibration) -> tuple[list[Path], list[str]]:
 
 
 def describe(calibration: Calibration, pictures: Sequence[Path], texts: Sequence[str]) -> str:
-    """In words, for the report: what this export's ranges were observed on."""
-    places = [place.name if place else "samples that ship" for place in (calibration.images, calibration.texts)]
-    return f"{len(pictures)} pictures ({places[0]}) and {len(texts)} texts ({places[1]}), seed {calibration.seed}"
+    """In words, for the report: the inputs that this export's ranges were observed on."""
+    sources = [path.name if path else "samples that ship" for path in (calibration.images, calibration.texts)]
+    return f"{len(pictures)} pictures ({sources[0]}) and {len(texts)} texts ({sources[1]}), seed {calibration.seed}"
 
 
 def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequence[str]) -> Iterator[Arrays]:
@@ -81,22 +80,22 @@ def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequen
 
 
 def fitting(net: Net, directory: Path, texts: Sequence[str]) -> list[str]:
-    """Those of ``texts`` that are not longer than the net's context (the samples suit most, not all).
+    """The ``texts`` that fit the net's context (a few samples may be too long).
 
-    Raises `BadRequest` when none is left.
+    Raises `BadRequest` if none fits.
     """
     specs = [t.preprocess for t in net.towers.values() if isinstance(t.preprocess, TextPreprocess)]
     preparers = [TextPreparer(spec, directory) for spec in specs]
-    found = [text for text in texts if all(p.count(text) <= p.spec.context for p in preparers)]
-    if texts and not found:
+    fitting = [text for text in texts if all(p.count(text) <= p.spec.context for p in preparers)]
+    if texts and not fitting:
         context = min(spec.context for spec in specs)
         raise BadRequest(f"all {len(texts)} calibration texts have more than {context} tokens; give shorter ones")
-    return found
+    return fitting
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """``settled``: the quantizer that the ranges are for; what was asked for, or what a search made of it."""
+    """``settled``: the quantizer that the ranges are for: the recipe's, or the result of its search."""
 
     ranges: Ranges
     source: str
@@ -104,8 +103,8 @@ class Recorded:
 
 
 def recorded(file: Path, role: str, graph: str, how: Quantize, weights: Mapping[str, str]) -> Recorded | None:
-    """The ranges in ``file`` for ``role``; None where they are of another graph, of other weights or for another
-    quantizer. ``graph``: its fingerprint; ``weights``: name -> sha256, as in the net's `Source`."""
+    """The ranges in ``file`` for ``role``; None if they are of another graph, other weights or another quantizer.
+    ``graph``: its fingerprint; ``weights``: name -> sha256, as in the net's `Source`."""
     data = json.loads(file.read_text(encoding="utf-8"))
     entry = data["graphs"].get(role)
     if entry is None or data["weights"] != dict(weights):
@@ -123,9 +122,8 @@ def record(
     weights: Mapping[str, str],
     graphs: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write ranges that ship, one line a tensor: ``source`` in words, ``pictures`` by name, ``weights`` name -> sha256,
-    and by role of the graph {"fingerprint", "quantizer", "params", "ranges"}; "settled" too where there was a search.
-    """
+    """Write ranges that ship, one line per tensor. ``source``: in words; ``pictures``: by name; ``weights``: name ->
+    sha256; ``graphs``: by role {"fingerprint", "quantizer", "params", "ranges"}, with "settled" after a search."""
     facts = {"source": source, "pictures": [*pictures], "weights": dict(weights)}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
     entries = ",\n".join(f"{json.dumps(role)}: {_entry(entry)}" for role, entry in sorted(graphs.items()))
@@ -140,5 +138,5 @@ def _entry(entry: Mapping[str, Any]) -> str:
 
 
 def _numbers(value: Any) -> str:
-    """A number or nested lists of them as JSON, six digits each."""
+    """A number, or nested lists of numbers, as JSON with six digits each."""
     return f"{value:.6g}" if isinstance(value, float | int) else f"[{','.join(map(_numbers, value))}]"

@@ -1,4 +1,4 @@
-"""Outliers of a bundle's graphs as a picture: tensors from top to bottom as the graph goes, two numbers of each."""
+"""Outliers of a bundle's graphs as a picture: tensors from top to bottom in graph order, two numbers for each."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,26 +12,26 @@ _BAR, _MARGIN = 0.17, 0.9  # inches: the height of a tensor, and of a graph's ti
 
 
 def draw(graphs: Mapping[str, Outliers], file: Path, title: str) -> None:
-    """Write a PNG: a row for each graph, infinity norms on the left and kurtosis on the right, on log scales that the
-    graphs share. Raises `OSError` where the file cannot be written."""
-    heights = [_MARGIN + _BAR * len(one.tensors) for one in graphs.values()]
+    """Write a PNG: a row for each graph, infinity norms on the left and kurtosis on the right, on common log scales.
+    Raises `OSError` if the file cannot be written."""
+    heights = [_MARGIN + _BAR * len(graph.tensors) for graph in graphs.values()]
     figure = Figure(figsize=(12, 0.5 + sum(heights)), layout="constrained")
     figure.suptitle(f"{title}: outliers in float    (red: worst by kurtosis;  dashed: a Gaussian's)", fontsize=11)
     rows = figure.subplots(len(graphs), 2, squeeze=False, sharex="col", sharey="row", height_ratios=heights)
-    for (left, right), (role, one) in zip(rows, graphs.items(), strict=True):
-        names = [*one.tensors]
-        colours = ["tab:red" if name in one.worst else "tab:blue" for name in names]
-        for place, axes, what in ((0, left, "infinity norm"), (1, right, "kurtosis")):
-            values = [pair[place] for pair in one.tensors.values()]
+    for (left, right), (role, graph) in zip(rows, graphs.items(), strict=True):
+        names = [*graph.tensors]
+        colours = ["tab:red" if name in graph.worst else "tab:blue" for name in names]
+        for place, axes, quantity in ((0, left, "infinity norm"), (1, right, "kurtosis")):
+            values = [pair[place] for pair in graph.tensors.values()]
             axes.barh(range(len(names)), values, color=colours)
-            axes.set_title(f"{role}: {what}, at most {max(values):.4g}", fontsize=10)
+            axes.set_title(f"{role}: {quantity}, at most {max(values):.4g}", fontsize=10)
             axes.tick_params(labelsize=8, labelbottom=True)
             axes.grid(axis="x", linewidth=0.4)
         right.axvline(_GAUSSIAN, color="black", linewidth=0.8, linestyle="--")
         left.set_yticks(range(len(names)), names)
         left.set_ylim(len(names) - 0.4, -0.6)
     for place, axes in enumerate(rows[-1]):
-        every = [pair[place] for one in graphs.values() for pair in one.tensors.values()]
-        axes.set_xlim(left=min([1.0, *(0.8 * value for value in every if value > 0)]), right=1.3 * max([10.0, *every]))
+        values = [pair[place] for graph in graphs.values() for pair in graph.tensors.values()]
+        axes.set_xlim(min([1.0, *(0.8 * value for value in values if value > 0)]), 1.3 * max([10.0, *values]))
         axes.set_xscale("log")
     figure.savefig(file, format="png", dpi=100)

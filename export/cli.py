@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -16,7 +17,7 @@ from calmclip.models.registry import catalog
 
 
 def export_command(argv: list[str]) -> int:
-    """`calmclip export CHECKPOINT|mini`: seal NAME-int8 (or NAME-mixed) and, where kept, NAME-float."""
+    """`calmclip export CHECKPOINT|mini`: seal NAME-int8 (or NAME-mixed) and, with --keep-float, NAME-float."""
     from calmclip.export.pipeline import build
 
     options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
@@ -27,12 +28,12 @@ def export_command(argv: list[str]) -> int:
     report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
     rows = [
         {
-            "bundle": s.manifest.name,
-            "directory": str(s.directory),
-            "digest": s.digest,
-            "megabytes": round(sum(f.bytes for f in s.manifest.files.values()) / 1e6, 1),
+            "bundle": bundle.manifest.name,
+            "directory": str(bundle.directory),
+            "digest": bundle.digest,
+            "megabytes": round(sum(file.bytes for file in bundle.manifest.files.values()) / 1e6, 1),
         }
-        for s in sealed
+        for bundle in sealed
     ]
     keys = ("bars", "latency_ms", "slower_than_float", "int8", "accuracy")
     emit(options.json, {"sealed": rows, **{key: report[key] for key in keys}}, _summary)
@@ -58,9 +59,9 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--recipe", type=Path, help="TOML file; 'calmclip recipe' prints one")
     options.add_argument("--out", type=Path, default=BUNDLES, help=f"where bundles go (default {BUNDLES})")
     options.add_argument("--name", help="bundles are called NAME-int8 and NAME-float")
-    options.add_argument("--preset", help="quantizer of every graph that the recipe names none for: paper, fast, …")
+    options.add_argument("--preset", help="quantizer of every graph that the recipe does not name: paper, fast, …")
     options.add_argument("--images", type=Path, help="calibration pictures (a folder)")
-    options.add_argument("--texts", type=Path, help="calibration texts (one a line)")
+    options.add_argument("--texts", type=Path, help="calibration texts (one per line)")
     options.add_argument(
         "--eval",
         action="append",
@@ -70,21 +71,17 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
         help=f"measured in float and in INT8 for the report: {', '.join(catalog('evals'))}, and its data",
     )
     options.add_argument("--keep-float", action=argparse.BooleanOptionalAction, help="seal the float bundle too")
-    options.add_argument(
-        "--activation",
-        choices=("gelu", "gelu_tanh", "quick_gelu"),
-        help="of the blocks, where the checkpoint does not say it",
-    )
+    options.add_argument("--activation", choices=("gelu", "gelu_tanh", "quick_gelu"), help="if the checkpoint has none")
     options.add_argument("--experts", choices=("dense", "routed"), help="how a mixture of experts is computed")
     flags.declare(options)
     options.add_argument("--replace", action="store_true", default=None, help="replace bundles of the same name")
     return options
 
 
-def _pair(given: str) -> tuple[str, Path]:
-    name, sign, data = given.partition("=")
+def _pair(text: str) -> tuple[str, Path]:
+    name, sign, data = text.partition("=")
     if not (name and sign and data):
-        raise argparse.ArgumentTypeError(f"{given!r} is not NAME=DIR, such as zero_shot=./pictures")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR, such as zero_shot=./pictures")
     return name, Path(data)
 
 
@@ -92,33 +89,32 @@ def _recipe(options: argparse.Namespace, say: Callable[[str], None] = lambda lin
     from calmclip.export.pipeline import load
 
     net_name, _ = recognise(options.checkpoint)
-    given = {name: getattr(options, name) for name in Weights.model_fields}
-    weights = load_weights(options.recipe, **given)
-    adapters = flags.asked(load_adapters(options.recipe), options.adapters)
+    weights = load_weights(options.recipe, **{name: getattr(options, name) for name in Weights.model_fields})
+    adapters = flags.merged(load_adapters(options.recipe), options.adapters)
     net = load(net_name, options.checkpoint, weights, adapters, say)
     calibration = {k: v for k, v in (("images", options.images), ("texts", options.texts)) if v is not None}
     recipe = load_recipe(
         options.checkpoint, net_name, net, options.recipe,
         name=options.name, preset=options.preset, keep_float=options.keep_float, replace=options.replace,
         calibration=calibration or None, weights=weights.model_dump(), evals=dict(options.eval) or None,
-        adapters=[one.model_dump() for one in adapters],
+        adapters=[adapter.model_dump() for adapter in adapters],
     )  # fmt: skip
     return recipe, net
 
 
-def _summary(value: dict) -> None:  # type: ignore[type-arg]
+def _summary(value: dict[str, Any]) -> None:
     from calmclip.models.evals.tables import rounded
 
     for row in value["sealed"]:
         print(f"{row['bundle']:24s} {row['megabytes']:6.1f} MB  {row['directory']}")
-    found = value["int8"]
-    print(f"  {found['share']:.1%} of the multiply-accumulates in INT8, {found['size_ratio']:.3f} of the float size")
+    int8 = value["int8"]
+    print(f"  {int8['coverage']:.1%} of the multiply-accumulates in INT8, {int8['size_ratio']:.3f} of the float size")
     for name, bar in value["bars"].items():
         print(f"  {name:20s} {bar['measured']:<10} bar {bar['bar']}  {'passed' if bar['passed'] else 'MISSED'}")
     for name, sides in value["accuracy"].items():
         for key in sides["int8"]:
-            int8, whole = (rounded(sides[side][key], "%") for side in ("int8", "float32"))
-            print(f"  {name} {key:16s} int8 {int8}, float {whole}")
+            figures = (rounded(sides[side][key], "%") for side in ("int8", "float32"))
+            print(f"  {name} {key:16s} int8 {next(figures)}, float {next(figures)}")
     for role, pair in value["latency_ms"].items():
         gain = pair["float32"]["p50"] / pair["int8"]["p50"]
         note = "" if gain >= 1 else "   INT8 IS SLOWER THAN FLOAT HERE"

@@ -1,4 +1,4 @@
-"""Adapters on the command line of `calmclip export`: the options that each declares, and ``--adapter`` for any."""
+"""Adapters on the command line of `calmclip export`: the options that each adapter declares, and ``--adapter``."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from calmclip.export.adapters import ADAPTERS, Adapt
 
 @dataclass(frozen=True)
 class Typed:
-    """One option: it appends an adapter, or, where it is not the adapter's first, sets a param of the last one."""
+    """One option. An adapter's first option appends it; the others set a param of the last adapter of that name."""
 
     name: str
     params: dict[str, Any]
@@ -19,8 +19,8 @@ class Typed:
 
 
 def declare(options: argparse.ArgumentParser) -> None:
-    """Values end up in ``adapters``, in the order in which they were typed. An option that there is already stays what
-    it is: the adapter is reached by ``--adapter``."""
+    """Values end up in ``adapters``, in the order in which they were typed. An option that exists already keeps its
+    meaning; the adapter is then reached by ``--adapter``."""
     options.add_argument(
         "--adapter",
         dest="adapters",
@@ -28,7 +28,7 @@ def declare(options: argparse.ArgumentParser) -> None:
         default=[],
         type=_named,
         metavar="NAME[:PARAM=VALUE,…]",
-        help=f"what changes the net before it is traced, in this order: {', '.join(ADAPTERS.names())}",
+        help=f"changes of the net before it is traced, in this order: {', '.join(ADAPTERS.names())}",
     )
     for name in ADAPTERS.names():
         adapter = ADAPTERS.get(name)
@@ -38,45 +38,46 @@ def declare(options: argparse.ArgumentParser) -> None:
 
 
 def _declare(options: argparse.ArgumentParser, option: str, name: str, param: str, first: bool) -> None:
-    about = ADAPTERS.get(name).params.model_fields[param]
-    shown = (about.description or f"{param} of the adapter {name}").replace("%", "%%")
-    if about.annotation is bool:
+    field = ADAPTERS.get(name).params.model_fields[param]
+    text = (field.description or f"{param} of the adapter {name}").replace("%", "%%")
+    if field.annotation is bool:
         true = Typed(name, {param: True}, first)
-        options.add_argument(option, dest="adapters", action="append_const", const=true, help=shown)
+        options.add_argument(option, dest="adapters", action="append_const", const=true, help=text)
     else:
-        made = lambda value: Typed(name, {param: value}, first)  # noqa: E731
-        options.add_argument(option, dest="adapters", action="append", type=made, metavar=param.upper(), help=shown)
+        typed = lambda value: Typed(name, {param: value}, first)  # noqa: E731
+        options.add_argument(option, dest="adapters", action="append", type=typed, metavar=param.upper(), help=text)
 
 
-def asked(listed: Sequence[Adapt], typed: Sequence[Typed]) -> tuple[Adapt, ...]:
-    """The recipe's adapters and those of the command line. What is not an adapter's first option may stand before it,
-    and belongs to the recipe's last one of the name where none was typed. Raises as `Adapt.checked`."""
-    made: list[Adapt] = []
+def merged(listed: Sequence[Adapt], typed: Sequence[Typed]) -> tuple[Adapt, ...]:
+    """The recipe's adapters, then those of the command line. An option that is not an adapter's first one may come
+    before the first; if no first one follows, it sets the recipe's last adapter of that name. Raises as
+    `Adapt.checked`."""
+    adapters: list[Adapt] = []
     early: list[Typed] = []
-    for one in typed:
-        if one.first:
-            made.append(Adapt(name=one.name, params=one.params))
-        elif not _set(made, one):
-            early.append(one)
-    made = [*listed, *made]
-    for one in early:
-        if not _set(made, one):
-            made.append(Adapt(name=one.name, params=one.params))  # which lacks what the first option says
-    return tuple(one.checked() for one in made)
+    for option in typed:
+        if option.first:
+            adapters.append(Adapt(name=option.name, params=option.params))
+        elif not _set(adapters, option):
+            early.append(option)
+    adapters = [*listed, *adapters]
+    for option in early:
+        if not _set(adapters, option):
+            adapters.append(Adapt(name=option.name, params=option.params))  # `checked` names the missing param
+    return tuple(adapter.checked() for adapter in adapters)
 
 
-def _set(made: list[Adapt], one: Typed) -> bool:
-    """Whether there is an adapter of the name, whose last one takes the params."""
-    for place in reversed(range(len(made))):
-        if made[place].name == one.name:
-            made[place] = Adapt(name=one.name, params=made[place].params | one.params)
+def _set(adapters: list[Adapt], option: Typed) -> bool:
+    """Set the params of the last adapter of the option's name; -> whether there is one."""
+    for place in reversed(range(len(adapters))):
+        if adapters[place].name == option.name:
+            adapters[place] = Adapt(name=option.name, params=adapters[place].params | option.params)
             return True
     return False
 
 
-def _named(given: str) -> Typed:
-    name, _, rest = given.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",")] if rest else []
+def _named(text: str) -> Typed:
+    name, _, params = text.partition(":")
+    pairs = [pair.partition("=") for pair in params.split(",")] if params else []
     if not name or not all(param and sign for param, sign, _ in pairs):
-        raise argparse.ArgumentTypeError(f"{given!r} is not NAME or NAME:PARAM=VALUE,…, such as stretch:tokens=248")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME:PARAM=VALUE,…, such as stretch:tokens=248")
     return Typed(name, {param: value for param, _, value in pairs})

@@ -1,8 +1,8 @@
-"""Graphs without the weight of their weights: opened, checked and given shapes with nothing serialised that is big.
+"""Open, check and infer the shapes of a graph without copying or serialising its big weights.
 
-A graph of a large model holds a gigabyte or two in its initializers, and protobuf writes no message over 2 GB. Whoever
-only wants to know how nodes are wired, or to run them, needs no second copy of all that: `lighten` leaves the big
-initializers out by name, `Session` lends them to ONNX Runtime, `shapes` and `check` do without.
+A large model holds a gigabyte or two in its initializers, and protobuf writes no message over 2 GB. To walk a graph or
+to run it needs no second copy of them: `lighten` leaves out the data of big initializers, `Session` passes them to ONNX
+Runtime as borrowed memory, and `shapes` and `check` do not read them.
 """
 
 import numpy as np
@@ -11,15 +11,15 @@ import onnxruntime as ort
 
 from calmclip.models.flow import Array
 from calmclip.models.ops.library import Library
-from calmclip.models.runtime.session import AS_WRITTEN
+from calmclip.models.runtime.session import DISABLED_OPTIMIZERS
 
-SMALL = 1 << 18  # bytes; what is smaller may be a shape, a bias or a scale: who rewrites a graph reckons with it
-LARGE = 1 << 29  # bytes of weights; beyond, a session does not pack a second copy of them for speed's sake
+SMALL = 1 << 18  # bytes; a smaller tensor may be a shape, a bias or a scale, which rewrites and inference read
+LARGE = 1 << 29  # bytes of weights; a session over larger ones does not prepack a second copy
 _ELSEWHERE = "elsewhere"
 
 
-def lighten(model: onnx.ModelProto) -> onnx.ModelProto:
-    """-> a copy whose big initializers keep name, type and shape, and say that their data lies elsewhere."""
+def lighten(model: onnx.ModelProto, least: int | None = None) -> onnx.ModelProto:
+    """-> a copy in which initializers of ``least`` bytes (default `SMALL`) are external: name, type and shape only."""
     light = onnx.ModelProto(
         ir_version=model.ir_version,
         producer_name=model.producer_name,
@@ -30,10 +30,11 @@ def lighten(model: onnx.ModelProto) -> onnx.ModelProto:
     graph, old = light.graph, model.graph
     graph.name = old.name
     graph.node.extend(old.node)
-    for values, found in ((graph.input, old.input), (graph.output, old.output), (graph.value_info, old.value_info)):
-        values.extend(found)
+    graph.input.extend(old.input)
+    graph.output.extend(old.output)
+    graph.value_info.extend(old.value_info)
     for tensor in old.initializer:
-        if big(tensor):
+        if big(tensor, least):
             graph.initializer.add(
                 name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=onnx.TensorProto.EXTERNAL
             ).external_data.add(key="location", value=_ELSEWHERE)
@@ -43,7 +44,7 @@ def lighten(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fill(light: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
-    """-> ``light`` itself, with the big initializers it still names as ``model`` holds them."""
+    """Copy the data of ``light``'s external initializers from ``model``; -> ``light`` itself."""
     data = {tensor.name: tensor for tensor in model.graph.initializer}
     for tensor in light.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -52,49 +53,49 @@ def fill(light: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def big(tensor: onnx.TensorProto, least: int | None = None) -> bool:
-    """Whether it holds ``least`` bytes; without that: whether `lighten` leaves its data out."""
+    """Whether `lighten` leaves out the tensor's data."""
     return tensor.HasField("raw_data") and size(tensor) >= (SMALL if least is None else least)
 
 
 def size(tensor: onnx.TensorProto) -> int:
-    """Bytes of its data."""
+    """Bytes of the tensor's data."""
     return int(np.prod(tensor.dims)) * int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize)
 
 
 class Session(ort.InferenceSession):  # type: ignore[misc]
-    """A graph in memory, of any size, opened in ONNX Runtime; our ops by their local functions, or by ``library``."""
+    """An ONNX Runtime session over a graph of any size in memory; our ops run by local functions or by ``library``."""
 
     def __init__(self, model: onnx.ModelProto, *, threads: int = 0, library: Library | None = None) -> None:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 3
-        settings.enable_cpu_mem_arena = False  # which grows by doubling
+        settings.enable_cpu_mem_arena = False  # the arena grows by doubling
         if library:
             settings.register_custom_ops_library(str(library.path))
         if sum(size(t) for t in model.graph.initializer if big(t)) > LARGE:
             settings.add_session_config_entry("session.disable_prepacking", "1")
-        # ONNX Runtime reads them where they lie, so they have to live as long as it does
-        self._lent = {t.name: ort.OrtValue.ortvalue_from_numpy(_array(t)) for t in model.graph.initializer if big(t)}
-        if self._lent:
-            settings.add_external_initializers(list(self._lent), list(self._lent.values()))
+        # zero-copy: ONNX Runtime reads this memory, so it must live as long as the session
+        self._borrowed = {
+            t.name: ort.OrtValue.ortvalue_from_numpy(_array(t)) for t in model.graph.initializer if big(t)
+        }
+        if self._borrowed:
+            settings.add_external_initializers(list(self._borrowed), list(self._borrowed.values()))
         super().__init__(
             lighten(model).SerializeToString(),
             settings,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(AS_WRITTEN),
+            disabled_optimizers=list(DISABLED_OPTIMIZERS),
         )
 
 
 def shapes(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Types and shapes of what lies inside the graph, as far as they can be inferred.
-
-    With shapes that nodes read of others and pass on, as the functions of our own ops do.
-    """
+    """Types and shapes of the tensors inside the graph, as far as they can be inferred. Data propagation follows shapes
+    that nodes compute from other shapes, as the functions of our ops do."""
     return list(onnx.shape_inference.infer_shapes(lighten(model), data_prop=True).graph.value_info)
 
 
 def check(model: onnx.ModelProto) -> None:
-    """ONNX's own checker; a big initializer counts as an input of its type and shape. Raises its errors."""
+    """Run ONNX's checker, with big initializers as inputs of their type and shape. Raises its errors."""
     light = lighten(model)
     for tensor in [t for t in light.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]:
         light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -103,7 +104,6 @@ def check(model: onnx.ModelProto) -> None:
 
 
 def _array(tensor: onnx.TensorProto) -> Array:
-    """The tensor's bytes as an array: one copy, which its owner keeps alive."""
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    found: Array = np.frombuffer(tensor.raw_data, kind).reshape(tuple(tensor.dims))
-    return found
+    """The tensor's bytes as an array: one copy, which the array keeps alive."""
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.frombuffer(tensor.raw_data, dtype).reshape(tuple(tensor.dims))

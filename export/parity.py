@@ -1,4 +1,4 @@
-"""Two ways to compute one thing, on the same feeds: how far apart, per output."""
+"""Compare two ways to compute the same outputs, on the same feeds."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -21,12 +21,12 @@ def compare(
     """Per output: ``max_abs`` difference; ``largest`` magnitude in the reference; ``cosine`` mean, its standard error
     ``cosine_error`` and ``cosine_min`` over rows; ``sqnr_db``.
 
-    SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds together; see `decibels`.
-    Rows that are zero on both sides have no cosine and do not count; one that is zero on one side, or holds NaN or
-    infinity, has the cosine 0. ``summary``, where given, makes of a run's outputs what is compared (see `Tower`).
+    SQNR = 10 log10(sum reference^2 / sum (reference - candidate)^2), over all feeds; see `decibels`. A row that is zero
+    on both sides has no cosine and does not count; a row that is zero on one side, or holds NaN or infinity, has the
+    cosine 0. ``summary`` is optional: it turns a run's outputs into the values to compare (see `Tower`).
     """
     cosines: dict[str, list[Array]] = {}
-    apart: dict[str, float] = {}
+    differences: dict[str, float] = {}
     largest: dict[str, float] = {}
     squares: dict[str, tuple[float, float]] = {}  # of the reference, of the difference
     for feed in feeds:
@@ -37,7 +37,7 @@ def compare(
             a, b = _rows(left[name]), _rows(right[name])
             lost = a - b
             cosines.setdefault(name, []).append(_cosines(a, b))
-            apart[name] = float(np.maximum(apart.get(name, 0.0), np.abs(lost).max()))
+            differences[name] = float(np.maximum(differences.get(name, 0.0), np.abs(lost).max()))
             largest[name] = float(np.maximum(largest.get(name, 0.0), np.abs(a).max()))
             signal, noise = squares.get(name, (0.0, 0.0))
             squares[name] = signal + float(np.sum(a**2)), noise + float(np.sum(lost**2))
@@ -45,7 +45,7 @@ def compare(
     for name, parts in cosines.items():
         cosine = np.concatenate(parts)
         result[name] = {
-            "max_abs": apart[name],
+            "max_abs": differences[name],
             "largest": largest[name],
             "cosine": float(cosine.mean()) if cosine.size else 1.0,
             "cosine_error": float(cosine.std(ddof=1) / cosine.size**0.5) if cosine.size > 1 else 0.0,
@@ -56,20 +56,21 @@ def compare(
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise) of two sums of squares; 999 where nothing was lost, -999 where nothing was kept."""
+    """10 log10(signal / noise) of two sums of squares; 999 for no noise, -999 for no signal or infinite noise."""
     if noise == 0:
         return 999.0
     return round(10 * float(np.log10(signal / noise)), 2) if signal > 0 and np.isfinite(noise) else -999.0
 
 
 def require(
-    found: Mapping[str, Mapping[str, float]], *, max_abs: float = np.inf, min_cosine: float = -1.0, what: str
+    agreement: Mapping[str, Mapping[str, float]], *, max_abs: float = np.inf, min_cosine: float = -1.0, what: str
 ) -> None:
     """Raises `ParityLost` naming the output that differs by more than ``max_abs`` or has a row under ``min_cosine``.
 
-    ``max_abs`` is of numbers up to 1, as vectors of length 1 have; of larger ones, such as logits, it is their part.
+    ``max_abs`` is absolute for numbers up to 1 (vectors of length 1), and relative to the largest number above that
+    (logits).
     """
-    for name, numbers in found.items():
+    for name, numbers in agreement.items():
         most = max_abs * (max(1.0, numbers["largest"]) if np.isfinite(numbers["largest"]) else 1.0)
         if not numbers["max_abs"] <= most:
             raise ParityLost(
@@ -83,12 +84,12 @@ def require(
 
 
 def torch_run(tower: Tower) -> Run:
-    """The tower itself, answering arrays by output name."""
+    """Run the torch module; outputs are arrays by name."""
 
     def run(feeds: Arrays) -> dict[str, Array]:
         with torch.inference_mode():
-            found = tower.module(*(torch.from_numpy(np.asarray(feeds[name])) for name in tower.inputs))
-        outputs = found if isinstance(found, tuple) else (found,)
+            outputs = tower.module(*(torch.from_numpy(np.asarray(feeds[name])) for name in tower.inputs))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {name: value.numpy() for name, value in zip(tower.outputs, outputs, strict=True)}
 
     return run
@@ -97,12 +98,12 @@ def torch_run(tower: Tower) -> Run:
 def onnx_run(
     model: onnx.ModelProto, *, threads: int = 0, library: Library | None = None, apart: Sequence[str] = ()
 ) -> Run:
-    """A graph in memory, answering arrays by output name; our ops by their local functions, or by ``library``.
+    """Run a graph in memory; outputs are arrays by name. Our ops run by their local functions, or by ``library``.
 
-    ``apart``: tensors that are computed as they stand, whatever the runtime would fuse over them.
+    ``apart``: tensors that the runtime must compute as the graph states, without fusing over them.
     """
-    names = [o.name for o in model.graph.output]
-    try:  # what a graph answers is not fused away
+    names = [output.name for output in model.graph.output]
+    try:  # the runtime does not fuse over an output
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in apart if name not in names)
         session = light.Session(model, threads=threads, library=library)
     finally:
@@ -114,23 +115,21 @@ def onnx_run(
     return run
 
 
-def kept(run: Run, feeds: Sequence[Arrays]) -> Run:
-    """What ``run`` answers to each of ``feeds``, worked out now, so that its graph need not stay open."""
-    answers = [(feed, run(feed)) for feed in feeds]
-    return lambda feed: next(answer for one, answer in answers if one is feed)
+def stored(run: Run, feeds: Sequence[Arrays]) -> Run:
+    """Run all ``feeds`` now; -> a `Run` that looks up their outputs, so that the graph need not stay open."""
+    answers = {id(feed): (feed, run(feed)) for feed in feeds}
+    return lambda feed: answers[id(feed)][1]
 
 
 def _cosines(a: Array, b: Array) -> Array:
-    """float64 [N, C] twice -> of each row, without those that are zero twice."""
+    """Cosine of each row of two float64 [N, C], without rows that are zero on both sides."""
     norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    length, there = norms[0] * norms[1], (norms[0] != 0) | (norms[1] != 0)
-    fine = np.isfinite(length) & (length > 0)
-    found: Array = np.zeros(len(a))
-    found[fine] = np.sum(a[fine] * b[fine], axis=1) / length[fine]
-    return found[there]
+    length, nonzero = norms[0] * norms[1], (norms[0] != 0) | (norms[1] != 0)
+    finite = np.isfinite(length) & (length > 0)
+    cosines = np.zeros(len(a))
+    cosines[finite] = np.sum(a[finite] * b[finite], axis=1) / length[finite]
+    return np.asarray(cosines[nonzero])
 
 
 def _rows(array: Array) -> Array:
-    return (
-        np.asarray(array, np.float64).reshape(-1, array.shape[-1]) if array.ndim else np.asarray([[array]], np.float64)
-    )
+    return np.asarray(array, np.float64).reshape(-1, array.shape[-1] if array.ndim else 1)

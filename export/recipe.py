@@ -1,4 +1,4 @@
-"""`Recipe`: which checkpoint, how to quantize, which bars to pass. Frozen; read from flags and TOML."""
+"""`Recipe`: the checkpoint, the quantizers, and the bars to pass. Frozen; read from flags and TOML."""
 
 import tomllib
 from pathlib import Path
@@ -25,47 +25,49 @@ class Quantize(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """Without ``images`` and ``texts`` the net's own recorded ranges are used, else the pictures that ship."""
+    """The inputs that ranges are observed on. Without ``images`` and ``texts``: the net's recorded ranges if they fit,
+    else the samples that ship."""
 
     images: Path | None = None
-    texts: Path | None = Field(None, description="one text a line")
-    count: int = Field(192, ge=1, description="at most so many pictures, and texts")
+    texts: Path | None = Field(default=None, description="one text per line")
+    count: int = Field(default=192, ge=1, description="largest number of pictures, and of texts")
     seed: int = 0
 
 
 class Bars(FrozenModel):
     """A bundle below one of these is not sealed."""
 
-    max_float_error: float = Field(1e-4, description="torch against float ONNX, largest absolute difference")
-    min_image_cosine: float = Field(0.95, description="mean cosine of INT8 and float picture vectors")
-    min_text_cosine: float = Field(0.97, description="the same for texts")
-    min_output_cosine: float = Field(0.9, description="the same for every output of every quantized graph")
-    min_int8_share: float | None = Field(None, description="part of the multiply-accumulates in INT8, 0 to 1")
-    max_size_ratio: float | None = Field(None, description="INT8 bytes for one of float, the whole bundles")
+    max_float_error: float = Field(default=1e-4, description="torch against float ONNX, largest absolute difference")
+    min_image_cosine: float = Field(default=0.95, description="mean cosine of INT8 and float picture vectors")
+    min_text_cosine: float = Field(default=0.97, description="the same for texts")
+    min_output_cosine: float = Field(default=0.9, description="the same for every output of every quantized graph")
+    min_int8_coverage: float | None = Field(default=None, description="INT8 part of the multiply-accumulates, 0 to 1")
+    max_size_ratio: float | None = Field(default=None, description="INT8 bundle's bytes per byte of the float bundle")
     max_megabytes: float | None = None
 
     def cosine(self, role: str) -> float:
         """The bar of the graph ``role``."""
-        own = {"image": self.min_image_cosine, "text": self.min_text_cosine}.get(role, 0.0)
-        return max(own, self.min_output_cosine)
+        bar = {"image": self.min_image_cosine, "text": self.min_text_cosine}.get(role, 0.0)
+        return max(bar, self.min_output_cosine)
 
 
 class Recipe(FrozenModel):
     checkpoint: str
     net: str
     name: Name = Field(max_length=57, description="bundles are NAME-int8 (or -mixed) and, with keep_float, NAME-float")
-    preset: str | None = Field(None, description="quantizer of every graph that `quantize` does not name")
+    preset: str | None = Field(default=None, description="quantizer of every graph that `quantize` does not name")
     quantize: dict[str, Quantize] = Field(
-        default_factory=dict, description="role of a graph -> how; else as its net says"
+        default_factory=dict, description="role of a graph -> its quantizer; default: the net's choice"
     )
     rewrites: tuple[str, ...] = Field(
-        default_factory=swaps, description="rules that put our ops in the place of standard ones; [] for none"
+        default_factory=swaps, description="rules that replace standard ops by ours; [] for none"
     )
     picture_input: bool = Field(
-        False, description="image graphs take decoded pictures, one at a time, and prepare them (op ImageToPixels)"
+        default=False,
+        description="image graphs take decoded pictures, one at a time, and prepare them (op ImageToPixels)",
     )
     weights: Weights = Weights()
-    adapters: tuple[Adapt, ...] = Field((), description="what changes the net before it is traced, in this order")
+    adapters: tuple[Adapt, ...] = Field(default=(), description="changes of the net before it is traced, in this order")
     calibration: Calibration = Calibration()
     evals: dict[str, Path] = Field(
         default_factory=dict, description="name of an eval -> its data, measured in float and in INT8 for the report"
@@ -75,17 +77,17 @@ class Recipe(FrozenModel):
     replace: bool = False
 
     def public(self) -> dict[str, Any]:
-        """What a report may say: file and folder names, but not where on this machine they lie."""
+        """The recipe as a report shows it: file and folder names, without their directories on this machine."""
         data = self.model_dump(mode="json", exclude={"replace"})
         data["checkpoint"] = hub.name(Path(self.checkpoint))
-        data["adapters"] = [one.public() for one in self.adapters]
+        data["adapters"] = [adapter.public() for adapter in self.adapters]
         data["evals"] = {name: path.name for name, path in self.evals.items()}
         data["calibration"] |= {k: p.name for k in ("images", "texts") if (p := getattr(self.calibration, k))}
         return data
 
 
 def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
-    """The net that reads ``checkpoint``. Raises `UnknownCheckpoint` naming what was tried."""
+    """The net that reads ``checkpoint``. Raises `UnknownCheckpoint` naming the nets that were tried."""
     for name in NETS.names():
         plugin = NETS.get(name)
         if plugin.recognise(checkpoint):
@@ -95,13 +97,12 @@ def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
         raise UnknownCheckpoint(f"{checkpoint!r} is no directory and no built-in model; {tried}")
     names = sorted(read(checkpoint).names)
     raise UnknownCheckpoint(
-        f"{checkpoint!r} is of no kind that a net recognises: {', '.join(names[:3])} are among its {len(names)} "
-        f"tensors; {tried}"
+        f"no net recognises {checkpoint!r}, whose {len(names)} tensors include {', '.join(names[:3])}; {tried}"
     )
 
 
 def load_weights(file: Path | None = None, **flags: Any) -> Weights:
-    """What the recipe says of the weights, which a net is loaded with: the TOML ``file``'s, then ``flags`` not None.
+    """The recipe's `Weights`, which a net is loaded with: from the TOML ``file``, then ``flags`` that are not None.
 
     Raises `BadRequest` naming the key that does not fit.
     """
@@ -113,7 +114,7 @@ def load_weights(file: Path | None = None, **flags: Any) -> Weights:
 
 
 def load_adapters(file: Path | None = None) -> tuple[Adapt, ...]:
-    """Those that the TOML ``file`` lists. Raises `BadRequest` naming the key that does not fit."""
+    """The adapters in the TOML ``file``. Raises `BadRequest` naming the key that does not fit."""
     try:
         return TypeAdapter(tuple[Adapt, ...]).validate_python(_toml(file).get("adapters", ()))
     except ValidationError as error:
@@ -121,11 +122,11 @@ def load_adapters(file: Path | None = None) -> tuple[Adapt, ...]:
 
 
 def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = None, **flags: Any) -> Recipe:
-    """Defaults of the net, its adapters done, then the TOML ``file``, then ``flags`` that are not None.
+    """Defaults of the net (after its adapters), then the TOML ``file``, then ``flags`` that are not None.
 
     Raises `BadRequest` naming the key that does not fit.
     """
-    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": _called(checkpoint)}
+    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": _name(checkpoint)}
     data = _merge(data, _toml(file))
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})
     data |= {"checkpoint": checkpoint, "net": net_name}
@@ -140,29 +141,27 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                     f"recipe: quantize.{role}: {net.name} has no such graph; {suggestion(role, net.towers)}"
                 )
             QUANTIZERS.get(how.name).params.model_validate(how.params)
-        for name, data in recipe.evals.items():
-            measured = EVALS.get(name)
-            if measured.task not in net.tasks:  # said now, not when everything else is done
-                raise BadRequest(
-                    f"recipe: evals.{name}: it measures {measured.task}, but {net.name} serves {', '.join(net.tasks)}"
-                )
-            measure.read(name, data)
+        for name, path in recipe.evals.items():  # before the export, which may take minutes
+            if (task := EVALS.get(name).task) not in net.tasks:
+                served = ", ".join(net.tasks)
+                raise BadRequest(f"recipe: evals.{name}: it measures {task}, but {net.name} serves {served}")
+            measure.read(name, path)
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(
-                    f"recipe: rewrites: {name} attaches an op to a graph, which its net asks for, or picture_input; "
-                    f"here go {', '.join(swaps())}"
+                    f"recipe: rewrites: {name} attaches an op to a graph; a net or picture_input asks for it. Expected "
+                    f"here: {', '.join(swaps())}"
                 )
         for tower in net.towers.values():
             if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess):
-                image_to_pixels.inside(tower.preprocess)  # which refuses what the op does not do
+                image_to_pixels.inside(tower.preprocess)  # raises if the op cannot do this preprocessing
     except ValidationError as error:
         raise _bad(error) from None
     return recipe
 
 
-def _called(checkpoint: str) -> str:
-    """A bundle's name out of a directory's or a file's, without the suffix of weights."""
+def _name(checkpoint: str) -> str:
+    """A bundle's name, from the name of a directory or a file, without the suffix of weights."""
     name = hub.short(Path(checkpoint)).lower()
     name = next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name)
     return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip("._-")
@@ -177,9 +176,9 @@ def _toml(file: Path | None) -> dict[str, Any]:
         raise BadRequest(f"recipe {file} cannot be read: {error}") from None
 
 
-def _bad(error: ValidationError, where: str = "") -> BadRequest:
+def _bad(error: ValidationError, prefix: str = "") -> BadRequest:
     first = error.errors()[0]
-    return BadRequest(f"recipe: {where}{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return BadRequest(f"recipe: {prefix}{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What was measured of a finished bundle, float and INT8 side by side -> report.json.
+"""Measure a finished bundle, float beside INT8 -> report.json.
 
-Both sides are opened with `models.runner`, the code that serves, so a number here is about what is served. What is said
-of single graphs (shares, ranges, outliers, what each product loses) is of the graphs before our ops go in.
+Both sides are opened with `models.runner`, the code that serves. Figures of single graphs (coverage, ranges, outliers,
+the loss of each product) are of the graphs before the rewrites put our ops in.
 """
 
 import ctypes
@@ -21,16 +21,17 @@ import numpy as np
 import onnx
 
 from calmclip.export import layers, outliers
+from calmclip.export.coverage import Coverage, count, coverage
 from calmclip.export.quantizers import Settled
 from calmclip.export.recipe import Bars, Quantize
-from calmclip.export.share import count, share
 from calmclip.models.errors import BarMissed
 from calmclip.models.evals import measure as evaluate
-from calmclip.models.flow import Arrays
+from calmclip.models.flow import Array, Arrays
 from calmclip.models.measure import latency, machine
 from calmclip.models.runner import Runner
 
-_MUCH = 100_000_000  # bytes that a step made the process grow by, for which it pays to look for what is free again
+COVERAGE, SIZE = 0.9, 0.35  # for the name int8: least INT8 coverage, largest part of the float size
+_GROWTH = 100_000_000  # bytes that a step adds to the process before it is worth looking for free memory
 
 
 def measure(
@@ -40,9 +41,10 @@ def measure(
     both = (quantized, reference)
     embeddings: dict[str, Any] = {}
     if "embed" in quantized.bundle.manifest.tasks:
-        for role, kind, shown in (("image", "images", pictures), ("text", "texts", texts)):
+        inputs: tuple[tuple[str, str, Any], ...] = (("image", "images", pictures), ("text", "texts", texts))
+        for role, kind, rows in inputs:
             if role in quantized.bundle.manifest.graphs:
-                embeddings[role] = _agreement([r.embed(**{kind: shown}) for r in both], len(shown))
+                embeddings[role] = _agreement([runner.embed(**{kind: rows}) for runner in both], len(rows))
     timed = latency(both, pictures[0].read_bytes(), rounds)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -54,107 +56,97 @@ def measure(
     }
 
 
-SHARE, SIZE = 0.9, 0.35  # of the multiply-accumulates, at least, and of the float size, at most: what is called int8
-
-
 def graph(
     model: onnx.ModelProto,
     quantized: onnx.ModelProto,
     feeds: Sequence[Arrays],
-    drawn: Iterable[Arrays],
+    outlier_feeds: Iterable[Arrays],
     dims: Mapping[str, int],
     how: Quantize,
     settled: Settled,
 ) -> dict[str, Any]:
-    """Of one graph: its INT8 share at ``dims``, how it was settled, what stayed in float and why, what each product
-    loses (on ``feeds``), where outliers are (on ``drawn``, one row each), and the range of each tensor in 8 bits."""
-    found = share(count(quantized, dims))
+    """Of one graph: INT8 coverage at ``dims``, settings, the products in float and why, the loss of each product (on
+    ``feeds``), outliers (on ``outlier_feeds``, one row each), and the range of each 8-bit tensor."""
+    total = coverage(count(quantized, dims))
     params = settled.written()
     fitted = {key: len(params.pop(key)) for key in ("clips", "shifts") if key in params}
     return {
-        "share": {"macs": found.macs, "int8": found.int8, "part": round(found.part, 5), "counted_at": dict(dims)},
+        "coverage": {"macs": total.macs, "int8": total.int8, "part": round(total.part, 5), "counted_at": dict(dims)},
         "settled": {"quantizer": settled.quantizer, "params": params, "fitted": fitted},
         "search": dict(settled.history),
         "in_float": layers.in_float(model, quantized, dims, how.params.get("keep", ())),
         "compared_on": f"{len(feeds)} inputs that ship with calmclip",
         **layers.compare(model, quantized, feeds, dims),
-        "outliers": outliers.measure(model, drawn),
+        "outliers": outliers.measure(model, outlier_feeds),
         "ranges": layers.ranges(quantized),
     }
 
 
 def int8(graphs: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Of the whole bundle: the part of its towers' multiply-accumulates in INT8, one input of each, and of the float
-    bundle's bytes."""
-    macs, whole = (sum(facts["share"][key] for facts in graphs.values()) for key in ("macs", "int8"))
-    return {
-        "share": round(whole / macs, 5) if macs else 0.0,
-        "macs": macs,
-        "size_ratio": round(sizes["int8"] / sizes["float32"], 5),
-    }
+    """Of a whole bundle: the INT8 coverage of its towers, one input each, and its size as a part of the float size."""
+    total = Coverage(*(sum(facts["coverage"][key] for facts in graphs.values()) for key in ("macs", "int8")))
+    ratio = sizes["int8"] / sizes["float32"]
+    return {"coverage": round(total.part, 5), "macs": total.macs, "size_ratio": round(ratio, 5)}
 
 
-def precision(found: Mapping[str, Any]) -> Literal["int8", "mixed"]:
-    """What a bundle may be called, by what `int8` found."""
-    return "int8" if found["share"] >= SHARE and found["size_ratio"] <= SIZE else "mixed"
+def precision(figures: Mapping[str, Any]) -> Literal["int8", "mixed"]:
+    """The precision that a bundle's name and manifest state, by the figures of `int8`."""
+    return "int8" if figures["coverage"] >= COVERAGE and figures["size_ratio"] <= SIZE else "mixed"
 
 
-def why_mixed(found: Mapping[str, Any], name: str) -> str:
+def why_mixed(figures: Mapping[str, Any], name: str) -> str:
     return (
-        f"called {name}, not int8: {found['share']:.1%} of the multiply-accumulates are in INT8 and its size is "
-        f"{found['size_ratio']:.3f} of float; int8 is at least {SHARE:.0%} and at most {SIZE}"
+        f"called {name}, not int8: {figures['coverage']:.1%} of the multiply-accumulates are in INT8 and its size is "
+        f"{figures['size_ratio']:.3f} of float; int8 is at least {COVERAGE:.0%} and at most {SIZE}"
     )
 
 
 def accuracy(quantized: Runner, reference: Runner, evals: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Every eval that the recipe names, on its data: eval -> {"int8": figures, "float32": figures}."""
     sides = {"int8": quantized, "float32": reference}
-    found = {}
+    figures = {}
     for name, directory in evals.items():
         data = evaluate.read(name, directory)
-        found[name] = {side: evaluate.named(evaluate.predict(name, runner, data)) for side, runner in sides.items()}
-    return found
+        figures[name] = {side: evaluate.named(evaluate.predict(name, runner, data)) for side, runner in sides.items()}
+    return figures
 
 
 def text(figures: Mapping[str, Any]) -> str:
-    """report.json, a line for each short list of numbers."""
-    whole = json.dumps(figures, indent=2) + "\n"
-    return re.sub(r"\[\s+[-\d.e+]+(?:,\s+[-\d.e+]+)*\s+\]", lambda found: " ".join(found[0].split()), whole)
+    """The text of report.json, with a list of numbers on one line."""
+    indented = json.dumps(figures, indent=2) + "\n"
+    return re.sub(r"\[\s+[-\d.e+]+(?:,\s+[-\d.e+]+)*\s+\]", lambda numbers: " ".join(numbers[0].split()), indented)
 
 
 def check(report: Mapping[str, Any], bars: Bars) -> dict[str, dict[str, float | bool]]:
-    """Every bar, what was measured against it, and whether it passed."""
+    """Bar -> its limit, the measured number, and whether it passed."""
     rows: dict[str, tuple[float, float, bool]] = {}
     for role, bar in (("image", bars.min_image_cosine), ("text", bars.min_text_cosine)):
         if role in report["embeddings"]:
-            found = report["embeddings"][role]["cosine_mean"]
-            rows[f"min_{role}_cosine"] = (bar, found, found >= bar)
+            value = report["embeddings"][role]["cosine_mean"]
+            rows[f"min_{role}_cosine"] = (bar, value, value >= bar)
     for role, facts in report["graphs"].items():
         for output, numbers in facts["int8_against_float"].items():
-            found, bar = numbers["cosine"], bars.cosine(role)
-            rows[f"{role}.{output}"] = (bar, found, found >= bar)
-    for name, key in (("min_int8_share", "share"), ("max_size_ratio", "size_ratio")):
-        bar = getattr(bars, name)
-        if bar is not None:
-            found = report["int8"][key]
-            rows[name] = (bar, found, found >= bar if name.startswith("min") else found <= bar)
-    if bars.max_megabytes is not None:
-        found = report["size_bytes"]["int8"] / 1e6
-        rows["max_megabytes"] = (bars.max_megabytes, found, found <= bars.max_megabytes)
-    return {name: {"bar": bar, "measured": round(found, 5), "passed": ok} for name, (bar, found, ok) in rows.items()}
+            value, bar = numbers["cosine"], bars.cosine(role)
+            rows[f"{role}.{output}"] = (bar, value, value >= bar)
+    int8 = {"min_int8_coverage": ("int8", "coverage", 1), "max_size_ratio": ("int8", "size_ratio", 1)}
+    for name, (table, key, unit) in (int8 | {"max_megabytes": ("size_bytes", "int8", 1e6)}).items():
+        if (limit := getattr(bars, name)) is not None:
+            value = report[table][key] / unit
+            rows[name] = (limit, value, value >= limit if name.startswith("min") else value <= limit)
+    return {name: {"bar": bar, "measured": round(value, 5), "passed": ok} for name, (bar, value, ok) in rows.items()}
 
 
 def require(
     bars: Mapping[str, Mapping[str, float | bool]], name: str, graphs: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Raises `BarMissed` with every bar that was not passed, and what the searches for settings came to."""
+    """Raises `BarMissed` with every bar that did not pass, and the best result of each search for settings."""
     missed = [f"{key} is {row['measured']}, the bar {row['bar']}" for key, row in bars.items() if not row["passed"]]
     if missed:
-        searched = {role: facts["search"] for role, facts in (graphs or {}).items() if facts.get("search")}
+        searches = {role: facts["search"] for role, facts in (graphs or {}).items() if facts.get("search")}
         best = [
-            f"{role}: the best of {len(one['candidates'])} settings tried reached the cosine {one['cosine']}"
-            for role, one in searched.items()
-            if not one["reached"]
+            f"{role}: the best of {len(search['candidates'])} settings tried reached the cosine {search['cosine']}"
+            for role, search in searches.items()
+            if not search["reached"]
         ]
         raise BarMissed(
             f"{name} was not sealed: {'; '.join([*missed, *best])}. More or better calibration pictures (--images), "
@@ -163,8 +155,8 @@ def require(
 
 
 class Steps:
-    """Seconds that each step of an export took: ``with steps("image: trace"): …``. What one made the process grow by is
-    given back, where it is much: to look for it takes longer than a step of a small net."""
+    """Seconds of each step of an export: ``with steps("image: trace"): …``. `trim` follows a step that adds much memory
+    to the process; it takes longer than a step of a small net."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -174,19 +166,19 @@ class Steps:
         start, before = perf_counter(), _resident()
         yield
         self.seconds[name] = round(perf_counter() - start, 2)
-        if _resident() - before >= _MUCH:
+        if _resident() - before >= _GROWTH:
             trim()
 
 
 def trim() -> None:
-    """Give back what was freed: glibc keeps it, in pieces too small for the next large graph."""
+    """Return freed memory to the system: glibc keeps it in pieces that are too small for the next large graph."""
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _resident() -> int:
-    """Bytes that this process holds now; 0 where the system does not say, and nothing is trimmed."""
+    """Resident bytes of this process; 0 if the system does not say, and then nothing is trimmed."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
@@ -194,7 +186,7 @@ def _resident() -> int:
 
 
 def peak_rss_mb() -> float | None:
-    """The most memory this process ever held, in 10^6 bytes; None where the system does not say (Windows)."""
+    """Peak resident memory of this process, in 10^6 bytes; None if the system does not say (Windows)."""
     try:
         import resource
     except ModuleNotFoundError:
@@ -203,7 +195,7 @@ def peak_rss_mb() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def _agreement(vectors: Sequence[np.ndarray], count: int) -> dict[str, float]:
+def _agreement(vectors: Sequence[Array], count: int) -> dict[str, float]:
     cosines = np.sum(vectors[0].astype(np.float64) * vectors[1], axis=1)
     return {
         "cosine_mean": round(float(cosines.mean()), 5),

@@ -1,8 +1,8 @@
-"""Graphs -> ONNX files of a bundle, where what several graphs hold is stored once.
+"""Graphs -> ONNX files of a bundle; weights that several graphs hold are stored once.
 
-Initializers with equal bytes in two or more graphs go to one external-data file, listed in the manifest like
-every other; what only one graph holds stays inside it, unless that is more than fits: protobuf, in which an ONNX
-file is written, ends at 2 GB. Such a graph has a file of its own for its weights.
+Initializers with equal bytes in two or more graphs go to one external-data file, which the manifest lists like every
+other file. Weights of one graph stay inside its ONNX file if they fit: protobuf, the format of ONNX files, ends at
+2 GB. A larger graph has a separate file for its weights.
 """
 
 import hashlib
@@ -17,37 +17,40 @@ import onnx
 from calmclip.export import light
 
 SHARED = "weights.bin"
-LARGEST = 1 << 30  # bytes of weights inside a graph's own file: half of what protobuf writes, and held twice meanwhile
-_WORTH = 4096  # bytes; what is smaller is stored with its graph, even where another has the same
-_ALIGN = 4096  # a page: ONNX Runtime maps aligned data instead of reading it
+LARGEST = 1 << 30  # bytes of weights inside a graph's ONNX file: half of protobuf's limit, and in memory twice
+_LEAST = 4096  # bytes; a smaller tensor is stored in its graph, even if other graphs hold the same
+_ALIGN = 4096  # bytes, a page: ONNX Runtime maps aligned data instead of reading it
 
 
 def save(graphs: Mapping[str, onnx.ModelProto], directory: Path) -> None:
-    """Write ROLE.onnx per graph, ``weights.bin`` where there is something to share, and ROLE.bin for a graph with
-    more than `LARGEST` bytes of its own. The graphs stay as they are."""
+    """Write ROLE.onnx per graph, ``weights.bin`` if graphs have equal weights, and ROLE.bin for a graph with more than
+    `LARGEST` bytes of unshared weights. The graphs do not change."""
     digests = {role: _digests(model) for role, model in graphs.items()}
-    seen = Counter(digest for found in digests.values() for digest in set(found.values()))
+    holders = Counter(digest for by_name in digests.values() for digest in set(by_name.values()))
     with closing(_External(directory / SHARED)) as shared:
         for role, model in graphs.items():
-            own = sum(light.size(t) for t in model.graph.initializer if seen[digests[role].get(t.name, b"")] == 1)
-            with closing(_External(directory / f"{role}.bin")) as apart:
+            unshared = sum(
+                light.size(t) for t in model.graph.initializer if holders[digests[role].get(t.name, b"")] == 1
+            )
+            with closing(_External(directory / f"{role}.bin")) as separate:
                 file = light.lighten(model)
-                held = {tensor.name: tensor for tensor in model.graph.initializer}
+                tensors = {tensor.name: tensor for tensor in model.graph.initializer}
                 for tensor in file.graph.initializer:
                     if digest := digests[role].get(tensor.name):
-                        if seen[digest] > 1 or own > LARGEST:
-                            (shared if seen[digest] > 1 else apart).put(tensor, held[tensor.name].raw_data, digest)
+                        if holders[digest] > 1 or unshared > LARGEST:
+                            external = shared if holders[digest] > 1 else separate
+                            external.put(tensor, tensors[tensor.name].raw_data, digest)
                         else:
-                            tensor.CopyFrom(held[tensor.name])
+                            tensor.CopyFrom(tensors[tensor.name])
             (directory / f"{role}.onnx").write_bytes(file.SerializeToString())
 
 
 def _digests(model: onnx.ModelProto) -> dict[str, bytes]:
-    return {t.name: hashlib.sha256(t.raw_data).digest() for t in model.graph.initializer if light.big(t, _WORTH)}
+    return {t.name: hashlib.sha256(t.raw_data).digest() for t in model.graph.initializer if light.big(t, _LEAST)}
 
 
 class _External:
-    """A file of tensors, each on a page of its own and there once; made when the first comes."""
+    """A file of tensors, each once and on a new page; the file is created with the first tensor."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +58,7 @@ class _External:
         self._places: dict[bytes, int] = {}
 
     def put(self, tensor: onnx.TensorProto, data: bytes, digest: bytes) -> None:
-        """Write ``data``, unless it is there, and let ``tensor`` say where."""
+        """Write ``data`` unless the file holds it, and let ``tensor`` refer to it."""
         file = self._file = self._file or self.path.open("wb")
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL

@@ -1,4 +1,4 @@
-"""FAMILY quantizers: a float graph, and what its tensors were seen to hold -> an INT8 graph of standard ops."""
+"""FAMILY quantizers: a float graph and the observed ranges of its tensors -> an INT8 graph of standard ops."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,27 +12,27 @@ from calmclip.models.registry import Registry
 
 P = TypeVar("P", bound=FrozenModel)
 Feeds = Iterable[Mapping[str, Array]]
-Ranges = Mapping[str, tuple[Any, Any]]  # tensor -> (min, max): numbers, or one each for every channel
+Ranges = Mapping[str, tuple[Any, Any]]  # tensor -> (min, max): two numbers, or two lists with one number per channel
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a graph is to reach, for quantizers that look for their settings.
+    """What a search for settings must reach.
 
-    ``cosine``: of every output to the float graph's, mean over rows. ``share``: least part of the multiply-accumulates
-    in INT8, counted at ``dims`` (a graph's dynamic dimension -> its nominal size). ``summary``: as of a `Tower`.
+    ``cosine``: of every output to the float graph's, mean over rows. ``coverage``: least INT8 coverage, counted at
+    ``dims`` (a graph's dynamic dimension -> its nominal size). ``summary``: as of a `Tower`.
     """
 
     cosine: float = 0.99
-    share: float = 0.9
+    coverage: float = 0.9
     dims: Mapping[str, int] = field(default_factory=dict)
     summary: Callable[[Arrays], Arrays] | None = None
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What a search found: ``quantizer`` with ``params`` and ``ranges`` makes the graph, today and when they were
-    recorded; ``history`` says for the report what was tried."""
+    """The result of a search: ``quantizer`` with ``params`` and ``ranges`` repeats the graph. ``history``: the tried
+    settings, for the report."""
 
     quantizer: str
     params: FrozenModel
@@ -48,10 +48,10 @@ class Settled:
 @dataclass(frozen=True)
 class Quantizer(Generic[P]):
     """``quantize(model, ranges, params) -> model``. ``observe(model, feeds, params) -> Ranges`` runs the float graph;
-    None where no data is needed. Split in two so that ranges can be shipped and used again.
+    None if the quantizer needs no data. The two are separate, so that ranges can be shipped and used again.
 
-    ``search(model, feeds, params, goal) -> Settled``, where there is one, goes before: it looks for the quantizer (a
-    name of this family), the params and the ranges that reach the goal.
+    ``search(model, feeds, params, goal) -> Settled`` is optional and runs first: it finds the quantizer (a name of this
+    family), the params and the ranges that reach the goal.
     """
 
     params: type[P]

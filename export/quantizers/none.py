@@ -1,4 +1,4 @@
-"""Leave a graph in float: for towers that lose too much, and for telling quantization's errors from others.
+"""Leave a graph in float: for a tower that loses too much, or to separate quantization errors from other errors.
 
 Source: none needed; the identity.
 """

@@ -1,35 +1,35 @@
-"""Static U8S8 that finds its own settings: the first that reach the goal, from those that cost least to those that
-give INT8 away.
+"""Static U8S8 that searches for its settings: the first that reach the goal, in order of cost.
 
-Source: static ranges: Jacob et al. 2017 (arXiv 1712.05877); one scale an output channel: Krishnamoorthi 2018
+Source: static ranges: Jacob et al. 2017 (arXiv 1712.05877); one scale per output channel: Krishnamoorthi 2018
 (arXiv 1806.08342), section 3; outliers moved into weights: Xiao et al. 2022 (arXiv 2211.10438), eq. 3-4; ranges of
 least squared error: Banner et al. 2019 (arXiv 1810.05723), section 2, here found on a grid and, for matrix products,
-of the output's error; bias correction: Nagel et al. 2019 (arXiv 1906.04721), section 4.2.
+by the output's error; bias correction: Nagel et al. 2019 (arXiv 1906.04721), section 4.2.
 
-What is tried, each step on top of the best so far, and only until the goal is reached:
+Each step builds on the best settings so far. The search stops when the goal is reached:
 
-1. `smooth` at the first of ``alphas``, minima and maxima;
-2. what depthwise convolutions read made even, channel by channel (`smooth.even`): such channels differ in size, and one
-   scale for the tensor does not serve them (Nagel et al., section 3.1). No alpha does what they lose any good;
+1. `smooth` with the first of ``alphas``, minima and maxima;
+2. equalized inputs of depthwise convolutions (`smooth.equalize`): their channels differ in size, and one scale for the
+   tensor does not fit them (Nagel et al., section 3.1). No alpha helps against that loss;
 3. the other ``alphas``;
-4. an alpha for each tensor, by the least squared error of what its products make of sampled rows;
-5. a range for each tensor in the same way: percentiles, and the extremes times a grid (convolutions: by the least
+4. an alpha for each tensor, by the least squared error of the outputs of its products on sampled rows;
+5. a range for each tensor in the same way: percentiles, and fractions of the extremes (convolutions: by the least
    squared error of the values themselves);
-6. bias correction: E[float output - INT8 output] of each output channel, added to its bias; both only where there are
-   feeds to hold out: measured on what it was fitted to, the built-in image tower had a cosine of .98, on others .89;
-7. depthwise convolutions in float, all together: they are few of the multiply-accumulates, and left out one by one they
-   gain nothing;
-8. other products in float: each of those that fit is left out alone and measured; then, by gain in cosine for each
-   multiply-accumulate given up, one after another while it helps, never below the goal's share of INT8.
+6. bias correction: E[float output - INT8 output] of each output channel, added to its bias. Steps 5 and 6 need feeds to
+   hold out: measured on the feeds that fitted it, the built-in image tower had a cosine of .98, on others .89;
+7. all depthwise convolutions in float: they are few of the multiply-accumulates, and one alone in float gains nothing;
+8. other products in float. Each product that the coverage allows is measured alone in float. Then they go to float one
+   after another, ordered by gain in cosine per multiply-accumulate, while it helps and the INT8 coverage stays at the
+   goal.
 
-Measured is the mean cosine of the graph's outputs, the least of them, on feeds held out: every fourth, where there are
-enough. At the end minima and maxima are taken over all feeds, unless ranges or biases were fitted to some. Where the
-constants alone are less than the share of INT8, the products of activations that lead to a Softmax are quantized too,
-and if need be those that read one. At the end all of them are, where the goal is reached with them too (``attention``:
-fits): it is what fused attention takes. What is settled on is a `smooth` with params, so it can be recorded.
+The measure is the mean cosine of the graph's outputs, the least of them, on held-out feeds: every fourth, if there are
+enough. At the end the minima and maxima are taken over all feeds, unless ranges or biases were fitted to some feeds. If
+the products with constants alone do not reach the INT8 coverage, the products of activations that lead to a Softmax are
+quantized too, and if necessary those that read a Softmax. With ``attention`` = fits, all products of activations are
+quantized at the end if the goal is still reached, because fused attention needs it. The result is a `smooth` with
+params, so it can be recorded.
 
-One pass over the feeds with every tensor of interest as an output; after that a candidate costs one graph, one session
-and the held-out feeds.
+One pass over the feeds computes every tensor of interest. After that a candidate costs one graph, one session and a run
+of the held-out feeds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,33 +42,36 @@ import onnx
 from pydantic import Field
 
 from calmclip.export import parity
-from calmclip.export.quantizers import QUANTIZERS, Feeds, Goal, Quantizer, Ranges, Settled, _qdq, smooth
-from calmclip.export.share import Product, count, share
+from calmclip.export.coverage import Product, count, coverage
+from calmclip.export.graph import Draft, activation_products, depthwise, matrices, probabilities, products, readers
+from calmclip.export.qdq import quantize_weight, quantized_tensors, scale_and_zero
+from calmclip.export.quantizers import QUANTIZERS, Feeds, Goal, Quantizer, Ranges, Settled, smooth
+from calmclip.export.quantizers.ranges import collect, extremes, widest
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.flow import Array, Arrays
 
-ENOUGH = 16  # feeds; with fewer all are both calibrated and measured on
-HELD = 32  # feeds measured on, at most
+ENOUGH = 16  # feeds; with fewer, all of them are used both to calibrate and to measure
+HELD = 32  # feeds held out to measure on, at most
 _EVERY = 4
-_ROWS, _FEEDS = 16, 32  # sampled rows of a feed, and feeds sampled
-_VALUES = 4096  # sampled values of a feed, of tensors that are not read row by row
-_CUTS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the extremes
+_ROWS, _FEEDS = 16, 32  # sampled rows per feed, and sampled feeds
+_VALUES = 4096  # sampled values per feed of a tensor that is not read by rows
+_CUTS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # fractions of the extremes
 _PERCENTILES = (99.99, 99.9, 99.5)
-_ALONE = 24  # matrix products left in float one by one, the noisiest; convolutions: all
+_ALONE = 24  # matrix products that are measured alone in float, the noisiest; convolutions: all
 
 
 class Params(FrozenModel):
-    alphas: tuple[float | None, ...] = Field((0.75, 0.6, 0.85, 0.5, 0.95, None), min_length=1)
-    aim: float | None = Field(0.99, description="mean cosine to look for where the bars ask for less")
+    alphas: tuple[float | None, ...] = Field(default=(0.75, 0.6, 0.85, 0.5, 0.95, None), min_length=1)
+    aim: float | None = Field(default=0.99, description="mean cosine to look for if the bars ask for less")
     attention: Literal["never", "needed", "fits", "scores", "all"] = "fits"
-    keep: tuple[str, ...] = ()  # names of nodes that stay in float whatever is found
+    keep: tuple[str, ...] = ()  # names of nodes that stay in float in any case
     reduce_range: bool = False  # 7-bit weights; see `static`
 
 
 @dataclass
-class _Seen:
-    """Of one tensor: extremes [C] (numbers where it is not read row by row), sampled rows [n, C] or values [n], and
-    where a convolution reads it the mean of each channel; of a depthwise one their extremes, feed by feed."""
+class _Statistics:
+    """Of one tensor: extremes [C] if matrix products read it, else two numbers; sampled rows [n, C] or values [n]; if a
+    convolution reads it, the mean of each channel; if a depthwise one does, also their extremes, per feed."""
 
     low: Array
     high: Array
@@ -78,7 +81,7 @@ class _Seen:
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
-    """The first candidate, for who has ranges and looks no further."""
+    """The first candidate, for callers that have ranges and do not search."""
     first = smooth.Params(alpha=params.alphas[0], keep=params.keep, reduce_range=params.reduce_range)
     return smooth.quantize(model, ranges, first)
 
@@ -88,53 +91,54 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
 
 def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> Settled:
-    """-> the settings that reach ``goal``, or the best there are. Raises as `_qdq.watch`."""
-    attention, every = _attention(model, params, goal), _attention(model, _all(params), goal)
+    """-> the settings that reach ``goal``, or the best ones tried. Raises as `ranges.collect`."""
+    attention, every = (_attention(model, params, goal, last) for last in (False, True))
     first = smooth.Params(
         alpha=params.alphas[0], keep=params.keep, attention=attention, reduce_range=params.reduce_range
     )
-    if not _qdq.watched(model, every):
+    if not quantized_tensors(model, every):
         return Settled("smooth", first, {}, {"candidates": [], "reached": True, "cosine": 1.0})
     calibrating, held, apart = _split(feeds)
-    seen = _look(model, calibrating, every)
-    ranges = {name: (one.low.tolist(), one.high.tolist()) for name, one in seen.items()}
+    statistics = _statistics(model, calibrating, every)
+    ranges = {name: (tensor.low.tolist(), tensor.high.tolist()) for name, tensor in statistics.items()}
     trial = _Trial(model, ranges, held, goal, max(goal.cosine, params.aim or -1.0))
-    trial.run(first, f"{_said(first.alpha)}, extremes")
-    if not trial.reached and (separate := smooth.separate(model, params.keep)):
-        each = {name: _qdq.widest(seen[name].channels) for name in separate}
-        what = "channels before depthwise convolutions made even"
-        trial.run(trial.best.model_copy(update={"channels": True}), what, ranges={**ranges, **each})
+    trial.run(first, f"{_label(first.alpha)}, extremes")
+    if not trial.reached and (names := smooth.equalizable(model, params.keep)):
+        channels = {name: widest(statistics[name].channels) for name in names}
+        label = "equalized channels before depthwise convolutions"
+        trial.run(trial.best.model_copy(update={"channels": True}), label, ranges={**ranges, **channels})
     for alpha in params.alphas[1:]:
         if not trial.reached:
-            trial.run(trial.best.model_copy(update={"alpha": alpha}), f"{_said(alpha)}, extremes")
+            trial.run(trial.best.model_copy(update={"alpha": alpha}), f"{_label(alpha)}, extremes")
     if not trial.reached:
-        alphas = {name: one.alpha for name, one in _tune(model, seen, params, trial.best, alphas=True).items()}
+        tuned = _tune(model, statistics, params, trial.best, alphas=True)
+        alphas = {name: best.alpha for name, best in tuned.items()}
         trial.run(trial.best.model_copy(update={"alphas": alphas}), "an alpha for each tensor")
     if apart and not trial.reached:
-        tuned = _tune(model, seen, params, trial.best, clips=True)
-        clips = {name: one.clip for name, one in tuned.items() if one.clip} | _clips(model, seen, attention)
+        tuned = _tune(model, statistics, params, trial.best, clips=True)
+        clips = {name: best.clip for name, best in tuned.items() if best.clip} | _clips(model, statistics)
         trial.run(trial.best.model_copy(update={"clips": clips}), "ranges of least error")
     if apart and not trial.reached:
-        shifts = _shifts(model, _tune(model, seen, params, trial.best), seen, params)
+        shifts = _shifts(model, _tune(model, statistics, params, trial.best), statistics, params)
         trial.run(trial.best.model_copy(update={"shifts": shifts}), "biases corrected")
-    if not trial.reached and (spared := _depthwise(trial, goal)):
-        changed = {"keep": (*trial.best.keep, *spared), "channels": False}
-        what = f"{len(spared)} depthwise convolutions in float"
-        trial.run(trial.best.model_copy(update=changed), what, ranges=ranges)
+    if not trial.reached and (names := _depthwise(trial, goal)):
+        changed = {"keep": (*trial.best.keep, *names), "channels": False}
+        label = f"{len(names)} depthwise convolutions in float"
+        trial.run(trial.best.model_copy(update=changed), label, ranges=ranges)
     if not trial.reached:
-        _give_up(trial, _tune(model, seen, params, trial.best), goal)
+        _give_up(trial, _tune(model, statistics, params, trial.best), goal)
     if trial.reached and every != attention:
         trial.run(trial.best.model_copy(update={"attention": every}), "attention in INT8 too", enough=True)
     if apart and not (trial.best.clips or trial.best.shifts):
         more = smooth.observe(model, held, trial.best)
-        wider = {name: _qdq.widest((limits, more[name])) for name, limits in trial.ranges.items() if name in more}
+        wider = {name: widest((limits, more[name])) for name, limits in trial.ranges.items() if name in more}
         trial.run(trial.best, "the same, extremes of all inputs", ranges=wider, enough=True)
-    measured = f"{len(held)} inputs, {'held out' if apart else 'those it calibrated on: there were too few'}"
+    measured = f"{len(held)} inputs, {'held out' if apart else 'the calibration inputs: too few to hold out'}"
     return Settled("smooth", trial.best, trial.ranges, {**trial.history(), "measured_on": measured})
 
 
 class _Trial:
-    """Candidates beside the float graph, on the held-out feeds; ``best`` is what was best so far."""
+    """Measures candidates against the float graph, on the held-out feeds; ``best``: the best settings so far."""
 
     def __init__(self, model: onnx.ModelProto, ranges: Ranges, held: Sequence[Arrays], goal: Goal, aim: float) -> None:
         self.model, self.ranges, self.held, self.goal, self.aim = model, ranges, held, goal, aim
@@ -151,28 +155,29 @@ class _Trial:
     def run(
         self,
         params: smooth.Params,
-        what: str,
+        label: str,
         *,
         ranges: Ranges | None = None,
         adopt: bool = True,
         enough: bool = False,
     ) -> float:
-        """-> the candidate's cosine; it becomes the best where it is better (or ``enough``: reaches the aim), unless
-        it is only looked at."""
+        """-> the candidate's cosine. With ``adopt`` it becomes the best if its cosine is higher, or, with ``enough``,
+        if it reaches the aim."""
         ranges = ranges or self.ranges
-        made = smooth.quantize(self.model, ranges, params)
+        quantized = smooth.quantize(self.model, ranges, params)
         answers = iter(self.answers)
-        found = parity.compare(lambda feed: next(answers), parity.onnx_run(made), self.held, self.goal.summary)
-        cosine, error = min(((one["cosine"], one["cosine_error"]) for one in found.values()), default=(1.0, 0.0))
+        run = parity.onnx_run(quantized)
+        outputs = parity.compare(lambda feed: next(answers), run, self.held, self.goal.summary).values()
+        cosine, error = min(((output["cosine"], output["cosine_error"]) for output in outputs), default=(1.0, 0.0))
         if not adopt:
             return cosine
-        products = count(made, self.goal.dims)
+        products = count(quantized, self.goal.dims)
         better = cosine > self.cosine or (enough and cosine - 2 * error >= self.aim)
         self.rows.append({
-            "tried": what,
+            "tried": label,
             "cosine": round(cosine, 6),
             "standard_error": round(error, 6),
-            "int8_share": round(share(products).part, 4),
+            "int8_coverage": round(coverage(products).part, 4),
             "better": better,
         })  # fmt: skip
         if better:
@@ -182,7 +187,7 @@ class _Trial:
 
     def history(self) -> dict[str, Any]:
         return {
-            "goal": {"cosine": self.aim, "int8_share": self.goal.share},
+            "goal": {"cosine": self.aim, "int8_coverage": self.goal.coverage},
             "reached": self.reached,
             "cosine": round(self.cosine, 6),
             "candidates": self.rows,
@@ -190,16 +195,16 @@ class _Trial:
 
 
 def _split(feeds: Feeds) -> tuple[Iterator[Arrays], list[Arrays], bool]:
-    """-> what to calibrate on, what to measure on (complete once the first was read to its end), and whether the two
-    are apart."""
-    rest = iter(feeds)
-    first = list(islice(rest, ENOUGH))
+    """-> feeds to calibrate on, feeds to measure on (complete once the first are read to the end), and whether the two
+    are disjoint."""
+    following = iter(feeds)
+    first = list(islice(following, ENOUGH))
     if len(first) < ENOUGH:
         return iter(first), first, False
     held: list[Arrays] = []
 
     def others() -> Iterator[Arrays]:
-        for number, feed in enumerate(chain(first, rest), 1):
+        for number, feed in enumerate(chain(first, following), 1):
             if number % _EVERY == 0 and len(held) < HELD:
                 held.append(feed)
             else:
@@ -208,37 +213,38 @@ def _split(feeds: Feeds) -> tuple[Iterator[Arrays], list[Arrays], bool]:
     return others(), held, True
 
 
-def _look(model: onnx.ModelProto, feeds: Feeds, attention: Sequence[str]) -> dict[str, _Seen]:
-    """One pass: what the search needs to know of every tensor that may become 8 bits."""
-    by_row = {node.input[0] for node in smooth.matrices(model)}
-    by_map = {node.input[0] for node in _qdq.products(model) if node.op_type == "Conv"}
-    depthwise = {node.input[0] for node in _qdq.depthwise(model)}
-    seen: dict[str, _Seen] = {}
+def _statistics(model: onnx.ModelProto, feeds: Feeds, attention: Sequence[str]) -> dict[str, _Statistics]:
+    """One pass: the `_Statistics` of every tensor that may become 8-bit."""
+    by_row = {node.input[0] for node in matrices(model)}
+    by_map = {node.input[0] for node in products(model) if node.op_type == "Conv"}
+    by_channel = {node.input[0] for node in depthwise(model)}
+    statistics: dict[str, _Statistics] = {}
 
-    def see(name: str, values: Array) -> None:
+    def add(name: str, values: Array) -> None:
         flat = values.reshape(-1, values.shape[-1]) if name in by_row else values.reshape(-1)
-        low, high = flat.min(axis=0), flat.max(axis=0)
-        one = seen.setdefault(name, _Seen(low, high))
-        one.low, one.high = np.minimum(one.low, low), np.maximum(one.high, high)
-        if name in depthwise:
-            one.channels.append(_qdq.extremes(values, 1))
-        if len(one.sample) < _FEEDS:
+        low, high = extremes(flat, 1 if name in by_row else None)
+        tensor = statistics.setdefault(name, _Statistics(low, high))
+        tensor.low, tensor.high = np.minimum(tensor.low, low), np.maximum(tensor.high, high)
+        if name in by_channel:
+            tensor.channels.append(extremes(values, 1))
+        if len(tensor.sample) < _FEEDS:
             most = min(len(flat), _ROWS if name in by_row else _VALUES)
-            one.sample.append(flat[np.linspace(0, len(flat) - 1, most).round().astype(int)])
+            tensor.sample.append(flat[np.linspace(0, len(flat) - 1, most).round().astype(int)])
             if name in by_map:
-                one.means.append(values.mean(axis=(0, *range(2, values.ndim)), dtype=np.float64))
+                tensor.means.append(values.mean(axis=(0, *range(2, values.ndim)), dtype=np.float64))
 
-    _qdq.watch(model, feeds, _qdq.watched(model, attention), see)
-    for name in _qdq.probabilities(model.graph.node) & seen.keys() - by_row:
-        # as far as 1, unless all are so small that steps of 1/255 would lose them
-        seen[name].low, seen[name].high = np.float32(0), np.float32(min(1.0, 2 * float(seen[name].high)))
-    return seen
+    collect(model, feeds, quantized_tensors(model, attention), add)
+    for name in probabilities(model.graph.node) & statistics.keys() - by_row:
+        # up to 1, unless all are so small that steps of 1/255 would lose them
+        tensor = statistics[name]
+        tensor.low, tensor.high = np.asarray(0, np.float32), np.asarray(min(1.0, 2 * float(tensor.high)), np.float32)
+    return statistics
 
 
 @dataclass(frozen=True)
 class _Tuned:
-    """Of what matrix products read: ``alpha``, ``clip`` after the division (None: the extremes), what is lost there of
-    their output's square, and by node the mean of float minus INT8 output."""
+    """Of a tensor that matrix products read: ``alpha``; ``clip`` after the division (None: the extremes); ``noise``,
+    the lost part of the square of their outputs; and by node the mean of float minus INT8 output."""
 
     alpha: float | None
     clip: tuple[float, float] | None
@@ -247,121 +253,114 @@ class _Tuned:
 
 
 def _tune(
-    model: onnx.ModelProto,
-    seen: Mapping[str, _Seen],
-    params: Params,
-    now: smooth.Params,
-    *,
-    alphas: bool = False,
-    clips: bool = False,
-) -> dict[str, _Tuned]:
-    """By tensor: the alpha, or the clip, of the least squared error of its products on the sampled rows; what is not
-    asked for stays as it is ``now``."""
-    draft = _qdq.Draft(model)
+    model: onnx.ModelProto, statistics: Mapping[str, _Statistics], params: Params, now: smooth.Params, *,
+    alphas: bool = False, clips: bool = False,
+) -> dict[str, _Tuned]:  # fmt: skip
+    """By tensor: the alpha, or the clip, with the least squared error of its products on the sampled rows. The other
+    settings stay as ``now``."""
+    draft = Draft(model)
     groups: dict[str, list[onnx.NodeProto]] = {}
-    for node in smooth.matrices(draft, now.keep):
+    for node in matrices(draft, now.keep):
         groups.setdefault(node.input[0], []).append(node)
-    found = {}
+    tuned = {}
     for name, nodes in groups.items():
-        one, weights = seen[name], [smooth.rows(draft, node) for node in nodes]
+        tensor, weights = statistics[name], [smooth.rows(draft, node) for node in nodes]
         weight = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)
-        rows = np.concatenate(one.sample).astype(np.float32)
+        rows = np.concatenate(tensor.sample).astype(np.float32)
         true = rows @ weight
         signal = max(float(np.square(true, dtype=np.float64).sum()), 1e-30)
         best = _Tuned(None, None, np.inf, {})
-        here = now.alphas.get(name, now.alpha)
-        for alpha in dict.fromkeys((here, *params.alphas)) if alphas else (here,):
-            scale = _division(one, weight, alpha)
-            divided, integer = rows / scale, _rounded(weight * scale[:, None], 1, params.reduce_range)
-            low, high = float((one.low / scale).min()), float((one.high / scale).max())
+        current = now.alphas.get(name, now.alpha)
+        for alpha in dict.fromkeys((current, *params.alphas)) if alphas else (current,):
+            scale = _divisor(tensor, weight, alpha)
+            divided, rounded = rows / scale, _rounded(weight * scale[:, None], 1, params.reduce_range)
+            low, high = float((tensor.low / scale).min()), float((tensor.high / scale).max())
             options: list[tuple[float, float] | None] = [now.clips.get(name)]
             if clips:
                 cuts = np.percentile(divided, [(100 - p, p) for p in _PERCENTILES])
                 options = [None, *((low * cut, high * cut) for cut in _CUTS)]
                 options += [(min(float(a), 0.0), max(float(b), 0.0)) for a, b in cuts]
             for clip in options:
-                lost = true - _through(divided, *(clip or (low, high))) @ integer
+                lost = true - _quantized(divided, *(clip or (low, high))) @ rounded
                 noise = float(np.square(lost, dtype=np.float64).sum()) / signal
                 if noise < best.noise:
                     means = np.split(lost.mean(axis=0), np.cumsum([w.shape[1] for w in weights])[:-1])
                     best = _Tuned(alpha, clip, noise, dict(zip((n.name for n in nodes), means, strict=True)))
-        found[name] = best
-    return found
+        tuned[name] = best
+    return tuned
 
 
-def _division(one: _Seen, weight: Array, alpha: float | None) -> Array:
-    """s [C] of Xiao's eq. 4, as `smooth` works it out; ones for none."""
+def _divisor(tensor: _Statistics, weight: Array, alpha: float | None) -> Array:
+    """s [C] of Xiao's eq. 4, as `smooth` computes it; ones if ``alpha`` is None."""
     if alpha is None:
         return np.ones(len(weight), np.float32)
-    largest = np.maximum(np.abs(one.low), np.abs(one.high)).astype(np.float64)
+    largest = np.maximum(np.abs(tensor.low), np.abs(tensor.high)).astype(np.float64)
     return smooth.factors(largest, np.abs(weight).max(axis=1), alpha).astype(np.float32)
 
 
-def _clips(
-    model: onnx.ModelProto, seen: Mapping[str, _Seen], attention: Sequence[str]
-) -> dict[str, tuple[float, float]]:
-    """Of what convolutions read and write: the range of the least squared error of the values (Banner et al.)."""
-    others = {node.input[0] for node in smooth.matrices(model)} | _qdq.probabilities(model.graph.node)
-    found = {}
-    for name in _qdq.watched(model):
-        if name in others:
-            continue
-        values, low, high = np.concatenate(seen[name].sample), float(seen[name].low), float(seen[name].high)
-        options = [(low * cut, high * cut) for cut in (1.0, *_CUTS)]
-        errors = [np.square(values - _through(values, *option), dtype=np.float64).sum() for option in options]
-        found[name] = options[int(np.argmin(errors))]
-    return found
+def _clips(model: onnx.ModelProto, statistics: Mapping[str, _Statistics]) -> dict[str, tuple[float, float]]:
+    """Of the inputs and outputs of convolutions: the range of the least squared error of the values (Banner et al.)."""
+    others = {node.input[0] for node in matrices(model)} | probabilities(model.graph.node)
+    clips = {}
+    for name in quantized_tensors(model):
+        if name not in others:
+            tensor = statistics[name]
+            values, low, high = np.concatenate(tensor.sample), float(tensor.low), float(tensor.high)
+            options = [(low * cut, high * cut) for cut in (1.0, *_CUTS)]
+            errors = [np.square(values - _quantized(values, *option), dtype=np.float64).sum() for option in options]
+            clips[name] = options[int(np.argmin(errors))]
+    return clips
 
 
 def _shifts(
-    model: onnx.ModelProto, tuned: Mapping[str, _Tuned], seen: Mapping[str, _Seen], params: Params
+    model: onnx.ModelProto, tuned: Mapping[str, _Tuned], statistics: Mapping[str, _Statistics], params: Params
 ) -> dict[str, tuple[float, ...]]:
-    """By node: E[float output - INT8 output] of each output channel. Matrix products: on the sampled rows, weights and
-    activations. Convolutions: of the weights' rounding, times the mean of each input channel."""
-    found = {name: shift for one in tuned.values() for name, shift in one.shifts.items()}
-    draft = _qdq.Draft(model)
-    for node in _qdq.products(draft):
+    """By node: E[float output - INT8 output] of each output channel. Matrix products: on the sampled rows, errors of
+    weights and activations. Convolutions: the rounding error of the weights times the mean of each input channel."""
+    shifts = {node: shift for best in tuned.values() for node, shift in best.shifts.items()}
+    draft = Draft(model)
+    for node in products(draft):
         if node.op_type != "Conv":
             continue
         weight = draft.array(node.input[1])
         lost = (weight - _rounded(weight, 0, params.reduce_range)).reshape(*weight.shape[:2], -1).sum(axis=2)
-        means = np.mean(seen[node.input[0]].means, axis=0).reshape(-1, weight.shape[1])  # [groups, inputs of one]
-        owner = np.arange(len(weight)) // (len(weight) // len(means))
-        found[node.name] = np.sum(lost * means[owner], axis=1)
-    return {name: tuple(np.asarray(shift, np.float64).tolist()) for name, shift in found.items()}
+        means = np.mean(statistics[node.input[0]].means, axis=0).reshape(-1, weight.shape[1])  # [groups, inputs each]
+        group = np.arange(len(weight)) // (len(weight) // len(means))
+        shifts[node.name] = np.sum(lost * means[group], axis=1)
+    return {name: tuple(np.asarray(shift, np.float64).tolist()) for name, shift in shifts.items()}
 
 
 def _depthwise(trial: _Trial, goal: Goal) -> list[str]:
-    """The depthwise convolutions in INT8, where the goal's share is kept without them; else none."""
-    whole = share(trial.products)
-    macs = {one.name: one.macs for one in trial.products if one.int8}
-    found = [node.name for node in _qdq.depthwise(trial.model, trial.best.keep) if node.name in macs]
-    return found if whole.int8 - sum(macs[name] for name in found) >= goal.share * whole.macs else []
+    """The depthwise convolutions in INT8, if the goal's coverage is reached without them; else none."""
+    now = coverage(trial.products)
+    macs = {product.name: product.macs for product in trial.products if product.int8}
+    names = [node.name for node in depthwise(trial.model, trial.best.keep) if node.name in macs]
+    return names if now.int8 - sum(macs[name] for name in names) >= goal.coverage * now.macs else []
 
 
 def _give_up(trial: _Trial, tuned: Mapping[str, _Tuned], goal: Goal) -> None:
-    """Products in float, by gain in cosine for each multiply-accumulate given up, until the goal or its share."""
+    """Put products into float, ordered by gain in cosine per multiply-accumulate, until the goal or its coverage."""
     start = trial.best
-    noise = {name: one.noise for one in tuned.values() for name in one.shifts}
-    whole = share(trial.products)
-    left = whole.int8 - goal.share * whole.macs
-    cost = {one.name: one.macs for one in trial.products if one.int8 and one.macs <= left}
-    nodes = [node.name for node in _qdq.products(trial.model, start.keep) if node.name in cost]
-    noisy = sorted((name for name in nodes if name in noise), key=lambda name: -noise[name])[:_ALONE]
+    noise = {node: best.noise for best in tuned.values() for node in best.shifts}
+    now = coverage(trial.products)
+    spare = now.int8 - goal.coverage * now.macs
+    cost = {product.name: product.macs for product in trial.products if product.int8 and product.macs <= spare}
+    names = [node.name for node in products(trial.model, start.keep) if node.name in cost]
+    noisy = sorted((name for name in names if name in noise), key=lambda name: -noise[name])[:_ALONE]
     gains = {}
-    for name in nodes:
+    for name in names:
         if name not in noise or name in noisy:
             gains[name] = trial.run(_without(start, name), "", adopt=False) - trial.cosine
     for name in sorted(gains, key=lambda name: -gains[name] / max(cost[name], 1)):
         if trial.reached or gains[name] <= 0:
             break
-        if cost[name] <= left:
+        if cost[name] <= spare:
             before = trial.cosine
             trial.run(_without(trial.best, name), f"{name} in float")
-            left -= cost[name] if trial.cosine > before else 0
+            spare -= cost[name] if trial.cosine > before else 0
 
 
-def _said(alpha: float | None) -> str:
+def _label(alpha: float | None) -> str:
     return "no alpha" if alpha is None else f"alpha {alpha}"
 
 
@@ -369,48 +368,40 @@ def _without(params: smooth.Params, name: str) -> smooth.Params:
     return params.model_copy(update={"keep": (*params.keep, name)})
 
 
-def _all(params: Params) -> Params:
-    """What is tried in the end."""
-    return params.model_copy(update={"attention": "all"}) if params.attention == "fits" else params
+def _attention(model: onnx.ModelProto, params: Params, goal: Goal, last: bool) -> tuple[str, ...]:
+    """The products of activations to quantize, in the ``last`` candidate or before; "needed": to reach the coverage."""
+    by_tensor = readers(model.graph.node)
 
+    def leads_to_softmax(node: onnx.NodeProto, steps: int = 4) -> bool:
+        return any(
+            reader.op_type == "Softmax" or (steps > 1 and leads_to_softmax(reader, steps - 1))
+            for reader in by_tensor.get(node.output[0], [])
+        )
 
-def _attention(model: onnx.ModelProto, params: Params, goal: Goal) -> tuple[str, ...]:
-    """The products of activations to quantize: none, as long as the others are the share that is asked for."""
-    followers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            followers.setdefault(name, []).append(node)
-
-    def scores(node: onnx.NodeProto, steps: int = 4) -> bool:
-        after = followers.get(node.output[0], [])
-        return any(one.op_type == "Softmax" or (steps > 1 and scores(one, steps - 1)) for one in after)
-
-    mixers = _qdq.probabilities(model.graph.node)
-    twos = _qdq.pairs(model)
-    first = tuple(node.name for node in twos if node.input[0] not in mixers and scores(node))
-    both = tuple(node.name for node in twos if node.name in first or node.input[0] in mixers)
-    if params.attention not in ("needed", "fits"):
-        return {"never": (), "scores": first, "all": both}[params.attention]
-    macs = {one.name: one.macs for one in count(model, goal.dims)}
-    total = sum(macs.values())
-    constant = sum(macs[node.name] for node in _qdq.products(model, params.keep))
+    mixers = probabilities(model.graph.node)
+    candidates = activation_products(model)
+    first = tuple(node.name for node in candidates if node.input[0] not in mixers and leads_to_softmax(node))
+    both = tuple(node.name for node in candidates if node.name in first or node.input[0] in mixers)
+    if params.attention not in ("needed", "fits") or (last and params.attention == "fits"):
+        return {"never": (), "scores": first, "all": both, "fits": both}[params.attention]
+    macs = {product.name: product.macs for product in count(model, goal.dims)}
+    constant = sum(macs[node.name] for node in products(model, params.keep))
     for chosen in ((), first):
-        if constant + sum(macs[name] for name in chosen) >= goal.share * total:
+        if constant + sum(macs[name] for name in chosen) >= goal.coverage * sum(macs.values()):
             return chosen
     return both
 
 
 def _rounded(weight: Array, axis: int, reduce_range: bool) -> Array:
-    """What a weight is after 8 bits, float32."""
-    whole, scale = _qdq.integers(weight, axis, reduce_range)
-    return (whole * scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])).astype(np.float32)
+    """A weight after quantization, float32."""
+    integers, scale = quantize_weight(weight, axis, reduce_range)
+    return (integers * scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])).astype(np.float32)
 
 
-def _through(values: Array, low: float, high: float) -> Array:
-    """What an activation is after 8 bits over [low, high], float32."""
-    step, zero = _qdq.step(low, high)
-    whole: Array = (np.clip(np.rint(values / step) + zero, 0, 255) - zero) * step
-    return whole
+def _quantized(values: Array, low: float, high: float) -> Array:
+    """An activation after quantization over [low, high], float32."""
+    scale, zero = scale_and_zero(low, high)
+    return np.asarray((np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale)
 
 
 QUANTIZERS.register("search")(Quantizer(Params, quantize, observe, search))

@@ -60,11 +60,11 @@ def test_recalls_by_hand(monkeypatch: pytest.MonkeyPatch):
     texts = F.normalize(
         torch.stack([pictures[0], pictures[1], 3 * pictures[0] + 2 * pictures[1] + pictures[2]]), dim=-1
     )
-    found = align.recalls(heads, pictures, texts, torch.tensor([0, 1, 2]))
-    assert found["text_to_image@1"] == 66.7
-    assert found["text_to_image@5"] == 100.0
+    recalls = align.recalls(heads, pictures, texts, torch.tensor([0, 1, 2]))
+    assert recalls["text_to_image@1"] == 66.7
+    assert recalls["text_to_image@5"] == 100.0
     # picture 2 has cosine 1/sqrt(14) with its text and 0 with the others
-    assert found["image_to_text@1"] == 100.0
+    assert recalls["image_to_text@1"] == 100.0
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def test_training_lowers_the_loss_and_finds_unseen_pairs():
     features = (hidden @ torch.randn(24, 1280, generator=generator)).relu()
     texts = F.normalize(hidden @ torch.randn(24, 384, generator=generator), dim=-1)
     start = align.fresh(features[:, None], texts, torch.zeros(1000, 384))
-    source = align.captioned(features[:200, None], texts[:200], [1] * 200, share=100)
-    heads, happened = align.align([source], start, align.Training(steps=60, seeds=2), quiet=True)
-    assert happened["last_loss"] < happened["first_loss"] / 2
+    source = align.captioned(features[:200, None], texts[:200], [1] * 200, batch=100)
+    heads, figures = align.align([source], start, align.Training(steps=60, seeds=2), quiet=True)
+    assert figures["last_loss"] < figures["first_loss"] / 2
     owner = torch.arange(40)
     before, after = (align.recalls(h, features[200:], texts[200:], owner)["text_to_image@5"] for h in (start, heads))
     assert before < 30  # chance is 12.5

@@ -31,7 +31,7 @@ CLASSES = {
 }  # fmt: skip
 ALL = list(product(CLASSES, SOFTMAXES, GATES))
 VANILLA, CLIPPED = SOFTMAXES
-SAMPLE = [("bert", CLIPPED, "mlp"), ("clip", CLIPPED, "all_heads")]  # of ALL, seconds each; the rest is slow
+SAMPLE = [("bert", CLIPPED, "mlp"), ("clip", CLIPPED, "all_heads")]  # of ALL; the other cases are slow tests
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def made(checkpoints, tmp_path):
 
 
 def feeds(net: Net, count: int = 1) -> dict[str, list[Arrays]]:
-    """By role: random tokens, of which a masked graph sees some, or pixels."""
+    """By role: random tokens, some of them masked, or pixels."""
     random = np.random.default_rng(3)
-    found: dict[str, list[Arrays]] = {}
+    by_role: dict[str, list[Arrays]] = {}
     for role, tower in net.towers.items():
         for _ in range(count):
             ids = random.integers(0, 590, (3, 12))
@@ -69,36 +69,36 @@ def feeds(net: Net, count: int = 1) -> dict[str, list[Arrays]]:
             patches = random.standard_normal((3, 3, 4, 4)).repeat(8, 2).repeat(8, 3) * 1.5  # of a colour each
             pixels = patches + random.standard_normal((3, 3, 32, 32)) * 0.5
             given = {"ids": ids, "mask": mask.astype(np.int64), "pixels": pixels.astype(np.float32)}
-            found.setdefault(role, []).append({name: given[name] for name in tower.inputs})
-    return found
+            by_role.setdefault(role, []).append({name: given[name] for name in tower.inputs})
+    return by_role
 
 
 @torch.no_grad()
 def reference(model: torch.nn.Module, role: str, given: Arrays, plain: bool = False) -> np.ndarray:
-    """``plain``: by the same weights, but with neither clip nor gate."""
-    one = {name: torch.from_numpy(array) for name, array in given.items()}
+    """``plain``: the same weights without clipping and gate."""
+    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
     with quantizable.defined(plain):
         match role:
             case "mlm":
-                return model(one["ids"], attention_mask=one["mask"]).logits.numpy()
+                return model(tensors["ids"], attention_mask=tensors["mask"]).logits.numpy()
             case "lm":
-                return model(one["ids"]).logits.numpy()
+                return model(tensors["ids"]).logits.numpy()
             case "logits":
-                return model(one["pixels"]).logits.numpy()
+                return model(tensors["pixels"]).logits.numpy()
             case "text":
-                found = model.get_text_features(one["ids"])
+                answers = model.get_text_features(tensors["ids"])
             case "image":
-                found = model.get_image_features(one["pixels"])
-    return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
+                answers = model.get_image_features(tensors["pixels"])
+    return torch.nn.functional.normalize(getattr(answers, "pooler_output", answers), dim=-1).numpy()
 
 
-def seen(role: str, given: Arrays, found: np.ndarray) -> np.ndarray:
-    """What stands at padded places means nothing."""
-    return found[given["mask"].astype(bool)] if role == "mlm" else found
+def seen(role: str, given: Arrays, answers: np.ndarray) -> np.ndarray:
+    """The answer without the positions of padding, which have no meaning."""
+    return answers[given["mask"].astype(bool)] if role == "mlm" else answers
 
 
 def compared(model: torch.nn.Module, net: Net, given: dict[str, list[Arrays]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Role -> what the reference answers to its first feed."""
+    """Role -> the reference's answer to the first feed."""
     for role in net.towers:
         yield role, seen(role, given[role][0], reference(model, role, given[role][0]))
 
@@ -108,14 +108,14 @@ def test_towers_answer_as_the_paper_defines_them(kind: str, softmax: str, gate: 
     model, net = made(kind, softmax, gate)
     given = feeds(net)
     for role, want in compared(model, net, given):
-        (found,) = parity.torch_run(net.towers[role])(given[role][0]).values()
-        assert seen(role, given[role][0], found) == pytest.approx(want, abs=1e-5)
+        (answers,) = parity.torch_run(net.towers[role])(given[role][0]).values()
+        assert seen(role, given[role][0], answers) == pytest.approx(want, abs=1e-5)
         plain = seen(role, given[role][0], reference(model, role, given[role][0], plain=True))
         assert (np.abs(plain - want).max() > 1e-3) == ((softmax, gate) != (VANILLA, "none"))
 
 
 def parameters() -> list[object]:
-    return [pytest.param(*one, marks=() if one in SAMPLE else pytest.mark.slow) for one in ALL]
+    return [pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.slow) for case in ALL]
 
 
 @pytest.mark.parametrize(("kind", "softmax", "gate"), parameters())
@@ -135,13 +135,13 @@ def test_graphs_answer_as_the_paper_defines_them_and_in_int8_nearly_so(kind: str
             }
             for node in rewritten.model.graph.node:
                 if (node.domain, node.op_type) == (DOMAIN, SOFTMAX.name):
-                    said = {one.name: one.f for one in node.attribute}
-                    assert (said["gamma"], said["zeta"]) == pytest.approx(SOFTMAXES[softmax])
-            (found,) = parity.onnx_run(rewritten.model)(given[role][0]).values()
-            found = seen(role, given[role][0], found)
+                    values = {attribute.name: attribute.f for attribute in node.attribute}
+                    assert (values["gamma"], values["zeta"]) == pytest.approx(SOFTMAXES[softmax])
+            (answers,) = parity.onnx_run(rewritten.model)(given[role][0]).values()
+            answers = seen(role, given[role][0], answers)
             if float_or_int8 is graph:
-                assert found == pytest.approx(want, abs=1e-4)
-            cosines = np.sum(found * want, -1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(want, axis=-1)
+                assert answers == pytest.approx(want, abs=1e-4)
+            cosines = np.sum(answers * want, -1) / np.linalg.norm(answers, axis=-1) / np.linalg.norm(want, axis=-1)
             assert cosines.mean() >= 0.999
 
 
@@ -154,5 +154,5 @@ def test_as_it_is_trained_it_answers_as_it_is_traced(kind: str, gate: str, made,
     for role, tower in net.towers.items():
         assert not any(getattr(module, "folded", False) for module in whole.towers[role].module.modules())
         (want,) = parity.torch_run(tower)(given[role][0]).values()
-        (found,) = parity.torch_run(whole.towers[role])(given[role][0]).values()
-        assert seen(role, given[role][0], found) == pytest.approx(seen(role, given[role][0], want), abs=1e-5)
+        (answers,) = parity.torch_run(whole.towers[role])(given[role][0]).values()
+        assert seen(role, given[role][0], answers) == pytest.approx(seen(role, given[role][0], want), abs=1e-5)

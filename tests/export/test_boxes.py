@@ -1,4 +1,4 @@
-"""Views, assignment and loss of the box head's training: by hand, against torchvision, and one scene learnt."""
+"""Views, assignment and loss of the box head's training, by hand and against torchvision; a scene is learned."""
 
 import json
 
@@ -28,7 +28,7 @@ from calmclip.models.errors import ExportError, WeightsMissing
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small arrays on a shared machine: a second thread costs more than it brings."""
+    """With arrays this small a second thread costs more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -99,10 +99,10 @@ def test_the_smallest_box_takes_the_cell():
 def test_cells_that_say_it_best_are_taken():
     centre = centres(40, 40)
     true = torch.tensor([[100.0, 100, 300, 300], [400, 400, 500, 500]])
-    said = torch.cat((centre - 8, centre + 8), dim=1)  # small boxes around every centre...
-    said[10 * 40 + 12] = torch.tensor([100.0, 100, 300, 310])  # ... but for one cell that knows the first, and
-    said[27 * 40 + 27] = torch.tensor([400.0, 400, 500, 500])  # one that knows the second
-    which = by_quality(true, centre, said, torch.full((1600,), 0.5))
+    predicted = torch.cat((centre - 8, centre + 8), dim=1)  # small boxes around every centre...
+    predicted[10 * 40 + 12] = torch.tensor([100.0, 100, 300, 310])  # ... but for one cell that knows the first, and
+    predicted[27 * 40 + 27] = torch.tensor([400.0, 400, 500, 500])  # one that knows the second
+    which = by_quality(true, centre, predicted, torch.full((1600,), 0.5))
     assert which[10 * 40 + 12] == 0
     assert which[27 * 40 + 27] == 1
     assert (which >= 0).sum() == 2  # one cell fits each true box, so each takes one
@@ -115,8 +115,8 @@ def test_training_learns_what_it_is_shown():
     true = [torch.tensor([[320.0, 64, 416, 160]]), torch.tensor([[128.0, 400, 224, 496]])]
     head = train(Views(map16.half(), map32.to(torch.uint8), true), epochs=60, seed=0, batch=2)
     with torch.no_grad():
-        logits, found = head(map16, map32)
-    best = found[torch.arange(2), logits.argmax(1)]
+        logits, boxes = head(map16, map32)
+    best = boxes[torch.arange(2), logits.argmax(1)]
     assert box_iou(best, torch.cat(true)).diagonal().min() > 0.6
 
 
@@ -126,8 +126,8 @@ def test_a_saved_head_is_the_same_folded(tmp_path):
     save(head, tmp_path / "boxes.safetensors", "nothing")
     maps = torch.randn(1, 120, 8, 8), torch.randn(1, 1280, 4, 4)
     with torch.no_grad():
-        for one, other in zip(head(*maps), load(tmp_path / "boxes.safetensors")(*maps), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-2, atol=0.1)  # float16 between them
+        for output, other in zip(head(*maps), load(tmp_path / "boxes.safetensors")(*maps), strict=True):
+            torch.testing.assert_close(output, other, rtol=1e-2, atol=0.1)  # float16 between them
 
 
 def test_a_file_that_is_no_head_is_refused(tmp_path):
@@ -137,21 +137,21 @@ def test_a_file_that_is_no_head_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ({"images": []}, "instances form"),
         ({"images": [{"id": 1, "file_name": "gone.jpg"}], "annotations": []}, r"names gone\.jpg"),
     ],
 )
-def test_instances_that_do_not_fit_are_refused(tmp_path, content, says):
+def test_instances_that_do_not_fit_are_refused(tmp_path, content, message):
     (tmp_path / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(ExportError, match=says):
+    with pytest.raises(ExportError, match=message):
         read_photos(tmp_path / "instances.json", tmp_path)
 
 
 def test_crowds_are_not_taught(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
-    one = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
-    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [one, {**one, "iscrowd": 1}]}
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [annotation, {**annotation, "iscrowd": 1}]}
     (tmp_path / "instances.json").write_text(json.dumps(content))
     assert read_photos(tmp_path / "instances.json", tmp_path)[0].boxes.tolist() == [[1, 2, 4, 6]]

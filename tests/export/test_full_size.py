@@ -40,4 +40,4 @@ def test_vit_b_32_becomes_an_int8_bundle_of_a_third_of_its_size(checkpoint: Path
     assert sizes[1] > 590e6  # 151 million numbers in float32
     assert sizes[0] < 0.35 * sizes[1]
     ranked = list(open_bundle(int8.directory).classify(photographs["cat"], ["a cat", "two dogs", "red"]))
-    assert sum(one.score for one in ranked) == pytest.approx(1.0, abs=1e-5)
+    assert sum(match.score for match in ranked) == pytest.approx(1.0, abs=1e-5)

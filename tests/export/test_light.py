@@ -1,4 +1,4 @@
-"""Graphs opened, checked and given shapes without their weights, against ONNX's and ONNX Runtime's plain ways."""
+"""Large graphs without their weights. The oracles are ONNX's shape inference and plain sessions of ONNX Runtime."""
 
 import gc
 
@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from calmclip.export import light
 from calmclip.export.trace import to_onnx
+from tests.export.graphs import parse
 
 
 @pytest.fixture(scope="module")
@@ -19,22 +20,22 @@ def model(tiny_hf_clip):
     return to_onnx(NETS.get("clip").load(str(tiny_hf_clip)).towers["text"])
 
 
-def test_only_big_weights_are_left_out_and_all_come_back(model, monkeypatch):
-    monkeypatch.setattr(light, "SMALL", 4096)  # of a tiny net nothing is big
+def test_only_large_weights_are_removed_and_all_come_back(model, monkeypatch):
+    monkeypatch.setattr(light, "SMALL", 4096)  # a tiny net has no larger weight
     bare = light.lighten(model)
-    left = {t.name for t in bare.graph.initializer if t.data_location == TensorProto.EXTERNAL}
-    assert left == {t.name for t in model.graph.initializer if len(t.raw_data) >= light.SMALL}
-    assert 0 < len(left) < len(model.graph.initializer)
+    external = {t.name for t in bare.graph.initializer if t.data_location == TensorProto.EXTERNAL}
+    assert external == {t.name for t in model.graph.initializer if len(t.raw_data) >= light.SMALL}
+    assert 0 < len(external) < len(model.graph.initializer)
     assert len(bare.SerializeToString()) < len(model.SerializeToString()) / 4
     assert light.lighten(bare) == bare
-    whole = light.fill(bare, model)
+    filled = light.fill(bare, model)
     for part in ("node", "input", "output", "value_info", "initializer"):
-        assert list(getattr(whole.graph, part)) == list(getattr(model.graph, part)), part
-    assert list(whole.opset_import) == list(model.opset_import)
-    assert (whole.ir_version, whole.producer_name) == (model.ir_version, model.producer_name)
+        assert list(getattr(filled.graph, part)) == list(getattr(model.graph, part)), part
+    assert list(filled.opset_import) == list(model.opset_import)
+    assert (filled.ir_version, filled.producer_name) == (model.ir_version, model.producer_name)
 
 
-def test_a_session_answers_as_a_plain_one_does_also_when_the_graph_is_gone(model):
+def test_a_session_equals_a_plain_session_after_the_graph_is_deleted(model):
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     session = light.Session(copy)
@@ -43,16 +44,16 @@ def test_a_session_answers_as_a_plain_one_does_also_when_the_graph_is_gone(model
     ids = {"ids": np.arange(14).reshape(2, 7)}
     plain = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for _ in range(3):
-        noise = [np.full(100_000, np.nan) for _ in range(20)]  # what was freed is written over
+        noise = [np.full(100_000, np.nan) for _ in range(20)]  # overwrites freed memory
         np.testing.assert_array_equal(session.run(None, ids)[0], plain.run(None, ids)[0])
         del noise
 
 
-def test_shapes_are_those_of_the_whole_graph(model):
+def test_shapes_are_those_of_the_graph_with_weights(model):
     assert light.shapes(model) == list(onnx.shape_inference.infer_shapes(model).graph.value_info)
 
 
-def test_the_checker_still_finds_what_is_wrong(model):
+def test_the_checker_still_finds_an_error(model):
     light.check(model)
     broken = onnx.ModelProto()
     broken.CopyFrom(model)
@@ -63,21 +64,12 @@ def test_the_checker_still_finds_what_is_wrong(model):
 
 @pytest.mark.slow
 def test_a_graph_over_two_gigabytes_is_run_checked_and_saved(tmp_path):
-    """protobuf ends at 2 GiB; y = x W V with 2.4 GB of W and V, whose entries are 1/rows: means of x."""
+    """The limit of protobuf is 2 GiB. y = x W V; W and V take 2.4 GB and average, so y is the mean of x."""
     from calmclip.export import weights
 
     rows, columns = 12_000, 25_000
     names, shapes = ("w", "v"), ((rows, columns), (columns, rows))
-    model = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])],
-            "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", rows])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", rows])],
-        ),
-        opset_imports=[helper.make_opsetid("", 20)],
-        ir_version=10,
-    )
+    model = parse(f"g (float[B, {rows}] x) => (float[B, {rows}] y) {{ h = MatMul (x, w) y = MatMul (h, v) }}")
     for name, shape in zip(names, shapes, strict=True):
         tensor = numpy_helper.from_array(np.full(shape, 1 / shape[0], np.float32), name)
         model.graph.initializer.append(tensor)

@@ -1,4 +1,4 @@
-"""What is measured, against float64 written here; of which tensors, counted by hand; an outlier that was planted."""
+"""Outliers of a graph. Oracles: float64, tensor names counted by hand, a planted outlier."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -7,13 +7,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper, parser
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from calmclip.export import outliers
+from calmclip.export.graph import tap
 from calmclip.export.nets import Tower
 from calmclip.export.parity import onnx_run
-from calmclip.export.quantizers import _qdq, static
+from calmclip.export.quantizers import static
 from calmclip.export.towers import Style
 from calmclip.export.towers.bert import BertText
 from calmclip.export.towers.image import VisionTransformer
@@ -22,6 +23,7 @@ from calmclip.export.trace import module_of, to_onnx
 from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.errors import ExportError
 from calmclip.models.flow import Array, Arrays
+from tests.export.graphs import parse
 
 WIDTH, HIDDEN, WORDS, CONTEXT, OUT, LAYERS = 32, 48, 50, 12, 16, 2
 EMBEDS = {"embeds": Spec(dtype="float32", shape=("B", OUT))}
@@ -30,7 +32,7 @@ PIXELS = Spec(dtype="float32", shape=("B", 3, 16, 16))
 
 
 def state(first: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Seeded; no norm at 1 and no bias at 0."""
+    """Random weights; no norm is 1 and no bias is 0."""
     shapes = {**first, "projection.weight": (OUT, WIDTH)}
     for i in range(LAYERS):
         layers = {
@@ -41,8 +43,8 @@ def state(first: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         shapes |= {f"blocks.{i}.{name}.bias": shape[:1] for name, shape in layers.items()}
         shapes |= {f"blocks.{i}.{name}.{kind}": (WIDTH,) for name in ("norm1", "norm2") for kind in ("weight", "bias")}
     torch.manual_seed(0)
-    made = {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
-    return {name: 1 + one if "norm" in name and name.endswith("weight") else one for name, one in made.items()}
+    tensors = {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    return {name: 1 + t if "norm" in name and name.endswith("weight") else t for name, t in tensors.items()}
 
 
 def norm(name: str) -> dict[str, tuple[int, ...]]:
@@ -57,22 +59,22 @@ VISION = {
 
 
 def vision() -> tuple[nn.Module, dict[str, Spec]]:
-    given = state(VISION)
-    return filled(VisionTransformer(given, Style(heads=2, pool="cls")), given), {"pixels": PIXELS}
+    weights = state(VISION)
+    return filled(VisionTransformer(weights, Style(heads=2, pool="cls")), weights), {"pixels": PIXELS}
 
 
 def text() -> tuple[nn.Module, dict[str, Spec]]:
-    given = state({**TEXT, **norm("norm_post")})
-    return filled(TextTransformer(given, Style(heads=2, pool="eot", causal=True)), given), {"ids": IDS}
+    weights = state({**TEXT, **norm("norm_post")})
+    return filled(TextTransformer(weights, Style(heads=2, pool="eot", causal=True)), weights), {"ids": IDS}
 
 
 def bert() -> tuple[nn.Module, dict[str, Spec]]:
-    given = state({**TEXT, "types": (1, WIDTH), **norm("norm_pre")})
-    return filled(BertText(given, Style(heads=2, pool="mean"), CONTEXT), given), {"ids": IDS, "mask": IDS}
+    weights = state({**TEXT, "types": (1, WIDTH), **norm("norm_pre")})
+    return filled(BertText(weights, Style(heads=2, pool="mean"), CONTEXT), weights), {"ids": IDS, "mask": IDS}
 
 
-def filled(module: nn.Module, given: dict[str, Tensor]) -> nn.Module:
-    module.load_state_dict(given)
+def filled(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    module.load_state_dict(weights)
     return module.requires_grad_(False)
 
 
@@ -81,12 +83,12 @@ TOWERS = {"vit": vision, "text": text, "bert": bert}
 
 @pytest.fixture(scope="module")
 def traced() -> dict[str, onnx.ModelProto]:
-    found = {}
+    models = {}
     for name, make in TOWERS.items():
         module, inputs = make()
         module.fold()
-        found[name] = to_onnx(Tower(module, inputs, EMBEDS, None, quantizer="none"))
-    return found
+        models[name] = to_onnx(Tower(module, inputs, EMBEDS, None, quantizer="none"))
+    return models
 
 
 def pre_norm(block: str) -> list[str]:
@@ -99,7 +101,7 @@ def post_norm(block: str) -> list[str]:
     return [f"{block}.{name}" for name in layers]
 
 
-# The last block of "vit" and "text" is of one token.
+# The last block of "vit" and "text" has one token.
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -108,17 +110,16 @@ def post_norm(block: str) -> list[str]:
         ("bert", ["norm_pre (input)", "norm_pre", *post_norm("blocks.0"), *post_norm("blocks.1")]),
     ],
 )
-def test_the_papers_tensors_are_looked_at_in_order_of_depth(traced, name: str, expected: list[str]):
+def test_the_papers_tensors_are_measured_in_order_of_depth(traced, name: str, expected: list[str]):
     assert [*outliers.tensors(traced[name]).values()] == expected
 
 
 @pytest.fixture(scope="module")
 def small() -> onnx.ModelProto:
-    """Words in a place, a norm, a product with its bias and a factor, added to what went around them; a mask is added,
-    and what is behind an activation has a norm: the paper looks at neither."""
-    made = parser.parse_model("""
-        <ir_version: 10, opset_import: ["": 20]>
-        g (float[B, T, 6] words, float[B, T, 1] mask) => (float[B, T, 6] y) {
+    """A residual block: embeddings, norm, product with bias and scale, sum. The paper does not measure the sum with a
+    mask, nor the norm behind an activation."""
+    return parse(
+        """g (float[B, T, 6] words, float[B, T, 1] mask) => (float[B, T, 6] y) {
             x = Add (words, place)
             n = LayerNormalization <axis = -1> (x, gain)
             p = MatMul (n, w)
@@ -129,26 +130,22 @@ def small() -> onnx.ModelProto:
             y = Add (x, s)
             r = Relu (y)
             head = LayerNormalization <axis = -1> (r, gain)
-        }""")
-    rng = np.random.default_rng(0)
-    for name, shape in {"place": (6,), "gain": (6,), "w": (6, 6), "bias": (6,), "scale": (6,)}.items():
-        made.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
-    for node in made.graph.node:
-        node.name = f"{node.op_type}.{node.output[0]}"
-    return made
+        }""",
+        {"place": (6,), "gain": (6,), "w": (6, 6), "bias": (6,), "scale": (6,)},
+    )
 
 
 def rows() -> list[Arrays]:
-    """Of two lengths, the second with a number far from all others."""
+    """Two rows of different lengths. The second contains an outlier."""
     rng = np.random.default_rng(1)
-    made = [rng.standard_normal((1, tokens, 6)).astype(np.float32) for tokens in (4, 7)]
-    made[1][0, 3, 2] = 80.0
-    return [{"words": one, "mask": np.ones((1, one.shape[1], 1), np.float32)} for one in made]
+    arrays = [rng.standard_normal((1, tokens, 6)).astype(np.float32) for tokens in (4, 7)]
+    arrays[1][0, 3, 2] = 80.0
+    return [{"words": array, "mask": np.ones((1, array.shape[1], 1), np.float32)} for array in arrays]
 
 
-def test_each_row_is_measured_as_a_whole_and_rows_are_averaged(small: onnx.ModelProto):
-    """Against the formula in exact fractions, of tensors worked out in float64."""
-    fixed = {one.name: numpy_helper.to_array(one).astype(np.float64) for one in small.graph.initializer}
+def test_each_row_is_measured_and_rows_are_averaged(small: onnx.ModelProto):
+    """The formula in exact fractions, on tensors computed in float64."""
+    fixed = {item.name: numpy_helper.to_array(item).astype(np.float64) for item in small.graph.initializer}
 
     def inside(row: Arrays) -> dict[str, Array]:
         x = row["words"].astype(np.float64) + fixed["place"]
@@ -168,30 +165,30 @@ def test_each_row_is_measured_as_a_whole_and_rows_are_averaged(small: onnx.Model
     def peak(values: Array) -> float:
         flat = [Fraction(float(value)) for value in values.ravel()]
         mean = sum(flat) / len(flat)
-        variance = sum((one - mean) ** 2 for one in flat) / (len(flat) - 1)
-        return float(sum((one - mean) ** 4 for one in flat) / len(flat) / (variance**2 + Fraction(1, 10**6)))
+        variance = sum((item - mean) ** 2 for item in flat) / (len(flat) - 1)
+        return float(sum((item - mean) ** 4 for item in flat) / len(flat) / (variance**2 + Fraction(1, 10**6)))
 
     wanted = [inside(row) for row in rows()]
     expected = {
-        name: (np.mean([np.abs(one[name]).max() for one in wanted]), np.mean([peak(one[name]) for one in wanted]))
+        name: (np.mean([np.abs(item[name]).max() for item in wanted]), np.mean([peak(item[name]) for item in wanted]))
         for name in wanted[0]
     }
-    found = outliers.measure(small, iter(rows()))
-    assert [*found["tensors"]] == [*expected]
+    measured = outliers.measure(small, iter(rows()))
+    assert [*measured["tensors"]] == [*expected]
     for name, pair in expected.items():
-        assert found["tensors"][name] == pytest.approx(pair, rel=1e-4), name
+        assert measured["tensors"][name] == pytest.approx(pair, rel=1e-4), name
     norms, peaks = (np.array([pair[place] for pair in expected.values()]) for place in (0, 1))
-    summary = [found[f"{of}_{what}"] for what in ("inf_norm", "kurtosis") for of in ("max", "avg")]
+    summary = [measured[f"{of}_{statistic}"] for statistic in ("inf_norm", "kurtosis") for of in ("max", "avg")]
     assert summary == pytest.approx([norms.max(), norms.mean(), peaks.max(), peaks.mean()], rel=1e-4)
-    assert found["inputs"] == 2
+    assert measured["inputs"] == 2
     assert f"{peaks[0]:.2g}" == f"{peaks.max():.2g}"
     assert peaks[0] < peaks.max()
-    assert found["worst"][0] == "LayerNormalization.n (input)"  # what comes later is no worse to two digits
+    assert measured["worst"][0] == "LayerNormalization.n (input)"  # equal to two digits; the first tensor is named
 
 
 def test_kurtosis_of_known_numbers():
-    """0 0 0 4: mean 1, fourth powers 1 1 1 81, variance 12 / 3. 767 zeros and one 100, worked out with exact fractions:
-    764.0078. Gaussian noise: near 3."""
+    """0 0 0 4: mean 1, fourth powers 1 1 1 81, variance 12 / 3. 767 zeros and one 100: 764.0078, by exact fractions.
+    Gaussian noise: near 3."""
     assert outliers.kurtosis(np.array([0.0, 0.0, 0.0, 4.0])) == pytest.approx(21 / (16 + 1e-6), rel=1e-12)
     spike = np.zeros((16, 48), np.float32)
     spike[3, 5] = 100.0
@@ -200,26 +197,26 @@ def test_kurtosis_of_known_numbers():
     assert outliers.kurtosis(np.ones(7)) == 0.0
 
 
-def test_what_no_token_reached_is_left_out_of_that_row(small: onnx.ModelProto):
+def test_a_row_without_tokens_does_not_count(small: onnx.ModelProto):
     empty = {"words": np.zeros((1, 0, 6), np.float32), "mask": np.ones((1, 0, 1), np.float32)}
-    found = outliers.measure(small, [*rows(), empty])
-    assert found == outliers.measure(small, rows()) | {"inputs": 3}
+    measured = outliers.measure(small, [*rows(), empty])
+    assert measured == outliers.measure(small, rows()) | {"inputs": 3}
     assert outliers.measure(small, [empty]) == {}
 
 
-def test_nan_is_told_by_the_name_of_its_tensor(small: onnx.ModelProto):
+def test_nan_is_an_error_that_names_the_tensor(small: onnx.ModelProto):
     broken, _ = rows()
     broken["words"][0, 1, 1] = np.nan
     with pytest.raises(ExportError, match=r"LayerNormalization\.n \(input\) holds NaN or infinity"):
         outliers.measure(small, [broken])
 
 
-def test_a_module_that_is_called_twice_is_told_apart(small: onnx.ModelProto):
-    made = onnx.ModelProto()
-    made.CopyFrom(small)
+def test_two_calls_of_a_module_have_two_names(small: onnx.ModelProto):
+    model = onnx.ModelProto()
+    model.CopyFrom(small)
     again = onnx.helper.make_node("LayerNormalization", ["y", "gain"], ["z"], "LayerNormalization.n", axis=-1)
-    made.graph.node.append(again)
-    names = [*outliers.tensors(made).values()]
+    model.graph.node.append(again)
+    names = [*outliers.tensors(model).values()]
     assert [name for name in names if "(" not in name] == [
         "LayerNormalization.n at n",
         "MatMul.p",
@@ -228,10 +225,8 @@ def test_a_module_that_is_called_twice_is_told_apart(small: onnx.ModelProto):
 
 
 def test_a_graph_without_layers_has_no_outliers():
-    made = parser.parse_model(
-        '<ir_version: 10, opset_import: ["": 20]> g (float[B] x) => (float[B] y) { y = Relu (x) }'
-    )
-    assert outliers.measure(made, [{"x": np.ones(3, np.float32)}]) == {}
+    model = parse("g (float[B] x) => (float[B] y) { y = Relu (x) }")
+    assert outliers.measure(model, [{"x": np.ones(3, np.float32)}]) == {}
 
 
 def inputs(kind: str, seed: int) -> Iterator[Arrays]:
@@ -247,45 +242,44 @@ DOWN = "blocks.0.mlp.down"
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_an_outlier_that_was_planted_is_named_first_and_costs_8_bits_accuracy(traced, kind: str):
-    """One channel that a feed-forward network writes, made a thousand times as large."""
+def test_a_planted_outlier_is_named_first_and_costs_int8_accuracy(traced, kind: str):
+    """One output channel of a feed-forward network, times 1000."""
     plain, planted = traced[kind], plant(traced[kind])
     before, after = (outliers.measure(model, inputs(kind, seed=1)) for model in (plain, planted))
     assert after["worst"][0] == DOWN
 
     product, bias = down(plain)
-    run = _qdq.tap(plain, [product.output[0], bias.output[0]])
-    whole = [[*run(feed).values()] for feed in inputs(kind, seed=1)]
-    added = [FACTOR * one[..., CHANNEL] + (other - one)[..., CHANNEL] for one, other in whole]
-    assert after["tensors"][DOWN][0] == pytest.approx(np.mean([np.abs(one).max() for one in added]), rel=1e-4)
+    run = tap(plain, [product.output[0], bias.output[0]])
+    outputs = [[*run(feed).values()] for feed in inputs(kind, seed=1)]
+    added = [FACTOR * p[..., CHANNEL] + (s - p)[..., CHANNEL] for p, s in outputs]
+    assert after["tensors"][DOWN][0] == pytest.approx(np.mean([np.abs(p).max() for p in added]), rel=1e-4)
     assert after["max_inf_norm"] > 100 * before["max_inf_norm"]
     assert after["max_kurtosis"] > 10 * before["max_kurtosis"]
     assert error(planted, kind) > 1.5 * error(plain, kind)
 
 
 def plant(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The weights of one output, times `FACTOR`."""
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    product, _ = down(made)
-    (weight,) = (one for one in made.graph.initializer if one.name == product.input[1])
+    """A copy with the weights of one output channel times `FACTOR`."""
+    planted = onnx.ModelProto()
+    planted.CopyFrom(model)
+    product, _ = down(planted)
+    (weight,) = (tensor for tensor in planted.graph.initializer if tensor.name == product.input[1])
     values = numpy_helper.to_array(weight).copy()  # [in, out]
     values[:, CHANNEL] *= FACTOR
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    return made
+    return planted
 
 
 def down(model: onnx.ModelProto) -> tuple[onnx.NodeProto, onnx.NodeProto]:
-    """The product, and the sum with its bias."""
+    """-> the product and the sum with its bias."""
     product, bias = (node for node in model.graph.node if module_of(node) == DOWN)
     return product, bias
 
 
 def error(model: onnx.ModelProto, kind: str) -> float:
-    """Of INT8 beside float, as a part of that by which answers to different inputs differ."""
+    """The distance from INT8 to float32, over the distance between answers to different inputs."""
     params = static.Params()
-    small = static.quantize(model, static.observe(model, inputs(kind, seed=2), params), params)
-    whole, eight = (
-        np.concatenate([run(feed)["embeds"] for feed in inputs(kind, seed=3)]) for run in map(onnx_run, (model, small))
-    )
-    return float(np.linalg.norm(whole - eight) / np.linalg.norm(whole - whole.mean(axis=0)))
+    quantized = static.quantize(model, static.observe(model, inputs(kind, seed=2), params), params)
+    runs = (onnx_run(model), onnx_run(quantized))
+    float32, int8 = (np.concatenate([run(feed)["embeds"] for feed in inputs(kind, seed=3)]) for run in runs)
+    return float(np.linalg.norm(float32 - int8) / np.linalg.norm(float32 - float32.mean(axis=0)))

@@ -2,7 +2,6 @@ import hashlib
 import json
 import resource
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +36,10 @@ def recipe(net, **flags):
 
 def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Path, tiny_hf_clip: Path):
     assert names(tiny_bundles) == ["tiny-float", "tiny-int8"]
-    int8, whole = (read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
-    assert (int8.manifest.precision, whole.manifest.precision) == ("int8", "float32")
+    int8, float32 = (read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
+    assert (int8.manifest.precision, float32.manifest.precision) == ("int8", "float32")
     assert int8.manifest.quantization.graphs == {"image": "search", "text": "search"}
-    reports = [json.loads((s.directory / "report.json").read_text()) for s in (int8, whole)]
+    reports = [json.loads((s.directory / "report.json").read_text()) for s in (int8, float32)]
     assert reports[0] == reports[1]
     assert set(reports[0]["graphs"]) == {"image", "text"}
     weights = hashlib.sha256((tiny_hf_clip / "model.safetensors").read_bytes()).hexdigest()
@@ -49,7 +48,7 @@ def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Pa
     assert {"cpu", "threads", "onnxruntime"} <= set(reports[0]["machine"])
 
 
-def test_a_bundle_says_what_it_was_calibrated_on_and_not_where_that_lay(tiny_bundles: Path, tiny_hf_clip: Path):
+def test_a_bundle_names_its_calibration_inputs_without_their_place(tiny_bundles: Path, tiny_hf_clip: Path):
     directory = tiny_bundles / "tiny-int8"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_hf_clip)
     fitting = sum(len(tokenizer(text).input_ids) <= 40 for text in samples.texts())
@@ -67,13 +66,13 @@ def test_int8_graphs_are_int8_and_smaller(tiny_bundles: Path):
         assert {op.domain for op in model.opset_import} <= {"", "ai.onnx", "com.microsoft", "ai.calmclip"}
 
 
-def test_int8_says_nearly_what_float_says(tiny_bundles: Path, photographs):
-    int8, whole = (open_bundle(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
+def test_int8_embeds_nearly_as_float_does(tiny_bundles: Path, photographs):
+    int8, float32 = (open_bundle(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
     images = [photographs[name] for name in ("cat", "coffee", "rocket")]
     texts = ["a photo of a cat.", "two dogs", "red"]
-    cosines = np.sum(int8.embed(texts=texts, images=images) * whole.embed(texts=texts, images=images), axis=1)
+    cosines = np.sum(int8.embed(texts=texts, images=images) * float32.embed(texts=texts, images=images), axis=1)
     assert cosines.min() > 0.95
-    assert cosines.min() < 0.9999999  # it is another arithmetic
+    assert cosines.min() < 0.9999999  # INT8 rounds
 
 
 def test_a_bundle_below_a_bar_is_not_sealed_and_its_report_is_kept(net, tmp_path: Path):
@@ -86,6 +85,7 @@ def test_a_bundle_below_a_bar_is_not_sealed_and_its_report_is_kept(net, tmp_path
 
 def test_a_sealed_bundle_is_replaced_only_when_asked(net, tmp_path: Path):
     (first,) = build(recipe(net, quantize=FLOAT), tmp_path, net=net)
+    assert first.manifest.precision == "mixed"  # a float graph is not called INT8
     with pytest.raises(BundleError, match="--replace"):
         build(recipe(net, quantize=FLOAT), tmp_path, net=net)
     assert read(first.directory).digest == first.digest
@@ -96,15 +96,15 @@ def test_a_sealed_bundle_is_replaced_only_when_asked(net, tmp_path: Path):
 
 def test_a_graph_that_differs_from_torch_stops_the_export(net, tmp_path: Path):
     class Drifting(torch.nn.Module):
-        """Answers otherwise when traced than when run."""
+        """Computes one function when it is traced and another when it runs."""
 
         def __init__(self, inner):
             super().__init__()
             self.inner = inner
 
         def forward(self, pixels):
-            found = self.inner(pixels)
-            return found if torch.compiler.is_exporting() else found + 0.1
+            embeds = self.inner(pixels)
+            return embeds if torch.compiler.is_exporting() else embeds + 0.1
 
     image = replace(net.towers["image"], module=Drifting(net.towers["image"].module))
     other = replace(net, towers={**net.towers, "image": image})
@@ -113,49 +113,44 @@ def test_a_graph_that_differs_from_torch_stops_the_export(net, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_graph_left_in_float_is_not_called_int8(net, tmp_path: Path):
-    (sealed,) = build(recipe(net, quantize=FLOAT), tmp_path, net=net)
-    assert sealed.manifest.precision == "mixed"
-
-
 def only(net, role, **change):
-    """The net with one of its towers, which halves the time."""
+    """The net with one of its towers: half the time."""
     return replace(net, towers={role: replace(net.towers[role], **change)}, tasks=("raw",))
 
 
 @pytest.mark.parametrize("name", ["tiny-int8", "tiny-float"])
 def test_every_softmax_of_both_bundles_is_ours_and_the_report_counts_them(tiny_bundles: Path, name: str):
-    """Of the two layers of tests/tiny.py: in INT8 it is a part of attention."""
+    """Two layers (tests/tiny.py). In INT8 the softmax is a part of QuantAttention."""
     sealed = read(tiny_bundles / name)
     assert sealed.manifest.ops.used == (INT8_OPS if name == "tiny-int8" else ("Softmax",))
     facts = json.loads((sealed.directory / "report.json").read_text())["rewrites"]
     for role in ("image", "text"):
-        found = facts[role]["int8" if name == "tiny-int8" else "float32"]
-        assert found["counts"]["softmax"] == (0 if name == "tiny-int8" else 2)
-        assert found["missed"] == {}
+        rewrites = facts[role]["int8" if name == "tiny-int8" else "float32"]
+        assert rewrites["counts"]["softmax"] == (0 if name == "tiny-int8" else 2)
+        assert rewrites["missed"] == {}
         least = 0.9999 if name == "tiny-int8" else 0.999999
-        assert found["against_standard"]["functions"][f"{role}_embeds"]["cosine_min"] > least
+        assert rewrites["against_standard"]["functions"][f"{role}_embeds"]["cosine_min"] > least
         nodes = onnx.load(sealed.directory / f"{role}.onnx").graph.node
         kind = "QuantAttention" if name == "tiny-int8" else "Softmax"
         assert [n.domain for n in nodes if n.op_type == kind] == ["ai.calmclip"] * 2
 
 
-def test_a_bar_of_the_share_is_what_the_search_keeps_to(net, tmp_path: Path):
-    """At the usual 90 % the second of attention's products stays in float."""
-    bars = {"min_int8_share": 1.0, "min_output_cosine": 0.5, "min_image_cosine": 0.5}
+def test_the_search_obeys_the_bar_of_int8_coverage(net, tmp_path: Path):
+    """With the default bar, 90 %, the second product of attention stays in float."""
+    bars = {"min_int8_coverage": 1.0, "min_output_cosine": 0.5, "min_image_cosine": 0.5}
     (sealed,) = build(recipe(net, bars=bars), tmp_path, net=only(net, "image"))
     facts = json.loads((sealed.directory / "report.json").read_text())
-    assert facts["graphs"]["image"]["share"]["part"] == 1.0
-    assert facts["bars"]["min_int8_share"]["passed"]
+    assert facts["graphs"]["image"]["coverage"]["part"] == 1.0
+    assert facts["bars"]["min_int8_coverage"]["passed"]
 
 
-def test_a_node_to_keep_in_float_that_is_not_there_is_named(net, tmp_path: Path):
+def test_an_unknown_node_to_keep_in_float_is_named(net, tmp_path: Path):
     how = {"quantize": {"text": {"name": "static", "params": {"keep": ["MatMul.MatMul_0", "MatMul.MatMull_1"]}}}}
     with pytest.raises(BadRequest, match=r"quantize\.text: keep: 'MatMul\.MatMull_1' is no node"):
         build(recipe(net, **how), tmp_path, net=only(net, "text"))
 
 
-def test_without_rewrites_a_bundle_holds_standard_ops_alone(net, tmp_path: Path):
+def test_without_rewrites_a_bundle_has_standard_operators_alone(net, tmp_path: Path):
     how = {"quantize": {"text": {"name": "none"}}, "rewrites": ()}
     (sealed,) = build(recipe(net, **how), tmp_path, net=only(net, "text"))
     assert sealed.manifest.ops.used == ()
@@ -164,7 +159,7 @@ def test_without_rewrites_a_bundle_holds_standard_ops_alone(net, tmp_path: Path)
     assert not model.functions
 
 
-def test_a_net_that_promises_more_than_is_found_stops_the_export(net, tmp_path: Path):
+def test_fewer_rewrites_than_the_net_promises_stop_the_export(net, tmp_path: Path):
     other = only(net, "text", promises={"Softmax": 3})
     with pytest.raises(ExportError, match=r"text in float: the net promises 3 x Softmax, the rewrites made 2\."):
         build(recipe(net, quantize=FLOAT), tmp_path, net=other)
@@ -172,10 +167,11 @@ def test_a_net_that_promises_more_than_is_found_stops_the_export(net, tmp_path: 
 
 
 def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path, monkeypatch):
-    """A rule that takes its attributes from nowhere: here a softmax stretched by a tenth."""
+    """A rule with a wrong attribute: it stretches the softmax by a tenth."""
     from calmclip.export.rewrites import softmax
 
-    monkeypatch.setattr(softmax, "ours", partial(softmax.ours, zeta=1.1))
+    stretched = softmax.replacement
+    monkeypatch.setattr(softmax, "replacement", lambda node, last, gamma, zeta: stretched(node, last, gamma, zeta=1.1))
     with pytest.raises(ParityLost, match=r"image in float: standard ops against our functions: .*image_embeds"):
         build(recipe(net, quantize=FLOAT), tmp_path, net=net)
 
@@ -183,40 +179,43 @@ def test_a_rewrite_that_changes_the_answers_stops_the_export(net, tmp_path: Path
 INT8_OPS = ("QuantAttention", "QuantLayerNorm", "QuantLinear", "QuantLinearToFloat", "QuantPatches")
 
 
-def test_a_softmax_between_eight_bits_is_held_against_what_the_graph_says(tmp_path: Path):
-    """And not against the runtime's own in integers, which answers this net otherwise by a cosine of 0.9987."""
+def test_a_softmax_between_8_bit_tensors_is_compared_with_the_graph(tmp_path: Path):
+    """ONNX Runtime's own integer softmax is no reference: its cosine is 0.9987 for this net."""
     checkpoint = str(tiny.vit(tmp_path / "vit"))
     net = NETS.get("vit").load(checkpoint)
     (sealed,) = build(load_recipe(checkpoint, "vit", net, preset="paper"), tmp_path / "out", net=net)
     report = json.loads((sealed.directory / "report.json").read_text())
-    told = report["rewrites"]["logits"]["int8"]["against_standard"]
-    assert min(side["logits"]["cosine_min"] for side in told.values()) > 0.9999
+    agreement = report["rewrites"]["logits"]["int8"]["against_standard"]
+    assert min(side["logits"]["cosine_min"] for side in agreement.values()) > 0.9999
 
 
-def test_a_report_says_how_long_each_step_took_and_how_much_memory(tiny_bundles: Path):
+def test_a_report_has_the_time_of_each_step_and_the_peak_memory(tiny_bundles: Path):
     report = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())
     assert {"load", "image: trace", "text: quantize", "write", "measure"} <= report["seconds"].keys()
     assert all(0 <= seconds < 600 for seconds in report["seconds"].values())
     assert 100 < report["peak_rss_mb"] < 1e5
 
 
-def test_a_report_says_where_outliers_are_by_the_names_of_modules(tiny_bundles: Path):
+def test_a_report_names_the_modules_of_outliers(tiny_bundles: Path):
     graphs = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())["graphs"]
-    found = {role: graphs[role]["outliers"] for role in ("image", "text")}
-    assert {role: facts["inputs"] for role, facts in found.items()} == {"image": 13, "text": 16}  # of the samples
-    assert [name for name in found["image"]["tensors"] if name.startswith("blocks.1.")] == [
+    outliers = {role: graphs[role]["outliers"] for role in ("image", "text")}
+    assert {role: facts["inputs"] for role, facts in outliers.items()} == {
+        "image": 13,
+        "text": 16,
+    }  # the samples that ship
+    assert [name for name in outliers["image"]["tensors"] if name.startswith("blocks.1.")] == [
         f"blocks.1.{name}" for name in ("norm1", "attn.out", "attn.out (sum)", "norm2", "mlp.down", "mlp.down (sum)")
     ]
-    norms = [norm for norm, _ in found["image"]["tensors"].values()]
-    assert found["image"]["max_inf_norm"] == max(norms) > 1
+    norms = [norm for norm, _ in outliers["image"]["tensors"].values()]
+    assert outliers["image"]["max_inf_norm"] == max(norms) > 1
 
 
-def test_a_full_disk_leaves_no_bundle_and_no_half_of_one(net, tmp_path: Path):
-    """The system's own refusal: no file of this process may grow over 30 kB; every graph is larger."""
+def test_a_full_disk_leaves_no_file(net, tmp_path: Path):
+    """The system refuses: no file of this process may exceed 30 kB, and every graph is larger."""
     how, most = recipe(net, quantize=FLOAT), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, most[1]))
     try:
-        with pytest.raises(BundleError, match=r"took no more of tiny-(int8|float): .*make room"):
+        with pytest.raises(BundleError, match=r"tiny-(int8|float) cannot be written .*free some space"):
             build(how, tmp_path, net=net)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
@@ -224,13 +223,13 @@ def test_a_full_disk_leaves_no_bundle_and_no_half_of_one(net, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_net_keeps_its_weights_unless_it_is_given_away(tiny_hf_clip: Path, tmp_path: Path):
-    own = NETS.get("clip").load(str(tiny_hf_clip))
-    (first,) = build(recipe(own, quantize=FLOAT), tmp_path, net=own)
-    (second,) = build(recipe(own, quantize=FLOAT, replace=True), tmp_path, net=own, release=True)
+def test_a_net_keeps_its_weights_unless_the_export_may_release_them(tiny_hf_clip: Path, tmp_path: Path):
+    net = NETS.get("clip").load(str(tiny_hf_clip))
+    (first,) = build(recipe(net, quantize=FLOAT), tmp_path, net=net)
+    (second,) = build(recipe(net, quantize=FLOAT, replace=True), tmp_path, net=net, release=True)
     graphs = [{n: f.sha256 for n, f in s.manifest.files.items() if n.endswith(".onnx")} for s in (first, second)]
     assert graphs[0] == graphs[1]
-    assert not any(p.numel() for tower in own.towers.values() for p in tower.module.parameters())
+    assert not any(p.numel() for tower in net.towers.values() for p in tower.module.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -248,19 +247,19 @@ def test_a_bundle_answers_the_same_with_the_op_library_and_without(
 ):
     directory = (tiny_bundles if name.startswith("tiny") else open_clip_bundles) / name
     assert read(directory).manifest.ops.used == (("Softmax",) if name.endswith("float") else INT8_OPS)
-    images = [photographs[one] for one in ("cat", "coffee", "rocket")]
+    images = [photographs[key] for key in ("cat", "coffee", "rocket")]
     texts = ["a photo of a cat.", "two dogs", "red"]
-    one, other = (
+    with_ops, without_ops = (
         Runner(Bundle(read(directory)), SessionOptions(ops=mode)).embed(texts=texts, images=images)
         for mode in ("required", "off")
     )
     if name.endswith("float"):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-    else:  # where an activation was at a tie, it may be rounded to the other side
-        assert np.sum(one * other, axis=1).min() > 0.999
+        np.testing.assert_allclose(with_ops, without_ops, atol=1e-5)
+    else:  # an activation at a tie may round to the other side
+        assert np.sum(with_ops * without_ops, axis=1).min() > 0.999
 
 
-def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path, tmp_path: Path, photographs, capsys):
+def test_picture_input_gives_a_graph_that_takes_pictures(net, tiny_bundles: Path, tmp_path: Path, photographs, capsys):
     how = {"quantize": {"image": {"name": "none"}}, "picture_input": True}
     (sealed,) = build(recipe(net, **how), tmp_path, net=only(net, "image"))
     graph = sealed.manifest.graphs["image"]
@@ -268,11 +267,11 @@ def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path,
     assert (graph.batch, list(graph.inputs), graph.inputs["picture"].dtype) == (False, ["picture"], "uint8")
     assert (graph.preprocess.input, graph.preprocess.in_graph) == ("picture", True)
     facts = json.loads((sealed.directory / "report.json").read_text())
-    found = facts["rewrites"]["image"]["float32"]
-    assert found["counts"]["image_to_pixels"] == 1
-    assert found["picture_input"]["functions"]["image_embeds"]["max_abs"] < 1e-5
+    rewrites = facts["rewrites"]["image"]["float32"]
+    assert rewrites["counts"]["image_to_pixels"] == 1
+    assert rewrites["picture_input"]["functions"]["image_embeds"]["max_abs"] < 1e-5
     assert "image" in facts["latency_ms"]
-    images = [photographs[one] for one in ("cat", "coffee", "rocket")]  # of three sizes
+    images = [photographs[key] for key in ("cat", "coffee", "rocket")]  # three sizes
     plain = open_bundle(tiny_bundles / "tiny-float")
     for mode in ("auto", "off"):
         opened = read(sealed.directory)
@@ -286,23 +285,23 @@ def test_a_recipe_may_ask_for_graphs_that_take_pictures(net, tiny_bundles: Path,
 @pytest.mark.parametrize(
     ("rows", "bound"), [((1.0, 0.9999), 0.999), ((0.9999, 0.98), 0.99), ((0.5,), 0.95), ((), 0.999)]
 )
-def test_ties_may_cost_a_row_half_of_what_int8_does(rows, bound):
-    agreement = {str(at): {"cosine_min": one} for at, one in enumerate(rows)}
+def test_ties_may_cost_a_row_half_of_the_loss_of_int8(rows, bound):
+    agreement = {str(at): {"cosine_min": cosine} for at, cosine in enumerate(rows)}
     assert _ties(agreement)["min_cosine"] == pytest.approx(bound, abs=1e-12)
 
 
-def test_float_and_int8_of_one_export_are_one_family_of_what_embeds(tiny_bundles: Path):
+def test_float_and_int8_of_one_export_are_one_family(tiny_bundles: Path):
     tiny = [read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float")]
-    assert len({one.manifest.family for one in tiny}) == 1
-    assert len({one.digest for one in tiny}) == 2
-    # another preprocessing is another family, another time of export is not
+    assert len({item.manifest.family for item in tiny}) == 1
+    assert len({item.digest for item in tiny}) == 2
+    # another preprocessing changes the family; another time of export does not
     floats = tiny[1].manifest
     image = floats.graphs["image"]
     spec = image.preprocess.model_copy(update={"mean": (0.0, 0.0, 0.0)})
     graphs = {**floats.graphs, "image": image.model_copy(update={"preprocess": spec})}
     other = floats.model_copy(update={"graphs": graphs})
     listed = {path: file for path, file in floats.files.items() if path != "report.json"}
-    families = [_family(one.model_copy(update={"files": listed})) for one in (floats, other)]
+    families = [_family(item.model_copy(update={"files": listed})) for item in (floats, other)]
     assert families[0] == floats.family != families[1]
     named = floats.classifier.model_copy(update={"labels": "labels.json"})
     again = {"classifier": named, "files": {**listed, "labels.json": listed["text.onnx"]}, "created": "another time"}

@@ -16,48 +16,45 @@ REPORT = {
 }
 
 
-def test_each_bar_stands_beside_what_was_measured():
-    found = check(REPORT, Bars(min_image_cosine=0.98, min_text_cosine=0.97, max_megabytes=35))
-    assert {name: row["passed"] for name, row in found.items()} == {
+def test_each_bar_is_compared_with_the_measured_value():
+    rows = check(REPORT, Bars(min_image_cosine=0.98, min_text_cosine=0.97, max_megabytes=35))
+    assert {name: row["passed"] for name, row in rows.items()} == {
         "min_image_cosine": True,
         "min_text_cosine": False,
         "regions.objectness": False,
         "max_megabytes": True,
     }
     with pytest.raises(BarMissed, match=r"min_text_cosine is 0\.96, the bar 0\.97") as caught:
-        require(found, "x-int8")
+        require(rows, "x-int8")
     assert "min_image_cosine" not in str(caught.value)
 
 
-def test_the_texts_of_a_detector_have_the_bar_of_texts():
-    """A bundle that serves no embed has no embeddings; its text graph is measured all the same."""
+def test_without_embeddings_the_bars_are_those_of_the_graphs():
+    """A bundle without the task embed has no embeddings. The text graph of a detector has the bar of texts."""
     report = {**REPORT, "graphs": {"text": {"int8_against_float": {"text_embeds": {"cosine": 0.95}}}}, "embeddings": {}}
     assert check(report, Bars()) == {"text.text_embeds": {"bar": 0.97, "measured": 0.95, "passed": False}}
     assert check(report, Bars(min_text_cosine=0.94))["text.text_embeds"]["passed"]
-
-
-def test_a_bundle_without_embeddings_has_only_the_bars_that_apply():
     assert check({"graphs": {}, "embeddings": {}, "size_bytes": {"int8": 1}}, Bars()) == {}
 
 
-def test_evals_stand_in_float_and_in_int8_side_by_side(tiny_bundles: Path, photographs, tmp_path: Path):
-    """Each picture is said to be what float finds it to be, so float is right about all; of INT8 we count ourselves."""
-    int8, whole = (open_bundle(tiny_bundles / f"tiny-{kind}") for kind in ("int8", "float"))
+def test_evals_are_reported_for_float_and_int8(tiny_bundles: Path, photographs, tmp_path: Path):
+    """The labels are the answers of float, so float is always right. The test counts the right answers of INT8."""
+    int8, float32 = (open_bundle(tiny_bundles / f"tiny-{kind}") for kind in ("int8", "float"))
     labels = ["a cat", "two dogs", "red", "a photo of green"]
     (tmp_path / "images").mkdir()
     best: dict[str, list[str]] = {"int8": [], "float32": []}
     for picture in photographs.values():
         shutil.copy(picture, tmp_path / "images")
-        for side, runner in (("int8", int8), ("float32", whole)):
+        for side, runner in (("int8", int8), ("float32", float32)):
             best[side].append(next(iter(runner.classify(picture, sorted(labels)))).label)
     rows = [
         {"file": path.name, "label": label} for path, label in zip(photographs.values(), best["float32"], strict=True)
     ]
     (tmp_path / "labels.json").write_text(json.dumps(rows))
-    # only labels that are in the file take part: those float never chose could not win either, unless in INT8
+    # the eval offers only the labels of the file, so the file needs every label that INT8 may choose
     assert set(best["int8"]) <= set(best["float32"])
-    found = accuracy(int8, whole, {"zero_shot": tmp_path})["zero_shot"]
-    right = sum(one == other for one, other in zip(best["int8"], best["float32"], strict=True))
-    assert found["float32"]["top1"] == 100.0
-    assert found["int8"]["top1"] == pytest.approx(100 * right / len(rows), abs=1e-3)
-    assert found["int8"]["pictures"] == len(rows)
+    result = accuracy(int8, float32, {"zero_shot": tmp_path})["zero_shot"]
+    right = sum(answer == label for answer, label in zip(best["int8"], best["float32"], strict=True))
+    assert result["float32"]["top1"] == 100.0
+    assert result["int8"]["top1"] == pytest.approx(100 * right / len(rows), abs=1e-3)
+    assert result["int8"]["pictures"] == len(rows)

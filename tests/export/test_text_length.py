@@ -1,7 +1,7 @@
-"""Padding behind a text changes no answer: so texts of nearly one length may be padded to one width and run together.
+"""Padding after a text does not change the answer, so texts of similar length may be padded to one width and batched.
 
-A causal tower pools at the end of the text, before all padding; a masked one leaves padding out. What differs is the
-order in which a matrix product of another height is summed: 1e-6 at most.
+A causal tower pools at the end of the text, before all padding; a masked tower ignores padding. A matrix product of
+another height may be summed in another order: a difference of 1e-6 at most.
 """
 
 import numpy as np
@@ -92,23 +92,23 @@ def test_texts_of_a_fixed_width_stay_as_they_are(tmp_path):
 
 
 def test_an_int8_bundle_answers_the_same_whatever_its_texts_are_padded_to(tiny_bundles):
-    """Static ranges: no row knows of its neighbours, nor of its own padding."""
+    """Static ranges: a row does not depend on other rows or on its padding."""
     sealed = read(tiny_bundles / "tiny-int8")
     graphs = dict(sealed.manifest.graphs)
-    found = []
+    embeds = []
     for multiple in (1, 8):
         spec = graphs["text"].preprocess.model_copy(update={"multiple": multiple})
         graph = graphs["text"].model_copy(update={"preprocess": spec})
         manifest = sealed.manifest.model_copy(update={"graphs": graphs | {"text": graph}})
         runner = Runner(Bundle(sealed._replace(manifest=manifest)))
-        found.append(np.concatenate([runner.embed(texts=[text]) for text in TEXTS]))
-    np.testing.assert_allclose(*found, atol=1e-6)
+        embeds.append(np.concatenate([runner.embed(texts=[text]) for text in TEXTS]))
+    np.testing.assert_allclose(*embeds, atol=1e-6)
 
 
 def test_without_its_mask_a_masked_tower_would_answer_otherwise(masked):
-    """What the tests above would miss if padding did nothing anyway."""
+    """The tests above would pass without a mask if padding had no effect; it has one."""
     run = onnx_run(to_onnx(masked))
     ids, ones = np.array([[1, 2, 3, 7, 7]]), np.ones((1, 5), np.int64)
     kept = np.array([[1, 1, 1, 0, 0]])
-    one, other = (run({"ids": ids, "mask": mask})["text_embeds"] for mask in (ones, kept))
-    assert np.abs(one - other).max() > 1e-3
+    unmasked, other = (run({"ids": ids, "mask": mask})["text_embeds"] for mask in (ones, kept))
+    assert np.abs(unmasked - other).max() > 1e-3

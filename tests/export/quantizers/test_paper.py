@@ -1,4 +1,4 @@
-"""`paper`, `fast`. Oracles: the paper's estimators in float64, from the checkpoint's tensors; lists counted by hand."""
+"""The quantizers paper and fast. Oracles: the paper's estimators in float64; lists of tensors counted by hand."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper, parser
+from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from calmclip.export import rewrites
+from calmclip.export.coverage import count
+from calmclip.export.graph import tap
 from calmclip.export.nets import Tower
 from calmclip.export.parity import compare, onnx_run
-from calmclip.export.quantizers import _qdq, fast, paper
-from calmclip.export.quantizers._sites import sites
-from calmclip.export.share import count
+from calmclip.export.qdq import scale_and_zero
+from calmclip.export.quantizers import fast, paper
+from calmclip.export.quantizers.sites import find_sites
 from calmclip.export.towers.attention import Softmax
 from calmclip.export.trace import to_onnx
 from calmclip.models.flow import Array, Arrays
+from tests.export.graphs import parse
 from tests.towers import HEADS, KINDS, LAYERS, WIDTH, feeds_of, state_of, tower_of
 
 CLIPPED = Softmax(-0.05, 1.02)
@@ -43,8 +46,8 @@ class Case:
 
 
 def quantized(model: onnx.ModelProto, feeds: Sequence[Arrays], **params: Any) -> onnx.ModelProto:
-    given = paper.Params(**({"batch": 3} | params))
-    return paper.quantize(model, paper.observe(model, feeds, given), given)
+    settings = paper.Params(**({"batch": 3} | params))
+    return paper.quantize(model, paper.observe(model, feeds, settings), settings)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Case:
 
 
 def constants(model: onnx.ModelProto) -> dict[str, Array]:
-    return {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 def steps(model: onnx.ModelProto) -> dict[str, tuple[Array, Array]]:
@@ -76,67 +79,65 @@ def steps(model: onnx.ModelProto) -> dict[str, tuple[Array, Array]]:
     }
 
 
-# -- which tensors
+# -- the tensors
 
 
-def test_the_tensors_in_8_bits_are_those_counted_by_hand(case: Case):
-    """A block: q, k, v, their scores, the mixture, the answer of attention, a sum, a norm, the two layers of the MLP, a
-    sum, a norm. A gate adds the mixture behind it. In the last block of vit and clip q is a product of its own."""
-    found = sites(case.model)
-    makers = {name: node.op_type for node in case.model.graph.node for name in node.output}
-    kinds = Counter(makers.get(name, name) for name in found.observed)
+def test_the_8_bit_tensors_are_those_counted_by_hand(case: Case):
+    """A block has q, k, v, scores, the product with v, the output of attention, a sum, a norm, two layers of the MLP, a
+    sum, and a norm. A gate adds its output. In the last block of vit and clip q is a separate product."""
+    sites = find_sites(case.model)
+    producers = {name: node.op_type for node in case.model.graph.node for name in node.output}
+    kinds = Counter(producers.get(name, name) for name in sites.observed)
     one_token = case.kind in ("vit", "clip")
     act = {"bert": "Gelu", "vit": "Gelu", "opt": "Relu", "clip": "Mul"}[case.kind]
     expected = Counter({
         "Split": 3 * LAYERS - one_token,
-        "MatMul": 2 * LAYERS,  # scores, mixtures
-        "Add": 4 * LAYERS + one_token,  # answers of attention and MLP, two sums; q of one token
-        "LayerNormalization": 2 * LAYERS + 1 + one_token,  # before the blocks, or behind them; of one token once more
+        "MatMul": 2 * LAYERS,  # scores, products with v
+        "Add": 4 * LAYERS + one_token,  # outputs of attention and MLP, two sums; q of one token
+        "LayerNormalization": 2 * LAYERS + 1 + one_token,  # one before or behind the blocks; one more for one token
         act: LAYERS,
     })  # fmt: skip
     expected += {
-        "bert": Counter({"Add": 1, "Reshape": LAYERS}),  # tables summed; mixtures behind gates
+        "bert": Counter({"Add": 1, "Reshape": LAYERS}),  # sum of tables; outputs of gates
         "opt": Counter({"Add": 1, "Reshape": LAYERS}),
         "clip": Counter({"Add": 1, "Reshape": LAYERS}),
-        "vit": Counter({"pixels": 1, "Conv": 1, "Concat": 1}),  # the sum is that of class token and patches
+        "vit": Counter({"pixels": 1, "Conv": 1, "Concat": 1}),  # the sum of class token and patches
     }[case.kind]
     assert kinds == expected
     chances = "Clip" if case.kind in ("bert", "clip") else "Softmax"
-    assert [makers[name] for name in found.chances] == [chances] * LAYERS
-    assert len(found.tables) == (1 if case.kind == "vit" else 2)
+    assert [producers[name] for name in sites.probabilities] == [chances] * LAYERS
+    assert len(sites.tables) == (1 if case.kind == "vit" else 2)
 
 
-def test_each_of_them_goes_through_8_bits_and_nothing_else_does(case: Case):
-    found, made = sites(case.model), steps(case.quantized())
-    assert made.keys() == {*found.observed, *found.chances, *(moved(case.model, found))}
+def test_each_of_them_is_quantized_and_no_other_tensor(case: Case):
+    sites, scales = find_sites(case.model), steps(case.quantized())
+    assert scales.keys() == {*sites.observed, *sites.probabilities, *(moved(case.model, sites))}
 
 
-def moved(model: onnx.ModelProto, found: Any) -> set[str]:
+def moved(model: onnx.ModelProto, sites: Any) -> set[str]:
     nodes = {node.name: node for node in model.graph.node}
-    return {nodes[name].input[place] for name, place in found.moved}
+    return {nodes[name].input[place] for name, place in sites.moved}
 
 
 def test_head_gates_and_biases_stay_in_float(case: Case):
     model = case.quantized()
-    kinds = Counter((one.data_type, tuple(one.dims)) for one in model.graph.initializer if one.dims)
+    kinds = Counter((item.data_type, tuple(item.dims)) for item in model.graph.initializer if item.dims)
     biases = {tuple(t.shape) for name, t in case.state.items() if name.endswith("bias")}
     assert all(kinds[TensorProto.FLOAT, shape] for shape in biases if len(shape) == 1)
-    assert not [one for one in model.graph.initializer if one.data_type == TensorProto.INT32]
-    whole = {one.name: one.int8 for one in count(model, {"B": 1, "T": 9})}
+    assert not [item for item in model.graph.initializer if item.data_type == TensorProto.INT32]
+    quantized = {item.name: item.int8 for item in count(model, {"B": 1, "T": 9})}
     gates = {"bert": 2 * LAYERS, "opt": LAYERS, "vit": 0, "clip": LAYERS}[case.kind]  # products of a gate
-    floats = [name for name, int8 in whole.items() if not int8]
+    floats = [name for name, int8 in quantized.items() if not int8]
     assert len(floats) == gates + 1
     assert floats[-1].startswith("Gemm")  # the projection
-    assert not any(one.op_type.startswith("Q") and "gate" in " ".join(one.input) for one in model.graph.node)
+    assert not any(item.op_type.startswith("Q") and "gate" in " ".join(item.input) for item in model.graph.node)
     masked = {"bert": LAYERS, "opt": LAYERS, "vit": 0, "clip": LAYERS}[case.kind]
     softmaxes = [node.input[0] for node in model.graph.node if node.op_type == "Softmax"]
-    makers = {name: node.op_type for node in model.graph.node for name in node.output}
-    assert Counter(makers[name] for name in softmaxes)["Add"] == masked  # the mask comes behind the 8 bits
+    producers = {name: node.op_type for node in model.graph.node for name in node.output}
+    assert Counter(producers[name] for name in softmaxes)["Add"] == masked  # the mask is added to dequantized scores
 
 
-HEADED = """
-    <ir_version: 10, opset_import: ["": 20]>
-    g (float[B, 4] x) => (float[B, 8] y)
+HEADED = """g (float[B, 4] x) => (float[B, 8] y)
     {
         z = MatMul (x, first)
         a = MatMul (z, up)
@@ -154,75 +155,67 @@ HEADED = """
 @pytest.mark.parametrize(
     ("sum_", "weights", "tensors"),
     [
-        (
-            "Add (z, c)",
-            ["first", "up", "down"],
-            "x z b c d e",
-        ),  # as of BERT: dense, its norm and the decoder are the head
-        ("Sqrt (c)", ["first", "up", "down", "dense"], "x z b c e h i"),  # no sum: the last product is
+        ("Add (z, c)", ["first", "up", "down"], "x z b c d e"),  # BERT: dense, its norm and the decoder are the head
+        ("Sqrt (c)", ["first", "up", "down", "dense"], "x z b c e h i"),  # without a sum, the last product is the head
     ],
 )
-def test_the_head_is_what_follows_the_last_sum(sum_: str, weights: list[str], tensors: str):
-    model = parser.parse_model(HEADED.replace("SUM", sum_))
+def test_the_head_follows_the_last_sum(sum_: str, weights: list[str], tensors: str):
     shapes = {"first": (4, 4), "up": (4, 6), "down": (6, 4), "gain": (4,), "dense": (4, 4), "decoder": (4, 8)}
-    for name, shape in shapes.items():
-        model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
-    for node in model.graph.node:
-        node.name = f"n{node.output[0]}"
-    found, read = sites(model), {node.name: node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
-    assert [read[name] for name in found.weights] == weights
-    assert {*found.observed} == {*tensors.split()}
+    model = parse(HEADED.replace("SUM", sum_), shapes)
+    sites, read = find_sites(model), {node.name: node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    assert [read[name] for name in sites.weights] == weights
+    assert {*sites.observed} == {*tensors.split()}
 
 
-# -- how their ranges are estimated
+# -- the estimators
 
 
 def expected_range(values: Sequence[Array], batch: int, percentile: float) -> tuple[float, float]:
-    """float64: of each batch's numbers the two ends, and their running mean of momentum 0.9."""
+    """float64: the running mean (momentum 0.9) of the lower and the upper percentile of each batch."""
     low = high = None
     for start in range(0, len(values), batch):
-        whole = np.concatenate([one.reshape(-1) for one in values[start : start + batch]]).astype(np.float64)
-        ends = np.percentile(whole, [100 - percentile, percentile])
+        numbers = np.concatenate([array.reshape(-1) for array in values[start : start + batch]]).astype(np.float64)
+        ends = np.percentile(numbers, [100 - percentile, percentile])
         low = ends[0] if low is None else 0.9 * low + 0.1 * ends[0]
         high = ends[1] if high is None else 0.9 * high + 0.1 * ends[1]
     return min(low, 0.0), max(high, 0.0)
 
 
 @pytest.mark.parametrize("percentile", [100.0, 99.0])
-def test_activations_have_the_running_ends_of_their_batches(case: Case, percentile: float):
-    """Eight rows in batches of three, three and two; texts of other lengths each."""
-    made = steps(case.quantized(percentile=percentile))
-    names = list(sites(case.model).observed)
-    run = _qdq.tap(case.model, names)
-    seen = [run(feed) for feed in case.feeds]
+def test_activations_have_the_running_range_of_their_batches(case: Case, percentile: float):
+    """Eight rows in batches of three, three and two; each text has another length."""
+    scales = steps(case.quantized(percentile=percentile))
+    names = list(find_sites(case.model).observed)
+    run = tap(case.model, names)
+    outputs = [run(feed) for feed in case.feeds]
     for name in names:
-        low, high = expected_range([one[name] for one in seen], 3, percentile)
-        scale, zero = made[name]
+        low, high = expected_range([output[name] for output in outputs], 3, percentile)
+        scale, zero = scales[name]
         assert (scale.shape, zero.shape, zero.dtype) == ((), (), np.uint8)
         np.testing.assert_allclose(scale, (high - low) / 255, rtol=1e-6, err_msg=name)
         assert zero == np.clip(np.rint(-low / ((high - low) / 255)), 0, 255), name
 
 
 def test_probabilities_have_the_fixed_scale(case: Case):
-    made, found = steps(case.quantized()), sites(case.model)
-    assert len(found.chances) == LAYERS
-    for name in found.chances:
-        scale, zero = made[name]
+    scales, sites = steps(case.quantized()), find_sites(case.model)
+    assert len(sites.probabilities) == LAYERS
+    for name in sites.probabilities:
+        scale, zero = scales[name]
         assert scale.tobytes() == np.float32(1 / 255).tobytes()
         assert (zero, zero.dtype) == (0, np.uint8)
 
 
-def test_what_is_moved_keeps_its_scale(case: Case):
-    made, found = steps(case.quantized()), sites(case.model)
+def test_a_moved_tensor_keeps_its_scale(case: Case):
+    scales, sites = steps(case.quantized()), find_sites(case.model)
     nodes = {node.name: node for node in case.model.graph.node}
     open_ = case.kind == "vit"
-    assert len(found.moved) == 3 * LAYERS + open_ * LAYERS  # q, k, v; mixtures without gates
-    for (name, place), site in found.moved.items():
-        assert made[nodes[name].input[place]] == made[site]
+    assert len(sites.moved) == 3 * LAYERS + open_ * LAYERS  # q, k, v; outputs of attention without gates
+    for (name, place), site in sites.moved.items():
+        assert scales[nodes[name].input[place]] == scales[site]
 
 
 def expected_scale(weight: Array, bits: int, how: str) -> float:
-    """float64. A grid of [-2^(b-1), 2^(b-1) - 1], as many steps to one side as to the other."""
+    """float64. The grid is [-2^(b-1), 2^(b-1) - 1] and symmetric."""
     weight, most = weight.astype(np.float64), 2 ** (bits - 1) - 1
     largest = np.abs(weight).max()
     if how == "minmax":
@@ -233,64 +226,59 @@ def expected_scale(weight: Array, bits: int, how: str) -> float:
 
 
 def expected_weights(case: Case) -> list[Tensor]:
-    """In the order of the graph. What the tower folds is folded: the scale of attention, the type of a token, the bias
-    of the patches; q, k and v are tensors of their own."""
+    """In the order of the graph, folded as the tower folds: the scale of attention, the type of a token, the bias of
+    the patches. q, k and v are separate."""
     state = {name: tensor.clone() for name, tensor in case.state.items()}
-    found = []
+    weights = []
     if case.kind == "vit":
-        found += [state["patch.weight"], state["positions"][1:] + state["patch.bias"]]
+        weights += [state["patch.weight"], state["positions"][1:] + state["patch.bias"]]
     else:
-        found.append(state["tokens.weight"])
-        found.append(state["positions"] + (state["types"][0] if "types" in state else 0))
+        weights.append(state["tokens.weight"])
+        weights.append(state["positions"] + (state["types"][0] if "types" in state else 0))
     for i in range(LAYERS):
         q, k, v = state[f"blocks.{i}.attn.qkv.weight"].split(WIDTH)
         q = q * (WIDTH // HEADS) ** -0.5
         last = i == LAYERS - 1 and case.kind in ("vit", "clip")
-        found += [k, v, q] if last else [q, k, v]
-        found += [state[f"blocks.{i}.{name}.weight"] for name in ("attn.out", "mlp.up", "mlp.down")]
-    return found
+        weights += [k, v, q] if last else [q, k, v]
+        weights += [state[f"blocks.{i}.{name}.weight"] for name in ("attn.out", "mlp.up", "mlp.down")]
+    return weights
 
 
 def weights_of(model: onnx.ModelProto) -> list[tuple[Array, float]]:
-    """The int8 tensors as the graph reads them, one after the other, with their scales; a merged one in its pieces."""
-    fixed, found = constants(model), {}
+    """The int8 tensors and their scales, in the order of the graph. A merged tensor is split into its pieces."""
+    fixed, pieces_by_name = constants(model), {}
     for name in (name for node in model.graph.node for name in node.input if name in fixed):
         if fixed[name].dtype == np.int8 and fixed[name].ndim > 1:
             scale = np.broadcast_to(fixed[f"{name}_step"], fixed[name].shape[-1:])
             ends = [0, *(np.flatnonzero(np.diff(scale)) + 1), len(scale)]
-            found[name] = [(fixed[name][..., a:b], float(scale[a])) for a, b in pairwise(ends)]
-    return [one for pieces in found.values() for one in pieces]
+            pieces_by_name[name] = [(fixed[name][..., a:b], float(scale[a])) for a, b in pairwise(ends)]
+    return [piece for pieces in pieces_by_name.values() for piece in pieces]
 
 
 @pytest.mark.parametrize("how", ["minmax", "mse"])
 @pytest.mark.parametrize("bits", [8, 6, 4])
 def test_weights_have_the_scale_of_the_estimator_and_lie_on_its_grid(case: Case, bits: int, how: str):
-    found, expected = weights_of(case.quantized(weights=how, weight_bits=bits)), expected_weights(case)
-    assert len(found) == len(expected) == 6 * LAYERS + 2
-    found[:2] = sorted(found[:2], key=lambda pair: len(pair[0]))  # tables and patches, whichever is read first
+    weights, expected = weights_of(case.quantized(weights=how, weight_bits=bits)), expected_weights(case)
+    assert len(weights) == len(expected) == 6 * LAYERS + 2
+    weights[:2] = sorted(weights[:2], key=lambda pair: len(pair[0]))  # tables and patches, in any order
     expected[:2] = sorted(expected[:2], key=len)
-    for (whole, scale), tensor in zip(found, expected, strict=True):
+    for (integers, scale), tensor in zip(weights, expected, strict=True):
         weight = tensor.numpy().astype(np.float64)
         want = expected_scale(weight, bits, how)
         assert scale == pytest.approx(want, rel=1e-6)
         weight = (
             weight
-            if weight.ndim == 4 or (weight.shape == whole.shape and whole.shape[0] != whole.shape[1])
+            if weight.ndim == 4 or (weight.shape == integers.shape and integers.shape[0] != integers.shape[1])
             else weight.T
         )
         exact = weight / want
         sure = np.abs(exact % 1 - 0.5) > 1e-4  # not at a tie
-        assert np.array_equal(whole[sure], np.clip(np.rint(exact), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)[sure])
+        assert np.array_equal(integers[sure], np.clip(np.rint(exact), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)[sure])
 
 
 def test_a_weight_without_a_negative_number_is_unsigned():
-    model = parser.parse_model("""
-        <ir_version: 10, opset_import: ["": 20]>
-        g (float[B, 2] x) => (float[B, 2] y) { z = MatMul (x, w) y = MatMul (z, v) }""")
-    for node in model.graph.node:
-        node.name = f"n{node.output[0]}"
-    for name in "wv":
-        model.graph.initializer.append(numpy_helper.from_array(np.array([[0, 1], [2.55, 0.014]], np.float32), name))
+    weight = np.array([[0, 1], [2.55, 0.014]], np.float32)
+    model = parse("g (float[B, 2] x) => (float[B, 2] y) { z = MatMul (x, w) y = MatMul (z, v) }", w=weight, v=weight)
     fixed = constants(quantized(model, [{"x": np.ones((1, 2), np.float32)}]))
     assert np.array_equal(fixed["w_uint8"], np.array([[0, 100], [255, 1]], np.uint8))
     assert fixed["w_uint8_step"] == pytest.approx(0.01)
@@ -300,63 +288,58 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL")
 
 
 def convolution(w: Array, b: Array, level: str, **params: Any) -> tuple[Array, Array]:
-    """Of 2 x 2 on one 2 x 2 channel, 8 of them: what it answers in 8 bits, and what it should."""
-    model = parser.parse_model(f"""
-        <ir_version: 10, opset_import: ["": 20]>
-        g (float[B, 1, 2, 2] x) => (float[B, {len(b)}, 1, 1] y) {{ y = Conv (x, w, b) }}
-    """)
-    model.graph.node[0].name = "Conv"
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in (("w", w), ("b", b)))
+    """A 2 x 2 window on 8 pictures of 2 x 2 -> the INT8 outputs, and the exact ones."""
+    model = parse(f"g (float[B, 1, 2, 2] x) => (float[B, {len(b)}, 1, 1] y) {{ y = Conv (x, w, b) }}", w=w, b=b)
     x = np.random.default_rng(0).normal(size=(8, 1, 2, 2)).astype(np.float32)
-    made = quantized(model, [{"x": x}], head=True, **params)
+    int8 = quantized(model, [{"x": x}], head=True, **params)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(int8.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0][..., 0, 0], np.einsum("bchw,nchw->bn", x, w) + b
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_convolution_with_a_scale_for_each_output_has_a_bias_of_as_many(level: str):
-    """Whether the runtime fuses them or not."""
+def test_a_convolution_with_a_scale_per_channel_has_such_a_bias(level: str):
+    """With and without fusion by the runtime."""
     w = np.array([[1, 2, 3, 4], [-0.1, 0.2, -0.3, 0.4]], np.float32).reshape(2, 1, 2, 2)
-    found, expected = convolution(w, np.array([5, -0.5], np.float32), level, per_channel=True)
-    assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
+    outputs, expected = convolution(w, np.array([5, -0.5], np.float32), level, per_channel=True)
+    assert np.abs(outputs - expected).max() < 0.01 * np.ptp(expected)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_channel_that_is_all_bias_keeps_it(level: str, per_channel: bool):
-    """Of a folded norm some channels have hardly a weight; the bias has to be an int32 times both scales there too."""
+def test_a_channel_with_tiny_weights_keeps_its_bias(level: str, per_channel: bool):
+    """Folded norms give such channels. Their bias, too, is an int32 times both scales."""
     w = np.array([[1, 2, 3, 4], [1e-10, -1e-10, 1e-10, 0]], np.float32).reshape(2, 1, 2, 2)
     b = np.array([0, 3], np.float32)
     for channels in (slice(0, 2), slice(1, 2)):
-        found, expected = convolution(w[channels], b[channels], level, per_channel=per_channel)
-        assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+        outputs, expected = convolution(w[channels], b[channels], level, per_channel=per_channel)
+        assert np.abs(outputs - expected).max() < 0.01 * np.abs(expected).max()
 
 
 def test_an_activation_of_6_bits_has_no_more_than_64_values(cases: dict[str, Case]):
     case = cases["opt"]
     model = case.quantized(activation_bits=6)
-    made = steps(model)
-    run = _qdq.tap(model, ["LayerNormalization_1_back", "Softmax_0_back"])
+    scales = steps(model)
+    run = tap(model, ["LayerNormalization_1_back", "Softmax_0_back"])
     low, high = paper.observe(case.model, case.feeds, paper.Params(batch=3))["LayerNormalization_1"]
-    scale, zero = made["LayerNormalization_1_cut"]
+    scale, zero = scales["LayerNormalization_1_cut"]
     assert scale == pytest.approx((high - low) / 63, rel=1e-6)
-    for feed in feeds_of(case.tower, 4, seed=7):  # some of it beyond what was seen
+    for feed in feeds_of(case.tower, 4, seed=7):  # some values are beyond the calibrated range
         norm, chances = run(feed).values()
         assert {*np.rint(norm / scale + zero).reshape(-1)} <= {*range(64)}
         assert {*np.rint(chances * 63).reshape(-1)} <= {*range(64)}
 
 
-def test_values_through_8_bits_are_the_golden_ones():
-    """Method reference A.6, worked out apart from this code: [-1, -.3, 0, .25, 3] over [-1, 3]."""
-    scale, zero = _qdq.step(-1.0, 3.0)
-    whole = np.clip(np.rint(np.array([-1, -0.3, 0, 0.25, 3]) / scale) + zero, 0, 255)
+def test_quantized_values_equal_golden_vectors():
+    """Method reference A.6, computed outside this project's code: [-1, -.3, 0, .25, 3] over [-1, 3]."""
+    scale, zero = scale_and_zero(-1.0, 3.0)
+    integers = np.clip(np.rint(np.array([-1, -0.3, 0, 0.25, 3]) / scale) + zero, 0, 255)
     expected = [-1.00392157, -0.29803922, 0, 0.25098039, 2.99607843]
-    np.testing.assert_allclose((whole - zero) * scale, expected, atol=1e-7)
+    np.testing.assert_allclose((integers - zero) * scale, expected, atol=1e-7)
 
 
-# -- what comes of it
+# -- the accuracy
 
 
 def test_the_runtime_multiplies_in_integers(case: Case, tmp_path: Path):
@@ -366,37 +349,37 @@ def test_the_runtime_multiplies_in_integers(case: Case, tmp_path: Path):
     onnxruntime.InferenceSession(case.quantized().SerializeToString(), settings, providers=["CPUExecutionProvider"])
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     gates = {"bert": 2 * LAYERS, "opt": LAYERS, "vit": 0, "clip": LAYERS}[case.kind]
-    assert kinds["QLinearMatMul"] == 2 * LAYERS  # of attention
-    assert kinds["MatMulIntegerToFloat"] == 4 * LAYERS + (case.kind in ("vit", "clip"))  # the answers get a bias
+    assert kinds["QLinearMatMul"] == 2 * LAYERS  # attention
+    assert kinds["MatMulIntegerToFloat"] == 4 * LAYERS + (case.kind in ("vit", "clip"))  # their outputs get a bias
     assert kinds["QLinearConv"] == (case.kind == "vit")
     assert (kinds["MatMul"], kinds["Gemm"]) == (gates, 1)
 
 
-def test_our_softmax_takes_its_place_in_it(case: Case, library: Any):
+def test_our_softmax_replaces_the_quantized_one(case: Case, library: Any):
     model = case.quantized()
-    found = rewrites.apply(model, rewrites.swaps())
+    rewritten = rewrites.apply(model, rewrites.swaps())
     rule = "clipped_softmax" if case.kind in ("bert", "clip") else "softmax"
-    assert {name: found.counts[name] for name in ("clipped_softmax", "softmax")} == {
+    assert {name: rewritten.counts[name] for name in ("clipped_softmax", "softmax")} == {
         "clipped_softmax": 0,
         "softmax": 0,
         rule: LAYERS,
     }
-    for one in (None, library):
-        numbers = compare(onnx_run(model), onnx_run(found.model, library=one), feeds_of(case.tower, 4, seed=1))
+    for ops in (None, library):
+        numbers = compare(onnx_run(model), onnx_run(rewritten.model, library=ops), feeds_of(case.tower, 4, seed=1))
         assert numbers["features"]["cosine_min"] > 0.999
 
 
 def noise(case: Case, model: onnx.ModelProto, **params: Any) -> dict[str, float]:
-    """Of the float graph ``model`` and its INT8 graph: cosine, and squared error over squared answer."""
-    return apart(case, model, quantized(model, case.feeds, **params))
+    """The float graph ``model`` against its INT8 graph: the cosine, and the squared error over the squared output."""
+    return agreement_of(case, model, quantized(model, case.feeds, **params))
 
 
-def apart(case: Case, model: onnx.ModelProto, other: onnx.ModelProto) -> dict[str, float]:
-    found = compare(onnx_run(model), onnx_run(other), feeds_of(case.tower, 16, seed=1))["features"]
-    return {"cosine": found["cosine"], "error": 10 ** (-found["sqnr_db"] / 10)}
+def agreement_of(case: Case, model: onnx.ModelProto, other: onnx.ModelProto) -> dict[str, float]:
+    agreement = compare(onnx_run(model), onnx_run(other), feeds_of(case.tower, 16, seed=1))["features"]
+    return {"cosine": agreement["cosine"], "error": 10 ** (-agreement["sqnr_db"] / 10)}
 
 
-def test_tiny_towers_answer_nearly_the_same(case: Case):
+def test_int8_towers_are_near_float_towers(case: Case):
     assert noise(case, case.model)["cosine"] > 0.999
 
 
@@ -410,15 +393,14 @@ def edited(model: onnx.ModelProto, arrays: Mapping[str, Array]) -> onnx.ModelPro
 
 
 def matrices(model: onnx.ModelProto) -> list[str]:
-    """The weights of the blocks' layers, in the order of the graph: q k v, out, up, down, and so on."""
-    names = sites(model).weights
+    """The names of the blocks' weights, in the order of the graph: q k v, out, up, down, and so on."""
+    names = find_sites(model).weights
     return [node.input[1] for node in model.graph.node if node.name in names and node.op_type == "MatMul"]
 
 
 def planted(model: onnx.ModelProto, size: float) -> onnx.ModelProto:
-    """One channel of what the first MLP answers is ``size`` times as large, and its neighbour the opposite, so that the
-    mean stays. The norms that read them look past them, as those of trained nets do: their gains make of the other
-    channels what they were."""
+    """One output channel of the first MLP is ``size`` times as large; its neighbour is the opposite, so the mean stays.
+    The gains of the norms that read it restore the other channels, as in trained nets."""
     fixed = constants(model)
     arrays = {}
     for norm in ("blocks.1.norm1", "blocks.1.norm2", "norm_post"):
@@ -432,16 +414,16 @@ def planted(model: onnx.ModelProto, size: float) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("kind", ["opt", "vit"])
-def test_an_outlier_in_one_channel_costs_all_the_others(cases: dict[str, Case], kind: str):
-    """The paper's finding: nearly nothing is lost before, nearly everything after."""
+def test_an_outlier_channel_costs_the_accuracy_of_the_others(cases: dict[str, Case], kind: str):
+    """As the paper reports: the loss is small without the outlier and large with it."""
     case = cases[kind]
     assert noise(case, planted(case.model, 1.0))["error"] < 0.005
     assert noise(case, planted(case.model, 1000.0))["error"] > 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranges_of_least_squared_error_help_where_a_weight_lies_far_out(cases: dict[str, Case], kind: str):
-    """One number of each matrix is 6 times the largest: in 4 bits minimum and maximum leave the others 2 steps."""
+def test_ranges_of_least_squared_error_help_against_a_weight_outlier(cases: dict[str, Case], kind: str):
+    """One number of each matrix is 6 times the largest. With 4-bit minmax ranges, the others have 2 steps."""
     case, far = cases[kind], {}
     for name in matrices(case.model):
         far[name] = constants(case.model)[name].copy()
@@ -453,8 +435,8 @@ def test_ranges_of_least_squared_error_help_where_a_weight_lies_far_out(cases: d
 def test_fast_leaves_no_product_in_float(case: Case):
     params = fast.Params()
     model = fast.quantize(case.model, fast.observe(case.model, case.feeds, params), params)
-    assert not [one.name for one in count(model, {"B": 1, "T": 9}) if not one.int8]
-    assert apart(case, case.model, model)["cosine"] > 0.999
+    assert not [product.name for product in count(model, {"B": 1, "T": 9}) if not product.int8]
+    assert agreement_of(case, case.model, model)["cosine"] > 0.999
     plain = fast.Params(alpha=None)
     fixed = constants(fast.quantize(case.model, fast.observe(case.model, case.feeds, plain), plain))
     weight = case.state["projection.weight"].numpy().astype(np.float64)
