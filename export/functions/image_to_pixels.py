@@ -1,13 +1,13 @@
 """`ImageToPixels` and `ImageToQuantizedPixels` as local functions: Pillow's 8-bit resize, to the bit, of standard ops.
 
-ONNX Runtime's own Resize (antialias, cubic, exclude_outside) is up to 2 grey levels off, and more where the columns go
-first. So each pass is a product of matrices. The weights of an axis [source, outputs] are worked out in float64 as
-csrc/kernels/image_to_pixels.cc does, rounded to 22 bits, and cut into three signed digits of 8 bits; MatMulInteger sums
-each exactly. Digits are stored plus 128, for products of unsigned bytes cannot saturate on any processor. Source
-samples that no output needs are sliced off first, so that a ribbon stays small.
+ONNX Runtime's own Resize (antialias, cubic, exclude_outside) is up to 2 grey levels off, and more if the columns go
+first. So each pass is a product of matrices. The weights of an axis [source, outputs] are computed in float64 as in
+csrc/kernels/image_to_pixels.cc, rounded to 22 bits, and split into three signed 8-bit digits; MatMulInteger sums each
+digit exactly. Digits are stored plus 128, because products of unsigned bytes saturate on no processor. Source samples
+that no output needs are sliced off first, so a long and narrow picture needs little memory.
 
-A graph's attributes are fixed, so the body is written for them; the node names them all the same, for the op. Nodes of
-one graph with other attributes would need a body each, under one name: there can be none.
+The body is generated for the attributes of one node; the node states them too, for the op. A graph has one body for
+the name, so all its nodes have the same attributes.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS, IMAGE_TO_QUANTIZED
 
 OPSET = 18
 
-# From n source samples, `to` resized ones of which `count` from `first` on are wanted: the range of the source that is
-# needed, low to high, and its weights as digits {0}2, {0}1, {0}0 [high - low, count].
+# n source samples are resized to `to` samples, of which `count` are computed, from `first` on. Results: the range of
+# source samples that they need, low to high, and its weights as digits {0}2, {0}1, {0}0 [high - low, count].
 _WEIGHTS = """
     {0}n = Cast <to = 11> ({0}source)
     {0}m = Cast <to = 11> ({0}to)
@@ -298,7 +298,7 @@ _PAD = """
 
 
 def image_to_pixels(**attributes: Any) -> onnx.FunctionProto:
-    """The body for these attributes of `IMAGE_TO_PIXELS`; what is not given is its default.
+    """The body for these attributes of `IMAGE_TO_PIXELS`; the others have their defaults.
 
     Raises pydantic's ValidationError for attributes out of range.
     """

@@ -1,23 +1,18 @@
 """`QuantAdd` as a local function of standard ops: Add between DequantizeLinear and QuantizeLinear.
 
-ONNX Runtime makes a QLinearAdd of these where all their numbers are one. Column by column it quantizes in eighteen
-times the time that products take: so with numbers of columns bytes become floats as they are, and the function
-multiplies. What the If asks about, and the factors, are constants that ONNX Runtime works out when it loads the graph.
+If every operand has one scale, ONNX Runtime makes a QLinearAdd of these nodes. With a scale for each column, its
+QuantizeLinear takes eighteen times as long as products do, so the function converts bytes to float and multiplies them
+by column factors. ONNX Runtime folds the condition and the factors when it loads the graph.
 """
 
 import onnx
-from onnx import parser
 
-from calmclip.models.ops.spec import DOMAIN, QUANT_ADD
-
-OPSET = 20
+from calmclip.export.functions.template import local_function
+from calmclip.models.ops.spec import QUANT_ADD
 
 _NUMBERS = [name for name in QUANT_ADD.inputs if "_" in name]
 _SIZES = "\n".join(f"    size_{name} = Size ({name})" for name in _NUMBERS)
-_TEXT = f"""
-<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{QUANT_ADD.name} ({", ".join(QUANT_ADD.inputs)}) => ({", ".join(QUANT_ADD.outputs)})
-{{
+_NODES = f"""
 {_SIZES}
     most = Max ({", ".join(f"size_{name}" for name in _NUMBERS)})
     alone = Constant <value_int = 1> ()
@@ -50,10 +45,9 @@ _TEXT = f"""
             y_once = QuantizeLinear (sum, y_scale, y_zero)
         }}
     >
-}}
 """
 
 
 def quant_add() -> onnx.FunctionProto:
-    """The body of `calmclip.models.ops.spec.QUANT_ADD`. It cannot raise: of shapes that differ it broadcasts."""
-    return parser.parse_function(_TEXT)
+    """The body of `calmclip.models.ops.spec.QUANT_ADD`. Shapes that differ are broadcast."""
+    return local_function(QUANT_ADD, _NODES)

@@ -1,24 +1,15 @@
-"""`QuantAttention` as a local function: what it promises, between DequantizeLinear and QuantizeLinear.
+"""`QuantAttention` as a local function: float attention between DequantizeLinear and QuantizeLinear.
 
-Clip lifts -inf as in `softmax`. The Ifs ask about attributes and p_scale: where that is an initializer, ONNX Runtime
-folds both when it loads the graph.
+Clip replaces -inf as in `softmax`. The conditions of the Ifs are attributes and p_scale. If p_scale is an initializer,
+ONNX Runtime folds both Ifs when it loads the graph.
 """
 
 import onnx
-from onnx import parser
 
-from calmclip.models.ops.spec import DOMAIN, QUANT_ATTENTION
+from calmclip.export.functions.template import local_function
+from calmclip.models.ops.spec import QUANT_ATTENTION
 
-OPSET = 20
-
-_ATTRIBUTES = ", ".join(
-    f"{name}: {'float' if isinstance(default, float) else 'int'} = {default}"
-    for name, default in QUANT_ATTENTION.attributes.items()
-)
-_TEXT = f"""
-<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{QUANT_ATTENTION.name} <{_ATTRIBUTES}> ({", ".join(QUANT_ATTENTION.inputs)}) => ({", ".join(QUANT_ATTENTION.outputs)})
-{{
+_NODES = f"""
     nothing = Constant <value = int64[1] {{0}}> ()
     single = Constant <value = int64[1] {{1}}> ()
     last = Constant <value = int64[1] {{2}}> ()
@@ -99,10 +90,9 @@ _TEXT = f"""
     y_rows = Transpose <perm = [0, 2, 1, 3]> (y_apart)
     y_real = Reshape (y_rows, together)
     y = QuantizeLinear <axis = -1> (y_real, y_scale, y_zero)
-}}
 """
 
 
 def quant_attention() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_ATTENTION`. It cannot raise: what does not fit is ONNX Runtime's to refuse."""
-    return parser.parse_function(_TEXT)
+    """The body of `models.ops.spec.QUANT_ATTENTION`."""
+    return local_function(QUANT_ATTENTION, _NODES)

@@ -1,15 +1,13 @@
 """`QuantLinear` and `QuantLinearToFloat` as local functions of standard ops.
 
-MatMul stands between DequantizeLinear nodes, as ONNX Runtime's own fusion wants it. The Ifs ask about the attribute
-only: ONNX Runtime folds them when it loads the graph, and one activation is left, or none.
+MatMul reads DequantizeLinear nodes, as ONNX Runtime's own fusion requires. The conditions of the Ifs depend on an
+attribute alone: ONNX Runtime folds them when it loads the graph, and at most one activation remains.
 """
 
 import onnx
-from onnx import parser
 
-from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, Activation, Op
-
-OPSET = 20  # the first with Gelu
+from calmclip.export.functions.template import local_function
+from calmclip.models.ops.spec import ACTIVATIONS, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, Activation, Op
 
 _ACTIVATE: dict[Activation, str] = {  # of s
     "relu": "relu = Relu (s)",
@@ -24,7 +22,7 @@ _ACTIVATE: dict[Activation, str] = {  # of s
 
 
 def quant_linear() -> onnx.FunctionProto:
-    """The body of `models.ops.spec.QUANT_LINEAR`. It cannot raise: what the op refuses (a scale of 0) it computes."""
+    """The body of `models.ops.spec.QUANT_LINEAR`."""
     return _function(QUANT_LINEAR, "y = QuantizeLinear <axis = -1> (f, y_scale, y_zero)")
 
 
@@ -34,31 +32,30 @@ def quant_linear_to_float() -> onnx.FunctionProto:
 
 
 def _function(op: Op, last: str) -> onnx.FunctionProto:
-    text, found = "", "s"
-    for name, activate in _ACTIVATE.items():
-        text += f"""
+    activations, result = "", "s"
+    for name, nodes in _ACTIVATE.items():
+        activations += f"""
     code_{name} = Constant <value_int = {ACTIVATIONS.index(name)}> ()
     is_{name} = Equal (asked, code_{name})
     {name}_or_not = If (is_{name}) <
         then_branch = with_{name} () => (float[] {name}) {{
-            {activate}
+            {nodes}
         }},
         else_branch = without_{name} () => (float[] not_{name}) {{
-            not_{name} = Identity ({found})
+            not_{name} = Identity ({result})
         }}
     >"""
-        found = f"{name}_or_not"
-    return parser.parse_function(f"""
-<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{op.name} <activation: int = {op.attributes["activation"]}> ({", ".join(op.inputs)}) => ({", ".join(op.outputs)})
-{{
+        result = f"{name}_or_not"
+    return local_function(
+        op,
+        f"""
     a = DequantizeLinear (x, x_scale, x_zero)
     b = DequantizeLinear <axis = 1> (weight, weight_scale)
     product = MatMul (a, b)
     s = Add (product, bias)
     asked = Constant <value_int: int = @activation> ()
-{text}
-    f = Identity ({found})
+{activations}
+    f = Identity ({result})
     {last}
-}}
-""")
+""",
+    )

@@ -1,21 +1,17 @@
 """`QuantPatches` as a local function of QuantizeLinear, Pad and Gather.
 
-Lines are gathered while channels lie last, columns while the numbers of a column do: Gather moves more than a byte at
-once then, and each Transpose moves one axis, which ONNX Runtime has a quick form of.
+Rows of pixels are gathered with channels last, columns with the numbers of a column last. So Gather moves more than one
+byte at a time, and each Transpose moves one axis, for which ONNX Runtime has a fast form.
 """
 
 import onnx
-from onnx import parser
 
-from calmclip.models.ops.spec import DOMAIN, QUANT_PATCHES
-
-OPSET = 20
-
-_ATTRIBUTES = ", ".join(f"{name}: ints = {list(value)}" for name, value in QUANT_PATCHES.attributes.items())  # type: ignore[arg-type]
+from calmclip.export.functions.template import local_function
+from calmclip.models.ops.spec import QUANT_PATCHES
 
 
 def _places(axis: str, side: str, size: str, stride: str) -> str:
-    """``axis`` = the places of each window along a side: [windows, size]; ``axis``_count is how many there are: [1]."""
+    """``axis``: the places of each window along a side, [windows, size]; ``axis``_count: the number of windows, [1]."""
     return f"""
     {axis}_last = Sub ({side}, {size})
     {axis}_end = Add ({axis}_last, one)
@@ -30,10 +26,7 @@ def _places(axis: str, side: str, size: str, stride: str) -> str:
 """
 
 
-_TEXT = f"""
-<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{QUANT_PATCHES.name} <{_ATTRIBUTES}> ({", ".join(QUANT_PATCHES.inputs)}) => ({", ".join(QUANT_PATCHES.outputs)})
-{{
+_NODES = f"""
     sides = Constant <value_ints: ints = @patch> ()
     asked = Constant <value_ints: ints = @strides> ()
     around = Constant <value_ints: ints = @pads> ()
@@ -65,10 +58,9 @@ _TEXT = f"""
     numbers = Mul (channels, pixels)
     flat = Concat <axis = 0> (batch, patches, numbers)
     y = Reshape <allowzero = 1> (windows, flat)
-}}
 """
 
 
 def quant_patches() -> onnx.FunctionProto:
     """The body of `calmclip.models.ops.spec.QUANT_PATCHES`."""
-    return parser.parse_function(_TEXT)
+    return local_function(QUANT_PATCHES, _NODES)

@@ -5,13 +5,13 @@ import onnx
 from calmclip.export.functions.quant_depthwise import convolution
 from calmclip.models.ops.spec import QUANT_POINTWISE
 
-
-def quant_pointwise() -> onnx.FunctionProto:
-    """The body of `spec.QUANT_POINTWISE`. It cannot raise: what the op refuses, a scale of 0, it computes."""
-    return convolution(
-        QUANT_POINTWISE,
-        """
+_KERNEL = """
     sides = Constant <value_ints = [2, 3]> ()
     rows = Transpose <perm = [1, 0]> (weight)
-    kernel = Unsqueeze (rows, sides)""",
-    )
+    kernel = Unsqueeze (rows, sides)
+"""
+
+
+def quant_pointwise() -> onnx.FunctionProto:
+    """The body of `spec.QUANT_POINTWISE`."""
+    return convolution(QUANT_POINTWISE, _KERNEL)

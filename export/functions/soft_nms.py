@@ -4,27 +4,24 @@ The three methods are one formula without a branch,
 
     weight = exp(-IoU^2 * gaussian / sigma) * (1 - (IoU > iou_threshold) * (hard + linear * IoU)),
 
-in which the switches hard, linear and gaussian are 0 or 1. The state holds only the boxes that are still in the
-race, in their first order, so that ArgMax settles ties as the spec asks and every step is shorter than the last.
+in which the switches hard, linear and gaussian are 0 or 1. The state holds only the boxes that are still candidates,
+in their original order. So ArgMax breaks ties as the spec requires, and every step is shorter than the one before.
 One image is B = 1: boxes of both ranks are reshaped to [B, N, 4].
 
-A function cannot raise, as the reference and the library do. A NaN score compares false and drops out; shapes that do
-not fit are ONNX Runtime's to refuse; settings out of range give something.
+Unlike the reference and the library, a function cannot raise. A NaN score compares false and its box is dropped. ONNX
+Runtime refuses shapes that do not fit. Settings out of range give an undefined result.
 """
 
 import numpy as np
 import onnx
-from onnx import parser
 
-from calmclip.models.ops.spec import DOMAIN, SOFT_NMS
+from calmclip.export.functions.template import local_function
+from calmclip.models.ops.spec import SOFT_NMS
 
 OPSET = 18
 _LIMITS = np.finfo(np.float32)
 
-_TEXT = f"""
-<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{SOFT_NMS.name} ({", ".join(SOFT_NMS.inputs)}) => ({", ".join(SOFT_NMS.outputs)})
-{{
+_NODES = f"""
     zero = Constant <value = int64[1] {{0}}> ()
     one = Constant <value = int64[1] {{1}}> ()
     two = Constant <value = int64[1] {{2}}> ()
@@ -164,9 +161,9 @@ _TEXT = f"""
         classes_after = Concat <axis = 0> (classes_before, kept_here)
         images_after = Concat <axis = 0> (images_before, here)
     }}> (images, always, empty, empty_scores, empty, empty)
-}}
 """
 
 
 def soft_nms() -> onnx.FunctionProto:
-    return parser.parse_function(_TEXT)
+    """The body of `calmclip.models.ops.spec.SOFT_NMS`."""
+    return local_function(SOFT_NMS, _NODES, OPSET)

@@ -1,144 +1,127 @@
-"""The convolution of 8 bits that reads the pixels -> `ai.calmclip.QuantPatches`, and a product of matrices.
+"""The convolution in 8 bits that reads the pixels -> `ai.calmclip.QuantPatches`, and a product of matrices.
 
     QuantizeLinear(pixels) -> DequantizeLinear -> Conv [-> activation] [-> QuantizeLinear]
 
-becomes windows, DequantizeLinear, MatMul, the bias, the activation and QuantizeLinear, which `quant_linear` knows, then
-Reshape to [B, H', W', N] and Transpose to [B, N, H', W']. ONNX Runtime runs convolutions of 8 bits with channels last,
-and takes that Transpose out with its own. The same numbers are added and rounded.
+becomes windows, DequantizeLinear, MatMul, the bias, the activation and QuantizeLinear, which `quant_linear` matches,
+then Reshape to [B, H', W', N] and Transpose to [B, N, H', W']. ONNX Runtime runs convolutions in 8 bits with channels
+last, and removes that Transpose together with its own. The sums and their rounding stay the same.
 
-Windows may overlap, so their bytes are more than the pixels': few beside what is made of them where channels are few,
-which is also where ONNX Runtime's own convolution is far from what the products need.
+Windows may overlap, so they hold more bytes than the pixels. With few channels they are still few beside the result,
+and with few channels ONNX Runtime's own convolution is slow.
 
 The op is `models.ops.spec.QUANT_PATCHES`. Source: Chellapilla, Puri and Simard 2006, High Performance Convolutional
-Neural Networks for Document Processing: a convolution unrolled is a product of matrices.
+Neural Networks for Document Processing: an unrolled convolution is a product of matrices.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 from onnxscript import ir
 
-from calmclip.export.functions import BODIES
-from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from calmclip.export.rewrites._eight import FIRST, constant, insert, like, maker, only, put, read, shape, sweep
+from calmclip.export.matching import Match, at_each_node
+from calmclip.export.matching.convolutions import Convolution, convolution
+from calmclip.export.matching.quantized import ASYMMETRIC
+from calmclip.export.matching.values import (
+    CHANNELS_FIRST,
+    constant_array,
+    insert,
+    new_constant,
+    new_value_like,
+    optional_input,
+    present,
+    producer,
+    shape,
+    sole_consumer,
+)
+from calmclip.export.rewrites import REWRITES, Rewrite
 from calmclip.export.rewrites.quant_lookup import POINTWISE
-from calmclip.export.rewrites.quant_patches import sums, unfit
+from calmclip.export.rewrites.quant_patches import insert_windows, unfit_windows
 from calmclip.models.ops.spec import QUANT_PATCHES
 
-_CHANNELS, _NUMBERS = 4, 256  # of a window: with more of both a convolution is left alone
+_CHANNELS, _NUMBERS = 4, 256  # a window with more of both is not worth its bytes
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Of a convolution; ``high``, ``wide``: how many there are."""
-
-    patch: tuple[int, int]
-    strides: tuple[int, int]
-    pads: tuple[int, int, int, int]
-    high: int
-    wide: int
-
-
-def rewrite(model: ir.Model, params: NoParams) -> Outcome:
-    fired, missed = 0, {}
-    for node in list(model.graph):
-        if node.graph is None or not _reads_pixels(node):
-            continue
-        found = _windows(node)
-        if isinstance(found, str):
-            missed[str(node.name)] = found
-        else:
-            _put(node, found)
-            fired += 1
-    return Outcome(fired, missed)
-
-
-def _reads_pixels(conv: ir.Node) -> bool:
-    """Whether it is a convolution of 8 bits, larger than a pixel, of what the graph is given in float."""
-    if conv.domain or conv.op_type != "Conv":
-        return False
-    pixels, weight = read(conv.inputs[0], ir.DataType.UINT8), read(conv.inputs[1], ir.DataType.INT8, weight=True)
-    source = None if pixels is None else maker(pixels.value, "QuantizeLinear")
-    sizes = None if weight is None else shape(weight.value)
-    given = source is not None and source.inputs[0] is not None and source.inputs[0].is_graph_input()
-    return given and sizes is not None and len(sizes) == 4 and sizes[2:] != (1, 1)
-
-
-def _windows(conv: ir.Node) -> Windows | str:
-    """Or in words why it is left alone."""
-    picture, sizes = shape(conv.inputs[0]), shape(conv.inputs[1])
-    if why := unfit(conv):
+def match(node: ir.Node) -> Match | str | None:
+    conv = convolution(node)
+    if conv is None or not _reads_pixels(conv):
+        return None
+    if why := unfit_windows(conv):
         return why
-    if picture is None or sizes is None or not all(isinstance(side, int) for side in (*picture[1:], *sizes)):
-        return "the sides of its pixels are not known"
-    kernel = [int(side) for side in sizes[2:]]
-    numbers = int(sizes[1]) * kernel[0] * kernel[1]
-    if int(sizes[1]) > _CHANNELS and numbers > _NUMBERS:
-        return f"its windows hold {numbers} numbers of {sizes[1]} channels; to write them takes longer than it does"
-    if conv.attributes.get_int("group", 1) != 1:
+    places = _places(conv)
+    if isinstance(places, str):
+        return places
+    nodes = _activations(node)
+    last = nodes[-1] if nodes else node
+    quantize = sole_consumer(last.outputs[0], "QuantizeLinear")
+    if quantize is not None and _has_one_step(quantize):
+        nodes, last = [*nodes, quantize], quantize
+    (high, wide), patch, outputs = places, conv.sizes[2:], conv.sizes[0]
+    batch = (conv.x.real.shape or ("B",))[0]
+
+    def insert_nodes(y: ir.Value) -> None:
+        windows = {"patch": patch, "strides": conv.strides, "pads": conv.pads}
+        old, value = node.outputs[0], insert_windows(conv, last, batch, high * wide, **windows)
+        for activation in nodes:
+            rows = new_value_like(activation.outputs[0], f"{activation.outputs[0].name}_rows")
+            rows.shape = value.shape
+            inputs = [value if source is old else source for source in activation.inputs]
+            settings = {name: attribute.value for name, attribute in activation.attributes.items()}
+            old, value = activation.outputs[0], insert(last, activation.op_type, inputs, rows, **settings)
+        sizes = new_constant(last, f"{node.outputs[0].name}_places_shape", np.array([0, high, wide, outputs]))
+        picture = new_value_like(y, f"{y.name}_places")
+        picture.shape = ir.Shape([batch, high, wide, outputs])
+        insert(last, "Reshape", [value, sizes], picture)
+        insert(last, "Transpose", [picture], y, perm=CHANNELS_FIRST)
+
+    return Match((last.outputs[0],), insert_nodes)
+
+
+def _reads_pixels(conv: Convolution) -> bool:
+    """Whether its window is larger than a pixel, and its input a float input of the graph."""
+    quantize = producer(conv.x.value, "QuantizeLinear")
+    pixels = None if quantize is None else quantize.inputs[0]
+    return pixels is not None and pixels.is_graph_input() and len(conv.sizes) == 4 and conv.sizes[2:] != (1, 1)
+
+
+def _places(conv: Convolution) -> tuple[int, int] | str:
+    """How many windows there are along the height and the width; or why ``conv`` stays."""
+    picture, sizes = shape(conv.node.inputs[0]), conv.sizes
+    if picture is None or not all(isinstance(side, int) for side in picture[1:]):
+        return "the size of its pictures is unknown"
+    numbers = int(np.prod(sizes[1:]))
+    if sizes[1] > _CHANNELS and numbers > _NUMBERS:
+        return f"its windows hold {numbers} numbers of {sizes[1]} channels; to write them costs more than it saves"
+    if conv.group != 1:
         return "its channels are in groups"
-    if set(conv.attributes.get_ints("dilations", [1, 1])) != {1}:
-        return "its windows have holes"
-    if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
-        return "its pads are not stated"
-    zeros = _patterns.array(conv.inputs[1].producer().inputs[2])  # type: ignore[union-attr]
-    if zeros is None or zeros.any():
-        return "its weights are not around 0, or that cannot be seen"
-    strides = conv.attributes.get_ints("strides", [1, 1])
-    pads = conv.attributes.get_ints("pads", [0] * 4)
+    if conv.dilated:
+        return "its window is dilated"
+    if conv.auto_pad:
+        return "its pads depend on the size of its input"
+    if not conv.weight.symmetric:
+        return ASYMMETRIC
     sides = [int(side) for side in picture[2:]]
-    more = [side + pads[axis] + pads[axis + 2] - kernel[axis] for axis, side in enumerate(sides)]
-    if min(*pads, *more) < 0:
-        return "its pads or its pictures are less than a window"
-    high, wide = (left // stride + 1 for left, stride in zip(more, strides, strict=True))
-    return Windows((kernel[0], kernel[1]), tuple(strides), tuple(pads), high, wide)  # type: ignore[arg-type]
+    room = [side + conv.pads[axis] + conv.pads[axis + 2] - sizes[axis + 2] for axis, side in enumerate(sides)]
+    if min(*conv.pads, *room) < 0:
+        return "its pads are negative, or its pictures are smaller than a window"
+    high, wide = (spare // stride + 1 for spare, stride in zip(room, conv.strides, strict=True))
+    return high, wide
 
 
 def _activations(conv: ir.Node) -> list[ir.Node]:
-    """What is made of its answer, number by number, nobody else reading what lies between."""
-    found, value = [], conv.outputs[0]
-    while (node := only(value)) is not None and node.op_type in POINTWISE:
-        others = [_patterns.array(other) for other in node.inputs if other not in (None, value)]
+    """The nodes that follow it, each the sole consumer of the one before, and work on each number alone."""
+    nodes, value = [], conv.outputs[0]
+    while (node := sole_consumer(value, *POINTWISE)) is not None:
+        others = [constant_array(other) for other in present(node.inputs) if other is not value]
         if any(other is None or other.size != 1 or other.ndim > 1 for other in others):
             break
-        found.append(node)
+        nodes.append(node)
         value = node.outputs[0]
-    return found
+    return nodes
 
 
-def _put(conv: ir.Node, found: Windows) -> None:
-    between = _activations(conv)
-    last = between[-1] if between else conv
-    after = only(last.outputs[0])
-    if after is not None and after.op_type == "QuantizeLinear" and _in_one_step(after):
-        between, last = [*between, after], after
-    old, stem = last.outputs[0], conv.outputs[0].name
-    batch, outputs = conv.inputs[0].shape[0], int(shape(conv.inputs[1])[0])  # type: ignore[union-attr, index]
-    how = {"patch": found.patch, "strides": found.strides, "pads": found.pads}
-    before, value = conv.outputs[0], sums(conv, last, batch, found.high * found.wide, how)
-    for node in between:
-        made = like(node.outputs[0], name=f"{node.outputs[0].name}_rows")
-        made.shape = value.shape
-        given = [value if one is before else one for one in node.inputs]
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        insert(last, node.op_type, given, attributes, [made], domain="")  # type: ignore[arg-type]
-        before, value = node.outputs[0], made
-    sizes = np.array([0, found.high, found.wide, outputs])
-    places = like(old, name=f"{old.name}_places")
-    places.shape = ir.Shape([batch, *sizes[1:].tolist()])
-    insert(last, "Reshape", [value, constant(last, f"{stem}_places_shape", sizes)], {}, [places], domain="")
-    y = like(old)
-    put(old, y)
-    insert(last, "Transpose", [places], {"perm": FIRST}, [y], domain="")
-    sweep(conv.graph, [last])  # type: ignore[arg-type]
+def _has_one_step(quantize: ir.Node) -> bool:
+    """Whether it writes uint8 with one scale."""
+    scale, zero = quantize.inputs[1], optional_input(quantize, 2)
+    one_scale = scale is not None and scale.shape is not None and len(scale.shape) == 0
+    return one_scale and zero is not None and zero.dtype == ir.DataType.UINT8
 
 
-def _in_one_step(quantize: ir.Node) -> bool:
-    scale, zero = quantize.inputs[1], quantize.inputs[2] if len(quantize.inputs) > 2 else None
-    one = scale is not None and scale.shape is not None and len(scale.shape) == 0
-    return one and zero is not None and zero.dtype == ir.DataType.UINT8
-
-
-REWRITES.register("quant_stem")(
-    Rewrite(QUANT_PATCHES, lambda params: BODIES[QUANT_PATCHES.name](**QUANT_PATCHES.attributes), rewrite, replaces=4)
-)
+REWRITES.register("quant_stem")(Rewrite(QUANT_PATCHES, at_each_node(match), replaces=4))

@@ -2,57 +2,40 @@
 
 Source: the op is `calmclip.models.ops.spec.SOFTMAX`; its two-pass form Dukhan & Ablavatski 2020 (arXiv 2001.04438).
 
-For attention and for scores over labels alike, between DequantizeLinear and QuantizeLinear too: there ONNX Runtime
+It matches attention and scores over labels alike, also between DequantizeLinear and QuantizeLinear. There ONNX Runtime
 (1.32) would run QLinearSoftmax, which takes 3.5 to 5 times as long as the three ops with ours and rounds one number in
-50 to 200 to a neighbour (50 to 197 tokens). What it leaves alone: a Softmax whose NaN the graph looks for, as
-decompositions of attention do for rows that are masked throughout: ours answers such a row with numbers.
+50 to 200 to a neighbour (50 to 197 tokens). A Softmax whose result is tested for NaN is not matched: decompositions of
+attention do so for rows that are masked throughout, and our op gives such a row numbers.
 """
 
 from onnxscript import ir
-from onnxscript.rewriter import MatchResult, RewriteRuleClassBase
 
-from calmclip.export.functions.softmax import softmax
-from calmclip.export.rewrites import REWRITES, NoParams, Outcome, Rewrite, _patterns
-from calmclip.models.ops.spec import DOMAIN, SOFTMAX, VERSION
-
-
-class Plain(RewriteRuleClassBase):
-    def pattern(self, op, x):  # type: ignore[no-untyped-def]
-        return op.Softmax(x, _allow_other_attributes=True, _outputs=["y"])
-
-    def check(self, context, x: ir.Value, y: ir.Value, **_) -> MatchResult:  # type: ignore[no-untyped-def]
-        return no(why) if (why := unfit(x, y)) else MatchResult()
-
-    def rewrite(self, op, x: ir.Value, y: ir.Value, **_):  # type: ignore[no-untyped-def]
-        return ours(op, x, axis(y))
+from calmclip.export.matching import Match, at_each_node
+from calmclip.export.matching.values import insert
+from calmclip.export.rewrites import REWRITES, Rewrite
+from calmclip.models.ops.spec import SOFTMAX
 
 
-def unfit(x: ir.Value, y: ir.Value) -> str:
-    """Why the op cannot stand for ``y = Softmax(x)``; "" when it can."""
-    if x.dtype != ir.DataType.FLOAT:
-        return f"its input is {x.dtype.name if x.dtype else 'of unknown type'}; the op takes FLOAT"
-    if "IsNaN" in {use.node.op_type for use in y.uses()}:
-        return "its NaN is looked for (IsNaN); the op makes none of rows that are masked throughout"
+def match(node: ir.Node) -> Match | str | None:
+    if node.domain or node.op_type != "Softmax":
+        return None
+    return unfit(node) or replacement(node, node, 0.0, 1.0)
+
+
+def unfit(softmax: ir.Node) -> str:
+    """Why the op cannot stand for a standard Softmax; "" if it can."""
+    x = softmax.inputs[0]
+    if x is None or x.dtype != ir.DataType.FLOAT:
+        return f"its input is {x.dtype.name if x is not None and x.dtype else 'of unknown type'}; the op takes FLOAT"
+    if "IsNaN" in {use.node.op_type for use in softmax.outputs[0].uses()}:
+        return "its result is tested for NaN (IsNaN); the op makes no NaN of rows that are masked throughout"
     return ""
 
 
-def axis(y: ir.Value) -> int:
-    node = y.producer()
-    assert node is not None  # the pattern's own node
-    return node.attributes.get_int("axis", -1)
+def replacement(softmax: ir.Node, last: ir.Node, gamma: float, zeta: float) -> Match:
+    """The op for the nodes from ``softmax`` to ``last``."""
+    settings = {"axis": softmax.attributes.get_int("axis", -1), "gamma": gamma, "zeta": zeta}
+    return Match((last.outputs[0],), lambda y: insert(last, SOFTMAX, softmax.inputs, y, **settings))
 
 
-def ours(op, x: ir.Value, along: int, gamma: float = 0.0, zeta: float = 1.0):  # type: ignore[no-untyped-def]
-    settings = {"axis": along, "gamma": gamma, "zeta": zeta}
-    return op.Softmax(x, **settings, _domain=DOMAIN, _version=VERSION)
-
-
-def no(why: str) -> MatchResult:
-    return MatchResult().fail(why)
-
-
-def rewrite(model: ir.Model, params: NoParams) -> Outcome:
-    return _patterns.rewrite(model, Plain, replaces=1)
-
-
-REWRITES.register("softmax")(Rewrite(SOFTMAX, lambda params: softmax(), rewrite, replaces=1))
+REWRITES.register("softmax")(Rewrite(SOFTMAX, at_each_node(match), replaces=1))

@@ -1,4 +1,4 @@
-"""What every adapter promises, on a net that it fits and on one that it does not; and the door for those of others."""
+"""The contract of every adapter, on a net that it fits and on a net that it does not fit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from calmclip.export.trace import example
 from calmclip.models.errors import BadRequest, UnknownCheckpoint, UnknownName
 from tests import tiny
 
-# What each is asked for on the tiny Hugging Face CLIP; OTHER stands for a checkpoint of the same shapes.
+# The params of each adapter on the tiny Hugging Face CLIP; OTHER stands for a checkpoint of the same shapes.
 OTHER = "OTHER"
 PARAMS: dict[str, dict[str, Any]] = {
     "mix": {"checkpoint": OTHER, "alpha": 0.5},
@@ -43,7 +43,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def asked(name: str, other: Path) -> Adapt:
+def adaptation(name: str, other: Path) -> Adapt:
     return Adapt(name=name, params={k: str(other) if v == OTHER else v for k, v in PARAMS[name].items()})
 
 
@@ -55,63 +55,62 @@ def opened(checkpoint: Path) -> Net:
     return NETS.get("clip").unfolded(str(checkpoint))  # type: ignore[misc]
 
 
-def test_what_it_makes_answers_in_the_shapes_it_promises_and_says_so(asked: Adapt, tiny_hf_clip: Path):
-    net = replace(opened(tiny_hf_clip), ranges={"image": Path("ranges.json")})  # of the net as it was
-    made = adapt(net, [asked], Context(feeds))
-    assert made.adapters == (asked.name,)
-    assert not made.ranges
-    assert made.source.notes.startswith(f"{net.source.notes}; ")
-    assert net.source.weights.items() <= made.source.weights.items()
-    assert any(key.startswith(f"{asked.name}/") for key in made.source.weights) == (
-        OTHER in PARAMS[asked.name].values()
+def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptation: Adapt, tiny_hf_clip: Path):
+    net = replace(opened(tiny_hf_clip), ranges={"image": Path("ranges.json")})  # of the net before the change
+    adapted = adapt(net, [adaptation], Context(feeds))
+    assert adapted.adapters == (adaptation.name,)
+    assert not adapted.ranges
+    assert adapted.source.notes.startswith(f"{net.source.notes}; ")
+    assert net.source.weights.items() <= adapted.source.weights.items()
+    assert any(key.startswith(f"{adaptation.name}/") for key in adapted.source.weights) == (
+        OTHER in PARAMS[adaptation.name].values()
     )
-    for tower in ready(made).towers.values():
+    for tower in ready(adapted).towers.values():
         inputs = example(tower)
         with torch.inference_mode():
-            found = tower.module(*inputs)
-        outputs = found if isinstance(found, tuple) else (found,)
+            result = tower.module(*inputs)
+        outputs = result if isinstance(result, tuple) else (result,)
         for output, promised in zip(outputs, tower.outputs.values(), strict=True):
             assert list(output.shape) == [2 if dim == "B" else dim for dim in promised.shape]
             assert output.isfinite().all()
 
 
-def test_the_same_again_gives_the_same_bits(asked: Adapt, tiny_hf_clip: Path):
+def test_two_runs_give_the_same_bits(adaptation: Adapt, tiny_hf_clip: Path):
     for role, tower in opened(tiny_hf_clip).towers.items():
         inputs = example(tower)
-        first, second = (ready(adapt(opened(tiny_hf_clip), [asked], Context(feeds))).towers[role] for _ in range(2))
+        first, second = (
+            ready(adapt(opened(tiny_hf_clip), [adaptation], Context(feeds))).towers[role] for _ in range(2)
+        )
         with torch.inference_mode():
             assert torch.equal(first.module(*inputs), second.module(*inputs))
 
 
-def test_a_net_that_it_does_not_fit_is_refused_by_name(asked: Adapt, mini: Net):
-    """The built-in model: folded, and none of its modules ours."""
-    with pytest.raises(BadRequest, match=rf"{asked.name}.*EfficientNet"):
-        adapt(mini, [asked], Context(feeds))
+def test_a_net_that_it_does_not_fit_is_refused_by_name(adaptation: Adapt, mini: Net):
+    """The built-in model is folded, and its modules are not from this repository."""
+    with pytest.raises(BadRequest, match=rf"{adaptation.name}.*EfficientNet"):
+        adapt(mini, [adaptation], Context(feeds))
 
 
 @pytest.mark.parametrize("params", [{"no_such": 1}, {}])
-def test_params_that_are_not_its_own_or_missing_are_named_before_a_checkpoint_is_read(name: str, params: dict):
+def test_unknown_or_missing_params_are_named_before_a_checkpoint_is_read(name: str, params: dict):
     with pytest.raises(BadRequest, match=rf"adapter {name}: \w+( \(--\w+\))?: (there is no such param|Field required)"):
         pipeline.load("clip", "nowhere", Weights(), [Adapt(name=name, params=params)])
 
 
-def test_options_say_what_they_do(name: str):
+def test_options_have_a_description(name: str):
     adapter = ADAPTERS.get(name)
     assert all(adapter.params.model_fields[param].description for param in adapter.flags.values())
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_name_is_a_bad_request_and_an_option_for_an_unknown_param_a_defect():
     with pytest.raises(UnknownName, match="did you mean 'softmax'"):
         pipeline.load("clip", "nowhere", Weights(), [Adapt(name="sofmax")])
-
-
-def test_an_option_for_a_param_that_is_not_there_is_a_defect():
     with pytest.raises(ValueError, match="a flag sets 'tokns'"):
         Adapter(ADAPTERS.get("stretch").params, lambda net, params, context: net, {"--x": "tokns"})
 
 
-def test_they_are_done_in_the_order_of_the_recipe(tiny_hf_clip: Path, other: Path):
-    """A table of 60 positions becomes 100; one of 40 could not be mixed with it any more."""
+def test_adapters_run_in_the_order_of_the_recipe(tiny_hf_clip: Path, other: Path):
+    """40 positions become 60, then 100. A checkpoint with 40 positions cannot be mixed with a net of 60."""
     stretched = [Adapt(name="stretch", params={"tokens": tokens}) for tokens in (60, 100)]
     net = adapt(opened(tiny_hf_clip), stretched, Context(feeds))
     assert net.source.notes.endswith("positions stretched from 40 to 60; positions stretched from 60 to 100")
@@ -123,7 +122,7 @@ def test_they_are_done_in_the_order_of_the_recipe(tiny_hf_clip: Path, other: Pat
         adapt(opened(tiny_hf_clip), [stretched[0], mixed], Context(feeds))
 
 
-def test_a_net_without_the_recipes_adapters_is_not_built(tiny_hf_clip: Path, tmp_path: Path):
+def test_a_net_that_lacks_the_recipes_adapters_is_not_built(tiny_hf_clip: Path, tmp_path: Path):
     net = NETS.get("clip").load(str(tiny_hf_clip))
     recipe = load_recipe(str(tiny_hf_clip), "clip", net, adapters=[{"name": "stretch", "params": {"tokens": 60}}])
     with pytest.raises(BadRequest, match=r"the net has the adapters \[\], the recipe \['stretch'\]"):

@@ -1,4 +1,4 @@
-"""What every eval promises."""
+"""The contract of every eval."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ EACH = pytest.mark.parametrize("name", EVALS.names())
 
 
 @EACH
-def test_a_folder_without_its_data_is_refused_and_the_message_says_what_belongs_there(name: str, tmp_path: Path):
-    with pytest.raises(BadRequest, match="must hold") as caught:  # an export says so before it begins
+def test_a_folder_without_its_data_is_refused_and_the_error_names_the_data(name: str, tmp_path: Path):
+    with pytest.raises(BadRequest, match="must hold") as refused:  # an export fails so before it begins
         measure.read(name, tmp_path)
-    assert EVALS.get(name).data.split()[0] in str(caught.value)
+    assert EVALS.get(name).data.split()[0] in str(refused.value)
 
 
 @EACH
-def test_it_works_with_nothing_set_and_names_its_params(name: str):
+def test_its_params_have_defaults_and_an_unknown_param_is_refused(name: str):
     params = measure.params_of(name)
     assert isinstance(params, FrozenModel)
     assert EVALS.get(name).scoring <= {*type(params).model_fields}

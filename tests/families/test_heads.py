@@ -1,4 +1,4 @@
-"""The contract of every head there is: a new one is under test the moment it is registered."""
+"""The contract of every registered head, then tests of single heads."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ LABELS = tuple("abcde")
 
 def rows(count: int, seed: int) -> np.ndarray:
     """float32 [count, D], unit rows."""
-    found = np.random.default_rng(seed).standard_normal((count, D))
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    vectors = np.random.default_rng(seed).standard_normal((count, D))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 IMAGE, TEXT = rows(B, 1), rows(C, 2)
 
 
 def bound(name: str, **params: Any) -> BoundHead:
-    """With assets fitted to examples, where the head has some: pictures near the texts of their labels."""
+    """The head with assets that are fitted to examples, if it has assets: pictures near the texts of their labels."""
     head = HEADS.get(name)
     near = TEXT[np.arange(20) % C] + 0.1 * rows(20, 4)
     near /= np.linalg.norm(near, axis=1, keepdims=True)
@@ -59,28 +59,28 @@ def test_the_same_input_gives_the_same_bytes(name: str):
     assert once.scores(logits).tobytes() == twice.scores(logits.copy()).tobytes()
 
 
-def test_inputs_are_left_as_they_were(name: str):
+def test_inputs_are_not_changed(name: str):
     image, text = IMAGE.copy(), TEXT.copy()
     logits = scored(bound(name), image, text)
-    kept = logits.copy()
+    logits_before = logits.copy()
     bound(name).scores(logits)
-    for before, after in ((IMAGE, image), (TEXT, text), (kept, logits)):
+    for before, after in ((IMAGE, image), (TEXT, text), (logits_before, logits)):
         assert np.array_equal(before, after)
 
 
-def test_permuted_and_fewer_labels_are_their_own_columns(name: str):
+def test_permuted_and_fewer_labels_select_their_columns(name: str):
     order = np.random.default_rng(3).permutation(C)
     head = bound(name)
     logits = scored(head, IMAGE, TEXT)
-    asked = tuple(LABELS[i] for i in order)
-    assert scored(head, IMAGE, TEXT[order], asked) == pytest.approx(logits[:, order], abs=1e-4)
+    permuted = tuple(LABELS[i] for i in order)
+    assert scored(head, IMAGE, TEXT[order], permuted) == pytest.approx(logits[:, order], abs=1e-4)
     some = order[:2]
     fewer = scored(head, IMAGE, TEXT[some], tuple(LABELS[i] for i in some))
     assert fewer == pytest.approx(logits[:, some], abs=1e-4)
     assert head.scores(logits[:, order]) == pytest.approx(head.scores(logits)[:, order], abs=1e-6)
 
 
-def test_a_row_depends_on_that_row_alone(name: str):
+def test_a_row_does_not_depend_on_other_rows(name: str):
     head = bound(name)
     for i in range(B):
         assert scored(head, IMAGE[i : i + 1], TEXT)[0] == pytest.approx(scored(head, IMAGE, TEXT)[i], abs=1e-4)
@@ -104,7 +104,7 @@ def test_extreme_logits_give_finite_scores(name: str):
     + [(name, {"scale": bad}) for name in ("cosine", "sigmoid") for bad in ("warm", float("nan"), 0.0, 1e39)]
     + [("sigmoid", {"bias": bad}) for bad in (1e39, -1e39, float("inf"))],
 )
-def test_params_that_are_not_its_own_are_refused(name: str, params: dict[str, Any]):
+def test_unknown_and_invalid_params_are_refused(name: str, params: dict[str, Any]):
     with pytest.raises(BadRequest, match=rf"head '{name}': params .*: {next(iter(params))}: "):
         BoundHead(name, params, {}, LABELS)
 
@@ -116,7 +116,7 @@ def test_params_cannot_be_changed(name: str):
             setattr(params, field, 3.0)
 
 
-# --- what is particular ---------------------------------------------------------------------------------------------
+# --- single heads ---------------------------------------------------------------------------------------------------
 
 
 def test_cosine_is_a_softmax_at_the_models_temperature():
@@ -129,7 +129,7 @@ def test_cosine_is_a_softmax_at_the_models_temperature():
     assert head.scores(logits).sum(axis=1) == pytest.approx(np.ones(B), abs=1e-6)
 
 
-def test_sigmoid_judges_every_label_alone():
+def test_sigmoid_scores_each_label_without_the_others():
     head = bound("sigmoid", scale=10.0, bias=-2.0)
     logits = scored(head, IMAGE, TEXT)
     exact = 10.0 * IMAGE.astype(np.float64) @ TEXT.T.astype(np.float64) - 2.0
@@ -145,11 +145,11 @@ def test_prototypes_are_the_unit_means_of_their_pictures():
     assert head.fit
     assets = head.fit(Examples(image, truth, LABELS[:3], TEXT[:3]), head.params())
     bound = BoundHead("prototype", {"scale": 3.0}, assets, LABELS[:3])
-    found = scored(bound, IMAGE, TEXT[[2, 0]], ("c", "a"))
-    assert found == pytest.approx(3 * IMAGE.astype(np.float64) @ means[[2, 0]].T, abs=1e-5)
+    logits = scored(bound, IMAGE, TEXT[[2, 0]], ("c", "a"))
+    assert logits == pytest.approx(3 * IMAGE.astype(np.float64) @ means[[2, 0]].T, abs=1e-5)
 
 
-# --- heads with columns of their own --------------------------------------------------------------------------------
+# --- a head with one asset row per label ----------------------------------------------------------------------------
 
 
 class Nothing(FrozenModel):
@@ -158,7 +158,7 @@ class Nothing(FrozenModel):
 
 @pytest.fixture
 def linear(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """A head `linear` whose assets are a row and a number for each label; -> the rows."""
+    """A head `linear` whose assets are a row and a bias for each label; -> the rows."""
     head: Head[Nothing] = Head(
         Nothing,
         lambda image, columns, params: image @ columns.assets["weight"].T + columns.assets["bias"],
@@ -166,7 +166,7 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
         assets={"weight": Asset(("C", "D")), "bias": Asset(("C",))},
     )
     HEADS.load()
-    monkeypatch.setitem(HEADS._things, "linear", head)
+    monkeypatch.setitem(HEADS._plugins, "linear", head)
     return rows(C, 5)
 
 
@@ -175,50 +175,47 @@ def fitted(rows: np.ndarray, **changed: np.ndarray) -> BoundHead:
     return BoundHead("linear", {}, assets, LABELS)
 
 
-def test_a_label_finds_its_column_in_whatever_order_it_is_asked(linear: np.ndarray):
+def test_a_label_has_its_column_in_any_order_of_the_request(linear: np.ndarray):
     head = fitted(linear)
-    for asked in (LABELS, ("c", "a"), ("e", "d", "c", "b", "a"), ("b", "b")):
-        places = [LABELS.index(label) for label in asked]
-        columns = head.columns(asked, TEXT[places])
-        exact = IMAGE.astype(np.float64) @ linear[places].T.astype(np.float64) + places
+    for labels in (LABELS, ("c", "a"), ("e", "d", "c", "b", "a"), ("b", "b")):
+        indices = [LABELS.index(label) for label in labels]
+        columns = head.columns(labels, TEXT[indices])
+        exact = IMAGE.astype(np.float64) @ linear[indices].T.astype(np.float64) + indices
         assert head.logits(IMAGE, columns) == pytest.approx(exact, abs=1e-5)
-        assert columns.labels == asked
+        assert columns.labels == labels
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("labels", "says"),
     [
-        (("a", "z"), r"the head 'linear' was not made for the label 'z'; it knows 'a', 'b', 'c', 'd', 'e'\. Leave"),
-        (("A",), "not made for the label 'A'"),
+        (("a", "z"), r"the head 'linear' does not know the label 'z'; it knows 'a', 'b', 'c', 'd', 'e'\. Send"),
+        (("A",), "does not know the label 'A'"),
     ],
 )
-def test_a_label_it_does_not_know_is_an_error_that_names_it(linear: np.ndarray, asked: tuple[str, ...], says: str):
+def test_an_unknown_label_is_an_error_that_names_it(linear: np.ndarray, labels: tuple[str, ...], says: str):
     with pytest.raises(BadRequest, match=says):
-        fitted(linear).columns(asked, TEXT[: len(asked)])
+        fitted(linear).columns(labels, TEXT[: len(labels)])
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"bias": np.zeros(C)}, r"asset 'bias' is float64 \[5\]; expected float32 \['C'\]"),
-        ({"bias": np.zeros(C + 1, np.float32)}, r"asset 'bias' is float32 \[6\]; expected float32 \['C'\] with equal"),
+        ({"bias": np.zeros(C + 1, np.float32)}, r"asset 'bias' is float32 \[6\]; expected float32 \['C'\], with one"),
         ({"bias": np.zeros((C, 1), np.float32)}, r"asset 'bias' is float32 \[5, 1\]"),
-        ({"bias": np.full(C, np.inf, np.float32)}, "asset 'bias' holds numbers that are not finite"),
+        ({"bias": np.full(C, np.inf, np.float32)}, "asset 'bias' has values that are not finite"),
         ({"more": np.zeros(C, np.float32)}, r"has the assets \['bias', 'more', 'weight'\]; expected"),
         ({"weight": rows(4, 5), "bias": np.zeros(4, np.float32)}, "has 4 columns; expected one for each of 5 labels"),
     ],
 )
-def test_assets_that_are_not_its_own_are_refused(linear: np.ndarray, change: dict[str, np.ndarray], says: str):
+def test_assets_that_do_not_fit_the_head_are_refused(linear: np.ndarray, change: dict[str, np.ndarray], says: str):
     with pytest.raises(BadRequest, match=says):
         fitted(linear, **change)
 
 
-def test_vectors_of_another_length_are_refused(linear: np.ndarray):
-    with pytest.raises(BadRequest, match="made for vectors of 16 numbers; the bundle's have 8"):
+def test_columns_hold_the_text_and_the_assets_of_their_labels(linear: np.ndarray):
+    with pytest.raises(BadRequest, match="takes vectors of 16 numbers; the bundle's vectors have 8"):
         fitted(linear).columns(LABELS, TEXT[:, :8])
-
-
-def test_columns_hold_what_a_head_may_look_at(linear: np.ndarray):
     columns = fitted(linear).columns(("b",), TEXT[1:2])
     assert isinstance(columns, Columns)
     assert {name: array.shape for name, array in columns.assets.items()} == {"weight": (1, D), "bias": (1,)}

@@ -1,4 +1,4 @@
-"""What every layout promises, on a checkpoint of each: `CHECKPOINTS` and `REFERENCES` grow with the family."""
+"""The contract of every layout, on a checkpoint of each: `CHECKPOINTS` and `REFERENCES` grow with the family."""
 
 import shutil
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from calmclip.export import layouts
 from calmclip.export.calibrate import feeds
 from calmclip.export.checkpoints import Checkpoint, read
-from calmclip.export.layouts import LAYOUTS, _clip_bpe
+from calmclip.export.layouts import LAYOUTS
+from calmclip.export.layouts.common import clip_bpe
 from calmclip.export.nets import Net, Tower
 from calmclip.export.nets.clip import load, recognise
 from calmclip.export.parity import onnx_run, torch_run
@@ -28,19 +29,19 @@ ALL = pytest.mark.parametrize("name", LAYOUTS.names())
 GRAPHS = (("slip", "image"), ("grain", "image"), ("long_clip", "text"))
 
 
-def test_every_layout_has_a_checkpoint_to_be_tested_with():
+def test_every_layout_has_a_test_checkpoint():
     assert sorted(CHECKPOINTS) == LAYOUTS.names()
 
 
 @ALL
-def test_its_checkpoint_fits_it_alone(name: str, checkpoint):
-    found = read(checkpoint(name))
-    assert [other for other in LAYOUTS.names() if LAYOUTS.get(other).fits(found)] == [name]
+def test_its_checkpoint_fits_no_other_layout(name: str, checkpoint):
+    opened = read(checkpoint(name))
+    assert [other for other in LAYOUTS.names() if LAYOUTS.get(other).fits(opened)] == [name]
     assert LAYOUTS.get(name).title
 
 
 def shown(net: Net, tower: Tower, folder: Path, photographs: dict[str, Path]) -> list[Arrays]:
-    """What the service would feed it of two photographs, or of texts of three lengths."""
+    """The service's feeds for two photographs, or for texts of three lengths."""
     for file, data in net.files.items():
         (folder / file).write_bytes(data)
     return list(feeds(tower, folder, [photographs["cat"], photographs["rocket"]], ["a photo of a cat.", "red", "dogs"]))
@@ -48,7 +49,7 @@ def shown(net: Net, tower: Tower, folder: Path, photographs: dict[str, Path]) ->
 
 @ALL
 def test_towers_answer_as_the_layouts_reference_does(name: str, checkpoint, photographs, tmp_path: Path):
-    """Unit rows. That graphs do too, the walk tells (`test_layouts_walk`), and of what no other layout has this one."""
+    """The rows are unit vectors. `GRAPHS`: towers whose graphs are compared here; `test_layouts_walk` compares all."""
     net, reference = load(str(checkpoint(name))), REFERENCES[name](checkpoint(name))
     for role, tower in net.towers.items():
         runs = [torch_run(tower)]
@@ -56,38 +57,38 @@ def test_towers_answer_as_the_layouts_reference_does(name: str, checkpoint, phot
             runs.append(onnx_run(to_onnx(tower), threads=1))
         wanted = []
         for feed in shown(net, tower, tmp_path, photographs):
-            given = {key: torch.from_numpy(array) for key, array in feed.items()}
+            tensors = {key: torch.from_numpy(array) for key, array in feed.items()}
             with torch.inference_mode():
-                want = reference.image(*given.values()) if role == "image" else reference.text(given)
+                want = reference.image(*tensors.values()) if role == "image" else reference.text(tensors)
             wanted.append(torch.nn.functional.normalize(want, dim=-1).numpy())
             for run in runs:
                 assert np.abs(run(feed)[f"{role}_embeds"] - wanted[-1]).max() <= 2e-5
-        assert np.abs(wanted[0] - wanted[1]).max() > 1e-2  # else anything would do
+        assert np.abs(wanted[0] - wanted[1]).max() > 1e-2  # the inputs differ, so the comparison means something
 
 
-IDLE = {  # what changes no answer, whatever it is
+IDLE = {  # parameters that change no answer
     "*k_norm.bias": "adds the same to all logits of a token",
-    "*.at.k.bias": "the same",
-    "*.among.[qk].bias": "the same where queries are alike, as GRAIN's first are",
+    "*.at.k.bias": "adds the same to all logits of a token",
+    "*.among.[qk].bias": "adds the same if all queries are equal, as in GRAIN's first layer",
     "image.layers.0.norm1.weight": "GRAIN's first queries are zeros",
-    "*.experts.*": "no token may be sent to an expert",
-    "*stages.0.blocks.0.norm.*": "timm's own, nearly scaled away",
+    "*.experts.*": "the router may send no token to an expert",
+    "*stages.0.blocks.0.norm.*": "timm's layer scale makes its effect tiny",
 }
 
 
 @pytest.mark.slow
 @ALL
-def test_no_norm_or_bias_of_its_checkpoint_could_go_unnoticed(name: str, checkpoint, photographs, tmp_path: Path):
+def test_every_norm_and_bias_of_its_checkpoint_changes_the_answers(name: str, checkpoint, photographs, tmp_path: Path):
     net = load(str(checkpoint(name)))
     for role, tower in net.towers.items():
         run, fed = torch_run(tower), shown(net, tower, tmp_path, photographs)
         before = [run(feed)[f"{role}_embeds"] for feed in fed]
         for key, parameter in tower.module.named_parameters():
             if parameter.ndim == 1 and not any(fnmatch(f"{role}.{key}", pattern) for pattern in IDLE):
-                own, parameter.data = parameter.data, torch.full_like(parameter, float(key.endswith("weight")))
+                original, parameter.data = parameter.data, torch.full_like(parameter, float(key.endswith("weight")))
                 after = [run(feed)[f"{role}_embeds"] for feed in fed]
-                assert max(np.abs(one - other).max() for one, other in zip(before, after, strict=True)) > 1e-4, key
-                parameter.data = own
+                assert max(np.abs(old - new).max() for old, new in zip(before, after, strict=True)) > 1e-4, key
+                parameter.data = original
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -95,7 +96,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(path: Path, tensors: dict[str, torch.Tensor], target: Path) -> Path:
-    """The checkpoint at ``path`` with other tensors: its configs stay."""
+    """The checkpoint at ``path`` with other tensors and the same configs."""
     if path.is_dir():
         shutil.copytree(path, target)
         for file in (*target.glob("*.safetensors"), *target.glob("*.bin"), *target.glob("*.pt")):
@@ -108,33 +109,33 @@ def _damaged(path: Path, tensors: dict[str, torch.Tensor], target: Path) -> Path
 
 
 def _needed(name: str, checkpoint: Checkpoint) -> list[str]:
-    """Some of its tensors, by the checkpoint's names, that are translated."""
+    """The checkpoint's names of the tensors that a rule translates."""
     rules = LAYOUTS.get(name).rules
     return [key for key in sorted(checkpoint.tensors) if (rule := layouts._apply(rules, key)[0]) and rule.ours]
 
 
 @ALL
-@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
-def test_a_tensor_that_is_missing_is_named(name: str, place: float, checkpoint, tmp_path: Path):
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])
+def test_a_tensor_that_is_missing_is_named(name: str, fraction: float, checkpoint, tmp_path: Path):
     path = checkpoint(name)
     needed = _needed(name, read(path))
     tensors = _tensors(path)
-    decisive = [key for key in needed if any(layouts._match(one, key) for one in LAYOUTS.get(name).keys)]
+    decisive = [key for key in needed if any(layouts._match(pattern, key) for pattern in LAYOUTS.get(name).keys)]
     others = [key for key in needed if key not in decisive]
-    gone = others[int(place * len(others))]
+    gone = others[int(fraction * len(others))]
     del tensors[gone]
-    lame = _damaged(path, tensors, tmp_path / "lame")
+    damaged = _damaged(path, tensors, tmp_path / "damaged")
     with pytest.raises(UnknownCheckpoint, match=gone.replace(".", r"\.")):
-        load(str(lame))
+        load(str(damaged))
 
 
 @ALL
-def test_where_what_decides_is_missing_the_nearest_layout_is_named(name: str, checkpoint, tmp_path: Path):
+def test_without_its_decisive_tensor_the_nearest_layout_is_named(name: str, checkpoint, tmp_path: Path):
     tensors = _tensors(checkpoint(name))
     gone = next(key for key in tensors if layouts._match(LAYOUTS.get(name).keys[0], key))
-    lame = _damaged(checkpoint(name), {k: t for k, t in tensors.items() if k != gone}, tmp_path / "lame")
+    damaged = _damaged(checkpoint(name), {k: t for k, t in tensors.items() if k != gone}, tmp_path / "damaged")
     with pytest.raises(UnknownCheckpoint, match=gone.replace(".", r"\.")):
-        recognise(str(lame))
+        recognise(str(damaged))
 
 
 @ALL
@@ -145,7 +146,7 @@ def test_a_tensor_that_is_unexpected_is_named(name: str, checkpoint, tmp_path: P
 
 
 def test_a_tensor_under_both_of_its_names_is_refused(checkpoint, tmp_path: Path):
-    """A projection of texts is [W, D] without a suffix and [D, W] with one; of both nobody knows which is meant."""
+    """A text projection is [W, D] without a suffix and [D, W] with one. With both, the layout is ambiguous."""
     tensors = _tensors(path := checkpoint("openai"))
     tensors |= {"text_projection.weight": 2 * tensors["text_projection"].T.contiguous()}
     with pytest.raises(UnknownCheckpoint, match=r"text_projection.* and text_projection.* are two names of one tensor"):
@@ -153,12 +154,12 @@ def test_a_tensor_under_both_of_its_names_is_refused(checkpoint, tmp_path: Path)
 
 
 @ALL
-@pytest.mark.parametrize("place", [0.35, 0.65])
-def test_a_tensor_of_another_shape_is_named(name: str, place: float, checkpoint, tmp_path: Path):
+@pytest.mark.parametrize("fraction", [0.35, 0.65])
+def test_a_tensor_of_another_shape_is_named(name: str, fraction: float, checkpoint, tmp_path: Path):
     path = checkpoint(name)
     tensors = _tensors(path)
     matrices = [key for key in _needed(name, read(path)) if tensors[key].ndim == 2]
-    bent = matrices[int(place * len(matrices))]
+    bent = matrices[int(fraction * len(matrices))]
     tensors[bent] = torch.cat([tensors[bent], tensors[bent][:, :1]], dim=1)
     with pytest.raises(UnknownCheckpoint) as raised:
         load(str(_damaged(path, tensors, tmp_path / "bent")))
@@ -177,20 +178,20 @@ DAMAGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @ALL
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_tensor_that_can_be_no_weight_is_refused_in_one_line(name: str, kind: str, checkpoint, monkeypatch):
-    found = read(checkpoint(name))
+def test_a_tensor_that_cannot_be_a_weight_is_refused_in_one_line(name: str, kind: str, checkpoint, monkeypatch):
+    opened = read(checkpoint(name))
     # a temperature may be [1] as well as [], and steps are counted in integers
-    needed = [key for key in _needed(name, found) if not key.startswith("logit") and not key.endswith("_tracked")]
-    for place in (0.05, 0.4, 0.75):
-        bad = needed[int(place * len(needed))]
-        spoiled = dict(found.tensors) | {bad: DAMAGE[kind](found.tensors[bad])}
+    needed = [key for key in _needed(name, opened) if not key.startswith("logit") and not key.endswith("_tracked")]
+    for fraction in (0.05, 0.4, 0.75):
+        bad = needed[int(fraction * len(needed))]
+        spoiled = dict(opened.tensors) | {bad: DAMAGE[kind](opened.tensors[bad])}
         monkeypatch.setattr(
-            "calmclip.export.nets.clip.read", lambda *_, tensors=spoiled: replace(found, tensors=tensors)
+            "calmclip.export.nets.clip.read", lambda *_, tensors=spoiled: replace(opened, tensors=tensors)
         )
         with pytest.raises(UnknownCheckpoint) as raised:
             load(str(checkpoint(name)))
         assert "\n" not in str(raised.value)
-        assert found.path.name in str(raised.value)
+        assert opened.path.name in str(raised.value)
         if kind in ("not numbers", "integers"):
             assert bad in str(raised.value)
 
@@ -212,10 +213,10 @@ def test_float16_weights_come_out_as_float32_towers(name: str, checkpoint, tmp_p
 
 
 @ALL
-def test_clips_own_tokenizer_comes_with_its_cleaning(name: str, checkpoint):
+def test_clips_tokenizer_comes_with_its_cleaning(name: str, checkpoint):
     net = load(str(checkpoint(name)))
-    if net.files["tokenizer.json"] == _clip_bpe.tokenizer_json():
-        assert net.towers["text"].preprocess.clean == _clip_bpe.CLEAN
+    if net.files["tokenizer.json"] == clip_bpe.tokenizer_json():
+        assert net.towers["text"].preprocess.clean == clip_bpe.CLEAN
 
 
 def test_no_two_rules_of_a_layout_read_the_same_name(checkpoint):

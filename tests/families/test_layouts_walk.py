@@ -1,8 +1,7 @@
-"""What every layout promises from end to end: one command makes a sealed bundle of a checkpoint, `calmclip check` finds
-nothing wrong with it, and a real server answers from it as the layout's reference does.
+"""The contract of every layout from end to end: one command makes a sealed bundle of a checkpoint, `calmclip check`
+accepts it, and a real server answers from it like the layout's reference.
 
-A checkpoint of each, all but one of them slow: `test_walk` and `test_walk_detect` walk two more of other kinds in the
-fast suite.
+Only one checkpoint runs in the fast suite; the others are slow. `test_walk` and `test_walk_detect` add two more kinds.
 """
 
 import base64
@@ -28,10 +27,10 @@ from tests.test_walk import serving
 from tests.tiny_layouts.checkpoints import CHECKPOINTS
 from tests.tiny_layouts.references import REFERENCES
 
-FLAGS = {"clip_moe_routed": ["--experts", "routed"]}  # all other checkpoints say what they are
-FEW = ("openai_resnet",)
-REST = tuple(name for name in (*LAYOUTS.names(), "clip_moe_routed") if name not in FEW)
-EACH = pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
+FLAGS = {"clip_moe_routed": ["--experts", "routed"]}  # all other checkpoints need no flag
+FAST = ("openai_resnet",)
+SLOW = tuple(name for name in (*LAYOUTS.names(), "clip_moe_routed") if name not in FAST)
+EACH = pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 TEXTS = ["a photo of a cat.", "two dogs", "red"]
 
 
@@ -52,12 +51,12 @@ class Walk:
         return open_bundle(self.out / f"{name}-{precision}", threads=1)
 
     def want(self, name: str) -> tuple[Array, Array]:
-        """Unit rows of `samples.pictures` and of `TEXTS`, by the layout's reference on what the bundle feeds."""
+        """Unit rows of `samples.pictures` and of `TEXTS`: the layout's reference on the bundle's inputs."""
         bundle = self.runner(name, "float").bundle
         reference = REFERENCES[_layout(name)](self.checkpoints[name])
         with torch.inference_mode():
             pixels = [bundle.image().prepare(decode(path.read_bytes()))[0] for path in samples.pictures()]
-            images = [reference.image(torch.from_numpy(one)) for one in pixels]
+            images = [reference.image(torch.from_numpy(array)) for array in pixels]
             ids = [{key: torch.from_numpy(value) for key, value in bundle.text().prepare([t]).items()} for t in TEXTS]
             texts = [reference.text(feeds) for feeds in ids]
             return tuple(F.normalize(torch.cat(rows), dim=-1).numpy() for rows in (images, texts))
@@ -65,7 +64,7 @@ class Walk:
 
 @pytest.fixture(scope="module")
 def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
-    """Of the layouts whose tests were chosen."""
+    """Bundles of the layouts whose tests run in this session."""
     root = tmp_path_factory.mktemp("walk")
     chosen = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     checkpoints, codes, out = {}, {}, root / "bundles"
@@ -78,33 +77,33 @@ def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @EACH
-def test_one_command_seals_a_bundle_that_is_int8_and_checks(name: str, walk: Walk):
+def test_one_command_seals_an_int8_bundle_that_passes_the_check(name: str, walk: Walk):
     assert walk.codes[name] == 0
     for precision in ("int8", "float"):
         assert main(["check", f"{name}-{precision}", "--bundles", str(walk.out)]) == 0
     bundle = walk.out / f"{name}-int8"
     assert f"layout {_layout(name)}:" in read(bundle).manifest.source.notes
     report = json.loads((bundle / "report.json").read_text())
-    assert report["int8"]["share"] >= 0.9
-    assert {role: found["inputs"] for role, found in report["embeddings"].items()}["image"] == len(samples.pictures())
-    for role, found in report["embeddings"].items():
-        assert found["cosine_mean"] >= 0.99, role
+    assert report["int8"]["coverage"] >= 0.9
+    assert report["embeddings"]["image"]["inputs"] == len(samples.pictures())
+    for role, statistics in report["embeddings"].items():
+        assert statistics["cosine_mean"] >= 0.99, role
         assert report["graphs"][role]["float_against_torch"][f"{role}_embeds"]["max_abs"] <= 1e-4, role
 
 
 @EACH
 def test_vectors_over_http_are_the_references(name: str, walk: Walk):
     images, texts = walk.want(name)
-    assert (images @ images.T).min() < 0.999  # else anything would do
+    assert (images @ images.T).min() < 0.999  # the inputs differ, so the comparison means something
     assert (texts @ texts.T).min() < 0.999
     pictures = [{"image": {"b64": base64.b64encode(path.read_bytes()).decode()}} for path in samples.pictures()]
     for precision in ("float", "int8"):
-        found = []
-        for one in [*pictures, *({"text": text} for text in TEXTS)]:
-            answer = walk.server.post("/v1/embed", json={"model": f"{name}-{precision}", "inputs": [one]})
+        vectors = []
+        for entry in [*pictures, *({"text": text} for text in TEXTS)]:
+            answer = walk.server.post("/v1/embed", json={"model": f"{name}-{precision}", "inputs": [entry]})
             assert answer.status_code == 200, answer.text
-            found += answer.json()["embeddings"]
-        split = np.split(np.array(found), [len(pictures)])
+            vectors += answer.json()["embeddings"]
+        split = np.split(np.array(vectors), [len(pictures)])
         if precision == "float":
             for rows, wanted in zip(split, (images, texts), strict=True):
                 assert np.abs(rows - wanted).max() <= 1e-4
@@ -117,7 +116,7 @@ def test_vectors_over_http_are_the_references(name: str, walk: Walk):
 
 
 @EACH
-def test_classify_over_http_is_the_references_cosines_through_the_head(name: str, walk: Walk):
+def test_classify_over_http_applies_the_head_to_the_references_cosines(name: str, walk: Walk):
     picture = samples.pictures()[0]
     images, texts = walk.want(name)
     head = read(walk.out / f"{name}-float").manifest.classifier.head
@@ -135,4 +134,4 @@ def test_classify_over_http_is_the_references_cosines_through_the_head(name: str
             assert cosines == pytest.approx(dict(zip(TEXTS, texts @ images[0], strict=True)), abs=1e-4)
             assert scores == pytest.approx(dict(zip(TEXTS, want, strict=True)), abs=1e-3)
         same = walk.runner(name, precision).classify(picture, TEXTS, templates=["{}"])
-        assert scores == pytest.approx({one.label: one.score for one in same}, abs=1e-5)
+        assert scores == pytest.approx({entry.label: entry.score for entry in same}, abs=1e-5)

@@ -1,4 +1,4 @@
-"""What every net promises, on a checkpoint of each."""
+"""The contract of every net, on a checkpoint of each."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def net(checkpoint):
     return of
 
 
-def test_every_net_has_a_checkpoint_to_be_tested_with():
+def test_every_net_has_a_test_checkpoint():
     assert sorted(CHECKPOINTS) == NETS.names()
 
 
@@ -52,7 +52,7 @@ def test_it_recognises_its_own_checkpoints_and_no_others(name: str, checkpoint, 
 
 @pytest.mark.parametrize("name", NETS.names())
 @pytest.mark.parametrize("content", [b"[]", b"no JSON", b"\xff", b"[" * 100_000, b'{"model_type": "bert"}'])
-def test_the_config_of_something_else_is_not_its_own(name: str, content: bytes, tmp_path: Path):
+def test_the_config_of_another_model_is_not_recognised(name: str, content: bytes, tmp_path: Path):
     (tmp_path / "config.json").write_bytes(content)
     assert NETS.get(name).recognise(str(tmp_path)) is False
 
@@ -62,8 +62,8 @@ def test_towers_answer_in_the_shapes_they_promise(name: str, net):
     for role, tower in net(name).towers.items():
         inputs = example(tower)
         with torch.inference_mode():
-            found = tower.module(*inputs)
-        outputs = found if isinstance(found, tuple) else (found,)
+            result = tower.module(*inputs)
+        outputs = result if isinstance(result, tuple) else (result,)
         assert len(outputs) == len(tower.outputs), role
         for output, promised in zip(outputs, tower.outputs.values(), strict=True):
             sizes = [{"B": 2, "T": inputs[0].shape[-1]}.get(d, d) for d in promised.shape]
@@ -74,31 +74,31 @@ def test_towers_answer_in_the_shapes_they_promise(name: str, net):
 
 
 @pytest.mark.parametrize("name", [name for name in NETS.names() if NETS.get(name).unfolded])
-def test_what_is_folded_later_is_what_is_loaded(name: str, net, checkpoint):
-    """Bit by bit; and the net that was not folded stays so, of the tensors of its checkpoint."""
+def test_folding_later_gives_the_loaded_net(name: str, net, checkpoint):
+    """The towers agree bit by bit. The net that is not folded keeps the tensors of its checkpoint."""
     later = NETS.get(name).unfolded(checkpoint(name))
     before = {
         role: {n: t.clone() for n, t in tower.module.state_dict().items()} for role, tower in later.towers.items()
     }
-    made = ready(later)
-    assert (later.folded, made.folded, ready(made)) == (False, True, made)
+    folded = ready(later)
+    assert (later.folded, folded.folded, ready(folded)) == (False, True, folded)
     for role, tower in net(name).towers.items():
         inputs, state = example(tower), later.towers[role].module.state_dict()
         assert state.keys() == before[role].keys()
         assert all(torch.equal(t, before[role][n]) for n, t in state.items())
         with torch.inference_mode():
-            sides = [one.module(*inputs) for one in (tower, made.towers[role])]
-        for one, other in zip(*(side if isinstance(side, tuple) else (side,) for side in sides), strict=True):
-            assert torch.equal(one, other), role
+            sides = [first.module(*inputs) for first in (tower, folded.towers[role])]
+        for first, second in zip(*(side if isinstance(side, tuple) else (side,) for side in sides), strict=True):
+            assert torch.equal(first, second), role
 
 
 @pytest.mark.parametrize("name", NETS.names())
-def test_what_the_pipeline_needs_is_there(name: str, net):
-    one = net(name)
-    assert one.name == name
-    assert one.source.weights, "a bundle must say which weights it was made of"
-    assert all(len(digest) == 64 for digest in one.source.weights.values())
-    assert all(tower.quantizer in QUANTIZERS.names() for tower in one.towers.values())
-    assert all(path.is_file() for path in one.ranges.values())
-    if any(isinstance(tower.preprocess, TextPreprocess) for tower in one.towers.values()):
-        assert "tokenizer.json" in one.files
+def test_it_has_every_field_that_the_pipeline_needs(name: str, net):
+    loaded = net(name)
+    assert loaded.name == name
+    assert loaded.source.weights, "a bundle must name the weights it was made from"
+    assert all(len(digest) == 64 for digest in loaded.source.weights.values())
+    assert all(tower.quantizer in QUANTIZERS.names() for tower in loaded.towers.values())
+    assert all(path.is_file() for path in loaded.ranges.values())
+    if any(isinstance(tower.preprocess, TextPreprocess) for tower in loaded.towers.values()):
+        assert "tokenizer.json" in loaded.files

@@ -1,4 +1,4 @@
-"""What every rewrite promises, each on a graph that holds its pattern."""
+"""The contract of every rewrite, each on a graph that holds its pattern."""
 
 import numpy as np
 import onnx
@@ -14,8 +14,8 @@ from calmclip.models.ops.spec import DOMAIN, VERSION
 
 NAMES = REWRITES.names()
 _NUMBERS = "<float a = {1.1}, float b = {-0.1}, float low = {0.0}, float high = {1.0}>"
-# steps are powers of two: then nothing is rounded before it is quantized, and no two ways differ
-_EIGHT = """<float step = {0.0625}, uint8 mid = {128}, int8 nil = {0}, float fine = {0.00390625}, uint8 low = {0},
+# the steps are powers of two, so nothing is rounded before quantization, and all orders of the sums agree
+_INT8 = """<float step = {0.0625}, uint8 mid = {128}, int8 nil = {0}, float fine = {0.00390625}, uint8 low = {0},
     int8[7, 2] w = {1, -2, 3, -4, 5, -6, 7, -8, 9, 10, 11, 12, 13, 14},
     float[2] steps = {0.5, 0.25}, int8[2] zeros = {0, 0},
     float[7] row = {1, 2, 3, 4, 5, 6, 7}, int8[2, 1, 2, 2] kernel = {1, 2, 3, 4, -5, 6, -7, 8},
@@ -23,7 +23,7 @@ _EIGHT = """<float step = {0.0625}, uint8 mid = {128}, int8 nil = {0}, float fin
     int64[4] apart = {0, -1, 1, 7}, int64[3] together = {0, -1, 7}, int64[3] places = {0, 2, -1}>"""
 _PRODUCT = """x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
     wb = DequantizeLinear <axis = 1> (w, steps, zeros) z = MatMul (xb, wb)"""
-# rule -> a graph it fires on once, without the header
+# rule -> a graph on which it fires once, without the header
 EXAMPLES = {
     "softmax": "g (float[r, 7] x) => (float[r, 7] y) { s = Softmax (x) y = Relu (s) }",
     "clipped_softmax": f"""g (float[r, 7] x) => (float[r, 7] y) {_NUMBERS}
@@ -33,13 +33,13 @@ EXAMPLES = {
         g (float[n, 4] b, float[n] s, int64[n] c) =>
           (float[n, 4] candidate_boxes, float[n] candidate_scores, int64[n] candidate_classes)
         { candidate_boxes = Relu (b) candidate_scores = Sigmoid (s) candidate_classes = Abs (c) }""",
-    "quant_linear": f"""g (float[r, 7] x) => (float[r, 2] y) {_EIGHT}
+    "quant_linear": f"""g (float[r, 7] x) => (float[r, 2] y) {_INT8}
         {{ {_PRODUCT} z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
-    "quant_linear_to_float": f"g (float[r, 7] x) => (float[r, 2] y) {_EIGHT} {{ {_PRODUCT} y = Relu (z) }}",
-    "quant_layer_norm": f"""g (float[r, 7] x) => (float[r, 7] y, float[r, 7] n, float[r, 7] s) {_EIGHT}
+    "quant_linear_to_float": f"g (float[r, 7] x) => (float[r, 2] y) {_INT8} {{ {_PRODUCT} y = Relu (z) }}",
+    "quant_layer_norm": f"""g (float[r, 7] x) => (float[r, 7] y, float[r, 7] n, float[r, 7] s) {_INT8}
         {{ s = Add (x, x) n = LayerNormalization (s, row, row) n8 = QuantizeLinear (n, step, mid)
            y = DequantizeLinear (n8, step, mid) }}""",
-    "quant_attention": f"""g (float[b, t, 7] x) => (float[b, t, 7] y) {_EIGHT}
+    "quant_attention": f"""g (float[b, t, 7] x) => (float[b, t, 7] y) {_INT8}
         {{ heads = Reshape (x, apart) q = Transpose <perm = [0, 2, 1, 3]> (heads)
            k = Transpose <perm = [0, 2, 3, 1]> (heads)
            q8 = QuantizeLinear (q, step, mid) k8 = QuantizeLinear (k, step, nil) v8 = QuantizeLinear (q, step, nil)
@@ -49,29 +49,29 @@ EXAMPLES = {
            p8 = QuantizeLinear (p, fine, low) pb = DequantizeLinear (p8, fine, low)
            m = MatMul (pb, vb) back = Transpose <perm = [0, 2, 1, 3]> (m) rows = Reshape (back, together)
            rows8 = QuantizeLinear (rows, step, mid) y = DequantizeLinear (rows8, step, mid) }}""",
-    "quant_patches": f"""g (float[b, 1, 4, 4] x) => (float[b, 4, 2] y) {_EIGHT}
+    "quant_patches": f"""g (float[b, 1, 4, 4] x) => (float[b, 4, 2] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <strides = [2, 2]> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) zb = DequantizeLinear (z8, step, mid)
            flat = Reshape (zb, places) y = Transpose <perm = [0, 2, 1]> (flat) }}""",
-    "quant_depthwise": f"""g (float[b, 2, 4, 3] x) => (float[b, 2, 3, 2] y) {_EIGHT}
+    "quant_depthwise": f"""g (float[b, 2, 4, 3] x) => (float[b, 2, 3, 2] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros) z = Conv <group = 2> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
-    "quant_stem": f"""g (float[b, 1, 4, 4] x) => (float[b, 2, 2, 3] y) {_EIGHT}
+    "quant_stem": f"""g (float[b, 1, 4, 4] x) => (float[b, 2, 2, 3] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros)
            z = Conv <strides = [2, 1], pads = [1, 0, 0, 0]> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
-    "quant_pointwise": f"""g (float[b, 1, 4, 3] x) => (float[b, 2, 4, 3] y) {_EIGHT}
+    "quant_pointwise": f"""g (float[b, 1, 4, 3] x) => (float[b, 2, 4, 3] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            db = DequantizeLinear <axis = 0> (dot, steps, zeros) z = Conv (xb, db)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
-    "quant_add": f"""g (float[r, 7] x) => (float[r, 7] y) {_EIGHT}
+    "quant_add": f"""g (float[r, 7] x) => (float[r, 7] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            r = Relu (x) r8 = QuantizeLinear (r, fine, low) rb = DequantizeLinear (r8, fine, low)
            z = Add (xb, rb) z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
-    "quant_lookup": f"""g (float[r, 7] x) => (float[r, 7] y) {_EIGHT}
+    "quant_lookup": f"""g (float[r, 7] x) => (float[r, 7] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            s = Sigmoid (xb) z = Mul (xb, s)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
@@ -96,27 +96,15 @@ def test_every_rule_has_an_example():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_fires_once_and_says_so(name: str):
-    found = applied(name, graph(EXAMPLES[name]))
-    assert found.counts == {name: 1}
-    assert found.missed == {}
-    assert found.ops() == {REWRITES.get(name).op.name: 1}
-    onnx.checker.check_model(found.model, full_check=True)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_its_node_is_what_the_spec_says(name: str):
-    op = REWRITES.get(name).op
-    (node,) = [n for n in applied(name, graph(EXAMPLES[name])).model.graph.node if n.domain == DOMAIN]
+def test_it_fires_once_with_the_node_of_the_spec_and_a_body_that_a_plain_runtime_loads(name: str):
+    done, op = applied(name, graph(EXAMPLES[name])), REWRITES.get(name).op
+    assert (done.counts, done.missed, done.ops()) == ({name: 1}, {}, {op.name: 1})
+    model = done.model
+    onnx.checker.check_model(model, full_check=True)
+    (node,) = [n for n in model.graph.node if n.domain == DOMAIN]
     assert (len(node.input), len(node.output)) == (len(op.inputs), len(op.outputs))
     assert {a.name for a in node.attribute} == set(op.attributes)
     assert node.name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_graph_brings_the_ops_body_and_a_plain_runtime_loads_it(name: str):
-    model = applied(name, graph(EXAMPLES[name])).model
-    op = REWRITES.get(name).op
     (function,) = model.functions
     assert (function.domain, function.name) == (DOMAIN, op.name)
     assert (list(function.input), list(function.output)) == (list(op.inputs), list(op.outputs))
@@ -125,51 +113,51 @@ def test_the_graph_brings_the_ops_body_and_a_plain_runtime_loads_it(name: str):
 
 
 @pytest.mark.parametrize("name", SWAPS)
-def test_one_that_swaps_leaves_inputs_outputs_and_answers_with_the_library_too(name: str, library):
+def test_a_swap_keeps_inputs_outputs_and_answers_with_and_without_the_library(name: str, library):
     before = graph(EXAMPLES[name])
     after = applied(name, before).model
     assert (after.graph.input, after.graph.output) == (before.graph.input, before.graph.output)
     sides = [side.dim_value or 5 for side in before.graph.input[0].type.tensor_type.shape.dim]
     x = {"x": np.random.default_rng(0).standard_normal(sides).astype(np.float32) * 3}
     expected = onnx_run(before)(x)
-    for one in (None, library):
-        for value, found in onnx_run(after, library=one)(x).items():
-            np.testing.assert_allclose(found, expected[value], atol=1e-6)
+    for op_library in (None, library):
+        for value, actual in onnx_run(after, library=op_library)(x).items():
+            np.testing.assert_allclose(actual, expected[value], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SWAPS)
-def test_one_that_swaps_finds_nothing_more_in_what_it_made(name: str):
+def test_a_swap_does_not_fire_on_its_own_result(name: str):
     once = applied(name, graph(EXAMPLES[name])).model
     again = applied(name, once)
     assert again.counts == {name: 0}
-    assert again.model == once  # the body of its own op as well, which holds what the rule looks for
+    assert again.model == once  # the body of the op holds the pattern too, and stays
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_leaves_a_graph_without_its_pattern_alone(name: str):
+def test_a_graph_without_its_pattern_is_not_changed(name: str):
     model = graph(NOTHING)
-    found = applied(name, model)
-    assert found.counts == {name: 0}
-    assert found.model == model
-    assert bool(found.missed) == REWRITES.get(name).attaches  # which was asked for, so it must say why not
+    done = applied(name, model)
+    assert done.counts == {name: 0}
+    assert done.model == model
+    assert bool(done.missed) == REWRITES.get(name).attaches  # a caller asked for it, so it gives a reason
 
 
 @pytest.mark.parametrize("opset", [12, 17, 18, 19, 20, 22])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_graph_older_than_the_ops_body_stays_as_it_is_and_says_why(name: str, opset: int):
-    """One model has one opset; the checker refuses a body of a later one, and Softmax was another op before 13."""
+def test_a_graph_older_than_the_ops_body_is_not_changed_and_the_reason_is_given(name: str, opset: int):
+    """A model has one opset: the checker refuses a body of a later opset, and Softmax was another op before 13."""
     model, needs = graph(EXAMPLES[name], opset), 20 if name.startswith("quant_") else 18
-    found = applied(name, model)
-    assert found.counts == {name: int(opset >= needs)}
+    done = applied(name, model)
+    assert done.counts == {name: int(opset >= needs)}
     if opset >= needs:
-        onnx.checker.check_model(found.model, full_check=True)
+        onnx.checker.check_model(done.model, full_check=True)
     else:
-        assert found.model == model
-        assert found.missed == {name: {"the graph": f"it is of opset {opset}; the body of the op needs {needs}"}}
+        assert done.model == model
+        assert done.missed == {name: {"the graph": f"it is of opset {opset}; the body of the op needs {needs}"}}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_leaves_the_graph_it_is_given_alone_and_answers_the_same_twice(name: str):
+def test_the_input_graph_is_not_changed_and_two_runs_give_the_same_bytes(name: str):
     model = graph(EXAMPLES[name])
     before = model.SerializeToString(deterministic=True)
     first, second = (applied(name, model).model.SerializeToString(deterministic=True) for _ in range(2))
@@ -178,6 +166,6 @@ def test_it_leaves_the_graph_it_is_given_alone_and_answers_the_same_twice(name: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_params_that_are_not_its_own_are_refused(name: str):
+def test_unknown_params_are_refused(name: str):
     with pytest.raises(ValidationError, match="no_such_param"):
         rewrites.apply(graph(NOTHING), [name], {name: {**PARAMS.get(name, {}), "no_such_param": 1}})

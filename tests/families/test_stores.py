@@ -1,4 +1,4 @@
-"""The contract of every store: what `service.stores` promises, against answers worked out by hand or by numpy."""
+"""The contract of every store (`service.stores`), against answers worked out by hand or by numpy."""
 
 import json
 import operator
@@ -19,7 +19,7 @@ AXES = np.eye(4, dtype=np.float32)
 
 @pytest.fixture(params=["lancedb", "copied", "pgvector"])
 def url(request, tmp_path):
-    """A place of its own for each test: a folder, or a database of a real server."""
+    """A new store for each test: a folder, or a database of a real server."""
     if request.param == "pgvector":
         return f"pgvector:{request.getfixturevalue('postgres').database()}"
     return f"lancedb:{tmp_path / 'store'}"
@@ -27,7 +27,7 @@ def url(request, tmp_path):
 
 @pytest.fixture
 def opened():
-    """`open_store`, for the time of a test."""
+    """`open_store`; the stores are closed at the end of the test."""
     with ExitStack() as stack:
         yield lambda url: stack.enter_context(closing(open_store(url)))
 
@@ -38,28 +38,28 @@ def test_every_store_is_under_test():
 
 @pytest.fixture
 def table(url, opened, request, monkeypatch):
-    """An empty one; of ``copied``, one whose vectors are also in memory, however few."""
+    """An empty table; for ``copied``, a table with a quantized copy in memory, however few rows it has."""
     table = opened(url).create(INFO)
     if "copied" in request.node.name:
-        monkeypatch.setattr(quantized, "LEAST", 1)
+        monkeypatch.setattr(quantized, "MIN_ROWS", 1)
         table.upsert([Row(f"before{i}", axis) for i, axis in enumerate([*AXES, *-AXES])])
-        table = quantized.Quantized(table, 1 << 20)
+        table = quantized.QuantizedTable(table, 1 << 20)
         table.delete([f"before{i}" for i in range(8)])
     return table
 
 
-def ids(found):
-    return [one.id for one in found]
+def ids(hits):
+    return [hit.id for hit in hits]
 
 
-def test_a_store_url_has_a_kind_and_a_place():
-    with pytest.raises(BadRequest, match="KIND:PLACE"):
+def test_a_store_url_has_a_kind_and_a_location():
+    with pytest.raises(BadRequest, match="KIND:LOCATION"):
         open_store("data")
     with pytest.raises(UnknownName, match="did you mean 'lancedb'"):
         open_store("lancdb:data")
 
 
-def test_a_collection_is_what_it_was_after_a_restart(url, table, opened):
+def test_a_collection_survives_a_restart(url, table, opened):
     table.upsert([Row("a", AXES[0], {"title": "dünes «x»", "deep": {"list": [1, 2.5, None, True]}})])
     store = opened(url)
     assert store.names() == ["photos"]
@@ -69,7 +69,7 @@ def test_a_collection_is_what_it_was_after_a_restart(url, table, opened):
     assert again.page(None, 10)[0].meta == {"title": "dünes «x»", "deep": {"list": [1, 2.5, None, True]}}
 
 
-def test_drop_forgets_a_collection_and_frees_its_name(url, table, opened):
+def test_drop_deletes_a_collection_and_frees_its_name(url, table, opened):
     table.upsert([Row("a", AXES[0])])
     store = opened(url)
     store.drop("photos")
@@ -86,7 +86,7 @@ def test_upsert_replaces_by_id(table):
     assert best.score == pytest.approx(1, abs=1e-6)
 
 
-def test_delete_counts_what_was_there(table):
+def test_delete_counts_the_rows_that_existed(table):
     table.upsert([Row("a", AXES[0]), Row("it's", AXES[1]), Row("c", AXES[2])])
     assert table.delete(["a", "it's", "never"]) == 2
     assert table.delete(["a"]) == 0
@@ -100,9 +100,9 @@ def test_search_is_exact_cosine(table):
     table.upsert([Row(f"{i:03}", v.astype(np.float32)) for i, v in enumerate(vectors)])
     query = vectors[17]
     cosines = vectors @ query  # float64
-    found = table.search(query.astype(np.float32), 10)
-    assert ids(found) == [f"{i:03}" for i in np.argsort(-cosines)[:10]]
-    assert [one.score for one in found] == pytest.approx(np.sort(cosines)[::-1][:10], abs=1e-5)
+    hits = table.search(query.astype(np.float32), 10)
+    assert ids(hits) == [f"{i:03}" for i in np.argsort(-cosines)[:10]]
+    assert [hit.score for hit in hits] == pytest.approx(np.sort(cosines)[::-1][:10], abs=1e-5)
 
 
 def test_pages_go_by_id(table):
@@ -141,20 +141,20 @@ META = [
         (Condition("a b", "in", (1,)), [5]),
         (Condition("deep", "in", ("red",)), []),
         (Condition("never", "in", (1,)), []),
-        # what looks like SQL is a name or a value and matches nothing
+        # text that looks like SQL is a name or a value and matches nothing
         (Condition("s", "in", ("x' OR '1' = '1",)), []),
         (Condition("n') OR 1 = 1 --", "in", (1,)), []),
         (Condition('n" OR "1', "in", (3,)), []),
         (Condition("s", "gt", "zzz' OR 'a' < 'b"), []),
     ],
 )
-def test_filters_know_types_and_take_nothing_for_sql(table, condition, wanted):
+def test_filters_compare_types_and_never_run_a_value_as_sql(table, condition, wanted):
     table.upsert([Row(str(i), AXES[i % 4], meta) for i, meta in enumerate(META)])
     assert sorted(ids(table.search(AXES[0], 50, [condition]))) == [str(i) for i in wanted]
 
 
 def test_strings_are_ordered_as_python_orders_them(table):
-    """By code points; words of letters that JSON writes in several ways."""
+    """By code points, on words with characters that JSON can escape in several ways."""
     rng = np.random.default_rng(0)
     letters = [*" !\"#'\\/ab\n\t\x01", "\x7f", "é", "\ud7ff", "\uffff", "🎨"]
     words = ["", "a", "a b", 'a"', *("".join(rng.choice(letters, rng.integers(1, 5))) for _ in range(40))]
@@ -165,11 +165,11 @@ def test_strings_are_ordered_as_python_orders_them(table):
     orders = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte": operator.le}
     for bound in words[:20]:
         for op, holds in orders.items():
-            found = ids(table.search(AXES[0], 100, [Condition("a.b c", op, bound)]))
-            assert sorted(found) == [f"{i:03}" for i, word in enumerate(words) if holds(word, bound)], (op, bound)
+            matched = ids(table.search(AXES[0], 100, [Condition("a.b c", op, bound)]))
+            assert sorted(matched) == [f"{i:03}" for i, word in enumerate(words) if holds(word, bound)], (op, bound)
 
 
-def test_all_conditions_must_hold_and_the_filter_comes_before_the_cut(table):
+def test_all_conditions_must_hold_and_the_filter_comes_before_the_limit(table):
     table.upsert([Row(f"{i:02}", AXES[0], {"n": i}) for i in range(20)])
     table.upsert([Row("far", AXES[1], {"n": 100})])
     between = [Condition("n", "gte", 5), Condition("n", "lt", 8)]
@@ -182,7 +182,7 @@ def test_compaction_loses_nothing(table):
         table.upsert([Row(f"{i:02}", AXES[i % 4], {"n": i})])
     table.delete(["00"])
     table.compact()
-    assert [one.meta["n"] for one in table.page(None, 50)] == list(range(1, 20))
+    assert [item.meta["n"] for item in table.page(None, 50)] == list(range(1, 20))
 
 
 WRITER = """
@@ -201,6 +201,6 @@ def test_a_killed_writer_leaves_every_acknowledged_row(url, table, opened):
         writer.kill()
         acknowledged += [int(line) for line in writer.stdout.read().splitlines()]
     again = opened(url).open("photos")
-    found = {one.meta["n"] for one in again.page(None, 10_000)}
-    assert found >= set(acknowledged), json.dumps(sorted(found))
+    stored = {item.meta["n"] for item in again.page(None, 10_000)}
+    assert stored >= set(acknowledged), json.dumps(sorted(stored))
     again.upsert([Row("after", AXES[0])])

@@ -20,10 +20,10 @@ def model(shape=None, **attributes):
     declare = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)  # noqa: E731
     graph = helper.make_graph([node], "alone", [declare("x")], [declare("y")])
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    made = helper.make_model(graph, functions=[softmax()], opset_imports=opsets, ir_version=10)
+    proto = helper.make_model(graph, functions=[softmax()], opset_imports=opsets, ir_version=10)
     if shape is not None:  # the checker asks for one
-        onnx.checker.check_model(made, full_check=True)
-    return made.SerializeToString()
+        onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString()
 
 
 def session(content, library=None, optimised=None):
@@ -36,7 +36,7 @@ def session(content, library=None, optimised=None):
 
 
 def rows(seed, shape):
-    """Values with masks of both kinds among them, and a row of nothing else along each axis."""
+    """Values with both kinds of masks, and a fully masked row along each axis."""
     rng = np.random.default_rng(seed)
     x = rng.normal(0, 4, shape).astype(np.float32)
     x[rng.random(shape) < 0.2] = -np.inf
@@ -62,19 +62,19 @@ def test_equals_torch():
 
 
 @pytest.mark.parametrize("how", SETTINGS)
-def test_a_bad_value_makes_its_row_nan_and_no_other(how):
-    """Max and Clip of some runtimes drop NaN; vectors and the rest of a row may differ in that."""
-    at_hand = session(model(**how))
+def test_a_bad_value_makes_only_its_row_nan(how):
+    """Max and Clip of some runtimes drop NaN; vector code and the end of a row may differ."""
+    opened = session(model(**how))
     for cols in range(1, 70):
         x = np.random.default_rng(cols).normal(0, 3, (cols + 1, cols)).astype(np.float32)
         for bad in (np.nan, np.inf):
             x[np.arange(cols), np.arange(cols)] = bad
-            y = at_hand.run(None, {"x": x})[0]
+            y = opened.run(None, {"x": x})[0]
             assert np.isnan(y[:cols]).all()
             assert np.isfinite(y[cols]).all()
 
 
-def test_great_values():
+def test_large_values():
     x = np.array([[1e30, -1e30, LOWEST, -LOWEST], [1e30] * 4, [-np.inf, LOWEST, -1e38, -1e38]], np.float32)
     assert session(model()).run(None, {"x": x})[0].tolist() == [[0, 0, 0, 1], [0.25] * 4, [0, 0, 0.5, 0.5]]
 
@@ -85,12 +85,12 @@ def test_empty(shape):
 
 
 @pytest.mark.parametrize(
-    ("how", "left"), [({}, ["Clip", "Softmax"]), (SETTINGS[1], ["Clip", "Softmax", "Mul", "Add", "Clip"])]
+    ("how", "op_types"), [({}, ["Clip", "Softmax"]), (SETTINGS[1], ["Clip", "Softmax", "Mul", "Add", "Clip"])]
 )
-def test_what_is_left_when_it_is_loaded(tmp_path, how, left):
-    """The If is gone, and of a plain softmax nothing more than the lift of -inf is there."""
+def test_op_types_after_optimization(tmp_path, how, op_types):
+    """ONNX Runtime removes the If. For a plain softmax only the Clip of -inf stays."""
     session(model(["a", "b"], **how), optimised=tmp_path / "left.onnx")
-    assert [node.op_type for node in onnx.load(tmp_path / "left.onnx").graph.node] == left
+    assert [node.op_type for node in onnx.load(tmp_path / "left.onnx").graph.node] == op_types
 
 
 @pytest.mark.parametrize("how", SETTINGS)

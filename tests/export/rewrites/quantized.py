@@ -1,5 +1,5 @@
-"""Quantized graphs before and after a rule. The oracle is the graph before, run by ONNX Runtime node by node, with
-nothing of ours in it: fused, it adds another way."""
+"""Quantized graphs before and after a rule. The oracle is the graph before the rule, run by ONNX Runtime without
+fusion, because fused nodes add in another order."""
 
 import collections
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ START = "x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid
 
 
 def graph(nodes: str, ends: str, constants: Mapping[str, Array]) -> onnx.ModelProto:
-    """``ends``: inputs and outputs, as ONNX's text has them; of ``constants`` those that the nodes read."""
+    """``ends``: inputs and outputs in ONNX's text syntax. The graph gets those ``constants`` that its nodes read."""
     model = parser.parse_model(f'<ir_version: 10, opset_import: ["": 20]> g {ends} {{ {nodes} }}')
     read = {name for node in model.graph.node for name in node.input}
     model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items() if n in read)
@@ -28,12 +28,12 @@ def graph(nodes: str, ends: str, constants: Mapping[str, Array]) -> onnx.ModelPr
 def plain(model: onnx.ModelProto, feeds: Arrays) -> dict[str, Array]:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    found = ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
-    return {value.name: one for value, one in zip(model.graph.output, found, strict=True)}
+    outputs = ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
+    return {value.name: array for value, array in zip(model.graph.output, outputs, strict=True)}
 
 
 def same(model: onnx.ModelProto, done: onnx.ModelProto, feeds: Arrays, most: float = 0.01) -> None:
-    """``done`` is valid and answers as ``model``, but for what is next to a tie: ``most`` of it, by a step of .0511."""
+    """``done`` is valid and answers as ``model``. Next to ties at most a fraction ``most`` differs, by .0511."""
     onnx.checker.check_model(done, full_check=True)
     for name, expected in plain(model, feeds).items():
         assert len(np.unique(expected)) > 20
@@ -46,7 +46,7 @@ def same(model: onnx.ModelProto, done: onnx.ModelProto, feeds: Arrays, most: flo
 
 
 def kinds(model: onnx.ModelProto, folder: Path, library: Library) -> collections.Counter[str]:
-    """What ONNX Runtime makes of a graph, counted."""
+    """Op types of the graph that ONNX Runtime optimizes, counted."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")

@@ -1,5 +1,5 @@
-"""Quantized graphs -> our operators. The oracle is the quantized graph itself, run by ONNX Runtime with nothing of ours
-in it; what must not be rewritten is checked by the reason that is given."""
+"""Quantized graphs -> our operators. The oracle is the quantized graph itself, run by ONNX Runtime. A graph that must
+not be rewritten is checked by the reason in `missed`."""
 
 from functools import cache
 
@@ -10,8 +10,9 @@ import torch
 from onnx import parser
 
 from calmclip.export import rewrites
+from calmclip.export.graph import activation_products
 from calmclip.export.parity import onnx_run
-from calmclip.export.quantizers import QUANTIZERS, _qdq
+from calmclip.export.quantizers import QUANTIZERS
 from calmclip.export.towers.attention import Softmax
 from calmclip.export.trace import to_onnx
 from calmclip.models.ops.library import find
@@ -37,16 +38,16 @@ def traced(kind, softmax=None, gate="none"):
 
 @cache
 def case(kind, quantizer, softmax=None, gate="none"):
-    """-> the quantized graph, what it is with our ops in it, and feeds."""
+    """-> the quantized graph, the same graph after the rewrites, and feeds."""
     model, feeds = traced(kind, softmax, gate)
     how = QUANTIZERS.get(quantizer)
     params = how.params()
-    made = how.quantize(model, how.observe(model, feeds, params), params)
-    return made, rewrites.apply(made, rewrites.swaps()), feeds
+    quantized = how.quantize(model, how.observe(model, feeds, params), params)
+    return quantized, rewrites.apply(quantized, rewrites.swaps()), feeds
 
 
-def cosine(one, other):
-    a, b = (np.concatenate([found.ravel() for found in side]).astype(np.float64) for side in (one, other))
+def cosine(first, other):
+    a, b = (np.concatenate([array.ravel() for array in side]).astype(np.float64) for side in (first, other))
     return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
 
@@ -55,8 +56,8 @@ def answers(model, feeds, library=None):
     return [run(feed)["features"] for feed in feeds]
 
 
-# by hand: two blocks, each with qkv, attention, out, up and down; the last block for one token has q apart from k and
-# v; the last projection answers float, and so do out and down
+# by hand: two blocks, each with qkv, attention, out, up and down; in the last block for one token q is separate from k
+# and v; the last projection, out and down answer float
 COUNTS = {
     "bert": {"QuantAttention": 2, "QuantLayerNorm": 4, "QuantLinear": 4, "QuantLinearToFloat": 5},
     "opt": {"QuantAttention": 2, "QuantLayerNorm": 4, "QuantLinear": 4, "QuantLinearToFloat": 5},
@@ -66,11 +67,11 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_of_a_tower_becomes_ours(kind):
+def test_every_product_of_a_tower_becomes_an_op(kind):
     _, done, _ = case(kind, "fast")
     assert done.ops() == COUNTS[kind]
-    left = {node.op_type for node in done.model.graph.node if node.domain != DOMAIN}
-    assert not left & {"MatMul", "Gemm", "Conv", "Softmax", "Exp", "Split"}
+    standard = {node.op_type for node in done.model.graph.node if node.domain != DOMAIN}
+    assert not standard & {"MatMul", "Gemm", "Conv", "Softmax", "Exp", "Split"}
 
 
 @pytest.mark.parametrize("quantizer", ["fast", "static"])
@@ -80,7 +81,7 @@ def test_it_answers_as_the_quantized_graph_does(kind, quantizer, way):
     assert cosine(answers(before, feeds), answers(done.model, feeds, way)) > 0.9999
 
 
-def test_a_clipped_softmax_goes_in_whole(way):
+def test_a_clipped_softmax_becomes_part_of_attention(way):
     before, done, feeds = case("vit", "fast", Softmax(-0.05, 1.05))
     assert done.ops()["QuantAttention"] == 2
     nodes = [node for node in done.model.graph.node if node.op_type == "QuantAttention"]
@@ -89,12 +90,12 @@ def test_a_clipped_softmax_goes_in_whole(way):
     assert cosine(answers(before, feeds), answers(done.model, feeds, way)) > 0.9999
 
 
-def test_a_gate_is_left_alone():
+def test_gated_attention_does_not_change():
     _, done, _ = case("vit", "fast", None, "all_heads")
     assert done.ops()["Softmax"] == 2
     assert "QuantAttention" not in done.ops()
     assert set(done.missed["quant_attention"].values()) == {
-        "its mixture is gated, or read otherwise than by one Transpose back"
+        "its mixture is gated, or not read by one Transpose back alone"
     }
 
 
@@ -104,7 +105,7 @@ def test_products_of_float_attention_answer_float():
 
 
 def linear(weight="s = {0.5, 0.25}", axis=1, zero="0, 0", more="", y="z", kind="MatMul (a, b)", extra=""):
-    """x uint8 [n, 3] times int8 [3, 2], and what is said of it."""
+    """x uint8 [n, 3] times int8 [3, 2]; each parameter replaces a part of the graph."""
     return parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
         g (uint8[n, 3] x) => (float[n, 2] y)
@@ -122,17 +123,17 @@ def linear(weight="s = {0.5, 0.25}", axis=1, zero="0, 0", more="", y="z", kind="
 
 X = {"x": np.array([[0, 7, 255], [12, 3, 9]], np.uint8)}
 GRIDS = "float step = {0.2}, uint8 zero = {100}, float[2] fine = {0.1, 0.3}, uint8[2] zeros8 = {0, 9}"
-# nodes behind x [2, 3] w [3, 2] (a and b dequantized), the outputs that there are, constants
+# nodes that read x [2, 3] and w [3, 2] (a and b dequantized), the outputs, constants
 PRODUCTS = {
-    "a bias for each row": ("y = Gemm (a, b, c)", "float[2, 2] y", "float[2, 1] c = {5, -7}"),
+    "a bias per row": ("y = Gemm (a, b, c)", "float[2, 2] y", "float[2, 1] c = {5, -7}"),
     "a bias for all": ("y = Gemm (a, b, c)", "float[2, 2] y", "float[1] c = {5}"),
     "a sum of a higher rank": ("z = MatMul (a, b) y = Add (z, c)", "float[1, 2, 2] y", "float[1, 1, 2] c = {5, 6}"),
-    "a sum for each row": ("z = MatMul (a, b) y = Add (z, c)", "float[2, 2] y", "float[2, 1] c = {5, 6}"),
+    "a sum per row": ("z = MatMul (a, b) y = Add (z, c)", "float[2, 2] y", "float[2, 1] c = {5, 6}"),
     "a gate of a higher rank": (
         "z = MatMul (a, b) t = Mul (z, c) u = Sigmoid (t) y = Mul (z, u)",
         "float[1, 2, 2] y", "float[1, 1, 1] c = {1.702}"
     ),
-    "a part that is wider by a Mul": (
+    "a Mul that broadcasts a part": (
         "z = MatMul (a, b) u, v = Split <axis = -1> (z, one_each) t = Mul (u, c) y = QuantizeLinear (t, step, zero)"
         " y2 = QuantizeLinear (v, step, zero)",
         "uint8[2, 2] y, uint8[2, 1] y2", "int64[2] one_each = {1, 1}, float[2] c = {2, 3}"
@@ -148,7 +149,7 @@ PRODUCTS = {
         "z = MatMul (a, b) y = QuantizeLinear (z, step, zero) y2 = QuantizeLinear (z, one, zero)",
         "uint8[2, 2] y, uint8[2, 2] y2, float[2, 2] z", "float unused = {0}"
     ),
-    "a weight that two turn": (
+    "a weight with two transposed readers": (
         "y = Gemm <transB = 1> (a, turned) y2 = Gemm <transB = 1> (a, turned)",
         "float[2, 2] y, float[2, 2] y2", "float unused = {0}"
     ),
@@ -158,27 +159,27 @@ PRODUCTS = {
         " else_branch = e () => (float[2] g) {g = Neg (fine)}>",
         "float[2, 2] y, float[2] y2", "float unused = {0}"
     ),
-    "a name that is ours": ("no_residual = MatMul (a, b)", "float[2, 2] no_residual", "float unused = {0}"),
+    "a name that the rewrite uses": ("no_residual = MatMul (a, b)", "float[2, 2] no_residual", "float unused = {0}"),
 }  # fmt: skip
 
 
 def same(model, feed):
-    """Checked, and alike with our ops in it; -> the ops."""
+    """The graph is valid before and after the rewrites, with the same answers -> the rewritten graph."""
     onnx.checker.check_model(model)
     done = rewrites.apply(model, rewrites.swaps())
     onnx.checker.check_model(done.model)
     expected = onnx_run(model)(feed)
     for library in (None, find()):
-        found = onnx_run(done.model, library=library)(feed)
+        answers = onnx_run(done.model, library=library)(feed)
         for name, value in expected.items():
-            assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
-            near = 1 if value.dtype == np.uint8 else 1e-4  # a step, next to a tie
-            np.testing.assert_allclose(found[name].astype(float), value, rtol=1e-5, atol=near)
+            assert (answers[name].shape, answers[name].dtype) == (value.shape, value.dtype)
+            near = 1 if value.dtype == np.uint8 else 1e-4  # next to a tie, a step
+            np.testing.assert_allclose(answers[name].astype(float), value, rtol=1e-5, atol=near)
     return done
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_a_product_means_what_it_meant(name):
+def test_a_product_answers_the_same(name):
     nodes, outputs, more = PRODUCTS[name]
     same(parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
@@ -199,7 +200,7 @@ LEFT = {
     "a product in half precision": (
         HALF + "b16 = DequantizeLinear <axis = 1> (w, s16, zeros) y = MatMul (a16, b16)", "float16[2, 2] y"
     ),
-    "an input whose zero is left out by name": (
+    "an input with an empty name for its zero point": (
         'a0 = DequantizeLinear (x, one, "") y = MatMul (a0, b)', "float[2, 2] y"
     ),
     "a weight of step 0": (
@@ -212,8 +213,8 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_the_ops_do_not_take_stays_as_it_is(name):
-    """They take float32, in steps that are positive and normal: a library would refuse the graph."""
+def test_what_the_ops_do_not_take_does_not_change(name):
+    """The ops take float32 and positive normal steps; the op library would refuse another graph."""
     nodes, outputs = LEFT[name]
     model = parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
@@ -229,7 +230,7 @@ def test_what_the_ops_do_not_take_stays_as_it_is(name):
     assert not same(model, X).ops()
 
 
-def test_a_norm_in_half_precision_stays_as_it_is():
+def test_a_norm_in_half_precision_does_not_change():
     model = parser.parse_model("""
         <ir_version: 10, opset_import: ["": 20]>
         g (float16[2, 4] x, float16[4] w, float16 step) => (uint8[2, 4] y)
@@ -239,15 +240,15 @@ def test_a_norm_in_half_precision_stays_as_it_is():
     assert not same(model, {"x": x, "w": w, "step": np.array(0.05, np.float16)}).ops()
 
 
-def test_a_step_under_float32_is_read_in_float():
+def test_a_subnormal_step_is_read_in_float():
     done = same(linear(more="q = QuantizeLinear (z, s0, mid) r = DequantizeLinear (q, one, mid)", y="r",
                        extra=", float s0 = {1e-39}"), X)  # fmt: skip
     assert done.ops() == {"QuantLinearToFloat": 1}
 
 
 def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", outputs="", twice=False, back=None):
-    """Attention of 2 heads of 4 in 8 bits; `twice`: a second one of the same k and v; `back`: how one of the factors
-    is read, where that is not how it was written."""
+    """Quantized attention of 2 heads of 4; ``twice``: a second one of the same k and v; ``back``: other scales that
+    dequantize some of the factors."""
     read = {"q": "step, mid", "k": "step, none", "v": "step, none", "p": "fine, nil"} | (back or {})
     again = """
         more_logits = MatMul (qb, kb) p2 = Softmax (more_logits) p28 = QuantizeLinear (p2, fine, nil)
@@ -278,18 +279,18 @@ def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", outputs="", t
 
 
 @pytest.mark.parametrize(
-    ("given", "count"),
+    ("changes", "count"),
     [
         ({"mask": "3, 5"}, 1),
         ({"mask": "2, 1, 1, 5"}, 1),
         ({"mask": "2, 3, 1"}, 1),  # of each head
         ({"mask": "5"}, 0),
         ({"mask": "1"}, 0),
-        ({"q": "1, 3, 8"}, 0),  # one for all of the batch
+        ({"q": "1, 3, 8"}, 0),  # one q for all of the batch
         ({"q": "1, 6, 8", "apart": "2, 3, 2, 4", "mask": "3, 5"}, 0),  # windows
         ({"mask": "3, 5", "outputs": ", float[2, 2, 3, 5] p"}, 0),
         ({"mask": "3, 5", "outputs": ", uint8[B, T, 8] y2", "twice": True}, 2),
-        # read in other steps than written: a multiplication, or a shift
+        # dequantized with another scale (a multiplication) or zero point (a shift)
         ({"mask": "3, 5", "back": {"q": "twice, mid"}}, 0),
         ({"mask": "3, 5", "back": {"q": "step, low"}}, 0),
         ({"mask": "3, 5", "back": {"k": "twice, none"}}, 0),
@@ -297,29 +298,29 @@ def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", outputs="", t
         ({"mask": "3, 5", "back": {"p": "step, nil"}}, 0),
     ],
 )
-def test_attention_means_what_it_meant(given, count):
-    random, model = np.random.default_rng(0), heads(**given)
+def test_attention_answers_the_same(changes, count):
+    random, model = np.random.default_rng(0), heads(**changes)
     sides = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
     feed = {name: random.normal(size=shape).astype(np.float32) for name, shape in sides.items()}
     assert same(model, feed).ops().get("QuantAttention", 0) == count
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("changes", "why"),
     [
         ({}, None),
         ({"rows": "-1, 3, 4"}, None),
-        ({"pixels": "coarse, low"}, "its pixels are read in other steps than they are written in"),
-        ({"answer": "fine, mid"}, "what it answers is read in other steps than it is written in"),
-        ({"answer": "coarse, low"}, "what it answers is read in other steps than it is written in"),
-        ({"written": "late, mid", "answer": "late, mid"}, "the steps of what it answers are made by nodes"),
-        ({"rows": "4, 3, 2"}, "its places are not made rows"),  # half a picture each
-        ({"rows": "1, 3, 8"}, "its places are not made rows"),
+        ({"pixels": "coarse, low"}, "its pixels are dequantized in other steps than they are quantized in"),
+        ({"answer": "fine, mid"}, "its result is dequantized in other steps than it is quantized in"),
+        ({"answer": "coarse, low"}, "its result is dequantized in other steps than it is quantized in"),
+        ({"written": "late, mid", "answer": "late, mid"}, "the steps of its result are computed by nodes"),
+        ({"rows": "4, 3, 2"}, "its places do not become rows"),  # half a picture per row
+        ({"rows": "1, 3, 8"}, "its places do not become rows"),
     ],
 )
-def test_patches_mean_what_they_meant(given, why):
-    """A convolution of 2 x 2 on pictures of 4 x 4; `pixels`, `answer`: how they are read after they were written."""
-    how = {"pixels": "fine, low", "written": "coarse, mid", "answer": "coarse, mid", "rows": "0, 3, -1"} | given
+def test_patches_answer_the_same(changes, why):
+    """A convolution of 2 x 2 on pictures of 4 x 4; ``pixels``, ``answer``: the scales that dequantize them."""
+    how = {"pixels": "fine, low", "written": "coarse, mid", "answer": "coarse, mid", "rows": "0, 3, -1"} | changes
     random = np.random.default_rng(0)
     w = ", ".join(str(number) for number in random.integers(-127, 128, 36))
     model = parser.parse_model(f"""
@@ -342,7 +343,7 @@ def test_patches_mean_what_they_meant(given, why):
     assert (done.missed.get("quant_patches") or {"Conv": ""})["Conv"].startswith(why or "")
 
 
-def test_a_weight_for_all_columns_of_a_norm_is_left_alone():
+def test_a_norm_with_one_weight_for_all_columns_does_not_change():
     model = parser.parse_model("""
         <ir_version: 10, opset_import: ["": 20]>
         g (float[2, 4] x) => (uint8[2, 4] y)
@@ -350,17 +351,19 @@ def test_a_weight_for_all_columns_of_a_norm_is_left_alone():
         { z = LayerNormalization (x, w, b) y = QuantizeLinear (z, step, zero) }
     """)
     done = same(model, {"x": np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)})
-    assert set(done.missed["quant_layer_norm"].values()) == {"its weight or its bias has not a number for each column"}
+    assert set(done.missed["quant_layer_norm"].values()) == {
+        "its weight or bias does not have a number for each column"
+    }
 
 
 @pytest.mark.parametrize(
     "steps",
     [
-        "step = Constant <value = float {0.05}> ()",  # between the sum, where the op goes, and what reads it
-        "size = Abs (z) most = ReduceMax <keepdims = 0> (size) step = Mul (most, part)",  # of what the op answers
+        "step = Constant <value = float {0.05}> ()",  # between the sum, which the op replaces, and its reader
+        "size = Abs (z) most = ReduceMax <keepdims = 0> (size) step = Mul (most, part)",  # from the op's result
     ],
 )
-def test_a_norm_whose_steps_are_made_behind_it_is_left_alone(steps):
+def test_a_norm_with_steps_computed_after_it_does_not_change(steps):
     model = parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
         g (float[2, 4] x, float[2, 4] r) => (uint8[2, 4] y, float[2, 4] z)
@@ -370,10 +373,10 @@ def test_a_norm_whose_steps_are_made_behind_it_is_left_alone(steps):
     x, r = np.random.default_rng(0).normal(size=(2, 2, 4)).astype(np.float32)
     done = same(model, {"x": x, "r": r})
     (why,) = done.missed["quant_layer_norm"].values()
-    assert "its steps are made by nodes" in why
+    assert "its steps are computed by nodes" in why
 
 
-def test_a_product_is_worked_out_as_by_hand():
+def test_a_product_by_hand():
     """(x - 7) 0.1 times w times 0.5 and 0.25, plus the bias."""
     done = rewrites.apply(linear(more="t = Add (z, bias)", y="t"), QUANT)
     assert done.ops() == {"QuantLinearToFloat": 1}
@@ -383,7 +386,7 @@ def test_a_product_is_worked_out_as_by_hand():
         np.testing.assert_allclose(onnx_run(done.model, library=library)(X)["y"], expected, rtol=1e-6)
 
 
-def test_the_division_before_8_bits_goes_into_the_steps():
+def test_a_division_before_quantization_becomes_part_of_the_steps():
     extra = ", float[2] part = {0.5, 4.0}, float step = {0.2}, uint8 zero = {100}"
     more = "t = Add (z, bias) d = Mul (t, part) q = QuantizeLinear (d, step, zero) r = DequantizeLinear (q, step, zero)"
     done = rewrites.apply(linear(more=more, y="r", extra=extra), QUANT)
@@ -394,21 +397,21 @@ def test_the_division_before_8_bits_goes_into_the_steps():
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("changes", "why"),
     [
         ({"axis": 0, "weight": "s = {0.5, 0.25}", "kind": "Gemm <transB = 0> (a, b)"}, "a scale for each input"),
-        ({"zero": "0, 1"}, "its weights are not around 0"),
-        ({"kind": "Gemm <alpha = 2.0> (a, b)"}, "it is scaled"),
+        ({"zero": "0, 1"}, "its weight has a zero point that is not 0"),
+        ({"kind": "Gemm <alpha = 2.0> (a, b)"}, "its alpha or beta is not 1"),
     ],
 )
-def test_what_the_op_does_not_do_is_said(given, why):
-    done = rewrites.apply(linear(**given), QUANT)
+def test_the_report_says_what_the_op_does_not_do(changes, why):
+    done = rewrites.apply(linear(**changes), QUANT)
     assert not done.ops()
     assert why in " ".join(" ".join(where.values()) for where in done.missed.values())
 
 
 def test_uniform_rows_beside_a_peaked_one_keep_their_weights():
-    """600 keys: a row looks at all alike, another at one. In steps of 1/255 the first would be nothing."""
+    """600 keys: one row has equal weights, another a single weight. In steps of 1/255 the equal weights would be 0."""
     random, keys, d = np.random.default_rng(0), 600, 16
     k = np.zeros((1, keys, d), np.float32)
     k[0, 0, 0] = 8.0
@@ -434,20 +437,21 @@ def test_uniform_rows_beside_a_peaked_one_keep_their_weights():
     q[0, 1, 0] = 2.0
     feeds = [{"q": q, "k": k, "v": v}]
     fast = QUANTIZERS.get("fast")
-    made = fast.quantize(model, fast.observe(model, feeds, fast.params()), fast.params())
+    quantized = fast.quantize(model, fast.observe(model, feeds, fast.params()), fast.params())
     e = np.exp(np.array([[0.0] * keys, [16.0] + [0.0] * (keys - 1)]))
     expected = (e / e.sum(1, keepdims=True)) @ v[0].astype(np.float64) @ w
-    done = rewrites.apply(made, rewrites.swaps())
+    done = rewrites.apply(quantized, rewrites.swaps())
     assert done.ops()["QuantAttention"] == 1
     model.graph.output.append(onnx.helper.make_tensor_value_info("p", onnx.TensorProto.FLOAT, [1, 1, 2, keys]))
-    seen = onnx_run(fast.quantize(model, fast.observe(model, feeds, fast.params()), fast.params()))(feeds[0])["p"]
-    np.testing.assert_allclose(seen[0, 0], e / e.sum(1, keepdims=True), atol=0.05)
-    for graph, library in ((made, None), (done.model, None), (done.model, find())):
-        found = onnx_run(graph, library=library)(feeds[0])["y"][0]
-        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    observed = fast.quantize(model, fast.observe(model, feeds, fast.params()), fast.params())
+    probabilities = onnx_run(observed)(feeds[0])["p"]
+    np.testing.assert_allclose(probabilities[0, 0], e / e.sum(1, keepdims=True), atol=0.05)
+    for graph, library in ((quantized, None), (done.model, None), (done.model, find())):
+        answers = onnx_run(graph, library=library)(feeds[0])["y"][0]
+        assert np.abs(answers - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_nothing_of_a_float_graph_changes():
     model, _ = traced("vit")
     assert not rewrites.apply(model, QUANT).ops()
-    assert len(_qdq.pairs(model)) == 4
+    assert len(activation_products(model)) == 4

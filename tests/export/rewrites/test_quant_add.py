@@ -1,4 +1,4 @@
-"""Sums between 8 bits -> our operator."""
+"""Sums of quantized tensors -> the op QuantAdd."""
 
 import collections
 
@@ -40,19 +40,19 @@ def fed(model):
     return {"x": x, "r": r}
 
 
-# nodes -> what they are of, and how many Transposes there are then
+# nodes, the type of their inputs, and the number of Transposes afterwards
 FIRES = {
-    "one number each": (f"{START} z = Add (xb, rb) {END}", A, 0),
+    "one scale each": (f"{START} z = Add (xb, rb) {END}", A, 0),
     "of rows": (f"{START} z = Add (xb, rb) {END}", B, 0),
-    "a number for each channel of rows": (
+    "a scale per channel of rows": (
         f"""{START} t8 = QuantizeLinear <axis = 2> (r, steps, mids) tb = DequantizeLinear <axis = 2> (t8, steps, mids)
         z = Add (tb, xb) {END}""", B, 0,
     ),
-    "a number for each channel": (
+    "a scale per channel": (
         f"""{START} t8 = QuantizeLinear <axis = 1> (r, steps, mids) tb = DequantizeLinear <axis = 1> (t8, steps, mids)
         z = Add (tb, xb) {END}""", A, 3,
     ),
-    "an answer for each channel": (
+    "a result with a scale per channel": (
         f"""{START} z = Add (xb, rb) z8 = QuantizeLinear <axis = -3> (z, steps, mids)
         y = DequantizeLinear <axis = 1> (z8, steps, mids)""", A, 3,
     ),
@@ -67,16 +67,16 @@ FIRES = {
     "gains of one number": (f"{START} xg = Mul (xb, gain) rg = Mul (ones, rb) z = Add (xg, rg) {END}", A, 0),
     "gains of channels": (f"{START} xg = Mul (places, xb) rg = Mul (rb, all) z = Add (xg, rg) {END}", A, 3),
     "gains of rows": (f"{START} xg = Mul (row, xb) z = Add (xg, rb) {END}", B, 0),
-    "a gain behind": (f"{START} s = Add (xb, rb) z = Mul (s, places) {END}", A, 3),
-    "gains all around": (
+    "a gain after the sum": (f"{START} s = Add (xb, rb) z = Mul (s, places) {END}", A, 3),
+    "gains before and after": (
         f"""{START} xg = Mul (places, xb) xh = Mul (xg, gain) rg = Mul (rb, all) s = Add (xh, rg) t = Mul (places, s)
         z = Mul (t, gain) {END}""", A, 3,
     ),
-    "a gain of channels and a scale for each": (
+    "a gain and a scale per channel": (
         f"""{START} t8 = QuantizeLinear <axis = 1> (r, steps, mids) tb = DequantizeLinear <axis = 1> (t8, steps, mids)
         tg = Mul (tb, places) z = Add (xb, tg) {END}""", A, 3,
     ),
-    "one side turned already": (
+    "one operand is transposed already": (
         f"""{START} l8 = QuantizeLinear (x, step, low) l = Transpose <perm = [0, 2, 3, 1]> (l8)
         f = Transpose <perm = [0, 3, 1, 2]> (l) fb = DequantizeLinear (f, step, low) z = Add (rb, fb) {END}""", A, 5,
     ),
@@ -84,19 +84,19 @@ FIRES = {
 
 
 @pytest.mark.parametrize("name", FIRES)
-def test_it_becomes_ours_and_answers_the_same(name):
-    nodes, kind, turns = FIRES[name]
+def test_it_becomes_an_op_with_the_same_answers(name):
+    nodes, kind, transposes = FIRES[name]
     model = graph(nodes, kind)
     done = rewrites.apply(model, ["quant_add"])
     assert (done.counts, done.missed) == ({"quant_add": 1}, {})
     assert done.ops() == {"QuantAdd": 1}
-    left = collections.Counter(node.op_type for node in done.model.graph.node)
-    assert (left["Add"], left["Mul"], left["Transpose"]) == (0, 0, turns)
+    counts = collections.Counter(node.op_type for node in done.model.graph.node)
+    assert (counts["Add"], counts["Mul"], counts["Transpose"]) == (0, 0, transposes)
     same(model, done.model, fed(model))
 
 
-def test_what_others_read_stays():
-    """The floats of its sides, with and without a gain; its bytes are another sum's too."""
+def test_values_that_other_nodes_read_stay():
+    """Other nodes read the operands in float, with and without a gain. Another sum reads the 8-bit result."""
     nodes = f"""{START} xg = Mul (xb, places) s = Add (xg, rb) s8 = QuantizeLinear (s, step, low)
         sb = DequantizeLinear (s8, step, low) z = Add (xg, sb) {END} n = Neg (rb) m = Neg (xg)"""
     model = graph(nodes, y=f"{A} n, {A} m, {A}")
@@ -106,12 +106,12 @@ def test_what_others_read_stays():
 
 
 WHY = {
-    "float": "what it answers is not quantized, or not for it alone",
-    "shape": "its two sides have not the same shape, or that is not known",
+    "float": "its result is not quantized, or is read in float too",
+    "shape": "its operands differ in shape, or their shape is unknown",
     "constant": "a scale or a zero point is no constant",
-    "steps": "what multiplies it leaves scales that are not positive and normal",
-    "fine": "it answers in steps that are over 1048576 times finer than those it reads",
-    "axis": "its scales lie along an axis that is not that of channels",
+    "steps": "its gains leave scales that are not positive and normal",
+    "fine": "the steps of its result are over 1048576 times finer than those of an operand",
+    "axis": "its scales lie along an axis that is not the channels'",
 }
 STAYS = {
     "answers float": (graph(f"{START} s = Add (xb, rb) y = Relu (s)"), "float"),
@@ -119,23 +119,23 @@ STAYS = {
         graph(f"{START} z = Add (xb, rb) z8 = QuantizeLinear (z, step, mid8) y = DequantizeLinear (z8, step, mid8)"),
         "float",
     ),
-    "read by a norm too": (graph(f"{START} z = Add (xb, rb) {END} n = Neg (z)", y=f"{A} n, {A}"), "float"),
-    "an output itself": (graph(f"{START} z = Add (xb, rb) {END}", y=f"{A} z, {A}"), "float"),
-    "read by a norm too, behind a gain": (
+    "read in float too": (graph(f"{START} z = Add (xb, rb) {END} n = Neg (z)", y=f"{A} n, {A}"), "float"),
+    "the sum is an output": (graph(f"{START} z = Add (xb, rb) {END}", y=f"{A} z, {A}"), "float"),
+    "read in float too, after a gain": (
         graph(f"{START} s = Add (xb, rb) z = Mul (s, gain) {END} n = Neg (z)", y=f"{A} n, {A}"), "float",
     ),
-    "one side is broadcast": (graph(f"{START} z = Add (xb, rb) {END}", other="float[b, 5, 1, 1]"), "shape"),
-    "sides of other names": (graph(f"{START} z = Add (xb, rb) {END}", other="float[b, 5, h, v]"), "shape"),
+    "one operand is broadcast": (graph(f"{START} z = Add (xb, rb) {END}", other="float[b, 5, 1, 1]"), "shape"),
+    "dimensions with other names": (graph(f"{START} z = Add (xb, rb) {END}", other="float[b, 5, h, v]"), "shape"),
     "a gain that broadcasts": (graph(f"{START} xg = Mul (xb, five) z = Add (xg, rb) {END}"), "shape"),
     "a scale that is fed": (
         graph(f"{START} t8 = QuantizeLinear (r, fed, mid) tb = DequantizeLinear (t8, fed, mid) z = Add (tb, xb) {END}",
               more=", float fed"), "constant",
     ),
     "a gain below 0": (graph(f"{START} xg = Mul (xb, minus) z = Add (xg, rb) {END}"), "steps"),
-    "a gain below 0 behind": (graph(f"{START} s = Add (xb, rb) z = Mul (s, minus) {END}"), "steps"),
-    "a channel that is nothing": (graph(f"{START} xg = Mul (xb, one_zero) z = Add (xg, rb) {END}"), "steps"),
-    "a gain that is next to nothing": (graph(f"{START} xg = Mul (xb, tiny) z = Add (xg, rb) {END}"), "steps"),
-    "a gain that is beyond all steps": (graph(f"{START} xg = Mul (xb, huge) z = Add (xg, rb) {END}"), "fine"),
+    "a gain below 0 after the sum": (graph(f"{START} s = Add (xb, rb) z = Mul (s, minus) {END}"), "steps"),
+    "a gain of 0 for a channel": (graph(f"{START} xg = Mul (xb, one_zero) z = Add (xg, rb) {END}"), "steps"),
+    "a gain that makes a step subnormal": (graph(f"{START} xg = Mul (xb, tiny) z = Add (xg, rb) {END}"), "steps"),
+    "a gain that makes a step too coarse": (graph(f"{START} xg = Mul (xb, huge) z = Add (xg, rb) {END}"), "fine"),
     "two axes": (
         graph(f"""{START} t8 = QuantizeLinear <axis = 3> (r, six_steps, six_mids)
         tb = DequantizeLinear <axis = 3> (t8, six_steps, six_mids) xg = Mul (xb, places) z = Add (tb, xg) {END}""",
@@ -152,7 +152,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_what_stays_and_why(name):
+def test_what_does_not_change_and_why(name):
     model, why = STAYS[name]
     done = rewrites.apply(model, ["quant_add"])
     assert done.model == model
@@ -168,24 +168,24 @@ def test_what_stays_and_why(name):
         f"""{START} t8 = QuantizeLinear (r, fine, mid8) tb = DequantizeLinear (t8, fine, mid8) z = Add (xb, tb) {END}
         n = Neg (rb)""",
     ],
-    ids=["of one tensor", "a side in float", "a gain that is no constant", "a side in int8"],
+    ids=["of one tensor", "an operand in float", "a gain that is not constant", "an operand in int8"],
 )
-def test_what_is_no_sum_of_bytes_is_not_spoken_of(nodes):
+def test_what_is_not_a_sum_of_two_quantized_tensors_is_not_reported(nodes):
     model = graph(nodes, y=f"{A} n, {A}")
     done = rewrites.apply(model, ["quant_add"])
     assert (done.model == model, done.missed) == (True, {})
 
 
-def test_sides_behind_operators_of_ours_have_a_shape_still():
-    """Of a graph that other rules have been over: what their functions read of shapes is followed."""
+def test_shapes_are_inferred_through_custom_ops():
+    """Another rule has changed the graph; shape inference goes through the functions of its ops."""
     nodes = f"{START} s = Gelu (xb) s8 = QuantizeLinear (s, fine, low) sb = DequantizeLinear (s8, fine, low)"
     before = rewrites.apply(graph(f"{nodes} z = Add (sb, rb) {END}"), ["quant_lookup"])
     done = rewrites.apply(before.model, ["quant_add"])
     assert (done.counts, done.ops()) == ({"quant_add": 1}, {"QuantLookup": 1, "QuantAdd": 1})
 
 
-def test_between_two_products_nothing_is_turned(library, tmp_path):
-    """A residual branch with a gain for each channel: one Transpose before and one behind are all that is left."""
+def test_between_two_products_no_transpose_stays(library, tmp_path):
+    """A residual branch with a gain per channel: only one Transpose before and one after it remain."""
     nodes = f"""x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
         pb = DequantizeLinear (p, p_step, p_zero) c = Conv (xb, pb)
         c8 = QuantizeLinear (c, fine, low) cb = DequantizeLinear (c8, fine, low) d = Conv (cb, pb)

@@ -1,5 +1,5 @@
-"""Convolutions of 8 bits -> our operators: of one place (pointwise), and of one channel each (depthwise). What both ask
-for stands once, with what is particular to each beside it."""
+"""Quantized convolutions -> the ops QuantPointwise and QuantDepthwise. Cases of both rules are listed once; cases of
+one rule are in the tables `…_OF`."""
 
 import numpy as np
 import onnx
@@ -26,8 +26,8 @@ CONSTANTS = {
 }  # fmt: skip
 
 
-def own(outputs, weight):
-    """Constants of as many outputs."""
+def constants_of(outputs, weight):
+    """Constants for a convolution with ``outputs`` channels."""
     return {
         "w": weight, "w_steps": RNG.uniform(0.002, 0.004, outputs).astype(np.float32),
         "w_zeros": np.zeros(outputs, np.int8), "w_moved": np.full(outputs, 3, np.int8), "outputs": np.array([outputs]),
@@ -38,7 +38,10 @@ def own(outputs, weight):
     }  # fmt: skip
 
 
-OWN = {POINTWISE: own(6, RNG.integers(-127, 128, (6, 5, 1, 1), np.int8)), DEPTHWISE: own(5, CONSTANTS["dw"])}
+CONSTANTS_OF = {
+    POINTWISE: constants_of(6, RNG.integers(-127, 128, (6, 5, 1, 1), np.int8)),
+    DEPTHWISE: constants_of(5, CONSTANTS["dw"]),
+}
 W = "wb = DequantizeLinear <axis = 0> (w, w_steps, w_zeros)"
 END = "z8 = QuantizeLinear (z, fine, low) y = DequantizeLinear (z8, fine, low)"
 
@@ -47,11 +50,11 @@ def graph(rule, nodes, x="float[b, 5, h, w_]", y="float[b, c, h_, w__]"):
     """``nodes``, in which CONV is the convolution, of ``rule``'s kind."""
     conv = nodes.replace("CONV <", "Conv <group = 5, ").replace("CONV", "Conv <group = 5>")
     text = conv if rule == DEPTHWISE else nodes.replace("CONV", "Conv")
-    return quantized.graph(text, f"({x} x) => ({y} y)", CONSTANTS | OWN[rule])
+    return quantized.graph(text, f"({x} x) => ({y} y)", CONSTANTS | CONSTANTS_OF[rule])
 
 
 def cases(both, particular):
-    """Of a table: rule and nodes, those of both rules and those of one, by name."""
+    """pytest params of a table: the cases ``both`` for each rule, and each rule's ``particular`` cases."""
     rows = [(rule, name, case) for rule in RULES for name, case in (both | particular[rule]).items()]
     return [pytest.param(rule, case, id=f"{rule}: {name}") for rule, name, case in rows]
 
@@ -70,16 +73,16 @@ FIRES_OF = {
     },
     DEPTHWISE: {
         "strides": f"{START} {W} z = CONV <strides = [2, 3]> (xb, wb) {END}",
-        "pads of four kinds": f"{START} {W} z = CONV <pads = [1, 0, 2, 3]> (xb, wb) {END}",
-        "all of a padded picture": f"{START} {W} z = CONV <pads = [1, 1, 1, 1]> (xb, wb) {END}",
-        "a window that is no square": f"""{START} wb = DequantizeLinear (long, one_step, one_zero)
+        "four different pads": f"{START} {W} z = CONV <pads = [1, 0, 2, 3]> (xb, wb) {END}",
+        "pads on all sides": f"{START} {W} z = CONV <pads = [1, 1, 1, 1]> (xb, wb) {END}",
+        "a window that is not square": f"""{START} wb = DequantizeLinear (long, one_step, one_zero)
             z = CONV (xb, wb) {END}""",
     },
 }
 
 
 @pytest.mark.parametrize(("rule", "nodes"), cases(FIRES, FIRES_OF))
-def test_it_becomes_ours_and_answers_the_same(rule, nodes):
+def test_it_becomes_an_op_with_the_same_answers(rule, nodes):
     model = graph(rule, nodes)
     count = sum(node.op_type == "Conv" for node in model.graph.node)
     done = rewrites.apply(model, [rule])
@@ -89,34 +92,34 @@ def test_it_becomes_ours_and_answers_the_same(rule, nodes):
 
 
 STAYS = {
-    "x in a scale for each channel": (
+    "x has a scale per channel": (
         f"""x8 = QuantizeLinear <axis = 1> (x, x_steps, x_mids) xb = DequantizeLinear <axis = 1> (x8, x_steps, x_mids)
         {W} z = CONV (xb, wb) {END}""",
-        "what it reads has a scale for each channel",
+        "its input has a scale for each channel",
     ),
-    "y in a scale for each channel": (
+    "y has a scale per channel": (
         f"""{START} {W} z = CONV (xb, wb) z8 = QuantizeLinear <axis = 1> (z, y_steps, y_mids)
         y = DequantizeLinear <axis = 1> (z8, y_steps, y_mids)""",
-        "what it answers has a scale for each channel",
+        "its result has a scale for each channel",
     ),
-    "weights around 3": (
+    "weights with a zero point of 3": (
         f"{START} wb = DequantizeLinear <axis = 0> (w, w_steps, w_moved) z = CONV (xb, wb) {END}",
-        "its weights are not around 0, or that cannot be seen",
+        "its weight has a zero point that is not 0, or no constant",
     ),
     "a bias that is no constant": (
         f"""{START} {W} m = ReduceMax (x) one = Reshape (m, minus) all = Expand (one, outputs)
         z = CONV (xb, wb, all) {END}""",
         "its bias is no constant",
     ),
-    "answers float": (f"{START} {W} y = CONV (xb, wb)", "what it answers is not quantized, or not for it alone"),
+    "answers float": (f"{START} {W} y = CONV (xb, wb)", "its result is not quantized, or is read in float too"),
     "an activation": (
         f"{START} {W} c = CONV (xb, wb) z = Gelu (c) {END}",
-        "what it answers is not quantized, or not for it alone",
+        "its result is not quantized, or is read in float too",
     ),
     "read twice": (
         f"""{START} {W} z = CONV (xb, wb) z8 = QuantizeLinear (z, fine, low) zb = DequantizeLinear (z8, fine, low)
         y = Add (z, zb)""",
-        "what it answers is not quantized, or not for it alone",
+        "its result is not quantized, or is read in float too",
     ),
 }
 STAYS_OF = {
@@ -125,35 +128,35 @@ STAYS_OF = {
             f"{START} fb = DequantizeLinear (few, v_step, one_zero) z = Conv <group = 5> (xb, fb) {END}",
             "its channels are in groups",
         ),
-        "every other place": (
+        "strides": (
             f"{START} {W} z = Conv <strides = [2, 2]> (xb, wb) {END}",
-            "it does not answer each place of what it reads, and no other",
+            "it has strides or pads, so its places are not those of its input",
         ),
-        "places around": (
+        "pads": (
             f"{START} {W} z = Conv <pads = [1, 1, 1, 1]> (xb, wb) {END}",
-            "it does not answer each place of what it reads, and no other",
+            "it has strides or pads, so its places are not those of its input",
         ),
         "a scale for each input": (
             f"{START} wb = DequantizeLinear <axis = 1> (w, x_steps, five) z = Conv (xb, wb) {END}",
-            "its weights have a scale for each input; the op takes one for each output",
+            "its weight has a scale for each input; the op takes one for each output",
         ),
     },
     DEPTHWISE: {
-        "answers two channels of each": (
+        "two outputs per channel": (
             f"{START} wb = DequantizeLinear (two, one_step, one_zero) z = CONV (xb, wb) {END}",
-            "its groups are more than a channel each, or answer more",
+            "its groups have more than one channel, or more than one output",
         ),
-        "gaps": (f"{START} {W} z = CONV <dilations = [2, 2]> (xb, wb) {END}", "its window has gaps"),
-        "padded by itself": (
+        "dilations": (f"{START} {W} z = CONV <dilations = [2, 2]> (xb, wb) {END}", "its window is dilated"),
+        "automatic pads": (
             f'{START} {W} z = CONV <auto_pad = "SAME_UPPER"> (xb, wb) {END}',
-            "what it is padded with hangs on what it reads",
+            "its pads depend on the size of its input",
         ),
     },
 }
 
 
 @pytest.mark.parametrize(("rule", "case"), cases(STAYS, STAYS_OF))
-def test_what_stays_and_why(rule, case):
+def test_what_does_not_change_and_why(rule, case):
     nodes, why = case
     model = graph(rule, nodes)
     done = rewrites.apply(model, [rule])
@@ -161,13 +164,13 @@ def test_what_stays_and_why(rule, case):
     assert list(done.missed[rule].values()) == [why]
 
 
-def test_along_one_axis_it_is_not_ours():
+def test_a_convolution_along_one_axis_does_not_change():
     nodes = f"{START} wb = DequantizeLinear (row, one_step, one_zero) z = CONV (xb, wb) {END}"
     done = rewrites.apply(graph(DEPTHWISE, nodes, "float[b, 5, l]", "float[b, c, m]"), [DEPTHWISE])
-    assert list(done.missed[DEPTHWISE].values()) == ["its window has not two sides, or they are not known"]
+    assert list(done.missed[DEPTHWISE].values()) == ["its window does not have two sides"]
 
 
-def test_a_window_of_all_channels_is_another_rules():
+def test_a_full_convolution_is_not_reported():
     nodes = f"{START} vb = DequantizeLinear (wide, v_step, one_zero) z = Conv (xb, vb) {END}"
     done = rewrites.apply(graph(POINTWISE, nodes), [POINTWISE])
     assert (done.missed, done.ops()) == ({}, {})
@@ -199,24 +202,24 @@ def test_a_window_of_all_channels_is_another_rules():
     ids=["around a table", "around a depthwise one"],
 )
 def test_between_two_products_channels_stay_last(nodes, rules, ops, library, tmp_path):
-    """One Transpose before and one behind are all that ONNX Runtime leaves."""
+    """ONNX Runtime leaves only one Transpose before them and one after them."""
     model = graph(POINTWISE, nodes)
     done = rewrites.apply(model, rules)
     assert done.ops() == ops
     assert {**ops, "Transpose": 2}.items() <= kinds(done.model, tmp_path, library).items()
-    same(model, done.model, X, most=0.02)  # next to a tie in one of four
+    same(model, done.model, X, most=0.02)  # a tie may occur in each of four products
 
 
 def test_attributes_are_those_of_the_convolution():
-    done = rewrites.apply(graph(DEPTHWISE, FIRES_OF[DEPTHWISE]["pads of four kinds"]), [DEPTHWISE])
+    done = rewrites.apply(graph(DEPTHWISE, FIRES_OF[DEPTHWISE]["four different pads"]), [DEPTHWISE])
     (node,) = [node for node in done.model.graph.node if node.op_type == "QuantDepthwise"]
-    found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    assert found == {"strides": [1, 1], "pads": [1, 0, 2, 3], "group": 5}
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes == {"strides": [1, 1], "pads": [1, 0, 2, 3], "group": 5}
 
 
 def test_the_shape_of_a_graph_of_known_sides_stays():
     done = rewrites.apply(graph(POINTWISE, FIRES["plain"], "float[2, 5, 7, 3]"), [POINTWISE])
-    found = onnx.shape_inference.infer_shapes(done.model)
-    sides = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in found.graph.value_info}
+    inferred = onnx.shape_inference.infer_shapes(done.model)
+    sides = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.graph.value_info}
     (node,) = [node for node in done.model.graph.node if node.op_type == "QuantPointwise"]
     assert sides[node.input[0]] == [2, 7, 3, 5]

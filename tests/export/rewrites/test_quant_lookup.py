@@ -1,5 +1,5 @@
-"""Functions of one variable between 8 bits -> tables. The oracle is the graph before, run by ONNX Runtime with nothing
-of ours in it, on every byte; and for some, the function written in Python's float64."""
+"""Functions of one 8-bit tensor -> tables. The oracle is the graph before the rule, run by ONNX Runtime on every byte;
+for some functions, also the function in Python's float64."""
 
 import math
 
@@ -31,7 +31,7 @@ def graph(nodes, x="uint8[r, 7] x", y="uint8[r, 7] y", more="", start="a = Dequa
 
 
 def end(nodes):
-    """z in 8 bits."""
+    """Quantizes z."""
     return f"{nodes} y = QuantizeLinear (z, fine, low)"
 
 
@@ -58,7 +58,7 @@ CHAINS = {name: _SPECIAL.get(name, f"z = {name} (a)") for name in sorted(POINTWI
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_chain_is_a_table_and_answers_the_same_bits(name):
+def test_a_chain_becomes_a_table_with_the_same_bits(name):
     model = graph(end(CHAINS[name]))
     done = rewrites.apply(model, ["quant_lookup"])
     assert (done.counts, done.missed) == ({"quant_lookup": 1}, {})
@@ -80,13 +80,13 @@ def test_a_chain_is_a_table_and_answers_the_same_bits(name):
         ("a slope", lambda v: v if v > 0 else 0.3 * v),
     ],
 )
-def test_a_table_is_the_function_as_by_hand(name, function):
+def test_a_table_is_the_function(name, function):
     table = table_of(rewrites.apply(graph(end(CHAINS[name])), ["quant_lookup"]))
     real = np.array([function((byte - MID) * float(STEP)) / float(FINE) + LOW for byte in range(256)])
     assert np.abs(np.clip(real, 0, 255) - table).max() < 0.501  # a tie may fall either way
 
 
-# what else there is -> what is left, and the graph's outputs
+# nodes, more outputs, and the op types afterwards
 STAYS = {
     "its bytes read elsewhere": ("z = Gelu (a) w = Cast <to = 6> (x)", ", int32[r, 7] w", ["Cast", "QuantLookup"]),
     "its floats read elsewhere": (
@@ -101,23 +101,23 @@ STAYS = {
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_what_others_read_stays(name):
-    nodes, outputs, left = STAYS[name]
+def test_values_that_other_nodes_read_stay(name):
+    nodes, outputs, kinds_after = STAYS[name]
     model = graph(end(nodes), y=f"uint8[r, 7] y{outputs}")
     done = rewrites.apply(model, ["quant_lookup"])
-    assert sorted(node.op_type for node in done.model.graph.node) == left
-    expected, found = (onnx_run(one)({"x": X}) for one in (model, done.model))
+    assert sorted(node.op_type for node in done.model.graph.node) == kinds_after
+    expected, actual = (onnx_run(version)({"x": X}) for version in (model, done.model))
     for value in expected:
-        np.testing.assert_array_equal(found[value], expected[value], strict=True)
+        np.testing.assert_array_equal(actual[value], expected[value], strict=True)
 
 
-# graph -> why not; "" where it does not even look like one
+# graph -> why it does not change; "": it is not even a near miss
 LEFT = {
     "a value between is an output": (graph(end("z = Gelu (a)"), y="uint8[r, 7] y, float[r, 7] z"), "is used elsewhere"),
     "a value between is read": (
         graph(end("b = Sigmoid (a) z = Mul (a, b) w = Neg (b)"), y="uint8[r, 7] y, float[r, 7] w"), "is used elsewhere",
     ),
-    "two of it in 8 bits": (
+    "quantized twice": (
         graph(end("z = Gelu (a) w = QuantizeLinear (z, step, mid)"), y="uint8[r, 7] y, uint8[r, 7] w"),
         "is used elsewhere",
     ),
@@ -130,9 +130,9 @@ LEFT = {
         "is used elsewhere",
     ),
     "it reads int8": (
-        graph(end("z = Gelu (a)"), x="int8[r, 7] x", start="a = DequantizeLinear (x, step, mid8)"), "no uint8",
+        graph(end("z = Gelu (a)"), x="int8[r, 7] x", start="a = DequantizeLinear (x, step, mid8)"), "is no uint8",
     ),
-    "it makes int8": (graph("z = Gelu (a) y = QuantizeLinear (z, fine, mid8)", y="int8[r, 7] y"), "no uint8"),
+    "it makes int8": (graph("z = Gelu (a) y = QuantizeLinear (z, fine, mid8)", y="int8[r, 7] y"), "is no uint8"),
     "a scale that is fed": (
         graph(end("z = Gelu (a)"), more=", float fed", start="a = DequantizeLinear (x, fed, mid)"), "is no constant",
     ),
@@ -168,14 +168,13 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_not_sure_is_left_and_said(name):
+def test_other_graphs_do_not_change_and_the_report_says_why(name):
     model, why = LEFT[name]
     done = rewrites.apply(model, ["quant_lookup"])
     assert done.counts == {"quant_lookup": 0}
     assert done.model == model
-    (said,) = done.missed["quant_lookup"].values() if why else ("",)
-    assert why in said
-    assert why or not done.missed
+    assert bool(done.missed) == bool(why)
+    assert all(why in reason for reason in done.missed.get("quant_lookup", {}).values())
 
 
 _PRODUCT = """<float step = {0.05}, uint8 mid = {117}, float[2] steps = {0.01, 0.02}, int8[2] zeros = {0, 0},
@@ -189,8 +188,8 @@ _PRODUCT = """<float step = {0.05}, uint8 mid = {117}, float[2] steps = {0.01, 0
         ("q = QuantizeLinear (p, step, mid) d = DequantizeLinear (q, step, mid)", {"QuantLinear": 1, "QuantLookup": 1}),
     ],
 )
-def test_a_product_keeps_the_gelu_that_is_its_own(between, ops):
-    """`quant_linear` goes first, and reads it in float; this rule only where it is between 8 bits."""
+def test_a_product_keeps_the_gelu_of_its_epilogue(between, ops):
+    """`quant_linear` runs first and takes a Gelu of its float result; this rule needs a Gelu of a quantized tensor."""
     model = parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
         g (uint8[r, 7] x) => (uint8[r, 2] y) {_PRODUCT}
@@ -204,7 +203,7 @@ def test_a_product_keeps_the_gelu_that_is_its_own(between, ops):
 
 
 def test_each_function_has_a_table_of_its_own():
-    """Of three the first and the last are the same function, in other steps."""
+    """The first and the last of three are the same function with other steps."""
     nodes = """z = Gelu (a) z8 = QuantizeLinear (z, step, mid) b = DequantizeLinear (z8, step, mid) s = Sigmoid (b)
         s8 = QuantizeLinear (s, fine, low) c = DequantizeLinear (s8, fine, low) t = Gelu (c)
         y = QuantizeLinear (t, fine, mid)"""
@@ -212,11 +211,11 @@ def test_each_function_has_a_table_of_its_own():
     done = rewrites.apply(model, ["quant_lookup"])
     assert done.ops() == {"QuantLookup": 3}
     assert len({node.input[1] for node in done.model.graph.node}) == 3
-    np.testing.assert_array_equal(*(onnx_run(one)({"x": X})["y"] for one in (done.model, model)))
+    np.testing.assert_array_equal(*(onnx_run(version)({"x": X})["y"] for version in (done.model, model)))
 
 
 def convolutions(weight):
-    """Two convolutions of 1 x 1, a Gelu between them in 8 bits; their weight in int8 or in float."""
+    """Two convolutions of 1 x 1 with a quantized Gelu between them; their weight is int8 or float."""
     back = "DequantizeLinear (kernel, step, nil)" if weight == "int8" else "Identity (real)"
     return parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": 20]>
@@ -231,21 +230,21 @@ def convolutions(weight):
     """)
 
 
-def test_convolutions_around_it_are_fused_and_turned_as_before(library, tmp_path):
-    """One Transpose before them and one behind, as ONNX Runtime has it without ours."""
+def test_convolutions_around_it_are_fused_and_transposed_as_before(library, tmp_path):
+    """One Transpose before them and one after them, as in ONNX Runtime without the op."""
     model = convolutions("int8")
     done = rewrites.apply(model, ["quant_lookup"])
     assert [n.op_type for n in done.model.graph.node].count("Transpose") == 2
     onnx.checker.check_model(done.model, full_check=True)
-    before, after = (kinds(one, tmp_path, library) for one in (model, done.model))
+    before, after = (kinds(op_library, tmp_path, library) for op_library in (model, done.model))
     assert (before["QLinearConv"], before["Transpose"]) == (2, 2)
     assert (after["QLinearConv"], after["Transpose"], after["QuantLookup"]) == (2, 2, 1)
     x = {"x": np.random.default_rng(0).normal(0, 3, (2, 4, 6, 5)).astype(np.float32)}
-    for one in (None, library):
-        np.testing.assert_array_equal(onnx_run(done.model, library=one)(x)["y"], onnx_run(model)(x)["y"])
+    for op_library in (None, library):
+        np.testing.assert_array_equal(onnx_run(done.model, library=op_library)(x)["y"], onnx_run(model)(x)["y"])
 
 
-def test_convolutions_in_float_are_not_turned():
+def test_convolutions_in_float_are_not_transposed():
     done = rewrites.apply(convolutions("float"), ["quant_lookup"])
     assert done.ops() == {"QuantLookup": 1}
     assert not [node for node in done.model.graph.node if node.op_type == "Transpose"]

@@ -1,5 +1,5 @@
 """The convolution that reads the pixels -> windows and a product. The oracle is the quantized graph itself, run by ONNX
-Runtime with nothing of ours in it; what must not be rewritten is checked by the reason that is given."""
+Runtime. A graph that must not be rewritten is checked by the reason in `missed`."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ FLOATS = "float[B, 4, P, Q] y"
 def stem(how="strides = [2, 2], pads = [0, 0, 1, 1]", x="B, 3, 9, 7", w="4, 3, 3, 3", more=END, outputs=BYTES,
          pixels="fine, low", zeros="0, 0, 0, 0", weight="axis = 0", scale="s, zeros", bias=", bias", first="",
          read="x"):  # fmt: skip
-    """A convolution called Conv of pixels, whose answer is z, and what is said of it."""
+    """A convolution of pixels named Conv with the result z; each parameter replaces a part of the graph."""
     count = np.prod([int(side) for side in w.split(",")])
     numbers = ", ".join(str(n) for n in np.random.default_rng(0).integers(-127, 128, count))
     model = parser.parse_model(f"""
@@ -48,7 +48,7 @@ def pixels(model):
     return {"x": np.random.default_rng(0).normal(0, 2, sides).astype(np.float32)}
 
 
-# what is said of the convolution -> the ops that come of it
+# changes of the graph, and the ops afterwards
 FITS = {
     "of EfficientNet": ({}, {"QuantLinear": 1}),
     "of FastViT": ({"how": "strides = [2, 2], pads = [1, 1, 1, 1]"}, {"QuantLinear": 1}),
@@ -62,7 +62,7 @@ FITS = {
     "without a bias": ({"bias": ""}, {"QuantLinear": 1}),
     "with a bias in steps": ({"bias": ", counted"}, {"QuantLinear": 1}),
     "weights of one scale": ({"scale": "one, nil"}, {"QuantLinear": 1}),
-    "steps made by a node": ({"more": "y = QuantizeLinear (z, late, mid)"}, {"QuantLinear": 1}),
+    "steps computed by a node": ({"more": "y = QuantizeLinear (z, late, mid)"}, {"QuantLinear": 1}),
     "with a Relu": ({"more": "r = Relu (z) y = QuantizeLinear (r, coarse, mid)"}, {"QuantLinear": 1}),
     "with a Gelu": (
         {"more": 'r = Gelu <approximate = "tanh"> (z) y = QuantizeLinear (r, coarse, mid)'}, {"QuantLinear": 1}
@@ -73,19 +73,19 @@ FITS = {
     "with half a Clip": (
         {"more": 'r = Clip (z, "", six) y = QuantizeLinear (r, coarse, mid)'}, {"QuantLinearToFloat": 1}
     ),
-    "with a product behind": (
+    "with a product after it": (
         {"more": "m = Mul (half, z) r = Relu (m) y = QuantizeLinear (r, coarse, mid)"}, {"QuantLinearToFloat": 1}
     ),
     "in float": ({"more": "y = Neg (z)", "outputs": FLOATS}, {"QuantLinearToFloat": 1}),
     "an output": ({"more": "", "outputs": "float[B, 4, P, Q] z"}, {"QuantLinearToFloat": 1}),
-    "with a gain for each channel": ({"more": "y = Mul (z, gain)", "outputs": FLOATS}, {"QuantLinearToFloat": 1}),
-    "in steps of each channel": (
+    "with a gain per channel": ({"more": "y = Mul (z, gain)", "outputs": FLOATS}, {"QuantLinearToFloat": 1}),
+    "with steps per channel": (
         {"more": "m = Abs (z) y = QuantizeLinear <axis = 1> (m, each, mids)"}, {"QuantLinearToFloat": 1}
     ),
     "read twice": (
         {"more": END + " v = Sigmoid (z)", "outputs": BYTES + ", float[B, 4, P, Q] v"}, {"QuantLinearToFloat": 1}
     ),
-    "pixels that others read": (
+    "pixels that other nodes read": (
         {"more": END + " v = Abs (xb) n = Shape (xb)", "outputs": BYTES + ", float[B, 3, 9, 7] v, int64[4] n"},
         {"QuantLinear": 1},
     ),
@@ -93,44 +93,44 @@ FITS = {
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_a_stem_means_what_it_meant(name):
-    given, product = FITS[name]
-    model = stem(**given)
+def test_a_stem_answers_the_same(name):
+    changes, product = FITS[name]
+    model = stem(**changes)
     done = same(model, pixels(model))
     assert done.ops() == {"QuantPatches": 1} | product
     assert not {"Conv", "MatMul"} & {node.op_type for node in done.model.graph.node if node.domain != DOMAIN}
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("changes", "why"),
     [
-        ({"pixels": "coarse, low"}, "its pixels are read in other steps than they are written in"),
-        ({"x": "B, 3, H, W"}, "the sides of its pixels are not known"),
+        ({"pixels": "coarse, low"}, "its pixels are dequantized in other steps than they are quantized in"),
+        ({"x": "B, 3, H, W"}, "the size of its pictures is unknown"),
         ({"x": "B, 18, 9, 7", "w": "4, 18, 4, 4"}, "its windows hold 288 numbers of 18 channels"),
         ({"x": "B, 4, 9, 7", "w": "4, 1, 3, 3", "how": "group = 4"}, "its channels are in groups"),
-        ({"how": "dilations = [2, 1]"}, "its windows have holes"),
-        ({"how": 'auto_pad = "SAME_UPPER"'}, "its pads are not stated"),
-        ({"how": "pads = [0, -1, 0, 0]"}, "its pads or its pictures are less than"),
-        ({"zeros": "0, 1, 0, 0"}, "its weights are not around 0"),
-        ({"w": "4, 4, 3, 3", "x": "B, 4, 9, 7", "weight": "axis = 1"}, "its weights have no scale for each output"),
-        ({"bias": ", made", "first": "made = Neg (bias)"}, "its bias is no constant"),
+        ({"how": "dilations = [2, 1]"}, "its window is dilated"),
+        ({"how": 'auto_pad = "SAME_UPPER"'}, "its pads depend on the size of its input"),
+        ({"how": "pads = [0, -1, 0, 0]"}, "its pads are negative, or its pictures are smaller than a window"),
+        ({"zeros": "0, 1, 0, 0"}, "its weight has a zero point that is not 0"),
+        ({"w": "4, 4, 3, 3", "x": "B, 4, 9, 7", "weight": "axis = 1"}, "its weight has a scale for each input"),
+        ({"bias": ", negative", "first": "negative = Neg (bias)"}, "its bias is no constant"),
     ],
 )
-def test_what_is_left_alone_says_why(given, why):
-    model = stem(**given)
+def test_what_does_not_change_and_why(changes, why):
+    model = stem(**changes)
     done = rewrites.apply(model, ["quant_stem"])
     assert done.model == model
     assert done.missed["quant_stem"]["Conv"].startswith(why)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "changes",
     [
         {"w": "4, 3, 1, 1"},  # pixel by pixel
-        {"first": "x1 = Neg (x)", "read": "x1"},  # not of what the graph is given
+        {"first": "x1 = Neg (x)", "read": "x1"},  # not the graph's input
     ],
 )
-def test_what_is_no_stem_is_not_even_missed(given):
-    done = rewrites.apply(stem(**given), ["quant_stem"])
+def test_what_is_not_a_stem_is_not_reported(changes):
+    done = rewrites.apply(stem(**changes), ["quant_stem"])
     assert not done.ops()
     assert not done.missed

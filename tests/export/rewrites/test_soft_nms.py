@@ -38,50 +38,46 @@ def scene(n=60):
 
 
 def settings(method, per_class, most=1000):
-    found = {"method": METHODS.index(method), "per_class": per_class, "max_output": most}
-    found |= {"iou_threshold": 0.3, "sigma": 0.5, "min_score": 0.2}
-    return {name: np.array([found[name]], tensor.dtype) for name, tensor in SETTINGS.items()}
+    values = {"method": METHODS.index(method), "per_class": per_class, "max_output": most}
+    values |= {"iou_threshold": 0.3, "sigma": 0.5, "min_score": 0.2}
+    return {name: np.array([values[name]], tensor.dtype) for name, tensor in SETTINGS.items()}
 
 
 @pytest.mark.parametrize("per_class", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_graph_answers_what_the_reference_keeps_of_its_candidates(method, per_class):
+def test_the_graph_answers_as_the_reference_on_its_candidates(method, per_class):
     model = detector()
     candidates = onnx_run(model)(scene())
-    found = rewrites.apply(model, RULE)
-    assert found.counts == {"soft_nms": 1}
-    assert found.ops() == {"SoftNMS": 1}
-    answer = onnx_run(found.model)({**scene(), **settings(method, int(per_class))})
+    done = rewrites.apply(model, RULE)
+    assert done.counts == {"soft_nms": 1}
+    assert done.ops() == {"SoftNMS": 1}
+    answer = onnx_run(done.model)({**scene(), **settings(method, int(per_class))})
     boxes, scores, classes = (candidates[f"candidate_{name}"] for name in ("boxes", "scores", "classes"))
-    kept = reference.soft_nms(boxes, scores, classes, method=method, per_class=per_class, min_score=0.2)
-    assert 5 < len(kept.indices) < 60
-    np.testing.assert_array_equal(answer["kept_boxes"], boxes[kept.indices])
-    np.testing.assert_array_equal(answer["raw_scores"], scores[kept.indices])
-    np.testing.assert_allclose(answer["scores"], kept.scores, rtol=1e-5)
-    np.testing.assert_array_equal(answer["classes"], kept.classes)
+    expected = reference.soft_nms(boxes, scores, classes, method=method, per_class=per_class, min_score=0.2)
+    assert 5 < len(expected.indices) < 60
+    np.testing.assert_array_equal(answer["kept_boxes"], boxes[expected.indices])
+    np.testing.assert_array_equal(answer["raw_scores"], scores[expected.indices])
+    np.testing.assert_allclose(answer["scores"], expected.scores, rtol=1e-5)
+    np.testing.assert_array_equal(answer["classes"], expected.classes)
     assert answer["count"].tolist() == [60]
 
 
 def test_the_answers_come_in_one_order_and_the_settings_are_inputs():
-    found = rewrites.apply(detector(), RULE).model
-    assert [v.name for v in found.graph.output] == ["kept_boxes", "scores", "raw_scores", "classes", "count"]
-    assert [v.name for v in found.graph.input] == ["b", "s", "c", *SETTINGS]
-    onnx.checker.check_model(found, full_check=True)
-
-
-def test_the_node_has_every_output_of_the_op():
-    """One more output in the spec is one more here."""
-    (node,) = [n for n in rewrites.apply(detector(), RULE).model.graph.node if n.domain == DOMAIN]
+    changed = rewrites.apply(detector(), RULE).model
+    assert [v.name for v in changed.graph.output] == ["kept_boxes", "scores", "raw_scores", "classes", "count"]
+    assert [v.name for v in changed.graph.input] == ["b", "s", "c", *SETTINGS]
+    onnx.checker.check_model(changed, full_check=True)
+    (node,) = [n for n in changed.graph.node if n.domain == DOMAIN]
     assert list(node.input) == ["candidate_boxes", "candidate_scores", "candidate_classes", *SETTINGS]
-    assert len(node.output) == len(SOFT_NMS.outputs)
+    assert len(node.output) == len(SOFT_NMS.outputs)  # a new output in the spec is also a new output of the node
 
 
-def test_a_setting_that_the_graph_takes_already_is_shared():
+def test_an_existing_input_for_a_setting_is_reused():
     body = BODY + "good = GreaterOrEqual (candidate_scores, min_score)"
     model = detector("float[n, 4] b, float[n] s, int64[n] c, float[1] min_score", f"{ENDS}, bool[n] good", body)
-    found = rewrites.apply(model, RULE).model
-    assert sorted(v.name for v in found.graph.input) == sorted(["b", "s", "c", *SETTINGS])
-    answer = onnx_run(found)({**scene(), **settings("hard", 0)})
+    changed = rewrites.apply(model, RULE).model
+    assert sorted(v.name for v in changed.graph.input) == sorted(["b", "s", "c", *SETTINGS])
+    answer = onnx_run(changed)({**scene(), **settings("hard", 0)})
     assert answer["scores"].min() >= 0.2
     assert answer["good"].sum() < 60
 
@@ -116,8 +112,8 @@ def test_a_setting_that_the_graph_takes_already_is_shared():
         ),
     ],
 )
-def test_a_graph_without_candidates_stays_as_it_is_and_says_why(graph, why):
-    found = rewrites.apply(graph, RULE)
-    assert found.counts == {"soft_nms": 0}
-    assert found.model == graph
-    assert re.search(why, found.missed["soft_nms"]["the graph"])
+def test_a_graph_without_candidates_does_not_change_and_the_report_says_why(graph, why):
+    done = rewrites.apply(graph, RULE)
+    assert done.counts == {"soft_nms": 0}
+    assert done.model == graph
+    assert re.search(why, done.missed["soft_nms"]["the graph"])
