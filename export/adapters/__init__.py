@@ -1,8 +1,8 @@
 """FAMILY adapters: `Net` -> `Net`, before it is folded and traced. A recipe lists them in order, each with its params.
 
-At that point tensors are what the checkpoint holds, under our names, and modules can still be changed or replaced: an
-adapter may edit weights, computations, inputs, outputs and preprocessing. What it did is in the net's source, and so in
-the manifest of each bundle.
+At that point the modules hold the checkpoint's tensors under our names, and can still be changed or replaced. An
+adapter may edit weights, computations, inputs, outputs and preprocessing. The net's source, and so the manifest of each
+bundle, states the change.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ from calmclip.models.registry import Registry
 
 @dataclass(frozen=True)
 class Context:
-    """What there is beside the net. ``feeds(net, tower)``: inputs of the tower, of pictures or texts that ship;
-    ``weights``: what the recipe says of the checkpoint; ``say``: a line for who waits."""
+    """The inputs of an adapter beside the net. ``feeds(net, tower)``: feeds of the tower from the samples that ship;
+    ``weights``: facts from the recipe; ``say``: prints a line for the user."""
 
     feeds: Callable[[Net, Tower], Sequence[Arrays]]
     weights: Weights = field(default_factory=Weights)
@@ -34,14 +34,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Adapter:
-    """``adapt(net, params, context)``: the net itself where there is nothing to do, else another one.
+    """``adapt(net, params, context)``: the same net if there is nothing to do, else another net.
 
     The net is not folded (`calmclip.export.nets.ready`), unless its kind has no such form (`Net.folded`). Its modules
-    may be changed in place, since nobody else holds them. Raises `BadRequest` for a net that the adapter does not fit.
+    may be changed in place, since no other code uses them. Raises `BadRequest` for a net that the adapter does not fit.
 
-    ``params``: fields of the kind `Path` are checkpoints: ``hf:owner/name`` is fetched before ``adapt`` sees it.
-    ``flags``: options of `calmclip export` -> the param that each sets. The first appends the adapter to the recipe's;
-    the others set a param of the last one. A field's description is the help of its option.
+    ``params``: fields of the type `Path` are checkpoints: ``hf:owner/name`` is fetched before ``adapt`` runs.
+    ``flags``: option of `calmclip export` -> the param that it sets. The first option appends the adapter to those of
+    the recipe; the others set a param of the last adapter. A field's description is the help of its option.
     """
 
     params: type[FrozenModel]
@@ -59,51 +59,51 @@ class Adapt(FrozenModel):
     name: str
     params: dict[str, Any] = Field(default_factory=dict)
 
-    def given(self) -> FrozenModel:
-        """The params, checked, and the checkpoints among them on this machine.
+    def checked_params(self) -> FrozenModel:
+        """The validated params, with local paths of checkpoints.
 
-        Raises `UnknownName`; `BadRequest` naming the param, and the option that sets it; as `hub.locate`.
+        Raises `UnknownName`; `BadRequest` with the param and the option that sets it; as `hub.locate`.
         """
         adapter = ADAPTERS.get(self.name)
         try:
-            asked = adapter.params.model_validate(self.params)
+            params = adapter.params.model_validate(self.params)
         except ValidationError as error:
-            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # which explains the others
-            where = ".".join(map(str, first["loc"]))
-            said = "there is no such param" if first["type"] == "extra_forbidden" else first["msg"]
-            option = next((f" ({option})" for option, param in adapter.flags.items() if where == param), "")
-            raise BadRequest(f"recipe: adapter {self.name}: {where}{option}: {said}") from None
-        return _each_path(asked, lambda path: hub.locate(path.as_posix()))
+            # an unknown param explains the other errors
+            first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+            field = ".".join(map(str, first["loc"]))
+            message = "there is no such param" if first["type"] == "extra_forbidden" else first["msg"]
+            option = next((f" ({option})" for option, param in adapter.flags.items() if field == param), "")
+            raise BadRequest(f"recipe: adapter {self.name}: {field}{option}: {message}") from None
+        return _map_paths(params, lambda path: hub.locate(path.as_posix()))
 
     def checked(self) -> "Adapt":
-        """The same with params as a recipe writes them. Raises as `given`."""
-        return self.model_copy(update={"params": self.given().model_dump(mode="json", exclude_unset=True)})
+        """The same with params as a recipe writes them. Raises as `checked_params`."""
+        return self.model_copy(update={"params": self.checked_params().model_dump(mode="json", exclude_unset=True)})
 
     def public(self) -> dict[str, Any]:
-        """What a report may say: a checkpoint's name, but not where on this machine it lies."""
-        named = _each_path(self.given(), lambda path: Path(hub.name(path)))
+        """For a report: the names of checkpoints, without their local paths."""
+        named = _map_paths(self.checked_params(), lambda path: Path(hub.name(path)))
         return {"name": self.name, "params": named.model_dump(mode="json", exclude_unset=True)}
 
 
 ADAPTERS: Registry[Adapter] = Registry("adapters", "calmclip.export.adapters")
 
 
-def adapt(net: Net, asked: Iterable[Adapt], context: Context) -> Net:
-    """``net`` after all that is ``asked``, in this order. Raises as `Adapt.given` and as the adapters do."""
-    for one, params in [(one, one.given()) for one in asked]:
-        made = ADAPTERS.get(one.name).adapt(net, params, context)
-        if made is not net and made.source.notes == net.source.notes:
-            told = (f"{param}={value}" for param, value in one.public()["params"].items())
-            made = noted(made, " ".join((f"adapter {one.name}", *told)))
-        if made is not net:
-            made = replace(made, ranges={})  # those that ship were observed on the net as it was
-        net = replace(made, adapters=(*net.adapters, one.name))
+def adapt(net: Net, adapters: Iterable[Adapt], context: Context) -> Net:
+    """``net`` after all ``adapters``, in this order. Raises as `Adapt.checked_params` and as the adapters do."""
+    for adapter, params in [(adapter, adapter.checked_params()) for adapter in adapters]:
+        adapted = ADAPTERS.get(adapter.name).adapt(net, params, context)
+        if adapted is not net and adapted.source.notes == net.source.notes:
+            values = (f"{param}={value}" for param, value in adapter.public()["params"].items())
+            adapted = with_note(adapted, " ".join((f"adapter {adapter.name}", *values)))
+        if adapted is not net:
+            adapted = replace(adapted, ranges={})  # the ranges that ship belong to the unchanged net
+        net = replace(adapted, adapters=(*net.adapters, adapter.name))
     return net
 
 
-def noted(net: Net, note: str, **files: Path) -> Net:
-    """``net`` whose source says in words what was done, and names by hash the checkpoints ``files`` that went in, as
-    KEY/FILE."""
+def with_note(net: Net, note: str, **files: Path) -> Net:
+    """``net`` whose source has the note, and the hashes of the checkpoints ``files`` that it used, as KEY/FILE."""
     weights = {f"{key}/{name}": sha for key, path in files.items() for name, sha in weights_sha256(path).items()}
     notes = "; ".join(filter(None, (net.source.notes, note)))
     source = net.source.model_copy(update={"notes": notes, "weights": {**net.source.weights, **weights}})
@@ -111,20 +111,21 @@ def noted(net: Net, note: str, **files: Path) -> Net:
 
 
 def tensors(net: Net) -> dict[str, Tensor]:
-    """Those of all towers, by our names. Raises `BadRequest` for a net that does not keep its checkpoint's tensors."""
+    """The tensors of all towers, by our names. Raises `BadRequest` for a net that does not keep those of its
+    checkpoint."""
     if net.folded or not all(tower.prefix for tower in net.towers.values()):
         raise BadRequest(f"a {net.name} net does not keep the tensors of {net.source.model}; they cannot be edited")
     towers = net.towers.values()
     return {f"{tower.prefix}{name}": t for tower in towers for name, t in tower.module.state_dict().items()}
 
 
-def put(net: Net, state: Mapping[str, Tensor]) -> None:
-    """Tensors by our names into the modules of ``net``; of the shapes that are there."""
+def load_tensors(net: Net, state: Mapping[str, Tensor]) -> None:
+    """Loads tensors by our names into the modules of ``net``, which must have the same shapes."""
     for tower in net.towers.values():
-        own = {name: state[f"{tower.prefix}{name}"] for name in tower.module.state_dict()}
-        tower.module.load_state_dict(own, assign=True)
+        tensors = {name: state[f"{tower.prefix}{name}"] for name in tower.module.state_dict()}
+        tower.module.load_state_dict(tensors, assign=True)
 
 
-def _each_path(params: FrozenModel, do: Callable[[Path], Path]) -> FrozenModel:
-    paths = {name: do(value) for name, value in params if isinstance(value, Path)}
+def _map_paths(params: FrozenModel, change: Callable[[Path], Path]) -> FrozenModel:
+    paths = {name: change(value) for name, value in params if isinstance(value, Path)}
     return params.model_copy(update=paths)

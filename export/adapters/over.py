@@ -1,4 +1,4 @@
-"""The image tower of another checkpoint in the place of the net's: weights that were fine-tuned in that tower alone.
+"""The image tower of another checkpoint replaces the net's: for weights that were fine-tuned in that tower alone.
 
 Source: DIVA, Wang et al. 2024 (arXiv 2407.20171); un2CLIP, Li et al. 2025 (arXiv 2505.24517). The text tower and the
 temperature stay.
@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from calmclip.export import layouts
-from calmclip.export.adapters import ADAPTERS, Adapter, Context, noted, put, tensors
-from calmclip.export.adapters._same import State, of_a_layout, same
+from calmclip.export.adapters import ADAPTERS, Adapter, Context, load_tensors, tensors, with_note
+from calmclip.export.adapters._tensors import State, check_same, layout_of
 from calmclip.export.checkpoints import hub, read
 from calmclip.export.nets import Net
 from calmclip.models.bundle.manifest import FrozenModel
@@ -23,23 +23,22 @@ class Params(FrozenModel):
 
 
 def adapt(net: Net, params: Params, context: Context) -> Net:
-    """Raises `BadRequest` for a net that is no CLIP; `UnknownCheckpoint` naming the file and the tensor that does not
+    """Raises `BadRequest` for a net that is no CLIP; `UnknownCheckpoint` with the file and the tensor that does not
     fit."""
-    layout, said = of_a_layout(net, "over")
+    layout, name_of = layout_of(net, "over")
     path = params.checkpoint
-    put(net, over(tensors(net), layouts.translate_image(layout, read(path, context.weights)), str(path), said))
-    return noted(net, f"image tower of {hub.name(path)}", over=path)
+    image = layouts.translate_image(layout, read(path, context.weights))
+    load_tensors(net, over(tensors(net), image, str(path), name_of))
+    return with_note(net, f"image tower of {hub.name(path)}", over=path)
 
 
-def over(base: State, image: State, what: str, said: Callable[[str], str] = str) -> dict[str, Tensor]:
-    """``base`` with the tensors of ``image`` under ``image.``; the projection may be absent there. Raises as `same`."""
-    wanted = {name: tensor for name, tensor in base.items() if name.startswith("image.")}
-    given = {name: tensor for name, tensor in image.items() if name.startswith("image.")}
-    for name, tensor in wanted.items():
-        if name.startswith("image.projection."):
-            given.setdefault(name, tensor)
-    same(wanted, given, what, said)
-    return {**base, **given}
+def over(base: State, other: State, file: str, name_of: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """``base`` with the ``image.`` tensors of ``other``, which may lack the projection. Raises as `check_same`."""
+    image = {name: tensor for name, tensor in base.items() if name.startswith("image.")}
+    new = {name: tensor for name, tensor in image.items() if name.startswith("image.projection.")}
+    new |= {name: tensor for name, tensor in other.items() if name.startswith("image.")}
+    check_same(image, new, file, name_of)
+    return {**base, **new}
 
 
 ADAPTERS.register("over")(Adapter(Params, adapt, {"--over": "checkpoint"}))

@@ -1,6 +1,6 @@
-"""A checkpoint as research code left it: tensors by name, and the configs beside them. Nothing of it is executed.
+"""A checkpoint as research code left it: tensors by name, and the configs beside them. No code in it is executed.
 
-`Checkpoint` is what layouts look at; `read` makes one of a directory or of one file.
+Layouts read a `Checkpoint`; `read` makes it from a directory or from one file.
 """
 
 from collections.abc import Mapping
@@ -21,22 +21,22 @@ CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json", "
 
 
 class Weights(FrozenModel):
-    """Facts that a checkpoint leaves out. What changes a net is an adapter."""
+    """Facts that a checkpoint leaves out. Changes of a net are adapters."""
 
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
     experts: Literal["dense", "routed"] | None = Field(
-        None, description="of a mixture: every expert answers every token, or only those that go to it"
+        default=None, description="of a mixture: every expert answers every token, or only those that go to it"
     )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``tensors``: without the prefixes that training adds (``module.``); as they lie on disk, float16 too."""
+    """``tensors``: in the file's dtypes, without the prefixes of training (``module.``). ``facts``: from the recipe."""
 
     path: Path
     tensors: Mapping[str, Tensor]
     configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    given: Weights = field(default_factory=Weights)
+    facts: Weights = field(default_factory=Weights)
 
     @property
     def directory(self) -> Path:
@@ -44,7 +44,7 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json, empty where there is none."""
+        """config.json, {} if there is none."""
         return self.configs.get("config.json", {})
 
     @cached_property
@@ -52,12 +52,12 @@ class Checkpoint:
         return frozenset(self.tensors)
 
 
-def read(checkpoint: str | Path, given: Weights | None = None) -> Checkpoint:
-    """Raises `UnknownCheckpoint` naming the file, and the key where it is about one."""
+def read(checkpoint: str | Path, facts: Weights | None = None) -> Checkpoint:
+    """Raises `UnknownCheckpoint` with the file, and the key if there is one."""
     path = Path(checkpoint)
     if not path.exists():
         raise UnknownCheckpoint(f"{path} does not exist; expected a checkpoint's directory or file")
     files, configs = weight_files(path), {}
     if path.is_dir():
         configs = {name: read_json(path / name) for name in CONFIGS if (path / name).is_file()}
-    return Checkpoint(path, load_tensors(files), configs, given or Weights())
+    return Checkpoint(path, load_tensors(files), configs, facts or Weights())

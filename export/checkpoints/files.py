@@ -1,4 +1,4 @@
-"""What readers of checkpoints share: files that are something else, a JSON file, an optional package."""
+"""Helpers of the readers of checkpoints: files of another kind, a JSON file, an optional package."""
 
 import json
 from importlib import import_module
@@ -8,30 +8,30 @@ from typing import Any
 from calmclip.models.errors import UnknownCheckpoint
 from calmclip.models.extras import missing
 
-_MISTAKEN = {  # how a file begins that is no part of a checkpoint -> what it is, and what to do
-    b"version https://git-lfs": "is a Git LFS pointer, not the file it stands for; fetch that with 'git lfs pull'",
-    b"<": "is a web page or XML; what was asked for was not downloaded, fetch it again",
-    b"GGUF": "is a GGUF file; only tensors as published are read, best safetensors",
-    b"\x89HDF": "is an HDF5 file of TensorFlow; only tensors of torch are read, best safetensors",
-    b"\x08": "is an ONNX file or another protobuf; only tensors of torch are read, best safetensors",
+_MISTAKEN = {  # first bytes of a file that is no part of a checkpoint -> what it is, and what to do
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch the file with 'git lfs pull'",
+    b"<": "is a web page or XML; the download failed, fetch the file again",
+    b"GGUF": "is a GGUF file; expected the published tensors, best as safetensors",
+    b"\x89HDF": "is an HDF5 file of TensorFlow; expected tensors of torch, best as safetensors",
+    b"\x08": "is an ONNX file or another protobuf; expected tensors of torch, best as safetensors",
     b"\x1f\x8b": "is compressed by gzip; unpack it",
 }
 
 
 def mistaken(path: Path) -> str | None:
-    """Why a file that is there can be no part of a checkpoint, by how it begins; None where nothing tells."""
+    """Why an existing file cannot be a part of a checkpoint, from its first bytes; None if they do not tell."""
     with path.open("rb") as stream:
         start = stream.read(32)
     if not start:
         return "is empty; its download was cut short, fetch it again"
-    return next((why for mark, why in _MISTAKEN.items() if start.lstrip().startswith(mark)), None)
+    return next((reason for mark, reason in _MISTAKEN.items() if start.lstrip().startswith(mark)), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises `UnknownCheckpoint` naming the file that is absent or no JSON object."""
+    """Raises `UnknownCheckpoint` with the file, if it is absent or no JSON object."""
     try:
-        if why := mistaken(path):
-            raise UnknownCheckpoint(f"{path} {why}")
+        if reason := mistaken(path):
+            raise UnknownCheckpoint(f"{path} {reason}")
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UnknownCheckpoint(f"{path} cannot be read: {error}") from None

@@ -1,4 +1,4 @@
-"""Which names a pickle asks for, read without running it."""
+"""The names that a pickle imports, read without running it."""
 
 import pickletools
 import zipfile
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 _PLAIN = ("torch.", "__torch__.", "collections.OrderedDict", "argparse.Namespace")
-_MOST = 1 << 26  # bytes of a pickle that are looked at: names come before numbers
+_MOST = 1 << 26  # bytes of a pickle that are read: names precede numbers
 
 
-def foreign(file: Path) -> str | None:
-    """The first name that is neither torch's nor a container's; None where there is none, or no pickle."""
+def foreign_name(file: Path) -> str | None:
+    """The first name that is neither torch's nor a container's. None if there is no such name, or no pickle."""
     try:
         for stream in _streams(file):
             for name in _globals(stream):
                 if not name.startswith(_PLAIN):
                     return name
-    except Exception:  # whatever a damaged file gives rise to: there is nothing to tell of it
+    except Exception:  # a damaged file may cause any error; then there is no name to report
         return None
     return None
 

@@ -1,9 +1,9 @@
-"""Tensors out of a TorchScript archive (OpenAI's CLIP .pt), without loading the program in it.
+"""Tensors from a TorchScript archive (OpenAI's CLIP .pt), without loading the program in it.
 
 An archive is a zip: ``NAME/data.pkl`` pickles the module tree, ``NAME/data/0`` and so on hold the numbers,
-``NAME/code/`` the program. `torch.jit.load` would compile that program. Here data.pkl goes through an unpickler that
-knows three things: tensors, ordered dictionaries, and module objects, which become plain dictionaries. Numbers are
-mapped, not read: only those that are used come into memory.
+``NAME/code/`` the program. `torch.jit.load` would compile that program. Here an unpickler reads data.pkl that knows
+three kinds: tensors, ordered dictionaries, and module objects, which become plain dictionaries. The file is
+memory-mapped: only the numbers that are used come into memory.
 """
 
 import mmap
@@ -11,6 +11,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from calmclip.models.errors import UnknownCheckpoint
 
-_LOCAL = 30  # bytes of a zip's local header; the lengths of the name and of the extra field behind it end it
+_LOCAL = 30  # bytes of a zip's local header; it ends with the lengths of the name and of the extra field
 _STORAGES = {
     f"{kind}Storage": dtype
     for kind, dtype in {
@@ -35,34 +36,32 @@ _STORAGES = {
 
 
 def is_archive(file: Path) -> bool:
-    """A zip with a program in it."""
+    """Whether a zip contains a TorchScript program."""
     with zipfile.ZipFile(file) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """Tensor by the path of its module: ``visual.conv1.weight``."""
+    """Tensors by the path of their module, such as ``visual.conv1.weight``."""
     with zipfile.ZipFile(file) as archive:
         names = [n for n in archive.namelist() if n.endswith("/data.pkl") and n.count("/") == 1]
         if len(names) != 1:
             raise UnknownCheckpoint(f"{file} is a TorchScript archive with {len(names)} parts data.pkl; expected one")
         (name,) = names
         tree = _Unpickler(archive, name.removesuffix("data.pkl"), file).load()
-    found: dict[str, Tensor] = {}
-    _collect(tree, "", found)
-    return found
+    return dict(_tensors(tree, ""))
 
 
-def _collect(value: Any, name: str, found: dict[str, Tensor]) -> None:
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        found[name] = value
+        yield name, value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            _collect(inner, f"{name}.{key}" if name else str(key), found)
+            yield from _tensors(inner, f"{name}.{key}" if name else str(key))
 
 
 class _Module(dict[str, Any]):
-    """What stands for any object of the program: its attributes."""
+    """Any object of the program, reduced to its attributes."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -87,7 +86,7 @@ class _Unpickler(pickle.Unpickler):
             case "torch", storage if storage in _STORAGES:
                 return storage
             case "torch.jit._pickle", _:
-                return lambda values, *_: values  # build_intlist and its like, restore_type_tag
+                return lambda values, *_: values  # build_intlist, restore_type_tag and similar functions
         raise UnknownCheckpoint(f"{self.file} is a TorchScript archive that asks for {module}.{name}, which is not run")
 
     def persistent_load(self, reference: Any) -> Tensor:
@@ -97,15 +96,11 @@ class _Unpickler(pickle.Unpickler):
         part, dtype = self.archive.getinfo(f"{self.root}data/{key}"), _STORAGES[kind]
         start = part.header_offset + _LOCAL
         start += sum(struct.unpack("<HH", self.mapped[start - 4 : start]))
-        held = part.file_size // dtype.itemsize
-        values = (
-            torch.frombuffer(self.mapped, dtype=dtype, count=held, offset=start)
-            if held
-            else torch.empty(0, dtype=dtype)
-        )
-        if len(values) < number:
-            raise UnknownCheckpoint(f"{self.file}: data/{key} holds {len(values)} numbers; expected {number}")
-        return values
+        if (stored := part.file_size // dtype.itemsize) < number:
+            raise UnknownCheckpoint(f"{self.file}: data/{key} holds {stored} numbers; expected {number}")
+        if not stored:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self.mapped, dtype=dtype, count=stored, offset=start)
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:

@@ -1,9 +1,9 @@
 """Files of weights -> tensors by name: safetensors, torch's zip and older pickles, TorchScript archives.
 
-What a file is, its first bytes say, not its name. Pickles are read with ``weights_only``: tensors, plain containers and
-the parsed flags that trainings keep beside them (argparse.Namespace); anything else is refused by name. TorchScript
-archives (OpenAI's .pt) are read without running what they hold: see `torchscript`. Whatever is wrong is one
-`UnknownCheckpoint` of one line that names the file, and the key where it is about one.
+The first bytes of a file tell its kind, not its name. Pickles are read with ``weights_only``: tensors, plain containers
+and parsed flags of a training (argparse.Namespace); other objects are refused by name. TorchScript archives (OpenAI's
+.pt) are read without running their program: see `torchscript`. Every error is an `UnknownCheckpoint` of one line that
+names the file, and the key if there is one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from calmclip.export.checkpoints.files import mistaken
 from calmclip.models.errors import UnknownCheckpoint
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-NAMES = (  # of a directory's weights, the first that is there
+NAMES = (  # files of weights in a directory; the first that exists is read
     "open_clip_model.safetensors",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -32,39 +32,39 @@ NAMES = (  # of a directory's weights, the first that is there
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # a training's keys, under which the tensors are
-DECODER = "decoder."  # of GRAIN, whose training keeps two modules: its backbone comes without a prefix
-PREFIXES = ("module.", "model.", "clip.")  # that all names may have: of parallel training, and of who holds the model
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys of a training file that hold the tensors
+DECODER = "decoder."  # prefix for GRAIN, whose training file keeps two modules; the backbone gets no prefix
+PREFIXES = ("module.", "model.", "clip.")  # removed if all names have it: from parallel training or an outer module
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch's wrappers, at any depth
-_REFUSED = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")  # in torch's words
+_REFUSED = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")  # torch's error text
 
 
 class NoWeights(UnknownCheckpoint):
-    """Nothing there that could be weights."""
+    """The path holds no file of weights."""
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors. Raises `UnknownCheckpoint` when it is not clear which, and its kind
-    `NoWeights` when there are none."""
+    """The files that hold a checkpoint's tensors. Raises `UnknownCheckpoint` if the choice is not clear, and its
+    subclass `NoWeights` if there are none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise NoWeights(f"{path} is no file or directory; expected a checkpoint's")
+        raise NoWeights(f"{path} is no file or directory; expected a checkpoint")
     try:
-        there = {p.name: p for p in path.iterdir() if p.is_file()}
+        files = {p.name: p for p in path.iterdir() if p.is_file()}
     except OSError as error:
         raise UnknownCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     for name in NAMES:
-        if name in there:
-            return _shards(there[name]) if name.endswith(".json") else [there[name]]
-    found = sorted(p for p in there.values() if p.suffix in SUFFIXES)
-    if len(found) == 1:
-        return found
-    if not found:
+        if name in files:
+            return _shards(files[name]) if name.endswith(".json") else [files[name]]
+    weights = sorted(p for p in files.values() if p.suffix in SUFFIXES)
+    if len(weights) == 1:
+        return weights
+    if not weights:
         raise NoWeights(
             f"{path} holds no file of weights; expected {NAMES[1]}, or one that ends in {', '.join(SUFFIXES)}"
         )
-    names = ", ".join(p.name for p in found)
+    names = ", ".join(p.name for p in weights)
     raise UnknownCheckpoint(f"{path} holds several files of weights ({names}); name one, or call it {NAMES[1]}")
 
 
@@ -74,7 +74,7 @@ def _shards(index: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UnknownCheckpoint(f"{index} is no index of shards: {one_line(repr(error))}") from None
     if not names:
-        raise UnknownCheckpoint(f"{index} names no shard")
+        raise UnknownCheckpoint(f"{index} names no shard; expected file names in weight_map")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
             raise UnknownCheckpoint(f"{index} names the shard {name!r}, which is not beside it")
@@ -82,27 +82,27 @@ def _shards(index: Path) -> list[Path]:
 
 
 def load_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    """All tensors, unwrapped. Raises `UnknownCheckpoint` naming the file that is damaged or holds something else."""
-    found: dict[str, Tensor] = {}
+    """All tensors, unwrapped. Raises `UnknownCheckpoint` with the file that is damaged or of another kind."""
+    tensors: dict[str, Tensor] = {}
     for file in files:
-        more = _unwrap(_load(file), file)
-        if twice := found.keys() & more.keys():
+        shard = _unwrap(_load(file), file)
+        if twice := tensors.keys() & shard.keys():
             raise UnknownCheckpoint(f"{file} holds {min(twice)}, which another shard holds too")
-        found |= more
-    return found
+        tensors |= shard
+    return tensors
 
 
 def weights_sha256(path: Path) -> dict[str, str]:
     """Weight file -> sha256, for the manifest's `source`."""
-    found = {}
+    digests = {}
     for file in weight_files(path):
         with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
 
 
 def one_line(text: object, most: int = 200) -> str:
-    """Somebody else's words, as a part of a sentence."""
+    """The text of a library or a file, printable and short, for use in an error of ours."""
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else "?" for c in words[:most])
 
@@ -114,10 +114,10 @@ def _load(file: Path) -> Any:
         if start[8:9] == b"{":
             with safe_open(file, framework="pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if why := mistaken(file):
-            raise UnknownCheckpoint(f"{file} {why}")
+        if reason := mistaken(file):
+            raise UnknownCheckpoint(f"{file} {reason}")
         if start[:2] == b"PK":
-            _bounded(file)
+            _check_zip(file)
             if torchscript.is_archive(file):
                 return torchscript.read(file)
             return _unpickled(file, mmap=True)
@@ -126,17 +126,17 @@ def _load(file: Path) -> Any:
         raise UnknownCheckpoint(f"{file} is a damaged safetensors file: {one_line(error)}") from None
     except UnknownCheckpoint:
         raise
-    except Exception as error:  # torch raises whatever its unpickler met
-        raise UnknownCheckpoint(f"{file} {_why(error, file)}") from None
+    except Exception as error:  # torch's unpickler raises any kind
+        raise UnknownCheckpoint(f"{file} {_reason(error, file)}") from None
 
 
-def _why(error: Exception, file: Path) -> str:
-    """A clause. Torch's own words are a paragraph on how to run what a pickle asks for: of those the name alone."""
+def _reason(error: Exception, file: Path) -> str:
+    """A clause. Torch's own text is a paragraph on how to run a refused name; only the name is taken from it."""
     words = str(error)
     refused = _REFUSED.search(words)
-    if name := refused[1] if refused else pickles.foreign(file):
+    if name := refused[1] if refused else pickles.foreign_name(file):
         return (
-            f"is a pickle that asks for {one_line(name)}, which is not run; save its tensors alone, best as safetensors"
+            f"is a pickle that asks for {one_line(name)}, which is not run; save only its tensors, best as safetensors"
         )
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
@@ -146,14 +146,15 @@ def _why(error: Exception, file: Path) -> str:
 
 
 def _unpickled(file: Path, *, mmap: bool) -> Any:
-    """As an open file where it is not mapped: a path that ends in .safetensors torch reads as that, whatever it is."""
+    """Torch reads a path that ends in .safetensors as safetensors, so such a file is passed as a stream."""
     with torch.serialization.safe_globals([argparse.Namespace]), file.open("rb") as stream:
         mmap = mmap and file.suffix != ".safetensors"
         return torch.load(file if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _bounded(file: Path) -> None:
-    """Torch compresses programs alone, which are not read: nothing else of its may unpack to more than the file."""
+def _check_zip(file: Path) -> None:
+    """Refuses compressed parts, which might unpack to more than the file. Torch compresses only programs, which are not
+    read."""
     with zipfile.ZipFile(file) as archive:
         if not any(name.endswith("/data.pkl") for name in archive.namelist()):
             parts = ", ".join(one_line(name, 40) for name in archive.namelist()[:3])
@@ -163,26 +164,28 @@ def _bounded(file: Path) -> None:
                 raise UnknownCheckpoint(f"{file}: its part {one_line(part.filename)} is compressed; torch's never are")
 
 
-def _unwrap(found: Any, file: Path) -> dict[str, Tensor]:
-    """The mapping of tensors in what a training saved."""
-    if isinstance(found, Mapping) and isinstance(found.get("backbone_state_dict"), Mapping):
-        decoder = found.get("state_dict")
-        more = _tensors(decoder, file) if isinstance(decoder, Mapping) else {}
-        return _tensors(found["backbone_state_dict"], file) | {DECODER + name: tensor for name, tensor in more.items()}
-    for _ in range(8):  # one may hold itself
-        inner = [found[key] for key in WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
+def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors in the content of a training file."""
+    if isinstance(content, Mapping) and isinstance(content.get("backbone_state_dict"), Mapping):
+        state = content.get("state_dict")
+        decoder = _tensors(state, file) if isinstance(state, Mapping) else {}
+        return _tensors(content["backbone_state_dict"], file) | {DECODER + name: t for name, t in decoder.items()}
+    for _ in range(8):  # a mapping may contain itself
+        inner = [
+            content[key] for key in WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
+        ]
         if not inner:
             break
-        found = inner[0]
-    if not isinstance(found, Mapping):
-        raise UnknownCheckpoint(f"{file} holds a {type(found).__name__}; expected tensors by name")
-    return _tensors(found, file)
+        content = inner[0]
+    if not isinstance(content, Mapping):
+        raise UnknownCheckpoint(f"{file} holds a {type(content).__name__}; expected tensors by name")
+    return _tensors(content, file)
 
 
-def _tensors(found: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+def _tensors(content: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        keys = ", ".join(one_line(key, 40) for key in list(found)[:5]) or "none"
+        keys = ", ".join(one_line(key, 40) for key in list(content)[:5]) or "none"
         raise UnknownCheckpoint(f"{file} holds no tensors; its keys are {keys}")
     for name, tensor in tensors.items():
         if not name.isprintable() or len(name) > 200:
@@ -196,6 +199,6 @@ def _tensors(found: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
             )
     for wrapper in INSIDE:
         tensors = {name.replace(wrapper, ""): tensor for name, tensor in tensors.items()}
-    while prefix := next((one for one in PREFIXES if all(name.startswith(one) for name in tensors)), None):
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors

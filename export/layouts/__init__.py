@@ -1,15 +1,15 @@
-"""FAMILY layouts: how a research code names the tensors of a CLIP -> our names, and what shapes do not say.
+"""FAMILY layouts: how a research code names the tensors of a CLIP -> our names, and what the shapes do not say.
 
-A layout is data: which names are decisive, a table of names, and a function for the settings. Names are templates:
-``{i}``, ``{e}`` stand for a number, ``{p}`` for weight or bias, ``{b}`` for what a batch norm has, ``{rest}`` for
-anything; so a table reads both ways, and what is missing is reported by the name it has in the checkpoint.
+A layout is data: the names that identify it, a table of names, and a function for the settings. Names are templates:
+``{i}`` and ``{e}`` stand for a number, ``{p}`` for weight or bias, ``{b}`` for a tensor of a batch norm, ``{rest}`` for
+any text. The table works in both directions, so an error gives a missing tensor the name that the checkpoint uses.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -23,15 +23,15 @@ from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from calmclip.models.registry import Registry
 
 _HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias", "b": "weight|bias|running_mean|running_var", "rest": ".+"}
-DROP = ""  # as a target: known, and not needed
-_AXES = {  # our names, by their ends, of what shapes are read from -> how many axes they must have
+DROP = ""  # the target of a tensor that is known and not needed
+_AXES = {  # end of one of our names -> number of axes; shapes are read from these tensors
     "patch.weight": 4, "positions": 2, "cls": 1, "tokens.weight": 2, "qkv.weight": 2, "up.weight": 2, "gate.weight": 2,
     "projection.weight": 2,
 }  # fmt: skip
 
 
 class Misfit(Exception):
-    """Of `Layout.finish`: a sentence with {} for each of the tensors ``names`` (ours); piece n of one: (name, n)."""
+    """Raised by `Layout.after_read`. ``sentence`` has a {} for each of ``names``, which are our names of tensors."""
 
     def __init__(self, sentence: str, *names: str) -> None:
         super().__init__(sentence)
@@ -40,19 +40,32 @@ class Misfit(Exception):
 
 @dataclass(frozen=True)
 class Rule:
-    """``theirs`` -> ``ours``, or `DROP`. ``how`` is done to the tensor; ``piece``: of several that are stacked, in
-    order, along the first axis."""
+    """``theirs`` -> ``ours``, or `DROP`.
+
+    ``convert`` is applied to the tensor when it is read, ``invert`` when it is written. ``piece``: the index of this
+    tensor among those that are concatenated along the first axis.
+    """
 
     theirs: str
     ours: str
-    how: Callable[[Tensor], Tensor] | None = None
+    convert: Callable[[Tensor], Tensor] | None = None
     piece: int | None = None
-    undo: Callable[[Tensor], Tensor] | None = None  # what ``how`` did, where checkpoints of the layout are written
+    invert: Callable[[Tensor], Tensor] | None = None
+
+
+def rename(theirs: str, ours: str, names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """A rule for each of ``names``, under the prefixes ``theirs`` and ``ours``."""
+    return tuple(Rule(f"{theirs}.{name}", f"{ours}.{our_name}") for name, our_name in names.items())
+
+
+def concatenate(theirs: str, ours: str, parts: Iterable[str]) -> tuple[Rule, ...]:
+    """Rules that make one tensor of several. ``theirs`` has a * for each of ``parts``, in their order."""
+    return tuple(Rule(theirs.replace("*", name), ours, piece=piece) for piece, name in enumerate(parts))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a bundle is made of, beside the tensors.
+    """The parts of a bundle beside the tensors.
 
     ``image``, ``text``: the tensors of a tower, without its prefix -> an empty module with those names.
     """
@@ -68,12 +81,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides: ``keys``, templates, each of which some tensor has, and ``without``, which none has; ``file``, a
-    config that must lie beside the tensors, ``no_file``, that must not; ``model_type``: what config.json may say;
-    ``also``: what the configs say, where no name of a tensor tells.
+    """A checkpoint has this layout if all of these hold: some tensor matches each template of ``keys``; no tensor
+    matches a template of ``without``; the config ``file`` lies beside the tensors and ``no_file`` does not; the
+    ``model_type`` of config.json is in the list; ``condition`` holds, for layouts that no name of a tensor identifies.
 
-    ``settings(checkpoint, tensors by our names)``, of those in the family; ``needs``: our names that are always there;
-    ``asks``: which facts of `Weights` it leaves to the recipe.
+    ``settings(checkpoint, tensors by our names)`` is None only for layouts outside the family. ``required``: our names
+    that are always there. ``facts``: the fields of `Weights` that the recipe may set. ``after_read`` does what a table
+    of names cannot express, and may raise `Misfit`; ``before_write`` is its inverse. ``note``: for the operator of the
+    bundle. ``refusal``: why a checkpoint of this kind is not supported.
     """
 
     title: str
@@ -84,13 +99,13 @@ class Layout:
     file: str | None = None
     no_file: str | None = None
     model_type: tuple[str, ...] = ()
-    also: Callable[[Checkpoint], bool] = lambda checkpoint: True
-    needs: tuple[str, ...] = ()
-    asks: tuple[str, ...] = ()
-    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # what a table of names cannot say; `Misfit`
-    begin: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict  # the other way round, of what is written
-    note: str = ""  # what who serves it should know
-    refuses: Callable[[Checkpoint], str | None] = lambda checkpoint: None  # one of this kind that does not fit: why
+    condition: Callable[[Checkpoint], bool] = lambda checkpoint: True
+    required: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
+    after_read: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    before_write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    note: str = ""
+    refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
 
     def fits(self, checkpoint: Checkpoint) -> bool:
         if self.file and self.file not in checkpoint.configs:
@@ -99,119 +114,118 @@ class Layout:
             return False
         if self.model_type and checkpoint.config.get("model_type") not in self.model_type:
             return False
-        if not self.also(checkpoint):
+        if not self.condition(checkpoint):
             return False
-        found = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.keys]
-        barred = [any(_pattern(key).fullmatch(name) for name in checkpoint.names) for key in self.without]
-        return all(found) and not any(barred)
+        return not _missing(self.keys, checkpoint) and len(_missing(self.without, checkpoint)) == len(self.without)
 
 
 LAYOUTS: Registry[Layout] = Registry("layouts", "calmclip.export.layouts")
 
 
 def find(checkpoint: Checkpoint) -> tuple[str, Layout] | None:
-    """The one layout that fits; None where none does. Two that fit are a defect of the table."""
+    """The layout that fits, or None. Two layouts that fit are a defect of the table: `UnknownCheckpoint`."""
     fitting = [(name, LAYOUTS.get(name)) for name in LAYOUTS.names() if LAYOUTS.get(name).fits(checkpoint)]
     if len(fitting) > 1:
         raise UnknownCheckpoint(f"{checkpoint.path} fits several layouts: {', '.join(name for name, _ in fitting)}")
     return fitting[0] if fitting else None
 
 
-def nearest(checkpoint: Checkpoint) -> str | None:
-    """Why no layout fits, where one says so or knows nearly all names of the tensors; None where none does."""
-    for name in LAYOUTS.names():
-        if why := LAYOUTS.get(name).refuses(checkpoint):
-            return why
-    names = LAYOUTS.names()
-    counts = {name: known(LAYOUTS.get(name), checkpoint.names) for name in names}
-    lacks = {name: [key for key in LAYOUTS.get(name).keys if not any(_match(key, one) for one in checkpoint.names)]
-             for name in LAYOUTS.names()}  # fmt: skip
-    close = [name for name in counts if counts[name] >= 0.8 * len(checkpoint.names) and _sees(name, checkpoint)]
+def why_none_fits(checkpoint: Checkpoint) -> str | None:
+    """A clause, if a layout refuses the checkpoint or knows nearly all names of its tensors; else None."""
+    layouts = [LAYOUTS.get(name) for name in LAYOUTS.names()]
+    for layout in layouts:
+        if reason := layout.refusal(checkpoint):
+            return reason
+    # a layout that knows no tensor of an image tower fits the text tower of another
+    close = [
+        (layout, count, _missing(layout.keys, checkpoint))
+        for layout in layouts
+        if (count := count_known(layout, checkpoint.names)) >= 0.8 * len(checkpoint.names)
+        and any(_apply(layout.rules, name)[1].startswith("image.") for name in checkpoint.names)
+    ]
     if not close:
         return None
-    said = checkpoint.config.get("model_type")
-    for layout in (LAYOUTS.get(name) for name in close if counts[name] == len(checkpoint.names) and not lacks[name]):
-        if layout.model_type and said not in layout.model_type:
+    model_type = checkpoint.config.get("model_type")
+    for layout, count, missing in close:
+        if count == len(checkpoint.names) and not missing and layout.model_type and model_type not in layout.model_type:
             return (
-                f"its tensors are those of {layout.title}, but its config.json says model_type {said!r}; "
+                f"its tensors are those of {layout.title}, but its config.json says model_type {model_type!r}; "
                 f"expected {' or '.join(layout.model_type)}"
             )
-    # one that lacks a tensor says more than one that lacks none and still does not fit
-    best = max(close, key=lambda name: (bool(lacks[name]), counts[name], -len(lacks[name])))
-    layout, absent = LAYOUTS.get(best), lacks[best]
-    return f"its tensors are nearly those of {layout.title}" + (f", but {', '.join(absent)} is missing" * bool(absent))
+    # a layout that lacks a tensor explains more than a layout that lacks none and still does not fit
+    layout, _, missing = max(close, key=lambda entry: (bool(entry[2]), entry[1], -len(entry[2])))
+    return f"its tensors are nearly those of {layout.title}" + f", but {', '.join(missing)} is missing" * bool(missing)
 
 
-def _sees(name: str, checkpoint: Checkpoint) -> bool:
-    """Does the layout ``name`` find a part of an image tower? Where none is, it is another's text tower."""
-    return any(_apply(LAYOUTS.get(name).rules, key)[1].startswith("image.") for key in checkpoint.names)
+def _missing(templates: Iterable[str], checkpoint: Checkpoint) -> list[str]:
+    """The ``templates`` that no tensor of the checkpoint matches."""
+    return [template for template in templates if not any(map(_pattern(template).fullmatch, checkpoint.names))]
 
 
-def known(layout: Layout, names: Iterable[str]) -> int:
-    """How many of a checkpoint's names its table has."""
+def count_known(layout: Layout, names: Iterable[str]) -> int:
+    """How many of a checkpoint's names the layout's table has."""
     return sum(_apply(layout.rules, name)[0] is not None for name in names)
 
 
 def translate(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Tensors by our names, float32. Raises `UnknownCheckpoint` naming what the table does not know or wants."""
-    found: dict[str, Tensor] = {}
+    """Tensors by our names, float32. Raises `UnknownCheckpoint` that names the tensors which are unknown or missing."""
+    state: dict[str, Tensor] = {}
     pieces: dict[str, dict[int, Tensor]] = {}
-    read: dict[tuple[str, int | None], str] = {}
+    sources: dict[tuple[str, int | None], str] = {}
     unexpected = []
     for name, tensor in checkpoint.tensors.items():
         rule, ours = _apply(layout.rules, name)
         if rule is None:
             unexpected.append(name)
         elif rule.ours != DROP:
-            if (other := read.setdefault((ours, rule.piece), name)) != name:
+            if (other := sources.setdefault((ours, rule.piece), name)) != name:
                 raise UnknownCheckpoint(
                     f"{checkpoint.path}: {other} and {name} are two names of one tensor of {layout.title}; expected one"
                 )
             value = tensor.float() if tensor.is_floating_point() else tensor
             try:
-                value = rule.how(value) if rule.how else value
+                value = rule.convert(value) if rule.convert else value
             except (IndexError, RuntimeError):
                 raise UnknownCheckpoint(
-                    f"{checkpoint.path}: {name} has the shape {list(tensor.shape)}, which is none it may have"
+                    f"{checkpoint.path}: {name} has the shape {list(tensor.shape)}, which this tensor cannot have"
                 ) from None
             if problem := _problem(value, ours):
                 raise UnknownCheckpoint(f"{checkpoint.path}: {name} {problem}")
             if rule.piece is None:
-                found[ours] = value
+                state[ours] = value
             else:
                 pieces.setdefault(ours, {})[rule.piece] = value
     if unexpected:
         raise UnknownCheckpoint(
-            f"{checkpoint.path}: {len(unexpected)} tensors are not of the layout {layout.title!r}, "
-            f"{_some(unexpected)} among them"
+            f"{checkpoint.path}: {len(unexpected)} tensors are not of the layout {layout.title!r}, {_some(unexpected)}"
         )
     missing = []
     for ours, parts in pieces.items():
         numbers = [rule.piece for rule in layout.rules if rule.piece is not None and _match(rule.ours, ours)]
-        if absent := [n for n in numbers if n not in parts]:
-            missing += [theirs(layout, ours, n) for n in absent]
+        if absent := [number for number in numbers if number not in parts]:
+            missing += [checkpoint_name(layout, ours, number) for number in absent]
         elif len({(tensor.ndim, tensor.shape[1:]) for tensor in parts.values()}) > 1:
-            names = [f"{theirs(layout, ours, n)} {list(tensor.shape)}" for n, tensor in sorted(parts.items())]
+            names = [f"{checkpoint_name(layout, ours, n)} {list(tensor.shape)}" for n, tensor in sorted(parts.items())]
             raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of {', '.join(names)} do not go together")
         else:
-            found[ours] = torch.cat([parts[n] for n in sorted(parts)])
-    missing += [theirs(layout, ours) for ours in layout.needs if ours not in found and ours not in pieces]
+            state[ours] = torch.cat([parts[number] for number in sorted(parts)])
+    missing += [checkpoint_name(layout, ours) for ours in layout.required if ours not in state and ours not in pieces]
     if missing:
-        raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)}")
     try:
-        return layout.finish(found)
+        return layout.after_read(state)
     except KeyError as error:
-        raise UnknownCheckpoint(f"{checkpoint.path} lacks {theirs(layout, error.args[0])}") from None
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {checkpoint_name(layout, error.args[0])}") from None
     except Misfit as error:
-        names = [f"{theirs(layout, name)} {list(found[name].shape)}" for name in error.names]
+        names = [f"{checkpoint_name(layout, name)} {list(state[name].shape)}" for name in error.names]
         raise UnknownCheckpoint(f"{checkpoint.path}: {error.sentence.format(*names)}") from None
 
 
-def written(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other way round: tensors by our names, before they are folded, -> by the checkpoint's; the first rule that
-    fits names it. Raises `KeyError` naming one that the table does not know."""
-    found = {}
-    for ours, tensor in layout.begin(state).items():
+def to_checkpoint(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `translate`: unfolded tensors by our names -> tensors by the checkpoint's names. The first rule
+    that fits names a tensor. Raises `KeyError` with a name that the table does not have."""
+    tensors = {}
+    for ours, tensor in layout.before_write(state).items():
         rules = [(rule, match) for rule in layout.rules if rule.ours and (match := _match(rule.ours, ours))]
         if not rules:
             raise KeyError(ours)
@@ -219,144 +233,155 @@ def written(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             rules = rules[:1]
         pieces = tensor.chunk(len(rules)) if len(rules) > 1 else (tensor,)
         for (rule, match), piece in zip(rules, pieces, strict=True):
-            value = rule.undo(piece) if rule.undo else piece
-            found[rule.theirs.format(**match.groupdict())] = value.contiguous()
-    return found
+            value = rule.invert(piece) if rule.invert else piece
+            tensors[rule.theirs.format(**match.groupdict())] = value.contiguous()
+    return tensors
 
 
 def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The image tower alone (names under ``image.``) of a checkpoint that may hold more, or have lost its prefix.
+    """The image tower alone, with names under ``image.``. The checkpoint may hold more, or lack the prefix ``visual.``.
 
-    By the layout that knows most of its names, ``layout`` before others. Raises as `translate`.
+    The layout that knows most of its names reads it; ``layout`` wins a tie. Raises as `translate`.
     """
     best, most = (layout, checkpoint), 0
-    for one in (layout, *(LAYOUTS.get(name) for name in LAYOUTS.names())):
+    for candidate in (layout, *(LAYOUTS.get(name) for name in LAYOUTS.names())):
         for prefix in ("", "visual."):
             named = replace(checkpoint, tensors={prefix + name: t for name, t in checkpoint.tensors.items()})
-            known = sum(_apply(one.rules, name)[1].startswith("image.") for name in named.names)
-            if known > most:
-                best, most = (one, named), known
-            if known:
+            count = sum(_apply(candidate.rules, name)[1].startswith("image.") for name in named.names)
+            if count > most:
+                best, most = (candidate, named), count
+            if count:
                 break
     if not most:
         raise UnknownCheckpoint(f"{checkpoint.path} holds no image tower of a layout in the table")
-    one, named = best
-    rules = tuple(rule if rule.ours.startswith("image.") else replace(rule, ours=DROP) for rule in one.rules)
-    return translate(replace(one, rules=rules, needs=()), named)
+    candidate, named = best
+    rules = tuple(rule if rule.ours.startswith("image.") else replace(rule, ours=DROP) for rule in candidate.rules)
+    return translate(replace(candidate, rules=rules, required=()), named)
 
 
 def _problem(value: Tensor, ours: str) -> str | None:
-    """Why a tensor can be no weight of ours; None where it can."""
-    inside = ".trunk." in ours  # of a module that a library builds, and `fill` compares with it
+    """Why a tensor cannot be the weight that we call ``ours``, as a clause; else None."""
+    library = ".trunk." in ours  # of a module that a library builds; `fill` compares the shapes with it
+    shape, dtype = list(value.shape), str(value.dtype).removeprefix("torch.")
     for end, axes in _AXES.items():
-        if not inside and (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
-            return f"has the shape {list(value.shape)}; expected {axes} axes"
-    if not inside and ours.endswith("patch.weight") and (value.shape[1] != 3 or value.shape[2] != value.shape[3]):
-        return f"has the shape {list(value.shape)}; expected [width, 3, patch, patch]"
+        if not library and (ours == end or ours.endswith(f".{end}")) and value.ndim != axes:
+            return f"has the shape {shape}; expected {axes} axes"
+    if not library and ours.endswith("patch.weight") and (value.shape[1] != 3 or value.shape[2] != value.shape[3]):
+        return f"has the shape {shape}; expected [width, 3, patch, patch]"
     if ours.startswith("logit_") and value.numel() != 1:
-        return f"has the shape {list(value.shape)}; expected one number"
-    if not (value.is_floating_point() or inside or ours.endswith("num_batches_tracked")):  # batch norms count steps
-        return f"is of {str(value.dtype).removeprefix('torch.')}; expected floating-point numbers"
+        return f"has the shape {shape}; expected one number"
+    if not (value.is_floating_point() or library or ours.endswith("num_batches_tracked")):  # batch norms count steps
+        return f"is of {dtype}; expected floating-point numbers"
     if not value.numel():
-        return f"is empty, its shape is {list(value.shape)}"
+        return f"is empty, its shape is {shape}"
     if value.is_floating_point() and not bool(value.isfinite().all()):
-        return "holds numbers that are infinite or not numbers; the file is damaged, or its training went astray"
+        return "holds infinities or NaN; the file is damaged, or its training diverged"
     return None
 
 
 def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    """`Layout.settings`; configs whose values are of other kinds than expected are `UnknownCheckpoint` too, and a
-    tokenizer or a context with more tokens than the weights have rows for. Raises `BadRequest` for a fact that the
-    layout does not ask for."""
+    """`Layout.settings`, checked.
+
+    Raises `UnknownCheckpoint` for config values of an unexpected kind, and as `check_vocabulary`; `BadRequest` for a
+    fact of the recipe that the layout does not take.
+    """
     for name in ("activation", "experts"):
-        if name not in layout.asks and (said := getattr(checkpoint.given, name)):
-            raise BadRequest(f"{name} {said!r} does not apply to {checkpoint.path}, {layout.title}; leave it out")
+        if name not in layout.facts and (value := getattr(checkpoint.facts, name)):
+            raise BadRequest(f"{name} {value!r} does not apply to {checkpoint.path}, {layout.title}; leave it out")
     assert layout.settings is not None
     try:
-        made = layout.settings(checkpoint, state)
+        result = layout.settings(checkpoint, state)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         files = ", ".join(checkpoint.configs) or "tensors"
         raise UnknownCheckpoint(
-            f"{checkpoint.path}: its {files} cannot be made sense of: {one_line(repr(error))}"
+            f"{checkpoint.path}: its {files} cannot be interpreted: {one_line(repr(error))}"
         ) from None
-    suit(layout, checkpoint, state, made.tokenizer, made.tokens.context)
-    return made
+    check_vocabulary(layout, checkpoint, state, result.tokenizer, result.tokens.context)
+    return result
 
 
-def suit(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], tokenizer: bytes, context: int) -> None:
-    """Raises `UnknownCheckpoint` for a tokenizer with more tokens, or a ``context`` with more places, than the weights
-    have rows for."""
-    words, rows = Tokenizer.from_str(tokenizer.decode()).get_vocab_size(), len(state["text.tokens.weight"])
-    if words > rows:
-        raise UnknownCheckpoint(
-            f"{checkpoint.path}: its tokenizer has {words} tokens, but {theirs(layout, 'text.tokens.weight')} {rows} "
-            "rows: it is another model's"
-        )
-    if context > (rows := len(state["text.positions"])):
-        raise UnknownCheckpoint(
-            f"{checkpoint.path}: its context is {context} tokens, but "
-            f"{theirs(layout, 'text.positions')} has {rows} rows"
-        )
+def check_vocabulary(
+    layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], tokenizer: bytes, context: int
+) -> None:
+    """Raises `UnknownCheckpoint` if the tokenizer has more tokens, or ``context`` more positions, than the weights have
+    rows."""
+    sizes = {
+        "tokenizer has": (Tokenizer.from_str(tokenizer.decode()).get_vocab_size(), "text.tokens.weight"),
+        "context is": (context, "text.positions"),
+    }
+    for subject, (count, table) in sizes.items():
+        if count > (rows := len(state[table])):
+            raise UnknownCheckpoint(
+                f"{checkpoint.path}: its {subject} {count} tokens, but {checkpoint_name(layout, table)} has {rows} "
+                "rows; tokenizer and config must be those of the weights"
+            )
 
 
 def fill(
-    layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], prefix: str, make: Any, *, fold: bool = True
+    layout: Layout,
+    checkpoint: Checkpoint,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    make: Callable[[Mapping[str, Tensor]], nn.Module],
+    *,
+    fold: bool = True,
 ) -> nn.Module:
-    """The tower whose tensors are those of ``state`` under ``prefix``, ready to run: ``make(tensors)`` with them in;
-    without ``fold``, as it was trained.
+    """The tower with the tensors of ``state`` under ``prefix``, in eval mode. ``make``: tensors -> the empty tower.
 
-    Raises `UnknownCheckpoint` naming, as the checkpoint does, what is missing, unexpected or of another shape.
+    ``fold=False``: the modules stay as they were trained. Raises `UnknownCheckpoint` with the checkpoint's name of a
+    tensor that is missing, unexpected or of another shape.
     """
     tensors = part(state, prefix)
     try:
         module = make(tensors)
-    except KeyError as error:  # a tensor that shapes are read from
-        raise UnknownCheckpoint(f"{checkpoint.path} lacks {theirs(layout, error.args[0])}") from None
+    except KeyError as error:  # a tensor that gives the tower its shapes
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {checkpoint_name(layout, error.args[0])}") from None
     except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:  # torch's own words for impossible shapes
         raise UnknownCheckpoint(f"{checkpoint.path}: no {prefix}tower has its shapes: {one_line(error)}") from None
-    empty = module.state_dict()
-    wanted = {name: tuple(tensor.shape) for name, tensor in empty.items()}
-    named = {name: theirs(layout, prefix + name) for name in {*wanted, *tensors}}
-    if missing := sorted(named[name] for name in wanted.keys() - tensors.keys()):
-        raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)} among them")
-    if extra := sorted(named[name] for name in tensors.keys() - wanted.keys()):
-        raise UnknownCheckpoint(f"{checkpoint.path}: {len(extra)} tensors belong nowhere, {_some(extra)} among them")
-    for name, shape in wanted.items():
-        if (found := tuple(tensors[name].shape)) != shape:
+    expected = module.state_dict()
+    names = {name: checkpoint_name(layout, prefix + name) for name in {*expected, *tensors}}
+    if missing := sorted(names[name] for name in expected.keys() - tensors.keys()):
+        raise UnknownCheckpoint(f"{checkpoint.path} lacks {len(missing)} tensors, {_some(missing)}")
+    if extra := sorted(names[name] for name in tensors.keys() - expected.keys()):
+        raise UnknownCheckpoint(f"{checkpoint.path}: {len(extra)} tensors are not used, {_some(extra)}")
+    for name, empty in expected.items():
+        shape, tensor = list(empty.shape), tensors[name]
+        if list(tensor.shape) != shape:
             raise UnknownCheckpoint(
-                f"{checkpoint.path}: {named[name]} has the shape {list(found)}; expected {list(shape)}"
+                f"{checkpoint.path}: {names[name]} has the shape {list(tensor.shape)}; expected {shape}"
             )
-        if empty[name].is_floating_point() and not tensors[name].is_floating_point():
+        if empty.is_floating_point() and not tensor.is_floating_point():
             raise UnknownCheckpoint(
-                f"{checkpoint.path}: {named[name]} is of {str(tensors[name].dtype).removeprefix('torch.')}; "
+                f"{checkpoint.path}: {names[name]} is of {str(tensor.dtype).removeprefix('torch.')}; "
                 "expected floating-point numbers, as they were before any quantization"
             )
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False)
     if fold:
-        module.fold()
+        cast(Any, module).fold()
     return module.eval()
 
 
-def dim(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> int:
-    """Numbers in a vector, by the projections. Raises `UnknownCheckpoint` where two differ."""
+def embed_dim(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> int:
+    """The length of a vector, from the projections. Raises `UnknownCheckpoint` if two differ."""
     ends = ("image.projection.weight", "text.projection.weight", "text.projection.down.weight")
-    names = [name for name in ends if name in state]
-    if len(found := {len(state[name]) for name in names}) > 1:
-        both = " and ".join(f"{theirs(layout, name)} for {len(state[name])}" for name in names)
+    dims = {name: len(state[name]) for name in ends if name in state}
+    if len({*dims.values()}) > 1:
+        both = " and ".join(f"{checkpoint_name(layout, name)} for {dim}" for name, dim in dims.items())
         raise UnknownCheckpoint(f"{checkpoint.path}: the shapes of its projections differ: {both} numbers in a vector")
-    return found.pop()
+    return next(iter(dims.values()))
 
 
 def _apply(rules: tuple[Rule, ...], name: str) -> tuple[Rule | None, str]:
+    """The first rule that reads ``name``, and our name."""
     for rule in rules:
-        if match := _pattern(rule.theirs).fullmatch(name):
+        if match := _match(rule.theirs, name):
             return rule, rule.ours.format(**match.groupdict())
     return None, ""
 
 
-def theirs(layout: Layout, ours: str, piece: int | None = None) -> str:
-    """The checkpoint's name of a tensor of ours; ours where the table has none."""
+def checkpoint_name(layout: Layout, ours: str, piece: int | None = None) -> str:
+    """The checkpoint's name of a tensor of ours; our name if the table has no rule for it."""
     for rule in layout.rules:
         if rule.ours and (match := _match(rule.ours, ours)) and (piece is None or rule.piece == piece):
             return rule.theirs.format(**{**dict.fromkeys(_HOLES, "*"), **match.groupdict()})
@@ -369,15 +394,13 @@ def _match(template: str, name: str) -> re.Match[str] | None:
 
 @cache
 def _pattern(template: str) -> re.Pattern[str]:
-    text, seen = re.escape(template), set()
-    for hole, what in _HOLES.items():
-        mark = re.escape(f"{{{hole}}}")
-        if mark in text:
-            first, _, rest = text.partition(mark)
-            text = f"{first}(?P<{hole}>{what}){rest.replace(mark, f'(?P={hole})')}"
-            seen.add(hole)
+    text = re.escape(template)
+    for hole, expression in _HOLES.items():
+        before, mark, after = text.partition(re.escape(f"{{{hole}}}"))
+        if mark:
+            text = f"{before}(?P<{hole}>{expression}){after.replace(mark, f'(?P={hole})')}"
     return re.compile(text)
 
 
 def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most])
+    return f"for example {', '.join(names[:most])}"

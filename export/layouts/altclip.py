@@ -1,39 +1,39 @@
-"""AltCLIP: OpenAI's image tower and an XLM-R that was taught CLIP's text vectors (Hugging Face directories).
+"""AltCLIP: OpenAI's image tower, and an XLM-R that was distilled from CLIP's text tower (Hugging Face directories).
 
-Source: Chen et al. 2022 (arXiv 2211.06679). Text: <s> words </s>, at most 77 tokens, padding masked; the state of <s>
-through a norm and two products, which become one.
+Source: Chen et al. 2022 (arXiv 2211.06679). Text: <s> words </s>, at most 77 tokens, padding masked. The state of <s>
+goes through a norm and two products, which export merges.
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 from torch import Tensor
 
 from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _hugging_face, _openai, hf_clip
-from calmclip.export.towers.image import VisionTransformer
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, hf_clip
+from calmclip.export.layouts.common import bert_text, openai_clip
 
-CONTEXT = 77  # of its teacher; the table of positions is XLM-R's own, of 512
-_TEXT = {"num_attention_heads": 16, "num_hidden_layers": 24}  # of AltCLIPTextConfig
-NEEDS = (*_openai.IMAGE_NEEDS, *_bert.NEEDS, "text.transformation.weight", "text.projection.weight", "logit_scale")
+CONTEXT = 77  # of the teacher; XLM-R's own table of positions has 512
+_TEXT = {"num_attention_heads": 16, "num_hidden_layers": 24}  # defaults of AltCLIPTextConfig
+REQUIRED = (
+    *openai_clip.IMAGE_REQUIRED,
+    *bert_text.REQUIRED,
+    "text.transformation.weight",
+    "text.projection.weight",
+    "logit_scale",
+)
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    vision = hf_clip.tower_config(checkpoint, "vision_config", state, "image.blocks.", hf_clip.VISION_USUAL)
+    image = hf_clip.image_settings(checkpoint, state)
     config = hf_clip.tower_config(checkpoint, "text_config", state, "text.blocks.", _TEXT)
-    text, tokens = _bert.tower(config, state, _bert.ROBERTA, CONTEXT)
     return Settings(
-        image=partial(VisionTransformer, style=hf_clip.style(vision, pool="cls")),
-        text=text,
-        pixels=_hugging_face.image_preprocess(_hugging_face.processor(checkpoint), _openai.side(state)),
-        tokens=tokens,
-        tokenizer=_bert.tokenizer(checkpoint, state).to_str().encode(),
-        license=_hugging_face.license_of(checkpoint.directory),
+        **image,
+        **bert_text.text_settings(checkpoint, config, state, bert_text.ROBERTA, CONTEXT),
     )
 
 
 NAMES = ("altclip", "altclip_resaved")
-# the published weights say layers, what transformers 5 saves says layer
+# the published weights say layers, transformers 5 saves layer
 for _name, _layers in (("altclip", "layers"), ("altclip_resaved", "layer")):
     LAYOUTS.register(_name)(
         Layout(
@@ -46,13 +46,13 @@ for _name, _layers in (("altclip", "layers"), ("altclip_resaved", "layer")):
             model_type=("altclip",),
             rules=(
                 *hf_clip.vision_rules(_layers),
-                *_bert.rules("text_model.roberta."),
+                *bert_text.rules("text_model.roberta."),
                 Rule("text_model.pre_LN.{p}", "text.norm_post.{p}"),
                 Rule("text_model.transformation.{p}", "text.transformation.{p}"),
                 Rule("text_projection.weight", "text.projection.weight"),
                 Rule("logit_scale", "logit_scale"),
             ),
-            needs=NEEDS,
+            required=REQUIRED,
             settings=settings,
         )
     )

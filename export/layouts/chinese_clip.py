@@ -1,9 +1,9 @@
-"""Chinese-CLIP: OpenAI's image tower and a Chinese BERT, as its authors publish it and as Hugging Face does.
+"""Chinese-CLIP: OpenAI's image tower and a Chinese BERT, in the names of its authors and of Hugging Face.
 
 Source: Yang et al. 2022 (arXiv 2211.01335). Text: [CLS] words [SEP], at most 52 tokens, padding masked, the state of
-[CLS] projected. Pictures are resized to a square, their proportions not kept.
+[CLS] projected. Pictures are resized to a square without regard to their aspect ratio.
 
-The authors' .pt brings neither config nor vocabulary: put the vocab.txt of its BERT (21128 lines) beside it.
+The authors' .pt contains neither config nor vocabulary: put the vocab.txt of its BERT (21128 lines) beside it.
 """
 
 from collections.abc import Mapping
@@ -12,31 +12,29 @@ from functools import partial
 from torch import Tensor
 
 from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _bert, _hugging_face, _openai, hf_clip
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, hf_clip
+from calmclip.export.layouts.common import bert_text, openai_clip
 from calmclip.export.towers import Style
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.models.bundle.manifest import ImagePreprocess
 
-CONTEXT = 52  # of training; the table of positions is BERT's own, of 512
+CONTEXT = 52  # of training; BERT's own table of positions has 512
 LONGEST_WORD = 200  # characters, in the authors' WordPiece; a longer word is [UNK]
 TEMPLATES = ("一张{}的照片。",)
-
-
-def pixels(side: int) -> ImagePreprocess:
-    return ImagePreprocess(
-        size=(side, side), resize="exact", resample="bicubic", mean=_openai.MEAN, std=_openai.STD
-    )  # fmt: skip
+REQUIRED = (*openai_clip.IMAGE_REQUIRED, *bert_text.REQUIRED, "text.projection.weight", "logit_scale")
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    heads = state["image.patch.weight"].shape[0] // _openai.HEAD_WIDTH
-    text, tokens = _bert.tower({}, state, _bert.BERT, CONTEXT)
-    tokenizer = _bert.tokenizer(checkpoint, state)
+    heads, side = state["image.patch.weight"].shape[0] // openai_clip.HEAD_WIDTH, openai_clip.side(state)
+    text, tokens = bert_text.tower({}, state, bert_text.BERT, CONTEXT)
+    tokenizer = bert_text.read_tokenizer(checkpoint)
     tokenizer.model.max_input_chars_per_word = LONGEST_WORD
     return Settings(
         image=partial(VisionTransformer, style=Style(heads=heads, activation="quick_gelu", pool="cls")),
         text=text,
-        pixels=pixels(_openai.side(state)),
+        pixels=ImagePreprocess(
+            size=(side, side), resize="exact", resample="bicubic", mean=openai_clip.MEAN, std=openai_clip.STD
+        ),
         tokens=tokens,
         tokenizer=tokenizer.to_str().encode(),
         templates=TEMPLATES,
@@ -44,17 +42,12 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
 
 
 def hf_settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    vision = hf_clip.tower_config(checkpoint, "vision_config", state, "image.blocks.", hf_clip.VISION_USUAL)
     usual = {"num_attention_heads": 12, "num_hidden_layers": 12}
+    image = hf_clip.image_settings(checkpoint, state)
     config = hf_clip.tower_config(checkpoint, "text_config", state, "text.blocks.", usual)
-    text, tokens = _bert.tower(config, state, _bert.BERT, CONTEXT)
     return Settings(
-        image=partial(VisionTransformer, style=hf_clip.style(vision, pool="cls")),
-        text=text,
-        pixels=_hugging_face.image_preprocess(_hugging_face.processor(checkpoint), _openai.side(state)),
-        tokens=tokens,
-        tokenizer=_bert.tokenizer(checkpoint, state).to_str().encode(),
-        license=_hugging_face.license_of(checkpoint.directory),
+        **image,
+        **bert_text.text_settings(checkpoint, config, state, bert_text.BERT, CONTEXT),
         templates=TEMPLATES,
     )
 
@@ -64,12 +57,12 @@ LAYOUTS.register("chinese_clip")(
         title="Chinese-CLIP, its authors' names, ViT",
         keys=("visual.conv1.weight", "visual.class_embedding", "bert.embeddings.word_embeddings.weight"),
         rules=(
-            *_openai.IMAGE,
-            *_bert.rules("bert."),
-            Rule("text_projection", "text.projection.weight", _openai.transposed),
-            *_openai.SCALARS,
+            *openai_clip.IMAGE,
+            *bert_text.rules("bert."),
+            Rule("text_projection", "text.projection.weight", openai_clip.transposed),
+            *openai_clip.SCALARS,
         ),
-        needs=(*_openai.IMAGE_NEEDS, *_bert.NEEDS, "text.projection.weight", "logit_scale"),
+        required=REQUIRED,
         settings=settings,
     )
 )
@@ -80,11 +73,11 @@ LAYOUTS.register("hf_chinese_clip")(
         model_type=("chinese_clip",),
         rules=(
             *hf_clip.VISION,
-            *_bert.rules("text_model."),
+            *bert_text.rules("text_model."),
             Rule("text_projection.weight", "text.projection.weight"),
             Rule("logit_scale", "logit_scale"),
         ),
-        needs=(*_openai.IMAGE_NEEDS, *_bert.NEEDS, "text.projection.weight", "logit_scale"),
+        required=REQUIRED,
         settings=hf_settings,
     )
 )

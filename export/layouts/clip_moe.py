@@ -1,33 +1,27 @@
-"""CLIP-MoE: Long-CLIP's names, and in the last blocks, or all, four experts where the MLP was.
+"""CLIP-MoE: Long-CLIP's names, and four experts in place of the MLP in the last blocks, or in all.
 
-Source: Zhang et al. 2024, CLIP-MoE (arXiv 2409.19291); p = softmax(gate(ln_2(x))), the two best renormalised.
-A block is of experts where it has a gate. How they are computed the recipe says (``experts``).
+Source: Zhang et al. 2024, CLIP-MoE (arXiv 2409.19291); p = softmax(gate(ln_2(x))), the two best renormalized.
+A block with a gate has experts. The recipe says how they are computed (``experts``).
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
 from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _long, _openai, long_clip
+from calmclip.export.layouts import LAYOUTS, Layout, Settings, long_clip, rename
+from calmclip.export.layouts.common import openai_clip
 
-
-def experts(theirs: str, ours: str) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{theirs}.{{i}}.gate.weight", f"{ours}.blocks.{{i}}.mlp.gate.weight"),
-        Rule(f"{theirs}.{{i}}.experts.{{e}}.c_fc.{{p}}", f"{ours}.blocks.{{i}}.mlp.experts.{{e}}.up.{{p}}"),
-        Rule(f"{theirs}.{{i}}.experts.{{e}}.c_proj.{{p}}", f"{ours}.blocks.{{i}}.mlp.experts.{{e}}.down.{{p}}"),
-    )
+_EXPERTS = {
+    "gate.weight": "mlp.gate.weight",
+    "experts.{e}.c_fc.{p}": "mlp.experts.{e}.up.{p}",
+    "experts.{e}.c_proj.{p}": "mlp.experts.{e}.down.{p}",
+}
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    kind, routed = checkpoint.given.activation or "quick_gelu", checkpoint.given.experts == "routed"
-    return replace(
-        long_clip.settings(checkpoint, state),
-        image=_openai.image_tower(state, kind, routed=routed),
-        text=_openai.text_tower(state, kind, routed=routed),
-    )
+    facts = checkpoint.facts
+    return openai_clip.settings(state, facts.activation or "quick_gelu", routed=facts.experts == "routed")
 
 
 LAYOUTS.register("clip_moe")(
@@ -35,16 +29,16 @@ LAYOUTS.register("clip_moe")(
         title="CLIP-MoE",
         keys=("visual.conv1.weight", "visual.class_embedding", "token_embedding.weight", "{rest}.gate.weight"),
         rules=(
-            *_openai.IMAGE,
-            *_openai.text(),
-            *_openai.SCALARS,
-            *experts("visual.transformer.resblocks", "image"),
-            *experts("transformer.resblocks", "text"),
-            _long.RULE,
+            *openai_clip.IMAGE,
+            *openai_clip.text(),
+            *openai_clip.SCALARS,
+            *rename("visual.transformer.resblocks.{i}", "image.blocks.{i}", _EXPERTS),
+            *rename("transformer.resblocks.{i}", "text.blocks.{i}", _EXPERTS),
+            long_clip.SECOND_TABLE,
         ),
-        needs=_openai.NEEDS,
-        finish=_long.fold_positions,
-        asks=("activation", "experts"),
+        required=openai_clip.REQUIRED,
+        after_read=long_clip.fold_positions,
+        facts=("activation", "experts"),
         settings=settings,
     )
 )

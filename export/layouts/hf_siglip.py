@@ -1,8 +1,8 @@
 """Hugging Face SigLIP and SigLIP 2 directories of fixed resolution: config.json (model_type "siglip").
 
 Source: Zhai et al. 2023 (arXiv 2303.15343); SigLIP 2: Tschannen et al. 2025 (arXiv 2502.14786); in the names of
-transformers' `SiglipModel`. A learned query pools the patches; the text's vector is its 64th token's, padding is
-attended to. The head is a sigmoid with a bias.
+transformers' `SiglipModel`. A learned query pools the patches; the text's vector is that of its 64th token, and tokens
+attend to padding. The head is a sigmoid with a bias.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, _hugging_face, _openai, _siglip_text
-from calmclip.export.layouts.hf_clip import style, tower_config
+from calmclip.export.checkpoints import Checkpoint, hugging_face
+from calmclip.export.layouts import DROP, LAYOUTS, Layout, Rule, Settings
+from calmclip.export.layouts.common import openai_clip, siglip_tokenizer
+from calmclip.export.layouts.hf_clip import TEXT_MODEL, blocks, style, tower_config
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.towers.text import TextTransformer
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
@@ -26,7 +27,7 @@ def of_fixed_resolution(patch: Tensor) -> Tensor:
     if patch.ndim != 4:
         raise UnknownCheckpoint(
             "the checkpoint is a SigLIP 2 of the NaFlex kind (model_type siglip2), which takes pictures of any shape "
-            "as packed patches; only those of fixed resolution (model_type siglip) are supported"
+            "as packed patches; only a fixed resolution (model_type siglip) is supported"
         )
     return patch
 
@@ -36,7 +37,7 @@ VISION = (
     Rule("vision_model.embeddings.patch_embedding.bias", "image.patch.bias"),
     Rule("vision_model.embeddings.position_embedding.weight", "image.positions"),
     Rule("vision_model.embeddings.position_ids", DROP),
-    *_hugging_face.blocks("vision_model.encoder.layers", "image"),
+    *blocks("vision_model.encoder.layers", "image"),
     Rule("vision_model.post_layernorm.{p}", "image.norm_post.{p}"),
     Rule("vision_model.head.probe", "image.pool.probe", torch.Tensor.flatten),
     Rule("vision_model.head.attention.in_proj_{p}", "image.pool.qkv.{p}"),
@@ -45,28 +46,17 @@ VISION = (
     Rule("vision_model.head.mlp.fc1.{p}", "image.pool.mlp.up.{p}"),
     Rule("vision_model.head.mlp.fc2.{p}", "image.pool.mlp.down.{p}"),
 )
-TEXT = (
-    Rule("text_model.embeddings.token_embedding.weight", "text.tokens.weight"),
-    Rule("text_model.embeddings.position_embedding.weight", "text.positions"),
-    Rule("text_model.embeddings.position_ids", DROP),
-    *_hugging_face.blocks("text_model.encoder.layers", "text"),
-    Rule("text_model.final_layer_norm.{p}", "text.norm_post.{p}"),
-    Rule("text_model.head.{p}", "text.projection.{p}"),
-)
-NEEDS = (
+TEXT = (*TEXT_MODEL, Rule("text_model.head.{p}", "text.projection.{p}"))
+REQUIRED = (
     "image.patch.weight",
     "image.positions",
     "image.norm_post.weight",
     "image.pool.probe",
     "image.pool.qkv.weight",
-    "text.tokens.weight",
-    "text.positions",
-    "text.norm_post.weight",
-    "text.projection.weight",
-    "logit_scale",
+    *openai_clip.TEXT_REQUIRED,
     "logit_bias",
 )
-# of SiglipTextConfig and SiglipVisionConfig: what a config that was saved as a difference leaves out
+# defaults of SiglipTextConfig and SiglipVisionConfig, which a config saved as a difference leaves out
 _USUAL = {
     "num_attention_heads": 12, "layer_norm_eps": 1e-6, "num_hidden_layers": 12, "hidden_act": "gelu_pytorch_tanh"
 }  # fmt: skip
@@ -77,34 +67,33 @@ _STEPS = {
     "do_normalize": True,
     "do_center_crop": None,
 }
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    """Raises `UnknownCheckpoint` naming the setting that is not supported."""
-    vision = _USUAL | tower_config(checkpoint, "vision_config", state, "image.blocks.", _USUAL)
-    text = _USUAL | tower_config(checkpoint, "text_config", state, "text.blocks.", _USUAL)
+    """Raises `UnknownCheckpoint` with the setting that is not supported."""
+    vision = tower_config(checkpoint, "vision_config", state, "image.blocks.", _USUAL)
+    text = tower_config(checkpoint, "text_config", state, "text.blocks.", _USUAL)
     widths = state["text.projection.weight"].shape[0], state["image.norm_post.weight"].shape[0]
     if widths[0] != widths[1]:
         raise UnknownCheckpoint(
             f"{checkpoint.path}: text_model.head.weight makes vectors of {widths[0]} numbers, "
             f"the image tower of {widths[1]}"
         )
-    tokenizer, pad = _siglip_text.tokenizer(checkpoint)
+    tokenizer, pad = siglip_tokenizer.read_tokenizer(checkpoint)
     return Settings(
         image=partial(VisionTransformer, style=style(vision, pool="map")),
         text=partial(TextTransformer, style=style(text, pool="last")),
-        pixels=image_preprocess(_hugging_face.processor(checkpoint), _openai.side(state)),
+        pixels=image_preprocess(hugging_face.processor(checkpoint), openai_clip.side(state)),
         tokens=TextPreprocess(context=state["text.positions"].shape[0], pad="context", pad_id=pad),
         tokenizer=tokenizer,
-        license=_hugging_face.license_of(checkpoint.directory),
+        license=hugging_face.license_of(checkpoint.directory),
     )
 
 
 def image_preprocess(config: dict[str, Any], side: int) -> ImagePreprocess:
-    """The config of `SiglipImageProcessor` -> ours: both sides resized to ``side``, whatever their ratio was.
+    """The config of `SiglipImageProcessor` -> ours: both sides resized to ``side``, without regard to their ratio.
 
-    Raises `UnknownCheckpoint` naming the setting that is not SigLIP's, or a size that is not the model's.
+    Raises `UnknownCheckpoint` with the setting that is not SigLIP's, or a size that is not the model's.
     """
     config = {name: value for name, value in config.items() if value is not None}
     for name, usual in _STEPS.items():
@@ -114,14 +103,14 @@ def image_preprocess(config: dict[str, Any], side: int) -> ImagePreprocess:
     size = config.get("size", {"height": 224, "width": 224})
     if size != {"height": side, "width": side}:
         raise UnknownCheckpoint(
-            f"the image processor's size is {size}; the patches' positions are for {side} x {side} pixels"
+            f"the image processor's size is {size}; the weights have positions for {side} x {side} pixels"
         )
-    if (resample := config.get("resample", 3)) not in _RESAMPLE:
+    if (resample := config.get("resample", 3)) not in hugging_face.RESAMPLE:
         raise UnknownCheckpoint(f"the image processor has resample = {resample}; expected 2 (bilinear) or 3 (bicubic)")
     return ImagePreprocess(
         size=(side, side),
         resize="exact",
-        resample=_RESAMPLE[resample],  # type: ignore[arg-type]
+        resample=hugging_face.RESAMPLE[resample],  # type: ignore[arg-type]
         mean=config.get("image_mean", (0.5,) * 3),
         std=config.get("image_std", (0.5,) * 3),
     )
@@ -133,8 +122,8 @@ LAYOUTS.register("hf_siglip")(
         keys=("vision_model.head.probe", "text_model.embeddings.token_embedding.weight"),
         file="config.json",
         model_type=("siglip", "siglip2"),
-        rules=(*VISION, *TEXT, *_openai.SCALARS),
-        needs=NEEDS,
+        rules=(*VISION, *TEXT, *openai_clip.SCALARS),
+        required=REQUIRED,
         settings=settings,
     )
 )

@@ -1,7 +1,7 @@
 """open_clip directories: open_clip_config.json beside open_clip_model.safetensors (or a .bin); its own ViT and text.
 
-Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773). The config says what shapes do not; what it asks for and
-our towers do not have is refused by name. A model with `logit_bias` (SigLIP's loss) gets the sigmoid head.
+Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773). The config gives the facts that shapes do not. A setting
+that our towers do not have is refused by name. A model with `logit_bias` (SigLIP's loss) gets the sigmoid head.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.layouts import LAYOUTS, Layout, Settings, _open_clip_text, _openai
-from calmclip.export.layouts._clip_bpe import CLEAN, tokenizer_json
+from calmclip.export.layouts import LAYOUTS, Layout, Settings
+from calmclip.export.layouts.common import open_clip_tokenizer, openai_clip
+from calmclip.export.layouts.common.clip_bpe import CLEAN, tokenizer_json
 from calmclip.export.towers import Style
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.towers.text import TextTransformer
@@ -22,68 +23,67 @@ from calmclip.models.errors import UnknownCheckpoint
 CONFIG = "open_clip_config.json"
 _RESIZE = {"shortest": "shortest", "squash": "exact"}
 _POOLS = {"argmax": "eot", "first": "first", "last": "last"}
-_USUAL = {  # settings of a tower that change what it computes, and the one value our towers have
+_USUAL: dict[str, dict[str, Any]] = {  # settings that change what a tower computes -> the only supported value
     "vision_cfg": {
         "attentional_pool": False, "pool_type": "tok", "final_ln_after_pool": False, "no_ln_pre": False,
         "pos_embed_type": "learnable", "output_tokens": False, "input_patchnorm": False, "global_average_pool": False,
         "timm_model_name": "",
     },
-    "text_cfg": {"embed_cls": False, "output_tokens": False, "mlp_ratio": None, "correct_cls_mask": None},
+    "text_cfg": {"embed_cls": False, "output_tokens": False},
 }  # fmt: skip
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    """Raises `UnknownCheckpoint` naming the setting that is not supported."""
+    """Raises `UnknownCheckpoint` with the setting that is not supported."""
     config = model_config(checkpoint)
     return Settings(
-        image=partial(VisionTransformer, style=vision_style(config, state)),
+        **image_parts(checkpoint, config, state),
         text=partial(TextTransformer, style=text_style(config)),
-        pixels=pixels(checkpoint, config, state),
         **text_parts(checkpoint, config),
     )
 
 
-def vision_style(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Style:
+def image_parts(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of `Settings` for pictures: open_clip's own ViT."""
     require_usual(config, *_USUAL)
     vision = config["vision_cfg"]
-    return Style(
-        heads=state["image.patch.weight"].shape[0] // vision.get("head_width", _openai.HEAD_WIDTH),
-        activation=activation(config, vision),  # type: ignore[arg-type]
+    style = Style(
+        heads=state["image.patch.weight"].shape[0] // vision.get("head_width", openai_clip.HEAD_WIDTH),
+        activation=activation(config, vision),
         eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
         pool="cls",
     )
-
-
-def pixels(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> ImagePreprocess:
-    size = config["vision_cfg"].get("image_size", _openai.side(state))
-    return image_preprocess(checkpoint.configs[CONFIG].get("preprocess_cfg") or {}, size)
+    side = vision.get("image_size", openai_clip.side(state))
+    return {"image": partial(VisionTransformer, style=style), "pixels": image_preprocess(checkpoint, side)}
 
 
 def require_usual(config: Mapping[str, Any], *parts: str) -> None:
-    """Raises `UnknownCheckpoint` naming a setting of vision_cfg or text_cfg that our towers do not have."""
+    """Raises `UnknownCheckpoint` with a setting of vision_cfg or text_cfg that our towers do not have."""
     for part in parts:
-        for name, value in _USUAL[part].items():
-            if value is not None and (found := config[part].get(name) or value) != value:
-                raise UnknownCheckpoint(f"{CONFIG}: {part}.{name} is {found!r}; only {value!r} is supported")
+        for name, usual in _USUAL[part].items():
+            if (value := config[part].get(name) or usual) != usual:
+                raise UnknownCheckpoint(f"{CONFIG}: {part}.{name} is {value!r}; only {usual!r} is supported")
 
 
 def text_parts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `Settings` what texts need: CLIP's tokenizer, or the one in the directory where the config names one."""
+    """``tokens`` and ``tokenizer`` of `Settings`: CLIP's own, or the tokenizer in the directory if the config names
+    one."""
     text = config["text_cfg"]
     if not text.get("hf_tokenizer_name"):
         return {"tokens": text_tokens(text, clean=CLEAN), "tokenizer": tokenizer_json()}
-    tokenizer, pad = _open_clip_text.tokenizer(checkpoint, text)
+    tokenizer, pad = open_clip_tokenizer.read_tokenizer(checkpoint, text)
     return {"tokens": text_tokens({**text, "pad_id": pad}), "tokenizer": tokenizer}
 
 
 def model_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    match checkpoint.configs[CONFIG].get("model_cfg"):
-        case {"embed_dim": int(), "text_cfg": dict(), "vision_cfg": dict()} as config:
-            return config
+    config: Any = checkpoint.configs[CONFIG].get("model_cfg")
+    match config:
+        case {"embed_dim": int(), "text_cfg": dict(), "vision_cfg": dict()}:
+            return dict(config)
     raise UnknownCheckpoint(f"{checkpoint.directory / CONFIG} has no model_cfg with embed_dim, vision_cfg and text_cfg")
 
 
-def activation(config: Mapping[str, Any], tower: Mapping[str, Any]) -> str:
+def activation(config: Mapping[str, Any], tower: Mapping[str, Any]) -> Literal["gelu", "gelu_tanh", "quick_gelu"]:
     if config.get("quick_gelu"):
         return "quick_gelu"
     return "gelu_tanh" if (tower.get("act_kwargs") or {}).get("approximate") == "tanh" else "gelu"
@@ -97,7 +97,7 @@ def text_style(config: Mapping[str, Any]) -> Style:
         raise UnknownCheckpoint(f"{CONFIG}: text_cfg.pool_type is {pool!r}; expected {' or '.join(_POOLS)}")
     return Style(
         heads=text.get("heads", 8),
-        activation=activation(config, text),  # type: ignore[arg-type]
+        activation=activation(config, text),
         pool=_POOLS[pool],  # type: ignore[arg-type]
         causal=not text.get("no_causal_mask", False),
         eps=(text.get("norm_kwargs") or {}).get("eps", 1e-5),
@@ -105,7 +105,8 @@ def text_style(config: Mapping[str, Any]) -> Style:
 
 
 def text_tokens(text: Mapping[str, Any], *, clean: Literal["lower", "whitespace"] | None = None) -> TextPreprocess:
-    """A causal tower pooled at the end of the text does not see what follows it; any other sees its padding."""
+    """A causal tower that is pooled at the end of the text does not see its padding. Any other tower does, so its texts
+    are padded to the whole context."""
     short = not text.get("no_causal_mask", False) and text.get("pool_type", "argmax") == "argmax"
     return TextPreprocess(
         context=text.get("context_length", 77),
@@ -115,8 +116,9 @@ def text_tokens(text: Mapping[str, Any], *, clean: Literal["lower", "whitespace"
     )
 
 
-def image_preprocess(config: Mapping[str, Any], size: Any) -> ImagePreprocess:
-    """`preprocess_cfg` -> ours. Defaults are open_clip's."""
+def image_preprocess(checkpoint: Checkpoint, size: Any) -> ImagePreprocess:
+    """`preprocess_cfg` of the directory -> ours. Defaults are open_clip's. ``size``: if the config has none."""
+    config = checkpoint.configs[CONFIG].get("preprocess_cfg") or {}
     size = config.get("size", size)
     rows, cols = (size, size) if isinstance(size, int) else size[-2:]
     mode = config.get("resize_mode", "shortest")
@@ -128,23 +130,20 @@ def image_preprocess(config: Mapping[str, Any], size: Any) -> ImagePreprocess:
         shortest=max(rows, cols) if mode == "shortest" else None,
         crop_offset="round",
         resample=config.get("interpolation", "bicubic"),
-        mean=config.get("mean", _openai.MEAN),
-        std=config.get("std", _openai.STD),
+        mean=config.get("mean", openai_clip.MEAN),
+        std=config.get("std", openai_clip.STD),
     )
 
 
 NAMES = ("open_clip", "open_clip_custom_text")
-for _name, _keys, _prefix in (
-    ("open_clip", "token_embedding.weight", ""),
-    ("open_clip_custom_text", "text.token_embedding.weight", "text."),
-):
+for _name, _prefix in (("open_clip", ""), ("open_clip_custom_text", "text.")):
     LAYOUTS.register(_name)(
         Layout(
             title="open_clip, its own ViT and text" + (" (custom text)" if _prefix else ""),
-            keys=("visual.conv1.weight", "visual.class_embedding", _keys),
+            keys=("visual.conv1.weight", "visual.class_embedding", f"{_prefix}token_embedding.weight"),
             file=CONFIG,
-            rules=(*_openai.IMAGE, *_openai.text(_prefix), *_openai.SCALARS),
-            needs=_openai.NEEDS,
+            rules=(*openai_clip.IMAGE, *openai_clip.text(_prefix), *openai_clip.SCALARS),
+            required=openai_clip.REQUIRED,
             settings=settings,
         )
     )

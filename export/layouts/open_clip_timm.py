@@ -1,4 +1,4 @@
-"""open_clip directories with an image tower of timm's: SigLIP's ViT becomes ours, any other is built by timm.
+"""open_clip directories with an image tower of timm: SigLIP's ViT becomes ours, timm builds any other.
 
 Source: Ilharco et al., OpenCLIP (doi 10.5281/zenodo.5143773), `TimmModel`: ``visual.trunk`` and ``visual.head``.
 SigLIP: Zhai et al. 2023 (arXiv 2303.15343); MobileCLIP: Vasu et al. 2024 (arXiv 2311.17049); ViTamin: Chen et al. 2024
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from calmclip.export.checkpoints import Checkpoint
 from calmclip.export.checkpoints.files import require_package
-from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, _openai, _timm, open_clip
+from calmclip.export.layouts import LAYOUTS, Layout, Rule, Settings, concatenate, open_clip, rename
+from calmclip.export.layouts.common import openai_clip, timm_models
 from calmclip.export.towers import Style
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.towers.text import TextTransformer
@@ -24,19 +25,18 @@ _NAME = f"{open_clip.CONFIG}: vision_cfg.timm_model_name"
 SIGLIP = (
     Rule("visual.trunk.patch_embed.proj.{p}", "image.patch.{p}"),
     Rule("visual.trunk.pos_embed", "image.positions", lambda tensor: tensor.squeeze(0)),
-    *_timm.blocks("visual.trunk.blocks", "image"),
+    *rename("visual.trunk.blocks.{i}", "image.blocks.{i}", timm_models.BLOCK),
     Rule("visual.trunk.norm.{p}", "image.norm_post.{p}"),
     Rule("visual.trunk.attn_pool.latent", "image.pool.probe", torch.Tensor.flatten),
-    Rule("visual.trunk.attn_pool.q.{p}", "image.pool.qkv.{p}", piece=0),
-    Rule("visual.trunk.attn_pool.kv.{p}", "image.pool.qkv.{p}", piece=1),
-    Rule("visual.trunk.attn_pool.proj.{p}", "image.pool.out.{p}"),
-    Rule("visual.trunk.attn_pool.norm.{p}", "image.pool.norm.{p}"),
-    Rule("visual.trunk.attn_pool.mlp.fc1.{p}", "image.pool.mlp.up.{p}"),
-    Rule("visual.trunk.attn_pool.mlp.fc2.{p}", "image.pool.mlp.down.{p}"),
+    *concatenate("visual.trunk.attn_pool.*.{p}", "image.pool.qkv.{p}", ("q", "kv")),
+    *rename(
+        "visual.trunk.attn_pool",
+        "image.pool",
+        {"proj.{p}": "out.{p}", "norm.{p}": "norm.{p}", "mlp.fc1.{p}": "mlp.up.{p}", "mlp.fc2.{p}": "mlp.down.{p}"},
+    ),
     Rule("visual.head.proj.{p}", "image.projection.{p}"),
 )
 TRUNK = tuple(Rule(f"visual.{part}.{{rest}}", f"image.trunk.{part}.{{rest}}") for part in ("trunk", "head"))
-_TEXT_NEEDS = ("text.tokens.weight", "text.positions", "text.norm_post.weight", "text.projection.weight", "logit_scale")
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
@@ -51,9 +51,9 @@ def siglip(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
 
 
 def _style(vision: Mapping[str, Any]) -> Style:
-    """What shapes do not say, timm's own model of that name does; made without memory for its weights."""
+    """The facts that shapes do not say, from timm's own model of this name, built without memory for its weights."""
     timm = require_package("timm", "an image tower of timm's")
-    name = _timm.known(vision.get("timm_model_name"), _NAME)
+    name = timm_models.model_name(vision.get("timm_model_name"), _NAME)
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
     block = model.blocks[0]
@@ -75,16 +75,16 @@ def trunk(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
 
 
 def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:
-    """The empty tower, as open_clip's adapter puts it together."""
+    """The empty tower that open_clip's adapter builds."""
     adapter = require_package("open_clip.timm_model", "an open_clip directory")
     vision = config["vision_cfg"]
-    name = _timm.known(vision.get("timm_model_name"), _NAME)
-    made = {new: vision[f"timm_{new}"] for new in ("pool", "proj", "proj_bias") if f"timm_{new}" in vision}
+    name = timm_models.model_name(vision.get("timm_model_name"), _NAME)
+    options = {new: vision[f"timm_{new}"] for new in ("pool", "proj", "proj_bias") if f"timm_{new}" in vision}
     try:
-        tower = adapter.TimmModel(name, config["embed_dim"], vision.get("image_size", 224), **made)
-    except Exception as error:  # whatever a builder of timm's raises
-        raise UnknownCheckpoint(f"{_NAME} {name!r} with {made} cannot be built: {error}") from None
-    return _timm.TimmTrunk(tensors, tower)
+        tower = adapter.TimmModel(name, config["embed_dim"], vision.get("image_size", 224), **options)
+    except Exception as error:  # the builders of timm raise any kind
+        raise UnknownCheckpoint(f"{_NAME} {name!r} with {options} cannot be built: {error}") from None
+    return timm_models.TimmTrunk(tensors, tower)
 
 
 def _settings(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[str, Tensor], image: Any) -> Settings:
@@ -93,11 +93,10 @@ def _settings(checkpoint: Checkpoint, config: Mapping[str, Any], state: Mapping[
         raise UnknownCheckpoint(
             f"{open_clip.CONFIG}: embed_dim is {config['embed_dim']}; the shape of text_projection makes it {dim}"
         )
-    preprocess = checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {}
     return Settings(
         image=image,
         text=partial(TextTransformer, style=open_clip.text_style(config)),
-        pixels=open_clip.image_preprocess(preprocess, config["vision_cfg"].get("image_size", 224)),
+        pixels=open_clip.image_preprocess(checkpoint, config["vision_cfg"].get("image_size", 224)),
         **open_clip.text_parts(checkpoint, config),
     )
 
@@ -107,12 +106,15 @@ LAYOUTS.register("open_clip_siglip")(
         title="open_clip, SigLIP's ViT of timm",
         keys=("visual.trunk.patch_embed.proj.weight", "visual.trunk.attn_pool.latent", "text.token_embedding.weight"),
         file=open_clip.CONFIG,
-        also=is_siglip,
-        rules=(*SIGLIP, *_openai.text("text."), *_openai.SCALARS),
-        needs=("image.patch.weight", "image.positions", "image.pool.probe", "image.norm_post.weight", *_TEXT_NEEDS),
+        condition=is_siglip,
+        rules=(*SIGLIP, *openai_clip.text("text."), *openai_clip.SCALARS),
+        required=(
+            "image.patch.weight", "image.positions", "image.pool.probe", "image.norm_post.weight",
+            *openai_clip.TEXT_REQUIRED,
+        ),
         settings=siglip,
     )
-)
+)  # fmt: skip
 NAMES = ("open_clip_timm", "open_clip_timm_custom_text")
 for _name, _prefix in (("open_clip_timm", ""), ("open_clip_timm_custom_text", "text.")):
     LAYOUTS.register(_name)(
@@ -120,9 +122,9 @@ for _name, _prefix in (("open_clip_timm", ""), ("open_clip_timm_custom_text", "t
             title="open_clip, an image tower of timm's" + (" (custom text)" if _prefix else ""),
             keys=(f"{_prefix}token_embedding.weight", "visual.trunk.{rest}"),
             file=open_clip.CONFIG,
-            also=lambda checkpoint: not is_siglip(checkpoint),
-            rules=(*TRUNK, *_openai.text(_prefix), *_openai.SCALARS),
-            needs=_TEXT_NEEDS,
+            condition=lambda checkpoint: not is_siglip(checkpoint),
+            rules=(*TRUNK, *openai_clip.text(_prefix), *openai_clip.SCALARS),
+            required=openai_clip.TEXT_REQUIRED,
             settings=trunk,
         )
     )

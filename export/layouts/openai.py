@@ -1,7 +1,7 @@
-"""OpenAI's CLIP: the published .pt (a TorchScript archive) or a state dict of it, and what was fine-tuned from it.
+"""OpenAI's CLIP: the published .pt (a TorchScript archive) or a state dict of it, and weights that are tuned from it.
 
 Source: Radford et al. 2021 (arXiv 2103.00020). Width, layers, patch and context are read from shapes; heads are 64
-wide, the activation is QuickGELU, which no tensor tells: the archive's own marks do, or ``activation`` in the recipe.
+wide. The activation is QuickGELU. No tensor says so: the marks in the archive do, or ``activation`` in the recipe.
 """
 
 from collections.abc import Mapping
@@ -9,34 +9,25 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.layouts import LAYOUTS, Layout, Settings, _openai
-from calmclip.export.layouts._clip_bpe import tokenizer_json
+from calmclip.export.layouts import LAYOUTS, Layout, Settings
+from calmclip.export.layouts.common import openai_clip
 from calmclip.models.errors import UnknownCheckpoint
-
-MARKS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def activation(checkpoint: Checkpoint) -> str:
-    """Raises `UnknownCheckpoint` where neither the checkpoint nor the recipe says it."""
-    if checkpoint.given.activation:
-        return checkpoint.given.activation
-    if checkpoint.names >= MARKS:
+    """Raises `UnknownCheckpoint` if neither the checkpoint nor the recipe says it."""
+    if checkpoint.facts.activation:
+        return checkpoint.facts.activation
+    if checkpoint.names >= {*openai_clip.MARKS}:
         return "quick_gelu"
     raise UnknownCheckpoint(
         f"{checkpoint.path} does not say its activation, and a wrong one costs points of accuracy without an error; "
-        "pass --activation quick_gelu (OpenAI's weights and what is tuned from them) or gelu (most of open_clip's)"
+        "pass --activation quick_gelu (OpenAI's weights and those tuned from them) or gelu (most of open_clip's)"
     )
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    kind = activation(checkpoint)
-    return Settings(
-        image=_openai.image_tower(state, kind),
-        text=_openai.text_tower(state, kind),
-        pixels=_openai.pixels(_openai.side(state)),
-        tokens=_openai.tokens(state),
-        tokenizer=tokenizer_json(),
-    )
+    return openai_clip.settings(state, activation(checkpoint))
 
 
 LAYOUTS.register("openai")(
@@ -45,9 +36,9 @@ LAYOUTS.register("openai")(
         keys=("visual.conv1.weight", "visual.class_embedding", "token_embedding.weight", "logit_scale"),
         without=("positional_embedding_res", "{rest}.gate.weight", "{rest}.fc_V.weight"),
         no_file="open_clip_config.json",
-        rules=(*_openai.IMAGE, *_openai.text(), *_openai.SCALARS),
-        needs=_openai.NEEDS,
-        asks=("activation",),
+        rules=(*openai_clip.IMAGE, *openai_clip.text(), *openai_clip.SCALARS),
+        required=openai_clip.REQUIRED,
+        facts=("activation",),
         settings=settings,
     )
 )

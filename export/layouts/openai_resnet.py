@@ -1,39 +1,32 @@
 """OpenAI's CLIP with a ResNet (RN50 to RN50x64): the published .pt, a state dict, or an open_clip directory of it.
 
-Source: Radford et al. 2021 (arXiv 2103.00020), section 2.4 and table 19. Blocks of each stage, width, side and heads
-are read from shapes. The text tower's activation is found as in `calmclip.export.layouts.openai`.
+Source: Radford et al. 2021 (arXiv 2103.00020), section 2.4 and table 19. The blocks of each stage, width, side and
+heads are read from shapes; the text tower's activation as in `calmclip.export.layouts.openai`.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
 from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.layouts import LAYOUTS, Layout, Settings, _openai, _resnet, open_clip
-from calmclip.export.layouts._clip_bpe import tokenizer_json
+from calmclip.export.layouts import LAYOUTS, Layout, Settings, open_clip
+from calmclip.export.layouts.common import openai_clip, resnet
 from calmclip.export.layouts.openai import activation
 from calmclip.export.towers.text import TextTransformer
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
-    return Settings(
-        image=_resnet.image_tower(state),
-        text=_openai.text_tower(state, activation(checkpoint)),
-        pixels=_openai.pixels(_resnet.side(state)),
-        tokens=_openai.tokens(state),
-        tokenizer=tokenizer_json(),
-    )
+    return resnet.settings(state, activation(checkpoint))
 
 
 def open_clip_settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     """As the directory's config says."""
     config = open_clip.model_config(checkpoint)
     return Settings(
-        image=_resnet.image_tower(state),
-        text=lambda tensors: TextTransformer(tensors, open_clip.text_style(config)),
-        pixels=open_clip.image_preprocess(
-            checkpoint.configs[open_clip.CONFIG].get("preprocess_cfg") or {}, _resnet.side(state)
-        ),
+        image=resnet.image_tower(state),
+        text=partial(TextTransformer, style=open_clip.text_style(config)),
+        pixels=open_clip.image_preprocess(checkpoint, resnet.side(state)),
         **open_clip.text_parts(checkpoint, config),
     )
 
@@ -44,7 +37,7 @@ _KEYS = (
     "token_embedding.weight",
     "logit_scale",
 )
-_RULES = (*_resnet.IMAGE, *_openai.text(), *_openai.SCALARS)
+_RULES = (*resnet.IMAGE, *openai_clip.text(), *openai_clip.SCALARS)
 
 LAYOUTS.register("openai_resnet")(
     Layout(
@@ -52,8 +45,8 @@ LAYOUTS.register("openai_resnet")(
         keys=_KEYS,
         no_file=open_clip.CONFIG,
         rules=_RULES,
-        needs=_resnet.NEEDS,
-        asks=("activation",),
+        required=resnet.REQUIRED,
+        facts=("activation",),
         settings=settings,
     )
 )
@@ -63,7 +56,7 @@ LAYOUTS.register("open_clip_resnet")(
         keys=_KEYS,
         file=open_clip.CONFIG,
         rules=_RULES,
-        needs=_resnet.NEEDS,
+        required=resnet.REQUIRED,
         settings=open_clip_settings,
     )
 )

@@ -1,4 +1,4 @@
-"""FAMILY nets: a checkpoint -> `Net`: what the pipeline needs to know to make a bundle of it."""
+"""FAMILY nets: a checkpoint -> `Net`, from which the pipeline makes a bundle."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -19,6 +19,7 @@ from calmclip.models.bundle.manifest import (
     TextPreprocess,
 )
 from calmclip.models.flow import Arrays
+from calmclip.models.ops.spec import SOFTMAX
 from calmclip.models.registry import Registry
 
 
@@ -28,9 +29,10 @@ class Tower:
 
     ``module(*inputs)`` takes tensors in the order of ``inputs`` and returns one tensor, or a tuple in the order
     of ``outputs``. String dimensions of the specs ("B", "T") are dynamic in the graph. ``quantizer``: the
-    plug-in that keeps this tower's accuracy, used unless the recipe names another. ``summary``: for outputs whose rows
-    may come in another order for a difference of rounding: outputs -> what two graphs are compared by. ``promises``:
-    op of ours -> how many of it the rewrites must find a place for, by the checkpoint's own config.
+    plug-in that keeps this tower's accuracy, used unless the recipe names another. ``prefix``: of its tensors among
+    those by our names, for adapters and for a written checkpoint. ``summary``: outputs -> the arrays by which two
+    graphs are compared, for outputs whose rows may change their order by a rounding error. ``promises``: op of ours ->
+    the number of nodes that the rewrites must replace by it, from the checkpoint's own config.
     """
 
     module: torch.nn.Module
@@ -39,17 +41,17 @@ class Tower:
     preprocess: ImagePreprocess | TextPreprocess | None
     quantizer: str
     quantizer_params: Mapping[str, Any] = field(default_factory=dict)
-    prefix: str = ""  # of its tensors among those by our names, for adapters and for a checkpoint that is written
+    prefix: str = ""
     summary: Callable[[Arrays], Arrays] | None = None
     promises: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Built:
-    """A graph of standard ops made without torch (for example `detect`); never quantized.
+    """A graph of standard ops that is built without torch (for example `detect`). It is never quantized.
 
-    ``attach``: rewrites that put an op of ours at its end, after which it takes and answers what the bundle promises.
-    ``examples``: feeds on which it is compared before and after it is rewritten. ``promises``: as of a `Tower`.
+    ``attach``: rewrites that append an op of ours; the result has the inputs and outputs that the bundle promises.
+    ``examples``: feeds on which the graphs before and after the rewrites are compared. ``promises``: as in `Tower`.
     """
 
     model: onnx.ModelProto
@@ -63,8 +65,8 @@ class Built:
 class Net:
     """A loaded checkpoint.
 
-    ``files``: what else goes into the bundle by name (tokenizer.json, labels.json). ``ranges``: role -> a JSON
-    file of activation ranges that ship with the net, used when no calibration pictures are given.
+    ``files``: other files of the bundle by name (tokenizer.json, labels.json). ``ranges``: role -> a JSON file of
+    activation ranges that ship with the net, used when no calibration pictures are given.
     """
 
     name: str
@@ -77,19 +79,19 @@ class Net:
     ranges: Mapping[str, Path] = field(default_factory=dict)
     keep_float: bool = False  # export seals NAME-float beside NAME-int8 unless told otherwise
     bars: Mapping[str, float] = field(default_factory=dict)  # defaults of the recipe's bars for this net
-    layout: Layout | None = None  # by which its tensors are named, where they may be written again
-    folded: bool = True  # its modules are as they are traced; see `ready`
-    adapters: tuple[str, ...] = ()  # those that were done, in order
-    suppression: SuppressionDefaults | None = None  # of a detect request, where calmclip's do not suit its scores
+    layout: Layout | None = None  # the table of names, if a checkpoint of it can be written
+    folded: bool = True  # its modules are ready to be traced; see `ready`
+    adapters: tuple[str, ...] = ()  # the adapters that were applied, in order
+    suppression: SuppressionDefaults | None = None  # of a detect request, if calmclip's do not suit its scores
 
 
 @dataclass(frozen=True)
 class NetPlugin:
-    """``recognise(checkpoint)``: is this directory, file or built-in name one of ours? ``load(checkpoint, weights)``.
+    """``recognise(checkpoint)``: is this directory, file or built-in name of this kind? ``load(checkpoint, weights)``.
 
-    ``weights``: what the recipe says of them; the default says nothing. ``unfolded(checkpoint, weights)``: the same net
-    before its modules are folded, for adapters and for training; None where the kind has no such form. `ready` makes of
-    it what ``load`` answers.
+    ``weights``: facts from the recipe, by default none. ``unfolded(checkpoint, weights)``: the same net before its
+    modules are folded, for adapters and for training; None if the kind has no such form. `ready` turns it into the
+    result of ``load``.
     """
 
     recognise: Callable[[str], bool]
@@ -98,8 +100,8 @@ class NetPlugin:
 
 
 def ready(net: Net) -> Net:
-    """``net`` with modules as they are traced: folded, as copies that share with its own the tensors that folding
-    leaves as they are. A net that is folded already, as it is."""
+    """``net`` with folded modules, ready to be traced. They are copies that share all tensors that folding does not
+    change. A folded net is returned as it is."""
     if net.folded:
         return net
     towers = {role: replace(tower, module=_folded(tower.module)) for role, tower in net.towers.items()}
@@ -114,7 +116,7 @@ def _folded(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _fold(module: Any) -> None:
-    """The outermost modules that know how: an adapter may have put one of its own around them."""
+    """Folds the outermost modules that can fold: an adapter may have wrapped them in a module of its own."""
     if hasattr(module, "fold"):
         module.fold()
     else:
@@ -122,14 +124,24 @@ def _fold(module: Any) -> None:
             _fold(child)
 
 
-def reads(tokens: TextPreprocess) -> dict[str, Tensor]:
-    """The inputs of a graph of texts."""
+def attention_promises(module: torch.nn.Module) -> dict[str, int]:
+    """`Tower.promises`: one Softmax for each attention module of ours. Modules of libraries promise nothing."""
+    number = sum(getattr(inner, "attends", 0) for inner in module.modules())
+    return {SOFTMAX.name: number} if number else {}
+
+
+def float32(*shape: int | str) -> Tensor:
+    return Tensor(dtype="float32", shape=shape)
+
+
+def text_inputs(tokens: TextPreprocess) -> dict[str, Tensor]:
+    """The inputs of a text graph."""
     return {name: Tensor(dtype=dtype, shape=shape) for name, (dtype, shape) in tokens.feeds().items()}  # type: ignore[arg-type]
 
 
 def bucketed(tokens: TextPreprocess) -> TextPreprocess:
-    """Where texts are as long as the longest of their call: made up to a multiple of 4, so that more of them are of one
-    length and share a run. 8 and 16 cost more tokens than they merge calls."""
+    """Texts that are padded to the longest of their call are padded to a multiple of 4: more calls then have the same
+    length and share a run. Multiples of 8 and 16 add more tokens than they save runs."""
     return tokens if tokens.pad == "context" else tokens.model_copy(update={"multiple": 4})
 
 

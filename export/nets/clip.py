@@ -1,4 +1,4 @@
-"""Checkpoints of the CLIP family, whatever their layout: tensors translated to our names, towers of `export.towers`.
+"""Checkpoints of the CLIP family in any layout: tensors translated to our names, towers of `export.towers`.
 
 Source: Radford et al. 2021 (arXiv 2103.00020); each layout in `calmclip.export.layouts` names its own.
 Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T] -> text_embeds [B, D]; unit rows.
@@ -8,51 +8,58 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from calmclip.export import layouts
-from calmclip.export.checkpoints import Checkpoint, Weights, hub, read
+from calmclip.export.checkpoints import Weights, hub, read
 from calmclip.export.checkpoints.weights import NoWeights, weight_files, weights_sha256
-from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, reads
+from calmclip.export.nets import (
+    NETS,
+    Net,
+    NetPlugin,
+    Tower,
+    attention_promises,
+    bucketed,
+    float32,
+    text_inputs,
+)
 from calmclip.models.bundle.manifest import DefaultClassifier, Plugin, Source
-from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.errors import UnknownCheckpoint
-from calmclip.models.ops.spec import SOFTMAX
 
 
-def recognise(checkpoint: str) -> bool:
-    """Raises `UnknownCheckpoint` for weights that cannot be read, or lack what decides their layout."""
+def recognise(path: str) -> bool:
+    """Raises `UnknownCheckpoint` for weights that cannot be read, or that lack a tensor which identifies a layout."""
     try:
-        weight_files(Path(checkpoint))
+        weight_files(Path(path))
     except (NoWeights, OSError):
         return False
-    found = read(checkpoint)
-    if layouts.find(found):
+    checkpoint = read(path)
+    if layouts.find(checkpoint):
         return True
-    if why := layouts.nearest(found):
-        raise UnknownCheckpoint(f"{checkpoint}: {why}")
+    if reason := layouts.why_none_fits(checkpoint):
+        raise UnknownCheckpoint(f"{path}: {reason}")
     return False
 
 
-def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
-    """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported."""
-    found = read(checkpoint, weights)
-    fitting = layouts.find(found)
+def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
+    """Raises `UnknownCheckpoint` with the file and the tensor or setting that is missing or not supported."""
+    checkpoint = read(path, weights)
+    fitting = layouts.find(checkpoint)
     if fitting is None:
-        raise UnknownCheckpoint(f"{checkpoint}: its tensors are of no layout in the table")
+        raise UnknownCheckpoint(f"{path}: its tensors are of no layout in the table")
     name, layout = fitting
-    state = layouts.translate(layout, found)
-    settings = layouts.settings(layout, found, state)
-    tokens = bucketed(settings.tokens)
-    image = layouts.fill(layout, found, state, "image.", settings.image, fold=fold)
-    text = layouts.fill(layout, found, state, "text.", settings.text, fold=fold)
-    embeds = Spec(dtype="float32", shape=("B", layouts.dim(layout, found, state)))
+    state = layouts.translate(layout, checkpoint)
+    settings = layouts.settings(layout, checkpoint, state)
+    pixels, tokens = settings.pixels, bucketed(settings.tokens)
+    image = layouts.fill(layout, checkpoint, state, "image.", settings.image, fold=fold)
+    text = layouts.fill(layout, checkpoint, state, "text.", settings.text, fold=fold)
+    embeds = float32("B", layouts.embed_dim(layout, checkpoint, state))
     return Net(
         name="clip",
         source=Source(
             net="clip",
-            model=_name(found),
-            weights=weights_sha256(found.path),
+            model=hub.name(checkpoint.path),
+            weights=weights_sha256(checkpoint.path),
             license=settings.license,
             notes="; ".join((f"layout {name}: {layout.title}", *filter(None, (layout.note,)))),
         ),
@@ -60,20 +67,20 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
         towers={
             "image": Tower(
                 image,
-                {settings.pixels.input: Spec(dtype="float32", shape=("B", 3, *settings.pixels.size))},
+                {pixels.input: float32("B", 3, *pixels.size)},
                 {"image_embeds": embeds},
-                settings.pixels,
+                pixels,
                 quantizer="search",
-                promises=_attention(image),
+                promises=attention_promises(image),
                 prefix="image.",
             ),
             "text": Tower(
                 text,
-                reads(tokens),
+                text_inputs(tokens),
                 {"text_embeds": embeds},
                 tokens,
                 quantizer="search",
-                promises=_attention(text),
+                promises=attention_promises(text),
                 prefix="text.",
             ),
         },
@@ -85,22 +92,15 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
 
 
 def head(state: Mapping[str, Tensor]) -> Plugin:
+    """Sigmoid for a checkpoint with a bias of the logits, else cosine."""
     scale = float(state["logit_scale"].exp())
     if not 0 < scale < 1e6:
-        raise UnknownCheckpoint(f"logit_scale is {float(state['logit_scale']):g}; its exponential makes no temperature")
+        raise UnknownCheckpoint(
+            f"logit_scale is {float(state['logit_scale']):g}; expected a number whose exponential is in (0, 1e6)"
+        )
     if "logit_bias" in state:
         return Plugin(name="sigmoid", params={"scale": scale, "bias": float(state["logit_bias"])})
     return Plugin(name="cosine", params={"scale": scale})
-
-
-def _attention(tower: nn.Module) -> dict[str, int]:
-    """One Softmax for each module of ours that attends; towers of libraries promise nothing."""
-    number = sum(getattr(module, "attends", 0) for module in tower.modules())
-    return {SOFTMAX.name: number} if number else {}
-
-
-def _name(checkpoint: Checkpoint) -> str:
-    return hub.name(checkpoint.path)
 
 
 NETS.register("clip")(NetPlugin(recognise, load, partial(load, fold=False)))

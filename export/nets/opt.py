@@ -1,41 +1,41 @@
-"""OPT out of Hugging Face directories: which word comes next.
+"""OPT from Hugging Face directories: which word comes next.
 
-Source: Zhang et al. 2022 (arXiv 2205.01068), in the names of transformers' `OPTForCausalLM`; norms before the blocks,
-as every published size but 350m has them.
-Graph: lm, ids int64 [B, T] -> logits [B, T, V]; raw. It is causal: what stands behind a token changes nothing for it,
-so rows that are padded on the right need no mask, and what stands at padded places means nothing.
+Source: Zhang et al. 2022 (arXiv 2205.01068), in the names of transformers' `OPTForCausalLM`. Norms precede the blocks,
+as in every published size but 350m.
+Graph: lm, ids int64 [B, T] -> logits [B, T, V]; raw. It is causal, so rows that are padded on the right need no mask.
+The logits at padded positions mean nothing.
 """
 
 from dataclasses import replace
 from functools import partial
 
-from calmclip.export.checkpoints import Weights
-from calmclip.export.layouts import Layout, Rule, _attention, _hugging_face
-from calmclip.export.layouts._hugging_face import ACTIVATIONS
-from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, reads
-from calmclip.export.nets._hugging_face import RAW, opened, promises, recognise
+from calmclip.export.checkpoints import Checkpoint, Weights, hugging_face
+from calmclip.export.checkpoints.hugging_face import ACTIVATIONS
+from calmclip.export.layouts import Layout, Rule, concatenate, rename
+from calmclip.export.layouts.common import attention_gates
+from calmclip.export.nets import NETS, Net, NetPlugin, bucketed, float32, text_inputs
 from calmclip.export.nets.bert import tied
+from calmclip.export.nets.common.single_tower import open_checkpoint, recognise
 from calmclip.export.towers import Style
 from calmclip.export.towers.attention import AttentionSpec
 from calmclip.export.towers.text import CausalLM
-from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.bundle.manifest import TextPreprocess
 from calmclip.models.errors import UnknownCheckpoint
 
 OFFSET = 2  # rows of the table of positions before that of the first token
 _USUAL = {"num_attention_heads": 12, "num_hidden_layers": 12, "activation_function": "relu", "pad_token_id": 1}
-_ONLY = {"do_layer_norm_before": True, "_remove_final_layer_norm": False}
+_SUPPORTED = {"do_layer_norm_before": True, "_remove_final_layer_norm": False}
+_BLOCK = {
+    "self_attn_layer_norm.{p}": "norm1.{p}",
+    "self_attn.out_proj.{p}": "attn.out.{p}",
+    "final_layer_norm.{p}": "norm2.{p}",
+    "fc1.{p}": "mlp.up.{p}",
+    "fc2.{p}": "mlp.down.{p}",
+}
 
 
-def _named(prefix: str) -> Layout:
+def _layout(prefix: str) -> Layout:
     block = f"{prefix}layers.{{i}}"
-    names = {
-        "self_attn_layer_norm.{p}": "norm1.{p}",
-        "self_attn.out_proj.{p}": "attn.out.{p}",
-        "final_layer_norm.{p}": "norm2.{p}",
-        "fc1.{p}": "mlp.up.{p}",
-        "fc2.{p}": "mlp.down.{p}",
-    }
     return Layout(
         title="Hugging Face OPT",
         keys=(f"{prefix}embed_tokens.weight", f"{block}.fc1.weight"),
@@ -43,73 +43,57 @@ def _named(prefix: str) -> Layout:
         rules=(
             Rule(f"{prefix}embed_tokens.weight", "text.tokens.weight"),
             Rule(f"{prefix}embed_positions.weight", "text.positions"),
-            *(Rule(f"{block}.{one}", f"text.blocks.{{i}}.{other}") for one, other in names.items()),
-            *(
-                Rule(f"{block}.self_attn.{name}_proj.{{p}}", "text.blocks.{i}.attn.qkv.{p}", piece=piece)
-                for piece, name in enumerate("qkv")
-            ),
-            *_attention.rules(f"{block}.self_attn.alpha", "text.blocks.{i}"),
+            *rename(block, "text.blocks.{i}", _BLOCK),
+            *concatenate(f"{block}.self_attn.*_proj.{{p}}", "text.blocks.{i}.attn.qkv.{p}", "qkv"),
+            *attention_gates.rules(f"{block}.self_attn.alpha", "text.blocks.{i}"),
             Rule(f"{prefix}final_layer_norm.{{p}}", "text.norm_post.{p}"),
             Rule("lm_head.weight", "text.words.weight"),
         ),
-        needs=("text.tokens.weight", "text.positions", "text.norm_post.weight"),
-        finish=_attention.stacked,
-        begin=_attention.unstacked,
-        refuses=lambda found: _other(found.config),
+        required=("text.tokens.weight", "text.positions", "text.norm_post.weight"),
+        after_read=attention_gates.stack_heads,
+        before_write=attention_gates.unstack_heads,
+        refusal=_refusal,
     )
 
 
-def _other(config: dict[str, object]) -> str | None:
-    """Why an OPT is not of this kind."""
-    said = [f"{name} is {config[name]}" for name, usual in _ONLY.items() if config.get(name, usual) != usual]
-    wide, inner = (config.get(name) for name in ("hidden_size", "word_embed_proj_dim"))
-    if inner is not None and inner != wide:
-        said.append(f"word_embed_proj_dim is {inner} and hidden_size {wide}")
-    if not said:
+def _refusal(checkpoint: Checkpoint) -> str | None:
+    config = checkpoint.config
+    odd = [f"{name} is {config[name]}" for name, usual in _SUPPORTED.items() if config.get(name, usual) != usual]
+    width, projected = (config.get(name) for name in ("hidden_size", "word_embed_proj_dim"))
+    if projected is not None and projected != width:
+        odd.append(f"word_embed_proj_dim is {projected} and hidden_size {width}")
+    if not odd:
         return None
-    return f"config.json: {', '.join(said)}, as in OPT-350m; only OPT with its norms before the blocks is read"
+    return f"config.json: {', '.join(odd)}, as in OPT-350m; only OPT with its norms before the blocks is supported"
 
 
-LAYOUTS = (_named("model.decoder."), _named("decoder."))
+LAYOUTS = (_layout("model.decoder."), _layout("decoder."))
 
 
-def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
-    """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
-    `BadRequest` where the recipe says something of weights."""
-    found = opened(LAYOUTS, checkpoint, weights, fold)
-    config = found.config(_USUAL, "text.blocks.")
-    found = replace(found, state=tied(found.checkpoint.path, found.state, config))
-    act = config["activation_function"]
-    if act not in ACTIVATIONS:
+def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
+    """Raises `UnknownCheckpoint` with the file and the tensor or setting that is missing or not supported, and
+    `BadRequest` if the recipe has a section on weights."""
+    opened = open_checkpoint(LAYOUTS, path, weights, fold)
+    config = opened.config(_USUAL, "text.blocks.")
+    opened = replace(opened, state=tied(opened.checkpoint.path, opened.state, config))
+    activation = config["activation_function"]
+    if activation not in ACTIVATIONS:
         raise UnknownCheckpoint(
-            f"config.json: activation_function is {act!r}; expected one of {', '.join(ACTIVATIONS)}"
+            f"config.json: activation_function is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
         )
-    words, rows = len(found.state["text.tokens.weight"]), len(found.state["text.positions"]) - OFFSET
+    words, rows = len(opened.state["text.tokens.weight"]), len(opened.state["text.positions"]) - OFFSET
     context = min(config.get("max_position_embeddings", rows), rows)
-    style = Style(heads=config["num_attention_heads"], activation=ACTIVATIONS[act], attention=AttentionSpec.of(config))  # type: ignore[arg-type]
-    tokens = bucketed(TextPreprocess(context=context, pad="longest", pad_id=config["pad_token_id"]))
-    tokenizer = _hugging_face.tokenizer_json(found.checkpoint)
-    found.suit(tokenizer, context)
-    module = found.fill("text.", partial(CausalLM, style=style, offset=OFFSET))
-    return Net(
-        name="opt",
-        source=found.source("opt"),
-        tasks=RAW,
-        towers={
-            "lm": Tower(
-                module,
-                reads(tokens),
-                {"logits": Spec(dtype="float32", shape=("B", "T", words))},
-                tokens,
-                quantizer="search",
-                promises=promises(module),
-                prefix="text.",
-            )
-        },
-        files={"tokenizer.json": tokenizer},
-        layout=found.layout,
-        folded=fold,
+    style = Style(
+        heads=config["num_attention_heads"],
+        activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
+        attention=AttentionSpec.of(config),
     )
+    tokens = bucketed(TextPreprocess(context=context, pad="longest", pad_id=config["pad_token_id"]))
+    tokenizer = hugging_face.tokenizer_json(opened.checkpoint)
+    opened.check_vocabulary(tokenizer, context)
+    module = opened.fill("text.", partial(CausalLM, style=style, offset=OFFSET))
+    outputs, files = {"logits": float32("B", "T", words)}, {"tokenizer.json": tokenizer}
+    return opened.net("opt", "lm", module, text_inputs(tokens), outputs, tokens, files)
 
 
 NETS.register("opt")(NetPlugin(recognise("opt", *LAYOUTS), load, partial(load, fold=False)))

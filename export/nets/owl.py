@@ -1,14 +1,14 @@
-"""OWL-ViT and OWLv2 out of Hugging Face directories: config.json (model_type owlvit or owlv2), weights, processor.
+"""OWL-ViT and OWLv2 from Hugging Face directories: config.json (model_type owlvit or owlv2), weights, processor.
 
 Source: Minderer et al. 2022 (arXiv 2205.06230), OWL-ViT; Minderer et al. 2023 (arXiv 2306.09683), OWLv2.
-Graphs: regions pixels [B, 3, S, S] -> what every patch sees, below; text ids [B, T] -> text_embeds [B, D], unit rows;
-detect, which scores as the model was trained,
+Graphs: regions pixels [B, 3, S, S] -> a proposal for each patch, see `Regions`; text ids [B, T] -> text_embeds [B, D],
+unit rows; detect, which computes the model's own score,
 
     score = sigmoid((cos + logit_shift) * logit_scale)
 
-Every patch proposes one box. OWLv2 pads a picture to a square on the right or below, with black as its training code
-and transformers 5 do. Both image processors of transformers 4 (to its last, 4.57.6) pad with grey, 0.5: by the pull
-request that changed it (huggingface/transformers 41938) AP on LVIS is 43.4 with grey, 44.0 with black.
+Every patch proposes one box. OWLv2 pads a picture to a square on the right or below. It pads with black, as its
+training code and transformers 5 do. Both image processors of transformers 4 (up to 4.57.6) pad with grey, 0.5. The pull
+request that changed it (huggingface/transformers 41938) gives AP on LVIS: 43.4 with grey, 44.0 with black.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from calmclip.export import layouts
-from calmclip.export.checkpoints import Checkpoint, Weights, read
+from calmclip.export.checkpoints import Checkpoint, Weights, hugging_face, read
 from calmclip.export.checkpoints.files import read_json
 from calmclip.export.checkpoints.weights import weights_sha256
-from calmclip.export.layouts import DROP, Layout, Rule, Settings, _hugging_face, fill, translate
-from calmclip.export.layouts.hf_clip import TEXT, style, tower_config
-from calmclip.export.nets import NETS, Built, Net, NetPlugin, Tower, _detect, bucketed, reads
+from calmclip.export.layouts import DROP, Layout, Rule, Settings, concatenate, fill, translate
+from calmclip.export.layouts.common.openai_clip import square
+from calmclip.export.layouts.hf_clip import TEXT, blocks, style, tower_config
+from calmclip.export.nets import (
+    NETS,
+    Built,
+    Net,
+    NetPlugin,
+    Tower,
+    attention_promises,
+    bucketed,
+    float32,
+    text_inputs,
+)
+from calmclip.export.nets.common import detect_graph as detection
 from calmclip.export.towers import State, Style, part
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.towers.text import TextTransformer
@@ -39,25 +51,19 @@ from calmclip.models.bundle.manifest import (
     ImagePreprocess,
     Source,
     SuppressionDefaults,
-    Tensor,
     TextPreprocess,
 )
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from calmclip.models.flow import Array, Arrays
-from calmclip.models.ops.spec import SOFTMAX
 
-QUANTIZERS = {"regions": "search", "text": "search"}
-MIN_SCORE = 0.1  # customary for these sigmoids, in the papers' code and in transformers
-_LEAST = 1e-6  # what the reference adds to a length before it divides by it
+MIN_SCORE = 0.1  # the default for these sigmoids in the papers' code and in transformers
+_EPSILON = 1e-6  # the reference adds it to a length before the division
 
 _HEADS = (
     Rule("layer_norm.{p}", "regions.norm.{p}"),
-    *(Rule(f"{one}_head.dense{{i}}.{{p}}", f"regions.{one}.{{i}}.{{p}}") for one in ("box", "objectness")),
-    *(
-        Rule(f"class_head.{name}.{{p}}", "regions.look.{p}", piece=piece)
-        for piece, name in enumerate(("dense0", "logit_shift", "logit_scale"))
-    ),
-    Rule("box_bias", DROP),  # worked out of the grid
+    *(Rule(f"{head}_head.dense{{i}}.{{p}}", f"regions.{head}.{{i}}.{{p}}") for head in ("box", "objectness")),
+    *concatenate("class_head.*.{p}", "regions.look.{p}", ("dense0", "logit_shift", "logit_scale")),
+    Rule("box_bias", DROP),  # computed from the grid
 )
 
 
@@ -68,17 +74,17 @@ def _vision(theirs: str, ours: str) -> tuple[Rule, ...]:
         Rule(f"{theirs}.embeddings.position_embedding.weight", f"{ours}.positions"),
         Rule(f"{theirs}.embeddings.position_ids", DROP),
         Rule(f"{theirs}.pre_layernorm.{{p}}", f"{ours}.norm_pre.{{p}}"),
-        *_hugging_face.blocks(f"{theirs}.encoder.layers", ours),
+        *blocks(f"{theirs}.encoder.layers", ours),
         Rule(f"{theirs}.post_layernorm.{{p}}", f"{ours}.norm_post.{{p}}"),
     )
 
 
 class Regions(nn.Module):
     """pixels [B, 3, S, S] -> per patch, row by row: class_embeds [B, P, D] unit rows, boxes [B, P, 4] in pixels,
-    objectness [B, P] (of OWL-ViT, which knows none, all 1), logit_shift, logit_scale and lengths [B, P].
+    objectness [B, P] (1 for OWL-ViT, which has no such head), logit_shift, logit_scale and lengths [B, P].
 
-    Patches are multiplied by the class token, then go through one norm to all heads. Class embedding, shift and scale
-    of the logits come from one product.
+    Patches are multiplied by the class token and normalized; all heads read the result. One product gives class
+    embedding, shift and scale of the logits.
     """
 
     def __init__(self, state: State, style: Style) -> None:
@@ -91,7 +97,7 @@ class Regions(nn.Module):
         self.objectness = _head(part(state, "objectness."), width) if "objectness.0.weight" in state else None
 
     def fold(self) -> None:
-        """The grid's part of the boxes, and the sides of the input, become constants."""
+        """The bias of the boxes and the side of the input become constants."""
         self.vision.fold()
         patches = self.vision.positions.shape[0]
         grid = int(patches**0.5)
@@ -111,7 +117,7 @@ class Regions(nn.Module):
         else:
             objectness = self.objectness(patches).squeeze(-1).sigmoid()
         return (
-            embeds / (lengths + _LEAST).unsqueeze(-1),
+            embeds / (lengths + _EPSILON).unsqueeze(-1),
             boxes,
             objectness,
             shift,
@@ -134,12 +140,12 @@ def _head(state: State, width: int) -> _Head:
 
 
 def grid_bias(grid: int) -> TorchTensor:
-    """-> float32 [grid * grid, 4]: cx, cy, w, h of a patch before the sigmoid: the patch's lower right corner, as in
-    the reference, and the size of a patch, as parts of the input."""
+    """-> float32 [grid * grid, 4]: cx, cy, w, h of a patch before the sigmoid, relative to the input. As in the
+    reference, cx and cy are those of the patch's lower right corner."""
     steps = torch.arange(1, grid + 1) / grid
     y, x = torch.meshgrid(steps, steps, indexing="ij")
-    place = torch.stack((x, y), dim=-1).reshape(-1, 2)
-    return torch.cat((_logit(place), _logit(torch.full_like(place, 1.0) / grid)), dim=-1)
+    corner = torch.stack((x, y), dim=-1).reshape(-1, 2)
+    return torch.cat((_logit(corner), _logit(torch.full_like(corner, 1.0) / grid)), dim=-1)
 
 
 def _logit(p: TorchTensor) -> TorchTensor:
@@ -147,47 +153,45 @@ def _logit(p: TorchTensor) -> TorchTensor:
 
 
 def settings(checkpoint: Checkpoint, state: Mapping[str, TorchTensor]) -> Settings:
-    """Raises `UnknownCheckpoint` for a config that says otherwise than the weights, or what is not supported."""
+    """Raises `UnknownCheckpoint` for a config that contradicts the weights, or a setting that is not supported."""
     vision = tower_config(checkpoint, "vision_config", state, "regions.vision.blocks.", _WIDE)
     text = tower_config(checkpoint, "text_config", state, "text.blocks.", _USUAL)
     side = _side(checkpoint, state)
     if (dim := state["text.projection.weight"].shape[0]) != state["regions.look.weight"].shape[0] - 2:
         raise UnknownCheckpoint(
             f"{checkpoint.path}: texts become {dim} numbers, regions {state['regions.look.weight'].shape[0] - 2}; "
-            "expected as many"
+            "expected the same number"
         )
     return Settings(
         image=partial(Regions, style=style(vision, pool="none")),
         text=partial(TextTransformer, style=style(text, pool="eot", causal=True)),
-        pixels=pixels(checkpoint.config["model_type"], _hugging_face.processor(checkpoint), side),
+        pixels=pixels(checkpoint.config["model_type"], hugging_face.processor(checkpoint), side),
         tokens=TextPreprocess(context=state["text.positions"].shape[0], pad="longest", pad_id=0),
-        tokenizer=_hugging_face.tokenizer_json(checkpoint),
-        license=_hugging_face.license_of(checkpoint.directory),
+        tokenizer=hugging_face.tokenizer_json(checkpoint),
+        license=hugging_face.license_of(checkpoint.directory),
         templates=("a photo of a {}",),
     )
 
 
-# of the config classes: what a config that was saved as a difference leaves out
+# defaults of the config classes, which a config saved as a difference leaves out
 _USUAL = {"num_attention_heads": 8, "layer_norm_eps": 1e-5, "num_hidden_layers": 12}
 _WIDE = _USUAL | {"num_attention_heads": 12}
 
 
 def _side(checkpoint: Checkpoint, state: Mapping[str, TorchTensor]) -> int:
-    """Of the square input, in pixels."""
-    patch = state["regions.vision.patch.weight"].shape[-1]
-    grid = round((len(state["regions.vision.positions"]) - 1) ** 0.5)
+    """The side of the square input in pixels."""
+    patch, positions = state["regions.vision.patch.weight"].shape[-1], len(state["regions.vision.positions"])
     side = (checkpoint.config.get("vision_config") or {}).get("image_size", 768)
-    if side != grid * patch or len(state["regions.vision.positions"]) != grid**2 + 1:
+    if (grid := square(positions - 1)) is None or side != grid * patch:
         raise UnknownCheckpoint(
-            f"{checkpoint.path}: {len(state['regions.vision.positions'])} positions are not those of a class token and "
-            f"the patches of {patch} pixels in a square of {side}"
+            f"{checkpoint.path}: {positions} positions are not those of a class token and the patches of {patch} "
+            f"pixels in a square of {side}"
         )
     return int(side)
 
 
-# model_type -> what its processor does, and what its config may not say otherwise
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}
-_PLACED: dict[str, dict[str, Any]] = {
+# model_type -> our settings of its processor; the values that its config must have
+_FIXED: dict[str, dict[str, Any]] = {
     "owlvit": {"resize": "exact"},
     "owlv2": {"resize": "square", "resample": "gaussian", "pad": 0},
 }
@@ -196,9 +200,9 @@ _ALWAYS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do
 
 
 def pixels(kind: str, config: dict[str, Any], side: int) -> ImagePreprocess:
-    """The config of `OwlViTImageProcessor` or `Owlv2ImageProcessor` -> ours. Null is the default.
+    """The config of `OwlViTImageProcessor` or `Owlv2ImageProcessor` -> ours. Null means the default.
 
-    Raises `UnknownCheckpoint` naming the setting that is absent or not of this kind.
+    Raises `UnknownCheckpoint` with the setting that is absent or not of this kind.
     """
     config = {name: value for name, value in config.items() if value is not None}
     for name, usual in {**_ALWAYS, **_STEPS[kind]}.items():
@@ -207,14 +211,14 @@ def pixels(kind: str, config: dict[str, Any], side: int) -> ImagePreprocess:
     size = config.get("size", side)
     size = [size.get("height"), size.get("width")] if isinstance(size, dict) else size
     if size not in (side, [side, side]):
-        raise UnknownCheckpoint(f"the image processor makes pictures of {size}; the model sees {side} x {side}")
+        raise UnknownCheckpoint(f"the image processor makes pictures of {size}; the model reads {side} x {side}")
     if absent := {"image_mean", "image_std"} - config.keys():
         raise UnknownCheckpoint(f"the image processor's config lacks {' and '.join(sorted(absent))}")
-    resample = _RESAMPLE.get(config.get("resample", 3))
+    resample = hugging_face.RESAMPLE.get(config.get("resample", 3))
     if kind == "owlvit" and not resample:
         raise UnknownCheckpoint(f"the image processor has resample = {config['resample']}; expected 2 or 3")
-    found = {"resample": resample, **_PLACED[kind]}
-    return ImagePreprocess(size=(side, side), mean=config["image_mean"], std=config["image_std"], **found)
+    fixed = {"resample": resample, **_FIXED[kind]}
+    return ImagePreprocess(size=(side, side), mean=config["image_mean"], std=config["image_std"], **fixed)
 
 
 LAYOUTS = {
@@ -225,11 +229,11 @@ LAYOUTS = {
         rules=(
             *_vision(f"{kind}.vision_model", "regions.vision"),
             *(replace(rule, theirs=f"{kind}.{rule.theirs}") for rule in TEXT),
-            Rule(f"{kind}.visual_projection.weight", DROP),  # of pictures as a whole
+            Rule(f"{kind}.visual_projection.weight", DROP),  # of a vector for the picture
             Rule(f"{kind}.logit_scale", DROP),
             *_HEADS,
         ),
-        needs=(
+        required=(
             *("regions.vision.positions", "regions.vision.patch.weight", "regions.vision.cls", "regions.look.weight"),
             *("text.tokens.weight", "text.positions", "text.projection.weight", "regions.norm.weight"),
             *(("regions.objectness.0.weight",) if kind == "owlv2" else ()),
@@ -240,64 +244,64 @@ LAYOUTS = {
 }
 
 
-def recognise(checkpoint: str) -> bool:
+def recognise(path: str) -> bool:
     try:
-        return read_json(Path(checkpoint) / "config.json").get("model_type") in LAYOUTS
+        return read_json(Path(path) / "config.json").get("model_type") in LAYOUTS
     except UnknownCheckpoint:
         return False
 
 
-def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
-    """Raises `UnknownCheckpoint` naming the file and the tensor or setting that is missing or not supported, and
-    `BadRequest` where the recipe says something of weights."""
+def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net:  # noqa: B008 - frozen
+    """Raises `UnknownCheckpoint` with the file and the tensor or setting that is missing or not supported, and
+    `BadRequest` if the recipe has a section on weights."""
     if weights != Weights():
         raise BadRequest("OWL-ViT states its own activation; leave out the recipe's [weights]")
-    found = read(checkpoint, weights)
-    layout = LAYOUTS[found.config["model_type"]]
-    state = translate(layout, found)
-    made = layouts.settings(layout, found, state)
-    regions = fill(layout, found, state, "regions.", made.image, fold=fold)
-    text = fill(layout, found, state, "text.", made.text, fold=fold)
+    checkpoint = read(path, weights)
+    layout = LAYOUTS[checkpoint.config["model_type"]]
+    state = translate(layout, checkpoint)
+    settings = layouts.settings(layout, checkpoint, state)
+    regions = fill(layout, checkpoint, state, "regions.", settings.image, fold=fold)
+    text = fill(layout, checkpoint, state, "text.", settings.text, fold=fold)
     dim, patches = state["text.projection.weight"].shape[0], len(state["regions.vision.positions"]) - 1
-    per_patch = _f32("B", patches)
+    per_patch, side = float32("B", patches), settings.pixels.size[0]
     return Net(
         name="owl",
         source=Source(
             net="owl",
-            model=found.path.resolve().name,
-            weights=weights_sha256(found.path),
-            license=made.license,
+            model=checkpoint.path.resolve().name,
+            weights=weights_sha256(checkpoint.path),
+            license=settings.license,
             notes=layout.title,
         ),
         tasks=("detect", "raw"),
         towers={
             "regions": Tower(
                 regions,
-                {"pixels": _f32("B", 3, *made.pixels.size)},
+                {"pixels": float32("B", 3, *settings.pixels.size)},
                 {
-                    "class_embeds": _f32("B", patches, dim),
-                    "boxes": _f32("B", patches, 4),
+                    "class_embeds": float32("B", patches, dim),
+                    "boxes": float32("B", patches, 4),
                     **dict.fromkeys(("objectness", "logit_shift", "logit_scale", "lengths"), per_patch),
                 },
-                made.pixels,
-                quantizer=QUANTIZERS["regions"],
-                summary=partial(summary, side=made.pixels.size[0]),
-                promises={SOFTMAX.name: len(regions.vision.blocks)},
+                settings.pixels,
+                quantizer="search",
+                summary=partial(summary, side=side),
+                promises=attention_promises(regions),
                 prefix="regions.",
             ),
             "text": Tower(
                 text,
-                reads(made.tokens),
-                {"text_embeds": _f32("B", dim)},
-                bucketed(made.tokens),
-                quantizer=QUANTIZERS["text"],
-                promises={SOFTMAX.name: len(text.blocks)},
+                text_inputs(settings.tokens),
+                {"text_embeds": float32("B", dim)},
+                bucketed(settings.tokens),
+                quantizer="search",
+                promises=attention_promises(text),
                 prefix="text.",
             ),
         },
-        files={"tokenizer.json": made.tokenizer},
-        classifier=DefaultClassifier(templates=made.templates),
-        built={"detect": detect_graph(patches, dim, made.pixels.size[0])},
+        files={"tokenizer.json": settings.tokenizer},
+        classifier=DefaultClassifier(templates=settings.templates),
+        built={"detect": detect_graph(patches, dim, side)},
         layout=layout,
         suppression=SuppressionDefaults(min_score=MIN_SCORE),
         folded=fold,
@@ -305,8 +309,8 @@ def load(checkpoint: str, weights: Weights = Weights(), *, fold: bool = True) ->
 
 
 def summary(outputs: Arrays, side: int) -> Arrays:
-    """What two graphs are compared by: of a picture one row, in which a class embedding weighs by its objectness, and
-    boxes are parts of the input. Shift and scale count as they work: at cosine 0 and 1, where logits begin and end."""
+    """The rows by which two graphs are compared, one for each picture. Class embeddings are weighted by objectness, and
+    boxes are relative to the input. Shift and scale are compared by their scores at the cosines 0 and 1."""
     weight = outputs["objectness"][..., None]
     low, high = (((cosine + outputs["logit_shift"]) * outputs["logit_scale"]) for cosine in (0.0, 1.0))
     return {
@@ -323,15 +327,15 @@ def _flat(array: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)  # which overflows nowhere
+    return 0.5 + 0.5 * np.tanh(0.5 * x)  # this form does not overflow
 
 
 def detect_graph(patches: int, dim: int, side: int) -> Built:
     regions = {
-        "class_embeds": _f32(1, patches, dim),
-        "boxes": _f32(1, patches, 4),
-        "logit_shift": _f32(1, patches),
-        "logit_scale": _f32(1, patches),
+        "class_embeds": float32(1, patches, dim),
+        "boxes": float32(1, patches, 4),
+        "logit_shift": float32(1, patches),
+        "logit_scale": float32(1, patches),
     }
     score = """
         directions = Transpose (text_embeds)
@@ -343,29 +347,13 @@ def detect_graph(patches: int, dim: int, side: int) -> Built:
         logits = Mul (shifted, scale)
         pairs = Sigmoid (logits)
     """
-    return _detect.detect_graph(regions, dim, score, {}, _example(patches, dim, side), {})
-
-
-def _example(patches: int, dim: int, side: int) -> Arrays:
-    """Regions that lie anywhere and look a little like one of five prompts each."""
     random = np.random.default_rng(0)
-    texts = random.standard_normal((5, dim))
-    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    rows = texts[random.integers(0, len(texts), patches)] + random.standard_normal((patches, dim)) / dim**0.5
-    corners = random.uniform(0, side / 2, (patches, 2))
-    found = {
-        "class_embeds": (rows / np.linalg.norm(rows, axis=1, keepdims=True))[None],
-        "boxes": np.concatenate((corners, corners + random.uniform(1, side / 2, (patches, 2))), axis=1)[None],
+    example = {
+        **detection.example(random, patches, dim, side),
         "logit_shift": random.uniform(-1, 0, (1, patches)),
         "logit_scale": random.uniform(1, 10, (1, patches)),
-        "text_embeds": texts,
-        "min_score": np.full(1, 0.1),
     }
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
-
-
-def _f32(*shape: int | str) -> Tensor:
-    return Tensor(dtype="float32", shape=shape)
+    return detection.detect_graph(regions, dim, score, {}, example, {})
 
 
 NETS.register("owl")(NetPlugin(recognise, load, partial(load, fold=False)))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from tests import tiny
 
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "initializer_range": 0.06,  # at the usual 0.02 and this width all texts come out as one
 }  # fmt: skip
@@ -29,15 +29,17 @@ CORPUS = [
 
 def unigram() -> Tokenizer:
     """XLM-R's kind: <s> pieces </s>, spaces as ▁, <pad> 1, <unk> 3, trained on `CORPUS`."""
-    found = Tokenizer(models.Unigram())
-    found.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
-    found.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    found.train_from_iterator(
+    tokenizer.train_from_iterator(
         CORPUS * 4, trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
     )
-    found.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    return found
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
 
 
 def vocab_txt(directory: Path) -> None:
@@ -47,7 +49,7 @@ def vocab_txt(directory: Path) -> None:
 
 def xlmr_tokenizer(directory: Path) -> None:
     """As the hub has it: tokenizer.json and its config."""
-    transformers.PreTrainedTokenizerFast(
+    transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=unigram(), bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         cls_token="<s>", sep_token="</s>", mask_token="<mask>",
     ).save_pretrained(directory)  # fmt: skip
@@ -69,11 +71,11 @@ class ChineseClip(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.visual = tiny.openai_module().visual
-        self.bert = bert_module(len(WORDPIECE))
+        self.bert: Any = bert_module(len(WORDPIECE))
         self.text_projection = torch.nn.Parameter(torch.randn(64, 16) / 8)
         self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
 
-    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+    def encode_text(self, ids: torch.Tensor) -> Any:
         return self.bert(ids, attention_mask=(ids != 0).long())[0][:, 0] @ self.text_projection
 
 
@@ -129,8 +131,8 @@ def altclip(directory: Path) -> Path:
     return directory
 
 
-ROBERTA = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}  # as their published configs say
-HF_KINDS = {
+ROBERTA: dict[str, Any] = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}  # of published configs
+HF_KINDS: dict[str, Any] = {
     "xlm-roberta": lambda **sizes: transformers.XLMRobertaConfig(**sizes, **ROBERTA),
     "roberta": lambda **sizes: transformers.RobertaConfig(**sizes, **ROBERTA),
     "bert": transformers.BertConfig,
@@ -145,7 +147,7 @@ def open_clip_bert_module(
 
     sizes = {**TOWER, "hidden_size": width, "num_attention_heads": max(1, width // 64), "max_position_embeddings": 90}
     HF_KINDS[kind](**sizes, vocab_size=300).save_pretrained(scratch)
-    config = {
+    config: dict[str, Any] = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
         "text_cfg": {

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def small_fastvit() -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    small = {"layers": (1, 1, 2, 1), "embed_dims": (16, 32, 32, 64)}
+    small: dict[str, Any] = {"layers": (1, 1, 2, 1), "embed_dims": (16, 32, 32, 64)}
     return timm.create_model("fastvit_mci0", **small, num_classes=DIM)
 
 
@@ -54,12 +55,12 @@ def write(directory: Path, image: nn.Module, text: "OriginalText") -> Path:
 
 def _fastvit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names -> the authors': the other way round than `timm.models.fastvit.checkpoint_filter_fn`."""
-    found = {}
+    renamed = {}
     for key, tensor in state.items():
         if key == "head.fc.bias":
             continue  # the authors' projection has none, and timm reads zeros
         if key == "head.fc.weight":
-            found["head.proj"] = tensor.T.contiguous()
+            renamed["head.proj"] = tensor.T.contiguous()
             continue
         name = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"network.{2 * int(m[1]) - 1}", key)
         name = name.replace("stages.3.pos_emb.pos_enc", "network.6.pe").replace("stages.3.blocks", "network.7")
@@ -70,20 +71,20 @@ def _fastvit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ("se.fc2", "se.expand"), (".gamma", ""),
         ):  # fmt: skip
             name = name.replace(timms, theirs)
-        found[name] = tensor
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
 def _vit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
+    renamed = {}
     for key, tensor in state.items():
         if key == "head.bias":
             continue
         if key == "head.weight":
-            found["classifier.proj"] = tensor.T.contiguous()
+            renamed["classifier.proj"] = tensor.T.contiguous()
             continue
         if key == "pos_embed":
-            found["pos_embed.pos_embed.pos_embed"] = tensor[None]
+            renamed["pos_embed.pos_embed.pos_embed"] = tensor[None]
             continue
         name = re.sub(r"^norm\.", "post_transformer_norm.", key)
         for timms, theirs in (
@@ -93,8 +94,8 @@ def _vit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ("mlp.fc2", "pre_norm_ffn.4"),
         ):  # fmt: skip
             name = name.replace(timms, theirs)
-        found[name] = tensor
-    return found
+        renamed[name] = tensor
+    return renamed
 
 
 def trained_text(text: nn.Module) -> None:
@@ -102,10 +103,10 @@ def trained_text(text: nn.Module) -> None:
         for name, parameter in text.named_parameters():
             if "layer_scale" in name:
                 parameter.uniform_(0.2, 0.8)
-        for one in text.modules():
-            if isinstance(one, nn.BatchNorm2d):
-                one.running_mean.uniform_(-0.3, 0.3)
-                one.running_var.uniform_(0.5, 2.0)
+        for layer in text.modules():
+            if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+                layer.running_mean.uniform_(-0.3, 0.3)
+                layer.running_var.uniform_(0.5, 2.0)
 
 
 class OriginalText(nn.Module):
@@ -115,7 +116,7 @@ class OriginalText(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.embedding_layer = nn.Embedding(49408, WIDTH)
-        self.positional_embedding = nn.Module()
+        self.positional_embedding: Any = nn.Module()
         self.positional_embedding.pos_embed = nn.Module()
         self.positional_embedding.pos_embed.pos_embed = nn.Parameter(torch.randn(1, 1, 77, WIDTH) * 0.3)
         self.transformer = nn.ModuleList(_Attend() if kind == "attend" else _Mix() for kind in kinds)
@@ -139,12 +140,12 @@ class _Heads(nn.Module):
 class _Attend(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.pre_norm_mha = nn.ModuleList([nn.LayerNorm(WIDTH), _Heads()])
+        self.pre_norm_mha: Any = nn.ModuleList([nn.LayerNorm(WIDTH), _Heads()])
         self.pre_norm_ffn = nn.Sequential(
             nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 128), nn.GELU(), nn.Dropout(0.0), nn.Linear(128, WIDTH)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Any:
         norm, heads = self.pre_norm_mha
         q, k, v = heads.qkv_proj(norm(x)).chunk(3, dim=-1)  # one head of 64
         logits = q @ k.transpose(1, 2) / WIDTH**0.5
@@ -159,22 +160,22 @@ class _Branch(nn.Module):
         super().__init__()
         self.rbr_skip = nn.BatchNorm2d(WIDTH)
         if conv:
-            one = nn.Sequential()
-            one.add_module("conv", nn.Conv2d(WIDTH, WIDTH, (1, 11), padding=(0, 5), groups=WIDTH, bias=False))
-            one.add_module("bn", nn.BatchNorm2d(WIDTH))
-            self.rbr_conv = nn.ModuleList([one])
+            branch = nn.Sequential()
+            branch.add_module("conv", nn.Conv2d(WIDTH, WIDTH, (1, 11), padding=(0, 5), groups=WIDTH, bias=False))
+            branch.add_module("bn", nn.BatchNorm2d(WIDTH))
+            self.rbr_conv = nn.ModuleList([branch])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.rbr_skip(x) + (self.rbr_conv[0](x) if hasattr(self, "rbr_conv") else 0)
 
 
 class _Mix(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.token_mixer = nn.Module()
+        self.token_mixer: Any = nn.Module()
         self.token_mixer.norm, self.token_mixer.mixer = _Branch(conv=False), _Branch(conv=True)
         self.token_mixer.layer_scale = nn.Parameter(torch.empty(WIDTH, 1, 1))
-        self.convffn = nn.Module()
+        self.convffn: Any = nn.Module()
         self.convffn.conv = nn.Sequential()
         self.convffn.conv.add_module("conv", nn.Conv2d(WIDTH, WIDTH, (1, 11), padding=(0, 5), groups=WIDTH, bias=False))
         self.convffn.conv.add_module("bn", nn.BatchNorm2d(WIDTH))

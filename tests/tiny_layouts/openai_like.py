@@ -2,36 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests import tiny
 
+openai = tiny.openai_module
 MARKS = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
 
 
-def saved(state: dict[str, Tensor], directory: Path, name: str = "clip.pt", wrap: Callable = dict) -> Path:
+def saved(state: dict[str, Any], directory: Path, name: str = "clip.pt", wrap: Callable[..., object] = dict) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(wrap(state), directory / name)
     return directory / name
 
 
-def openai(seed: int = 0, context: int = 77) -> nn.Module:
-    """OpenAI's ViT as open_clip builds it."""
-    from open_clip.model import CLIP
-
-    torch.manual_seed(seed)
-    clip = CLIP(
-        embed_dim=16,
-        vision_cfg={"image_size": 32, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
-        text_cfg={"context_length": context, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
-        quick_gelu=True,
-    )
-    return tiny.spread(clip)
-
-
-def resnet_module(seed: int = 0) -> nn.Module:
+def resnet_module(seed: int = 0) -> Any:
     """CLIP's ResNet with one block a stage, 64-pixel pictures, statistics of batch norms that are no fresh ones."""
     from open_clip.model import CLIP
 
@@ -44,7 +32,7 @@ def resnet_module(seed: int = 0) -> nn.Module:
     )
     with torch.no_grad():
         for part in clip.modules():
-            if isinstance(part, nn.BatchNorm2d):
+            if isinstance(part, nn.BatchNorm2d) and part.running_mean is not None and part.running_var is not None:
                 part.running_mean.normal_(0, 0.2)
                 part.running_var.uniform_(0.5, 2)
                 part.weight.uniform_(0.5, 1.5)
@@ -132,7 +120,7 @@ def svd_state(scale: float = 1.0, rank: int | None = None) -> dict[str, Tensor]:
         parts = {"": (weight, bias)}
         if name.endswith("in_proj_weight"):
             pairs = zip(weight.chunk(3), bias.chunk(3), strict=True)
-            parts = {f".{one}_proj": pair for one, pair in zip("qkv", pairs, strict=True)}
+            parts = {f".{letter}_proj": pair for letter, pair in zip("qkv", pairs, strict=True)}
         for part, (matrix, offset) in parts.items():
             u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
             state[f"{layer}{part}.fc_V.weight"] = v[:rank].float()
@@ -183,7 +171,7 @@ class Slip(nn.Module):
         self.visual = VisionTransformer(
             img_size=32, patch_size=8, embed_dim=width, depth=2, num_heads=heads, qk_norm=qk_norm, num_classes=0
         )
-        self.text = openai()
+        self.text: Any = openai()
         self.image_projection = nn.Parameter(torch.randn(width, 16) * 0.2)
         tiny.spread(self.visual)
         self.eval()
@@ -191,7 +179,7 @@ class Slip(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         return nn.functional.normalize(self.visual(pixels) @ self.image_projection, dim=-1)
 
-    def encode_text(self, ids: Tensor) -> Tensor:
+    def encode_text(self, ids: Tensor) -> Any:
         return self.text.encode_text(ids, normalize=True)
 
     def state(self) -> dict[str, Tensor]:
@@ -217,7 +205,7 @@ class Decoder(nn.Module):
         self.img_proj = nn.Parameter(torch.randn(inner, 16) * 0.3)
         self.obj_proj = nn.Parameter(torch.randn(inner, 16))
         self.class_embed, self.pos_embed = nn.Linear(inner, 5), nn.Parameter(torch.zeros(1, 17, inner))
-        self.transformer = nn.Module()
+        self.transformer: Any = nn.Module()
         self.transformer.pre_norm = nn.LayerNorm(inner)
         self.transformer.decoder = nn.Module()
         self.transformer.decoder.layers = nn.ModuleList(nn.Module() for _ in range(2))
@@ -231,7 +219,7 @@ class Decoder(nn.Module):
                 if parameter.ndim == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         memory = self.transformer.pre_norm(self.proj(tokens)).transpose(0, 1)
         names = self.query_embed.weight[:, None].expand(-1, len(tokens), -1)
         x = torch.zeros_like(names)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import timm
@@ -31,10 +32,10 @@ class Reference:
     text: Callable[[Feeds], Tensor]
 
 
-def _hugging_face(kind: type[transformers.PreTrainedModel], checkpoint: Path) -> Reference:
+def _hugging_face(kind: Any, checkpoint: Path) -> Reference:
     model = kind.from_pretrained(checkpoint).eval()
 
-    def text(feeds: Feeds) -> Tensor:
+    def text(feeds: Feeds) -> Any:
         mask = {"attention_mask": feeds["mask"]} if "mask" in feeds else {}
         return model.get_text_features(input_ids=feeds["ids"], **mask).pooler_output
 
@@ -46,10 +47,10 @@ def _altclip(checkpoint: Path) -> Reference:
     return _hugging_face(transformers.AltCLIPModel, bert.altclip_resaved(checkpoint.parent / "altclip-again"))
 
 
-def _of(module: nn.Module, context: int | None = 77) -> Reference:
+def _of(module: Any, context: int | None = 77) -> Reference:
     """Of a module as open_clip has it, which reads ``context`` tokens (None: as many as there are)."""
 
-    def text(feeds: Feeds) -> Tensor:
+    def text(feeds: Feeds) -> Any:
         ids = feeds["ids"]
         return module.encode_text(F.pad(ids, (0, context - ids.shape[1])) if context else ids)
 
@@ -71,6 +72,8 @@ def _open_clip_bert(checkpoint: Path) -> Reference:
 def _mobileclip(name: str, checkpoint: Path) -> Reference:
     """The image tower as timm reads the authors' names, branches and norms unfolded; their text tower."""
     state = dict(read(checkpoint).tensors)
+    image: Any
+    convert: Callable[..., Any]
     if name == "b":
         image = timm.create_model("vit_base_mci_224", depth=1, img_size=64, num_classes=DIM, global_pool="token")
         convert = vision_transformer_hybrid.checkpoint_filter_fn
@@ -86,7 +89,7 @@ def _mobileclip(name: str, checkpoint: Path) -> Reference:
 
 def _long_clip(checkpoint: Path) -> Reference:
     state, context = openai_like.long_clip_state(), openai_like.CONTEXT
-    module = openai_like.openai(context=context)
+    module: Any = openai_like.openai(context=context)
     table = torch.cat([state["positional_embedding"][:20], state["positional_embedding_res"][20:]])
     module.positional_embedding = nn.Parameter(table)
     return _of(module, context)
@@ -94,30 +97,32 @@ def _long_clip(checkpoint: Path) -> Reference:
 
 def moe_block(state: dict[str, Tensor], prefix: str, x: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     """y = x + sum_k p_k expert_k(ln_2(x)), p = softmax(gate), the two best renormalised. Float64, token by token."""
-    own = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): tensor.double() for name, tensor in state.items() if name.startswith(prefix)}
     width = x.shape[-1]
-    normed = F.layer_norm(x, (width,), own["ln_1.weight"], own["ln_1.bias"])
-    qkv = F.linear(normed, own["attn.in_proj_weight"], own["attn.in_proj_bias"]).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (heads, 64)).transpose(1, 2) for part in qkv)
+    normed = F.layer_norm(x, (width,), weights["ln_1.weight"], weights["ln_1.bias"])
+    qkv = F.linear(normed, weights["attn.in_proj_weight"], weights["attn.in_proj_bias"]).chunk(3, dim=-1)
+    q, k, v = (part.unflatten(-1, (heads, 64)).transpose(1, 2) for part in qkv)  # type: ignore[no-untyped-call]
     logits = q @ k.mT / 8 + (0 if mask is None else mask)
     mixed = (logits.softmax(-1) @ v).transpose(1, 2).flatten(-2)
-    x = x + F.linear(mixed, own["attn.out_proj.weight"], own["attn.out_proj.bias"])
-    normed = F.layer_norm(x, (width,), own["ln_2.weight"], own["ln_2.bias"])
+    x = x + F.linear(mixed, weights["attn.out_proj.weight"], weights["attn.out_proj.bias"])
+    normed = F.layer_norm(x, (width,), weights["ln_2.weight"], weights["ln_2.bias"])
 
     def mlp(token: Tensor, name: str) -> Tensor:
-        up = F.linear(token, own[f"{name}.c_fc.weight"], own[f"{name}.c_fc.bias"])
-        return F.linear(up * torch.sigmoid(1.702 * up), own[f"{name}.c_proj.weight"], own[f"{name}.c_proj.bias"])
+        up = F.linear(token, weights[f"{name}.c_fc.weight"], weights[f"{name}.c_fc.bias"])
+        return F.linear(
+            up * torch.sigmoid(1.702 * up), weights[f"{name}.c_proj.weight"], weights[f"{name}.c_proj.bias"]
+        )
 
-    if "gate.weight" not in own:
+    if "gate.weight" not in weights:
         return x + mlp(normed, "mlp")
-    found = x.clone()
+    y = x.clone()
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
-            p = F.linear(normed[b, t], own["gate.weight"]).softmax(-1)
+            p = F.linear(normed[b, t], weights["gate.weight"]).softmax(-1)
             best = p.argsort(descending=True)[:2]
             for e in best:
-                found[b, t] += p[e] / p[best].sum() * mlp(normed[b, t], f"experts.{e}")
-    return found
+                y[b, t] += p[e] / p[best].sum() * mlp(normed[b, t], f"experts.{e}")
+    return y
 
 
 def moe_reference(state: dict[str, Tensor], images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

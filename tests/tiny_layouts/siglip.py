@@ -116,7 +116,7 @@ def t5() -> Tokenizer:
     """The SentencePiece model of `DATA` as T5's tokenizer.json has it: no canonical form, words apart."""
     from transformers.convert_slow_tokenizer import import_protobuf
 
-    proto = import_protobuf().ModelProto()
+    proto = import_protobuf().ModelProto()  # type: ignore[no-untyped-call]
     proto.ParseFromString((DATA / "spiece.model").read_bytes())
     made = Tokenizer(models.Unigram([(p.piece, p.score) for p in proto.pieces], unk_id=2))
     made.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)

@@ -48,7 +48,7 @@ def trained(module: torch.nn.Module) -> None:
 
     Batch norms get the statistics of what they read, so that signals keep their size whatever the depth.
     """
-    norms = [one for one in module.modules() if isinstance(one, torch.nn.modules.batchnorm._BatchNorm)]
+    norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "layer_scale" in name or name.endswith("gamma"):
@@ -83,6 +83,6 @@ def register() -> None:
     """Make timm know the tiny models."""
     import timm
 
-    for one in (convnext_tiny_test, fastvit_mci_test, fastvit_mci_2_test):
-        if not timm.is_model(one.__name__):
-            timm.models.register_model(one)
+    for model in (convnext_tiny_test, fastvit_mci_test, fastvit_mci_2_test):
+        if not timm.is_model(model.__name__):
+            timm.models.register_model(model)

@@ -1,11 +1,11 @@
-"""The built-in model: pretrained encoders out of ordinary Python packages, joined by heads we trained.
+"""The built-in model: pretrained encoders from ordinary Python packages, joined by heads that we trained.
 
 Source: Tan & Le 2019 (arXiv 1905.11946), EfficientNet, its Lite2 form; Wang et al. 2020 (arXiv 2002.10957), MiniLM;
 Norouzi et al. 2013 (arXiv 1312.5650), ConSE. The training is in `calmclip.export.align`.
 
-Not CLIP, but it answers like one: pixels -> unit vector, ids + mask -> unit vector, 384 numbers each. A
-checkpoint directory is one that `calmclip align` wrote: ``heads.safetensors``, and beside it, where the packages
-of weights.txt are not installed, their files.
+It is no CLIP but has its interface: pixels -> unit vector, ids + mask -> unit vector, 384 numbers each. A checkpoint
+directory of it is written by `calmclip align`: ``heads.safetensors``, and beside it the files of the packages in
+weights.txt if these are not installed.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from calmclip.export.checkpoints import Weights
-from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed
+from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, float32
 from calmclip.export.nets.mini import backbone, boxhead, minilm
 from calmclip.export.nets.mini.features import PIXELS
 from calmclip.export.nets.mini.regions import add_detection
@@ -27,7 +27,7 @@ RANGES = Path(__file__).with_name("ranges.json")
 BOXES = Path(__file__).with_name("boxhead.safetensors")
 TEMPLATES = ("a photo of a {}.", "a {}", "a picture of a {}.", "a close-up photo of a {}.", "a {} in the scene.")
 TEXTS = bucketed(TextPreprocess(ids="ids", mask="mask", context=minilm.CONTEXT, pad="longest", pad_id=0))
-_EMBEDS = Tensor(dtype="float32", shape=("B", minilm.WIDTH))
+_EMBEDS = float32("B", minilm.WIDTH)
 _TOKENS = Tensor(dtype="int64", shape=("B", "T"))
 _NOTES = (
     "The heads derive from research-use photographs (Flickr8k, ImageNet samples, COCO crops) and WordNet; "
@@ -40,7 +40,7 @@ def recognise(checkpoint: str) -> bool:
 
 
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
-    """Raises `WeightsMissing`, which says what to install; `BadRequest` where the recipe says something of weights."""
+    """Raises `WeightsMissing`, which says what to install; `BadRequest` if the recipe has a section on weights."""
     if weights != Weights():
         raise BadRequest("the built-in model has its own activation; leave out the recipe's [weights]")
     directory = None if checkpoint == "mini" else Path(checkpoint)
@@ -57,7 +57,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
             weights={
                 BACKBONE.origin: BACKBONE.sha256,
                 MINILM.origin: MINILM.sha256,
-                **{one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in (file, boxes)},
+                **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, boxes)},
             },
             license="Apache-2.0",
             notes=_NOTES,
@@ -66,7 +66,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         towers={
             "image": Tower(
                 image,
-                {"pixels": Tensor(dtype="float32", shape=("B", 3, *PIXELS.size))},
+                {"pixels": float32("B", 3, *PIXELS.size)},
                 {"image_embeds": _EMBEDS},
                 PIXELS,
                 quantizer="search",
@@ -91,11 +91,13 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
     return add_detection(net, image, text, boxhead.load(boxes))
 
 
-SCALE = 15.0  # of the cosines in a softmax over labels: the least log loss on labelled photographs, see README.md
+SCALE = (
+    15.0  # of the cosines in a softmax over labels: it has the least log loss on labelled photographs, see README.md
+)
 
 
 def _unlimited(tokenizer: bytes) -> bytes:
-    """Without the package's own padding to 128 tokens and cut at 128: the service does both, by the manifest."""
+    """Without the package's own padding and truncation to 128 tokens: the service does both, by the manifest."""
     data = json.loads(tokenizer)
     return json.dumps(data | {"padding": None, "truncation": None}, ensure_ascii=False).encode()
 

@@ -24,14 +24,14 @@ STAGES = (
     (3, 1, 6, 352, 1),
 )
 STEM, WIDTH16, WIDTH32, CLASSES = 32, 120, 1280, 1000
-# The stem and the first depthwise convolution stay in float: alone they cost half of what all of INT8 costs, for
-# their outputs reach 100 before ReLU6 cuts them at 6. They are 1 % of the weights' bytes, and cost 7 % of the time so.
+# The stem and the first depthwise convolution stay in float: they cause half of the INT8 error, since their outputs
+# reach 100 before ReLU6 clips them to 6. They are 1 % of the weights' bytes; in float they take 7 % of the time.
 QUANTIZE = {"keep": ["Conv.Conv_0", "Conv.Conv_1"]}
 FIRST_OF_STRIDE_32 = 15  # the block whose input is the stride-16 map
 
 
 class SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's SAME padding: the odd pixel goes below and to the right."""
+    """Convolution with TensorFlow's SAME padding: an odd pixel is added at the bottom and on the right."""
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
@@ -41,20 +41,23 @@ class SameConv(nn.Conv2d):
 
 
 class Unit(nn.Module):
-    """Convolution, BatchNorm, ReLU6 (or none: the projections are linear)."""
+    """Convolution, BatchNorm, ReLU6. Projections are linear: ``relu=False``."""
 
-    def __init__(self, inside: int, outside: int, kernel: int, stride: int = 1, *, groups: int = 1, relu=True) -> None:
+    def __init__(
+        self, inside: int, outside: int, kernel: int, stride: int = 1, *, groups: int = 1, relu: bool = True
+    ) -> None:
         super().__init__()
         self.conv = SameConv(inside, outside, kernel, stride, groups=groups, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(outside, eps=1e-3)
         self.relu: nn.Module = nn.ReLU6() if relu else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.norm(self.conv(x)))
+        y: Tensor = self.relu(self.norm(self.conv(x)))
+        return y
 
 
 class Block(nn.Module):
-    """Inverted residual: expand 1x1, depthwise, project 1x1; added to its input where the shapes agree."""
+    """Inverted residual: expand 1x1, depthwise, project 1x1; added to the input if the shapes agree."""
 
     def __init__(self, inside: int, outside: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -72,8 +75,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """float32 [B, 3, H, W] -> map16 [B, 120, H/16, W/16] and map32 [B, 1280, H/32, W/32], sizes rounded up.
 
-    Pixels are (x - 127) / 128. map32 is what follows the last ReLU6; its mean over H and W is what
-    ``classifier`` (1000 ImageNet classes) reads.
+    Pixels are (x - 127) / 128. map32 is the output of the last ReLU6; ``classifier`` (1000 ImageNet classes) reads its
+    mean over H and W.
     """
 
     def __init__(self) -> None:
@@ -114,7 +117,7 @@ _OURS = {
 
 
 def from_state(state: Mapping[str, Tensor]) -> Backbone:
-    """The backbone with the published weights (efficientnet_pytorch's names); every key must find its place."""
+    """The backbone with the published weights, in the names of efficientnet_pytorch. Every key must be known."""
     renamed = {}
     for key, value in state.items():
         name = key
@@ -127,7 +130,7 @@ def from_state(state: Mapping[str, Tensor]) -> Backbone:
 
 
 def fold(backbone: Backbone) -> Backbone:
-    """BatchNorms folded into their convolutions, in place: the same function, worked out in float64."""
+    """BatchNorms folded into their convolutions, in place and in float64."""
     backbone.double()
     for unit in [module for module in backbone.modules() if isinstance(module, Unit)]:
         if isinstance(unit.norm, nn.BatchNorm2d):
@@ -137,10 +140,11 @@ def fold(backbone: Backbone) -> Backbone:
 
 
 def silence(conv: nn.Conv2d) -> None:
-    """Weights that training left at nothing beside their bias become 0, in place.
+    """Weights that are negligible beside their bias become 0, in place.
 
-    A few channels of every stage are dead: weights of 1e-7 around a bias of -1. Their int32 bias would overflow, so
-    the quantizer widens their scale by what the layer reads; with it gone, equal layers of two graphs get equal bytes.
+    A few channels of every stage are dead: weights of 1e-7 with a bias of -1. Their int32 bias would overflow, so the
+    quantizer widens their scale, which then depends on the layer's input. With weights of 0, equal layers of two graphs
+    get equal bytes.
     """
     assert conv.bias is not None
     largest = conv.weight.abs().amax(dim=(1, 2, 3), keepdim=True)
@@ -148,6 +152,6 @@ def silence(conv: nn.Conv2d) -> None:
 
 
 def frozen(state: Mapping[str, Tensor]) -> Backbone:
-    """`from_state`, folded: what is exported, and what the heads were trained on."""
+    """`from_state`, folded. It is exported, and the heads were trained on its outputs."""
     with torch.no_grad():
         return fold(from_state(state))

@@ -1,7 +1,7 @@
-"""The class-agnostic box head on the frozen backbone's maps: where things are, not what they are.
+"""The class-agnostic box head on the frozen backbone's maps: the positions of objects, not their classes.
 
-Source: the dense, anchor-free form of Tian et al. 2019 (FCOS, arXiv 1904.01355): every cell of a stride-16 grid
-says how likely it belongs to an object, and how far the object's four sides are. Trained by `calmclip.export.boxes`.
+Source: the dense, anchor-free form of Tian et al. 2019 (FCOS, arXiv 1904.01355): every cell of a stride-16 grid has a
+score for being in an object, and the distances to the object's four sides. Trained by `calmclip.export.boxes`.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ WIDTH, BLOCKS = 96, 4
 
 
 class Mix(nn.Module):
-    """Depthwise 5x5 and pointwise, added to its input."""
+    """A depthwise 5x5 and a pointwise convolution, added to the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ class BoxHead(nn.Module):
         self.blocks = nn.Sequential(*(Mix(width) for _ in range(blocks)))
         self.out = nn.Conv2d(width, 5, 1)
         nn.init.normal_(self.out.weight, std=0.01)
-        with torch.no_grad():  # a cell in a hundred is an object's; objects reach some four cells each way
-            self.out.bias.copy_(torch.tensor([-4.6, 1.4, 1.4, 1.4, 1.4]))
+        with torch.no_grad():  # one cell in a hundred is in an object; objects extend about four cells to each side
+            self.out.bias = nn.Parameter(torch.tensor([-4.6, 1.4, 1.4, 1.4, 1.4]))
 
     def forward(self, map16: Tensor, map32: Tensor) -> tuple[Tensor, Tensor]:
         coarse = F.interpolate(self.norm32(self.from32(map32)), scale_factor=2.0, mode="nearest")
@@ -73,9 +73,9 @@ def load(path: Path) -> BoxHead:
 
 
 def fold(head: BoxHead) -> BoxHead:
-    """BatchNorms folded into the convolutions before them, in place: the same function, worked out in float64."""
+    """BatchNorms folded into the convolutions before them, in place and in float64."""
     head.eval().double()
-    pairs = [(head, "from16", "norm16"), (head, "from32", "norm32")]
+    pairs: list[tuple[nn.Module, str, str]] = [(head, "from16", "norm16"), (head, "from32", "norm32")]
     pairs += [(block, *names) for block in head.blocks for names in (("across", "norm1"), ("through", "norm2"))]
     for owner, conv, norm in pairs:
         setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))

@@ -1,4 +1,4 @@
-"""Pictures and texts -> what the frozen encoders of the built-in model make of them, for training its heads."""
+"""Pictures and texts -> features of the built-in model's frozen encoders, for training its heads."""
 
 import hashlib
 import tempfile
@@ -22,44 +22,45 @@ from calmclip.models.preprocess.image import ImagePreparer, decode
 
 PIXELS = ImagePreprocess(
     size=(260, 260), resize="shortest", shortest=292, keep_square=True, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-)  # (x - 127) / 128; the package's own text names ImageNet's mean and deviation, which costs it 10 points
+)  # (x - 127) / 128; the package's own page names ImageNet's mean and deviation, which cost 10 points of accuracy
 VIEWS = ("upright", "mirrored")
 
 
 def of_pictures(paths: Sequence[Path], cache: Path | None = None, *, quiet: bool = False) -> Tensor:
     """-> float32 [N, 2, 1280], upright and mirrored. About 50 ms a picture on one core.
 
-    ``cache``: a folder that keeps them; the file's name says of which pictures and which backbone. Values are those
-    of float16, kept or not. Raises `InputError` naming the file that is no picture.
+    ``cache``: a folder for the features; the file's name depends on the pictures and the backbone. Values are rounded
+    to float16 with and without a cache. Raises `InputError` with the file that is no picture.
     """
     file = cache / f"features-{_digest(paths)}.npy" if cache else None
     if file and file.is_file():
         return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
-    backbone = frozen(backbone_state()).to(memory_format=torch.channels_last)
+    backbone = frozen(backbone_state())
+    backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     preparer = ImagePreparer(PIXELS)
-    found = torch.empty(len(paths), len(VIEWS), WIDTH32, dtype=torch.float16)
+    features = torch.empty(len(paths), len(VIEWS), WIDTH32, dtype=torch.float16)
     with torch.inference_mode():
-        for row, path in zip(found, tqdm(paths, "pictures", unit="", disable=quiet), strict=True):
+        for row, path in zip(features, tqdm(paths, "pictures", unit="", disable=quiet), strict=True):
             for slot, view in zip(row, _views(_picture(path)), strict=True):
                 pixels = torch.from_numpy(preparer.prepare(view)[0]).to(memory_format=torch.channels_last)
                 slot.copy_(backbone(pixels)[1].mean((2, 3))[0])
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".features-", dir=file.parent) as folder:
-            np.save(whole := Path(folder) / file.name, found.numpy())
-            whole.replace(file)  # whoever looks sees all of it or none
-    return found.float()
+            np.save(complete := Path(folder) / file.name, features.numpy())
+            complete.replace(file)  # so no reader sees a part of it
+    return features.float()
 
 
 def of_texts(texts: Sequence[str], *, batch: int = 64, quiet: bool = False) -> Tensor:
-    """-> float32 [N, 384] unit rows. Texts over the context are cut. Texts of like length go together."""
+    """-> float32 [N, 384] unit rows. Texts over the context are truncated. A batch has texts of similar length."""
     encoder = from_state(minilm_state())
     tokenizer = Tokenizer.from_str(tokenizer_json().decode())
     tokenizer.no_padding()
     tokenizer.enable_truncation(CONTEXT)
     rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    found = torch.empty(len(rows), WIDTH)
+    features = torch.empty(len(rows), WIDTH)
     with torch.inference_mode(), tqdm(total=len(rows), desc="texts", unit="", disable=quiet) as bar:
         for start in range(0, len(order), batch):
             group = order[start : start + batch]
@@ -68,9 +69,9 @@ def of_texts(texts: Sequence[str], *, batch: int = 64, quiet: bool = False) -> T
             for line, index in enumerate(group):
                 ids[line, : len(rows[index])] = torch.tensor(rows[index])
                 mask[line, : len(rows[index])] = 1
-            found[group] = F.normalize(encoder(ids, mask), dim=-1)
+            features[group] = F.normalize(encoder(ids, mask), dim=-1)
             bar.update(len(group))
-    return found
+    return features
 
 
 def _picture(path: Path) -> Image.Image:

@@ -1,9 +1,8 @@
 """MiniLM, the text encoder: BERT with 6 layers, width 384 and 12 heads; ids + mask -> mean token state.
 
 Source: Devlin et al. 2018 (arXiv 1810.04805); the weights are all-MiniLM-L6-v2 (Wang et al. 2020, arXiv
-2002.10957; Reimers & Gurevych 2019, arXiv 1908.10084). Written for a small graph: one product gives query,
-key and value, 1/sqrt(32) lies in the query's weights, the only token type in the position table, and the mask
-becomes an addend once.
+2002.10957; Reimers & Gurevych 2019, arXiv 1908.10084). For a small graph one product gives query, key and value, the
+query's weights include 1/sqrt(32), the positions include the only token type, and the mask becomes an addend once.
 """
 
 from collections.abc import Mapping
@@ -14,11 +13,11 @@ from torch.nn import functional as F
 
 LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 6, 384, 12, 1536, 30522
 CONTEXT = 256  # tokens; the weights hold 512 positions, but were trained as a sentence encoder on at most 256
-MASKED = -1e4  # added to a padded token's logits: its float32 weight after the softmax is exactly 0
+MASKED = -1e4  # added to a padded token's logits: after the softmax its float32 weight is exactly 0
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each with residual, LayerNorm last."""
+    """Attention and feed-forward, each followed by the residual sum and a LayerNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +36,8 @@ class Layer(nn.Module):
         logits = q @ k.transpose(2, 3)
         mixed = F.softmax(logits if addend is None else logits + addend, dim=-1) @ v
         x = self.norm1(x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, WIDTH)))
-        return self.norm2(x + self.down(F.gelu(self.up(x))))
+        x = self.norm2(x + self.down(F.gelu(self.up(x))))
+        return x
 
 
 class MiniLM(nn.Module):
@@ -51,16 +51,16 @@ class MiniLM(nn.Module):
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.norm(self.words(ids) + self.positions[: ids.shape[1]])
+        x: Tensor = self.norm(self.words(ids) + self.positions[: ids.shape[1]])
         if mask is None:
             for layer in self.layers:
                 x = layer(x, None)
             return x.mean(1)
-        kept = mask.to(x.dtype)
-        addend = ((1 - kept) * MASKED)[:, None, None, :]
+        weights = mask.to(x.dtype)
+        addend = ((1 - weights) * MASKED)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, addend)
-        return (x * kept[..., None]).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+        return (x * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 _OURS = {
@@ -74,23 +74,23 @@ _UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"
 
 
 def from_state(state: Mapping[str, Tensor]) -> MiniLM:
-    """The encoder with the published weights (transformers' BertModel names); every other key is an error."""
-    left = {key: value.float() for key, value in state.items() if key not in _UNUSED}
-    positions = left.pop("embeddings.position_embeddings.weight")[:CONTEXT]
+    """The encoder with the published weights, in the names of transformers' BertModel. Any other key is an error."""
+    remaining = {key: value.float() for key, value in state.items() if key not in _UNUSED}
+    positions = remaining.pop("embeddings.position_embeddings.weight")[:CONTEXT]
     ours = {
-        "words.weight": left.pop("embeddings.word_embeddings.weight"),
-        "positions": positions + left.pop("embeddings.token_type_embeddings.weight")[0],
-        "norm.weight": left.pop("embeddings.LayerNorm.weight"),
-        "norm.bias": left.pop("embeddings.LayerNorm.bias"),
+        "words.weight": remaining.pop("embeddings.word_embeddings.weight"),
+        "positions": positions + remaining.pop("embeddings.token_type_embeddings.weight")[0],
+        "norm.weight": remaining.pop("embeddings.LayerNorm.weight"),
+        "norm.bias": remaining.pop("embeddings.LayerNorm.bias"),
     }
     for index in range(LAYERS):
         old, new = f"encoder.layer.{index}.", f"layers.{index}."
         for kind in ("weight", "bias"):
-            q, k, v = (left.pop(f"{old}attention.self.{part}.{kind}") for part in ("query", "key", "value"))
+            q, k, v = (remaining.pop(f"{old}attention.self.{part}.{kind}") for part in ("query", "key", "value"))
             ours[f"{new}qkv.{kind}"] = torch.cat([q / (WIDTH // HEADS) ** 0.5, k, v])
-            ours |= {f"{new}{name}.{kind}": left.pop(f"{old}{theirs}.{kind}") for theirs, name in _OURS.items()}
-    if left:
-        raise ValueError(f"the weights hold keys that are no MiniLM's: {sorted(left)}")
+            ours |= {f"{new}{name}.{kind}": remaining.pop(f"{old}{theirs}.{kind}") for theirs, name in _OURS.items()}
+    if remaining:
+        raise ValueError(f"the weights hold keys that are no MiniLM's: {sorted(remaining)}")
     encoder = MiniLM()
     encoder.load_state_dict(ours, strict=True)
     return encoder.eval().requires_grad_(False)

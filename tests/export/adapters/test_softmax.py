@@ -1,4 +1,4 @@
-"""A softmax that a checkpoint was not trained with is refused, and what it would do is said."""
+"""A softmax that differs from that of the training is refused; the error gives the loss."""
 
 import re
 from pathlib import Path
@@ -22,14 +22,14 @@ from tests import quantizable
 from tests.tiny import changed
 from tests.tiny_layouts import siglip
 
-ASKED = "clipped(-0.04:1.01)"
+CLIPPED = "clipped(-0.04:1.01)"
 
 
 def measured(checkpoint: Path) -> float:
-    """The mean cosine of logits, a token each, of the texts that ship, by transformers and the paper's definition; a
-    text is padded to a multiple of 4 tokens, as a bundle is fed."""
+    """The mean cosine of each token's logits over the texts that ship, by transformers and the paper's definition. A
+    text is padded to a multiple of 4 tokens, as for a bundle."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    model = quantizable.change(transformers.BertForMaskedLM.from_pretrained(checkpoint), ASKED)
+    model = quantizable.change(transformers.BertForMaskedLM.from_pretrained(checkpoint), CLIPPED)
     cosines: list[float] = []
     for text in texts():
         row = tokenizer(text)["input_ids"]
@@ -50,23 +50,23 @@ def measured(checkpoint: Path) -> float:
 def test_a_vanilla_bert_is_not_exported_with_a_clipped_softmax(tiny_bert: Path, tmp_path: Path, capsys):
     want = measured(tiny_bert)
     assert want < 0.9999, "the softmax must make a difference"
-    asked = ["export", str(tiny_bert), "--softmax", ASKED, "--out", str(tmp_path)]
-    assert main(asked) == 2
-    said = capsys.readouterr().err
-    assert f"{ASKED} instead of vanilla" in said
-    assert float(re.search(r"mean cosine ([\d.]+)", said)[1]) == pytest.approx(want, abs=6e-5)
-    assert f'"attn_softmax": "{ASKED}"' in said
-    assert "--force" in said
+    command = ["export", str(tiny_bert), "--softmax", CLIPPED, "--out", str(tmp_path)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"{CLIPPED} instead of vanilla" in error
+    assert float(re.search(r"mean cosine ([\d.]+)", error)[1]) == pytest.approx(want, abs=6e-5)
+    assert f'"attn_softmax": "{CLIPPED}"' in error
+    assert "--force" in error
     assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
 def test_a_forced_softmax_is_exported_and_noted(tiny_bert: Path, tmp_path: Path, capsys):
-    asked = ["export", str(tiny_bert), "--softmax", ASKED, "--force", "--name", "forced", "--out", str(tmp_path)]
-    assert main(asked) == 0
-    assert f"softmax forced: {ASKED} instead of vanilla, mean cosine " in capsys.readouterr().out
+    command = ["export", str(tiny_bert), "--softmax", CLIPPED, "--force", "--name", "forced", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert f"softmax forced: {CLIPPED} instead of vanilla, mean cosine " in capsys.readouterr().out
     (bundle,) = tmp_path.iterdir()
-    assert f"softmax forced: {ASKED} instead of vanilla" in read(bundle).manifest.source.notes
+    assert f"softmax forced: {CLIPPED} instead of vanilla" in read(bundle).manifest.source.notes
 
 
 def loaded(checkpoint: Path, **params: object):  # type: ignore[no-untyped-def]
@@ -77,54 +77,54 @@ def feeds(net, tower):  # type: ignore[no-untyped-def]
     return [{"ids": np.array([[598, 3, 7, 599]]), "mask": np.ones((1, 4), np.int64)}]
 
 
-def test_force_takes_it_and_the_source_says_so(tiny_bert: Path):
-    net, params = loaded(tiny_bert, kind=ASKED, force=True)
+def test_force_accepts_it_and_the_source_notes_it(tiny_bert: Path):
+    net, params = loaded(tiny_bert, kind=CLIPPED, force=True)
     lines: list[str] = []
-    made = softmax.adapt(net, params, Context(feeds, say=lines.append))
-    assert {one.softmax for one in softmax.attention(made.towers["mlm"].module)} == {Softmax(-0.04, 1.01)}
+    adapted = softmax.adapt(net, params, Context(feeds, say=lines.append))
+    assert {layer.softmax for layer in softmax.attention_layers(adapted.towers["mlm"].module)} == {Softmax(-0.04, 1.01)}
     (line,) = lines
-    assert line in made.source.notes
+    assert line in adapted.source.notes
 
 
-def test_the_softmax_that_it_has_already_is_no_other(tiny_bert: Path, tmp_path: Path):
+def test_the_softmax_of_the_checkpoint_changes_nothing(tiny_bert: Path, tmp_path: Path):
     net, params = loaded(tiny_bert, kind="vanilla")
     assert softmax.adapt(net, params, Context(feeds)) is net
-    trained = changed(tiny_bert, tmp_path / "trained", attn_softmax=ASKED)
-    net, params = loaded(trained, kind=ASKED)
+    trained = changed(tiny_bert, tmp_path / "trained", attn_softmax=CLIPPED)
+    net, params = loaded(trained, kind=CLIPPED)
     assert softmax.adapt(net, params, Context(feeds)) is net
     net, params = loaded(trained, kind="vanilla")
     with pytest.raises(BadRequest, match=r"vanilla instead of clipped\(-0\.04:1\.01\)"):
         softmax.adapt(net, params, Context(feeds))
-    assert {one.softmax for one in softmax.attention(net.towers["mlm"].module)} == {Softmax(-0.04, 1.01)}
+    assert {layer.softmax for layer in softmax.attention_layers(net.towers["mlm"].module)} == {Softmax(-0.04, 1.01)}
 
 
-def test_a_tower_that_runs_only_once_it_is_folded_is_measured_too(tmp_path: Path):
-    """SigLIP's pooling."""
-    asked = Adapt(name="softmax", params={"kind": ASKED, "force": True})
-    net = load("clip", str(siglip.hf_siglip(tmp_path)), Weights(), [asked])
+def test_a_tower_that_runs_only_after_folding_is_measured(tmp_path: Path):
+    """SigLIP's pooling is such a tower."""
+    adapter = Adapt(name="softmax", params={"kind": CLIPPED, "force": True})
+    net = load("clip", str(siglip.hf_siglip(tmp_path)), Weights(), [adapter])
     assert 0.9 < float(net.source.notes.split("mean cosine ")[1].split()[0]) < 0.9999
 
 
-def test_force_completes_what_a_recipe_asks_for():
-    (made,) = flags.asked(
-        [Adapt(name="softmax", params={"kind": ASKED})], [flags.Typed("softmax", {"force": True}, False)]
+def test_force_on_the_command_line_completes_a_recipe():
+    (adapter,) = flags.merged(
+        [Adapt(name="softmax", params={"kind": CLIPPED})], [flags.Typed("softmax", {"force": True}, False)]
     )
-    assert made.params == {"kind": ASKED, "force": True}
+    assert adapter.params == {"kind": CLIPPED, "force": True}
 
 
-def test_a_net_without_attention_of_ours_refuses_it(tmp_path: Path, capsys):
-    assert main(["export", "mini", "--softmax", ASKED, "--out", str(tmp_path)]) == 2
-    assert "none of its attention is ours to set" in capsys.readouterr().err
+def test_a_net_without_our_attention_refuses_a_softmax(tmp_path: Path, capsys):
+    assert main(["export", "mini", "--softmax", CLIPPED, "--out", str(tmp_path)]) == 2
+    assert "it has no attention whose softmax can be set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "message"),
     [
         (["--softmax", "clip"], "softmax is 'clip'; expected vanilla, or clipped(gamma:zeta)"),
         (["--force"], "adapter softmax: kind (--softmax): Field required"),
         (["--stretch", "80"], "no text tower with a table of positions"),
     ],
 )
-def test_what_is_asked_wrongly(flags: list[str], named: str, tiny_bert: Path, tmp_path: Path, capsys):
+def test_wrong_options_are_named(flags: list[str], message: str, tiny_bert: Path, tmp_path: Path, capsys):
     assert main(["export", str(tiny_bert), *flags, "--out", str(tmp_path)]) == 2
-    assert named in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What is damaged, mislabelled or malicious is refused in one line that names the file, and the key if any."""
+"""Damaged, mislabelled and malicious files are refused. The error is one line that names the file and the key."""
 
 import argparse
 import errno
@@ -29,7 +29,7 @@ TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5)
 
 
 class Payload:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -48,8 +48,8 @@ class Holder(torch.nn.Module):
         return self.inner(x)
 
 
-def refused(file: Path, *named: str) -> None:
-    """In one line, which does not pass on torch's advice to run what the file asks for."""
+def refused(file: Path, *parts: str) -> None:
+    """The error is one line. It does not repeat torch's advice to unpickle the file."""
     with pytest.raises(UnknownCheckpoint) as raised:
         load_tensors(weight_files(file))
     text = str(raised.value)
@@ -57,8 +57,8 @@ def refused(file: Path, *named: str) -> None:
     assert text.isprintable()
     assert len(text) < 600
     assert not [advice for advice in ("weights_only", "PyTorch 2") if advice in text]
-    for one in (*named, file.name):
-        assert one in text
+    for part in (*parts, file.name):
+        assert part in text
 
 
 def safetensors(file: Path, header: dict | bytes, data: bytes, length: int | None = None) -> Path:
@@ -67,7 +67,7 @@ def safetensors(file: Path, header: dict | bytes, data: bytes, length: int | Non
     return file
 
 
-def one(offsets: tuple[int, int], shape: tuple[int, ...] = (2,), dtype: str = "F32") -> dict:
+def entry(offsets: tuple[int, int], shape: tuple[int, ...] = (2,), dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
@@ -77,13 +77,13 @@ def one(offsets: tuple[int, int], shape: tuple[int, ...] = (2,), dtype: str = "F
         (b'{"a": ', b"", None),
         (b"{}", b"", 1 << 60),
         (b"{}", b"", 100),
-        ({"a": one((0, 8)), "b": one((4, 12))}, bytes(12), None),
-        ({"a": one((0, 8))}, bytes(4), None),
-        ({"a": one((0, 8))}, bytes(16), None),
-        ({"a": one((0, 8), (3,))}, bytes(8), None),
-        ({"a": one((0, 8), (1 << 40, 1 << 40))}, bytes(8), None),
-        ({"a": one((8, 0))}, bytes(8), None),
-        ({"a": one((0, 8), dtype="F33")}, bytes(8), None),
+        ({"a": entry((0, 8)), "b": entry((4, 12))}, bytes(12), None),
+        ({"a": entry((0, 8))}, bytes(4), None),
+        ({"a": entry((0, 8))}, bytes(16), None),
+        ({"a": entry((0, 8), (3,))}, bytes(8), None),
+        ({"a": entry((0, 8), (1 << 40, 1 << 40))}, bytes(8), None),
+        ({"a": entry((8, 0))}, bytes(8), None),
+        ({"a": entry((0, 8), dtype="F33")}, bytes(8), None),
         ({"a": {"dtype": "F32"}}, bytes(8), None),
     ],
     ids=[
@@ -128,27 +128,27 @@ def test_a_file_cut_short(write: Callable[[Path], Path], share: float, tmp_path:
 
 
 @FORMATS
-def test_what_a_file_is_its_bytes_say_not_its_name(write: Callable[[Path], Path], tmp_path: Path):
+def test_bytes_decide_the_format_not_the_name(write: Callable[[Path], Path], tmp_path: Path):
     file = write(tmp_path)
     for suffix in (".safetensors", ".bin", ".pth", ".ckpt", ".pt"):
         file = file.rename(tmp_path / f"model{suffix}")
-        found = load_tensors(weight_files(tmp_path))
+        tensors = load_tensors(weight_files(tmp_path))
         if write is scripted:
-            assert found["flags"].dtype == torch.float16
-            assert found.keys() == {"inner.weight", "inner.bias", "flags"}
+            assert tensors["flags"].dtype == torch.float16
+            assert tensors.keys() == {"inner.weight", "inner.bias", "flags"}
         else:
-            assert found.keys() == TENSORS.keys()
-            assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+            assert tensors.keys() == TENSORS.keys()
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x03\x04", b"\x00" * 64, b"GIF89a", b"{}", b"\x80\x02}q\x00."])
-def test_what_is_no_file_of_weights(content: bytes, tmp_path: Path):
+def test_other_files_are_refused(content: bytes, tmp_path: Path):
     (tmp_path / "model.bin").write_bytes(content)
     refused(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
-def test_a_pickle_that_would_run_a_command_does_not_and_is_told_of(protocol: int, tmp_path: Path):
+def test_a_pickle_that_runs_a_command_is_refused_and_not_run(protocol: int, tmp_path: Path):
     sign = tmp_path / "it-ran"
     file = tmp_path / "model.bin"
     file.write_bytes(pickle.dumps({"a": Payload(f"touch {sign}")}, protocol=protocol))
@@ -157,27 +157,27 @@ def test_a_pickle_that_would_run_a_command_does_not_and_is_told_of(protocol: int
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_payload_beside_tensors_in_torchs_own_format(new: bool, tmp_path: Path):
+def test_a_payload_beside_tensors_is_refused_and_not_run(new: bool, tmp_path: Path):
     sign, file = tmp_path / "it-ran", tmp_path / "model.pt"
     torch.save(TENSORS | {"x": Payload(f"touch {sign}")}, file, _use_new_zipfile_serialization=new)
     refused(file, "posix.system" if os.name == "posix" else "system", "not run")
     assert not sign.exists()
 
 
-def test_names_of_a_pickle_are_read_through_its_memo_too(tmp_path: Path):
-    """Two of one kind: the second comes from the memo."""
+def test_names_of_a_pickle_are_read_through_its_memo(tmp_path: Path):
+    """The second payload refers to the memo."""
     file = tmp_path / "model.bin"
     file.write_bytes(pickle.dumps([argparse.Namespace(a=1), Payload("true"), Payload("false")], protocol=4))
-    assert pickles.foreign(file) == f"{os.system.__module__}.system"
+    assert pickles.foreign_name(file) == f"{os.system.__module__}.system"
 
 
-def test_flags_that_a_training_keeps_beside_its_tensors_are_no_obstacle(tmp_path: Path):
+def test_training_flags_beside_tensors_are_ignored(tmp_path: Path):
     torch.save({"state_dict": TENSORS, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, tmp_path / "m.pt")
     assert load_tensors([tmp_path / "m.pt"]).keys() == TENSORS.keys()
 
 
 def rewritten(file: Path, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED) -> Path:
-    """The archive with other bytes in its parts; None leaves one out."""
+    """The archive with other bytes in its parts. None removes a part."""
     with zipfile.ZipFile(file) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(file, "w", compression) as archive:
@@ -196,7 +196,7 @@ def test_a_torchscript_archive_with_a_foreign_name_runs_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         (lambda n, d: None if n.endswith("data/0") else d, "data/0"),
         (lambda n, d: d[:4] if "/data/" in n else d, "data/"),
@@ -206,8 +206,8 @@ def test_a_torchscript_archive_with_a_foreign_name_runs_nothing(tmp_path: Path):
     ],
     ids=["no-numbers", "numbers-cut", "no-tree", "tree-that-is-no-pickle", "numbers-of-an-unknown-kind"],
 )
-def test_a_torchscript_archive_with_a_bad_part_names_it(change, named: str, tmp_path: Path):
-    refused(rewritten(scripted(tmp_path), change), named)
+def test_a_torchscript_archive_with_a_bad_part_names_it(change, message: str, tmp_path: Path):
+    refused(rewritten(scripted(tmp_path), change), message)
 
 
 @pytest.mark.parametrize("write", [zipped, scripted])
@@ -222,22 +222,22 @@ def test_an_archive_without_a_pickle(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("value", "named"),
+    ("value", "message"),
     [
-        # a stride of 0 makes a tebibyte of four bytes
+        # a stride of 0 turns four bytes into a tebibyte
         ({"a": torch.ones(1).expand(1 << 19, 1 << 19), "b": torch.ones(3)}, "a has the shape|than the file holds"),
-        *(({name: torch.ones(2)}, "name") for name in ("a\nb", "a\x1b[31m", "a" * 300, "a\u202eb")),  # do not print
+        *(({name: torch.ones(2)}, "name") for name in ("a\nb", "a\x1b[31m", "a" * 300, "a\u202eb")),  # not printable
         ({"odd": torch.eye(3).to_sparse(), "b": torch.ones(2)}, "odd"),
         ({"odd": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8), "b": torch.ones(2)}, "odd"),
         *((value, "") for value in ([1, 2], 7, {}, {"epoch": 3, "lr\n": 0.1}, torch.ones(2))),
     ],
 )
-def test_what_is_no_plain_tensors_by_name_says_what_it_is(value: object, named: str, tmp_path: Path):
+def test_values_other_than_plain_tensors_are_named(value: object, message: str, tmp_path: Path):
     torch.save(value, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", *named.split("|"))
+    refused(tmp_path / "model.pt", *message.split("|"))
 
 
-def test_a_mapping_that_holds_itself_ends(tmp_path: Path):
+def test_a_mapping_that_contains_itself_is_refused(tmp_path: Path):
     state: dict = {}
     state["state_dict"] = state
     torch.save(state, tmp_path / "model.pt")
@@ -245,7 +245,7 @@ def test_a_mapping_that_holds_itself_ends(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("index", "named"),
+    ("index", "message"),
     [
         ({"weight_map": {"a": "part-1.safetensors"}}, "part-1.safetensors"),
         ({"weight_map": {"a": "../outside.safetensors"}}, "../outside.safetensors"),
@@ -259,17 +259,17 @@ def test_a_mapping_that_holds_itself_ends(tmp_path: Path):
         ([], "index"),
     ],
 )
-def test_shards_that_are_missing_or_lie_elsewhere(index: object, named: str, tmp_path: Path):
+def test_shards_that_are_missing_or_outside_are_refused(index: object, message: str, tmp_path: Path):
     save_file(TENSORS, tmp_path / "outside.safetensors")
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UnknownCheckpoint, match="index") as raised:
         checkpoints.read(directory)
-    assert named in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_shards_are_put_together_and_none_may_repeat_another(tmp_path: Path):
+def test_shards_are_joined_and_none_may_repeat_a_tensor(tmp_path: Path):
     names = ["one.safetensors", "two.safetensors"]
     save_file({"a": torch.ones(1)}, tmp_path / names[0])
     save_file({"b": torch.zeros(1)}, tmp_path / names[1])
@@ -280,8 +280,8 @@ def test_shards_are_put_together_and_none_may_repeat_another(tmp_path: Path):
         load_tensors(weight_files(tmp_path))
 
 
-def test_links_are_followed_and_those_that_lead_nowhere_are_not_there(tmp_path: Path):
-    """As a cache of a model hub is made."""
+def test_links_are_followed_and_broken_links_are_missing_files(tmp_path: Path):
+    """The cache of a model hub consists of links."""
     save_file(TENSORS, tmp_path / "blob")
     directory = tmp_path / "snapshot"
     directory.mkdir()
@@ -301,7 +301,7 @@ def test_a_pipe_is_no_checkpoint(tmp_path: Path):
         checkpoints.read(tmp_path / "pipe")
 
 
-def test_several_files_of_weights_are_a_question(tmp_path: Path):
+def test_several_files_of_weights_are_an_error_that_names_them(tmp_path: Path):
     for name in ("a.pt", "b.pt"):
         torch.save(TENSORS, tmp_path / name)
     with pytest.raises(UnknownCheckpoint, match=r"a\.pt, b\.pt"):
@@ -321,7 +321,7 @@ def test_a_damaged_config_is_named(content: bytes, tmp_path: Path):
     "prefix",
     ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.", "model.", "clip."],
 )
-def test_what_a_training_wraps_is_unwrapped(prefix: str, tmp_path: Path):
+def test_wrappers_of_a_training_are_removed(prefix: str, tmp_path: Path):
     state = {f"{prefix}{name}": tensor for name, tensor in TENSORS.items()}
     more = {"epoch": 1, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3}]}}
     for wrapped in (state, {"state_dict": state} | more, {"model": {"state_dict": state}}, {"module": state} | more):
@@ -329,34 +329,34 @@ def test_what_a_training_wraps_is_unwrapped(prefix: str, tmp_path: Path):
         assert load_tensors([tmp_path / "model.pt"]).keys() == TENSORS.keys()
 
 
-def test_wrappers_of_layers_inside_are_taken_off_too(tmp_path: Path):
+def test_wrappers_of_inner_layers_are_removed(tmp_path: Path):
     torch.save({"layers.0._checkpoint_wrapped_module._fsdp_wrapped_module.up": torch.ones(2)}, tmp_path / "m.pt")
     assert load_tensors([tmp_path / "m.pt"]).keys() == {"layers.0.up"}
 
 
-def test_an_archive_read_without_its_program_is_what_torch_reads_with_it(tmp_path: Path):
+def test_an_archive_read_without_its_program_equals_torch_jit(tmp_path: Path):
     torch.manual_seed(0)
     file = scripted(tmp_path)
     want = torch.jit.load(str(file)).state_dict()
-    found = torchscript.read(file)
-    assert found.keys() == want.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+    tensors = torchscript.read(file)
+    assert tensors.keys() == want.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in want.items())
 
 
-def test_an_archive_is_mapped_and_only_what_is_used_comes_into_memory(tmp_path: Path):
+def test_an_archive_is_memory_mapped(tmp_path: Path):
     big = Holder()
     big.inner.weight = torch.nn.Parameter(torch.ones(1024, 1024))  # 4 MB
     torch.jit.script(big).save(str(tmp_path / "model.pt"))
     tracemalloc.start()
-    found = torchscript.read(tmp_path / "model.pt")
+    tensors = torchscript.read(tmp_path / "model.pt")
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found["inner.weight"].sum() == 1024**2
+    assert tensors["inner.weight"].sum() == 1024**2
     assert most < 1e6
 
 
 @pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), Holder(), {"model": torch.nn.Linear(2, 2)}])
-def test_a_module_saved_whole_says_which_class_it_asks_for(value: object, tmp_path: Path):
+def test_a_pickled_module_is_an_error_that_names_its_class(value: object, tmp_path: Path):
     torch.save(value, tmp_path / "model.pt")
     module = value["model"] if isinstance(value, dict) else value
     refused(tmp_path / "model.pt", f"asks for {type(module).__module__}.", "as safetensors")
@@ -366,7 +366,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsiz
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "why"),
+    ("name", "content", "message"),
     [
         ("model.safetensors", POINTER, "is a Git LFS pointer"),
         ("config.json", POINTER, "is a Git LFS pointer"),
@@ -382,17 +382,17 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsiz
         ("config.json", None, "its config.json says model_type None; expected clip"),
     ],
 )
-def test_a_file_that_is_another_or_nothing_is_told_apart(name: str, content: bytes | None, why: str, damaged):
-    directory, told = damaged
+def test_a_file_of_another_kind_is_named(name: str, content: bytes | None, message: str, damaged):
+    directory, error_of = damaged
     (directory / name).unlink()
     if content is not None:
         (directory / name).write_bytes(content)
-        why = f"{name} {why}"
-    assert why in told(directory)
+        message = f"{name} {message}"
+    assert message in error_of(directory)
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "message"),
     [
         ({"model_type": "bert"}, "its config.json says model_type 'bert'; expected clip"),
         ({"vision_config": [1]}, "config.json: vision_config is [1]; expected an object"),
@@ -401,88 +401,88 @@ def test_a_file_that_is_another_or_nothing_is_told_apart(name: str, content: byt
         ({"text_config": {"num_hidden_layers": 7}}, "config.json: text_config.num_hidden_layers is 7"),
     ],
 )
-def test_a_config_of_another_model_names_its_key(change: dict, why: str, damaged):
-    directory, told = damaged
-    assert why in told(changed(directory, directory.with_name("changed"), **change))
+def test_a_config_of_another_model_names_its_key(change: dict, message: str, damaged):
+    directory, error_of = damaged
+    assert message in error_of(changed(directory, directory.with_name("changed"), **change))
 
 
 PATCH, SCALE = "vision_model.embeddings.patch_embedding.weight", "logit_scale"
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "message"),
     [
         (lambda s: {k: t.to(torch.int8) for k, t in s.items()}, "is of int8; expected floating-point numbers"),
         (
             lambda s: s | {PATCH: s[PATCH].permute(0, 2, 3, 1)},
             f"{PATCH} has the shape [32, 8, 8, 3]; expected [width, 3",
         ),
-        (lambda s: {k: t for k, t in s.items() if k != SCALE}, f"lacks 1 tensors, {SCALE} among them"),
-        (lambda s: {f"base_model.{k}.lora_A": t for k, t in s.items()}, "kind that a net recognises: base_model."),
-        (lambda s: s | {f"{PATCH}.absmax": torch.ones(3)}, f"{PATCH}.absmax among them"),
+        (lambda s: {k: t for k, t in s.items() if k != SCALE}, f"lacks 1 tensors, for example {SCALE}"),
+        (lambda s: {f"base_model.{k}.lora_A": t for k, t in s.items()}, "whose 78 tensors include base_model."),
+        (lambda s: s | {f"{PATCH}.absmax": torch.ones(3)}, f"for example {PATCH}.absmax"),
     ],
 )
-def test_weights_of_another_kind_name_the_tensor(change, why: str, damaged):
-    directory, told = damaged
+def test_weights_of_another_kind_name_the_tensor(change, message: str, damaged):
+    directory, error_of = damaged
     state = load_file(directory / "model.safetensors")
     save_file({k: t.contiguous() for k, t in change(state).items()}, directory / "model.safetensors")
-    assert why in told(directory)
+    assert message in error_of(directory)
 
 
-def test_a_tokenizer_of_more_words_than_the_weights_have_rows_is_anothers(damaged):
-    directory, told = damaged
-    made = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    made.add_tokens([f"word{i}" for i in range(700)])
-    made.save(str(directory / "tokenizer.json"))
+def test_a_tokenizer_with_more_words_than_the_weights_have_rows_is_refused(damaged):
+    directory, error_of = damaged
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_tokens([f"word{i}" for i in range(700)])
+    tokenizer.save(str(directory / "tokenizer.json"))
     assert (
-        f"tokenizer has {made.get_vocab_size()} tokens, but text_model.embeddings.token_embedding.weight 600"
-        in told(directory)
+        f"tokenizer has {tokenizer.get_vocab_size()} tokens, but text_model.embeddings.token_embedding.weight has 600"
+        in error_of(directory)
     )
 
 
 @pytest.mark.parametrize("name", ["iterdir", "open"])
-def test_what_may_not_be_read_is_not_called_damaged(name: str, damaged, monkeypatch: pytest.MonkeyPatch):
-    """Tests may run as root, whom no permission stops."""
-    directory, told = damaged
-    own = getattr(Path, name)
+def test_an_unreadable_file_is_not_called_damaged(name: str, damaged, monkeypatch: pytest.MonkeyPatch):
+    """Simulated, because root may read every file."""
+    directory, error_of = damaged
+    original = getattr(Path, name)
 
     def refuse(path: Path, *args: object, **more: object) -> object:
         if path == (directory if name == "iterdir" else directory / "model.safetensors"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return own(path, *args, **more)
+        return original(path, *args, **more)
 
     monkeypatch.setattr(Path, name, refuse)
-    assert "cannot be read: Permission denied" in told(directory)
+    assert "cannot be read: Permission denied" in error_of(directory)
 
 
-def test_a_link_to_itself_is_no_weights(damaged):
-    directory, told = damaged
+def test_a_link_to_itself_is_no_file_of_weights(damaged):
+    directory, error_of = damaged
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors").symlink_to(directory / "model.safetensors")
-    assert "holds no file of weights" in told(directory)
+    assert "holds no file of weights" in error_of(directory)
 
 
-def test_a_zip_of_something_else_says_what_it_holds(damaged):
-    directory, told = damaged
+def test_another_zip_is_an_error_that_names_its_content(damaged):
+    directory, error_of = damaged
     np.savez(directory / "weights.npz", a=np.ones(3))
-    assert "weights.npz is a zip without data.pkl, which torch's have; it holds a.npy" in told(
+    assert "weights.npz is a zip without data.pkl, which torch's have; it holds a.npy" in error_of(
         directory / "weights.npz"
     )
 
 
-def test_an_open_clip_config_with_another_tower_than_the_weights_names_it(tiny_open_clip: Path, damaged):
-    directory, told = damaged
+def test_an_open_clip_config_of_another_tower_is_named(tiny_open_clip: Path, damaged):
+    directory, error_of = damaged
     shutil.rmtree(directory)
-    said = {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_nowhere"}}}
-    changed(tiny_open_clip, directory, "open_clip_config.json", **said)
-    assert "open_clip_config.json: vision_cfg.timm_model_name is 'vit_nowhere'" in told(directory)
+    config = {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_nowhere"}}}
+    changed(tiny_open_clip, directory, "open_clip_config.json", **config)
+    assert "open_clip_config.json: vision_cfg.timm_model_name is 'vit_nowhere'" in error_of(directory)
 
 
 @pytest.fixture
 def damaged(tiny_hf_clip: Path, tmp_path: Path, capsys) -> tuple[Path, Callable[[Path], str]]:
-    """A copy of a checkpoint to damage, and the one line that export then says."""
+    """A copy of a checkpoint to damage, and a function that gives the one line of the export's error."""
 
-    def told(path: Path) -> str:
+    def error_of(path: Path) -> str:
         capsys.readouterr()
         assert main(["export", str(path), "--out", str(tmp_path / "out")]) == 2
         out, err = capsys.readouterr()
@@ -491,7 +491,7 @@ def damaged(tiny_hf_clip: Path, tmp_path: Path, capsys) -> tuple[Path, Callable[
         assert str(path) in err or "open_clip_config.json" in err
         return err
 
-    return shutil.copytree(tiny_hf_clip, tmp_path / "copy"), told
+    return shutil.copytree(tiny_hf_clip, tmp_path / "copy"), error_of
 
 
 @pytest.mark.parametrize(

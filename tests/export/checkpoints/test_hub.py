@@ -1,4 +1,4 @@
-"""A hub of one repository on this machine: huggingface_hub speaks to it as it does to the real one."""
+"""A local hub of one repository. huggingface_hub is the client, as with the real hub."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ from calmclip.models.errors import ExtraMissing, UnknownCheckpoint
 from tests import tiny
 
 REPO, COMMIT = "some-body/Tiny-CLIP_1.0", "0123456789abcdef0123456789abcdef01234567"
-OLD = COMMIT[::-1]  # of the revision v1
+OLD = COMMIT[::-1]  # the revision v1
 
 
 class Hub(BaseHTTPRequestHandler):
     folder: Path
-    before: Path  # what it held at v1
+    before: Path  # its content at v1
     broken: ClassVar[bool] = False
     gated: ClassVar[bool] = False
     fetched: ClassVar[list[str]] = []
@@ -79,7 +79,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the repository holds: a checkpoint, and what must not be fetched."""
+    """The repository: a checkpoint, and files that must not be fetched."""
     folder = tiny.hf_clip(tmp_path_factory.mktemp("hub") / "repo")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     for name in ("merges.txt", "spiece.model", "notes[1].txt"):
@@ -104,13 +104,13 @@ def endpoint(folder: Path, tmp_path: Path) -> Iterator[str]:
 
 def test_a_repository_becomes_a_directory_of_tensors_and_texts(endpoint: str, folder: Path, tmp_path: Path):
     path = hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
-    there = {p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".md", ".txt", ".model")}
-    assert {p.name for p in path.iterdir()} == there
-    assert set(Hub.fetched) == there
+    expected = {p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".md", ".txt", ".model")}
+    assert {p.name for p in path.iterdir()} == expected
+    assert set(Hub.fetched) == expected
     assert (path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_the_commit_is_what_a_manifest_names(endpoint: str, tmp_path: Path):
+def test_a_manifest_names_the_commit(endpoint: str, tmp_path: Path):
     for revision, commit, license in (
         ("", COMMIT, "mit"),
         (f"@{COMMIT}", COMMIT, "mit"),
@@ -124,20 +124,20 @@ def test_the_commit_is_what_a_manifest_names(endpoint: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("edit", ["over", "mix"])
-def test_what_goes_into_a_checkpoint_may_be_on_the_hub_too(
+def test_weights_for_an_edit_may_be_on_the_hub(
     edit: str, endpoint: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(hub, "locate", partial(hub.locate, cache=tmp_path / "cache", endpoint=endpoint))
     params = {"checkpoint": f"hf:{REPO}@v1"} | ({"alpha": 0.5} if edit == "mix" else {})
-    asked = [Adapt(name=edit, params=params)]
-    net = pipeline.load("clip", str(folder), Weights(), asked)
+    adapters = [Adapt(name=edit, params=params)]
+    net = pipeline.load("clip", str(folder), Weights(), adapters)
     assert f"of {REPO}@{OLD}" in net.source.notes
     assert f"{edit}/model.safetensors" in net.source.weights
-    public = load_recipe(str(folder), "clip", net, adapters=asked).public()
+    public = load_recipe(str(folder), "clip", net, adapters=adapters).public()
     assert public["adapters"][0]["params"]["checkpoint"] == f"{REPO}@{OLD}"
 
 
-def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path: Path):
+def test_a_fetched_copy_is_read_without_the_hub(endpoint: str, tmp_path: Path):
     path = hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
     nowhere = "http://127.0.0.1:9"
     assert hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=nowhere) == path
@@ -146,30 +146,30 @@ def test_what_was_fetched_is_read_where_there_is_no_hub(endpoint: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("given", "what"),
+    ("checkpoint", "message"),
     [
         ("hf:some-body", "is no name on the hub; expected hf:owner/name"),
         ("hf:../../etc", "is no name on the hub"),
         ("hf:../etc", "is no name on the hub"),
         ("hf:a/b@c@d", "is no name on the hub"),
         ("hf:a/b@../../c", "is no name on the hub"),
-        ("hf:some-body/else", "is not on the hub, or private"),
+        ("hf:some-body/else", "is not on the hub, or is private"),
         (f"hf:{REPO}@v9", "has no revision 'v9'"),
     ],
 )
-def test_what_is_not_there_is_named(given: str, what: str, endpoint: str, tmp_path: Path):
-    with pytest.raises(UnknownCheckpoint, match=what) as raised:
-        hub.locate(given, cache=tmp_path, endpoint=endpoint)
+def test_a_missing_repository_or_revision_is_named(checkpoint: str, message: str, endpoint: str, tmp_path: Path):
+    with pytest.raises(UnknownCheckpoint, match=message) as raised:
+        hub.locate(checkpoint, cache=tmp_path, endpoint=endpoint)
     assert "\n" not in str(raised.value)
 
 
-def test_a_gated_one_says_what_to_do(endpoint: str, tmp_path: Path):
+def test_a_gated_repository_is_an_error_that_says_what_to_do(endpoint: str, tmp_path: Path):
     Hub.gated = True
     with pytest.raises(UnknownCheckpoint, match=f"hf:{REPO} is gated: accept its terms"):
         hub.locate(f"hf:{REPO}", cache=tmp_path, endpoint=endpoint)
 
 
-def test_one_of_pickles_alone_is_refused_before_anything_is_fetched(endpoint: str, tmp_path: Path):
+def test_a_repository_of_pickles_alone_is_refused_before_any_file_is_fetched(endpoint: str, tmp_path: Path):
     Hub.folder = tmp_path / "pickles"
     Hub.folder.mkdir()
     (Hub.folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -179,7 +179,7 @@ def test_one_of_pickles_alone_is_refused_before_anything_is_fetched(endpoint: st
     assert Hub.fetched == []
 
 
-def test_shards_come_by_their_index_and_no_other_weights(endpoint: str, tmp_path: Path):
+def test_the_index_selects_the_shards_and_no_other_weights(endpoint: str, tmp_path: Path):
     Hub.folder = tmp_path / "shards"
     Hub.folder.mkdir()
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -204,7 +204,7 @@ def test_shards_are_those_of_the_revision(endpoint: str, tmp_path: Path):
     assert (path / "one.safetensors").read_text() == "old"
 
 
-def test_files_that_do_not_come_are_told_of_in_one_line(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_download_is_an_error_of_one_line(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Hub.broken = True
     with pytest.raises(UnknownCheckpoint, match=f"hf:{REPO} could not be fetched: "):
         hub.locate(f"hf:{REPO}", cache=tmp_path / "cache", endpoint=endpoint)
@@ -217,7 +217,7 @@ def test_files_that_do_not_come_are_told_of_in_one_line(endpoint: str, tmp_path:
         hub.locate(f"hf:{REPO}", cache=tmp_path / "cache", endpoint=endpoint)
 
 
-def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
         ExtraMissing, match=r"'huggingface_hub', which is not installed; in .*: pip install -e '\.\[nets\]'"
@@ -225,13 +225,13 @@ def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         hub.locate(f"hf:{REPO}")
 
 
-def test_a_directory_stays_what_it_is(tmp_path: Path):
+def test_a_path_is_not_looked_up_on_the_hub(tmp_path: Path):
     for path in (tmp_path, tmp_path / "hf:owner" / "name"):
         assert hub.locate(str(path)) == path
     assert hub.name(tmp_path / "vit@2") == hub.short(tmp_path / "vit@2") == "vit@2"
 
 
-def test_a_name_is_read_from_where_the_cache_keeps_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_name_comes_from_the_snapshots_of_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for place in ("snapshots", "blobs"):
         (tmp_path / "models--a--b" / place / COMMIT).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "models--a--b" / "snapshots" / COMMIT)
@@ -240,7 +240,7 @@ def test_a_name_is_read_from_where_the_cache_keeps_it_alone(tmp_path: Path, monk
     assert hub.name(tmp_path / "models--a--b" / "blobs" / COMMIT) == COMMIT
 
 
-def test_the_verb_takes_it(endpoint: str, tmp_path: Path):
+def test_the_command_line_takes_a_repository(endpoint: str, tmp_path: Path):
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "calmclip.models.cli", "recipe", f"hf:{REPO}@v1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The public names of gates, read and written: what `tests.quantizable` writes comes back bit by bit."""
+"""The public names of gates, read and written. `tests.quantizable` writes them; they come back bit by bit."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from calmclip.export.checkpoints import read
-from calmclip.export.layouts import LAYOUTS, translate, written
+from calmclip.export.layouts import LAYOUTS, to_checkpoint, translate
 from calmclip.export.nets import NETS, bert, opt, vit
 from calmclip.models.errors import UnknownCheckpoint
 from tests import quantizable
@@ -25,7 +25,7 @@ KINDS = {
     ),
 }
 TABLES = {"bert": bert.LAYOUTS[0], "opt": opt.LAYOUTS[0], "vit": vit.LAYOUT}
-WORDS = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # said twice there
+WORDS = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # stored twice
 
 
 @pytest.fixture
@@ -41,29 +41,29 @@ def directory(tmp_path: Path):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_read_is_written_by_the_same_names(kind: str, gate: str, directory):
+def test_tensors_are_read_and_written_with_the_same_names(kind: str, gate: str, directory):
     path = directory(kind, gate)
     want = {name: tensor for name, tensor in load_file(path / "model.safetensors").items() if name != WORDS[1]}
     state = translate(TABLES[kind], read(path))
     assert any(".attn.gate." in name for name in state) == (gate != "none")
-    found = written(TABLES[kind], state)
-    assert found.keys() == want.keys()
-    assert all(torch.equal(found[name], want[name]) for name in want)
+    written = to_checkpoint(TABLES[kind], state)
+    assert written.keys() == want.keys()
+    assert all(torch.equal(written[name], want[name]) for name in want)
 
 
-def test_a_name_that_the_table_does_not_know_is_not_written():
+def test_an_unknown_name_is_not_written():
     with pytest.raises(KeyError, match=r"text\.nothing"):
-        written(LAYOUTS.get("hf_clip"), {"text.nothing": torch.zeros(1)})
+        to_checkpoint(LAYOUTS.get("hf_clip"), {"text.nothing": torch.zeros(1)})
 
 
 ALPHA = "bert.encoder.layer.1.attention.self.alpha"
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "message"),
     [
         ({f"{ALPHA}.0.weight": None}, f"lacks {ALPHA}.0.weight"),
-        ({f"{ALPHA}.1.weight": torch.zeros(1, 5)}, "heads have gates of one shape"),
+        ({f"{ALPHA}.1.weight": torch.zeros(1, 5)}, "gates of all heads have one shape"),
         ({f"{ALPHA}.0.weight": torch.zeros(2, 16), f"{ALPHA}.1.weight": torch.zeros(2, 16)}, "answers one number"),
         ({f"{ALPHA}.weight": torch.zeros(2, 32)}, "a gate is for each head or for all"),
         (
@@ -73,22 +73,22 @@ ALPHA = "bert.encoder.layer.1.attention.self.alpha"
         ({f"{ALPHA}.{h}.bias": torch.zeros(()) for h in (0, 1)}, f"answers one number; {ALPHA}.0.bias"),
         (
             {f"{ALPHA}.{h}.{p}": None for h in (0, 1) for p in ("weight", "bias")},
-            "every block has a gate or none has; there is .*layer.0.attention.self.alpha.0.bias.*, but none in block 1",
+            "all blocks have a gate, or none; .*layer.0.attention.self.alpha.0.bias.*, but no gate in block 1",
         ),
     ],
 )
-def test_gates_that_do_not_go_together_are_named(change: dict, named: str, directory):
+def test_gates_that_do_not_fit_together_are_named(change: dict, message: str, directory):
     path = directory("bert", "linear")
     state = load_file(path / "model.safetensors") | change
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path / "model.safetensors")
-    with pytest.raises(UnknownCheckpoint, match=named):
+    with pytest.raises(UnknownCheckpoint, match=message):
         translate(TABLES["bert"], read(path))
 
 
-def test_what_a_clip_says_of_attention_it_says_of_each_tower(tiny_hf_clip: Path, tmp_path: Path):
-    """Above them it would be read by neither, and the softmax taken for the plain one."""
-    lame = changed(tiny_hf_clip, tmp_path / "lame", attn_softmax="clipped(-0.1:1)")
+def test_a_clip_configures_attention_for_each_tower(tiny_hf_clip: Path, tmp_path: Path):
+    """At the top level, no tower would read the setting, and the softmax would be the plain one."""
+    copy = changed(tiny_hf_clip, tmp_path / "changed", attn_softmax="clipped(-0.1:1)")
     with pytest.raises(
         UnknownCheckpoint, match=r"says attn_softmax, but not in vision_config; attention is each tower"
     ):
-        NETS.get("clip").load(str(lame))
+        NETS.get("clip").load(str(copy))

@@ -1,4 +1,4 @@
-"""Text towers of BERT's kind, by open_clip's and transformers' modules; `test_libraries` has whole bundles of them."""
+"""Text towers like BERT. Oracles: modules of open_clip and transformers. `test_libraries` tests their bundles."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ from tests.tiny_layouts import bert
     ],
 )
 def test_every_pooler_and_projection_of_open_clip(kind, pooler, projection, config_beside, tmp_path: Path):
-    width = 32 if config_beside else 64  # heads of another width than 64 only a config can tell
+    width = 32 if config_beside else 64  # only a config can give heads another width than 64
     clip, config = bert.open_clip_bert_module(tmp_path / "text", kind, pooler, projection, width=width)
     if config_beside:
         shutil.copytree(tmp_path / "text", tmp_path / "oc")
@@ -39,26 +39,26 @@ def test_every_pooler_and_projection_of_open_clip(kind, pooler, projection, conf
     pad = 0 if kind == "bert" else 1
     ids = torch.randint(5, 300, (3, 12))
     ids[0, 7:], ids[1, 11:] = pad, pad
-    with torch.no_grad():  # in float64, so that a difference is one of meaning
+    with torch.no_grad():  # float64: no difference by rounding
         want = clip.double().encode_text(ids, normalize=True)
         assert torch.allclose(text.double()(ids, (ids != pad).double()), want, atol=1e-6)
 
 
 def test_padding_changes_nothing(checkpoint):
-    """Nor does what stands in the padding: it is masked."""
+    """The ids of the padding do not matter: the mask hides them."""
     text = load(str(checkpoint("open_clip_bert"))).towers["text"].module
     ids, mask = torch.randint(5, 300, (4, 9)), torch.ones(4, 9, dtype=torch.int64)
     with torch.no_grad():
         want = text(ids, mask)
         for more in (1, 7, 40):
             longer = torch.cat([ids, torch.randint(0, 300, (4, more))], dim=1)
-            found = text(longer, torch.cat([mask, torch.zeros(4, more, dtype=torch.int64)], dim=1))
-            assert torch.allclose(found, want, atol=1e-6)
+            embeds = text(longer, torch.cat([mask, torch.zeros(4, more, dtype=torch.int64)], dim=1))
+            assert torch.allclose(embeds, want, atol=1e-6)
 
 
 @pytest.mark.parametrize(("layers", "width"), [(1, 64), (3, 192)])
 def test_any_depth_and_width_is_read(layers: int, width: int, tmp_path: Path):
-    """As students have them: heads are 64 wide where no config says otherwise."""
+    """For example of distilled models. Without a config, heads are 64 wide."""
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // 64}
     config = transformers.BertConfig(**bert.TOWER | sizes, vocab_size=len(bert.WORDPIECE))
     clip = bert.chinese_clip_module()
@@ -73,18 +73,18 @@ def test_any_depth_and_width_is_read(layers: int, width: int, tmp_path: Path):
         assert torch.allclose(text(ids, torch.ones_like(ids)), normalize(clip.encode_text(ids), dim=-1), atol=2e-6)
 
 
-def test_the_vocabulary_of_another_model_is_refused(checkpoint, tmp_path: Path):
+def test_a_vocabulary_larger_than_the_weights_is_refused(checkpoint, tmp_path: Path):
     copy = shutil.copytree(checkpoint("chinese_clip"), tmp_path / "other")
     with (copy / "vocab.txt").open("a", encoding="utf-8") as file:
         file.writelines(f"word{i}\n" for i in range(40))
-    with pytest.raises(UnknownCheckpoint, match=r"tokenizer has \d+ tokens, but \S+ \d+ rows"):
+    with pytest.raises(UnknownCheckpoint, match=r"tokenizer has \d+ tokens, but \S+ has \d+ rows"):
         load(str(copy))
 
 
 @pytest.mark.parametrize("name", ["google/mt5-base", "facebook/nllb-200-distilled-600M"])
-def test_text_towers_of_another_kind_are_refused_by_name(checkpoint, tmp_path: Path, name: str):
-    said = {"model_cfg": {"text_cfg": {"hf_model_name": name}}}
-    copy = changed(checkpoint("open_clip_bert"), tmp_path / "other", "open_clip_config.json", **said)
+def test_unsupported_text_towers_are_refused_by_name(checkpoint, tmp_path: Path, name: str):
+    config = {"model_cfg": {"text_cfg": {"hf_model_name": name}}}
+    copy = changed(checkpoint("open_clip_bert"), tmp_path / "other", "open_clip_config.json", **config)
     tensors = {
         n.replace("text.transformer.embeddings", "text.transformer.shared"): t for n, t in read(copy).tensors.items()
     }

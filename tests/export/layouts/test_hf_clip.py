@@ -1,4 +1,4 @@
-"""What a Hugging Face CLIP's files may say; `test_libraries` has transformers' processor, tokenizer and model."""
+"""The files of a Hugging Face CLIP. `test_libraries` compares with transformers' processor, tokenizer and model."""
 
 import shutil
 from collections.abc import Callable
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import transformers
 
-from calmclip.export.layouts import _hugging_face, hf_siglip
+from calmclip.export.checkpoints import hugging_face
+from calmclip.export.layouts import hf_siglip
 from calmclip.export.nets.clip import load
 from calmclip.models.errors import UnknownCheckpoint
 
@@ -18,21 +19,21 @@ def test_the_temperature_is_the_models(tiny_hf_clip):
     assert scale == pytest.approx(float(np.exp(reference.logit_scale.item())))
 
 
-def test_a_checkpoint_without_its_preprocessor_says_so(tiny_hf_clip, tmp_path):
-    copy = shutil.copytree(tiny_hf_clip, tmp_path / "lame")
+def test_a_checkpoint_without_a_preprocessor_is_an_error(tiny_hf_clip, tmp_path):
+    copy = shutil.copytree(tiny_hf_clip, tmp_path / "changed")
     (copy / "preprocessor_config.json").unlink()
     with pytest.raises(UnknownCheckpoint, match=r"preprocessor_config\.json"):
         load(str(copy))
 
 
 @pytest.mark.parametrize(
-    ("name", "there", "named"),
+    ("name", "files", "message"),
     [
         ("hf_clip", {}, r"expected tokenizer\.json, or vocab\.json with merges\.txt"),
-        ("hf_clip", {"vocab.json": '{"a</w>": 0}'}, "has no tokenizer; expected"),  # without its merges
-        # another kind's, for which transformers does not look
+        ("hf_clip", {"vocab.json": '{"a</w>": 0}'}, "has no tokenizer; expected"),  # no merges
+        # the file of another tokenizer; transformers does not read it
         ("hf_clip", {"vocab.txt": "a\nb\n"}, "has no tokenizer; expected"),
-        ("hf_clip", {"vocab.json": '{"a</w>": 0}', "merges.txt": "#version: 0.2\n"}, "knows 1 words; expected a whole"),
+        ("hf_clip", {"vocab.json": '{"a</w>": 0}', "merges.txt": "#version: 0.2\n"}, "knows 1 words; expected"),
         ("hf_clip", {"tokenizer.json": "{}"}, "has no tokenizer that transformers reads"),
         ("hf_siglip", {}, r"has no tokenizer; expected tokenizer\.json, or spiece\.model"),
         ("hf_siglip2", {}, r"has no tokenizer; expected tokenizer\.json, or spiece\.model"),
@@ -40,24 +41,24 @@ def test_a_checkpoint_without_its_preprocessor_says_so(tiny_hf_clip, tmp_path):
         ("chinese_clip", {}, r"has no tokenizer; put the .*vocab\.txt"),
     ],
 )
-def test_a_directory_without_its_tokenizer_says_which_files_it_lacks(
-    name: str, there: dict[str, str], named: str, checkpoint, tmp_path
+def test_a_directory_without_a_tokenizer_is_an_error_that_names_the_files(
+    name: str, files: dict[str, str], message: str, checkpoint, tmp_path
 ):
-    """Of nothing transformers makes a tokenizer that knows two special tokens and no word."""
-    copy = shutil.copytree(checkpoint(name), tmp_path / "lame")
+    """Without these files, transformers would make a tokenizer of two special tokens and no word."""
+    copy = shutil.copytree(checkpoint(name), tmp_path / "changed")
     for file in (*copy.glob("*token*"), *copy.glob("spiece.model"), *copy.glob("vocab.txt")):
         file.unlink()
-    for file, text in there.items():
+    for file, text in files.items():
         (copy / file).write_text(text)
-    with pytest.raises(UnknownCheckpoint, match=named) as raised:
+    with pytest.raises(UnknownCheckpoint, match=message) as raised:
         load(str(copy))
     assert copy.name in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_processor_saved_whole_is_read_alike(tiny_hf_clip, tmp_path):
-    """transformers 5 writes processor_config.json alone, the image processor a part of it."""
-    copy = shutil.copytree(tiny_hf_clip, tmp_path / "whole")
+def test_a_processor_in_one_file_is_read_alike(tiny_hf_clip, tmp_path):
+    """transformers 5 writes only processor_config.json, which contains the image processor."""
+    copy = shutil.copytree(tiny_hf_clip, tmp_path / "processor")
     (copy / "preprocessor_config.json").unlink()
     transformers.CLIPProcessor.from_pretrained(tiny_hf_clip).save_pretrained(copy)
     assert not (copy / "preprocessor_config.json").exists()
@@ -65,7 +66,7 @@ def test_a_processor_saved_whole_is_read_alike(tiny_hf_clip, tmp_path):
 
 
 USUAL = {
-    _hugging_face.image_preprocess: {
+    hugging_face.image_preprocess: {
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "rescale_factor": 0.00392156862745098,
     },
     hf_siglip.image_preprocess: {"size": {"height": 224, "width": 224}},
@@ -74,7 +75,7 @@ CLIP, SIGLIP = USUAL
 
 
 @pytest.mark.parametrize(
-    ("read", "change", "named"),
+    ("read", "change", "message"),
     [
         (CLIP, {"do_center_crop": False}, "do_center_crop = False"),
         (CLIP, {"do_resize": False}, "do_resize = False"),
@@ -89,16 +90,16 @@ CLIP, SIGLIP = USUAL
         (SIGLIP, {"resample": 1}, "resample = 1"),
     ],
 )
-def test_another_preprocessing_is_refused_by_name(read: Callable, change: dict, named: str):
+def test_another_preprocessing_is_refused_by_name(read: Callable, change: dict, message: str):
     assert read(USUAL[read] | {"do_center_crop": None}, 224).resample == "bicubic"
-    with pytest.raises(UnknownCheckpoint, match=named):
+    with pytest.raises(UnknownCheckpoint, match=message):
         read(USUAL[read] | change, 224)
 
 
 def test_sizes_as_numbers_and_as_objects_mean_the_same():
     new = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
     old = {"size": 224, "crop_size": 224}
-    rest = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    assert CLIP(new | rest, 224) == CLIP(old | rest, 224)
+    norm = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert CLIP(new | norm, 224) == CLIP(old | norm, 224)
     with pytest.raises(UnknownCheckpoint, match="longest"):
-        CLIP({"size": {"longest_edge": 224}} | rest | {"crop_size": 224}, 224)
+        CLIP({"size": {"longest_edge": 224}} | norm | {"crop_size": 224}, 224)

@@ -1,5 +1,5 @@
-"""Pictures and texts through a sealed bundle, against the library that defines the layout: its processor, its tokenizer
-and its model (`tests.tiny_layouts.references`), on real photographs."""
+"""Pictures and texts through a sealed bundle. Oracles: processor, tokenizer and model of the library that defines the
+layout (`tests.tiny_layouts.references`), on photographs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ PLAIN = ["a photo of a cat.", "two red dogs", "a", "green green green green blue
 
 @dataclass(frozen=True)
 class Library:
-    """``pixels``: an RGB picture -> [3, H, W]; ``ids``: a text -> what the reference reads of it, [1, T] each."""
+    """``pixels``: an RGB picture -> [3, H, W]; ``ids``: a text -> the inputs of the reference, [1, T] each."""
 
     pixels: Callable[[Image.Image], torch.Tensor]
     ids: Callable[[str], Mapping[str, torch.Tensor]]
@@ -50,8 +50,8 @@ def hugging_face(processor: Any, texts: list[str]) -> Callable[[Path], Library]:
         tokenize = tokenizer.from_pretrained(checkpoint)
 
         def ids(text: str) -> dict[str, torch.Tensor]:
-            found = tokenize([text], return_tensors="pt")
-            return {"ids": found["input_ids"], "mask": found["attention_mask"]}
+            encoded = tokenize([text], return_tensors="pt")
+            return {"ids": encoded["input_ids"], "mask": encoded["attention_mask"]}
 
         return Library(lambda picture: processed(picture, return_tensors="pt")["pixel_values"][0], ids, texts)
 
@@ -59,7 +59,7 @@ def hugging_face(processor: Any, texts: list[str]) -> Callable[[Path], Library]:
 
 
 def hf_siglip(checkpoint: Path) -> Library:
-    """SigLIP's ids are recorded: see `test_siglip`."""
+    """The ids of SigLIP are recorded: see `test_siglip`."""
     processor = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)
     pixels = lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0]  # noqa: E731
     return Library(pixels, padded(siglip.reference_tokenizer(checkpoint)), siglip.KNOWN["strings"][:8])
@@ -67,10 +67,10 @@ def hf_siglip(checkpoint: Path) -> Library:
 
 def of_open_clip(checkpoint: Path) -> Library:
     where = f"local-dir:{checkpoint}"
-    own = (checkpoint / "tokenizer.json").is_file()
+    has_tokenizer = (checkpoint / "tokenizer.json").is_file()
     return Library(
         open_clip.create_model_and_transforms(where)[2],
-        padded(open_clip.get_tokenizer(where) if own else SimpleTokenizer()),
+        padded(open_clip.get_tokenizer(where) if has_tokenizer else SimpleTokenizer()),
         TEXTS,
     )
 
@@ -89,7 +89,7 @@ def chinese_clip(checkpoint: Path) -> Library:
 
 
 def mobileclip(checkpoint: Path) -> Library:
-    """The authors' own transform."""
+    """The transform of the authors."""
     resize = transforms.Resize(256, interpolation=transforms.InterpolationMode.BILINEAR)
     pixels = transforms.Compose([resize, transforms.CenterCrop(256), transforms.ToTensor()])
     return Library(pixels, padded(SimpleTokenizer()), TEXTS)
@@ -115,7 +115,7 @@ EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name i
 
 @pytest.mark.parametrize("name", EACH)
 @torch.no_grad()
-def test_pictures_and_texts_come_out_as_the_library_embeds_them(name: str, checkpoint, photographs, tmp_path: Path):
+def test_pictures_and_texts_embed_as_by_the_library(name: str, checkpoint, photographs, tmp_path: Path):
     directory = checkpoint(name)
     library, reference = LIBRARIES[name](directory), REFERENCES[name.removesuffix("2")](directory)
     runner = sealed.runner(load(str(directory)), tmp_path, "tiny")
@@ -128,7 +128,7 @@ def test_pictures_and_texts_come_out_as_the_library_embeds_them(name: str, check
         if picture in PICTURES:
             wanted.append(normalize(reference.image(pixels), dim=-1).numpy())
             assert runner.embed(images=[path]) == pytest.approx(wanted[-1], abs=2e-5)
-    assert np.abs(wanted[0] - wanted[1]).max() > 1e-2  # else anything would do
+    assert np.abs(wanted[0] - wanted[1]).max() > 1e-2  # the oracle distinguishes pictures
     want = normalize(torch.cat([reference.text(library.ids(text)) for text in library.texts]), dim=-1).numpy()
     assert np.abs(want[0] - want[1]).max() > 1e-2
     assert runner.embed(texts=library.texts) == pytest.approx(want, abs=2e-5)

@@ -1,5 +1,5 @@
-"""The oracles are open_clip's reading of the authors' names, and what folding must not leave. `tests.tiny_layouts`
-compares the towers with timm's, branches and norms unfolded, and the text tower with the one written from the paper."""
+"""The oracle is open_clip's conversion of the authors' names. `tests.tiny_layouts` compares the towers with
+timm's, before branches and norms are folded, and the text tower with one written from the paper."""
 
 import math
 
@@ -25,18 +25,19 @@ def test_the_scale_of_the_logits_is_at_most_100(checkpoint):
 
 
 @pytest.mark.parametrize("name", ["mobileclip", "mobileclip_plain", "mobileclip_b"])
-def test_of_branches_and_of_norms_behind_convolutions_nothing_is_left(name: str, checkpoint):
+def test_all_branches_and_all_norms_behind_convolutions_are_folded(name: str, checkpoint):
     net = load(str(checkpoint(name)))
     trunk = net.towers["image"].module
     assert isinstance(trunk, Trunk)
     assert not [key for key in trunk.state_dict() if "conv_kxk" in key or "conv_scale" in key]
-    left = [key for key, one in trunk.named_modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-    assert left == ([] if name == "mobileclip_b" else ["trunk.stages.3.blocks.0.norm"])  # that stands before attention
-    assert not any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in net.towers["text"].module.modules())
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [key for key, module in trunk.named_modules() if isinstance(module, kind)]
+    assert norms == ([] if name == "mobileclip_b" else ["trunk.stages.3.blocks.0.norm"])  # before attention
+    assert not any(isinstance(module, kind) for module in net.towers["text"].module.modules())
 
 
-def test_open_clip_reads_the_same_from_the_authors_names(checkpoint):
-    """S1 and S2's kind, by open_clip's own conversion."""
+def test_open_clip_converts_the_authors_names_alike(checkpoint):
+    """MobileCLIP-S1 and S2."""
     state = dict(read(checkpoint("mobileclip_plain")).tensors)
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2, "no_causal_mask": True}
     text |= {"mlp_ratio": 2.0}

@@ -1,4 +1,4 @@
-"""What open_clip's configs may say, of whichever tower; `test_libraries` has its transforms, tokenizers and models."""
+"""The configs of open_clip, for every tower. `test_libraries` compares with its transforms, tokenizers and models."""
 
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ from tests.tiny import changed
 FILE = "open_clip_config.json"
 
 
-def text(**said: Any) -> dict[str, Any]:
-    return {"model_cfg": {"text_cfg": said}}
+def text(**settings: Any) -> dict[str, Any]:
+    return {"model_cfg": {"text_cfg": settings}}
 
 
-def vision(**said: Any) -> dict[str, Any]:
-    return {"model_cfg": {"vision_cfg": said}}
+def vision(**settings: Any) -> dict[str, Any]:
+    return {"model_cfg": {"vision_cfg": settings}}
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "what"),
+    ("name", "change", "message"),
     [
         ("open_clip", {"preprocess_cfg": {"resize_mode": "longest"}}, "resize_mode 'longest'"),
         ("open_clip", {"model_cfg": None}, "has no model_cfg"),
@@ -43,14 +43,14 @@ def vision(**said: Any) -> dict[str, Any]:
         ("open_clip_siglip", text(tokenizer_mode="clips"), "clips"),
     ],
 )
-def test_what_is_not_supported_is_named(name: str, change: dict, what: str, checkpoint, tmp_path: Path):
-    with pytest.raises(UnknownCheckpoint, match=what):
+def test_an_unsupported_setting_is_named(name: str, change: dict, message: str, checkpoint, tmp_path: Path):
+    with pytest.raises(UnknownCheckpoint, match=message):
         load(str(changed(checkpoint(name), tmp_path / "other", FILE, **change)))
 
 
-def test_pictures_of_a_size_that_the_weights_cannot_see_are_one_line(checkpoint, tmp_path: Path, capsys):
+def test_a_picture_size_that_does_not_fit_the_weights_is_an_error_of_one_line(checkpoint, tmp_path: Path, capsys):
     copy = changed(checkpoint("open_clip"), tmp_path / "other", FILE, **vision(image_size=64))
     assert main(["export", str(copy), "--out", str(tmp_path / "bundles")]) == 2
     error = capsys.readouterr().err
-    assert "image: the tower does not run on pixels [1, 3, 64, 64], which its configs ask for: " in error
+    assert "image: the tower does not run on pixels [1, 3, 64, 64], the shapes of its configs: " in error
     assert error.count("\n") == 1

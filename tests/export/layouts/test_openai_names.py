@@ -1,6 +1,6 @@
-"""Layouts in OpenAI's names. The oracles: open_clip's modules, torch.jit's own run of an archive, float64 by hand.
+"""Layouts with OpenAI's names. Oracles: open_clip's modules, an archive run by torch.jit, float64 by hand.
 
-`tests/families/test_layouts.py` compares the towers of each layout; here is what is particular.
+`tests/families/test_layouts.py` compares the towers of each layout; these tests are specific to a layout.
 """
 
 from pathlib import Path
@@ -37,12 +37,12 @@ def embedded(net: Net, role: str, inputs: Tensor) -> Tensor:
         return net.towers[role].module(inputs)
 
 
-def close(found, want: Tensor, bound: float = 2e-5) -> None:
-    assert np.abs(np.asarray(found) - want.detach().float().numpy()).max() <= bound
+def close(embeds, want: Tensor, bound: float = 2e-5) -> None:
+    assert np.abs(np.asarray(embeds) - want.detach().float().numpy()).max() <= bound
 
 
 class Jit(nn.Module):
-    """OpenAI's CLIP as its .pt holds it: flat names, marks as numbers, a program."""
+    """The content of OpenAI's .pt: flat names, settings as tensors, a program."""
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Jit(nn.Module):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_published_archive_answers_as_torch_jit_runs_it(half: bool, tmp_path: Path):
+def test_the_published_archive_equals_torch_jit(half: bool, tmp_path: Path):
     clip = openai_like.openai()
     with torch.no_grad():
         if half:  # as published: matrices and convolutions in float16
@@ -81,7 +81,7 @@ def test_the_published_archive_answers_as_torch_jit_runs_it(half: bool, tmp_path
     assert net.source.notes.startswith("layout openai: ")
 
 
-def test_a_resnets_graph_is_of_any_batch_and_its_pictures_come_from_its_pool(tmp_path: Path):
+def test_the_graph_of_a_resnet_takes_any_batch_and_its_size_comes_from_its_pool(tmp_path: Path):
     net, inputs = load(str(openai_like.openai_resnet(tmp_path))), pixels(64, 5)
     graph = to_onnx(net.towers["image"])
     run = onnx_run(graph, threads=1)
@@ -95,12 +95,12 @@ def test_a_resnets_graph_is_of_any_batch_and_its_pictures_come_from_its_pool(tmp
 
 
 @pytest.mark.parametrize("name", ["cloob", "cloob_flat", "cloob_vit", "cloob_vit_flat"])
-def test_cloob_has_its_own_temperature(name: str, tmp_path: Path):
+def test_cloob_has_another_temperature(name: str, tmp_path: Path):
     net = load(str(getattr(openai_like, name)(tmp_path)))
     assert net.classifier.head.params["scale"] == pytest.approx(14.3)
 
 
-def test_two_tables_of_two_shapes_are_both_named(tmp_path: Path):
+def test_tables_of_different_shapes_are_both_named(tmp_path: Path):
     state = openai_like.long_clip_state()
     state["positional_embedding_res"] = state["positional_embedding_res"][:-1]
     with pytest.raises(
@@ -109,8 +109,8 @@ def test_two_tables_of_two_shapes_are_both_named(tmp_path: Path):
         load(str(openai_like.saved(state, tmp_path)))
 
 
-def test_routed_experts_answer_as_the_paper_has_it_and_are_a_graph_of_any_batch_and_length(tmp_path: Path):
-    """The first block is a plain one, the second of experts."""
+def test_routed_experts_equal_the_paper_and_their_graph_takes_any_batch_and_length(tmp_path: Path):
+    """The second block has experts; the first has none."""
     state = openai_like.clip_moe_state()
     net = load(str(openai_like.saved(state, tmp_path)), Weights(experts="routed"))
     images, texts = moe_reference(state, pixels(32), TEXTS)
@@ -122,7 +122,7 @@ def test_routed_experts_answer_as_the_paper_has_it_and_are_a_graph_of_any_batch_
     assert net.towers["text"].preprocess.context == openai_like.CONTEXT
 
 
-def test_experts_that_are_all_alike_are_the_dense_model(tmp_path: Path):
+def test_equal_experts_are_the_dense_model(tmp_path: Path):
     state, plain = openai_like.clip_moe_state(first=0), openai_like.long_clip_state()
     for name in state:
         if ".experts." in name:
@@ -137,12 +137,12 @@ def test_experts_that_are_all_alike_are_the_dense_model(tmp_path: Path):
 
 @pytest.mark.parametrize(("scale", "rank"), [(1.0, None), (1.7, 20)])
 def test_factored_weights_are_merged(scale: float, rank: int | None, tmp_path: Path):
-    """CLIP-SVD's layer is fc_U (s fc_V x): in float64 one matrix, which open_clip's module gets."""
+    """CLIP-SVD's layer is fc_U (s fc_V x). open_clip's module gets the product, computed in float64."""
     state = openai_like.svd_state(scale, rank)
     net, clip = load(str(openai_like.saved(state, tmp_path))), openai_like.openai()
     for name, parameter in clip.named_parameters():
         layer = name.removesuffix(".weight").removesuffix(".in_proj_weight").replace("attn.out_proj", "attn.proj")
-        parts = [f"{layer}.{one}_proj" for one in "qkv"] if name.endswith("in_proj_weight") else [layer]
+        parts = [f"{layer}.{letter}_proj" for letter in "qkv"] if name.endswith("in_proj_weight") else [layer]
         if f"{parts[0]}.vector_S" in state:
             factors = [
                 [state[f"{p}.{of}"].double() for of in ("fc_U.weight", "vector_S", "fc_V.weight")] for p in parts
@@ -154,7 +154,7 @@ def test_factored_weights_are_merged(scale: float, rank: int | None, tmp_path: P
     assert "merged" in net.source.notes
 
 
-def test_factors_that_do_not_go_together_are_named(tmp_path: Path):
+def test_factors_that_do_not_fit_together_are_named(tmp_path: Path):
     state = openai_like.svd_state()
     name = "visual.transformer.resblocks.1.mlp.c_fc.vector_S"
     state[name] = state[name][:, :-1]
@@ -163,7 +163,7 @@ def test_factors_that_do_not_go_together_are_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(64, 1), (384, 12)])
-def test_heads_of_a_slip_without_norms_of_q_and_k_are_64_wide_but_for_a_width_of_384(width, heads, tmp_path: Path):
+def test_slip_heads_without_norms_of_q_and_k_are_64_wide_except_at_width_384(width, heads, tmp_path: Path):
     reference = openai_like.Slip(qk_norm=False, width=width, heads=heads)
     net = load(str(openai_like.saved(reference.state(), tmp_path)))
     with torch.no_grad():
@@ -171,14 +171,14 @@ def test_heads_of_a_slip_without_norms_of_q_and_k_are_64_wide_but_for_a_width_of
         close(embedded(net, "text", TEXTS), reference.encode_text(LONG))
 
 
-def test_slip_sees_pictures_as_torchvision_does_by_default(tmp_path: Path):
+def test_slip_prepares_pictures_by_the_defaults_of_torchvision(tmp_path: Path):
     spec = load(str(openai_like.slip(tmp_path))).towers["image"].preprocess
     assert (spec.resample, spec.shortest, spec.size) == ("bilinear", 32, (32, 32))
     assert spec.mean == pytest.approx((0.485, 0.456, 0.406))
     assert spec.std == pytest.approx((0.229, 0.224, 0.225))
 
 
-def test_what_a_clip_keeps_for_its_training_is_left_out(tmp_path: Path):
+def test_tensors_for_training_are_ignored(tmp_path: Path):
     state = openai_like.Slip(qk_norm=False, heads=1).state()
     plain = load(str(openai_like.saved(state, tmp_path, "plain.pt")))
     extra = {f"visual_ema.{n.removeprefix('visual.')}": t + 1 for n, t in state.items() if n.startswith("visual.")}
@@ -189,12 +189,12 @@ def test_what_a_clip_keeps_for_its_training_is_left_out(tmp_path: Path):
         "image_projection_e", "text_projection_e", "image_mlp.layer1.weight", "image_mlp.bn1.running_var",
         "im_proj_byol.0.weight", "im_proj_byol_e.1.bias", "im_pred_byol.3.weight",
     )}  # fmt: skip
-    whole = load(str(openai_like.saved(state | extra, tmp_path, "aclip.pt")))
+    extended = load(str(openai_like.saved(state | extra, tmp_path, "aclip.pt")))
     for role, inputs in (("image", pixels(32)), ("text", TEXTS)):
-        assert torch.equal(embedded(plain, role, inputs), embedded(whole, role, inputs))
+        assert torch.equal(embedded(plain, role, inputs), embedded(extended, role, inputs))
 
 
-def test_grain_sees_pictures_squashed(tmp_path: Path):
+def test_grain_resizes_pictures_to_a_square(tmp_path: Path):
     net = load(str(openai_like.grain(tmp_path)))
     spec = net.towers["image"].preprocess
     assert (spec.resize, spec.shortest, spec.resample) == ("exact", None, "bicubic")

@@ -1,7 +1,7 @@
-"""The oracles are transformers and open_clip: their tokenizers; `test_libraries` has their processors and models.
+"""The oracles are the tokenizers of transformers and open_clip. `test_libraries` has their processors and models.
 
-What `SiglipTokenizer` makes of 500 strings lies in tests/data/siglip/ids.json: it needs the sentencepiece package,
-which nothing else of ours does.
+tests/data/siglip/ids.json contains the ids of `SiglipTokenizer` for 500 strings, because that class needs the package
+sentencepiece.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer
 
-from calmclip.export.layouts import _siglip_text
+from calmclip.export.layouts.common import siglip_tokenizer
 from calmclip.export.nets.clip import load
 from calmclip.models.bundle.manifest import TextPreprocess
 from calmclip.models.errors import TextTooLong, UnknownCheckpoint
@@ -31,31 +31,32 @@ def test_the_head_is_a_sigmoid_with_the_checkpoint_scale_and_bias(checkpoint):
 
 
 def test_siglips_ids_are_those_of_its_reference_on_500_strings():
-    made = _siglip_text.sentencepiece(siglip.DATA / "spiece.model")
-    assert len(KNOWN["strings"]) == 500
-    assert {s: made.encode(s).ids for s in KNOWN["strings"]} == dict(zip(KNOWN["strings"], KNOWN["ids"], strict=True))
+    tokenizer = siglip_tokenizer.sentencepiece(siglip.DATA / "spiece.model")
+    strings = KNOWN["strings"]
+    assert len(strings) == 500
+    assert {text: tokenizer.encode(text).ids for text in strings} == dict(zip(strings, KNOWN["ids"], strict=True))
 
 
 def test_siglip_2s_ids_are_those_of_its_reference_on_500_strings(checkpoint):
     reference = transformers.Siglip2Tokenizer.from_pretrained(checkpoint("hf_siglip2"))
-    made = Tokenizer.from_str(load(str(checkpoint("hf_siglip2"))).files["tokenizer.json"].decode())
+    tokenizer = Tokenizer.from_str(load(str(checkpoint("hf_siglip2"))).files["tokenizer.json"].decode())
     for text in KNOWN["strings"]:
-        assert made.encode(text).ids == reference(text)["input_ids"], text
+        assert tokenizer.encode(text).ids == reference(text)["input_ids"], text
 
 
 def test_open_clips_ids_are_those_of_its_reference_on_500_strings(checkpoint):
     reference = open_clip.get_tokenizer(f"local-dir:{checkpoint('open_clip_siglip')}")
-    made = Tokenizer.from_str(load(str(checkpoint("open_clip_siglip"))).files["tokenizer.json"].decode())
+    tokenizer = Tokenizer.from_str(load(str(checkpoint("open_clip_siglip"))).files["tokenizer.json"].decode())
     for text in KNOWN["strings"]:
         if reference.clean_fn(text) != open_clip.tokenizer.canonicalize_text(text):
-            continue  # open_clip repaired its Unicode or its HTML first
-        ids = made.encode(text).ids
+            continue  # open_clip repairs its Unicode or its HTML first
+        ids = tokenizer.encode(text).ids
         ids = ids if len(ids) <= siglip.CONTEXT else [*ids[: siglip.CONTEXT - 1], ids[-1]]
         assert [*ids, *[1] * (siglip.CONTEXT - len(ids))] == reference([text])[0].tolist(), text
 
 
 @pytest.mark.parametrize("name", ["hf_siglip", "hf_siglip2"])
-def test_too_long_a_text_is_an_error_or_cut_as_the_bundle_says(name: str, checkpoint, tmp_path: Path):
+def test_a_long_text_is_an_error_or_truncated_as_the_bundle_says(name: str, checkpoint, tmp_path: Path):
     net = load(str(checkpoint(name)))
     (tmp_path / "tokenizer.json").write_bytes(net.files["tokenizer.json"])
     spec = net.towers["text"].preprocess
@@ -65,8 +66,8 @@ def test_too_long_a_text_is_an_error_or_cut_as_the_bundle_says(name: str, checkp
         TextPreparer(spec, tmp_path).prepare([long])
     cut = TextPreparer(spec.model_copy(update={"truncate": True}), tmp_path).prepare([long])["ids"][0].tolist()
     if name == "hf_siglip":
-        whole = KNOWN["ids"][KNOWN["strings"].index(long)]
-        assert cut == [*whole[:63], 1]
+        ids = KNOWN["ids"][KNOWN["strings"].index(long)]
+        assert cut == [*ids[:63], 1]
     else:
         assert cut == siglip.reference_tokenizer(checkpoint(name))([long])[0].tolist()
 
@@ -82,10 +83,10 @@ def test_a_naflex_checkpoint_is_refused_by_name(tmp_path: Path):
         load(str(tmp_path))
 
 
-def test_what_a_tokenizer_cannot_be_is_named(checkpoint, tmp_path: Path):
-    left = changed(checkpoint("hf_siglip2"), tmp_path / "left", "tokenizer_config.json", padding_side="left")
+def test_an_unsupported_tokenizer_is_named(checkpoint, tmp_path: Path):
+    padded_left = changed(checkpoint("hf_siglip2"), tmp_path / "left", "tokenizer_config.json", padding_side="left")
     with pytest.raises(UnknownCheckpoint, match="padding_side is 'left'"):
-        load(str(left))
+        load(str(padded_left))
     other = shutil.copytree(checkpoint("hf_siglip"), tmp_path / "pad")
     (other / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "<nowhere>"}}))
     with pytest.raises(UnknownCheckpoint, match="pad_token '<nowhere>'"):

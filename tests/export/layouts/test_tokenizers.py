@@ -1,14 +1,15 @@
-"""Ids of 500 texts, as the service makes them, against the tokenizers of open_clip and transformers."""
+"""The service's ids of 500 texts. The oracles are the tokenizers of open_clip and transformers."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import pytest
 import transformers
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from calmclip.export.layouts import _clip_bpe
+from calmclip.export.layouts.common import clip_bpe
 from calmclip.export.nets.clip import load
 from calmclip.models.bundle.manifest import TextPreprocess
 from calmclip.models.preprocess.text import TextPreparer
@@ -17,6 +18,7 @@ from tests.tiny_layouts import bert
 
 CONTEXT = 77
 TEXTS = [text for text in STRINGS if text.strip()]
+BROKEN = {text for text in TEXTS if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False)}
 
 
 def test_there_are_five_hundred_texts():
@@ -25,69 +27,64 @@ def test_there_are_five_hundred_texts():
 
 
 def prepare(directory: Path, tokenizer: bytes, **spec) -> Iterator[list[int]]:  # type: ignore[no-untyped-def]
-    """Ids of each of `TEXTS`, cut to the context as a bundle does that truncates."""
+    """The ids of each of `TEXTS`, truncated to the context."""
     directory.mkdir(exist_ok=True)
     (directory / "tokenizer.json").write_bytes(tokenizer)
     preparer = TextPreparer(TextPreprocess(context=CONTEXT, truncate=True, **spec), directory)
     return (preparer.prepare([text])["ids"][0].tolist() for text in TEXTS)
 
 
-def differing(found: Iterator[list[int]], want: Callable[[str], list[int]]) -> list[str]:
-    return [text for text, ids in zip(TEXTS, found, strict=True) if ids != want(text)]
+def differing(rows: Iterator[list[int]], want: Callable[[str], list[int]]) -> list[str]:
+    """-> the texts whose ids differ."""
+    return [text for text, ids in zip(TEXTS, rows, strict=True) if ids != want(text)]
 
 
-def test_clips_own_is_open_clips_but_for_the_repair_of_mojibake(tmp_path: Path):
-    reference = SimpleTokenizer()
+def by_open_clip(reference: Any, end: int) -> Callable[[str], list[int]]:
+    """``end``: the id of the last token; padding follows it."""
 
-    def want(text: str) -> list[int]:
-        ids = reference([text])[0].tolist()
-        return ids[: ids.index(reference.eot_token_id) + 1]
+    def ids(text: str) -> list[int]:
+        row = reference([text])[0].tolist()
+        return row[: row.index(end) + 1]
 
-    found = differing(prepare(tmp_path, _clip_bpe.tokenizer_json(), clean=_clip_bpe.CLEAN), want)
-    broken = [text for text in TEXTS if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False)]
-    assert set(found) <= set(broken)
-    assert len(found) <= len(MOJIBAKE)
+    return ids
 
 
-def test_without_cleaning_clips_own_is_that_of_transformers(tmp_path: Path):
-    """On the same vocabulary, its two special tokens under transformers' names."""
+def by_transformers(reference: Any) -> Callable[[str], list[int]]:
+    return lambda text: reference(text, truncation=True, max_length=CONTEXT)["input_ids"]
+
+
+def test_clips_tokenizer_equals_open_clips_except_the_repair_of_mojibake(tmp_path: Path):
+    want = by_open_clip(SimpleTokenizer(), SimpleTokenizer().eot_token_id)
+    texts = differing(prepare(tmp_path, clip_bpe.tokenizer_json(), clean=clip_bpe.CLEAN), want)
+    assert set(texts) <= BROKEN
+    assert len(texts) <= len(MOJIBAKE)
+
+
+def test_without_cleaning_clips_tokenizer_equals_that_of_transformers(tmp_path: Path):
+    """With the same vocabulary, and with transformers' names of the two special tokens."""
     simple = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): index for token, index in simple.encoder.items()}
     merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
     reference = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
-
-    def want(text: str) -> list[int]:
-        return reference(text, truncation=True, max_length=CONTEXT)["input_ids"]
-
-    assert differing(prepare(tmp_path, _clip_bpe.tokenizer_json()), want) == []
+    assert differing(prepare(tmp_path, clip_bpe.tokenizer_json()), by_transformers(reference)) == []
 
 
 @pytest.mark.parametrize("name", ["chinese_clip", "hf_chinese_clip", "altclip"])
-def test_those_of_berts_kind_are_transformers(name: str, tmp_path: Path):
+def test_tokenizers_like_berts_equal_those_of_transformers(name: str, tmp_path: Path):
     checkpoint = getattr(bert, name)(tmp_path / name)
     net = load(str(checkpoint))
-    if name == "chinese_clip":  # its longest word has 200 characters, which no setting of transformers' says
+    if name == "chinese_clip":  # words of up to 200 characters; transformers has no setting for it
         reference = transformers.BertTokenizer(str(checkpoint / "vocab.txt"))
         reference.backend_tokenizer.model.max_input_chars_per_word = 200
     else:
         reference = transformers.AutoTokenizer.from_pretrained(checkpoint)
-
-    def want(text: str) -> list[int]:
-        return reference(text, truncation=True, max_length=CONTEXT)["input_ids"]
-
-    assert differing(prepare(tmp_path, net.files["tokenizer.json"]), want) == []
+    assert differing(prepare(tmp_path, net.files["tokenizer.json"]), by_transformers(reference)) == []
 
 
 def test_open_clips_wrapper_of_xlmr_cleans_first(tmp_path: Path):
     checkpoint = bert.open_clip_bert(tmp_path / "oc")
     net = load(str(checkpoint))
-    reference = HFTokenizer(str(checkpoint), context_length=CONTEXT)
-
-    def want(text: str) -> list[int]:
-        ids = reference([text])[0].tolist()
-        return ids[: ids.index(2) + 1]
-
-    found = differing(prepare(tmp_path, net.files["tokenizer.json"], clean=net.towers["text"].preprocess.clean), want)
-    broken = [text for text in TEXTS if ftfy.fix_text(text) != ftfy.fix_text(text, fix_encoding=False)]
-    assert set(found) <= set(broken)
+    want = by_open_clip(HFTokenizer(str(checkpoint), context_length=CONTEXT), 2)
+    texts = differing(prepare(tmp_path, net.files["tokenizer.json"], clean=net.towers["text"].preprocess.clean), want)
+    assert set(texts) <= BROKEN

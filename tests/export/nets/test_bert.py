@@ -1,4 +1,4 @@
-"""The oracle is transformers itself; for sentences, what sentence-transformers documents of its modules."""
+"""The oracle is transformers; for sentences, the documentation of sentence-transformers' modules."""
 
 import json
 import shutil
@@ -21,21 +21,22 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def renamed(checkpoint: Path, to: Path, name: Callable[[str], str], more: Mapping[str, Tensor] | None = None) -> Path:
-    """A copy whose tensors have other names, and ``more`` of them."""
+    """A copy with other tensor names, and with ``more`` tensors."""
     shutil.copytree(checkpoint, to)
     state = load_file(to / "model.safetensors")
-    save_file({name(one): tensor for one, tensor in state.items()} | dict(more or {}), to / "model.safetensors")
+    save_file({name(key): tensor for key, tensor in state.items()} | dict(more or {}), to / "model.safetensors")
     return to
 
 
 @torch.no_grad()
 def answers(directory: Path) -> Tensor:
+    """The outputs for `IDS`, without the padding."""
     (tower,) = load(str(directory)).towers.values()
-    found = tower.module(IDS, MASK)
-    return found[MASK.bool()] if found.ndim == 3 else found
+    outputs = tower.module(IDS, MASK)
+    return outputs[MASK.bool()] if outputs.ndim == 3 else outputs
 
 
-def test_a_bare_encoder_answers_its_last_states(tmp_path: Path):
+def test_a_bare_encoder_returns_its_last_states(tmp_path: Path):
     directory = tiny.bert(tmp_path / "bare", "BertModel")
     net = load(str(directory))
     assert (net.tasks, [*net.towers]) == (("raw",), ["hidden"])
@@ -45,14 +46,14 @@ def test_a_bare_encoder_answers_its_last_states(tmp_path: Path):
     assert torch.allclose(answers(directory), want, atol=1e-5)
 
 
-def test_names_with_a_prefix_and_those_of_the_first_bert_mean_the_same(tiny_bert: Path, tmp_path: Path):
+def test_names_without_prefix_and_names_of_the_first_bert_are_read(tiny_bert: Path, tmp_path: Path):
     want = answers(tiny_bert)
     old = lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")  # noqa: E731
     assert torch.equal(answers(renamed(tiny_bert, tmp_path / "old", old)), want)
     assert torch.equal(answers(renamed(tiny_bert, tmp_path / "bare", lambda name: name.removeprefix("bert."))), want)
 
 
-def test_words_are_scored_by_the_table_they_are_read_from(tiny_bert: Path, tmp_path: Path):
+def test_logits_use_the_token_table_unless_config_unties_them(tiny_bert: Path, tmp_path: Path):
     table = load_file(tiny_bert / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     same = renamed(tiny_bert, tmp_path / "same", str, {"cls.predictions.decoder.weight": table.clone()})
     assert torch.equal(answers(same), answers(tiny_bert))
@@ -66,30 +67,32 @@ def test_words_are_scored_by_the_table_they_are_read_from(tiny_bert: Path, tmp_p
         want = reference(IDS, attention_mask=MASK).logits[MASK.bool()]
     assert torch.allclose(answers(untied), want, atol=1e-5)
     with pytest.raises(UnknownCheckpoint, match="tie_word_embeddings is false, but the logits have no table"):
-        load(str(changed(tiny_bert, tmp_path / "lame", tie_word_embeddings=False)))
+        load(str(changed(tiny_bert, tmp_path / "changed", tie_word_embeddings=False)))
 
 
 @pytest.mark.parametrize("pool", ["cls_token", "mean_tokens"])
 @pytest.mark.parametrize("dense", [{}, {"Tanh": 48}, {"Identity": 16}, {"Tanh": 48, "Identity": 16}])
-def test_a_sentence_is_a_pool_through_its_dense_layers_made_unit(pool: str, dense: dict[str, int], tmp_path: Path):
+def test_a_sentence_is_pooled_passes_its_dense_layers_and_is_normalized(
+    pool: str, dense: dict[str, int], tmp_path: Path
+):
     directory = tiny.sentences(tmp_path / "sentences", pool, dense)
     net = load(str(directory))
     assert (net.tasks, [*net.towers]) == (("embed", "raw"), ["text"])
     assert net.towers["text"].preprocess.context == 24
     encoder = transformers.BertModel.from_pretrained(directory).eval()
     with torch.no_grad():
-        states, kept = encoder(IDS, attention_mask=MASK).last_hidden_state, MASK[..., None].float()
-        found = states[:, 0] if pool == "cls_token" else (states * kept).sum(1) / kept.sum(1)
+        states, weight = encoder(IDS, attention_mask=MASK).last_hidden_state, MASK[..., None].float()
+        rows = states[:, 0] if pool == "cls_token" else (states * weight).sum(1) / weight.sum(1)
         for place, act in enumerate(dense, 2):
             layer = load_file(directory / f"{place}_Dense" / "model.safetensors")
-            found = found @ layer["linear.weight"].T + layer["linear.bias"]
-            found = torch.tanh(found) if act == "Tanh" else found
-        want = found / found.norm(dim=-1, keepdim=True)
+            rows = rows @ layer["linear.weight"].T + layer["linear.bias"]
+            rows = torch.tanh(rows) if act == "Tanh" else rows
+        want = rows / rows.norm(dim=-1, keepdim=True)
     assert torch.allclose(answers(directory), want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "named"),
+    ("file", "content", "message"),
     [
         (
             "1_Pooling/config.json",
@@ -104,35 +107,37 @@ def test_a_sentence_is_a_pool_through_its_dense_layers_made_unit(pool: str, dens
         ("2_Dense/config.json", {"activation_function": "torch.nn.ReLU"}, "module 2 is Dense in '2_Dense'; expected"),
     ],
 )
-def test_modules_that_are_not_ours_are_named(file: str, content: object, named: str, tmp_path: Path):
+def test_unsupported_modules_are_named(file: str, content: object, message: str, tmp_path: Path):
     directory = tiny.sentences(tmp_path / "sentences", "mean_tokens", {"Tanh": 48})
     (directory / file).write_text(json.dumps(content))
-    with pytest.raises(UnknownCheckpoint, match=named):
+    with pytest.raises(UnknownCheckpoint, match=message):
         load(str(directory))
 
 
 @pytest.mark.parametrize(
-    ("config", "named"),
+    ("config", "message"),
     [
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3; the weights hold 2"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a number"),
-        ({"num_attention_heads": 3}, "3 heads do not share 32 numbers evenly"),
+        ({"num_attention_heads": 3}, "3 heads do not divide the width 32"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ({"alpha": 4}, "alpha without max_seq_length"),
     ],
 )
-def test_a_config_that_says_otherwise_than_the_weights(config: dict, named: str, tiny_bert: Path, tmp_path: Path):
-    with pytest.raises(UnknownCheckpoint, match=named):
-        load(str(changed(tiny_bert, tmp_path / "lame", **config)))
+def test_a_config_that_contradicts_the_weights_is_refused(config: dict, message: str, tiny_bert: Path, tmp_path: Path):
+    with pytest.raises(UnknownCheckpoint, match=message):
+        load(str(changed(tiny_bert, tmp_path / "changed", **config)))
 
 
 def test_missing_tensors_are_named_as_the_checkpoint_names_them(tiny_bert: Path, tmp_path: Path):
     lost = "bert.encoder.layer.1.attention.self.key.weight"
-    lame = renamed(tiny_bert, tmp_path / "lame", lambda name: "lost" if name == lost else name)
-    with pytest.raises(UnknownCheckpoint, match="1 tensors are not of the layout 'Hugging Face BERT', lost among them"):
-        load(str(lame))
-    state = load_file(lame / "model.safetensors")
+    copy = renamed(tiny_bert, tmp_path / "changed", lambda name: "lost" if name == lost else name)
+    with pytest.raises(
+        UnknownCheckpoint, match="1 tensors are not of the layout 'Hugging Face BERT', for example lost"
+    ):
+        load(str(copy))
+    state = load_file(copy / "model.safetensors")
     del state["lost"]
-    save_file(state, lame / "model.safetensors")
-    with pytest.raises(UnknownCheckpoint, match=f"lacks 1 tensors, {lost} among them"):
-        load(str(lame))
+    save_file(state, copy / "model.safetensors")
+    with pytest.raises(UnknownCheckpoint, match=f"lacks 1 tensors, for example {lost}"):
+        load(str(copy))

@@ -30,7 +30,7 @@ def test_recognises_its_name_and_a_directory_with_heads(tmp_path: Path):
 @pytest.mark.parametrize(
     ("photograph", "best"), [("cat", "a cat"), ("coffee", "a cup of coffee"), ("flower", "a flower")]
 )
-def test_photographs_find_their_sentence(net: Net, photographs: dict[str, Path], photograph: str, best: str):
+def test_photographs_match_their_sentence(net: Net, photographs: dict[str, Path], photograph: str, best: str):
     sentences = ["a cat", "a cup of coffee", "a flower", "a car in the street", "a man on a horse"]
     tokenizer = Tokenizer.from_str(net.files["tokenizer.json"].decode())
     tokenizer.enable_padding()
@@ -43,7 +43,7 @@ def test_photographs_find_their_sentence(net: Net, photographs: dict[str, Path],
     assert sentences[int(cosines.argmax())] == best
 
 
-def test_the_tokenizer_neither_pads_nor_cuts(net: Net):
+def test_the_tokenizer_neither_pads_nor_truncates(net: Net):
     tokenizer = Tokenizer.from_str(net.files["tokenizer.json"].decode())
     assert tokenizer.encode("a cat").ids == [101, 1037, 4937, 102]  # [CLS] a cat [SEP] of the BERT vocabulary
     assert len(tokenizer.encode("cat " * 300).ids) == 302

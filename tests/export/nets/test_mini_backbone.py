@@ -14,7 +14,7 @@ from calmclip.models.preprocess.image import ImagePreparer, decode
     [
         # TensorFlow's SAME, stride 2, kernel of ones 3x3: an even side is padded below and right only
         (4, [[9, 6], [6, 4]]),
-        # an odd side is padded by one all round
+        # an odd side is padded by one on every side
         (5, [[4, 6, 4], [6, 9, 6], [4, 6, 4]]),
     ],
 )
@@ -28,7 +28,7 @@ def test_folding_the_norms_changes_nothing():
     torch.manual_seed(0)
     net = backbone.Backbone().eval()
     for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # statistics as training leaves them, not 0 and 1
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics as after training, not 0 and 1
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2)
             module.weight.data.uniform_(0.5, 1.5)
@@ -38,12 +38,12 @@ def test_folding_the_norms_changes_nothing():
         before = net(pixels)
         after = backbone.fold(net)(pixels)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
-    for one, other in zip(before, after, strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
+    for unfolded, folded in zip(before, after, strict=True):
+        assert torch.allclose(unfolded, folded, atol=1e-4)
 
 
 @pytest.mark.parametrize(("side", "cells16", "cells32"), [(260, 17, 9), (640, 40, 20)])
-def test_maps_have_the_strides_they_are_named_for(side: int, cells16: int, cells32: int):
+def test_maps_have_the_strides_of_their_names(side: int, cells16: int, cells32: int):
     with torch.inference_mode():
         map16, map32 = backbone.Backbone().eval()(torch.zeros(1, 3, side, side))
     assert map16.shape == (1, 120, cells16, cells16)
@@ -53,7 +53,7 @@ def test_maps_have_the_strides_they_are_named_for(side: int, cells16: int, cells
 @pytest.mark.parametrize(
     ("photograph", "classes"), [("cat", range(281, 286)), ("clock", (409, 892)), ("coffee", (504, 967, 968))]
 )
-def test_published_weights_know_what_the_photographs_show(
+def test_published_weights_classify_photographs(
     photographs: dict[str, Path], photograph: str, classes: tuple[int, ...]
 ):
     # ImageNet's numbers: 281-285 cats; 409 analog clock, 892 wall clock; 504 coffee mug, 967 espresso, 968 cup
@@ -64,7 +64,7 @@ def test_published_weights_know_what_the_photographs_show(
     assert int(scores.argmax()) in classes
 
 
-def test_a_key_without_a_place_is_an_error():
+def test_an_unexpected_key_is_an_error():
     state = backbone_state()
     state["_blocks.99._bn1.weight"] = torch.ones(3)
     with pytest.raises(RuntimeError, match="Unexpected key"):

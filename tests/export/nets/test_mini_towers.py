@@ -11,9 +11,9 @@ from calmclip.models.errors import WeightsMissing
 @pytest.fixture
 def heads() -> Heads:
     generator = torch.Generator().manual_seed(0)
-    made = [torch.rand(shape, generator=generator) for shape in SHAPES]
-    made[5] += 0.5  # deviations
-    return Heads(*made)
+    tensors = [torch.rand(shape, generator=generator) for shape in SHAPES]
+    tensors[5] += 0.5  # deviations
+    return Heads(*tensors)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -24,46 +24,40 @@ def test_image_head_is_the_formula_of_its_docstring(heads: Heads):
     classifier = torch.nn.Linear(1280, 1000)
     features = torch.rand(2, 3, 1280)
     with torch.inference_mode():
-        found = ImageHead(heads, classifier)(features)
-    f, w, b, A, a, mean, std, table = (  # noqa: N806 - A is its name
+        embeds = ImageHead(heads, classifier)(features)
+    f, w, b, A, a, mean, std, table = (  # noqa: N806 - A as in the formula
         t.detach().double().numpy()
         for t in (
-            features,
-            classifier.weight,
-            classifier.bias,
-            heads.image_weight,
-            heads.image_bias,
-            heads.feature_mean,
-            heads.feature_std,
-            heads.class_table,
+            features, classifier.weight, classifier.bias, heads.image_weight, heads.image_bias, heads.feature_mean,
+            heads.feature_std, heads.class_table,
         )
-    )
+    )  # fmt: skip
     z = 6 * unit((f - mean) / std)
     logits = f @ w.T + b
     p = np.exp(logits - logits.max(-1, keepdims=True))
     c = unit(p / p.sum(-1, keepdims=True) @ table)
     expected = unit(np.concatenate([z, c], axis=-1) @ A.T + a)
-    assert found.shape == (2, 3, 384)
-    assert np.allclose(found, expected, atol=1e-5)
+    assert embeds.shape == (2, 3, 384)
+    assert np.allclose(embeds, expected, atol=1e-5)
 
 
-def test_text_tower_centres_what_the_encoder_says(heads: Heads):
-    class Said(torch.nn.Module):
+def test_text_tower_centres_the_states_of_the_encoder(heads: Heads):
+    class Encoder(torch.nn.Module):
         def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-            return said
+            return states
 
-    said = torch.rand(2, 384)
+    states = torch.rand(2, 384)
     with torch.inference_mode():
-        found = TextTower(Said(), heads)(torch.ones(2, 3), None)
-    t, centre, B = (x.double().numpy() for x in (said, heads.text_centre, heads.text_weight))  # noqa: N806
-    assert np.allclose(found, unit((unit(t) - centre) @ B.T), atol=1e-5)
+        embeds = TextTower(Encoder(), heads)(torch.ones(2, 3), None)
+    t, centre, B = (x.double().numpy() for x in (states, heads.text_centre, heads.text_weight))  # noqa: N806
+    assert np.allclose(embeds, unit((unit(t) - centre) @ B.T), atol=1e-5)
 
 
-def test_heads_come_back_from_their_file(heads: Heads, tmp_path: Path):
+def test_heads_are_saved_in_float16_and_loaded(heads: Heads, tmp_path: Path):
     heads.save(tmp_path / "heads.safetensors", {"net": "mini"})
-    found = Heads.load(tmp_path / "heads.safetensors")
-    assert torch.equal(found.image_weight, heads.image_weight.half().float())
-    assert found.class_table.dtype == torch.float32
+    loaded = Heads.load(tmp_path / "heads.safetensors")
+    assert torch.equal(loaded.image_weight, heads.image_weight.half().float())
+    assert loaded.class_table.dtype == torch.float32
 
 
 def test_other_tensors_are_refused(heads: Heads, tmp_path: Path):

@@ -15,7 +15,7 @@ from tests.tiny import changed
 
 
 @torch.no_grad()
-def test_what_is_padded_on_the_right_changes_nothing(tiny_opt: Path):
+def test_padding_on_the_right_changes_nothing(tiny_opt: Path):
     reference = transformers.OPTForCausalLM.from_pretrained(tiny_opt).eval()
     module = load(str(tiny_opt)).towers["lm"].module
     ids = torch.tensor([[598, 3, 6, 7, 599], [598, 1, 599, 1, 1]])
@@ -25,17 +25,17 @@ def test_what_is_padded_on_the_right_changes_nothing(tiny_opt: Path):
 
 
 @torch.no_grad()
-def test_names_without_their_first_part_mean_the_same(tiny_opt: Path, tmp_path: Path):
+def test_names_without_the_prefix_are_read(tiny_opt: Path, tmp_path: Path):
     bare = shutil.copytree(tiny_opt, tmp_path / "bare")
     state = load_file(bare / "model.safetensors")
     save_file({name.removeprefix("model."): tensor for name, tensor in state.items()}, bare / "model.safetensors")
     ids = torch.tensor([[598, 3, 6]])
-    one, other = (load(str(directory)).towers["lm"].module(ids) for directory in (tiny_opt, bare))
-    assert torch.equal(one, other)
+    prefixed, plain = (load(str(directory)).towers["lm"].module(ids) for directory in (tiny_opt, bare))
+    assert torch.equal(prefixed, plain)
 
 
 @pytest.mark.parametrize(
-    ("more", "named"),
+    ("more", "message"),
     [
         (
             {"do_layer_norm_before": False},
@@ -44,11 +44,11 @@ def test_names_without_their_first_part_mean_the_same(tiny_opt: Path, tmp_path: 
         ({"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16 and hidden_size 32, as in OPT-350m"),
     ],
 )
-def test_opt_350m_is_refused_in_one_sentence(more: dict, named: str, tmp_path: Path):
-    with pytest.raises(UnknownCheckpoint, match=named):
+def test_opt_350m_is_refused(more: dict, message: str, tmp_path: Path):
+    with pytest.raises(UnknownCheckpoint, match=message):
         load(str(tiny.opt(tmp_path / "opt", **more)))
 
 
-def test_an_activation_we_do_not_have_is_named(tiny_opt: Path, tmp_path: Path):
+def test_an_unknown_activation_is_named(tiny_opt: Path, tmp_path: Path):
     with pytest.raises(UnknownCheckpoint, match="activation_function is 'swish'; expected one of"):
-        load(str(changed(tiny_opt, tmp_path / "lame", activation_function="swish")))
+        load(str(changed(tiny_opt, tmp_path / "changed", activation_function="swish")))

@@ -1,4 +1,4 @@
-"""Proposals, region features and the detect graph of the built-in model, against torchvision, pixels and numpy."""
+"""Proposals, region features and the detect graph of the built-in model. Oracles: torchvision, pixels, numpy."""
 
 import numpy as np
 import onnxruntime as ort
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
 
 from calmclip.export import rewrites
-from calmclip.export.nets._detect import CANDIDATES
+from calmclip.export.nets.common.detect_graph import CANDIDATES
 from calmclip.export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
 from calmclip.export.nets.mini.regions import (
     CELL,
@@ -24,7 +24,8 @@ from calmclip.export.nets.mini.regions import (
 )
 from calmclip.models.ops.reference import soft_nms
 from calmclip.models.ops.spec import METHODS
-from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION, Suppression
+from calmclip.models.suppression import Suppression
+from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION
 
 
 def random_boxes(seed, *shape, most=200.0):
@@ -34,15 +35,15 @@ def random_boxes(seed, *shape, most=200.0):
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
-def test_survivors_are_those_of_torchvisions_nms(threshold):
+def test_survivors_equal_torchvisions_nms(threshold):
     boxes = random_boxes(0, 2, 400)
-    kept = survivors(boxes, threshold)
-    for row, flags in zip(boxes, kept, strict=True):
+    survives = survivors(boxes, threshold)
+    for row, flags in zip(boxes, survives, strict=True):
         expected = nms(row, torch.arange(400.0, 0.0, -1.0), threshold)
         assert flags.nonzero()[:, 0].tolist() == expected.sort().values.tolist()
 
 
-def test_pairwise_iou_is_torchvisions():
+def test_pairwise_iou_equals_torchvision():
     boxes = random_boxes(1, 1, 50)
     torch.testing.assert_close(pairwise_iou(boxes)[0], box_iou(boxes[0], boxes[0]))
 
@@ -52,14 +53,14 @@ def test_boxes_without_area_overlap_nothing():
 
 
 def test_proposals_are_padded_with_zeros():
-    boxes = torch.tensor([[0.0, 0, 64, 64]]).repeat(1, 1600, 1)  # one place, 1600 times
+    boxes = torch.tensor([[0.0, 0, 64, 64]]).repeat(1, 1600, 1)  # one box, 1600 times
     boxes[0, 7] = torch.tensor([200.0, 200, 300, 300])
     objectness = torch.full((1, 1600), 0.5)
     objectness[0, 7] = 0.9
-    found, certain = propose(boxes, objectness)
-    assert found.shape == (1, PROPOSALS, 4)
+    proposals, certain = propose(boxes, objectness)
+    assert proposals.shape == (1, PROPOSALS, 4)
     assert certain[0, :3].tolist() == pytest.approx([0.9, 0.5, 0.0])
-    assert found[0, 0].tolist() == [200, 200, 300, 300]
+    assert proposals[0, 0].tolist() == [200, 200, 300, 300]
 
 
 def test_average_is_the_mean_of_the_pixels_in_the_box():
@@ -67,8 +68,8 @@ def test_average_is_the_mean_of_the_pixels_in_the_box():
     boxes = random_boxes(3, 2, 6).round()
     boxes[..., 2:] = torch.maximum(boxes[..., 2:], boxes[..., :2] + 1)
     painted = F.interpolate(features, scale_factor=CELL, mode="nearest")  # every pixel holds its cell's value
-    found = average(features, boxes)
-    for picture, row, means in zip(painted, boxes.int(), found, strict=True):
+    averages = average(features, boxes)
+    for picture, row, means in zip(painted, boxes.int(), averages, strict=True):
         for (x0, y0, x1, y1), mean in zip(row.tolist(), means, strict=True):
             torch.testing.assert_close(mean, picture[:, y0:y1, x0:x1].mean((1, 2)), atol=1e-5, rtol=1e-5)
 
@@ -99,19 +100,19 @@ def test_folding_changes_nothing():
         before = head(*maps)
         after = fold(head)(*maps)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in head.modules())
-    for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for unfolded, folded in zip(before, after, strict=True):
+        torch.testing.assert_close(unfolded, folded, rtol=1e-4, atol=1e-4)
 
 
 class Fake(nn.Module):
-    """A backbone whose maps are pixels, pooled and spread over the channels."""
+    """A backbone whose maps are the pooled pixels, repeated for each channel."""
 
     def forward(self, pixels):
         mean16, mean32 = (F.avg_pool2d(pixels.mean(1, keepdim=True), n) for n in (16, 32))
         return mean16.repeat(1, 120, 1, 1), mean32.repeat(1, 1280, 1, 1).clamp(0, 6)
 
 
-def test_pictures_of_a_batch_do_not_meet():
+def test_pictures_of_a_batch_are_independent():
     torch.manual_seed(5)
     head = fold(BoxHead())
     nn.init.normal_(head.out.weight, std=0.3)
@@ -119,13 +120,13 @@ def test_pictures_of_a_batch_do_not_meet():
     pixels = torch.randn(3, 3, 640, 640)
     with torch.no_grad():
         together, alone = tower(pixels), tower(pixels[1:2])
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one[1:2], other, rtol=1e-4, atol=1e-3)
+    for batched, single in zip(together, alone, strict=True):
+        torch.testing.assert_close(batched[1:2], single, rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
 def scene():
-    """Regions, prompts and background at random; many overlaps."""
+    """Random regions, prompts and background, with many overlaps."""
     rng = np.random.default_rng(6)
     unit = lambda *shape: F.normalize(torch.from_numpy(rng.normal(size=shape)), dim=-1).numpy()  # noqa: E731
     return {
@@ -138,7 +139,7 @@ def scene():
 
 
 def detector(background):
-    """The detect graph as a bundle holds it; -> its session."""
+    """A session of the detect graph as a bundle contains it."""
     built = detect_graph(background)
     model = rewrites.apply(built.model, [*rewrites.swaps(), *built.attach]).model
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -149,7 +150,7 @@ def run(session, feeds):
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def test_the_detect_graph_takes_and_answers_what_its_task_needs(scene):
+def test_the_detect_graph_has_the_inputs_and_outputs_of_its_task(scene):
     session = detector(scene["background"])
     assert {i.name for i in session.get_inputs()} == {*REGIONS, "text_embeds", *SUPPRESSION}
     assert {o.name for o in session.get_outputs()} == {*DETECTED}
@@ -157,31 +158,31 @@ def test_the_detect_graph_takes_and_answers_what_its_task_needs(scene):
     assert (shapes["kept_boxes"], shapes["candidates"]) == (["K", 4], [1])
 
 
-def test_before_it_is_attached_the_graph_is_of_standard_ops_and_its_example_runs(scene):
+def test_the_graph_without_rewrites_has_standard_operators_and_its_example_runs(scene):
     built = detect_graph(scene["background"])
     assert {node.domain for node in built.model.graph.node} == {""}
     assert not built.model.functions
     (example,) = built.examples
-    found = run(ort.InferenceSession(built.model.SerializeToString()), example)
-    assert 20 < found["candidates"].item() < 5 * PROPOSALS  # some pass the threshold, some do not
+    outputs = run(ort.InferenceSession(built.model.SerializeToString()), example)
+    assert 20 < outputs["candidates"].item() < 5 * PROPOSALS  # some pairs pass the threshold
 
 
 @pytest.mark.parametrize("per_class", [0, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_detect_graph_is_its_formula(scene, method, per_class):
+def test_the_detect_graph_equals_its_formula(scene, method, per_class):
     session = detector(scene["background"])
     settings = Suppression(
         method, per_class=bool(per_class), iou_threshold=0.3, sigma=0.5, min_score=0.02, max_output=20
     )
     feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes", "objectness")}
-    found = run(session, feeds | settings.tensors())
+    outputs = run(session, feeds | settings.tensors())
 
     texts = np.concatenate((scene["text_embeds"], scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ texts.T)
     chances = (powers / powers.sum(1, keepdims=True))[:, :5]
     scores = chances * scene["objectness"][0][:, None]
     box, label = np.nonzero(scores >= 0.02)
-    kept = soft_nms(
+    suppressed = soft_nms(
         scene["boxes"][0][box],
         scores[box, label],
         label,
@@ -190,35 +191,37 @@ def test_the_detect_graph_is_its_formula(scene, method, per_class):
         min_score=0.02,
         max_output=20,
     )
-    assert found["candidates"].tolist() == [len(box)]
-    assert len(found["scores"]) > 5
-    np.testing.assert_array_equal(found["kept_boxes"], scene["boxes"][0][box[kept.indices]])
-    np.testing.assert_array_equal(found["classes"], kept.classes)
-    np.testing.assert_allclose(found["scores"], kept.scores, rtol=1e-4)
-    np.testing.assert_allclose(found["raw_scores"], scores[box, label][kept.indices], rtol=1e-4)
+    assert outputs["candidates"].tolist() == [len(box)]
+    assert len(outputs["scores"]) > 5
+    np.testing.assert_array_equal(outputs["kept_boxes"], scene["boxes"][0][box[suppressed.indices]])
+    np.testing.assert_array_equal(outputs["classes"], suppressed.classes)
+    np.testing.assert_allclose(outputs["scores"], suppressed.scores, rtol=1e-4)
+    np.testing.assert_allclose(outputs["raw_scores"], scores[box, label][suppressed.indices], rtol=1e-4)
 
 
-def test_however_many_pairs_are_asked_for_only_the_best_are_suppressed(scene):
+def test_only_the_best_pairs_reach_suppression(scene):
     dim = scene["text_embeds"].shape[1]
     texts = np.random.default_rng(3).standard_normal((60, dim)).astype(np.float32)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     feeds = {name: scene[name] for name in ("class_embeds", "boxes", "objectness")} | {"text_embeds": texts}
     feeds |= Suppression("hard", per_class=False, iou_threshold=0.3, min_score=0.0, max_output=1000).tensors()
-    found = run(detector(scene["background"]), feeds)
-    assert found["candidates"].tolist() == [60 * PROPOSALS]
+    outputs = run(detector(scene["background"]), feeds)
+    assert outputs["candidates"].tolist() == [60 * PROPOSALS]
     every = np.concatenate((texts, scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ every.T)
     scores = (powers / powers.sum(1, keepdims=True))[:, :60] * scene["objectness"][0][:, None]
     best = np.argsort(-scores.ravel(), kind="stable")[:CANDIDATES]
-    kept = soft_nms(scene["boxes"][0][best // 60], scores.ravel()[best], method="hard", min_score=0.0, max_output=1000)
-    np.testing.assert_array_equal(found["kept_boxes"], scene["boxes"][0][best[kept.indices] // 60])
-    assert found["raw_scores"].min() >= scores.ravel()[best[-1]] * 0.999
+    suppressed = soft_nms(
+        scene["boxes"][0][best // 60], scores.ravel()[best], method="hard", min_score=0.0, max_output=1000
+    )
+    np.testing.assert_array_equal(outputs["kept_boxes"], scene["boxes"][0][best[suppressed.indices] // 60])
+    assert outputs["raw_scores"].min() >= scores.ravel()[best[-1]] * 0.999
 
 
-def test_the_detect_graph_finds_nothing_in_nothing(scene):
+def test_regions_without_objectness_give_no_box(scene):
     feeds = {name: scene[name] for name in ("class_embeds", "text_embeds", "boxes")}
     feeds |= {**Suppression("gaussian").tensors(), "objectness": np.zeros((1, PROPOSALS), np.float32)}
-    found = run(detector(scene["background"]), feeds)
-    assert found["kept_boxes"].shape == (0, 4)
-    assert found["scores"].shape == (0,)
-    assert found["candidates"].tolist() == [0]
+    outputs = run(detector(scene["background"]), feeds)
+    assert outputs["kept_boxes"].shape == (0, 4)
+    assert outputs["scores"].shape == (0,)
+    assert outputs["candidates"].tolist() == [0]

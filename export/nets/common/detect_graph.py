@@ -1,14 +1,15 @@
-"""The `detect` graph that detectors share: scores of regions and prompts -> the candidates SoftNMS begins with.
+"""The `detect` graph of all detectors: scores of regions and prompts -> the candidates that SoftNMS starts with.
 
-A net says how a region and a prompt make a score; what follows is the same for all of them.
+A net says how a region and a prompt make a score. The selection of candidates is the same for all nets.
 """
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx
 from onnx import numpy_helper, parser
 
-from calmclip.export.nets import Built
+from calmclip.export.nets import Built, float32
 from calmclip.export.rewrites.soft_nms import CANDIDATES as CANDIDATE
 from calmclip.export.rewrites.soft_nms import SETTINGS
 from calmclip.models.bundle.manifest import Tensor
@@ -16,7 +17,7 @@ from calmclip.models.flow import Array, Arrays
 from calmclip.models.ops.spec import SOFT_NMS
 
 OPSET = 18
-CANDIDATES = 2000  # box-prompt pairs, best first, that reach SoftNMS: its loop must end, whatever is asked
+CANDIDATES = 2000  # box-prompt pairs that reach SoftNMS, best first: its loop must end for every request
 
 
 def detect_graph(
@@ -27,18 +28,13 @@ def detect_graph(
     example: Arrays,
     promises: Mapping[str, int],
 ) -> Built:
-    """-> the graph: a candidate is a box-prompt pair with a score of at least min_score; the best `CANDIDATES` are
-    answered.
+    """A candidate is a box-prompt pair with a score of at least min_score; the graph outputs the best `CANDIDATES`.
 
-    ``regions``: those outputs of the `regions` graph that it takes, for one picture. ``score``: ONNX text that makes
-    ``pairs`` [P, Q] of them, of ``text_embeds`` [Q, ``dim``] and of ``constants``; ``labels`` int64 [1] holds Q, and
-    ``first`` 0. ``example``: feeds that give candidates.
+    ``regions``: the outputs of the `regions` graph that it takes, for one picture. ``score``: ONNX text that computes
+    ``pairs`` [P, Q] from them, from ``text_embeds`` [Q, ``dim``] and from ``constants``; ``labels`` int64 [1] holds Q,
+    and ``first`` 0. ``example``: feeds that give candidates.
     """
-    inputs = {
-        **regions,
-        "text_embeds": Tensor(dtype="float32", shape=("Q", dim)),
-        "min_score": SETTINGS["min_score"],
-    }
+    inputs = {**regions, "text_embeds": float32("Q", dim), "min_score": SETTINGS["min_score"]}
     outputs = {**CANDIDATE, "candidates": Tensor(dtype="int64", shape=(1,))}
     model = parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": {OPSET}]>
@@ -64,7 +60,22 @@ def detect_graph(
     """)
     model.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in constants.items())
     onnx.checker.check_model(model, full_check=True)
-    return Built(model, attach=("soft_nms",), examples=(example,), promises={**promises, SOFT_NMS.name: 1})
+    feeds = {name: np.ascontiguousarray(array, np.float32) for name, array in example.items()}
+    return Built(model, attach=("soft_nms",), examples=(feeds,), promises={**promises, SOFT_NMS.name: 1})
+
+
+def example(random: np.random.Generator, regions: int, dim: int, side: int) -> dict[str, Array]:
+    """Feeds of one picture: random boxes, and class embeddings that are near one of five prompts each."""
+    texts = random.standard_normal((5, dim))
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    rows = texts[random.integers(0, len(texts), regions)] + random.standard_normal((regions, dim)) / dim**0.5
+    corners = random.uniform(0, side / 2, (regions, 2))
+    return {
+        "class_embeds": (rows / np.linalg.norm(rows, axis=1, keepdims=True))[None],
+        "boxes": np.concatenate((corners, corners + random.uniform(1, side / 2, (regions, 2))), axis=1)[None],
+        "text_embeds": texts,
+        "min_score": np.full(1, 0.1),
+    }
 
 
 def _declare(tensors: Mapping[str, Tensor]) -> str:

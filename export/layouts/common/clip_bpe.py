@@ -1,7 +1,7 @@
 """CLIP's byte-pair tokenizer as a tokenizer.json, from the vocabulary that open_clip ships.
 
 Source: Radford et al. 2021, section 2.4: lower-cased BPE of 49 152 merges, [SOS] text [EOS].
-What is done to a text before it is the bundle's `clean`, and `CLEAN` goes with this tokenizer.
+The bundle cleans a text before that; `CLEAN` is the `clean` of this tokenizer.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from calmclip.export.checkpoints.files import require_package
 
 CLEAN: Literal["lower"] = "lower"
-# a text that spells <end_of_text> is read as these letters: no text writes tokens of control, as it can in open_clip
+# unlike in open_clip, the text "<end_of_text>" is read as letters: no text can write a special token
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 

@@ -1,7 +1,7 @@
-"""The names of OpenAI's ResNets: open_clip builds the convolutions, batch norms folded; the pool is ours.
+"""The names of OpenAI's ResNets. open_clip builds the convolutions, and batch norms are folded; the pool is ours.
 
 Source: Radford et al. 2021 (arXiv 2103.00020), section 2.4: three stem convolutions, blurred strides, and attention
-pooling: the mean of all places asks, the places and the mean answer.
+pooling: the query is the mean of all positions; keys and values are the positions and the mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from calmclip.export.checkpoints.files import require_package
-from calmclip.export.layouts import DROP, Rule
-from calmclip.export.layouts._openai import heads
+from calmclip.export.layouts import DROP, Rule, Settings, concatenate
+from calmclip.export.layouts.common import openai_clip
 from calmclip.export.towers import State, count
 from calmclip.export.towers.image import MeanPool, Trunk
 from calmclip.models.errors import UnknownCheckpoint
 
-STRIDE = 32  # pixels of a place of the last map
+STRIDE = 32  # pixels of a cell of the last map
 
 
 def _convolution(theirs: str, ours: str, conv: str, norm: str) -> tuple[Rule, ...]:
@@ -35,36 +35,29 @@ IMAGE = (
     *_convolution("visual.layer{e}.{i}", "image.trunk.layer{e}.{i}", "conv3", "bn3"),
     *_convolution("visual.layer{e}.{i}.downsample", "image.trunk.layer{e}.{i}.downsample", "0", "1"),
     Rule("visual.attnpool.positional_embedding", "image.trunk.attnpool.positions"),
-    *(
-        Rule(f"visual.attnpool.{name}_proj.{{p}}", "image.trunk.attnpool.qkv.{p}", piece=piece)
-        for piece, name in enumerate("qkv")
-    ),
+    *concatenate("visual.attnpool.*_proj.{p}", "image.trunk.attnpool.qkv.{p}", "qkv"),
     Rule("visual.attnpool.c_proj.{p}", "image.trunk.attnpool.out.{p}"),
 )
-NEEDS = (
+REQUIRED = (
     "image.trunk.conv1.weight",
     *(f"image.trunk.layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4)),
     "image.trunk.attnpool.positions",
     "image.trunk.attnpool.out.weight",
-    "text.tokens.weight",
-    "text.positions",
-    "text.norm_post.weight",
-    "text.projection.weight",
-    "logit_scale",
+    *openai_clip.TEXT_REQUIRED,
 )
 
 
 def side(state: Mapping[str, Tensor]) -> int:
-    """Pixels of a picture's side. Raises `UnknownCheckpoint` where the pool's places make no square."""
-    places = state["image.trunk.attnpool.positions"].shape[0] - 1
-    if places < 1 or (cells := round(places**0.5)) ** 2 != places:
-        raise UnknownCheckpoint(f"visual.attnpool.positional_embedding is for {places} places; expected a square")
+    """The side of the square input in pixels. Raises `UnknownCheckpoint` if the pool's positions make no square."""
+    positions = state["image.trunk.attnpool.positions"].shape[0] - 1
+    if (cells := openai_clip.square(positions)) is None:
+        raise UnknownCheckpoint(f"visual.attnpool.positional_embedding has {positions} cells; expected a square")
     return cells * STRIDE
 
 
 def image_tower(state: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], nn.Module]:
-    wide = heads(state["image.trunk.attnpool.positions"].shape[1], "image")
-    return partial(_trunk, side=side(state), heads=wide)
+    number = openai_clip.heads(state["image.trunk.attnpool.positions"].shape[1], "image")
+    return partial(_trunk, side=side(state), heads=number)
 
 
 def _trunk(state: State, side: int, heads: int) -> nn.Module:
@@ -75,5 +68,12 @@ def _trunk(state: State, side: int, heads: int) -> nn.Module:
         trunk.attnpool = MeanPool(state, "trunk.attnpool.", heads)
         for part in trunk.modules():
             if isinstance(part, nn.BatchNorm2d):
-                part.num_batches_tracked, part.track_running_stats = None, False  # of training
+                part.num_batches_tracked, part.track_running_stats = None, False  # used in training alone
         return Trunk(state, trunk)
+
+
+def settings(state: Mapping[str, Tensor], activation: str) -> Settings:
+    """OpenAI's ResNet and text tower. ``activation``: of the text tower."""
+    return Settings(
+        image=image_tower(state), pixels=openai_clip.pixels(side(state)), **openai_clip.text_settings(state, activation)
+    )

@@ -1,0 +1,37 @@
+"""Checks on the tensors of a second checkpoint: an adapter needs the same names and shapes as in the net."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from calmclip.export import layouts
+from calmclip.export.layouts import LAYOUTS, Layout
+from calmclip.export.nets import Net
+from calmclip.models.errors import BadRequest, UnknownCheckpoint
+
+State = Mapping[str, Tensor]
+
+
+def check_same(base: State, other: State, file: str, name_of: Callable[[str], str] = str) -> None:
+    """Raises `UnknownCheckpoint` with a tensor that ``other``, of ``file``, lacks, adds to ``base``, or has in another
+    shape. ``name_of``: our name -> the name in the error."""
+    for name, tensor in base.items():
+        if name not in other:
+            raise UnknownCheckpoint(f"{file} lacks {name_of(name)}, which the base has")
+        if other[name].shape != tensor.shape:
+            raise UnknownCheckpoint(
+                f"{file}: {name_of(name)} has the shape {list(other[name].shape)}; the base's is {list(tensor.shape)}"
+            )
+    if extra := [name for name in other if name not in base]:
+        raise UnknownCheckpoint(f"{file} holds {name_of(extra[0])}, which the base does not have")
+
+
+def layout_of(net: Net, adapter: str) -> tuple[Layout, Callable[[str], str]]:
+    """The layout of ``net``, which must be one of the family, and a function: our name -> its name of a tensor. Raises
+    `BadRequest`."""
+    if net.layout is None or not any(LAYOUTS.get(name) is net.layout for name in LAYOUTS.names()):
+        raise BadRequest(
+            f"{adapter} does not apply to {net.source.model}: expected a net of the kind clip, not {net.name}"
+        )
+    return net.layout, partial(layouts.checkpoint_name, net.layout)

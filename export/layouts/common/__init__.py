@@ -1,0 +1,1 @@
+"""Names, tokenizers and towers that several layouts share. Nothing here is a layout of its own."""

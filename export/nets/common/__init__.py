@@ -1,0 +1,1 @@
+"""What several nets share. Nothing here is a net of its own."""
