@@ -1,11 +1,11 @@
-"""Trains the projections of the built-in dual encoder on pictures and the texts that belong to them.
+"""Trains the projections of the built-in dual encoder on pictures and their texts.
 
-The encoders stay frozen, so their features are computed once and a training takes a minute. Every step draws
-pictures from each `Source`, one text for each, and asks every picture for its texts and every text for its
-pictures among all that were drawn (symmetric InfoNCE; Radford et al. 2021, arXiv 2103.00020, figure 3). A
-picture may have several right answers: a text counts as right when it *means* something the picture holds
-(Khosla et al. 2020, arXiv 2004.11362), so "animal" is right for every dog of the batch. Runs with different
-seeds start from the same weights and are averaged (Wortsman et al. 2022, arXiv 2203.05482).
+The encoders stay frozen, so their features are computed once and a training takes a minute. Each step draws a batch
+from each `Source`: pictures, and one text per picture. It matches all drawn pictures and texts in both directions
+(symmetric InfoNCE; Radford et al. 2021, arXiv 2103.00020, figure 3). A picture may match several texts: a text matches
+if its meaning is among those of the picture (Khosla et al. 2020, arXiv 2004.11362), so "animal" matches every dog of
+the batch. Runs with different seeds start from the same weights and are averaged (Wortsman et al. 2022, arXiv
+2203.05482).
 """
 
 import argparse
@@ -33,18 +33,18 @@ from calmclip.models.cli import parser
 from calmclip.models.datasets import FORM, read_captions
 from calmclip.models.errors import BadRequest
 
-PEOPLE = ("man", "woman", "child", "people", "boy", "girl")  # said of COCO's "person" in captions
+PEOPLE = ("man", "woman", "child", "people", "boy", "girl")  # words of captions for COCO's "person"
 NOTHING = -1  # pads rows of `Source.holds`
 
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures, texts, and which belong together.
+    """Pictures, texts, and which of them match.
 
-    pictures [N, V, 1280] backbone features of V views; texts [M, K, 384] unit vectors of K wordings;
-    draws: for each picture the texts it may be trained with (a repeated one is drawn more often);
-    meanings [M]: what a text means, a number; holds [N, A]: what a picture holds, padded with `NOTHING`;
-    share: how many of its pictures a step draws; chances [N]: how often each (None: all alike).
+    pictures [N, V, 1280]: backbone features of V views. texts [M, K, 384]: unit vectors of K wordings.
+    draws: per picture, the texts to draw from; a repeated text is drawn more often.
+    meanings [M]: the number of a text's meaning. holds [N, A]: the meanings of a picture, padded with `NOTHING`.
+    batch: pictures per step. weights [N]: of the draw of pictures; None draws all equally often.
     """
 
     name: str
@@ -53,13 +53,14 @@ class Source:
     draws: Sequence[Sequence[int]]
     meanings: Tensor
     holds: Tensor
-    share: int
-    chances: Tensor | None = None
+    batch: int
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Training:
-    """``noise``: in standard deviations of a feature. ``text_rate``: the text projection starts near its goal."""
+    """``noise``: in standard deviations of a feature. ``text_rate`` is small, since the text projection starts near its
+    goal. ``soft``, ``soft_temperature``: see `targets`."""
 
     steps: int = 600
     rate: float = 1e-3
@@ -74,7 +75,7 @@ class Training:
 
 
 class Projections(nn.Module):
-    """The part of the heads that learns: A, a, B, and the scale of the cosines."""
+    """The part of the heads that is trained: A, a, B, and the scale of the cosines."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
@@ -91,36 +92,36 @@ class Projections(nn.Module):
 
 
 def right(holds: Tensor, meanings: Tensor) -> Tensor:
-    """holds [b, A], meanings [c] -> bool [b, c]: does picture b hold what text c means?"""
+    """holds [b, A], meanings [c] -> bool [b, c]: is the meaning of text c among those of picture b?"""
     return (holds[:, None, :] == meanings[None, :, None]).any(-1)
 
 
 def targets(positive: Tensor, texts: Tensor, soft: float, temperature: float) -> Tensor:
-    """Where each row's probability belongs: [b, b], rows sum to 1.
+    """The target probabilities [b, b]; rows sum to 1.
 
-    ``1 - soft`` of it is shared equally by the right answers; ``soft`` goes to whatever text resembles the picture's
-    own (texts [b, 384] unit rows, row i drawn for picture i), because "a dog in snow" is not wrong for another
-    snowy dog. The teacher is the frozen text encoder (compare Andonian et al. 2022, arXiv 2204.02960).
+    The right answers share ``1 - soft`` equally. ``soft`` is spread by the similarity of texts to the picture's text
+    (texts [b, 384] unit rows, row i drawn for picture i), because "a dog in snow" also fits another snowy dog. The
+    teacher is the frozen text encoder (compare Andonian et al. 2022, arXiv 2204.02960).
     """
-    share = positive.to(texts.dtype)
-    share = share / share.sum(1, keepdim=True)
-    return (1 - soft) * share + soft * F.softmax(texts @ texts.T / temperature, dim=-1) if soft else share
+    hard = positive.to(texts.dtype)
+    hard = hard / hard.sum(1, keepdim=True)
+    return (1 - soft) * hard + soft * F.softmax(texts @ texts.T / temperature, dim=-1) if soft else hard
 
 
 def loss(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Mean of both directions' cross-entropy. logits, rows, columns [b, b]: pictures in rows; columns transposed."""
+    """The mean cross-entropy of both directions. logits, rows, columns [b, b]: pictures in rows; columns transposed."""
     return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
 
 
 class _Deck:
-    """One source, ready to be drawn from: ConSE vectors worked out, texts centred, meanings made unique."""
+    """One source with computed ConSE vectors, centred texts and meanings that are unique among sources."""
 
     def __init__(self, source: Source, heads: Heads, head: ImageHead, offset: int) -> None:
         self.source = source
         self.standard = (source.pictures - heads.feature_mean) / heads.feature_std
         with torch.inference_mode():
-            self.classes = torch.cat([head.inputs(part)[..., -WIDTH:] for part in source.pictures.split(512)])
-        self.classes = self.classes.clone()
+            self.classes = torch.cat([head.inputs(part)[..., -WIDTH:] for part in torch.split(source.pictures, 512)])
+        self.classes = self.classes.clone()  # a tensor of inference mode takes no part in autograd
         self.texts = source.texts - heads.text_centre
         self.counts = torch.tensor([len(row) for row in source.draws])
         widest = int(self.counts.max())
@@ -129,22 +130,24 @@ class _Deck:
         self.holds = torch.where(source.holds == NOTHING, NOTHING, source.holds + offset)
 
     def draw(self, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> inputs [b, 1664], centred texts [b, 384], meanings [b], holds [b, A]; no picture twice."""
+        """-> inputs [b, 1664], centred texts [b, 384], meanings [b], holds [b, A]. No picture is drawn twice."""
         count, views, _ = self.standard.shape
-        chances = torch.ones(count) if self.source.chances is None else self.source.chances
-        rows = torch.multinomial(chances, self.source.share, generator=generator)
+        weights = torch.ones(count) if self.source.weights is None else self.source.weights
+        rows = torch.multinomial(weights, self.source.batch, generator=generator)
         chance = torch.rand(3, len(rows), generator=generator)
         view = (chance[0] * views).long()
         text = self.draws[rows, (chance[1] * self.counts[rows]).long()]
         wording = (chance[2] * self.texts.shape[1]).long()
         standard = self.standard[rows, view]
-        shaken = standard + noise * torch.randn(standard.shape, generator=generator)
-        inputs = torch.cat([FEATURE_LENGTH * F.normalize(shaken, dim=-1), self.classes[rows, view]], dim=-1)
+        noisy = standard + noise * torch.randn(standard.shape, generator=generator)
+        inputs = torch.cat([FEATURE_LENGTH * F.normalize(noisy, dim=-1), self.classes[rows, view]], dim=-1)
         return inputs, self.texts[text, wording], self.meanings[text], self.holds[rows]
 
 
-def align(sources: Sequence[Source], start: Heads, training: Training, *, quiet: bool = False) -> tuple[Heads, dict]:
-    """-> the heads with projections trained from those of ``start``, and what happened (scale, losses)."""
+def align(
+    sources: Sequence[Source], start: Heads, training: Training, *, quiet: bool = False
+) -> tuple[Heads, dict[str, float]]:
+    """-> heads with projections trained from those of ``start``, and figures of the training (scale, losses)."""
     head = ImageHead(start, from_state(backbone_state()).classifier)
     decks, offset = [], 0
     for source in sources:
@@ -164,25 +167,25 @@ def _run(
     decks: Sequence[_Deck], model: Projections, training: Training, seed: int, quiet: bool
 ) -> tuple[Projections, list[float]]:
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # dropout knows no generator
-    slow = [model.text.weight]
-    fast = [p for p in model.parameters() if p is not model.text.weight]
-    groups = [{"params": fast, "lr": training.rate}, {"params": slow, "lr": training.text_rate}]
+    torch.manual_seed(seed)  # dropout takes no generator
+    others = [p for p in model.parameters() if p is not model.text.weight]
+    rates = [training.rate, training.text_rate]
+    groups = [{"params": p, "lr": rate} for p, rate in zip((others, [model.text.weight]), rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=training.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], total_steps=training.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=training.steps)
     losses = []
     bar = tqdm(range(training.steps), f"seed {seed}", unit="step", disable=quiet)
     for _ in bar:
         drawn = [deck.draw(training.noise, generator) for deck in decks]
-        inputs, texts, meanings = (torch.cat([one[part] for one in drawn]) for part in range(3))
+        inputs, texts, meanings = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:3])
         widest = max(holds.shape[1] for *_, holds in drawn)
-        holds = torch.cat([F.pad(one[3], (0, widest - one[3].shape[1]), value=NOTHING) for one in drawn])
+        holds = torch.cat([F.pad(holds, (0, widest - holds.shape[1]), value=NOTHING) for *_, holds in drawn])
         logits = model(F.dropout(inputs, training.dropout), texts, training.max_scale)
         positive, teacher = right(holds, meanings), F.normalize(texts, dim=-1)
         rows, columns = (targets(p, teacher, training.soft, training.soft_temperature) for p in (positive, positive.T))
         value = loss(logits, rows, columns)
         optimizer.zero_grad()
-        value.backward()
+        torch.autograd.backward(value)
         optimizer.step()
         schedule.step()
         losses.append(value.item())
@@ -190,42 +193,29 @@ def _run(
     return model, losses
 
 
-# Where sources come from
+# Sources
 
 
-def captioned(pictures: Tensor, texts: Tensor, per_picture: Sequence[int], share: int = 256) -> Source:
+def captioned(pictures: Tensor, texts: Tensor, per_picture: Sequence[int], batch: int = 256) -> Source:
     """Pictures [N, V, 1280] with ``per_picture`` captions each, their vectors [sum, 384] in order."""
     owner = torch.repeat_interleave(torch.arange(len(per_picture)), torch.tensor(per_picture))
     firsts = np.cumsum([0, *per_picture])
     draws = [range(first, first + count) for first, count in zip(firsts, per_picture, strict=False)]
-    return Source(
-        "captions",
-        pictures,
-        texts[:, None],
-        draws,
-        owner,
-        torch.arange(len(per_picture))[:, None],
-        min(share, len(per_picture)),
-    )
+    holds = torch.arange(len(per_picture))[:, None]
+    return Source("captions", pictures, texts[:, None], draws, owner, holds, min(batch, len(per_picture)))
 
 
-def named(pictures: Tensor, classes: Sequence[int], names: dict[str, Any], texts: Tensor, share: int = 384) -> Source:
+def named(pictures: Tensor, classes: Sequence[int], names: dict[str, Any], texts: Tensor, batch: int = 384) -> Source:
     """ImageNet pictures [N, V, 1280] with their class numbers; texts [M, K, 384]: each `bag_text` in K templates.
 
-    A class is named by itself, by synonyms and by WordNet hypernyms; each is right for whatever it is above.
+    The names of a class are its own, its synonyms and its WordNet hypernyms. A name matches each class below it.
     """
     synsets = sorted({*names["bag_synset"], *(synset for row in names["ancestors"] for synset in row)})
     number = {synset: index for index, synset in enumerate(synsets)}
-    above = [[number[synset] for synset in names["ancestors"][c]] for c in classes]
-    return Source(
-        "names",
-        pictures,
-        texts,
-        [names["class_bag"][c] for c in classes],
-        torch.tensor([number[synset] for synset in names["bag_synset"]]),
-        padded(above),
-        min(share, len(classes)),
-    )
+    holds = padded([[number[synset] for synset in names["ancestors"][c]] for c in classes])
+    draws = [names["class_bag"][c] for c in classes]
+    meanings = torch.tensor([number[synset] for synset in names["bag_synset"]])
+    return Source("names", pictures, texts, draws, meanings, holds, min(batch, len(classes)))
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -235,26 +225,25 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def cropped(
-    pictures: Tensor, categories: Sequence[int], means: Sequence[int], texts: Tensor, share: int = 96
+    pictures: Tensor, categories: Sequence[int], means: Sequence[int], texts: Tensor, batch: int = 96
 ) -> Source:
-    """Pictures of single objects [N, V, 1280] and their categories; texts [M, K, 384] and the category each means."""
-    draws = [[text for text, meant in enumerate(means) if meant == c] for c in categories]
-    share = min(share, len(categories))
-    owns = torch.tensor(categories)
-    return Source("crops", pictures, texts, draws, torch.tensor(means), owns[:, None], share, balanced(owns))
+    """Pictures of single objects [N, V, 1280] with their categories; texts [M, K, 384] with the category of each."""
+    draws = [[text for text, category in enumerate(means) if category == c] for c in categories]
+    holds, batch = torch.tensor(categories), min(batch, len(categories))
+    return Source("crops", pictures, texts, draws, torch.tensor(means), holds[:, None], batch, balanced(holds))
 
 
 def balanced(categories: Tensor) -> Tensor:
-    """[N] -> chances [N] by which every category is drawn equally often, however many pictures it has.
+    """[N] -> weights [N] that draw every category equally often, whatever its number of pictures.
 
-    Otherwise the names of frequent objects come to lie near everything: "car" was the answer to most airplanes.
+    Without them the names of frequent objects move near all pictures: "car" was the answer to most airplanes.
     """
     return 1 / torch.bincount(categories)[categories]
 
 
 def fresh(pictures: Tensor, captions: Tensor, names: Tensor) -> Heads:
-    """Heads to start from: features standardised over ``pictures`` [N, V, 1280], texts centred between captions
-    and class names, the text projection the identity, and the image projection mostly the ConSE vector itself.
+    """Heads to start from. Features are standardised over ``pictures`` [N, V, 1280]; texts are centred between captions
+    and class names. The text projection is the identity, and the image projection is nearly the ConSE vector.
     """
     centre = (captions.mean(0) + names.mean(0)) / 2
     flat = pictures.flatten(0, 1)
@@ -270,9 +259,9 @@ def recalls(heads: Heads, pictures: Tensor, texts: Tensor, owner: Tensor) -> dic
     with torch.inference_mode():
         images = head(pictures)
         similar = images @ F.normalize((texts - heads.text_centre) @ heads.text_weight.T, dim=-1).T
-    own = similar[owner, torch.arange(len(owner))]
-    text_rank = (similar > own).sum(0)
-    best = torch.full((len(pictures),), -2.0).scatter_reduce(0, owner, own, "amax")
+    pairs = similar[owner, torch.arange(len(owner))]
+    text_rank = (similar > pairs).sum(0)
+    best = torch.full((len(pictures),), -2.0).scatter_reduce(0, owner, pairs, "amax")
     image_rank = (similar > best[:, None]).sum(1)
     return {
         f"{name}@{k}": round(100 * float((rank < k).float().mean()), 1)
@@ -285,118 +274,113 @@ def recalls(heads: Heads, pictures: Tensor, texts: Tensor, owner: Tensor) -> dic
 
 
 def align_command(argv: list[str]) -> int:
-    """`calmclip align --captions FILE --images DIR`: heads for the built-in model from your own pairs."""
-    given = _parser().parse_args(argv)
-    given.command = " ".join(["calmclip align", *argv])
-    quiet = given.json or not sys.stderr.isatty()
-    result = train(given, quiet)
-    if given.json:
+    """`calmclip align --captions FILE --images DIR`: heads for the built-in model from pairs of the user."""
+    options = _parser().parse_args(argv)
+    options.command = " ".join(["calmclip align", *argv])
+    result = train(options, options.json or not sys.stderr.isatty())
+    if options.json:
         print(json.dumps(result, indent=2))
     else:
         print(f"wrote {result['heads']}; loss {result['training']['first_loss']} -> {result['training']['last_loss']}")
         for name, value in result["held_out"].items():
             print(f"  {name:18s} {value}")
-        where = given.out if given.out.is_absolute() else f"./{given.out}"  # "mini" alone is the built-in model
-        print(f"export it with: calmclip export {where}")
+        checkpoint = options.out if options.out.is_absolute() else f"./{options.out}"  # "mini" is the built-in model
+        print(f"export it with: calmclip export {checkpoint}")
     return 0
 
 
-def train(given: argparse.Namespace, quiet: bool) -> dict[str, Any]:
-    """Everything `align_command` does but printing."""
-    captions = read_captions(given.captions)
+def train(options: argparse.Namespace, quiet: bool) -> dict[str, Any]:
+    """Train and write the heads; -> the content of heads.json. Raises `BadRequest`."""
+    captions = read_captions(options.captions)
     files = sorted(captions)
-    if absent := [name for name in files if not (given.images / name).is_file()]:
-        raise BadRequest(f"{len(absent)} of {len(files)} pictures are not in {given.images}, for example {absent[0]}")
-    pictures = features.of_pictures([given.images / name for name in files], given.cache, quiet=quiet)
+    if absent := [name for name in files if not (options.images / name).is_file()]:
+        raise BadRequest(
+            f"{len(absent)} of {len(files)} pictures are not in {options.images}, for example {absent[0]}; --images is "
+            "the folder that the names in --captions are relative to"
+        )
+    pictures = features.of_pictures([options.images / name for name in files], options.cache, quiet=quiet)
     sentences = [text for name in files for text in captions[name]]
     texts = features.of_texts(sentences, quiet=quiet)
     per_picture = [len(captions[name]) for name in files]
     owner = torch.repeat_interleave(torch.arange(len(files)), torch.tensor(per_picture))
 
-    held = set(random.Random(0).sample(range(len(files)), min(given.held_out, len(files) // 2)))
-    seen = [i for i in range(len(files)) if i not in held]
-    keep = torch.tensor([int(o) not in held for o in owner])
-    sources = [captioned(pictures[seen], texts[keep], [per_picture[i] for i in seen])]
-    names = json.loads(given.names.read_text(encoding="utf-8")) if given.names else None
-    sources += _extra(given, names, quiet) if names else []
-    if given.fresh:
+    held = sorted(random.Random(0).sample(range(len(files)), min(options.held_out, len(files) // 2)))
+    trained = [i for i in range(len(files)) if i not in held]
+    of_trained = torch.tensor([int(i) not in held for i in owner])
+    sources = [captioned(pictures[trained], texts[of_trained], [per_picture[i] for i in trained])]
+    names = json.loads(options.names.read_text(encoding="utf-8")) if options.names else None
+    sources += _extra(options, names, quiet) if names else []
+    if options.fresh:
         if names is None:
-            raise BadRequest("--fresh needs --names FILE: the class names of which the ConSE table is made")
-        start = fresh(pictures[seen], texts[keep], features.of_texts(names["class_names"], quiet=quiet))
+            raise BadRequest("--fresh needs --names FILE: the ConSE table is built from its class names")
+        start = fresh(pictures[trained], texts[of_trained], features.of_texts(names["class_names"], quiet=quiet))
     else:
-        start = Heads.load(given.start)
-    training = Training(steps=given.steps, seeds=given.seeds)
-    heads, happened = align(sources, start, training, quiet=quiet)
+        start = Heads.load(options.start)
+    training = Training(steps=options.steps, seeds=options.seeds)
+    heads, figures = align(sources, start, training, quiet=quiet)
 
     result = {
-        "heads": str(given.out / SHIPPED.name),
-        "command": given.command,
+        "heads": str(options.out / SHIPPED.name),
+        "command": options.command,
         "data": {s.name: {"pictures": len(s.pictures), "texts": len(s.texts)} for s in sources},
         "settings": asdict(training),
-        "training": happened,
+        "training": figures,
         "held_out": {},
     }
     if held:
-        order = sorted(held)
-        place = {picture: row for row, picture in enumerate(order)}
-        owners = torch.tensor([place[int(o)] for o in owner if int(o) in held])
-        result["held_out"] = {"pictures": len(order), **recalls(heads, pictures[order, 0], texts[~keep], owners)}
-    given.out.mkdir(parents=True, exist_ok=True)
-    heads.save(given.out / SHIPPED.name, {"net": "mini", "scale": str(happened["scale"])})
-    (given.out / "heads.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        owners = torch.tensor([held.index(int(i)) for i in owner if int(i) in held])
+        result["held_out"] = {"pictures": len(held), **recalls(heads, pictures[held, 0], texts[~of_trained], owners)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    heads.save(options.out / SHIPPED.name, {"net": "mini", "scale": str(figures["scale"])})
+    (options.out / "heads.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def _extra(given: argparse.Namespace, names: dict[str, Any], quiet: bool) -> list[Source]:
-    """The other sources of the shipped heads: ImageNet pictures by class, and COCO crops, as cached features."""
-    found = []
-    if given.name_views:
-        cached = _cached(given.name_views)
-        found.append(named(cached.features, cached.numbers, names, _worded(names["bag_text"], names, quiet)))
-    if given.crops:
-        cached, own = _cached(given.crops), names["coco_names"]
-        texts = _worded([*own, *PEOPLE], names, quiet)
-        means = [*range(len(own)), *[own.index("person")] * len(PEOPLE)]
-        found.append(cropped(cached.features, cached.numbers, means, texts))
-    return found
+def _extra(options: argparse.Namespace, names: dict[str, Any], quiet: bool) -> list[Source]:
+    """The other sources of the shipped heads, from cached features: ImageNet pictures by class, and COCO crops."""
+    sources = []
+    if options.name_views:
+        pictures, numbers = _cached(options.name_views)
+        sources.append(named(pictures, numbers, names, _worded(names["bag_text"], names, quiet)))
+    if options.crops:
+        (pictures, numbers), categories = _cached(options.crops), names["coco_names"]
+        texts = _worded([*categories, *PEOPLE], names, quiet)
+        means = [*range(len(categories)), *[categories.index("person")] * len(PEOPLE)]
+        sources.append(cropped(pictures, numbers, means, texts))
+    return sources
 
 
 def _worded(labels: Sequence[str], names: dict[str, Any], quiet: bool) -> Tensor:
-    """[M, K, 384]: each label in every training template."""
+    """[M, K, 384]: each label in each training template."""
     templates = names["templates_train"]
     return torch.stack([features.of_texts([fill(t, x) for x in labels], quiet=quiet) for t in templates], 1)
 
 
-@dataclass(frozen=True)
-class _Cached:
-    features: Tensor  # [N, V, 1280]
-    numbers: list[int]  # class or category of each
+def _cached(file: Path) -> tuple[Tensor, list[int]]:
+    """Read an .npz: ``q`` uint8 [N, 1280] or [N, V, 1280] times ``scale`` [1280], and ``class_index`` or ``category``.
 
-
-def _cached(file: Path) -> _Cached:
-    """An .npz of backbone features: ``q`` uint8 [N, 1280] or [N, V, 1280] times ``scale`` [1280], and numbers."""
+    -> features [N, V, 1280], and the number of the class or category of each.
+    """
     with np.load(file, allow_pickle=False) as data:
-        found = torch.from_numpy(data["q"] * data["scale"])
+        pictures = torch.from_numpy(data["q"] * data["scale"])
         numbers = data["class_index"] if "class_index" in data else data["category"]
-    return _Cached(found if found.ndim == 3 else found[:, None], numbers.tolist())
+    return pictures if pictures.ndim == 3 else pictures[:, None], numbers.tolist()
 
 
 def _parser() -> argparse.ArgumentParser:
-    options = parser("align", "Train the projections of the built-in model on your own captioned pictures.")
+    options = parser("align", "Train the projections of the built-in model on captioned pictures.")
     options.add_argument("--captions", type=Path, required=True, help=f"JSON: {FORM}")
     options.add_argument("--images", type=Path, required=True, help="folder of the pictures")
     options.add_argument(
         "--out", type=Path, default=Path("checkpoints/own"), help="folder for heads.safetensors (default %(default)s)"
     )
-    options.add_argument("--start", type=Path, default=SHIPPED, help="heads to start from (default: those that ship)")
-    options.add_argument("--fresh", action="store_true", help="start from nothing; needs --names")
+    options.add_argument("--start", type=Path, default=SHIPPED, help="heads to start from (default: the shipped heads)")
+    options.add_argument("--fresh", action="store_true", help="start from new projections; needs --names")
     options.add_argument("--names", type=Path, help="JSON of class names, WordNet bags and templates")
-    options.add_argument(
-        "--name-views", type=Path, help=".npz of features of ImageNet pictures by class; needs --names"
-    )
-    options.add_argument("--crops", type=Path, help=".npz of features of COCO objects; needs --names")
-    options.add_argument("--held-out", type=int, default=0, help="pictures kept from training, to measure recall on")
+    options.add_argument("--name-views", type=Path, help=".npz: features of ImageNet pictures by class; needs --names")
+    options.add_argument("--crops", type=Path, help=".npz: features of COCO objects; needs --names")
+    options.add_argument("--held-out", type=int, default=0, help="pictures that measure recall instead of training")
     options.add_argument("--steps", type=int, default=Training.steps)
     options.add_argument("--seeds", type=int, default=Training.seeds, help="runs that are averaged")
-    options.add_argument("--cache", type=Path, help="folder that keeps the pictures' features for the next time")
+    options.add_argument("--cache", type=Path, help="folder for the pictures' features, which the next run reuses")
     return options

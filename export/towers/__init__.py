@@ -1,15 +1,16 @@
-"""Our torch modules of the towers, shaped so that their graphs are fast; everything a layout is translated to.
+"""The torch modules of towers, shaped so that their graphs are fast. Every layout is translated to them.
 
-A tower is made of its tensors (`State`: name -> tensor) and a `Style`, which says what shapes do not. Names:
+A tower is built from its tensors (`State`: name -> tensor) and a `Style`, which holds the settings that the shapes of
+tensors do not show. Names (``?``: optional):
 
     patch.weight  patch.bias?  cls?  positions  norm_pre?.*              image
-    tokens.weight  positions                                            text (more of BERT's kind: `bert`)
+    tokens.weight  positions                                            text (`bert` lists more)
     blocks.{i}.norm1.*  .attn.qkv.*  .attn.q_norm?.*  .attn.k_norm?.*  .attn.gate?.*  .attn.out.*
     blocks.{i}.norm2.*  .mlp.up.*  .mlp.down.*      or  .mlp.gate.weight  .mlp.experts.{e}.up.*  .down.*
     norm_post?.*  pool?.*  projection?.weight  projection?.bias
 
-A vector before the projection is what `pool` takes of the tokens. Where that is one token, the last block computes
-that token alone.
+`Style.pool` reduces the tokens to the vector that is projected. If it takes one token, the last block computes that
+token alone.
 """
 
 from collections.abc import Mapping
@@ -25,14 +26,16 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Style:
-    """What the shapes of its tensors do not say of a transformer.
+    """The settings of a transformer that the shapes of its tensors do not show.
 
     ``pool``: cls, first   token 0
-              eot          the first token with the id `end`; without `end` the one with the highest id
-              last         the last token of the context (its length is then fixed)
-              mean         of all tokens, after `norm_post`
+              eot          the first token with the id `end`; if `end` is None, the token with the highest id
+              last         the last token of the context, whose length is then fixed
+              mean         the mean of all tokens, after `norm_post`
               map          a learned query attends to all tokens (SigLIP)
               none         no pooling: all tokens, projected
+    ``top``: the number of experts per token, in a mixture of experts.
+    ``routed``: an expert computes only its own tokens, instead of all.
     """
 
     heads: int
@@ -42,13 +45,13 @@ class Style:
     causal: bool = False
     eps: float = 1e-5
     qk_eps: float = 1e-6
-    top: int = 2  # of a mixture of experts, how many a token goes to
-    routed: bool = False  # experts compute only the tokens that go to them, instead of all
+    top: int = 2
+    routed: bool = False
     attention: AttentionSpec = field(default_factory=AttentionSpec)
 
 
 class Part(dict[str, Tensor]):
-    """The tensors under a prefix, by what follows it; a `KeyError` names one in full."""
+    """The tensors whose names begin with a prefix, without it. A `KeyError` shows the full name."""
 
     def __init__(self, state: State, prefix: str) -> None:
         super().__init__({n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)})
@@ -63,6 +66,6 @@ def part(state: State, prefix: str) -> Part:
 
 
 def count(state: State, prefix: str) -> int:
-    """One more than the highest number that follows ``prefix``."""
+    """One more than the highest number that follows ``prefix`` in a name."""
     numbers = [int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix)]
     return max(numbers, default=-1) + 1

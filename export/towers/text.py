@@ -1,8 +1,8 @@
 """Text towers of CLIP's kind: ids int64 [B, T] -> unit vectors float32 [B, D]; of OPT's: -> logits of words [B, T, V].
 
-Source: Radford et al. 2021 (arXiv 2103.00020), section 2.4; OPT: Zhang et al. 2022 (arXiv 2205.01068). Causal and
-pooled at the end of the text, or not at all, what follows a token changes nothing: T may be as short as the longest
-text of a batch, and no mask is needed for what is padded on the right.
+Source: Radford et al. 2021 (arXiv 2103.00020), section 2.4; OPT: Zhang et al. 2022 (arXiv 2205.01068). A tower that is
+causal, and pooled at the end of the text or not at all, does not depend on the tokens after the end. So T may be the
+length of the longest text of a batch, and padding on the right needs no mask.
 """
 
 from dataclasses import replace
@@ -11,28 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from calmclip.export.towers import State, Style, part
-from calmclip.export.towers.transformer import Words, blocks, causal, projection, unit
+from calmclip.export.towers.modules import LayerNorm, Module, constant, unit
+from calmclip.export.towers.transformer import Kind, Words, blocks, causal, projection
 
 
-class TextTransformer(nn.Module):
-    def __init__(self, state: State, style: Style) -> None:
+class TextTransformer(Module):
+    """``mixer``: the class of blocks that do not attend; see `blocks`."""
+
+    def __init__(self, state: State, style: Style, mixer: Kind | None = None) -> None:
         super().__init__()
         self.style = style
         words, width = state["tokens.weight"].shape
         self.tokens = nn.Embedding(words, width)
         self.positions = nn.Parameter(torch.empty(state["positions"].shape[0], width))
-        self.blocks = blocks(part(state, "blocks."), style, width, one_token=style.pool in ("first", "eot", "last"))
-        self.norm_post = nn.LayerNorm(width, eps=style.eps)
+        one_token = style.pool in ("first", "eot", "last")
+        self.blocks = blocks(part(state, "blocks."), style, width, one_token=one_token, mixer=mixer)
+        self.norm_post = LayerNorm(width, eps=style.eps)
         self.projection = projection(state, width)
 
     def fold(self) -> None:
-        for block in self.blocks:
-            block.fold()
+        self.blocks.fold()
         if self.style.causal:
             self.triangle = nn.Buffer(causal(len(self.positions)), persistent=False)
 
     def mask(self, length: int) -> Tensor | None:
-        """[1, 1, T, T]: what is added to the logits."""
+        """[1, 1, T, T], added to the logits of attention."""
         if not self.style.causal:
             return None
         if "triangle" in self._buffers:
@@ -42,33 +45,31 @@ class TextTransformer(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
         mask = self.mask(ids.shape[1])
-        *most, last = self.blocks
-        for block in most:
-            x = block(x, mask)
+        x, last = self.blocks.before_last(x, mask)
         if self.style.pool == "mean":
             return unit(self.projection(self.norm_post(last(x, mask)).mean(dim=1)))
-        at = self.place(ids)
-        own = Pick(at)
-        row = None if mask is None else mask[0, 0][at][:, None, None]
-        return unit(self.projection(self.norm_post(last(x, own, row)).flatten(1)))
+        positions = self.pooled(ids)
+        pick = TokenAt(positions)
+        row = None if mask is None else mask[0, 0][positions][:, None, None]
+        return unit(self.projection(self.norm_post(last(x, row, pick)).flatten(1)))
 
-    def place(self, ids: Tensor) -> Tensor:
-        """[B]: where the token that is pooled stands in each row."""
+    def pooled(self, ids: Tensor) -> Tensor:
+        """[B]: the position of the pooled token in each row."""
         match self.style:
             case Style(pool="eot", end=None):
                 return ids.argmax(dim=-1)
-            case Style(pool="eot", end=end):
-                return (ids == end).int().argmax(dim=-1)
+            case Style(pool="eot", end=int(end)):
+                return torch.eq(ids, end).int().argmax(dim=-1)
             case Style(pool="last"):
                 return torch.full_like(ids[:, 0], ids.shape[1] - 1)
         return torch.zeros_like(ids[:, 0])
 
 
 class CausalLM(TextTransformer):
-    """Which word comes next: logits float32 [B, T, V].
+    """Predicts the next word: logits float32 [B, T, V].
 
-    ``offset``: the position of a row's first token in the table. The logits are those of ``words.weight``, where it is,
-    else of the table of tokens.
+    ``offset``: the position of a row's first token in the table of positions. Logits come from ``words.weight``; if
+    ``state`` has none, from the table of token embeddings.
     """
 
     def __init__(self, state: State, style: Style, offset: int = 0) -> None:
@@ -77,23 +78,22 @@ class CausalLM(TextTransformer):
         self.words = Words(part(state, "words."), self.tokens)
 
     def fold(self) -> None:
-        self.positions, self.offset = nn.Parameter(self.positions[self.offset :], requires_grad=False), 0
-        self.words.fold(self.tokens.weight.detach().clone())
+        self.positions, self.offset = constant(self.positions[self.offset :]), 0
+        self.words.fold(self.tokens.weight)
         super().fold()
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
-        x, mask = self.tokens(ids) + self.positions[self.offset : self.offset + length], self.mask(length)
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.words(self.norm_post(x), self.tokens.weight)
+        embeddings, mask = self.tokens(ids) + self.positions[self.offset : self.offset + length], self.mask(length)
+        x, last = self.blocks.before_last(embeddings, mask)
+        return self.words(self.norm_post(last(x, mask)), self.tokens.weight)
 
 
-class Pick:
-    """x [B, T, W] -> [B, 1, W]: of each row the token at ``at`` [B]."""
+class TokenAt:
+    """x [B, T, W] -> [B, 1, W]: the token at ``positions`` [B] of each row."""
 
-    def __init__(self, at: Tensor) -> None:
-        self.at = at[:, None, None]
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions[:, None, None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.gather(1, self.at.expand(-1, 1, x.shape[-1]))
+        return x.gather(1, self.positions.expand(-1, 1, x.shape[-1]))

@@ -1,10 +1,13 @@
-"""Pre-norm transformer blocks: q, k and v from one product, the scale of attention folded into its weights.
+"""Pre-norm transformer blocks. One product computes q, k and v; the scale of attention is folded into its weights.
 
 Source: Vaswani et al. 2017 (arXiv 1706.03762); pre-norm: Radford et al. 2021 (arXiv 2103.00020), section 2.4;
 norms of q and k: Dehghani et al. 2023 (arXiv 2302.05442); experts: CLIP-MoE, Zhang et al. 2024 (arXiv 2409.19291).
 
-Tokens are float32 [B, T, W]. A mask is float32, added to the logits [B, H, T, T]: 0, or -inf for what is not seen.
+Tokens are float32 [B, T, W]. A mask is float32 and is added to the logits [B, H, T, T]: 0, or -inf for hidden tokens.
 """
+
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +15,20 @@ from torch.nn import functional as F
 
 from calmclip.export.towers import State, Style, count, part
 from calmclip.export.towers.attention import Gate, Softmax
+from calmclip.export.towers.modules import Identity, LayerNorm, Linear, Module, constant, first, rows
+
+Pick = Callable[[Tensor], Tensor]  # x [B, T, W] -> [B, 1, W]: one token of each row
+Mask = Tensor | None  # added to the logits of attention
+Kind = type[Module]  # of a block
+Kinds = tuple[Kind, Kind]  # of all blocks but the last, and of the last
 
 
-class QuickGELU(nn.Module):
+class QuickGELU(Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "quick_gelu": QuickGELU,
@@ -27,32 +36,29 @@ ACTIVATIONS = {
 }
 
 
-def linear(state: State, name: str, inputs: int, outputs: int | None = None, *, bias: bool = True) -> nn.Linear:
-    """An empty layer; as many outputs as ``state`` has for ``name`` where that is free."""
-    return nn.Linear(inputs, outputs or state[f"{name}.weight"].shape[0], bias=bias)
+def linear(state: State, name: str, inputs: int, outputs: int | None = None, *, bias: bool = True) -> Linear:
+    """A layer without values yet. ``outputs``: None is the number of outputs that ``name`` has in ``state``."""
+    return Linear(inputs, outputs or state[f"{name}.weight"].shape[0], bias=bias)
 
 
-def projection(state: State, width: int) -> nn.Module:
-    """What makes vectors of the pooled token: with or without a bias, or nothing."""
-    if "projection.weight" not in state:
-        return nn.Identity()
-    return linear(state, "projection", width, bias="projection.bias" in state)
+def norm(state: State, name: str, width: int, eps: float) -> LayerNorm | Identity:
+    return LayerNorm(width, eps=eps) if f"{name}.weight" in state else Identity()
+
+
+def projection(state: State, width: int) -> Linear | Identity:
+    """The layer that turns the pooled token into the vector, with or without a bias."""
+    bias = "projection.bias" in state
+    return linear(state, "projection", width, bias=bias) if "projection.weight" in state else Identity()
 
 
 PLAIN = Softmax()
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None,
-    softmax: Softmax = PLAIN,
-    gate: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Mask = None, softmax: Softmax = PLAIN, gate: Tensor | None = None
 ) -> Tensor:
     """q [B, S, W], already scaled, and k, v [B, T, W]; ``gate`` [B, H, S, 1] -> [B, S, W]."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (torch.unflatten(x, -1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     logits = q @ k.transpose(-1, -2)
     if mask is not None:
         logits = logits + mask
@@ -62,8 +68,8 @@ def attend(
     return answers.transpose(1, 2).flatten(-2)
 
 
-class Attention(nn.Module):
-    """As it is trained, and once folded as it is traced."""
+class Attention(Module):
+    """Attention in two forms: for training, and after `fold` for tracing."""
 
     attends = 1  # Softmax ops in its graph
 
@@ -71,24 +77,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.softmax = style.heads, style.attention.softmax
         self.scale, self.gate_scale = (width // style.heads) ** -0.5, style.attention.gate_scale
-        own = part(state, "gate.")
-        self.gate = Gate(own, style.heads, width) if own else None
+        gate = part(state, "gate.")
+        self.gate = Gate(gate, style.heads, width) if gate else None
         self.qkv = linear(state, "qkv", width, 3 * width)
         self.out = linear(state, "out", width, width)
-        self.normed = "q_norm.weight" in state
-        if self.normed:  # over each head
-            self.q_norm = nn.LayerNorm(width // style.heads, eps=style.qk_eps)
-            self.k_norm = nn.LayerNorm(width // style.heads, eps=style.qk_eps)
+        self.qk_norm = "q_norm.weight" in state
+        if self.qk_norm:  # per head
+            self.q_norm = LayerNorm(width // style.heads, eps=style.qk_eps)
+            self.k_norm = LayerNorm(width // style.heads, eps=style.qk_eps)
 
     def fold(self) -> None:
-        """The scale d^-1/2 of the logits goes into what makes q, that of a gate and a gate that is the same for every
-        token into the layer behind it. Once, when the weights are in."""
-        width = self.qkv.out_features // 3
-        layers = [(self.q_norm, width)] if self.normed else [(self.qkv, width)]
-        for layer, rows in layers:
-            layer.weight = _scaled(layer.weight, rows, self.scale)
-            if layer.bias is not None:
-                layer.bias = _scaled(layer.bias, rows, self.scale)
+        """Fold the scale d^-1/2 of the logits into the layer that computes q. Fold the gate's scale, and a gate that is
+        the same for every token, into ``out``. Call it once, after the weights are loaded."""
+        width = self.out.in_features
+        layer = self.q_norm if self.qk_norm else self.qkv
+        layer.weight, layer.bias = (_scaled(tensor, width, self.scale) for tensor in (layer.weight, layer.bias))
         self.scale = 1.0
         if self.gate is not None:
             gain = self.out.weight.new_full((width,), self.gate_scale)
@@ -97,25 +100,25 @@ class Attention(nn.Module):
                 self.gate = None
             else:
                 self.gate.fold()
-            self.out.weight = nn.Parameter(self.out.weight * gain, requires_grad=False)
+            self.out.weight = constant(self.out.weight * gain)
         self.gate_scale = 1.0
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return self.mix(q, k, v, mask, x)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
-        """``x``: what q was made of, by which a gate decides."""
-        if self.normed:
-            q = self.q_norm(q.unflatten(-1, (self.heads, -1))).flatten(-2)
-            k = self.k_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, x: Tensor) -> Tensor:
+        """``x``: the tokens that q was computed from; the gate reads them."""
+        if self.qk_norm:
+            q = self.q_norm(torch.unflatten(q, -1, (self.heads, -1))).flatten(-2)
+            k = self.k_norm(torch.unflatten(k, -1, (self.heads, -1))).flatten(-2)
         q = q if self.scale == 1.0 else q * self.scale
         gate = None if self.gate is None else self.gate(x)
         gate = gate if gate is None or self.gate_scale == 1.0 else gate * self.gate_scale
         return self.out(attend(q, k, v, self.heads, mask, self.softmax, gate))
 
 
-class MLP(nn.Module):
+class MLP(Module):
     def __init__(self, state: State, style: Style, width: int) -> None:
         super().__init__()
         self.up, self.act = linear(state, "up", width), ACTIVATIONS[style.activation]()
@@ -125,11 +128,11 @@ class MLP(nn.Module):
         return self.down(self.act(self.up(x)))
 
 
-class Experts(nn.Module):
-    """p = softmax(gate(x)) over experts; the `top` best, renormalised to sum 1, mix their answers.
+class Experts(Module):
+    """p = softmax(gate(x)) over experts. The answers of the ``top`` best are summed with p, renormalized to sum 1.
 
-    Dense: every expert answers every token, and what was not chosen counts 0. Routed: an expert's tokens are gathered,
-    answered and added where they belong. Both are exact.
+    Dense: every expert computes every token, and the others have the weight 0. Routed: an expert computes only its own
+    tokens, which are gathered and added back. Both are exact.
     """
 
     def __init__(self, state: State, style: Style, width: int) -> None:
@@ -140,28 +143,30 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(MLP(part(state, f"experts.{e}."), style, width) for e in range(number))
 
     def forward(self, x: Tensor) -> Tensor:
-        chances = self.gate(x).softmax(dim=-1)
-        best, which = chances.topk(self.top, dim=-1)
+        probabilities = self.gate(x).softmax(dim=-1)
+        best, indices = probabilities.topk(self.top, dim=-1)
         best = best / best.sum(dim=-1, keepdim=True)
-        weights = torch.zeros_like(chances).scatter(-1, which, best)
+        weights = torch.zeros_like(probabilities).scatter(-1, indices, best)
         if self.routed:
             return self.route(x.flatten(0, 1), weights.flatten(0, 1)).reshape(x.shape)
-        return sum(weights[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))  # type: ignore[return-value]
+        return cast(Tensor, sum(weights[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts)))
 
     def route(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x [N, W], weights [N, E], 0 for what was not chosen -> [N, W]."""
-        found = torch.zeros_like(x)
+        """x [N, W], weights [N, E] with 0 for the experts that are not chosen -> [N, W]."""
+        total = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
-            own = weights[:, e].nonzero()[:, 0]
-            answers = expert(x.index_select(0, own)) * weights[:, e].index_select(0, own)[:, None]
-            found = found.index_add(0, own, answers)
-        return found
+            routed = weights[:, e].nonzero()[:, 0]
+            answers = expert(x.index_select(0, routed)) * weights[:, e].index_select(0, routed)[:, None]
+            total = total.index_add(0, routed, answers)
+        return total
 
 
-class Block(nn.Module):
+class Block(Module):
+    """x' = x + attention(norm1(x)); x' + mlp(norm2(x'))."""
+
     def __init__(self, state: State, style: Style, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=style.eps), nn.LayerNorm(width, eps=style.eps)
+        self.norm1, self.norm2 = LayerNorm(width, eps=style.eps), LayerNorm(width, eps=style.eps)
         self.attn = Attention(part(state, "attn."), style, width)
         mixture = "mlp.gate.weight" in state
         self.mlp = (Experts if mixture else MLP)(part(state, "mlp."), style, width)
@@ -169,16 +174,24 @@ class Block(nn.Module):
     def fold(self) -> None:
         self.attn.fold()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
+        return self.finish(x, self.attn(self.read(x), mask))
+
+    def read(self, x: Tensor) -> Tensor:
+        """The input of attention."""
+        return self.norm1(x)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's answer, from x and the answer of attention."""
+        x = x + attended
         return x + self.mlp(self.norm2(x))
 
 
 class LastBlock(Block):
-    """The last block for one token a row: of the others only k and v are needed.
+    """The last block, for one token per row. The other tokens need k and v only.
 
-    ``own(x) -> [B, 1, W]`` takes that token, ``mask`` is its row. Equal to `Block`, then ``own``; which is what it does
-    until it is folded.
+    ``pick`` takes that token, and ``mask`` is its row. The answer [B, 1, W] equals `Block`, then ``pick``; before
+    `fold` that is how it is computed.
     """
 
     folded = False
@@ -190,29 +203,51 @@ class LastBlock(Block):
         del self.attn.qkv
         self.folded = True
 
-    def forward(self, x: Tensor, own, mask: Tensor | None = None) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(self, x: Tensor, mask: Mask = None, pick: Pick = first) -> Tensor:
         if not self.folded:
-            return own(super().forward(x, mask))
-        k, v = self.kv(self.norm1(x)).chunk(2, dim=-1)
-        x = own(x)
-        seen = self.norm1(x)
-        x = x + self.attn.mix(self.q(seen), k, v, mask, seen)
-        return x + self.mlp(self.norm2(x))
+            return pick(super().forward(x, mask))
+        k, v = self.kv(self.read(x)).chunk(2, dim=-1)
+        x = pick(x)
+        inputs = self.read(x)
+        return self.finish(x, self.attn.mix(self.q(inputs), k, v, mask, inputs))
+
+
+class Blocks(nn.ModuleList):
+    """Blocks in order. Each is called with the tokens and the mask."""
+
+    def fold(self) -> None:
+        block: Any
+        for block in self:
+            block.fold()
+
+    def before_last(self, x: Tensor, mask: Mask = None) -> tuple[Tensor, Callable[..., Tensor]]:
+        """The input of the last block, and that block."""
+        *others, last = self
+        for block in others:
+            x = block(x, mask)
+        return x, last
 
 
 def blocks(
-    state: State, style: Style, width: int, *, one_token: bool, kinds: tuple[type[Block], type[Block]] | None = None
-) -> nn.ModuleList:
-    """``state`` holds {i}.norm1.weight and so on. ``one_token``: the last is of the second of ``kinds``."""
-    usual, last = kinds or (Block, LastBlock)
-    number = count(state, "")
-    made = [usual] * (number - 1) + [last if one_token else usual]
-    return nn.ModuleList(kind(part(state, f"{i}."), style, width) for i, kind in enumerate(made[:number]))
+    state: State,
+    style: Style,
+    width: int,
+    one_token: bool,
+    kinds: Kinds = (Block, LastBlock),
+    mixer: Kind | None = None,
+) -> Blocks:
+    """``state`` holds {i}.norm1.weight and so on. ``one_token``: the last block is of the second of ``kinds``. A block
+    with the tensor mix.scale is of the class ``mixer``."""
+    parts = [part(state, f"{i}.") for i in range(count(state, ""))]
+    classes = [kinds[0]] * (len(parts) - 1) + [kinds[one_token]]
+    classes = [
+        mixer if mixer and "mix.scale" in tensors else kind for tensors, kind in zip(parts, classes, strict=False)
+    ]
+    return Blocks(kind(tensors, style, width) for tensors, kind in zip(parts, classes, strict=True))
 
 
-class Words(nn.Module):
-    """x [B, T, W] -> a logit for each word, [B, T, V], by rows of its own or by the table that the words are read
-    from."""
+class Words(Module):
+    """x [B, T, W] -> a logit for each word, [B, T, V], by its own weights or by the table of token embeddings."""
 
     def __init__(self, state: State, tokens: nn.Embedding) -> None:
         super().__init__()
@@ -220,31 +255,17 @@ class Words(nn.Module):
         self.bias = nn.Parameter(torch.empty(tokens.num_embeddings)) if "bias" in state else None
 
     def fold(self, table: Tensor) -> None:
-        """The rows as their own, for a quantizer to round apart from those that are looked up."""
-        self.weight = nn.Parameter(table if self.weight is None else self.weight, requires_grad=False)
+        """Copy the table, so that a quantizer rounds these weights apart from the embeddings."""
+        self.weight = constant(table.clone() if self.weight is None else self.weight)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         return F.linear(x, table if self.weight is None else self.weight, self.bias)
 
 
 def causal(context: int) -> Tensor:
-    """[1, 1, C, C]: no token sees one that follows it."""
+    """The mask [1, 1, C, C] that hides the tokens after each token."""
     return torch.full((context, context), -torch.inf).triu(1)[None, None]
 
 
 def _scaled(weights: Tensor, rows: int, scale: float) -> nn.Parameter:
-    return nn.Parameter(torch.cat([weights[:rows] * scale, weights[rows:]]), requires_grad=False)
-
-
-def rows(layer: nn.Linear, first: int, last: int) -> nn.Linear:
-    """A layer of its own that answers outputs ``first`` to ``last``."""
-    with torch.device("meta"):
-        part = nn.Linear(layer.in_features, last - first, bias=layer.bias is not None)
-    part.weight = nn.Parameter(layer.weight[first:last].clone(), requires_grad=False)
-    if layer.bias is not None:
-        part.bias = nn.Parameter(layer.bias[first:last].clone(), requires_grad=False)
-    return part
-
-
-def unit(rows: Tensor) -> Tensor:
-    return F.normalize(rows, dim=-1)
+    return constant(torch.cat([weights[:rows] * scale, weights[rows:]]))

@@ -21,25 +21,21 @@ def train_command(argv: list[str]) -> int:
     from calmclip.export.training.start import student
     from calmclip.export.training.write import write
 
-    options = parser(
-        "train", "Train a net that is to be quantized, new or from a checkpoint; goes on where it stopped."
-    )
+    options = parser("train", "Train a net for quantization, new or from a checkpoint; resumes where it stopped.")
     options.add_argument("objective", choices=typing.get_args(Training.model_fields["objective"].annotation))
-    options.add_argument("--out", type=Path, required=True, help="a directory: the checkpoint, the log, the state")
-    options.add_argument("--settings", type=Path, help="TOML file of what follows; flags go before it")
+    options.add_argument("--out", type=Path, required=True, help="directory of the checkpoint, the log and the state")
+    options.add_argument("--settings", type=Path, help="TOML file with the settings below; a flag overrides it")
     options.add_argument("--threads", type=positive, help="default: one per core")
     _flags(options)
-    given = vars(options.parse_args(argv))
-    if given["threads"]:
-        torch.set_num_threads(given["threads"])
-    said = _toml(given["settings"]) | {
-        name: given[name] for name in Training.model_fields if given.get(name) is not None
-    }
-    settings = training(**said)
-    made = student(settings, given["out"])
-    line = train(made.task, settings, given["out"])
-    write(made, given["out"])
-    emit(given["json"], {"directory": str(given["out"]), **line}, _said)
+    args = options.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    flags = {name: value for name, value in vars(args).items() if name in Training.model_fields and value is not None}
+    settings = training(**_toml(args.settings) | flags)
+    trained = student(settings, args.out)
+    line = train(trained.task, settings, args.out)
+    write(trained, args.out)
+    emit(args.json, {"directory": str(args.out), **line}, _show)
     return 0
 
 
@@ -49,19 +45,21 @@ def demonstrate_command(argv: list[str]) -> int:
 
     options = parser("demonstrate", "Train vanilla, clipped and gated nets, quantize them, and compare.")
     options.add_argument("recipe", choices=tuple(RECIPES))
-    options.add_argument("--out", type=Path, default=Path("demonstration"), help="everything; gone on with")
-    options.add_argument("--text", type=Path, help="in place of the dictionary: one document a line")
-    options.add_argument("--jobs", type=positive, help="trainings at a time, one thread each; default: one per core")
-    given = options.parse_args(argv)
-    say = (lambda line: None) if given.json else (lambda line: print(line, flush=True))
-    made = demonstrate(given.recipe, given.out, text=given.text, jobs=given.jobs, say=say)
-    results = json.loads((given.out / "results.json").read_text(encoding="utf-8"))
-    emit(given.json, {"table": made, "results": results}, lambda value: print(value["table"], end=""))
+    options.add_argument(
+        "--out", type=Path, default=Path("demonstration"), help="directory of all files; an interrupted run resumes"
+    )
+    options.add_argument("--text", type=Path, help="text instead of the dictionary: one document a line")
+    options.add_argument("--jobs", type=positive, help="concurrent trainings, one thread each; default: one per core")
+    args = options.parse_args(argv)
+    log = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
+    table = demonstrate(args.recipe, args.out, text=args.text, jobs=args.jobs, log=log)
+    results = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
+    emit(args.json, {"table": table, "results": results}, lambda value: print(value["table"], end=""))
     return 0
 
 
 def _flags(options: ArgumentParser) -> None:
-    """One for each field of `Training`."""
+    """One flag for each field of `Training`."""
     for name, field in Training.model_fields.items():
         if name == "objective":
             continue
@@ -77,9 +75,9 @@ def _flags(options: ArgumentParser) -> None:
 
 
 def _kind(annotation: Any) -> Any:
-    """What a flag's word becomes: of ``X | None`` and ``Annotated[X, …]`` it is X."""
+    """The type of a flag's value: X for ``X | None`` and for ``Annotated[X, …]``."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
+        annotation = next(member for member in typing.get_args(annotation) if member is not type(None))
     return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
 
 
@@ -89,10 +87,10 @@ def _toml(file: Path | None) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadRequest(f"settings {file} cannot be read: {error}") from None
+        raise BadRequest(f"settings {file} cannot be read ({error}); expected a TOML file") from None
 
 
-def _said(value: dict[str, Any]) -> None:
+def _show(value: dict[str, Any]) -> None:
     figures = ", ".join(f"{key} {number}" for key, number in value.items() if key not in ("directory", "step"))
     print(f"{value['directory']}: {value.get('step', 0)} steps, {figures}")
     print(f"calmclip export {value['directory']}")

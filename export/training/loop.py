@@ -1,5 +1,5 @@
-"""The loop: steps of AdamW, a log, a state to go on from. A step's draw hangs on the seed and its number alone, so a
-training that was stopped and goes on ends with the same weights.
+"""The loop: steps of AdamW, a log, a state to resume from. The random draw of a step depends on the seed and the step's
+number only, so a training that stops and resumes ends with the same weights.
 
 Source: Loshchilov and Hutter 2017 (arXiv 1711.05101).
 """
@@ -7,7 +7,7 @@ Source: Loshchilov and Hutter 2017 (arXiv 1711.05101).
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,10 @@ from calmclip.models.errors import BadRequest, ExportError
 
 
 def train(task: Task, settings: Training, out: Path, *, until: int | None = None) -> dict[str, Any]:
-    """Train ``task.module`` in place; -> the last line of the log. ``out`` holds LOG, and STATE until all is done.
+    """Train ``task.module`` in place; -> the last line of the log. ``out`` holds LOG and STATE.
 
-    Goes on where a state lies in ``out``. ``until``: stop there, as if interrupted. Raises `BadRequest` where the state
-    is of other settings, `ExportError` where the loss is no longer a number.
+    Resumes from a state in ``out``. ``until``: stop after so many steps, as if interrupted. Raises `BadRequest` if the
+    state has other settings, `ExportError` if the loss or a figure is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
     module, optimizer = task.module, _optimizer(task.module, settings)
@@ -46,24 +46,18 @@ def train(task: Task, settings: Training, out: Path, *, until: int | None = None
         batch = task.batch(np.random.default_rng((settings.seed, step)))
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16):
             loss = task.loss(batch)
-        if not loss.isfinite():
-            raise ExportError(
-                f"the loss is {float(loss.detach())} at step {step + 1}; a smaller rate or a longer warmup may help"
-            )
+        _check({"the loss": float(loss.detach())}, step)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
         optimizer.step()
         if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
             module.eval()
-            with torch.inference_mode(), outliers(module) as seen:
+            with torch.inference_mode(), outliers(module) as outlier_figures:
                 measured = task.measure()
             module.train()
-            figures = {**measured, **seen()}
-            if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
-                raise ExportError(
-                    f"{odd[0]} is {figures[odd[0]]} at step {step + 1}; a smaller rate or a longer warmup may help"
-                )
+            figures = {**measured, **outlier_figures()}
+            _check(figures, step)
             line = {
                 "step": step + 1,
                 "seconds": round(perf_counter() - start, 1),
@@ -77,6 +71,12 @@ def train(task: Task, settings: Training, out: Path, *, until: int | None = None
     return line
 
 
+def _check(figures: Mapping[str, float], step: int) -> None:
+    """Raises `ExportError` if a figure is not finite."""
+    if name := next((name for name, value in figures.items() if not math.isfinite(value)), None):
+        raise ExportError(f"{name} is {figures[name]} at step {step + 1}; a smaller rate or a longer warmup may help")
+
+
 def _optimizer(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
     decayed = {
         f"{prefix}.{name}".lstrip(".")
@@ -85,71 +85,69 @@ def _optimizer(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
         if not name.endswith("bias") and (settings.decay_norms or not isinstance(part, nn.LayerNorm))
     }
     groups = [
-        {"params": [p for name, p in module.named_parameters() if (name in decayed) == yes], "weight_decay": decay}
-        for yes, decay in ((True, settings.decay), (False, 0.0))
+        {"params": [p for name, p in module.named_parameters() if (name in decayed) == decays], "weight_decay": decay}
+        for decays, decay in ((True, settings.decay), (False, 0.0))
     ]
     return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, settings.beta2), fused=True)
 
 
 def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, settings: Training, out: Path) -> tuple[int, float]:
-    """-> steps that are done, and the seconds they took."""
+    """-> the number of finished steps, and their seconds."""
     if not (out / STATE).is_file():
         (out / LOG).unlink(missing_ok=True)
         return 0, 0.0
     try:
-        found = torch.load(out / STATE, weights_only=True)
-        kept = [line for line in _lines(out) if line["step"] <= found["step"]]
-    except Exception as error:  # whatever torch raises, or a log that is not ours
+        state = torch.load(out / STATE, weights_only=True)
+        lines = [line for line in _lines(out) if line["step"] <= state["step"]]
+    except Exception as error:  # any error of torch, or a log of another program
         raise BadRequest(
-            f"{out / STATE} and {LOG} beside it cannot be gone on from ({one_line(error)}); delete them to begin anew"
+            f"{out / STATE} and {LOG} beside it cannot be read ({one_line(error)}); delete both to start again"
         ) from None
-    if found["settings"] != settings.model_dump_json():
-        raise BadRequest(
-            f"{out / STATE} is of a training with other settings; go on with those, or choose another --out"
-        )
-    module.load_state_dict(found["module"])
-    optimizer.load_state_dict(found["optimizer"])
-    (out / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-    return found["step"], found["seconds"]
+    if state["settings"] != settings.model_dump_json():
+        raise BadRequest(f"{out / STATE} is of a training with other settings; use those, or choose another --out")
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    (out / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return state["step"], state["seconds"]
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:
-    whole = (out / LOG).read_text(encoding="utf-8").split("\n")[:-1]  # one that was cut off has no end
-    return [json.loads(line) for line in whole]
+    complete = (out / LOG).read_text(encoding="utf-8").split("\n")[:-1]  # an interrupted write has no line end
+    return [json.loads(line) for line in complete]
 
 
 def _save(
     module: nn.Module, optimizer: torch.optim.Optimizer, settings: Training, step: int, seconds: float, out: Path
 ) -> None:
-    """Whole or not at all."""
+    """Write the state atomically."""
     state = {"settings": settings.model_dump_json(), "step": step, "seconds": seconds}
     torch.save({**state, "module": module.state_dict(), "optimizer": optimizer.state_dict()}, out / f"{STATE}.new")
     os.replace(out / f"{STATE}.new", out / STATE)
 
 
 @contextmanager
-def outliers(module: nn.Module) -> Iterator[Any]:
-    """While it is open the outliers of what each block's MLP answers and of what each block answers or, where a norm
-    follows the sum, of that sum are watched; -> a function that says them. `calmclip.export.outliers` measures more."""
+def outliers(module: nn.Module) -> Iterator[Callable[[], dict[str, float]]]:
+    """Measure outliers while the context is open, in the outputs of each block and of its MLP, and in the sum that its
+    second norm reads; -> a function that returns the figures. `calmclip.export.outliers` measures more."""
     norms: dict[str, list[Tensor]] = {}
     kurtoses: dict[str, list[Tensor]] = {}
 
-    def see(name: str, values: Tensor) -> None:
+    def record(name: str, values: Tensor) -> None:
         flat = values.detach().double().flatten(1)
-        apart = flat - flat.mean(dim=1, keepdim=True)
+        centred = flat - flat.mean(dim=1, keepdim=True)
         norms.setdefault(name, []).append(flat.abs().amax(dim=1))
-        kurtoses.setdefault(name, []).append((apart**4).mean(dim=1) / (flat.std(dim=1) ** 4 + 1e-6))
+        kurtoses.setdefault(name, []).append((centred**4).mean(dim=1) / (flat.std(dim=1) ** 4 + 1e-6))
 
     hooks = []
     for name, block in module.named_modules():
         if isinstance(block, Block):
             hooks += [
-                block.mlp.register_forward_hook(partial(_answered, see, f"{name}.mlp")),
-                block.norm2.register_forward_pre_hook(partial(_read, see, f"{name}.norm2")),
-                block.register_forward_hook(partial(_answered, see, name)),
+                block.mlp.register_forward_hook(partial(_output, record, f"{name}.mlp")),
+                block.norm2.register_forward_pre_hook(partial(_input, record, f"{name}.norm2")),
+                block.register_forward_hook(partial(_output, record, name)),
             ]
 
-    def said() -> dict[str, float]:
+    def figures() -> dict[str, float]:
         largest = [float(torch.cat(parts).mean()) for parts in norms.values()]
         peaks = [float(torch.cat(parts).mean()) for parts in kurtoses.values()]
         return {
@@ -159,15 +157,15 @@ def outliers(module: nn.Module) -> Iterator[Any]:
         }
 
     try:
-        yield said
+        yield figures
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _answered(see: Any, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-    see(name, output)
+def _output(record: Any, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    record(name, output)
 
 
-def _read(see: Any, name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
-    see(name, inputs[0])
+def _input(record: Any, name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:
+    record(name, inputs[0])

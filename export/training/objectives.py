@@ -1,20 +1,22 @@
-"""What is learned. A `Task` draws batches, says what one costs, and measures on what was held out.
+"""The tasks of training. A `Task` draws batches, computes the loss of a batch, and measures on held-out data.
 
-mlm          masked words; cross-entropy of those asked for        Devlin et al. 2018 (arXiv 1810.04805)
+mlm          masked words; cross-entropy of the words to predict   Devlin et al. 2018 (arXiv 1810.04805)
 clm          the next token                                        Radford et al. 2018
 classes      the class of a picture                                Dosovitskiy et al. 2020 (arXiv 2010.11929)
-contrastive  which caption is whose picture, both ways             Radford et al. 2021 (arXiv 2103.00020)
+contrastive  pairs of picture and caption, in both directions      Radford et al. 2021 (arXiv 2103.00020)
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calmclip.export.towers.bert import MaskedLM
 from calmclip.export.training.data import Pictures, shifted
 from calmclip.export.training.settings import Training
 from calmclip.models.errors import BadRequest
@@ -22,13 +24,14 @@ from calmclip.models.flow import Array
 from calmclip.models.preprocess.masking import IGNORED, masked
 from calmclip.models.preprocess.text import TextPreparer
 
-_MEASURED = 8  # batches of what was held out
-_LARGEST = 700.0  # a float64 holds no e to much more
+_MEASURED = 8  # held-out batches
+_LARGEST = 700.0  # the exponential of more is nearly the largest float64
 Batch = tuple[Tensor, ...]
 
 
 class Task(Protocol):
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def batch(self, draw: np.random.Generator) -> Batch: ...
 
@@ -37,59 +40,58 @@ class Task(Protocol):
     def measure(self) -> dict[str, float]: ...
 
 
-class _Rows:
-    """Rows of tokens, the last of them held out."""
+class _Rows(ABC):
+    """Rows of tokens; the last rows are held out."""
 
     def __init__(self, module: nn.Module, rows: Array, settings: Training) -> None:
         self.module, self.settings = module, settings
-        kept = max(1, math.ceil(len(rows) * settings.held_out))
-        self.rows, self.held_out = rows[:-kept], rows[-kept:]
-        if not len(self.rows):
-            raise BadRequest(
-                f"the texts fill {len(rows)} rows of {settings.length} tokens, which {settings.held_out:g} held out "
-                "leaves none of; give more, or a smaller length"
-            )
+        self.rows, self.held_out = _split(rows, settings, f"rows of {settings.length} tokens")
 
-    def drawn(self, draw: np.random.Generator) -> Array:
-        return self.rows[draw.integers(0, len(self.rows), self.settings.batch)]
+    @abstractmethod
+    def inputs(self, rows: Array, draw: np.random.Generator, rate: float = 0.15) -> Batch: ...
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor: ...
+
+    def batch(self, draw: np.random.Generator) -> Batch:
+        rows = self.rows[draw.integers(0, len(self.rows), self.settings.batch)]
+        return self.inputs(rows, draw, self.settings.masked)
 
     def measure(self) -> dict[str, float]:
-        """Perplexity: e to the mean cross-entropy, over the first batches of what was held out."""
+        """Perplexity: e to the mean cross-entropy, over the first held-out batches."""
         size = self.settings.batch
         parts = [self.held_out[i * size : (i + 1) * size] for i in range(_MEASURED)]
-        losses = [self.loss(self.asked(part, np.random.default_rng(i))) for i, part in enumerate(parts) if len(part)]
+        losses = [self.loss(self.inputs(part, np.random.default_rng(i))) for i, part in enumerate(parts) if len(part)]
         mean = float(torch.stack(losses).mean())
         return {"perplexity": math.exp(mean) if mean < _LARGEST else math.inf}
 
 
 class MaskedWords(_Rows):
-    def __init__(self, module: nn.Module, rows: Array, settings: Training, mask: int, words: int, spared: Any) -> None:
+    module: MaskedLM
+
+    def __init__(
+        self, module: MaskedLM, rows: Array, settings: Training, mask: int, words: int, spared: Sequence[int]
+    ) -> None:
         super().__init__(module, rows, settings)
         self.mask, self.words, self.spared = mask, words, spared
 
-    def batch(self, draw: np.random.Generator) -> Batch:
-        return self.asked(self.drawn(draw), draw, self.settings.masked)
-
-    def asked(self, rows: Array, draw: np.random.Generator, share: float = 0.15) -> Batch:
-        """Measured is with BERT's own share, whatever is trained with."""
-        ids, targets = masked(rows, draw, self.mask, self.words, self.spared, share)
-        if (targets == IGNORED).all():  # of few and short rows; the mean of nothing is no number
+    def inputs(self, rows: Array, draw: np.random.Generator, rate: float = 0.15) -> Batch:
+        """``rate``: measurements use BERT's rate, whatever the rate of training."""
+        ids, targets = masked(rows, draw, self.mask, self.words, self.spared, rate)
+        if (targets == IGNORED).all():  # few short rows; the mean of no losses is not a number
             targets[0, 1] = rows[0, 1]
         return torch.from_numpy(ids), torch.from_numpy(targets)
 
     def loss(self, batch: Batch) -> Tensor:
         ids, targets = batch
-        at = targets != IGNORED
+        predicted = targets != IGNORED
         hidden = self.module.hidden(ids, torch.ones_like(ids))
-        logits = self.module.logits(hidden[at])  # of those that are asked for alone
-        return F.cross_entropy(logits.float(), targets[at])
+        logits = self.module.logits(hidden[predicted])  # logits of other tokens would be wasted
+        return F.cross_entropy(logits.float(), targets[predicted])
 
 
 class NextToken(_Rows):
-    def batch(self, draw: np.random.Generator) -> Batch:
-        return self.asked(self.drawn(draw), draw)
-
-    def asked(self, rows: Array, draw: np.random.Generator) -> Batch:
+    def inputs(self, rows: Array, draw: np.random.Generator, rate: float = 0.15) -> Batch:
         return (torch.from_numpy(rows),)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -99,22 +101,19 @@ class NextToken(_Rows):
 
 
 class Classes:
-    """Pictures of classes, some held out; moved a little while they are learned."""
+    """Pictures of classes, some held out. Training shifts the pictures a little."""
 
-    def __init__(self, module: nn.Module, found: Pictures, settings: Training) -> None:
+    def __init__(self, module: nn.Module, pictures: Pictures, settings: Training) -> None:
         self.module, self.settings = module, settings
-        order = np.random.default_rng(0).permutation(len(found.labels))  # the same for every seed
-        kept = max(1, math.ceil(len(order) * settings.held_out))
+        order = np.random.default_rng(0).permutation(len(pictures.labels))  # the same for every seed
         (self.pixels, self.labels), self.held_out = (
-            (found.pixels[part], found.labels[part]) for part in (order[:-kept], order[-kept:])
+            (pictures.pixels[part], pictures.labels[part]) for part in _split(order, settings, "pictures")
         )
-        if not len(self.labels):
-            raise BadRequest(f"{len(order)} pictures are too few to hold {kept} of them out; give more")
 
     def batch(self, draw: np.random.Generator) -> Batch:
-        at = draw.integers(0, len(self.labels), self.settings.batch)
-        moved = shifted(self.pixels[at], draw, self.pixels.shape[-1] // 8)
-        return torch.from_numpy(moved), torch.from_numpy(self.labels[at])
+        rows = draw.integers(0, len(self.labels), self.settings.batch)
+        moved = shifted(self.pixels[rows], draw, self.pixels.shape[-1] // 8)
+        return torch.from_numpy(moved), torch.from_numpy(self.labels[rows])
 
     def loss(self, batch: Batch) -> Tensor:
         pixels, labels = batch
@@ -122,14 +121,13 @@ class Classes:
 
     def measure(self) -> dict[str, float]:
         pixels, labels = self.held_out
-        found = [
-            self.module(torch.from_numpy(part)).argmax(-1) for part in np.array_split(pixels, -(-len(pixels) // 64))
-        ]
-        return {"top1": 100 * float((torch.cat(found).numpy() == labels).mean())}
+        parts = np.array_split(pixels, -(-len(pixels) // 64))
+        answers = torch.cat([self.module(torch.from_numpy(part)).argmax(-1) for part in parts])
+        return {"top1": 100 * float((answers.numpy() == labels).mean())}
 
 
 class Captions:
-    """Pictures and their captions, some pictures held out; a caption of each is drawn."""
+    """Pictures with captions, some pictures held out. A batch draws one caption per picture."""
 
     def __init__(
         self, module: "Pair", pixels: Array, captions: Sequence[Sequence[str]], tokens: TextPreparer, settings: Training
@@ -137,32 +135,28 @@ class Captions:
         self.module, self.settings, self.tokens = module, settings, tokens
         self.pixels, self.captions = pixels, captions
         order = np.random.default_rng(0).permutation(len(pixels))
-        kept = max(2, math.ceil(len(order) * settings.held_out))
-        self.trained, self.held_out = order[:-kept], order[-kept:]
-        if len(self.trained) < 2:
-            raise BadRequest(f"{len(pixels)} pictures are too few to hold {kept} of them out; give more")
+        self.trained, self.held_out = _split(order, settings, "pictures", least=2)
 
     def batch(self, draw: np.random.Generator) -> Batch:
-        at = draw.choice(self.trained, min(self.settings.batch, len(self.trained)), replace=False)
-        return self.fed(at, [self.captions[i][int(draw.integers(len(self.captions[i])))] for i in at])
+        rows = draw.choice(self.trained, min(self.settings.batch, len(self.trained)), replace=False)
+        return self.inputs(rows, [self.captions[i][int(draw.integers(len(self.captions[i])))] for i in rows])
 
-    def fed(self, at: Array, texts: Sequence[str]) -> Batch:
-        return torch.from_numpy(self.pixels[at]), *map(torch.from_numpy, self.tokens.prepare(texts).values())
+    def inputs(self, rows: Array, texts: Sequence[str]) -> Batch:
+        return torch.from_numpy(self.pixels[rows]), *map(torch.from_numpy, self.tokens.prepare(texts).values())
 
     def loss(self, batch: Batch) -> Tensor:
         logits = self.module(*batch).float()
-        own = torch.arange(len(logits))
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        targets = torch.arange(len(logits))
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
     def measure(self) -> dict[str, float]:
-        """How often a held-out picture's own first caption wins among those of all held-out pictures."""
-        at = self.held_out
-        logits = self.module(*self.fed(at, [self.captions[i][0] for i in at]))
-        return {"recall1": 100 * float((logits.argmax(-1) == torch.arange(len(at))).double().mean())}
+        """The percentage of held-out pictures whose first caption ranks first among those of all held-out pictures."""
+        logits = self.module(*self.inputs(self.held_out, [self.captions[i][0] for i in self.held_out]))
+        return {"recall1": 100 * float((logits.argmax(-1) == torch.arange(len(logits))).double().mean())}
 
 
 class Pair(nn.Module):
-    """Two towers -> logits [B, B], pictures in rows: cosines times a scale that is learned, at most 100."""
+    """Two towers -> logits [B, B], pictures in rows: cosines times a learned scale, at most 100."""
 
     def __init__(self, image: nn.Module, text: nn.Module, scale: float) -> None:
         super().__init__()
@@ -170,4 +164,16 @@ class Pair(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
 
     def forward(self, pixels: Tensor, *tokens: Tensor) -> Tensor:
-        return self.logit_scale.exp().clamp(max=100.0) * self.image(pixels) @ self.text(*tokens).T
+        images: Tensor = self.image(pixels)
+        texts: Tensor = self.text(*tokens)
+        return self.logit_scale.exp().clamp(max=100.0) * images @ texts.T
+
+
+def _split(items: Array, settings: Training, kind: str, least: int = 1) -> tuple[Array, Array]:
+    """-> the items to train on, and the held-out items. Raises `BadRequest` if either would be less than ``least``."""
+    number = max(least, math.ceil(len(items) * settings.held_out))
+    if len(items) - number < least:
+        raise BadRequest(
+            f"{len(items)} {kind} are too few to hold out {number}; give more data, or a smaller held_out or length"
+        )
+    return items[:-number], items[-number:]

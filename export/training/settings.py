@@ -1,4 +1,4 @@
-"""`Training`: all that a training is, in one frozen record; a TOML file, flags, or both say it."""
+"""`Training`: all settings of a training in one frozen record, read from a TOML file, from flags, or from both."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,61 +25,70 @@ class Training(FrozenModel):
     objective: Objective = Field(
         description="mlm: masked words, BERT; clm: the next token, OPT; classes: ViT; contrastive: CLIP"
     )
-    text: Path | None = Field(None, description="one document a line")
+    text: Path | None = Field(default=None, description="one document a line")
     pictures: Path | None = Field(
-        None, description="a folder for each class; of contrastive, the folder of its pictures"
+        default=None, description="one folder per class; for contrastive, the folder of the pictures"
     )
-    captions: Path | None = Field(None, description="captions by picture, as `calmclip align` takes them")
-    start: Path | None = Field(None, description="a checkpoint to go on from; without it the net is new")
-    tokenizer: Path | None = Field(None, description="a tokenizer.json; without it one is made of the texts")
+    captions: Path | None = Field(default=None, description="captions per picture, in the format of `calmclip align`")
+    start: Path | None = Field(default=None, description="a checkpoint to continue from; without it the net is new")
+    tokenizer: Path | None = Field(default=None, description="a tokenizer.json; without it one is trained on the texts")
 
-    softmax: Annotated[str, AfterValidator(_softmax)] = Field("vanilla", description="or clipped(gamma:zeta)")
+    softmax: Annotated[str, AfterValidator(_softmax)] = Field(
+        default="vanilla", description="vanilla or clipped(gamma:zeta)"
+    )
     gate: GateKind = "none"
     gate_start: float = Field(
-        0.5, gt=0, lt=1, description="where a new gate starts; with `start` 1 / it multiplies the gate"
+        default=0.5, gt=0, lt=1, description="value of a new gate; with `start`, the gate is divided by it"
     )
-    gate_hidden: int | None = Field(None, ge=1, description="of the gate mlp: default a quarter of a head, at least 4")
+    gate_hidden: int | None = Field(
+        default=None, ge=1, description="width of the gate mlp; default a quarter of a head, at least 4"
+    )
 
-    layers: int = Field(6, ge=1)
-    width: int = Field(128, ge=1)
-    heads: int = Field(4, ge=1)
-    inner: int | None = Field(None, ge=1, description="of the MLP; default four times the width")
-    spread: float = Field(0.02, gt=0, description="standard deviation of new weights; of a CLIP transformers' own")
-    length: int = Field(64, ge=4, description="tokens in a row")
-    words: int = Field(4096, ge=300, description="tokens in a new vocabulary")
-    side: int = Field(32, ge=1, description="of pictures, in pixels")
-    patch: int = Field(4, ge=1)
+    layers: int = Field(default=6, ge=1)
+    width: int = Field(default=128, ge=1)
+    heads: int = Field(default=4, ge=1)
+    inner: int | None = Field(default=None, ge=1, description="width of the MLP; default four times `width`")
+    spread: float = Field(
+        default=0.02, gt=0, description="standard deviation of new weights; a CLIP uses transformers' own"
+    )
+    length: int = Field(default=64, ge=4, description="tokens in a row")
+    words: int = Field(default=4096, ge=300, description="tokens in a new vocabulary")
+    side: int = Field(default=32, ge=1, description="side of pictures, in pixels")
+    patch: int = Field(default=4, ge=1)
 
-    steps: int = Field(10_000, ge=1)
-    batch: int = Field(32, ge=1)
-    rate: float = Field(1e-3, gt=0, description="the largest learning rate; it rises to it and falls to 0 in lines")
-    warmup: int = Field(400, ge=0)
-    decay: float = Field(0.1, ge=0, description="of weights (AdamW); not of biases, nor of norms without `decay_norms`")
+    steps: int = Field(default=10_000, ge=1)
+    batch: int = Field(default=32, ge=1)
+    rate: float = Field(default=1e-3, gt=0, description="largest learning rate; linear warmup, then linear decay to 0")
+    warmup: int = Field(default=400, ge=0)
+    decay: float = Field(
+        default=0.1, ge=0, description="weight decay (AdamW), not for biases; for norms with `decay_norms`"
+    )
     decay_norms: bool = False
-    beta2: float = Field(0.999, gt=0, lt=1)
-    clip: float = Field(1.0, gt=0, description="of the gradient's norm")
-    masked: float = Field(0.15, gt=0, lt=1, description="of mlm: the share of tokens that is asked for")
-    held_out: float = Field(0.02, gt=0, lt=1, description="the share that is not trained on")
-    every: int = Field(500, ge=1, description="steps between two lines of the log; the state is saved with each")
-    bfloat16: bool = Field(False, description="products in bfloat16: quicker on processors that have it")
+    beta2: float = Field(default=0.999, gt=0, lt=1)
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    masked: float = Field(default=0.15, gt=0, lt=1, description="mlm: the fraction of tokens to predict")
+    held_out: float = Field(
+        default=0.02, gt=0, lt=1, description="the fraction of the data that measures instead of training"
+    )
+    every: int = Field(default=500, ge=1, description="steps between lines of the log; each saves the state")
+    bfloat16: bool = Field(default=False, description="products in bfloat16: faster on processors that support it")
     seed: int = 0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if absent := [name for name in DATA[self.objective] if getattr(self, name) is None]:
-            raise ValueError(f"{self.objective} needs {' and '.join(absent)}")
+            raise ValueError(f"{self.objective} needs {' and '.join(absent)}; set it by a flag or in --settings")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of the {self.heads} heads")
+            raise ValueError(f"width {self.width} is no multiple of the {self.heads} heads; change one of them")
         if self.side % self.patch:
-            raise ValueError(f"side {self.side} is no multiple of the patch, {self.patch}")
+            raise ValueError(f"side {self.side} is no multiple of the patch, {self.patch}; change one of them")
         return self
 
 
-def training(**given: Any) -> Training:
-    """Raises `BadRequest` naming the key that does not fit."""
+def training(**settings: Any) -> Training:
+    """Raises `BadRequest`, which names the key that does not fit."""
     try:
-        return Training.model_validate(given)
+        return Training.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadRequest(f"training: {where + ': ' if where else ''}{first['msg']}") from None
+        raise BadRequest(": ".join(("training", *map(str, first["loc"]), first["msg"]))) from None

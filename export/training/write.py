@@ -1,4 +1,4 @@
-"""A trained net as a Hugging Face directory, in the names that it was read by: `calmclip export` reads it."""
+"""Writes a trained net as a Hugging Face directory, with the names of its layout: `calmclip export` reads it."""
 
 import json
 import shutil
@@ -14,37 +14,39 @@ from calmclip.export.training.objectives import Pair
 from calmclip.export.training.settings import LOG
 from calmclip.export.training.start import START, Student
 
-# of the checkpoint that it was: what is written anew, the indexes of its weights, and what it left of its own training
-_ITS_OWN = ("config.json", "model.safetensors", "pytorch_model.bin", LOG)
+# not copied from the checkpoint: files that are written anew, indexes of its weights, and the log of its training
+_NOT_COPIED = ("config.json", "model.safetensors", "pytorch_model.bin", LOG)
 
 
-def write(made: Student, out: Path) -> None:
-    """config.json, which says the attention; model.safetensors; and what else lay in the checkpoint's directory."""
-    assert made.net.layout is not None
+def write(student: Student, out: Path) -> None:
+    """config.json with the settings of attention, model.safetensors, and the other files of the checkpoint."""
+    assert student.net.layout is not None
     state: dict[str, Tensor] = {}
-    for tower in made.net.towers.values():
+    for tower in student.net.towers.values():
         state |= {f"{tower.prefix}{name}": tensor for name, tensor in tower.module.state_dict().items()}
-    if isinstance(made.task.module, Pair):
-        state["logit_scale"] = made.task.module.logit_scale
+    if isinstance(student.task.module, Pair):
+        state["logit_scale"] = student.task.module.logit_scale
     out.mkdir(parents=True, exist_ok=True)
-    for file in made.directory.iterdir():
-        if file.is_file() and not file.name.startswith(_ITS_OWN) and file.suffix not in (".safetensors", ".bin", ".pt"):
+    for file in student.directory.iterdir():
+        weights = file.suffix in (".safetensors", ".bin", ".pt")
+        if file.is_file() and not weights and not file.name.startswith(_NOT_COPIED):
             shutil.copyfile(file, out / file.name)
         elif file.name != START and (file / "config.json").is_file():
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
-    config = json.loads((made.directory / "config.json").read_text(encoding="utf-8"))
-    for part in _parts(config, many=len(made.net.towers) > 1):
+    config = json.loads((student.directory / "config.json").read_text(encoding="utf-8"))
+    for part in _parts(config, pair=len(student.net.towers) > 1):
         for key in KEYS:
             part.pop(key, None)
-        part.update(made.attention.written())
-    tensors = layouts.written(made.net.layout, state)
+        part.update(student.attention.to_config())
+    tensors = layouts.to_checkpoint(student.net.layout, state)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")  # the last: all is there
+    # config.json is written last: it marks a complete directory
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _parts(config: dict[str, Any], many: bool) -> list[dict[str, Any]]:
-    """Where a config says what attention is: of a CLIP in each tower's part, though there be none yet."""
-    if not many:
+def _parts(config: dict[str, Any], pair: bool) -> list[dict[str, Any]]:
+    """The parts of a config that hold the settings of attention: a CLIP has one per tower, which is added if absent."""
+    if not pair:
         return [config]
     towers = ("text_config", "vision_config")
     config.update({name: config.get(name) or {} for name in towers})

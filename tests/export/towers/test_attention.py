@@ -1,5 +1,4 @@
-"""Clipped softmax and gates. Golden vectors were worked out in float64 apart from this code; definitions are written
-out here, head by head."""
+"""Clipped softmax and gates. Golden vectors come from other code, in float64; definitions are written out here."""
 
 import math
 
@@ -73,9 +72,9 @@ def test_settings_are_read_as_the_papers_code_writes_them():
     ],
 )
 def test_what_a_config_says(config: dict, softmax: Softmax, scale: float):
-    found = AttentionSpec.of(config)
-    assert (found.softmax, found.gate_scale) == (softmax, scale)
-    assert AttentionSpec.of(found.written()) == found
+    spec = AttentionSpec.of(config)
+    assert (spec.softmax, spec.gate_scale) == (softmax, scale)
+    assert AttentionSpec.of(spec.to_config()) == spec
 
 
 @pytest.mark.parametrize(
@@ -99,21 +98,21 @@ def gate_of(which: str, prefix: str = "") -> dict[str, Tensor]:
 
 
 def opened(which: str, state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Table 4 of the paper, a head and a token at a time: x [B, T, W] -> [B, H, T]."""
-    found = torch.empty(len(x), HEADS, x.shape[1], dtype=x.dtype)
+    """Table 4 of the paper, one head and one token at a time: x [B, T, W] -> [B, H, T]."""
+    gates = torch.empty(len(x), HEADS, x.shape[1], dtype=x.dtype)
     for b, h, t in ((b, h, t) for b in range(len(x)) for h in range(HEADS) for t in range(x.shape[1])):
-        own = x[b, t, h * EACH : (h + 1) * EACH]
+        inputs = x[b, t, h * EACH : (h + 1) * EACH]
         if which == "per_head":
             logit = state["logits"][h]
         elif which == "linear":
-            logit = state["weight"][h] @ own + state["bias"][h]
+            logit = state["weight"][h] @ inputs + state["bias"][h]
         elif which == "all_heads":
             logit = state["weight"][h] @ x[b, t] + state["bias"][h]
         else:
-            inner = (state["hidden.weight"][h] @ own + state["hidden.bias"][h]).clamp(min=0)
+            inner = (state["hidden.weight"][h] @ inputs + state["hidden.bias"][h]).clamp(min=0)
             logit = state["weight"][h] @ inner + state["bias"][h]
-        found[b, h, t] = 1 / (1 + math.exp(-logit))
-    return found
+        gates[b, h, t] = 1 / (1 + math.exp(-logit))
+    return gates
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -126,8 +125,8 @@ def test_a_gate_is_what_the_paper_says_folded_or_not(which: str, folded: bool):
     if folded:
         gate.fold()
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
-    found = gate(x)[..., 0].expand(2, HEADS, TOKENS)
-    assert torch.allclose(found, opened(which, state, x), atol=1e-12, rtol=0)
+    answers = gate(x)[..., 0].expand(2, HEADS, TOKENS)
+    assert torch.allclose(answers, opened(which, state, x), atol=1e-12, rtol=0)
 
 
 def test_all_heads_of_blocks_beside_zeros_is_linear():
@@ -135,9 +134,9 @@ def test_all_heads_of_blocks_beside_zeros_is_linear():
     whole = {"weight": torch.block_diag(*state["weight"][:, None]), "bias": state["bias"]}
     x = torch.randn(2, TOKENS, WIDTH)
     gates = []
-    for one in (state, whole):
-        gates.append(Gate(one, HEADS, WIDTH))
-        gates[-1].load_state_dict(one)
+    for tensors in (state, whole):
+        gates.append(Gate(tensors, HEADS, WIDTH))
+        gates[-1].load_state_dict(tensors)
     assert [gate.kind for gate in gates] == ["linear", "all_heads"]
     assert torch.allclose(gates[0](x), gates[1](x), atol=1e-6)
 
@@ -155,7 +154,7 @@ def attention(spec: AttentionSpec, gate: dict[str, Tensor]) -> tuple[Attention, 
 def defined(state: dict[str, Tensor], which: str, spec: AttentionSpec, x: Tensor) -> Tensor:
     """Equations 4 and 5, a head at a time."""
     q, k, v = (state["qkv.weight"] @ x.mT + state["qkv.bias"][:, None]).mT.chunk(3, dim=-1)
-    own = {name.removeprefix("gate."): tensor for name, tensor in state.items()}
+    gate = {name.removeprefix("gate."): tensor for name, tensor in state.items()}
     heads = []
     for h in range(HEADS):
         part = slice(h * EACH, (h + 1) * EACH)
@@ -163,7 +162,7 @@ def defined(state: dict[str, Tensor], which: str, spec: AttentionSpec, x: Tensor
         p = torch.clip((spec.softmax.zeta - spec.softmax.gamma) * p + spec.softmax.gamma, 0, 1)
         answer = p @ v[..., part]
         if which != "none":
-            answer = spec.gate_scale * opened(which, own, x)[:, h, :, None] * answer
+            answer = spec.gate_scale * opened(which, gate, x)[:, h, :, None] * answer
         heads.append(answer)
     return torch.cat(heads, -1) @ state["out.weight"].T + state["out.bias"]
 
@@ -185,25 +184,21 @@ def test_attention_is_what_the_paper_says_folded_or_not(which: str, folded: bool
 def test_the_last_block_is_the_whole_block_and_then_its_token(which: str, whole: type, last: type, folded: bool):
     state = block() | gate_of(which, "attn.gate.")
     style = Style(heads=HEADS, attention=AttentionSpec(Softmax(-0.04), gate_scale=1.5))
-    found = []
-    for made in (whole, last):
-        module = made(state, style, WIDTH)
+    modules = [kind(state, style, WIDTH) for kind in (whole, last)]
+    for module in modules:
         module.load_state_dict(state)
         module.double().requires_grad_(False)
-        found.append(module)
-    if folded:
-        for module in found:
+        if folded:
             module.fold()
-    x, mask, place = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64), causal(TOKENS).double(), 4
-    own = lambda x: x[:, place : place + 1]  # noqa: E731
-    want = own(found[0](x, mask))
-    assert torch.allclose(found[1](x, own, mask[:, :, place : place + 1]), want, atol=1e-12, rtol=0)
+    x, mask, token = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64), causal(TOKENS).double(), slice(4, 5)
+    answers = modules[1](x, mask[:, :, token], lambda x: x[:, token])
+    assert torch.allclose(answers, modules[0](x, mask)[:, token], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("start", [0.25, 0.5, 0.9])
 @pytest.mark.parametrize("which", REAL)
 def test_a_gate_without_weights_opens_as_far_as_it_starts_and_its_scale_undoes_that(which: str, start: float):
-    """Of fine-tuning: the net starts as it was."""
+    """Fine-tuning: the net starts unchanged."""
     gate = new_gate(which, HEADS, WIDTH, start)
     for name in gate:
         if name.endswith("weight"):
@@ -228,7 +223,7 @@ def test_a_new_gate_has_the_biases_of_the_paper_and_small_weights():
 
 
 def test_clipped_entries_pass_no_gradient():
-    """What stops logits from growing."""
+    """So logits stop growing."""
     logits = X.clone().requires_grad_()
     Softmax(-0.1)(logits)[3:].sum().backward()
     assert logits.grad.abs().max() == 0

@@ -1,4 +1,4 @@
-"""The oracle is the module itself, its batch norms still in it, in evaluation mode and float64."""
+"""The oracle is the module with its batch norms, in evaluation mode and float64."""
 
 import copy
 from functools import partial
@@ -14,7 +14,7 @@ from calmclip.export.towers.fold import fold, take_apart
 
 
 def seeded(module: nn.Module) -> nn.Module:
-    """Norms with statistics of their own: fresh ones do nothing."""
+    """Norms with random statistics; new norms do nothing."""
     torch.manual_seed(1)
     with torch.no_grad():
         for part in module.modules():
@@ -123,14 +123,14 @@ class Scaled(nn.Module):
 
 def test_a_layer_scale_goes_into_the_layer_it_reads():
     module = seeded(Scaled()).double()
-    scales = [one for one in module.modules() if isinstance(one, LayerScale2d | timm.layers.LayerScale)]
-    for one in scales:
-        one.gamma.data.uniform_(-2, 2)
+    scales = [part for part in module.modules() if isinstance(part, LayerScale2d | timm.layers.LayerScale)]
+    for scale in scales:
+        scale.gamma.data.uniform_(-2, 2)
     folded = copy.deepcopy(module)
     fold(folded)
     pixels = torch.randn(2, 3, 6, 4, dtype=torch.float64)
     assert folded(pixels).detach() == pytest.approx(module(pixels).detach(), abs=1e-12)
-    left = [name for name, one in folded.named_modules() if "LayerScale" in type(one).__name__]
+    left = [name for name, part in folded.named_modules() if "LayerScale" in type(part).__name__]
     assert left == ["of_sum", "across"]
     assert norms(folded) == 0
 
@@ -146,7 +146,7 @@ def test_a_depthwise_convolution_of_several_channels_is_taken_apart(channels, ou
     pixels = torch.randn(2, channels, 9, 8, dtype=torch.float64)
     expected = module(pixels)
     take_apart(module)
-    made = [one for one in module.modules() if isinstance(one, nn.Conv2d) and one is not conv]
-    assert len(made) == parts
-    assert all(one.groups == one.in_channels == one.out_channels for one in made)
+    convs = [part for part in module.modules() if isinstance(part, nn.Conv2d) and part is not conv]
+    assert len(convs) == parts
+    assert all(part.groups == part.in_channels == part.out_channels for part in convs)
     assert module(pixels).detach() == pytest.approx(expected.detach(), abs=1e-12)

@@ -1,4 +1,4 @@
-"""What makes the graphs fast changes no answer. Oracles: torch's own layers, float64; counts worked out by hand."""
+"""The changes that make graphs fast do not change answers. Oracles: torch's layers, float64; counts by hand."""
 
 from functools import partial
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calmclip.export.coverage import count
 from calmclip.export.nets import Tower
-from calmclip.export.share import count
 from calmclip.export.towers import Style
 from calmclip.export.towers.image import AttentionPool, VisionTransformer
-from calmclip.export.towers.text import Pick, TextTransformer
+from calmclip.export.towers.text import TextTransformer, TokenAt
 from calmclip.export.towers.transformer import Block, LastBlock, causal
 from calmclip.export.trace import to_onnx
 from calmclip.models.bundle.manifest import Tensor as Spec
@@ -20,11 +20,12 @@ from tests import towers
 from tests.towers import HEADS, HIDDEN, OUT, WIDTH, WORDS, drawn
 
 TOKENS, LAYERS = 7, 3
+EACH = WIDTH // HEADS
 STYLE = Style(heads=HEADS)
 
 
 def block(prefix: str = "", *, qk_norm: bool = False) -> dict[str, Tensor]:
-    normed = {f"attn.{one}_norm.{p}": (WIDTH // HEADS,) for one in "qk" for p in ("weight", "bias")}
+    normed = {f"attn.{part}_norm.{p}": (EACH,) for part in "qk" for p in ("weight", "bias")}
     return {prefix + name: tensor for name, tensor in (towers.block() | drawn(normed if qk_norm else {})).items()}
 
 
@@ -45,13 +46,13 @@ def filled(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 
 def layer(state: dict[str, Tensor]) -> nn.Module:
-    """torch's own, its weights by its own names."""
+    """torch's layer, with weights by its names."""
     theirs = {
         "self_attn.in_proj_weight": "attn.qkv.weight", "self_attn.in_proj_bias": "attn.qkv.bias",
         "self_attn.out_proj.weight": "attn.out.weight", "self_attn.out_proj.bias": "attn.out.bias",
         "linear1.weight": "mlp.up.weight", "linear1.bias": "mlp.up.bias",
         "linear2.weight": "mlp.down.weight", "linear2.bias": "mlp.down.bias",
-        **{f"{one}.{p}": f"{one}.{p}" for one in ("norm1", "norm2") for p in ("weight", "bias")},
+        **{f"{norm}.{p}": f"{norm}.{p}" for norm in ("norm1", "norm2") for p in ("weight", "bias")},
     }  # fmt: skip
     made = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.0, F.gelu, batch_first=True, norm_first=True)
     made.load_state_dict({name: state[ours] for name, ours in theirs.items()})
@@ -80,25 +81,25 @@ def test_the_last_block_for_one_token_is_the_whole_block_and_then_that_token(qk_
     last = filled(LastBlock(state, STYLE, WIDTH), state)
     at = torch.tensor([0, 3, TOKENS - 1])
     row = None if mask is None else mask[0, 0][at][:, None, None]
-    found = last(x, Pick(at), row)
-    assert torch.allclose(found[:, 0], whole[torch.arange(3), at], atol=1e-12, rtol=0)
+    answers = last(x, row, TokenAt(at))
+    assert torch.allclose(answers[:, 0], whole[torch.arange(3), at], atol=1e-12, rtol=0)
 
 
 def test_norms_of_q_and_k_come_before_the_scale():
     state, x = block(qk_norm=True), torch.randn(2, TOKENS, WIDTH).double()
     plain = {name: tensor.double() for name, tensor in state.items()}
-    found = filled(Block(state, STYLE, WIDTH), state)(x)
+    answers = filled(Block(state, STYLE, WIDTH), state)(x)
     normed = F.layer_norm(x, (WIDTH,), plain["norm1.weight"], plain["norm1.bias"], STYLE.eps)
     q, k, v = F.linear(normed, plain["attn.qkv.weight"], plain["attn.qkv.bias"]).unflatten(-1, (3, HEADS, -1)).unbind(2)
     q, k = (
-        F.layer_norm(one, (WIDTH // HEADS,), plain[f"attn.{n}_norm.weight"], plain[f"attn.{n}_norm.bias"], STYLE.qk_eps)
-        for n, one in (("q", q), ("k", k))
+        F.layer_norm(rows, (EACH,), plain[f"attn.{n}_norm.weight"], plain[f"attn.{n}_norm.bias"], STYLE.qk_eps)
+        for n, rows in (("q", q), ("k", k))
     )
-    mixed = F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2).flatten(2)
+    mixed = F.scaled_dot_product_attention(*(rows.transpose(1, 2) for rows in (q, k, v))).transpose(1, 2).flatten(2)
     y = x + F.linear(mixed, plain["attn.out.weight"], plain["attn.out.bias"])
     normed = F.layer_norm(y, (WIDTH,), plain["norm2.weight"], plain["norm2.bias"], STYLE.eps)
     hidden = F.gelu(F.linear(normed, plain["mlp.up.weight"], plain["mlp.up.bias"]))
-    assert torch.allclose(found, y + F.linear(hidden, plain["mlp.down.weight"], plain["mlp.down.bias"]), atol=1e-12)
+    assert torch.allclose(answers, y + F.linear(hidden, plain["mlp.down.weight"], plain["mlp.down.bias"]), atol=1e-12)
 
 
 def test_a_learned_query_worked_out_once_is_torchs_attention():
@@ -158,7 +159,7 @@ def test_a_graph_has_one_product_for_q_k_and_v_and_a_last_block_for_one_token(ki
     model = graph(filled(make(state), state), kind)
     block_ = tokens * (4 * WIDTH**2 + 2 * WIDTH * HIDDEN) + 2 * tokens**2 * WIDTH
     last = tokens * 2 * WIDTH**2 + 2 * WIDTH**2 + 2 * WIDTH * HIDDEN + 2 * tokens * WIDTH
-    macs = [one.macs for one in count(model, {"T": tokens})]
+    macs = [product.macs for product in count(model, {"T": tokens})]
     assert sum(macs) == first + (LAYERS - 1) * block_ + last + WIDTH * OUT
     assert len(macs) == bool(first) + (LAYERS - 1) * 6 + 7 + 1
     fixed = {constant.name for constant in model.graph.initializer}

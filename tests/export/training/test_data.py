@@ -1,4 +1,4 @@
-"""Rows and pictures against counts worked out by hand."""
+"""Rows and pictures against counts by hand."""
 
 import numpy as np
 import pytest
@@ -38,8 +38,8 @@ def test_a_vocabulary_of_clips_kind_ends_with_the_highest_id():
 
 def test_rows_hold_the_texts_one_after_another(words):
     red, cat, two, blue, dogs = (words.token_to_id(name) for name in ("red", "cat", "two", "blue", "dogs"))
-    found = data.rows(["red cat", "two blue dogs"], words, 5, 2, 3)  # 7 tokens with their ends, 3 a row
-    assert found.tolist() == [[2, red, cat, 3, 3], [2, two, blue, dogs, 3]]
+    rows = data.rows(["red cat", "two blue dogs"], words, 5, 2, 3)  # 7 tokens with their ends, 3 a row
+    assert rows.tolist() == [[2, red, cat, 3, 3], [2, two, blue, dogs, 3]]
 
 
 def test_rows_without_an_end_keep_the_start_between_texts(words):
@@ -57,12 +57,12 @@ def test_pictures_are_prepared_as_the_service_does(tmp_path):
     for name, colour in (("black", 0), ("white", 255)):
         (tmp_path / name).mkdir()
         Image.new("RGB", (16, 12), (colour,) * 3).save(tmp_path / name / "one.png")
-    found = data.pictures(tmp_path, ImagePreparer(spec))
-    assert found.names == ("black", "white")
-    assert found.labels.tolist() == [0, 1]
-    assert found.pixels.shape == (2, 3, 8, 8)
-    assert (found.pixels[0] == -1).all()
-    assert (found.pixels[1] == 1).all()
+    pictures = data.pictures(tmp_path, ImagePreparer(spec))
+    assert pictures.names == ("black", "white")
+    assert pictures.labels.tolist() == [0, 1]
+    assert pictures.pixels.shape == (2, 3, 8, 8)
+    assert (pictures.pixels[0] == -1).all()
+    assert (pictures.pixels[1] == 1).all()
 
 
 def test_a_folder_without_pictures_and_one_class_alone_are_refused(tmp_path):
@@ -75,7 +75,7 @@ def test_a_folder_without_pictures_and_one_class_alone_are_refused(tmp_path):
     with pytest.raises(BadRequest, match="one holds no pictures"):
         data.pictures(tmp_path, preparer)
     (tmp_path / "one" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(BadRequest, match=r"b\.png is no picture"):
+    with pytest.raises(BadRequest, match=r"b\.png cannot be read as a picture"):
         data.pictures(tmp_path, preparer)
 
 

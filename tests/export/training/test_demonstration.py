@@ -1,4 +1,4 @@
-"""The demonstration's data and table by hand; the whole of it, small, in the slow suite."""
+"""The demonstration's data and table by hand; a small complete run in the slow suite."""
 
 import gzip
 import json
@@ -25,13 +25,13 @@ def test_entries_of_the_dictionary_begin_where_a_line_is_not_indented(tmp_path):
     )
     with gzip.open(place, "wt", encoding="utf-8") as stream:
         stream.write(ENTRY.replace(" (", "\n   (") + "\n\n" + second + "\nShort\n   one.\n")
-    found = [*dictionary(tmp_path, tmp_path / "none")]
-    assert found == [ENTRY, " ".join(second.split())]
+    entries = [*dictionary(tmp_path, tmp_path / "none")]
+    assert entries == [ENTRY, " ".join(second.split())]
 
 
 def test_without_debian_a_text_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(demonstration.shutil, "which", lambda name: None)
-    with pytest.raises(BadRequest, match="no Debian package dict-gcide to be had here; give --text"):
+    with pytest.raises(BadRequest, match="Debian package dict-gcide is not available here; give --text"):
         next(dictionary(tmp_path, tmp_path / "none"))
 
 
@@ -46,27 +46,27 @@ def test_rows_that_are_measured_on_are_none_that_are_trained_on(tmp_path):
     assert any(f"number {n} " in held for n in range(196, 200))
     tokenizer = Tokenizer.from_file(str(tmp_path / "bert" / "tokenizer.json"))
     longest = max(len(tokenizer.encode(row).ids) for row in held.splitlines())
-    assert 40 < longest <= FAMILIES["bert"].training["length"] + 8  # what is spelled anew may be cut otherwise
+    assert 40 < longest <= FAMILIES["bert"].training["length"] + 8  # decoded texts may be cut into other tokens
 
 
 def test_digits_are_scikit_learns_four_times_as_large(tmp_path):
     demonstration.PREPARED["vit"](tmp_path, None)
     files = [*tmp_path.glob("*/*/*.png")]
-    found = load_digits()
-    assert len(files) == len(found.target) == 1797
+    digits = load_digits()
+    assert len(files) == len(digits.target) == 1797
     assert len([*tmp_path.glob("held/*/*.png")]) == 1797 // 5
     for file in files[::300]:
         number = int(file.stem)
-        assert int(file.parent.name) == found.target[number]
+        assert int(file.parent.name) == digits.target[number]
         small = np.asarray(Image.open(file).convert("L").resize((8, 8), Image.Resampling.BOX), np.float64)
-        assert np.abs(small - found.images[number] * 255 / 16).mean() < 25
+        assert np.abs(small - digits.images[number] * 255 / 16).mean() < 25
 
 
 def test_a_table_has_means_and_deviations_worked_out_by_hand():
     runs = [Run("bert", "vanilla", 0), Run("bert", "vanilla", 1), Run("bert", "gated", 0)]
     keys = ("float", "max_inf_norm", "avg_kurtosis", "max_kurtosis", "w8a8", "w6a8", "w4a8")
-    found = {run.name: dict.fromkeys(keys, value) for run, value in zip(runs, (10.0, 13.0, 120.5), strict=True)}
-    rows = table(runs, found).splitlines()
+    results = {run.name: dict.fromkeys(keys, value) for run, value in zip(runs, (10.0, 13.0, 120.5), strict=True)}
+    rows = table(runs, results).splitlines()
     assert rows[0] == "| net | attention | float | max inf norm | avg kurtosis | max kurtosis | W8A8 | W6A8 | W4A8 |"
     assert rows[2] == "| bert (perplexity) | vanilla |" + " 11.50 ± 2.12 |" * 7  # 1.5 sqrt(2)
     assert rows[3] == "| bert (perplexity) | gated |" + " 120 |" * 7
@@ -80,26 +80,26 @@ def test_the_whole_of_it_small(tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     size = {"layers": 2, "width": 32, "heads": 2, "steps": 30, "every": 10, "batch": 8, "warmup": 5}
     small = {
-        name: replace(one, training={**one.training, **size, **({"words": 300} if name == "bert" else {})})
-        for name, one in FAMILIES.items()
+        name: replace(family, training={**family.training, **size, **({"words": 300} if name == "bert" else {})})
+        for name, family in FAMILIES.items()
     }
     monkeypatch.setattr(demonstration, "FAMILIES", small)
     monkeypatch.setitem(demonstration.RECIPES, "full", (("bert", "vit"), (0,)))
-    said: list[str] = []
-    made = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", say=said.append)
+    lines: list[str] = []
+    made = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", log=lines.append)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results) == 6
     assert len(made.splitlines()) == 8
-    assert all(one["steps"] == 30 and one["max_inf_norm"] > 0 for one in results.values())
+    assert all(run["steps"] == 30 and run["max_inf_norm"] > 0 for run in results.values())
     assert 5 < results["bert-vanilla-0"]["float"] < 400
-    again = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", say=said.append)
-    assert again == made  # and nothing is trained anew
+    again = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", log=lines.append)
+    assert again == made  # without another training
 
 
 @pytest.mark.parametrize("many", [1, 20])
 def test_a_text_that_is_too_little_is_named(many, tmp_path):
     (tmp_path / "few.txt").write_text("one cat and two dogs and so on\n" * many)
-    with pytest.raises(BadRequest, match=r"few\.txt is too little to train on and hold 2 % out: the texts have"):
+    with pytest.raises(BadRequest, match=r"few\.txt is too short to train on and to hold out 2 %: the texts have"):
         demonstration.PREPARED["bert"](tmp_path / "bert", tmp_path / "few.txt")
 
 

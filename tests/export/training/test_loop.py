@@ -1,4 +1,4 @@
-"""The loop over a task that is worked out elsewhere: torch's own optimizer, scipy-free formulas in float64."""
+"""The loop on a small task. Oracles: torch's optimizer, and formulas in float64."""
 
 import json
 
@@ -52,12 +52,12 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(tmp_path):
     train(whole, settings(tmp_path), tmp_path / "whole")
     train(halves, settings(tmp_path), tmp_path / "halves", until=20)
     with (tmp_path / "halves" / LOG).open("a") as log:
-        log.write('{"step": 30, "sec')  # as it was killed
+        log.write('{"step": 30, "sec')  # an interrupted write
     again = Line()
-    nn.init.zeros_(again.module[0].weight)  # what it starts from is no longer its own
+    nn.init.zeros_(again.module[0].weight)  # the state replaces the start
     line = train(again, settings(tmp_path), tmp_path / "halves")
-    for one, other in zip(whole.module.parameters(), again.module.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for parameter, other in zip(whole.module.parameters(), again.module.parameters(), strict=True):
+        assert torch.equal(parameter, other)
     steps = [json.loads(row)["step"] for row in (tmp_path / "halves" / LOG).read_text().splitlines()]
     assert steps == [10, 20, 30]
     assert train(Line(), settings(tmp_path), tmp_path / "halves") == line  # nothing is left to do
@@ -80,8 +80,8 @@ def test_steps_are_those_of_torchs_adamw_with_decay_on_matrices_alone(tmp_path):
         optimizer.zero_grad()
         theirs.loss(theirs.batch(np.random.default_rng((0, step)))).backward()
         optimizer.step()
-    for one, other in zip(ours.module.parameters(), theirs.module.parameters(), strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
+    for parameter, other in zip(ours.module.parameters(), theirs.module.parameters(), strict=True):
+        assert torch.allclose(parameter, other, atol=1e-6)
 
 
 def test_a_state_of_other_settings_is_refused(tmp_path):
@@ -108,17 +108,17 @@ def test_outliers_are_the_papers():
     block.norm2.register_forward_pre_hook(lambda module, inputs: taken.setdefault("sum", inputs[0].detach()))
     with outliers(nn.ModuleList([block])) as seen:
         taken["out"] = block(torch.randn(3, 5, towers.WIDTH)).detach()
-        found = seen()
+        figures = seen()
     norms, peaks = [], []
     for values in taken.values():
         rows = values.numpy().astype(np.float64).reshape(3, -1)
         norms.append(np.abs(rows).max(axis=1).mean())
         centred = rows - rows.mean(axis=1, keepdims=True)
         peaks.append(np.mean((centred**4).mean(axis=1) / (rows.var(axis=1, ddof=1) ** 2 + 1e-6)))
-    assert found["max_inf_norm"] == pytest.approx(max(norms), rel=1e-6)
-    assert found["max_kurtosis"] == pytest.approx(max(peaks), rel=1e-6)
-    assert found["avg_kurtosis"] == pytest.approx(np.mean(peaks), rel=1e-6)
-    assert len(block._forward_hooks) == 0  # and none is left behind
+    assert figures["max_inf_norm"] == pytest.approx(max(norms), rel=1e-6)
+    assert figures["max_kurtosis"] == pytest.approx(max(peaks), rel=1e-6)
+    assert figures["avg_kurtosis"] == pytest.approx(np.mean(peaks), rel=1e-6)
+    assert len(block._forward_hooks) == 0  # all hooks are removed
 
 
 def test_a_figure_that_is_no_longer_a_number_stops_the_training(tmp_path):
@@ -134,5 +134,5 @@ def test_a_state_that_cannot_be_read_is_said(file, holds, tmp_path):
     (tmp_path / file).unlink()
     if holds is not None:
         (tmp_path / file).write_bytes(holds)
-    with pytest.raises(BadRequest, match=r"cannot be gone on from .*; delete them to begin anew"):
+    with pytest.raises(BadRequest, match=r"cannot be read .*; delete both to start again"):
         train(Line(), settings(tmp_path), tmp_path)

@@ -1,4 +1,4 @@
-"""A net that is trained a little, written, and read by transformers and by export: the same answers."""
+"""A trained net is written; transformers and export read it and answer the same."""
 
 import json
 from pathlib import Path
@@ -73,14 +73,14 @@ def test_transformers_reads_what_was_trained_and_answers_the_same(objective, dat
     batch = made.task.batch(np.random.default_rng(0))
     with torch.inference_mode():
         if objective == "mlm":
-            found, expected = made.task.module(batch[0], torch.ones_like(batch[0])), theirs(batch[0]).logits
+            answers, expected = made.task.module(batch[0], torch.ones_like(batch[0])), theirs(batch[0]).logits
         elif objective == "contrastive":
             ids = batch[1]
-            found = made.task.module(*batch)
+            answers = made.task.module(*batch)
             expected = theirs(input_ids=ids, pixel_values=batch[0]).logits_per_image
         else:
-            found, expected = made.task.module(batch[0]), theirs(batch[0]).logits
-    assert torch.allclose(found, expected, atol=2e-5)
+            answers, expected = made.task.module(batch[0]), theirs(batch[0]).logits
+    assert torch.allclose(answers, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads", "per_head"])
@@ -109,8 +109,8 @@ def test_a_gate_that_is_put_into_a_trained_net_leaves_it_as_it_was(gate, data, t
     batch = made.task.batch(np.random.default_rng(0))
     with torch.inference_mode():
         expected = theirs(input_ids=batch[1], pixel_values=batch[0]).logits_per_image
-        found = made.task.module(*batch)
-    assert torch.allclose(found, expected, atol=2e-5)
+        answers = made.task.module(*batch)
+    assert torch.allclose(answers, expected, atol=2e-5)
     assert made.attention.gate_scale == 4.0
     write(made, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -119,7 +119,7 @@ def test_a_gate_that_is_put_into_a_trained_net_leaves_it_as_it_was(gate, data, t
 
 def test_a_checkpoint_of_another_kind_is_refused(data, tmp_path):
     checkpoint = tiny.hf_clip(tmp_path / "clip")
-    with pytest.raises(BadRequest, match="is a net of the kind clip; mlm trains bert"):
+    with pytest.raises(BadRequest, match="is a net of the kind clip; mlm trains the kind bert"):
         student(given("mlm", data, start=checkpoint), tmp_path / "out")
 
 
@@ -139,7 +139,7 @@ def test_the_classes_must_be_those_of_the_net(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"text": None}, "mlm needs text"),
         ({"width": 18, "heads": 4}, "width 18 is no multiple of the 4 heads"),
@@ -148,8 +148,8 @@ def test_the_classes_must_be_those_of_the_net(data, tmp_path):
         ({"gate": "big"}, "gate: Input should be"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_name(more, said, data):
-    with pytest.raises(BadRequest, match=said.replace("(", r"\(")):
+def test_settings_that_do_not_fit_are_refused_by_name(more, message, data):
+    with pytest.raises(BadRequest, match=message.replace("(", r"\(")):
         given("mlm", data, **more)
 
 
@@ -194,20 +194,20 @@ def test_the_config_says_the_softmax_of_the_training_alone(before, softmax, data
     trained("mlm", data, tmp_path / "one")
     checkpoint = _said_before(tmp_path / "one", **before)
     made = trained("mlm", data, tmp_path / "two", start=checkpoint, softmax=softmax)
-    (layer, *_) = [one for one in NETS.get("bert").load(str(tmp_path / "two")).towers["mlm"].module.modules()
-                   if isinstance(one, Attention)]  # fmt: skip
+    (layer, *_) = [module for module in NETS.get("bert").load(str(tmp_path / "two")).towers["mlm"].module.modules()
+                   if isinstance(module, Attention)]  # fmt: skip
     assert str(layer.softmax) == str(made.attention.softmax) == softmax
 
 
 def test_the_softmax_of_a_checkpoint_is_not_dropped_unasked(data, tmp_path):
     trained("mlm", data, tmp_path / "one", softmax="clipped(-0.01:1)")
-    with pytest.raises(BadRequest, match=r"has the softmax clipped\(-0.01:1\); ask for it by --softmax"):
+    with pytest.raises(BadRequest, match=r"has the softmax clipped\(-0.01:1\); set --softmax"):
         student(given("mlm", data, start=tmp_path / "one"), tmp_path / "two")
 
 
 def test_contrastive_trains_what_can_be_written(data, tmp_path):
     checkpoint = tiny.open_clip(tmp_path / "clip")
-    with pytest.raises(BadRequest, match="contrastive trains the directory of a Hugging Face CLIP"):
+    with pytest.raises(BadRequest, match="contrastive trains a Hugging Face CLIP directory"):
         student(given("contrastive", data, start=checkpoint), tmp_path / "out")
 
 
@@ -240,16 +240,16 @@ def test_rows_are_full_though_the_tokenizer_cuts_and_pads(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "count", "more", "said"),
+    ("objective", "count", "more", "message"),
     [
-        ("mlm", 3, {}, "the texts fill 1 rows of 16 tokens, which 0.02 held out leaves none of"),
-        ("classes", 0, {"held_out": 0.99}, "12 pictures are too few to hold 12 of them out"),
+        ("mlm", 3, {}, "1 rows of 16 tokens are too few to hold out 1"),
+        ("classes", 0, {"held_out": 0.99}, "12 pictures are too few to hold out 12"),
     ],
 )
-def test_what_is_held_out_leaves_something(objective, count, more, said, data, tmp_path):
+def test_what_is_held_out_leaves_something(objective, count, more, message, data, tmp_path):
     (tmp_path / "few.txt").write_text("\n".join(SENTENCES[:count]))
     more = {**more, "text": tmp_path / "few.txt"} if count else more
-    with pytest.raises(BadRequest, match=said):
+    with pytest.raises(BadRequest, match=message):
         student(given(objective, data, **more), tmp_path / "out")
 
 
