@@ -43,12 +43,7 @@ bench: $(VENV)/.rivals ops models/bundles/mini-int8/bundle.json  ## towers besid
 	$(BIN)/python -m tests.bench.rivals
 
 bench-ops: $(VENV)/.bench ops  ## our operators beside ONNX Runtime, torch, torchvision, Pillow and numpy
-	$(BIN)/python -m tests.bench.ops_softmax
-	$(BIN)/python -m tests.bench.ops_soft_nms
-	$(BIN)/python -m tests.bench.ops_pixels
-	$(BIN)/python -m tests.bench.ops_quant_linear
-	$(BIN)/python -m tests.bench.ops_quant_attention
-	$(BIN)/python -m tests.bench.ops_quant_depthwise
+	$(BIN)/python -m tests.bench.ops
 
 bench-export: $(VENV)/.dev ops  ## checkpoints of full size with random weights: how long, how much memory, how near to float
 	$(BIN)/python -m tests.bench.full_size

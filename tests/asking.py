@@ -1,4 +1,4 @@
-"""What tests send to the service, over httpx or a bare socket, and what they read of its metrics."""
+"""Requests that tests send to the service, over httpx or a bare socket, and the metrics that they read."""
 
 import base64
 import socket
@@ -10,22 +10,22 @@ import httpx
 
 
 def b64(data: bytes) -> dict[str, str]:
-    """A picture inside of JSON."""
+    """A picture in JSON."""
     return {"b64": base64.b64encode(data).decode()}
 
 
 def raw(data: bytes, kind: str = "image/png", **headers: str) -> dict[str, Any]:
-    """A picture as the whole body: arguments of httpx."""
+    """Arguments of httpx for a request whose body is a picture."""
     return {"content": data, "headers": {"content-type": kind, **headers}}
 
 
-def picture_head(length: int, asked: str = "POST /v1/classify?labels=red", more: str = "") -> bytes:
-    """Of a request with a PNG of so many bytes; ``more``: header lines, each with its end."""
-    return f"{asked} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n{more}\r\n".encode()
+def picture_head(length: int, target: str = "POST /v1/classify?labels=red", more: str = "") -> bytes:
+    """The head of a request with a PNG of ``length`` bytes. ``more``: header lines, each with its line end."""
+    return f"{target} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n{more}\r\n".encode()
 
 
 def dial(client: httpx.Client, data: bytes = b"", receive: int = 0) -> socket.socket:
-    """A connection of its own to the client's server. ``receive``: bytes that the kernel takes before they are read."""
+    """A new connection to the client's server. ``receive``: the size of the socket's receive buffer in bytes."""
     connection = socket.socket()
     if receive:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
@@ -36,9 +36,9 @@ def dial(client: httpx.Client, data: bytes = b"", receive: int = 0) -> socket.so
 
 
 def metric(client: httpx.Client, line: str) -> float:
-    """Of the first series that is written so, at its beginning; 0 where there is none yet."""
-    found = [entry for entry in client.get("/metrics").text.splitlines() if entry.startswith(line)]
-    return float(found[0].split()[-1]) if found else 0.0
+    """The value of the first series whose line starts with ``line``; 0 if there is no such series yet."""
+    lines = [entry for entry in client.get("/metrics").text.splitlines() if entry.startswith(line)]
+    return float(lines[0].split()[-1]) if lines else 0.0
 
 
 def until(condition: Callable[[], object], seconds: float = 15.0) -> None:

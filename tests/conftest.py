@@ -1,8 +1,9 @@
-"""Fixtures that several packages' tests share: tiny checkpoints, and bundles made of them by the real pipeline."""
+"""Fixtures of several packages' tests: tiny checkpoints, and the bundles that the real pipeline exports from them."""
 
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 
 from calmclip.export.samples import pictures
 from calmclip.models.ops.library import Library, find, why_not
-from tests import postgres as own
+from tests import postgres as cluster
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ops-folder", type=Path, help="an op library other than the installed one, such as a sanitized")
+    parser.addoption("--ops-folder", type=Path, help="a folder with another op library, such as a sanitized one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,60 +27,59 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def library() -> Library:
-    """The compiled op library; where none is built, what needs it is skipped with one line, in CI it fails."""
-    found = find()
-    if found is None:
+    """The compiled op library. Without it a test is skipped; in CI it fails."""
+    library = find()
+    if library is None:
         reason = f"{why_not()}; 'calmclip ops build' makes one"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    return found
+    return library
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[own.Server]:
-    """A running PostgreSQL with pgvector; where there is none, it is skipped with one line, in CI it fails."""
-    if reason := own.why_not():
+def postgres() -> Iterator[cluster.Server]:
+    """A running PostgreSQL with pgvector. Without it a test is skipped; in CI it fails."""
+    if reason := cluster.why_not():
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # pytest's own is closed to other users, and too long
+    with tempfile.TemporaryDirectory(
+        prefix="pg"
+    ) as folder:  # pytest's folder is closed to the user postgres, and its path is too long for a socket
         Path(folder).chmod(0o755)
-        with own.serving(Path(folder) / "cluster") as server:
+        with cluster.serving(Path(folder) / "cluster") as server:
             yield server
 
 
 @pytest.fixture(scope="session")
 def photographs() -> dict[str, Path]:
-    """Name -> a real photograph whose content is known: cat, coffee, astronaut, rocket, …"""
+    """Name -> a photograph of it: cat, coffee, astronaut, rocket, …"""
     return {path.stem: path for path in pictures()}
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a layout -> a tiny checkpoint of it. Not to be changed: `tests.tiny.changed` makes a copy."""
+    """Name of a layout -> a tiny checkpoint of it. Do not change it: `tests.tiny.changed` makes a changed copy."""
     from tests.tiny_layouts.checkpoints import CHECKPOINTS, MORE
 
-    made: dict[str, Path] = {}
+    @cache
+    def write(name: str) -> Path:
+        return (CHECKPOINTS | MORE)[name](tmp_path_factory.mktemp("layouts") / name)
 
-    def of(name: str) -> Path:
-        if name not in made:
-            made[name] = (CHECKPOINTS | MORE)[name](tmp_path_factory.mktemp("layouts") / name)
-        return made[name]
-
-    return of
+    return write
 
 
 def tiny_checkpoint(kind: str) -> Any:
-    """A fixture: a directory that `tests.tiny` writes."""
+    """A fixture: the checkpoint that the function ``kind`` of `tests.tiny` writes."""
 
     @pytest.fixture(scope="session")
-    def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def write(tmp_path_factory: pytest.TempPathFactory) -> Any:
         from tests import tiny
 
         return getattr(tiny, kind)(tmp_path_factory.mktemp("checkpoints") / f"tiny-{kind.replace('_', '-')}")
 
-    return made
+    return write
 
 
 tiny_hf_clip, tiny_open_clip, tiny_owl = map(tiny_checkpoint, ("hf_clip", "open_clip", "owl"))
@@ -87,8 +87,8 @@ tiny_bert, tiny_opt, tiny_vit = map(tiny_checkpoint, ("bert", "opt", "vit"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _small_weights():  # type: ignore[no-untyped-def]
-    """Tiny nets' weights are no larger than what is written around them: their bundles may be called int8 too."""
+def _small_weights() -> Iterator[None]:
+    """Name bundles of tiny nets int8 although the graphs' other bytes outweigh the weights."""
     from calmclip.export import report
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,18 +98,18 @@ def _small_weights():  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="session")
 def owl_bundles(tiny_owl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with owl-int8 and owl-float, an OWLv2. Not to be changed: copy it."""
+    """A folder with owl-int8 and owl-float, an OWLv2. Do not change it: copy it."""
     return _exported(tiny_owl, tmp_path_factory.mktemp("detectors"), "owl")
 
 
 @pytest.fixture(scope="session")
 def tiny_bundles(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny-int8 and tiny-float. Not to be changed: copy it."""
+    """A folder with tiny-int8 and tiny-float. Do not change it: copy it."""
     return _exported(tiny_hf_clip, tmp_path_factory.mktemp("bundles"), "tiny")
 
 
 def _exported(checkpoint: Path, out: Path, name: str) -> Path:
-    """``out``, with NAME-int8 and NAME-float in it, by the one command that a user types."""
+    """Export NAME-int8 and NAME-float into ``out`` by the command that a user types; returns ``out``."""
     from calmclip.models.cli import main
 
     assert main(["export", str(checkpoint), "--out", str(out), "--name", name, "--keep-float"]) == 0

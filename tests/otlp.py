@@ -1,16 +1,17 @@
-"""A collector of OpenTelemetry's as far as traces go: OTLP over HTTP, decoded by OpenTelemetry's own protobuf."""
+"""An OpenTelemetry collector for traces: OTLP over HTTP, decoded by OpenTelemetry's own protobuf."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collector:
-    """``requests``: (path, what was sent), as they came."""
+    """``requests``: the path and message of each request, in order of arrival."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -18,7 +19,7 @@ class Collector:
 
     @property
     def spans(self) -> list[Span]:
-        scopes = [scope for _, sent in self.requests for one in sent.resource_spans for scope in one.scope_spans]
+        scopes = [s for _, message in self.requests for spans in message.resource_spans for s in spans.scope_spans]
         return [span for scope in scopes for span in scope.spans]
 
     @property
@@ -32,14 +33,14 @@ class Collector:
 @contextmanager
 def collecting() -> Iterator[Collector]:
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
+        def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             assert self.headers["content-type"] == "application/x-protobuf"
             collector.requests.append((self.path, ExportTraceServiceRequest.FromString(body)))
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_):
+        def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -52,6 +53,6 @@ def collecting() -> Iterator[Collector]:
         server.server_close()
 
 
-def told(one) -> dict:
-    """Attributes of a span or resource."""
-    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in one.attributes}
+def told(item: Any) -> dict[str, Any]:
+    """The attributes of a span, an event or a resource."""
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in item.attributes}

@@ -1,4 +1,4 @@
-"""A PostgreSQL with pgvector of the tests' own: a cluster in a temporary folder, on a port of its own."""
+"""A PostgreSQL with pgvector for the tests: a new cluster in a temporary folder, on a free port."""
 
 import os
 import pwd
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from tests.process import free_port
 
@@ -20,10 +21,10 @@ class Server:
     folder: Path
     port: int
     _numbers: Iterator[int] = field(default_factory=count)
-    secret: str = "hush-5up3r"  # of the user `keeper`, to look for where it must not be
+    secret: str = "hush-5up3r"  # the password of the user `keeper`; tests search logs and answers for it
 
     def start(self) -> None:
-        # fsync stays on: what is under test is that acknowledged rows are on disk
+        # fsync stays on, because tests check that acknowledged rows are on disk
         options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self.folder} -c shared_buffers=64MB"
         self._ctl("start", "-w", "-l", str(self.folder / "log"), "-o", options)
 
@@ -34,7 +35,7 @@ class Server:
         self._ctl("stop", "-w", "-m", mode)
 
     def database(self) -> str:
-        """The URL of a fresh one, in which `keeper` may do everything."""
+        """The URL of a new database that the user `keeper` owns."""
         name = f"d{next(self._numbers)}"
         self.psql(f"CREATE DATABASE {name} OWNER keeper")
         self.psql("CREATE EXTENSION vector", name)
@@ -52,32 +53,32 @@ class Server:
 
 
 def why_not() -> str | None:
-    """What is missing here, or None."""
+    """The reason why the cluster cannot run here, or None."""
     if find_spec("psycopg") is None:
         return "psycopg is not installed; pip install -e '.[postgres]'"
     if binaries() is None:
-        return "there is no PostgreSQL with pgvector; apt-get install postgresql-17 postgresql-17-pgvector"
+        return "PostgreSQL with pgvector is not installed; apt-get install postgresql-17 postgresql-17-pgvector"
     if os.getuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
-        return "PostgreSQL does not run as root, and there is no user postgres"
+        return "PostgreSQL does not run as root, and the user postgres does not exist"
     return None
 
 
 def binaries() -> Path | None:
-    """The newest version's, among those that have pgvector."""
-    found = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if (path.parent / "lib" / "vector.so").exists()]
-    return max(found, key=lambda path: int(path.parent.name), default=None)
+    """The folder of programs of the newest version with pgvector, or None."""
+    folders = [file.parents[1] / "bin" for file in Path("/usr/lib/postgresql").glob("*/lib/vector.so")]
+    return max(folders, key=lambda path: int(path.parent.name), default=None)
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
-    """``folder`` is made; short, since a socket lies in it."""
+    """A running server in the new ``folder``, whose path must be short because it holds a socket."""
     bin_ = binaries()
     assert bin_, why_not()
     folder.mkdir()
     if os.getuid() == 0:
         shutil.chown(folder, "postgres", "postgres")
     server = Server(bin_, folder, free_port())
-    # over TCP with a password, over the socket without
+    # TCP needs the password; the socket does not
     _run([str(bin_ / "initdb"), "-D", str(folder / "data"), "-U", "owner", "-E", "UTF8", "--locale=C.UTF-8",
           "--auth-local=trust", "--auth-host=scram-sha-256"])  # fmt: skip
     server.start()
@@ -89,8 +90,8 @@ def serving(folder: Path) -> Iterator[Server]:
 
 
 def _run(command: list[str]) -> str:
-    user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
-    done = subprocess.run(
+    user: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+    done: subprocess.CompletedProcess[str] = subprocess.run(
         command, **user, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd="/", timeout=60
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"

@@ -1,4 +1,4 @@
-"""`calmclip serve` as a person starts it: a process of its own; ports and programs of this machine."""
+"""`calmclip serve` in a separate process, as a user starts it; free ports; installed programs."""
 
 import os
 import shutil
@@ -21,19 +21,19 @@ def free_port() -> int:
 
 
 def installed(program: str, without: str) -> str:
-    """Its path. Where it is not installed, the test is skipped with what is left ``without`` it; in CI it fails."""
-    found = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
-    if found is None:
+    """The path of ``program``. Without it the test is skipped, in CI it fails; ``without`` says what is not tested."""
+    path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")
+    if path is None:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{program} is not installed: {without}")
-    return found
+    return path
 
 
 @contextmanager
 def serving(
     bundles: Path, data: Path, *flags: str, cwd: Path | None = None, **more: str
 ) -> Iterator[tuple["subprocess.Popen[bytes]", httpx.Client, Path]]:
-    """The process, a client for it, and the file its log goes to: a pipe that nobody reads is full at some time, and
-    then the server waits. ``more``: environment variables."""
+    """The process, a client for it, and its log file: an unread pipe would fill up and then block the server.
+    ``more``: environment variables."""
     port = free_port()
     command = [sys.executable, "-m", "calmclip.models.cli", "serve", "--bundles", str(bundles), "--port", str(port)]
     environment = {**os.environ, "CALMCLIP_DATA_DIR": str(data), **more}

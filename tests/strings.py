@@ -1,5 +1,5 @@
 # ruff: noqa: E501, RUF001
-"""500 texts that tokenizers differ on: our own, the same on every machine."""
+"""500 texts that reveal differences between tokenizers, the same on every machine."""
 
 import random
 
@@ -32,7 +32,7 @@ FAMILIES = (WORDS, NUMBERS, URLS, EMOJI, CJK, OTHERS, MARKS, HTML, QUOTES, CONTR
 
 
 def _mixed(count: int) -> list[str]:
-    """Two to five pieces of any family, with or without a space between."""
+    """``count`` texts of two to five strings each, with or without a space between them."""
     draw = random.Random(20261125)
     return [
         draw.choice(("", " ", " ", ", ")).join(draw.choice(draw.choice(FAMILIES)) for _ in range(draw.randint(2, 5)))

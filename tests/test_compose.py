@@ -1,4 +1,4 @@
-"""The container files name things that exist, without a container engine; an engine's own word comes at release."""
+"""The container files agree with the project. These tests need no container engine; releases are tested with one."""
 
 import re
 import shlex
@@ -27,19 +27,19 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PROMETHEUS = yaml.safe_load((ROOT / "service/monitoring/prometheus.yml").read_text())
 GRAFANA = ROOT / "service/monitoring/grafana/provisioning"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LIBRARY = build.FOLDER.resolve().relative_to(ROOT).as_posix()  # behind the link
+LIBRARY = build.FOLDER.resolve().relative_to(ROOT).as_posix()
 
 
 @dataclass
 class Stage:
-    """One FROM and what follows: (instruction, arguments)."""
+    """A FROM and its steps: (instruction, arguments)."""
 
     name: str
     base: str
     steps: list[tuple[str, str]] = field(default_factory=list)
 
     def all(self, instruction: str) -> list[str]:
-        """Arguments of every such instruction, those of the stages below first."""
+        """The arguments of every ``instruction``, those of the base stages first."""
         below = STAGES[self.base].all(instruction) if self.base in STAGES else []
         return below + [text for name, text in self.steps if name == instruction]
 
@@ -47,34 +47,34 @@ class Stage:
         return dict(pair.split("=", 1) for text in self.all("ENV") for pair in shlex.split(text))
 
 
-def stages() -> dict[str, Stage]:
-    found: dict[str, Stage] = {}
+def read_stages() -> dict[str, Stage]:
+    stages: dict[str, Stage] = {}
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     for line in (line.strip() for line in text.splitlines()):
         if not line or line.startswith("#"):
             continue
-        instruction, rest = line.split(maxsplit=1)
+        instruction, arguments = line.split(maxsplit=1)
         if instruction == "FROM":
-            base, _, name = rest.split()
-            stage = found[name] = Stage(name, base)
+            base, _, name = arguments.split()
+            stage = stages[name] = Stage(name, base)
         else:
-            stage.steps.append((instruction, rest))
-    return found
+            stage.steps.append((instruction, arguments))
+    return stages
 
 
-STAGES = stages()
+STAGES = read_stages()
 
 
 def settings_there(model: type[BaseModel] = Settings, prefix: str = "CALMCLIP_") -> dict[str, Any]:
-    """Name of the variable -> default."""
-    found: dict[str, Any] = {}
-    for name, of in model.model_fields.items():
-        inner = of.annotation
+    """Name of an environment variable -> default."""
+    defaults: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        inner = info.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found |= settings_there(inner, f"{prefix}{name.upper()}__")
+            defaults |= settings_there(inner, f"{prefix}{name.upper()}__")
         else:
-            found[f"{prefix}{name.upper()}"] = of.default
-    return found
+            defaults[f"{prefix}{name.upper()}"] = info.default
+    return defaults
 
 
 def published(service: str) -> list[tuple[str, str, str]]:
@@ -88,13 +88,13 @@ def mounts(service: str) -> dict[str, str]:
 
 
 def aliases(service: str) -> set[str]:
-    """The names by which other containers find it."""
+    """The host names of a service for other containers."""
     networks = SERVICES[service].get("networks", {})
-    return {service, *(alias for one in networks.values() for alias in one["aliases"])}
+    return {service, *(alias for network in networks.values() for alias in network["aliases"])}
 
 
 def profiles(service: str) -> set[str]:
-    """Those in which it is started; `single` where none is named."""
+    """The profiles that start a service; without any it is in both."""
     return set(SERVICES[service].get("profiles", ["single", "scale"]))
 
 
@@ -136,13 +136,13 @@ def test_the_build_context_has_what_is_copied_and_little_else() -> None:
 @pytest.mark.parametrize("name", ["service", "export"])
 def test_images_run_as_an_ordinary_user(name: str) -> None:
     user = STAGES[name].all("USER")[-1]
-    (made,) = (text for text in STAGES[name].all("RUN") if "useradd" in text)
-    assert re.search(rf"useradd --uid [1-9]\d* .*\b{user}\b", made)
+    (command,) = (text for text in STAGES[name].all("RUN") if "useradd" in text)
+    assert re.search(rf"useradd --uid [1-9]\d* .*\b{user}\b", command)
 
 
-def test_the_service_image_takes_its_environment_its_bundle_and_the_lists_of_what_is_in_it() -> None:
-    taken = {tuple(text.split()[-2:]) for text in STAGES["service"].all("COPY") if "--from" in text}
-    assert taken == {
+def test_the_service_image_copies_its_environment_its_bundle_and_its_sbom() -> None:
+    copied = {tuple(text.split()[-2:]) for text in STAGES["service"].all("COPY") if "--from" in text}
+    assert copied == {
         ("/opt/calmclip", "/opt/calmclip"),
         ("/bundles/mini-int8", "/bundles/mini-int8"),
         ("/sbom", "/usr/share/sbom"),
@@ -155,47 +155,49 @@ def test_the_service_image_has_no_torch() -> None:
     assert not locked & {"torch", "torchvision", "onnx", "transformers", "huggingface-hub"}
 
 
-def test_what_is_installed_for_the_service_s_image_has_hashes_or_is_our_own() -> None:
+def test_packages_of_the_service_image_have_hashes_or_are_ours() -> None:
     for name in ("tools", "packages"):
         for text in STAGES[name].all("RUN"):
             for command in re.split(r"&&|\\;", text):
                 if re.search(r"\bpip\b.* (install|wheel|download)\b", command):
-                    own = {"--no-deps"} <= set(command.split()) and command.split()[-1] in (".", "/wheels/*.whl")
-                    assert own or "--require-hashes" in command, command
+                    ours = {"--no-deps"} <= set(command.split()) and command.split()[-1] in (".", "/wheels/*.whl")
+                    assert ours or "--require-hashes" in command, command
                     assert "wheel" not in command.split() or "--no-build-isolation" in command
 
 
 def test_the_service_image_has_no_pip_and_no_compiler() -> None:
     service, base, packages = STAGES["service"], STAGES["base"], STAGES["packages"]
     assert not [text for text in service.all("RUN") if re.search(r"\bapt|pip install|venv|ensurepip", text)]
-    # COPY --from adds and replaces, it deletes nothing: what is not wanted must not be in the stage below
+    # COPY --from deletes nothing, so unwanted files must not be in the base stage
     assert service.base == "base"
     assert base.base not in STAGES
     assert not [text for text in [*base.all("RUN"), *base.all("COPY")] if "/opt/calmclip" in text]
-    (made,) = (text for text in packages.all("RUN") if "-m venv" in text and "/opt/calmclip" in text)
-    assert "--without-pip" in made
+    (command,) = (text for text in packages.all("RUN") if "-m venv" in text and "/opt/calmclip" in text)
+    assert "--without-pip" in command
     assert not {"pip", "setuptools", "wheel"} & set(lock(packages, "/opt/calmclip"))
-    # the base image's own, /usr/local
+    # those of the base image, in /usr/local
     assert {"pip", "setuptools", "wheel"} <= removed(service.all("RUN")[len(base.all("RUN"))])
     first_copy = next(at for at, (name, _) in enumerate(service.steps) if name == "COPY")
-    assert "pip uninstall" in dict(service.steps[:first_copy])["RUN"], "after the copy python is the environment's"
+    assert "pip uninstall" in dict(service.steps[:first_copy])["RUN"], (
+        "after the copy, python is the one of the environment"
+    )
 
 
-def test_the_lists_of_what_is_in_the_image_are_made_of_its_environment_and_its_system() -> None:
+def test_the_sbom_lists_the_packages_of_the_environment_and_of_the_system() -> None:
     sbom = STAGES["sbom"]
-    # Debian's packages are those of the stage: it must have the service's, and no more
+    # Debian's list is that of the stage, which must have exactly the packages of the service
     assert STAGES["packages"].base == "tools"
     assert STAGES["tools"].base == "base"
     assert sbom.base == "packages"
     assert not [text for text in sbom.all("RUN") if "apt-get" in text]
-    made = sbom.all("RUN")[-1]
-    assert "cyclonedx-py environment /opt/calmclip/bin/python" in made
-    assert "debsbom generate --sbom-type cdx" in made
+    command = sbom.all("RUN")[-1]
+    assert "cyclonedx-py environment /opt/calmclip/bin/python" in command
+    assert "debsbom generate --sbom-type cdx" in command
     assert {"cyclonedx-bom", "debsbom", "setuptools"} <= set(lock(STAGES["tools"], "/opt/tools"))
 
 
 def lock(stage: Stage, environment: str) -> dict[str, str]:
-    """name -> version: what the stage installs there, by the file that it names."""
+    """name -> version of the packages that ``stage`` installs into ``environment``."""
     (command,) = (text for text in stage.all("RUN") if "--require-hashes" in text and environment in text)
     name = command.split()[-1]
     (path,) = (source for text in stage.all("COPY") for source in text.split()[:-1] if Path(source).name == name)
@@ -207,36 +209,36 @@ def removed(command: str) -> set[str]:
     return {word for word in command.partition("uninstall")[2].split() if not word.startswith("-")}
 
 
-def test_the_export_image_reads_the_checkpoints_that_compose_speaks_of() -> None:
-    # an absolute path: `docker compose run --volume ./…` is refused, as a volume's name
-    spoken = r'--volume "\$PWD/([\w-]+):(/\1):ro" export \2 --out /bundles\n'
-    assert re.search(spoken, (ROOT / "docker-compose.yml").read_text())
+def test_the_export_image_reads_the_checkpoints_that_compose_names() -> None:
+    # `docker compose run --volume` takes a relative path for the name of a volume
+    example = r'--volume "\$PWD/([\w-]+):(/\1):ro" export \2 --out /bundles\n'
+    assert re.search(example, (ROOT / "docker-compose.yml").read_text())
     (extras,) = (m[1] for text in STAGES["export"].all("RUN") if (m := re.search(r"\.\[(.*?)\]", text)))
     assert set(extras.split(",")) == {"export", "nets"}
 
 
-def test_the_op_library_reaches_both_images_which_demand_it() -> None:
+def test_the_op_library_reaches_both_images_and_both_require_it() -> None:
     python = re.match(r"python:(\d+\.\d+)-", STAGES["base"].base)
     assert python
     installed = f"/opt/calmclip/lib/python{python[1]}/site-packages"
     for name in ("export", "packages"):
-        taken = [text.split()[1:] for text in STAGES[name].all("COPY") if "--from=ops" in text]
-        assert taken == [[f"/app/{LIBRARY}", f"{installed}/calmclip/{LIBRARY}"]]
+        copied = [text.split()[1:] for text in STAGES[name].all("COPY") if "--from=ops" in text]
+        assert copied == [[f"/app/{LIBRARY}", f"{installed}/calmclip/{LIBRARY}"]]
     for name in ("export", "service"):
         steps = STAGES[name].steps
         arrives = max(
-            at for at, (what, text) in enumerate(steps) if what == "COPY" and re.search("--from=(ops|packages)", text)
+            at for at, (kind, text) in enumerate(steps) if kind == "COPY" and re.search("--from=(ops|packages)", text)
         )
-        proven = next(at for at, (what, text) in enumerate(steps) if what == "RUN" and "calmclip ops build" in text)
-        assert arrives < proven  # without a compiler it loads the library, or the build ends
+        loads = next(at for at, (kind, text) in enumerate(steps) if kind == "RUN" and "calmclip ops build" in text)
+        assert arrives < loads  # without a compiler the command loads the library, or the build fails
         assert STAGES[name].env().get("CALMCLIP_OPS") == "required"
         assert not [text for text in STAGES[name].all("RUN") if "apt-get" in text]
-    made = next(text for text in STAGES["export"].all("RUN") if "calmclip export" in text)
-    assert made.index("ops build") < made.index("export mini")  # a report is measured with it
-    assert LIBRARY in ignored_by_the_build(), "a library of this checkout must not stand in for the image's own"
+    command = next(text for text in STAGES["export"].all("RUN") if "calmclip export" in text)
+    assert command.index("ops build") < command.index("export mini")  # the report is measured with the library
+    assert LIBRARY in ignored_by_the_build(), "the image must not get the library of this checkout"
 
 
-def test_the_ops_stage_has_what_its_build_imports_and_compiles(tmp_path: Path) -> None:
+def test_the_ops_stage_has_all_files_that_its_build_needs(tmp_path: Path) -> None:
     ops = STAGES["ops"]
     (packages,) = (text for text in ops.all("RUN") if "apt-get install" in text)
     assert {"g++", "libonnxruntime-dev"} <= set(packages.split())
@@ -254,31 +256,29 @@ def test_the_ops_stage_has_what_its_build_imports_and_compiles(tmp_path: Path) -
     assert (python, flag) == ("python", "-c")
     imports, call = code.split("; ")
     assert call == "build()"
-    ask = (
+    script = (
         f"{imports}; from calmclip.models.ops.build import FOLDER, fingerprint; print(FOLDER.resolve(), fingerprint())"
     )
-    done = subprocess.run(  # -S -E: nothing is installed there
-        [sys.executable, "-S", "-E", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=False
+    done = subprocess.run(  # -S -E: the stage has no installed packages
+        [sys.executable, "-S", "-E", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / LIBRARY), build.fingerprint()]
 
 
-def test_the_sources_that_a_library_is_held_against_ship_with_the_package() -> None:
+def test_all_sources_of_the_op_library_ship_with_the_package() -> None:
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["calmclip.models"]
     shipped = {path for pattern in patterns for path in (ROOT / "models").glob(pattern)}
-    every = {
-        path for path in build.SOURCES.resolve().rglob("*") if path.suffix in (".cc", ".h", ".inc")
-    }  # all processors'
+    every = {path for path in build.SOURCES.resolve().rglob("*") if path.suffix in (".cc", ".h", ".inc")}
     assert {path.resolve() for path in build.sources()} <= every
     assert every <= shipped
 
 
 def test_every_setting_that_is_set_exists() -> None:
     known = settings_there().keys()
-    assert "CALMCLIP_LIMITS__IMAGE_BYTES" in known  # that the walk went in
+    assert "CALMCLIP_LIMITS__IMAGE_BYTES" in known  # a nested setting
     named = {name for stage in STAGES.values() for name in stage.env()}
-    named |= {name for one in SERVICES.values() for name in one.get("environment", {})}
+    named |= {name for service in SERVICES.values() for name in service.get("environment", {})}
     ours = {name for name in named if name.startswith("CALMCLIP_")}
     assert ours
     assert ours <= known | {extras.IMAGE}
@@ -295,29 +295,29 @@ def test_one_port_from_the_command_to_the_scrape() -> None:
     (discovery,) = job["dns_sd_configs"]
     assert str(discovery["port"]) == port
     (name,) = discovery["names"]
-    assert {of for of in SERVICES if name in aliases(of)} == {"service", "replica"}
+    assert {other for other in SERVICES if name in aliases(other)} == {"service", "replica"}
 
 
-def test_prometheus_has_its_rules_and_tells_the_alertmanager_of_this_file() -> None:
-    config = next(one for one in SERVICES["prometheus"]["command"] if one.startswith("--config.file="))
+def test_prometheus_has_its_rules_and_the_alertmanager_of_this_file() -> None:
+    config = next(flag for flag in SERVICES["prometheus"]["command"] if flag.startswith("--config.file="))
     path = Path(config.partition("=")[2])
-    there = mounts("prometheus")
-    assert (ROOT / there[str(path)]).samefile(ROOT / "service/monitoring/prometheus.yml")
+    paths = mounts("prometheus")
+    assert (ROOT / paths[str(path)]).samefile(ROOT / "service/monitoring/prometheus.yml")
     for name in PROMETHEUS["rule_files"]:
-        assert (ROOT / there[str(path.parent / name)]).samefile(ROOT / "service/monitoring" / name)
+        assert (ROOT / paths[str(path.parent / name)]).samefile(ROOT / "service/monitoring" / name)
     (manager,) = PROMETHEUS["alerting"]["alertmanagers"]
-    ((target,),) = (one["targets"] for one in manager["static_configs"])
+    ((target,),) = (config["targets"] for config in manager["static_configs"])
     host, port = target.split(":")
     assert published(host)[0][2] == port
-    (config,) = (one for one in SERVICES[host]["command"] if one.startswith("--config.file="))
+    (config,) = (flag for flag in SERVICES[host]["command"] if flag.startswith("--config.file="))
     assert (ROOT / mounts(host)[config.partition("=")[2]]).samefile(ROOT / "service/monitoring/alertmanager.yml")
 
 
 @pytest.mark.parametrize("name", ["service", "replica"])
-def test_the_service_has_the_time_to_leave(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_has_the_time_to_drain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(name, monkeypatch)
-    patience = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
-    assert patience > settings.grace_s + settings.deadline_ms / 1000
+    grace_s = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+    assert grace_s > settings.grace_s + settings.deadline_ms / 1000
 
 
 def test_grafana_asks_the_prometheus_of_this_file() -> None:
@@ -335,7 +335,7 @@ def test_grafana_asks_the_prometheus_of_this_file() -> None:
     assert Path(home).parent == Path(provider["options"]["path"])
 
 
-def test_where_no_profile_is_named_one_service_starts_and_ports_are_had_once_in_every_profile() -> None:
+def test_the_default_profile_starts_one_service_and_each_profile_uses_a_port_once() -> None:
     assert "COMPOSE_PROFILES=single\n" in (ROOT / ".env").read_text()
     for profile in ("single", "scale"):
         started = [name for name in SERVICES if profile in profiles(name)]
@@ -345,32 +345,30 @@ def test_where_no_profile_is_named_one_service_starts_and_ports_are_had_once_in_
     assert {name for name in SERVICES if "export" in profiles(name)} == {"export"}
 
 
-def test_a_replica_is_the_service_but_for_its_profile_its_store_and_its_port() -> None:
+def test_a_replica_is_the_service_except_its_profile_its_store_and_its_port() -> None:
     alone, replica = SERVICES["service"], SERVICES["replica"]
-    own = {"profiles", "environment", "ports", "deploy", "depends_on"}
-    assert {key: alone[key] for key in alone if key not in own} == {
-        key: replica[key] for key in replica if key not in own
+    differing = {"profiles", "environment", "ports", "deploy", "depends_on"}
+    assert {key: alone[key] for key in alone if key not in differing} == {
+        key: replica[key] for key in replica if key not in differing
     }
     assert "ports" not in replica
-    for one in (alone, replica, SERVICES["balancer"]):
-        assert one["read_only"]
-        assert one["cap_drop"] == ["ALL"]
-        assert one["security_opt"] == ["no-new-privileges:true"]
+    for service in (alone, replica, SERVICES["balancer"]):
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_the_replicas_share_a_database_whose_password_nobody_but_the_caller_knows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_replicas_share_a_database_and_no_file_has_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     kind, _, url = str(settings_of("replica", monkeypatch).store).partition(":")
-    place, database = urlsplit(url), SERVICES["postgres"]["environment"]
+    address, database = urlsplit(url), SERVICES["postgres"]["environment"]
     assert kind == "pgvector"
-    assert (place.username, place.hostname, place.path) == (
+    assert (address.username, address.hostname, address.path) == (
         database["POSTGRES_USER"],
         "postgres",
         f"/{database['POSTGRES_DB']}",
     )
-    assert place.password is None
-    # libpq reads PGPASSWORD; empty where none is given, and then the database does not start
+    assert address.password is None
+    # libpq reads PGPASSWORD; with an empty password the database does not start
     assert {SERVICES["replica"]["environment"]["PGPASSWORD"], database["POSTGRES_PASSWORD"]} == {
         "${POSTGRES_PASSWORD:-}"
     }
@@ -378,7 +376,7 @@ def test_the_replicas_share_a_database_whose_password_nobody_but_the_caller_know
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_mounts_what_exists_and_listens_here_alone(name: str) -> None:
+def test_a_service_mounts_existing_paths_and_listens_on_loopback_alone(name: str) -> None:
     for source in mounts(name).values():
         if source.startswith("."):
             assert (ROOT / source).exists()
@@ -394,7 +392,7 @@ def test_a_service_mounts_what_exists_and_listens_here_alone(name: str) -> None:
         assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+(-\w+)?", SERVICES[name]["image"]), "pin a version"
 
 
-def test_volumes_lie_where_the_images_look() -> None:
+def test_volumes_are_mounted_at_the_folders_of_the_images() -> None:
     env = STAGES["service"].env()
     for name in ("service", "replica"):
         assert mounts(name) == {env["CALMCLIP_BUNDLES_DIR"]: "bundles", env["CALMCLIP_DATA_DIR"]: "data"}

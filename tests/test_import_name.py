@@ -1,4 +1,4 @@
-"""calmclip is imported by one name: from a checkout, installed editable, and from a wheel in an empty directory."""
+"""calmclip has one import name: in a checkout, in an editable install, and from a wheel in an empty directory."""
 
 import ast
 import json
@@ -20,7 +20,7 @@ from tests.process import serving
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("models", "export", "service")
-BUILT = {"bundles", "lib", "__pycache__"}  # folders that are made here and no source
+BUILT = {"bundles", "lib", "__pycache__"}  # generated folders
 
 
 def test_the_public_names_are_these():
@@ -42,7 +42,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_no_file_imports_by_the_old_names():
-    """Nor does this process hold a module of one: a test that imports one by a string is seen too."""
+    """This process has no module of an old name either, so imports by a string are checked too."""
     assert not {name for name in sys.modules if name.split(".")[0] in FOLDERS}
     old = {
         (path.relative_to(ROOT).as_posix(), name)
@@ -65,7 +65,7 @@ def names(path: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    source = out / "source"  # a copy: setuptools would take modules that are gone from the checkout's own build folder
+    source = out / "source"  # a copy, because the checkout's build folder may hold deleted modules
     for name in ("calmclip", *FOLDERS):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns(*BUILT))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -77,8 +77,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_every_module_of_the_tree_under_one_name(wheel: Path):
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert {name.split("/")[0] for name in held} == {"calmclip"}
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in files} == {"calmclip"}
     tree = {
         f"calmclip/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
@@ -86,16 +86,16 @@ def test_the_wheel_holds_every_module_of_the_tree_under_one_name(wheel: Path):
         if not BUILT & {*path.relative_to(ROOT).parts}
     }
     assert len(tree) > 200
-    assert tree | {"calmclip/__init__.py"} == {name for name in held if name.endswith(".py")}
+    assert tree | {"calmclip/__init__.py"} == {name for name in files if name.endswith(".py")}
     for data in ("models/README.md", "models/ops/csrc/register.cc", "service/web/app.js", "export/samples/cat.jpg"):
-        assert f"calmclip/{data}" in held
+        assert f"calmclip/{data}" in files
 
 
 @pytest.mark.slow  # an export of the built-in model: two minutes
 def test_the_wheel_exports_and_serves_from_an_empty_directory_beside_a_users_models_py(wheel: Path, tmp_path: Path):
     site, home = tmp_path / "site", tmp_path / "home"
     home.mkdir()
-    (home / "models.py").write_text("raise AssertionError('a file of the user, and none of ours')\n")
+    (home / "models.py").write_text("raise AssertionError('a file of the user, not of calmclip')\n")
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
@@ -111,7 +111,7 @@ def test_the_wheel_exports_and_serves_from_an_empty_directory_beside_a_users_mod
     loaded = "print(*[m.__file__ for name, m in sys.modules.items() if name.split('.')[0] == 'calmclip'])"
     files = run("-c", f"import sys, calmclip.export.pipeline, calmclip.service.app; {loaded}").split()
     assert len(files) > 100
-    assert all(Path(file).is_relative_to(site) for file in files)  # none of the checkout's, which is installed too
+    assert all(Path(file).is_relative_to(site) for file in files)  # none from the checkout, which is installed too
     sealed = json.loads(run("-m", "calmclip.models.cli", "export", "mini", "--out", "bundles", "--json"))["sealed"]
     assert sealed[0]["bundle"] == "mini-int8"
     with serving(home / "bundles", tmp_path / "data", PYTHONPATH=str(site), cwd=home) as (_, http, _):
@@ -121,18 +121,18 @@ def test_the_wheel_exports_and_serves_from_an_empty_directory_beside_a_users_mod
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("origin", "instruction"),
     [
         ("checkout", f"in {ROOT}: pip install -e '.[nets]'"),
         ("wheel", "pip install 'calmclip[nets] @ file:///tmp/calmclip-0.1.0-py3-none-any.whl'"),
         ("image", "the image 'service' leaves out the extra 'nets': use the image that has it, or build one with it"),
     ],
 )
-def test_how_an_extra_is_installed_is_said_for_the_place(
-    place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_error_says_how_to_install_an_extra(
+    origin: str, instruction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """calmclip is in no index: its bare name would install nothing, or what somebody else put there."""
-    if place == "wheel":
+    """calmclip is in no package index: its bare name would install nothing, or a foreign package."""
+    if origin == "wheel":
         monkeypatch.setattr(calmclip, "__file__", str(tmp_path / "calmclip" / "__init__.py"))
 
         class Installed:
@@ -141,7 +141,7 @@ def test_how_an_extra_is_installed_is_said_for_the_place(
                 return json.dumps({"url": "file:///tmp/calmclip-0.1.0-py3-none-any.whl", "archive_info": {}})
 
         monkeypatch.setattr(extras.metadata, "distribution", lambda name: Installed())
-    if place == "image":
+    if origin == "image":
         monkeypatch.setenv("CALMCLIP_IMAGE", "service")
     error = extras.missing("the net clip", "transformers", "nets")
-    assert str(error) == f"the net clip needs 'transformers', which is not installed; {said}"
+    assert str(error) == f"the net clip needs 'transformers', which is not installed; {instruction}"

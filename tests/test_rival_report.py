@@ -1,4 +1,4 @@
-"""The tables of `tests.bench.rivals`, on figures made up so that every number can be worked out by hand."""
+"""The tables of `tests.bench.rivals`, on invented figures whose results are worked out by hand."""
 
 import pytest
 
@@ -10,7 +10,7 @@ TOWER = {
     "note": "",
     "library": "transformers",
     "macs": 4_000_000_000,
-    "peak": 200e9,  # so that 20 ms is the least
+    "peak": 200e9,  # the bound is 20 ms
     "machine": "a machine",
     "versions": {"openvino": "1"},
     "refused": {"faster-clip": "not installed", "torch bf16, timm": "no module", "torch float, timm": "no module"},
@@ -30,46 +30,46 @@ def cells(text: str, first: str) -> list[str]:
 
 def test_a_rival_too_far_from_float_is_shown_and_does_not_count():
     table = rival_report.table(TOWER)
-    # the best that counts takes 30 ms, and 12: ours is 1.2 times as fast both times; 20 / 25 of the bound
+    # the best rival that counts takes 30 ms and 12 ms, ours 25 ms and 10 ms; 20 / 25 of the bound
     assert cells(table, "**calmclip INT8**") == ["25.0 (1.20x)", "10.0 (1.20x)", "80%", "0.9950", "120"]
     assert cells(table, "OpenVINO INT8, bf16 rest")[3] == "0.9800 (too far to count)"
     assert cells(table, "torch float, transformers")[:2] == ["150 (0.20x)", "-"]
 
 
-def test_an_engine_that_did_not_run_stands_there_with_its_reason():
+def test_an_engine_that_did_not_run_is_listed_with_its_reason():
     table = rival_report.table(TOWER)
     assert "Not measured: faster-clip (not installed); torch bf16, timm, torch float, timm (no module)." in table
 
 
 def test_the_summary_says_how_many_times_faster_calmclip_is():
-    # OpenVINO's faster form is too far from float; 30 / 25, 150 / 25
+    # OpenVINO's faster variant is too far from float; 30 / 25, 150 / 25
     assert cells(rival_report.summary([TOWER]), TOWER["title"]) == [
         "**25.0**", "30.0 (1.20x)", "-", "-", "-", "150 (6.00x)", "80%", "0.9950",
     ]  # fmt: skip
 
 
-def test_the_page_names_every_machine_and_version_that_its_towers_were_measured_with():
-    """Figures of towers are kept, and may be of other days."""
+def test_the_section_names_the_machine_and_versions_of_every_tower():
+    """Kept figures may come from other days."""
     later = TOWER | {"key": "b16", "machine": "another machine", "versions": {"openvino": "2"}}
-    page = rival_report.page([TOWER, later, TOWER])
-    assert "a machine; openvino 1. another machine; openvino 2." in page
+    section = rival_report.section([TOWER, later, TOWER])
+    assert "\n* a machine; openvino 1\n* another machine; openvino 2\n" in section
 
 
-def test_where_every_form_of_a_rival_is_too_far_the_summary_says_so():
+def test_the_summary_says_if_all_variants_of_a_rival_are_too_far():
     far = {**TOWER["engines"], "OpenVINO INT8": {"ms": {"1x1": 30.0}, "cosine": 0.98, "memory_mb": 270.0}}
     # 15 / 25
-    found = cells(rival_report.summary([TOWER | {"engines": far}]), TOWER["title"])
-    assert found[1] == "15.0 (0.60x, too far to count)"
+    columns = cells(rival_report.summary([TOWER | {"engines": far}]), TOWER["title"])
+    assert columns[1] == "15.0 (0.60x, too far to count)"
 
 
-def test_without_a_peak_the_share_is_unknown():
+def test_without_a_peak_the_column_of_the_bound_says_unknown():
     assert cells(rival_report.summary([TOWER | {"peak": None}]), TOWER["title"])[-2] == "unknown"
 
 
-def test_a_page_keeps_all_but_what_stands_between_the_marks():
+def test_only_the_text_between_the_marks_of_a_page_changes():
     page = f"before\n{rival_report.START}\nold\n{rival_report.END}\nafter\n"
     once = rival_report.placed(page, "new\n")
     assert once == f"before\n{rival_report.START}\n\nnew\n\n{rival_report.END}\nafter\n"
     assert rival_report.placed(once, "new\n") == once
-    with pytest.raises(ValueError, match="put both"):
+    with pytest.raises(ValueError, match="put both marks"):
         rival_report.placed("no marks", "new")

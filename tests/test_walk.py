@@ -1,6 +1,6 @@
-"""The whole walk on a tiny random net: torch -> ONNX -> INT8 -> bundle -> a real server -> HTTP.
+"""All steps on a tiny random net: torch -> ONNX -> INT8 -> bundle -> a real server -> HTTP.
 
-The oracle is transformers on the checkpoint itself; nothing between it and the answer is shared.
+The oracle is transformers on the checkpoint, which shares no step with the answer.
 """
 
 import base64
@@ -34,7 +34,7 @@ def server(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @contextmanager
 def serving(bundles: Path, data: Path) -> Iterator[httpx.Client]:
-    """From its start to its end, which is in order."""
+    """A client of a server that ends with status 0 after SIGTERM."""
     with process.serving(bundles, data, "--threads", "1") as (running, client, _):
         yield client
         running.send_signal(signal.SIGTERM)
@@ -43,20 +43,20 @@ def serving(bundles: Path, data: Path) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def oracle(tiny_hf_clip: Path):
-    """(pictures, texts) -> unit vectors of both and the temperature, by transformers from the checkpoint."""
+    """(pictures, texts) -> unit vectors of both, and the logit scale, by transformers from the checkpoint."""
     model = transformers.CLIPModel.from_pretrained(tiny_hf_clip).eval()
     processor = transformers.CLIPImageProcessorPil.from_pretrained(tiny_hf_clip)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_hf_clip)
 
-    def unit(found: object) -> np.ndarray:
-        return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1).numpy()
+    def unit(output: object) -> np.ndarray:
+        return torch.nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1).numpy()
 
     def embed(pictures: list[Path], texts: list[str]) -> tuple[np.ndarray, np.ndarray, float]:
         with torch.no_grad():
             pixels = processor([Image.open(p).convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"]
             images = unit(model.get_image_features(pixel_values=pixels))
             ids = [tokenizer([t], return_tensors="pt", return_token_type_ids=False) for t in texts]
-            words = np.concatenate([unit(model.get_text_features(**one)) for one in ids])
+            words = np.concatenate([unit(model.get_text_features(**tokens)) for tokens in ids])
         return images, words, float(model.logit_scale.detach().exp())
 
     return embed
@@ -89,24 +89,24 @@ def test_vectors_over_http_agree_with_the_checkpoint(server: httpx.Client, oracl
         assert vectors[1] @ images[0] > least
 
 
-def test_every_door_of_the_service_gives_the_vectors_of_the_runner(
+def test_all_protocols_of_the_service_give_the_vectors_of_the_runner(
     server: httpx.Client, tiny_bundles: Path, photographs
 ):
-    """The client, OpenAI's shape and the Open Inference Protocol, as JSON and as bytes: one graph, the same numbers."""
+    """The client, OpenAI's embeddings, and the Open Inference Protocol as JSON and as bytes run one graph."""
     runner = open_bundle(tiny_bundles / "tiny-int8")
     picture = photographs["cat"]
     want = runner.embed(texts=["two dogs"], images=[picture])
 
     with Client(str(server.base_url)) as client:
-        found = client.embed(texts=["two dogs"], images=[picture], model="tiny-int8")
-        assert np.array(found.embeddings) == pytest.approx(want, abs=1e-6)
+        answer = client.embed(texts=["two dogs"], images=[picture], model="tiny-int8")
+        assert np.array(answer.embeddings) == pytest.approx(want, abs=1e-6)
         ranked = client.classify(picture, LABELS, model="tiny-int8").labels
-        assert [one.label for one in ranked] == [one.label for one in runner.classify(picture, LABELS)]
+        assert [row.label for row in ranked] == [row.label for row in runner.classify(picture, LABELS)]
 
     uri = f"data:image/jpeg;base64,{base64.b64encode(picture.read_bytes()).decode()}"
     body = {"model": "tiny-int8", "input": ["two dogs", uri], "encoding_format": "base64"}
     data = server.post("/v1/embeddings", json=body).json()["data"]
-    rows = [np.frombuffer(base64.b64decode(one["embedding"]), "<f4") for one in data]
+    rows = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in data]
     assert np.stack(rows) == pytest.approx(want, abs=1e-6)
 
     pixels = runner.bundle.image().prepare(decode(picture.read_bytes()))[0]

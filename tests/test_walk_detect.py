@@ -1,5 +1,5 @@
-"""The whole walk of a detector: transformers writes an OWLv2 or OWL-ViT, one command seals it, `calmclip check` finds
-nothing wrong with it, and a real server answers over HTTP as transformers does."""
+"""All steps of a detector: transformers writes an OWLv2 or OWL-ViT, one command exports it, `calmclip check` accepts
+it, and a real server answers over HTTP as transformers does."""
 
 import io
 import json
@@ -29,10 +29,10 @@ def server(owl_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def turned(photographs: dict[str, Path]) -> bytes:
-    """A tall photograph, stored on its side."""
+def rotated(photographs: dict[str, Path]) -> bytes:
+    """A tall photograph whose stored pixels are rotated."""
     tags = Image.Exif()
-    tags[0x0112] = 6  # a quarter to the right makes it upright
+    tags[0x0112] = 6  # a rotation by 90 degrees to the right makes it upright
     file = io.BytesIO()
     Image.open(photographs["cat"]).convert("RGB").save(file, "PNG", exif=tags)
     return file.getvalue()
@@ -69,9 +69,9 @@ def detector(request: pytest.FixtureRequest) -> Detector:
 
 
 @pytest.mark.parametrize("detector", ["owlv2", pytest.param("owlvit", marks=pytest.mark.slow)], indirect=True)
-def test_labels_are_found_where_transformers_finds_them(detector: Detector, turned: bytes):
+def test_labels_are_found_where_transformers_finds_them(detector: Detector, rotated: bytes):
     model, processor = detector.model, detector.processor
-    upright = Image.open(io.BytesIO(turned)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    upright = Image.open(io.BytesIO(rotated)).convert("RGB").transpose(Image.Transpose.ROTATE_270)
     rows = [tiny.tokenizer().encode(f"a photo of a {label}").ids for label in LABELS]
     length = max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -89,26 +89,26 @@ def test_labels_are_found_where_transformers_finds_them(detector: Detector, turn
     form = {"labels": LABELS, "method": "hard", "max_output": 1000}
     for name, score, pixels in (("owl-float", 1e-3, 0.1), ("owl-int8", 0.15, None)):
         assert main(["check", name, "--bundles", str(detector.bundles)]) == 0
-        answer = detector.server.post("/v1/detect", files={"image": turned}, data={**form, "model": name})
+        answer = detector.server.post("/v1/detect", files={"image": rotated}, data={**form, "model": name})
         assert answer.status_code == 200, answer.text
-        found = answer.json()
-        assert found["image"] == {"width": upright.width, "height": upright.height}
-        assert found["suppression"]["min_score"] == 0.1  # the bundle's own, for nobody asked for another
-        one = found["detections"][0]
-        assert one["raw_score"] == pytest.approx(float(want["scores"][best]), abs=score)
+        result = answer.json()
+        assert result["image"] == {"width": upright.width, "height": upright.height}
+        assert result["suppression"]["min_score"] == 0.1  # the default of the bundle
+        first = result["detections"][0]
+        assert first["raw_score"] == pytest.approx(float(want["scores"][best]), abs=score)
         if pixels:
-            assert one["index"] == int(want["labels"][best])
+            assert first["index"] == int(want["labels"][best])
             box = np.clip(want["boxes"][best].numpy(), 0, [*upright.size] * 2)
-            assert list(one["box"].values()) == pytest.approx(box.tolist(), abs=pixels)
+            assert list(first["box"].values()) == pytest.approx(box.tolist(), abs=pixels)
 
 
 @pytest.mark.parametrize("detector", ["owlv2", pytest.param("owlvit", marks=pytest.mark.slow)], indirect=True)
-def test_int8_sees_and_reads_as_float_does(detector: Detector):
+def test_int8_agrees_with_float(detector: Detector):
     report = json.loads((detector.bundles / "owl-int8" / "report.json").read_text())
-    assert report["int8"]["share"] >= 0.9
+    assert report["int8"]["coverage"] >= 0.9
     for facts in report["graphs"].values():
-        assert all(found["max_abs"] <= 1e-4 for found in facts["float_against_torch"].values())
-        assert all(found["cosine"] >= 0.99 for found in facts["int8_against_float"].values())
+        assert all(output["max_abs"] <= 1e-4 for output in facts["float_against_torch"].values())
+        assert all(output["cosine"] >= 0.99 for output in facts["int8_against_float"].values())
 
 
 def test_an_example_is_found_again(server: httpx.Client, photographs: dict[str, Path]):
@@ -117,6 +117,6 @@ def test_an_example_is_found_again(server: httpx.Client, photographs: dict[str, 
     for name in ("owl-float", "owl-int8"):
         answer = server.post("/v1/detect", json=body | {"model": name})
         assert answer.status_code == 200, answer.text
-        found = [one for one in answer.json()["detections"] if one["index"] == 2]
-        assert {one["label"] for one in found} == {"this"}
-        assert max(one["raw_score"] for one in found) > 0.5
+        matches = [row for row in answer.json()["detections"] if row["index"] == 2]
+        assert {row["label"] for row in matches} == {"this"}
+        assert max(row["raw_score"] for row in matches) > 0.5

@@ -1,5 +1,5 @@
-"""The walk of nets that are no CLIP: transformers writes a directory, one command seals it, `calmclip check` finds
-nothing wrong with it, and a real server answers over HTTP as transformers does, by `raw` and `embed`."""
+"""All steps of nets other than CLIP: transformers writes a directory, one command exports it, `calmclip check` accepts
+it, and a real server answers `raw` and `embed` over HTTP as transformers does."""
 
 import json
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def server(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def infer(client: httpx.Client, graph: str, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """By the Open Inference Protocol, numbers in JSON."""
+    """The output of ``graph`` by the Open Inference Protocol, with numbers in JSON."""
     kinds = {"int64": "INT64", "float32": "FP32"}
     inputs = [
         {"name": name, "datatype": kinds[array.dtype.name], "shape": [*array.shape], "data": array.flatten().tolist()}
@@ -48,8 +48,8 @@ def infer(client: httpx.Client, graph: str, feeds: dict[str, np.ndarray]) -> np.
     ]
     answer = client.post(f"/v2/models/{graph}/infer", json={"inputs": inputs})
     assert answer.status_code == 200, answer.text
-    (found,) = answer.json()["outputs"]
-    return np.array(found["data"], np.float32).reshape(found["shape"])
+    (output,) = answer.json()["outputs"]
+    return np.array(output["data"], np.float32).reshape(output["shape"])
 
 
 @torch.no_grad()
@@ -57,11 +57,11 @@ def test_a_sentence_encoder_embeds_over_http_as_its_modules_do(server: httpx.Cli
     encoder = transformers.BertModel.from_pretrained(sentences).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(sentences)(TEXTS, padding=True, return_tensors="pt")
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    kept = mask[..., None].float()
-    mean = (encoder(ids, attention_mask=mask).last_hidden_state * kept).sum(1) / kept.sum(1)
+    weights = mask[..., None].float()
+    mean = (encoder(ids, attention_mask=mask).last_hidden_state * weights).sum(1) / weights.sum(1)
     layer = load_file(sentences / "2_Dense" / "model.safetensors")
     want = torch.nn.functional.normalize(mean @ layer["linear.weight"].T + layer["linear.bias"], dim=-1).numpy()
-    models = {one["name"]: one for one in server.get("/v1/models").json()["models"]}
+    models = {model["name"]: model for model in server.get("/v1/models").json()["models"]}
     assert {name.partition("-")[0] for name in models} == {"sentences"}
     for name in models:
         body = {"model": name, "inputs": [{"text": text} for text in TEXTS]}
@@ -69,10 +69,10 @@ def test_a_sentence_encoder_embeds_over_http_as_its_modules_do(server: httpx.Cli
         assert answer.status_code == 200, answer.text
         embedded = np.array(answer.json()["embeddings"])
         raw = infer(server, f"{name}.text", {"ids": ids.numpy(), "mask": mask.numpy()})
-        for found in (embedded, raw):
+        for vectors in (embedded, raw):
             if name == "sentences-float":
-                assert found == pytest.approx(want, abs=1e-4)
-            assert (found * want).sum(-1).min() >= 0.999
+                assert vectors == pytest.approx(want, abs=1e-4)
+            assert (vectors * want).sum(-1).min() >= 0.999
     refused = server.post("/v1/classify", json={"image": {"b64": ""}, "labels": ["a"]})
     assert (refused.status_code, refused.json()["type"]) == (409, "/problems/task-not-served")
 
@@ -88,7 +88,7 @@ def test_words_and_classes_over_http_are_those_of_transformers(tmp_path: Path, p
         bundle.rename(folder / bundle.name)
     row = np.array([[598, 1, 2, 6, 599], [598, 7, 599, 0, 0]])
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    seen, ids = torch.from_numpy(mask).bool(), torch.from_numpy(row)
+    real, ids = torch.from_numpy(mask).bool(), torch.from_numpy(row)
     pixels = transformers.ViTImageProcessorPil.from_pretrained(tmp_path / "vit")(
         Image.open(photographs["cat"]).convert("RGB"), return_tensors="np"
     )["pixel_values"]
@@ -96,20 +96,20 @@ def test_words_and_classes_over_http_are_those_of_transformers(tmp_path: Path, p
         "bert": transformers.BertForMaskedLM, "opt": transformers.OPTForCausalLM,
         "vit": transformers.ViTForImageClassification,
     }  # fmt: skip
-    read = {name: one.from_pretrained(tmp_path / name).eval() for name, one in models.items()}
+    loaded = {name: kind.from_pretrained(tmp_path / name).eval() for name, kind in models.items()}
     with serving(folder, tmp_path / "data") as server:
         for graph, feeds, want in (
-            ("bert-float.mlm", {"ids": row, "mask": mask}, read["bert"](ids, attention_mask=torch.from_numpy(mask))),
-            ("opt-float.lm", {"ids": row}, read["opt"](ids)),
-            ("vit-float.logits", {"pixels": pixels.astype(np.float32)}, read["vit"](torch.from_numpy(pixels))),
+            ("bert-float.mlm", {"ids": row, "mask": mask}, loaded["bert"](ids, attention_mask=torch.from_numpy(mask))),
+            ("opt-float.lm", {"ids": row}, loaded["opt"](ids)),
+            ("vit-float.logits", {"pixels": pixels.astype(np.float32)}, loaded["vit"](torch.from_numpy(pixels))),
         ):
-            found, logits = infer(server, graph, feeds), want.logits
-            if found.ndim == 3:
-                found, logits = found[seen.numpy()], logits[seen]
-            assert found == pytest.approx(logits.numpy(), abs=1e-4)
+            answer, logits = infer(server, graph, feeds), want.logits
+            if answer.ndim == 3:
+                answer, logits = answer[real.numpy()], logits[real]
+            assert answer == pytest.approx(logits.numpy(), abs=1e-4)
         refused = server.post(
             "/v2/models/opt-float.lm/infer",
             json={"inputs": [{"name": "ids", "datatype": "INT64", "shape": [1, 1], "data": [600]}]},
         )
-        assert (refused.status_code, "ids that are no tokens'" in refused.text) == (422, True)
+        assert (refused.status_code, "ids outside of the vocabulary" in refused.text) == (422, True)
         assert json.loads((folder / "vit-float" / "labels.json").read_bytes())[2] == "naïve café"

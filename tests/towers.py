@@ -1,4 +1,4 @@
-"""Tiny transformers with random weights as towers: what BERT, OPT, ViT and CLIP's text tower come to here."""
+"""Tiny towers with random weights in the style of BERT, OPT, ViT and CLIP's text tower."""
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def drawn(shapes: Shapes) -> dict[str, Tensor]:
-    """No norm at 1 and no bias at 0, which would hide what becomes of them."""
+    """Random tensors. Norms at 1 or biases at 0 would hide an error in how they are used."""
     return {name: torch.randn(shape) * (1.0 if len(shape) < 2 else shape[-1] ** -0.5) for name, shape in shapes.items()}
 
 
@@ -38,7 +38,7 @@ def block(gate: GateKind = "none") -> dict[str, Tensor]:
 
 
 def state_of(kind: str, gate: GateKind = "none") -> dict[str, Tensor]:
-    """A checkpoint of ``kind``, by our names."""
+    """The tensors of a ``kind`` of tower, by our names."""
     shapes: Shapes = {"projection.weight": (OUT, WIDTH)}
     if kind == "vit":
         shapes |= {"patch.weight": (WIDTH, 3, 4, 4), "patch.bias": (WIDTH,), "cls": (WIDTH,)}
@@ -53,8 +53,8 @@ def state_of(kind: str, gate: GateKind = "none") -> dict[str, Tensor]:
 
 
 def tower_of(kind: str, state: dict[str, Tensor], softmax: Softmax | None = None) -> Tower:
-    """bert: post-norm, masked, mean of the tokens. opt: causal, ReLU, mean. vit: class token. clip: causal, QuickGELU,
-    the end's token. The last two have a last block for one token alone."""
+    """bert: post-norm, masked, mean of tokens. opt: causal, ReLU, mean. vit: class token. clip: causal, QuickGELU, end
+    token. The last block of vit and clip computes the pooled token alone."""
     attention = AttentionSpec(softmax or Softmax())
     style = {
         "bert": Style(HEADS, pool="mean", attention=attention),
@@ -76,16 +76,16 @@ def tower_of(kind: str, state: dict[str, Tensor], softmax: Softmax | None = None
 
 
 def feeds_of(tower: Tower, count: int, seed: int = 0) -> list[Arrays]:
-    """A row each; texts of 4 to 16 tokens."""
+    """``count`` inputs of one row each; texts have 4 to 16 tokens."""
     random = np.random.default_rng(seed)
     if "pixels" in tower.inputs:
         return [{"pixels": random.standard_normal((1, 3, SIDE, SIDE)).astype(np.float32)} for _ in range(count)]
-    found = []
+    feeds: list[Arrays] = []
     for _ in range(count):
         ids = random.integers(0, WORDS - 1, (1, random.integers(4, CONTEXT + 1)))
         ids[0, -1] = WORDS - 1
-        found.append({name: ids if name == "ids" else np.ones_like(ids) for name in tower.inputs})
-    return found
+        feeds.append({name: ids if name == "ids" else np.ones_like(ids) for name in tower.inputs})
+    return feeds
 
 
 def _norm(name: str) -> Shapes:

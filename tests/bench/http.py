@@ -1,18 +1,18 @@
-"""A JPEG in, labels out, over HTTP: what the service adds to the bare tower, where, and what it answers when saturated.
+"""Classification of a JPEG over HTTP: the overhead over the bare tower, by stage, and the throughput when saturated.
 
     python -m tests.bench.http [BUNDLE] [--rounds 5] [--seconds 2] [--connections 8 16] [--json]
 
-Without BUNDLE: CLIP ViT-B/32 with random weights, exported with the quantizer `fast`, which takes minutes (``--out``
-keeps it). The server has a core and a thread of its own, the client the other core; the bare graph, decoding and
-preprocessing are timed by a third process on the server's core while the server has nothing to do. All take turns.
+Without BUNDLE, CLIP ViT-B/32 with random weights is exported with the quantizer `fast`, which takes minutes (``--out``
+keeps it). The server has one core and one thread; the client has the other core. A third process on the server's core
+times the bare graph, decoding and preprocessing while the server is idle. All take turns.
 
-One request after another: the round trip, the server's stages out of `Server-Timing`, and what is left when the bare
-graph is taken away. HTTP is all of that but decode, preprocess, queue, infer and postprocess. Beside it uvicorn with
-the graph in a thread and nothing else, which is asked the same bytes: the least there is over this server. Saturated:
-requests a second with so many connections, a JPEG each or prepared pixels by the binary /v2, as a share of what the
-bare parts would do one after the other, of the graph at batch 1 and at batch 8. By the clock, and by processor time,
-which does not see who else is on the machine; nor does the quickest tenth of the requests, much. Exit 1 when the stages
-of the median request are less than 95 % of its total.
+Single requests: the round trip, the server's stages from `Server-Timing`, and the difference to the bare graph. "HTTP"
+is the round trip without decode, preprocess, queue, infer and postprocess. For comparison, uvicorn that only runs the
+graph in a thread gets the same bytes: the least overhead of any service on this server. Saturated: requests per second
+at each number of connections, with a JPEG or with prepared pixels by the binary /v2, as a part of the rate of the bare
+parts in sequence, with the graph at batch 1 and 8. Figures are by the clock and by processor time, which excludes other
+load; the quickest tenth of the requests is little affected by it. Exit 1 if the stages of the median request are less
+than 95 % of its total.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +36,8 @@ from urllib.parse import urlencode
 
 import numpy as np
 from PIL import Image
+
+from tests.bench.alternate import pipes
 
 LABELS = ["a cat", "a dog", "a bicycle", "a red car", "people at a table", "a mountain", "a beach", "a bird"]
 CLASSIFY = f"/v1/classify?{urlencode([('labels', label) for label in LABELS])}"
@@ -48,26 +51,26 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=2.0, help="of each turn")
     options.add_argument("--connections", type=int, nargs="+", default=[8, 16])
-    options.add_argument("--out", type=Path, help="where the bundle of ViT-B/32 is made, or lies since the last time")
+    options.add_argument("--out", type=Path, help="folder that keeps the bundle of ViT-B/32")
     options.add_argument("--json", action="store_true")
-    given = options.parse_args()
+    arguments = options.parse_args()
     server, client = (cores := sorted(os.sched_getaffinity(0)))[0], cores[-1]
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = given.bundle or vit_b_32(given.out or Path(scratch))
+        bundle = arguments.bundle or vit_b_32(arguments.out or Path(scratch))
         os.sched_setaffinity(0, {client})
         with (
             Server(bundle, 1, Path(scratch), server) as running,
             Uvicorn(bundle, 1, Path(scratch), server) as least,
             Bare(bundle, server) as bare,
         ):
-            result = measure(running, least, bare, given)
+            result = measure(running, least, bare, arguments)
     result |= {"bundle": bundle.name, "cores": {"server": server, "client": client}}
-    print(json.dumps(result) if given.json else table(result))
+    print(json.dumps(result) if arguments.json else table(result))
     return 0 if 0.95 <= result["accounted"] <= 1.001 else 1
 
 
-def measure(server: "Server", least: "Server", bare: "Bare", given: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds; requests a second. The turns' medians, of single requests the median of all."""
+def measure(server: "Server", least: "Server", bare: "Bare", arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds and requests per second: medians of the turns, or of all single requests."""
     picture = default_picture()
     loads = {"JPEG": (CLASSIFY, picture, {"Content-Type": "image/jpeg"}), "tensors": tensors(bare)}
     single: list[tuple[float, dict[str, float]]] = []
@@ -76,22 +79,22 @@ def measure(server: "Server", least: "Server", bare: "Bare", given: argparse.Nam
     parts: dict[str, list[tuple[float, float]]] = {}
     saturated: dict[str, list[tuple[float, float]]] = {}
     request = posted(*loads["JPEG"])
-    for one in (server, least):
-        one.asked(request, 0.5)
-    for _ in range(given.rounds):
-        for name, times in bare.turn(given.seconds).items():
+    for warmed in (server, least):
+        warmed.repeat(request, 0.5)
+    for _ in range(arguments.rounds):
+        for name, times in bare.turn(arguments.seconds).items():
             parts.setdefault(name, []).extend(times)
         busy = server.busy(), server.busy(loop=True)
-        single += (turn := server.asked(request, given.seconds))
+        single += (turn := server.repeat(request, arguments.seconds))
         used.append(((server.busy() - busy[0]) / len(turn), (server.busy(loop=True) - busy[1]) / len(turn)))
-        without += least.asked(request, given.seconds)
+        without += least.repeat(request, arguments.seconds)
         for kind, load in loads.items():
-            for connections in given.connections:
-                rate = asyncio.run(saturate(server, connections, given.seconds, posted(*load)))
+            for connections in arguments.connections:
+                rate = asyncio.run(saturate(server, connections, arguments.seconds, posted(*load)))
                 saturated.setdefault(f"{kind}, {connections} connections", []).append(rate)
     clock, processor = ({name: median(t[i] for t in times) for name, times in parts.items()} for i in (0, 1))
     graphs = sorted(ms for ms, _ in parts["graph, batch 1"])
-    single.sort(key=lambda one: one[0])
+    single.sort(key=itemgetter(0))
     return {
         "requests": len(single),
         "picture": f"{Image.open(io.BytesIO(picture)).size}, {len(picture)} bytes, {len(LABELS)} labels seen before",
@@ -105,7 +108,7 @@ def measure(server: "Server", least: "Server", bare: "Bare", given: argparse.Nam
         },
         "quickest_tenth": _overhead(single[: -(-len(single) // 10)], median(graphs[: -(-len(graphs) // 10)])),
         "processor_overhead_ms": {
-            "all": 1000 * median(whole for whole, _ in used) - processor["graph, batch 1"],
+            "all": 1000 * median(every for every, _ in used) - processor["graph, batch 1"],
             "event loop": 1000 * median(loop for _, loop in used),
             "decode": processor["decode"],
             "preprocess": processor["preprocess"],
@@ -124,7 +127,7 @@ def measure(server: "Server", least: "Server", bare: "Bare", given: argparse.Nam
 
 
 def _overhead(single: Sequence[tuple[float, Mapping[str, float]]], graph: float) -> dict[str, dict[str, float]]:
-    """Medians, in milliseconds, of some requests and of what each of them is more than the bare ``graph``."""
+    """Medians in milliseconds: the requests ``single``, and their overhead over the bare ``graph``."""
     stages = {name: median(t.get(name, 0.0) for _, t in single) for name in single[0][1]}
     trip = median(ms for ms, _ in single)
     overhead = {
@@ -137,26 +140,26 @@ def _overhead(single: Sequence[tuple[float, Mapping[str, float]]], graph: float)
 
 
 def _shares(name: str, parts: Mapping[str, float], took: float) -> dict[str, float]:
-    """Of the bare parts' time, one after the other, in the milliseconds that a request took."""
+    """The time of the bare parts in sequence, as a part of the ``took`` milliseconds of a request, by batch size."""
     more = parts["decode"] + parts["preprocess"] if name.startswith("JPEG") else 0.0
     return {f"batch {batch}": (parts[f"graph, batch {batch}"] + more) / took for batch in BATCHES}
 
 
 def posted(path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
-    """The bytes of a request: clients of libraries take as long as the service for their part."""
+    """The bytes of a request. HTTP clients of libraries take as long as the service, so this benchmark uses none."""
     lines = {"Host": "127.0.0.1", "Content-Length": len(body), **headers}
     head = [f"POST {path} HTTP/1.1", *[f"{name}: {value}" for name, value in lines.items()], "", ""]
     return "\r\n".join(head).encode() + body
 
 
 def header(head: bytes, name: bytes) -> str:
-    """The value of a header that an answer's ``head`` has to have."""
-    found = (line.partition(b":") for line in head.split(b"\r\n"))
-    return next(value.strip().decode() for key, _, value in found if key.lower() == name)
+    """The value of a header that an answer's ``head`` must have."""
+    lines = (line.partition(b":") for line in head.split(b"\r\n"))
+    return next(value.strip().decode() for key, _, value in lines if key.lower() == name)
 
 
 async def saturate(server: "Server", connections: int, seconds: float, request: bytes) -> tuple[float, float]:
-    """-> requests a second, and seconds of the server's processor time for each; every connection asks on and on."""
+    """-> requests per second, and the server's processor seconds per request, with all connections busy."""
     end = done = 0.0
 
     async def ask() -> None:
@@ -177,17 +180,17 @@ async def saturate(server: "Server", connections: int, seconds: float, request: 
 
 
 def tensors(bare: "Bare") -> tuple[str, bytes, dict[str, str]]:
-    """Path, body and headers of the binary /v2 for the picture as the graph takes it."""
+    """Path, body and headers of a request with prepared pixels to the binary /v2."""
     name, shape = bare.ready["input"], bare.ready["shape"]
     pixels = np.random.default_rng(0).standard_normal(shape, np.float32).tobytes()
-    one = {"name": name, "datatype": "FP32", "shape": shape, "parameters": {"binary_data_size": len(pixels)}}
-    asked = json.dumps({"inputs": [one], "parameters": {"binary_data_output": True}}).encode()
-    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(asked))}
-    return f"/v2/models/{bare.ready['bundle']}.image/infer", asked + pixels, headers
+    tensor = {"name": name, "datatype": "FP32", "shape": shape, "parameters": {"binary_data_size": len(pixels)}}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+    return f"/v2/models/{bare.ready['bundle']}.image/infer", head + pixels, headers
 
 
 class Server:
-    """`calmclip serve` in a process of its own, on ``core`` where that is said."""
+    """`calmclip serve` in a separate process, on ``core`` unless it is None."""
 
     def __init__(self, bundle: Path, threads: int, data: Path, core: int | None = None) -> None:
         with socket.socket() as probe:
@@ -208,7 +211,7 @@ class Server:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=30):
                     return self
-            except OSError:  # not there yet, or 503
+            except OSError:  # it does not listen yet, or it answers 503
                 pass
             if self.process.poll() is not None:
                 break
@@ -226,16 +229,16 @@ class Server:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             yield connection
 
-    def asked(self, request: bytes, seconds: float) -> list[tuple[float, dict[str, float]]]:
-        """Again and again on one connection -> `timed` of each."""
-        end, found = time.perf_counter() + seconds, []
+    def repeat(self, request: bytes, seconds: float) -> list[tuple[float, dict[str, float]]]:
+        """Send the request on one connection for ``seconds`` -> `timed` of each."""
+        end, timings = time.perf_counter() + seconds, []
         with self.connected() as connection:
             while time.perf_counter() < end:
-                found.append(self.timed(connection, request))
-        return found
+                timings.append(self.timed(connection, request))
+        return timings
 
     def timed(self, connection: socket.socket, request: bytes) -> tuple[float, dict[str, float]]:
-        """Client's milliseconds, and the server's by stage."""
+        """The client's milliseconds, and the server's milliseconds by stage."""
         start = time.perf_counter()
         connection.sendall(request)
         answer = body = b""
@@ -251,7 +254,7 @@ class Server:
         return seconds * 1000, {name: float(ms) for name, ms in timing}
 
     def busy(self, loop: bool = False) -> float:
-        """Seconds of processor time so far, of all its threads or of the event loop's alone, which does all of HTTP."""
+        """Processor seconds so far, of all threads or, if ``loop``, of the event loop's thread, which handles HTTP."""
         tasks = Path(f"/proc/{self.process.pid}/task").glob(f"{self.process.pid if loop else '*'}/schedstat")
         return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
@@ -263,14 +266,14 @@ class Server:
 
 
 class Uvicorn(Server):
-    """uvicorn with the graph in a thread, and nothing else."""
+    """uvicorn that only runs the graph in a thread."""
 
     def command(self, bundle: Path, threads: int) -> list[str]:
         return ["tests.bench.http_bare", str(bundle), str(self.port)]
 
 
 class Bare:
-    """The image graph of a bundle without a service, decoding and preparing too, in a process of its own."""
+    """A bundle's image graph, decoding and preprocessing in a separate process, without a service."""
 
     def __init__(self, bundle: Path, core: int) -> None:
         with on(core):
@@ -278,24 +281,25 @@ class Bare:
                 [sys.executable, "-m", "tests.bench.http_bare", str(bundle)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
-        self.ready = json.loads(self.process.stdout.readline())
+        self.requests, self.answers = pipes(self.process)
+        self.ready: dict[str, Any] = json.loads(self.answers.readline())
 
     def __enter__(self) -> "Bare":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
+        self.requests.close()
         self.process.wait(20)
 
-    def turn(self, seconds: float) -> dict[str, list[tuple[float, float]]]:
-        """Part -> (clock, processor) milliseconds of each time it was done, an item."""
-        print(seconds, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+    def turn(self, seconds: float) -> Any:
+        """Part -> (clock, processor) milliseconds per item of each repetition."""
+        print(seconds, file=self.requests, flush=True)
+        return json.loads(self.answers.readline())
 
 
 @contextmanager
 def on(core: int | None) -> Iterator[None]:
-    """A process that is started within has ``core`` to itself, or as many as this one."""
+    """Processes that start within this context run on ``core``, or on all cores of this process if it is None."""
     mine = os.sched_getaffinity(0)
     os.sched_setaffinity(0, mine if core is None else {core})
     try:
@@ -350,18 +354,18 @@ def table(result: Mapping[str, Any]) -> str:
         f"bare        {row(result['bare_ms'])}",
         f"  by processor time  {row(result['bare_processor_ms'])}",
     ]
-    for which in ("median", "quickest_tenth"):
-        lines.append(f"{which.replace('_', ' ')}, by the clock")
-        lines += [f"  {part:10s} {row(values)}" for part, values in result[which].items()]
+    for group in ("median", "quickest_tenth"):
+        lines.append(f"{group.replace('_', ' ')}, by the clock")
+        lines += [f"  {part:10s} {row(values)}" for part, values in result[group].items()]
     lines += [
         f"uvicorn with the graph in a thread and nothing else, overhead  {row(result['uvicorn_alone'])}",
         f"overhead by processor time  {row(result['processor_overhead_ms'])}",
         f"stages are {result['accounted']:.1%} of the total (median)",
     ]
-    for name, one in result["saturated"].items():
+    for name, rate in result["saturated"].items():
         lines.append(
-            f"saturated   {name}: {one['per_s']:.1f} a second, {shares(one['share'])}; "
-            f"by processor time {shares(one['share_by_processor_time'])}"
+            f"saturated   {name}: {rate['per_s']:.1f} a second, {shares(rate['share'])}; "
+            f"by processor time {shares(rate['share_by_processor_time'])}"
         )
     return "\n".join([*lines, f"memory      {result['server_rss_mb']} MB resident"])
 

@@ -1,11 +1,11 @@
-"""What `tests.bench.http` takes away, or sets beside the service: a bundle's image graph without one.
+"""The baselines of `tests.bench.http`: a bundle's image graph without the service.
 
-    python -m tests.bench.http_bare BUNDLE         graph, decoding and preparing, each timed on its own
-    python -m tests.bench.http_bare BUNDLE PORT    the graph behind uvicorn and nothing else
+    python -m tests.bench.http_bare BUNDLE         graph, decoding and preprocessing, each timed alone
+    python -m tests.bench.http_bare BUNDLE PORT    the graph behind bare uvicorn
 
-The first answers each line of seconds on standard input with a line of JSON: part -> [clock, processor] milliseconds of
-every time it was done, of an item. The second reads each request's body, runs the graph on prepared pixels in a thread
-and answers as many bytes as the service: what the server itself takes, the least that a service over it can.
+The first reads seconds from standard input, a number per line, and answers each with a line of JSON: part -> [clock,
+processor] milliseconds per item of every repetition. The second reads each request's body, runs the graph on prepared
+pixels in a thread, and answers with as many bytes as the service: the least overhead of any service on uvicorn.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from calmclip.models.preprocess.image import decode
 from calmclip.models.runner import open_bundle
 from tests.bench.http import BATCHES, default_picture
 
-ANSWER = b"{" + b" " * 700 + b"}"  # eight labels have some 700 bytes
+ANSWER = b"{" + b" " * 700 + b"}"  # about as long as the service's answer with eight labels
 
 
 def main() -> None:
@@ -52,15 +52,15 @@ def main() -> None:
 
 
 def turn(parts: dict[str, tuple[int, Callable[[], object]]], seconds: float) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {part: [] for part in parts}
+    times: dict[str, list[tuple[float, float]]] = {part: [] for part in parts}
     end = perf_counter() + seconds
     while perf_counter() < end:
         for part, (items, do) in parts.items():
             start, busy = perf_counter(), process_time()
             do()
             clock, used = perf_counter() - start, process_time() - busy
-            found[part].append((1000 * clock / items, 1000 * used / items))
-    return found
+            times[part].append((1000 * clock / items, 1000 * used / items))
+    return times
 
 
 def serve(port: int, graph: Callable[[], object]) -> None:

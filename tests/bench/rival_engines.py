@@ -1,10 +1,10 @@
-"""The engines of `tests.bench.rivals`, and the process that one of them works in.
+"""The engines of `tests.bench.rivals`, and the process that runs one engine.
 
     python -m tests.bench.rival_engines ENGINE TOWER OUT THREADS
 
-answers on standard output, a line of JSON for each line of JSON it is asked: at first what it cost to get ready, or
-why it cannot; then ``{"batch": 8, "calls": 3}`` -> seconds of each call, of wall and of this process's processor time;
-``{"outputs": true}`` -> the vectors of all measured inputs. With one thread it stays on one core.
+prints a line of JSON with the memory that the engine takes, or with the reason why it does not run the tower. Then it
+answers each line of JSON on standard input: ``{"batch": 8, "calls": 3}`` -> seconds of each call, by the clock and by
+processor time; ``{"outputs": true}`` -> the vectors of all measured inputs. With one thread it stays on one core.
 """
 
 import importlib
@@ -24,15 +24,16 @@ import numpy as np
 from calmclip.models.flow import Array
 from tests.bench.rival_report import OURS
 from tests.bench.rival_towers import TOWERS, Inputs, Tower, checkpoint_of
+from tests.tiny import MEAN, STD
 
 
 class Unsupported(Exception):
-    """Why an engine does not run a tower."""
+    """An engine does not run a tower; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an engine finds its tower, and with how many threads it is to run it."""
+    """The files of a tower, and the number of threads for the engine."""
 
     tower: Tower
     out: Path
@@ -45,12 +46,12 @@ class Place:
         return self.folder / name
 
 
-Run = Callable[[Inputs], Array]
+Run = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """``package``: imported before memory is counted. ``slow``: what ``--quick`` leaves out of large towers."""
+    """``package``: imported before memory is measured. ``slow``: ``--quick`` omits the engine for large towers."""
 
     package: str
     build: Callable[[Place], Run]
@@ -74,7 +75,7 @@ def _onnxruntime(file: str, place: Place) -> Run:
     settings.intra_op_num_threads = place.threads
     settings.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(place.file(file)), settings, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
+    names = [value.name for value in session.get_inputs()]
     return lambda inputs: session.run(None, dict(zip(names, inputs.theirs, strict=True)))[0]
 
 
@@ -86,9 +87,9 @@ def _openvino(file: str, precision: str, place: Place) -> Run:
         "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
         "INFERENCE_NUM_THREADS": str(place.threads), "INFERENCE_PRECISION_HINT": precision,
     }  # fmt: skip
-    ready: dict[int, Any] = {}  # batch -> a request of its own: shapes that stay are faster
+    ready: dict[int, Any] = {}  # batch -> its own request, because fixed shapes are faster
 
-    def run(inputs: Inputs) -> Array:
+    def run(inputs: Inputs) -> Any:
         batch = len(inputs.theirs[0])
         if batch not in ready:
             model = core.read_model(source)
@@ -111,7 +112,7 @@ def _torch(library: str, dtype: str, place: Place) -> Run:
     kind = getattr(torch, dtype)
     module = load(checkpoint_of(place.tower, place.out), "sdpa").to(kind)
 
-    def run(inputs: Inputs) -> Array:
+    def run(inputs: Inputs) -> Any:
         rows = [torch.from_numpy(part) for part in inputs.theirs]
         with torch.inference_mode():
             return module(*[part.to(kind) if part.is_floating_point() else part for part in rows]).float().numpy()
@@ -120,27 +121,26 @@ def _torch(library: str, dtype: str, place: Place) -> Run:
 
 
 def _faster_clip(place: Place) -> Run:
-    """It takes pictures as files, so it decodes and normalises too: 224 x 224 pixels in PNG, which is little."""
+    """faster-clip reads picture files, so its time includes decoding and normalising a PNG of 224 x 224 pixels."""
     if place.tower.checkpoint != "ViT-B-32" or place.tower.role != "image":
         raise Unsupported("it knows the image tower of ViT-B/32 alone")
     home = place.out / "faster-clip"
-    there = home / "sentence-transformers__clip-ViT-B-32" / "0_CLIPModel"
-    if not there.exists():
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.symlink_to(checkpoint_of(place.tower, place.out).resolve())
+    link = home / "sentence-transformers__clip-ViT-B-32" / "0_CLIPModel"
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(checkpoint_of(place.tower, place.out).resolve())
     os.environ["FASTER_CLIP_CACHE"] = str(home)
     import faster_clip
 
     model = faster_clip.ClipModel()
-    files = cache(lambda inputs: [_png(one) for one in inputs.theirs[0]])
+    files = cache(lambda inputs: [_png(pixels) for pixels in inputs.theirs[0]])
     return lambda inputs: np.asarray(model.encode_image(files(inputs)))
 
 
 def _png(pixels: Array) -> bytes:
     from PIL import Image
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    levels = (pixels.transpose(1, 2, 0) * OPENAI_CLIP_STD + OPENAI_CLIP_MEAN) * 255
+    levels = (pixels.transpose(1, 2, 0) * STD + MEAN) * 255
     file = io.BytesIO()
     Image.fromarray(np.rint(levels).clip(0, 255).astype(np.uint8)).save(file, "PNG", compress_level=0)
     return file.getvalue()
@@ -162,7 +162,7 @@ _ROUNDS, _ROUND_MACS = 500_000, 1536  # kPeakMacs of csrc/kernels/quant_linear.h
 
 
 def _peak(place: Place) -> Run:
-    """No tower: the op library's loop of products of bytes in registers; its "vector" is how many a call makes."""
+    """The op library's loop of 8-bit products in registers, without a tower; its "vector" is the products per call."""
     import ctypes
 
     from calmclip.models.ops.library import find
@@ -184,7 +184,7 @@ _DTYPES = {"float": "float32", "bf16": "bfloat16"}
 
 
 def engines(tower: Tower) -> dict[str, Engine]:
-    """Those of the table, and torch with each library that has the tower, or might have had it."""
+    """The engines of the table, and torch with each library of the tower; a library without the tower is refused."""
     return ENGINES | {
         f"torch {kind}, {library}": Engine("torch", partial(_torch, library, dtype), slow=True)
         for library in tower.libraries
@@ -194,7 +194,7 @@ def engines(tower: Tower) -> dict[str, Engine]:
 
 def main(name: str, key: str, out: str, threads: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes with the errors
+    os.dup2(2, 1)  # output of libraries goes to standard error
     tower, folder = TOWERS[key], Path(out) / key
     if threads == "1":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -205,20 +205,20 @@ def main(name: str, key: str, out: str, threads: str) -> None:
         run = engine.build(Place(tower, Path(out), folder, int(threads)))
         run(inputs.rows(0, 1))
     except Exception as error:
-        why = str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
-        print(json.dumps({"refused": why.strip().splitlines()[0][:200]}), file=answers)
+        reason = str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
+        print(json.dumps({"refused": reason.strip().splitlines()[0][:200]}), file=answers)
         return
     print(json.dumps({"memory_mb": (_resident() - before) / 1e6}), file=answers)
     for line in sys.stdin:
         print(json.dumps(_answer(run, inputs, json.loads(line))), file=answers)
 
 
-def _answer(run: Run, inputs: Inputs, asked: Mapping[str, Any]) -> dict[str, Any]:
-    if asked.get("outputs"):
+def _answer(run: Run, inputs: Inputs, request: Mapping[str, Any]) -> dict[str, Any]:
+    if request.get("outputs"):
         return {"outputs": [np.asarray(run(inputs.rows(at, 1)))[0].tolist() for at in range(len(inputs.theirs[0]))]}
-    rows = inputs.rows(0, asked["batch"])
+    rows = inputs.rows(0, request["batch"])
     wall, busy = [], []
-    for _ in range(asked["calls"]):
+    for _ in range(request["calls"]):
         begin, used = perf_counter(), process_time()
         run(rows)
         wall.append(perf_counter() - begin)
@@ -227,7 +227,7 @@ def _answer(run: Run, inputs: Inputs, asked: Mapping[str, Any]) -> dict[str, Any
 
 
 def _resident() -> int:
-    """Bytes of this process in memory."""
+    """The resident set of this process in bytes."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 

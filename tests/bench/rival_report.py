@@ -1,8 +1,9 @@
-"""What `tests.bench.rivals` says: a table for each tower, one table of them all, a chart; and where they stand.
+"""The report of `tests.bench.rivals`: a table for each tower, a table of all towers, a chart, and their page.
 
-A tower's figures: ``key``, ``title``, ``note``, ``library`` (whose module the rivals exported), ``macs`` of an item,
-``peak`` (MAC/s of one core in INT8, None where there is no kernel to measure it), ``machine``, ``versions``,
-``refused`` (engine -> why), ``engines``: name -> ``ms`` an item by "THREADSxBATCH", ``cosine``, ``memory_mb``.
+The figures of a tower are ``key``, ``title``, ``note``, ``library`` (the library whose module the rivals export),
+``macs`` of an item, ``peak`` (INT8 multiply-accumulates per second of one core; None without a kernel that measures
+it), ``machine``, ``versions``, ``refused`` (engine -> reason) and ``engines``. ``engines`` maps a name to ``ms`` per
+item by "THREADSxBATCH", ``cosine`` and ``memory_mb``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 OURS = "calmclip INT8"
-NEAR = 0.99  # least mean cosine to float of an engine whose speed counts
+NEAR = 0.99  # an engine counts if its mean cosine to float is at least this
 FIRST = "1x1"
 START, END = "<!-- rivals: written by tests/bench/rivals.py -->", "<!-- /rivals -->"
-SUMMARY = {  # column of the one table of all towers -> how the engines' names begin, of which the fastest counts
+SUMMARY = {  # column of the table of all towers -> prefixes of engine names; the fastest of these engines counts
     "OpenVINO INT8": ("OpenVINO INT8",),
     "ONNX Runtime INT8": ("ONNX Runtime dynamic", "ONNX Runtime static"),
     "OpenVINO bf16": ("OpenVINO bf16",),
@@ -26,83 +27,96 @@ Figures = Mapping[str, Any]
 def best(
     tower: Figures, run: str, names: Iterable[str] | None = None, cosine: float = NEAR
 ) -> tuple[str, float] | None:
-    """The fastest rival, of ``names`` or of all, that is near enough to float; None where there is none."""
+    """The fastest rival whose cosine is at least ``cosine``, or None. ``names`` are prefixes; None means all rivals."""
     rows = tower["engines"]
     chosen = rows if names is None else [name for name in rows if name.startswith(tuple(names))]
-    found = [(row["ms"][run], name) for name, row in rows.items()
+    times = [(row["ms"][run], name) for name, row in rows.items()
              if name in chosen and name != OURS and run in row["ms"] and row["cosine"] >= cosine]  # fmt: skip
-    return min(found)[::-1] if found else None
+    return min(times)[::-1] if times else None
 
 
 def table(tower: Figures) -> str:
-    """Milliseconds an item, and behind them the speed in that of the best rival."""
+    """Milliseconds per item, each with the speed relative to the best rival that counts."""
     runs = sorted({run for row in tower["engines"].values() for run in row["ms"]})
     head = ["engine", *map(_run_words, runs), "of the bound", "cosine", "memory, MB"]
     lines = [f"### {tower['title']}", "", _facts(tower), "", *_rule(head)]
     for name, row in tower["engines"].items():
         cells = [_cell(row["ms"].get(run), best(tower, run)) for run in runs]
-        share = _share(tower, row["ms"].get(FIRST))
-        lines.append(_line(f"**{name}**" if name == OURS else name, *cells, share, _cosine(row),
+        of_bound = _of_bound(tower, row["ms"].get(FIRST))
+        lines.append(_line(f"**{name}**" if name == OURS else name, *cells, of_bound, _cosine(row),
                            f"{row['memory_mb']:.0f}"))  # fmt: skip
     if tower["refused"]:
-        why: dict[str, list[str]] = {}
+        by_reason: dict[str, list[str]] = {}
         for name, reason in tower["refused"].items():
-            why.setdefault(reason, []).append(name)
-        reasons = [f"{', '.join(names)} ({reason})" for reason, names in why.items()]
+            by_reason.setdefault(reason, []).append(name)
+        reasons = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
         lines += ["", f"Not measured: {'; '.join(reasons)}."]
     return "\n".join(lines) + "\n"
 
 
 def summary(towers: Sequence[Figures]) -> str:
-    """One line a tower: batch 1, one thread; a rival's milliseconds, and how many times faster calmclip is."""
+    """A row per tower at batch 1 on one thread: a rival's milliseconds, and how many times faster calmclip is."""
     lines = _rule(["one thread, batch 1, ms", "calmclip INT8", *SUMMARY, "of the bound", "cosine"])
     for tower in towers:
-        own = tower["engines"].get(OURS)
-        if own is None or FIRST not in own["ms"]:
+        ours = tower["engines"].get(OURS)
+        if ours is None or FIRST not in ours["ms"]:
             continue
-        ms = own["ms"][FIRST]
+        ms = ours["ms"][FIRST]
         cells = []
         for names in SUMMARY.values():
             near = best(tower, FIRST, names)
             rival, far = (near, "") if near else (best(tower, FIRST, names, -1.0), ", too far to count")
             cells.append(f"{_ms(rival[1])} ({rival[1] / ms:.2f}x{far})" if rival else "-")
-        lines.append(_line(tower["title"], f"**{_ms(ms)}**", *cells, _share(tower, ms), _cosine(own)))
+        lines.append(_line(tower["title"], f"**{_ms(ms)}**", *cells, _of_bound(tower, ms), _cosine(ours)))
     return "\n".join(lines) + "\n"
 
 
-def page(towers: Sequence[Figures]) -> str:
-    """docs/performance.md."""
-    runs = dict.fromkeys(_run_on(tower) for tower in towers)  # towers may have been measured one at a time
+def section(towers: Sequence[Figures]) -> str:
+    """The part of docs/performance.md between `START` and `END`."""
+    runs = dict.fromkeys(_run_on(tower) for tower in towers)  # a tower may come from another machine or day
     return "\n".join([
-        "# calmclip beside other engines",
+        "Command: `python -m tests.bench.rivals --write-docs` (`make bench` runs it without writing). Machines and "
+        "versions:",
         "",
-        f"Written by `python -m tests.bench.rivals --write-readme` (`make bench`). {'. '.join(runs)}.",
+        *(f"* {run}" for run in runs),
         "",
-        "The same architecture with the same random weights (the built-in model's own), the same photographs and "
-        "texts, engines taking turns in one run, medians. Milliseconds are of an item: a picture or a text. With one "
-        "thread they are processor time of a process that stays on one core, with more they are time by the clock. In"
-        f" brackets the speed in that of the best rival whose mean cosine to float is at least {NEAR}. *Of the bound*:"
-        " the time that all multiply-accumulates of the tower would take at the INT8 peak of a core, measured in the "
-        "same run, over the time taken, at batch 1 on one thread; calmclip works the last block of a transformer out "
-        "for the pooled token alone (4.12 of ViT-B/32's 4.41 GMAC), which the bound counts whole. Cosine: to torch in"
-        " float, mean over the inputs. Memory: what loading the model and running it once added to a process that had"
-        " loaded the engine.",
+        "All engines of a tower use the same architecture, the same random weights (MiniLM and mini use their own), "
+        "and the same photographs and texts. The engines take turns in one run. Figures are medians of milliseconds "
+        "per item; an item is a picture or a text. With one thread, a figure is the processor time of a process that "
+        "stays on one core. With more threads, a figure is wall-clock time.",
         "",
-        "calmclip's INT8 is what `calmclip export` makes of towers of convolutions, and with `--preset fast` of "
-        "transformers: of these the default, `search`, may keep more in float and take longer. ONNX Runtime and "
-        "OpenVINO run what their own converters make of the library's module; `static` is QDQ with unsigned "
-        "activations and a scale for each output of a weight, OpenVINO's INT8 is nncf's (`MIXED`; `TRANSFORMER` where"
-        " it is one), all calibrated on the same inputs as ours. faster-clip decodes a PNG of 224 x 224 pixels as "
-        "well.",
+        "| column | meaning |",
+        "| --- | --- |",
+        "| in brackets | table of all towers: how many times faster calmclip is. Table of a tower: the speed "
+        f"relative to the best rival whose mean cosine to float is at least {NEAR} |",
+        "| of the bound | the time that all multiply-accumulates of the tower take at the INT8 peak of a core, divided "
+        "by the time taken at batch 1 on one thread; the peak is measured in the same run. calmclip computes the last "
+        "block of a transformer for the pooled token alone (4.12 of ViT-B/32's 4.41 GMAC); the bound counts the whole "
+        "block |",
+        "| cosine | to torch in float, mean over the inputs |",
+        "| memory | the memory that loading and running the model once adds to a process that has loaded the engine |",
         "",
-        "![Milliseconds of an item by engine, a panel for each tower, one thread, batch 1](performance.png)",
+        "calmclip's INT8 is the result of `calmclip export` for convolutional towers, and of `calmclip export --preset "
+        "fast` for transformers. The default, `search`, may keep more of a transformer in float and take longer. ONNX "
+        "Runtime and OpenVINO run the graphs that their own converters make of the library's module. `static` is QDQ "
+        "with unsigned activations and a scale per output channel. OpenVINO's INT8 is nncf's (`MIXED`; `TRANSFORMER` "
+        "for transformers). All are calibrated on the same inputs. faster-clip's time includes decoding a PNG of 224 x "
+        "224 pixels.",
         "",
+        "![Milliseconds per item by engine, a panel per tower, one thread, batch 1](performance.png)",
+        "",
+        "### All towers",
+        "",
+        "A tower's bound counts every multiply-accumulate of the rivals' graph, at 77 tokens if that graph has a fixed "
+        "length.",
+        "",
+        summary(towers),
         "\n".join(table(tower) for tower in towers),
     ])  # fmt: skip
 
 
 def chart(towers: Sequence[Figures], path: Path) -> None:
-    """A panel for each tower, a bar for each engine; one thread, batch 1."""
+    """A panel per tower with a bar per engine, at one thread and batch 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -126,31 +140,33 @@ def chart(towers: Sequence[Figures], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in list(panels.flat)[len(shown) :]:
         panel.set_axis_off()
-    figure.suptitle("ms an item, one thread, batch 1; dotted: every product of the tower at the INT8 peak", fontsize=11)
+    figure.suptitle(
+        "ms per item, one thread, batch 1; dotted: all multiply-accumulates of the tower at the INT8 peak", fontsize=11
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
-def write(towers: Sequence[Figures], out: Path, root: Path | None) -> None:
-    """Page and chart into ``out``; with ``root``, a checkout, into its docs and its README."""
-    (out / "performance.md").write_text(page(towers), encoding="utf-8")
+def write(towers: Sequence[Figures], out: Path, docs: Path | None) -> None:
+    """Write section and chart into ``out``, and into the pages of ``docs`` unless it is None."""
+    text = section(towers)
+    (out / "performance.md").write_text(text, encoding="utf-8")
     chart(towers, out / "performance.png")
     print(summary(towers))
-    if root:
-        for file in ("performance.md", "performance.png"):
-            (root / "docs" / file).write_bytes((out / file).read_bytes())
-        readme = root / "README.md"
-        readme.write_text(placed(readme.read_text(encoding="utf-8"), summary(towers)), encoding="utf-8")
+    if docs:
+        (docs / "performance.png").write_bytes((out / "performance.png").read_bytes())
+        page = docs / "performance.md"
+        page.write_text(placed(page.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
-def placed(text: str, what: str) -> str:
-    """``text`` with ``what`` between the two comments that mark its place. Raises ValueError where they are missing."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+def placed(page: str, section: str) -> str:
+    """``page`` with ``section`` between the marks `START` and `END`. Raises `ValueError` without both marks."""
+    before, start, remainder = page.partition(START)
+    _, end, after = remainder.partition(END)
     if not (start and end):
-        raise ValueError(f"the page has no {START} … {END}; put both where the table is to stand")
-    return f"{before}{start}\n\n{what}\n{end}{after}"
+        raise ValueError(f"the page lacks {START} … {END}; put both marks around the generated section")
+    return f"{before}{start}\n\n{section}\n{end}{after}"
 
 
 def _run_on(tower: Figures) -> str:
@@ -158,11 +174,11 @@ def _run_on(tower: Figures) -> str:
 
 
 def _facts(tower: Figures) -> str:
-    bound = "the INT8 peak of a core unknown"
+    bound = "the INT8 peak of a core is unknown"
     if tower["peak"]:
         least = 1000 * tower["macs"] / tower["peak"]
-        bound = f"{_ms(least)} ms at the {tower['peak'] / 1e9:.0f} GMAC/s that a core reached in INT8"
-    facts = f"{tower['macs'] / 1e9:.2f} GMAC, {bound}. ONNX Runtime and OpenVINO run the module of {tower['library']}."
+        bound = f"{_ms(least)} ms at the INT8 peak of a core, {tower['peak'] / 1e9:.0f} GMAC/s"
+    facts = f"{tower['macs'] / 1e9:.2f} GMAC; {bound}. ONNX Runtime and OpenVINO run the module of {tower['library']}."
     return f"{facts} {tower['note']}".strip()
 
 
@@ -181,7 +197,7 @@ def _cosine(row: Figures) -> str:
     return f"{row['cosine']:.4f}{'' if row['cosine'] >= NEAR else ' (too far to count)'}"
 
 
-def _share(tower: Figures, ms: float | None) -> str:
+def _of_bound(tower: Figures, ms: float | None) -> str:
     return f"{1000 * tower['macs'] / tower['peak'] / ms:.0%}" if tower["peak"] and ms else "unknown"
 
 

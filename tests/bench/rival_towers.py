@@ -1,11 +1,11 @@
 """The towers of `tests.bench.rivals`: their weights, their inputs, and the file that each engine reads.
 
-A folder for each tower: `ours.onnx` with `graph.json`; `float.onnx`, `dynamic.onnx` and `static.onnx`; `float.xml` and
-`int8.xml` of OpenVINO; `inputs.npz`, the rows that all are measured on; `float.npy`, torch's answers to them;
-`about.json`: multiply-accumulates, and why a file is missing.
+The folder of a tower holds `ours.onnx` with `graph.json`; `float.onnx`, `dynamic.onnx` and `static.onnx`; `float.xml`
+and `int8.xml` of OpenVINO; `inputs.npz`, the measured inputs of all engines; `float.npy`, torch's outputs for them; and
+`about.json`: multiply-accumulates, and the reason for each missing file.
 
-Weights are random, but for the built-in model's. Photographs and texts are those that ship, half of them to calibrate
-on and half to measure with; every engine gets the same.
+Weights are random except those of the built-in model. One half of the shipped photographs and texts is for calibration,
+the other half is measured; all engines get the same.
 """
 
 import json
@@ -28,20 +28,20 @@ from calmclip.export import calibrate, nets, rewrites, samples
 from calmclip.export.quantizers import QUANTIZERS
 from calmclip.export.recipe import recognise
 from calmclip.export.trace import to_onnx
-from calmclip.models.bundle.manifest import Graph
+from calmclip.models.bundle.manifest import Graph, TextPreprocess
 from calmclip.models.flow import Array, Arrays
 from calmclip.models.preprocess.text import TextPreparer
 from tests.bench import checkpoints
 
-ROWS = 8  # measured inputs, and as many to calibrate on
-CUTS = 48  # what convolutions are calibrated on: pieces of those pictures
-Load = Callable[[Path, str], nn.Module]  # checkpoint, transformers' name of a form of attention -> inputs to vectors
+ROWS = 8  # measured inputs, and calibration inputs
+CROPS = 48  # calibration inputs of convolutional towers
+Load = Callable[[Path, str], nn.Module]  # checkpoint, name of an attention of transformers -> module: inputs to vectors
 
 
 @dataclass(frozen=True)
 class Tower:
-    """``libraries``: name -> its torch module of these weights, or why there is none; the first that has one is what
-    other engines export. ``tokens``: real ones in each text; ``context``: what the rivals' graphs pad them to."""
+    """``libraries``: name -> its torch module of these weights, or the reason why it has none; other engines export the
+    first module. ``tokens``: of each text, without padding; ``context``: the padded length in the rivals' graphs."""
 
     title: str
     checkpoint: str
@@ -59,7 +59,7 @@ class Tower:
 
 
 class Embeds(nn.Module):
-    """A library's model, of whose answer the vectors are picked."""
+    """The model of a library; ``call`` picks the vectors from its outputs."""
 
     def __init__(self, model: nn.Module, call: Callable[..., torch.Tensor]) -> None:
         super().__init__()
@@ -76,18 +76,18 @@ def _transformers(kind: str, call: Callable[..., torch.Tensor], checkpoint: Path
 
 
 def _open_clip(name: str, role: str, checkpoint: Path, attention: str) -> nn.Module:
-    """Of a Hugging Face checkpoint, its tensors under open_clip's names; or of open_clip's own."""
+    """open_clip's tower of an open_clip checkpoint, or of a Hugging Face one whose tensors get open_clip's names."""
     import open_clip
     from safetensors.torch import load_file
 
     model = open_clip.create_model(name, pretrained=None)
-    own = checkpoint / "open_clip_model.safetensors"
-    state = load_file(own) if own.exists() else _as_open_clip(load_file(checkpoint / "model.safetensors"))
-    wanted = {name: tensor for name, tensor in state.items() if (role == "image") == name.startswith("visual.")}
-    if unknown := model.load_state_dict(wanted, strict=False).unexpected_keys:
-        raise ValueError(f"open_clip's {name} has no {unknown[0]}; the table of names must learn it")
-    if own.exists():  # a timm tower with branches, which its authors fold into one before they run it
-        from timm.utils import reparameterize_model
+    file = checkpoint / "open_clip_model.safetensors"
+    state = load_file(file) if file.exists() else _as_open_clip(load_file(checkpoint / "model.safetensors"))
+    tower = {name: tensor for name, tensor in state.items() if (role == "image") == name.startswith("visual.")}
+    if unknown := model.load_state_dict(tower, strict=False).unexpected_keys:
+        raise ValueError(f"open_clip's {name} has no tensor {unknown[0]}; add its name to _NAMES")
+    if file.exists():  # a timm tower with branches; its authors fold them before they run it
+        from timm.utils.model import reparameterize_model
 
         model = reparameterize_model(model.eval())
     call = (lambda model, x: model.encode_image(x)) if role == "image" else (lambda model, x: model.encode_text(x))
@@ -96,7 +96,7 @@ def _open_clip(name: str, role: str, checkpoint: Path, attention: str) -> nn.Mod
 
 
 def _drop(model: nn.Module, part: str) -> None:
-    """Forget the tower that is not measured, for its memory would count."""
+    """Delete the tower that is not measured, because its memory would count."""
     for name in ("transformer", "token_embedding") if part == "text" else ("visual",):
         if hasattr(model, name):
             delattr(model, name)
@@ -122,19 +122,19 @@ _NAMES = {
 
 
 def _as_open_clip(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {}
+    renamed = {}
     for old, tensor in state.items():
         name = old
         for theirs, ours in _NAMES.items():
             name = name.replace(theirs, ours)
         if ".self_attn.q_proj." in name:
             parts = [state[old.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            found[name.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
+            renamed[name.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
         elif name in ("visual_projection.weight", "text_projection.weight"):
-            found["visual.proj" if name.startswith("visual") else "text_projection"] = tensor.T.contiguous()
+            renamed["visual.proj" if name.startswith("visual") else "text_projection"] = tensor.T.contiguous()
         elif ".self_attn." not in name:
-            found[name] = tensor
-    return found
+            renamed[name] = tensor
+    return renamed
 
 
 def _bert(checkpoint: Path, attention: str) -> nn.Module:
@@ -145,19 +145,19 @@ def _bert(checkpoint: Path, attention: str) -> nn.Module:
     from calmclip.export.nets.mini.weights import minilm_state
 
     sizes = {"num_hidden_layers": minilm.LAYERS, "hidden_size": minilm.WIDTH, "intermediate_size": minilm.INNER}
-    config = transformers.BertConfig(**sizes, num_attention_heads=minilm.HEADS, attn_implementation=attention)
-    model = transformers.BertModel(config, add_pooling_layer=False)
+    more: dict[str, Any] = {"num_attention_heads": minilm.HEADS, "attn_implementation": attention}
+    model: Any = transformers.BertModel(transformers.BertConfig(**sizes | more), add_pooling_layer=False)
     model.load_state_dict(minilm_state(), strict=False)
     return Embeds(model.eval(), _mean)
 
 
-def _mean(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _mean(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Any:
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    kept = mask[..., None].to(states.dtype)
-    return (states * kept).sum(1) / kept.sum(1)
+    weights = mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
 
 
-def _mini_text(checkpoint: Path, attention: str) -> nn.Module:
+def _mini_text(checkpoint: Path, attention: str) -> Any:
     tower: Any = _net("mini").towers["text"].module
     tower.encoder = _bert(checkpoint, attention)
     return tower
@@ -174,7 +174,7 @@ _CLIP_TEXT = partial(_transformers, "CLIPTextModelWithProjection", lambda model,
 _SIGLIP = partial(_transformers, "SiglipVisionModel", lambda model, x: model(pixel_values=x).pooler_output)
 
 CHECKPOINTS: dict[str, Callable[[Path], None]] = {
-    "ViT-B-32": checkpoints.vit_b_32,
+    "ViT-B-32": checkpoints.hugging_face_clip,
     "ViT-B-16": partial(checkpoints.hugging_face_clip, patch_size=16),
     "ViT-L-14": partial(
         checkpoints.hugging_face_clip, width=768, patch_size=14,
@@ -202,7 +202,7 @@ def _clip_text(tokens: int, context: int, note: str = "") -> Tower:
 
 
 def _encoder(tower: nets.Tower) -> nets.Tower:
-    return replace(tower, module=tower.module.encoder, promises={})
+    return replace(tower, module=tower.module.get_submodule("encoder"), promises={})
 
 
 _NO_MODULE = "it has no module of these weights"
@@ -242,28 +242,28 @@ TOWERS: dict[str, Tower] = {
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Rows by input: ``ours`` by name, ``theirs`` in the order of a library's module."""
+    """The rows of each input: ``ours`` by name, ``theirs`` in the order of the library's module."""
 
     ours: Arrays
     theirs: tuple[Array, ...]
 
     @classmethod
     def read(cls, folder: Path) -> "Inputs":
-        with np.load(folder / "inputs.npz") as found:
-            ours = {name.removeprefix("ours "): found[name] for name in found.files if name.startswith("ours ")}
-            return cls(ours, tuple(found[name] for name in sorted(found.files) if name.startswith("theirs ")))
+        with np.load(folder / "inputs.npz") as arrays:
+            ours = {name.removeprefix("ours "): arrays[name] for name in arrays.files if name.startswith("ours ")}
+            return cls(ours, tuple(arrays[name] for name in sorted(arrays.files) if name.startswith("theirs ")))
 
     def rows(self, first: int, count: int) -> "Inputs":
-        """``count`` rows from ``first`` on, from the beginning again behind the last."""
+        """``count`` rows from ``first`` on; the first row follows the last one."""
 
-        def some(rows: Array) -> Array:
+        def take(rows: Array) -> Array:
             return np.ascontiguousarray(rows.take(range(first, first + count), axis=0, mode="wrap"))
 
-        return Inputs({name: some(rows) for name, rows in self.ours.items()}, tuple(map(some, self.theirs)))
+        return Inputs({name: take(rows) for name, rows in self.ours.items()}, tuple(map(take, self.theirs)))
 
     def write(self, folder: Path) -> None:
-        ours = {f"ours {name}": rows for name, rows in self.ours.items()}
-        np.savez(folder / "inputs.npz", **ours, **{f"theirs {at}": rows for at, rows in enumerate(self.theirs)})
+        arrays: dict[str, Any] = {f"ours {name}": rows for name, rows in self.ours.items()}
+        np.savez(folder / "inputs.npz", **arrays | {f"theirs {at}": rows for at, rows in enumerate(self.theirs)})
 
 
 def checkpoint_of(tower: Tower, out: Path) -> Path:
@@ -271,7 +271,7 @@ def checkpoint_of(tower: Tower, out: Path) -> Path:
 
 
 def prepare(key: str, out: Path) -> None:
-    """Everything the engines need of one tower, into ``out`` / ``key``; what is there stays."""
+    """Write the files of a tower into ``out`` / ``key``, unless they exist."""
     tower, folder = TOWERS[key], out / key
     checkpoint = checkpoint_of(tower, out)
     if tower.checkpoint in CHECKPOINTS and not checkpoint.exists():
@@ -294,15 +294,15 @@ def prepare(key: str, out: Path) -> None:
     for file, make in FILES.items():
         print(f"{key}: {file}", flush=True)
         try:
-            make(Making(tower, checkpoint, module, calibration, folder))
-        except Exception as error:  # whatever an engine's tools cannot do: the row says so
+            make(Source(tower, checkpoint, module, calibration, folder))
+        except Exception as error:  # the report states the reason
             about["missing"][file] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     (folder / "about.json").write_text(json.dumps(about))
 
 
 @dataclass(frozen=True)
-class Making:
-    """What a file of a rival is made of."""
+class Source:
+    """The inputs for a rival's file."""
 
     tower: Tower
     checkpoint: Path
@@ -316,87 +316,88 @@ class Making:
 
     @property
     def rows(self) -> list[tuple[Array, ...]]:
-        """The calibration inputs, one at a time."""
+        """The calibration inputs, each with batch 1."""
         parts = self.calibration.theirs
         return [tuple(part[at : at + 1] for part in parts) for at in range(len(parts[0]))]
 
 
-def _float_onnx(made: Making) -> None:
-    """torch's own exporters on the library's module, fixed length, any batch: the first that makes the same function.
+def _float_onnx(source: Source) -> None:
+    """Export the library's module by torch, with a fixed length and any batch size.
 
-    The elder one of torch 2 makes another of some modules, such as of a floor division of what is negative.
+    The old exporter is first. It is wrong for some modules, such as those with a floor division of negative numbers.
     """
-    rows = [torch.from_numpy(part) for part in made.rows[0]]
+    rows = [torch.from_numpy(part) for part in source.rows[0]]
     with torch.no_grad():
-        whole = made.module(*rows).numpy()
-    for how in (
-        {"dynamo": False, "dynamic_axes": {name: {0: "B"} for name in (*made.inputs, "embeds")}, "opset_version": 17},
+        expected = source.module(*rows).numpy()
+    variants: tuple[dict[str, Any], ...] = (
+        {"dynamo": False, "dynamic_axes": {name: {0: "B"} for name in (*source.inputs, "embeds")}, "opset_version": 17},
         {"dynamo": True, "dynamic_shapes": tuple({0: torch.export.Dim("B")} for _ in rows), "external_data": False},
-    ):
+    )
+    for options in variants:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters' deprecations are their own business
+            warnings.simplefilter("ignore")  # deprecations inside the exporters
             torch.onnx.export(
-                made.module, tuple(rows), str(made.folder / "float.onnx"), input_names=list(made.inputs),
-                output_names=["embeds"], **how,
+                source.module, tuple(rows), str(source.folder / "float.onnx"), input_names=list(source.inputs),
+                output_names=["embeds"], **options,
             )  # fmt: skip
-        session = onnxruntime.InferenceSession(made.folder / "float.onnx", providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, dict(zip(made.inputs, made.rows[0], strict=True)))
-        if np.allclose(found, whole, rtol=1e-2, atol=1e-2 * np.abs(whole).max()):
+        session = onnxruntime.InferenceSession(source.folder / "float.onnx", providers=["CPUExecutionProvider"])
+        (outputs,) = session.run(None, dict(zip(source.inputs, source.rows[0], strict=True)))
+        if np.allclose(outputs, expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max()):
             return
-    (made.folder / "float.onnx").unlink()
-    raise ValueError("torch's exporters make another function of the module")
+    (source.folder / "float.onnx").unlink()
+    raise ValueError("the graphs of torch's exporters differ from the module")
 
 
-def _dynamic_onnx(made: Making) -> None:
+def _dynamic_onnx(source: Source) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
-        made.folder / "float.onnx", made.folder / "dynamic.onnx", per_channel=True, weight_type=QuantType.QInt8,
+        source.folder / "float.onnx", source.folder / "dynamic.onnx", per_channel=True, weight_type=QuantType.QInt8,
         op_types_to_quantize=["MatMul", "Gemm"],
     )  # fmt: skip
 
 
-def _static_onnx(made: Making) -> None:
-    """Unsigned activations, signed weights with a scale for each output: signed ones on both sides are slower."""
+def _static_onnx(source: Source) -> None:
+    """Unsigned activations, signed weights with a scale per output channel; signed activations are slower."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        left = iter(made.rows)
+        rows = iter(source.rows)
 
         def get_next(self) -> Arrays | None:
-            row = next(self.left, None)
-            return None if row is None else dict(zip(made.inputs, row, strict=True))
+            row = next(self.rows, None)
+            return None if row is None else dict(zip(source.inputs, row, strict=True))
 
     quantize_static(
-        made.folder / "float.onnx", made.folder / "static.onnx", Reader(), quant_format=QuantFormat.QDQ,
+        source.folder / "float.onnx", source.folder / "static.onnx", Reader(), quant_format=QuantFormat.QDQ,
         per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        op_types_to_quantize=None if made.tower.convolutional else ["MatMul", "Gemm", "Conv"],
+        op_types_to_quantize=None if source.tower.convolutional else ["MatMul", "Gemm", "Conv"],
     )  # fmt: skip
 
 
-def _float_xml(made: Making) -> None:
-    """OpenVINO's own converter; what it makes is no slower than what comes by way of ONNX."""
+def _float_xml(source: Source) -> None:
+    """OpenVINO's own converter; its graph is no slower than one converted from ONNX."""
     import openvino
 
-    _, load = made.tower.source
-    module = load(made.checkpoint, "sdpa")
-    model = openvino.convert_model(module, example_input=tuple(torch.from_numpy(part) for part in made.rows[0]))
-    openvino.save_model(model, made.folder / "float.xml", compress_to_fp16=False)
+    _, load = source.tower.source
+    module = load(source.checkpoint, "sdpa")
+    model = openvino.convert_model(module, example_input=tuple(torch.from_numpy(part) for part in source.rows[0]))
+    openvino.save_model(model, source.folder / "float.xml", compress_to_fp16=False)
 
 
-def _int8_xml(made: Making) -> None:
+def _int8_xml(source: Source) -> None:
     import nncf
     import openvino
 
-    model = openvino.Core().read_model(made.folder / "float.xml")
+    model = openvino.Core().read_model(source.folder / "float.xml")
     quantized = nncf.quantize(
-        model, nncf.Dataset(made.rows), preset=nncf.QuantizationPreset.MIXED, subset_size=len(made.rows),
-        model_type=None if made.tower.convolutional else nncf.ModelType.TRANSFORMER,
+        model, nncf.Dataset(source.rows), preset=nncf.QuantizationPreset.MIXED, subset_size=len(source.rows),
+        model_type=None if source.tower.convolutional else nncf.ModelType.TRANSFORMER,
     )  # fmt: skip
-    openvino.save_model(quantized, made.folder / "int8.xml", compress_to_fp16=False)
+    openvino.save_model(quantized, source.folder / "int8.xml", compress_to_fp16=False)
 
 
-FILES: dict[str, Callable[[Making], None]] = {
+FILES: dict[str, Callable[[Source], None]] = {
     "float.onnx": _float_onnx,
     "dynamic.onnx": _dynamic_onnx,
     "static.onnx": _static_onnx,
@@ -407,8 +408,8 @@ FILES: dict[str, Callable[[Making], None]] = {
 
 @cache
 def _net(checkpoint: str) -> nets.Net:
-    name, plugin = recognise(checkpoint)
-    return nets.NETS.get(name).load(checkpoint) if plugin else None
+    _, plugin = recognise(checkpoint)
+    return plugin.load(checkpoint)
 
 
 def _ours(tower: Tower, checkpoint: Path) -> tuple[nets.Net, nets.Tower]:
@@ -417,83 +418,86 @@ def _ours(tower: Tower, checkpoint: Path) -> tuple[nets.Net, nets.Tower]:
 
 
 def _export_ours(tower: Tower, checkpoint: Path, calibration: Inputs, folder: Path) -> None:
-    """As `export.pipeline` does it, this one tower alone; the quantizer `fast` asks for no accuracy, and has it."""
+    """Export the tower as `export.pipeline` does, by the quantizer `fast`, which checks no accuracy."""
     import onnx
 
-    _, own = _ours(tower, checkpoint)
-    model, quantizer = to_onnx(own), QUANTIZERS.get("fast")
+    _, ours = _ours(tower, checkpoint)
+    model, quantizer = to_onnx(ours), QUANTIZERS.get("fast")
     count = len(calibration.theirs[0])
     feeds = [{name: rows[at : at + 1] for name, rows in calibration.ours.items()} for at in range(count)]
     params = quantizer.params(channels=tower.convolutional)
+    assert quantizer.observe is not None
     quantized = quantizer.quantize(model, quantizer.observe(model, feeds, params), params)
-    done = rewrites.apply(quantized, rewrites.swaps())
-    onnx.save(done.model, folder / "ours.onnx")
-    graph = Graph(file="ours.onnx", inputs=own.inputs, outputs=own.outputs, batch=True)
+    onnx.save(rewrites.apply(quantized, rewrites.swaps()).model, folder / "ours.onnx")
+    graph = Graph(file="ours.onnx", inputs=ours.inputs, outputs=ours.outputs, batch=True)
     (folder / "graph.json").write_text(graph.model_dump_json())
 
 
 def _inputs(tower: Tower, checkpoint: Path) -> tuple[Inputs, Inputs]:
-    """-> what is measured with, and what is calibrated on."""
-    net, own = _ours(tower, checkpoint)
+    """-> the measured inputs and the calibration inputs."""
+    net, ours = _ours(tower, checkpoint)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for file, data in net.files.items():
             (directory / file).write_bytes(data)
         if tower.tokens:
-            return tuple(_texts(tower, own, directory, at) for at in range(2))
+            return _texts(tower, ours, directory, 0), _texts(tower, ours, directory, 1)
         measured, others = samples.pictures()[::2], samples.pictures()[1::2]
         if tower.convolutional:
-            return _pictures(own, directory, measured, ROWS), _pictures(own, directory, _cuts(others, directory), CUTS)
-        return _pictures(own, directory, measured, ROWS), _pictures(own, directory, others, ROWS)
+            return _pictures(ours, directory, measured, ROWS), _pictures(
+                ours, directory, _crops(others, directory), CROPS
+            )
+        return _pictures(ours, directory, measured, ROWS), _pictures(ours, directory, others, ROWS)
 
 
-def _pictures(own: nets.Tower, directory: Path, pictures: Sequence[Path], count: int) -> Inputs:
-    """``count`` of them, from the first again where there are fewer."""
-    rows = [feed for feed in calibrate.feeds(own, directory, pictures, [])]
-    (name,) = own.inputs
+def _pictures(ours: nets.Tower, directory: Path, pictures: Sequence[Path], count: int) -> Inputs:
+    """``count`` prepared pictures; repeats them if there are fewer."""
+    rows = [feed for feed in calibrate.feeds(ours, directory, pictures, [])]
+    (name,) = ours.inputs
     pixels = np.concatenate([rows[at % len(rows)][name] for at in range(count)])
     return Inputs({name: pixels}, (pixels,))
 
 
-def _cuts(pictures: Sequence[Path], directory: Path) -> list[Path]:
-    """`CUTS` pieces of ``pictures``: a scale for each channel or tensor wants more inputs than a handful."""
-    draw, made = np.random.default_rng(0), []
-    for at in range(CUTS):
+def _crops(pictures: Sequence[Path], directory: Path) -> list[Path]:
+    """`CROPS` random crops of ``pictures``: ranges of convolutions need many inputs."""
+    draw, crops = np.random.default_rng(0), []
+    for at in range(CROPS):
         with Image.open(pictures[at % len(pictures)]) as picture:
             side = draw.uniform(0.4, 1.0) * np.array(picture.size)
-            left, top = draw.uniform(0, picture.size - side)
-            piece = picture.convert("RGB").crop((int(left), int(top), int(left + side[0]), int(top + side[1])))
-        made.append(directory / f"cut-{at}.png")
-        piece.save(made[-1])
-    return made
+            x, y = draw.uniform(0, picture.size - side)
+            crop = picture.convert("RGB").crop((int(x), int(y), int(x + side[0]), int(y + side[1])))
+        crops.append(directory / f"crop-{at}.png")
+        crop.save(crops[-1])
+    return crops
 
 
-def _texts(tower: Tower, own: nets.Tower, directory: Path, which: int) -> Inputs:
-    """Stretches of the texts that ship, one after the other, as long as the tower's are to be; every second one."""
-    preparer = TextPreparer(own.preprocess, directory)
+def _texts(tower: Tower, ours: nets.Tower, directory: Path, parity: int) -> Inputs:
+    """Sections of the shipped texts, joined, with the tower's number of tokens; every second one, from ``parity``."""
+    assert isinstance(ours.preprocess, TextPreprocess)
+    preparer = TextPreparer(ours.preprocess, directory)
     prepared = [preparer.prepare([text]) for text in samples.texts()]
     sentences = [ids[0][mask[0] > 0] for ids, mask in map(_ids_and_mask, prepared)]
     stream = np.concatenate([ids[1:-1] for ids in sentences])
     first, last = sentences[0][0], sentences[0][-1]
     inside = tower.tokens - 2
-    starts = [(2 * row + which) * (inside + 5) for row in range(ROWS)]
+    starts = [(2 * row + parity) * (inside + 5) for row in range(ROWS)]
     ids = np.stack([
         np.concatenate([[first], stream.take(np.arange(start, start + inside), mode="wrap"), [last]])
         for start in starts
     ]).astype(np.int64)  # fmt: skip
     padded = np.concatenate([ids, np.full((ROWS, tower.context - tower.tokens), last, np.int64)], axis=1)
-    if len(own.inputs) == 1:
-        return Inputs(dict(zip(own.inputs, [ids], strict=True)), (padded,))
+    if len(ours.inputs) == 1:
+        return Inputs(dict(zip(ours.inputs, [ids], strict=True)), (padded,))
     mask = np.ones_like(ids)
-    return Inputs(dict(zip(own.inputs, [ids, mask], strict=True)), (ids, mask))
+    return Inputs(dict(zip(ours.inputs, [ids, mask], strict=True)), (ids, mask))
 
 
 def _ids_and_mask(feed: Arrays) -> tuple[Array, Array]:
-    """The mask of a text alone in its batch, made up behind its end: up to the last id that is not the pad."""
+    """Ids and mask of a text; a tower without a mask gets one that ends with the text's end token."""
     ids = next(iter(feed.values()))
     if len(feed) > 1:
         return ids, list(feed.values())[1]
-    end = np.argmax(ids == ids.max(axis=1, keepdims=True), axis=1)  # the end of a text is CLIP's largest id
+    end = np.argmax(ids == ids.max(axis=1, keepdims=True), axis=1)  # CLIP's end token has the largest id
     return ids, (np.arange(ids.shape[1])[None] <= end[:, None]).astype(np.int64)
 
 
@@ -502,7 +506,7 @@ def _macs(module: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
 
     with FlopCounterMode(display=False) as counter:
         module(*inputs)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 if __name__ == "__main__":

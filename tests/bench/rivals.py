@@ -1,15 +1,16 @@
-"""calmclip beside other engines that run these models on a CPU: same weights, same inputs, same machine, one run.
+"""calmclip beside other engines that run these models on a CPU: same weights, inputs and machine, in one run.
 
     python -m tests.bench.rivals [--towers b32 text16 …] [--threads 1 2] [--batches 1 8] [--seconds 3] [--quick]
-                                 [--out build/rivals] [--write-readme] [--report]
+                                 [--out build/rivals] [--write-docs] [--report]
 
-Each tower is prepared once (`tests.bench.rival_towers`), which takes minutes and stays in ``--out``. Then every engine
-(`tests.bench.rival_engines`) gets a process of its own, and they take turns, each round in another order; figures are
-medians. With one thread all stay on one core and what counts is the processor time of the process, which does not see
-who else is on the machine; with more it is time by the clock, which does: read those on a quiet machine.
+`tests.bench.rival_towers` prepares each tower once, which takes minutes; ``--out`` keeps the result. Then every engine
+(`tests.bench.rival_engines`) gets its own process. The engines take turns, each round in another order, and figures
+are medians. With one thread all engines stay on one core, and a figure is the processor time of the process, which
+excludes other work on the machine. With more threads a figure is wall-clock time: measure those on a quiet machine.
 
-Figures are kept in ``--out`` by tower, so towers may be measured one at a time; tables and chart are of all that are
-there, ``--report`` makes them without measuring. ``--quick`` leaves engines in float out of towers over 10 GMAC.
+``--out`` keeps the figures of each tower, so towers may be measured one at a time. Tables and chart show all kept
+towers; ``--report`` writes them without measuring. ``--write-docs`` writes them into docs/performance.md, between its
+two marks. ``--quick`` skips engines in float for towers over 10 GMAC.
 """
 
 import argparse
@@ -26,11 +27,11 @@ import numpy as np
 
 from calmclip.models.flow import Array
 from tests.bench import rival_report
-from tests.bench.alternate import machine
+from tests.bench.alternate import machine, pipes
 from tests.bench.rival_engines import PEAK, engines
 from tests.bench.rival_towers import TOWERS
 
-TURN = 0.3  # seconds for which one engine works before the next has its turn
+TURN = 0.3  # seconds of an engine's turn
 LEAST = 3  # rounds
 LARGE = 10e9  # multiply-accumulates
 PACKAGES = ("openvino", "nncf", "torch", "transformers", "open_clip_torch", "faster-clip")
@@ -45,62 +46,64 @@ def main() -> None:
     options.add_argument("--quick", action="store_true")
     options.add_argument("--out", type=Path, default=Path("build/rivals"))
     options.add_argument("--report", action="store_true", help="measure nothing")
-    options.add_argument("--write-readme", action="store_true", help="into README.md and docs/")
-    given = options.parse_args()
-    for key in () if given.report else given.towers:
-        _run("tests.bench.rival_towers", key, str(given.out))
-        found = measure(key, given)
-        (given.out / key / "figures.json").write_text(json.dumps(found))
-        print(rival_report.table(found), flush=True)
-    kept = [given.out / key / "figures.json" for key in TOWERS]
-    figures = [json.loads(file.read_text()) for file in kept if file.exists()]
-    rival_report.write(figures, given.out, Path(__file__).parents[2] if given.write_readme else None)
+    options.add_argument("--write-docs", action="store_true", help="into docs/performance.md and its chart")
+    arguments = options.parse_args()
+    for key in () if arguments.report else arguments.towers:
+        _run("tests.bench.rival_towers", key, str(arguments.out))
+        figures = measure(key, arguments)
+        (arguments.out / key / "figures.json").write_text(json.dumps(figures))
+        print(rival_report.table(figures), flush=True)
+    files = [arguments.out / key / "figures.json" for key in TOWERS]
+    towers = [json.loads(file.read_text()) for file in files if file.exists()]
+    rival_report.write(towers, arguments.out, Path(__file__).parents[2] / "docs" if arguments.write_docs else None)
 
 
-def measure(key: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is said of a tower; see `rival_report`."""
-    tower, folder = TOWERS[key], given.out / key
-    about, whole = json.loads((folder / "about.json").read_text()), np.load(folder / "float.npy")
-    there = engines(tower)
-    late = [name for name, engine in there.items() if given.quick and engine.slow and about["macs"] > LARGE]
-    found: dict[str, Any] = {
+def measure(key: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a tower; `rival_report` says what they hold."""
+    tower, folder = TOWERS[key], arguments.out / key
+    about, reference = json.loads((folder / "about.json").read_text()), np.load(folder / "float.npy")
+    available = engines(tower)
+    slow = [n for n, engine in available.items() if arguments.quick and engine.slow and about["macs"] > LARGE]
+    refused: dict[str, str] = dict.fromkeys(slow, "left out by --quick")
+    rows: dict[str, dict[str, Any]] = {}
+    peak = None
+    for threads in arguments.threads:
+        names = [name for name in (*available, PEAK) if name not in refused and (threads == 1 or name != PEAK)]
+        sides = {name: Side(name, key, arguments.out, threads) for name in names}
+        try:
+            for name, side in [*sides.items()]:
+                if reason := side.ready.get("refused"):
+                    del sides[name]
+                    refused[name] = reason
+                elif name != PEAK and name not in rows:
+                    vectors = np.array(side.ask(outputs=True)["outputs"])
+                    rows[name] = {"ms": {}, "cosine": cosine(vectors, reference), "memory_mb": side.ready["memory_mb"]}
+            for batch in arguments.batches:
+                clock = "busy" if threads == 1 else "wall"
+                for name, seconds in alternate(sides, batch, arguments.seconds, clock).items():
+                    if name == PEAK:
+                        peak = peak or sides[PEAK].ask(outputs=True)["outputs"][0][0] / seconds
+                    else:
+                        rows[name]["ms"][f"{threads}x{batch}"] = 1000 * seconds / batch
+        finally:
+            for side in sides.values():
+                side.close()
+    return {
         "key": key,
         "title": tower.title,
         "note": tower.note,
         "library": about["library"],
         "macs": about["macs"],
-        "machine": machine(max(given.threads)),
+        "machine": machine(max(arguments.threads)),
         "versions": _versions(),
-        "refused": dict.fromkeys(late, "left out by --quick"),
-        "engines": {},
-        "peak": None,
+        "refused": refused,
+        "engines": rows,
+        "peak": peak,
     }
-    for threads in given.threads:
-        names = [name for name in (*there, PEAK) if name not in found["refused"] and (threads == 1 or name != PEAK)]
-        sides = {name: Side(name, key, given.out, threads) for name in names}
-        try:
-            for name, side in [*sides.items()]:
-                if why := side.ready.get("refused"):
-                    del sides[name]
-                    found["refused"][name] = why
-                elif name != PEAK and name not in found["engines"]:
-                    vectors = np.array(side.ask(outputs=True)["outputs"])
-                    row = {"ms": {}, "cosine": cosine(vectors, whole), "memory_mb": side.ready["memory_mb"]}
-                    found["engines"][name] = row
-            for batch in given.batches:
-                for name, seconds in alternate(sides, batch, given.seconds, "busy" if threads == 1 else "wall").items():
-                    if name == PEAK:
-                        found["peak"] = found["peak"] or sides[PEAK].ask(outputs=True)["outputs"][0][0] / seconds
-                    else:
-                        found["engines"][name]["ms"][f"{threads}x{batch}"] = 1000 * seconds / batch
-        finally:
-            for side in sides.values():
-                side.close()
-    return found
 
 
 class Side:
-    """An engine at work in a process of its own. ``ready``: what it said when it had run once."""
+    """An engine in its own process. ``ready`` is its first answer, after it has run once."""
 
     def __init__(self, engine: str, key: str, out: Path, threads: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
@@ -108,23 +111,24 @@ class Side:
             [sys.executable, "-m", "tests.bench.rival_engines", engine, key, str(out), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
-        self.ready = self._answer() or {"refused": "its process ended before it had answered"}
+        self.requests, self.answers = pipes(self.process)
+        self.ready = self._answer() or {"refused": "its process ended before its first answer"}
 
-    def ask(self, **what: Any) -> dict[str, Any]:
-        print(json.dumps(what), file=self.process.stdin, flush=True)
+    def ask(self, **request: Any) -> dict[str, Any]:
+        print(json.dumps(request), file=self.requests, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         return json.loads(line) if line else {}
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.requests.close()
         self.process.wait(30)
 
 
 def alternate(sides: Mapping[str, Side], batch: int, seconds: float, clock: str) -> dict[str, float]:
-    """-> median seconds of a call. Each engine warms up with a call of every turn, where that is short."""
+    """Median seconds of a call by engine. An engine with short calls spends the first call of each turn on warm-up."""
     names = list(sides)
     spent: dict[str, list[float]] = {name: [] for name in names}
     calls = {name: _turn(side.ask(batch=batch, calls=2)["wall"][-1]) for name, side in sides.items()}
@@ -132,7 +136,7 @@ def alternate(sides: Mapping[str, Side], batch: int, seconds: float, clock: str)
     while rounds < LEAST or time.perf_counter() - start < seconds * len(names):
         for place in range(len(names)):
             name = names[(place + rounds) % len(names)]
-            time.sleep(0.01)  # the threads of the one before may still be spinning
+            time.sleep(0.01)  # threads of the engine before may still spin
             warm = calls[name] > 1
             spent[name] += sides[name].ask(batch=batch, calls=calls[name] + warm)[clock][warm:]
         rounds += 1
@@ -143,22 +147,22 @@ def _turn(took: float) -> int:
     return max(1, min(100, round(TURN / took)))
 
 
-def cosine(found: Array, whole: Array) -> float:
-    """Of the rows of two matrices, the mean."""
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(whole, axis=1)
-    return float(((found * whole).sum(axis=1) / lengths).mean())
+def cosine(vectors: Array, reference: Array) -> float:
+    """The mean cosine of the rows of two matrices."""
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(reference, axis=1)
+    return float(((vectors * reference).sum(axis=1) / lengths).mean())
 
 
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions
 
 
 def _run(module: str, *arguments: str) -> None:

@@ -1,14 +1,14 @@
-"""Search of a collection: recall of the ten nearest, and latency, of each way there is, taking turns.
+"""Search of a collection: recall of the ten nearest rows and latency of every method, in turns.
 
     python -m tests.bench.search [--pictures DIR] [--bundle models/bundles/mini-int8] [--rows 100000] [--dim 512]
         [--postgres postgresql://…]
 
-Vectors are those of the pictures in DIR, or of many cuts of the few that ship, but for each thirtieth, which are
-queries, as the texts that ship are. Up to ``--rows`` they are mixed: a picture's vector, plus a part of the way between
-two more, plus a little noise; a seed makes them the same each time. An isometry takes them to ``--dim``, where that is
-more than the bundle's: cosines stay what they are. Truth is a product in float64.
+Vectors are those of the pictures in DIR, or of many crops of the shipped pictures. Every thirtieth one is a query, and
+so are the shipped texts. Mixtures fill up the table to ``--rows``: a vector, plus a part of the difference of two more,
+plus a little noise, with a fixed seed. If ``--dim`` exceeds the bundle's width, an isometry maps the vectors; cosines
+stay. The true neighbours come from a product in float64.
 
-Cuts of a dozen pictures are a hard case and no natural one; for figures to go by, give it thousands of pictures.
+Crops of a dozen pictures are harder than natural data: measure with thousands of pictures.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from PIL import Image
 from calmclip.export.samples import pictures, texts
 from calmclip.models.flow import Array
 from calmclip.models.runner import open_bundle
-from calmclip.service.quantized import Quantized
+from calmclip.service.quantized import QuantizedTable
 from calmclip.service.stores import Info, Row, Table, open_store
 from tests.bench.alternate import machine
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 TOP = 10
-EACH = 30  # one picture in so many is a query
-CUTS = 100
-MIXED = 0.2, 0.8  # how far a mixture goes
-NOISE = 0.1  # its length beside a vector's 1
+EACH = 30  # pictures per query
+CROPS = 100
+MIXED = 0.2, 0.8  # the part of the difference
+NOISE = 0.1  # its length; vectors have length 1
 AT_ONCE = 2000
 
 
@@ -47,53 +47,53 @@ def main() -> None:
     options.add_argument("--dim", type=int, default=512)
     options.add_argument("--queries", type=int, default=300)
     options.add_argument("--postgres", help="the URL of an empty database")
-    given = options.parse_args()
-    vectors, queries = data(given.bundle, given.pictures, given.rows, given.dim, given.queries)
+    arguments = options.parse_args()
+    vectors, queries = data(arguments.bundle, arguments.pictures, arguments.rows, arguments.dim, arguments.queries)
     cosines = queries.astype(np.float64) @ vectors.T
     truth = np.argpartition(-cosines, TOP, axis=1)[:, :TOP]
     print(machine(0))
     print(f"{len(vectors)} x {vectors.shape[1]}; {len(queries)} queries, the tenth hit at a cosine of "
           f"{np.sort(cosines, axis=1)[:, -TOP].mean():.2f}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        for ways in sides(folder, given.postgres, vectors):
+        for ways in sides(folder, arguments.postgres, vectors):
             measure(ways, queries, truth)
 
 
 def data(bundle: Path, folder: Path | None, rows: int, dim: int, most: int) -> tuple[Array, Array]:
-    """float32 [rows, dim] and the queries, [N, dim]; unit rows."""
+    """Rows [rows, dim] and queries [N, dim]: float32 unit vectors."""
     runner = open_bundle(bundle)
-    seen = np.stack([runner.embed(images=[one])[0] for one in shown(folder)])
-    asked = np.concatenate([seen[::EACH], runner.embed(texts=texts())])
-    kept = np.delete(seen, np.s_[::EACH], axis=0)
+    vectors = np.stack([runner.embed(images=[picture])[0] for picture in sources(folder)])
+    queries = np.concatenate([vectors[::EACH], runner.embed(texts=texts())])
+    vectors = np.delete(vectors, np.s_[::EACH], axis=0)
     rng = np.random.default_rng(0)
-    here, there, hence = rng.integers(0, len(kept), (3, rows))
-    here[: len(kept)] = np.arange(len(kept))[:rows]
+    base, end, start = rng.integers(0, len(vectors), (3, rows))
+    base[: len(vectors)] = np.arange(len(vectors))[:rows]
     far = rng.uniform(*MIXED, (rows, 1))
-    far[: len(kept)] = 0  # the pictures themselves
-    mixed = kept[here] + far * (kept[there] - kept[hence])
+    far[: len(vectors)] = 0  # the vectors of the pictures, unmixed
+    mixed = vectors[base] + far * (vectors[end] - vectors[start])
     mixed += rng.normal(size=mixed.shape) * (NOISE / mixed.shape[1] ** 0.5) * (far > 0)
     mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
     if dim > mixed.shape[1]:
         isometry = np.linalg.qr(rng.normal(size=(dim, mixed.shape[1])))[0].T
-        mixed, asked = mixed @ isometry, asked @ isometry
-    asked = asked[rng.permutation(len(asked))[:most]]
-    return mixed.astype(np.float32), np.ascontiguousarray(asked, dtype=np.float32)
+        mixed, queries = mixed @ isometry, queries @ isometry
+    queries = queries[rng.permutation(len(queries))[:most]]
+    return mixed.astype(np.float32), np.ascontiguousarray(queries, dtype=np.float32)
 
 
-def shown(folder: Path | None) -> Iterator[Path | bytes]:
-    """Every picture in the folder; or `CUTS` random cuts of each that ships, of a tenth of its area or more."""
+def sources(folder: Path | None) -> Iterator[Path | bytes]:
+    """The pictures in ``folder``, or `CROPS` random crops of each shipped picture, of at least a tenth of it."""
     if folder is not None:
         yield from sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         return
     rng = np.random.default_rng(0)
-    for _ in range(CUTS):
+    for _ in range(CROPS):
         for path in pictures():
             with Image.open(path) as picture:
                 size = np.array(picture.size)
-                cut = (size * rng.uniform(0.1, 1.0) ** 0.5).astype(int)
-                corner = (rng.uniform(size=2) * (size - cut)).astype(int)
+                crop = (size * rng.uniform(0.1, 1.0) ** 0.5).astype(int)
+                corner = (rng.uniform(size=2) * (size - crop)).astype(int)
                 file = io.BytesIO()
-                picture.convert("RGB").crop((*corner, *(corner + cut))).save(file, "JPEG")
+                picture.convert("RGB").crop((*corner, *(corner + crop))).save(file, "JPEG")
             yield file.getvalue()
 
 
@@ -101,18 +101,18 @@ Search = Callable[[Array], list[str]]
 
 
 def sides(folder: str, postgres: str | None, vectors: Array) -> Iterator[dict[str, Search]]:
-    """Name -> how to search; those that share a machine's time take turns."""
+    """Name -> search function, in groups that take turns."""
     info = Info("bench", "bench", "0" * 64, vectors.shape[1], "2026-01-01T00:00:00+00:00")
     with closing(open_store(f"lancedb:{folder}/store")) as store:
         table = filled(store.create(info), vectors, "LanceDB")
         plain = table._table  # type: ignore[attr-defined]
 
         def flat(query: Array) -> list[str]:
-            found = plain.search(query).distance_type("cosine").bypass_vector_index()
-            return [row["id"] for row in found.select(["id", "meta", "_distance"]).limit(TOP).to_list()]
+            hits = plain.search(query).distance_type("cosine").bypass_vector_index()
+            return [row["id"] for row in hits.select(["id", "meta", "_distance"]).limit(TOP).to_list()]
 
         before, start = rss(), perf_counter()
-        copied = Quantized(table, 1 << 40)  # type: ignore[arg-type]
+        copied = QuantizedTable(table, 1 << 40)  # type: ignore[arg-type]
         print(f"the copy was made in {perf_counter() - start:.1f} s, and takes {rss() - before} MB")
         yield {"LanceDB, all rows": flat, "LanceDB": by(table), "LanceDB and a copy in memory": by(copied)}
     if postgres:
@@ -121,13 +121,13 @@ def sides(folder: str, postgres: str | None, vectors: Array) -> Iterator[dict[st
         with closing(open_store(f"pgvector:{postgres}")) as store:
             table = filled(store.create(info), vectors, "PostgreSQL")
             exact = pgvector.PgTable(table._server, table._number, info)  # type: ignore[attr-defined]
-            exact._rows = 0  # so few that it sorts them all
+            exact._rows = 0  # a table this small is searched exactly
             yield {"PostgreSQL, all rows": by(exact), "PostgreSQL": by(table)}
             store.drop("bench")
 
 
 def by(table: Table) -> Search:
-    return lambda query: [one.id for one in table.search(query, TOP)]
+    return lambda query: [hit.id for hit in table.search(query, TOP)]
 
 
 def filled(table: Table, vectors: Array, name: str) -> Table:
@@ -148,12 +148,12 @@ def measure(ways: dict[str, Search], queries: Array, truth: Array) -> None:
     for search in ways.values():
         for query in queries[:3]:
             search(query)
-    for query, right in zip(queries, truth, strict=True):
+    for query, nearest in zip(queries, truth, strict=True):
         for name, search in ways.items():
             start = perf_counter()
-            found = search(query)
+            ids = search(query)
             seconds[name].append(perf_counter() - start)
-            hits[name] += len({*found} & {*map(str, right)})
+            hits[name] += len({*ids} & {*map(str, nearest)})
     for name, times in seconds.items():
         p50, p95 = np.quantile(times, (0.5, 0.95)) * 1000
         print(f"{name:30s} recall@{TOP} {hits[name] / truth.size:.4f}   p50 {p50:6.1f} ms   p95 {p95:6.1f} ms"
@@ -161,7 +161,7 @@ def measure(ways: dict[str, Search], queries: Array, truth: Array) -> None:
 
 
 def rss() -> int:
-    """MB, now."""
+    """The current resident set in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() >> 20
 

@@ -1,10 +1,10 @@
-"""Half an hour of mixed requests: whether memory stays where it is, and nothing fails.
+"""Half an hour of mixed requests: does memory grow, and does every request get its answer?
 
     python -m tests.bench.soak [--bundle mini-int8] [--minutes 30] [--warm-minutes 5] [--per-second 15]
 
-Pictures of many sizes are classified, embedded, searched with, stored, overwritten and deleted; some are detected in,
-some are broken. RSS is read every five seconds; behind the warm-up a line is fitted. Exit 1 where it rises by more than
-one per cent an hour, or where an answer was not the one that its request should get.
+Requests classify, embed and detect in pictures of many sizes, and store, overwrite, delete and search texts; some
+pictures are broken. RSS is read every five seconds; a line is fitted to the values after the warm-up. Exit 1 if it
+rises by more than one per cent per hour, or if a status differs from the expected one.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -35,15 +36,15 @@ def main() -> int:
     options.add_argument("--warm-minutes", type=float, default=5)
     options.add_argument("--per-second", type=float, default=15)
     options.add_argument("--threads", type=int, default=2)
-    given = options.parse_args()
-    seen: Counter[str] = Counter()
+    arguments = options.parse_args()
+    counts: Counter[str] = Counter()
     memory: list[tuple[float, int]] = []
-    with tempfile.TemporaryDirectory() as data, Server(BUNDLES / given.bundle, given.threads, Path(data)) as server:
+    bundle = BUNDLES / arguments.bundle
+    with tempfile.TemporaryDirectory() as data, Server(bundle, arguments.threads, Path(data)) as server:
         start = time.monotonic()
-        end = start + given.minutes * 60
-        workers = [
-            threading.Thread(target=work, args=(server.port, at, end, 4 / given.per_second, seen)) for at in range(4)
-        ]
+        end = start + arguments.minutes * 60
+        pause_s = 4 / arguments.per_second
+        workers = [threading.Thread(target=work, args=(server.port, at, end, pause_s, counts)) for at in range(4)]
         for worker in workers:
             worker.start()
         while time.monotonic() < end:
@@ -51,39 +52,35 @@ def main() -> int:
             memory.append((time.monotonic() - start, server.memory_mb() or 0))
         for worker in workers:
             worker.join()
-    warm = np.array([(at / 3600, mb) for at, mb in memory if at > given.warm_minutes * 60])
+    warm = np.array([(at / 3600, mb) for at, mb in memory if at > arguments.warm_minutes * 60])
     slope = np.polyfit(warm[:, 0], warm[:, 1], 1)[0] / warm[0, 1]
     every = max(1, len(memory) // 15)
-    print(
-        json.dumps(
-            {
-                "minutes": given.minutes,
-                "requests": dict(seen),
-                "rss_mb": [mb for _, mb in memory[::every]],
-                "rss_mb_warm_least_and_most": [int(warm[:, 1].min()), int(warm[:, 1].max())],
-                "rss_per_hour": round(float(slope), 4),
-            },
-            indent=2,
-        )
-    )
-    return 0 if slope < 0.01 and not any(key.startswith("wrong") for key in seen) else 1
+    result = {
+        "minutes": arguments.minutes,
+        "requests": dict(counts),
+        "rss_mb": [mb for _, mb in memory[::every]],
+        "rss_mb_warm_least_and_most": [int(warm[:, 1].min()), int(warm[:, 1].max())],
+        "rss_per_hour": round(float(slope), 4),
+    }
+    print(json.dumps(result, indent=2))
+    return 0 if slope < 0.01 and not any(key.startswith("wrong") for key in counts) else 1
 
 
-def work(port: int, at: int, end: float, pause_s: float, seen: Counter[str]) -> None:
+def work(port: int, at: int, end: float, pause_s: float, counts: Counter[str]) -> None:
     rng = random.Random(at)
     pictures = [picture(rng) for _ in range(40)]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         client.put("/v1/collections/soak", json={})
         while (begin := time.monotonic()) < end:
-            verb, path, body, wanted = ask(rng, pictures)
+            verb, path, body, expected = ask(rng, pictures)
             answer = client.request(verb, path, **body)
-            right = answer.status_code == wanted
-            seen[path.partition("?")[0] if right else f"wrong: {path} {answer.status_code} {answer.text[:100]}"] += 1
+            right = answer.status_code == expected
+            counts[path.partition("?")[0] if right else f"wrong: {path} {answer.status_code} {answer.text[:100]}"] += 1
             time.sleep(max(0.0, rng.uniform(0, 2) * pause_s - (time.monotonic() - begin)))
 
 
-def ask(rng: random.Random, pictures: list[bytes]) -> tuple[str, str, dict, int]:
-    """-> method, path, what httpx sends, the status there should be."""
+def ask(rng: random.Random, pictures: list[bytes]) -> tuple[str, str, dict[str, Any], int]:
+    """-> method, path, body as arguments of httpx, expected status."""
     kind = rng.choices(
         ["classify", "embed", "text", "store", "delete", "search", "detect", "broken"], [8, 2, 2, 3, 1, 3, 1, 1]
     )[0]
