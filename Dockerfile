@@ -19,7 +19,7 @@ COPY models/ops models/ops
 RUN python -c "from calmclip.models.ops.build import build; build()"
 
 
-# What makes an image and is not in it: pinned with hashes, like all that is in it (see *The images*, service/README.md).
+# What makes an image and is not in it: pinned with hashes, like all that is in it (see *Containers*, docs/operating.md).
 FROM base AS tools
 RUN python -m venv /opt/tools
 COPY service/deploy/requirements-build.txt ./

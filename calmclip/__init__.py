@@ -1,8 +1,8 @@
-"""calmclip: INT8 bundles of the CLIP family, and a service that answers over them.
+"""calmclip: INT8 bundles of the CLIP family, and a service for them.
 
-The one import name. `calmclip.models`, `calmclip.export` and `calmclip.service` are the folders of those names at the
-top of the checkout, by relative links; an installed wheel holds the folders themselves. Public names are those below,
-each imported when it is first used; everything else may move.
+`calmclip.models`, `calmclip.export` and `calmclip.service` are relative links to these folders at the top of the
+checkout; an installed wheel has the folders themselves. The public names are those below. Each is imported when it is
+first used. All other names may change.
 """
 
 from importlib import import_module
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calmclip.models.errors import CalmclipError
     from calmclip.models.runner import Runner, open_bundle
-    from calmclip.models.tasks.detect import Example, Suppression
+    from calmclip.models.suppression import Suppression
+    from calmclip.models.tasks.detect import Example
     from calmclip.service.client import AsyncClient, Client
 
 # name -> its module
@@ -21,7 +22,7 @@ _PUBLIC = {
     "Client": "calmclip.service.client",
     "Example": "calmclip.models.tasks.detect",
     "Runner": "calmclip.models.runner",
-    "Suppression": "calmclip.models.tasks.detect",
+    "Suppression": "calmclip.models.suppression",
     "open_bundle": "calmclip.models.runner",
 }
 __version__ = "0.1.0"

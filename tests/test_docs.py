@@ -1,27 +1,28 @@
 """What the pages say exists, exists; and what exists is said."""
 
 import re
+import tomllib
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from calmclip.models.cli import VERBS
-from calmclip.models.ops.spec import OPS, Op
+from calmclip.models.cli import VERBS, main
+from calmclip.models.ops.spec import Op
+from calmclip.models.ops.table import OPS
 from calmclip.models.registry import FAMILIES, catalog
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("docs", "models", "export", "service")
 PAGES = [
-    "README.md",
-    "ARCHITECTURE.md",
-    "CONTRIBUTING.md",
-    "docs/performance.md",
-    "models/README.md",
-    "export/README.md",
-    "service/README.md",
-    "service/monitoring/README.md",
-    "service/deploy/k8s/README.md",
-    "service/deploy/ray.md",
+    path.relative_to(ROOT).as_posix()
+    for pages in (ROOT.glob("*.md"), *((ROOT / folder).rglob("*.md") for folder in FOLDERS))
+    for path in sorted(pages)
+    if "bundles" not in path.parts
 ]
+KINDS = {"train": ("mlm", "clm", "classes", "contrastive"), "keys": ("add", "list", "remove"), "ops": ("build",)}
+MOST_WORDS = {"README.md": 900, "ARCHITECTURE.md": 2500, "CONTRIBUTING.md": 600}
 
 
 def read(name: str) -> str:
@@ -33,15 +34,54 @@ def code(page: str) -> str:
     return "\n".join(re.findall(r"```[\s\S]*?```|`[^`\n]+`", read(page)))
 
 
+def prose(page: str) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```[\s\S]*?^```", "", read(page), flags=re.MULTILINE)
+
+
+def headings(page: str) -> list[tuple[int, str]]:
+    """(level, text) of each heading, in order."""
+    return [(len(marks), text) for marks, text in re.findall(r"^(#+) (.+)$", prose(page), re.MULTILINE)]
+
+
+def anchors(page: str) -> set[str]:
+    """The fragments that GitHub gives the headings of a page."""
+    texts = (re.sub(r"[^\w\- ]", "", text.lower()) for _, text in headings(page))
+    return {text.replace(" ", "-") for text in texts}
+
+
+@pytest.mark.parametrize(("page", "most"), MOST_WORDS.items())
+def test_a_page_is_short(page: str, most: int):
+    assert len(read(page).split()) <= most
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_makes_sense_read_aloud(page: str):
+    """What a screen reader needs: headings without gaps in their levels, headers over columns, texts for pictures."""
+    levels = [level for level, _ in headings(page)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    for (before, _), (level, text) in pairwise(headings(page)):
+        assert level <= before + 1, f"{page}: {text!r} skips a level"
+    lines = ["", *prose(page).splitlines(), ""]
+    for above, line, below in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("|") and not above.startswith("|"):
+            assert re.fullmatch(r"[|:\- ]+", below), f"{page}: a table without a header: {line}"
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            assert all(cells), f"{page}: a column without a header: {line}"
+    assert "![](" not in prose(page), f"{page}: a picture without a text"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_a_page_links_to_or_names_is_there(page: str):
     folder = (ROOT / page).parent
-    links = re.findall(r"\]\((?!http|#|/)([^)#\s]+)", read(page))
-    named = re.findall(r"`((?:models|export|service|tests)/[\w./-]*\w)`", read(page))
-    for link in links:
-        assert (folder / link).exists(), f"{page} links to {link}"
-    for path in named:
-        made = path.startswith("models/bundles")  # by an export
+    for link, anchor in re.findall(r"\]\((?!http|/)([^)#\s]*)(?:#([^)\s]*))?\)", prose(page)):
+        target = folder / link if link else ROOT / page
+        assert target.exists(), f"{page} links to {link}"
+        if anchor:
+            assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), f"{page} links to {link}#{anchor}"
+    for path in re.findall(r"`((?:models|export|service|tests|docs)/[\w./-]*\w)`", read(page)):
+        made = path.startswith(("models/bundles", "models/ops/lib"))  # by an export, by a build
         assert made or (ROOT / path).exists(), f"{page} names {path}"
 
 
@@ -51,16 +91,42 @@ def test_every_command_a_page_shows_is_a_verb(page: str):
     assert verbs <= set(VERBS), f"{page} shows {sorted(verbs - set(VERBS))}"
 
 
-def test_every_verb_is_in_the_readme():
-    assert all(f"calmclip {verb}" in read("README.md") for verb in VERBS)
+def test_every_verb_is_in_the_page_of_the_command_line():
+    assert all(f"| `calmclip {verb}` |" in read("docs/command-line.md") for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_a_page_shows_is_one_of_its_verb(verb: str, capsys: pytest.CaptureFixture[str]):
+    """In code blocks, one command a line. `train` and `run` have options for each kind or task."""
+    shown = {
+        option: page
+        for page in PAGES
+        for block in re.findall(r"^```[a-z]*\n([\s\S]*?)^```", read(page), re.MULTILINE)
+        for line in block.replace("\\\n", " ").splitlines()
+        if (words := line.split("#")[0].partition(f"calmclip {verb} "))[1]
+        for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", words[2])
+    }
+    known = ""
+    for kind in ([], *([word] for word in KINDS.get(verb, ()))):
+        with suppress(SystemExit):
+            main([verb, *kind, "--help"])
+        known += capsys.readouterr().out
+    for option, page in shown.items():
+        assert re.search(rf"{option}\b", known), f"{page} shows calmclip {verb} {option}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_toml_example_is_toml(page: str):
+    for block in re.findall(r"^```toml\n([\s\S]*?)^```", read(page), re.MULTILINE):
+        tomllib.loads(block)
 
 
 def test_every_make_target_a_page_shows_is_there():
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
     shown = {page: set(re.findall(r"\bmake ([a-z-]+)", code(page))) for page in PAGES}
     assert {"serve", "test"} <= shown["README.md"]
-    for page, found in shown.items():
-        assert found <= targets, f"{page} shows {sorted(found - targets)}"
+    for page, commands in shown.items():
+        assert commands <= targets, f"{page} shows {sorted(commands - targets)}"
     assert targets <= set.union(*shown.values()), "a target nobody is told of"
 
 
@@ -69,7 +135,9 @@ def test_every_plug_in_is_in_its_packages_page(family: str):
     from importlib import import_module
 
     module, name = FAMILIES[family].split(":")
-    page = f"{module.split('.')[1]}/README.md"
+    page = {"endpoints": "docs/using.md", "stores": "docs/operating.md"}.get(
+        family, f"{module.split('.')[1]}/README.md"
+    )
     names = getattr(import_module(module), name).names()
     assert catalog(family) == names, "a module registers other names than its source says: see calmclip.models.registry"
     for plugin in names:
