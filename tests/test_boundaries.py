@@ -37,36 +37,71 @@ def files(package: str) -> Iterator[Path]:
     return (path for path in sorted((ROOT / package).rglob("*.py")) if "bundles" not in path.parts)
 
 
-def imports(path: Path, *, late: bool = False) -> Iterator[str]:
-    """First names, of ours the first two, those of `import_module("...")` too; no relative imports. ``late``: only what
-    is imported inside functions."""
+def imported(path: Path, *, late: bool = False) -> Iterator[str]:
+    """Full names, `from a import b` as a.b; those of `import_module("...")` too; no relative imports. ``late``: only
+    what is imported inside functions."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    found = {id(node): node for top in functions for node in ast.walk(top)}.values() if late else ast.walk(tree)
-    for node in found:
+    nodes = {id(node): node for top in functions for node in ast.walk(top)}.values() if late else ast.walk(tree)
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (first(alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "calmclip":
-            yield from (f"calmclip.{alias.name}" for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield first(str(node.module))
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            yield from (first(str(a.value)) for a in node.args if isinstance(a, ast.Constant))
+            yield from (str(a.value) for a in node.args if isinstance(a, ast.Constant))
 
 
-def first(name: str) -> str:
-    return ".".join(name.split(".")[: 2 if name.startswith("calmclip.") else 1])
+def imports(path: Path, *, late: bool = False) -> Iterator[str]:
+    """First names, of ours the first two."""
+    return (".".join(name.split(".")[: 1 + name.startswith("calmclip.")]) for name in imported(path, late=late))
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Full names; a package is its `__init__`."""
+    names = {path: ("calmclip", *path.relative_to(ROOT).with_suffix("").parts) for path in files(package)}
+    return {".".join(name).removesuffix(".__init__"): path for path, name in names.items()}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_imports_what_its_package_must_not_know(package: str):
-    found = {
+    forbidden = {
         (path.relative_to(ROOT).as_posix(), name)
         for path in files(package)
         for name in imports(path)
         if name in FORBIDDEN[package]
     }
-    assert not found
+    assert not forbidden
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_import_each_other_in_no_cycle(package: str):
+    """Imports inside functions and under TYPE_CHECKING count too."""
+    known = modules(package)
+    graph = {
+        module: {name if name in known else name.rpartition(".")[0] for name in imported(path)} & {*known} - {module}
+        for module, path in known.items()
+    }
+    while leaves := [module for module, names in graph.items() if not names]:
+        graph = {module: names.difference(leaves) for module, names in graph.items() if names}
+    trail = [next(iter(graph), "")]  # all that is left imports something that is left
+    while graph and trail.count(trail[-1]) < 2:
+        trail.append(min(graph[trail[-1]]))
+    assert not graph, " -> ".join(trail[trail.index(trail[-1]) :])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_private_module_is_imported_by_its_own_folder_alone(package: str):
+    """Of other distributions no private name is imported: of them we cannot tell names from modules."""
+    ours = {module: path.parent for each in PACKAGES for module, path in modules(each).items()}
+    strangers = []
+    for path in files(package):
+        for name in imported(path):
+            module = name if name in ours or not name.startswith("calmclip.") else name.rpartition(".")[0]
+            private = any(part[0] == "_" and not part.endswith("__") for part in module.split("."))
+            if private and ours.get(module) != path.parent:
+                strangers.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not strangers
 
 
 @pytest.mark.parametrize("name", ONE_DOOR)
