@@ -1,5 +1,6 @@
 """The contract of every adapter, on a net that it fits and on a net that it does not fit."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from calmclip.export import pipeline
+from calmclip.export import adapters, pipeline
 from calmclip.export.adapters import ADAPTERS, Adapt, Adapter, Context, adapt
 from calmclip.export.checkpoints import Weights
 from calmclip.export.nets import NETS, Net, Tower, ready
@@ -53,6 +54,19 @@ def feeds(net: Net | None, tower: Tower) -> list[dict[str, np.ndarray]]:
 
 def opened(checkpoint: Path) -> Net:
     return NETS.get("clip").unfolded(str(checkpoint))  # type: ignore[misc]
+
+
+def test_the_example_of_the_page_runs(tiny_hf_clip: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(adapters.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    ADAPTERS.load()
+    monkeypatch.setattr(ADAPTERS, "_plugins", {**ADAPTERS._plugins})
+    exec(block, {**vars(adapters)})
+    net = opened(tiny_hf_clip)
+    before = net.towers["image"].module.projection.weight.clone()
+    louder = adapt(net, [Adapt(name="louder", params={"factor": 3})], Context(feeds))
+    assert torch.equal(louder.towers["image"].module.projection.weight, 3 * before)
+    assert louder.source.notes.endswith("projection times 3")
 
 
 def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptation: Adapt, tiny_hf_clip: Path):

@@ -11,9 +11,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from calmclip.models.cli import main
+from calmclip.service import endpoints
+from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENDPOINTS
 from calmclip.service.metrics import Metrics
 from calmclip.service.problems import PROBLEMS
+from calmclip.service.schemas import Answer, PictureBody
 from calmclip.service.settings import Slo
 from tests.asking import raw
 from tests.test_compose import settings_there
@@ -111,6 +114,15 @@ def test_the_python_example_of_the_readme_runs(bundles, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(block.replace("models/bundles/mini-int8", str(bundles / "colours-int8")), {})
     assert {line.split()[-2] for line in capsys.readouterr().out.splitlines()} == {"cat", "dog"}
+
+
+def test_the_endpoint_of_the_services_page_registers(monkeypatch):
+    (block,) = blocks((ROOT / "service/README.md").read_text(encoding="utf-8"), "python")
+    ENDPOINTS.load()
+    monkeypatch.setattr(ENDPOINTS, "_plugins", {**ENDPOINTS._plugins})
+    body, answer = type("ChannelBody", (PictureBody,), {}), type("ChannelAnswer", (Answer,), {})
+    exec(block, {**vars(endpoints), "Asked": Asked, "ChannelBody": body, "ChannelAnswer": answer})
+    assert (ENDPOINTS.get("POST /v1/channel").body, ENDPOINTS.get("POST /v1/channel").answer) == (body, answer)
 
 
 @pytest.mark.parametrize(("page", "schema"), [(USING, "ClassifyBody"), (README, "ClassifyAnswer")])
