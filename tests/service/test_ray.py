@@ -197,7 +197,7 @@ def test_a_replica_whose_bundles_do_not_load_is_not_healthy(settings, tmp_path):
         async with replica.app.router.lifespan_context(replica.app):
             await replica.check_health()
 
-    with pytest.raises(RuntimeError, match="the bundles do not load: there are none"):
+    with pytest.raises(RuntimeError, match="the bundles do not load: none was found"):
         asyncio.run(ask())
 
 
