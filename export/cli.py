@@ -12,6 +12,8 @@ from calmclip.export import flags
 from calmclip.export.checkpoints import Weights, hub
 from calmclip.export.nets import Net
 from calmclip.export.recipe import Recipe, load_adapters, load_recipe, load_weights, recognise
+from calmclip.models.bundle.embedding import embedding_digest
+from calmclip.models.bundle.manifest import REPORT
 from calmclip.models.cli import BUNDLES, emit, parser
 from calmclip.models.registry import catalog
 
@@ -24,19 +26,21 @@ def export_command(argv: list[str]) -> int:
     options.checkpoint = str(hub.locate(options.checkpoint))
     say = lambda line: None if options.json else print(line, flush=True)  # noqa: E731
     recipe, net = _recipe(options, say)
-    sealed = build(recipe, options.out, net=net, release=True, say=say)
-    report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
+    timings: dict[str, Any] = {}
+    sealed = build(recipe, options.out, net=net, release=True, say=say, timings=timings.update)
+    report = json.loads((sealed[0].directory / REPORT).read_text(encoding="utf-8"))
     rows = [
         {
             "bundle": bundle.manifest.name,
             "directory": str(bundle.directory),
             "digest": bundle.digest,
+            "embedding_digest": embedding_digest(bundle.manifest),
             "megabytes": round(sum(file.bytes for file in bundle.manifest.files.values()) / 1e6, 1),
         }
         for bundle in sealed
     ]
-    keys = ("bars", "latency_ms", "slower_than_float", "int8", "accuracy")
-    emit(options.json, {"sealed": rows, **{key: report[key] for key in keys}}, _summary)
+    keys = ("bars", "int8", "accuracy")
+    emit(options.json, {"sealed": rows, **{key: report[key] for key in keys}, **timings}, _summary)
     return 0
 
 
@@ -121,3 +125,8 @@ def _summary(value: dict[str, Any]) -> None:
         print(
             f"  {role:10s} int8 {pair['int8']['p50']:.2f} ms, float {pair['float32']['p50']:.2f} ms: {gain:.2f}x{note}"
         )
+    longest, peak = max(value["seconds"], key=value["seconds"].get), value["peak_rss_mb"]
+    print(
+        f"  {sum(value['seconds'].values()):.0f} s, of which {longest} {value['seconds'][longest]:.0f} s"
+        + (f"; at most {peak:.0f} MB in memory" if peak else "")
+    )

@@ -1,6 +1,7 @@
 """Compare two ways to compute the same outputs, on the same feeds."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -53,6 +54,17 @@ def compare(
             "sqnr_db": decibels(*squares[name]),
         }
     return result
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread, because its sums depend on the number of threads, and a bundle must not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def decibels(signal: float, noise: float) -> float:

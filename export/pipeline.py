@@ -33,7 +33,16 @@ from calmclip.export.recipe import Quantize, Recipe
 from calmclip.export.rewrites import image_to_pixels
 from calmclip.export.trace import fingerprint, to_onnx
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, Ops, Quantization, Tensor, TextPreprocess
+from calmclip.models.bundle.manifest import (
+    REPORT,
+    Graph,
+    ImagePreprocess,
+    Manifest,
+    Ops,
+    Quantization,
+    Tensor,
+    TextPreprocess,
+)
 from calmclip.models.bundle.store import Sealed, describe, read, seal, stage
 from calmclip.models.errors import BadRequest, BarMissed, BundleError, ExportError
 from calmclip.models.flow import Arrays
@@ -55,10 +64,18 @@ _TIES, _FEWEST_TIES = 0.95, 0.999
 
 
 def build(
-    recipe: Recipe, out: Path, *, net: Net | None = None, release: bool = False, say: Say = lambda line: None
+    recipe: Recipe,
+    out: Path,
+    *,
+    net: Net | None = None,
+    release: bool = False,
+    say: Say = lambda line: None,
+    timings: Callable[[Facts], None] = lambda facts: None,
 ) -> list[Sealed]:
     """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first. It is named NAME-int8, or NAME-mixed if its
-    INT8 coverage is too small or its size too large (`report.precision`).
+    INT8 coverage is too small or its size too large (`report.precision`). Another export of the same checkpoint differs
+    in `created` of bundle.json alone. ``timings`` receives what belongs to this run: latencies and machine
+    (`report.timings`), ``seconds`` of each step, ``peak_rss_mb``.
 
     ``net``: the result of `load`, if it was called already; with ``release`` its modules are emptied after tracing.
     Raises as `load`; `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for reading);
@@ -94,6 +111,7 @@ def build(
         with step("measure"):
             int8, floats = (Runner(Bundle(read(staged[name]))) for name in (int8_name, float_name))
             figures = report.measure(int8, floats, *shipped)
+            timed = report.timings(int8, floats, shipped[0][0])
         figures |= {
             "measured_on": f"{len(shipped[0])} pictures and {len(shipped[1])} texts that ship with calmclip",
             "accuracy": report.accuracy(int8, floats, recipe.evals),
@@ -101,9 +119,8 @@ def build(
             "graphs": converted.facts,
             "rewrites": converted.rewrites,
             "recipe": recipe.public(),
-            "seconds": step.seconds,
-            "peak_rss_mb": report.peak_rss_mb(),
         }
+        timings({**timed, "seconds": step.seconds, "peak_rss_mb": report.peak_rss_mb()})
         figures["bars"] = report.check(figures, recipe.bars)
         name, kind = int8_name, report.precision(figures["int8"])
         if kind == "mixed":
@@ -120,7 +137,7 @@ def build(
         # INT8 is sealed last, so that it never lacks its float bundle
         wanted = [float_name, int8_name] if recipe.keep_float else [int8_name]
         for name in wanted:  # all files that may fill the disk are written before the first bundle is sealed
-            (staged[name] / "report.json").write_text(text, encoding="utf-8")
+            (staged[name] / REPORT).write_text(text, encoding="utf-8")
         sealed = []
         for name in wanted:
             manifest = manifests[name].model_copy(update={"family": family})
@@ -134,12 +151,16 @@ def load(
 ) -> Net:
     """The net ``name`` of a checkpoint after its ``adapters``, ready to be traced. Raises as the net and `adapt`."""
     plugin = NETS.get(name)
-    if not adapters:
-        return plugin.load(checkpoint, weights)
     for adapter in adapters:
         adapter.checked_params()  # raises before a large checkpoint is read
-    net = (plugin.unfolded or plugin.load)(checkpoint, weights)
-    return ready(adapt(net, adapters, Context(_samples, weights, say)))
+    read = (adapters and plugin.unfolded) or plugin.load
+    with parity.one_thread():
+        net = read(checkpoint, weights)
+    if not adapters:
+        return net
+    adapted = adapt(net, adapters, Context(_samples, weights, say))
+    with parity.one_thread():
+        return ready(adapted)
 
 
 def _samples(net: Net, tower: Tower) -> list[Arrays]:
@@ -244,7 +265,8 @@ def _answers(tower: Tower, feeds: Sequence[Arrays], role: str) -> parity.Run:
     Raises `ExportError` with the shapes that it cannot run on.
     """
     try:
-        return parity.stored(parity.torch_run(tower), feeds)
+        with parity.one_thread():
+            return parity.stored(parity.torch_run(tower), feeds)
     except (AssertionError, IndexError, RuntimeError) as error:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds[0].items())
         raise ExportError(
@@ -414,7 +436,7 @@ def _write(
 def _family(floats: Manifest) -> str:
     """sha256 over the float bundle's graphs, weights, tokenizer and preprocessing: all that determines an embedding. It
     is the same for INT8 and float bundles of one export, and for later exports of the same graphs."""
-    excluded = floats.classifier.paths() if floats.classifier else set()
+    excluded = {REPORT, *(floats.classifier.paths() if floats.classifier else ())}
     facts = {
         "files": {path: file.sha256 for path, file in sorted(floats.files.items()) if path not in excluded},
         "preprocess": {

@@ -77,8 +77,9 @@ class Recipe(FrozenModel):
     replace: bool = False
 
     def public(self) -> dict[str, Any]:
-        """The recipe as a report shows it: file and folder names, without their directories on this machine."""
-        data = self.model_dump(mode="json", exclude={"replace"})
+        """The recipe as a report shows it: file and folder names, without their directories on this machine, and
+        without what changes no bundle."""
+        data = self.model_dump(mode="json", exclude={"replace", "keep_float"})
         data["checkpoint"] = hub.name(Path(self.checkpoint))
         data["adapters"] = [adapter.public() for adapter in self.adapters]
         data["evals"] = {name: path.name for name, path in self.evals.items()}

@@ -1,7 +1,8 @@
-"""Measure a finished bundle, float beside INT8 -> report.json.
+"""Measure a finished bundle, float beside INT8 -> report.json, and what belongs to the run that made it.
 
-Both sides are opened with `models.runner`, the code that serves. Figures of single graphs (coverage, ranges, outliers,
-the loss of each product) are of the graphs before the rewrites put our ops in.
+A report is sealed, so it holds what two exports of one checkpoint have in common; dates, times and the machine are in
+`timings`. Both sides are opened with `models.runner`, the code that serves. Figures of single graphs (coverage, ranges,
+outliers, the loss of each product) are of the graphs before the rewrites put our ops in.
 """
 
 import ctypes
@@ -12,7 +13,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -34,10 +34,8 @@ COVERAGE, SIZE = 0.9, 0.35  # for the name int8: least INT8 coverage, largest pa
 _GROWTH = 100_000_000  # bytes that a step adds to the process before it is worth looking for free memory
 
 
-def measure(
-    quantized: Runner, reference: Runner, pictures: Sequence[Path], texts: Sequence[str], *, rounds: int = 20
-) -> dict[str, Any]:
-    """Cosine of embeddings, size and latency of ``quantized`` beside ``reference`` (float)."""
+def measure(quantized: Runner, reference: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> dict[str, Any]:
+    """Cosine of embeddings and size of ``quantized`` beside ``reference`` (float)."""
     both = (quantized, reference)
     embeddings: dict[str, Any] = {}
     if "embed" in quantized.bundle.manifest.tasks:
@@ -45,12 +43,14 @@ def measure(
         for role, kind, rows in inputs:
             if role in quantized.bundle.manifest.graphs:
                 embeddings[role] = _agreement([runner.embed(**{kind: rows}) for runner in both], len(rows))
-    timed = latency(both, pictures[0].read_bytes(), rounds)
+    return {"embeddings": embeddings, "size_bytes": {"int8": _size(quantized), "float32": _size(reference)}}
+
+
+def timings(quantized: Runner, reference: Runner, picture: Path, rounds: int = 20) -> dict[str, Any]:
+    """Latency of ``quantized`` beside ``reference`` (float), measured in turn, and this machine."""
+    timed = latency((quantized, reference), picture.read_bytes(), rounds)
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(quantized.options.threads),
-        "embeddings": embeddings,
-        "size_bytes": {"int8": _size(quantized), "float32": _size(reference)},
         "latency_ms": {role: {"int8": pair[0], "float32": pair[1]} for role, pair in timed.items()},
         "slower_than_float": [role for role, pair in timed.items() if pair[0]["p50"] > pair[1]["p50"]],
     }

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.embedding import embedding_digest
+from calmclip.models.bundle.manifest import REPORT
 from calmclip.models.bundle.store import Sealed, find, names, read
 from calmclip.models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
 from calmclip.models.errors import BadRequest, BundleInvalid, UnknownName, suggestion
@@ -44,9 +46,14 @@ def show_command(argv: list[str]) -> int:
     sealed = read(find(args.bundle, args.bundles), verify=False)
     if args.outliers:
         return _outliers(args.json, sealed, args.plot)
-    file = sealed.directory / "report.json"
+    file = sealed.directory / REPORT
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    value = {"digest": sealed.digest, "manifest": sealed.manifest.model_dump(mode="json"), "report": report}
+    value = {
+        "digest": sealed.digest,
+        "embedding_digest": embedding_digest(sealed.manifest),
+        "manifest": sealed.manifest.model_dump(mode="json"),
+        "report": report,
+    }
     emit(args.json, value, _show)
     return 0
 
@@ -212,6 +219,8 @@ def _show(value: dict[str, Any]) -> None:
     manifest, report = value["manifest"], value["report"]
     print(f"{manifest['name']}   {manifest['precision']}   format {manifest['format']}   {value['digest'][:12]}")
     print(f"tasks    {', '.join(manifest['tasks'])}")
+    if value["embedding_digest"]:
+        print(f"embeds   {value['embedding_digest']}")
     print(f"source   {manifest['source']['net']} {manifest['source']['model']}, {manifest['source']['license']}")
     for role, graph in manifest["graphs"].items():
         ends = [
@@ -224,8 +233,6 @@ def _show(value: dict[str, Any]) -> None:
     print(f"files    {len(manifest['files'])}, {total / 1e6:.1f} MB")
     for role, numbers in report.get("embeddings", {}).items():
         print(f"report   {role} vectors against float: cosine {numbers['cosine_mean']} (least {numbers['cosine_min']})")
-    for role, pair in report.get("latency_ms", {}).items():
-        print(f"report   {role}: int8 {pair['int8']['p50']} ms, float {pair['float32']['p50']} ms (p50)")
 
 
 def _show_outliers(value: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.store import Sealed, digest_of, find, names, read
+from calmclip.models.bundle.store import Sealed, State, digest_of, find, names, read, state_of
 from calmclip.models.errors import BundleInvalid, BundleNotFound, CalmclipError, Overloaded, TaskNotServed, suggestion
 from calmclip.models.flow import Arrays, drive
 from calmclip.models.ops import library
@@ -29,6 +29,18 @@ from calmclip.service.settings import Settings
 log = logging.getLogger("calmclip")
 RETIRE_POLL_S = 0.05
 IDLE_CHECKS = 4  # per `Settings.idle_unload_s`
+
+
+class Tried(NamedTuple):
+    """A bundle on disk when it was tried. ``digest``: of bundle.json, None without one. ``files``: their state if the
+    bundle did not load, because its repair need not change bundle.json; None if it loaded."""
+
+    digest: str | None
+    files: State | None = None
+
+    def differs(self, now: "Tried") -> bool:
+        """Whether ``now`` is worth another try."""
+        return now.digest != self.digest or (self.files is not None and now.files != self.files)
 
 
 class Loaded:
@@ -47,6 +59,10 @@ class Loaded:
     @property
     def digest(self) -> str:
         return self.bundle.digest
+
+    @property
+    def embedding_digest(self) -> str | None:
+        return self.bundle.embedding_digest
 
     @property
     def unloaded(self) -> bool:
@@ -78,7 +94,7 @@ class Hub:
         self.metrics = metrics
         self.concurrent = concurrent
         self.failed: dict[str, str] = {}
-        self._tried: dict[str, str | None] = {}  # name as requested -> digest on disk at the last try
+        self._tried: dict[str, Tried] = {}  # by the name as requested
         self._loaded: dict[str, Loaded] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._complete = False
@@ -115,8 +131,9 @@ class Hub:
                 return loaded
         raise TaskNotServed(f"no loaded bundle serves {task!r}; loaded: {', '.join(known) or 'none'}", known=known)
 
-    def by_digest(self, digest: str) -> Loaded | None:
-        return next((loaded for loaded in self._loaded.values() if loaded.digest == digest), None)
+    def by_embedding(self, digest: str) -> Loaded | None:
+        """The first loaded bundle, in load order, whose vectors have this embedding digest."""
+        return next((loaded for loaded in self._loaded.values() if loaded.embedding_digest == digest), None)
 
     async def load(self) -> None:
         """Load every requested bundle. One that does not load is logged and noted in `failed`; the others serve."""
@@ -135,22 +152,24 @@ class Hub:
         await asyncio.gather(*(_repeat(do, seconds) for do, seconds in periods.items() if seconds))
 
     async def reload(self) -> None:
-        """Load the bundles whose digest on disk has changed since the last try.
+        """Load the bundles that have changed on disk since the last try: in bundle.json or, if they did not load, in
+        any file. Each change is tried, logged and counted once. A bundle that was absent is loaded when it appears.
 
         The new bundle takes the name once it is warm; requests in flight end on the old one. If the new bundle does not
         load, that is logged and the old one goes on. Its unloaded graphs have lost their files, which `failed` says.
         """
         for wanted, tried in list(self._tried.items()):
-            digest = await asyncio.to_thread(self._digest, wanted)
-            if digest == tried:
+            now = await asyncio.to_thread(self._on_disk, wanted)
+            if not tried.differs(now):
                 continue
-            if digest is None:
+            if now.digest is None:
                 if self._is_stranded(wanted):
-                    self._tried[wanted] = None
+                    self._tried[wanted] = Tried(None)
                     self.failed[wanted] = f"there is no bundle at {wanted} any more"
                     log.error("%s, and a graph of it is unloaded; put the bundle back", self.failed[wanted])
                 continue
-            log.info("bundle %s has changed: digest %s…", wanted, digest[:12])
+            what = "files of bundle" if now.digest == tried.digest else "bundle"
+            log.info("%s %s changed: digest %s…", what, wanted, now.digest[:12])
             new = await self._try(wanted)
             if new is None:
                 self.metrics.reloaded(wanted, "failed")
@@ -202,7 +221,7 @@ class Hub:
         """Open and warm up the bundle ``wanted``. If that fails: None, and an entry in `failed` unless an older bundle
         of that name serves with all its graphs."""
         start = perf_counter()
-        self._tried[wanted] = await asyncio.to_thread(self._digest, wanted)
+        before = self._tried[wanted] = await asyncio.to_thread(self._on_disk, wanted)
         try:
             bundle, graphs = await asyncio.to_thread(self._open, wanted)
         except Exception as error:
@@ -211,6 +230,7 @@ class Hub:
             if Path(wanted).name not in self._loaded or self._is_stranded(wanted):
                 self.failed[wanted] = str(error) if ours else repr(error)
             return None
+        self._tried[wanted] = Tried(before.digest)
         self.failed.pop(wanted, None)
         log.info("loaded %s (%s)", bundle.name, ", ".join(bundle.tasks))
         self.metrics.load_time(bundle.name, perf_counter() - start)
@@ -245,11 +265,13 @@ class Hub:
         old = self._loaded.get(Path(wanted).name)
         return old is not None and old.unloaded
 
-    def _digest(self, wanted: str) -> str | None:
+    def _on_disk(self, wanted: str) -> Tried:
         try:
-            return digest_of(find(wanted, self.settings.bundles_dir))
+            directory = find(wanted, self.settings.bundles_dir)
         except BundleNotFound:
-            return None
+            return Tried(None, frozenset())
+        files = state_of(directory)  # first: a change between the two is then seen at the next look
+        return Tried(digest_of(directory), files)
 
     def _open(self, wanted: str) -> tuple[Bundle, dict[str, UnloadableSession]]:
         sealed = read(find(wanted, self.settings.bundles_dir))

@@ -12,6 +12,7 @@ from onnx import helper
 from calmclip.models.bundle.manifest import Manifest
 from calmclip.models.bundle.store import describe
 from calmclip.models.cli import VERBS, main
+from calmclip.models.runner import open_bundle
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -68,7 +69,11 @@ def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, pho
         return json.loads(capsys.readouterr().out)
 
     assert answer("show") == {"bundles": ["tiny-float", "tiny-int8"]}
-    assert answer("show", "tiny-int8")["manifest"]["name"] == "tiny-int8"
+    shown = answer("show", "tiny-int8")
+    assert shown["manifest"]["name"] == "tiny-int8"
+    assert shown["embedding_digest"] == open_bundle(tiny_bundles / "tiny-int8").bundle.embedding_digest
+    assert main(["show", "tiny-int8", *options[:2]]) == 0
+    assert f"embeds   {shown['embedding_digest']}" in capsys.readouterr().out.splitlines()
     assert answer("check", "tiny-int8")["passed"] is True
     cat = str(photographs["cat"])
     ranked = answer("run", "tiny-int8", "classify", cat, "--label", "a cat", "--label", "a dog")["answers"][0][

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from calmclip.models.bundle.embedding import embedding_digest
 from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess
 from calmclip.models.bundle.store import Sealed
 from calmclip.models.classifier import Classifier
@@ -50,6 +51,12 @@ class Bundle:
     def family(self) -> str:
         """The same for the float and the INT8 bundle of one export; the digest if the manifest has no family."""
         return self.manifest.family or self.digest
+
+    @cached_property
+    def embedding_digest(self) -> str | None:
+        """sha256 of what embeds: equal for bundles whose vectors can be compared; None if the bundle does not serve
+        `embed`. See `calmclip.models.bundle.embedding`."""
+        return embedding_digest(self.manifest)
 
     def graph(self, role: str) -> Graph:
         if role not in self.manifest.graphs:

@@ -20,6 +20,7 @@ from calmclip.models.suppression import IouThreshold, MaxOutput, Method, MinScor
 FORMAT = 2
 OLDEST = 2  # format 1 is older than the first release
 MANIFEST = "bundle.json"
+REPORT = "report.json"
 MAX_PATH = 200  # characters; all file systems allow this length
 
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -278,12 +279,15 @@ class Manifest(FrozenModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
-        paths = {graph.file for graph in self.graphs.values()}
-        paths |= {g.preprocess.tokenizer for g in self.graphs.values() if isinstance(g.preprocess, TextPreprocess)}
-        paths |= self.classifier.paths() if self.classifier else set()
-        if self.files and (absent := sorted(paths - self.files.keys())):
+        if self.files and (absent := sorted(self.named_files() - self.files.keys())):
             raise ValueError(f"named but not listed under `files`: {', '.join(absent)}")
         return self
+
+    def named_files(self) -> set[str]:
+        """The files that a key other than `files` names: graphs, tokenizers, and what the classifier needs."""
+        paths = {graph.file for graph in self.graphs.values()}
+        paths |= {g.preprocess.tokenizer for g in self.graphs.values() if isinstance(g.preprocess, TextPreprocess)}
+        return paths | (self.classifier.paths() if self.classifier else set())
 
 
 def fits(shape: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:

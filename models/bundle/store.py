@@ -21,6 +21,7 @@ from calmclip.models.tasks import require
 
 MAX_MANIFEST_BYTES = 1 << 20  # a manifest has a few KiB; a larger file is an attack or a mistake
 MAX_FILES = 1000
+State = frozenset[tuple[str, int, int, int, int]]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -90,6 +91,26 @@ def digest_of(directory: Path) -> str | None:
             return hashlib.sha256(file.read(MAX_MANIFEST_BYTES)).hexdigest()
     except OSError:
         return None
+
+
+def state_of(directory: Path) -> State:
+    """(path, size, mtime and ctime in ns, inode) of every file in ``directory``, without following links. Empty if the
+    folder cannot be read. No file is read, so this is cheap. It differs after every change of a file.
+    """
+    entries: list[tuple[str, int, int, int, int]] = []
+    folders = [directory]
+    try:
+        while folders:  # not recursive: folders may be deep
+            with os.scandir(folders.pop()) as listing:
+                for entry in listing:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    else:
+                        of = entry.stat(follow_symlinks=False)
+                        entries.append((entry.path, of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino))
+    except OSError:
+        return frozenset()
+    return frozenset(entries)
 
 
 def names(bundles: Path) -> list[str]:

@@ -43,7 +43,7 @@ def row(name: str, scratch: Path, out: Path) -> str:
     """A row of the table. Raises `SystemExit` if export or check fails or the export held more than `LIMIT` bytes."""
     checkpoint = scratch / name
     _run(sys.executable, "-m", "tests.bench.checkpoints", name, str(checkpoint))
-    exported = _calmclip("export", str(checkpoint), "--out", str(out), "--keep-float", "--replace")
+    exported = _calmclip("export", str(checkpoint), "--out", str(out), "--keep-float", "--replace", "--json")
     if exported.peak > LIMIT:
         raise SystemExit(
             f"{name}: the export held {exported.peak / 2**30:.2f} GiB; expected at most {LIMIT / 2**30:.0f}"
@@ -52,14 +52,14 @@ def row(name: str, scratch: Path, out: Path) -> str:
                  and path.name.removeprefix(f"{name.lower()}-") in ("int8", "mixed")]  # fmt: skip
     _calmclip("check", bundle.name, "--bundles", str(out))
     report = json.loads((bundle / "report.json").read_text())
-    sizes, graphs = report["size_bytes"], report["graphs"]
+    sizes, graphs, latency = report["size_bytes"], report["graphs"], json.loads(exported.output)["latency_ms"]
     main_role = next(role for role in graphs if role != "text")
     cosines = " / ".join(
         f"{min(facts['cosine'] for facts in graphs[role]['int8_against_float'].values()):.4f}"
         for role in (main_role, "text")
     )
     times = [
-        " / ".join(f"{report['latency_ms'][role][side]['p50']:.1f}" for side in ("int8", "float32")) + " ms"
+        " / ".join(f"{latency[role][side]['p50']:.1f}" for side in ("int8", "float32")) + " ms"
         for role in (main_role, "text")
     ]
     tried = " / ".join(str(len(graphs[role]["search"]["candidates"])) for role in (main_role, "text"))
@@ -78,10 +78,10 @@ def row(name: str, scratch: Path, out: Path) -> str:
 
 
 class Ran:
-    """Seconds from start to end, seconds of processor time, bytes of the largest resident set."""
+    """Seconds from start to end, seconds of processor time, bytes of the largest resident set, standard output."""
 
-    def __init__(self, wall: float, busy: float, peak: int) -> None:
-        self.wall, self.busy, self.peak = wall, busy, peak
+    def __init__(self, wall: float, busy: float, peak: int, output: str) -> None:
+        self.wall, self.busy, self.peak, self.output = wall, busy, peak, output
 
 
 def _calmclip(*arguments: str) -> Ran:
@@ -90,14 +90,17 @@ def _calmclip(*arguments: str) -> Ran:
 
 def _run(*command: str) -> Ran:
     start = perf_counter()
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(command, stdout=output, stderr=errors)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
+        seconds = perf_counter() - start
+        for file in (output, errors):
+            file.seek(0)
+        printed = output.read().decode()
         if child.returncode:
-            output.seek(0)
-            raise SystemExit(f"{' '.join(command)} failed:\n{output.read().decode()[-2000:]}")
-    return Ran(perf_counter() - start, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+            raise SystemExit(f"{' '.join(command)} failed:\n{(printed + errors.read().decode())[-2000:]}")
+    return Ran(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, printed)
 
 
 if __name__ == "__main__":

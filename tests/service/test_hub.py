@@ -1,6 +1,7 @@
 """Bundles in a running service: warmed up before they serve, reloaded when they change, unloaded when idle."""
 
 import asyncio
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -79,13 +80,15 @@ def test_a_changed_bundle_takes_the_name_and_pending_requests_end_on_the_old_bun
 
     async def scenario(hub):
         old = hub.get("colours-int8", "embed")
+        os.utime(settings.bundles_dir / "colours-int8" / "text.onnx")
         await hub.reload()
-        assert hub.get("colours-int8", "embed") is old  # nothing has changed
+        assert hub.get("colours-int8", "embed") is old  # of a bundle that serves, bundle.json alone counts
         with old.lease():
             new = bundle_maker(settings.bundles_dir, note="new", replace=True)
             await hub.reload()
             assert hub.get("colours-int8", "embed").digest == new.digest != old.digest
-            assert hub.by_digest(old.digest) is None
+            current = hub.get("colours-int8", "embed")
+            assert hub.by_embedding(old.embedding_digest) is current  # the note does not embed
             await asyncio.sleep(0.2)
             answer = await old.batchers["text"].run(WORD)
             assert answer.outputs["text_embeds"].tolist() == [[1, 0, 0]]
@@ -132,6 +135,86 @@ def test_a_bundle_that_did_not_load_at_the_start_loads_after_its_repair(make_set
         return hub.ready
 
     assert at(settings, scenario)
+
+
+@pytest.mark.parametrize("serves", [False, True], ids=["at the start", "on reload"])
+def test_a_repair_in_place_is_tried_and_each_failure_counts_once(make_settings, bundle_maker, caplog, serves):
+    """A graph is truncated and put back; bundle.json never changes."""
+    settings = make_settings()
+    graph = settings.bundles_dir / "colours-int8" / "text.onnx"
+    whole = graph.read_bytes()
+
+    async def scenario(hub):
+        if serves:
+            bundle_maker(settings.bundles_dir, note="new", replace=True)
+        rounds = []
+        for content in (b"x", whole[:-1], whole):
+            graph.write_bytes(content)
+            for _ in range(3):
+                await hub.reload()
+            tries = len([r for r in caplog.records if "does not load" in r.message])
+            rounds.append((tries, hub.ready, hub.get(None, "embed").bundle.manifest.source.notes if hub.ready else ""))
+        return rounds, series(hub, "bundle_reloads_total", model="colours-int8", outcome="failed")
+
+    if not serves:
+        graph.write_bytes(b"")
+    rounds, failed = at(settings, scenario)
+    if serves:  # the old bundle serves until the new one is whole
+        assert rounds == [(1, True, "old"), (2, True, "old"), (2, True, "new")]
+    else:  # the first try was at the start
+        assert rounds == [(2, False, ""), (3, False, ""), (3, True, "old")]
+    assert failed == 2
+
+
+@pytest.mark.parametrize("repair", ["stray", "link", "contents"])
+def test_repairs_that_write_no_listed_file_are_noticed(make_settings, repair):
+    settings = make_settings()
+    folder = settings.bundles_dir / "colours-int8"
+    if repair == "stray":
+        (folder / "stray").mkdir()
+        (folder / "stray" / "notes.txt").write_text("not listed")
+    elif repair == "link":
+        (folder / "text.onnx").rename(settings.bundles_dir / "aside")
+        (folder / "text.onnx").symlink_to(settings.bundles_dir / "aside")
+    else:
+        os.utime(folder / "text.onnx", ns=(1, 1))
+        whole = (folder / "text.onnx").read_bytes()
+        (folder / "text.onnx").write_bytes(bytes(len(whole)))
+        os.utime(folder / "text.onnx", ns=(1, 1))
+
+    async def scenario(hub):
+        await hub.reload()
+        assert not hub.ready
+        if repair == "stray":
+            shutil.rmtree(folder / "stray")
+        elif repair == "link":
+            (settings.bundles_dir / "aside").replace(folder / "text.onnx")
+        else:  # of the same size, in the same file, with the old time, as `rsync --inplace --times` writes it
+            (folder / "text.onnx").write_bytes(whole)
+            os.utime(folder / "text.onnx", ns=(1, 1))
+        await hub.reload()
+        return hub.ready
+
+    assert at(settings, scenario)
+
+
+def test_a_bundle_that_was_absent_at_the_start_is_loaded_when_it_appears(make_settings, bundle_maker, caplog):
+    settings = make_settings(load="later-int8,colours-int8")
+
+    async def scenario(hub):
+        assert "later-int8" in hub.failed["later-int8"]
+        for _ in range(3):
+            await hub.reload()
+        assert len([r for r in caplog.records if "later-int8 does not load" in r.message]) == 1
+        (settings.bundles_dir / "later-int8").mkdir()  # a copy that has only begun
+        (settings.bundles_dir / "later-int8" / "text.onnx").write_bytes(b"")
+        await hub.reload()
+        shutil.rmtree(settings.bundles_dir / "later-int8")
+        bundle_maker(settings.bundles_dir, "later-int8")
+        await hub.reload()
+        return hub.ready, [loaded.name for loaded in hub.all()]
+
+    assert at(settings, scenario) == (True, ["later-int8", "colours-int8"])
 
 
 def test_no_request_fails_while_a_bundle_is_replaced(make_settings, serve, bundle_maker, picture):

@@ -7,6 +7,7 @@ that show no prompt. It outputs box-prompt pairs, and export appends SoftNMS:
     score = softmax(SCALE cos)[prompt] * objectness
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -204,8 +205,13 @@ def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHea
 
 @torch.inference_mode()
 def embed(text: TextTower, tokenizer: bytes, phrases: Sequence[str]) -> Array:
-    """-> float32 [len(phrases), D] unit rows."""
+    """-> float32 [len(phrases), D] unit rows.
+
+    They become constants of a graph. Float32 sums depend on the number of threads and on the instruction set; those of
+    float64, rounded to float32, do not.
+    """
+    exact = copy.deepcopy(text).double()
     encoder = Tokenizer.from_str(tokenizer.decode())
     encoder.no_padding()
-    rows = [text(torch.tensor([encoding.ids]))[0] for encoding in encoder.encode_batch(list(phrases))]
-    return torch.stack(rows).numpy()
+    rows = [exact(torch.tensor([encoding.ids]))[0] for encoding in encoder.encode_batch(list(phrases))]
+    return torch.stack(rows).float().numpy()

@@ -2,12 +2,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from calmclip.export.nets import NETS, Net
 from calmclip.export.nets.mini import RANGES
+from calmclip.export.nets.mini.regions import BACKGROUND, embed
 from calmclip.export.nets.mini.towers import SHIPPED
 from calmclip.export.trace import fingerprint, to_onnx
 from calmclip.models.preprocess.image import ImagePreparer, decode
@@ -41,6 +43,19 @@ def test_photographs_match_their_sentence(net: Net, photographs: dict[str, Path]
         words = text.module(torch.tensor([r.ids for r in rows]), torch.tensor([r.attention_mask for r in rows]))
         cosines = image.module(torch.from_numpy(pixels)) @ words.T
     assert sentences[int(cosines.argmax())] == best
+
+
+def test_constants_of_the_detect_graph_do_not_depend_on_torchs_threads(net: Net):
+    """Else two machines would export two bundles."""
+    threads, rows = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            rows.append(embed(net.towers["text"].module, net.files["tokenizer.json"], BACKGROUND))
+    finally:
+        torch.set_num_threads(threads)
+    assert rows[0].dtype == np.float32
+    assert rows[0].tobytes() == rows[1].tobytes()
 
 
 def test_the_tokenizer_neither_pads_nor_truncates(net: Net):
