@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from calmclip.models.flow import Arrays, CacheGet, CachePut, Call, Done, Flow, Walk
+from calmclip.models.flow import Arrays, Cache, Call, Done, Flow, Walk
 from calmclip.models.runtime.clock import Stopwatch
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class BatchedDriver:
     """
 
     run: Callable[[Call], Arrays]
-    cache: Callable[[CacheGet | CachePut], Arrays | None]
+    cache: Cache
     mergeable: Callable[[str], bool]
     record: Callable[[Stopwatch], None]
     batch: int | None

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from calmclip.models.flow import Arrays, CacheGet, CachePut, Call
+from calmclip.models.flow import Arrays, Cached, CacheGet, CachePut, Call
 
 Name: TypeAlias = tuple[str, str, bytes]  # owner, graph, fingerprint of the key
 Counter: TypeAlias = Callable[[int, int], None]  # hits, misses
@@ -53,22 +53,25 @@ class RowCache:
         """Rows held now."""
         return self._held
 
-    def answer(self, owner: str, asked: CacheGet | CachePut, count: Counter | None = None) -> Arrays | None:
-        """Answer a flow over the bundle ``owner`` (a digest): the outputs if every row is cached, else None."""
+    def answer(self, owner: str, asked: CacheGet | CachePut, count: Counter | None = None) -> Cached:
+        """Answer a flow over the bundle ``owner`` (a digest): the outputs of each cached row, by its key.
+
+        It counts hits alone: a flow runs the other rows by a `Call`, and `split` counts those.
+        """
         if isinstance(asked, CachePut):
             (name,) = _names(owner, asked.graph, (asked.key,))
             self._put(name, Row(asked.outputs, asked.size))
-            return None
+            return {}
         names = _names(owner, asked.graph, asked.keys)
         rows = self._known(names)
-        if len(rows) < len(set(names)):
-            return None
-        self._count(sum(rows[name].size for name in names), 0, count)
-        return _stack([rows[name] for name in names])
+        self._count(sum(rows[name].size for name in names if name in rows), 0, count)
+        return {key: rows[name].outputs for key, name in zip(asked.keys, names, strict=True) if name in rows}
 
     def split(self, owner: str, call: Call, count: Counter | None = None) -> PartialCall:
         """Take the cached rows out of ``call``, which has keys. ``complete`` takes the answer to the other rows, caches
-        them, and returns all rows in the order of the call."""
+        them, and returns all rows in the order of the call.
+
+        The other rows keep their width, so a flow asks by `CacheGet` first, and pads what is left."""
         assert call.keys is not None
         names = _names(owner, call.graph, call.keys)
         rows = self._known(names)

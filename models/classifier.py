@@ -13,7 +13,7 @@ from typing import Any
 from calmclip.models.errors import ClassifierMismatch, TaskNotServed
 from calmclip.models.flow import Arrays
 from calmclip.models.heads import BoundHead
-from calmclip.models.labels import check_lists, check_none_below, check_temperature, check_texts
+from calmclip.models.labels import check_none_below, check_temperature, check_texts, listed
 
 
 def fill(template: str, label: str) -> str:
@@ -70,9 +70,9 @@ class Classifier:
     def for_request(self, labels: Sequence[str] = (), templates: Sequence[str] = ()) -> "Classifier":
         """With the labels and templates of a request, if it has some. The head keeps its columns, so it finds each
         requested label by name. Raises `BadRequest`."""
+        labels, templates = listed("labels", labels), listed("templates", templates)
         if not labels and not templates:
             return self
-        check_lists(labels, templates)
         changed: dict[str, Any] = {"columns": self.columns or self.labels}
         if labels:
             descriptions = {label: self.descriptions[label] for label in labels if label in self.descriptions}

@@ -1,7 +1,7 @@
 """What a task yields, and how it is stepped.
 
 A task is a *flow*: a generator that yields requests to its driver and returns its answer. It yields four things:
-`Work` (run this pure function and time it), `CacheGet` (does the cache hold these rows?), `CachePut` (keep this in the
+`Work` (run this pure function and time it), `CacheGet` (which of these rows are cached?), `CachePut` (keep this in the
 cache) and `Call` (run this graph on these feeds). A flow knows no thread, no batch and no metric. `Walk` steps a flow
 to its next call and times the code between calls; `drive` runs a whole flow synchronously. The service's engine drives
 the same flows with batching (`service/engine.py`).
@@ -37,7 +37,7 @@ class Call:
 class CacheGet:
     """Ask the cache for the rows of a `Call` with these ``keys``, before the feeds exist, or for a `CachePut`.
 
-    The driver sends back the outputs by name if its cache holds every row, else None.
+    The driver sends back the outputs of each row that its cache holds, by key.
     """
 
     graph: str
@@ -72,11 +72,13 @@ class Done(Generic[T]):
 
 
 Flow: TypeAlias = Generator[Call | CacheGet | CachePut | Work, Any, T]
+Cached: TypeAlias = Mapping[str, Arrays]  # key -> outputs of its row
+Cache: TypeAlias = Callable[[CacheGet | CachePut], Cached]  # of a put the answer is empty
 
 
-def no_cache(asked: CacheGet | CachePut) -> Arrays | None:
+def no_cache(asked: CacheGet | CachePut) -> Cached:
     """The cache of a driver that has none."""
-    return None
+    return {}
 
 
 class Walk(Generic[T]):
@@ -84,9 +86,7 @@ class Walk(Generic[T]):
     first call and as `postprocess` after it.
     """
 
-    def __init__(
-        self, flow: Flow[T], clock: Stopwatch, cache: Callable[[CacheGet | CachePut], Arrays | None] = no_cache
-    ) -> None:
+    def __init__(self, flow: Flow[T], clock: Stopwatch, cache: Cache = no_cache) -> None:
         self.flow = flow
         self.clock = clock
         self.cache = cache
@@ -120,7 +120,7 @@ def drive(
     flow: Flow[T],
     run: Callable[[Call], Arrays],
     clock: Stopwatch | None = None,
-    cache: Callable[[CacheGet | CachePut], Arrays | None] = no_cache,
+    cache: Cache = no_cache,
 ) -> T:
     """Run a flow to its end in this thread; ``run`` answers its calls (timed as ``infer``)."""
     clock = clock or Stopwatch()

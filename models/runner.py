@@ -17,14 +17,15 @@ from calmclip.models.bundle.store import read
 from calmclip.models.cache import RowCache
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
-from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Flow, drive
+from calmclip.models.flow import Array, Arrays, Cached, CacheGet, CachePut, Call, Flow, drive
+from calmclip.models.labels import listed
 from calmclip.models.ops.library import Mode
-from calmclip.models.preprocess.image import MAX_PIXELS
+from calmclip.models.preprocess.image import MAX_PIXELS, is_picture
 from calmclip.models.preprocess.image import Picture as Loaded
 from calmclip.models.runtime.clock import Stopwatch
 from calmclip.models.runtime.session import Session, SessionOptions
 from calmclip.models.suppression import Suppression
-from calmclip.models.tasks.calibrate import best_temperature, require_two
+from calmclip.models.tasks.calibrate import Calibration, calibration, require_pictures
 from calmclip.models.tasks.classify import ClassifyRequest, Ranking, chosen, classify, logits
 from calmclip.models.tasks.detect import Detections, DetectRequest, Example, detect
 from calmclip.models.tasks.embed import EmbedRequest, embed
@@ -32,15 +33,17 @@ from calmclip.models.tasks.fit import fit_vectors, prepare
 from calmclip.models.tasks.raw import RawRequest, raw
 
 T = TypeVar("T")
-Picture = str | Loaded  # a path, the bytes of a file, a Pillow image, or uint8 [height, width, 3]
+Picture = str | Loaded  # a `str` is a path
 CACHED_ROWS = 32_768  # 64 MiB with rows of 512 float32 numbers
 
 
 class Runner:
     """One open bundle, which answers in the calling thread.
 
-    A graph loads when it is first used. A picture is a path, the bytes of a file, a Pillow image, or an array uint8
-    [height, width, 3]. At most ``cached_rows`` rows of text are cached, so a repeated label is embedded once.
+    A graph loads when it is first used. A picture is a path (also as a `str`), a file's bytes, an open binary file,
+    a Pillow image, or a numpy array uint8 [height, width] (grey), [height, width, 3] (RGB) or [height, width, 4] (with
+    alpha, shown on white). Where a method takes a list, one text or picture alone is a `BadRequest`. At most
+    ``cached_rows`` rows of text are cached, so a repeated label is embedded once.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class Runner:
         """
         classifier = self.bundle.classifier_for(classifier, labels, templates)
         request = ClassifyRequest(b"", (), (), top_k, temperature, none_below, classifier)
-        flows = (classify(self.bundle, replace(request, image=_picture(image))) for image in images)
+        flows = (classify(self.bundle, replace(request, image=image)) for image in _pictures(images))
         return self.map(flows, batch=batch, threads=threads)
 
     def logits(
@@ -134,7 +137,7 @@ class Runner:
     ) -> Array:
         """float32 [N, C]: the head's logits before temperature, a row for each picture, a column for each label."""
         classifier = self.bundle.classifier_for(classifier, labels, templates)
-        flows = (logits(self.bundle, _picture(image), classifier) for image in images)
+        flows = (logits(self.bundle, image, classifier) for image in _pictures(images))
         return _stack(self.map(flows, batch=batch, threads=threads), len(classifier.labels))
 
     def embed(
@@ -146,6 +149,7 @@ class Runner:
         threads: int | None = None,
     ) -> Array:
         """float32 [len(texts) + len(images), D], unit rows, texts first. Raises `BadRequest` if there are no inputs."""
+        texts, images = listed("texts", texts), _pictures(images)
         text_rows = [self.run(embed(self.bundle, EmbedRequest(texts))).vectors] if texts else []
         image_rows = list(self.embed_many(images, batch=batch, threads=threads))
         if not text_rows and not image_rows:
@@ -156,7 +160,7 @@ class Runner:
         self, images: Iterable[Picture], *, batch: int | None = None, threads: int | None = None
     ) -> Iterator[Array]:
         """A unit row float32 [D] for each picture, in the order of the pictures."""
-        flows = (embed(self.bundle, EmbedRequest([_picture(image)])) for image in images)
+        flows = (embed(self.bundle, EmbedRequest([image])) for image in _pictures(images))
         return (answer.vectors[0] for answer in self.map(flows, batch=batch, threads=threads))
 
     def fit(
@@ -174,21 +178,26 @@ class Runner:
         ``labels``: all labels in order, also those without a picture; if empty, those of ``truth`` in order of first
         use. ``params``: the head's own. Raises `BadRequest` for a label that is not in ``labels``; as `fit_vectors`.
         """
-        classifier = Classifier(tuple(labels) or tuple(dict.fromkeys(truth)), tuple(templates))
-        indices = _indices(images, truth, classifier.labels)
-        prepare(self.bundle, classifier, head, params, len(indices))  # raises before any picture is embedded
-        return self.run(fit_vectors(self.bundle, classifier, head, params, self.embed(images=images), indices))
+        labels, templates, truth = listed("labels", labels), listed("templates", templates), listed("truth", truth)
+        classifier = Classifier(tuple(labels or dict.fromkeys(truth)), tuple(templates))
+        pictures = [*_pictures(images)]
+        indices = _indices(pictures, truth, classifier.labels)
+        prepare(self.bundle, classifier, head, params, indices)  # raises before any picture is embedded
+        return self.run(fit_vectors(self.bundle, classifier, head, params, self.embed(images=pictures), indices))
 
-    def calibrate(self, images: Sequence[Picture], truth: Sequence[str], classifier: Classifier) -> Classifier:
-        """``classifier`` with the temperature at which its scores are calibrated, see `best_temperature`.
+    def calibrate(
+        self, images: Sequence[Picture], truth: Sequence[str], classifier: Classifier
+    ) -> tuple[Classifier, Calibration]:
+        """``classifier`` with the temperature at which its scores are calibrated, and the errors before and after.
 
-        ``truth`` has the label of each picture. Raises `BadRequest` as `fit`, and for fewer than two labels.
+        ``truth`` has the label of each picture. Raises `BadRequest` as `fit`, and as `require_pictures`.
         """
         complete = chosen(self.bundle, classifier)
-        indices = _indices(images, truth, complete.labels)
-        require_two(complete.labels)
-        temperature = best_temperature(self.logits(images, classifier=complete), indices, complete.bound.scores)
-        return replace(classifier, temperature=temperature, family=self.bundle.family)
+        pictures = [*_pictures(images)]
+        indices = _indices(pictures, truth, complete.labels)
+        require_pictures(complete.labels, indices)
+        fitted = calibration(self.bundle, complete, self.logits(pictures, classifier=complete), indices)
+        return replace(classifier, temperature=fitted.temperature, family=self.bundle.family), fitted
 
     def detect(
         self,
@@ -219,12 +228,11 @@ class Runner:
         threads: int | None = None,
     ) -> Iterator[Detections]:
         """Boxes in the order of the pictures. ``batch`` and ``threads``: see `map`; the others: `DetectRequest`."""
-        if isinstance(examples, str | Path | bytes | Example):
-            raise BadRequest("examples is one picture; expected a list of them")
-        pictures = [example if isinstance(example, Example) else Example(example) for example in examples]
+        labels, templates = listed("labels", labels), listed("templates", templates)
+        pictures = [example if isinstance(example, Example) else Example(example) for example in _list(examples)]
         pictures = [replace(example, image=_picture(example.image)) for example in pictures]
         request = DetectRequest(b"", labels, templates, suppression, pictures, classifier)
-        flows = (detect(self.bundle, replace(request, image=_picture(image))) for image in images)
+        flows = (detect(self.bundle, replace(request, image=image)) for image in _pictures(images))
         return self.map(flows, batch=batch, threads=threads)
 
     def raw(self, graph: str, feeds: Arrays) -> Arrays:
@@ -247,7 +255,7 @@ class Runner:
             for stage, seconds in clock.stages.items():
                 self._clock.add(stage, seconds)
 
-    def _cached(self, request: CacheGet | CachePut) -> Arrays | None:
+    def _cached(self, request: CacheGet | CachePut) -> Cached:
         return self.cache.answer(self.bundle.digest, request)
 
     def _call(self, call: Call) -> Arrays:
@@ -282,8 +290,9 @@ def open_bundle(
     return Runner(bundle, SessionOptions(threads=threads, ops=ops), cached_rows=cached_rows)
 
 
-def _indices(images: Sequence[Picture], truth: Sequence[str], labels: Sequence[str]) -> list[int]:
+def _indices(images: Sequence[Loaded], truth: Sequence[str], labels: Sequence[str]) -> list[int]:
     """The index of each picture's label. Raises `BadRequest` if a label is unknown, or the counts differ."""
+    truth = listed("truth", truth)
     index = {label: number for number, label in enumerate(labels)}
     if len(images) != len(truth):
         raise BadRequest(f"{len(images)} pictures and {len(truth)} labels were given; expected one label per picture")
@@ -294,3 +303,16 @@ def _indices(images: Sequence[Picture], truth: Sequence[str], labels: Sequence[s
 
 def _picture(picture: Picture) -> Loaded:
     return Path(picture) if isinstance(picture, str) else picture
+
+
+def _pictures(images: Iterable[Picture]) -> Iterator[Loaded]:
+    """Each picture of a list, as it is needed. Raises `BadRequest` at once for one picture instead of a list."""
+    return map(_picture, _list(images, "images"))
+
+
+def _list(pictures: Iterable[T], name: str = "examples") -> Iterable[T]:
+    if isinstance(pictures, str | Example) or is_picture(pictures):
+        raise BadRequest(f"{name} is one picture, a {type(pictures).__name__}; expected a list of pictures")
+    if not isinstance(pictures, Iterable):
+        raise BadRequest(f"{name} is of the type {type(pictures).__name__}; expected a list of pictures")
+    return pictures

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TypeVar
 
 from calmclip.models.cache import RowCache
-from calmclip.models.flow import Arrays, CacheGet, CachePut, Call, Done, Flow, Walk
+from calmclip.models.flow import Arrays, Cached, CacheGet, CachePut, Call, Done, Flow, Walk
 from calmclip.service.batching import Answer
 from calmclip.service.hub import Loaded
 from calmclip.service.metrics import Metrics
@@ -64,7 +64,7 @@ class Engine:
         answer = loaded.batchers[call.graph].run_here(call.feeds)
         return answer and _timed(context, call.graph, answer, 0.0)
 
-    def _cached(self, loaded: Loaded, asked: CacheGet | CachePut) -> Arrays | None:
+    def _cached(self, loaded: Loaded, asked: CacheGet | CachePut) -> Cached:
         return self._cache.answer(loaded.digest, asked, partial(self.metrics.cached, loaded.name))
 
     async def _call(self, loaded: Loaded, call: Call, context: Context) -> Arrays:

@@ -58,7 +58,8 @@ class Examples:
 class Head(Generic[P]):
     """``logits(image [B, D], columns, params) -> [B, C]``; ``scores(logits) -> [B, C]`` in [0, 1].
 
-    ``fit(examples, params) -> assets``; None if the head cannot be fitted to labelled pictures.
+    ``fit(examples, params) -> assets``; None if the head cannot be fitted to labelled pictures. ``exclusive``: the
+    scores of a row sum to 1, because one label is true; else each label is scored by itself.
     """
 
     params: type[P]
@@ -66,6 +67,7 @@ class Head(Generic[P]):
     scores: Callable[[Array], Array]
     assets: Mapping[str, Asset] = field(default_factory=dict)
     fit: Callable[[Examples, P], Arrays] | None = None
+    exclusive: bool = True
 
     @cached_property
     def closed(self) -> bool:
@@ -103,6 +105,7 @@ class BoundHead:
     def __init__(self, name: str, params: Mapping[str, Any], assets: Arrays, labels: Sequence[str]) -> None:
         self.name = name
         self.head = named(name)
+        self.exclusive = self.head.exclusive
         self.labels = tuple(labels)
         self.params = params_of(name, params)
         self.assets = assets

@@ -29,4 +29,4 @@ def sigmoid(logits: Array) -> Array:
     return half * (1 + np.tanh(half * logits))
 
 
-HEADS.register("sigmoid")(Head(Params, logits, sigmoid))
+HEADS.register("sigmoid")(Head(Params, logits, sigmoid, exclusive=False))

@@ -6,8 +6,10 @@ bits. `models.preprocess.gaussian` resamples by a Gaussian.
 """
 
 import io
+import os
+from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -22,8 +24,13 @@ from calmclip.models.preprocess.memory import Band, fits_bands, in_bands
 from calmclip.models.preprocess.placement import Frame, Placement, columns_first, place, source_range
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-# A file, its bytes, a Pillow image, or upright RGB as uint8 [height, width, 3].
-Picture: TypeAlias = Path | bytes | Image.Image | Array
+# The path of a file, its bytes, an open binary file, a Pillow image, or pixels, see `_of_array`. A `str` is none of
+# these, because a task may take it for a text; `Runner` takes it for a path.
+Picture: TypeAlias = PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | Array
+KINDS = (
+    "a path, the bytes of a JPEG, PNG or WebP file, a file opened in binary mode, a Pillow image, or a numpy array "
+    "uint8 [height, width], [height, width, 3] or [height, width, 4]"
+)
 MAX_PIXELS = 40_000_000
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -46,30 +53,58 @@ def count_pixels(data: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
         return image.width * image.height
 
 
+def is_picture(value: object) -> bool:
+    """Whether ``value`` is one picture of a kind that `load` takes, not a list of pictures."""
+    pixels = isinstance(value, np.ndarray) and value.ndim < 4
+    return (
+        pixels or isinstance(value, PathLike | bytes | bytearray | memoryview | Image.Image) or hasattr(value, "read")
+    )
+
+
 def load(picture: Picture, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Any `Picture`, upright and as 8-bit RGB. Raises as `decode`; `BadRequest` for a file that cannot be read, an
-    array of another dtype or shape, and a value of another type."""
-    if isinstance(picture, Path):
-        try:
-            picture = picture.read_bytes()
-        except (OSError, ValueError) as error:
-            raise BadRequest(f"the picture {str(picture)!r} cannot be read: {error}") from None
-    if isinstance(picture, bytes):
-        return decode(picture, max_pixels=max_pixels)
+    """Any `Picture`, upright and as 8-bit RGB; equal pixels give an equal result for every kind.
+
+    An open file is read from its position to its end. Raises as `decode`; `BadRequest` for a file that cannot be read,
+    an array of another dtype or shape, and a value of another type; `BadImage` for a Pillow image that is broken.
+    """
+    if isinstance(picture, PathLike) or hasattr(picture, "read"):
+        picture = _read(picture)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return decode(bytes(picture), max_pixels=max_pixels)
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-            raise BadRequest(f"the picture is {picture.dtype} {list(picture.shape)}; expected uint8 [height, width, 3]")
-        picture = Image.fromarray(picture)
+        picture = _of_array(picture)
     if not isinstance(picture, Image.Image):
-        raise BadRequest(
-            f"the picture is a {type(picture).__name__}; expected a path, the bytes of a file, a Pillow image, "
-            "or uint8 [height, width, 3]"
-        )
+        raise BadRequest(f"the picture is of the type {type(picture).__name__}; expected {KINDS}")
     if picture.width * picture.height > max_pixels:
         raise ImageTooLarge(
             f"the picture is {picture.width} x {picture.height} pixels; at most {max_pixels} are read. Scale it down."
         )
-    return _rgb(_upright(picture))
+    try:
+        picture.load()  # decodes now, from a file that may be cut or closed
+        return _rgb(_upright(picture))
+    except Exception as error:  # as in `decode`
+        raise BadImage(f"the Pillow image cannot be read: {error}. Open it again from a whole file.") from None
+
+
+def _read(picture: Any) -> bytes:
+    """The content of a path or an open file. Raises `BadRequest`."""
+    path = isinstance(picture, PathLike)
+    name = repr(os.fspath(picture)) if path else f"in {getattr(picture, 'name', picture)!r}"
+    try:
+        content = Path(os.fsdecode(picture)).read_bytes() if path else picture.read()
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"the picture {name} cannot be read: {error}") from None
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise BadRequest(f"the picture {name} reads as {type(content).__name__}; open the file in binary mode ('rb')")
+    return bytes(content)
+
+
+def _of_array(pixels: Array) -> Image.Image:
+    """Upright pixels: grey uint8 [height, width], RGB [height, width, 3], or RGB with alpha [height, width, 4]."""
+    channels = pixels.shape[2:]
+    if pixels.dtype != np.uint8 or pixels.ndim < 2 or channels not in ((), (3,), (4,)) or not pixels.size:
+        raise BadRequest(f"the picture is an array {pixels.dtype} {list(pixels.shape)}; expected {KINDS}")
+    return Image.fromarray(pixels)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

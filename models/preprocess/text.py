@@ -32,12 +32,11 @@ class TextPreparer:
         self._cached = lru_cache(CACHED_TEXTS)(self._encode)
 
     def prepare(self, texts: Sequence[str]) -> dict[str, Array]:
-        """The graph's feeds: ids int64 [B, T], and mask int64 [B, T] (1 = a token) if the graph takes one.
+        """The graph's feeds of all ``texts``, see `padded`. Raises as `tokens`."""
+        return self.padded([self.tokens(text, index) for index, text in enumerate(texts)])
 
-        Raises `TextTooLong` with the count of tokens and the limit, unless the bundle truncates; `BadRequest`
-        for a text that is empty, is not Unicode (a lone surrogate), or has no token.
-        """
-        rows = [self._row(text, index) for index, text in enumerate(texts)]
+    def padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Array]:
+        """The graph's feeds: ids int64 [B, T], and mask int64 [B, T] (1 = a token) if the graph takes one."""
         width = self.spec.width(max(map(len, rows), default=1))
         ids = np.full((len(rows), width), self.spec.pad_id, np.int64)
         mask = np.zeros((len(rows), width), np.int64)
@@ -50,24 +49,12 @@ class TextPreparer:
         """The number of tokens of ``text`` with special tokens, without a limit."""
         return len(self._ids(text))
 
-    def length(self, text: str, index: int = 0) -> int:
-        """The number of tokens of ``text`` in `prepare`. Raises as `prepare`; ``index`` names the text in the error."""
-        return len(self._row(text, index))
+    def tokens(self, text: str, index: int = 0) -> Sequence[int]:
+        """The ids of ``text``, at most `context` of them; ``index`` names the text in an error.
 
-    @cached_property
-    def ids(self) -> int:
-        """One more than the largest id of a token."""
-        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text)
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        if self.spec.clean:
-            text = CLEANERS[self.spec.clean](text)
-        return tuple(self._tokenizer.encode(text).ids)
-
-    def _row(self, text: str, index: int) -> Sequence[int]:
+        Raises `TextTooLong` with the count of tokens and the limit, unless the bundle truncates; `BadRequest`
+        for a text that is empty, is not Unicode (a lone surrogate), or has no token.
+        """
         if not text.strip():
             raise BadRequest(f"text {index} is empty; expected some words")
         if len(text) > MAX_CHARACTERS:
@@ -89,3 +76,16 @@ class TextPreparer:
             f"text {index} ({text[:40]!r}…) has {len(row)} tokens; "
             f"this model reads at most {self.spec.context}. Shorten it."
         )
+
+    @cached_property
+    def ids(self) -> int:
+        """One more than the largest id of a token."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if self.spec.clean:
+            text = CLEANERS[self.spec.clean](text)
+        return tuple(self._tokenizer.encode(text).ids)

@@ -34,6 +34,8 @@ class Embeddings:
 def embed(bundle: Bundle, request: EmbedRequest) -> Flow[Embeddings]:
     """Raises `TaskNotServed`, `BadRequest` (no inputs) and the `InputError`s of pictures and texts."""
     bundle.require("embed")
+    if isinstance(request.inputs, str):
+        raise BadRequest(f"inputs is the text {request.inputs[:40]!r}; expected a list of texts and pictures")
     if not request.inputs:
         raise BadRequest("no inputs were given; expected at least one text or picture")
     vectors = np.empty((len(request.inputs), bundle.dim), np.float32)

@@ -13,11 +13,11 @@ from calmclip.models.classifier import Classifier
 from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Flow, Work
 from calmclip.models.preprocess.image import Picture, load
 from calmclip.models.preprocess.placement import Frame
+from calmclip.models.preprocess.slices import slices
 from calmclip.models.tasks import embedding
 
 T = TypeVar("T")
 LABELS = "labels of text"  # the cache's name for the vectors of all labels of a classifier
-CHUNK = 64  # texts of one call: enough to use a core fully, and few enough to have about the same length
 
 
 class Driver(Protocol):
@@ -48,27 +48,24 @@ def picture(bundle: Bundle, image: Picture) -> Flow[Array]:
 
 
 def texts(bundle: Bundle, sentences: Sequence[str]) -> Flow[Array]:
-    """-> float32 [N, D], the rows of graph `text`. Cached texts are not tokenized.
+    """-> float32 [N, D], the rows of graph `text`. A repeated text runs once, a cached one is not even tokenized.
 
-    More than `CHUNK` texts run in groups of similar length. Raises `TextTooLong`, `BadRequest`.
+    The other texts run in slices of nearly one length, the shortest first, so that a long text pads none of the others
+    (`preprocess.slices`). Between two slices the driver may answer other flows, or end this one. Time and memory grow
+    with the tokens of the texts; a slice has a bounded number of them. Raises `TextTooLong`, `BadRequest`.
     """
-    keys = tuple(sentences)
     output = output_of(bundle, "text")
-    rows: Array
-    if cached := (yield CacheGet("text", keys)):
-        rows = cached[output]
-        return rows
+    cached = yield CacheGet("text", tuple(dict.fromkeys(sentences)))
+    rows = {text: outputs[output] for text, outputs in cached.items()}
     preparer = bundle.text()
-    if len(keys) <= CHUNK:
-        rows = (yield Call("text", preparer.prepare(keys), keys))[output]
-        return rows
-    order = np.argsort([preparer.length(text, index) for index, text in enumerate(keys)], kind="stable")
-    rows = np.empty((len(keys), bundle.dim), np.float32)
-    for start in range(0, len(keys), CHUNK):
-        indices = order[start : start + CHUNK]
-        group = tuple(keys[i] for i in indices)
-        rows[indices] = (yield Call("text", preparer.prepare(group), group))[output]
-    return rows
+    tokens = {text: preparer.tokens(text, index) for index, text in enumerate(sentences) if text not in rows}
+    waiting = [*tokens]
+    for chosen in slices([preparer.spec.width(len(ids)) for ids in tokens.values()]):
+        keys = tuple(waiting[i] for i in chosen)
+        answer = yield Call("text", preparer.padded([tokens[key] for key in keys]), keys)
+        rows |= zip(keys, answer[output], strict=True)
+    stacked: Array = np.stack([rows[text] for text in sentences])
+    return stacked
 
 
 def labels(bundle: Bundle, classifier: Classifier) -> Flow[Array]:
@@ -78,15 +75,16 @@ def labels(bundle: Bundle, classifier: Classifier) -> Flow[Array]:
     at first use; then the driver caches the matrix by `Classifier.text_key`.
     """
     vectors: Array
-    if cached := (yield CacheGet(LABELS, (classifier.text_key,))):
-        vectors = cached["vectors"][0]
+    key = classifier.text_key
+    if cached := (yield CacheGet(LABELS, (key,))):
+        vectors = cached[key]["vectors"]
         return vectors
     groups = [classifier.sentences(label) for label in classifier.labels]
     distinct = tuple(dict.fromkeys(sentence for group in groups for sentence in group))
     units = unit((yield from texts(bundle, distinct)))
     row = {sentence: index for index, sentence in enumerate(distinct)}
     vectors = unit(_means(units, [[row[sentence] for sentence in group] for group in groups]))
-    yield CachePut(LABELS, classifier.text_key, {"vectors": vectors}, len(vectors))
+    yield CachePut(LABELS, key, {"vectors": vectors}, len(vectors))
     return vectors
 
 

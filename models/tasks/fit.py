@@ -34,7 +34,7 @@ def fit(bundle: Bundle, request: FitRequest) -> Flow[Classifier]:
 
     Raises as `fit_vectors` before it decodes a picture, and the `InputError`s of pictures and texts.
     """
-    prepare(bundle, request.classifier, request.head, request.params, len(request.images))
+    prepare(bundle, request.classifier, request.head, request.params, request.truth)
     rows = []
     for image in request.images:
         rows.append((yield from picture(bundle, image)))
@@ -47,10 +47,10 @@ def fit_vectors(
 ) -> Flow[Classifier]:
     """As `fit`, from picture vectors: image float32 [N, D], unit rows.
 
-    Raises `BadRequest` for a head that does not exist or has no `fit`, for wrong params, fewer than two labels, or no
-    pictures; and what the head's `fit` raises.
+    Raises `BadRequest` for a head that does not exist or has no `fit`, for wrong params, fewer than two labels, or a
+    label without a picture; and what the head's `fit` raises.
     """
-    head, checked, classifier = prepare(bundle, classifier, name, params, len(image))
+    head, checked, classifier = prepare(bundle, classifier, name, params, truth)
     assert head.fit is not None  # `prepare` checks it
     text = yield from label_vectors(bundle, classifier)
     assets = dict(head.fit(Examples(image, np.asarray(truth, np.int64), classifier.labels, text), checked))
@@ -62,7 +62,7 @@ def fit_vectors(
 
 
 def prepare(
-    bundle: Bundle, classifier: Classifier, name: str, params: Mapping[str, Any], count: int
+    bundle: Bundle, classifier: Classifier, name: str, params: Mapping[str, Any], truth: Sequence[int]
 ) -> tuple[Head[Any], FrozenModel, Classifier]:
     """The head, its checked params, and the complete classifier with the bundle's head. Raises as `fit_vectors`."""
     bundle.require("classify")
@@ -74,8 +74,16 @@ def prepare(
     complete = bundle.classifier_for(replace(classifier, head=None, params={}, assets={}, columns=None))
     labels = complete.labels
     check_distinct(labels)
-    if len(labels) < 2 or not count:
+    if len(labels) < 2 or not len(truth):
         raise BadRequest(
-            f"there are {len(labels)} labels and {count} pictures; expected at least 2 labels, and pictures of them"
+            f"there are {len(labels)} labels and {len(truth)} pictures; "
+            "expected at least 2 labels, and pictures of them"
+        )
+    shown = set(truth)
+    if lacking := [label for index, label in enumerate(labels) if index not in shown]:
+        others = f", nor have {len(lacking) - 1} others" if len(lacking) > 1 else ""
+        raise BadRequest(
+            f"the label {lacking[0]!r} has no picture{others}; "
+            f"expected at least one for each of the {len(labels)} labels"
         )
     return head, checked, complete

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from calmclip.models.errors import BadRequest
+from calmclip.models.labels import MIN_PER_LABEL, MIN_PICTURES
 from calmclip.models.tasks.calibrate import CalibrateRequest, calibrate
 from calmclip.models.tasks.fit import FitRequest, fit
 from calmclip.service.asked import Asked
@@ -14,6 +15,7 @@ from calmclip.service.routes import check_count
 from calmclip.service.schemas import NewName
 from calmclip.service.schemas.classifiers import (
     CalibrateBody,
+    CalibratedAnswer,
     ClassifierAnswer,
     ClassifierBody,
     ClassifiersAnswer,
@@ -49,18 +51,20 @@ async def put_classifier(asked: Asked[ClassifierBody], name: NewName) -> Classif
     "POST",
     "/v1/classifiers/{name}/calibrate",
     summary="Set its temperature from labelled pictures",
-    description="Uses one bundle. The temperature applies to the bundle's family; scores of others do not change.",
+    description=f"Uses one bundle. The temperature applies to the bundle's family; scores of others do not change. It "
+    f"takes at least {MIN_PICTURES} pictures in all and {MIN_PER_LABEL} of each label.",
     body=CalibrateBody,
-    example={"items": EXAMPLES[:1]},
-    answer=ClassifierAnswer,
+    example={"items": EXAMPLES * (MIN_PICTURES // len(EXAMPLES))},
+    answer=CalibratedAnswer,
     problems=(*ENGINE, *INPUT, *PICTURE, MISSING, "classifier-bundle-mismatch", "text-too-long"),
 )
-async def calibrate_classifier(asked: Asked[CalibrateBody], name: str) -> ClassifierAnswer:
+async def calibrate_classifier(asked: Asked[CalibrateBody], name: str) -> CalibratedAnswer:
     registered = asked.parts.classifiers.get(name)
     loaded = asked.bundle(asked.body.model, "classify")
     request = CalibrateRequest(*_pictures(asked, registered), registered.classifier)
-    temperature = await asked.run(loaded, calibrate(loaded.bundle, request))
-    return await _change(asked, registered, temperature=temperature, family=loaded.bundle.family)
+    fitted = await asked.run(loaded, calibrate(loaded.bundle, request))
+    changed = await _change(asked, registered, temperature=fitted.temperature, family=loaded.bundle.family)
+    return CalibratedAnswer.of_fit(changed, fitted)
 
 
 @_endpoint(
@@ -79,7 +83,7 @@ async def fit_classifier(asked: Asked[FitBody], name: str) -> ClassifierAnswer:
     request = FitRequest(*_pictures(asked, registered), registered.classifier, body.head, body.params)
     fitted = await asked.run(loaded, fit(loaded.bundle, request))
     changed = {key: getattr(fitted, key) for key in ("head", "params", "assets", "columns", "family")}
-    return await _change(asked, registered, **changed, temperature=1.0)
+    return ClassifierAnswer.of(await _change(asked, registered, **changed, temperature=1.0))
 
 
 @_endpoint(
@@ -115,5 +119,5 @@ def _pictures(asked: Asked[CalibrateBody] | Asked[FitBody], registered: Register
     return [item.image for item in items], [positions[item.label] for item in items]
 
 
-async def _change(asked: Asked[Any], registered: Registered, **changed: Any) -> ClassifierAnswer:
-    return ClassifierAnswer.of(await asyncio.to_thread(asked.parts.classifiers.change, registered, **changed))
+async def _change(asked: Asked[Any], registered: Registered, **changed: Any) -> Registered:
+    return await asyncio.to_thread(asked.parts.classifiers.change, registered, **changed)

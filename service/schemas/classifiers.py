@@ -6,8 +6,9 @@ from pydantic import Field
 
 from calmclip.models.classifier import Classifier
 from calmclip.models.labels import NoneBelow, Temperature
+from calmclip.models.tasks.calibrate import Calibration
 from calmclip.service.classifiers import Registered
-from calmclip.service.schemas import MIB, Answer, Body, Picture, Template
+from calmclip.service.schemas import MIB, Answer, Body, Picture, Template, round_score
 from calmclip.service.settings import MAX_TEXTS
 
 
@@ -77,6 +78,33 @@ class ClassifierAnswer(Answer):
     def of(cls, registered: Registered) -> "ClassifierAnswer":
         content = {key: value for key, value in registered.content().items() if key != "assets"}
         return cls.model_construct(version=registered.version, fitted=bool(registered.assets), **content)
+
+
+class CalibrationErrorsAnswer(Answer):
+    """Of the scores of the request's pictures (Guo et al. 2017)."""
+
+    expected_calibration_error: float = Field(
+        description="mean distance between the score of the best label and how often it is right, in 15 bins; 0 to 1"
+    )
+    negative_log_likelihood: float = Field(description="mean of -ln of the probability that the head gives the truth")
+
+
+class CalibratedAnswer(ClassifierAnswer):
+    pictures: int = Field(description="how many chose the temperature")
+    before: CalibrationErrorsAnswer = Field(description="errors at the temperature that the classifier had")
+    after: CalibrationErrorsAnswer = Field(description="errors at its new temperature")
+
+    @classmethod
+    def of_fit(cls, registered: Registered, fitted: Calibration) -> "CalibratedAnswer":
+        before, after = (
+            CalibrationErrorsAnswer.model_construct(
+                expected_calibration_error=round_score(side.expected_calibration_error),
+                negative_log_likelihood=round_score(side.negative_log_likelihood),
+            )
+            for side in (fitted.before, fitted.after)
+        )
+        plain = vars(ClassifierAnswer.of(registered))
+        return cls.model_construct(**plain, pictures=fitted.pictures, before=before, after=after)
 
 
 class ClassifiersAnswer(Answer):

@@ -50,14 +50,13 @@ def test_a_walk_stops_at_each_call_and_then_is_done():
 
 def test_cached_rows_need_no_call():
     def flow() -> Flow[list[Any]]:
-        rows = yield CacheGet("double", ("one",))
-        if rows is None:
-            rows = yield Call("double", ONE, ("one",))
+        cached = yield CacheGet("double", ("one",))
+        rows = cached["one"] if cached else (yield Call("double", ONE, ("one",)))
         return rows["y"].tolist()
 
     assert drive(flow(), run) == [2]  # `drive` without a cache
     clock, requests = Stopwatch(), []
-    walk = Walk(flow(), clock, lambda request: requests.append(request) or {"y": np.array([3])})
+    walk = Walk(flow(), clock, lambda request: requests.append(request) or {"one": {"y": np.array([3])}})
     assert walk.step() == Done([3])
     assert requests == [CacheGet("double", ("one",))]
     assert list(clock.stages) == ["preprocess"]

@@ -1,5 +1,6 @@
 """The Python API over the fixture bundle: files, sessions and tasks together."""
 
+import io
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calmclip import Runner, Suppression, models, open_bundle
+from calmclip import Example, Runner, Suppression, models, open_bundle
+from calmclip.models.classifier import Classifier
 from calmclip.models.errors import (
     BadImage,
     BadRequest,
@@ -107,16 +109,19 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class Spy:
-    """Counts the rows of each run of a runner's graphs."""
+    """Counts the rows of each run of a runner's graphs, and keeps the shapes of texts."""
 
     def __init__(self, runner: Runner) -> None:
         self.runs: list[tuple[str, int]] = []
+        self.texts: list[tuple[int, ...]] = []
         for role in ("image", "text"):
             session = runner.session(role)
             monkey = session.run
 
             def run(feeds: Arrays, role: str = role, plain: Callable[[Arrays], Arrays] = monkey) -> Arrays:
                 self.runs.append((role, len(next(iter(feeds.values())))))
+                if role == "text":
+                    self.texts.append(feeds["ids"].shape)
                 return plain(feeds)
 
             session.run = run  # type: ignore[method-assign]
@@ -127,18 +132,37 @@ class Spy:
 def test_answers_of_many_come_in_their_order(sealed: Path, png: Png, batch: int | None, threads: int):
     runner = open_bundle(sealed)
     spy, text, tokenized = Spy(runner), runner.bundle.text(), []
-    plain = text.prepare
-    text.prepare = lambda texts: tokenized.append(len(texts)) or plain(texts)  # type: ignore[method-assign]
+    plain = text.tokens
+    text.tokens = lambda text, index: tokenized.append(text) or plain(text, index)  # type: ignore[method-assign]
     names = [("red", "green", "blue")[i * i % 3] for i in range(23)]
     pictures = (png(name, (8 + i, 6)) for i, name in enumerate(names))  # a generator: each is read once
     rankings = runner.classify_many(pictures, [*COLOURS], top_k=1, batch=batch, threads=threads)
     assert [ranking.labels[0].label for ranking in rankings] == names
     assert [run for run in spy.runs if run[0] == "text"] == [("text", 3)]  # labels are embedded once
-    assert tokenized == [3]
+    assert tokenized == [*COLOURS]
     rows = [count for role, count in spy.runs if role == "image"]
     assert sum(rows) == 23
     assert max(rows) <= (batch or 23)
     assert batch == 1 or max(rows) > 1 or threads  # with threads, the number of waiting calls is a race
+
+
+def test_a_long_label_pads_no_other_in_any_method(sealed: Path, png: Png):
+    """40 labels of one word and one of six: 40 x 1 + 6 = 46 tokens in two runs, whether one picture is classified or
+    many; padded to one width they were 41 x 6 = 246. A cached long text widens no later run either."""
+    runner, long = open_bundle(sealed), "red green blue red green blue"
+    shorts = [f"x{i}" for i in range(39)]
+    spy = Spy(runner)
+    labels = ["red", long, *shorts]
+    best = runner.classify(png("red"), labels).labels[0]
+    assert (best.label, best.index) == ("red", 0)
+    assert spy.texts == [(40, 1), (1, 6)]
+    for answers in (
+        list(runner.classify_many([png("red")] * 3, [f"{label} blue" for label in labels[2:]] + [long], batch=2)),
+        runner.logits([png("red")] * 3, [f"{label} green" for label in labels[2:]] + [long]),
+        runner.embed(texts=[*(f"y{i}" for i in range(39)), long]),
+    ):
+        assert len(answers) in (3, 40)
+    assert spy.texts[2:] == [(39, 2), (39, 2), (39, 1)]
 
 
 def test_only_calls_of_one_shape_run_together(sealed: Path):
@@ -179,21 +203,98 @@ def test_an_error_is_raised_in_place_of_its_answer_after_the_answers_before_it(s
         list(runner.embed_many(pictures, batch=0))
 
 
-def test_kinds_of_pictures(sealed: Path, png: Png, tmp_path: Path):
-    array = np.full((6, 8, 3), (0, 255, 0), np.uint8)
-    (tmp_path / "green.png").write_bytes(png("green"))
-    kinds = [png((0, 255, 0)), tmp_path / "green.png", str(tmp_path / "green.png"), array, Image.fromarray(array)]
-    rows = open_bundle(sealed).embed(images=kinds)
-    assert rows == pytest.approx(np.array([[0, 1, 0]] * 5), abs=1e-6)
+def test_equal_pixels_give_equal_answers_in_every_form(sealed: Path, png: Png, tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 4), np.uint8)
+
+    class Named:
+        """A path of another library."""
+
+        def __fspath__(self) -> str:
+            return str(tmp_path / "picture.png")
+
+    runner = open_bundle(sealed)
+    for array in (pixels[..., :3], pixels[..., 0], pixels):  # RGB, grey, RGB with alpha
+        Image.fromarray(array).save(path := tmp_path / "picture.png")
+        data = path.read_bytes()
+        with path.open("rb") as file, path.open("rb", buffering=0) as bare, Image.open(path) as lazy:
+            kinds = [data, bytearray(data), memoryview(data), path, str(path), Named(), file, bare, io.BytesIO(data),
+                     lazy, Image.fromarray(array), array, np.asfortranarray(array)]  # fmt: skip
+            rows = runner.embed(images=kinds)
+        assert len(np.unique(rows, axis=0)) == 1, array.shape
+    red, white = np.array([[[255, 0, 0, 255]]], np.uint8), np.array([[[255, 0, 0, 0]]], np.uint8)
+    assert runner.embed(images=[red, white, np.array([[7]], np.uint8)]) == pytest.approx(
+        np.array([[1, 0, 0], [3**-0.5] * 3, [3**-0.5] * 3]), abs=1e-6
+    )
+
+
+def test_what_is_no_picture_is_refused_by_its_type(sealed: Path, png: Png, tmp_path: Path):
+    runner, array = open_bundle(sealed), np.full((6, 8, 3), (0, 255, 0), np.uint8)
+    (tmp_path / "cut.png").write_bytes(png("green", (99, 99))[:150])
+    closed = (tmp_path / "cut.png").open("rb")
+    closed.close()
+    expected = (
+        r"; expected a path, the bytes of a JPEG, PNG or WebP file, a file opened in binary mode, a Pillow image, or "
+    )
     for wrong, says in (
-        (array[..., 0], r"uint8 \[6, 8\]; expected uint8 \[height, width, 3\]"),
-        (array.astype(np.float32), r"float32 \[6, 8, 3\]"),
-        (7, "the picture is a int; expected a path"),
+        (7, f"of the type int{expected}"),
+        (None, "of the type NoneType"),
+        ([[1]], "of the type list"),
+        (array[..., :2], rf"an array uint8 \[6, 8, 2\]{expected}a numpy array uint8 \[height, width\], "),
+        (array.astype(np.float32), r"an array float32 \[6, 8, 3\]"),
+        (array[:0], r"an array uint8 \[0, 8, 3\]"),
+        (array[0, 0], r"an array uint8 \[3\]"),
+        (io.StringIO("text"), "reads as str; open the file in binary mode"),
+        (closed, r"in '.*cut\.png' cannot be read: read of closed file"),
+        (tmp_path, "cannot be read: .*directory"),
     ):
         with pytest.raises(BadRequest, match=says):
-            open_bundle(sealed).embed(images=[wrong])  # type: ignore[list-item]
+            runner.embed(images=[wrong])  # type: ignore[list-item]
+    with pytest.raises(BadImage, match=r"the Pillow image cannot be read: .* Open it again from a whole file"):
+        runner.classify(Image.open(tmp_path / "cut.png"), ["red"])
     with pytest.raises(ImageTooLarge, match="8 x 6 pixels; at most 47 are read"):
         open_bundle(sealed, max_pixels=47).embed(images=[array])
+
+
+def test_one_text_or_picture_is_no_list_of_them(detector: Path, png: Png):
+    """Each letter of a text is a text, each row of a picture may be a picture: an answer would be nonsense."""
+    runner, red = open_bundle(detector), png("red")
+    array = np.zeros((6, 8, 3), np.uint8)
+    word, picture = "is the text 'red'; expected a list of texts", "is one picture, a {}; expected a list of pictures"
+    for call, says in (
+        (lambda: runner.embed(texts="red"), f"texts {word}"),
+        (lambda: runner.embed(texts=b"red"), "texts is a value of the type bytes; expected a list of texts"),
+        (lambda: runner.embed(texts=["red", red]), "texts has a value of the type bytes at 1; expected texts alone"),
+        (lambda: runner.embed(texts=7), "texts is a value of the type int"),
+        (lambda: runner.classify(red, "red"), f"labels {word}"),
+        (lambda: runner.classify(red, ""), "labels is the text ''"),
+        (lambda: runner.classify(red, ["red"], templates="red"), f"templates {word}"),
+        (lambda: runner.classify(red, ["red", 7]), "labels has a value of the type int at 1"),
+        (lambda: runner.classify_many([red], "red"), f"labels {word}"),
+        (lambda: runner.logits([red], "red"), f"labels {word}"),
+        (lambda: runner.detect(red, "red"), f"labels {word}"),
+        (lambda: runner.detect(red, ["red"], templates="red"), f"templates {word}"),
+        (lambda: runner.detect_many([red], "red"), f"labels {word}"),
+        (lambda: runner.fit([red] * 3, "red", "prototype"), f"truth {word}"),
+        (lambda: runner.fit([red], ["red"], "prototype", labels="red"), f"labels {word}"),
+        (lambda: runner.calibrate([red] * 3, "red", Classifier(("r", "e", "d"))), f"truth {word}"),
+        (lambda: runner.ask("embed", EmbedRequest("red")), f"inputs {word[:-5]}"),
+        (lambda: runner.embed(images="cat.jpg"), f"images {picture.format('str')}"),
+        (lambda: runner.embed(images=array), f"images {picture.format('ndarray')}"),
+        (lambda: runner.embed_many(red), f"images {picture.format('bytes')}"),
+        (lambda: runner.embed_many(io.BytesIO(red)), f"images {picture.format('BytesIO')}"),
+        (lambda: runner.classify_many(bytearray(red), ["red"]), f"images {picture.format('bytearray')}"),
+        (lambda: runner.logits(Path("cat.jpg"), ["red"]), f"images {picture.format('PosixPath')}"),
+        (lambda: runner.detect_many(Image.new("RGB", (8, 8)), ["red"]), f"images {picture.format('Image')}"),
+        (lambda: runner.detect(red, examples=memoryview(red)), f"examples {picture.format('memoryview')}"),
+        (lambda: runner.detect(red, examples=Example(red)), f"examples {picture.format('Example')}"),
+        (lambda: runner.fit("a", ["b"], "prototype"), f"images {picture.format('str')}"),
+        (lambda: runner.embed(images=7), "images is of the type int; expected a list of pictures"),
+    ):
+        with pytest.raises(BadRequest, match=says):
+            call()
+    assert len(runner.embed(texts=(word for word in ["red", "blue"]))) == 2  # any iterable
+    assert len(runner.embed(images=np.stack([array, array]))) == 2
+    assert [len(list(each)) for each in runner.detect_many([red] * 2, (word for word in ["red"]))] == [1, 1]
 
 
 def test_temperature_and_none_below_reach_one_picture_and_many(sealed: Path, png: Png):
@@ -243,11 +344,29 @@ def test_a_head_is_fitted_and_calibrated_from_python(sealed: Path, png: Png):
     assert [(r.label, r.score) for r in ranked] == [  # logits 2 and 0
         ("fire", pytest.approx(0.880797, abs=1e-6)), ("grass", pytest.approx(0.119203, abs=1e-6))
     ]  # fmt: skip
-    # three right, one wrong: targets 5/6 and 1/6, with a mean of 2/3 for the best of two: T = 2 / ln 2
+    # 75 right, 25 wrong: targets 101/102 and 1/102, with a mean of 76/102 for the best of two: T = 2 / ln (76 / 26)
     two = runner.fit(pictures[:2], ["sea", "grass"], "prototype", scale=2.0)
-    warm = runner.calibrate([png("red")] * 4, ["sea", "sea", "sea", "grass"], two)
-    assert warm.temperature == pytest.approx(2 / np.log(2), rel=0.025)
+    warm, errors = runner.calibrate([png("red")] * 100, ["sea"] * 75 + ["grass"] * 25, two)
+    assert warm.temperature == errors.temperature == pytest.approx(2 / np.log(76 / 26), rel=0.012)
     assert runner.classify(png("red"), classifier=warm).temperature == warm.temperature
+    sure = 1 / (1 + np.exp(-2))  # .88 at T = 1, .745 at the fitted T; .75 are right
+    assert errors.before.expected_calibration_error == pytest.approx(sure - 0.75, abs=1e-6)
+    assert errors.before.negative_log_likelihood == pytest.approx(0.25 * 2 - np.log(sure), abs=1e-6)
+    assert errors.after.expected_calibration_error < 0.01
+    assert errors.after.negative_log_likelihood == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25), abs=1e-3)
+    spy = Spy(runner)
+    for given, says in (
+        (
+            ([png("red")], ["sea"]),
+            "1 pictures for 2 labels were given; 'sea' has 1, 'grass' has 0; a temperature needs",
+        ),
+        (([png("red")] * 100, ["sea"] * 100), "'grass' has 0; a temperature needs at least 100 pictures in all and 2"),
+    ):
+        with pytest.raises(BadRequest, match=says):
+            runner.calibrate(*given, two)
+    with pytest.raises(BadRequest, match="the label 'fire' has no picture; expected at least one for each of the 3"):
+        runner.fit(pictures[:2], ["sea", "grass"], "prototype", labels=["sea", "grass", "fire"])
+    assert spy.runs == []  # refused before a picture is embedded
     for arguments, says in (
         ((pictures, truth[:2], "prototype"), "3 pictures and 2 labels were given"),
         ((pictures, truth, "cosine"), "the head 'cosine' has nothing to fit; those that do: prototype"),

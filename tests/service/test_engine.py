@@ -1,9 +1,13 @@
 """The text cache: a text is embedded once, and rows of different texts are never confused."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from calmclip.models.flow import Call
+from calmclip.models.runtime.session import Session
 from calmclip.models.tasks import features
 from calmclip.service.admission import Admission
 from calmclip.service.batching import Batcher
@@ -99,6 +103,66 @@ def test_many_texts_are_split_into_batches(settings, serve):
     texts = [f"{'photo ' * (i % 7)}{colours[i % 3]}" for i in range(100)]
     with serve(settings(batch={"max_size": 8})) as client:
         assert embed(client, *texts) == [np.eye(3)[i % 3].tolist() for i in range(100)]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The shapes of the ids of each run of a text graph."""
+    shapes = []
+    run = Session.run
+
+    def noted(self, feeds):
+        if "ids" in feeds:
+            shapes.append(feeds["ids"].shape)
+        return run(self, feeds)
+
+    monkeypatch.setattr(Session, "run", noted)
+    return shapes
+
+
+def test_a_long_text_pads_no_other_text_of_its_request(settings, serve, picture, runs):
+    """60 texts of one word and one of 12 are 72 tokens; padded to one width they were 61 x 12 = 732."""
+    long = "red " * 12
+    texts = [f"red{' ' * i}" for i in range(30)] + [long] + [f"blue{' ' * i}" for i in range(30)]
+    with serve(settings(batch={"max_size": 8})) as client:
+        runs.clear()  # without the warm-up's
+        assert embed(client, *texts) == [[1, 0, 0]] * 31 + [[0, 0, 1]] * 30
+        assert runs == [(8, 1)] * 7 + [(4, 1), (1, 12)]
+        runs.clear()
+        assert embed(client, "green", long, "yellow")[0] == [0, 1, 0]  # the long text is cached
+        assert runs == [(2, 1)]
+        runs.clear()
+        labels = ["red", *(f"green{' ' * i}" for i in range(19)), "blue " * 11]
+        answer = client.post("/v1/classify", params={"labels": labels, "templates": "{}"}, **raw(picture("red")))
+        assert answer.json()["labels"][0]["label"] == "red"
+        assert runs == [(8, 1), (8, 1), (2, 1), (1, 11)]  # "red" and "green" are cached
+
+
+def test_slices_of_several_requests_share_runs(settings, serve, runs):
+    with serve(settings(batch={"max_size": 64, "max_wait_ms": 500})) as client, ThreadPoolExecutor(4) as pool:
+        runs.clear()
+        asks = [pool.submit(embed, client, *[f"red{' ' * (40 * i + j)}" for j in range(9)], f"{'a ' * 11}{i}")
+                for i in range(4)]  # fmt: skip
+        assert all(ask.result()[0] == [1, 0, 0] for ask in asks)
+    assert sum(rows * width for rows, width in runs) == 4 * (9 + 12)
+    assert len(runs) < 8  # two slices of each request, some of them merged
+
+
+def test_a_late_request_runs_no_further_slice(settings, serve, monkeypatch):
+    """Two slices; the first takes longer than the request has."""
+    shapes, run = [], Session.run
+
+    def slow(self, feeds):
+        shapes.append(feeds["ids"].shape)
+        time.sleep(0.4)
+        return run(self, feeds)
+
+    with serve(settings()) as client:
+        monkeypatch.setattr(Session, "run", slow)
+        body = {"inputs": [{"text": f"red{' ' * i}"} for i in range(8)] + [{"text": "red " * 12}]}
+        answer = client.post("/v1/embed", json=body, headers={"X-Request-Deadline-Ms": "200"})
+        assert answer.status_code == 504
+    assert shapes == [(8, 1)]  # the service has ended
 
 
 def test_cached_label_vectors_are_not_computed_again(settings, serve, picture, monkeypatch):

@@ -36,9 +36,9 @@ def test_answers_keep_the_order_of_the_inputs(bundle: Bundle, png: Png):
 
 
 def test_texts_alone_make_one_call_and_pictures_alone_none_for_text(bundle: Bundle, png: Png):
-    texts, calls = run(bundle, ["red", "red"])
+    texts, calls = run(bundle, ["red", "blue"])
     assert [c.graph for c in calls] == ["text"]
-    assert calls[0].feeds["ids"].tolist() == [[2], [2]]
+    assert calls[0].feeds["ids"].tolist() == [[2], [4]]
     assert texts.tokens == 2
     pictures, calls = run(bundle, [png("red")])
     assert [c.graph for c in calls] == ["image"]

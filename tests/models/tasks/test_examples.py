@@ -88,7 +88,7 @@ def queries(bundle: Bundle, request: DetectRequest, regions: list[Arrays]) -> tu
         calls.append(call)
         if call.graph == "regions":
             return next(pending)
-        return {"text_embeds": AXES[:2]} if call.graph == "text" else none  # type: ignore[return-value]
+        return {"text_embeds": AXES[: len(call.feeds["ids"])]} if call.graph == "text" else none  # type: ignore[return-value]
 
     drive(detect(bundle, request), run)
     return calls[-1].feeds["text_embeds"], calls
@@ -132,11 +132,11 @@ def test_a_runner_reads_examples_from_paths(detector: Path, png: Png, tmp_path: 
     for path in (tmp_path / "red.png", str(tmp_path / "red.png")):
         (detection,) = runner.detect(red, examples=[Example(path, (0, 0, 8, 8), "mine")])
         assert (detection.label, round(detection.score, 3)) == ("mine", 1.0)
-        with pytest.raises(BadRequest, match="examples is one picture; expected a list of them"):
+        with pytest.raises(BadRequest, match=r"examples is one picture, a \w+; expected a list of pictures"):
             runner.detect(red, examples=path)  # type: ignore[arg-type]
     with pytest.raises(BadRequest, match=r"'nowhere.png' cannot be read"):
         runner.detect(red, examples=[Example("nowhere.png")])
-    with pytest.raises(BadRequest, match="example 0: the picture is a str; expected a path"):
+    with pytest.raises(BadRequest, match="example 0: the picture is of the type str; expected a path"):
         runner.run(detect(runner.bundle, DetectRequest(red, examples=[Example("red.png")])))
 
 

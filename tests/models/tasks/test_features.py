@@ -1,4 +1,4 @@
-"""Labels -> one unit vector each: sentences, the mean of unit vectors; texts in groups of similar length."""
+"""Labels -> one unit vector each: sentences, the mean of unit vectors; texts in slices of nearly one length."""
 
 from typing import Any
 
@@ -8,24 +8,33 @@ import pytest
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import TextTooLong
-from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Walk, drive
+from calmclip.models.flow import Array, Arrays, Cached, CacheGet, CachePut, Call, Walk, drive
 from calmclip.models.runtime.clock import Stopwatch
-from calmclip.models.tasks.features import CHUNK, labels, texts, unit
+from calmclip.models.tasks.features import labels, texts, unit
 
 
-class Cached:
-    """A driver that answers cache requests. ``rows``: (graph, keys) -> outputs."""
+class Rows:
+    """A driver that answers cache requests. ``rows``: (graph, key) -> outputs."""
 
-    def __init__(self, rows: dict[tuple[str, tuple[str, ...]], Arrays]) -> None:
+    def __init__(self, rows: dict[tuple[str, str], Arrays]) -> None:
         self.rows, self.requests = rows, 0
 
-    def __call__(self, request: CacheGet | CachePut) -> Arrays | None:
+    def __call__(self, request: CacheGet | CachePut) -> Cached:
         self.requests += 1
         if isinstance(request, CacheGet):
-            return self.rows.get((request.graph, request.keys))
+            return {key: self.rows[request.graph, key] for key in request.keys if (request.graph, key) in self.rows}
         assert request.size == len(request.outputs["vectors"])
-        self.rows[request.graph, (request.key,)] = {"vectors": request.outputs["vectors"][None]}
-        return None
+        self.rows[request.graph, request.key] = request.outputs
+        return {}
+
+
+def answered(call: Call) -> Arrays:
+    """The words' counts of each row: what the graph answers before its normalization."""
+    return {"text_embeds": (call.feeds["ids"][:, :, None] == [[[2, 3, 4]]]).sum(axis=1).astype(np.float32)}
+
+
+def counts(sentences: list[str]) -> list[list[int]]:
+    return [[line.split().count(word) for word in ("red", "green", "blue")] for line in sentences]
 
 
 def embedded(bundle: Bundle, names: list[str], rows: Any, **more: Any) -> tuple[Array, Call]:
@@ -70,9 +79,9 @@ def test_descriptions_replace_the_templates_and_are_any_number(bundle: Bundle):
 
 
 def test_cached_texts_are_not_tokenized(bundle: Bundle):
-    bundle.text = None  # a call of it would fail
-    rows = {"text_embeds": np.eye(3, dtype=np.float32)[[1, 0]]}
-    cache = Cached({("text", ("green", "red")): rows})
+    bundle.text().tokens = None  # a call of it would fail
+    axes = np.eye(3, dtype=np.float32)
+    cache = Rows({("text", "green"): {"text_embeds": axes[1]}, ("text", "red"): {"text_embeds": axes[0]}})
     for requests in (3, 1):  # the second time the vectors of the labels are cached
         walk = Walk(labels(bundle, Classifier(("green", "red", "green"))), Stopwatch(), cache)
         assert walk.step().value.tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
@@ -81,7 +90,7 @@ def test_cached_texts_are_not_tokenized(bundle: Bundle):
 
 
 def test_other_labels_or_templates_do_not_hit_the_cache(bundle: Bundle):
-    cache = Cached({})
+    cache = Rows({})
     for names, more in [
         (("a", "b"), {}),
         (("a', 'b",), {}),
@@ -108,21 +117,33 @@ def test_unit_rows_have_length_one_and_zero_stays_zero():
     assert rows.dtype == np.float32
 
 
-def test_many_texts_run_in_groups_of_similar_length_and_return_in_their_order(bundle: Bundle):
-    """A long text pads only its group; the context is 6 tokens."""
-    sentences = [("red " * (1 + i % 5)).strip() + (" blue" if i % 2 else "") for i in range(2 * CHUNK + 3)]
+def test_a_long_text_pads_no_other_and_answers_keep_their_order(bundle: Bundle):
+    """The context is 6 tokens. 90 rows of 1 to 3 words, 30 of each, and two of 6: 30 x (1 + 2 + 3) + 2 x 6 = 192
+    tokens; without a cut, 30 tokens or more are wasted, and a run costs 16. Padded to 6 they were 552."""
+    three = ("blue", "red green", "red red blue")
+    sentences = [three[i % 3] + " " * (i // 3) for i in range(90)]  # 90 different texts of three lengths
+    sentences[40:40] = ["green blue " * 3]
+    sentences.append("blue blue green " * 2)
     calls: list[Call] = []
+    rows = drive(texts(bundle, sentences), lambda call: calls.append(call) or answered(call))
+    assert rows.tolist() == counts(sentences)
+    assert [call.feeds["ids"].shape for call in calls] == [(30, 1), (30, 2), (30, 3), (2, 6)]
+    assert [call.keys for call in calls][-1] == (sentences[40], sentences[-1])
+    with pytest.raises(TextTooLong, match=r"text 50 .* has 7 tokens"):
+        drive(texts(bundle, [*sentences[:50], "red " * 7, *sentences[50:]]), answered)
 
-    def run(call: Call) -> Arrays:
-        calls.append(call)
-        return {"text_embeds": (call.feeds["ids"][:, :, None] == [[[2, 3, 4]]]).sum(axis=1).astype(np.float32)}
 
-    rows = drive(texts(bundle, sentences), run)
-    words = [sentence.split() for sentence in sentences]
-    assert rows.tolist() == [[line.count(word) for word in ("red", "green", "blue")] for line in words]
-    widths = [call.feeds["ids"].shape for call in calls]
-    assert widths == sorted(widths, key=lambda shape: shape[1])
-    assert [count for count, _ in widths] == [CHUNK, CHUNK, 3]
-    assert widths[0][1] < widths[-1][1]
-    with pytest.raises(TextTooLong, match=r"text 100 .* has 7 tokens"):
-        drive(texts(bundle, [*sentences[:100], "red " * 7, *sentences[100:]]), run)
+def test_rows_beside_a_cached_long_text_are_not_padded_to_it(bundle: Bundle):
+    long, short = "red green blue red green blue", ["red", "blue", "green"]
+    cache = Rows({("text", long): {"text_embeds": np.array([2, 2, 2], np.float32)}})
+    walk = Walk(texts(bundle, [*short, long]), Stopwatch(), cache)
+    call = walk.step()
+    assert (call.keys, call.feeds["ids"].shape) == (tuple(short), (3, 1))
+    assert walk.step(answered(call)).value.tolist() == counts([*short, long])
+
+
+def test_a_repeated_text_runs_once(bundle: Bundle):
+    calls: list[Call] = []
+    rows = drive(texts(bundle, ["red", "blue", "red", "red"]), lambda call: calls.append(call) or answered(call))
+    assert rows.tolist() == counts(["red", "blue", "red", "red"])
+    assert [call.keys for call in calls] == [("red", "blue")]

@@ -6,7 +6,9 @@ import pytest
 
 from tests.asking import b64, raw
 
-REDS = [("red", "red"), ("red", "red"), ("red", "red"), ("red", "blue")]
+REDS = [("red", "red")] * 75 + [("red", "blue")] * 25
+# 1 / (1 + exp(-10 / T)) = the mean target (75 * 101 / 102 + 25 * 1 / 102) / 100 = 76 / 102
+WARM = 10 / math.log(76 / 26)
 OPEN = {"templates": [], "descriptions": {}, "head": None, "params": {}, "family": None, "fitted": False}
 
 
@@ -57,24 +59,35 @@ def test_a_classifier_may_have_a_temperature_and_a_threshold_for_none_of_these(c
 
 
 def test_a_classifier_is_calibrated_on_labelled_pictures(client, picture):
-    """Four red pictures, one of them labelled blue: logits 10 and 0. With N = 4 the targets are 5/6 and 1/6; their mean
-    for red is (3 * 5/6 + 1/6) / 4 = 2/3, and 1 / (1 + exp(-10 / T)) = 2/3 at T = 10 / ln 2 = 14.43."""
+    """100 red pictures, 25 of them labelled blue: logits 10 and 0. At T = 1 the score of red is 0.99995, and 75 % are
+    right: a calibration error of .25, and a likelihood of 10 * .25. At the fitted T the score is 76 / 102."""
     client.put("/v1/classifiers/sure", json={"labels": ["red", "blue"]})
     body = {"items": items(picture, *REDS)}
     answer = client.post("/v1/classifiers/sure/calibrate", json=body).json()
-    assert answer["temperature"] == pytest.approx(10 / math.log(2), rel=0.025)
-    assert answer["version"] == 2
-    assert client.get("/v1/classifiers/sure").json() == answer
+    assert answer["temperature"] == pytest.approx(WARM, rel=0.012)  # half a step of the search
+    assert (answer["version"], answer["pictures"]) == (2, 100)
+    sure = 1 / (1 + math.exp(-10))
+    assert answer["before"] == pytest.approx(
+        {"expected_calibration_error": sure - 0.75, "negative_log_likelihood": 0.25 * 10 - math.log(sure)}, abs=2e-6
+    )
+    score = 1 / (1 + math.exp(-10 / answer["temperature"]))
+    likelihood = -0.75 * math.log(score) - 0.25 * math.log(1 - score)
+    assert answer["after"] == pytest.approx(
+        {"expected_calibration_error": abs(score - 0.75), "negative_log_likelihood": likelihood}, abs=2e-6
+    )
+    stored = client.get("/v1/classifiers/sure").json()
+    assert stored == {key: answer[key] for key in stored}
     ranked = client.post("/v1/classify?classifier=sure", **raw(picture("red"))).json()["labels"]
-    assert ranked[0]["score"] == pytest.approx(2 / 3, abs=0.006)
-    # all labels are right, and the temperature stays finite: targets 5/6, so T = 10 / ln 5
-    body = {"items": items(picture, *REDS[:1] * 4)}
+    assert ranked[0]["score"] == pytest.approx(76 / 102, abs=0.003)
+    # all labels are right, and the temperature stays finite: targets 101 / 102, so T = 10 / ln 101
+    body = {"items": items(picture, *[("red", "red")] * 98, *[("blue", "blue")] * 2)}
     right = client.post("/v1/classifiers/sure/calibrate", json=body).json()
-    assert right["temperature"] == pytest.approx(10 / math.log(5), rel=0.025)
+    assert right["temperature"] == pytest.approx(10 / math.log(101), rel=0.012)
+    assert right["before"]["expected_calibration_error"] > 20 * right["after"]["expected_calibration_error"]
 
 
 def test_a_calibrated_temperature_is_used_with_its_bundle_only(settings, serve, bundle_maker, tmp_path, picture):
-    """Scores as in the test above: T = 14.43 with the calibrated bundle, T = 1 with another bundle."""
+    """Scores as in the test above: T = 9.3 with the calibrated bundle, T = 1 with another bundle."""
     folder = tmp_path / "two"
     digests = {name: bundle_maker(folder, name, note=name).digest for name in ("colours-int8", "others-int8")}
     with serve(settings(bundles_dir=folder)) as client:
@@ -98,22 +111,32 @@ def test_a_calibrated_temperature_is_used_with_its_bundle_only(settings, serve, 
         assert best("others-int8") == sure(1)
         assert best("others-int8", temperature=3) == sure(3)
     with serve(settings(bundles_dir=folder)) as client:  # it is on disk
-        assert client.get("/v1/classifiers/sure").json() == calibrated
+        stored = client.get("/v1/classifiers/sure").json()
+        assert stored == {key: calibrated[key] for key in stored}
         again = client.put("/v1/classifiers/sure", json={**labels, "temperature": calibrated["temperature"]}).json()
         assert again["family"] is None
         assert again["version"] == calibrated["version"] + 1
 
 
 @pytest.mark.parametrize(
-    ("name", "pairs", "status", "word"),
-    [("pair", [("green", "green")], 422, "'green' of item 0"), ("one", [("red", "red")], 422, "at least 2"),
-     ("pair", [], 422, "items"), ("nobody", [("red", "red")], 404, "nobody")],
+    ("name", "pairs", "status", "says"),
+    [
+        ("pair", [("green", "green")], 422, "'green' of item 0"),
+        ("one", [("red", "red")], 422, "there are 1 labels; expected at least 2"),
+        ("pair", [], 422, "items"),
+        ("nobody", [("red", "red")], 404, "nobody"),
+        ("pair", [("red", "red")], 422, "1 pictures for 2 labels were given; 'red' has 1, 'blue' has 0; a temperature "
+         "needs at least 100 pictures in all and 2 of each label. Send more"),
+        ("pair", [("red", "red")] * 120 + [("red", "blue")], 422, "121 pictures for 2 labels were given; 'blue' has"),
+        ("pair", [("red", "red"), ("red", "blue")] * 49, 422, "98 pictures for 2 labels were given; a temperature"),
+    ],
 )  # fmt: skip
-def test_what_cannot_be_calibrated(client, picture, name, pairs, status, word):
+def test_what_cannot_be_calibrated(client, picture, name, pairs, status, says):
     client.put("/v1/classifiers/pair", json={"labels": ["red", "blue"]})
     client.put("/v1/classifiers/one", json={"labels": ["red"]})
     answer = client.post(f"/v1/classifiers/{name}/calibrate", json={"items": items(picture, *pairs)})
-    assert (answer.status_code, word in answer.json()["detail"]) == (status, True)
+    assert (answer.status_code, says in answer.json()["detail"]) == (status, True), answer.text
+    assert client.get("/v1/classifiers/pair").json()["temperature"] == 1
 
 
 def test_labels_of_a_request_select_labels_of_the_classifier_in_any_order(client, picture):
@@ -190,5 +213,6 @@ def test_what_cannot_be_fitted(client, shown, change, status, says):
     answer = client.post("/v1/classifiers/odd/fit", json={"head": "prototype", "items": shown} | change)
     assert (answer.status_code, says in answer.json()["detail"]) == (status, True), answer.text
     without = client.post("/v1/classifiers/odd/fit", json={"head": "prototype", "items": shown[:2]})
-    assert "the label 'fire' has no picture; expected at least one for each label" in without.json()["detail"]
+    says = "the label 'fire' has no picture, nor have 1 others; expected at least one for each of the 3 labels"
+    assert says in without.json()["detail"]
     assert client.get("/v1/classifiers/odd").json()["head"] is None
