@@ -1,24 +1,25 @@
 """`Asked`: the argument of an endpoint's handler; `serve`: an endpoint on the router, body read and answer sent."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from inspect import Signature, signature
+from inspect import Parameter, Signature, signature
 from time import perf_counter
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import Depends, FastAPI, Request
+from fastapi.params import Param, ParamTypes, Query
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from calmclip.models.flow import Flow
 from calmclip.service.endpoints import Endpoint
 from calmclip.service.hub import Loaded
-from calmclip.service.openapi import JSON, operation
+from calmclip.service.openapi import ANY_QUERY, JSON, operation
 from calmclip.service.parts import Service
 from calmclip.service.request import Context
 from calmclip.service.schemas import Answer, encode
 from calmclip.service.settings import Limits
-from calmclip.service.uploads import check_picture, read_body, read_bytes
+from calmclip.service.uploads import check_picture, check_query, read_body, read_bytes, takes_raw_pictures
 
 B = TypeVar("B")
 T = TypeVar("T")
@@ -82,8 +83,12 @@ def serve(app: FastAPI, endpoint: Endpoint) -> None:
     handler = endpoint.handler
     assert handler, f"{endpoint.name} has no handler"
     first, *more = signature(handler, eval_str=True).parameters.values()
+    query = _query(endpoint, more)
+    checks_query = endpoint.scope not in ANY_QUERY and not takes_raw_pictures(endpoint.body)
 
     async def ask(request: Request) -> Asked[Any]:
+        if checks_query:
+            check_query(request, query)
         if endpoint.body is None:
             return Asked(request, None)
         if endpoint.kinds:
@@ -110,3 +115,13 @@ def serve(app: FastAPI, endpoint: Endpoint) -> None:
     add(methods=[endpoint.method], **operation(endpoint))
     if endpoint.head:
         add(methods=["HEAD"], include_in_schema=False)
+
+
+def _query(endpoint: Endpoint, parameters: Sequence[Parameter]) -> frozenset[str]:
+    """The names of those parameters that FastAPI reads from the query."""
+    names = set()
+    for parameter in parameters:
+        (kind,) = [m for m in getattr(parameter.annotation, "__metadata__", ()) if isinstance(m, Param)] or [Query()]
+        if f"{{{parameter.name}}}" not in endpoint.path and kind.in_ is ParamTypes.query:
+            names.add(kind.alias or parameter.name)
+    return frozenset(names)

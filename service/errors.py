@@ -62,3 +62,15 @@ def invalid(error: ValidationError | RequestValidationError) -> InvalidRequest:
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     first = findings[0]
     return InvalidRequest(f"the request does not fit: {first['where']}: {first['message']}{more}", findings)
+
+
+KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+
+
+def kind(value: object) -> str:
+    """A JSON value in words, without what the caller sent."""
+    if isinstance(value, dict):
+        return "an object" if value else "an empty object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return KINDS[type(value)]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from calmclip.models.errors import BadRequest, CalmclipError, InputError
 from calmclip.models.preprocess.image import decode
-from calmclip.service.settings import Settings
+from calmclip.service.settings import Settings, from_environment
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 BATCH_PICTURES = 16  # per request, and at most
@@ -216,7 +216,7 @@ async def _client(url: str | None, settings: Settings | None, key: str | None) -
         return
     from calmclip.service.app import create_app
 
-    app = create_app((settings or Settings()).model_copy(update={"keys": None}))  # no other client reaches it
+    app = create_app((settings or from_environment()).model_copy(update={"keys": None}))  # no other client reaches it
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),

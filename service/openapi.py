@@ -14,7 +14,7 @@ from calmclip.service.endpoints import Endpoint, Table
 from calmclip.service.problems import MEDIA_TYPE, PROBLEMS
 from calmclip.service.schemas import Body, PictureBody, ProblemAnswer
 from calmclip.service.schemas.embed import EmbedBody
-from calmclip.service.uploads import PICTURES, is_list
+from calmclip.service.uploads import PICTURES, is_list, takes_raw_pictures
 
 _REF = "#/components/schemas/{model}"
 PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
@@ -61,7 +61,7 @@ def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
         }
         content["multipart/form-data"] = _form({**many, **{name: schemas[name] for name in flat}}, required=[])
         content["multipart/form-data"]["schema"]["anyOf"] = [{"required": [name]} for name in many]
-    if issubclass(model, (PictureBody, EmbedBody)):
+    if takes_raw_pictures(model):
         content |= {kind: {"schema": BINARY} for kind in PICTURES}
         extra["parameters"] = [
             {
@@ -80,6 +80,7 @@ SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
+ANY_QUERY = (*OPEN, "metrics")  # scopes of probes, scrapes and the page: no query changes their answers
 EVERYWHERE = ("invalid-header", "deadline-exceeded", "internal")
 CHALLENGE = {"WWW-Authenticate": {"description": "RFC 6750", "required": True, "schema": {"type": "string"}}}
 
@@ -88,7 +89,8 @@ def _answers(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     """The endpoint's answer and its problems, with those that every request may have."""
     done = {"model": endpoint.answer} if endpoint.answer else {"description": "Done"}
     responses: dict[int | str, dict[str, Any]] = {endpoint.status: done}
-    for slug in dict.fromkeys((*endpoint.problems, *EVERYWHERE)):
+    query = () if endpoint.scope in ANY_QUERY else ("invalid-request",)  # it may have an unknown field
+    for slug in dict.fromkeys((*endpoint.problems, *query, *EVERYWHERE)):
         if slug not in PROBLEMS:
             raise UnknownName(f"{endpoint.name}: there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}")
         response = responses.setdefault(PROBLEMS[slug].status, {"description": "", **PROBLEM})

@@ -1,28 +1,40 @@
 """`Settings`: one frozen object, read once from the environment and passed on.
 
 A variable is ``CALMCLIP_`` and the field's name in capitals; a nested field joins with two underscores:
-``CALMCLIP_BATCH__MAX_SIZE=16``. service/README.md lists them all; a test compares.
+``CALMCLIP_BATCH__MAX_SIZE=16``. docs/operating.md lists them all; a test compares. `from_environment` refuses a
+variable that it does not know: a misspelt CALMCLIP_KEYS must not open the service.
 """
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from calmclip.models.errors import BadRequest
+from calmclip.models.extras import IMAGE
 from calmclip.models.ops.library import Mode
 from calmclip.models.preprocess.image import MAX_PIXELS
 
 MIB = 1 << 20
 HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # not an IP address: its last part begins with a digit
 ADDRESS = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
+PREFIX = "CALMCLIP_"
+KEYS = "CALMCLIP_KEYS"
+API_KEY = "CALMCLIP_API_KEY"  # of `calmclip index --url`
+NO_SETTINGS = (API_KEY, IMAGE)  # variables that others read
+# What Kubernetes sets in each pod for each Service of its namespace, here for those whose name begins with calmclip.
+SERVICE_LINK = re.compile(r"CALMCLIP_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://.*")  # the value of its CALMCLIP_PORT
 MAX_TEXTS = 10_000  # upper bound of `Limits.texts`; schemas refuse longer lists
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Batch(_Group):
@@ -71,7 +83,12 @@ class Slo(_Group):
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="CALMCLIP_", env_nested_delimiter="__", frozen=True, extra="forbid", env_ignore_empty=True
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        env_ignore_empty=True,
+        allow_inf_nan=False,
     )
 
     bundles_dir: Path = Field(default=Path("models/bundles"), description="directory of the bundles")
@@ -79,12 +96,14 @@ class Settings(BaseSettings):
         default=(),
         description="bundles to load, separated by commas; the first that serves a task is its default. Empty: all",
     )
-    threads: int = Field(default=0, ge=0, description="intra-op threads per graph; 0: one per core")
+    threads: int = Field(default=0, ge=0, le=1024, description="intra-op threads per graph; 0: one per core")
     ops: Mode = Field(default="auto", description="the op library: used if present (auto), required, or off")
     batch: Batch = Batch()
     queue: Queue = Queue()
     connections: int = Field(default=512, ge=1, description="open connections; one more closes an idle one")
-    deadline_ms: float = Field(default=10_000, gt=0, description="a request that takes longer is answered 504")
+    deadline_ms: float = Field(
+        default=10_000, gt=0, le=86_400_000, description="a request that takes longer is answered 504; at most a day"
+    )
     grace_s: float = Field(default=1.0, ge=0, description="after SIGTERM: requests are served, /readyz answers 503")
     idle_unload_s: float = Field(default=0, ge=0, description="a graph idle for so long leaves memory; 0: never")
     reload_s: float = Field(default=5.0, ge=0, description="how often bundles are checked for changes; 0: never")
@@ -96,6 +115,9 @@ class Settings(BaseSettings):
         repr=False,  # it may hold a password
         description="store of collections, `lancedb:FOLDER` or `pgvector:postgresql://…`; else under data_dir",
     )
+    keep_originals: bool = Field(
+        default=False, description="new collections keep the texts and pictures that they embed, for `re-embed`"
+    )
     copy_bytes: int = Field(
         default=1024 * MIB, ge=0, description="largest quantized copy of one collection's vectors in memory; 0: no copy"
     )
@@ -105,6 +127,12 @@ class Settings(BaseSettings):
     keys: Path | None = Field(default=None, description="file of `calmclip keys`; every route but health needs a key")
     metrics_port: int | None = Field(
         default=None, ge=1, le=65535, description="port of /metrics, instead of the service's own port"
+    )
+    probes_port: int | None = Field(
+        default=None, ge=1, le=65535, description="one more port, of /healthz and /readyz, which no request can delay"
+    )
+    replicas: int = Field(
+        default=1, ge=1, description="replicas that there should be at least; several need a store that is shared"
     )
     otlp_endpoint: str | None = Field(
         default=None, description="OpenTelemetry collector for traces, by OTLP over HTTP; else none"
@@ -145,3 +173,46 @@ class Settings(BaseSettings):
     @property
     def store_url(self) -> str:
         return self.store or f"lancedb:{self.data_dir / 'collections'}"
+
+
+def from_environment(**flags: object) -> Settings:
+    """The settings of the environment, overridden by ``flags`` that are not None. Raises `BadRequest`, which names what
+    is wrong: an unknown variable, an empty CALMCLIP_KEYS, a value out of range."""
+    _check_names(os.environ)
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = [
+            f"{_variable(e['loc'])} is {e['input']!r}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+        ]
+        raise BadRequest("; ".join(wrong)) from None
+    except SettingsError as error:  # a group, such as CALMCLIP_BATCH, that is not a JSON object
+        raise BadRequest(f"a setting of the environment cannot be read: {error}") from None
+
+
+def variables(model: type[BaseModel] = Settings, prefix: str = PREFIX) -> Iterator[str]:
+    """The names of all settings. A group is one too, as a JSON object."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name.upper()}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from variables(field.annotation, f"{prefix}{name.upper()}__")
+
+
+def _check_names(environment: Mapping[str, str]) -> None:
+    known = {*variables(), *NO_SETTINGS}
+    for name in sorted(environment):
+        if not name.upper().startswith(PREFIX) or name in known or _is_service_link(name, environment[name]):
+            continue
+        near = get_close_matches(name.upper().removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], n=1)
+        hint = f"did you mean {PREFIX}{near[0]}?" if near else "docs/operating.md lists the settings."
+        raise BadRequest(f"there is no setting {name}; {hint} Correct or unset it")
+    if environment.get(KEYS) == "":
+        raise BadRequest(f"{KEYS} is empty, which would open every route; name the file of keys, or unset the variable")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(SERVICE_LINK.fullmatch(name) or (name.endswith("PORT") and SERVICE_PORT.fullmatch(value)))
+
+
+def _variable(place: tuple[int | str, ...]) -> str:
+    return PREFIX + "__".join(str(part).upper() for part in place)

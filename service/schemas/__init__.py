@@ -79,7 +79,9 @@ class PictureBody(Body):
 class LabelledPicture(PictureBody):
     labels: list[str] = Field([], fail_fast=True, description="default: the classifier's labels, else the bundle's")
     classifier: str | None = Field(
-        None, description="a registered classifier; if `labels` are given too, they are a selection of its labels"
+        None,
+        min_length=1,
+        description="a registered classifier; if `labels` are given too, they are a selection of its labels",
     )
     templates: list[Template] = Field(
         [], fail_fast=True, description="sentences with a {}; default: the classifier's templates, else the bundle's"
