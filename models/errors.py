@@ -61,6 +61,11 @@ class CollectionNotFound(CollectionError): ...
 class CollectionMismatch(CollectionError): ...  # the collection holds vectors of another bundle
 
 
+class CollectionDamaged(
+    CollectionError
+): ...  # a file or a database object is missing, truncated, unreadable or foreign
+
+
 class ClassifierError(CalmclipError): ...
 
 
@@ -87,6 +92,12 @@ class Overloaded(Unavailable):
 
 
 class StoreUnavailable(Unavailable): ...  # the database of the collections does not answer
+
+
+class StoreLocked(StoreUnavailable): ...  # another process writes to the folder of the collections
+
+
+class StoreFull(StoreUnavailable): ...  # the disk of the collections has no room for a write
 
 
 class DeadlineExceeded(CalmclipError): ...  # the deadline of the request has passed

@@ -74,6 +74,12 @@ class QuantizedTable:
         self._table.compact()
         self._refresh()
 
+    def rows(self) -> Iterator[list[Row]]:
+        return self._table.rows()
+
+    def verify(self) -> None:
+        self._table.verify()
+
     @contextmanager
     def _consistently(self) -> Iterator[None]:
         """Drops the copy if a write fails, because the write may be half done. `compact` builds a new copy."""

@@ -35,18 +35,24 @@ class Server:
         self._ctl("stop", "-w", "-m", mode)
 
     def database(self) -> str:
-        """The URL of a new database that the user `keeper` owns."""
+        """The URL of a new database in which the user `keeper` may do what service/deploy/postgres.sh grants."""
         name = f"d{next(self._numbers)}"
-        self.psql(f"CREATE DATABASE {name} OWNER keeper")
-        self.psql("CREATE EXTENSION vector", name)
+        self.psql(f"CREATE DATABASE {name}")
+        self.psql(f"REVOKE ALL ON DATABASE {name} FROM PUBLIC; GRANT CONNECT ON DATABASE {name} TO keeper")
+        self.psql("CREATE EXTENSION vector; CREATE SCHEMA keeper AUTHORIZATION keeper", name)
+        self.psql(f'ALTER DATABASE {name} SET search_path = "$user", public, keeper')  # of tests that damage a table
         return self.url(name)
 
     def url(self, name: str, secret: str | None = None) -> str:
         return f"postgresql://keeper:{secret or self.secret}@127.0.0.1:{self.port}/{name}"
 
     def psql(self, statement: str, database: str = "postgres") -> str:
-        command = [str(self.bin / "psql"), "-h", str(self.folder), "-p", str(self.port), "-U", "owner", "-AtX"]
-        return _run([*command, "-d", database, "-v", "ON_ERROR_STOP=1", "-c", statement])
+        return self.run("psql", "-AtX", "-d", database, "-v", "ON_ERROR_STOP=1", "-c", statement)
+
+    def run(self, program: str, *options: str) -> str:
+        """A client program of the server's version, as the superuser."""
+        where = ["-h", str(self.folder), "-p", str(self.port), "-U", "owner"]
+        return _run([str(self.bin / program), *where, *options])
 
     def _ctl(self, verb: str, *options: str) -> None:
         _run([str(self.bin / "pg_ctl"), verb, "-D", str(self.folder / "data"), *options])

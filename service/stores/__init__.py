@@ -4,33 +4,44 @@ A store is synchronous, and several threads may call it. `calmclip.service.colle
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from calmclip.models.errors import BadRequest
+from calmclip.models.errors import BadRequest, CollectionError
 from calmclip.models.flow import Array
 from calmclip.models.registry import Registry
+
+BATCH_ROWS = 4096  # of `Table.rows`, at most; fewer if their originals are large,
+BATCH_BYTES = 64 << 20  # so that a batch has about so many bytes
 
 
 @dataclass(frozen=True)
 class Info:
-    """A collection's properties, stored with its vectors. ``digest``: of the bundle that made the vectors."""
+    """A collection's properties, stored with its vectors. ``digest``: of what embedded them.
+
+    ``originals``: whether the collection keeps the texts and pictures that were embedded.
+    """
 
     name: str
     model: str
     digest: str
     dim: int
     created: str  # UTC, ISO 8601
+    originals: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """``vector`` float32 [dim], a unit vector."""
+    """``vector`` float32 [dim], a unit vector. ``original``: the embedded text, or the bytes of the picture's file.
+
+    A collection without ``originals`` does not store the original. Only `Table.rows` returns originals.
+    """
 
     id: str
     vector: Array
     meta: dict[str, Any] = field(default_factory=dict)
+    original: str | bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,16 @@ class Table(Protocol):
     def compact(self) -> None:
         """Merge the files of many small writes. Readers may go on, and answers do not change."""
 
+    def rows(self) -> Iterator[list[Row]]:
+        """All rows of one snapshot, with their originals, in any order; at most `BATCH_ROWS` at a time.
+
+        The snapshot is taken at the first ``next``. Writers and compaction, also of other processes, do not disturb it.
+        Close the iterator if you do not exhaust it: it holds the snapshot.
+        """
+
+    def verify(self) -> None:
+        """Prove that the collection is whole. Raises `CollectionDamaged`, which names what is damaged."""
+
 
 @runtime_checkable
 class ExclusiveTable(Table, Protocol):
@@ -106,26 +127,46 @@ class Store(Protocol):
     def create(self, info: Info) -> Table:
         """A new, empty table. The caller has checked that the name is free."""
 
-    def open(self, name: str) -> Table:
-        """Equal to a table opened before, unless it was replaced. Raises `CollectionNotFound` if ``shared``."""
+    def replace(self, info: Info, rows: Iterable[Sequence[Row]]) -> Table:
+        """Create a table of these rows, or put it in the place of the table ``info.name``, also of a damaged one.
 
-    def drop(self, name: str) -> None: ...
+        The ids are distinct. Readers see the old table until all rows are written. If ``rows`` raises, or the process
+        ends, the old table stays as it was. No write to the old table may run meanwhile; a shared store lets the writes
+        of other services wait, and they fail. ``rows`` may come from `Table.rows` of the old table.
+        """
+
+    def open(self, name: str) -> Table:
+        """Equal to a table opened before, unless it was replaced. Cheap; `Table.verify` proves more.
+
+        Raises `CollectionNotFound`, and `CollectionDamaged` for what is no table.
+        """
+
+    def drop(self, name: str) -> None:
+        """Also drops a damaged table."""
 
     def close(self) -> None: ...
 
 
-STORES: Registry[Callable[[str], Store]] = Registry("stores", "calmclip.service.stores")
+STORES: Registry[Callable[[str, bool], Store]] = Registry("stores", "calmclip.service.stores")  # location, read_only
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, read_only: bool = False) -> Store:
     """``url``: KIND:LOCATION, for example ``lancedb:data/collections``.
 
-    Raises `BadRequest`, `UnknownName`, and the engine's errors.
+    One process may write to a store that is not shared; it may be read beside that process. With ``read_only`` the
+    store creates nothing, and every write raises `CollectionError`.
+
+    Raises `BadRequest`, `UnknownName`, `StoreLocked` if another process writes to it, and the engine's errors.
     """
     kind, colon, location = url.partition(":")
     if not colon or not location:
         raise BadRequest(f"the store is {redacted(url)!r}; expected KIND:LOCATION, such as 'lancedb:data/collections'")
-    return STORES.get(kind)(location)
+    return STORES.get(kind)(location, read_only)
+
+
+def refuse_writes(read_only: bool) -> None:
+    if read_only:
+        raise CollectionError("the store was opened for reading; expected no write")
 
 
 def redacted(url: str) -> str:

@@ -5,20 +5,39 @@ leaves the last committed version. A search in a small table reads all rows. In 
 candidates, and the float32 vectors decide.
 """
 
+import errno
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lancedb
 import pyarrow as pa
 from lancedb.index import BTree, IvfRq
 from lancedb.query import ColumnOrdering
 
+from calmclip.models.errors import CollectionDamaged, CollectionNotFound, StoreFull
 from calmclip.models.flow import Array
-from calmclip.service.stores import STORES, Condition, Info, Match, Row, Table
+from calmclip.service.stores import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    STORES,
+    Condition,
+    Info,
+    Match,
+    Row,
+    Table,
+    refuse_writes,
+)
+from calmclip.service.stores._folder import PIN, SUFFIX, Folder
+from calmclip.service.stores._proof import Flaw, Sums, Version, current, cut_off, flawed_indexes
 
 KEY = b"calmclip"  # in the schema's metadata: the `Info` as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
@@ -35,19 +54,37 @@ PARTITION = 4096
 REBUILD_GROWTH = 2  # the index is rebuilt when the table has so many times these rows
 ALL_PARTITIONS = 1 << 20
 CANDIDATES_PER_HIT = 50  # from the index; float32 decides among them
-VERSION_AGE = timedelta(minutes=2)  # compaction removes older versions; a search uses one far shorter
+VERSION_AGE = timedelta(minutes=2)  # since a version was the latest; compaction then removes it
+CLOCK_MARGIN = timedelta(seconds=10)  # between our look at the versions and LanceDB's
+NEVER = timedelta(days=36_500)
+FULL_S = 30.0  # until a new try may find room
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 log = logging.getLogger("calmclip")
 
 
 class LanceStore:
+    """``location``: a folder, or the URI of an object store, such as s3://bucket/folder.
+
+    A folder is locked while it is open for writing. An object store has no locks: let one process alone write to it.
+    Raises `StoreLocked`.
+    """
+
     shared = False
 
-    def __init__(self, location: str) -> None:
-        session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=METADATA_BYTES)
-        self._db = lancedb.connect(location, session=session)
+    def __init__(self, location: str, read_only: bool = False) -> None:
+        path = location.removeprefix("file://")
+        self._folder = None if "://" in path else Folder(Path(path), read_only)
+        self.place = str(self._folder.path) if self._folder else "the object store"
+        self._read_only = read_only
+        self._session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=METADATA_BYTES)
+        self._db = self._connect(location)
+        self._replacing: set[str] = set()
 
     def names(self) -> list[str]:
+        if self._folder:
+            return self._folder.names()
         names: list[str] = []
         token = None
         while True:
@@ -58,48 +95,111 @@ class LanceStore:
                 return sorted(names)
 
     def create(self, info: Info) -> Table:
-        schema = pa.schema(
-            [
-                pa.field("id", pa.string(), nullable=False),
-                pa.field("vector", pa.list_(pa.float32(), info.dim), nullable=False),
-                pa.field("meta", pa.json_(), nullable=False),
-            ],
-            metadata={KEY: json.dumps(asdict(info)).encode()},
-        )
-        return LanceTable(self._db.create_table(info.name, schema=schema, storage_options=STABLE))
+        refuse_writes(self._read_only)
+        return self._created(info, [])
+
+    def replace(self, info: Info, rows: Iterable[Sequence[Row]]) -> Table:
+        refuse_writes(self._read_only)
+        self._replacing.add(info.name)
+        try:
+            try:
+                self._db.open_table(info.name)
+            except (ValueError, RuntimeError):  # there is no table, or what is there is none
+                table = self._created(info, rows)
+            else:
+                table = self._filled(self._db, info, rows, mode="overwrite")  # a new version, committed at once
+        finally:
+            self._replacing.discard(info.name)
+        try:
+            table.compact()  # builds the indexes
+        except Exception:  # the rows are there; the next compaction tries again
+            log.exception("compaction of collection %s failed", info.name)
+        return table
 
     def open(self, name: str) -> Table:
-        return LanceTable(self._db.open_table(name))
+        if self._folder and not os.path.lexists(self._folder.table(name)):
+            raise CollectionNotFound(f"there is no collection {name!r} in {self._folder.path}")
+        try:
+            table = LanceTable(self, self._db.open_table(name))
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            raise _damaged(name, self._why(name) or f"it is no table of calmclip: {_first(error)}") from error
+        if table.info.name != name:
+            raise _damaged(name, f"it holds the collection {table.info.name!r}; rename it to {table.info.name}{SUFFIX}")
+        return table
 
     def drop(self, name: str) -> None:
-        self._db.drop_table(name)
+        refuse_writes(self._read_only)
+        if self._folder:
+            self._folder.drop(name)
+        else:
+            self._db.drop_table(name)
 
     def close(self) -> None:
-        """LanceDB keeps nothing open."""
+        if self._folder:
+            self._folder.close()
+
+    def _why(self, name: str) -> str | None:
+        """What `current` says of a table that does not open."""
+        if self._folder:
+            try:
+                current(self._folder.table(name))
+            except Flaw as flaw:
+                return str(flaw)
+        return None
+
+    def _created(self, info: Info, rows: Iterable[Sequence[Row]]) -> "LanceTable":
+        """A new table, which appears with all its rows."""
+        if self._folder is None:
+            return self._filled(self._db, info, rows)
+        with self._folder.built(info.name) as hidden:
+            self._filled(self._connect(str(hidden)), info, rows)
+        return LanceTable(self, self._db.open_table(info.name))
+
+    def _filled(self, db: Any, info: Info, rows: Iterable[Sequence[Row]], mode: str = "create") -> "LanceTable":
+        schema = _schema(info)
+        errors: list[Exception] = []
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            try:
+                for some in rows:
+                    yield from _data(some, info, schema).to_batches()
+            except Exception as error:  # LanceDB would raise a RuntimeError with a traceback in its message
+                errors.append(error)
+                raise
+
+        reader = pa.RecordBatchReader.from_batches(schema, batches())
+        try:
+            with _writing(self.place):
+                table = db.create_table(info.name, data=reader, mode=mode, storage_options=STABLE)
+        except Exception:
+            if errors:
+                raise errors[0] from None
+            raise
+        return LanceTable(self, table)
+
+    def _connect(self, location: str) -> Any:
+        fresh = timedelta(0) if self._read_only else None  # the latest version for each read: another process writes
+        return lancedb.connect(location, session=self._session, read_consistency_interval=fresh)
 
 
 class LanceTable:
-    def __init__(self, table: Any) -> None:
+    def __init__(self, store: LanceStore, table: Any) -> None:
+        self._store = store
         self._table = table
         self.info = Info(**json.loads(table.schema.metadata[KEY]))
+        self._folder = store._folder.table(self.info.name) if store._folder else None
 
     def upsert(self, rows: Sequence[Row]) -> None:
-        vectors = pa.array([row.vector for row in rows], pa.list_(pa.float32(), self.info.dim))
-        metas = pa.array([json.dumps(row.meta, ensure_ascii=False, allow_nan=False) for row in rows])
-        data = pa.table(
-            {
-                "id": pa.array([row.id for row in rows], pa.string()),
-                "vector": vectors,
-                "meta": pa.ExtensionArray.from_storage(pa.json_(), metas),
-            }
-        )
-        self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
+        with self._writing():
+            data = _data(rows, self.info, _schema(self.info))
+            self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
 
     def delete(self, ids: Sequence[str]) -> int:
         where = _id_in(ids)
-        count: int = self._table.count_rows(where)
-        if count:
-            self._table.delete(where)
+        with self._writing():
+            count: int = self._table.count_rows(where)
+            if count:
+                self._table.delete(where)
         return count
 
     def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Match]:
@@ -136,9 +236,74 @@ class LanceTable:
         for batch in query.to_batches(batch_size=SCAN_ROWS):
             yield batch["id"].to_pylist(), batch["_rowid"].to_pylist(), _vectors(batch["vector"])
 
+    def rows(self) -> Iterator[list[Row]]:
+        """A tag holds the version; without permission to write it, clean-up may remove the version after
+        `VERSION_AGE`."""
+        with self._snapshot() as table:
+            stats = table.stats()
+            size = int(BATCH_BYTES // max(1, stats["total_bytes"] / max(1, stats["num_rows"])))
+            for batch in table.search().to_batches(batch_size=max(1, min(BATCH_ROWS, size))):
+                metas, texts, pictures = (batch[column].to_pylist() for column in ("meta", "text", "picture"))
+                vectors, ids = _vectors(batch["vector"]), batch["id"].to_pylist()
+                yield [
+                    Row(id_, vector, json.loads(meta), picture if text is None else text)
+                    for id_, vector, meta, text, picture in zip(ids, vectors, metas, texts, pictures, strict=True)
+                ]
+
+    def verify(self) -> None:
+        """Every file of the latest version is there, has its size, its footer and its checksum, and all ids can be
+        read. A damaged index is built again from the rows. For an object store: all ids can be read.
+
+        Not seen: flipped bits inside the vectors of a large file.
+        """
+        version = self._proved() if self._folder else None
+        table = self._store._db.open_table(self.info.name)
+        table.checkout(version.number if version else table.version)
+        try:
+            rows = sum(len(batch) for batch in table.search().select(["id"]).to_batches(batch_size=SCAN_ROWS))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _damaged(self.info.name, _first(error)) from error
+        if rows != (version.rows if version else table.count_rows()):
+            raise _damaged(self.info.name, f"{rows} rows can be read; expected {table.count_rows()}")
+
     def compact(self) -> None:
         """Also build the indexes of a large table. A search reads rows that are newer than the index as well."""
-        self._table.optimize(cleanup_older_than=VERSION_AGE)
+        with self._writing():
+            self._compact()
+
+    def _proved(self) -> Version:
+        assert self._folder
+        try:
+            version = current(self._folder)
+            indexes = flawed_indexes(self._folder, version)
+        except Flaw as flaw:
+            raise _damaged(self.info.name, str(flaw)) from None
+        if self._store._read_only:
+            for reason in indexes.values():
+                raise _damaged(self.info.name, f"{reason}; a service that opens it for writing builds the index again")
+            return version
+        self._mend(indexes)
+        return current(self._folder)
+
+    def _mend(self, indexes: dict[str, str]) -> None:
+        """What no row is lost by: build damaged indexes again; delete manifests of older versions that are cut off,
+        which would stop every clean-up."""
+        assert self._folder
+        for path in cut_off(self._folder):
+            log.warning("collection %s: %s is cut off; it is of an older version and is deleted", self.info.name, path)
+            path.unlink()
+        for index, reason in indexes.items():
+            log.warning("collection %s: %s; its index is built again", self.info.name, reason)
+            self._table.drop_index(index)
+        if indexes:
+            self.compact()
+
+    def _compact(self) -> None:
+        # files of no version are left by writes that failed or were killed, for this process alone writes
+        alone = self._store._folder is not None and self.info.name not in self._store._replacing
+        self._table.optimize(cleanup_older_than=NEVER)
+        # apart, for LanceDB counts the age from the end of the compaction, which may take minutes
+        self._table.optimize(cleanup_older_than=self._removable(), delete_unverified=alone)
         rows = self.count()
         if rows < INDEXED_FROM or self.info.dim % 8:
             return
@@ -153,6 +318,61 @@ class LanceTable:
             if built_for:
                 self._table.drop_index(f"{VECTOR_INDEX}{built_for}")
 
+    def _removable(self) -> timedelta:
+        """The age from which versions may be removed. A reader may still use the version that was the latest
+        `VERSION_AGE` ago, and pinned versions are in use."""
+        pinned = self._pins()
+        versions = sorted(self._table.list_versions(), key=lambda version: int(version["version"]))
+        kept = now = datetime.now()
+        for version in versions:
+            if version["timestamp"] <= now - VERSION_AGE or version["version"] in pinned:
+                kept = version["timestamp"]
+            if version["version"] in pinned:
+                break
+        return now - kept + CLOCK_MARGIN
+
+    def _pins(self) -> set[int]:
+        """Versions that a process reads. Tags of ended processes are removed."""
+        versions = set()
+        for tag, entry in self._table.tags.list().items():
+            if not tag.startswith(PIN):
+                continue
+            if self._store._folder and self._store._folder.abandoned(tag):
+                self._table.tags.delete(tag)
+            else:
+                versions.add(entry["version"])
+        return versions
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[Any]:
+        """A handle of the latest version, which stays until the end of the block."""
+        folder = self._store._folder
+        table = self._store._db.open_table(self.info.name)
+        if folder and not os.access(folder.path, os.W_OK):
+            table.checkout(table.version)
+            yield table
+            return
+        with folder.pinned() if folder else nullcontext(f"{PIN}{uuid4().hex}") as pin:
+            table.tags.create(pin, table.version)
+            try:
+                table.checkout(pin)
+                yield table
+            finally:
+                table.tags.delete(pin)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        refuse_writes(self._store._read_only)
+        with _writing(self._store.place):
+            yield
+        self._record()
+
+    def _record(self) -> None:
+        """The checksums of new files. The commit is on disk, so it counts without them."""
+        if self._folder:
+            with suppress(OSError):
+                Sums(self._folder).record()
+
 
 def sql(condition: Condition) -> str:
     """The condition in LanceDB's SQL. All values from the caller are inside quoted literals.
@@ -163,13 +383,61 @@ def sql(condition: Condition) -> str:
     path = f"$.{json.dumps(condition.field, ensure_ascii=False)}"
     text = f"json_extract(meta, {literal(path)})"
     if condition.op == "in":
-        return "(" + " OR ".join(_compare(text, "=", value) for value in condition.value) + ")"
+        return _is_in(text, condition.value)
     if condition.value == "":  # a JSON path cannot express it
         return f"{text} LIKE {literal(BESIDE_EMPTY[condition.op])}"
     if isinstance(condition.value, str):
         bound = f"{path}?(@ {OPERATORS[condition.op]} {json.dumps(condition.value, ensure_ascii=False)})"
         return f"({text} LIKE '\"%' AND json_exists(meta, {literal(bound)}))"  # a path also searches lists
-    return _compare(text, OPERATORS[condition.op], condition.value)
+    return f"{_number(text)} {OPERATORS[condition.op]} {float(condition.value)!r}"
+
+
+def _schema(info: Info) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("vector", pa.list_(pa.float32(), info.dim), nullable=False),
+            pa.field("meta", pa.json_(), nullable=False),
+            pa.field("text", pa.string()),
+            pa.field("picture", pa.binary()),
+        ],
+        metadata={KEY: json.dumps(asdict(info)).encode()},
+    )
+
+
+def _data(rows: Sequence[Row], info: Info, schema: pa.Schema) -> pa.Table:
+    originals = [row.original if info.originals else None for row in rows]
+    metas = pa.array([json.dumps(row.meta, ensure_ascii=False, allow_nan=False) for row in rows], pa.string())
+    columns = [
+        pa.array([row.id for row in rows], pa.string()),
+        pa.array([row.vector for row in rows], pa.list_(pa.float32(), info.dim)),
+        pa.ExtensionArray.from_storage(pa.json_(), metas),
+        pa.array([original if isinstance(original, str) else None for original in originals], pa.string()),
+        pa.array([original if isinstance(original, bytes) else None for original in originals], pa.binary()),
+    ]
+    return pa.table(columns, schema=schema)
+
+
+@contextmanager
+def _writing(place: str) -> Iterator[None]:
+    """Raises `StoreFull` instead of LanceDB's error. What was committed before stays whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        for code in NO_ROOM:  # LanceDB's errors have no number
+            if f"(os error {code})" in str(error) or getattr(error, "errno", None) == code:
+                reason = f"{os.strerror(code)}: the collections in {place} have no room; make some and try again"
+                raise StoreFull(reason, retry_after=FULL_S) from error
+        raise
+
+
+def _damaged(name: str, reason: str) -> CollectionDamaged:
+    return CollectionDamaged(f"{name}{SUFFIX} is damaged: {reason}")
+
+
+def _first(error: Exception) -> str:
+    """The first line, without the place in LanceDB's source."""
+    return re.sub(r", \S+\.rs:\d+.*", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _id_in(ids: Sequence[str]) -> str:
@@ -187,10 +455,22 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _compare(text: str, operator: str, value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"try_cast({text} AS double) {operator} {float(value)!r}"
-    return f"{text} {operator} {literal(json.dumps(value, ensure_ascii=False))}"
+def _is_in(text: str, values: Sequence[Any]) -> str:
+    """``IN`` looks a row's value up once; a chain of OR reads the metadata again for each value."""
+    numbers = [repr(float(value)) for value in values if _is_number(value)]
+    texts = [literal(json.dumps(value, ensure_ascii=False)) for value in values if not _is_number(value)]
+    parts = [
+        f"{side} IN ({', '.join(literals)})" for side, literals in ((text, texts), (_number(text), numbers)) if literals
+    ]
+    return f"({' OR '.join(parts)})"
+
+
+def _number(text: str) -> str:
+    return f"try_cast({text} AS double)"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 STORES.register("lancedb")(LanceStore)

@@ -11,7 +11,9 @@ and float32 decides among them.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import struct
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +21,29 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
+from calmclip.models.errors import (
+    BadRequest,
+    CalmclipError,
+    CollectionDamaged,
+    CollectionError,
+    CollectionNotFound,
+    Overloaded,
+    StoreFull,
+    StoreUnavailable,
+)
 from calmclip.models.extras import missing
 from calmclip.models.flow import Array
-from calmclip.service.stores import STORES, Condition, Info, Match, Row, Table
+from calmclip.service.stores import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    STORES,
+    Condition,
+    Info,
+    Match,
+    Row,
+    Table,
+    refuse_writes,
+)
 
 try:
     import psycopg
@@ -39,6 +60,7 @@ MIN_CANDIDATES = 200
 MAX_INDEXED_DIM = 4000  # HNSW's limit for halfvec
 CONNECT_S = 5  # timeout of a new connection,
 WAIT_S = 2.0  # and of one from the pool, which has spare ones unless the server does not answer
+LOCK_WAIT_MS = 500  # that readers may have to wait when a table is dropped
 LOCK = 0x63616C6D  # "calm", an advisory lock: services that start together create one schema
 
 SCHEMA = """
@@ -48,9 +70,24 @@ CREATE TABLE IF NOT EXISTS calmclip_collections (
     model text NOT NULL,
     digest text NOT NULL,
     dim integer NOT NULL,
-    created text NOT NULL
+    created text NOT NULL,
+    originals boolean NOT NULL
 )
 """
+ENTRIES = "calmclip_collections"
+COLUMNS = "model, digest, dim, created, originals"
+TYPES = {"id": "text C NOT NULL", "meta": "jsonb NOT NULL", "text": "text", "picture": "bytea"}  # and the vector's
+COLUMN_TYPES = """
+SELECT attname, regexp_replace(format_type(atttypid, atttypmod), '^.*[.]', '')
+    || CASE WHEN attcollation = '"C"'::regcollation THEN ' C' ELSE '' END
+    || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped
+"""
+INDEXES = """
+SELECT CASE WHEN indisprimary THEN 'PRIMARY KEY' ELSE relname END, indisvalid AND indisready
+FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid WHERE indrelid = to_regclass(%s)
+"""
+DAMAGES = errors.DataCorrupted, errors.IndexCorrupted, errors.UndefinedFile, errors.IoError
 CONNECTION: dict[str, Any] = {
     "connect_timeout": CONNECT_S,
     "application_name": "calmclip",
@@ -68,13 +105,14 @@ class PgStore:
 
     shared = True
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, read_only: bool = False) -> None:
         self._server = _Server(url)
-        with self._server.connection() as connection, connection.transaction():
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
-            self._extension(connection)
-            if connection.execute("SELECT to_regclass('calmclip_collections')").fetchone() == (None,):
-                connection.execute(SCHEMA)
+        self._read_only = read_only
+        try:
+            self._prepare()
+        except BaseException:
+            self._server.close()
+            raise
 
     def names(self) -> list[str]:
         with self._server.connection() as connection:
@@ -82,35 +120,93 @@ class PgStore:
 
     def create(self, info: Info) -> Table:
         """If two services create it at the same time, one does, and both get it."""
+        refuse_writes(self._read_only)
         with self._server.connection() as connection, connection.transaction():
-            inserted = connection.execute(
-                "INSERT INTO calmclip_collections (name, model, digest, dim, created) VALUES (%s, %s, %s, %s, %s) "
-                "ON CONFLICT DO NOTHING RETURNING number",
-                [info.name, info.model, info.digest, info.dim, info.created],
-            ).fetchone()
-            if inserted:
-                for statement in _table(inserted[0], info.dim):
+            number = _entered(connection, info)
+            if number is not None:
+                for statement in (*_table(number, info.dim), *_indexes(number, info.dim).values()):
                     connection.execute(statement)
-        return PgTable(self._server, inserted[0], info) if inserted else self.open(info.name)
+        return self.open(info.name) if number is None else PgTable(self._server, number, info)
+
+    def replace(self, info: Info, rows: Iterable[Sequence[Row]]) -> Table:
+        """One transaction, which locks the old table against writers from its beginning. A writer that waited for the
+        lock finds the table gone, and its write fails. Searches wait for at most `LOCK_WAIT_MS` at the end."""
+        refuse_writes(self._read_only)
+        with self._server.connection() as connection, _data_errors(), connection.transaction():
+            number, old = _entered(connection, info), None
+            if number is None:
+                (old,) = connection.execute(
+                    "SELECT number FROM calmclip_collections WHERE name = %s FOR UPDATE", [info.name]
+                ).fetchone()
+                if _exists(connection, f"calmclip_c{old}"):
+                    connection.execute(f"LOCK TABLE calmclip_c{old} IN SHARE ROW EXCLUSIVE MODE")
+                (number,) = connection.execute(
+                    f"UPDATE calmclip_collections SET (number, {COLUMNS}) = (DEFAULT, %s, %s, %s, %s, %s) "
+                    "WHERE name = %s RETURNING number",
+                    [*_values(info), info.name],
+                ).fetchone()
+            for statement in _table(number, info.dim):
+                connection.execute(statement)
+            with connection.cursor().copy(
+                f"COPY calmclip_c{number} (id, vector, meta, text, picture) FROM STDIN (FORMAT BINARY)"
+            ) as copy:
+                copy.set_types(["text", "bytea", "bytea", "text", "bytea"])
+                for some in rows:
+                    for row in some:
+                        copy.write_row(_binary(row, info))
+            for statement in _indexes(number, info.dim).values():
+                connection.execute(statement)
+            connection.execute(f"ANALYZE calmclip_c{number}")
+            if old is not None:
+                _drop(connection, old)
+        return PgTable(self._server, number, info)
 
     def open(self, name: str) -> Table:
         with self._server.connection() as connection:
             entry = connection.execute(
-                "SELECT number, model, digest, dim, created FROM calmclip_collections WHERE name = %s", [name]
+                f"SELECT number, {COLUMNS} FROM calmclip_collections WHERE name = %s", [name]
             ).fetchone()
         if entry is None:
             raise CollectionNotFound(f"there is no collection {name!r}")
         number, *info = entry
-        return PgTable(self._server, number, Info(name, *info))
+        return PgTable(self._server, number, Info(name, *info), self._read_only)
 
     def drop(self, name: str) -> None:
+        refuse_writes(self._read_only)
         with self._server.connection() as connection, connection.transaction():
             deleted = connection.execute("DELETE FROM calmclip_collections WHERE name = %s RETURNING number", [name])
             for (number,) in deleted.fetchall():
-                connection.execute(f"DROP TABLE calmclip_c{number}")
+                _drop(connection, number)
 
     def close(self) -> None:
         self._server.close()
+
+    def _prepare(self) -> None:
+        with self._server.connection() as connection, connection.transaction():
+            if self._read_only:
+                if not _exists(connection, ENTRIES):
+                    raise CollectionNotFound(f"the database {self._server} has no collections")
+                return
+            connection.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
+            self._extension(connection)
+            if not _exists(connection, ENTRIES):
+                connection.execute(SCHEMA)
+            self._count_on(connection)
+
+    def _count_on(self, connection: Any) -> None:
+        """Half a restore may leave tables without an entry, or a counter that would give their numbers again."""
+        tables = connection.execute(
+            "SELECT substr(relname, 11)::bigint FROM pg_class WHERE relname ~ '^calmclip_c[0-9]+$' AND relkind = 'r' "
+            "AND pg_table_is_visible(oid)"
+        ).fetchall()
+        entries = connection.execute("SELECT number FROM calmclip_collections").fetchall()
+        for (number,) in sorted({*tables} - {*entries}):
+            log.warning("%s: the table calmclip_c%s belongs to no collection; is it half a restore?", self, number)
+        connection.execute(
+            "SELECT setval(name, %s) FROM (SELECT pg_get_serial_sequence('calmclip_collections', 'number') AS name) "
+            "AS counter WHERE coalesce(pg_sequence_last_value(name::regclass), 0) < %s",
+            [last := max([number for (number,) in [*tables, *entries]], default=0), last],
+        )
 
     def _extension(self, connection: Any) -> None:
         query = "SELECT extversion FROM pg_extension WHERE extname = 'vector'"
@@ -142,19 +238,23 @@ class PgTable:
     _server: "_Server" = field(repr=False)
     _number: int
     info: Info
+    _read_only: bool = field(default=False, compare=False)
     _rows: int | None = field(default=None, compare=False)  # at the last count; decides how to search
 
     def upsert(self, rows: Sequence[Row]) -> None:
+        refuse_writes(self._read_only)
         statement = (
-            f"INSERT INTO {self._name} (id, vector, meta) VALUES (%s, %s, %s) "
-            "ON CONFLICT (id) DO UPDATE SET vector = excluded.vector, meta = excluded.meta"
+            f"INSERT INTO {self._name} (id, vector, meta, text, picture) VALUES (%s, %s, %s, %s, %s) "
+            "ON CONFLICT (id) DO UPDATE SET "
+            "vector = excluded.vector, meta = excluded.meta, text = excluded.text, picture = excluded.picture"
         )
         ordered = sorted(rows, key=lambda row: row.id)  # all writers lock rows in one order, or they may deadlock
-        values = [(row.id, _text(row.vector), _json(row.meta)) for row in ordered]
+        values = [(row.id, _text(row.vector), _json(row.meta), *_original(row, self.info)) for row in ordered]
         with self._open() as connection, connection.transaction():
             connection.cursor().executemany(statement, values)
 
     def delete(self, ids: Sequence[str]) -> int:
+        refuse_writes(self._read_only)
         with self._open() as connection:
             count: int = connection.execute(f"DELETE FROM {self._name} WHERE id = ANY(%s)", [list(ids)]).rowcount
         return count
@@ -173,10 +273,10 @@ class PgTable:
                 candidates = max(MIN_CANDIDATES, OVERSAMPLING * top_k)
                 connection.execute(f"SET LOCAL hnsw.ef_search = {candidates}")
                 connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")  # past dead rows
-                dim = self.info.dim
+                half = f"halfvec({self.info.dim})"
                 rows = connection.execute(
-                    f"SELECT id, meta::text, 1 - (vector <=> %s::vector) AS score FROM (SELECT * FROM {self._name} "
-                    f"ORDER BY vector::halfvec({dim}) <=> %s::halfvec({dim}) LIMIT %s) AS proposed "
+                    "SELECT id, meta::text, 1 - (vector <=> %s::vector) AS score FROM (SELECT id, vector, meta "
+                    f"FROM {self._name} ORDER BY vector::{half} <=> %s::{half} LIMIT %s) AS proposed "
                     "ORDER BY score DESC LIMIT %s",
                     [query, query, candidates, top_k],
                 )
@@ -198,6 +298,55 @@ class PgTable:
 
     def compact(self) -> None:
         """Nothing to do: autovacuum compacts tables."""
+        refuse_writes(self._read_only)
+
+    def rows(self) -> Iterator[list[Row]]:
+        """From a read-only transaction of one snapshot, through a cursor of the server."""
+        with self._open() as connection, connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            (largest,) = connection.execute(
+                f"SELECT coalesce(max(greatest(octet_length(text), octet_length(picture))), 0) FROM {self._name}"
+            ).fetchone()  # PostgreSQL knows the lengths without reading the values
+            size = max(1, min(BATCH_ROWS, BATCH_BYTES // (largest + 4 * self.info.dim)))
+            with connection.cursor(name="calmclip_rows", binary=True) as cursor:
+                cursor.execute(f"SELECT id, vector_send(vector), meta::text, text, picture FROM {self._name}")
+                while batch := cursor.fetchmany(size):
+                    yield [
+                        Row(id_, _vector(vector), _meta(meta), text if picture is None else bytes(picture))
+                        for id_, vector, meta, text, picture in batch
+                    ]
+
+    def verify(self) -> None:
+        """The table, its columns and its primary key are there, and PostgreSQL can count its rows. A missing or invalid
+        index is built again, unless the store is read-only: answers do not need it.
+
+        PostgreSQL detects flipped bits in a page that it reads if its cluster has data_checksums.
+        """
+        with self._open() as connection, connection.transaction():
+            self._verify(connection)
+
+    def _verify(self, connection: Any) -> None:
+        if not _exists(connection, self._name):
+            raise self._damaged("the table is missing, and calmclip_collections has an entry for it")
+        columns = dict(connection.execute(COLUMN_TYPES, [self._name]).fetchall())
+        for column, expected in {**TYPES, "vector": f"vector({self.info.dim}) NOT NULL"}.items():
+            if columns.get(column) != expected:
+                raise self._damaged(f"the column {column} is {columns.get(column, 'missing')}; expected {expected}")
+        valid = dict(connection.execute(INDEXES, [self._name]).fetchall())
+        if not valid.get("PRIMARY KEY"):
+            raise self._damaged("it has no valid primary key, which a restore adds last")
+        if not self._read_only:
+            for name, statement in _indexes(self._number, self.info.dim).items():
+                if not valid.get(name):
+                    log.warning("collection %s: the index %s is missing or invalid; it is built", self.info.name, name)
+                    connection.execute("SELECT pg_advisory_xact_lock(%s, %s)", [LOCK, self._number % 2**31])
+                    if not dict(connection.execute(INDEXES, [self._name]).fetchall()).get(name):
+                        connection.execute(f"DROP INDEX IF EXISTS {name}")
+                        connection.execute(statement)
+        connection.execute(f"SELECT count(*) FROM {self._name}")
+
+    def _damaged(self, reason: str) -> CollectionDamaged:
+        return CollectionDamaged(f"the table {self._name} of {self.info.name!r} is damaged: {reason}")
 
     @property
     def _name(self) -> str:
@@ -211,15 +360,32 @@ class PgTable:
     @contextmanager
     def _open(self) -> Iterator[Any]:
         try:
-            with self._server.connection() as connection:
+            with self._server.connection() as connection, _data_errors():
                 yield connection
         except errors.UndefinedTable:
-            raise CollectionNotFound(f"collection {self.info.name!r} was deleted by another service") from None
-        except psycopg.DataError:
-            raise BadRequest(
-                "PostgreSQL cannot store NUL characters or numbers out of its range; an id, the metadata or the filter "
-                "has one"
-            ) from None
+            raise self._gone() from None
+
+    def _gone(self) -> CalmclipError:
+        """Why there is no table of this number."""
+        query = "SELECT number FROM calmclip_collections WHERE name = %s"
+        with self._server.connection() as connection:
+            entry = connection.execute(query, [self.info.name]).fetchone()
+        if entry is None:
+            return CollectionNotFound(f"collection {self.info.name!r} was deleted by another service")
+        if entry[0] == self._number:
+            return self._damaged("the table is missing, and calmclip_collections has an entry for it")
+        return Overloaded(f"collection {self.info.name!r} was just replaced; try again in a second", reason="replaced")
+
+
+@contextmanager
+def _data_errors() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.DataError:
+        raise BadRequest(
+            "PostgreSQL cannot store NUL characters or numbers out of its range; an id, a text, the metadata or the "
+            "filter has one"
+        ) from None
 
 
 class _Server:
@@ -263,10 +429,14 @@ class _Server:
 
     @contextmanager
     def connection(self) -> Iterator[Any]:
-        """Raises `StoreUnavailable`; an uncommitted transaction is then lost."""
+        """Raises `StoreUnavailable` and `CollectionDamaged`; an uncommitted transaction is then lost."""
         try:
             with self._pool.connection() as connection:
                 yield connection
+        except errors.DiskFull as error:
+            raise StoreFull(f"no space is left for the database {self}: {_reason(error)}; make room") from None
+        except DAMAGES as error:
+            raise CollectionDamaged(f"the database {self} is damaged: {_reason(error)}") from None
         except (psycopg.OperationalError, psycopg.InterfaceError, errors.ReadOnlySqlTransaction) as error:
             log.warning("the database %s failed: %s", self, _reason(error))
             raise StoreUnavailable(f"the database {self} does not answer; try again in a few seconds") from None
@@ -279,18 +449,61 @@ def _configure(connection: Any) -> None:
     connection.execute("SET synchronous_commit = on")  # overrides the server: an acknowledged commit is on disk
 
 
-def _table(number: int, dim: int) -> Iterator[str]:
-    """The statements that create a table.
+def _entered(connection: Any, info: Info) -> int | None:
+    """The number of a new entry, or None if the name has one."""
+    inserted = connection.execute(
+        f"INSERT INTO calmclip_collections (name, {COLUMNS}) VALUES (%s, %s, %s, %s, %s, %s) "
+        "ON CONFLICT (name) DO NOTHING RETURNING number",
+        [info.name, *_values(info)],
+    ).fetchone()
+    return inserted[0] if inserted else None
 
-    PLAIN keeps vectors in the table's own pages, which a search of all rows reads. `fastupdate` is off because a filter
-    would otherwise scan the list of recent writes for each of its values.
+
+def _values(info: Info) -> tuple[Any, ...]:
+    return tuple(getattr(info, column) for column in COLUMNS.split(", "))
+
+
+def _exists(connection: Any, table: str) -> bool:
+    (oid,) = connection.execute("SELECT to_regclass(%s)", [table]).fetchone()
+    return oid is not None
+
+
+def _drop(connection: Any, number: int) -> None:
+    """Waits until no reader has the table open. New readers would queue behind a waiting DROP, so it waits briefly and
+    tries again."""
+    while True:
+        try:
+            with connection.transaction():
+                connection.execute(f"SET LOCAL lock_timeout = {LOCK_WAIT_MS}")
+                connection.execute(f"DROP TABLE IF EXISTS calmclip_c{number}")
+            return
+        except errors.LockNotAvailable:
+            time.sleep(LOCK_WAIT_MS / 1000)
+
+
+def _table(number: int, dim: int) -> Iterator[str]:
+    """The statements that create a table without the indexes of `_indexes`.
+
+    PLAIN keeps vectors in the table's own pages, which a search of all rows reads. EXTERNAL keeps pictures out of them.
     """
     name = f"calmclip_c{number}"
-    yield f'CREATE TABLE {name} (id text COLLATE "C" PRIMARY KEY, vector vector({dim}) NOT NULL, meta jsonb NOT NULL)'
+    yield (
+        f'CREATE TABLE {name} (id text COLLATE "C" PRIMARY KEY, vector vector({dim}) NOT NULL, meta jsonb NOT NULL, '
+        "text text, picture bytea)"
+    )
     yield f"ALTER TABLE {name} ALTER COLUMN vector SET STORAGE {'PLAIN' if dim <= 1536 else 'EXTERNAL'}"
-    yield f"CREATE INDEX {name}_meta ON {name} USING gin (meta jsonb_path_ops) WITH (fastupdate = off)"
+    yield f"ALTER TABLE {name} ALTER COLUMN picture SET STORAGE EXTERNAL"
+
+
+def _indexes(number: int, dim: int) -> dict[str, str]:
+    """Name -> statement. `fastupdate` is off because a filter would otherwise scan the list of recent writes for each
+    of its values."""
+    name = f"calmclip_c{number}"
+    meta, near = f"{name}_meta", f"{name}_near"
+    indexes = {meta: f"CREATE INDEX {meta} ON {name} USING gin (meta jsonb_path_ops) WITH (fastupdate = off)"}
     if dim <= MAX_INDEXED_DIM:
-        yield f"CREATE INDEX ON {name} USING hnsw ((vector::halfvec({dim})) halfvec_cosine_ops)"
+        indexes[near] = f"CREATE INDEX {near} ON {name} USING hnsw ((vector::halfvec({dim})) halfvec_cosine_ops)"
+    return indexes
 
 
 def _where(conditions: Sequence[Condition]) -> tuple[str, list[Any]]:
@@ -317,7 +530,17 @@ def _condition(condition: Condition) -> tuple[str, list[Any]]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_exact(value), ensure_ascii=False, allow_nan=False)
+
+
+def _exact(value: Any) -> Any:
+    """``value`` with its whole floats beyond 2^53 as integers: Python writes a float with 17 digits at most, and jsonb
+    would pad them with zeros, which is another number."""
+    if isinstance(value, dict):
+        return {key: _exact(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_exact(inner) for inner in value]
+    return int(value) if isinstance(value, float) and abs(value) > 2**53 else value
 
 
 def _meta(text: str) -> dict[str, Any]:
@@ -333,6 +556,29 @@ def _number(digits: str) -> int | float:
 
 def _text(vector: Array) -> str:
     return "[" + ",".join(map(repr, np.asarray(vector, np.float32).tolist())) + "]"
+
+
+def _original(row: Row, info: Info) -> tuple[str | None, bytes | None]:
+    original = row.original if info.originals else None
+    return (original, None) if isinstance(original, str) else (None, original)
+
+
+def _binary(row: Row, info: Info) -> tuple[Any, ...]:
+    """The values of `COPY … (FORMAT BINARY)`: pgvector's and jsonb's own formats as bytes."""
+    vector = np.asarray(row.vector, ">f4")
+    text, picture = _original(row, info)
+    return (
+        row.id,
+        struct.pack(">hh", len(vector), 0) + vector.tobytes(),
+        b"\x01" + _json(row.meta).encode(),
+        text,
+        picture,
+    )
+
+
+def _vector(data: bytes) -> Array:
+    """pgvector's binary format -> float32 [dim]."""
+    return np.frombuffer(data, ">f4", offset=4).astype(np.float32)
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,5 @@
-"""Search of a collection: recall of the ten nearest rows and latency of every method, in turns.
+"""Search of a collection: recall of the ten nearest rows and latency of every method, in turns; time of `verify` and
+`rows`.
 
     python -m tests.bench.search [--pictures DIR] [--bundle models/bundles/mini-int8] [--rows 100000] [--dim 512]
         [--postgres postgresql://…]
@@ -139,6 +140,12 @@ def filled(table: Table, vectors: Array, name: str) -> Table:
     table.compact()
     table.count()
     print(f"{name}: written in {written - start:.1f} s, tidied up in {perf_counter() - written:.1f} s", flush=True)
+    start = perf_counter()
+    table.verify()
+    print(f"{name}: verified in {(perf_counter() - start) * 1000:.0f} ms", flush=True)
+    start = perf_counter()
+    count = sum(map(len, table.rows()))
+    print(f"{name}: {count} rows read out in {perf_counter() - start:.1f} s", flush=True)
     return table
 
 

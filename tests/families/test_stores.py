@@ -4,14 +4,18 @@ import json
 import operator
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from calmclip.models.errors import BadRequest, UnknownName
+from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, UnknownName
 from calmclip.service import quantized
-from calmclip.service.stores import STORES, Condition, Info, Row, open_store
+from calmclip.service.stores import STORES, Condition, Info, Row, lancedb, open_store
 
 INFO = Info("photos", "tiny-int8", "ab" * 32, 4, "2026-01-01T00:00:00+00:00")
 AXES = np.eye(4, dtype=np.float32)
@@ -27,9 +31,14 @@ def url(request, tmp_path):
 
 @pytest.fixture
 def opened():
-    """`open_store`; the stores are closed at the end of the test."""
+    """`open_store`, as after a restart: it closes the store that it opened before. The last is closed at the end."""
     with ExitStack() as stack:
-        yield lambda url: stack.enter_context(closing(open_store(url)))
+
+        def reopened(url):
+            stack.close()
+            return stack.enter_context(closing(open_store(url)))
+
+        yield reopened
 
 
 def test_every_store_is_under_test():
@@ -195,7 +204,10 @@ for i in range(10_000):
 """
 
 
-def test_a_killed_writer_leaves_every_acknowledged_row(url, table, opened):
+def test_a_killed_writer_leaves_every_acknowledged_row(url, opened):
+    store = opened(url)
+    store.create(INFO)
+    store.close()
     with subprocess.Popen([sys.executable, "-c", WRITER, url], stdout=subprocess.PIPE, text=True) as writer:
         acknowledged = [int(writer.stdout.readline()) for _ in range(15)]
         writer.kill()
@@ -204,3 +216,220 @@ def test_a_killed_writer_leaves_every_acknowledged_row(url, table, opened):
     stored = {item.meta["n"] for item in again.page(None, 10_000)}
     assert stored >= set(acknowledged), json.dumps(sorted(stored))
     again.upsert([Row("after", AXES[0])])
+
+
+KEPT = replace(INFO, originals=True)
+ORIGINALS = ["dünes «x»\n", b"\xff\xd8\x00\x01", "", b"", None]
+
+
+def all_rows(table):
+    """id -> (vector, meta, original)."""
+    rows = [row for batch in table.rows() for row in batch]
+    stored = {row.id: (row.vector.tolist(), row.meta, row.original) for row in rows}
+    assert len(stored) == len(rows)
+    return stored
+
+
+def test_originals_are_kept_replaced_and_deleted_with_their_rows(url, opened):
+    table = opened(url).create(KEPT)
+    assert table.info.originals
+    table.upsert([Row(f"{i}", AXES[i % 4], {"n": i}, original) for i, original in enumerate(ORIGINALS)])
+    table.upsert([Row("0", AXES[1], {}, b"picture"), Row("1", AXES[2])])
+    table.delete(["4"])
+    table.compact()
+    wanted = {
+        "0": (AXES[1].tolist(), {}, b"picture"),
+        "1": (AXES[2].tolist(), {}, None),
+        "2": (AXES[2].tolist(), {"n": 2}, ""),
+        "3": (AXES[3].tolist(), {"n": 3}, b""),
+    }
+    assert all_rows(table) == wanted
+    assert all_rows(opened(url).open("photos")) == wanted
+
+
+def test_a_collection_without_originals_stores_none(table):
+    table.upsert([Row("a", AXES[0], {"n": 1}, "text"), Row("b", AXES[1], {}, b"picture")])
+    assert all_rows(table) == {"a": (AXES[0].tolist(), {"n": 1}, None), "b": (AXES[1].tolist(), {}, None)}
+    table.verify()
+
+
+def test_rows_come_in_batches_of_bounded_bytes(url, opened, monkeypatch):
+    for module in (lancedb, "calmclip.service.stores.pgvector"):
+        monkeypatch.setattr(f"{getattr(module, '__name__', module)}.BATCH_BYTES", 100_000)
+        monkeypatch.setattr(f"{getattr(module, '__name__', module)}.BATCH_ROWS", 500)
+    store = opened(url)
+    table = store.create(KEPT)
+    table.upsert([Row(f"{i:04}", AXES[i % 4]) for i in range(1200)])
+    assert [len(batch) for batch in table.rows()] == [500, 500, 200]
+    noise = np.random.default_rng(0)
+    large = store.replace(KEPT, [[Row(f"{i:04}", AXES[i % 4], {}, noise.bytes(20_000)) for i in range(50)]])
+    sizes = [len(batch) for batch in large.rows()]
+    assert sum(sizes) == 50
+    assert max(sizes) <= 5
+
+
+def test_rows_are_one_snapshot_whatever_is_written_meanwhile(url, table, monkeypatch):
+    monkeypatch.setattr(lancedb, "VERSION_AGE", timedelta(0))
+    monkeypatch.setattr(lancedb, "CLOCK_MARGIN", timedelta(seconds=0.5))
+    for module in (lancedb, "calmclip.service.stores.pgvector"):
+        monkeypatch.setattr(f"{getattr(module, '__name__', module)}.BATCH_ROWS", 10)
+    for start in range(0, 300, 5):  # in more files than are opened ahead of the reader
+        table.upsert([Row(f"{i:03}", AXES[i % 4], {"n": i}) for i in range(start, start + 5)])
+    batches = table.rows()
+    first = next(batches)
+    for turn in range(3):
+        table.upsert([Row(f"{i:03}", AXES[0], {"n": -1}) for i in range(turn, 300, 3)])
+        table.upsert([Row(f"new{turn}", AXES[0])])
+        table.delete([f"{i:03}" for i in range(turn, 300, 7)])
+        time.sleep(0.6)
+        table.compact()
+    rows = first + [row for batch in batches for row in batch]
+    assert sorted(row.meta["n"] for row in rows) == list(range(300))
+    now = {item.id for item in table.page(None, 1000)}
+    assert all_rows(table).keys() == now
+    unfinished = table.rows()
+    next(unfinished)
+    unfinished.close()
+    monkeypatch.setattr(lancedb, "CLOCK_MARGIN", timedelta(0))
+    table.compact()
+    assert all_rows(table).keys() == now
+    if url.startswith("lancedb:"):
+        folder = Path(url.removeprefix("lancedb:"))
+        assert not [*folder.glob("calmclip-rows-*"), *folder.glob("*/_refs/tags/*")]
+        assert len([*folder.glob("*/_versions/*.manifest")]) == 1  # nothing holds older versions any more
+
+
+def test_replace_changes_rows_and_info_at_once(url, table, opened):
+    table.upsert([Row(str(i), AXES[i % 4], {"n": i}) for i in range(50)])
+    store = opened(url)
+    old = store.open("photos")
+    info = Info("photos", "other", "cd" * 32, 3, "2026-02-01T00:00:00+00:00", originals=True)
+    three = np.eye(3, dtype=np.float32)
+
+    def embedded():
+        for batch in old.rows():
+            yield [Row(row.id, three[row.meta["n"] % 3], row.meta, f"text {row.id}") for row in batch]
+            assert store.open("photos").count() == 50
+            assert store.open("photos").info == INFO
+
+    new = store.replace(info, embedded())
+    wanted = {str(i): (three[i % 3].tolist(), {"n": i}, f"text {i}") for i in range(50)}
+    assert all_rows(new) == wanted
+    for again in (new, store.open("photos"), opened(url).open("photos")):
+        assert again.info == info
+    again.verify()
+    again.upsert([Row("0", three[1], {"n": 0}), Row("new", three[2])])
+    assert again.count() == 51
+    again.compact()
+    assert ids(again.search(three[2], 1, [Condition("n", "in", (2,))])) == ["2"]
+    assert all_rows(again)["0"] == (three[1].tolist(), {"n": 0}, None)
+
+
+def test_replace_creates_a_collection(url, opened):
+    store = opened(url)
+    batches = [[Row(f"{turn}{i}", AXES[i], {"n": i}) for i in range(4)] for turn in range(3)]
+    table = store.replace(INFO, [*batches, []])
+    assert store.names() == ["photos"]
+    assert table.count() == 12
+    assert store.replace(INFO, []).count() == 0
+    store.open("photos").verify()
+
+
+class Broke(Exception): ...
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_replace_that_fails_leaves_the_old_collection(url, opened, exists):
+    store = opened(url)
+    if exists:
+        table = store.create(INFO)
+        table.upsert([Row("a", AXES[0], {"n": 1})])
+
+    def rows():
+        yield [Row(str(i), AXES[0]) for i in range(5000)]
+        raise Broke("the picture is broken")
+
+    with pytest.raises(Broke, match=r"^the picture is broken$"):
+        store.replace(KEPT, rows())
+    store = opened(url)
+    assert store.names() == ["photos"] * exists
+    if exists:
+        table = store.open("photos")
+        assert table.info == INFO
+        assert all_rows(table) == {"a": (AXES[0].tolist(), {"n": 1}, None)}
+        table.compact()
+        table.verify()
+        if url.startswith("lancedb:"):  # the rows that were written are gone
+            assert sum(path.stat().st_size for path in Path(url.removeprefix("lancedb:")).rglob("data/*")) < 5000
+
+
+REPLACER = """
+import sys, numpy as np
+from dataclasses import replace
+from calmclip.service.stores import Row, open_store
+store = open_store(sys.argv[1])
+axes = np.eye(4, dtype=np.float32)
+def rows(count):
+    for start in range(0, count, 1000):
+        print("rows", flush=True)
+        yield [Row(f"{i:06}", axes[i % 4], {"n": i}, "x" * 100) for i in range(start, start + 1000)]
+info = store.open("photos").info
+for turn in range(10_000):
+    store.replace(replace(info, model=f"turn {turn}", originals=True), rows(3000))
+    print("done", turn, flush=True)
+"""
+
+
+@pytest.mark.parametrize("lines", [2, 9])
+def test_a_killed_replace_leaves_the_old_rows_or_the_new_ones(url, opened, lines):
+    store = opened(url)
+    table = store.create(INFO)
+    table.upsert([Row(f"{i:06}", AXES[0], {"n": -1}) for i in range(100)])
+    store.close()
+    with subprocess.Popen([sys.executable, "-c", REPLACER, url], stdout=subprocess.PIPE, text=True) as writer:
+        heard = [writer.stdout.readline().split() for _ in range(lines)]
+        writer.kill()
+        heard += [line.split() for line in writer.stdout]
+    finished = [int(words[1]) for words in heard if words[:1] == ["done"]]
+    store = opened(url)
+    assert store.names() == ["photos"]
+    table = store.open("photos")
+    table.verify()
+    rows = all_rows(table)
+    if table.info == INFO:
+        assert not finished
+        assert {row[1]["n"] for row in rows.values()} == {-1}
+        assert len(rows) == 100
+    else:
+        assert int(table.info.model.split()[1]) - max(finished, default=-1) in (0, 1)
+        assert {row[1]["n"] for row in rows.values()} == set(range(3000))
+    table.upsert([Row("after", AXES[0])])
+    table.compact()
+    assert table.count() == len(rows) + 1
+
+
+def test_a_store_that_is_opened_for_reading_refuses_writes_and_creates_nothing(url, table, tmp_path):
+    table.upsert([Row("a", AXES[0])])
+    with closing(open_store(url, read_only=True)) as store:  # beside the one that writes
+        reader = store.open("photos")
+        table.upsert([Row("b", AXES[1])])
+        assert reader.count() == 2
+        assert ids(reader.search(AXES[1], 1)) == ["b"]
+        for write in (
+            lambda: reader.upsert([Row("c", AXES[0])]),
+            lambda: reader.delete(["a"]),
+            lambda: store.create(INFO),
+            lambda: store.replace(INFO, []),
+            lambda: store.drop("photos"),
+        ):
+            with pytest.raises(CollectionError, match="opened for reading"):
+                write()
+    with pytest.raises(CollectionNotFound, match="there is no folder"):
+        open_store(f"lancedb:{tmp_path / 'nowhere'}", read_only=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_is_not_there_is_not_found(url, opened):
+    store = opened(url)
+    with pytest.raises(CollectionNotFound, match="'nothing'"):
+        store.open("nothing")

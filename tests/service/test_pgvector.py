@@ -7,7 +7,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, StoreUnavailable
+from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, Overloaded, StoreUnavailable
 from calmclip.service import collections
 from calmclip.service.stores import Condition, Info, Row, open_store, redacted
 from tests.asking import until
@@ -113,14 +113,14 @@ def test_the_service_waits_for_a_server_that_starts_later(postgres, settings, se
     postgres.stop()
     try:
         with caplog.at_level(logging.INFO), serve(settings(store=url), ready=False) as client:
-            until(lambda: client.get("/readyz").json().get("failed"))
+            until(lambda: "does not answer" in client.get("/readyz").json().get("degraded", {}).get("collections", ""))
             ready = client.get("/readyz")
-            assert ready.status_code == 503
-            assert "does not answer" in ready.json()["failed"]["collections"]
+            assert ready.status_code == 200
+            assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
             answer = client.get("/v1/collections")
             assert (answer.status_code, answer.json()["type"]) == (503, "/problems/store-unavailable")
             postgres.start()
-            until(lambda: client.get("/readyz").status_code == 200)
+            until(lambda: client.get("/readyz").json()["degraded"] == {})
             assert put(client, ("r", "red")).status_code == 200
             assert "hush" not in ready.text + answer.text + caplog.text
     finally:
@@ -130,7 +130,7 @@ def test_the_service_waits_for_a_server_that_starts_later(postgres, settings, se
 
 def test_services_with_a_common_store_see_all_collections_at_once(postgres, settings, serve, bundle_maker, tmp_path):
     store = f"pgvector:{postgres.database()}"
-    bundle_maker(tmp_path / "other", note="trained longer")
+    bundle_maker(tmp_path / "other", mean=(0.5, 0, 0))
     with serve(settings(store=store)) as first, serve(settings(store=store)) as second:
         assert put(first, ("r", "red")).status_code == 200
         assert find(second, "red") == ["r"]
@@ -161,6 +161,9 @@ def test_a_table_that_another_service_drops_meanwhile_is_not_found(postgres):
         ):
             with pytest.raises(CollectionNotFound, match="'c' was deleted by another service"):
                 use()
+        store.replace(Info("c", "m", "e", 2, ""), [])
+        with pytest.raises(Overloaded, match="just replaced; try again"):
+            table.upsert([Row("a", vector, {})])
 
 
 def test_a_filter_by_value_is_answered_by_the_index_of_the_metadata(postgres):
