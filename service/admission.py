@@ -16,6 +16,34 @@ from calmclip.service.throughput import Throughput
 # A request is admitted if its estimated time is at most this share of its time left. The estimate is a mean, so half of
 # the requests that just fit would be late.
 DEADLINE_SHARE = 0.5
+HASTE_REQUESTS = 32  # over so many requests the mean of their haste fades
+
+
+class TaskGate:
+    """The deadline's gate of one task. ``now``: a clock in seconds.
+
+    A request's haste is 1 over the seconds that it has left. The mean over all that ask, refused ones included, says
+    what deadline the gate must meet: few requests with long deadlines do not hide many with short ones.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.throughput = Throughput(now)
+        self._haste = 0.0  # 1/s
+
+    def ask(self, left_s: float) -> None:
+        haste = 1 / max(left_s, 1e-3)
+        self._haste += (haste - self._haste) / HASTE_REQUESTS if self._haste else haste
+
+    def fits(self, left_s: float) -> bool:
+        """Whether one more request would be done in its time. A request alone always passes: else a throughput that was
+        slow once would stay slow."""
+        alone = not self.throughput.in_flight
+        return alone or self.throughput.seconds_for(self.throughput.in_flight + 1) <= DEADLINE_SHARE * left_s
+
+    def admissible(self, most: int) -> int:
+        """How many requests the gate would admit at once at the present rate, 1 .. ``most``."""
+        rate = self.throughput.rate
+        return max(1, min(most, int(DEADLINE_SHARE * rate / self._haste))) if rate and self._haste else most
 
 
 class Reservation:
@@ -77,13 +105,21 @@ class Admission:
         self.leaving = False  # the service shuts down but still serves; `/readyz` answers 503
         self.closed = False  # no new request is admitted
         self.throughput = Throughput(now)
-        self._by_task: defaultdict[str, Throughput] = defaultdict(lambda: Throughput(now))
+        self._by_task: defaultdict[str, TaskGate] = defaultdict(lambda: TaskGate(now))
         self._max_body = settings.limits.body_bytes
 
     @property
     def pending(self) -> int:
         """Requests in flight."""
         return self.throughput.in_flight
+
+    def task_pending(self, task: str) -> int:
+        """Requests of ``task`` in flight."""
+        return self._by_task[task].throughput.in_flight
+
+    def task_admissible(self, task: str) -> int:
+        """How many requests of ``task`` would be admitted at once now: all gates but bytes and pixels."""
+        return self._by_task[task].admissible(self.max_pending)
 
     def concurrent(self) -> bool:
         """Whether several requests are in flight, so that calls may come which can be merged."""
@@ -100,11 +136,12 @@ class Admission:
         """
         if self.closed:
             raise self.overloaded("leaving", "the service is shutting down")
+        gate, throughput = self._by_task[task], self._by_task[task].throughput
+        gate.ask(left_s)
         if self.pending >= self.max_pending:
             raise self.overloaded("requests", f"{self.pending} requests are in flight, the most allowed")
-        throughput = self._by_task[task]
-        needed = throughput.seconds_for(throughput.in_flight + 1)
-        if throughput.in_flight and needed > DEADLINE_SHARE * left_s:
+        if not gate.fits(left_s):
+            needed = throughput.seconds_for(throughput.in_flight + 1)
             raise self.overloaded(
                 "deadline",
                 f"this request would take {needed:.1f} s behind {throughput.in_flight} requests in flight, "

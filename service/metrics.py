@@ -62,6 +62,10 @@ class Metrics:
         self.queue_limit = gauge("queue_limit", "Limit of queue_depth.", "model", "graph")
         self.pending = gauge("requests_pending", "Requests in flight.")
         self.pending_limit = gauge("requests_limit", "Limit of requests_pending.")
+        text = "Requests of a task in flight."
+        self.task_pending = gauge("task_requests_pending", text, "task")
+        text = "Requests of a task that would be admitted at once at the present rate."
+        self.task_admissible = gauge("task_requests_admissible", text, "task")
         self.pending_bytes = gauge("pending_bytes", "Bytes of the bodies of requests in flight, as announced.")
         self.pending_bytes_limit = gauge("pending_bytes_limit", "Limit of pending_bytes.")
         self.pending_pixels = gauge("pending_pixels", "Pixels of the pictures of requests in flight.")
@@ -87,7 +91,11 @@ class Metrics:
         text = "Box-label pairs before suppression."
         self.candidates = histogram("detections_candidates", text, "model", buckets=BOX_EDGES)
         self.ready = gauge("ready", "1 if /readyz answers 200.")
+        text = "Replicas that this deployment should have at least."
+        self.replicas_expected = gauge("replicas_expected", text)
         self.failed = gauge("failed", "Bundles or collections that do not open.", "kind")
+        text = "Collections whose embedding no loaded bundle has."
+        self.collections_unbound = gauge("collections_unbound", text)
         self.info = gauge("bundle_info", "1 for a loaded bundle.", "model", "sha256", "precision", "ops")
         self.build = gauge("build_info", "1 for this version.", "version")
         self.build.labels(calmclip.__version__).set(1)
@@ -101,6 +109,11 @@ class Metrics:
         self.collection_items = gauge("collection_items", "Items of a collection.", "collection")
         text = "Time of this service's last write."
         self.last_commit = gauge("collection_last_commit_timestamp_seconds", text, "collection")
+        text = "Memory of the service's control group, without files that the kernel may drop."
+        self.memory = gauge("memory_bytes", text, "source")
+        self.memory_limit = gauge("memory_limit_bytes", "Limit of memory_bytes.", "source")
+        self.disk_free = gauge("disk_free_bytes", "Bytes that the service may still write to a folder.", "folder")
+        self.disk_size = gauge("disk_size_bytes", "Bytes of the folder's file system.", "folder")
         self.slo_latency = gauge("slo_latency_seconds", "The objective's latency.")
         self.slo_target = gauge("slo_target_ratio", "The objective's share of requests within that latency.")
         self.slo_latency.set(slo_s)

@@ -21,6 +21,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from calmclip.service.parts import Service
+from calmclip.service.probes import Probes
 
 POLL_S = 0.02
 HEAD_S = 10.0
@@ -149,14 +150,18 @@ def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
 
 
 class Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, parts: Service) -> None:
+    def __init__(self, config: uvicorn.Config, parts: Service, probes: Probes | None = None) -> None:
         super().__init__(config)
         self.parts = parts
+        self.probes = probes
+        self._beating: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._finishing: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        if self.probes:
+            self._beating = self._loop.create_task(self.probes.beat(), name="beat")
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -47,10 +47,16 @@ class Throughput:
 
     @property
     def rate(self) -> float:
-        """Requests per second; 0 until a first request has finished."""
+        """Requests per second; 0 while it is unknown.
+
+        If the first requests all miss their deadlines, none finishes. Then the rate is not unknown for ever: it is less
+        than one in all the time so far. Else the gate would go on to admit what cannot be done.
+        """
         self._update()
         seconds = self._busy_s + self._open_s
-        return self._finished / seconds if seconds else 0.0
+        if self._finished:
+            return self._finished / seconds if seconds else 0.0
+        return 1 / seconds if seconds > self._window_s else 0.0
 
     def seconds_for(self, count: float) -> float:
         """Estimated seconds for ``count`` requests; 0 while the rate is unknown."""

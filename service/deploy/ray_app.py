@@ -17,15 +17,14 @@ from ray.serve.config import BackpressureConfig
 
 from calmclip.models.errors import BadRequest
 from calmclip.service.app import create_app
-from calmclip.service.cli import log_lines
+from calmclip.service.logs import log_lines
 from calmclip.service.metrics import Replicas
-from calmclip.service.parts import Service
-from calmclip.service.settings import Settings
+from calmclip.service.parts import Service, check_replicas
+from calmclip.service.settings import Settings, from_environment
 
 POLL_S = 0.05
 ROOM = 4  # requests that Ray sends to a replica, per request that the replica admits
 REPORTS = "RAY_USAGE_STATS_ENABLED"
-OWNED = "lancedb"  # the store that one process owns
 
 
 class Args(BaseModel):
@@ -52,10 +51,10 @@ class Replica:
         """Wait until the bundles are loaded; Ray calls this before the first request, too.
 
         Ray replaces a replica that fails, so this fails only if a new replica would do better. A database that does not
-        answer is no such case, although `/readyz` then answers 503.
+        answer is no such case.
         """
         parts: Service = self.app.state.service
-        while parts.hub.loading or parts.collections.loading:
+        while parts.hub.loading or parts.collections.delays_ready:
             await asyncio.sleep(POLL_S)
         if not parts.hub.ready:
             raise RuntimeError(f"the bundles do not load: {parts.hub.failed or 'none was found'}")
@@ -67,12 +66,12 @@ class Replica:
 
 
 def build(args: Args) -> Application:
-    """Raises `BadRequest` if the settings do not allow several replicas, or Ray."""
+    """Raises `BadRequest` for wrong settings, also if they do not allow several replicas, or Ray."""
     if REPORTS not in os.environ:
         raise BadRequest(
             f"Ray reports its usage to its developers; start it with --disable-usage-stats, or set {REPORTS} to 0 or 1"
         )
-    settings = Settings()
+    settings = from_environment()
     check(settings, args.max_replicas)
     settings = settings.model_copy(update={"threads": settings.cores})  # a replica uses the cores that it requests
 
@@ -103,11 +102,10 @@ def build(args: Args) -> Application:
 
 def check(settings: Settings, replicas: int) -> None:
     """Raises `BadRequest`."""
-    kind = settings.store_url.partition(":")[0]
-    if replicas > 1 and kind == OWNED:
+    check_replicas(settings, replicas)
+    if settings.probes_port is not None:
         raise BadRequest(
-            f"up to {replicas} replicas cannot share a store of {kind}, which belongs to one process; "
-            "set CALMCLIP_STORE to pgvector:postgresql://…, or max_replicas to 1"
+            f"CALMCLIP_PROBES_PORT is {settings.probes_port}, but a replica has no port of its own; leave it unset"
         )
     if settings.metrics_port is not None:
         raise BadRequest(

@@ -1,19 +1,23 @@
 """The Grafana dashboards, from the panels below: ``python -m calmclip.service.monitoring.dashboard`` writes `FILES`.
 
 Tests compare the files with this module, compare metrics and labels of the expressions with `calmclip.service.metrics`
-and `rules`, and evaluate each expression in a live Prometheus.
+and `rules`, and evaluate each expression in a live Prometheus. The runbook, README.md, is a dashboard too: so an alert
+links to what to do without a web site, and while the service is away.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from calmclip.service.endpoints import registered
+from calmclip.service.monitoring import rules
 from calmclip.service.monitoring.rules import COUNTED
 
 FOLDER = Path(__file__).with_name("grafana") / "dashboards"
-SOURCE = {"type": "prometheus", "uid": "prometheus"}  # as in grafana/provisioning/datasources
+PAGE = Path(__file__).with_name("README.md")
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Panel:
     note: str = ""
 
 
+DEPLOYMENT = 'job=~"$job", namespace=~"$namespace"'  # of recorded series
+REPLICAS = f'{DEPLOYMENT}, instance=~"$instance"'
 OF_MODEL = 'model=~"$model"'
 OF_BOTH = f'task=~"$task", {COUNTED}, {OF_MODEL}'  # no probes, scrapes, page
 FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
@@ -36,10 +42,15 @@ HITS = f'{OF_MODEL}, outcome="hit"'
 OF_STORE = f'task=~"{"|".join(sorted({e.task for e in registered() if "collections" in e.tags}))}"'
 
 
+def of(metric: str, where: str = "", among: str = REPLICAS) -> str:
+    """The series of the replicas that the reader has chosen."""
+    return f"{metric}{{{', '.join(filter(None, (where, among)))}}}"
+
+
 def rate(metric: str, *labels: str, where: str = OF_BOTH) -> str:
     """Per second, summed over all labels but ``labels``."""
     by = f" by ({', '.join(labels)})" if labels else ""
-    return f"sum{by} (rate(calmclip_{metric}{{{where}}}[$__rate_interval]))"
+    return f"sum{by} (rate({of(f'calmclip_{metric}', where)}[$__rate_interval]))"
 
 
 def quantile(q: float, metric: str, *labels: str, where: str = OF_BOTH) -> str:
@@ -61,16 +72,27 @@ class Board:
 
 
 COMPUTE = 'stage=~"decode|preprocess|infer|postprocess|search"'
-MODELS = {"model": "label_values(calmclip_bundle_info, model)"}
-TASKS = {"task": "label_values(calmclip_requests_total, task)"}
+# Of every board. A service is what exports calmclip_build_info, whatever its job is called.
+WHERE = {
+    "job": "label_values(calmclip_build_info, job)",
+    "namespace": 'label_values(calmclip_build_info{job=~"$job"}, namespace)',
+    "instance": f"label_values(calmclip_build_info{{{DEPLOYMENT}}}, instance)",
+}
+MODELS = WHERE | {"model": f"label_values({of('calmclip_bundle_info')}, model)"}
+TASKS = {"task": f"label_values({of('calmclip_requests_total')}, task)"}
 
 OVERVIEW = Board(
     "calmclip",
     MODELS | TASKS,
     {
         "Now": [
-            Panel("Replicas up", {"up": 'sum(up{job="calmclip"})'}, kind="stat", width=4),
-            Panel("Replicas ready", {"ready": "sum(calmclip_ready)"}, kind="stat", width=4),
+            Panel(
+                "Replicas up",
+                {"up": f"sum({of('up')})", "expected": f"max({of('calmclip_replicas_expected')})"},
+                kind="stat",
+                width=4,
+            ),
+            Panel("Replicas ready", {"ready": f"sum({of('calmclip_ready')})"}, kind="stat", width=4),
             Panel("Requests", {"requests": rate("requests_total")}, unit="reqps", kind="stat", width=4),
             Panel(
                 "Failed",
@@ -81,15 +103,15 @@ OVERVIEW = Board(
                 note="Share of requests that the service failed, shed, or answered too late.",
             ),
             Panel("p95", {"p95": quantile(0.95, "request_duration_seconds")}, unit="s", kind="stat", width=4),
-            Panel("Version", {"{{version}}": "sum by (version) (calmclip_build_info)"}, kind="stat", width=4),
+            Panel("Version", {"{{version}}": f"sum by (version) ({of('calmclip_build_info')})"}, kind="stat", width=4),
         ],
         "Objectives": [
             Panel(
                 "Attained over 1 h and 3 d",
                 {
-                    "{{slo}}, 1 h": "1 - calmclip:slo_bad:ratio_rate1h",
-                    "{{slo}}, 3 d": "1 - calmclip:slo_bad:ratio_rate3d",
-                    "objective": "max(calmclip_slo_target_ratio)",
+                    "{{slo}}, 1 h": f"1 - {of('calmclip:slo_bad:ratio_rate1h', among=DEPLOYMENT)}",
+                    "{{slo}}, 3 d": f"1 - {of('calmclip:slo_bad:ratio_rate3d', among=DEPLOYMENT)}",
+                    "objective": f"max({of('calmclip_slo_target_ratio')})",
                 },
                 unit="percentunit",
                 note="Share of requests answered without a failure of the service, and within the declared latency.",
@@ -97,8 +119,8 @@ OVERVIEW = Board(
             Panel(
                 "Burn rate",
                 {
-                    f"{{{{slo}}}}, {window}": f"calmclip:slo_bad:ratio_rate{window} / "
-                    "on () group_left () calmclip:slo_budget:ratio"
+                    f"{{{{slo}}}}, {window}": f"{of(f'calmclip:slo_bad:ratio_rate{window}', among=DEPLOYMENT)} / "
+                    "on (job, namespace) group_left () calmclip:slo_budget:ratio"
                     for window in ("5m", "1h", "6h")
                 },
                 note="How many times too fast the error budget is used up; at 14.4 over 1 h a page is sent.",
@@ -106,7 +128,7 @@ OVERVIEW = Board(
             Panel(
                 "p99 and the declared latency",
                 {
-                    "declared": "max(calmclip_slo_latency_seconds)",
+                    "declared": f"max({of('calmclip_slo_latency_seconds')})",
                     "p99": quantile(0.99, "request_duration_seconds"),
                 },
                 unit="s",
@@ -168,21 +190,38 @@ OVERVIEW = Board(
         "Saturation": [
             Panel(
                 "Saturation",
-                {"{{of}} {{instance}}": "instance:calmclip_saturation:ratio"},
+                {"{{of}} {{instance}}": of("instance:calmclip_saturation:ratio")},
                 unit="percentunit",
-                note="Depth over limit; at 1, requests are turned away.",
+                note="Work in progress over what is admissible now; at 1, requests are turned away.",
+            ),
+            Panel(
+                "Share turned away",
+                {"{{instance}}": of("instance:calmclip_shed:ratio_rate1m")},
+                unit="percentunit",
+                note="Because of load.",
             ),
             Panel(
                 "Turned away, by reason",
                 {"{{reason}}": rate("shed_duration_seconds_count", "reason", where="")},
                 unit="reqps",
             ),
+        ],
+        "Admission": [
+            Panel(
+                "In progress, and admissible now, by task",
+                {
+                    "{{task}} {{instance}}": of("calmclip_task_requests_pending"),
+                    "admissible, {{task}} {{instance}}": of("calmclip_task_requests_admissible"),
+                },
+                width=12,
+            ),
             Panel(
                 "Requests finished per busy second, and Retry-After",
                 {
-                    "finished {{instance}}": "calmclip_drain_rate",
-                    "Retry-After {{instance}}": "calmclip_retry_after_seconds",
+                    "finished {{instance}}": of("calmclip_drain_rate"),
+                    "Retry-After {{instance}}": of("calmclip_retry_after_seconds"),
                 },
+                width=12,
             ),
         ],
         "Workload": [
@@ -190,20 +229,45 @@ OVERVIEW = Board(
                 "Bytes of a picture",
                 {f"p{q}": quantile(q / 100, "picture_bytes", where="") for q in (50, 95)},
                 unit="bytes",
-                width=6,
             ),
             Panel(
                 "Pixels of a picture",
                 {f"p{q}": quantile(q / 100, "picture_pixels", where="") for q in (50, 95)},
-                width=6,
             ),
             Panel(
                 "Pictures refused",
                 {"{{reason}}": rate("pictures_rejected_total", "reason", where="")},
                 unit="reqps",
+            ),
+        ],
+        "Machine": [
+            Panel(
+                "Processor cores used",
+                {"{{instance}}": f"rate({of('process_cpu_seconds_total')}[$__rate_interval])"},
                 width=6,
             ),
-            Panel("Memory", {"{{instance}}": 'process_resident_memory_bytes{job="calmclip"}'}, unit="bytes", width=6),
+            Panel(
+                "Memory, and its limit",
+                {
+                    "resident {{instance}}": of("process_resident_memory_bytes"),
+                    "container {{instance}}": of("calmclip_memory_bytes"),
+                    "limit {{instance}}": of("calmclip_memory_limit_bytes"),
+                },
+                unit="bytes",
+                width=6,
+                note="Without a control group, or without a limit, there is the resident memory alone.",
+            ),
+            Panel(
+                "Disk, free",
+                {"{{folder}} {{instance}}": f"{of('calmclip_disk_free_bytes')} / {of('calmclip_disk_size_bytes')}"},
+                unit="percentunit",
+                width=6,
+            ),
+            Panel(
+                "Starts in an hour",
+                {"{{instance}}": f"changes({of('process_start_time_seconds')}[1h])"},
+                width=6,
+            ),
         ],
     },
 )
@@ -214,17 +278,17 @@ OF_GRAPHS = Board(
         "Bundles": [
             Panel(
                 "Bundles",
-                {"bundle": f"calmclip_bundle_info{{{OF_MODEL}}}"},
+                {"bundle": of("calmclip_bundle_info", OF_MODEL)},
                 kind="table",
                 width=16,
                 note="One row per loaded bundle and replica.",
             ),
-            Panel("Op library", {"ops": "calmclip_ops_info"}, kind="table"),
+            Panel("Op library", {"ops": of("calmclip_ops_info")}, kind="table"),
         ],
         "Loading": [
             Panel(
                 "Last load",
-                {"{{model}} {{instance}}": f"calmclip_bundle_load_seconds{{{OF_MODEL}}}"},
+                {"{{model}} {{instance}}": of("calmclip_bundle_load_seconds", OF_MODEL)},
                 unit="s",
                 width=6,
             ),
@@ -232,18 +296,18 @@ OF_GRAPHS = Board(
                 "Loads of a changed bundle, in an hour",
                 {
                     "{{model}} {{outcome}}": "sum by (model, outcome) "
-                    f"(increase(calmclip_bundle_reloads_total{{{OF_MODEL}}}[1h]))"
+                    f"(increase({of('calmclip_bundle_reloads_total', OF_MODEL)}[1h]))"
                 },
                 width=6,
             ),
             Panel(
                 "Graphs in memory",
-                {"{{model}} {{graph}}": f"sum by (model, graph) (calmclip_graph_open{{{OF_MODEL}}})"},
+                {"{{model}} {{graph}}": f"sum by (model, graph) ({of('calmclip_graph_open', OF_MODEL)})"},
                 width=6,
             ),
             Panel(
                 "Last opening of a graph",
-                {"{{model}} {{graph}}": f"max by (model, graph) (calmclip_graph_open_seconds{{{OF_MODEL}}})"},
+                {"{{model}} {{graph}}": f"max by (model, graph) ({of('calmclip_graph_open_seconds', OF_MODEL)})"},
                 unit="s",
                 width=6,
             ),
@@ -252,9 +316,10 @@ OF_GRAPHS = Board(
             Panel(
                 f"{title}, largest and mean over a graph",
                 {
-                    f"{of} {{{{model}}}} {{{{graph}}}}": "max by (model, graph) "
-                    f'(calmclip_bundle_outliers{{{OF_MODEL}, statistic="{of}_{what}"}})'
-                    for of in ("max", "avg")
+                    f"{which} {{{{model}}}} {{{{graph}}}}": "max by (model, graph) ("
+                    + of("calmclip_bundle_outliers", f'{OF_MODEL}, statistic="{which}_{what}"')
+                    + ")"
+                    for which in ("max", "avg")
                 },
                 width=12,
                 note=note,
@@ -274,8 +339,8 @@ OF_GRAPHS = Board(
             Panel(
                 "Calls in the queue",
                 {
-                    "{{model}} {{graph}}": f"sum by (model, graph) (calmclip_queue_depth{{{OF_MODEL}}})",
-                    "limit of one": f"max(calmclip_queue_limit{{{OF_MODEL}}})",
+                    "{{model}} {{graph}}": f"sum by (model, graph) ({of('calmclip_queue_depth', OF_MODEL)})",
+                    "limit of one": f"max({of('calmclip_queue_limit', OF_MODEL)})",
                 },
             ),
         ],
@@ -309,16 +374,24 @@ OF_GRAPHS = Board(
 )
 OF_ITEMS = Board(
     "calmclip collections",
-    {},
+    WHERE,
     {
         "Collections": [
-            Panel("Items", {"{{collection}}": "max by (collection) (calmclip_collection_items)"}),
+            Panel("Items", {"{{collection}}": f"max by (collection) ({of('calmclip_collection_items')})"}, width=6),
             Panel(
                 "Since the last write",
-                {"{{collection}}": "time() - max by (collection) (calmclip_collection_last_commit_timestamp_seconds)"},
+                {"{{collection}}": f"time() - max by (collection) ({of(rules.LAST_COMMIT, among=DEPLOYMENT)})"},
                 unit="s",
+                width=6,
+                note="A restart of the service does not end it: Prometheus keeps the last write.",
             ),
-            Panel("Failing", {"{{kind}} {{instance}}": "calmclip_failed"}),
+            Panel("Failing", {"{{kind}} {{instance}}": of("calmclip_failed")}, width=6),
+            Panel(
+                "Without a bundle",
+                {"{{instance}}": of("calmclip_collections_unbound")},
+                width=6,
+                note="Collections whose embedding no loaded bundle makes.",
+            ),
         ],
         "Work": [
             Panel(
@@ -340,12 +413,16 @@ OF_ITEMS = Board(
     },
 )
 BOARDS = {"calmclip": OVERVIEW, "calmclip-models": OF_GRAPHS, "calmclip-collections": OF_ITEMS}  # by uid
-FILES = {FOLDER / f"{uid}.json": uid for uid in BOARDS}
+RUNBOOK = "calmclip-runbook"  # uid
+FILES = {FOLDER / f"{uid}.json": uid for uid in (*BOARDS, RUNBOOK)}
 
 
 def dashboard(uid: str) -> dict[str, Any]:
     """Grafana's JSON model (schema 39, Grafana 10.4 and later)."""
-    board = BOARDS[uid]
+    return _runbook() if uid == RUNBOOK else _board(uid, BOARDS[uid])
+
+
+def _board(uid: str, board: Board) -> dict[str, Any]:
     panels: list[dict[str, Any]] = []
     y = 0
     for title, row in board.rows.items():
@@ -364,9 +441,38 @@ def dashboard(uid: str) -> dict[str, Any]:
             panels.append({"id": len(panels) + 1, **_model(panel), "gridPos": _at(x, y + 1, panel.width, height)})
             x += panel.width
         y += 1 + height
+    variables = [_source(), *(_variable(name, query) for name, query in board.variables.items())]
+    return _shell(uid, board.title, variables, panels)
+
+
+def _runbook() -> dict[str, Any]:
+    """A panel for each alert, with its section of README.md."""
+    page, panels = PAGE.read_text(encoding="utf-8"), []
+    for name, at in rules.panels().items():
+        section = page.split(f"\n## {name}\n")[1].split("\n## ")[0].strip()
+        content = re.sub(r"\]\(#(\w+)\)", _link, section)
+        panels.append(
+            {
+                "id": at,
+                "type": "text",
+                "title": name,
+                "options": {"mode": "markdown", "content": content},
+                "gridPos": _at(0, 8 * (at - 1), 24, 8),
+            }
+        )
+    return _shell(RUNBOOK, "calmclip runbook", [], panels)
+
+
+def _link(anchor: re.Match[str]) -> str:
+    """A link to another section as a link to its panel."""
+    ids = {name.lower(): at for name, at in rules.panels().items()}
+    return f"](?viewPanel=panel-{ids[anchor[1]]})"
+
+
+def _shell(uid: str, title: str, variables: list[dict[str, Any]], panels: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "uid": uid,
-        "title": board.title,
+        "title": title,
         "tags": ["calmclip"],
         "links": [{"type": "dashboards", "title": "calmclip", "tags": ["calmclip"], "keepTime": True}],
         "schemaVersion": 39,
@@ -376,13 +482,18 @@ def dashboard(uid: str) -> dict[str, Any]:
         "time": {"from": "now-30m", "to": "now"},
         "timezone": "browser",
         "annotations": {"list": []},
-        "templating": {"list": [_variable(name, query) for name, query in board.variables.items()]},
+        "templating": {"list": variables},
         "panels": panels,
     }
 
 
 def _at(x: int, y: int, width: int, height: int) -> dict[str, int]:
     return {"x": x, "y": y, "w": width, "h": height}
+
+
+def _source() -> dict[str, Any]:
+    """The data source; until one is chosen, Grafana's default."""
+    return {"name": "datasource", "label": "data source", "type": "datasource", "query": "prometheus"}
 
 
 def _variable(name: str, query: str) -> dict[str, Any]:
@@ -393,7 +504,8 @@ def _variable(name: str, query: str) -> dict[str, Any]:
         "query": {"query": query, "refId": name},
         "refresh": 2,  # with the time range
         "includeAll": True,
-        "allValue": ".*",
+        # Series without the label match too. But all jobs are those of calmclip, not every job of the Prometheus.
+        "allValue": None if name == "job" else ".*",
         "multi": True,
         "sort": 1,
         "current": {"text": ["All"], "value": ["$__all"]},
@@ -416,7 +528,7 @@ def _model(panel: Panel) -> dict[str, Any]:
         | ({"exemplar": True} if "duration_seconds_bucket" in expr and panel.kind != "stat" else {})  # trace ids
         for i, (legend, expr) in enumerate(panel.queries.items())
     ]
-    hide = {"id": "organize", "options": {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", "job"), True)}}
+    hide = {"id": "organize", "options": {"excludeByName": dict.fromkeys(("Time", "Value", "__name__"), True)}}
     return {
         "type": panel.kind,
         "title": panel.title,

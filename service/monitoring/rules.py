@@ -3,9 +3,13 @@
 The objectives come from the service's metrics `calmclip_slo_latency_seconds` and `calmclip_slo_target_ratio`, so a
 changed setting changes the alerts. Their tasks come from the endpoints. A burn rate must hold over two windows, as in
 Google's SRE Workbook, chapter 5, table 5-8: the long window shows that it matters, the short one that it goes on. Every
-alert has a section in README.md.
+alert has a section in README.md, which is also a dashboard: an alert's `runbook_url` is its panel there.
+
+No rule names a job: what exports `calmclip_build_info` is a replica. Several deployments under one Prometheus stay
+apart by the labels job and namespace, where they exist.
 """
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,35 +19,52 @@ from typing import Any
 from calmclip.service.endpoints import UNCOUNTED, registered
 
 FOLDER = Path(__file__).parent
-RUNBOOK = "service/monitoring/README.md"  # in this repository
+RUNBOOK = "http://127.0.0.1:3000/d/calmclip-runbook"  # compose's Grafana; --runbook names another
 
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 LEAST = 100  # requests in the long window; with fewer, a share of failures says nothing
 LEAST_SHED_RPS = 0.1
 
+DEPLOYMENT = ("job", "namespace")
+REPLICA = (*DEPLOYMENT, "pod", "instance")
+
 COUNTED = f'task!~"{"|".join(UNCOUNTED)}"'  # no probes, scrapes, page
 OURS = f'{COUNTED}, outcome!~"client_error|cancelled"'  # an error of the client is not a failure of the service
 LOST = f'{COUNTED}, outcome=~"error|shed|deadline"'
 SHED = f'{COUNTED}, outcome="shed"'
+TOO_MUCH = 'reason=~"requests|bytes|pixels|deadline|queue"'  # refusals that more replicas would spare
 # Without uploads, which may take long.
 INTERACTIVE = f'task=~"{"|".join(sorted({e.task for e in registered() if e.interactive}))}"'
 
+
+def grouped(labels: tuple[str, ...]) -> str:
+    return f"by ({', '.join(labels)})"
+
+
 # The objective's bucket edge as a series with that `le`. Prometheus writes 1, the client library 1.0.
-OBJECTIVE = 'label_replace(count_values("le", calmclip_slo_latency_seconds), "le", "$1.0", "le", "([0-9]+)")'
+OBJECTIVE = (
+    f'label_replace(count_values {grouped(DEPLOYMENT)} ("le", calmclip_slo_latency_seconds), '
+    '"le", "$1.0", "le", "([0-9]+)")'
+)
 
 
-def total(metric: str, where: str, window: str, *labels: str) -> str:
-    by = f" by ({', '.join(labels)})" if labels else ""
-    return f"sum{by} (rate(calmclip_{metric}{{{where}}}[{window}]))"
+def total(metric: str, where: str, window: str, labels: tuple[str, ...] = DEPLOYMENT) -> str:
+    return f"sum {grouped(labels)} (rate(calmclip_{metric}{{{where}}}[{window}]))"
+
+
+def share(part: str, whole: str) -> str:
+    """0 while there is no part, even before its first series; nothing while there is no whole."""
+    return f"({part} or 0 * {whole}) / {whole}"
 
 
 def unavailable(window: str) -> str:
-    return f"({total('requests_total', LOST, window)} or vector(0)) / {total('requests_total', OURS, window)}"
+    return share(total("requests_total", LOST, window), total("requests_total", OURS, window))
 
 
 def slow(window: str) -> str:
-    metric = "request_duration_seconds"
-    within = f"sum ({total(f'{metric}_bucket', INTERACTIVE, window, 'le')} and on (le) {OBJECTIVE})"
+    metric, edge = "request_duration_seconds", (*DEPLOYMENT, "le")
+    buckets = total(f"{metric}_bucket", INTERACTIVE, window, edge)
+    within = f"sum {grouped(DEPLOYMENT)} ({buckets} and on ({', '.join(edge)}) {OBJECTIVE})"
     return f"1 - {within} / {total(f'{metric}_count', INTERACTIVE, window)}"
 
 
@@ -59,13 +80,30 @@ OBJECTIVES = {
     "availability": Objective(unavailable, lambda window: total("requests_total", OURS, window)),
     "latency": Objective(slow, lambda window: total("request_duration_seconds_count", INTERACTIVE, window)),
 }
+TURNED_AWAY = 0.05  # the share of requests above which a gate is full
+
+
+def filled(used: str, limit: str) -> str:
+    return f"max {grouped(REPLICA)} (calmclip_{used} / calmclip_{limit})"
+
+
+def tight() -> str:
+    """What the deadline's gate would admit now may be one request, which comes and goes between two scrapes. So a gate
+    that refuses more than `TURNED_AWAY` is full, whatever a scrape happened to see."""
+    refused = total("shed_duration_seconds_count", 'reason="deadline"', "1m", REPLICA)
+    full = f"({refused} / {total('requests_total', COUNTED, '1m', REPLICA)} > bool {TURNED_AWAY})"
+    load = filled("task_requests_pending", "task_requests_admissible")
+    return f"{full} > {load} or {load}"
+
+
 # Per replica; 1 means full.
 SATURATION = {
-    "queue": "max by (instance) (calmclip_queue_depth / calmclip_queue_limit)",
-    "requests": "max by (instance) (calmclip_requests_pending / calmclip_requests_limit)",
-    "connections": "max by (instance) (calmclip_connections / calmclip_connections_limit)",
-    "bytes": "max by (instance) (calmclip_pending_bytes / calmclip_pending_bytes_limit)",
-    "pixels": "max by (instance) (calmclip_pending_pixels / calmclip_pending_pixels_limit)",
+    "queue": filled("queue_depth", "queue_limit"),
+    "requests": filled("requests_pending", "requests_limit"),
+    "deadline": tight(),
+    "connections": filled("connections", "connections_limit"),
+    "bytes": filled("pending_bytes", "pending_bytes_limit"),
+    "pixels": filled("pending_pixels", "pending_pixels_limit"),
 }
 
 
@@ -83,7 +121,7 @@ class Record:
 class Alert:
     """Fires when every condition has held for ``hold``. ``conditions``: expression -> comparison.
 
-    ``severity``: a `page` calls a person at once; a `ticket` waits for working hours.
+    ``severity``: a `page` calls a person at once; a `ticket` waits for working hours; `none` is no call.
     """
 
     name: str
@@ -97,13 +135,13 @@ class Alert:
     def expr(self) -> str:
         return " and ".join(f"({value} {compared})" for value, compared in self.conditions.items())
 
-    def rule(self) -> dict[str, Any]:
+    def rule(self, runbook: str) -> dict[str, Any]:
         return {
             "alert": self.name,
             "expr": self.expr,
             "for": self.hold,
             "labels": {"severity": self.severity, **dict(self.more)},
-            "annotations": {"summary": self.summary, "runbook": f"{RUNBOOK}#{self.name.lower()}"},
+            "annotations": {"summary": self.summary, "runbook_url": f"{runbook}?viewPanel=panel-{panels()[self.name]}"},
         }
 
 
@@ -128,7 +166,7 @@ BURNS = (
 
 
 def burning(burn: Burn) -> Alert:
-    over = f"> on () group_left () ({burn.factor:g} * calmclip:slo_budget:ratio)"
+    over = f"> on ({', '.join(DEPLOYMENT)}) group_left () ({burn.factor:g} * calmclip:slo_budget:ratio)"
     return Alert(
         "CalmclipErrorBudgetBurn",
         {
@@ -144,8 +182,11 @@ def burning(burn: Burn) -> Alert:
     )
 
 
+LAST_COMMIT = "calmclip:collection_last_commit_timestamp_seconds:max"
+REPLICAS = "calmclip:replicas:count"
 RECORDS = [
-    Record("calmclip:slo_budget:ratio", "1 - max(calmclip_slo_target_ratio)"),
+    Record(REPLICAS, f"count {grouped(DEPLOYMENT)} (calmclip_build_info)"),
+    Record("calmclip:slo_budget:ratio", f"1 - max {grouped(DEPLOYMENT)} (calmclip_slo_target_ratio)"),
     *(
         Record(f"calmclip:slo_{what}{window}", expr(window), (("slo", slo),))
         for slo, objective in OBJECTIVES.items()
@@ -155,24 +196,59 @@ RECORDS = [
     *(Record("instance:calmclip_saturation:ratio", expr, (("of", of),)) for of, expr in SATURATION.items()),
     Record(
         "calmclip:shed:ratio_rate5m",
-        f"({total('requests_total', SHED, '5m')} or vector(0)) / {total('requests_total', COUNTED, '5m')}",
+        share(total("requests_total", SHED, "5m"), total("requests_total", COUNTED, "5m")),
+    ),
+    # For the autoscaler: a number for every replica, also for one without requests.
+    Record(
+        "instance:calmclip_shed:ratio_rate1m",
+        "clamp_max({part} / ({whole} > 0) or 0 * {part}, 1)".format(
+            part=total("shed_duration_seconds_count", TOO_MUCH, "1m", REPLICA),
+            whole=total("requests_total", COUNTED, "1m", REPLICA),
+        ),
+    ),
+    # A restarted service does not know the last write before its start; the rule's own last value does.
+    Record(
+        LAST_COMMIT,
+        f"max {grouped((*DEPLOYMENT, 'collection'))} (calmclip_collection_last_commit_timestamp_seconds "
+        f"or last_over_time({LAST_COMMIT}[1d])) "
+        f"and on ({', '.join(DEPLOYMENT)}, collection) calmclip_collection_items",
     ),
 ]
 ALERTS = [
     *map(burning, BURNS),
     Alert(
         "CalmclipDown",
-        {'(sum(up{job="calmclip"}) or vector(0))': "< 1"},
+        {
+            f"(group {grouped(DEPLOYMENT)} (last_over_time({REPLICAS}[1d])) unless {REPLICAS}) "
+            f"or absent_over_time({REPLICAS}[1d])": "> 0"
+        },
         "2m",
         "page",
         "No replica answers Prometheus.",
     ),
     Alert(
         "CalmclipReplicaDown",
-        {'up{job="calmclip"}': "< 1"},
+        {"up": "< 1 and on (job, instance) last_over_time(calmclip_build_info[1d])"},
         "10m",
         "ticket",
         "{{ $labels.instance }} does not answer Prometheus.",
+    ),
+    Alert(
+        "CalmclipReplicasMissing",
+        {REPLICAS: f"< on ({', '.join(DEPLOYMENT)}) max {grouped(DEPLOYMENT)} (calmclip_replicas_expected)"},
+        "5m",
+        "ticket",
+        "{{ $value }} replicas answer Prometheus, fewer than CALMCLIP_REPLICAS.",
+    ),
+    Alert(
+        "CalmclipRestarting",
+        {
+            "changes(process_start_time_seconds[30m])": "> 2 and on (job, instance) "
+            "last_over_time(calmclip_build_info[30m])"
+        },
+        "0m",
+        "page",
+        "{{ $labels.instance }} started {{ $value }} times within half an hour.",
     ),
     Alert(
         "CalmclipNotReady",
@@ -191,12 +267,29 @@ ALERTS = [
     Alert(
         "CalmclipShedding",
         {
-            "calmclip:shed:ratio_rate5m": "> 0.05",
+            "calmclip:shed:ratio_rate5m": f"> {TURNED_AWAY}",
             f"{total('requests_total', COUNTED, '5m')}": f"> {LEAST_SHED_RPS}",
         },
         "5m",
         "ticket",
         "{{ $value | humanizePercentage }} of requests are turned away.",
+    ),
+    Alert(
+        "CalmclipMemoryHigh",
+        {"calmclip_memory_bytes / calmclip_memory_limit_bytes": "> 0.9"},
+        "5m",
+        "ticket",
+        "{{ $labels.instance }} uses {{ $value | humanizePercentage }} of its memory limit.",
+    ),
+    *(
+        Alert(
+            "CalmclipDiskFilling",
+            {"calmclip_disk_free_bytes / calmclip_disk_size_bytes": f"< {least}"},
+            "5m",
+            severity,
+            "{{ $value | humanizePercentage }} of the disk of {{ $labels.folder }} on {{ $labels.instance }} is free.",
+        )
+        for least, severity in ((0.1, "ticket"), (0.03, "page"))
     ),
     Alert(
         "CalmclipReloadFailed",
@@ -219,41 +312,67 @@ ALERTS = [
         "page",
         "{{ $value }} collections, or their store, do not open on {{ $labels.instance }}.",
     ),
+    Alert(
+        "CalmclipCollectionsUnbound",
+        {"calmclip_collections_unbound": "> 0"},
+        "5m",
+        "ticket",
+        "{{ $value }} collections on {{ $labels.instance }} have an embedding that no loaded bundle makes.",
+    ),
+    Alert(
+        "CalmclipWatchdog",
+        {"vector(1)": "> 0"},
+        "0m",
+        "none",
+        "Always fires. If it stops arriving, alerts do not arrive.",
+    ),
 ]
 
 
-def groups() -> dict[str, Any]:
-    """Prometheus' rule file."""
+def panels() -> dict[str, int]:
+    """Alert -> id of its panel in the dashboard of the runbook."""
+    return {name: at for at, name in enumerate(dict.fromkeys(alert.name for alert in ALERTS), start=1)}
+
+
+def groups(runbook: str = RUNBOOK) -> dict[str, Any]:
+    """Prometheus' rule file. ``runbook``: address of the dashboard that shows README.md."""
     return {
         "groups": [
             {"name": "calmclip-records", "rules": [record.rule() for record in RECORDS]},
-            {"name": "calmclip-alerts", "rules": [alert.rule() for alert in ALERTS]},
+            {"name": "calmclip-alerts", "rules": [alert.rule(runbook) for alert in ALERTS]},
         ]
     }
 
 
-def resource() -> dict[str, Any]:
+def resource(runbook: str = RUNBOOK) -> dict[str, Any]:
     """The same rules for the Prometheus Operator."""
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
         "metadata": {"name": "calmclip"},
-        "spec": groups(),
+        "spec": groups(runbook),
     }
 
 
 # JSON is valid YAML and needs no library.
-FILES: dict[Path, Callable[[], dict[str, Any]]] = {
+FILES: dict[Path, Callable[[str], dict[str, Any]]] = {
     FOLDER / "rules.json": groups,
     FOLDER.parent / "deploy" / "k8s" / "prometheusrule.json": resource,
 }
 
 
-def text(make: Callable[[], dict[str, Any]]) -> str:
-    return json.dumps(make(), indent=2) + "\n"
+def text(make: Callable[[str], dict[str, Any]], runbook: str = RUNBOOK) -> str:
+    return json.dumps(make(runbook), indent=2) + "\n"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Write the rules for Prometheus and for its Operator.")
+    options.add_argument("--runbook", default=RUNBOOK, help="address of the dashboard calmclip-runbook")
+    runbook = options.parse_args().runbook
+    for file, make in FILES.items():
+        file.write_text(text(make, runbook), encoding="utf-8")
+        print(file)
 
 
 if __name__ == "__main__":
-    for file, make in FILES.items():
-        file.write_text(text(make), encoding="utf-8")
-        print(file)
+    main()

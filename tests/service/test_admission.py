@@ -1,7 +1,7 @@
 """Admission and the throughput behind `Retry-After`, on a clock that a test moves."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -176,3 +176,45 @@ def test_a_closing_service_admits_no_request_and_waits_for_no_concurrent_calls(c
         with pytest.raises(Overloaded, match="shutting down") as shed:
             gate.admit("classify", 60)
     assert shed.value.reason == "leaving"
+
+
+def test_what_is_admissible_now_is_bounded_by_the_queue_and_by_the_deadlines_that_callers_ask_for(clock):
+    gate = Admission(settings(max_pending=40), clock)
+    assert gate.task_admissible("classify") == 40  # the throughput is not known yet
+    for _ in range(100):
+        with held(gate):
+            clock.now += 0.1  # 10 per second
+    assert gate.task_admissible("classify") == 40  # 60 s, half of which gives time for 300
+    for _ in range(200):
+        with held(gate, 1.0):
+            clock.now += 0.1
+    assert gate.task_admissible("classify") == 5  # half a second's work
+    reservations = [gate.admit("classify", 1.0) for _ in range(5)]
+    assert gate.task_pending("classify") == 5
+    with pytest.raises(Overloaded):
+        gate.admit("classify", 1.0)
+    for reservation in reservations:
+        reservation.release()
+    for _ in range(200):  # refused requests count: half of all ask for a second, half for 0.1 s
+        for left_s in (1.0, 0.1):
+            with held(gate, left_s):
+                clock.now += 0.1
+    assert gate.task_admissible("classify") == 1
+    assert gate.task_admissible("detect") == 40
+
+
+def test_overload_from_the_first_request_on_does_not_stop_every_answer(clock):
+    """Before a request has finished the throughput is unknown. If all miss their deadlines, none ever finishes."""
+    gate = Admission(settings(), clock)
+    admitted = 0
+    for _ in range(100):
+        reservations = []
+        for _ in range(10):
+            with suppress(Overloaded):
+                reservations.append(gate.admit("classify", 0.2))
+        admitted += len(reservations)
+        clock.now += 0.2  # the work of four
+        for reservation in reservations:
+            reservation.release(finished=len(reservations) <= 4)
+    assert gate.throughput.rate > 0
+    assert 100 <= admitted < 500

@@ -1,12 +1,14 @@
 """What Prometheus sees, read with Prometheus' own parser."""
 
 import re
+import shutil
 from time import sleep
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from calmclip.models.errors import StoreUnavailable
+from calmclip.service import resources
 from calmclip.service.metrics import EDGES_S, STAGES
 from calmclip.service.parts import Service
 from calmclip.service.request import Context
@@ -161,3 +163,59 @@ def test_a_store_that_does_not_answer_is_an_error_of_the_service_and_not_a_shed_
         assert value(samples, "requests_total", task="collections", model="", outcome="shed") == 0
         assert value(samples, "rejected_total", reason="store-unavailable") == 1
         assert sum(value for (name, _), value in samples.items() if name == "calmclip_shed_duration_seconds_count") == 0
+
+
+V2 = {"memory.max": "1000000\n", "memory.current": "600000\n", "memory.stat": "anon 1\ninactive_file 100000\n"}
+V1 = {
+    "memory/memory.limit_in_bytes": "1000000\n",
+    "memory/memory.usage_in_bytes": "600000\n",
+    "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 100000\n",
+}
+
+
+@pytest.mark.parametrize("files", [V2, V1], ids=["v2", "v1"])
+def test_the_memory_of_the_control_group_is_read_at_each_scrape(settings, serve, monkeypatch, tmp_path, files):
+    """What is used is what Kubernetes calls the working set: usage without inactive files."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    limit = next(iter(files))
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    with serve(settings()) as client:
+        samples = scrape(client)
+        assert value(samples, "memory_bytes", source="cgroup") == 500_000
+        assert value(samples, "memory_limit_bytes", source="cgroup") == 1_000_000
+        (tmp_path / limit).write_text("2000000\n")
+        assert value(scrape(client), "memory_limit_bytes", source="cgroup") == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("memory.max", "max\n"), ("memory/memory.limit_in_bytes", f"{2**63 - 4096}\n")]
+)
+def test_without_a_limit_there_are_no_series_of_memory(settings, serve, monkeypatch, tmp_path, name, text):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    with serve(settings()) as client:
+        assert not [sample for sample, _ in scrape(client) if sample.startswith("calmclip_memory")]
+
+
+def test_free_bytes_are_those_of_the_folders_file_system(settings, serve, tmp_path):
+    with serve(settings(data_dir=tmp_path / "not" / "made" / "yet")) as client:
+        samples = scrape(client)
+        usage = shutil.disk_usage(tmp_path)
+        assert value(samples, "disk_free_bytes", folder="data") == pytest.approx(usage.free, rel=0.05)
+        assert value(samples, "disk_size_bytes", folder="data") == usage.total
+        assert value(samples, "replicas_expected") == 1
+
+
+def test_a_task_says_how_many_requests_it_would_admit(settings, serve, picture):
+    with serve(settings(queue={"max_pending": 7})) as client:
+        assert value(scrape(client), "task_requests_admissible", task="classify") == 7
+        client.post("/v1/classify?labels=red", **raw(picture("red")))
+        for _ in range(10):
+            client.post("/v1/classify?labels=red", **raw(picture("red"), **{"x-request-deadline-ms": "1"}))
+        samples = scrape(client)
+        assert value(samples, "task_requests_admissible", task="classify") < 7
+        assert value(samples, "task_requests_admissible", task="detect") == 7
+        assert value(samples, "task_requests_pending", task="classify") == 0

@@ -18,8 +18,9 @@ from tests.process import installed
 FOLDER = Path(dashboard.__file__).parent
 RUNBOOK = FOLDER / "README.md"
 UNIT_TESTS = Path(__file__).with_name("rules_test.yml")
-SCRAPE_LABELS = {"job", "instance"}  # Prometheus adds them to every series
-GENERAL = {"up", "process_resident_memory_bytes"}  # of Prometheus and of every Python client
+SCRAPE_LABELS = {"job", "instance", "namespace", "pod"}  # Prometheus, or its Operator, adds them to every series
+# Of Prometheus and of every Python client.
+GENERAL = {"up", *(f"process_{name}" for name in ("resident_memory_bytes", "cpu_seconds_total", "start_time_seconds"))}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 
 PANELS = [
@@ -46,8 +47,8 @@ def series() -> dict[str, set[str]]:
             labels = {*collector._labelnames, *SCRAPE_LABELS, *(["le"] if isinstance(collector, Histogram) else [])}
             names |= {family.name + suffix: labels for suffix in SUFFIXES[family.type]}
     for record in rules.RECORDS:
-        grouped = re.match(r"max by \((\w+)\)", record.expr)
-        names[record.record] = {*dict(record.labels), *(grouped.groups() if grouped else ())}
+        outer = re.search(r"by \((.+?)\)", record.expr)
+        names[record.record] = {*dict(record.labels), *outer[1].split(", ")}
     return names
 
 
@@ -56,11 +57,11 @@ def test_an_expression_names_only_series_and_labels_that_exist(
     series: dict[str, set[str]], legend: str, expr: str
 ) -> None:
     names = re.findall(r"\b(?:(?:instance:)?calmclip[_:][\w:]+|process_\w+|up\b)", expr)
-    assert names
+    assert names or expr == "vector(1)"
     assert set(names) <= set(series)
     matched = [
         (name, label)
-        for name, matchers in re.findall(r"(\w+)\{(.*?)\}", expr)
+        for name, matchers in re.findall(r"([\w:]+)\{(.*?)\}", expr)
         for label in re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers)
     ]
     grouped = {
@@ -71,14 +72,14 @@ def test_an_expression_names_only_series_and_labels_that_exist(
         assert label in series[name], f"{name} has no label {label}"
     for label in grouped | shown:
         assert any(label in series[name] for name in names), f"none of {names} has a label {label}"
-    ungrouped = set() if grouped else set.union(*(series[name] for name in names))
+    ungrouped = set() if grouped else set().union(*(series[name] for name in names))
     assert shown <= grouped | ungrouped, "a legend shows a label that the expression aggregates away"
 
 
 def test_variables_name_series_and_labels_that_exist(series: dict[str, set[str]]) -> None:
     for query in [query for board in dashboard.BOARDS.values() for query in board.variables.values()]:
-        name, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", query).groups()
-        assert label in series[name]
+        name, matchers, label = re.fullmatch(r"label_values\((\w+)(?:\{(.*)\})?, (\w+)\)", query).groups()
+        assert {label, *re.findall(r"(\w+)=~", matchers or "")} <= series[name]
 
 
 def test_the_files_are_generated_from_panels_and_rules() -> None:
@@ -96,7 +97,7 @@ def test_panels_have_distinct_ids_and_cells_and_use_the_variables_of_their_board
     board = json.loads(file.read_text(encoding="utf-8"))
     panels = board["panels"]
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", ())]
-    used = set(re.findall(r"\$(\w+)", " ".join(expressions)))
+    used = set(re.findall(r"\$\{?(\w+)", " ".join(expressions) + json.dumps([p.get("datasource") for p in panels])))
     assert used - {"__rate_interval"} == {variable["name"] for variable in board["templating"]["list"]}
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
@@ -136,12 +137,28 @@ def test_the_rules_pass_their_unit_tests_and_every_alert_fires_in_one(tmp_path: 
 
 
 def test_every_alert_links_to_its_section_of_the_runbook_which_has_no_other_section() -> None:
-    sections = re.findall(r"^## (\w+)\n\n\S", RUNBOOK.read_text(encoding="utf-8"), re.MULTILINE)
+    """The section is a panel of a dashboard, which Grafana shows alone for such an address."""
+    sections = dict(re.findall(r"^## (\w+)\n\n(\S[\s\S]*?)(?=\n## |\Z)", RUNBOOK.read_text("utf-8"), re.MULTILINE))
     assert sorted(sections) == sorted({alert.name for alert in rules.ALERTS})
+    board = json.loads((dashboard.FOLDER / "calmclip-runbook.json").read_text("utf-8"))
+    panels = {panel["id"]: panel for panel in board["panels"]}
     for alert in rules.ALERTS:
-        path, anchor = alert.rule()["annotations"]["runbook"].split("#")
-        assert (FOLDER.parents[1] / path).samefile(RUNBOOK)
-        assert anchor in [name.lower() for name in sections]
+        url = alert.rule("https://grafana.example.org/d/calmclip-runbook")["annotations"]["runbook_url"]
+        at = re.fullmatch(r"https://grafana\.example\.org/d/(\S+)\?viewPanel=panel-(\d+)", url)
+        assert at[1] == board["uid"]
+        panel = panels[int(at[2])]
+        assert (panel["type"], panel["title"]) == ("text", alert.name)
+        words = re.sub(r"\]\(\S+\)", "]", sections[alert.name]).split()
+        assert re.sub(r"\]\(\S+\)", "]", panel["options"]["content"]).split() == words
+    links = re.findall(r"\]\((\S+?)\)", json.dumps(board))
+    assert links
+    assert set(links) <= {f"?viewPanel=panel-{at}" for at in panels}
+
+
+def test_no_rule_or_panel_assumes_the_name_of_a_job() -> None:
+    assert not [expr for _, _, expr in QUERIES if 'job="' in expr]
+    for name, _, expr in PANELS:
+        assert 'job=~"$job", namespace=~"$namespace"' in expr, name
 
 
 def test_burn_rates_are_those_of_the_workbook() -> None:
@@ -164,9 +181,10 @@ def test_alertmanager_names_existing_receivers_and_notifies_nobody_by_default() 
     assert config["receivers"] == [{"name": config["route"]["receiver"]}]
     severities = {alert.severity for alert in rules.ALERTS}
     names = {alert.name for alert in rules.ALERTS}
-    labels = {"alertname", "severity", *(label for record in rules.RECORDS for label in dict(record.labels))}
+    labels = {"alertname", "severity", "folder", *SCRAPE_LABELS, *(la for r in rules.RECORDS for la in dict(r.labels))}
     assert set(config["route"]["group_by"]) <= labels
     for rule in config["inhibit_rules"]:
+        assert set(rule["equal"]) <= labels
         for matcher in rule["source_matchers"] + rule["target_matchers"]:
-            label, value = re.fullmatch(r'(\w+)="(\w+)"', matcher).groups()
-            assert value in {"severity": severities, "alertname": names}[label]
+            label, values = re.fullmatch(r'(\w+)=~?"([\w|]+)"', matcher).groups()
+            assert {*values.split("|")} <= {"severity": severities, "alertname": names}[label]
