@@ -5,8 +5,10 @@
 FROM python:3.11-slim-trixie AS base
 ENV LANG=C.UTF-8 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
     PATH=/opt/calmclip/bin:$PATH
-RUN useradd --uid 10001 --home-dir /data --shell /usr/sbin/nologin calmclip \
-    && install -d -o calmclip -g calmclip /data /bundles
+# Group 0, which also an arbitrary uid has that a platform such as OpenShift picks: what the image's user may write, it
+# may write, and files that one of them made belong to that group.
+RUN useradd --uid 10001 --gid 0 --home-dir /data --shell /usr/sbin/nologin calmclip \
+    && install -d -o calmclip -g 0 -m 2775 /data /bundles
 
 
 # Only what `calmclip.models.ops.build` imports and compiles, so that other code does not compile it anew.
@@ -46,14 +48,15 @@ COPY models models
 COPY export export
 RUN pip install --no-deps .
 COPY --from=ops /app/models/ops/lib /opt/calmclip/lib/python3.11/site-packages/calmclip/models/ops/lib
-ENV CALMCLIP_OPS=required CALMCLIP_IMAGE=export
+# HOME, as an arbitrary uid has no entry in passwd.
+ENV CALMCLIP_OPS=required CALMCLIP_IMAGE=export HOME=/data
 WORKDIR /data
-USER calmclip
+USER 10001
 # There is no compiler here: the first command finds the library up to date and loads it, or fails.
-RUN calmclip ops build && calmclip export mini --out /bundles
+RUN calmclip ops build && calmclip export mini --no-keep-float --out /bundles && chmod -R g=u /bundles
 VOLUME /bundles
 ENTRYPOINT ["calmclip", "export"]
-CMD ["mini", "--out", "/bundles", "--replace"]
+CMD ["mini", "--no-keep-float", "--out", "/bundles", "--replace"]
 
 
 # An environment without pip: that of the base image fills it.
@@ -87,18 +90,20 @@ RUN /opt/tools/bin/cyclonedx-py environment /opt/calmclip/bin/python --output-fi
 
 FROM base AS service
 RUN python -B -m pip uninstall --yes --quiet pip setuptools wheel
-ENV CALMCLIP_BUNDLES_DIR=/bundles CALMCLIP_DATA_DIR=/data CALMCLIP_OPS=required CALMCLIP_IMAGE=service
+ENV CALMCLIP_BUNDLES_DIR=/bundles CALMCLIP_DATA_DIR=/data CALMCLIP_OPS=required CALMCLIP_IMAGE=service HOME=/data
 COPY --from=packages /opt/calmclip /opt/calmclip
 COPY --from=sbom /sbom /usr/share/sbom
-COPY --from=export --chown=calmclip:calmclip /bundles/mini-int8 /bundles/mini-int8
+# Their files and folders keep the modes that export gave them, unlike the target of COPY.
+COPY --from=export --chown=10001:0 /bundles /bundles
 WORKDIR /data
-USER calmclip
+USER 10001
 # The proof that nothing is missing: the library, every graph, both stores.
 RUN calmclip ops build && calmclip check /bundles/mini-int8 \
     && python -c "import calmclip.service.app, calmclip.service.stores.lancedb, calmclip.service.stores.pgvector"
 VOLUME /data
 EXPOSE 8080
-HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s --retries=3 \
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/readyz', timeout=2)"]
+# The timeout has room for a Python that starts on a busy machine.
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --start-interval=1s --retries=3 \
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/readyz', timeout=5)"]
 ENTRYPOINT ["calmclip", "serve"]
 CMD ["--host", "0.0.0.0", "--port", "8080"]

@@ -1,5 +1,7 @@
 """The container files agree with the project. These tests need no container engine; releases are tested with one."""
 
+import json
+import os
 import re
 import shlex
 import shutil
@@ -17,13 +19,34 @@ from pydantic import BaseModel
 
 from calmclip.models import extras
 from calmclip.models.ops import build
-from calmclip.service.monitoring import dashboard
 from calmclip.service.settings import Settings
 from tests import requirements
+from tests.process import installed
 
 ROOT = Path(__file__).parents[1]
-COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+class Loader(yaml.SafeLoader):
+    """YAML of Docker Compose, which has `!reset`: what the file before said, without it."""
+
+
+Loader.add_constructor("!reset", lambda loader, node: RESET)
+RESET = object()
+
+
+def merged(below: Any, above: Any) -> Any:
+    """``above`` over ``below``, as `docker compose -f BELOW -f ABOVE` merges mappings and lists."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        both = {key: merged(below[key], above[key]) if key in below else above[key] for key in above}
+        return {key: value for key, value in {**below, **both}.items() if value is not RESET}
+    return below + above if isinstance(below, list) and isinstance(above, list) else above
+
+
+BASE = yaml.load((ROOT / "docker-compose.yml").read_text(), Loader)
+OVER = yaml.load((ROOT / "docker-compose.scale.yml").read_text(), Loader)
+COMPOSE = {"single": BASE, "scale": merged(BASE, OVER)}
+SERVICES: dict[str, dict[str, dict[str, Any]]] = {name: file["services"] for name, file in COMPOSE.items()}
+EVERY = [(layout, name) for layout, services in SERVICES.items() for name in services]
 PROMETHEUS = yaml.safe_load((ROOT / "service/monitoring/prometheus.yml").read_text())
 GRAFANA = ROOT / "service/monitoring/grafana/provisioning"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -77,36 +100,33 @@ def settings_there(model: type[BaseModel] = Settings, prefix: str = "CALMCLIP_")
     return defaults
 
 
-def published(service: str) -> list[tuple[str, str, str]]:
+def published(service: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(host address, host port, container port)"""
-    return [tuple(port.rsplit(":", 2)) for port in SERVICES[service].get("ports", [])]
+    return [tuple(port.rsplit(":", 2)) for port in service.get("ports", [])]
 
 
-def mounts(service: str) -> dict[str, str]:
+def mounts(service: dict[str, Any]) -> dict[str, str]:
     """container path -> volume or host path"""
-    return {target: source for source, target, *_ in (v.split(":") for v in SERVICES[service].get("volumes", []))}
+    return {target: source for source, target, *_ in (v.split(":") for v in service.get("volumes", []))}
 
 
-def aliases(service: str) -> set[str]:
-    """The host names of a service for other containers."""
-    networks = SERVICES[service].get("networks", {})
-    return {service, *(alias for network in networks.values() for alias in network["aliases"])}
+def interpolated(text: str) -> str:
+    """``text`` with the defaults of its variables."""
+    return re.sub(r"\$\{\w+:-(.*?)\}", r"\1", text)
 
 
-def profiles(service: str) -> set[str]:
-    """The profiles that start a service; without any it is in both."""
-    return set(SERVICES[service].get("profiles", ["single", "scale"]))
-
-
-def settings_of(service: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    for name, value in SERVICES[service]["environment"].items():
-        monkeypatch.setenv(name, value)
+def settings_of(service: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name, value in service["environment"].items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, interpolated(value))
     return Settings()
 
 
 def test_the_last_stage_is_the_service_and_compose_builds_stages_that_exist() -> None:
     assert list(STAGES)[-1] == "service"
-    assert {s["build"]["target"] for s in SERVICES.values() if "build" in s} == {"service", "export"}
+    for services in SERVICES.values():
+        assert {s["build"]["target"] for s in services.values() if "build" in s} == {"service", "export"}
     for stage in STAGES.values():
         for text in stage.all("COPY"):
             if source := re.search(r"--from=(\S+)", text):
@@ -134,19 +154,41 @@ def test_the_build_context_has_what_is_copied_and_little_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["service", "export"])
-def test_images_run_as_an_ordinary_user(name: str) -> None:
-    user = STAGES[name].all("USER")[-1]
-    (command,) = (text for text in STAGES[name].all("RUN") if "useradd" in text)
-    assert re.search(rf"useradd --uid [1-9]\d* .*\b{user}\b", command)
+def test_images_run_as_an_ordinary_user_or_as_any_user_of_group_0(name: str) -> None:
+    """OpenShift starts a container with a uid that no passwd has, and with group 0."""
+    stage = STAGES[name]
+    user = stage.all("USER")[-1]
+    (command,) = (text for text in stage.all("RUN") if "useradd" in text)
+    assert re.search(rf"useradd --uid {user} --gid 0 --home-dir /data ", command)
+    assert int(user) > 0  # a number, which Kubernetes can tell from root
+    assert re.search(r"install -d -o calmclip -g 0 -m 2775 /data /bundles$", command)
+    assert stage.env()["HOME"] == "/data"  # there is no passwd entry to read it from
+    last = max(at for at, (kind, _) in enumerate(stage.steps) if kind == "USER")
+    assert not [text for kind, text in stage.steps[:last] if kind == "RUN" and "/bundles" in text]
+    made = [text for text in STAGES["export"].all("RUN") if "calmclip export" in text]
+    assert [text for text in made if text.endswith("&& chmod -R g=u /bundles")] == made
 
 
 def test_the_service_image_copies_its_environment_its_bundle_and_its_sbom() -> None:
-    copied = {tuple(text.split()[-2:]) for text in STAGES["service"].all("COPY") if "--from" in text}
-    assert copied == {
+    copies = [text.split() for text in STAGES["service"].all("COPY") if "--from" in text]
+    assert {tuple(words[-2:]) for words in copies} == {
         ("/opt/calmclip", "/opt/calmclip"),
-        ("/bundles/mini-int8", "/bundles/mini-int8"),
+        ("/bundles", "/bundles"),
         ("/sbom", "/usr/share/sbom"),
     }
+    (bundles,) = (words for words in copies if words[-1] == "/bundles")
+    assert "--chown=10001:0" in bundles
+
+
+def test_an_export_into_the_volume_leaves_no_float_bundle() -> None:
+    """The service loads every bundle of the volume; the float one would cost it 145 MB."""
+    from calmclip.export.cli import _export_parser
+
+    stage = STAGES["export"]
+    (command,) = (m[1] for text in stage.all("RUN") if (m := re.search(r"calmclip export (.*?) &&", text)))
+    for arguments in (command, stage.all("CMD")[-1].strip("[]").replace(",", " ")):
+        given = _export_parser("export", "").parse_args(shlex.split(arguments))
+        assert (given.checkpoint, str(given.out), given.keep_float) == ("mini", "/bundles", False)
 
 
 def test_the_service_image_has_no_torch() -> None:
@@ -278,7 +320,7 @@ def test_every_setting_that_is_set_exists() -> None:
     known = settings_there().keys()
     assert "CALMCLIP_LIMITS__IMAGE_BYTES" in known  # a nested setting
     named = {name for stage in STAGES.values() for name in stage.env()}
-    named |= {name for service in SERVICES.values() for name in service.get("environment", {})}
+    named |= {name for layout, service in EVERY for name in SERVICES[layout][service].get("environment", {})}
     ours = {name for name in named if name.startswith("CALMCLIP_")}
     assert ours
     assert ours <= known | {extras.IMAGE}
@@ -290,111 +332,187 @@ def test_one_port_from_the_command_to_the_scrape() -> None:
     (port,) = service.all("EXPOSE")
     assert shlex.split(service.all("CMD")[-1].strip("[]").replace(",", " "))[-2:] == ["--port", port]
     assert f"http://127.0.0.1:{port}/readyz" in service.all("HEALTHCHECK")[-1]
-    assert published("service")[0][2] == port
+    assert published(SERVICES["single"]["service"])[0][2] == port
     (job,) = PROMETHEUS["scrape_configs"]
     (discovery,) = job["dns_sd_configs"]
     assert str(discovery["port"]) == port
-    (name,) = discovery["names"]
-    assert {other for other in SERVICES if name in aliases(other)} == {"service", "replica"}
+    for services in SERVICES.values():
+        networks = {name: service.get("networks", {}) for name, service in services.items()}
+        aliases = {name: [alias for each in of.values() for alias in each["aliases"]] for name, of in networks.items()}
+        assert [name for name, names in aliases.items() if names == discovery["names"]] == ["service"]
 
 
 def test_prometheus_has_its_rules_and_the_alertmanager_of_this_file() -> None:
-    config = next(flag for flag in SERVICES["prometheus"]["command"] if flag.startswith("--config.file="))
+    services = SERVICES["single"]
+    config = next(flag for flag in services["prometheus"]["command"] if flag.startswith("--config.file="))
     path = Path(config.partition("=")[2])
-    paths = mounts("prometheus")
+    paths = mounts(services["prometheus"])
     assert (ROOT / paths[str(path)]).samefile(ROOT / "service/monitoring/prometheus.yml")
     for name in PROMETHEUS["rule_files"]:
         assert (ROOT / paths[str(path.parent / name)]).samefile(ROOT / "service/monitoring" / name)
     (manager,) = PROMETHEUS["alerting"]["alertmanagers"]
     ((target,),) = (config["targets"] for config in manager["static_configs"])
     host, port = target.split(":")
-    assert published(host)[0][2] == port
-    (config,) = (flag for flag in SERVICES[host]["command"] if flag.startswith("--config.file="))
-    assert (ROOT / mounts(host)[config.partition("=")[2]]).samefile(ROOT / "service/monitoring/alertmanager.yml")
+    assert published(services[host])[0][2] == port
+    (config,) = (flag for flag in services[host]["command"] if flag.startswith("--config.file="))
+    assert (ROOT / mounts(services[host])[config.partition("=")[2]]).samefile(
+        ROOT / "service/monitoring/alertmanager.yml"
+    )
 
 
-@pytest.mark.parametrize("name", ["service", "replica"])
-def test_the_service_has_the_time_to_drain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = settings_of(name, monkeypatch)
-    grace_s = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+@pytest.mark.parametrize("layout", SERVICES)
+def test_the_service_has_the_time_to_drain(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = SERVICES[layout]["service"]
+    settings = settings_of(service, monkeypatch)
+    grace_s = int(service["stop_grace_period"].removesuffix("s"))
     assert grace_s > settings.grace_s + settings.deadline_ms / 1000
 
 
 def test_grafana_asks_the_prometheus_of_this_file() -> None:
     (source,) = yaml.safe_load((GRAFANA / "datasources/prometheus.yml").read_text())["datasources"]
     url = urlsplit(source["url"])
-    assert url.hostname in SERVICES
-    assert str(url.port) == published(url.hostname)[0][2]
+    services = SERVICES["single"]
+    assert url.hostname in services
+    assert str(url.port) == published(services[url.hostname])[0][2]
     (provider,) = yaml.safe_load((GRAFANA / "dashboards/calmclip.yml").read_text())["providers"]
     assert (source["type"], provider["type"]) == ("prometheus", "file")
-    for uid in dashboard.BOARDS:
-        assert set(re.findall(r'"uid": "([\w-]+)"', dashboard.text(uid))) - {uid} == {source["uid"]}
-    folder = ROOT / mounts("grafana")[provider["options"]["path"]]
-    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert source["isDefault"]  # the dashboards' variable begins with it
+    folder = ROOT / mounts(services["grafana"])[provider["options"]["path"]]
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (folder / Path(home).name).is_file()
     assert Path(home).parent == Path(provider["options"]["path"])
 
 
-def test_the_default_profile_starts_one_service_and_each_profile_uses_a_port_once() -> None:
-    assert "COMPOSE_PROFILES=single\n" in (ROOT / ".env").read_text()
-    for profile in ("single", "scale"):
-        started = [name for name in SERVICES if profile in profiles(name)]
-        assert ("service" in started, "replica" in started) == (profile == "single", profile == "scale")
-        ports = [port for name in started for _, port, _ in published(name)]
+def test_a_plain_up_starts_one_service_and_the_second_file_replicas_behind_a_balancer() -> None:
+    started = {layout: {n for n, s in services.items() if "profiles" not in s} for layout, services in SERVICES.items()}
+    assert started["scale"] - started["single"] == {"balancer", "postgres"}
+    for layout, services in SERVICES.items():
+        ports = [port for name in started[layout] for _, port, _ in published(services[name])]
         assert sorted(ports) == ["3000", "8080", "9090", "9093"]
-    assert {name for name in SERVICES if "export" in profiles(name)} == {"export"}
+        assert {name for name in services if name not in started[layout]} == {"export"}  # only by `run`
+    (front,) = (
+        name for name, service in SERVICES["scale"].items() if "127.0.0.1:8080:8080" in service.get("ports", [])
+    )
+    assert front == "balancer"
+    # with several replicas of one name no port of the host and no name is fixed
+    assert not {"ports", "container_name"} & SERVICES["scale"]["service"].keys()
 
 
-def test_a_replica_is_the_service_except_its_profile_its_store_and_its_port() -> None:
-    alone, replica = SERVICES["service"], SERVICES["replica"]
-    differing = {"profiles", "environment", "ports", "deploy", "depends_on"}
-    assert {key: alone[key] for key in alone if key not in differing} == {
-        key: replica[key] for key in replica if key not in differing
-    }
-    assert "ports" not in replica
-    for service in (alone, replica, SERVICES["balancer"]):
+@pytest.mark.parametrize("layout", SERVICES)
+def test_every_setting_of_the_caller_reaches_the_service_and_an_unset_one_stays_unset(layout: str) -> None:
+    """Compose passes the caller's value of a variable without one, and nothing if the caller has none. A default that
+    is written `${NAME-}` would pass an empty CALMCLIP_KEYS."""
+    fixed = {"CALMCLIP_BUNDLES_DIR", "CALMCLIP_DATA_DIR"}  # the volumes' places in the image
+    environment = SERVICES[layout]["service"]["environment"]
+    names = {name for name in environment if name.startswith("CALMCLIP_")}
+    assert names == settings_there().keys() - fixed
+    scale = {"CALMCLIP_GRACE_S", "CALMCLIP_PROBES_PORT", "CALMCLIP_REPLICAS", "CALMCLIP_STORE"}
+    defaults = {"single": {"CALMCLIP_LOG"}, "scale": {"CALMCLIP_LOG", *scale}}
+    assert {name for name in names if environment[name] is not None} == defaults[layout]
+    for name in defaults[layout] - {"CALMCLIP_PROBES_PORT"}:  # the balancer's file names that port
+        assert re.fullmatch(rf"\$\{{{name}:-.+\}}", environment[name])
+
+
+def test_compose_itself_passes_settings_and_refuses_replicas_without_passwords(tmp_path: Path) -> None:
+    docker = installed("docker", "the files as Docker Compose reads them")
+
+    def config(*files: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        command = [docker, "compose", "--env-file", str(env), *files, "config", "--format", "json"]
+        clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **variables}
+        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+
+    env = tmp_path / "env"
+    env.write_text("CALMCLIP_THREADS=3\n")
+    given = {"CALMCLIP_DEADLINE_MS": "2500", "CALMCLIP_KEYS": ""}
+    for variables in ({}, given):
+        done = config(**variables)
+        assert done.returncode == 0, done.stderr
+        environment = json.loads(done.stdout)["services"]["service"]["environment"]
+        passed = {name: value for name, value in environment.items() if value is not None}
+        assert passed == {"CALMCLIP_THREADS": "3", "CALMCLIP_LOG": "json"} | variables
+
+    both = ("-f", "docker-compose.yml", "-f", "docker-compose.scale.yml")
+    for name, passwords in {
+        "POSTGRES_PASSWORD": {"DATABASE_PASSWORD": "b"},
+        "DATABASE_PASSWORD": {"POSTGRES_PASSWORD": "a", "DATABASE_PASSWORD": ""},
+    }.items():
+        done = config(*both, **passwords)
+        assert done.returncode
+        assert f"set {name} in .env, as .env.example says" in done.stderr
+
+
+def test_the_service_and_the_balancer_cannot_change_their_images() -> None:
+    for service in (SERVICES["single"]["service"], SERVICES["scale"]["service"], SERVICES["scale"]["balancer"]):
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_the_replicas_share_a_database_and_no_file_has_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, _, url = str(settings_of("replica", monkeypatch).store).partition(":")
-    address, database = urlsplit(url), SERVICES["postgres"]["environment"]
+def test_the_replicas_are_a_role_of_the_database_and_no_file_has_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = SERVICES["scale"]
+    kind, _, url = str(settings_of(services["service"], monkeypatch).store).partition(":")
+    address, database = urlsplit(url), services["postgres"]
     assert kind == "pgvector"
-    assert (address.username, address.hostname, address.path) == (
-        database["POSTGRES_USER"],
-        "postgres",
-        f"/{database['POSTGRES_DB']}",
-    )
+    assert (address.username, address.hostname, address.path) == ("calmclip", "postgres", "/calmclip")
     assert address.password is None
-    # libpq reads PGPASSWORD; with an empty password the database does not start
-    assert {SERVICES["replica"]["environment"]["PGPASSWORD"], database["POSTGRES_PASSWORD"]} == {
-        "${POSTGRES_PASSWORD:-}"
-    }
-    assert "POSTGRES_HOST_AUTH_METHOD" not in database
+    assert not {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_HOST_AUTH_METHOD"} & database["environment"].keys()
+    (script,) = (path for target, path in mounts(database).items() if target.startswith("/docker-entrypoint-initdb.d/"))
+    made = (ROOT / script).read_text()
+    assert "CREATE ROLE calmclip LOGIN NOSUPERUSER" in made
+    assert "CREATE DATABASE calmclip" in made
+    assert "--username=calmclip" in database["healthcheck"]["test"]  # a database without the role is not healthy
+    # libpq reads PGPASSWORD; the superuser's password is the database's alone
+    secrets = {"PGPASSWORD": "DATABASE_PASSWORD"}
+    for name, service in services.items():
+        for variable, value in service.get("environment", {}).items():
+            if "PASSWORD" in variable:
+                assert value.startswith(f"${{{secrets.get(variable, variable)}:?"), value
+                assert name == "postgres" or variable == "PGPASSWORD"
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_a_service_mounts_existing_paths_and_listens_on_loopback_alone(name: str) -> None:
-    for source in mounts(name).values():
+def test_git_ignores_the_file_of_passwords_and_the_example_has_none() -> None:
+    assert "/.env" in (ROOT / ".gitignore").read_text().splitlines()
+    assert not ((ROOT / ".git").exists() and tracked(".env"))
+    assert {line[1:] for line in ignored_by_the_build() if line.startswith("!")}.isdisjoint({".env", ".env.example"})
+    example = (ROOT / ".env.example").read_text()
+    wanted = set(re.findall(r"\$\{(\w+):\?", (ROOT / "docker-compose.scale.yml").read_text()))
+    assert wanted == {"POSTGRES_PASSWORD", "DATABASE_PASSWORD"}
+    for name in wanted:
+        assert f"\n#{name}=\n" in example
+
+
+def tracked(path: str) -> bool:
+    return bool(subprocess.run(["git", "ls-files", path], cwd=ROOT, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.parametrize(("layout", "name"), EVERY)
+def test_every_container_has_a_limit_of_memory_and_of_its_log(layout: str, name: str) -> None:
+    service = SERVICES[layout][name]
+    assert re.fullmatch(rf"\$\{{{name.upper()}_MEMORY:-\d+[mg]\}}", service["mem_limit"])
+    assert service["logging"] == {"driver": "json-file", "options": {"max-size": "10m", "max-file": "5"}}
+
+
+@pytest.mark.parametrize(("layout", "name"), EVERY)
+def test_a_service_mounts_existing_paths_and_listens_on_loopback_alone(layout: str, name: str) -> None:
+    services = SERVICES[layout]
+    service = services[name]
+    for source in mounts(service).values():
         if source.startswith("."):
             assert (ROOT / source).exists()
         else:
-            assert source in COMPOSE["volumes"]
-    assert all(address == "127.0.0.1" for address, _, _ in published(name))
-    for other, how in SERVICES[name].get("depends_on", {}).items():
-        both = profiles(name) <= profiles(other)
-        assert both == how.get("required", True), f"{name} may be started without {other}"
-        built = "build" in SERVICES[other] and bool(STAGES[SERVICES[other]["build"]["target"]].all("HEALTHCHECK"))
-        assert built or "healthcheck" in SERVICES[other]
-    if "build" not in SERVICES[name]:
-        assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+(-\w+)?", SERVICES[name]["image"]), "pin a version"
+            assert source in COMPOSE[layout]["volumes"]
+    assert all(address == "127.0.0.1" for address, _, _ in published(service))
+    for other in service.get("depends_on", {}):
+        target = services[other].get("build", {}).get("target")
+        assert "healthcheck" in services[other] or STAGES[target].all("HEALTHCHECK")
+    if "build" not in service:
+        assert re.fullmatch(r"[\w/-]+:v?\d+\.\d+\.\d+(-\w+)?", service["image"]), "pin a version"
 
 
 def test_volumes_are_mounted_at_the_folders_of_the_images() -> None:
     env = STAGES["service"].env()
-    for name in ("service", "replica"):
-        assert mounts(name) == {env["CALMCLIP_BUNDLES_DIR"]: "bundles", env["CALMCLIP_DATA_DIR"]: "data"}
-    assert mounts("export") == {env["CALMCLIP_BUNDLES_DIR"]: "bundles"}
+    for services in SERVICES.values():
+        folders = {env["CALMCLIP_BUNDLES_DIR"]: "bundles", env["CALMCLIP_DATA_DIR"]: "data"}
+        assert mounts(services["service"]) == folders
+        assert mounts(services["export"]) == {env["CALMCLIP_BUNDLES_DIR"]: "bundles"}
     assert f"--out {env['CALMCLIP_BUNDLES_DIR']}" in next(t for t in STAGES["export"].all("RUN") if "export mini" in t)
