@@ -2,25 +2,20 @@
 
 import argparse
 import ctypes
-import logging
 import os
 import signal
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import orjson
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
-
 from calmclip.models.bundle.store import find, names
 from calmclip.models.cli import emit, parser
-from calmclip.models.errors import BadRequest, BundleNotFound
+from calmclip.models.errors import BadRequest, BundleNotFound, CalmclipError, ExtraMissing
 from calmclip.models.ops import library
 from calmclip.service import keys
-from calmclip.service.settings import Settings
+from calmclip.service.logs import log, log_process
+from calmclip.service.settings import API_KEY, KEYS, from_environment
 
 M_ARENA_MAX = -8  # of malloc.h
 
@@ -31,29 +26,44 @@ def serve_command(argv: list[str]) -> int:
     Flags override the environment (CALMCLIP_…), which overrides the defaults.
     """
     _few_heaps()
-    import uvicorn
-
-    from calmclip.service.app import create_app
-    from calmclip.service.server import Protocol, Server
-
     options = parser("serve", "Answer over HTTP.")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts connections from other machines")
     options.add_argument("--port", type=int, default=8080)
     _common(options)
     options.add_argument("--load", help="comma-separated bundles; the first that serves a task is its default")
     given = options.parse_args(argv)
-    settings = _settings(given, load=given.load, log="json" if given.json else None)
+    in_json = given.json or _log_of_the_environment() == "json"
+    log_process("json" if in_json else "text")  # now, as wrong settings are a line of the log too
+    try:
+        return _serve(given)
+    except (CalmclipError, OSError) as error:
+        if not in_json:
+            raise
+        log.critical("%s", error)
+        return 3 if isinstance(error, ExtraMissing) else 2
+
+
+def _serve(given: argparse.Namespace) -> int:
+    import uvicorn
+
+    from calmclip.service.app import create_app
+    from calmclip.service.probes import Probes
+    from calmclip.service.server import Protocol, Server
+
+    settings = from_environment(
+        bundles_dir=given.bundles, threads=given.threads, load=given.load, log="json" if given.json else None
+    )
     library.find(settings.ops)  # raises if it is required and missing, before every bundle does
     for name in settings.load:
         find(name, settings.bundles_dir)
     if not names(settings.bundles_dir) and not settings.load:
         raise BundleNotFound(f"there is no bundle in {settings.bundles_dir}; 'calmclip export mini' makes one")
 
-    if settings.metrics_port == given.port:
-        raise BadRequest(f"CALMCLIP_METRICS_PORT is {given.port}, the service's own port; choose another")
-    logging.basicConfig(level=logging.INFO, handlers=[log_lines(settings.log)], force=True)
-    sockets = [_listen(given.host, port) for port in (given.port, settings.metrics_port) if port is not None]
+    ports = {"CALMCLIP_METRICS_PORT": settings.metrics_port, "CALMCLIP_PROBES_PORT": settings.probes_port}
+    _check_distinct({"the service": given.port, **ports})
     app = create_app(settings)
+    sockets = [_listen(given.host, port) for port in (given.port, settings.metrics_port) if port is not None]
+    probes = Probes(app.state.service, _listen(given.host, settings.probes_port)) if settings.probes_port else None
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -67,7 +77,9 @@ def serve_command(argv: list[str]) -> int:
     # uvicorn raises the signal again at the end, which must not kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server = Server(config, app.state.service)
+    if probes:
+        probes.start()
+    server = Server(config, app.state.service, probes)
     server.run(sockets=sockets)
     return 0 if server.started else 1
 
@@ -85,9 +97,15 @@ def index_command(argv: list[str]) -> int:
     target.add_argument("--bundles", type=Path)
     options.add_argument("--threads", type=int)
     given = options.parse_args(argv)
-    settings = None if given.url else _settings(given, deadline_ms=600_000)
-    key = os.environ.get("CALMCLIP_API_KEY")
-    result = index(given.folder, given.collection, model=given.model, url=given.url, settings=settings, key=key)
+    settings = from_environment(bundles_dir=given.bundles, threads=given.threads, deadline_ms=600_000)
+    result = index(
+        given.folder,
+        given.collection,
+        model=given.model,
+        url=given.url,
+        settings=None if given.url else settings,
+        key=os.environ.get(API_KEY),
+    )
     emit(given.json, result, _show)
     return 1 if result["broken"] and not (result["added"] or result["skipped"]) else 0
 
@@ -95,7 +113,7 @@ def index_command(argv: list[str]) -> int:
 def keys_command(argv: list[str]) -> int:
     """`calmclip keys add|list|remove`: the file that CALMCLIP_KEYS names."""
     options = parser("keys", "The API keys of a service: a file of names, hashes and scopes.")
-    options.add_argument("--file", type=Path, default=os.environ.get("CALMCLIP_KEYS"), help="default: CALMCLIP_KEYS")
+    options.add_argument("--file", type=Path, default=os.environ.get(KEYS) or None, help="default: CALMCLIP_KEYS")
     verbs = options.add_subparsers(dest="verb", required=True)
     adding = verbs.add_parser("add", help="create a key and print it; it is not stored")
     adding.add_argument("name")
@@ -128,6 +146,14 @@ def _few_heaps() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
+def _check_distinct(ports: dict[str, int | None]) -> None:
+    """Raises `BadRequest`. ``ports``: what asks for a port -> the port, None for none."""
+    users: dict[int, str] = {}
+    for name, port in ports.items():
+        if port is not None and (other := users.setdefault(port, name)) != name:
+            raise BadRequest(f"{name} is {port}, which is also the port of {other}; choose another")
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """Raises `BadRequest`; uvicorn itself would exit with a status that has another meaning here."""
     try:
@@ -145,39 +171,9 @@ def _common(options: argparse.ArgumentParser) -> None:
     options.add_argument("--threads", type=int, help="threads per graph; default: one per core")
 
 
-def _settings(given: argparse.Namespace, **more: object) -> Settings:
-    """Settings of the environment, overridden by the flags. Raises `BadRequest`, which names the wrong ones."""
-    flags = {"bundles_dir": given.bundles, "threads": given.threads, **more}
-    try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        wrong = [f"{_variable(e['loc'])} is {e['input']!r}: {e['msg']}" for e in error.errors()]
-        raise BadRequest("; ".join(wrong)) from None
-    except SettingsError as error:  # a group, such as CALMCLIP_BATCH, that is not a JSON object
-        raise BadRequest(f"a setting of the environment cannot be read: {error}") from None
-
-
-def _variable(place: tuple[int | str, ...]) -> str:
-    return "CALMCLIP_" + "__".join(str(part).upper() for part in place)
-
-
-def log_lines(kind: str) -> logging.Handler:
-    """A handler for standard error. ``kind``: as `Settings.log`."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines() if kind == "json" else logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    return handler
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object per line; messages of the access log are objects already."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        if record.name == "calmclip.access":
-            return record.getMessage()
-        line = {"time": record.created, "level": record.levelname, "name": record.name, "message": record.getMessage()}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(line).decode()
+def _log_of_the_environment() -> str | None:
+    """`Settings.log`, before the other settings are read; like them, in capitals or not."""
+    return next((value for name, value in os.environ.items() if name.upper() == "CALMCLIP_LOG"), None)
 
 
 def _show_keys(result: dict[str, Any]) -> None:

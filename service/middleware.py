@@ -7,7 +7,6 @@ import re
 import secrets
 from time import perf_counter
 
-import orjson
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -48,7 +47,6 @@ class RequestContext:
         self.tracing = tracing
         self.admission = admission
         self.deadline_s = settings.deadline_ms / 1000
-        self.json = settings.log == "json"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,36 +86,22 @@ class RequestContext:
             self._log(scope, context)
 
     def _log(self, scope: Scope, context: Context) -> None:
-        ms = context.clock.elapsed * 1000
-        if self.json:
-            line = {
-                "id": context.id,
-                "trace_id": context.trace,
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": context.status,
-                "ms": round(ms, 2),
-                "task": context.task,
-                "model": context.model,
-                "problem": context.problem,
-                "key": context.key,
-                "stages_ms": {name: round(s * 1000, 2) for name, s in list(context.clock.stages.items())},
-            }
-            access.info(orjson.dumps(line).decode())
-        else:
-            # !r: a path may hold a decoded newline, and a log line is one line
-            access.info(
-                "%s %s %r %d %.1f ms %s %s %s %s",
-                context.id,
-                scope["method"],
-                scope["path"],
-                context.status,
-                ms,
-                context.model,
-                context.problem,
-                context.key,
-                context.trace,
-            )
+        level = logging.ERROR if context.status == 500 else logging.WARNING if context.status > 500 else logging.INFO
+        fields = {
+            "id": context.id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": context.status,
+            "ms": round(context.clock.elapsed * 1000, 2),
+            "task": context.task,
+            "model": context.model,
+            "problem": context.problem,
+            "key": context.key,
+            "trace_id": context.trace,
+            "stages_ms": {name: round(s * 1000, 2) for name, s in list(context.clock.stages.items())},
+        }
+        # !r: a path may hold a decoded newline, and a log line is one line
+        access.log(level, "%s %r %d", scope["method"], scope["path"], context.status, extra={"fields": fields})
 
 
 class _Wire:

@@ -1,6 +1,5 @@
 """Traces at a collector: over HTTP, decoded with OpenTelemetry's protobuf."""
 
-import json
 import logging
 import re
 import sys
@@ -177,11 +176,11 @@ def test_exemplars_name_sampled_traces(settings, serve, picture, collector):
 def test_the_log_names_the_trace(settings, serve, collector, caplog):
     with (
         caplog.at_level(logging.INFO, "calmclip.access"),
-        serve(settings(otlp_endpoint=collector.url, log="json")) as client,
+        serve(settings(otlp_endpoint=collector.url)) as client,
     ):
         client.get("/v1/models", headers={"x-request-id": "one"})
-    (line,) = [entry for entry in map(json.loads, caplog.messages) if entry["id"] == "one"]
-    assert line["trace_id"] == collector.server_spans()["one"].trace_id.hex()
+    (fields,) = [record.fields for record in caplog.records if getattr(record, "fields", {}).get("id") == "one"]
+    assert fields["trace_id"] == collector.server_spans()["one"].trace_id.hex()
 
 
 def test_opentelemetrys_variables_apply(settings, serve, collector, monkeypatch):
