@@ -31,6 +31,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("calmclip.models.commands:check_command", "hashes, schema, one self-test per graph"),
     "run": ("calmclip.models.commands:run_command", "a task from the command line: classify, embed, detect, …"),
     "index": ("calmclip.service.cli:index_command", "embed a folder of pictures into a collection"),
+    "collection": (
+        "calmclip.service.collection_cli:collection_command",
+        "list, export, import, re-embed, remove: the collections of a store",
+    ),
     "eval": ("calmclip.models.evals.commands:eval_command", "accuracy on a data set, INT8 beside float"),
     "bench": ("calmclip.models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
     "ops": ("calmclip.models.ops.commands:ops_command", "build, info, check: the compiled operators"),

@@ -20,16 +20,18 @@ from calmclip.service.fetching import Fetcher
 from calmclip.service.hub import Hub
 from calmclip.service.metrics import Metrics
 from calmclip.service.middleware import RequestContext
-from calmclip.service.parts import Service
+from calmclip.service.parts import Service, check_replicas
 from calmclip.service.routes.catalog import page
-from calmclip.service.settings import Settings
+from calmclip.service.settings import Settings, from_environment
 from calmclip.service.tracing import open_tracing
 
 SPECIFICATION = "/openapi.json"  # FastAPI's own route
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    settings = settings or Settings()
+    """Raises `BadRequest` for settings that contradict each other."""
+    settings = settings or from_environment()
+    check_replicas(settings, settings.replicas)
     metrics = Metrics(settings.slo)
     admission = Admission(settings)
     access = Access(settings)
@@ -54,13 +56,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # In the background, so that probes are answered while bundles load.
         loading = asyncio.create_task(_load(parts), name="load")
-        yield
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
-        await parts.collections.close()
-        await parts.hub.close()
-        engine.close()
-        await asyncio.to_thread(tracing.close)
+        try:
+            yield
+        finally:  # `calmclip index` may leave with an error, and an open store holds its folder's lock
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await parts.collections.close()
+            await parts.hub.close()
+            engine.close()
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="calmclip",
@@ -94,4 +98,4 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def _load(parts: Service) -> None:
     await asyncio.gather(parts.collections.load(), parts.hub.load())
-    await parts.hub.tend()
+    await asyncio.gather(parts.hub.tend(), parts.collections.tend())

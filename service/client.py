@@ -47,9 +47,11 @@ from urllib.parse import quote
 import httpx
 
 T = TypeVar("T")
+V = TypeVar("V")
 H = TypeVar("H")
 P = ParamSpec("P")
-Picture: TypeAlias = str | PathLike[str] | bytes | BinaryIO  # a path, or a JPEG, PNG or WebP file's content
+# A path, or the content of a JPEG, PNG or WebP file: bytes, or a file opened in binary mode.
+Picture: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 URL = "http://127.0.0.1:8080"
 
 
@@ -254,6 +256,7 @@ class Collection:
     digest: str
     dim: int
     created: str
+    originals: bool
     items: int
 
 
@@ -275,11 +278,30 @@ class Classifier:
 
 
 @dataclass(frozen=True)
+class CalibrationErrors:
+    """Of the scores of labelled pictures (Guo et al. 2017, equations 3 and 6)."""
+
+    expected_calibration_error: float
+    negative_log_likelihood: float
+
+
+@dataclass(frozen=True)
+class Calibrated(Classifier):
+    """``before``, ``after``: errors at the old and at the new temperature, on the ``pictures`` that chose it."""
+
+    pictures: int
+    before: CalibrationErrors
+    after: CalibrationErrors
+
+
+@dataclass(frozen=True)
 class Model:
-    """``suppression``: the defaults of a detect request; None if the bundle does not detect."""
+    """``embedding_digest``: equal for bundles that make the same vectors; None if the bundle does not embed.
+    ``suppression``: the defaults of a detect request; None if the bundle does not detect."""
 
     name: str
     digest: str
+    embedding_digest: str | None
     family: str
     tasks: list[str]
     precision: str
@@ -301,11 +323,12 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Ready:
-    """``failed``: bundle or collection -> why it did not load."""
+    """``failed``: bundle -> why it did not load. ``degraded``: the store or a collection -> why it is not served."""
 
     ready: bool
     loaded: list[str]
     failed: dict[str, str]
+    degraded: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -352,7 +375,10 @@ class Calls:
         *, texts: Sequence[str] = (), images: Sequence[Picture] = (), model: str | None = None
     ) -> Call[Embeddings]:
         """Texts and pictures -> unit vectors in one space, texts first."""
-        inputs = [*({"text": text} for text in _texts(texts)), *({"image": _picture(image)} for image in images)]
+        inputs = [
+            *({"text": text} for text in _texts(texts)),
+            *({"image": _picture(image)} for image in _pictures(images)),
+        ]
         return Call("POST", "/v1/embed", _reader(Embeddings), {"inputs": inputs, **_present(model=model)})
 
     @staticmethod
@@ -372,7 +398,7 @@ class Calls:
         model: str | None = None,
     ) -> Call[Detections]:
         """Find labels, or the objects of examples, in a picture. Settings that are None have the bundle's default."""
-        pictures = [example if isinstance(example, Example) else Example(example) for example in examples]
+        pictures = [example if isinstance(example, Example) else Example(example) for example in _pictures(examples)]
         fields = _present(
             labels=_texts(labels),
             examples=[{"image": _picture(e.image), **_present(box=e.box, label=e.label)} for e in pictures],
@@ -394,9 +420,15 @@ class Calls:
         return Call("GET", "/v1/collections", _reader(list[Collection], "collections"))
 
     @staticmethod
-    def create_collection(collection: str, *, model: str | None = None) -> Call[Collection]:
-        """Create a collection for the vectors of one bundle. If it exists, nothing changes."""
-        return Call("PUT", _collection(collection), _reader(Collection), _present(model=model))
+    def create_collection(
+        collection: str, *, model: str | None = None, keep_originals: bool | None = None
+    ) -> Call[Collection]:
+        """Create a collection for the vectors of one bundle. If it exists, nothing changes.
+
+        ``keep_originals``: it keeps the texts and pictures; None: as the service is set.
+        """
+        body = _present(model=model, keep_originals=keep_originals)
+        return Call("PUT", _collection(collection), _reader(Collection), body)
 
     @staticmethod
     def collection(collection: str) -> Call[Collection]:
@@ -465,10 +497,10 @@ class Calls:
     @staticmethod
     def calibrate_classifier(
         name: str, items: Sequence[tuple[Picture, str]], *, model: str | None = None
-    ) -> Call[Classifier]:
-        """Set a classifier's temperature from labelled pictures."""
+    ) -> Call[Calibrated]:
+        """Set a classifier's temperature from labelled pictures: at least 100 in all and 2 of each label."""
         body = {"items": _items(items), **_present(model=model)}
-        return Call("POST", _classifier(name, "/calibrate"), _reader(Classifier), body)
+        return Call("POST", _classifier(name, "/calibrate"), _reader(Calibrated), body)
 
     @staticmethod
     def fit_classifier(
@@ -532,12 +564,23 @@ def _texts(values: Sequence[str]) -> list[str]:
     return list(values)
 
 
+def _pictures(values: Sequence[V]) -> Sequence[V]:
+    if isinstance(values, str | PathLike | bytes | bytearray | memoryview | Example) or hasattr(values, "read"):
+        raise TypeError(f"one picture, a {type(values).__name__}, was given; expected a list of pictures")
+    return values
+
+
 def _picture(picture: Picture) -> dict[str, str]:
-    """Raises `OSError` if a path cannot be read."""
-    if isinstance(picture, (str, PathLike)):
-        data = Path(picture).read_bytes()
+    """Raises `OSError` if a path cannot be read, `TypeError` for a value of another type."""
+    if isinstance(picture, str | PathLike):
+        data: object = Path(picture).read_bytes()
     else:
-        data = picture if isinstance(picture, bytes) else picture.read()
+        data = picture.read() if hasattr(picture, "read") else picture
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"a picture is of the type {type(data).__name__}; expected a path, the bytes of a JPEG, PNG or WebP file, "
+            "or a file opened in binary mode"
+        )
     return {"b64": base64.b64encode(data).decode()}
 
 

@@ -6,16 +6,18 @@ answered when it is on disk. Reads have their own threads, so searches and write
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from time import monotonic
 from typing import TypeAlias, TypeVar
 
 from calmclip.models.errors import (
     BadRequest,
     CalmclipError,
+    CollectionDamaged,
     CollectionError,
     CollectionMismatch,
     CollectionNotFound,
@@ -39,6 +41,8 @@ MAX_COMMIT_ROWS = 2048
 COMPACT_AFTER = 64  # commits
 COMPACT_IDLE = 8, 2.0  # commits that suffice if no write came for so many seconds
 RETRY_S = 3.0  # between attempts to open a store that does not answer
+TEND_S = 15.0  # between looks at the store: which collections exist, and which open by now
+OPEN_WAIT_S = 10.0  # a start waits so long for the store; then the tasks that need none are served
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,16 @@ class Collection:
     async def count(self) -> int:
         return await self._read(self.table.count)
 
-    def require(self, model: str, digest: str) -> None:
-        """Raises `CollectionMismatch` unless this bundle filled the collection."""
+    def require(self, model: str, digest: str | None) -> None:
+        """Raises `CollectionMismatch` unless the bundle ``model`` embeds as the bundle that filled the collection.
+
+        ``digest``: the bundle's `Bundle.embedding_digest`.
+        """
         if digest != self.info.digest:
             raise CollectionMismatch(
                 f"collection {self.info.name!r} holds vectors of {self.info.model!r} "
-                f"(digest {self.info.digest[:12]}…); {model!r} has digest {digest[:12]}…, "
-                "and its vectors cannot be compared with them"
+                f"(embedding {self.info.digest[:12]}…); {model!r} embeds differently (embedding {str(digest)[:12]}…), "
+                f"so its vectors cannot be compared with them. {way_out(self.info)}"
             )
 
     async def close(self) -> None:
@@ -189,20 +196,39 @@ class Collection:
             log.exception("compaction of collection %s failed", self.info.name)
 
 
+def unloaded(info: Info) -> str:
+    """Why a collection is not served whose bundle is not loaded."""
+    return (
+        f"it holds vectors of {info.model!r} (embedding {info.digest[:12]}…), and no loaded bundle embeds the same. "
+        f"{way_out(info)}"
+    )
+
+
+def way_out(info: Info) -> str:
+    """What an operator can do about a collection whose bundle is not loaded."""
+    return f"Load the bundle that filled it, or run 'calmclip collection re-embed {info.name}'"
+
+
 class Collections:
-    """The collections of one store. If the store is shared, it is asked each time which collections exist."""
+    """The collections of one store. If the store is shared, it is asked each time which collections exist.
+
+    ``failed``: why the store, or a collection, does not open; the other collections are served.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._url = settings.store_url
         self._max_pending = settings.queue.max_pending
         self._max_collections = settings.limits.collections
         self._copy_bytes = settings.copy_bytes
+        self._keep_originals = settings.keep_originals
         self._readers = ThreadPoolExecutor(settings.cores, thread_name_prefix="read")
         self._metrics = metrics
         self._store: Store | None = None
+        self._opening: asyncio.Task[Store] | None = None
         self._open: dict[str, Collection] = {}
         self._lock = asyncio.Lock()
         self._retrying: asyncio.Task[None] | None = None
+        self._opening_since: float | None = None
         self.failed: dict[str, str] = {}
 
     async def load(self) -> None:
@@ -211,6 +237,7 @@ class Collections:
         A collection that does not open is logged and added to `failed`; the others are served. A store that does not
         answer is tried again until it answers.
         """
+        self._opening_since = monotonic()
         try:
             await self._load()
         except StoreUnavailable as error:
@@ -223,18 +250,66 @@ class Collections:
     def loading(self) -> bool:
         return self._store is None and "collections" not in self.failed
 
+    @property
+    def delays_ready(self) -> bool:
+        """Whether the service should not be ready yet: the store is being opened, for at most `OPEN_WAIT_S`."""
+        since = self._opening_since
+        return self.loading and (since is None or monotonic() < since + OPEN_WAIT_S)
+
+    @property
+    def degraded(self) -> dict[str, str]:
+        """`failed`, and the store as long as it is being opened."""
+        opening = {"collections": f"{redacted(self._url)} is being opened"} if self.loading else {}
+        return {**opening, **self.failed}
+
+    def unbound(self, embeddings: Container[str | None]) -> dict[str, str]:
+        """Collection -> reason, for the collections whose embedding is none of ``embeddings``, the loaded ones."""
+        infos = [collection.info for collection in self._open.values()]
+        return {_entry(info.name): unloaded(info) for info in infos if info.digest not in embeddings}
+
+    async def tend(self) -> None:
+        """Until it is cancelled, every `TEND_S`: `refresh`."""
+        while True:
+            await asyncio.sleep(TEND_S)
+            try:
+                await self.refresh()
+            except Exception:  # the next round tries again
+                log.exception("the store %s cannot be checked", redacted(self._url))
+
+    async def refresh(self) -> None:
+        """Open the collections that appeared in the store, and try again those that did not open.
+
+        `failed` says meanwhile whether the store answers.
+        """
+        if self._store is None:
+            return
+        try:
+            names = await self._read(self._store.names)
+        except StoreUnavailable as error:
+            self.failed["collections"] = str(error)
+            return
+        self.failed.pop("collections", None)
+        for name in {name for name in names if self._store.shared or name not in self._open}:
+            with suppress(CollectionNotFound, CollectionDamaged):
+                async with self._lock:
+                    await self._current(self._store, name)
+        for entry in self.failed.keys() - {_entry(name) for name in names}:
+            del self.failed[entry]
+
     async def all(self) -> list[Collection]:
         """Sorted by name. Raises `Overloaded` while they are being opened."""
         store = self._ready()
         if store.shared:
             for name in {*await self._read(store.names), *self._open}:
-                with suppress(CollectionNotFound):
+                with suppress(CollectionNotFound, CollectionDamaged):
                     await self.get(name)
         return [self._open[name] for name in sorted(self._open)]
 
     async def get(self, name: str) -> Collection:
         """Raises `CollectionNotFound`."""
         store = self._ready()
+        if reason := self.failed.get(_entry(name)):
+            raise CollectionDamaged(f"the collection {name!r} does not open: {reason}")
         if not store.shared:
             return self._known(name)
         with suppress(CollectionNotFound):
@@ -244,15 +319,15 @@ class Collections:
         async with self._lock:
             return await self._current(store, name)
 
-    async def create(self, name: str, loaded: Loaded) -> tuple[Collection, bool]:
-        """The collection, and whether it is new.
+    async def create(self, name: str, loaded: Loaded, originals: bool | None = None) -> tuple[Collection, bool]:
+        """The collection, and whether it is new. ``originals``: whether it keeps what is embedded; None: the setting.
 
-        Raises `CollectionMismatch` if another bundle filled it or it does not open, `BadRequest` if there are too many
-        collections. A client that hangs up does not cancel it: the store's thread would go on and leave an unknown
-        table.
+        Raises `CollectionMismatch` if another bundle filled it, it does not open, or it keeps originals and should not
+        or the reverse; `BadRequest` if there are too many collections. A client that hangs up does not cancel it: the
+        store's thread would go on and leave an unknown table.
         """
         check_name("collection", name)
-        return await asyncio.shield(self._create(self._ready(), name, loaded))
+        return await asyncio.shield(self._create(self._ready(), name, loaded, originals))
 
     async def drop(self, name: str) -> None:
         """Delete a collection, also one that does not open. A client that hangs up does not cancel it.
@@ -269,19 +344,16 @@ class Collections:
             for collection in self._open.values():
                 await collection.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
-        if self._store:
-            await asyncio.to_thread(self._store.close)
+        if self._opening:
+            with suppress(Exception):  # it did not open
+                await asyncio.to_thread((await self._opening).close)
 
     async def _load(self) -> None:
-        store = await asyncio.to_thread(open_store, self._url)
+        self._opening = asyncio.create_task(asyncio.to_thread(open_store, self._url), name="store-open")
+        store = await asyncio.shield(self._opening)  # `close` waits for it: an open store holds its folder's lock
         for name in await asyncio.to_thread(store.names):
-            try:
-                collection = await self._collection(store, await asyncio.to_thread(store.open, name))
-                self._metrics.items(name, await collection.count())
-                self._open[name] = collection
-            except Exception as error:
-                log.exception("collection %s does not open", name)
-                self.failed[_entry(name)] = str(error) or repr(error)
+            with suppress(CollectionDamaged):
+                await self._adopt(store, name, await self._opened(store, name))
         self._store = store
 
     async def _retry(self) -> None:
@@ -314,21 +386,55 @@ class Collections:
             ) from None
 
     async def _current(self, store: Store, name: str) -> Collection:
-        """The shared store's collection of this name. Another service may have created or replaced it."""
+        """The store's collection of this name, as it is now. Another service may have created or replaced it."""
         try:
-            table = await self._read(lambda: store.open(name))
+            table = await self._opened(store, name)
         except CollectionNotFound:
             if closed := self._open.pop(name, None):
                 await closed.close()
                 self._metrics.items(name, None)
             return self._known(name)
         if name not in self._open or self._open[name].table != table:
-            if closed := self._open.pop(name, None):
-                await closed.close()
-            self._open[name] = await self._collection(store, table)
+            await self._adopt(store, name, table)
         return self._open[name]
 
-    async def _create(self, store: Store, name: str, loaded: Loaded) -> tuple[Collection, bool]:
+    async def _opened(self, store: Store, name: str) -> Table:
+        """Raises `CollectionNotFound`, `CollectionDamaged`."""
+        with self._reported(name):
+            return await self._read(lambda: store.open(name))
+
+    async def _adopt(self, store: Store, name: str, table: Table) -> Collection:
+        """Prove that the collection is whole, and serve it from now on. Raises `CollectionDamaged`."""
+        if closed := self._open.pop(name, None):
+            await closed.close()
+        with self._reported(name):
+            await self._read(table.verify)
+            collection = await self._collection(store, table)
+            self._metrics.items(name, await collection.count())
+        self._open[name] = collection
+        self.failed.pop(_entry(name), None)
+        return collection
+
+    @contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        """An error is the reason why this collection is shut: it goes to `failed` and, once, to the log.
+
+        Raises `CollectionDamaged` for it, but `CollectionNotFound` and `StoreUnavailable` as they are.
+        """
+        try:
+            yield
+        except (CollectionNotFound, StoreUnavailable):
+            raise
+        except Exception as error:
+            reason = str(error) or repr(error)
+            if self.failed.get(_entry(name)) != reason:
+                log.error(
+                    "collection %s does not open: %s", name, reason, exc_info=not isinstance(error, CalmclipError)
+                )
+            self.failed[_entry(name)] = reason
+            raise CollectionDamaged(f"the collection {name!r} does not open: {reason}") from error
+
+    async def _create(self, store: Store, name: str, loaded: Loaded, originals: bool | None) -> tuple[Collection, bool]:
         async with self._lock:
             if broken := self.failed.get(_entry(name)):
                 raise CollectionMismatch(
@@ -338,15 +444,17 @@ class Collections:
                 with suppress(CollectionNotFound):
                     await self._current(store, name)
             if name in self._open:
-                self._open[name].require(loaded.name, loaded.digest)
+                _require(self._open[name], loaded, originals)
                 return self._open[name], False
             if len(self._open) >= self._max_collections:
                 raise BadRequest(f"there are {len(self._open)} collections, which is the limit; delete one first")
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            info = Info(name, loaded.name, loaded.digest, loaded.bundle.dim, created)
+            keeps = self._keep_originals if originals is None else originals
+            assert loaded.embedding_digest, "a collection needs a bundle that embeds"
+            info = Info(name, loaded.name, loaded.embedding_digest, loaded.bundle.dim, created, keeps)
             table = await asyncio.to_thread(store.create, info)
             self._open[name] = await self._collection(store, table)
-            self._open[name].require(loaded.name, loaded.digest)  # another service may have created it first
+            _require(self._open[name], loaded, originals)  # another service may have created it first
             self._metrics.committed(name, 0)
             return self._open[name], True
 
@@ -375,11 +483,22 @@ class Collections:
     def _ready(self) -> Store:
         if self._store is None:
             if self._retrying and not self._retrying.done():
-                raise StoreUnavailable(f"the store {redacted(self._url)} does not answer; try again in a few seconds")
+                raise StoreUnavailable(f"{self.failed['collections']}; try again in a few seconds")
             if "collections" in self.failed:
                 raise CollectionError(f"the store {redacted(self._url)} did not open")
             raise Overloaded("the collections are still being opened; try again in a second", reason="loading")
         return self._store
+
+
+def _require(collection: Collection, loaded: Loaded, originals: bool | None) -> None:
+    """Raises `CollectionMismatch` unless the collection is as the caller wants to create it."""
+    collection.require(loaded.name, loaded.embedding_digest)
+    if originals not in (None, collection.info.originals):
+        keeps = "keeps" if collection.info.originals else "does not keep"
+        raise CollectionMismatch(
+            f"the collection {collection.info.name!r} exists and {keeps} originals; expected the reverse. Leave "
+            "`keep_originals` out, or choose another name"
+        )
 
 
 def _entry(name: str) -> str:

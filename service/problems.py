@@ -113,7 +113,14 @@ TABLE: dict[type[BaseException], Problem] = {
         "collection-bundle-mismatch",
         409,
         "Wrong bundle for this collection",
-        "Vectors of different bundles cannot be compared. Use the bundle that filled it, or fill a new collection.",
+        "Vectors of different bundles cannot be compared. Load the bundle that filled it, or let the operator run "
+        "`calmclip collection re-embed`.",
+    ),
+    errors.CollectionDamaged: Problem(
+        "collection-damaged",
+        500,
+        "Collection damaged",
+        "The collection does not open; the others do. `detail` says why. Restore it from a backup, or delete it.",
     ),
     errors.Overloaded: Problem(
         "overloaded",

@@ -45,7 +45,8 @@ def serving(
             for _ in range(1200):
                 assert process.poll() is None, log.read_text()
                 with suppress(httpx.TransportError):
-                    if client.get("/readyz").status_code == 200:
+                    answer = client.get("/readyz")
+                    if answer.status_code == 200 and "is being opened" not in answer.text:
                         break
                 time.sleep(0.05)
             else:

@@ -63,7 +63,8 @@ async def healthz(asked: Asked[None]) -> Response:
     "GET",
     "/readyz",
     scope="health",
-    summary="Bundles and collections are loaded",
+    summary="Bundles are loaded",
+    description="`degraded` lists the collections that are not served; the service is ready for all other requests.",
     answer=ReadyAnswer,
     responses={503: {"model": ReadyAnswer, "description": "Not ready"}},
     head=True,
@@ -72,7 +73,8 @@ async def readyz(asked: Asked[None]) -> Response:
     parts = asked.parts
     ready = parts.ready
     loaded = [entry.name for entry in parts.hub.all()]
-    return asked.respond(ReadyAnswer(ready=ready, loaded=loaded, failed=parts.failed), 200 if ready else 503)
+    answer = ReadyAnswer(ready=ready, loaded=loaded, failed=parts.failed, degraded=parts.degraded)
+    return asked.respond(answer, 200 if ready else 503)
 
 
 @_endpoint(
@@ -115,6 +117,7 @@ def _summary(loaded: Loaded, max_examples: int) -> ModelSummary:
     return ModelSummary(
         name=bundle.name,
         digest=bundle.digest,
+        embedding_digest=loaded.embedding_digest,
         family=bundle.family,
         tasks=list(bundle.tasks),
         precision=bundle.manifest.precision,

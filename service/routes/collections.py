@@ -9,11 +9,11 @@ import orjson
 from fastapi import Query
 from fastapi.responses import Response
 
-from calmclip.models.errors import BadRequest, CollectionMismatch
+from calmclip.models.errors import BadRequest, CollectionMismatch, Overloaded
 from calmclip.models.flow import Array
 from calmclip.models.tasks.embed import EmbedRequest, embed
 from calmclip.service.asked import Asked
-from calmclip.service.collections import Collection
+from calmclip.service.collections import Collection, unloaded
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
 from calmclip.service.hub import Loaded
 from calmclip.service.routes import check_count
@@ -27,6 +27,7 @@ from calmclip.service.schemas.collections import (
     Hit,
     ItemsAnswer,
     ItemsBody,
+    PlainText,
     SearchAnswer,
     SearchBody,
     StoredItem,
@@ -37,6 +38,7 @@ from calmclip.service.stores import Row
 MISSING = "collection-not-found"
 WRONG_BUNDLE = "collection-bundle-mismatch"
 STORE_DOWN = "store-unavailable"
+DAMAGED = "collection-damaged"
 STORE = ("overloaded", STORE_DOWN)
 MAX_DEPTH = 16  # of metadata: an answer nests it deeper, and JSON writers have limits
 _endpoint = partial(Endpoint, task="collections", tags=("collections",))
@@ -54,7 +56,7 @@ async def list_collections(asked: Asked[None]) -> CollectionsAnswer:
     summary="Create a collection",
     description="201 if it is new, 200 if it exists.",
     body=CollectionBody,
-    example={"model": "mini-int8"},
+    example={"model": "mini-int8", "keep_originals": False},
     answer=CollectionAnswer,
     problems=(*ENGINE, STORE_DOWN, *INPUT, WRONG_BUNDLE),
     responses={201: {"model": CollectionAnswer}},
@@ -62,7 +64,7 @@ async def list_collections(asked: Asked[None]) -> CollectionsAnswer:
 async def make_collection(asked: Asked[CollectionBody], name: NewName) -> Response:
     loaded = asked.parts.hub.get(asked.body.model, "embed")
     async with asked.context.deadline():
-        collection, new = await asked.parts.collections.create(name, loaded)
+        collection, new = await asked.parts.collections.create(name, loaded, asked.body.keep_originals)
         return asked.respond(await _describe(collection), 201 if new else 200)
 
 
@@ -72,7 +74,7 @@ async def make_collection(asked: Asked[CollectionBody], name: NewName) -> Respon
     scope="read",
     summary="One collection",
     answer=CollectionAnswer,
-    problems=(MISSING, *STORE),
+    problems=(MISSING, DAMAGED, *STORE),
 )
 async def get_collection(asked: Asked[None], name: str) -> CollectionAnswer:
     async with asked.context.deadline():
@@ -84,7 +86,7 @@ async def get_collection(asked: Asked[None], name: str) -> CollectionAnswer:
     "/v1/collections/{name}",
     summary="Delete a collection and all its items",
     status=204,
-    problems=(MISSING, *STORE),
+    problems=(MISSING, DAMAGED, *STORE),
 )
 async def delete_collection(asked: Asked[None], name: str) -> None:
     async with asked.context.deadline():
@@ -97,12 +99,12 @@ async def delete_collection(asked: Asked[None], name: str) -> None:
     scope="read",
     summary="Items, ordered by id",
     answer=ItemsAnswer,
-    problems=(MISSING, *STORE, "invalid-request"),
+    problems=(MISSING, DAMAGED, *STORE, "invalid-request"),
 )
 async def list_items(
     asked: Asked[None],
     name: str,
-    after: Annotated[str | None, Query(description="the last id of the previous page")] = None,
+    after: Annotated[PlainText | None, Query(description="the last id of the previous page")] = None,
     limit: Annotated[int, Query(ge=1, description="at most CALMCLIP_LIMITS__TOP_K")] = 100,
 ) -> ItemsAnswer:
     collection = await _collection(asked, name)
@@ -122,7 +124,7 @@ async def list_items(
     body=ItemsBody,
     example={"items": [{"id": "a1", "image": {"b64": PIXEL}, "meta": {"title": "dunes"}}]},
     answer=CountAnswer,
-    problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, WRONG_BUNDLE, "text-too-long"),
+    problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, DAMAGED, WRONG_BUNDLE, "text-too-long"),
 )
 async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
     collection = await _collection(asked, name)
@@ -130,14 +132,16 @@ async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
     items, limits = asked.body.items, asked.limits
     check_count(asked, len(items), "items")
     for item in items:
-        if "\0" in item.id:
-            raise BadRequest(f"the id {item.id!r} contains a NUL character")
         if not _is_within(item.meta, MAX_DEPTH):
             raise BadRequest(f"the meta of item {item.id!r} is nested deeper than {MAX_DEPTH} levels")
         if (size := len(orjson.dumps(item.meta))) > limits.meta_bytes:
             raise BadRequest(f"the meta of item {item.id!r} has {size} bytes; at most {limits.meta_bytes} are stored")
     vectors = await _vectors(items, [f"item {item.id!r}" for item in items], loaded, asked)
-    rows = [Row(item.id, vector, item.meta) for item, vector in zip(items, vectors, strict=True)]
+    keeps = collection.info.originals
+    rows = [
+        Row(item.id, vector, item.meta, item.value if keeps else None)
+        for item, vector in zip(items, vectors, strict=True)
+    ]
     return await _write(asked, collection, collection.upsert(rows))
 
 
@@ -150,7 +154,7 @@ async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
     body=DeleteItemsBody,
     example={"ids": ["a1"]},
     answer=CountAnswer,
-    problems=(*INPUT, MISSING, *STORE),
+    problems=(*INPUT, MISSING, DAMAGED, *STORE),
 )
 async def delete_items(asked: Asked[DeleteItemsBody], name: str) -> CountAnswer:
     collection = await _collection(asked, name)
@@ -167,18 +171,18 @@ async def delete_items(asked: Asked[DeleteItemsBody], name: str) -> CountAnswer:
     body=SearchBody,
     example={"query": {"text": "sand in the evening"}, "top_k": 3, "filter": {"year": {"gte": 2020}}},
     answer=SearchAnswer,
-    problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, WRONG_BUNDLE, "text-too-long"),
+    problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, DAMAGED, WRONG_BUNDLE, "text-too-long"),
 )
 async def search_collection(asked: Asked[SearchBody], name: str) -> SearchAnswer:
     body, collection = asked.body, await _collection(asked, name)
     if body.model is not None:
         named = asked.parts.hub.get(body.model, "embed")
-        collection.require(named.name, named.digest)
+        collection.require(named.name, named.embedding_digest)
     loaded = _bundle_of(collection, asked)
     _check_top_k(body.top_k, asked, "top_k")
     (vector,) = await _vectors([body.query], ["the query"], loaded, asked)
     async with _stage(asked, "search"):
-        matches = await collection.search(vector, body.top_k, body.conditions())
+        matches = await collection.search(vector, body.top_k, body.filter)
     return SearchAnswer(
         collection=name, hits=[Hit(id=match.id, score=round_score(match.score), meta=match.meta) for match in matches]
     )
@@ -218,13 +222,12 @@ async def _describe(collection: Collection) -> CollectionAnswer:
 def _bundle_of(collection: Collection, asked: Asked[Any]) -> Loaded:
     """The loaded bundle that filled the collection. Raises `CollectionMismatch` if it is not loaded."""
     info, hub = collection.info, asked.parts.hub
-    loaded = hub.by_digest(info.digest)
+    loaded = hub.by_embedding(info.digest)
     if loaded is None:
         if hub.loading:
-            hub.get(info.model, "embed")  # raises `Overloaded`: bundles are still loading
+            raise Overloaded("the bundles are still loading; try again in a second", reason="loading")
         raise CollectionMismatch(
-            f"collection {info.name!r} was filled by {info.model!r} with digest {info.digest[:12]}…, "
-            "which is not loaded; load that bundle, or fill a new collection",
+            f"the collection {info.name!r} is not served: {unloaded(info)}",
             known=[bundle.name for bundle in hub.all()],
         )
     asked.context.model = loaded.name

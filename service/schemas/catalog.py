@@ -10,7 +10,10 @@ from calmclip.service.schemas.detect import SuppressionAsked
 
 class ModelSummary(Answer):
     name: str
-    digest: str
+    digest: str = Field(description="sha256 of bundle.json")
+    embedding_digest: str | None = Field(
+        description="sha256 of what embeds: bundles with the same one make the same vectors; null: it does not embed"
+    )
     family: str = Field(description="the float and the INT8 bundle of one export have the same family")
     tasks: list[str]
     precision: str
@@ -40,4 +43,5 @@ class HealthAnswer(Answer):
 class ReadyAnswer(Answer):
     ready: bool
     loaded: list[str]
-    failed: dict[str, str] = Field(description="bundle or collection -> why it did not load")
+    failed: dict[str, str] = Field(description="bundle -> why it did not load; with an entry the service is not ready")
+    degraded: dict[str, str] = Field(description="the store or a collection -> why it is not served")

@@ -2,17 +2,36 @@
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, StrictFloat, StrictStr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, WithJsonSchema
 
+from calmclip.service import filters
 from calmclip.service.schemas import MIB, Answer, Body
 from calmclip.service.schemas.embed import EmbedInput
 from calmclip.service.settings import MAX_TEXTS
 from calmclip.service.stores import Condition
 
-MAX_FIELDS = 32  # of a filter: the engine's parser is recursive, and thousands of fields overflow its stack
-MAX_IN = 1000  # values of all `in` lists of a filter together
-Scalar = str | int | float | bool
-Bound = StrictFloat | StrictStr  # strict: true is not a number
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"{text[:100]!r} contains a NUL character")
+    return text
+
+
+def _storable(meta: dict[str, Any]) -> dict[str, Any]:
+    """``meta`` if PostgreSQL can store it: then every store answers alike. No recursion: it may be nested deeply."""
+    rest: list[Any] = [meta]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            _no_nul(value)
+        elif isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list):
+            rest += value
+    return meta
+
+
+PlainText = Annotated[str, AfterValidator(_no_nul)]
 
 
 class CollectionBody(Body):
@@ -21,11 +40,16 @@ class CollectionBody(Body):
     model: str | None = Field(
         None, description="the bundle whose vectors the collection holds; default: the first that embeds"
     )
+    keep_originals: StrictBool | None = Field(
+        None, description="keep the texts and pictures, so that another bundle can embed them; default: the setting"
+    )
 
 
 class Item(EmbedInput):
-    id: str = Field(min_length=1, max_length=512)
-    meta: dict[str, Any] = Field({}, description="any JSON object; a search can filter by its top-level fields")
+    id: PlainText = Field(min_length=1, max_length=512)
+    meta: Annotated[dict[str, Any], AfterValidator(_storable)] = Field(
+        {}, description="any JSON object; a search can filter by its top-level fields"
+    )
 
 
 class ItemsBody(Body):
@@ -33,71 +57,26 @@ class ItemsBody(Body):
 
 
 class DeleteItemsBody(Body):
-    ids: list[str] = Field(min_length=1, fail_fast=True)
-
-
-Values = Annotated[list[Scalar], Field(min_length=1, max_length=MAX_IN, fail_fast=True)]
-
-
-class Range(Body):
-    """All given conditions must hold. Numbers are compared with numbers, strings with strings."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    in_: Values | None = Field(None, alias="in")
-    gt: Bound | None = None
-    gte: Bound | None = None
-    lt: Bound | None = None
-    lte: Bound | None = None
-
-
-def _few_fields(value: Any) -> Any:
-    """Counts the fields before they are validated; pydantic's own ``max_length`` counts afterwards."""
-    if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        raise ValueError(f"{len(value)} fields were given; at most {MAX_FIELDS} are read")
-    return value
-
-
-Filter = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[\w][\w .:-]{0,63}$")], Scalar | Range],
-    BeforeValidator(_few_fields),
-    Field(max_length=MAX_FIELDS),
-]
+    ids: list[PlainText] = Field(min_length=1, fail_fast=True)
 
 
 class SearchBody(Body):
     query: EmbedInput
     model: str | None = Field(None, description="if given, it must be the bundle that filled the collection")
     top_k: int = Field(10, ge=1)
-    filter: Filter = Field({}, description='meta field -> value, {"in": [...]}, or {"gte": 1, "lt": 2}; all must hold')
-
-    @model_validator(mode="after")
-    def _few_values(self) -> "SearchBody":
-        count = sum(len(wanted.in_ or ()) for wanted in self.filter.values() if isinstance(wanted, Range))
-        if count > MAX_IN:
-            raise ValueError(f"the filter lists {count} values in all its fields; at most {MAX_IN} are read")
-        return self
-
-    def conditions(self) -> list[Condition]:
-        conditions: list[Condition] = []
-        for name, wanted in self.filter.items():
-            if not isinstance(wanted, Range):
-                conditions.append(Condition(name, "in", (wanted,)))
-                continue
-            if wanted.in_ is not None:
-                conditions.append(Condition(name, "in", tuple(wanted.in_)))
-            for op in ("gt", "gte", "lt", "lte"):
-                if (value := getattr(wanted, op)) is not None:
-                    conditions.append(Condition(name, op, value))
-        return conditions
+    filter: Annotated[list[Condition], BeforeValidator(filters.parse), WithJsonSchema(filters.SCHEMA)] = Field(
+        default_factory=list,
+        description='field of the metadata -> value, {"in": [...]} or {"gte": 1, "lt": 2}; all must hold',
+    )
 
 
 class CollectionAnswer(Answer):
     name: str
     model: str = Field(description="the bundle that fills it")
-    digest: str = Field(description="sha256 of that bundle's manifest")
+    digest: str = Field(description="sha256 of what embeds in that bundle: `embedding_digest` of /v1/models")
     dim: int
     created: str
+    originals: bool = Field(description="whether it keeps the texts and pictures")
     items: int
 
 

@@ -7,7 +7,9 @@ are unit vectors. `regions` are the four quarters of the picture. So a red pictu
 
 import io
 import json
+import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from calmclip.models.bundle.manifest import Manifest
 from calmclip.models.bundle.store import Sealed, seal, stage
 from calmclip.service.app import create_app
+from calmclip.service.logs import JsonLines, TextLines
 from calmclip.service.server import Protocol
 from calmclip.service.settings import Settings
 
@@ -141,10 +144,11 @@ def make_bundle(
     note: str = "",
     family: str | None = None,
     report: str = REPORT,
+    mean: tuple[float, float, float] = (0, 0, 0),
     replace: bool = False,
 ) -> Sealed:
-    """Seal the bundle. ``note`` changes its digest and not its graphs."""
-    picture = {"kind": "image", "size": (8, 8), "resample": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    """Seal the bundle. ``note`` changes its digest and not what embeds; ``mean``, taken from each picture, does."""
+    picture = {"kind": "image", "size": (8, 8), "resample": "bilinear", "mean": mean, "std": (1, 1, 1)}
     settings = {"method": "int64", "per_class": "int64", "iou_threshold": "float32", "sigma": "float32",
                 "min_score": "float32", "max_output": "int64"}  # fmt: skip
     pixels = {"pixels": _tensor("float32", "B", 3, 8, 8)}
@@ -246,6 +250,11 @@ def declared(answer: httpx.Response, spec: dict[str, Any]) -> None:
     assert ("retry-after" in answer.headers) == ("Retry-After" in response.get("headers", {})), f"{method} {path}"
 
 
+def is_open(answer: httpx.Response) -> bool:
+    """Whether this answer of `/readyz` says that bundles are loaded and the store is no longer being opened."""
+    return answer.status_code == 200 and "is being opened" not in answer.text
+
+
 @contextmanager
 def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]:
     """Run the app under uvicorn in a thread, on a free port. The client checks every answer by `declared`."""
@@ -262,12 +271,27 @@ def serving(settings: Settings, *, ready: bool = True) -> Iterator[httpx.Client]
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False, event_hooks=hooks
         ) as client:
-            while ready and client.get("/readyz").status_code != 200:
+            latest = time.monotonic() + 60
+            while ready and not is_open(answer := client.get("/readyz")):
+                assert time.monotonic() < latest, answer.text
                 time.sleep(0.01)
             yield client
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(autouse=True)
+def logging_of_the_tests() -> Iterator[None]:
+    """`calmclip serve` sets up the logging of its process, which in a test is the process of all tests."""
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
+    yield
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h.formatter, TextLines | JsonLines)]:
+        root.removeHandler(handler)
+        root.setLevel(logging.WARNING)
+        logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import io
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -137,7 +138,8 @@ def test_detect(ask, runner, picture):
 
 def test_collections(ask, runner, picture):
     created = ask("create_collection", "photos", model="colours-int8")
-    assert created == Collection("photos", "colours-int8", runner.bundle.digest, 3, created.created, 0)
+    digest = runner.bundle.embedding_digest
+    assert created == Collection("photos", "colours-int8", digest, 3, created.created, False, 0)
     items = [
         Item("a", text="red", meta={"year": 2020}),
         Item("b", image=picture("green"), meta={"year": 2021, "tags": ["x"]}),
@@ -185,8 +187,14 @@ def test_classifiers(ask, runner, picture):
     assert ask("classifiers") == []
     registered = ask("put_classifier", "pets", ["red", "blue"], temperature=2.0, none_below=0.9)
     assert (registered.temperature, registered.none_below) == (2.0, 0.9)
-    calibrated = ask("calibrate_classifier", "pets", [(picture("blue"), "blue"), (picture("red"), "red")])
-    assert (calibrated.version, calibrated.temperature == 2.0) == (2, False)
+    known = [(picture("blue"), "blue"), (picture("red"), "red")] * 50
+    calibrated = ask("calibrate_classifier", "pets", known)
+    assert (calibrated.version, calibrated.temperature == 2.0, calibrated.pictures) == (2, False, 100)
+    # before: logits 10 and 0 at T = 2, all right
+    assert calibrated.before.expected_calibration_error == pytest.approx(1 - 1 / (1 + math.exp(-5)), abs=2e-6)
+    assert calibrated.after.negative_log_likelihood == pytest.approx(math.log(102 / 101), abs=1e-3)
+    with pytest.raises(Rejected, match="2 pictures for 2 labels were given"):
+        ask("calibrate_classifier", "pets", known[:2])
     assert ask("classify", picture("blue"), classifier="pets", temperature=50.0).none_of_these
     assert ask("classify", picture("blue"), ["red", "blue"]).none_of_these is None
     ask("delete_classifier", "pets")
@@ -204,7 +212,7 @@ def test_models(ask, runner):
     assert files.digest == model.digest
     assert files.manifest["classifier"]["head"] == {"name": "cosine", "params": {"scale": 10.0}, "assets": {}}
     assert files.report == json.loads((runner.bundle.directory / "report.json").read_text())
-    assert ask("ready") == Ready(True, ["colours-int8"], {})
+    assert ask("ready") == Ready(True, ["colours-int8"], {}, {})
 
 
 def test_models_name_the_defaults_of_a_detect_request(settings, serve, bundle_maker, tmp_path, asking):
@@ -251,11 +259,18 @@ def test_a_name_cannot_leave_its_path(ask):
         ("search", ("photos",)),
         ("upsert", ("photos", [Item("a")])),
         ("upsert", ("photos", [Item("a", "red", b"")])),
+        ("classify", (7,)),
+        ("classify", (io.StringIO("text"),)),
+        ("detect", (b"", "red")),
+        ("detect", {"image": b"", "examples": b""}),
+        ("embed", {"texts": "red"}),
+        ("embed", {"images": "cat.jpg"}),
+        ("embed", {"images": io.BytesIO()}),
     ],
 )
 def test_an_impossible_argument_is_a_type_error(ask, method, args):
     with pytest.raises(TypeError, match="expected a"):
-        ask(method, *args)
+        ask(method, **args) if isinstance(args, dict) else ask(method, *args)
 
 
 def test_a_service_that_is_still_loading(settings, serve, monkeypatch, asking):
@@ -264,7 +279,8 @@ def test_a_service_that_is_still_loading(settings, serve, monkeypatch, asking):
     with serve(settings(), ready=False) as client:
         try:
             ask = asking(client.base_url, retries=0)
-            assert ask("ready") == Ready(False, [], {})
+            loading = ask("ready")
+            assert (loading.ready, loading.loaded, loading.failed) == (False, [], {})
             with pytest.raises(Overloaded, match="still loading") as refused:
                 ask("embed", texts=["red"])
             assert (refused.value.status, refused.value.slug, refused.value.retry_after) == (503, "overloaded", 1.0)

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import calmclip.service.collections
-from calmclip.models.errors import BadRequest, CollectionMismatch, CollectionNotFound, Overloaded
+from calmclip.models.errors import (
+    BadRequest,
+    CollectionDamaged,
+    CollectionMismatch,
+    CollectionNotFound,
+    Overloaded,
+    StoreUnavailable,
+)
 from calmclip.service.collections import Collection, Collections
 from calmclip.service.metrics import Metrics
 from calmclip.service.settings import Settings, Slo
@@ -44,6 +51,9 @@ class Notes:
 
     def compact(self):
         self.compacted += 1
+
+    def verify(self):
+        """It is whole."""
 
 
 def row(name: str, v: object = "") -> Row:
@@ -211,7 +221,7 @@ class Shelf:
         self.closed = True
 
 
-BUNDLE = SimpleNamespace(name="m", digest="d", bundle=SimpleNamespace(dim=2))
+BUNDLE = SimpleNamespace(name="m", embedding_digest="d", bundle=SimpleNamespace(dim=2))
 
 
 def shelf(monkeypatch, scenario, store: Shelf, **limits: int):
@@ -294,6 +304,70 @@ def test_a_collection_that_cannot_be_counted_is_not_open(monkeypatch):
         assert await collections.all() == []
 
     shelf(monkeypatch, scenario, store)
+
+
+def test_what_is_damaged_is_shut_alone_and_tried_again_and_what_appears_is_served(monkeypatch):
+    store = Shelf("bad", "good", "torn")
+    store.broken = {"bad"}
+
+    def torn():
+        raise CollectionDamaged("a file is missing")
+
+    monkeypatch.setattr(store.tables["torn"], "verify", torn)
+
+    async def scenario(collections):
+        await collections.load()
+        damage = {"collection bad": "no table", "collection torn": "a file is missing"}
+        assert collections.failed == collections.degraded == damage
+        assert (await collections.get("good")).table is store.tables["good"]
+        with pytest.raises(CollectionDamaged, match="'torn' does not open: a file is missing"):
+            await collections.get("torn")
+        await collections.refresh()
+        assert collections.failed == damage
+        store.broken.clear()
+        store.tables["late"] = Notes()
+        monkeypatch.undo()
+        await collections.refresh()
+        assert collections.failed == {}
+        tables = [collection.table for collection in await collections.all()]
+        assert tables == [store.tables[name] for name in ("bad", "good", "late", "torn")]
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_a_store_that_stops_to_answer_is_told_until_it_answers(monkeypatch):
+    store = Shelf("a")
+    monkeypatch.setattr(calmclip.service.collections, "OPEN_WAIT_S", 0)
+
+    def away():
+        raise StoreUnavailable("it does not answer")
+
+    async def scenario(collections):
+        loading = asyncio.create_task(collections.load())
+        await asyncio.sleep(0)
+        assert "is being opened" in collections.degraded["collections"]
+        assert not collections.delays_ready  # tasks that need no store are served
+        await loading
+        assert collections.degraded == {}
+        monkeypatch.setattr(store, "names", away)
+        await collections.refresh()
+        assert collections.degraded == {"collections": "it does not answer"}
+        monkeypatch.undo()
+        await collections.refresh()
+        assert collections.degraded == {}
+
+    shelf(monkeypatch, scenario, store)
+
+
+def test_a_collection_without_its_bundle_is_unbound_with_the_way_out(monkeypatch):
+    async def scenario(collections):
+        await collections.load()
+        assert collections.unbound({"other", "d"}) == {}
+        (reason,) = collections.unbound({"other"}).values()
+        assert "no loaded bundle embeds the same" in reason
+        assert "calmclip collection re-embed c" in reason
+
+    shelf(monkeypatch, scenario, Shelf("c"))
 
 
 def test_a_failed_deletion_may_be_repeated(monkeypatch):

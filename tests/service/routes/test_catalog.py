@@ -1,11 +1,13 @@
 """Models, probes, the page."""
 
+import json
 import shutil
 
 import lancedb
 import pytest
 
 from calmclip.models.errors import BadRequest
+from calmclip.models.runner import open_bundle
 from calmclip.service.app import create_app
 
 
@@ -20,6 +22,20 @@ def test_the_default_bundle_is_int8_before_float_unless_a_load_order_is_set(sett
 
     assert default() == "colours-int8"
     assert default(load="colours-float,colours-int8") == "colours-float"
+
+
+def test_models_name_what_embeds(settings, serve, bundle_maker, tmp_path):
+    """Another note makes another bundle of the same vectors; a bundle that does not embed has no such digest."""
+    for name, note in (("colours-int8", "one"), ("others-int8", "another"), ("words-int8", "")):
+        path = bundle_maker(tmp_path / "bundles", name, note=note).directory / "bundle.json"
+        if name == "words-int8":
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": ["classify"]}))
+    with serve(settings(bundles_dir=tmp_path / "bundles")) as client:
+        models = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
+    digests = [models[name]["embedding_digest"] for name in ("colours-int8", "others-int8", "words-int8")]
+    assert digests[0] == digests[1] == open_bundle(tmp_path / "bundles" / "colours-int8").bundle.embedding_digest
+    assert digests[2] is None
+    assert models["colours-int8"]["digest"] != models["others-int8"]["digest"]
 
 
 def test_a_broken_bundle_is_named_and_the_others_serve(settings, serve, bundles, tmp_path):
@@ -48,8 +64,11 @@ def test_a_foreign_table_is_named_and_the_collections_serve(settings, serve, tmp
     lancedb.connect(tmp_path / "data" / "collections").create_table("foreign", [{"a": 1}])
     with serve(settings(), ready=False) as client:
         answer = until_loaded(client)
-        assert answer.status_code == 503
-        assert list(answer.json()["failed"]) == ["collection foreign"]
+        assert answer.status_code == 200
+        assert list(answer.json()["degraded"]) == ["collection foreign"]
+        assert 'calmclip_failed{kind="collections"} 1.0' in client.get("/metrics").text
+        damaged = client.get("/v1/collections/foreign")
+        assert (damaged.status_code, damaged.json()["type"]) == (500, "/problems/collection-damaged")
         assert [collection["name"] for collection in client.get("/v1/collections").json()["collections"]] == ["mine"]
 
 
@@ -57,7 +76,7 @@ def test_a_store_that_does_not_open_does_not_stop_the_tasks(settings, serve, tmp
     (tmp_path / "file").write_text("no folder")
     with serve(settings(store=f"lancedb:{tmp_path / 'file'}"), ready=False) as client:
         answer = until_loaded(client)
-        assert list(answer.json()["failed"]) == ["collections"]
+        assert (answer.status_code, list(answer.json()["degraded"])) == (200, ["collections"])
         assert client.put("/v1/collections/c", json={}).status_code == 500
         assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
 

@@ -58,7 +58,7 @@ def test_a_collection_survives_a_restart_and_refuses_another_bundle(settings, se
         assert 'calmclip_collection_items{collection="kept"} 3.0' in metrics
 
     other = tmp_path / "other"
-    bundle_maker(other, note="trained longer")
+    bundle_maker(other, mean=(0.5, 0, 0))
     with serve(settings(bundles_dir=other)) as client:
         for answer in (
             client.post("/v1/collections/kept/search", json={"query": {"text": "blue"}}),
@@ -71,7 +71,7 @@ def test_a_collection_survives_a_restart_and_refuses_another_bundle(settings, se
         assert client.put("/v1/collections/new", json={}).status_code == 201
 
     with serve(settings(bundles_dir=bundles)) as client:
-        bundle_maker(bundles, "other-int8")
+        bundle_maker(bundles, "other-int8", mean=(0.5, 0, 0))
     with serve(settings(bundles_dir=bundles)) as client:
         search = {"query": {"text": "blue"}, "model": "other-int8"}
         assert client.post("/v1/collections/kept/search", json=search).status_code == 409

@@ -1,0 +1,150 @@
+"""`calmclip collection list|export|import|re-embed|remove`: the collections of a store, without a service."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import find, names, read
+from calmclip.models.cli import emit, parser
+from calmclip.models.errors import BadRequest, CalmclipError, CollectionNotFound, suggestion
+from calmclip.models.runner import open_bundle
+from calmclip.service import parquet
+from calmclip.service.files import check_name
+from calmclip.service.settings import Settings, from_environment
+from calmclip.service.stores import Info, Store, open_store
+
+
+def collection_command(argv: list[str]) -> int:
+    options = parser("collection", "The collections of a store, without a service.")
+    options.add_argument("--store", help="KIND:LOCATION; default: CALMCLIP_STORE, else the data directory's")
+    options.add_argument("--bundles", type=Path, help="directory of bundles; default: models/bundles")
+    verbs = options.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="names, bundles, items, and which collections do not open")
+    exporting = verbs.add_parser("export", help="write a collection to a Parquet file, also beside a running service")
+    exporting.add_argument("name")
+    exporting.add_argument("file", type=Path)
+    exporting.add_argument("--replace", action="store_true", help="replace the file")
+    importing = verbs.add_parser("import", help="read a file of `export` into the store")
+    importing.add_argument("file", type=Path)
+    importing.add_argument("--name", help="default: the name in the file")
+    importing.add_argument("--replace", action="store_true", help="replace the collection")
+    embedding = verbs.add_parser("re-embed", help="give a collection the vectors of another bundle")
+    embedding.add_argument("name")
+    embedding.add_argument("--model", help="the bundle; default: the present one of the same name")
+    embedding.add_argument("--folder", type=Path, help="the folder that was indexed, if no originals are kept")
+    embedding.add_argument("--drop", action="store_true", help="leave out the items that have no source")
+    embedding.add_argument("--threads", type=int, help="threads per graph; default: one per core")
+    verbs.add_parser("remove", help="delete a collection and all its items, also a damaged one").add_argument("name")
+    given = options.parse_args(argv)
+    settings = from_environment(store=given.store, bundles_dir=given.bundles, threads=getattr(given, "threads", None))
+    result = VERBS[given.verb](settings, given)
+    emit(given.json, result, _show)
+    return 0
+
+
+def _list(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    bundles = _embeddings(settings.bundles_dir)
+    entries: list[dict[str, Any]] = []
+    with _store(settings, read_only=True) as store:
+        for name in store.names():
+            try:
+                table = store.open(name)
+                table.verify()
+                info = table.info
+                entries.append({**asdict(info), "items": table.count(), "bundle": bundles.get(info.digest)})
+            except CollectionNotFound:  # it was deleted meanwhile
+                continue
+            except CalmclipError as error:
+                entries.append({"name": name, "damaged": str(error)})
+    return {"collections": entries}
+
+
+def _export(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    with _store(settings, read_only=True) as store:
+        table = store.open(_known(store, given.name))
+        table.verify()
+        rows = parquet.write(table, given.file, replace=given.replace)
+    return {"done": f"{given.file}: {rows} items of {given.name}", "items": rows}
+
+
+def _import(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    file = parquet.read(given.file)
+    name = given.name or file.info.name
+    check_name("collection", name)
+    with _store(settings) as store:
+        if name in store.names() and not given.replace:
+            raise BadRequest(f"there is a collection {name!r} already; choose another --name, or --replace")
+        info = Info(**{**asdict(file.info), "name": name})
+        count = store.replace(info, file.rows).count()
+    return {"done": f"{name}: {count} items of {given.file}", "items": count}
+
+
+def _re_embed(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    from calmclip.service.reembedding import re_embed  # it imports what decodes and runs graphs
+
+    with _store(settings) as store:
+        info = store.open(_known(store, given.name)).info
+        model = given.model or info.model
+        runner = open_bundle(find(model, settings.bundles_dir), threads=settings.threads, ops=settings.ops)
+        digest = str(runner.bundle.embedding_digest)
+        if digest == info.digest:
+            already = f"{given.name} has the vectors of {model} already (embedding {digest[:12]}…)"
+            return {"done": already, "items": None, "digest": digest}
+        counts = re_embed(store, given.name, runner, given.folder, drop=given.drop)
+    dropped = [f"left out {id_}" for id_ in counts.dropped]
+    changed = f", {counts.changed} of changed files" if counts.changed else ""
+    done = f"{given.name}: {counts.items} items embedded by {model} (embedding {digest[:12]}…){changed}"
+    return {"done": "\n".join([*dropped, done]), **asdict(counts), "digest": digest}
+
+
+def _remove(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    with _store(settings) as store:
+        store.drop(_known(store, given.name))
+    return {"done": f"{given.name} is deleted"}
+
+
+VERBS = {"list": _list, "export": _export, "import": _import, "re-embed": _re_embed, "remove": _remove}
+
+
+@contextmanager
+def _store(settings: Settings, *, read_only: bool = False) -> Iterator[Store]:
+    store = open_store(settings.store_url, read_only=read_only)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _known(store: Store, name: str) -> str:
+    """Raises `CollectionNotFound`."""
+    if name not in (known := store.names()):
+        raise CollectionNotFound(f"there is no collection {name!r}; {suggestion(name, known)}", known=known)
+    return name
+
+
+def _embeddings(bundles: Path) -> dict[str, str]:
+    """Embedding digest -> a bundle that has it. A bundle that does not open has none."""
+    digests: dict[str, str] = {}
+    for name in names(bundles):
+        try:
+            bundle = Bundle(read(bundles / name, verify=False))
+        except CalmclipError:
+            continue
+        if bundle.embedding_digest:
+            digests.setdefault(bundle.embedding_digest, name)
+    return digests
+
+
+def _show(result: dict[str, Any]) -> None:
+    for entry in result.get("collections", ()):
+        if "damaged" in entry:
+            print(f"{entry['name']:24s} does not open: {entry['damaged']}")
+        else:
+            bundle = entry["bundle"] or f"none of its embedding; it was filled by {entry['model']}"
+            print(f"{entry['name']:24s} {entry['items']:9d} items  {entry['created']}  bundle: {bundle}")
+    if done := result.get("done"):
+        print(done)

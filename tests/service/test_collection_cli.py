@@ -1,0 +1,233 @@
+"""`calmclip collection`: vectors are those of the hand-made bundle, files are read with pyarrow alone."""
+
+import base64
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from calmclip.models.cli import main
+from calmclip.service.stores import open_store
+from tests.asking import until
+
+RED, BLUE, MEAN = (1, 0, 0), (0, 0, 1), (0.5, 0.25, 0)
+
+
+def unit(*values: float) -> list[float]:
+    return [float(value) for value in np.array(values) / np.linalg.norm(values)]
+
+
+@pytest.fixture(params=["lancedb", "pgvector"])
+def store(request, tmp_path) -> str:
+    if request.param == "pgvector":
+        return f"pgvector:{request.getfixturevalue('postgres').database()}"
+    return f"lancedb:{tmp_path / 'store'}"
+
+
+@pytest.fixture
+def cli(store, tmp_path, capsys):
+    """`calmclip collection VERB …` over the store; -> exit status and output."""
+
+    def run(*words: object) -> tuple[int, str]:
+        flags = ["--store", store, "--bundles", str(tmp_path / "bundles")]
+        status = main(["collection", *flags, *map(str, words)])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+def items(picture, folder: Path | None = None) -> list[dict[str, object]]:
+    """A red picture and a blue one; in ``folder`` their files, named by their ids."""
+    entries: list[dict[str, object]] = []
+    for name in ("red", "blue"):
+        data = picture(name, size=(8, 8))
+        if folder:
+            (folder / "sub").mkdir(parents=True, exist_ok=True)
+            (folder / "sub" / f"{name}.png").write_bytes(data)
+        image = {"b64": base64.b64encode(data).decode()}
+        entries.append({"id": f"sub/{name}.png", "image": image, "meta": {"name": name, "big": 2**53}})
+    return entries
+
+
+def fill(settings, serve, store, tmp_path, entries, **body: object) -> None:
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        assert client.put("/v1/collections/c", json=body).status_code == 201
+        assert client.post("/v1/collections/c/items", json={"items": entries}).status_code == 200
+
+
+def exported(cli, tmp_path) -> dict[str, dict[str, object]]:
+    """id -> the row of the exported file."""
+    status, output = cli("export", "c", tmp_path / "c.parquet", "--replace")
+    assert status == 0, output
+    return {row["id"]: row for row in pq.read_table(tmp_path / "c.parquet").to_pylist()}
+
+
+@pytest.mark.parametrize("source", ["originals", "folder"])
+def test_a_changed_bundle_is_told_and_re_embed_is_the_way_out(
+    cli, store, settings, serve, bundle_maker, picture, tmp_path, source
+):
+    bundle_maker(tmp_path / "bundles")
+    folder = tmp_path / "pictures"
+    entries = items(picture, folder)
+    if source == "originals":
+        entries.append({"id": "text", "text": "a red thing", "meta": {}})
+    fill(settings, serve, store, tmp_path, entries, keep_originals=source == "originals")
+    before = exported(cli, tmp_path)
+    assert before["sub/red.png"]["vector"] == pytest.approx(unit(*RED), abs=1e-6)
+    kept = picture("red", size=(8, 8)) if source == "originals" else None
+    assert before["sub/red.png"]["picture"] == kept
+    assert json.loads(before["sub/red.png"]["meta"]) == {"name": "red", "big": 2**53}
+    if source == "originals":
+        assert before["text"]["text"] == "a red thing"
+
+    bundle_maker(tmp_path / "bundles", note="exported again", replace=True)  # what embeds is the same
+    search = {"query": {"text": "red"}, "top_k": 1}
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        assert client.get("/readyz").json()["degraded"] == {}
+        assert client.post("/v1/collections/c/search", json=search).json()["hits"][0]["score"] == 1
+
+    bundle_maker(tmp_path / "bundles", mean=MEAN, replace=True)
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        until(lambda: "collection c" in client.get("/readyz").json()["degraded"])
+        ready = client.get("/readyz")
+        assert ready.status_code == 200
+        reason = ready.json()["degraded"]["collection c"]
+        assert "'colours-int8'" in reason
+        assert "calmclip collection re-embed c" in reason
+        assert "calmclip_collections_unbound 1.0" in client.get("/metrics").text
+        answer = client.post("/v1/collections/c/search", json=search)
+        assert (answer.status_code, answer.json()["type"]) == (409, "/problems/collection-bundle-mismatch")
+        assert "calmclip collection re-embed c" in answer.json()["detail"]
+        assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
+    assert "none of its embedding" in cli("list")[1]
+
+    flags = [] if source == "originals" else ["--folder", folder]
+    status, output = cli("re-embed", "c", *flags)
+    assert status == 0, output
+    after = exported(cli, tmp_path)
+    assert after.keys() == before.keys()
+    assert after["sub/red.png"]["vector"] == pytest.approx(unit(0.5, -0.25, 0), abs=1e-6)
+    assert after["sub/blue.png"]["vector"] == pytest.approx(unit(-0.5, -0.25, 1), abs=1e-6)
+    assert {i: (row["meta"], row["picture"], row["text"]) for i, row in after.items()} == {
+        i: (row["meta"], row["picture"], row["text"]) for i, row in before.items()
+    }
+    if source == "originals":
+        assert after["text"]["vector"] == pytest.approx(unit(*RED), abs=1e-6)
+    assert "already" in cli("re-embed", "c", *flags)[1]
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        until(lambda: client.get("/v1/collections").status_code == 200)
+        assert client.get("/readyz").json()["degraded"] == {}
+        assert "calmclip_collections_unbound 0.0" in client.get("/metrics").text
+        image = {"b64": base64.b64encode(picture("blue", size=(8, 8))).decode()}
+        best = client.post("/v1/collections/c/search", json={"query": {"image": image}}).json()["hits"][0]
+        assert (best["id"], best["score"]) == ("sub/blue.png", 1)
+
+
+def test_re_embed_changes_nothing_if_a_source_is_missing_and_follows_changed_files(
+    cli, store, settings, serve, bundle_maker, picture, tmp_path
+):
+    bundle_maker(tmp_path / "bundles")
+    folder = tmp_path / "pictures"
+    entries = items(picture, folder)
+    for entry in entries:
+        entry["meta"] = {"sha256": "0" * 64, "owner": "a"}  # of an older file
+    outside = [{"id": id_, "text": "red"} for id_ in ("../outside.png", "/outside.png", "gone.png")]
+    (tmp_path / "outside.png").write_bytes(picture("red"))
+    fill(settings, serve, store, tmp_path, [*entries, *outside])
+    before = exported(cli, tmp_path)
+    bundle_maker(tmp_path / "bundles", mean=MEAN, replace=True)
+    for flags, reason in (
+        ((), "5 of 5 items have no source, because the collection keeps no originals"),
+        (("--folder", folder), "3 of 5 items have no file in"),
+        (("--folder", folder, "--model", "nothing"), "there is no bundle 'nothing'"),
+    ):
+        status, output = cli("re-embed", "c", *flags)
+        assert (status, reason in output) == (2, True), output
+    assert "nothing would be left" in cli("re-embed", "c", "--drop")[1]
+    (folder / "sub" / "blue.png").write_bytes(b"no picture")
+    status, output = cli("re-embed", "c", "--folder", folder, "--drop")
+    assert status == 2
+    assert "'sub/blue.png'" in output
+    assert exported(cli, tmp_path) == before
+
+    (folder / "sub" / "blue.png").write_bytes(picture("white", size=(8, 8)))
+    status, output = cli("re-embed", "c", "--folder", folder, "--drop")
+    assert status == 0, output
+    assert "left out gone.png" in output
+    after = exported(cli, tmp_path)
+    assert after.keys() == {"sub/red.png", "sub/blue.png"}
+    assert after["sub/blue.png"]["vector"] == pytest.approx(unit(0.5, 0.75, 1), abs=1e-6)
+    meta = json.loads(after["sub/blue.png"]["meta"])
+    assert (meta["owner"], meta["title"]) == ("a", "blue.png")
+    assert meta["sha256"] != "0" * 64
+
+
+def test_export_import_list_and_remove(cli, store, settings, serve, bundle_maker, picture, tmp_path):
+    bundle_maker(tmp_path / "bundles")
+    fill(settings, serve, store, tmp_path, items(picture), keep_originals=True)
+    before = exported(cli, tmp_path)
+    status, output = cli("export", "c", tmp_path / "c.parquet")
+    assert (status, "exists" in output) == (2, True)
+    assert cli("import", tmp_path / "c.parquet")[0] == 2  # the collection exists
+    assert cli("import", tmp_path / "c.parquet", "--name", "x/../y")[0] == 2
+    assert cli("import", tmp_path / "c.parquet", "--name", "copy")[0] == 0
+    assert cli("remove", "c")[0] == 0
+    assert "did you mean 'copy'" in cli("remove", "cop")[1]
+    assert cli("import", tmp_path / "c.parquet")[0] == 0
+    assert exported(cli, tmp_path) == before
+    assert cli("import", tmp_path / "c.parquet", "--replace")[0] == 0
+    assert exported(cli, tmp_path) == before
+    output = cli("list")[1]
+    assert [line.split()[0] for line in output.splitlines()] == ["c", "copy"]
+    assert output.count("bundle: colours-int8") == 2
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        listed = client.get("/v1/collections").json()["collections"]
+        assert [(entry["name"], entry["items"], entry["originals"]) for entry in listed] == [
+            ("c", 2, True),
+            ("copy", 2, True),
+        ]
+        hits = client.post("/v1/collections/copy/search", json={"query": {"text": "blue"}}).json()["hits"]
+        assert hits[0]["id"] == "sub/blue.png"
+
+
+def damaged(table: pa.Table, **columns: list[object]) -> pa.Table:
+    for name, values in columns.items():
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    return table
+
+
+@pytest.mark.parametrize("store", ["lancedb"], indirect=True)
+def test_a_file_that_is_not_whole_is_refused_and_nothing_is_imported(
+    cli, store, settings, serve, bundle_maker, picture, tmp_path
+):
+    bundle_maker(tmp_path / "bundles")
+    fill(settings, serve, store, tmp_path, items(picture), keep_originals=True)
+    exported(cli, tmp_path)
+    whole, table = (tmp_path / "c.parquet").read_bytes(), pq.read_table(tmp_path / "c.parquet")
+    file = tmp_path / "damaged.parquet"
+    nan, head = float("nan"), json.loads(table.schema.metadata[b"calmclip"])
+    wrong = {
+        "no file of 'calmclip collection export'": table.replace_schema_metadata({}),
+        "format 2": table.replace_schema_metadata({b"calmclip": json.dumps({**head, "format": 2})}),
+        "has the columns": table.drop_columns(["meta"]),
+        "length nan": damaged(table, vector=[[nan, 0, 0], [1, 0, 0]]),
+        "length 2": damaged(table, vector=[[1, 0, 0], [2, 0, 0]]),
+        "twice": damaged(table, id=["a", "a"]),
+        "without NUL": damaged(table, id=["a\0", "b"]),
+        "no JSON object": damaged(table, meta=["{}", "[1]"]),
+    }
+    for reason, content in wrong.items():
+        pq.write_table(content, file)
+        status, output = cli("import", file, "--name", "new")
+        assert (status, reason in output) == (2, True), output
+    for length in range(0, len(whole), len(whole) // 40):
+        file.write_bytes(whole[:length])
+        assert cli("import", file, "--name", "new")[0] == 2, length
+    with closing(open_store(store, read_only=True)) as opened:
+        assert opened.names() == ["c"]
