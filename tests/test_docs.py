@@ -21,7 +21,12 @@ PAGES = [
     for path in sorted(pages)
     if "bundles" not in path.parts
 ]
-KINDS = {"train": ("mlm", "clm", "classes", "contrastive"), "keys": ("add", "list", "remove"), "ops": ("build",)}
+KINDS = {
+    "train": ("mlm", "clm", "classes", "contrastive"),
+    "keys": ("add", "list", "remove"),
+    "ops": ("build",),
+    "collection": ("export", "import", "re-embed"),
+}
 MOST_WORDS = {"README.md": 900, "ARCHITECTURE.md": 2500, "CONTRIBUTING.md": 600}
 
 
