@@ -351,9 +351,14 @@ class Collections:
     async def _load(self) -> None:
         self._opening = asyncio.create_task(asyncio.to_thread(open_store, self._url), name="store-open")
         store = await asyncio.shield(self._opening)  # `close` waits for it: an open store holds its folder's lock
-        for name in await asyncio.to_thread(store.names):
-            with suppress(CollectionDamaged):
-                await self._adopt(store, name, await self._opened(store, name))
+        try:
+            for name in await asyncio.to_thread(store.names):
+                with suppress(CollectionDamaged, CollectionNotFound):  # another service may delete it meanwhile
+                    await self._adopt(store, name, await self._opened(store, name))
+        except Exception:  # `_retry` opens it again
+            self._opening = None
+            await asyncio.to_thread(store.close)
+            raise
         self._store = store
 
     async def _retry(self) -> None:

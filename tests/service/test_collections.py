@@ -359,6 +359,28 @@ def test_a_store_that_stops_to_answer_is_told_until_it_answers(monkeypatch):
     shelf(monkeypatch, scenario, store)
 
 
+def test_a_store_that_is_lost_while_it_opens_is_closed_and_opened_again(monkeypatch):
+    store, answers = Shelf("a"), [StoreUnavailable("it does not answer")]
+    monkeypatch.setattr(calmclip.service.collections, "RETRY_S", 0.01)
+
+    def names():
+        if answers:
+            raise answers.pop()
+        assert store.closed  # it was opened anew
+        return ["a"]
+
+    monkeypatch.setattr(store, "names", names)
+
+    async def scenario(collections):
+        await collections.load()
+        assert "it does not answer" in collections.degraded["collections"]
+        while collections.degraded:
+            await asyncio.sleep(0.01)
+        assert (await collections.get("a")).table is store.tables["a"]
+
+    shelf(monkeypatch, scenario, store)
+
+
 def test_a_collection_without_its_bundle_is_unbound_with_the_way_out(monkeypatch):
     async def scenario(collections):
         await collections.load()
