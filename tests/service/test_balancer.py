@@ -283,9 +283,9 @@ def test_overload_ejects_no_replica_and_every_refusal_is_a_problem(bundles, pict
             _, service_, _ = stack.enter_context(context)
             replicas.append((service_.base_url.port, probes))
         client = stack.enter_context(balanced(tmp_path, *replicas))
-        capacity = flood(client.base_url.port, request, 6, 3)
+        capacity = flood(client.base_url.port, request, 6, 2)
         rate = capacity.succeeded / capacity.seconds
-        over = flood(client.base_url.port, request, 600, 6)
+        over = flood(client.base_url.port, request, 600, 4)
         servers = stand(tmp_path)
     assert over.asked / over.seconds > 10 * rate
     check_refusals(over)

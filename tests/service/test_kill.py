@@ -106,14 +106,14 @@ class Trial:
                 while not all(writer.acknowledged for writer in self.clients):
                     assert time.monotonic() < before + 20
                     time.sleep(0.01)
-                if self.beside and turn % 2:
+                if self.beside and turn % 2 == 0:
                     self.re_embed(models[turn // 2 % 2])
                 time.sleep(self.chance.uniform(0.02, 0.4))
                 process.kill()
                 for writer in self.clients:
                     writer.join()
             self.note()
-            if not self.beside and turn % 2:
+            if not self.beside and turn % 2 == 0:
                 self.re_embed(models[turn // 2 % 2])
         self.check_vectors()
 
@@ -189,7 +189,7 @@ def bundles(bundle_maker, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("store", ["lancedb", "pgvector"])
 def test_nothing_acknowledged_is_lost(bundles, tmp_path, picture, request, store, count):
     shared = store == "pgvector"
