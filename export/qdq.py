@@ -6,8 +6,9 @@ also write uint8, so the runtime stays in integers between convolutions. Matrix 
 between them is float too. Other readers of a matrix product's input (a residual branch) read it in float.
 
 Products of two activations (attention) stay in float by default: they take a few percent of the time, and they lose
-the most accuracy. When they are quantized, the first factor is uint8, and the second is int8 with zero point 0.
-Probabilities are then normalized by the row maximum (`attention.normalize_by_row_max`).
+the most accuracy. When they are quantized, the first factor is uint8, and the second is int8 with zero point 0. If one
+op of ours can stand for the attention (`matching.attention.fused`), its probabilities are normalized by the row maximum
+(`quantizers.attention`), and its mixture is in 8 bits for all its readers, because the op answers in 8 bits.
 
 Source: Jacob et al. 2017 (arXiv 1712.05877), sections 2.1 and 2.4 (the bias is int32 at the product of both scales).
 """
@@ -19,7 +20,8 @@ from copy import deepcopy
 import numpy as np
 import onnx
 
-from calmclip.export.graph import Draft, activation_products, node_of, output_axis, products
+from calmclip.export.graph import Draft, activation_products, node_of, output_axis, products, readers
+from calmclip.export.matching.attention import fused
 from calmclip.export.quantizers import Ranges
 from calmclip.models.flow import Array
 
@@ -30,8 +32,8 @@ _TINY = np.finfo(np.float32).tiny
 
 
 def quantized_tensors(model: onnx.ModelProto, attention: Collection[str] = ()) -> list[str]:
-    """Every tensor that becomes 8-bit: inputs of products, outputs of convolutions and of the cuts behind them, and
-    both factors of the products of activations named in ``attention``."""
+    """Every tensor that becomes 8-bit: inputs of products, outputs of convolutions and of the cuts behind them, both
+    factors of the products of activations named in ``attention``, and the mixtures of those that are fused."""
     written = {name for node in products(model) if node.op_type == "Conv" for name in node.output}
     names = dict.fromkeys(node.input[0] for node in products(model))
     for node in model.graph.node:
@@ -40,17 +42,17 @@ def quantized_tensors(model: onnx.ModelProto, attention: Collection[str] = ()) -
     for node in activation_products(model):
         if node.name in attention:
             names |= dict.fromkeys(node.input)
-    return list(names)
+    return list(names | dict.fromkeys(fused(model, attention).values()))
 
 
 def write_pairs(
     draft: Draft, ranges: Ranges, keep: Collection[str], *, reduce_range: bool = False, attention: Collection[str] = (),
-    shifts: Mapping[str, Sequence[float]] | None = None,
+    mixtures: Collection[str] = (), shifts: Mapping[str, Sequence[float]] | None = None,
 ) -> None:  # fmt: skip
     """Put QDQ pairs around the products of ``draft``.
 
-    ``ranges``: (min, max) per tensor of `quantized_tensors`; a range is widened to hold 0. ``shifts``: node -> numbers
-    to add to its output channels.
+    ``ranges``: (min, max) per tensor of `quantized_tensors`; a range is widened to hold 0. ``mixtures``: tensors of
+    `matching.attention.fused`. ``shifts``: node -> numbers to add to its output channels.
     """
     shifts = shifts or {}
     chosen = {node.name: node for node in products(draft, keep)}
@@ -64,6 +66,7 @@ def write_pairs(
     removed = {n.output[0]: n.input[0] for n in cuts if reads[n.input[0]] == 1 and n.input[0] not in ends}
     read = {node.input[0] for node in convolutions}
     quantized = read | (written - {*removed.values()}) | {node.output[0] for node in cuts}
+    quantized |= {name for name in mixtures if not _read_in_8_bits(name, draft, chosen)}
     source = dict(removed)
     pairs: dict[tuple[str, bool], tuple[str, np.float32]] = {}
     nodes: list[onnx.NodeProto] = []
@@ -103,6 +106,15 @@ def write_pairs(
         for name in [*renamed, *(cut for cut, conv in removed.items() if conv == node.output[0] and cut in ends)]:
             pair(name)
     draft.nodes = nodes
+
+
+def _read_in_8_bits(name: str, draft: Draft, chosen: Collection[str]) -> bool:
+    """Whether one product of ``chosen`` reads the tensor ``name`` and nothing else, perhaps divided (`smooth`)."""
+    by_tensor = readers(draft.nodes)
+    after = by_tensor.get(name, [])
+    if [node.op_type for node in after] == ["Mul"]:
+        after = by_tensor.get(after[0].output[0], [])
+    return name not in draft.outputs and len(after) == 1 and after[0].name in chosen
 
 
 def scale_and_zero(

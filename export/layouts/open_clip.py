@@ -120,7 +120,7 @@ def image_preprocess(checkpoint: Checkpoint, size: Any) -> ImagePreprocess:
     """`preprocess_cfg` of the directory -> ours. Defaults are open_clip's. ``size``: if the config has none."""
     config = checkpoint.configs[CONFIG].get("preprocess_cfg") or {}
     size = config.get("size", size)
-    rows, cols = (size, size) if isinstance(size, int) else size[-2:]
+    rows, cols = (size, size) if isinstance(size, int) else size
     mode = config.get("resize_mode", "shortest")
     if mode not in _RESIZE:
         raise UnknownCheckpoint(f"{CONFIG}: resize_mode {mode!r} is not supported; expected {' or '.join(_RESIZE)}")

@@ -8,8 +8,10 @@ call of itself), folds constants and renames values.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import onnx
 from onnxscript import ir
 
+from calmclip.export import light
 from calmclip.export.matching.values import new_value_like, remove_dead, replace_value
 
 
@@ -31,6 +33,15 @@ class Match:
 
     replaced: tuple[ir.Value, ...]
     insert: Callable[..., object]
+
+
+def in_ir(model: onnx.ModelProto) -> ir.Model:
+    """A copy of ``model`` for rules: without its big weights, and with all types and shapes that can be inferred, which
+    rules need and a graph need not state."""
+    bare = light.lighten(model)
+    del bare.graph.value_info[:]
+    bare.graph.value_info.extend(light.shapes(model))
+    return ir.from_proto(bare)
 
 
 def at_each_node(match: Callable[[ir.Node], Match | str | None]) -> Callable[[ir.Model, object], Outcome]:

@@ -7,8 +7,9 @@ a net or a recipe asks for it.
 Only the main graph is rewritten: the functions are the bodies of our own ops.
 """
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,10 +18,10 @@ from onnxscript import ir
 
 from calmclip.export import light
 from calmclip.export.functions import BODIES
-from calmclip.export.matching import Outcome
+from calmclip.export.matching import Outcome, in_ir
 from calmclip.models.bundle.manifest import FrozenModel, Tensor, fits
 from calmclip.models.errors import ExportError
-from calmclip.models.ops.spec import DOMAIN, VERSION, Op
+from calmclip.models.ops.spec import DOMAIN, SOFTMAX, VERSION, Op
 from calmclip.models.registry import Registry
 
 P = TypeVar("P", bound=FrozenModel)
@@ -91,11 +92,7 @@ def apply(
     missed = _too_old(model, bodies)
     fitting = sorted(chosen.keys() - missed.keys())
     order = sorted(fitting, key=lambda name: (chosen[name].attaches, -chosen[name].replaces))
-    # without big weights; with inferred types and shapes, which rules need and a graph need not state
-    bare = light.lighten(model)
-    del bare.graph.value_info[:]
-    bare.graph.value_info.extend(light.shapes(model))
-    rewritten = ir.from_proto(bare)
+    rewritten = in_ir(model)
     counts = dict.fromkeys(chosen, 0)
     for _ in range(_ROUNDS):
         fired = 0
@@ -125,23 +122,36 @@ def apply(
 
 
 def require(applied: Applied, promises: Mapping[str, int], what: str) -> None:
-    """Raises `ExportError` if the graph ``what`` has fewer of an op than its net promises; it lists the near misses.
+    """Raises `ExportError` if the graph ``what`` has fewer of an op than its net promises; it lists the near misses,
+    and names settings that export the net all the same.
 
     A promise is checked only if all rules that insert the op were applied.
     """
     counts, rules = applied.ops(), {name: REWRITES.get(name) for name in REWRITES.names()}
     for op, promised in promises.items():
         makers = [name for name, rule in rules.items() if rule.op.name == op]
-        larger = {rule.op.name for rule in rules.values() if op in [part.name for part in rule.includes]}
-        count = sum(counts.get(name, 0) for name in {op, *larger})
+        larger = [name for name, rule in rules.items() if op in [part.name for part in rule.includes]]
+        count = sum(counts.get(name, 0) for name in {op, *(rules[name].op.name for name in larger)})
         if not applied.counts.keys() >= {*makers} or count >= promised:
             continue
-        misses = [f"{rule} at {node}: {why}" for rule in makers for node, why in applied.missed.get(rule, {}).items()]
+        tried = (*makers, *larger)
+        misses = [f"{rule} at {node}: {why}" for rule in tried for node, why in applied.missed.get(rule, {}).items()]
         raise ExportError(
             f"{what}: the net promises {promised} x {op}, the rewrites made {count}. "
             + ("; ".join(misses) or "Nothing else in the graph looks like it")
-            + ". Teach a rule in export/rewrites the new form, or leave the rule out of `rewrites` in the recipe."
+            + f". Teach a rule in export/rewrites the new form{_way_out(makers)}."
         )
+
+
+def _way_out(makers: Collection[str]) -> str:
+    """The settings of a recipe that export the net without the op that ``makers`` insert; "" if there are none."""
+    if not {*makers} & {*swaps()}:
+        return ""
+    others = [name for name in swaps() if name not in makers]
+    setting = f", or do without it, at the cost of speed: rewrites = {json.dumps(others)} in the recipe"
+    if any(REWRITES.get(name).op == SOFTMAX for name in makers):
+        setting += '; if the INT8 graph alone is at fault, attention = "never" in its [quantize.ROLE.params]'
+    return setting
 
 
 def tensor_names(graph: ir.Graph) -> set[str | None]:

@@ -2,12 +2,13 @@
 accepts it, and a real server answers from it like the layout's reference.
 
 Only one checkpoint runs in the fast suite; the others are slow. `test_walk` and `test_walk_detect` add two more kinds.
+A test is one walk, so that workers share the layouts and each layout is exported once.
 """
 
 import base64
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import httpx
@@ -24,36 +25,38 @@ from calmclip.models.flow import Array
 from calmclip.models.preprocess.image import decode
 from calmclip.models.runner import Runner, open_bundle
 from tests.test_walk import serving
-from tests.tiny_layouts.checkpoints import CHECKPOINTS
+from tests.tiny_layouts.checkpoints import CHECKPOINTS, LAYOUT, MORE
 from tests.tiny_layouts.references import REFERENCES
 
-FLAGS = {"clip_moe_routed": ["--experts", "routed"]}  # all other checkpoints need no flag
+ROUTED = "clip_moe_routed"
+FLAGS = {ROUTED: ["--experts", "routed"]}  # all other checkpoints need no flag
 FAST = ("openai_resnet",)
-SLOW = tuple(name for name in (*LAYOUTS.names(), "clip_moe_routed") if name not in FAST)
+SLOW = tuple(name for name in (*LAYOUTS.names(), *MORE, ROUTED) if name not in FAST)
 EACH = pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 TEXTS = ["a photo of a cat.", "two dogs", "red"]
-
-
-def _layout(name: str) -> str:
-    return name.removesuffix("_routed")
+PRECISIONS = ("int8", "float")
 
 
 @dataclass(frozen=True)
 class Walk:
-    """``checkpoints`` and the exit ``codes`` of their exports by name; a ``server`` of all bundles in ``out``."""
+    """``name``: of a checkpoint of the tests; ``path``: where it is; its bundles are in ``out``."""
 
-    checkpoints: dict[str, Path]
-    codes: dict[str, int]
+    name: str
+    path: Path
     out: Path
-    server: httpx.Client
 
-    def runner(self, name: str, precision: str) -> Runner:
-        return open_bundle(self.out / f"{name}-{precision}", threads=1)
+    @property
+    def kind(self) -> str:
+        return self.name.removesuffix("_routed")
 
-    def want(self, name: str) -> tuple[Array, Array]:
+    @cached_property
+    def runners(self) -> dict[str, Runner]:
+        return {kind: open_bundle(self.out / f"{self.name}-{kind}", threads=1) for kind in PRECISIONS}
+
+    @cached_property
+    def want(self) -> tuple[Array, Array]:
         """Unit rows of `samples.pictures` and of `TEXTS`: the layout's reference on the bundle's inputs."""
-        bundle = self.runner(name, "float").bundle
-        reference = REFERENCES[_layout(name)](self.checkpoints[name])
+        bundle, reference = self.runners["float"].bundle, REFERENCES[self.kind](self.path)
         with torch.inference_mode():
             pixels = [bundle.image().prepare(decode(path.read_bytes()))[0] for path in samples.pictures()]
             images = [reference.image(torch.from_numpy(array)) for array in pixels]
@@ -62,27 +65,25 @@ class Walk:
             return tuple(F.normalize(torch.cat(rows), dim=-1).numpy() for rows in (images, texts))
 
 
-@pytest.fixture(scope="module")
-def walk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
-    """Bundles of the layouts whose tests run in this session."""
-    root = tmp_path_factory.mktemp("walk")
-    chosen = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
-    checkpoints, codes, out = {}, {}, root / "bundles"
-    for name in dict.fromkeys(chosen):
-        checkpoints[name] = CHECKPOINTS[_layout(name)](root / name)
-        command = ["export", str(checkpoints[name]), "--out", str(out), "--name", name, "--keep-float"]
-        codes[name] = main([*command, *FLAGS.get(name, [])])
-    with serving(out, root / "data") as client:
-        yield Walk(checkpoints, codes, out, client)
-
-
 @EACH
-def test_one_command_seals_an_int8_bundle_that_passes_the_check(name: str, walk: Walk):
-    assert walk.codes[name] == 0
-    for precision in ("int8", "float"):
-        assert main(["check", f"{name}-{precision}", "--bundles", str(walk.out)]) == 0
-    bundle = walk.out / f"{name}-int8"
-    assert f"layout {_layout(name)}:" in read(bundle).manifest.source.notes
+def test_a_checkpoint_walks_from_one_command_to_answers_over_http(name: str, tmp_path: Path):
+    walk = Walk(name, (CHECKPOINTS | MORE)[name.removesuffix("_routed")](tmp_path / name), tmp_path / "bundles")
+    command = ["export", str(walk.path), "--out", str(walk.out), "--name", name, "--keep-float"]
+    assert main([*command, *FLAGS.get(name, [])]) == 0
+    the_bundles_pass(walk)
+    images, texts = walk.want
+    assert (images @ images.T).min() < 0.999  # the inputs differ, so the comparison means something
+    assert (texts @ texts.T).min() < 0.999
+    with serving(walk.out, tmp_path / "data") as server:
+        vectors_are_the_references(walk, server)
+        classify_applies_the_head_to_the_references_cosines(walk, server)
+
+
+def the_bundles_pass(walk: Walk) -> None:
+    for precision in PRECISIONS:
+        assert main(["check", f"{walk.name}-{precision}", "--bundles", str(walk.out)]) == 0
+    bundle = walk.out / f"{walk.name}-int8"
+    assert f"layout {LAYOUT.get(walk.kind, walk.kind)}:" in read(bundle).manifest.source.notes
     report = json.loads((bundle / "report.json").read_text())
     assert report["int8"]["coverage"] >= 0.9
     assert report["embeddings"]["image"]["inputs"] == len(samples.pictures())
@@ -91,47 +92,40 @@ def test_one_command_seals_an_int8_bundle_that_passes_the_check(name: str, walk:
         assert report["graphs"][role]["float_against_torch"][f"{role}_embeds"]["max_abs"] <= 1e-4, role
 
 
-@EACH
-def test_vectors_over_http_are_the_references(name: str, walk: Walk):
-    images, texts = walk.want(name)
-    assert (images @ images.T).min() < 0.999  # the inputs differ, so the comparison means something
-    assert (texts @ texts.T).min() < 0.999
+def vectors_are_the_references(walk: Walk, server: httpx.Client) -> None:
     pictures = [{"image": {"b64": base64.b64encode(path.read_bytes()).decode()}} for path in samples.pictures()]
-    for precision in ("float", "int8"):
+    for precision, runner in walk.runners.items():
         vectors = []
         for entry in [*pictures, *({"text": text} for text in TEXTS)]:
-            answer = walk.server.post("/v1/embed", json={"model": f"{name}-{precision}", "inputs": [entry]})
+            answer = server.post("/v1/embed", json={"model": f"{walk.name}-{precision}", "inputs": [entry]})
             assert answer.status_code == 200, answer.text
             vectors += answer.json()["embeddings"]
         split = np.split(np.array(vectors), [len(pictures)])
-        if precision == "float":
-            for rows, wanted in zip(split, (images, texts), strict=True):
+        for rows, wanted in zip(split, walk.want, strict=True):
+            if precision == "float":
                 assert np.abs(rows - wanted).max() <= 1e-4
-        else:
-            assert np.sum(split[0] * images, axis=1).mean() >= 0.99
-            assert np.sum(split[1] * texts, axis=1).mean() >= 0.99
-        runner = walk.runner(name, precision)
+            else:
+                assert np.sum(rows * wanted, axis=1).mean() >= 0.99
         assert split[0] == pytest.approx(runner.embed(images=samples.pictures()), abs=1e-5)
         assert split[1] == pytest.approx(np.concatenate([runner.embed(texts=[t]) for t in TEXTS]), abs=1e-5)
 
 
-@EACH
-def test_classify_over_http_applies_the_head_to_the_references_cosines(name: str, walk: Walk):
+def classify_applies_the_head_to_the_references_cosines(walk: Walk, server: httpx.Client) -> None:
     picture = samples.pictures()[0]
-    images, texts = walk.want(name)
-    head = read(walk.out / f"{name}-float").manifest.classifier.head
+    images, texts = walk.want
+    head = read(walk.out / f"{walk.name}-float").manifest.classifier.head
     logits = head.params["scale"] * (texts @ images[0]).astype(np.float64)
     if head.name == "sigmoid":
         want = 1 / (1 + np.exp(-(logits + head.params["bias"])))
     else:
         want = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    for precision in ("float", "int8"):
-        form = {"labels": TEXTS, "templates": ["{}"], "model": f"{name}-{precision}"}
-        answer = walk.server.post("/v1/classify", files={"image": picture.read_bytes()}, data=form)
+    for precision, runner in walk.runners.items():
+        form = {"labels": TEXTS, "templates": ["{}"], "model": f"{walk.name}-{precision}"}
+        answer = server.post("/v1/classify", files={"image": picture.read_bytes()}, data=form)
         assert answer.status_code == 200, answer.text
         scores, cosines = ({row["label"]: row[key] for row in answer.json()["labels"]} for key in ("score", "cosine"))
         if precision == "float":
             assert cosines == pytest.approx(dict(zip(TEXTS, texts @ images[0], strict=True)), abs=1e-4)
             assert scores == pytest.approx(dict(zip(TEXTS, want, strict=True)), abs=1e-3)
-        same = walk.runner(name, precision).classify(picture, TEXTS, templates=["{}"])
+        same = runner.classify(picture, TEXTS, templates=["{}"])
         assert scores == pytest.approx({entry.label: entry.score for entry in same}, abs=1e-5)

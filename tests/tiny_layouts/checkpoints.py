@@ -1,4 +1,4 @@
-"""A writer of a tiny checkpoint for each layout; `MORE`: other kinds of some of them."""
+"""A writer of a tiny checkpoint for each layout; `MORE`: other kinds of some of them, and their layouts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +35,20 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "grain": openai_like.grain,
 }
 MORE: dict[str, Callable[[Path], Path]] = {
+    "eva02": trunks.eva02,
     "hf_siglip2": siglip.hf_siglip2,
+    "hf_tinyclip": tiny.hf_tinyclip,
     "mobileclip_plain": mobileclip.mobileclip_plain,
+    "mobileclip_s3": trunks.mobileclip_s3,
+    "mobileclip_s4": trunks.mobileclip_s4,
+    "pe_core": trunks.pe_core,
+    "tinyclip": tiny.tinyclip,
+    "vitamin": trunks.vitamin,
+}
+LAYOUT = {
+    "hf_siglip2": "hf_siglip",
+    "hf_tinyclip": "hf_clip",
+    "mobileclip_plain": "mobileclip",
+    "tinyclip": "open_clip",
+    **dict.fromkeys(("eva02", "mobileclip_s3", "mobileclip_s4", "pe_core", "vitamin"), "open_clip_timm_custom_text"),
 }

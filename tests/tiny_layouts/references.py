@@ -163,7 +163,9 @@ def _grain(checkpoint: Path) -> Reference:
     return Reference(lambda pixels: decoder(backbone.visual.forward_features(pixels)), _of(backbone).text)
 
 
+_OPEN_CLIP = ("eva02", "mobileclip_s3", "mobileclip_s4", "pe_core", "tinyclip", "vitamin")
 REFERENCES: dict[str, Callable[[Path], Reference]] = {
+    **dict.fromkeys(_OPEN_CLIP, _open_clip),
     "altclip": _altclip,
     "altclip_resaved": partial(_hugging_face, transformers.AltCLIPModel),
     "chinese_clip": lambda checkpoint: _of(bert.chinese_clip_module(), None),
@@ -177,9 +179,12 @@ REFERENCES: dict[str, Callable[[Path], Reference]] = {
     "hf_chinese_clip": partial(_hugging_face, transformers.ChineseCLIPModel),
     "hf_clip": partial(_hugging_face, transformers.CLIPModel),
     "hf_siglip": partial(_hugging_face, transformers.SiglipModel),
+    "hf_siglip2": partial(_hugging_face, transformers.SiglipModel),
+    "hf_tinyclip": partial(_hugging_face, transformers.CLIPModel),
     "long_clip": _long_clip,
     "mobileclip": partial(_mobileclip, "mixed"),
     "mobileclip_b": partial(_mobileclip, "b"),
+    "mobileclip_plain": partial(_mobileclip, "plain"),
     "open_clip": _open_clip,
     "open_clip_bert": _open_clip_bert,
     "open_clip_custom_text": _open_clip,

@@ -29,10 +29,17 @@ def model_name(name: Any, where: str) -> str:
 
 
 class TimmTrunk(Trunk):
-    """`Trunk` whose parallel branches (RepVGG, MobileOne, FastViT) each become one convolution."""
+    """`Trunk` whose parallel branches (RepVGG, MobileOne, FastViT) each become one convolution.
+
+    Attention is written as two products and a softmax, as the rewrites know it: torch takes its own fused attention
+    apart into more nodes, and computes shapes in the graph.
+    """
 
     def fold(self) -> None:
         models = require_package("timm.models", "an image tower of timm's")
         models.reparameterize_model(self.trunk, inplace=True)
         self.trunk.requires_grad_(False)  # the convolutions are new parameters
+        for part in self.trunk.modules():
+            if hasattr(part, "fused_attn"):
+                setattr(part, "fused_attn", False)  # noqa: B010 (torch types a module's attributes as modules)
         super().fold()

@@ -5,18 +5,31 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from calmclip.export.checkpoints import hugging_face
 from calmclip.export.layouts import hf_siglip
 from calmclip.export.nets.clip import load
 from calmclip.models.errors import UnknownCheckpoint
+from tests import tiny
 
 
 def test_the_temperature_is_the_models(tiny_hf_clip):
     reference = transformers.CLIPModel.from_pretrained(tiny_hf_clip)
     scale = load(str(tiny_hf_clip)).classifier.head.params["scale"]
     assert scale == pytest.approx(float(np.exp(reference.logit_scale.item())))
+
+
+@pytest.mark.parametrize("end", [2, 6])
+@torch.inference_mode()
+def test_a_text_is_pooled_where_transformers_pools_it(end: int, tiny_hf_clip, tmp_path):
+    """The first configs say eos_token_id 2 for every vocabulary, and mean the highest id; any other id means itself."""
+    copy = tiny.changed(tiny_hf_clip, tmp_path / "changed", text_config={"eos_token_id": end})
+    ids = torch.tensor([[598, 2, 0, 6, 5, 599, 0, 0]])
+    want = transformers.CLIPModel.from_pretrained(copy).eval().get_text_features(input_ids=ids).pooler_output
+    answer = load(str(copy)).towers["text"].module(ids)
+    assert answer.numpy() == pytest.approx(torch.nn.functional.normalize(want, dim=-1).numpy(), abs=1e-5)
 
 
 def test_a_checkpoint_without_a_preprocessor_is_an_error(tiny_hf_clip, tmp_path):

@@ -68,11 +68,10 @@ def hf_siglip(checkpoint: Path) -> Library:
 def of_open_clip(checkpoint: Path) -> Library:
     where = f"local-dir:{checkpoint}"
     has_tokenizer = (checkpoint / "tokenizer.json").is_file()
-    return Library(
-        open_clip.create_model_and_transforms(where)[2],
-        padded(open_clip.get_tokenizer(where) if has_tokenizer else SimpleTokenizer()),
-        TEXTS,
-    )
+    model, _, pixels = open_clip.create_model_and_transforms(where)
+    context = model.context_length
+    tokenize = open_clip.get_tokenizer(where) if has_tokenizer else SimpleTokenizer(context_length=context)
+    return Library(pixels, padded(tokenize), TEXTS if context > len(TEXTS[-1]) else TEXTS[:-1])
 
 
 def open_clip_bert(checkpoint: Path) -> Library:
@@ -108,8 +107,9 @@ LIBRARIES: dict[str, Callable[[Path], Library]] = {
     "open_clip_siglip": of_open_clip,
     "open_clip_timm": of_open_clip,
     "open_clip_timm_custom_text": of_open_clip,
+    "pe_core": of_open_clip,
 }
-SLOW = ("open_clip_timm",)
+SLOW = ("open_clip_timm", "pe_core")
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LIBRARIES]
 
 

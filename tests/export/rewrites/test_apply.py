@@ -1,5 +1,8 @@
 """Several rules: their order, the fixed point, and counts against promises."""
 
+import re
+import tomllib
+
 import pytest
 from onnx import parser
 
@@ -86,6 +89,16 @@ def test_a_broken_promise_lists_the_near_misses_and_why():
         "text: the net promises 3 x Softmax, the rewrites made 2. "
         "softmax at the Softmax that makes y: its input is FLOAT16; the op takes FLOAT."
     )
+
+
+def test_the_settings_that_a_broken_promise_names_work():
+    """The rules that the message lists break no promise. `attention = "never"` leaves the Softmax to the rules."""
+    with pytest.raises(ExportError, match=r'attention = "never" in its \[quantize\.ROLE\.params\]') as error:
+        rewrites.require(rewrites.apply(graph(), ALL), {"Softmax": 3}, "text")
+    (rules,) = re.findall(r"rewrites = (\[.*?\]) in the recipe", str(error.value))
+    (others,) = tomllib.loads(f"rewrites = {rules}").values()
+    assert {*rewrites.swaps()} - {*others} == {"softmax", "clipped_softmax"}
+    rewrites.require(rewrites.apply(graph(), others), {"Softmax": 3}, "text")
 
 
 def test_a_broken_promise_without_a_near_miss_says_so():

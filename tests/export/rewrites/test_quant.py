@@ -12,7 +12,7 @@ from onnx import parser
 from calmclip.export import rewrites
 from calmclip.export.graph import activation_products
 from calmclip.export.parity import onnx_run
-from calmclip.export.quantizers import QUANTIZERS
+from calmclip.export.quantizers import QUANTIZERS, smooth
 from calmclip.export.towers.attention import Softmax
 from calmclip.export.trace import to_onnx
 from calmclip.models.ops.library import find
@@ -287,7 +287,7 @@ def heads(q="2, 3, 8", k="2, 5, 8", mask="1", apart="0, -1, 2, 4", outputs="", t
         ({"mask": "5"}, 0),
         ({"mask": "1"}, 0),
         ({"q": "1, 3, 8"}, 0),  # one q for all of the batch
-        ({"q": "1, 6, 8", "apart": "2, 3, 2, 4", "mask": "3, 5"}, 0),  # windows
+        ({"q": "1, 6, 8", "apart": "2, 3, 2, 4", "mask": "3, 5"}, 1),  # windows
         ({"mask": "3, 5", "outputs": ", float[2, 2, 3, 5] p"}, 0),
         ({"mask": "3, 5", "outputs": ", uint8[B, T, 8] y2", "twice": True}, 2),
         # dequantized with another scale (a multiplication) or zero point (a shift)
@@ -303,6 +303,114 @@ def test_attention_answers_the_same(changes, count):
     sides = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
     feed = {name: random.normal(size=shape).astype(np.float32) for name, shape in sides.items()}
     assert same(model, feed).ops().get("QuantAttention", 0) == count
+
+
+_APART = "x4 = Reshape (x, apart)"
+_QKV = """q = Transpose <perm = [0, 2, 1, 3]> (x4) k = Transpose <perm = [0, 2, 3, 1]> (x4)
+    v = Transpose <perm = [0, 2, 1, 3]> (x4)"""
+_MIX = "logits = MatMul (q, k) p = Softmax (logits) m = MatMul (p, v)"
+_CHANGED = "logits = MatMul (q, k) seen = {} p = Softmax (seen) m = MatMul (p, v)"
+_ROWS = "back = Transpose <perm = [0, 2, 1, 3]> (m) flat = Reshape (back, rows)"
+_OUT = "y = MatMul (flat, w)"
+_PART = """{0}s = Slice (t5, at{1}, at{2}, at0) {0} = Squeeze ({0}s, at0)"""
+# a float graph of x [2, 5, 24] or [2, 5, 8]: 2 heads of 4 -> width of x, nodes, and the standard ops that must be gone
+FUSED = {
+    "rows": (8, [_APART, _QKV, _MIX, _ROWS, _OUT], "Exp Softmax MatMul"),
+    "norms of each head": (8, [_APART, """
+        n = LayerNormalization (x4, gain) again = Reshape (n, apart)
+        q = Transpose <perm = [0, 2, 1, 3]> (again) k = Transpose <perm = [0, 2, 3, 1]> (n)
+        v = Transpose <perm = [0, 2, 1, 3]> (x4)""", _MIX, _ROWS, _OUT], "Exp Softmax MatMul"),
+    "positions that rotate": (8, [_APART, """
+        v = Transpose <perm = [0, 2, 1, 3]> (x4) turned = Mul (v, cosines) one, other = Split <axis = -1> (v, halves)
+        across = Concat <axis = -1> (other, one) q = Add (turned, across)
+        k = Transpose <perm = [0, 1, 3, 2]> (q)""", _MIX, _ROWS, _OUT], "Exp Softmax MatMul"),
+    "parts of one product": (24, ["""
+        x5 = Reshape (x, five) t5 = Transpose <perm = [2, 0, 3, 1, 4]> (x5)""",
+        _PART.format("part", 0, 1), _PART.format("keys", 1, 2), _PART.format("v", 2, 3), """
+        q = Mul (part, half) k = Transpose <perm = [0, 1, 3, 2]> (keys)""", _MIX, _ROWS, _OUT],
+        "Exp Softmax MatMul Transpose Slice Squeeze Mul"),
+    "a part beside another": (24, ["""
+        x5 = Reshape (x, five) t5 = Transpose <perm = [2, 0, 3, 1, 4]> (x5)""",
+        _PART.format("q", 0, 1), _PART.format("v", 2, 3), """
+        k = Transpose <perm = [0, 1, 3, 2]> (q)""", _MIX, _ROWS, _OUT], "Exp Softmax MatMul Squeeze"),
+    "a norm behind it": (8, [_APART, _QKV, _MIX, _ROWS, """
+        normed = LayerNormalization (flat, wide_gain) y = MatMul (normed, w)"""], "Exp Softmax MatMul"),
+    "a second reader": (8, [_APART, _QKV, _MIX, _ROWS, "z = MatMul (flat, w) r = Sigmoid (flat) t = MatMul (r, w)"
+        "y = Add (z, t)"], "Exp Softmax MatMul"),
+}  # fmt: skip
+UNFIT = {
+    "a gate": [_APART, _QKV, _MIX, "g = Mul (m, half)", _ROWS.replace("(m)", "(g)"), _OUT],
+    "a mask of columns": [_APART, _QKV, _CHANGED.format("Add (logits, columns)"), _ROWS, _OUT],
+    "a temperature": [_APART, _QKV, _CHANGED.format("Mul (logits, half)"), _ROWS, _OUT],
+    "a query for all": [_APART, _QKV.replace("q =", "qs ="), "q = Slice (qs, at0, at1, at0)", _MIX, _ROWS, _OUT],
+}  # fmt: skip
+
+
+def attention(nodes, width=8):
+    """A float graph, and feeds for it."""
+    model = parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 20]>
+        g (float[2, 5, {width}] x) => (float[2, 5, 3] y)
+        <int64[4] apart = {{0, -1, 2, 4}}, int64[3] rows = {{0, -1, 8}}, int64[5] five = {{0, -1, 3, 2, 4}},
+         int64[1] at0 = {{0}}, int64[1] at1 = {{1}}, int64[1] at2 = {{2}}, int64[1] at3 = {{3}},
+         int64[2] halves = {{2, 2}}, float half = {{0.5}}, float[4] gain = {{1, -0.5, 1.5, 0.7}},
+         float[5] columns = {{0, 1, 0, -1, 0}}>
+        {{ {" ".join(nodes)} }}
+    """)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}.{number}"
+    random = np.random.default_rng(0)
+    for name, shape in {"w": (8, 3), "cosines": (5, 4), "wide_gain": (8,)}.items():
+        array = random.normal(size=shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return model, [{"x": random.normal(size=(2, 5, width)).astype(np.float32)} for _ in range(6)]
+
+
+def standard(model):
+    return {node.op_type for node in model.graph.node if not node.domain}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_attention_of_every_form_becomes_one_op(name):
+    width, nodes, gone = FUSED[name]
+    model, feeds = attention(nodes, width)
+    fast = QUANTIZERS.get("fast")
+    quantized = fast.quantize(model, fast.observe(model, feeds, fast.params()), fast.params())
+    done = same(quantized, feeds[0])
+    assert done.ops()["QuantAttention"] == 1
+    assert not standard(done.model) & {*gone.split()}
+    before, after = ([onnx_run(m)(feed)["y"] for feed in feeds] for m in (model, done.model))
+    assert cosine(before, after) > 0.999
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_quantizer_does_not_prepare_attention_that_becomes_no_op(name):
+    """Its Softmax stays whole, and becomes the op that stands for a Softmax."""
+    model, feeds = attention(UNFIT[name])
+    fast = QUANTIZERS.get("fast")
+    quantized = fast.quantize(model, fast.observe(model, feeds, fast.params()), fast.params())
+    assert "Softmax" in standard(quantized)
+    done = same(quantized, feeds[0])
+    assert (done.ops()["Softmax"], "QuantAttention" in done.ops()) == (1, False)
+    rewrites.require(done, {"Softmax": 1}, "image in INT8")
+
+
+def test_attention_whose_logits_stay_in_float_keeps_its_softmax():
+    model, feeds = attention(FUSED["rows"][1])
+    scoring, mixing = (node.name for node in activation_products(model))
+    for attending in ((mixing,), (scoring,)):
+        params = smooth.Params(attention=attending)
+        quantized = smooth.quantize(model, smooth.observe(model, feeds, params), params)
+        assert same(quantized, feeds[0]).ops()["Softmax"] == 1
+
+
+def test_attention_before_a_product_in_float_becomes_an_op():
+    """The op answers in 8 bits, also if the product that reads the answer stays in float."""
+    model, feeds = attention(FUSED["rows"][1])
+    fast = QUANTIZERS.get("fast")
+    params = fast.params(keep=(model.graph.node[-1].name,))
+    done = same(fast.quantize(model, fast.observe(model, feeds, params), params), feeds[0])
+    assert done.ops() == {"QuantAttention": 1}
 
 
 @pytest.mark.parametrize(
