@@ -10,12 +10,13 @@ A quantizer that works by channel records a list of minima and a list of maxima 
 the result of a search (`Settled`), so that an export need not search again.
 """
 
+import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from calmclip.export import samples
 from calmclip.export.nets import Net, Tower
@@ -27,35 +28,144 @@ from calmclip.models.flow import Arrays
 from calmclip.models.preprocess.image import ImagePreparer, decode
 from calmclip.models.preprocess.text import TextPreparer
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PARTS = ("calibration", "search", "certificate")
+NEEDED = 32  # different pictures, or texts, of a user: 8 for the certificate, 6 to search with, 18 to calibrate on
+EVERY = 4  # one of so many inputs is held out, both for the certificate and for the search
+HELD = 32  # at most, for the search
+CERTIFIED = 64  # at most, for the certificate, of a user's inputs
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+T = TypeVar("T")
 
 
-def inputs(calibration: Calibration) -> tuple[list[Path], list[str]]:
-    """``count`` pictures and texts drawn by ``seed``, from the recipe's paths or from the samples that ship."""
-    pictures, texts = samples.pictures(), samples.texts()
-    if calibration.images:
-        pictures = sorted(p for p in calibration.images.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not pictures:
-            raise BadRequest(f"{calibration.images} holds no pictures; expected files ending in {', '.join(_SUFFIXES)}")
-    if calibration.texts:
-        try:
-            lines = calibration.texts.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise BadRequest(f"{calibration.texts} is no text in UTF-8 ({error}); expected one text per line") from None
-        texts = [line for line in lines if line.strip()]
-        if not texts:
-            raise BadRequest(f"{calibration.texts} holds no texts; expected one per line")
+@dataclass(frozen=True)
+class Parts(Generic[T]):
+    """Three sets of pictures or of texts that share no content: what ranges are observed on, what a search measures its
+    candidates on, and what the finished bundle is measured on. ``source``: in words."""
+
+    calibration: tuple[T, ...]
+    search: tuple[T, ...]
+    certificate: tuple[T, ...]
+    source: str
+
+    def counts(self) -> dict[str, Any]:
+        """For the report."""
+        return {"source": self.source, **{part: len(getattr(self, part)) for part in PARTS}}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pictures and the texts of one export. A net without a tower for one of the two has none of them."""
+
+    pictures: Parts[Path]
+    texts: Parts[str]
+    seed: int
+
+    def part(self, name: str) -> tuple[Sequence[Path], Sequence[str]]:
+        """``name``: one of `PARTS`."""
+        return getattr(self.pictures, name), getattr(self.texts, name)
+
+    def facts(self) -> dict[str, Any]:
+        """For the report: how many of each set, their source, and the seed that drew them."""
+        sets: dict[str, Parts[Any]] = {"pictures": self.pictures, "texts": self.texts}
+        return {"seed": self.seed, **{kind: parts.counts() for kind, parts in sets.items() if parts.certificate}}
+
+    def describe(self, tower: Tower) -> str:
+        """In words: the inputs that the ranges of ``tower`` were observed on by this export."""
+        kind = "pictures" if isinstance(tower.preprocess, ImagePreprocess) else "texts"
+        parts = self.pictures if kind == "pictures" else self.texts
+        counts = f"{len(parts.calibration)} {kind}, and {len(parts.search)} others to search with"
+        return f"{counts} ({parts.source}), seed {self.seed}"
+
+
+def inputs(
+    calibration: Calibration, net: Net, directory: Path, say: Callable[[str], None] = lambda line: None
+) -> Inputs:
+    """The inputs of an export, drawn by the recipe's seed; ``directory`` holds the tokenizer.
+
+    Texts that do not fit the net's context are left out. Raises `BadRequest` if the recipe's folder or file has fewer
+    than `NEEDED` different pictures or texts.
+    """
+    kinds = {type(tower.preprocess) for tower in net.towers.values()}
     draw = random.Random(calibration.seed)
-    return (
-        draw.sample(pictures, min(calibration.count, len(pictures))),
-        draw.sample(texts, min(calibration.count, len(texts))),
-    )
+    pictures: Parts[Path] = Parts((), (), (), "none")
+    texts: Parts[str] = Parts((), (), (), "none")
+    if ImagePreprocess in kinds:
+        if (folder := calibration.images) is None:
+            pictures = _shipped(samples.calibration_pictures(), samples.pictures(), calibration.count, draw)
+        else:
+            pictures = _divided(_files(folder), _contents, calibration.count, draw, folder.name, f"--images {folder}")
+    if TextPreprocess in kinds:
+        if (file := calibration.texts) is None:
+            rows, certificate = (
+                fitting(net, directory, rows) for rows in (samples.calibration_texts(), samples.texts())
+            )
+            texts = _shipped(rows, certificate, calibration.count, draw)
+        else:
+            lines = _lines(file)
+            short = fitting(net, directory, lines)
+            if len(short) < len(lines):
+                say(f"{len(lines) - len(short)} calibration texts are longer than the context and left out")
+            texts = _divided(short, _words, calibration.count, draw, file.name, f"--texts {file}")
+    return Inputs(pictures, texts, calibration.seed)
 
 
-def describe(calibration: Calibration, pictures: Sequence[Path], texts: Sequence[str]) -> str:
-    """In words, for the report: the inputs that this export's ranges were observed on."""
-    sources = [path.name if path else "samples that ship" for path in (calibration.images, calibration.texts)]
-    return f"{len(pictures)} pictures ({sources[0]}) and {len(texts)} texts ({sources[1]}), seed {calibration.seed}"
+def hold_out(rows: Sequence[T]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+    """-> the rows to calibrate on, and those to search with: every `EVERY`-th row, at most `HELD`."""
+    held = rows[EVERY - 1 :: EVERY][:HELD]
+    places = {*range(EVERY - 1, len(held) * EVERY, EVERY)}
+    return tuple(row for place, row in enumerate(rows) if place not in places), tuple(held)
+
+
+def _shipped(rows: Sequence[T], certificate: Sequence[T], count: int, draw: random.Random) -> Parts[T]:
+    return Parts(*hold_out(draw.sample(rows, min(count, len(rows)))), tuple(certificate), "samples that ship")
+
+
+def _divided(
+    rows: Sequence[T], content: Callable[[T], Any], count: int, draw: random.Random, source: str, flag: str
+) -> Parts[T]:
+    """A user's ``rows`` in three parts: a quarter for the certificate, at most `CERTIFIED`; then at most ``count``.
+    Of rows of one ``content`` the first that is drawn counts."""
+    different: dict[Any, T] = {}
+    for row in draw.sample(rows, len(rows)):
+        different.setdefault(content(row), row)
+        if len(different) == count + CERTIFIED:
+            break
+    if len(different) < NEEDED:
+        raise BadRequest(
+            f"{flag} has {len(different)} different inputs that fit; calibration, search and certificate share none, "
+            f"so at least {NEEDED} are needed. Add some, or leave the option out: then the samples that ship are used"
+        )
+    drawn = [*different.values()]
+    first = min(CERTIFIED, len(drawn) // EVERY)
+    return Parts(*hold_out(drawn[first : first + count]), tuple(drawn[:first]), source)
+
+
+def _files(folder: Path) -> list[Path]:
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not pictures:
+        raise BadRequest(f"{folder} holds no pictures; expected files ending in {', '.join(SUFFIXES)}")
+    return pictures
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{file} is no text in UTF-8 ({error}); expected one text per line") from None
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise BadRequest(f"{file} holds no texts; expected one per line")
+    return texts
+
+
+def _contents(picture: Path) -> bytes:
+    return hashlib.sha256(picture.read_bytes()).digest()
+
+
+def _words(text: str) -> str:
+    """A tokenizer may ignore case and spaces."""
+    return " ".join(text.split()).casefold()
 
 
 def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequence[str]) -> Iterator[Arrays]:

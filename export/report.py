@@ -31,6 +31,8 @@ from calmclip.models.measure import latency, machine
 from calmclip.models.runner import Runner
 
 COVERAGE, SIZE = 0.9, 0.35  # for the name int8: least INT8 coverage, largest part of the float size
+COSINE, WORST = 0.99, 0.95  # and of each output on the certificate's inputs: least mean cosine, least of a row
+Precision = Literal["int8", "mixed", "float"]
 _GROWTH = 100_000_000  # bytes that a step adds to the process before it is worth looking for free memory
 
 
@@ -75,7 +77,7 @@ def graph(
         "settled": {"quantizer": settled.quantizer, "params": params, "fitted": fitted},
         "search": dict(settled.history),
         "in_float": layers.in_float(model, quantized, dims, how.params.get("keep", ())),
-        "compared_on": f"{len(feeds)} inputs that ship with calmclip",
+        "compared_on": f"{len(feeds)} inputs of the certificate",
         **layers.compare(model, quantized, feeds, dims),
         "outliers": outliers.measure(model, outlier_feeds),
         "ranges": layers.ranges(quantized),
@@ -89,16 +91,32 @@ def int8(graphs: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> d
     return {"coverage": round(total.part, 5), "macs": total.macs, "size_ratio": round(ratio, 5)}
 
 
-def precision(figures: Mapping[str, Any]) -> Literal["int8", "mixed"]:
-    """The precision that a bundle's name and manifest state, by the figures of `int8`."""
-    return "int8" if figures["coverage"] >= COVERAGE and figures["size_ratio"] <= SIZE else "mixed"
+def precision(report: Mapping[str, Any]) -> Precision:
+    """The precision that a bundle's name and manifest state: ``float`` if no product is in INT8, ``int8`` if the bundle
+    has no `shortfalls`, else ``mixed``."""
+    if not report["int8"]["coverage"]:
+        return "float"
+    return "mixed" if shortfalls(report) else "int8"
 
 
-def why_mixed(figures: Mapping[str, Any], name: str) -> str:
-    return (
-        f"called {name}, not int8: {figures['coverage']:.1%} of the multiply-accumulates are in INT8 and its size is "
-        f"{figures['size_ratio']:.3f} of float; int8 is at least {COVERAGE:.0%} and at most {SIZE}"
-    )
+def shortfalls(report: Mapping[str, Any]) -> list[str]:
+    """What keeps a bundle from the name int8, in words: the value, and what was expected."""
+    int8, cosines = report["int8"], []
+    for role, facts in report["graphs"].items():
+        for output, numbers in facts["int8_against_float"].items():
+            cosines.append((f"{role}.{output}", numbers["cosine"], numbers["cosine_min"]))
+    for role, numbers in report["embeddings"].items():
+        cosines.append((f"{role} vectors", numbers["cosine_mean"], numbers["cosine_min"]))
+    limits = [
+        (
+            int8["coverage"] >= COVERAGE,
+            f"{int8['coverage']:.1%} of the multiply-accumulates are in INT8, not {COVERAGE:.0%}",
+        ),
+        (int8["size_ratio"] <= SIZE, f"its size is {int8['size_ratio']:.3f} of float, not at most {SIZE}"),
+        *((mean >= COSINE, f"the mean cosine of {name} is {mean:.4f}, not {COSINE}") for name, mean, _ in cosines),
+        *((worst >= WORST, f"the worst cosine of {name} is {worst:.4f}, not {WORST}") for name, _, worst in cosines),
+    ]
+    return [words for holds, words in limits if not holds]
 
 
 def accuracy(quantized: Runner, reference: Runner, evals: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

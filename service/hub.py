@@ -242,7 +242,7 @@ class Hub:
 
         def rank(loaded: Loaded) -> tuple[int, bool, str]:
             at = order.index(loaded.name) if loaded.name in order else len(order)
-            return at, loaded.bundle.manifest.precision == "float32", loaded.name
+            return at, loaded.bundle.manifest.precision == "float", loaded.name
 
         opened.sort(key=rank)
         self._loaded = {loaded.name: loaded for loaded in opened}

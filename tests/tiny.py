@@ -4,6 +4,7 @@ The weights are random with a seed. They are so large that the vectors of two pi
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = ("a", "photo", "of", "red", "green", "blue", "cat", "dog", "two", ".")
@@ -38,12 +39,63 @@ def hf_clip(directory: Path) -> Path:
     return directory
 
 
+def hf_clip_kin(directory: Path, seed: int = 1, part: str = ".mlp.") -> Path:
+    """`hf_clip` with other numbers in the tensors of its blocks whose names hold ``part``."""
+    file = hf_clip(directory) / "model.safetensors"
+    torch.manual_seed(seed)
+    state = load_file(file)
+    for name in sorted(state):
+        if part in name:
+            state[name] = state[name] + 0.3 * state[name].std() * torch.randn_like(state[name])
+    save_file(state, file, metadata={"format": "pt"})
+    return directory
+
+
 def open_clip(directory: Path) -> Path:
     """An open_clip directory with its own tokenizer (77 tokens): 32-pixel pictures, 16-d vectors."""
     from open_clip.model import CLIP
 
     torch.manual_seed(0)
     config = {"embed_dim": 16, "vision_cfg": _OPEN_VISION, "text_cfg": _OPEN_TEXT}
+    return _open_clip(CLIP(**config), config, "shortest", directory)
+
+
+def hf_tinyclip(directory: Path) -> Path:
+    """TinyCLIP as a `CLIPModel`: towers of unequal depth, CLIP's own tokenizer, an old config that says eos_token_id
+    2."""
+    from calmclip.export.layouts.common.clip_bpe import tokenizer_json
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 1, "intermediate_size": 256}
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 256}
+    config = transformers.CLIPConfig(
+        text_config={**text, "hidden_act": "gelu", "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1},
+        vision_config={**vision, "hidden_act": "gelu", "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    spread(transformers.CLIPModel(config)).save_pretrained(directory)
+    names = {"start_of_text": "|startoftext|", "end_of_text": "|endoftext|"}  # Hugging Face's for open_clip's
+    text_json = tokenizer_json().decode()
+    for old, new in names.items():
+        text_json = text_json.replace(f"<{old}>", f"<{new}>")
+    (directory / "tokenizer.json").write_text(text_json, encoding="utf-8")
+    start, end = (f"<{name}>" for name in names.values())
+    special = {"bos_token": start, **dict.fromkeys(("eos_token", "pad_token", "unk_token"), end)}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}))
+    preprocessor = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
+    preprocessor |= {"image_mean": MEAN, "image_std": STD}
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return directory
+
+
+def tinyclip(directory: Path) -> Path:
+    """TinyCLIP as an open_clip directory: towers of unequal depth."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
     return _open_clip(CLIP(**config), config, "shortest", directory)
 
 
@@ -101,7 +153,7 @@ def owl(directory: Path, kind: str = "owlv2", side: int = 96, patch: int = 16) -
         projection_dim=32,
     )
     model = getattr(transformers, f"{name}ForObjectDetection")(config)
-    spread(getattr(model, kind))
+    spread(getattr(model, kind), attend=1.0)
     spread(model.layer_norm)
     owl_heads(model)
     _with_tokenizer(model, directory)
@@ -228,16 +280,22 @@ def _merged(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {**old, **new, **both}
 
 
-def spread(module: Any) -> Any:
+def spread(module: Any, attend: float = 0.5) -> Any:
     """Enlarge random weights, so that tests see errors; returns ``module`` in evaluation mode.
 
-    Matrices are three times as large, because outputs of initial weights hardly depend on the input. Norms and biases
-    leave 1 and 0, because those values hide a tensor that is swapped or dropped.
+    Matrices are three times as large, because outputs of initial weights hardly depend on the input. Those of
+    queries and keys are ``attend`` times that: scores nine times as large make attention a choice of one token, and a
+    rounding error then changes the choice (a row at a cosine of 0.87 among 64). Norms and biases leave 1 and 0,
+    because those values hide a tensor that is swapped or dropped.
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim >= 2:
                 parameter.mul_(3.0)
+                if re.search(r"(q_proj|k_proj|query|key)\.weight$", name):
+                    parameter.mul_(attend)
+                elif re.search(r"(in_proj_weight|qkv\.weight)$", name):  # queries, keys, values
+                    parameter[: 2 * len(parameter) // 3].mul_(attend)
             elif parameter.ndim == 1 and "logit" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return module.eval()

@@ -8,33 +8,36 @@ by the output's error; bias correction: Nagel et al. 2019 (arXiv 1906.04721), se
 Each step builds on the best settings so far. The search stops when the goal is reached:
 
 1. `smooth` with the first of ``alphas``, minima and maxima;
-2. equalized inputs of depthwise convolutions (`smooth.equalize`): their channels differ in size, and one scale for the
+2. bias correction: E[float output - INT8 output] of each output channel, added to its bias. If it does not suffice, it
+   is dropped until step 7;
+3. equalized inputs of depthwise convolutions (`smooth.equalize`): their channels differ in size, and one scale for the
    tensor does not fit them (Nagel et al., section 3.1). No alpha helps against that loss;
-3. the other ``alphas``;
-4. an alpha for each tensor, by the least squared error of the outputs of its products on sampled rows;
-5. a range for each tensor in the same way: percentiles, and fractions of the extremes (convolutions: by the least
+4. the other ``alphas``;
+5. an alpha for each tensor, by the least squared error of the outputs of its products on sampled rows;
+6. a range for each tensor in the same way: percentiles, and fractions of the extremes (convolutions: by the least
    squared error of the values themselves);
-6. bias correction: E[float output - INT8 output] of each output channel, added to its bias. Steps 5 and 6 need feeds to
-   hold out: measured on the feeds that fitted it, the built-in image tower had a cosine of .98, on others .89;
-7. all depthwise convolutions in float: they are few of the multiply-accumulates, and one alone in float gains nothing;
-8. other products in float. Each product that the coverage allows is measured alone in float. Then they go to float one
+7. bias correction of these settings;
+8. all depthwise convolutions in float: they are few of the multiply-accumulates, and one alone in float gains nothing;
+9. other products in float. Each product that the coverage allows is measured alone in float. Then they go to float one
    after another, ordered by gain in cosine per multiply-accumulate, while it helps and the INT8 coverage stays at the
    goal.
 
-The measure is the mean cosine of the graph's outputs, the least of them, on held-out feeds: every fourth, if there are
-enough. At the end the minima and maxima are taken over all feeds, unless ranges or biases were fitted to some feeds. If
-the products with constants alone do not reach the INT8 coverage, the products of activations that lead to a Softmax are
-quantized too, and if necessary those that read a Softmax. With ``attention`` = fits, all products of activations are
-quantized at the end if the goal is still reached, because fused attention needs it. The result is a `smooth` with
+The measure is the mean cosine of the graph's outputs, the least of them, less what their worst row lacks to the goal.
+It is taken on held-out feeds: measured on the feeds that fitted steps 5 and 6, the built-in image tower had a cosine of
+.98, on others .89. No range is observed on them. If the products with constants alone do not reach the INT8 coverage,
+the products of activations that lead to a Softmax are quantized too, and if necessary those that read a Softmax. With
+``attention`` = fits, all products of activations are quantized at the end if the goal is still reached, because fused
+attention needs it. Last, a net of convolutions gets its biases corrected if that is better: a convolution and a Gemm
+add the correction for nothing, and the built-in image tower then loses half as much. The result is a `smooth` with
 params, so it can be recorded.
 
 One pass over the feeds computes every tensor of interest. After that a candidate costs one graph, one session and a run
 of the held-out feeds.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -46,23 +49,22 @@ from calmclip.export.coverage import Product, count, coverage
 from calmclip.export.graph import Draft, activation_products, depthwise, matrices, probabilities, products, readers
 from calmclip.export.qdq import quantize_weight, quantized_tensors, scale_and_zero
 from calmclip.export.quantizers import QUANTIZERS, Feeds, Goal, Quantizer, Ranges, Settled, smooth
-from calmclip.export.quantizers.ranges import collect, extremes, widest
+from calmclip.export.quantizers.ranges import Observed, collect, extremes, widest
 from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Arrays
 
-ENOUGH = 16  # feeds; with fewer, all of them are used both to calibrate and to measure
-HELD = 32  # feeds held out to measure on, at most
-_EVERY = 4
 _ROWS, _FEEDS = 16, 32  # sampled rows per feed, and sampled feeds
 _VALUES = 4096  # sampled values per feed of a tensor that is not read by rows
 _CUTS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # fractions of the extremes
 _PERCENTILES = (99.99, 99.9, 99.5)
 _ALONE = 24  # matrix products that are measured alone in float, the noisiest; convolutions: all
 
+Adopt = Literal["better", "better or reached", "reached", "never"]  # when a candidate becomes the best one
+
 
 class Params(FrozenModel):
     alphas: tuple[float | None, ...] = Field(default=(0.75, 0.6, 0.85, 0.5, 0.95, None), min_length=1)
-    aim: float | None = Field(default=0.99, description="mean cosine to look for if the bars ask for less")
     attention: Literal["never", "needed", "fits", "scores", "all"] = "fits"
     keep: tuple[str, ...] = ()  # names of nodes that stay in float in any case
     reduce_range: bool = False  # 7-bit weights; see `static`
@@ -90,19 +92,31 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
     return smooth.observe(model, feeds, smooth.Params())
 
 
-def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> Settled:
-    """-> the settings that reach ``goal``, or the best ones tried. Raises as `ranges.collect`."""
+def search(model: onnx.ModelProto, feeds: Feeds, held: Feeds, params: Params, goal: Goal) -> Settled:
+    """-> the settings that reach ``goal`` on ``held``, or the best ones tried. Raises as `ranges.collect`; `BadRequest`
+    if nothing is held out."""
     attention, every = (_attention(model, params, goal, last) for last in (False, True))
     first = smooth.Params(
         alpha=params.alphas[0], keep=params.keep, attention=attention, reduce_range=params.reduce_range
     )
     if not quantized_tensors(model, every):
         return Settled("smooth", first, {}, {"candidates": [], "reached": True, "cosine": 1.0})
-    calibrating, held, apart = _split(feeds)
-    statistics = _statistics(model, calibrating, every)
+    held = list(held)
+    statistics = _statistics(model, feeds, every)
+    if not held:
+        raise BadRequest("the search has nothing to measure on; give more pictures (--images) or texts (--texts)")
     ranges = {name: (tensor.low.tolist(), tensor.high.tolist()) for name, tensor in statistics.items()}
-    trial = _Trial(model, ranges, held, goal, max(goal.cosine, params.aim or -1.0))
+    trial = _Trial(model, ranges, held, goal)
     trial.run(first, f"{_label(first.alpha)}, extremes")
+
+    def corrected(nodes: Collection[str] | None = None) -> smooth.Params:
+        """The best settings with the biases of all ``nodes`` corrected; None: of every product."""
+        shifts = _shifts(model, _tune(model, statistics, params, trial.best), statistics, params)
+        chosen = {name: shift for name, shift in shifts.items() if nodes is None or name in nodes}
+        return trial.best.model_copy(update={"shifts": chosen})
+
+    if not trial.reached:
+        trial.run(corrected(), f"{_label(first.alpha)}, biases corrected", adopt="reached")
     if not trial.reached and (names := smooth.equalizable(model, params.keep)):
         channels = {name: widest(statistics[name].channels) for name in names}
         label = "equalized channels before depthwise convolutions"
@@ -114,13 +128,12 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
         tuned = _tune(model, statistics, params, trial.best, alphas=True)
         alphas = {name: best.alpha for name, best in tuned.items()}
         trial.run(trial.best.model_copy(update={"alphas": alphas}), "an alpha for each tensor")
-    if apart and not trial.reached:
+    if not trial.reached:
         tuned = _tune(model, statistics, params, trial.best, clips=True)
         clips = {name: best.clip for name, best in tuned.items() if best.clip} | _clips(model, statistics)
         trial.run(trial.best.model_copy(update={"clips": clips}), "ranges of least error")
-    if apart and not trial.reached:
-        shifts = _shifts(model, _tune(model, statistics, params, trial.best), statistics, params)
-        trial.run(trial.best.model_copy(update={"shifts": shifts}), "biases corrected")
+    if not trial.reached:
+        trial.run(corrected(), "biases corrected")
     if not trial.reached and (names := _depthwise(trial, goal)):
         changed = {"keep": (*trial.best.keep, *names), "channels": False}
         label = f"{len(names)} depthwise convolutions in float"
@@ -128,92 +141,80 @@ def search(model: onnx.ModelProto, feeds: Feeds, params: Params, goal: Goal) -> 
     if not trial.reached:
         _give_up(trial, _tune(model, statistics, params, trial.best), goal)
     if trial.reached and every != attention:
-        trial.run(trial.best.model_copy(update={"attention": every}), "attention in INT8 too", enough=True)
-    if apart and not (trial.best.clips or trial.best.shifts):
-        more = smooth.observe(model, held, trial.best)
-        wider = {name: widest((limits, more[name])) for name, limits in trial.ranges.items() if name in more}
-        trial.run(trial.best, "the same, extremes of all inputs", ranges=wider, enough=True)
-    measured = f"{len(held)} inputs, {'held out' if apart else 'the calibration inputs: too few to hold out'}"
-    return Settled("smooth", trial.best, trial.ranges, {**trial.history(), "measured_on": measured})
+        with_attention = trial.best.model_copy(update={"attention": every})
+        trial.run(with_attention, "attention in INT8 too", adopt="better or reached")
+    biased = {node.name: node.op_type for node in products(model, trial.best.keep) if node.op_type != "MatMul"}
+    if not trial.best.shifts and Counter(biased.values())["Conv"] > 1:
+        trial.run(corrected(biased), "biases corrected where they are free")
+    return Settled("smooth", trial.best, trial.ranges, {**trial.history(), "held_out": len(held)}, statistics.starved)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one output on the held-out feeds: the mean cosine, its standard error, and the cosine of the worst row."""
+
+    cosine: float
+    error: float
+    worst: float
+
+    def score(self, goal: Goal) -> float:
+        return self.cosine - max(0.0, goal.worst - self.worst)
+
+    def reaches(self, goal: Goal) -> bool:
+        return self.cosine - 2 * self.error >= goal.cosine and self.worst >= goal.worst
 
 
 class _Trial:
     """Measures candidates against the float graph, on the held-out feeds; ``best``: the best settings so far."""
 
-    def __init__(self, model: onnx.ModelProto, ranges: Ranges, held: Sequence[Arrays], goal: Goal, aim: float) -> None:
-        self.model, self.ranges, self.held, self.goal, self.aim = model, ranges, held, goal, aim
+    def __init__(self, model: onnx.ModelProto, ranges: Ranges, held: Sequence[Arrays], goal: Goal) -> None:
+        self.model, self.ranges, self.held, self.goal = model, ranges, held, goal
         run = parity.onnx_run(model)
         self.answers = [run(feed) for feed in held]
         self.rows: list[dict[str, Any]] = []
-        self.cosine, self.error, self.best = -1.0, 0.0, smooth.Params()
+        self.score, self.cosine, self.reached, self.best = -np.inf, -1.0, False, smooth.Params()
         self.products: list[Product] = []  # of the best graph
 
-    @property
-    def reached(self) -> bool:
-        return self.cosine - 2 * self.error >= self.aim
-
-    def run(
-        self,
-        params: smooth.Params,
-        label: str,
-        *,
-        ranges: Ranges | None = None,
-        adopt: bool = True,
-        enough: bool = False,
-    ) -> float:
-        """-> the candidate's cosine. With ``adopt`` it becomes the best if its cosine is higher, or, with ``enough``,
-        if it reaches the aim."""
+    def run(self, params: smooth.Params, label: str, *, ranges: Ranges | None = None, adopt: Adopt = "better") -> float:
+        """-> the candidate's score. ``adopt``: it becomes the best if its score is higher (``better``), if it reaches
+        the goal (``reached``), or ``never``."""
         ranges = ranges or self.ranges
         quantized = smooth.quantize(self.model, ranges, params)
         answers = iter(self.answers)
         run = parity.onnx_run(quantized)
         outputs = parity.compare(lambda feed: next(answers), run, self.held, self.goal.summary).values()
-        cosine, error = min(((output["cosine"], output["cosine_error"]) for output in outputs), default=(1.0, 0.0))
-        if not adopt:
-            return cosine
+        each = [_Measured(output["cosine"], output["cosine_error"], output["cosine_min"]) for output in outputs]
+        measured = min(each, key=lambda output: output.score(self.goal), default=_Measured(1.0, 0.0, 1.0))
+        score, reached = measured.score(self.goal), all(output.reaches(self.goal) for output in each)
+        if adopt == "never":
+            return score
         products = count(quantized, self.goal.dims)
-        better = cosine > self.cosine or (enough and cosine - 2 * error >= self.aim)
+        higher = score > self.score
+        better = {"better": higher, "better or reached": higher or reached, "reached": reached}[adopt]
         self.rows.append({
             "tried": label,
-            "cosine": round(cosine, 6),
-            "standard_error": round(error, 6),
+            "cosine": round(measured.cosine, 6),
+            "standard_error": round(measured.error, 6),
+            "worst": round(measured.worst, 6),
             "int8_coverage": round(coverage(products).part, 4),
             "better": better,
         })  # fmt: skip
         if better:
             self.ranges = ranges
-            self.best, self.cosine, self.error, self.products = params, cosine, error, products
-        return cosine
+            self.best, self.products = params, products
+            self.score, self.cosine, self.reached = score, measured.cosine, reached
+        return score
 
     def history(self) -> dict[str, Any]:
         return {
-            "goal": {"cosine": self.aim, "int8_coverage": self.goal.coverage},
+            "goal": {"cosine": self.goal.cosine, "worst": self.goal.worst, "int8_coverage": self.goal.coverage},
             "reached": self.reached,
             "cosine": round(self.cosine, 6),
             "candidates": self.rows,
         }
 
 
-def _split(feeds: Feeds) -> tuple[Iterator[Arrays], list[Arrays], bool]:
-    """-> feeds to calibrate on, feeds to measure on (complete once the first are read to the end), and whether the two
-    are disjoint."""
-    following = iter(feeds)
-    first = list(islice(following, ENOUGH))
-    if len(first) < ENOUGH:
-        return iter(first), first, False
-    held: list[Arrays] = []
-
-    def others() -> Iterator[Arrays]:
-        for number, feed in enumerate(chain(first, following), 1):
-            if number % _EVERY == 0 and len(held) < HELD:
-                held.append(feed)
-            else:
-                yield feed
-
-    return others(), held, True
-
-
-def _statistics(model: onnx.ModelProto, feeds: Feeds, attention: Sequence[str]) -> dict[str, _Statistics]:
+def _statistics(model: onnx.ModelProto, feeds: Feeds, attention: Sequence[str]) -> Observed[_Statistics]:
     """One pass: the `_Statistics` of every tensor that may become 8-bit."""
     by_row = {node.input[0] for node in matrices(model)}
     by_map = {node.input[0] for node in products(model) if node.op_type == "Conv"}
@@ -227,18 +228,25 @@ def _statistics(model: onnx.ModelProto, feeds: Feeds, attention: Sequence[str]) 
         tensor.low, tensor.high = np.minimum(tensor.low, low), np.maximum(tensor.high, high)
         if name in by_channel:
             tensor.channels.append(extremes(values, 1))
+        if name in by_map:
+            tensor.means.append(values.mean(axis=(0, *range(2, values.ndim)), dtype=np.float64))
         if len(tensor.sample) < _FEEDS:
             most = min(len(flat), _ROWS if name in by_row else _VALUES)
             tensor.sample.append(flat[np.linspace(0, len(flat) - 1, most).round().astype(int)])
-            if name in by_map:
-                tensor.means.append(values.mean(axis=(0, *range(2, values.ndim)), dtype=np.float64))
 
-    collect(model, feeds, quantized_tensors(model, attention), add)
+    observed = collect(model, feeds, quantized_tensors(model, attention), add)
     for name in probabilities(model.graph.node) & statistics.keys() - by_row:
         # up to 1, unless all are so small that steps of 1/255 would lose them
         tensor = statistics[name]
         tensor.low, tensor.high = np.asarray(0, np.float32), np.asarray(min(1.0, 2 * float(tensor.high)), np.float32)
-    return statistics
+    return observed.lent(statistics, _merged)
+
+
+def _merged(lenders: Sequence[_Statistics]) -> _Statistics:
+    """The statistics of an expert without tokens, of those of the other experts of its layer. No convolution reads
+    them."""
+    low, high = np.min([of.low for of in lenders], axis=0), np.max([of.high for of in lenders], axis=0)
+    return _Statistics(low, high, [rows for of in lenders for rows in of.sample])
 
 
 @dataclass(frozen=True)
@@ -327,7 +335,7 @@ def _shifts(
         means = np.mean(statistics[node.input[0]].means, axis=0).reshape(-1, weight.shape[1])  # [groups, inputs each]
         group = np.arange(len(weight)) // (len(weight) // len(means))
         shifts[node.name] = np.sum(lost * means[group], axis=1)
-    return {name: tuple(np.asarray(shift, np.float64).tolist()) for name, shift in shifts.items()}
+    return {name: tuple(float(f"{number:.6g}") for number in shift) for name, shift in shifts.items()}
 
 
 def _depthwise(trial: _Trial, goal: Goal) -> list[str]:
@@ -339,7 +347,7 @@ def _depthwise(trial: _Trial, goal: Goal) -> list[str]:
 
 
 def _give_up(trial: _Trial, tuned: Mapping[str, _Tuned], goal: Goal) -> None:
-    """Put products into float, ordered by gain in cosine per multiply-accumulate, until the goal or its coverage."""
+    """Put products into float, ordered by gain in score per multiply-accumulate, until the goal or its coverage."""
     start = trial.best
     noise = {node: best.noise for best in tuned.values() for node in best.shifts}
     now = coverage(trial.products)
@@ -350,14 +358,14 @@ def _give_up(trial: _Trial, tuned: Mapping[str, _Tuned], goal: Goal) -> None:
     gains = {}
     for name in names:
         if name not in noise or name in noisy:
-            gains[name] = trial.run(_without(start, name), "", adopt=False) - trial.cosine
+            gains[name] = trial.run(_without(start, name), "", adopt="never") - trial.score
     for name in sorted(gains, key=lambda name: -gains[name] / max(cost[name], 1)):
         if trial.reached or gains[name] <= 0:
             break
         if cost[name] <= spare:
-            before = trial.cosine
+            before = trial.score
             trial.run(_without(trial.best, name), f"{name} in float")
-            spare -= cost[name] if trial.cosine > before else 0
+            spare -= cost[name] if trial.score > before else 0
 
 
 def _label(alpha: float | None) -> str:

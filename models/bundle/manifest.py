@@ -263,7 +263,7 @@ class Manifest(FrozenModel):
 
     format: Literal[2] = 2
     name: Name
-    precision: Literal["int8", "float32", "mixed"]
+    precision: Literal["int8", "mixed", "float"]
     tasks: tuple[TaskName, ...] = Field(min_length=1)
     source: Source
     family: str | None = Field(
@@ -271,6 +271,9 @@ class Manifest(FrozenModel):
     )
     graphs: Mapping[str, Graph] = Field(min_length=1, description="by role")
     ops: Ops = Ops()
+    portable: bool = Field(
+        default=False, description="every graph has operators of ai.onnx alone and no local function"
+    )
     classifier: DefaultClassifier | None = Field(default=None, description="the default of a request")
     suppression: SuppressionDefaults | None = Field(default=None, description="the defaults of a detect request")
     quantization: Quantization

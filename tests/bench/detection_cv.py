@@ -142,9 +142,10 @@ def _figures(
         heads.save(folder / SHIPPED.name, {"net": "mini"})
     inputs = Calibration(images=arguments.pictures, count=64)  # the shipped ranges belong to other heads
     recipe = Recipe(checkpoint=str(folder), net="mini", name="cv", keep_float=True, replace=True, calibration=inputs)
-    pipeline.build(recipe, folder, say=lambda line: print(f"fold {fold}  {line}", flush=True))
+    quantized, floats = pipeline.build(recipe, folder, say=lambda line: print(f"fold {fold}  {line}", flush=True))
     data = measure.read("detection", _alone(arguments.data, folder / "data", fold))
-    runners = {p: open_bundle(folder / f"cv-{p}", threads=arguments.threads) for p in ("float", "int8")}
+    sealed = {"float": floats, "int8": quantized}  # the latter may be called mixed
+    runners = {side: open_bundle(bundle.directory, threads=arguments.threads) for side, bundle in sealed.items()}
     results = {
         precision: measure.named(measure.predict("detection", runner, data)) for precision, runner in runners.items()
     }

@@ -1,9 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from calmclip.export import calibrate
+from calmclip.export import calibrate, samples
 from calmclip.export.nets import NETS, Net
 from calmclip.export.recipe import Calibration, Quantize
 from calmclip.models.errors import BadImage, BadRequest
@@ -17,22 +18,79 @@ def net(tiny_hf_clip: Path, tmp_path: Path) -> Net:
     return net
 
 
-def test_pictures_are_drawn_by_seed_up_to_the_count(photographs: dict[str, Path]):
-    folder = photographs["cat"].parent
-    draw = [calibrate.inputs(Calibration(images=folder, count=3, seed=seed))[0] for seed in (1, 1, 2)]
-    assert draw[0] == draw[1] != draw[2]
-    assert all(len(set(pictures)) == 3 for pictures in draw)
+def files(folder: Path, contents: list[bytes]) -> Path:
+    """A folder of pictures that are never decoded."""
+    folder.mkdir()
+    for number, content in enumerate(contents):
+        (folder / f"{number:03d}.jpg").write_bytes(content)
+    return folder
 
 
-def test_an_input_without_pictures_or_texts_is_an_error(tmp_path: Path):
+@pytest.mark.parametrize("seed", range(3))
+def test_a_users_inputs_are_drawn_into_three_parts_without_common_content(net: Net, tmp_path: Path, seed: int):
+    """40 contents, each in two files; 40 texts, each in two spellings: 10 + 7 + 23, as 40 / 4 and 30 / 4."""
+    folder = files(tmp_path / "p", [f"{number // 2}".encode() for number in range(80)])
+    lines = [spelling for number in range(40) for spelling in (f"{number} cats", f" {number}  CATS ")]
+    (tmp_path / "t.txt").write_text("\n".join([*lines, "too long " * 40]))
+    said: list[str] = []
+    how = Calibration(images=folder, texts=tmp_path / "t.txt", seed=seed)
+    drawn = calibrate.inputs(how, net, tmp_path, said.append)
+    assert drawn == calibrate.inputs(how, net, tmp_path)
+    assert drawn != calibrate.inputs(how.model_copy(update={"seed": seed + 1}), net, tmp_path)
+    contents = {part: {path.read_bytes() for path in drawn.part(part)[0]} for part in calibrate.PARTS}
+    words = {part: {text.strip().split()[0] for text in drawn.part(part)[1]} for part in calibrate.PARTS}
+    for sets in (contents, words):
+        assert {part: len(rows) for part, rows in sets.items()} == {"calibration": 23, "search": 7, "certificate": 10}
+        assert len(set.union(*sets.values())) == 40
+    counts = {"calibration": 23, "search": 7, "certificate": 10}
+    assert drawn.facts() == {
+        "seed": seed, "pictures": {"source": "p", **counts}, "texts": {"source": "t.txt", **counts}
+    }  # fmt: skip
+    assert drawn.describe(net.towers["image"]) == f"23 pictures, and 7 others to search with (p), seed {seed}"
+    assert said == ["1 calibration texts are longer than the context and left out"]
+
+
+def test_the_parts_have_a_largest_size(net: Net, tmp_path: Path):
+    folder = files(tmp_path / "p", [f"{number}".encode() for number in range(300)])
+    counts = calibrate.inputs(Calibration(images=folder, count=40), net, tmp_path).facts()["pictures"]
+    assert counts == {"source": "p", "calibration": 30, "search": 10, "certificate": 104 // 4}
+    counts = calibrate.inputs(Calibration(images=folder), net, tmp_path).facts()["pictures"]
+    assert counts == {"source": "p", "calibration": 160, "search": 32, "certificate": 256 // 4}
+
+
+@pytest.mark.parametrize("number", [31, 32])
+def test_too_few_different_inputs_are_an_error_that_says_how_many_are_needed(net: Net, tmp_path: Path, number: int):
+    folder = files(tmp_path / "p", [f"{place % number}".encode() for place in range(60)])
+    (tmp_path / "t.txt").write_text("\n".join(f"{place % number} cats" for place in range(60)))
+    for how in (Calibration(images=folder), Calibration(texts=tmp_path / "t.txt")):
+        if number >= 32:
+            counts = calibrate.inputs(how, net, tmp_path).facts()["pictures" if how.images else "texts"]
+            assert (counts["calibration"], counts["search"], counts["certificate"]) == (18, 6, 8)
+            continue
+        with pytest.raises(BadRequest, match=r"(p|t\.txt) has 31 different inputs that fit; .* at least 32 are needed"):
+            calibrate.inputs(how, net, tmp_path)
+
+
+def test_the_samples_that_ship_are_divided_too(net: Net, tmp_path: Path):
+    drawn = calibrate.inputs(Calibration(), net, tmp_path)
+    assert [*drawn.pictures.certificate] == samples.pictures()
+    assert [*drawn.texts.certificate] == calibrate.fitting(net, tmp_path, samples.texts())
+    rows = *drawn.pictures.calibration, *drawn.pictures.search
+    assert sorted(rows) == samples.calibration_pictures()
+    assert len(drawn.pictures.search) == len(rows) // 4
+    images = replace(net, towers={"image": net.towers["image"]})
+    assert "texts" not in calibrate.inputs(Calibration(), images, tmp_path).facts()
+
+
+def test_an_input_without_pictures_or_texts_is_an_error(net: Net, tmp_path: Path):
     with pytest.raises(BadRequest, match=r"holds no pictures; expected files ending in \.jpg"):
-        calibrate.inputs(Calibration(images=tmp_path))
+        calibrate.inputs(Calibration(images=tmp_path), net, tmp_path)
     (tmp_path / "t.txt").write_text("\n\n")
     with pytest.raises(BadRequest, match="holds no texts"):
-        calibrate.inputs(Calibration(texts=tmp_path / "t.txt"))
+        calibrate.inputs(Calibration(texts=tmp_path / "t.txt"), net, tmp_path)
     (tmp_path / "t.txt").write_bytes("schön\n".encode("latin-1"))
     with pytest.raises(BadRequest, match=r"t\.txt is no text in UTF-8 .*; expected one text per line"):
-        calibrate.inputs(Calibration(texts=tmp_path / "t.txt"))
+        calibrate.inputs(Calibration(texts=tmp_path / "t.txt"), net, tmp_path)
 
 
 def test_feeds_are_those_of_the_service(net: Net, tmp_path: Path, photographs: dict[str, Path]):

@@ -17,7 +17,8 @@ from calmclip.export.pipeline import _family, _ties, build
 from calmclip.export.recipe import load_recipe
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import names, read
-from calmclip.models.commands import check_command
+from calmclip.models.cli import main
+from calmclip.models.commands import check_command, show_command
 from calmclip.models.errors import BadRequest, BarMissed, BundleError, ExportError, ParityLost
 from calmclip.models.runner import Runner, open_bundle
 from calmclip.models.runtime.session import SessionOptions
@@ -38,7 +39,7 @@ def recipe(net, **flags):
 def test_int8_and_float_are_sealed_side_by_side_with_one_report(tiny_bundles: Path, tiny_hf_clip: Path):
     assert names(tiny_bundles) == ["tiny-float", "tiny-int8"]
     int8, float32 = (read(tiny_bundles / name) for name in ("tiny-int8", "tiny-float"))
-    assert (int8.manifest.precision, float32.manifest.precision) == ("int8", "float32")
+    assert (int8.manifest.precision, float32.manifest.precision) == ("int8", "float")
     assert int8.manifest.quantization.graphs == {"image": "search", "text": "search"}
     reports = [json.loads((s.directory / "report.json").read_text()) for s in (int8, float32)]
     assert reports[0] == reports[1]
@@ -53,7 +54,12 @@ def test_a_bundle_names_its_calibration_inputs_without_their_place(tiny_bundles:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_hf_clip)
     fitting = sum(len(tokenizer(text).input_ids) <= 40 for text in samples.texts())
     source = read(directory).manifest.quantization.calibration["image"]
-    assert source == f"13 pictures (samples that ship) and {fitting} texts (samples that ship), seed 0"
+    assert source == "36 pictures, and 12 others to search with (samples that ship), seed 0"
+    texts = json.loads((directory / "report.json").read_text())["inputs"]["texts"]
+    assert texts["certificate"] == fitting
+    assert texts["calibration"] + texts["search"] == sum(
+        len(tokenizer(text).input_ids) <= 40 for text in samples.calibration_texts()
+    )
     for file in directory.iterdir():
         assert str(tiny_hf_clip.parent).encode() not in file.read_bytes(), file.name
 
@@ -79,19 +85,52 @@ def test_a_bundle_below_a_bar_is_not_sealed_and_its_report_is_kept(net, tmp_path
     with pytest.raises(BarMissed, match=r"min_image_cosine is .*, the bar 1\.1"):
         build(recipe(net, quantize=FLOAT, bars={"min_image_cosine": 1.1}), tmp_path, net=net)
     (report,) = tmp_path.iterdir()
-    assert report.name == "tiny-mixed.report.json"
+    assert report.name == "tiny-float.report.json"
     assert json.loads(report.read_text())["bars"]["min_image_cosine"]["passed"] is False
 
 
 def test_a_sealed_bundle_is_replaced_only_when_asked(net, tmp_path: Path):
     (first,) = build(recipe(net, quantize=FLOAT), tmp_path, net=net)
-    assert first.manifest.precision == "mixed"  # a float graph is not called INT8
+    assert first.manifest.precision == "float"
     with pytest.raises(BundleError, match="--replace"):
         build(recipe(net, quantize=FLOAT), tmp_path, net=net)
     assert read(first.directory).digest == first.digest
     (second,) = build(recipe(net, quantize=FLOAT, replace=True), tmp_path, net=net)
     assert read(first.directory).digest == second.digest
-    assert names(tmp_path) == ["tiny-mixed"]
+    assert names(tmp_path) == ["tiny-float"]
+
+
+def test_with_nothing_in_int8_the_only_bundle_is_the_float_one(net, tiny_bundles: Path, tmp_path: Path, capsys):
+    """Also by the command, with --keep-float, and beside a bundle of that name."""
+    command = ["export", str(tmp_path / "tiny"), "--out", str(tmp_path / "out"), "--preset", "none", "--keep-float"]
+    tiny.hf_clip(tmp_path / "tiny")
+    assert main(command) == 0
+    assert names(tmp_path / "out") == ["tiny-float"]
+    sealed = read(tmp_path / "out" / "tiny-float")
+    floats = read(tiny_bundles / "tiny-float")
+    assert (sealed.manifest.name, sealed.manifest.precision) == ("tiny-float", "float")
+    assert sealed.manifest.quantization == floats.manifest.quantization
+    for file in ("image.onnx", "text.onnx"):
+        assert sealed.manifest.files[file].sha256 == floats.manifest.files[file].sha256
+    assert show_command(["tiny-float", "--bundles", str(tmp_path / "out")]) == 0
+    assert "tiny-float   float   format 2" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "tiny-float exists, and a sealed bundle never changes" in capsys.readouterr().err
+
+
+def test_a_bundle_below_the_accuracy_of_int8_is_mixed_and_says_why(net, tmp_path: Path):
+    """Ranges that cut off most numbers ruin the text tower, and the bars let it pass."""
+    said: list[str] = []
+    bars = {"min_text_cosine": -1.0, "min_output_cosine": -1.0}
+    how = {"text": {"name": "static", "params": {"percentile": 60.0}}}
+    (sealed,) = build(recipe(net, quantize=how, bars=bars), tmp_path, net=only(net, "text"), say=said.append)
+    assert (sealed.manifest.name, sealed.manifest.precision) == ("tiny-mixed", "mixed")
+    report = json.loads((sealed.directory / "report.json").read_text())
+    agreement = report["graphs"]["text"]["int8_against_float"]["text_embeds"]
+    assert agreement["cosine"] < 0.99
+    reasons = report["mixed_because"]
+    assert f"the mean cosine of text.text_embeds is {agreement['cosine']:.4f}, not 0.99" in reasons
+    assert next(line for line in said if "mixed" in line) == f"called tiny-mixed, not int8: {'; '.join(reasons)}"
 
 
 def test_a_graph_that_differs_from_torch_stops_the_export(net, tmp_path: Path):
@@ -206,9 +245,9 @@ def test_a_report_names_the_modules_of_outliers(tiny_bundles: Path):
     graphs = json.loads((tiny_bundles / "tiny-int8" / "report.json").read_text())["graphs"]
     outliers = {role: graphs[role]["outliers"] for role in ("image", "text")}
     assert {role: facts["inputs"] for role, facts in outliers.items()} == {
-        "image": 13,
+        "image": 16,
         "text": 16,
-    }  # the samples that ship
+    }
     assert [name for name in outliers["image"]["tensors"] if name.startswith("blocks.1.")] == [
         f"blocks.1.{name}" for name in ("norm1", "attn.out", "attn.out (sum)", "norm2", "mlp.down", "mlp.down (sum)")
     ]
@@ -285,7 +324,7 @@ def test_picture_input_gives_a_graph_that_takes_pictures(net, tiny_bundles: Path
         embeds = opened._replace(manifest=opened.manifest.model_copy(update={"tasks": ("embed",)}))
         runner = Runner(Bundle(embeds), SessionOptions(ops=mode))
         np.testing.assert_allclose(runner.embed(images=images), plain.embed(images=images), atol=1e-5)
-    assert check_command(["tiny-mixed", "--bundles", str(tmp_path)]) == 0
+    assert check_command(["tiny-float", "--bundles", str(tmp_path)]) == 0
     assert "image: image_embeds [1, 16] float32, finite" in capsys.readouterr().out
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from calmclip.export import report
 from calmclip.export.recipe import Bars
-from calmclip.export.report import accuracy, check, require
+from calmclip.export.report import accuracy, check, precision, require, shortfalls
 from calmclip.models.errors import BarMissed
 from calmclip.models.runner import open_bundle
 
@@ -31,10 +32,45 @@ def test_each_bar_is_compared_with_the_measured_value():
 
 def test_without_embeddings_the_bars_are_those_of_the_graphs():
     """A bundle without the task embed has no embeddings. The text graph of a detector has the bar of texts."""
-    report = {**REPORT, "graphs": {"text": {"int8_against_float": {"text_embeds": {"cosine": 0.95}}}}, "embeddings": {}}
-    assert check(report, Bars()) == {"text.text_embeds": {"bar": 0.97, "measured": 0.95, "passed": False}}
-    assert check(report, Bars(min_text_cosine=0.94))["text.text_embeds"]["passed"]
+    low = {**REPORT, "graphs": {"text": {"int8_against_float": {"text_embeds": {"cosine": 0.95}}}}, "embeddings": {}}
+    assert check(low, Bars()) == {"text.text_embeds": {"bar": 0.97, "measured": 0.95, "passed": False}}
+    assert check(low, Bars(min_text_cosine=0.94))["text.text_embeds"]["passed"]
     assert check({"graphs": {}, "embeddings": {}, "size_bytes": {"int8": 1}}, Bars()) == {}
+
+
+def graded(*, coverage: float = 0.9, size: float = 0.35, mean: float = 0.99, worst: float = 0.95, role: str = "text"):
+    """A report whose graph ``role`` has these figures; the other graph is better."""
+    graphs = {name: {"int8_against_float": {"x": {"cosine": 0.999, "cosine_min": 0.99}}} for name in ("image", "text")}
+    embeddings = {name: {"cosine_mean": 0.999, "cosine_min": 0.99} for name in graphs}
+    if role in graphs:
+        graphs[role]["int8_against_float"]["y"] = {"cosine": mean, "cosine_min": worst}
+    else:
+        embeddings["image"] = {"cosine_mean": mean, "cosine_min": worst}
+    return {"graphs": graphs, "embeddings": embeddings, "int8": {"coverage": coverage, "size_ratio": size}}
+
+
+@pytest.mark.parametrize("size", [0.35, 0.36])
+@pytest.mark.parametrize(
+    ("figures", "name", "reason"),
+    [
+        ({}, "int8", None),
+        ({"coverage": 0.89}, "mixed", "89.0% of the multiply-accumulates are in INT8, not 90%"),
+        ({"mean": 0.9899}, "mixed", "the mean cosine of text.y is 0.9899, not 0.99"),
+        ({"worst": 0.9499}, "mixed", "the worst cosine of text.y is 0.9499, not 0.95"),
+        ({"mean": 0.98, "role": "image"}, "mixed", "the mean cosine of image.y is 0.9800, not 0.99"),
+        ({"worst": -1.0, "role": "bundle"}, "mixed", "the worst cosine of image vectors is -1.0000, not 0.95"),
+        ({"coverage": 0.0}, "float", "0.0% of the multiply-accumulates are in INT8, not 90%"),
+    ],
+)
+def test_the_name_int8_needs_coverage_size_and_accuracy_of_every_output(figures, name, reason, size, monkeypatch):
+    monkeypatch.setattr(report, "SIZE", 0.35)  # tests of tiny nets raise it
+    graph = graded(**figures, size=size)
+    reasons = [reason] if reason else []
+    if size > 0.35:
+        name = "mixed" if name == "int8" else name
+        reasons.append("its size is 0.360 of float, not at most 0.35")
+    assert precision(graph) == name
+    assert sorted(shortfalls(graph)) == sorted(reasons)
 
 
 def test_evals_are_reported_for_float_and_int8(tiny_bundles: Path, photographs, tmp_path: Path):

@@ -73,7 +73,7 @@ VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "red": 2, "green": 3, "blue": 4}
 MANIFEST: dict[str, Any] = {
     "format": 2,
     "name": "colours",
-    "precision": "float32",
+    "precision": "float",
     "tasks": ["classify", "embed", "raw"],
     "source": {"net": "by_hand", "model": "colours", "license": "CC0-1.0"},
     "graphs": {

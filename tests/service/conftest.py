@@ -155,7 +155,7 @@ def make_bundle(
     manifest = Manifest.model_validate(
         {
             "name": name,
-            "precision": "int8" if name.endswith("int8") else "float32",
+            "precision": "int8" if name.endswith("int8") else "float",
             "tasks": ["classify", "embed", "detect"],
             "source": {"net": "hand", "model": "colours", "license": "Apache-2.0", "notes": note},
             "graphs": {

@@ -86,7 +86,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         classifier=DefaultClassifier(templates=tuple(TEMPLATES), head=Plugin(name="cosine", params={"scale": SCALE})),
         ranges=dict.fromkeys(("image", "text", "regions"), RANGES),
         keep_float=True,
-        bars={"min_image_cosine": 0.98, "min_text_cosine": 0.99, "min_output_cosine": 0.97, "max_megabytes": 35.0},
+        bars={"min_image_cosine": 0.99, "min_text_cosine": 0.99, "min_output_cosine": 0.98, "max_megabytes": 35.0},
     )
     return add_detection(net, image, text, boxhead.load(boxes))
 

@@ -12,7 +12,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from calmclip.export import calibrate
+from calmclip.export import calibrate, report
 from calmclip.export.nets import NETS
 from calmclip.export.nets.mini import RANGES, TEMPLATES
 from calmclip.export.pipeline import nominal
@@ -22,20 +22,26 @@ from calmclip.export.trace import fingerprint, to_onnx
 from calmclip.models.classifier import fill
 from calmclip.models.datasets import read_captions
 
+SEED = 0
+
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--images", type=Path, action="append", required=True, help="a folder; may be repeated")
     options.add_argument("--captions", type=Path, required=True, help="JSON {file: [captions]}, or .jsonl")
     options.add_argument("--names", type=Path, required=True, help="JSON with `class_names`")
-    options.add_argument("--each", type=int, default=96, help="pictures of each folder (default %(default)s)")
+    options.add_argument("--each", type=int, default=96, help="pictures of each folder, at most (default %(default)s)")
     options.add_argument(
         "--texts", type=int, default=256, help="captions, and half as many names (default %(default)s)"
     )
     options.add_argument("--source", required=True, help="where pictures and texts come from, in words")
     arguments = options.parse_args()
-    draw = random.Random(0)
-    pictures = [path for folder in arguments.images for path in draw.sample(sorted(folder.iterdir()), arguments.each)]
+    draw = random.Random(SEED)
+    pictures = []
+    for folder in arguments.images:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in calibrate.SUFFIXES)
+        pictures += draw.sample(files, min(arguments.each, len(files)))
+    draw.shuffle(pictures)  # a sample of the first ones is a sample of all folders
     captions = [text for texts in read_captions(arguments.captions).values() for text in texts]
     names = json.loads(arguments.names.read_text(encoding="utf-8"))["class_names"]
     texts = draw.sample(captions, arguments.texts)
@@ -49,9 +55,12 @@ def main() -> None:
         for role, tower in net.towers.items():
             model, quantizer = to_onnx(tower), QUANTIZERS.get(tower.quantizer)
             assert quantizer.search
-            feeds = calibrate.feeds(tower, Path(folder), pictures, texts)
-            goal = Goal(bars.cosine(role), dims=nominal(tower), summary=tower.summary)
-            result = quantizer.search(model, feeds, quantizer.params.model_validate(tower.quantizer_params), goal)
+            parts = zip(calibrate.hold_out(pictures), calibrate.hold_out(texts), strict=True)
+            feeds, held = (calibrate.feeds(tower, Path(folder), *part) for part in parts)
+            mean = max(report.COSINE, bars.cosine(role))
+            goal = Goal(mean, report.WORST, dims=nominal(tower), summary=tower.summary)
+            params = quantizer.params.model_validate(tower.quantizer_params)
+            result = quantizer.search(model, feeds, held, params, goal)
             graphs[role] = {
                 "fingerprint": fingerprint(model),
                 "quantizer": tower.quantizer,

@@ -191,7 +191,7 @@ def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHea
         },
         preprocess=PIXELS,
         quantizer="search",  # as the image tower's, so that both store the same INT8 bytes of the backbone, once
-        quantizer_params={**QUANTIZE, "aim": None},  # the bar suffices: a hundred boxes have as many near misses
+        quantizer_params=QUANTIZE,
         summary=summary,
         promises={SOFTMAX.name: 1},
     )

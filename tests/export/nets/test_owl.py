@@ -96,7 +96,7 @@ def assemble(net: Net, directory: Path) -> tuple[Bundle, Callable[[Call], Arrays
     }  # fmt: skip
     manifest = Manifest(
         name="assembled",
-        precision="float32",
+        precision="float",
         tasks=net.tasks,
         source=net.source,
         graphs=graphs,

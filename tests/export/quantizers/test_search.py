@@ -10,6 +10,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from calmclip.export.calibrate import hold_out
 from calmclip.export.coverage import count, coverage
 from calmclip.export.nets import Tower
 from calmclip.export.parity import compare, onnx_run
@@ -89,7 +90,12 @@ def planted() -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def settled(planted: onnx.ModelProto) -> Settled:
-    return search.search(planted, FEEDS, search.Params(), Goal())
+    return find(planted, FEEDS)
+
+
+def find(model: onnx.ModelProto, feeds: list, params: search.Params | None = None, goal: Goal | None = None) -> Settled:
+    """The search, with every fourth of ``feeds`` held out."""
+    return search.search(model, *hold_out(feeds), params or search.Params(), goal or Goal())
 
 
 def cosine(model: onnx.ModelProto, quantized: onnx.ModelProto, feeds: list) -> float:
@@ -113,24 +119,21 @@ def test_the_search_recovers_the_loss_of_plain_ranges_on_other_pictures(planted:
     assert coverage(count(quantized, {})).part >= 0.9
     assert settled.history["reached"]
     assert settled.history["candidates"][0]["tried"] == "alpha 0.75, extremes"
-    assert "held out" in settled.history["measured_on"]
-    assert search.search(planted, FEEDS, search.Params(), Goal()) == settled  # it is deterministic
+    assert settled.history["held_out"] == 16
+    assert find(planted, FEEDS) == settled  # it is deterministic
 
 
 def test_it_stops_at_the_first_settings_that_reach_the_goal(planted: onnx.ModelProto):
-    easy = search.search(planted, FEEDS, search.Params(aim=None, attention="needed"), Goal(cosine=0.5))
-    assert [row["tried"] for row in easy.history["candidates"]] == [
-        "alpha 0.75, extremes",
-        "the same, extremes of all inputs",
-    ]
+    easy = find(planted, FEEDS, search.Params(attention="needed"), Goal(cosine=0.5))
+    assert [row["tried"] for row in easy.history["candidates"]] == ["alpha 0.75, extremes"]
     assert easy.params == smooth.Params()
-    ranges = smooth.observe(planted, FEEDS, smooth.Params())
+    ranges = smooth.observe(planted, hold_out(FEEDS)[0], smooth.Params())
     assert all(np.allclose(easy.ranges[name], ranges[name]) for name in ranges)
 
 
 def test_an_unreachable_goal_gives_the_best_candidate_and_keeps_the_coverage(planted: onnx.ModelProto):
     few = FEEDS[:16]
-    far = search.search(planted, few, search.Params(alphas=(0.75, 0.6), aim=1.0), Goal())
+    far = find(planted, few, search.Params(alphas=(0.75, 0.6)), Goal(cosine=1.0))
     rows = far.history["candidates"]
     tried = [row["tried"] for row in rows]
     assert not far.history["reached"]
@@ -144,36 +147,59 @@ def test_an_unreachable_goal_gives_the_best_candidate_and_keeps_the_coverage(pla
     assert cosine(planted, quantize(planted, far), few[3::4]) == pytest.approx(far.history["cosine"], abs=1e-6)
 
 
-def test_ranges_are_not_fitted_to_the_inputs_that_measure_them(planted: onnx.ModelProto):
-    few = search.search(planted, FEEDS[:15], search.Params(alphas=(0.75,), aim=1.0), Goal())
-    assert "too few to hold out" in few.history["measured_on"]
-    assert not {row["tried"] for row in few.history["candidates"]} & {"ranges of least error", "biases corrected"}
-    assert not few.params.clips
-    assert not few.params.shifts
+def test_no_range_comes_from_the_inputs_that_measure_it(planted: onnx.ModelProto):
+    """The held inputs are a hundred times larger, and no range holds them."""
+    calibrating, held = hold_out(FEEDS[:16])
+    louder = [{"pixels": 100 * feed["pixels"]} for feed in held]
+    (settled, other) = (
+        search.search(
+            planted, calibrating, measured, search.Params(alphas=(0.75,), attention="needed"), Goal(cosine=0.1)
+        )
+        for measured in (held, louder)
+    )
+    assert settled.ranges == other.ranges == {
+        name: tuple(limits) for name, limits in smooth.observe(planted, calibrating, smooth.Params()).items()
+    }  # fmt: skip
+    with pytest.raises(BadRequest, match="nothing to measure on; give more pictures"):
+        search.search(planted, calibrating, [], search.Params(), Goal())
+
+
+def test_the_worst_row_counts(planted: onnx.ModelProto):
+    """The first settings have the mean that the goal wants, and a row below the least that it wants."""
+    params = search.Params(attention="never")
+    first = find(planted, FEEDS, params, Goal(cosine=0.5)).history["candidates"][0]
+    goal = Goal(cosine=first["cosine"] - 2 * first["standard_error"] - 1e-3, worst=first["worst"] + 1e-3)
+    assert first["worst"] < goal.cosine - 1e-3
+    rows = find(planted, FEEDS, params, goal).history["candidates"]
+    assert len(rows) > 1
+    assert rows[-1]["worst"] >= goal.worst
+    scores = [row["cosine"] - max(0.0, goal.worst - row["worst"]) for row in rows]
+    assert [row["better"] for row in rows] == [
+        score > max(scores[:place], default=-2) for place, score in enumerate(scores)
+    ]
 
 
 def test_attention_is_quantized_if_constant_weights_give_too_little_coverage(planted: onnx.ModelProto):
     products = count(planted, {})
     constant = sum(p.macs for p in products) - 2 * BLOCKS * TOKENS * TOKENS * WIDTH  # scores, products with v
     part = constant / sum(p.macs for p in products)
-    params = search.Params(aim=None, attention="needed")
-    easy = search.search(planted, FEEDS[:20], params, Goal(cosine=0.1, coverage=part - 0.001))
+    params = search.Params(attention="needed")
+    easy = find(planted, FEEDS[:20], params, Goal(cosine=0.1, coverage=part - 0.001))
     assert easy.params.attention == ()
-    first = search.search(planted, FEEDS[:20], params, Goal(cosine=0.1, coverage=part + 0.001))
+    first = find(planted, FEEDS[:20], params, Goal(cosine=0.1, coverage=part + 0.001))
     assert len(first.params.attention) == BLOCKS
-    both = search.search(planted, FEEDS[:20], params, Goal(cosine=0.1, coverage=0.9999))
+    both = find(planted, FEEDS[:20], params, Goal(cosine=0.1, coverage=0.9999))
     assert len(both.params.attention) == 2 * BLOCKS
     assert coverage(count(quantize(planted, both), {})).part == 1.0
     assert cosine(planted, quantize(planted, both), FEEDS[:20]) > 0.9
 
 
 def test_attention_is_quantized_last_if_the_goal_holds(planted: onnx.ModelProto):
-    params = search.Params(aim=None)
-    near = search.search(planted, FEEDS[:20], params, Goal(cosine=0.5))
+    near = find(planted, FEEDS[:20], goal=Goal(cosine=0.5))
     assert len(near.params.attention) == 2 * BLOCKS
     tried = [row["tried"] for row in near.history["candidates"]]
-    assert tried == ["alpha 0.75, extremes", "attention in INT8 too", "the same, extremes of all inputs"]
-    far = search.search(planted, FEEDS[:16], search.Params(alphas=(0.75,), aim=1.0), Goal())
+    assert tried == ["alpha 0.75, extremes", "attention in INT8 too"]
+    far = find(planted, FEEDS[:16], search.Params(alphas=(0.75,)), Goal(cosine=1.0))
     assert far.params.attention == ()
 
 
@@ -191,13 +217,13 @@ WEIGHT = normal(32, 8)
 def test_texts_of_any_length_calibrate():
     feeds = [{"x": normal(1, 2 + seed % 9, 32, seed=seed)} for seed in range(40)]
     model = matrix(WEIGHT)
-    settled = search.search(model, feeds, search.Params(aim=0.99999), Goal(dims={"T": 8}))
+    settled = find(model, feeds, goal=Goal(cosine=0.99999, dims={"T": 8}))
     assert cosine(model, quantize(model, settled), feeds) > 0.999
 
 
 def test_no_calibration_input_is_an_error():
     with pytest.raises(BadRequest, match=r"nothing to calibrate on; give pictures \(--images\) or texts"):
-        search.search(matrix(WEIGHT), [], search.Params(), Goal())
+        search.search(matrix(WEIGHT), [], [], search.Params(), Goal())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -205,7 +231,7 @@ def test_nan_and_infinity_are_errors_that_name_the_tensor(bad: float):
     feeds = [{"x": normal(1, 4, 32, seed=seed)} for seed in range(3)]
     feeds[1]["x"][0, 2, 7] = bad
     with pytest.raises(ExportError, match=r"tensor 'x' holds NaN or infinity on calibration input 2"):
-        search.search(matrix(WEIGHT), feeds, search.Params(), Goal())
+        search.search(matrix(WEIGHT), feeds, feeds[:1], search.Params(), Goal())
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
@@ -213,8 +239,8 @@ def test_constant_activations_have_a_range(value: float):
     """All numbers of x are equal, so x is an end of the range and exact. Only the weights are rounded."""
     feeds = [{"x": np.full((1, 4, 32), value, np.float32)} for _ in range(3)]
     model = matrix(WEIGHT, normal(8, seed=1))
-    for params in (search.Params(), search.Params(alphas=(None,), aim=1.1)):
-        settled = search.search(model, feeds, params, Goal())
+    for params, goal in ((search.Params(), Goal()), (search.Params(alphas=(None,)), Goal(cosine=1.1))):
+        settled = search.search(model, feeds[1:], feeds[:1], params, goal)
         y = onnx_run(quantize(model, settled))(feeds[0])["y"]
         assert np.isfinite(y).all()
         half = np.abs(WEIGHT).max(0) / 127 / 2 * abs(value) * 32
@@ -224,7 +250,8 @@ def test_constant_activations_have_a_range(value: float):
 def test_a_range_of_positive_numbers_contains_zero():
     feeds = [{"x": 5 + np.abs(normal(1, 4, 32, seed=seed))} for seed in range(3)]
     model = matrix(WEIGHT)
-    quantized = quantize(model, search.search(model, feeds, search.Params(alphas=(None,), aim=None), Goal(cosine=0.5)))
+    settled = search.search(model, feeds, feeds[:1], search.Params(alphas=(None,)), Goal(cosine=0.5))
+    quantized = quantize(model, settled)
     zero = {i.name: numpy_helper.to_array(i) for i in quantized.graph.initializer}
     (node,) = [n for n in quantized.graph.node if n.op_type == "QuantizeLinear"]
     largest = max(float(feed["x"].max()) for feed in feeds)
@@ -235,7 +262,7 @@ def test_a_range_of_positive_numbers_contains_zero():
 
 def test_a_graph_without_products_stays_as_it_is():
     model = parse("g (float[B, 4] x) => (float[B, 4] y) { y = Relu (x) }")
-    settled = search.search(model, [], search.Params(), Goal())
+    settled = search.search(model, [], [], search.Params(), Goal())
     assert settled.history["reached"]
     assert [n.op_type for n in quantize(model, settled).graph.node] == ["Relu"]
     assert coverage(count(model, {})).part == 0.0
@@ -285,10 +312,17 @@ def test_the_search_on_a_convolutional_net():
     with torch.no_grad():
         net[0].weight[3] *= 40  # its values exceed ReLU6; a range must not contain them
     model = traced(net)
-    settled = search.search(model, FEEDS, search.Params(aim=1.0), Goal(coverage=0.5))
+    settled = find(model, FEEDS, goal=Goal(cosine=1.0, coverage=0.5))
     assert settled.history["cosine"] >= settled.history["candidates"][0]["cosine"]
     assert cosine(model, quantize(model, settled), OTHERS) > 0.999
     assert {row["tried"] for row in settled.history["candidates"]} >= {"ranges of least error", "biases corrected"}
+    # an easy goal is reached at once, and biases are corrected all the same
+    easy = find(model, FEEDS, goal=Goal(cosine=0.5))
+    assert [row["tried"] for row in easy.history["candidates"]][1:] == ["biases corrected where they are free"]
+    assert {*easy.params.shifts} == {node.name for node in model.graph.node if node.op_type == "Conv"}
+    without = Settled("smooth", easy.params.model_copy(update={"shifts": {}}), easy.ranges)
+    lost = [1 - cosine(model, quantize(model, each), OTHERS) for each in (easy, without)]
+    assert lost[0] < 0.9 * lost[1]
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +346,7 @@ def depthwise() -> onnx.ModelProto:
 
 
 def test_depthwise_convolutions_go_to_float_together(depthwise: onnx.ModelProto):
-    settled = search.search(depthwise, FEEDS, search.Params(), Goal(coverage=0.75))
+    settled = find(depthwise, FEEDS, goal=Goal(coverage=0.75))
     rows = {row["tried"]: row for row in settled.history["candidates"]}
     assert rows["biases corrected"]["cosine"] < 0.97
     assert settled.history["reached"]
@@ -323,7 +357,7 @@ def test_depthwise_convolutions_go_to_float_together(depthwise: onnx.ModelProto)
 
 
 def test_depthwise_convolutions_stay_in_int8_if_the_coverage_needs_them(depthwise: onnx.ModelProto):
-    settled = search.search(depthwise, FEEDS, search.Params(), Goal(coverage=0.97))
+    settled = find(depthwise, FEEDS, goal=Goal(coverage=0.97))
     assert not any(row["tried"].endswith("depthwise convolutions in float") for row in settled.history["candidates"])
     assert coverage(count(quantize(depthwise, settled), {})).part >= 0.97
 
@@ -342,17 +376,18 @@ def test_channels_are_equalized_before_any_product_goes_to_float():
         links[1].weight /= gains.view(-1, 1, 1, 1)
         net[-1].bias -= net(PICTURES).mean(0)
     model = traced(net)
-    settled = search.search(model, FEEDS, search.Params(), Goal(coverage=0.75))
-    first, second, *others = settled.history["candidates"]
+    settled = find(model, FEEDS, goal=Goal(coverage=0.75))
+    first, early, second, last = settled.history["candidates"]
+    assert (early["tried"], early["better"]) == ("alpha 0.75, biases corrected", False)
+    assert last["tried"] == "biases corrected where they are free"
     assert (first["better"], second["better"], second["int8_coverage"]) == (True, True, 1.0)
     assert first["cosine"] < 0.95
     assert settled.history["reached"]
-    assert [row["tried"] for row in others] == ["the same, extremes of all inputs"]
-    assert settled.written() == {"alpha": 0.75, "channels": True}
+    assert {**settled.written(), "shifts": None} == {"alpha": 0.75, "channels": True, "shifts": None}
     assert cosine(model, quantize(model, settled), OTHERS) >= 0.99
     # the extremes of each channel between the two, by hand
     with torch.no_grad():
-        between = net[:2](PICTURES).numpy()
+        between = net[:2](torch.from_numpy(np.concatenate([feed["pixels"] for feed in hold_out(FEEDS)[0]]))).numpy()
     lows = {name: low for name, (low, _) in settled.ranges.items() if np.ndim(low) and len(low) == 32}
     (name,) = [name for name, low in lows.items() if np.allclose(low, between.min(axis=(0, 2, 3)), rtol=1e-3)]
     assert np.allclose(settled.ranges[name][1], between.max(axis=(0, 2, 3)), rtol=1e-3)

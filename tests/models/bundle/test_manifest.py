@@ -403,4 +403,4 @@ def test_an_older_format_is_upgraded_step_by_step(colours: Json, monkeypatch: py
     monkeypatch.setattr(module, "FORMAT", 3)
     monkeypatch.setitem(module.UPGRADES, 2, old_to_new)
     colours["kind"] = colours.pop("precision")
-    assert read(colours).precision == "float32"
+    assert read(colours).precision == "float"
