@@ -5,7 +5,7 @@ code, so `save` writes the public names. The config gets the softmax and the gat
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-GATES = ("none", "linear", "mlp", "all_heads", "per_head")
+GATES = ("none", "linear", "mlp", "all_heads", "per_head", "linear_mean", "mlp_mean")
 SOFTMAXES = {"vanilla": (0.0, 1.0), "clipped(-0.04:1.01)": (-0.04, 1.01)}
 HIDDEN = 5  # width of the gate "mlp"
 
@@ -47,6 +47,7 @@ def change(model: Any, softmax: str = "vanilla", gate: str = "none", scale: floa
 
 def _alpha(gate: str, heads: int, width: int) -> nn.Module | nn.Parameter:
     side = width // heads
+    gate = gate.removesuffix("_mean")
     if gate == "linear":
         return nn.ModuleList(nn.Linear(side, 1) for _ in range(heads))
     if gate == "mlp":
@@ -76,8 +77,17 @@ def attend(module: Any, query, key, value, attention_mask, scaling=None, plain=F
         else:
             slices = x.chunk(heads, dim=-1)
             logits = torch.cat([layer(part) for layer, part in zip(module.alpha, slices, strict=True)], dim=-1).mT
+        if gate.endswith("_mean"):
+            rows = [row[:, :length].mean(-1) for row, length in zip(logits, module.lengths, strict=True)]
+            logits = torch.stack(rows)[..., None]
         answers = scale * torch.sigmoid(logits)[..., None] * answers
     return answers.transpose(1, 2), probabilities
+
+
+def set_lengths(model: nn.Module, lengths: Sequence[int]) -> None:
+    """How many tokens of each row are no padding: the mean of a gate is over these."""
+    for module in attentions(model):
+        module.lengths = [*lengths]
 
 
 @contextmanager
@@ -96,12 +106,13 @@ def defined(plain: bool = False) -> Iterator[None]:
             module.eager_attention_forward = original
 
 
-def save(model: nn.Module, checkpoint: Path, softmax: str, scale: float = 1.0) -> Path:
+def save(model: nn.Module, checkpoint: Path, softmax: str, scale: float = 1.0, gate: str = "none") -> Path:
     """Overwrite the tensors and config of ``checkpoint`` with those of ``model``, by the public names."""
     state = {_public(name): tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((checkpoint / "config.json").read_text())
     flags = {"attn_softmax": softmax, "attn_gate_scale": scale}
+    flags |= {"attn_gate_type": "conditional_per_head"} if gate.endswith("_mean") else {}
     for part in [config] if "text_config" not in config else [config["text_config"], config["vision_config"]]:
         part.update(flags)
     (checkpoint / "config.json").write_text(json.dumps(config))

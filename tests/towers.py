@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calmclip.export.gates import GateKind
 from calmclip.export.nets import Tower
 from calmclip.export.towers import Style
-from calmclip.export.towers.attention import AttentionSpec, GateKind, Softmax, new_gate
+from calmclip.export.towers.attention import AttentionSpec, Softmax, new_gate
 from calmclip.export.towers.bert import BertText
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.towers.text import TextTransformer

@@ -39,7 +39,8 @@ class Adapter:
     The net is not folded (`calmclip.export.nets.ready`), unless its kind has no such form (`Net.folded`). Its modules
     may be changed in place, since no other code uses them. Raises `BadRequest` for a net that the adapter does not fit.
 
-    ``params``: fields of the type `Path` are checkpoints: ``hf:owner/name`` is fetched before ``adapt`` runs.
+    ``params``: fields of the types `Path` and tuple of `Path` are checkpoints: ``hf:owner/name`` is fetched before
+    ``adapt`` runs.
     ``flags``: option of `calmclip export` -> the param that it sets. The first option appends the adapter to those of
     the recipe; the others set a param of the last adapter. A field's description is the help of its option.
     """
@@ -127,5 +128,10 @@ def load_tensors(net: Net, state: Mapping[str, Tensor]) -> None:
 
 
 def _map_paths(params: FrozenModel, change: Callable[[Path], Path]) -> FrozenModel:
-    paths = {name: change(value) for name, value in params if isinstance(value, Path)}
+    paths: dict[str, Any] = {name: change(value) for name, value in params if isinstance(value, Path)}
+    paths |= {name: tuple(map(change, value)) for name, value in params if _are_paths(value)}
     return params.model_copy(update=paths)
+
+
+def _are_paths(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(entry, Path) for entry in value)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
 from calmclip.export import layouts
+from calmclip.export.checkpoints import Weights, read
 from calmclip.export.layouts import LAYOUTS, Layout
 from calmclip.export.nets import Net
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
@@ -25,6 +27,14 @@ def check_same(base: State, other: State, file: str, name_of: Callable[[str], st
             )
     if extra := [name for name in other if name not in base]:
         raise UnknownCheckpoint(f"{file} holds {name_of(extra[0])}, which the base does not have")
+
+
+def read_clip(path: Path, facts: Weights) -> dict[str, Tensor]:
+    """The tensors of another CLIP of any layout, by our names. Raises `UnknownCheckpoint`."""
+    checkpoint = read(path, facts)
+    if (fitting := layouts.find(checkpoint)) is None:
+        raise UnknownCheckpoint(f"{path}: its tensors are of no layout in the table")
+    return layouts.translate(fitting[1], checkpoint)
 
 
 def layout_of(net: Net, adapter: str) -> tuple[Layout, Callable[[str], str]]:

@@ -12,10 +12,9 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from calmclip.export import layouts
 from calmclip.export.adapters import ADAPTERS, Adapter, Context, load_tensors, tensors, with_note
-from calmclip.export.adapters._tensors import State, check_same, layout_of
-from calmclip.export.checkpoints import hub, read
+from calmclip.export.adapters._tensors import State, check_same, layout_of, read_clip
+from calmclip.export.checkpoints import hub
 from calmclip.export.nets import Net
 from calmclip.export.nets.clip import head
 from calmclip.models.bundle.manifest import FrozenModel, Plugin
@@ -30,10 +29,7 @@ class Params(FrozenModel):
 def adapt(net: Net, params: Params, context: Context) -> Net:
     """Raises as `over.adapt`."""
     _, name_of = layout_of(net, "mix")
-    other = read(path := params.checkpoint, context.weights)
-    if (fitting := layouts.find(other)) is None:
-        raise UnknownCheckpoint(f"{path}: its tensors are of no layout in the table")
-    state = layouts.translate(fitting[1], other)
+    state = read_clip(path := params.checkpoint, context.weights)
     towers = {name: tensor for name, tensor in state.items() if name.startswith(("image.", "text."))}
     load_tensors(net, mix(tensors(net), towers, params.alpha, str(path), name_of))
     assert net.classifier is not None  # of a CLIP

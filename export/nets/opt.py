@@ -4,6 +4,10 @@ Source: Zhang et al. 2022 (arXiv 2205.01068), in the names of transformers' `OPT
 as in every published size but 350m.
 Graph: lm, ids int64 [B, T] -> logits [B, T, V]; raw. It is causal, so rows that are padded on the right need no mask.
 The logits at padded positions mean nothing.
+
+With ``attn_gate_type`` conditional_per_head the graph also takes mask int64 [B, T]. Such a gate averages over all
+tokens of the text, as in the paper's code, so a logit then depends on the tokens after it: it scores whole texts, and
+is not the probability of a next word. The bundle's source says so.
 """
 
 from dataclasses import replace
@@ -24,6 +28,7 @@ from calmclip.models.errors import UnknownCheckpoint
 
 OFFSET = 2  # rows of the table of positions before that of the first token
 _USUAL = {"num_attention_heads": 12, "num_hidden_layers": 12, "activation_function": "relu", "pad_token_id": 1}
+_FUTURE = "its gates average over the whole text, so a logit depends on the tokens after it"
 _SUPPORTED = {"do_layer_norm_before": True, "_remove_final_layer_norm": False}
 _BLOCK = {
     "self_attn_layer_norm.{p}": "norm1.{p}",
@@ -88,12 +93,16 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
         activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
         attention=AttentionSpec.of(config),
     )
-    tokens = bucketed(TextPreprocess(context=context, pad="longest", pad_id=config["pad_token_id"]))
+    mask = "mask" if style.attention.gate_mean else None
+    tokens = bucketed(TextPreprocess(context=context, pad="longest", pad_id=config["pad_token_id"], mask=mask))
     tokenizer = hugging_face.tokenizer_json(opened.checkpoint)
     opened.check_vocabulary(tokenizer, context)
     module = opened.fill("text.", partial(CausalLM, style=style, offset=OFFSET))
     outputs, files = {"logits": float32("B", "T", words)}, {"tokenizer.json": tokenizer}
-    return opened.net("opt", "lm", module, text_inputs(tokens), outputs, tokens, files)
+    net = opened.net("opt", "lm", module, text_inputs(tokens), outputs, tokens, files)
+    if not style.attention.gate_mean:
+        return net
+    return replace(net, source=net.source.model_copy(update={"notes": f"{net.source.notes}; {_FUTURE}"}))
 
 
 NETS.register("opt")(NetPlugin(recognise("opt", *LAYOUTS), load, partial(load, fold=False)))

@@ -19,11 +19,12 @@ Ranges = Mapping[str, tuple[Any, Any]]  # tensor -> (min, max): two numbers, or 
 class Goal:
     """What a search for settings must reach.
 
-    ``cosine``: of every output to the float graph's, mean over rows. ``coverage``: least INT8 coverage, counted at
-    ``dims`` (a graph's dynamic dimension -> its nominal size). ``summary``: as of a `Tower`.
+    ``cosine``: of every output to the float graph's, mean over rows; ``worst``: of every row. ``coverage``: least INT8
+    coverage, counted at ``dims`` (a graph's dynamic dimension -> its nominal size). ``summary``: as of a `Tower`.
     """
 
     cosine: float = 0.99
+    worst: float = -1.0
     coverage: float = 0.9
     dims: Mapping[str, int] = field(default_factory=dict)
     summary: Callable[[Arrays], Arrays] | None = None
@@ -32,12 +33,13 @@ class Goal:
 @dataclass(frozen=True)
 class Settled:
     """The result of a search: ``quantizer`` with ``params`` and ``ranges`` repeats the graph. ``history``: the tried
-    settings, for the report."""
+    settings, for the report. ``starved``: the experts that no calibration input reached; see `quantizers.ranges`."""
 
     quantizer: str
     params: FrozenModel
     ranges: Ranges
     history: Mapping[str, Any] = field(default_factory=dict)
+    starved: tuple[str, ...] = ()
 
     def written(self) -> dict[str, Any]:
         """The params as JSON, without those that are empty or off."""
@@ -50,14 +52,15 @@ class Quantizer(Generic[P]):
     """``quantize(model, ranges, params) -> model``. ``observe(model, feeds, params) -> Ranges`` runs the float graph;
     None if the quantizer needs no data. The two are separate, so that ranges can be shipped and used again.
 
-    ``search(model, feeds, params, goal) -> Settled`` is optional and runs first: it finds the quantizer (a name of this
-    family), the params and the ranges that reach the goal.
+    ``search(model, feeds, held, params, goal) -> Settled`` is optional and runs first: it finds the quantizer (a name
+    of this family), the params and the ranges that reach the goal. It observes ``feeds`` and measures on ``held``,
+    which are other inputs.
     """
 
     params: type[P]
     quantize: Callable[[onnx.ModelProto, Ranges, P], onnx.ModelProto]
     observe: Callable[[onnx.ModelProto, Feeds, P], Ranges] | None = None
-    search: Callable[[onnx.ModelProto, Feeds, P, Goal], Settled] | None = None
+    search: Callable[[onnx.ModelProto, Feeds, Feeds, P, Goal], Settled] | None = None
     weights: str = "int8 per channel"
     activations: str = "uint8 per tensor"
 

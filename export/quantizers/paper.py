@@ -29,7 +29,7 @@ from calmclip.export.graph import Draft, node_of, output_axis
 from calmclip.export.qdq import BACK, least_weight_scale, quantize_bias, scale_and_zero
 from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges
 from calmclip.export.quantizers.estimators import Grid, Running, WeightRange, weight_scale
-from calmclip.export.quantizers.ranges import collect
+from calmclip.export.quantizers.ranges import collect, widest
 from calmclip.export.quantizers.sites import MOVES, Sites, find_sites
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.flow import Array
@@ -55,8 +55,7 @@ class Params(FrozenModel):
 def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
     names = list(find_sites(model, params.keep, params.head).observed)
     running = Running(params.batch, params.percentile)
-    collect(model, running.batches(feeds), names, running.add)
-    return running.ranges
+    return collect(model, running.batches(feeds), names, running.add).lent(running.ranges, widest)
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:

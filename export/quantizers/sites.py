@@ -40,7 +40,10 @@ MOVES = (
     "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Squeeze", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
-_GATING = ("Add", "Gemm", "MatMul", "Mul", "Relu", "Reshape", "Sigmoid", "Squeeze", "Transpose", "Unsqueeze")
+_GATING = (
+    "Add", "Div", "Gemm", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Squeeze",
+    "Transpose", "Unsqueeze",
+)  # fmt: skip
 _MASKING = ("Add", "Mul", "Where")  # between q k^T and its Softmax
 _STRETCHING = ("Add", "Clip", "Mul", "Sub", "Where")  # between a Softmax and the probabilities that are read
 _COUNTING = ("Shape", "Size")  # their outputs do not depend on a tensor's values

@@ -19,6 +19,7 @@ maxima [C]) for inputs of matrix products and for the tensors that `equalize` di
 from collections import Counter
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,11 +35,12 @@ from calmclip.export.graph import (
     producers,
     products,
 )  # fmt: skip
+from calmclip.export.matching.attention import fused
 from calmclip.export.qdq import quantized_tensors, write_pairs
 from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges
 from calmclip.export.quantizers.attention import normalize_by_row_max
 from calmclip.export.quantizers.packing import pack
-from calmclip.export.quantizers.ranges import collect, extremes, widest
+from calmclip.export.quantizers.ranges import Observed, collect, extremes, reduced, widest
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.flow import Array
 
@@ -59,7 +61,7 @@ class Params(FrozenModel):
     reduce_range: bool = False  # 7-bit weights; see `static`
 
 
-def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
+def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Observed[tuple[Any, Any]]:
     axes = dict.fromkeys((node.input[0] for node in matrices(model)), -1)
     if params.channels:
         axes |= dict.fromkeys(equalizable(model, params.keep), 1)
@@ -68,7 +70,7 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
         return extremes(values, axes.get(name))
 
     by_tensor = collect(model, feeds, quantized_tensors(model, params.attention), limits)
-    return {name: widest(pairs) for name, pairs in by_tensor.items()}
+    return reduced(by_tensor, widest)
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
@@ -77,11 +79,20 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.Mod
     alphas = {name: params.alphas.get(name, params.alpha) for name in ranges}
     limits = smooth(draft, ranges, alphas, params.keep)
     clips = {equalized(name) if equalized(name) in limits else name: clip for name, clip in params.clips.items()}
-    normalized = normalize_by_row_max(draft, params.attention)
+    mixtures = fused(model, params.attention)
+    normalized = normalize_by_row_max(draft, mixtures)
     inner, divisors = equalize(draft, ranges, params.keep) if params.channels else ({}, {})
     shifts = {node: np.divide(shift, divisors.get(node, 1.0)).tolist() for node, shift in params.shifts.items()}
     limits |= clips | normalized | inner
-    write_pairs(draft, limits, params.keep, reduce_range=params.reduce_range, attention=params.attention, shifts=shifts)
+    write_pairs(
+        draft,
+        limits,
+        params.keep,
+        reduce_range=params.reduce_range,
+        attention=params.attention,
+        mixtures={*mixtures.values()},
+        shifts=shifts,
+    )
     return draft.finish()
 
 

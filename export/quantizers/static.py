@@ -16,7 +16,7 @@ from calmclip.export.graph import Draft
 from calmclip.export.qdq import quantized_tensors, write_pairs
 from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges
 from calmclip.export.quantizers.packing import pack
-from calmclip.export.quantizers.ranges import collect, widest
+from calmclip.export.quantizers.ranges import collect, reduced, widest
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.flow import Array
 
@@ -36,8 +36,8 @@ def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
 
     by_tensor = collect(model, feeds, quantized_tensors(model), limits)
     if params.percentile == 100.0:
-        return {name: widest(pairs) for name, pairs in by_tensor.items()}
-    return {name: tuple(np.mean(pairs, axis=0).tolist()) for name, pairs in by_tensor.items()}
+        return reduced(by_tensor, widest)
+    return reduced(by_tensor, lambda pairs: tuple(np.mean(pairs, axis=0).tolist()))
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:

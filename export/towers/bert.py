@@ -20,9 +20,17 @@ from torch import Tensor, nn
 
 from calmclip.export.towers import State, Style, part
 from calmclip.export.towers.modules import LayerNorm, Linear, Module, constant, constant_linear, first, unit
-from calmclip.export.towers.transformer import ACTIVATIONS, Block, LastBlock, Words, blocks, linear, norm, projection
-
-MASKED = -1e4  # added to a padded token's logits: its float32 weight after the softmax is exactly 0
+from calmclip.export.towers.transformer import (
+    ACTIVATIONS,
+    Block,
+    LastBlock,
+    Words,
+    blocks,
+    hide,
+    linear,
+    norm,
+    projection,
+)
 
 
 class PostBlock(Block):
@@ -105,7 +113,7 @@ class BertText(Module):
         placement = self.placement(ids.shape[1])
         x = self.norm_pre(self.tokens(ids) + placement)
         valid = mask.to(x.dtype)
-        addend = ((1 - valid) * MASKED)[:, None, None, :]
+        addend = hide(valid)
         x, last = self.blocks.before_last(x, addend)
         if self.style.pool == "none":
             return last(x, addend)

@@ -2,7 +2,8 @@
 
 Source: Radford et al. 2021 (arXiv 2103.00020), section 2.4; OPT: Zhang et al. 2022 (arXiv 2205.01068). A tower that is
 causal, and pooled at the end of the text or not at all, does not depend on the tokens after the end. So T may be the
-length of the longest text of a batch, and padding on the right needs no mask.
+length of the longest text of a batch, and padding on the right needs no mask. Gates that average over tokens are the
+exception: their mean leaves out the tokens after the end of a text, and OPT's tower takes a mask.
 """
 
 from dataclasses import replace
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from calmclip.export.towers import State, Style, part
+from calmclip.export.towers.attention import Gate
 from calmclip.export.towers.modules import LayerNorm, Module, constant, unit
-from calmclip.export.towers.transformer import Kind, Words, blocks, causal, projection
+from calmclip.export.towers.transformer import Kind, Mask, Words, blocks, causal, hide, projection
 
 
 class TextTransformer(Module):
@@ -42,15 +44,23 @@ class TextTransformer(Module):
             return self.triangle[:, :, :length, :length]
         return causal(length).to(self.positions.device)
 
+    @property
+    def gates_average(self) -> bool:
+        """Whether gates average over tokens; training sets gates after the tower is built."""
+        return any(isinstance(inner, Gate) and inner.mean for inner in self.modules())
+
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids) + self.positions[: ids.shape[1]]
-        mask = self.mask(ids.shape[1])
+        mask = triangle = self.mask(ids.shape[1])
+        if self.style.pool == "eot" and self.gates_average:
+            within = torch.arange(ids.shape[1], device=ids.device) <= self.pooled(ids)[:, None]
+            mask = both(mask, hide(within.to(x.dtype)))
         x, last = self.blocks.before_last(x, mask)
         if self.style.pool == "mean":
             return unit(self.projection(self.norm_post(last(x, mask)).mean(dim=1)))
         positions = self.pooled(ids)
         pick = TokenAt(positions)
-        row = None if mask is None else mask[0, 0][positions][:, None, None]
+        row = mask if triangle is None else triangle[0, 0][positions][:, None, None]
         return unit(self.projection(self.norm_post(last(x, row, pick)).flatten(1)))
 
     def pooled(self, ids: Tensor) -> Tensor:
@@ -69,7 +79,8 @@ class CausalLM(TextTransformer):
     """Predicts the next word: logits float32 [B, T, V].
 
     ``offset``: the position of a row's first token in the table of positions. Logits come from ``words.weight``; if
-    ``state`` has none, from the table of token embeddings.
+    ``state`` has none, from the table of token embeddings. ``mask`` int64 [B, T], 0 for padding: only gates that
+    average over tokens need it; None: no padding.
     """
 
     def __init__(self, state: State, style: Style, offset: int = 0) -> None:
@@ -82,11 +93,18 @@ class CausalLM(TextTransformer):
         self.words.fold(self.tokens.weight)
         super().fold()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         length = ids.shape[1]
-        embeddings, mask = self.tokens(ids) + self.positions[self.offset : self.offset + length], self.mask(length)
-        x, last = self.blocks.before_last(embeddings, mask)
-        return self.words(self.norm_post(last(x, mask)), self.tokens.weight)
+        embeddings, hidden = self.tokens(ids) + self.positions[self.offset : self.offset + length], self.mask(length)
+        if mask is not None:
+            hidden = both(hidden, hide(mask.to(embeddings.dtype)))
+        x, last = self.blocks.before_last(embeddings, hidden)
+        return self.words(self.norm_post(last(x, hidden)), self.tokens.weight)
+
+
+def both(mask: Mask, other: Tensor) -> Tensor:
+    """The mask that hides what one of the two hides."""
+    return other if mask is None else mask + other
 
 
 class TokenAt:

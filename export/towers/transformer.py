@@ -52,6 +52,7 @@ def projection(state: State, width: int) -> Linear | Identity:
 
 
 PLAIN = Softmax()
+MASKED = -1e4  # added to a padded token's logits: its float32 weight after the softmax is exactly 0
 
 
 def attend(
@@ -78,7 +79,8 @@ class Attention(Module):
         self.heads, self.softmax = style.heads, style.attention.softmax
         self.scale, self.gate_scale = (width // style.heads) ** -0.5, style.attention.gate_scale
         gate = part(state, "gate.")
-        self.gate = Gate(gate, style.heads, width) if gate else None
+        self.gate = Gate(gate, style.heads, width, style.attention.gate_mean) if gate else None
+        style.attention.check_gate("none" if self.gate is None else self.gate.kind)
         self.qkv = linear(state, "qkv", width, 3 * width)
         self.out = linear(state, "out", width, width)
         self.qk_norm = "q_norm.weight" in state
@@ -108,12 +110,12 @@ class Attention(Module):
         return self.mix(q, k, v, mask, x)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, x: Tensor) -> Tensor:
-        """``x``: the tokens that q was computed from; the gate reads them."""
+        """``x``: the tokens that the gate reads: those that q was computed from, or all if it averages over them."""
         if self.qk_norm:
             q = self.q_norm(torch.unflatten(q, -1, (self.heads, -1))).flatten(-2)
             k = self.k_norm(torch.unflatten(k, -1, (self.heads, -1))).flatten(-2)
         q = q if self.scale == 1.0 else q * self.scale
-        gate = None if self.gate is None else self.gate(x)
+        gate = None if self.gate is None else self.gate(x, valid(mask) if self.gate.mean else None)
         gate = gate if gate is None or self.gate_scale == 1.0 else gate * self.gate_scale
         return self.out(attend(q, k, v, self.heads, mask, self.softmax, gate))
 
@@ -206,10 +208,12 @@ class LastBlock(Block):
     def forward(self, x: Tensor, mask: Mask = None, pick: Pick = first) -> Tensor:
         if not self.folded:
             return pick(super().forward(x, mask))
-        k, v = self.kv(self.read(x)).chunk(2, dim=-1)
+        tokens = self.read(x)
+        k, v = self.kv(tokens).chunk(2, dim=-1)
         x = pick(x)
         inputs = self.read(x)
-        return self.finish(x, self.attn.mix(self.q(inputs), k, v, mask, inputs))
+        averages = self.attn.gate is not None and self.attn.gate.mean
+        return self.finish(x, self.attn.mix(self.q(inputs), k, v, mask, tokens if averages else inputs))
 
 
 class Blocks(nn.ModuleList):
@@ -260,6 +264,17 @@ class Words(Module):
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         return F.linear(x, table if self.weight is None else self.weight, self.bias)
+
+
+def hide(valid: Tensor) -> Tensor:
+    """``valid`` [B, T], 1 for tokens and 0 for padding -> the mask [B, 1, 1, T] that hides the padding."""
+    return ((1 - valid) * MASKED)[:, None, None, :]
+
+
+def valid(mask: Mask) -> Tensor | None:
+    """The inverse: [B or 1, T], 1 for the tokens that the last query of ``mask`` sees. A causal mask hides no token
+    from it, so what it does not see is padding."""
+    return None if mask is None else torch.eq(mask[:, 0, -1], 0).to(mask.dtype)
 
 
 def causal(context: int) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from calmclip.export.towers.attention import GateKind, Softmax
+from calmclip.export.gates import MEAN, GateKind
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.errors import BadRequest
 
@@ -15,6 +15,8 @@ DATA = {"mlm": ("text",), "clm": ("text",), "classes": ("pictures",), "contrasti
 
 
 def _softmax(text: str) -> str:
+    from calmclip.export.towers.attention import Softmax  # with torch, which no help text needs
+
     try:
         return str(Softmax.parse(text))
     except BadRequest as error:
@@ -36,7 +38,10 @@ class Training(FrozenModel):
     softmax: Annotated[str, AfterValidator(_softmax)] = Field(
         default="vanilla", description="vanilla or clipped(gamma:zeta)"
     )
-    gate: GateKind = "none"
+    gate: GateKind = Field(
+        default="none",
+        description="of attention; linear_mean and mlp_mean average their logits over tokens, not in clm",
+    )
     gate_start: float = Field(
         default=0.5, gt=0, lt=1, description="value of a new gate; with `start`, the gate is divided by it"
     )
@@ -82,6 +87,11 @@ class Training(FrozenModel):
             raise ValueError(f"width {self.width} is no multiple of the {self.heads} heads; change one of them")
         if self.side % self.patch:
             raise ValueError(f"side {self.side} is no multiple of the patch, {self.patch}; change one of them")
+        if self.objective == "clm" and self.gate.endswith(MEAN):
+            raise ValueError(
+                f"the gate {self.gate} averages over all tokens of a text, also those that clm predicts; expected a "
+                f"gate for each token, such as {self.gate.removesuffix(MEAN)}"
+            )
         return self
 
 

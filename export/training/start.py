@@ -13,10 +13,11 @@ import torch
 from tokenizers import Tokenizer
 
 from calmclip.export.checkpoints.files import require_package
+from calmclip.export.gates import MEAN
 from calmclip.export.layouts import LAYOUTS
 from calmclip.export.nets import Net, Tower
 from calmclip.export.recipe import recognise
-from calmclip.export.towers.attention import AttentionSpec, Gate, Softmax, new_gate
+from calmclip.export.towers.attention import PER_HEAD, AttentionSpec, Gate, Softmax, new_gate
 from calmclip.export.towers.bert import MaskedLM
 from calmclip.export.towers.transformer import Attention
 from calmclip.export.training import data
@@ -26,7 +27,7 @@ from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.datasets import lines, read_captions
 from calmclip.models.errors import BadRequest
 from calmclip.models.preprocess.image import ImagePreparer
-from calmclip.models.preprocess.text import TextPreparer
+from calmclip.models.preprocess.text import TextPreparer, check_unknown_token
 
 START = "start"  # folder of a new net before its first step, in the training's directory
 _NETS = {"mlm": ("bert", ("mlm",)), "clm": ("opt", ("lm",)), "classes": ("vit", ("logits",)),
@@ -88,13 +89,13 @@ def _set_attention(towers: Sequence[Tower], settings: Training) -> AttentionSpec
         width = layer.out.in_features
         if fresh:
             drawn = new_gate(settings.gate, layer.heads, width, settings.gate_start, settings.gate_hidden)
-            layer.gate = Gate(drawn, layer.heads, width)
+            layer.gate = Gate(drawn, layer.heads, width, settings.gate.endswith(MEAN))
             layer.gate.load_state_dict(drawn)
         kind = layer.gate.kind if layer.gate is not None else "none"
         if kind != settings.gate:
             raise BadRequest(f"the checkpoint has the gate {kind}; it cannot become {settings.gate}. Set --gate {kind}")
         layer.softmax, layer.gate_scale = softmax, scale
-    return AttentionSpec(softmax, scale)
+    return AttentionSpec(softmax, scale, PER_HEAD if settings.gate.endswith(MEAN) else None)
 
 
 # --- the task of each objective ---------------------------------------------------------------------------------------
@@ -231,9 +232,14 @@ def _vocabulary(
 ) -> Tokenizer:
     if settings.tokenizer is not None:
         try:
-            return Tokenizer.from_file(str(settings.tokenizer))
+            tokenizer = Tokenizer.from_file(str(settings.tokenizer))
         except Exception as error:  # the library raises bare Exception
             raise BadRequest(f"{settings.tokenizer} is not a tokenizer.json of tokenizers: {error}") from None
+        try:
+            check_unknown_token(tokenizer)
+        except ValueError as error:
+            raise BadRequest(f"{settings.tokenizer}: {error}") from None
+        return tokenizer
     return make(texts or lines(_path(settings.text)), settings.words)
 
 

@@ -18,19 +18,27 @@ from calmclip.export.trace import example
 from calmclip.models.errors import BadRequest, UnknownCheckpoint, UnknownName
 from tests import tiny
 
-# The params of each adapter on the tiny Hugging Face CLIP; OTHER stands for a checkpoint of the same shapes.
-OTHER = "OTHER"
+# The params of each adapter on the tiny Hugging Face CLIP; OTHER stands for a checkpoint of the same shapes, KIN
+# for one that differs in its MLPs alone.
+OTHER, KIN = "OTHER", "KIN"
 PARAMS: dict[str, dict[str, Any]] = {
     "mix": {"checkpoint": OTHER, "alpha": 0.5},
     "over": {"checkpoint": OTHER},
     "softmax": {"kind": "clipped(-0.04:1.01)", "force": True},
     "stretch": {"tokens": 60},
+    "svd-scale": {"by": 0.9},
+    "upcycle": {"checkpoints": KIN},
 }
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.hf_clip(tmp_path_factory.mktemp("other") / "other")
+
+
+@pytest.fixture(scope="module")
+def kin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.hf_clip_kin(tmp_path_factory.mktemp("kin") / "kin")
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def adaptation(name: str, other: Path) -> Adapt:
-    return Adapt(name=name, params={k: str(other) if v == OTHER else v for k, v in PARAMS[name].items()})
+def adaptation(name: str, other: Path, kin: Path) -> Adapt:
+    paths = {OTHER: str(other), KIN: str(kin)}
+    return Adapt(name=name, params={k: paths.get(v, v) for k, v in PARAMS[name].items()})
 
 
 def feeds(net: Net | None, tower: Tower) -> list[dict[str, np.ndarray]]:
@@ -77,7 +86,7 @@ def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptatio
     assert adapted.source.notes.startswith(f"{net.source.notes}; ")
     assert net.source.weights.items() <= adapted.source.weights.items()
     assert any(key.startswith(f"{adaptation.name}/") for key in adapted.source.weights) == (
-        OTHER in PARAMS[adaptation.name].values()
+        not {OTHER, KIN}.isdisjoint(PARAMS[adaptation.name].values())
     )
     for tower in ready(adapted).towers.values():
         inputs = example(tower)
@@ -107,7 +116,9 @@ def test_a_net_that_it_does_not_fit_is_refused_by_name(adaptation: Adapt, mini: 
 
 @pytest.mark.parametrize("params", [{"no_such": 1}, {}])
 def test_unknown_or_missing_params_are_named_before_a_checkpoint_is_read(name: str, params: dict):
-    with pytest.raises(BadRequest, match=rf"adapter {name}: \w+( \(--\w+\))?: (there is no such param|Field required)"):
+    with pytest.raises(
+        BadRequest, match=rf"adapter {name}: \w+( \(--[\w-]+\))?: (there is no such param|Field required)"
+    ):
         pipeline.load("clip", "nowhere", Weights(), [Adapt(name=name, params=params)])
 
 

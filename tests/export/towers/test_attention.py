@@ -1,21 +1,21 @@
 """Clipped softmax and gates. Golden vectors come from other code, in float64; definitions are written out here."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
+from calmclip.export.gates import GATES
 from calmclip.export.towers import Style
-from calmclip.export.towers.attention import GATES, AttentionSpec, Gate, Softmax, kind, new_gate
+from calmclip.export.towers.attention import AttentionSpec, Gate, Softmax, kind, new_gate
 from calmclip.export.towers.bert import LastPostBlock, PostBlock
-from calmclip.export.towers.transformer import Attention, Block, LastBlock, causal
+from calmclip.export.towers.transformer import Attention, Block, LastBlock, causal, hide, valid
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from tests.towers import HEADS, WIDTH, block
 
 TOKENS = 7
 EACH = WIDTH // HEADS
 X = torch.tensor([2.0, 1, 0, -1, -6], dtype=torch.float64)
+TYPES = dict.fromkeys(("linear_mean", "mlp_mean"), "conditional_per_head")
 REAL = [gate for gate in GATES if gate != "none"]
 
 
@@ -69,6 +69,7 @@ def test_settings_are_read_as_the_papers_code_writes_them():
         ({"fine_tuning": True, "attn_gate_init": 0.25}, Softmax(), 4.0),
         ({"fine_tuning": False, "attn_gate_init": 0.25}, Softmax(), 1.0),
         ({"attn_gate_scale": 2, "fine_tuning": True, "attn_gate_init": 0.25}, Softmax(), 2.0),
+        ({"attn_gate_type": "conditional_per_head"}, Softmax(), 1.0),
     ],
 )
 def test_what_a_config_says(config: dict, softmax: Softmax, scale: float):
@@ -83,6 +84,7 @@ def test_what_a_config_says(config: dict, softmax: Softmax, scale: float):
         ({"alpha": 4}, "alpha without max_seq_length"),
         ({"attn_softmax": "clipped(1:2)"}, r"attention: softmax is 'clipped\(1:2\)'"),
         ({"attn_gate_scale": 0}, "attention: attn_gate_scale is 0; expected a number above 0"),
+        ({"attn_gate_type": "per_head"}, "attention: attn_gate_type is 'per_head'; expected one of none, uncond"),
         ({"fine_tuning": True, "attn_gate_init": 0}, "attention: "),
         ({"alpha": "much", "max_seq_length": 128}, "attention: could not convert"),
     ],
@@ -104,29 +106,64 @@ def opened(which: str, state: dict[str, Tensor], x: Tensor) -> Tensor:
         inputs = x[b, t, h * EACH : (h + 1) * EACH]
         if which == "per_head":
             logit = state["logits"][h]
-        elif which == "linear":
+        elif which.startswith("linear"):
             logit = state["weight"][h] @ inputs + state["bias"][h]
         elif which == "all_heads":
             logit = state["weight"][h] @ x[b, t] + state["bias"][h]
         else:
             inner = (state["hidden.weight"][h] @ inputs + state["hidden.bias"][h]).clamp(min=0)
             logit = state["weight"][h] @ inner + state["bias"][h]
-        gates[b, h, t] = 1 / (1 + math.exp(-logit))
-    return gates
+        gates[b, h, t] = logit
+    if which.endswith("_mean"):
+        for b, h in ((b, h) for b in range(len(x)) for h in range(HEADS)):
+            gates[b, h] = sum(gates[b, h].tolist()) / x.shape[1]
+    return 1 / (1 + torch.exp(-gates))
 
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("which", REAL)
 def test_a_gate_is_what_the_paper_says_folded_or_not(which: str, folded: bool):
     state = {name: tensor.double() for name, tensor in gate_of(which).items()}
-    gate = Gate(state, HEADS, WIDTH).double()
+    gate = Gate(state, HEADS, WIDTH, mean=which.endswith("_mean")).double()
     gate.load_state_dict(state)
-    assert kind(state, HEADS, WIDTH) == gate.kind == which
+    assert gate.kind == which
+    assert kind(state, HEADS, WIDTH) == which.removesuffix("_mean")
     if folded:
         gate.fold()
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     answers = gate(x)[..., 0].expand(2, HEADS, TOKENS)
     assert torch.allclose(answers, opened(which, state, x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("which", TYPES)
+def test_padding_does_not_enter_the_mean_of_a_gate(which: str):
+    """A row of four tokens answers the same alone and beside three tokens of padding."""
+    state = gate_of(which)
+    gate = Gate(state, HEADS, WIDTH, mean=True).requires_grad_(False)
+    gate.load_state_dict(state)
+    x = torch.randn(2, TOKENS, WIDTH)
+    real = (torch.arange(TOKENS) < 4).float()[None].expand(2, -1)
+    for mask in (hide(real), causal(TOKENS) + hide(real)):
+        assert torch.allclose(gate(x, valid(mask)), gate(x[:, :4]), atol=1e-6)
+    assert torch.allclose(gate(x, valid(causal(TOKENS))), gate(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "which", "message"),
+    [
+        (
+            "conditional_per_head",
+            "all_heads",
+            "the tensors are those of the gate all_heads; expected the gate linear or",
+        ),
+        ("conditional_per_head", "none", "the tensors are those of the gate none; expected the gate linear or mlp"),
+        ("conditional_per_token", "per_head", "the tensors are those of the gate per_head; expected the gate linear"),
+        ("none", "linear", "the tensors are those of the gate linear; expected the gate none"),
+    ],
+)
+def test_a_config_and_tensors_of_two_gates(gate_type: str, which: str, message: str):
+    with pytest.raises(UnknownCheckpoint, match=f"^config.json: attn_gate_type is '{gate_type}', but {message}"):
+        attention(AttentionSpec(gate_type=gate_type), gate_of(which, "gate."))
 
 
 def test_all_heads_of_blocks_beside_zeros_is_linear():
@@ -170,7 +207,7 @@ def defined(state: dict[str, Tensor], which: str, spec: AttentionSpec, x: Tensor
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("which", GATES)
 def test_attention_is_what_the_paper_says_folded_or_not(which: str, folded: bool):
-    spec = AttentionSpec(Softmax(-0.04, 1.02), gate_scale=2.5)
+    spec = AttentionSpec(Softmax(-0.04, 1.02), gate_scale=2.5, gate_type=TYPES.get(which))
     made, state = attention(spec, gate_of(which, "gate."))
     if folded:
         made.fold()
@@ -183,14 +220,15 @@ def test_attention_is_what_the_paper_says_folded_or_not(which: str, folded: bool
 @pytest.mark.parametrize(("whole", "last"), [(Block, LastBlock), (PostBlock, LastPostBlock)])
 def test_the_last_block_is_the_whole_block_and_then_its_token(which: str, whole: type, last: type, folded: bool):
     state = block() | gate_of(which, "attn.gate.")
-    style = Style(heads=HEADS, attention=AttentionSpec(Softmax(-0.04), gate_scale=1.5))
+    style = Style(heads=HEADS, attention=AttentionSpec(Softmax(-0.04), 1.5, TYPES.get(which)))
     modules = [kind(state, style, WIDTH) for kind in (whole, last)]
     for module in modules:
         module.load_state_dict(state)
         module.double().requires_grad_(False)
         if folded:
             module.fold()
-    x, mask, token = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64), causal(TOKENS).double(), slice(4, 5)
+    x, token = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64), slice(4, 5)
+    mask = causal(TOKENS).double() + hide((torch.arange(TOKENS) < 5).double()[None])  # padding follows the token
     answers = modules[1](x, mask[:, :, token], lambda x: x[:, token])
     assert torch.allclose(answers, modules[0](x, mask)[:, token], atol=1e-12, rtol=0)
 
@@ -205,9 +243,9 @@ def test_a_gate_without_weights_opens_as_far_as_it_starts_and_its_scale_undoes_t
             gate[name] = torch.zeros_like(gate[name])
     gate = {f"gate.{name}": tensor for name, tensor in gate.items()}
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
-    made, state = attention(AttentionSpec(gate_scale=1 / start), gate)
+    made, state = attention(AttentionSpec(gate_scale=1 / start, gate_type=TYPES.get(which)), gate)
     assert torch.allclose(made(x), defined(state, "none", AttentionSpec(), x), atol=1e-6)
-    half, state = attention(AttentionSpec(), gate)
+    half, state = attention(AttentionSpec(gate_type=TYPES.get(which)), gate)
     context = defined(state, "none", AttentionSpec(), x) - state["out.bias"]
     assert torch.allclose(half(x) - state["out.bias"], start * context, atol=1e-6)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from calmclip.export.nets import NETS
 from calmclip.export.towers.transformer import Attention
@@ -83,7 +83,7 @@ def test_transformers_reads_what_was_trained_and_answers_the_same(objective, dat
     assert torch.allclose(answers, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads", "per_head"])
+@pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads", "per_head", "mlp_mean"])
 @pytest.mark.parametrize("objective", ["mlm", "contrastive"])
 def test_export_reads_gates_and_clipping_as_they_were_trained(objective, gate, data, tmp_path):
     made = trained(objective, data, tmp_path, gate=gate, softmax="clipped(-0.03:1)")
@@ -100,7 +100,7 @@ def test_export_reads_gates_and_clipping_as_they_were_trained(objective, gate, d
             assert torch.allclose(towers[role].module(*feeds), getattr(pair, role)(*feeds), atol=2e-5)
 
 
-@pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads", "per_head"])
+@pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads", "per_head", "linear_mean"])
 def test_a_gate_that_is_put_into_a_trained_net_leaves_it_as_it_was(gate, data, tmp_path):
     checkpoint = tiny.hf_clip(tmp_path / "clip")
     settings = given("contrastive", data, start=checkpoint, gate=gate, gate_start=0.25)
@@ -115,6 +115,11 @@ def test_a_gate_that_is_put_into_a_trained_net_leaves_it_as_it_was(gate, data, t
     write(made, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["attn_gate_scale"] == config["vision_config"]["attn_gate_scale"] == 4.0
+
+
+def test_a_gate_that_reads_the_words_to_predict_is_refused(data):
+    with pytest.raises(BadRequest, match="the gate mlp_mean averages over all tokens of a text, also those that clm"):
+        given("clm", data, gate="mlp_mean")
 
 
 def test_a_checkpoint_of_another_kind_is_refused(data, tmp_path):
@@ -226,6 +231,13 @@ def test_a_tokenizer_in_other_files_than_tokenizer_json_is_enough(data, tmp_path
     (checkpoint / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in told["merges"]))
     (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
     student(given("contrastive", data, start=checkpoint), tmp_path / "out")
+
+
+def test_a_tokenizer_without_its_unknown_token_is_refused(data, tmp_path):
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(tmp_path / "words.json"))
+    settings = training(objective="mlm", text=data / "texts.txt", tokenizer=tmp_path / "words.json", **SIZE)
+    with pytest.raises(BadRequest, match=r"words\.json: its WordLevel model has no token '\[UNK\]' in its vocabulary"):
+        student(settings, tmp_path / "out")
 
 
 def test_rows_are_full_though_the_tokenizer_cuts_and_pads(data, tmp_path):
