@@ -1,7 +1,8 @@
-"""The files of data sets for evals and training: JSON, lines of text, captions of pictures."""
+"""The files of data sets for evals and training: JSON, lines of text, captions of pictures, pairs."""
 
+import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,6 +10,10 @@ from calmclip.models.errors import BadRequest
 
 T = TypeVar("T")
 FORM = '{"file": [captions]}, or as .jsonl {"image": file, "captions": [captions]} a line'
+PAIRS = (
+    'pairs.jsonl ({"images": [one or two], "captions": [two], "category"} a line) and images/, or MMVP_VLM or '
+    "SugarCrepe as published"
+)
 
 
 def first(rows: Sequence[T], limit: int | None) -> Sequence[T]:
@@ -54,3 +59,106 @@ def read_captions(file: Path) -> dict[str, list[str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRequest(f"{file} cannot be read ({error!r}); it must hold {FORM}") from None
     return pictures
+
+
+PairRow = tuple[list[Path], list[str], str]  # one picture or two, two captions, the category or ""
+
+
+def read_pairs(directory: Path) -> list[PairRow]:
+    """The pairs in ``directory``, in the order of the files; at least one. It holds one of
+
+        pairs.jsonl     {"images": ["a.jpg", "b.jpg"], "captions": ["…", "…"], "category": "colour"} a line; the first
+                        caption belongs to the first picture. With one picture the second caption is false. The category
+                        may be absent. The pictures are under images/
+        Questions.csv   MMVP_VLM (Tong et al. 2024, arXiv 2401.06209): a head; number, pattern, statement. Rows 1 and 2
+                        are a pair, so are 3 and 4. The pictures are "MLLM_VLM Images"/PATTERN/NUMBER.jpg. A caption is
+                        "a photo of STATEMENT", as in the published evaluation
+        *.json          SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610): {key: {"filename", "caption",
+                        "negative_caption"}}; each file is a category. The pictures are under images/
+
+    Pictures are not opened. Raises `BadRequest` naming the file, the place in it and what was expected.
+    """
+    files = {pattern: sorted(directory.glob(pattern)) for pattern in _PAIR_FILES}
+    pattern = next((pattern for pattern in files if files[pattern]), None)
+    if pattern is None:
+        raise BadRequest(f"{directory} holds no pairs; the data directory must hold {PAIRS}")
+    expected, rows_of = _PAIR_FILES[pattern]
+    pairs: list[PairRow] = []
+    for file in files[pattern]:
+        try:
+            rows = [*rows_of(file)]
+        except (OSError, ValueError, csv.Error) as error:
+            raise BadRequest(f"{file} cannot be read ({error}); expected {expected}") from None
+        if not rows:
+            raise BadRequest(f"{file} has no pairs; expected {expected}")
+        pairs += rows
+    return pairs
+
+
+def _pairs_of_lines(file: Path) -> Iterator[PairRow]:
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        match row:
+            case {"images": [str()] | [str(), str()] as names, "captions": [str(), str()] as captions}:
+                category = row.get("category", "")
+                if isinstance(category, str) and all([*names, *captions]):
+                    yield [file.parent / "images" / name for name in names], captions, category
+                    continue
+        raise ValueError(f"line {number}: {line.strip()[:200]}")
+
+
+def _pairs_of_questions(file: Path) -> Iterator[PairRow]:
+    """Each pair is an odd number and the next number, of the same pattern."""
+    folder = file.parent / "MLLM_VLM Images"
+    questions: list[tuple[int, str, str, int]] = []
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream)
+        next(reader, None)  # the head
+        for row in reader:
+            match [cell.strip() for cell in row]:
+                case [number, pattern, statement] if number.isdecimal() and pattern and statement:
+                    questions.append((int(number), pattern, statement, reader.line_num))
+                case _:
+                    raise ValueError(f"line {reader.line_num}: {','.join(row)[:200]!r}")
+    for place in range(0, len(questions), 2):
+        first, *second = questions[place : place + 2]
+        odd, pattern, _, line = first
+        if odd % 2 == 0 or [other[:2] for other in second] != [(odd + 1, pattern)]:
+            raise ValueError(f"line {line}: {odd} of {pattern!r} is no pair with the next line")
+        pair = [first, *second]
+        captions = [f"a photo of {statement}" for _, _, statement, _ in pair]
+        yield [folder / pattern / f"{number}.jpg" for number, *_ in pair], captions, pattern
+
+
+def _pairs_of_sugar_crepe(file: Path) -> Iterator[PairRow]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}")
+    for key, row in content.items():
+        match row:
+            case {"filename": str(name), "caption": str(true), "negative_caption": str(false)} if (
+                name and true and false
+            ):
+                yield [file.parent / "images" / name], [true, false], file.stem
+            case _:
+                raise ValueError(f"entry {key!r}: {json.dumps(row)[:200]}")
+
+
+# pattern of file names -> the form of such a file, and the function that reads it; the first pattern with files counts
+_PAIR_FILES: dict[str, tuple[str, Callable[[Path], Iterator[PairRow]]]] = {
+    "pairs.jsonl": (
+        '{"images": [one or two names], "captions": [two texts], "category": text or absent} a line', _pairs_of_lines
+    ),
+    "Questions.csv": (
+        "a head, and a line NUMBER,PATTERN,STATEMENT for each picture; an odd number and the next one of the same "
+        "pattern are a pair", _pairs_of_questions
+    ),
+    "*.json": (
+        'SugarCrepe\'s {"0": {"filename": text, "caption": text, "negative_caption": text}}', _pairs_of_sugar_crepe
+    ),
+}  # fmt: skip

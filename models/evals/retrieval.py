@@ -16,12 +16,11 @@ import numpy as np
 from calmclip.models.datasets import first, read_captions
 from calmclip.models.errors import BadRequest
 from calmclip.models.evals import EVALS, Eval, Figure, NoParams, Samples, Statistic
-from calmclip.models.evals.progress import progress
+from calmclip.models.evals.vectors import vectors
 from calmclip.models.flow import Array
 from calmclip.models.runner import Picture, Runner
 
 DATA = 'captions.json ({"file": [captions]}) or captions.jsonl ({"image", "captions"} a line), and images/'
-_CHUNK = 64  # texts in one call
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,9 @@ def read(data: Path, params: NoParams, limit: int | None = None) -> DataSet:
 def predict(runner: Runner, data: DataSet, params: NoParams) -> Samples:
     texts = [caption for captions in data.captions for caption in captions]
     owner = np.repeat(np.arange(len(data.pictures)), [len(captions) for captions in data.captions])
-    name = runner.bundle.name
-    images = runner.embed(images=progress(data.pictures, f"pictures {name}", "picture", len(data.pictures)))
-    chunks = progress(range(0, len(texts), _CHUNK), f"captions {name}", f"{_CHUNK} captions")
-    vectors = np.concatenate([runner.embed(texts=texts[i : i + _CHUNK]) for i in chunks])
+    images, rows = vectors(runner, data.pictures, texts)
     counts = {"pictures": len(images), "captions": len(texts)}
-    return Samples(counts, {"images": images, "texts": vectors, "owner": owner.astype(np.int64)})
+    return Samples(counts, {"images": images, "texts": rows, "owner": owner.astype(np.int64)})
 
 
 def ranks(images: Array, texts: Array, owner: Array) -> tuple[Array, Array]:

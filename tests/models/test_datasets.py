@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from calmclip.models.datasets import first, lines, read_captions
+from calmclip.models.datasets import first, lines, read_captions, read_pairs
 from calmclip.models.errors import BadRequest
 
 
@@ -44,3 +44,95 @@ def test_a_limit_that_leaves_nothing_is_refused(limit: int):
     assert first([1, 2, 3], 2) == [1, 2]
     with pytest.raises(BadRequest, match=f"limit is {limit}; expected at least 1"):
         first([1, 2, 3], limit)
+
+
+HEAD = "Question ID,Type,Statement\n"
+MMVP = HEAD + '1,Color,"a red, small car"\n2,Color,a blue car\n3,Quantity,"one ""big"" dog"\n4,Quantity,two dogs\n'
+
+
+def test_pairs_are_read_from_lines(tmp_path: Path):
+    rows = [
+        {"images": ["a.jpg", "b.jpg"], "captions": ["one\u2028a", "two"], "category": "count"},
+        {"images": ["c.jpg"], "captions": ["true", "false"]},
+    ]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "pairs.jsonl").write_text(text, encoding="utf-8")
+    images = tmp_path / "images"
+    assert read_pairs(tmp_path) == [
+        ([images / "a.jpg", images / "b.jpg"], ["one\u2028a", "two"], "count"),
+        ([images / "c.jpg"], ["true", "false"], ""),
+    ]
+
+
+def test_pairs_of_mmvp_vlm_are_read_as_published(tmp_path: Path):
+    """Layout and captions of https://github.com/tsb0601/MMVP, scripts/evaluate_vlm.py."""
+    (tmp_path / "Questions.csv").write_text(MMVP, encoding="utf-8-sig")  # with a byte order mark, as spreadsheets write
+    folder = tmp_path / "MLLM_VLM Images"
+    assert read_pairs(tmp_path) == [
+        (
+            [folder / "Color" / "1.jpg", folder / "Color" / "2.jpg"],
+            ["a photo of a red, small car", "a photo of a blue car"],
+            "Color",
+        ),
+        (
+            [folder / "Quantity" / "3.jpg", folder / "Quantity" / "4.jpg"],
+            ['a photo of one "big" dog', "a photo of two dogs"],
+            "Quantity",
+        ),
+    ]
+
+
+def test_pairs_of_sugar_crepe_are_read_as_published(tmp_path: Path):
+    """The layout of https://github.com/RAIVNLab/sugar-crepe, data/*.json."""
+    for name in ("swap_att", "add_obj"):
+        entry = {"filename": "7.jpg", "caption": f"true {name}", "negative_caption": "false"}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"0": entry}))
+    assert read_pairs(tmp_path) == [
+        ([tmp_path / "images" / "7.jpg"], [f"true {name}", "false"], name) for name in ("add_obj", "swap_att")
+    ]
+
+
+WRONG_PAIRS = [
+    ("pairs.jsonl", "\n{}", r"line 2: \{\}"),
+    ("pairs.jsonl", '{"images": ["a", "b", "c"], "captions": ["d", "e"]}', "line 1: "),
+    ("pairs.jsonl", '{"images": [], "captions": ["d", "e"]}', "line 1: "),
+    ("pairs.jsonl", '{"images": "ab", "captions": ["d", "e"]}', "line 1: "),
+    ("pairs.jsonl", '{"images": [""], "captions": ["d", "e"]}', "line 1: "),
+    ("pairs.jsonl", '{"images": ["a"], "captions": ["d"]}', "line 1: "),
+    ("pairs.jsonl", '{"images": ["a"], "captions": "de"}', "line 1: "),
+    ("pairs.jsonl", '{"images": ["a"], "captions": ["d", "e"], "category": 3}', "line 1: "),
+    ("pairs.jsonl", '["a"]', "line 1: "),
+    ("pairs.jsonl", "{", "line 1: Expecting"),
+    ("pairs.jsonl", " \n", "has no pairs"),
+    ("Questions.csv", HEAD, "has no pairs"),
+    ("Questions.csv", MMVP + "5,Text\n", "line 6: '5,Text'"),
+    ("Questions.csv", MMVP + "x,Text,a\n", "line 6: 'x,Text,a'"),
+    ("Questions.csv", MMVP + "5,Text, \n", "line 6: '5,Text, '"),
+    ("Questions.csv", MMVP + "5,Text,a\n", "line 6: 5 of 'Text' is no pair"),
+    ("Questions.csv", MMVP + "5,Text,a\n6,Color,b\n", "line 6: 5 of 'Text' is no pair"),
+    ("Questions.csv", MMVP + "5,Text,a\n7,Text,b\n", "line 6: 5 of 'Text' is no pair"),
+    ("Questions.csv", MMVP + "6,Text,a\n7,Text,b\n", "line 6: 6 of 'Text' is no pair"),
+    ("swap.json", '{"0": {"filename": "a", "caption": "b"}}', r'entry .0.: \{"filename": "a"'),
+    ("swap.json", '{"0": {"filename": "a", "caption": "b", "negative_caption": ""}}', "entry .0."),
+    ("swap.json", "[1]", "it holds a list"),
+    ("swap.json", "{}", "has no pairs"),
+    ("swap.json", "{\n\n", "line 3 column 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "error"), WRONG_PAIRS)
+def test_invalid_pairs_are_refused_with_their_place_and_what_was_expected(
+    tmp_path: Path, name: str, text: str, error: str
+):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadRequest, match=rf"{name} .*{error}.*; expected ") as refused:
+        read_pairs(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_pairs_that_are_no_text_or_absent_are_refused(tmp_path: Path):
+    with pytest.raises(BadRequest, match=r"holds no pairs; the data directory must hold pairs\.jsonl"):
+        read_pairs(tmp_path)
+    (tmp_path / "pairs.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadRequest, match=r"pairs\.jsonl cannot be read \('utf-8'"):
+        read_pairs(tmp_path)
