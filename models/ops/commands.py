@@ -6,10 +6,6 @@ from typing import Any
 
 from calmclip.models.cli import emit, parser
 from calmclip.models.errors import OpsNotBuilt
-from calmclip.models.ops import build, library
-from calmclip.models.ops.library import Library
-from calmclip.models.ops.spec import DOMAIN, VERSION
-from calmclip.models.ops.table import OPS
 
 
 def ops_command(argv: list[str]) -> int:
@@ -27,6 +23,9 @@ def ops_command(argv: list[str]) -> int:
 
 def _build(arguments: argparse.Namespace) -> int:
     """Does nothing if the library is up to date."""
+    from calmclip.models.ops import build, library
+    from calmclip.models.ops.library import Library
+
     built = library.look(build.FOLDER)
     outdated = not isinstance(built, Library)
     try:
@@ -50,6 +49,10 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     """The operators and the kernels; without a library the operators and the reason."""
+    from calmclip.models.ops import library
+    from calmclip.models.ops.spec import DOMAIN, VERSION
+    from calmclip.models.ops.table import OPS
+
     installed = library.find()
     kernels: dict[str, list[dict[str, Any]]] = {}
     for kernel in installed.kernels if installed else ():
