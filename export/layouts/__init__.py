@@ -20,6 +20,7 @@ from calmclip.export.checkpoints.weights import one_line
 from calmclip.export.towers import part
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.preprocess.text import check_unknown_token
 from calmclip.models.registry import Registry
 
 _HOLES = {"i": r"\d+", "e": r"\d+", "p": "weight|bias", "b": "weight|bias|running_mean|running_var", "rest": ".+"}
@@ -250,8 +251,6 @@ def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]
             count = sum(_apply(candidate.rules, name)[1].startswith("image.") for name in named.names)
             if count > most:
                 best, most = (candidate, named), count
-            if count:
-                break
     if not most:
         raise UnknownCheckpoint(f"{checkpoint.path} holds no image tower of a layout in the table")
     candidate, named = best
@@ -304,9 +303,14 @@ def check_vocabulary(
     layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor], tokenizer: bytes, context: int
 ) -> None:
     """Raises `UnknownCheckpoint` if the tokenizer has more tokens, or ``context`` more positions, than the weights have
-    rows."""
+    rows; and for a tokenizer without its unknown token."""
+    words = Tokenizer.from_str(tokenizer.decode())
+    try:
+        check_unknown_token(words)
+    except ValueError as error:
+        raise UnknownCheckpoint(f"{checkpoint.path}: tokenizer: {error}") from None
     sizes = {
-        "tokenizer has": (Tokenizer.from_str(tokenizer.decode()).get_vocab_size(), "text.tokens.weight"),
+        "tokenizer has": (words.get_vocab_size(), "text.tokens.weight"),
         "context is": (context, "text.positions"),
     }
     for subject, (count, table) in sizes.items():

@@ -63,11 +63,10 @@ def _rows(bundle: Bundle, role: str, texts: Iterable[str]) -> Iterator[tuple[Arr
     """-> feeds of the graph, and targets int64 [1, T]."""
     spec = bundle.graph(role).preprocess
     assert isinstance(spec, TextPreprocess)
+    preparer = bundle.text(role)
     tokenizer = Tokenizer.from_file(str(bundle.directory / spec.tokenizer))
-    tokenizer.no_padding()  # padding must not be predicted
-    tokenizer.no_truncation()
     for number, text in enumerate(texts):
-        ids = tokenizer.encode(text).ids
+        ids = preparer.encode(text)
         row = np.asarray([[*ids[: spec.context - 1], ids[-1]] if len(ids) > spec.context else ids], np.int64)
         if role == "lm":
             fed, targets = row, np.concatenate([row[:, 1:], [[IGNORED]]], axis=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel, WordPiece
 
 from calmclip.models.bundle.manifest import TextPreprocess
 from calmclip.models.errors import BadRequest, BundleInvalid, TextTooLong
@@ -17,8 +18,21 @@ CACHED_CHARACTERS = 256  # longer texts are not cached
 MAX_CHARACTERS = 100_000  # limits the time of a tokenizer: a second for a few million characters
 
 
+def check_unknown_token(tokenizer: Tokenizer) -> None:
+    """Raises ValueError for word pieces or words without their unknown token: the library refuses every other word.
+
+    Byte pairs and Unigram may need no such token, because they may know every byte.
+    """
+    model = tokenizer.model
+    if isinstance(model, WordPiece | WordLevel) and model.token_to_id(model.unk_token) is None:
+        raise ValueError(
+            f"its {type(model).__name__} model has no token {model.unk_token!r} in its vocabulary, which stands for "
+            "unknown words; add it to `vocab`, or name another token of `vocab` as `unk_token`"
+        )
+
+
 class TextPreparer:
-    """Runs a `TextPreprocess`. Several threads may share it."""
+    """Runs a `TextPreprocess`. Several threads may share it. Raises `BundleInvalid` for a tokenizer of no use."""
 
     def __init__(self, spec: TextPreprocess, directory: Path) -> None:
         self.spec = spec
@@ -27,6 +41,10 @@ class TextPreparer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise BundleInvalid(f"{path} is not a tokenizer of the `tokenizers` library: {error}") from None
+        try:
+            check_unknown_token(self._tokenizer)
+        except ValueError as error:
+            raise BundleInvalid(f"{path}: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._cached = lru_cache(CACHED_TEXTS)(self._encode)
@@ -46,14 +64,18 @@ class TextPreparer:
         return {self.spec.ids: ids} | ({self.spec.mask: mask} if self.spec.mask else {})
 
     def count(self, text: str) -> int:
-        """The number of tokens of ``text`` with special tokens, without a limit."""
-        return len(self._ids(text))
+        """The number of tokens of ``text`` with special tokens, without a limit. Raises as `encode`."""
+        return len(self.encode(text))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The ids of ``text`` with special tokens, without a limit. Raises `BadRequest` if the tokenizer refuses it."""
+        return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text)
 
     def tokens(self, text: str, index: int = 0) -> Sequence[int]:
         """The ids of ``text``, at most `context` of them; ``index`` names the text in an error.
 
         Raises `TextTooLong` with the count of tokens and the limit, unless the bundle truncates; `BadRequest`
-        for a text that is empty, is not Unicode (a lone surrogate), or has no token.
+        for a text that is empty, is not Unicode (a lone surrogate), or has no token; and as `encode`.
         """
         if not text.strip():
             raise BadRequest(f"text {index} is empty; expected some words")
@@ -65,7 +87,7 @@ class TextPreparer:
             text.encode()
         except UnicodeEncodeError:
             raise BadRequest(f"text {index} holds a lone surrogate and is not Unicode text") from None
-        row = self._ids(text)
+        row = self.encode(text)
         if not row:
             raise BadRequest(f"text {index} ({text[:40]!r}) has no token of this model; expected some words")
         if len(row) <= self.spec.context:
@@ -82,10 +104,13 @@ class TextPreparer:
         """One more than the largest id of a token."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text)
-
     def _encode(self, text: str) -> tuple[int, ...]:
         if self.spec.clean:
             text = CLEANERS[self.spec.clean](text)
-        return tuple(self._tokenizer.encode(text).ids)
+        try:
+            return tuple(self._tokenizer.encode(text).ids)
+        except Exception as error:  # the library raises bare Exception
+            raise BadRequest(
+                f"the tokenizer cannot encode {text[:40]!r} ({error}). It needs a token for what it does not know; use "
+                "other words, or export with a tokenizer.json that has one."
+            ) from None

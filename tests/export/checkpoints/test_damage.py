@@ -440,6 +440,19 @@ def test_a_tokenizer_with_more_words_than_the_weights_have_rows_is_refused(damag
     )
 
 
+@pytest.mark.parametrize("kind", ["WordLevel", "WordPiece"])
+def test_a_tokenizer_without_its_unknown_token_is_refused(kind: str, damaged):
+    """The library reads it, and fails at the first unknown word."""
+    directory, error_of = damaged
+    content = json.loads((directory / "tokenizer.json").read_text())
+    settings = {"type": kind, "vocab": content["model"]["vocab"], "unk_token": "[UNK]"}
+    more = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100} if kind == "WordPiece" else {}
+    (directory / "tokenizer.json").write_text(json.dumps(content | {"model": settings | more}))
+    error = error_of(directory)
+    assert f"its {kind} model has no token '[UNK]' in its vocabulary" in error
+    assert str(directory) in error
+
+
 @pytest.mark.parametrize("name", ["iterdir", "open"])
 def test_an_unreadable_file_is_not_called_damaged(name: str, damaged, monkeypatch: pytest.MonkeyPatch):
     """Simulated, because root may read every file."""

@@ -130,6 +130,31 @@ def test_a_very_long_text_is_refused_before_tokenization(make: Make):
             make(wordpiece(), context=5, truncate=truncate).prepare(["a" * (MAX_CHARACTERS + 1)])
 
 
+@pytest.mark.parametrize("model", [models.WordPiece, models.WordLevel])
+def test_words_without_their_unknown_token_are_refused_when_the_bundle_opens(make: Make, model: Any):
+    """transformers and tokenizers open such a file and fail at the first unknown word: "Missing [UNK] token"."""
+    without = Tokenizer(model({"cat": 0, "[OTHER]": 1}, unk_token="[UNK]"))
+    without.add_special_tokens(["[UNK]"])  # the library asks the vocabulary alone
+    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+        without.encode("dog")
+    expected = r"tokenizer\.json: its Word\w+ model has no token '\[UNK\]' in its vocabulary, .* add it to `vocab`"
+    with pytest.raises(BundleInvalid, match=expected):
+        make(without, context=5)
+    assert make(Tokenizer(model({"cat": 0, "[OTHER]": 1}, unk_token="[OTHER]")), context=5).encode("dog") == (1,)
+
+
+def test_a_text_that_byte_pairs_and_unigram_cannot_encode_is_refused_by_name(make: Make):
+    """They may have no unknown token. Byte pairs then drop what they do not know; if they name a token that is absent,
+    and in a Unigram, the library raises."""
+    letters = {letter: place for place, letter in enumerate("cat")}
+    assert make(Tokenizer(models.BPE(letters, [])), context=9).encode("cart") == (0, 1, 2)
+    unigram = make(Tokenizer(models.Unigram([("cat", -1.0)])), context=9)
+    for preparer in (make(Tokenizer(models.BPE(letters, [], unk_token="[UNK]")), context=9), unigram):
+        for read in (preparer.count, preparer.tokens, lambda text, p=preparer: p.prepare([text])):
+            with pytest.raises(BadRequest, match=r"(?i)cannot encode 'a dog' \(.*unk.*\)\. It needs a token"):
+                read("a dog")
+
+
 @pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000"])
 def test_an_empty_text_is_refused(make: Make, text: str):
     with pytest.raises(BadRequest, match="text 1 is empty; expected some words"):
