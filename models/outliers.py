@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
+from calmclip.models.bundle.manifest import REPORT
+
 STATISTICS = ("max_inf_norm", "avg_inf_norm", "max_kurtosis", "avg_kurtosis")
 
 
@@ -37,7 +39,7 @@ class Outliers(BaseModel, frozen=True):
 def outliers(directory: Path, roles: Collection[str]) -> dict[str, Outliers]:
     """Role -> outliers from report.json, without roles that have none there, or none that are valid."""
     try:
-        graphs = json.loads((directory / "report.json").read_bytes())["graphs"]
+        graphs = json.loads((directory / REPORT).read_bytes())["graphs"]
         entries = {role: graphs[role]["outliers"] for role in roles if "outliers" in graphs.get(role, {})}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -1,10 +1,12 @@
 """`calmclip demonstrate`: trains vanilla, clipped and gated nets side by side and quantizes them as in the paper.
 
-    demo    a net of BERT's kind, one seed
-    full    nets of BERT's and ViT's kind, three seeds
+    demo       a net of BERT's kind, one seed
+    full       nets of BERT's and ViT's kind, three seeds
+    narrow     demo with weights drawn at BERT's own 0.02, clipped with alpha 1
+    alpha-3.2  demo's clipped net with the paper's alpha
 
-One directory holds all files: the data, a directory per training, a bundle per net, results.json, table.md. An
-interrupted run resumes from it.
+One directory holds all files: the data, a directory per training, a bundle per net, results-RECIPE.json and
+table-RECIPE.md. An interrupted run resumes from it.
 
 Texts: the Collaborative International Dictionary of English (GCIDE, GPL-2 or later), from Debian's package dict-gcide,
 or any file with one document a line. Pictures: scikit-learn's handwritten digits (Alpaydin and Kaynak 1998, CC BY 4.0),
@@ -20,7 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from PIL import Image
 
 from calmclip.export.checkpoints.files import require_package
 from calmclip.export.training.data import SPECIAL, rows, word_pieces
+from calmclip.models.bundle.manifest import REPORT
 from calmclip.models.datasets import lines
 from calmclip.models.errors import BadRequest, ExportError
 
@@ -58,6 +61,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clipped": {"softmax": "clipped(-0.03:1)"},
     "gated": {"gate": "linear"},
 }
+_NARROW = {"spread": 0.02}
+NARROW: dict[str, dict[str, Any]] = {
+    "vanilla-narrow": _NARROW,
+    "clipped-narrow": {**_NARROW, "softmax": "clipped(-0.015:1)"},  # alpha 1
+    "gated-narrow": {**_NARROW, "gate": "linear"},
+}
+ALPHA: dict[str, dict[str, Any]] = {"clipped-alpha-3.2": {"softmax": "clipped(-0.05:1)"}}
 WIDTHS: dict[str, dict[str, Any]] = {  # bits of weights and activations -> params of the quantizer `paper`
     "w8a8": {},
     "w6a8": {"weights": "mse", "weight_bits": 6},
@@ -70,7 +80,7 @@ FAMILIES = {
         "mlm",
         {"objective": "mlm", "layers": 6, "width": 128, "heads": 4, "length": 64, "words": 4096, "masked": 0.3,
          "steps": 6000, **_LOOP},
-        VARIANTS,
+        {**VARIANTS, **NARROW, **ALPHA},
         ("perplexity", "perplexity"),
     ),
     "vit": Family(
@@ -80,9 +90,12 @@ FAMILIES = {
         ("top1", "top1"),
     ),
 }  # fmt: skip
-RECIPES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    "demo": (("bert",), (0,)),
-    "full": (("bert", "vit"), (0, 1, 2)),
+# recipe -> the variants of each family, and the seeds
+RECIPES: dict[str, tuple[Mapping[str, Collection[str]], Sequence[int]]] = {
+    "demo": ({"bert": VARIANTS}, (0,)),
+    "full": ({"bert": VARIANTS, "vit": VARIANTS}, (0, 1, 2)),
+    "narrow": ({"bert": NARROW}, (0,)),
+    "alpha-3.2": ({"bert": ALPHA}, (0,)),
 }
 
 
@@ -97,14 +110,20 @@ class Run:
         return f"{self.family}-{self.variant}-{self.seed}"
 
 
+def runs_of(recipe: str) -> list[Run]:
+    families, seeds = RECIPES[recipe]
+    return [Run(family, variant, seed) for seed in seeds for family in families for variant in families[family]]
+
+
+def results_file(recipe: str, out: Path) -> Path:
+    return out / f"results-{recipe}.json"
+
+
 def demonstrate(recipe: str, out: Path, *, text: Path | None = None, jobs: int | None = None, log: Log = print) -> str:
     """-> the table, as Markdown. ``text`` replaces the dictionary. ``jobs``: concurrent trainings, one thread each."""
-    families, seeds = RECIPES[recipe]
-    runs = [
-        Run(family, variant, seed) for seed in seeds for family in families for variant in FAMILIES[family].variants
-    ]
+    runs = runs_of(recipe)
     data = out / "data"
-    for family in families:
+    for family in RECIPES[recipe][0]:
         log(f"{family}: data")
         PREPARED[family](data / family, text)
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:  # each thread waits for a process
@@ -114,9 +133,9 @@ def demonstrate(recipe: str, out: Path, *, text: Path | None = None, jobs: int |
     for run in runs:
         log(f"{run.name}: quantizing and measuring")
         results[run.name] = _measure(run, data / run.family, out)
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results_file(recipe, out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     markdown = table(runs, results)
-    (out / "table.md").write_text(f"# Demonstration `{recipe}`\n\n{markdown}", encoding="utf-8")
+    (out / f"table-{recipe}.md").write_text(f"# Demonstration `{recipe}`\n\n{markdown}", encoding="utf-8")
     return markdown
 
 
@@ -241,7 +260,7 @@ def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:
             bars={"min_output_cosine": -1.0, "min_text_cosine": -1.0, "min_image_cosine": -1.0},
         )  # fmt: skip
         sealed = build(recipe, out / "bundles", net=net, release=True)
-        report = json.loads((sealed[0].directory / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((sealed[0].directory / REPORT).read_text(encoding="utf-8"))
         sides, graph = report["accuracy"][eval_name], report["graphs"][family.role]
         figures |= {"float": sides["float32"][figure], width: sides["int8"][figure]}
         if width == "w8a8":

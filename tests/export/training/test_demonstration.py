@@ -2,7 +2,12 @@
 
 import gzip
 import json
+import re
+import shutil
+import tomllib
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +16,10 @@ from sklearn.datasets import load_digits
 from tokenizers import Tokenizer
 
 from calmclip.export.training import demonstration
-from calmclip.export.training.demonstration import DICTIONARY, FAMILIES, Run, demonstrate, dictionary, table
-from calmclip.models.errors import BadRequest
+from calmclip.export.training.demonstration import DICTIONARY, FAMILIES, VARIANTS, Run, demonstrate, dictionary, table
+from calmclip.export.training.settings import training
+from calmclip.models.cli import main
+from calmclip.models.errors import BadRequest, ExportError
 
 ENTRY = "Calm \\Calm\\ (k[aum]m), n. [OE. & F. calme, fr. It. or Sp. calma.] Freedom from motion, or disturbance."
 
@@ -72,6 +79,88 @@ def test_a_table_has_means_and_deviations_worked_out_by_hand():
     assert rows[3] == "| bert (perplexity) | gated |" + " 120 |" * 7
 
 
+def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is_from_float(
+    tiny_bert, tiny_vit, tmp_path, monkeypatch
+):
+    """Trainings and exports are replaced: they cost minutes. The slow test runs them."""
+    texts, picture = (
+        tmp_path / "data" / "bert" / "held" / "texts.txt",
+        tmp_path / "data" / "vit" / "held" / "1" / "1.png",
+    )
+    for file in (texts, picture):  # data that are there are not made
+        file.parent.mkdir(parents=True)
+    texts.write_text("red cat\n")
+    Image.new("RGB", (32, 32)).save(picture)
+    trainings, trained, recipes = [], {}, []
+
+    def train(command, stdout, **_):
+        out = Path(command[command.index("--out") + 1])
+        trainings.append(out.name)
+        trained[out.name] = tomllib.loads((out / "settings.toml").read_text())
+        if len(trainings) == 5:
+            stdout.write("a step\nno memory left\n")
+            return SimpleNamespace(returncode=1)
+        shutil.copytree(tiny_bert if out.name.startswith("bert") else tiny_vit, out, dirs_exist_ok=True)
+        (out / "training.jsonl").write_text('{"seconds": 2.5, "step": 9}\n')
+        return SimpleNamespace(returncode=0)
+
+    def build(recipe, out, **_):
+        recipes.append(recipe)
+        folder = out / recipe.name
+        folder.mkdir(parents=True)
+        ((name, _),) = recipe.evals.items()
+        outliers = dict.fromkeys(("max_inf_norm", "avg_kurtosis", "max_kurtosis", "worst"), 4.0)
+        sides = {"float32": {name: 20.0}, "int8": {name: 30.0}}
+        graphs = {role: {"outliers": outliers} for role in recipe.quantize}
+        (folder / "report.json").write_text(json.dumps({"accuracy": {name: sides}, "graphs": graphs}))
+        return [SimpleNamespace(directory=folder, manifest=recipe)]
+
+    monkeypatch.setattr(demonstration.subprocess, "run", train)
+    monkeypatch.setattr("calmclip.export.pipeline.build", build)
+    monkeypatch.setitem(demonstration.RECIPES, "full", ({"bert": VARIANTS, "vit": VARIANTS}, (7,)))
+    with pytest.raises(ExportError, match=r"the training failed \(no memory left\); see .*training.out"):
+        demonstrate("full", tmp_path, jobs=1, log=lambda line: None)
+    made = demonstrate("full", tmp_path, jobs=1, log=lambda line: None)
+    assert len(trained) == 6
+    assert trainings[6:] == [trainings[4]]  # the others are not repeated
+    assert all(settings["seed"] == 7 for settings in trained.values())
+    assert trained["vit-gated-7"]["pictures"] == str(tmp_path / "data" / "vit" / "train")
+    assert trained["bert-clipped-7"]["softmax"] == "clipped(-0.03:1)"
+    assert "| vit (top1) | vanilla | 20.00 | 4.00 | 4.00 | 4.00 | 30.00 | 30.00 | 30.00 |" in made.splitlines()
+    assert len(recipes) == 18
+    assert {recipe.bars.cosine(role) for recipe in recipes for role in ("image", "text")} == {-1.0}
+
+
+def test_every_recorded_run_belongs_to_a_command_that_the_page_shows_and_that_parses(monkeypatch, capsys):
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = {*re.findall(r"`calmclip demonstrate ([\w.-]+)`", page)}
+    asked = []
+    monkeypatch.setattr(demonstration, "demonstrate", lambda recipe, *_, **__: asked.append(recipe) or "")
+    monkeypatch.setattr(
+        demonstration, "results_file", lambda recipe, out: root / "docs/demonstration/results-full.json"
+    )
+    for recipe in sorted(shown):
+        assert main(["demonstrate", recipe, "--json"]) == 0
+    assert {*asked} == shown == {*demonstration.RECIPES}
+    runs = {run.name: run for recipe in shown for run in demonstration.runs_of(recipe)}
+    assert {file.stem for file in (root / "docs" / "demonstration").glob("*.jsonl")} == runs.keys()
+    assert all(run.variant in FAMILIES[run.family].variants for run in runs.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "spread", "alpha"), [("demo", 0.05, 1.9), ("narrow", 0.02, 1.0), ("alpha-3.2", 0.05, 3.2)]
+)
+def test_nets_are_clipped_at_the_alpha_that_the_page_states(recipe, spread, alpha):
+    """gamma = -alpha / length (arXiv 2306.12929); the rows have 64 tokens."""
+    family = FAMILIES["bert"]
+    (clipped,) = [run for run in demonstration.runs_of(recipe) if run.variant.startswith("clipped")]
+    settings = training(**{**family.training, **family.variants[clipped.variant], "text": "texts.txt"})
+    gamma, zeta = re.fullmatch(r"clipped\((.+):(.+)\)", settings.softmax).groups()
+    assert (settings.length, settings.spread, float(zeta)) == (64, spread, 1)
+    assert -float(gamma) * 64 == pytest.approx(alpha, abs=0.05)
+
+
 @pytest.mark.slow
 def test_the_whole_of_it_small(tmp_path, monkeypatch):
     words = ["red", "green", "blue", "cat", "dog", "fish", "sits", "runs", "on", "under", "the", "a", "mat", ".", ","]
@@ -84,10 +173,10 @@ def test_the_whole_of_it_small(tmp_path, monkeypatch):
         for name, family in FAMILIES.items()
     }
     monkeypatch.setattr(demonstration, "FAMILIES", small)
-    monkeypatch.setitem(demonstration.RECIPES, "full", (("bert", "vit"), (0,)))
+    monkeypatch.setitem(demonstration.RECIPES, "full", ({"bert": VARIANTS, "vit": VARIANTS}, (0,)))
     lines: list[str] = []
     made = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", log=lines.append)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results-full.json").read_text())
     assert len(results) == 6
     assert len(made.splitlines()) == 8
     assert all(run["steps"] == 30 and run["max_inf_norm"] > 0 for run in results.values())
