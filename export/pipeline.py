@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from calmclip.export.adapters import Adapt, Context, adapt
 from calmclip.export.checkpoints import Weights
 from calmclip.export.checkpoints.weights import one_line
 from calmclip.export.nets import NETS, Built, Net, Tower, ready
+from calmclip.export.portable import is_portable, portable
 from calmclip.export.quantizers import QUANTIZERS, Goal, Settled
 from calmclip.export.recipe import Quantize, Recipe
 from calmclip.export.rewrites import image_to_pixels
@@ -51,7 +53,6 @@ from calmclip.models.ops.spec import DOMAIN, IMAGE_TO_PIXELS
 from calmclip.models.runner import Runner
 
 Say = Callable[[str], None]
-Inputs = tuple[list[Path], list[str]]  # pictures and texts
 Facts = dict[str, Any]  # a part of the report
 Bound = Mapping[str, float]  # keyword arguments of `parity.require`
 _PARITY_ROWS = 4
@@ -72,17 +73,18 @@ def build(
     say: Say = lambda line: None,
     timings: Callable[[Facts], None] = lambda facts: None,
 ) -> list[Sealed]:
-    """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first. It is named NAME-int8, or NAME-mixed if its
-    INT8 coverage is too small or its size too large (`report.precision`). Another export of the same checkpoint differs
-    in `created` of bundle.json alone. ``timings`` receives what belongs to this run: latencies and machine
-    (`report.timings`), ``seconds`` of each step, ``peak_rss_mb``.
+    """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first. It is named NAME-int8, or NAME-mixed if it
+    lacks coverage, size or accuracy for that (`report.shortfalls`). With nothing in INT8 the only bundle is NAME-float.
+    Another export of the same checkpoint differs in `created` of bundle.json alone. ``timings`` receives what belongs
+    to this run: latencies and machine (`report.timings`), ``seconds`` of each step, ``peak_rss_mb``.
 
     ``net``: the result of `load`, if it was called already; with ``release`` its modules are emptied after tracing.
     Raises as `load`; `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for reading);
     `BundleError` if a bundle of that name exists.
     """
     int8_name, mixed_name, float_name = (f"{recipe.name}-{kind}" for kind in ("int8", "mixed", "float"))
-    possible = [int8_name, mixed_name, *([float_name] if recipe.keep_float else [])]
+    floats_alone = {how.name for how in recipe.quantize.values()} == {"none"}
+    possible = [int8_name, mixed_name, *([float_name] if recipe.keep_float or floats_alone else [])]
     if taken := [name for name in possible if (out / name).exists() and not recipe.replace]:
         raise BundleError(
             f"{out / taken[0]} exists, and a sealed bundle never changes; pass --replace or another --name"
@@ -96,8 +98,8 @@ def build(
     with step("load"):
         net = net or load(recipe.net, recipe.checkpoint, recipe.weights, recipe.adapters, say)
     with _scratch(net) as directory:
-        shipped = samples.pictures(), calibrate.fitting(net, directory, samples.texts())
-        converted = _convert(recipe, net, directory, shipped, step, release, say)
+        inputs = calibrate.inputs(recipe.calibration, net, directory, say)
+        converted = _convert(recipe, net, directory, inputs, step, release, say)
 
     with ExitStack() as stack:
         staged = {name: stack.enter_context(stage(out, name)) for name in (int8_name, float_name)}
@@ -110,10 +112,10 @@ def build(
         say("measuring INT8 beside float")
         with step("measure"):
             int8, floats = (Runner(Bundle(read(staged[name]))) for name in (int8_name, float_name))
-            figures = report.measure(int8, floats, *shipped)
-            timed = report.timings(int8, floats, shipped[0][0])
+            figures = report.measure(int8, floats, *inputs.part("certificate"))
+            timed = report.timings(int8, floats, samples.pictures()[0])
         figures |= {
-            "measured_on": f"{len(shipped[0])} pictures and {len(shipped[1])} texts that ship with calmclip",
+            "inputs": inputs.facts(),
             "accuracy": report.accuracy(int8, floats, recipe.evals),
             "int8": report.int8(converted.facts, figures["size_bytes"]),
             "graphs": converted.facts,
@@ -122,10 +124,11 @@ def build(
         }
         timings({**timed, "seconds": step.seconds, "peak_rss_mb": report.peak_rss_mb()})
         figures["bars"] = report.check(figures, recipe.bars)
-        name, kind = int8_name, report.precision(figures["int8"])
+        kind = report.precision(figures)
+        name = {"int8": int8_name, "mixed": mixed_name, "float": float_name}[kind]
         if kind == "mixed":
-            name = mixed_name
-            say(report.why_mixed(figures["int8"], name))
+            figures["mixed_because"] = report.shortfalls(figures)
+            say(f"called {name}, not int8: {'; '.join(figures['mixed_because'])}")
         manifests[int8_name] = manifests[int8_name].model_copy(update={"name": name, "precision": kind})
         family = _family(manifests[float_name])
         text = report.text(figures)
@@ -135,7 +138,8 @@ def build(
             (out / f"{name}.report.json").write_text(text, encoding="utf-8")
             raise
         # INT8 is sealed last, so that it never lacks its float bundle
-        wanted = [float_name, int8_name] if recipe.keep_float else [int8_name]
+        wanted = [float_name] if recipe.keep_float or kind == "float" else []
+        wanted += [] if kind == "float" else [int8_name]
         for name in wanted:  # all files that may fill the disk are written before the first bundle is sealed
             (staged[name] / REPORT).write_text(text, encoding="utf-8")
         sealed = []
@@ -183,15 +187,12 @@ class _Converted:
 
 
 def _convert(
-    recipe: Recipe, net: Net, directory: Path, shipped: Inputs, step: report.Steps, release: bool, say: Say
+    recipe: Recipe, net: Net, directory: Path, inputs: calibrate.Inputs, step: report.Steps, release: bool, say: Say
 ) -> _Converted:
     """Trace every tower and compare it with torch; quantize it and compare it with its float graph; rewrite both."""
     converted = _Converted()
-    pictures, texts = calibrate.inputs(recipe.calibration)
-    fitting = calibrate.fitting(net, directory, texts)
-    if recipe.calibration.texts and len(fitting) < len(texts):
-        say(f"{len(texts) - len(fitting)} calibration texts are longer than the context and left out")
-    few = shipped[0][:_PARITY_ROWS], shipped[1][:_PARITY_ROWS]
+    certificate = inputs.part("certificate")
+    few = certificate[0][:_PARITY_ROWS], certificate[1][:_PARITY_ROWS]
     picture_towers = {  # before tracing: it raises if the op cannot prepare these pictures
         role: replace(tower, preprocess=image_to_pixels.inside(tower.preprocess))
         for role, tower in net.towers.items()
@@ -218,20 +219,22 @@ def _convert(
         how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
         converted.how[role], recorded = how, _recorded(recipe, net, role, model, how, say)
         least = max(report.COVERAGE, recipe.bars.min_int8_coverage or 0.0)
-        goal = Goal(recipe.bars.cosine(role), coverage=least, dims=nominal(tower), summary=tower.summary)
+        mean = max(report.COSINE, recipe.bars.cosine(role))
+        goal = Goal(mean, report.WORST, coverage=least, dims=nominal(tower), summary=tower.summary)
         with step(f"{role}: quantize"):
             quantized, ranges_from, settled = _quantize(
-                role, model, how, goal, partial(feeds, pictures, fitting), recorded, say
+                role, model, how, goal, partial(_part, inputs, feeds), recorded, say
             )
         with step(f"{role}: compare"):
-            agreement = _against(model, quantized, list(feeds(*shipped)), tower)
+            agreement = _against(model, quantized, list(feeds(*certificate)), tower)
         with step(f"{role}: layers"):
-            outlier_feeds = feeds(pictures[:_OUTLIER_ROWS], fitting[:_OUTLIER_ROWS])
+            outlier_feeds = islice(feeds(*inputs.part("calibration")), _OUTLIER_ROWS)
             described = report.graph(model, quantized, rows, outlier_feeds, goal.dims, how, settled)
         converted.facts[role] |= {
             "quantizer": how.name,
-            "ranges_from": ranges_from or calibrate.describe(recipe.calibration, pictures, fitting),
+            "ranges_from": ranges_from or inputs.describe(tower),
             "int8_against_float": agreement,
+            "starved_experts": [*settled.starved],
             **described,
         }
         say(f"{role}: rewriting")
@@ -250,6 +253,11 @@ def _convert(
         converted.built[role], facts = _rewrite(recipe, part.model, part.examples, part, role)
         converted.rewrites[role] = {"float32": facts}
     return converted
+
+
+def _part(inputs: calibrate.Inputs, feeds: Callable[..., Iterator[Arrays]], name: str) -> Iterator[Arrays]:
+    """The feeds of one of `calibrate.PARTS`."""
+    return feeds(*inputs.part(name))
 
 
 def _ties(agreement: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -321,7 +329,19 @@ def _rewrite(
         attached.model, {**swapped.counts, **attached.counts}, {**swapped.missed, **attached.missed}
     )
     rewrites.require(done, part.promises, what)
-    return done.model, {"counts": done.counts, "missed": done.missed, "against_standard": differences}
+    facts = {"counts": done.counts, "missed": done.missed, "against_standard": differences}
+    return (_portable(done.model, feeds, part, what) if recipe.portable else done.model), facts
+
+
+def _portable(model: onnx.ModelProto, feeds: Sequence[Arrays], part: Tower | Built, what: str) -> onnx.ModelProto:
+    """-> the graph in standard operators of the oldest opset that holds it. Raises `ExportError` as `portable`;
+    `ParityLost` if a tower's outputs change. ``feeds`` of a built graph fit it before ops are attached."""
+    plain = portable(model, what)
+    if isinstance(part, Tower):
+        before = parity.stored(parity.onnx_run(model), feeds)
+        differences = parity.compare(before, parity.onnx_run(plain), feeds, part.summary)
+        parity.require(differences, **_ROUNDING, what=f"{what}: its opset against the oldest that holds it")
+    return plain
 
 
 def _take_pictures(
@@ -368,12 +388,12 @@ def _quantize(
     model: onnx.ModelProto,
     how: Quantize,
     goal: Goal,
-    feeds: Callable[[], Iterator[Arrays]],
+    feeds: Callable[[str], Iterator[Arrays]],
     recorded: calibrate.Recorded | None,
     say: Say,
 ) -> tuple[onnx.ModelProto, str, Settled]:
     """-> the INT8 graph, the source of its activation ranges in words ("" for this export's own inputs), and its
-    settings."""
+    settings. ``feeds``: a name of `calibrate.PARTS` -> the feeds of this part."""
     quantizer = QUANTIZERS.get(how.name)
     params = quantizer.params.model_validate(how.params)
     if unknown := {*getattr(params, "keep", ())} - {node.name for node in model.graph.node}:
@@ -388,10 +408,15 @@ def _quantize(
         settled, source = Settled(recorded.settled.name, settings, recorded.ranges), recorded.source
     elif quantizer.search:
         say(f"{role}: searching for settings that reach a cosine of {goal.cosine} on calibration pictures or texts")
-        settled, source = quantizer.search(model, feeds(), params, goal), ""
+        settled, source = quantizer.search(model, feeds("calibration"), feeds("search"), params, goal), ""
     elif quantizer.observe:
         say(f"{role}: observing activations on calibration pictures or texts")
-        settled, source = Settled(how.name, params, quantizer.observe(model, feeds(), params)), ""
+        observed = chain(feeds("calibration"), feeds("search"))  # nothing is searched, so nothing is held out
+        ranges = quantizer.observe(model, observed, params)
+        settled, source = Settled(how.name, params, ranges, starved=getattr(ranges, "starved", ())), ""
+    if settled.starved:
+        experts = ", ".join(settled.starved)
+        say(f"{role}: no calibration input reaches {experts}, which takes the ranges of the other experts of its layer")
     return QUANTIZERS.get(settled.quantizer).quantize(model, settled.ranges, settled.params), source, settled
 
 
@@ -412,7 +437,7 @@ def _write(
     parts: dict[str, Tower | Built] = {**net.towers, **net.built}
     manifest = Manifest(
         name=name,
-        precision="float32" if quantization == FLOAT else "mixed",  # until the bundle is measured
+        precision="float" if quantization == FLOAT else "mixed",  # until the bundle is measured
         tasks=net.tasks,
         source=net.source,
         graphs={
@@ -424,6 +449,7 @@ def _write(
             )
             for role, part in parts.items()
         },
+        portable=all(map(is_portable, graphs.values())),
         ops=Ops(used=tuple(sorted({f.name for m in graphs.values() for f in m.functions if f.domain == DOMAIN}))),
         classifier=net.classifier,
         suppression=net.suppression,

@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from calmclip.export.adapters import Adapt
 from calmclip.export.checkpoints import Weights, hub, read
@@ -25,12 +25,15 @@ class Quantize(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """The inputs that ranges are observed on. Without ``images`` and ``texts``: the net's recorded ranges if they fit,
+    """The inputs that ranges are observed on, that a search measures on, and that the bundle is measured on. They are
+    always different ones (`calibrate.Parts`). Without ``images`` and ``texts``: the net's recorded ranges if they fit,
     else the samples that ship."""
 
     images: Path | None = None
     texts: Path | None = Field(default=None, description="one text per line")
-    count: int = Field(default=192, ge=1, description="largest number of pictures, and of texts")
+    count: int = Field(
+        default=192, ge=24, description="largest number of pictures, and of texts, for calibration and search together"
+    )
     seed: int = 0
 
 
@@ -54,7 +57,9 @@ class Bars(FrozenModel):
 class Recipe(FrozenModel):
     checkpoint: str
     net: str
-    name: Name = Field(max_length=57, description="bundles are NAME-int8 (or -mixed) and, with keep_float, NAME-float")
+    name: Name = Field(
+        max_length=57, description="bundles are NAME-int8 (or -mixed, or -float) and, with keep_float, NAME-float"
+    )
     preset: str | None = Field(default=None, description="quantizer of every graph that `quantize` does not name")
     quantize: dict[str, Quantize] = Field(
         default_factory=dict, description="role of a graph -> its quantizer; default: the net's choice"
@@ -66,6 +71,9 @@ class Recipe(FrozenModel):
         default=False,
         description="image graphs take decoded pictures, one at a time, and prepare them (op ImageToPixels)",
     )
+    portable: bool = Field(
+        default=False, description="standard ONNX operators alone, for other engines; excludes rewrites, picture_input"
+    )
     weights: Weights = Weights()
     adapters: tuple[Adapt, ...] = Field(default=(), description="changes of the net before it is traced, in this order")
     calibration: Calibration = Calibration()
@@ -75,6 +83,20 @@ class Recipe(FrozenModel):
     bars: Bars = Bars()
     keep_float: bool = False
     replace: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        """A portable recipe has no rewrites. Raises `BadRequest` if it names one, or has pictures as input."""
+        if not (isinstance(data, dict) and data.get("portable")):
+            return data
+        for key in ("rewrites", "picture_input"):
+            if data.get(key):
+                raise BadRequest(
+                    f"recipe: portable and {key} = {data[key]} are set; expected one of them, because {key} puts "
+                    f"operators of ours into the graphs. Leave {key} out, or export without portable"
+                )
+        return data | {"rewrites": ()}
 
     def public(self) -> dict[str, Any]:
         """The recipe as a report shows it: file and folder names, without their directories on this machine, and
@@ -127,9 +149,10 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
 
     Raises `BadRequest` naming the key that does not fit.
     """
-    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float, "name": _name(checkpoint)}
+    data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float}
     data = _merge(data, _toml(file))
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})
+    data.setdefault("name", _name(checkpoint) + ("-portable" if data.get("portable") else ""))
     data |= {"checkpoint": checkpoint, "net": net_name}
     try:
         recipe = Recipe.model_validate(data)
