@@ -11,7 +11,6 @@ the batch. Runs with different seeds start from the same weights and are average
 import argparse
 import json
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,8 +28,7 @@ from calmclip.export.nets.mini.minilm import WIDTH
 from calmclip.export.nets.mini.towers import FEATURE_LENGTH, SHIPPED, Heads, ImageHead
 from calmclip.export.nets.mini.weights import backbone_state
 from calmclip.models.classifier import fill
-from calmclip.models.cli import parser
-from calmclip.models.datasets import FORM, read_captions
+from calmclip.models.datasets import read_captions
 from calmclip.models.errors import BadRequest
 
 PEOPLE = ("man", "woman", "child", "people", "boy", "girl")  # words of captions for COCO's "person"
@@ -270,25 +268,6 @@ def recalls(heads: Heads, pictures: Tensor, texts: Tensor, owner: Tensor) -> dic
     }
 
 
-# The verb
-
-
-def align_command(argv: list[str]) -> int:
-    """`calmclip align --captions FILE --images DIR`: heads for the built-in model from pairs of the user."""
-    options = _parser().parse_args(argv)
-    options.command = " ".join(["calmclip align", *argv])
-    result = train(options, options.json or not sys.stderr.isatty())
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(f"wrote {result['heads']}; loss {result['training']['first_loss']} -> {result['training']['last_loss']}")
-        for name, value in result["held_out"].items():
-            print(f"  {name:18s} {value}")
-        checkpoint = options.out if options.out.is_absolute() else f"./{options.out}"  # "mini" is the built-in model
-        print(f"export it with: calmclip export {checkpoint}")
-    return 0
-
-
 def train(options: argparse.Namespace, quiet: bool) -> dict[str, Any]:
     """Train and write the heads; -> the content of heads.json. Raises `BadRequest`."""
     captions = read_captions(options.captions)
@@ -315,8 +294,9 @@ def train(options: argparse.Namespace, quiet: bool) -> dict[str, Any]:
             raise BadRequest("--fresh needs --names FILE: the ConSE table is built from its class names")
         start = fresh(pictures[trained], texts[of_trained], features.of_texts(names["class_names"], quiet=quiet))
     else:
-        start = Heads.load(options.start)
-    training = Training(steps=options.steps, seeds=options.seeds)
+        start = Heads.load(options.start or SHIPPED)
+    given = {"steps": options.steps, "seeds": options.seeds}
+    training = Training(**{name: value for name, value in given.items() if value is not None})
     heads, figures = align(sources, start, training, quiet=quiet)
 
     result = {
@@ -365,22 +345,3 @@ def _cached(file: Path) -> tuple[Tensor, list[int]]:
         pictures = torch.from_numpy(data["q"] * data["scale"])
         numbers = data["class_index"] if "class_index" in data else data["category"]
     return pictures if pictures.ndim == 3 else pictures[:, None], numbers.tolist()
-
-
-def _parser() -> argparse.ArgumentParser:
-    options = parser("align", "Train the projections of the built-in model on captioned pictures.")
-    options.add_argument("--captions", type=Path, required=True, help=f"JSON: {FORM}")
-    options.add_argument("--images", type=Path, required=True, help="folder of the pictures")
-    options.add_argument(
-        "--out", type=Path, default=Path("checkpoints/own"), help="folder for heads.safetensors (default %(default)s)"
-    )
-    options.add_argument("--start", type=Path, default=SHIPPED, help="heads to start from (default: the shipped heads)")
-    options.add_argument("--fresh", action="store_true", help="start from new projections; needs --names")
-    options.add_argument("--names", type=Path, help="JSON of class names, WordNet bags and templates")
-    options.add_argument("--name-views", type=Path, help=".npz: features of ImageNet pictures by class; needs --names")
-    options.add_argument("--crops", type=Path, help=".npz: features of COCO objects; needs --names")
-    options.add_argument("--held-out", type=int, default=0, help="pictures that measure recall instead of training")
-    options.add_argument("--steps", type=int, default=Training.steps)
-    options.add_argument("--seeds", type=int, default=Training.seeds, help="runs that are averaged")
-    options.add_argument("--cache", type=Path, help="folder for the pictures' features, which the next run reuses")
-    return options

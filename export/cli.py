@@ -1,28 +1,30 @@
-"""The verbs of the export stage: export and recipe. (`align` lives in export/align.py.)"""
+"""The verbs of the export stage: export and recipe. What needs torch is imported after the flags are read."""
 
 import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import tomli_w
+from typing import TYPE_CHECKING, Any
 
 from calmclip.export import flags
-from calmclip.export.checkpoints import Weights, hub
-from calmclip.export.nets import Net
-from calmclip.export.recipe import Recipe, load_adapters, load_recipe, load_weights, recognise
-from calmclip.models.bundle.embedding import embedding_digest
-from calmclip.models.bundle.manifest import REPORT
 from calmclip.models.cli import BUNDLES, emit, parser
 from calmclip.models.registry import catalog
 
+if TYPE_CHECKING:
+    from calmclip.export.nets import Net
+    from calmclip.export.recipe import Recipe
+
+WEIGHTS = ("activation", "experts")  # the flags that are fields of `calmclip.export.checkpoints.Weights`
+
 
 def export_command(argv: list[str]) -> int:
-    """`calmclip export CHECKPOINT|mini`: seal NAME-int8 (or NAME-mixed) and, with --keep-float, NAME-float."""
-    from calmclip.export.pipeline import build
-
+    """`calmclip export CHECKPOINT|mini`: seal NAME-int8 (or -mixed, or -float) and, with --keep-float, NAME-float."""
     options = _export_parser("export", "Turn a checkpoint into an INT8 bundle.").parse_args(argv)
+    from calmclip.export.checkpoints import hub
+    from calmclip.export.pipeline import build
+    from calmclip.models.bundle.embedding import embedding_digest
+    from calmclip.models.bundle.manifest import REPORT
+
     options.checkpoint = str(hub.locate(options.checkpoint))
     say = lambda line: None if options.json else print(line, flush=True)  # noqa: E731
     recipe, net = _recipe(options, say)
@@ -39,14 +41,18 @@ def export_command(argv: list[str]) -> int:
         }
         for bundle in sealed
     ]
-    keys = ("bars", "int8", "accuracy")
-    emit(options.json, {"sealed": rows, **{key: report[key] for key in keys}, **timings}, _summary)
+    keys = ("bars", "int8", "inputs", "mixed_because", "accuracy")
+    emit(options.json, {"sealed": rows, **{key: report[key] for key in keys if key in report}, **timings}, _summary)
     return 0
 
 
 def recipe_command(argv: list[str]) -> int:
     """`calmclip recipe CHECKPOINT`: the recipe that export would use, as TOML."""
     options = _export_parser("recipe", "Print the recipe that export would use.").parse_args(argv)
+    import tomli_w
+
+    from calmclip.export.checkpoints import hub
+
     options.checkpoint = str(hub.locate(options.checkpoint))
     recipe, net = _recipe(options)
     data = recipe.model_dump(mode="json", exclude_none=True, exclude={"checkpoint", "net", "preset", "replace"})
@@ -62,10 +68,10 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("checkpoint", help="a checkpoint: directory, file, hf:owner/name[@revision]; or 'mini'")
     options.add_argument("--recipe", type=Path, help="TOML file; 'calmclip recipe' prints one")
     options.add_argument("--out", type=Path, default=BUNDLES, help=f"where bundles go (default {BUNDLES})")
-    options.add_argument("--name", help="bundles are called NAME-int8 and NAME-float")
+    options.add_argument("--name", help="bundles are called NAME-int8 (or -mixed) and NAME-float")
     options.add_argument("--preset", help="quantizer of every graph that the recipe does not name: paper, fast, …")
-    options.add_argument("--images", type=Path, help="calibration pictures (a folder)")
-    options.add_argument("--texts", type=Path, help="calibration texts (one per line)")
+    options.add_argument("--images", type=Path, help="pictures to calibrate, search and measure on (a folder)")
+    options.add_argument("--texts", type=Path, help="texts for the same (one per line)")
     options.add_argument(
         "--eval",
         action="append",
@@ -75,6 +81,9 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
         help=f"measured in float and in INT8 for the report: {', '.join(catalog('evals'))}, and its data",
     )
     options.add_argument("--keep-float", action=argparse.BooleanOptionalAction, help="seal the float bundle too")
+    options.add_argument(
+        "--portable", action="store_true", default=None, help="standard ONNX operators alone, for other engines"
+    )
     options.add_argument("--activation", choices=("gelu", "gelu_tanh", "quick_gelu"), help="if the checkpoint has none")
     options.add_argument("--experts", choices=("dense", "routed"), help="how a mixture of experts is computed")
     flags.declare(options)
@@ -89,17 +98,19 @@ def _pair(text: str) -> tuple[str, Path]:
     return name, Path(data)
 
 
-def _recipe(options: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> tuple[Recipe, Net]:
+def _recipe(options: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> tuple["Recipe", "Net"]:
     from calmclip.export.pipeline import load
+    from calmclip.export.recipe import load_adapters, load_recipe, load_weights, recognise
 
     net_name, _ = recognise(options.checkpoint)
-    weights = load_weights(options.recipe, **{name: getattr(options, name) for name in Weights.model_fields})
+    weights = load_weights(options.recipe, **{name: getattr(options, name) for name in WEIGHTS})
     adapters = flags.merged(load_adapters(options.recipe), options.adapters)
     net = load(net_name, options.checkpoint, weights, adapters, say)
     calibration = {k: v for k, v in (("images", options.images), ("texts", options.texts)) if v is not None}
     recipe = load_recipe(
         options.checkpoint, net_name, net, options.recipe,
         name=options.name, preset=options.preset, keep_float=options.keep_float, replace=options.replace,
+        portable=options.portable,
         calibration=calibration or None, weights=weights.model_dump(), evals=dict(options.eval) or None,
         adapters=[adapter.model_dump() for adapter in adapters],
     )  # fmt: skip

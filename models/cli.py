@@ -21,7 +21,7 @@ BUNDLES = Path("models/bundles")
 VERBS: dict[str, tuple[str, str]] = {
     "export": ("calmclip.export.cli:export_command", "checkpoint directory, or 'mini', -> INT8 bundle"),
     "align": (
-        "calmclip.export.align:align_command",
+        "calmclip.export.align_cli:align_command",
         "train the built-in model's projections on your own captioned pictures",
     ),
     "train": ("calmclip.export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
@@ -32,10 +32,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("calmclip.models.commands:run_command", "a task from the command line: classify, embed, detect, …"),
     "index": ("calmclip.service.cli:index_command", "embed a folder of pictures into a collection"),
     "collection": (
-        "calmclip.service.collection_cli:collection_command",
+        "calmclip.service.cli:collection_command",
         "list, export, import, re-embed, remove: the collections of a store",
     ),
-    "eval": ("calmclip.models.evals.commands:eval_command", "accuracy on a data set, INT8 beside float"),
+    "eval": ("calmclip.models.eval_cli:eval_command", "accuracy on a data set, INT8 beside float"),
     "bench": ("calmclip.models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
     "ops": ("calmclip.models.ops.commands:ops_command", "build, info, check: the compiled operators"),
     "plugins": ("calmclip.models.commands:plugins_command", "names in every plug-in family"),

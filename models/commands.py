@@ -1,28 +1,25 @@
-"""The verbs that need neither torch nor HTTP: show, check, run, bench, plugins."""
+"""The verbs that need neither torch nor HTTP: show, check, run, bench, plugins. What a verb needs beyond its flags is
+imported after they are read."""
 
 import argparse
+import ast
 import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.embedding import embedding_digest
-from calmclip.models.bundle.manifest import REPORT
-from calmclip.models.bundle.store import Sealed, find, names, read
 from calmclip.models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
 from calmclip.models.errors import BadRequest, BundleInvalid, UnknownName, suggestion
 from calmclip.models.extras import extra_of, missing
-from calmclip.models.flow import Array, Arrays
-from calmclip.models.measure import latency, machine
-from calmclip.models.outliers import outliers
-from calmclip.models.registry import FAMILIES, catalog
-from calmclip.models.runner import Runner, open_bundle
-from calmclip.models.suppression import Suppression
-from calmclip.models.tasks import TASKS, Task
+from calmclip.models.registry import FAMILIES, catalog, sources
+
+if TYPE_CHECKING:
+    from calmclip.models.bundle.bundle import Bundle
+    from calmclip.models.bundle.store import Sealed
+    from calmclip.models.flow import Array, Arrays
+    from calmclip.models.runner import Runner
+    from calmclip.models.tasks import Task
 
 CHART = "calmclip.export.chart"  # needs matplotlib, of the extra `export`
 
@@ -38,6 +35,10 @@ def show_command(argv: list[str]) -> int:
     args = options.parse_args(argv)
     if args.plot and not args.outliers:
         options.error("--plot draws outliers; add --outliers")
+    from calmclip.models.bundle.embedding import embedding_digest
+    from calmclip.models.bundle.manifest import REPORT
+    from calmclip.models.bundle.store import find, names, read
+
     if not args.bundle:
         if args.outliers:
             options.error("--outliers needs a bundle; 'calmclip show' prints the names")
@@ -58,7 +59,9 @@ def show_command(argv: list[str]) -> int:
     return 0
 
 
-def _outliers(as_json: bool, sealed: Sealed, plot: Path | None) -> int:
+def _outliers(as_json: bool, sealed: "Sealed", plot: Path | None) -> int:
+    from calmclip.models.outliers import outliers
+
     name = sealed.manifest.name
     measured = outliers(sealed.directory, sealed.manifest.graphs)
     if not measured:
@@ -83,6 +86,9 @@ def check_command(argv: list[str]) -> int:
     options.add_argument("bundle")
     bundle_options(options)
     args = options.parse_args(argv)
+    from calmclip.models.bundle.store import find
+    from calmclip.models.runner import open_bundle
+
     directory = find(args.bundle, args.bundles)
     checks: list[dict[str, Any]] = []
     try:
@@ -99,8 +105,12 @@ def check_command(argv: list[str]) -> int:
     return 0 if passed else 1
 
 
-def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
+def _checks(runner: "Runner") -> Iterator[tuple[str, bool]]:
     """Each check and whether it passed. The outputs of `regions` and `text` are inputs of `detect`."""
+    import numpy as np
+
+    from calmclip.models.suppression import Suppression
+
     bundle = runner.bundle
     yield f"{len(bundle.manifest.files)} files hashed", True
     bundle.warm()
@@ -109,6 +119,8 @@ def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
     for role, graph in sorted(bundle.manifest.graphs.items(), key=lambda item: item[1].preprocess is None):
         try:
             session = runner.session(role)
+            if bundle.manifest.portable:
+                yield _standard(role, runner.bundle.directory / graph.file)
             if graph.preprocess is None and not graph.inputs.keys() <= known.keys():
                 yield f"{role}: loads", True  # for the task raw: its inputs are unknown here
                 continue
@@ -127,8 +139,20 @@ def _checks(runner: Runner) -> Iterator[tuple[str, bool]]:
                 yield f"{role}: {name} rows are unit vectors", unit
 
 
-def _feeds(bundle: Bundle, role: str, known: Arrays) -> Arrays:
+def _standard(role: str, file: Path) -> tuple[str, bool]:
+    """The check of a portable bundle's graph."""
+    from calmclip.models.bundle.opsets import opsets
+
+    versions, functions = opsets(file)
+    alone = versions.keys() <= {"", "ai.onnx"} and not functions
+    listed = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in versions.items())
+    return f"{role}: portable: operators of {listed}, {functions} local functions", alone
+
+
+def _feeds(bundle: "Bundle", role: str, known: "Arrays") -> "Arrays":
     """Noise for a graph of pictures, a sentence for a graph of texts, else the outputs of other graphs."""
+    import numpy as np
+
     graph = bundle.graph(role)
     if graph.preprocess is None:
         return {name: known[name] for name in graph.inputs}
@@ -144,10 +168,13 @@ def run_command(argv: list[str]) -> int:
     """`calmclip run BUNDLE TASK PICTURE…`: answers of one task without a server; each task has its own flags."""
     outer = parser("run", "Run a task of a bundle. 'calmclip run BUNDLE TASK --help' lists a task's flags.")
     outer.add_argument("bundle")
-    outer.add_argument("task", help="; ".join(f"{name}: {task.summary}" for name, task in _runnable().items()))
+    outer.add_argument("task", help="; ".join(_summaries()))
     outer.add_argument("rest", nargs=argparse.REMAINDER, help="pictures, and the task's flags", metavar="…")
     bundle_options(outer)
     first = outer.parse_args(argv)
+    from calmclip.models.bundle.store import find
+    from calmclip.models.runner import open_bundle
+
     known = _runnable()
     if first.task not in known:
         raise UnknownName(f"the verb run has no task {first.task!r}; {suggestion(first.task, known)}", known=known)
@@ -168,7 +195,20 @@ def run_command(argv: list[str]) -> int:
     return 0
 
 
-def _runnable() -> dict[str, Task[Any, Any]]:
+def _summaries() -> Iterator[str]:
+    """ "name: summary" of each task of ours with a command, from the sources of the tasks."""
+    for module in sources("tasks"):
+        for node in ast.walk(module):
+            match node:
+                case ast.Call(func=ast.Name(id="Task"), keywords=keywords):
+                    said = {keyword.arg: keyword.value for keyword in keywords}
+                    if "command" in said:
+                        yield ": ".join(ast.literal_eval(said[key]) for key in ("name", "summary"))
+
+
+def _runnable() -> dict[str, "Task[Any, Any]"]:
+    from calmclip.models.tasks import TASKS
+
     return {name: TASKS.get(name) for name in TASKS.names() if TASKS.get(name).command}
 
 
@@ -184,6 +224,10 @@ def bench_command(argv: list[str]) -> int:
     )
     bundle_options(options, threads=1)
     args = options.parse_args(argv)
+    from calmclip.models.bundle.store import find
+    from calmclip.models.measure import latency, machine
+    from calmclip.models.runner import open_bundle
+
     sides = [(args.bundle, args.ops)]
     if args.against or args.against_ops:
         sides.append((args.against or args.bundle, args.against_ops or args.ops))
@@ -219,6 +263,8 @@ def _show(value: dict[str, Any]) -> None:
     manifest, report = value["manifest"], value["report"]
     print(f"{manifest['name']}   {manifest['precision']}   format {manifest['format']}   {value['digest'][:12]}")
     print(f"tasks    {', '.join(manifest['tasks'])}")
+    ops = ", ".join(manifest["ops"]["used"])
+    print(f"ops      {'standard ONNX operators alone: portable' if manifest['portable'] else ops or 'standard'}")
     if value["embedding_digest"]:
         print(f"embeds   {value['embedding_digest']}")
     print(f"source   {manifest['source']['net']} {manifest['source']['model']}, {manifest['source']['license']}")
@@ -231,6 +277,8 @@ def _show(value: dict[str, Any]) -> None:
         print(f"{role:8s} {how:10s} {ends[0]} -> {ends[1]}")
     total = sum(file["bytes"] for file in manifest["files"].values())
     print(f"files    {len(manifest['files'])}, {total / 1e6:.1f} MB")
+    for reason in report.get("mixed_because", ()):
+        print(f"not int8 {reason}")
     for role, numbers in report.get("embeddings", {}).items():
         print(f"report   {role} vectors against float: cosine {numbers['cosine_mean']} (least {numbers['cosine_min']})")
 
@@ -258,5 +306,7 @@ def _bench(value: dict[str, Any]) -> None:
         print(f"{role:8s} {'   '.join(cells)}{ratio}")
 
 
-def _noise(shape: tuple[int, ...]) -> Array:
+def _noise(shape: tuple[int, ...]) -> "Array":
+    import numpy as np
+
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)

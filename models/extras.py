@@ -5,8 +5,10 @@ calmclip is in no package index, so `pip install calmclip` does not work.
 
 import json
 import os
+import shlex
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import calmclip
 from calmclip.models.errors import ExtraMissing
@@ -22,6 +24,11 @@ EXTRAS = {
 }  # fmt: skip
 
 IMAGE = "CALMCLIP_IMAGE"  # the name of this image; set by the Dockerfile
+# value of IMAGE -> the image's name in docker-compose.yml, and its extras
+IMAGES = {
+    "export": ("calmclip-export", ("export", "nets")),
+    "service": ("calmclip", ("service", "postgres", "otel")),
+}
 
 
 def extra_of(module: str) -> str | None:
@@ -38,19 +45,30 @@ def missing(feature: str, package: str, extra: str) -> ExtraMissing:
 def how_to_install(extra: str) -> str:
     """The instruction for this copy of calmclip: in an image, a checkout, or a wheel."""
     if image := os.environ.get(IMAGE):
-        return f"the image {image!r} leaves out the extra {extra!r}: use the image that has it, or build one with it"
+        others = [name for stage, (name, extras) in IMAGES.items() if extra in extras and stage != image]
+        remedy = f"use the image {others[0]}" if others else "install calmclip outside of an image"
+        return f"this image leaves out the extra {extra!r}; {remedy}"
     root = Path(calmclip.__file__).parents[1]
     if (root / "pyproject.toml").is_file():
         return f"in {root}: pip install -e '.[{extra}]'"
-    return f"pip install '{_origin()}'".replace("calmclip", f"calmclip[{extra}]", 1)
+    if url := _origin():
+        return f"pip install 'calmclip[{extra}] @ {url}'"
+    return f"pip install './calmclip-{calmclip.__version__}-py3-none-any.whl[{extra}]', with the path of the wheel"
 
 
-def _origin() -> str:
-    """The requirement that pip installed, with the wheel's URL (PEP 610); else the wheel's name."""
+def how_to_install_file(requirements: Path) -> str:
+    """The same for a file of pinned requirements that ships with calmclip."""
+    if os.environ.get(IMAGE):
+        return f"this image leaves them out; use the image {IMAGES['export'][0]}"
+    return f"pip install --no-deps --require-hashes -r {shlex.quote(str(requirements))}"
+
+
+def _origin() -> str | None:
+    """The URL that pip installed from (PEP 610), if there is still a file."""
     try:
         direct_url = metadata.distribution("calmclip").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
-        direct_url = None
-    if direct_url and (url := json.loads(direct_url).get("url")):
-        return f"calmclip @ {url}"
-    return f"calmclip-{calmclip.__version__}-py3-none-any.whl"
+        return None
+    url = str(json.loads(direct_url).get("url", "")) if direct_url else ""
+    gone = url.startswith("file://") and not Path(unquote(urlsplit(url).path)).exists()
+    return None if gone else url or None

@@ -10,7 +10,7 @@ in ``register("name")``, both strings in ``@Endpoint("VERB", "/path")``, and ``N
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -44,18 +44,22 @@ def catalog(family: str) -> list[str]:
 
     No module of the family is imported. Raises `ModuleNotFoundError` if its package is not installed.
     """
+    names = {point.name for point in entry_points(group=f"calmclip.{family}")}
+    return sorted(names.union(*map(_registered, sources(family))))
+
+
+def sources(family: str) -> Iterator[ast.Module]:
+    """The sources of a family's modules. Raises as `catalog`."""
     package, _ = FAMILIES[family].split(":")
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    names = {point.name for point in entry_points(group=f"calmclip.{family}")}
     for folder in spec.submodule_search_locations:
         for module in iter_modules([folder]):
             if not module.name.startswith("_"):
                 path = Path(folder, module.name)
                 source = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
-                names |= _registered(ast.parse(source.read_text(encoding="utf-8")))
-    return sorted(names)
+                yield ast.parse(source.read_text(encoding="utf-8"))
 
 
 def _registered(module: ast.Module) -> set[str]:

@@ -1,4 +1,4 @@
-"""The verbs `serve`, `index` and `keys`."""
+"""The verbs `serve`, `index`, `collection` and `keys`. What a verb needs beyond its flags is imported after them."""
 
 import argparse
 import ctypes
@@ -9,13 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from calmclip.models.bundle.store import find, names
 from calmclip.models.cli import emit, parser
 from calmclip.models.errors import BadRequest, BundleNotFound, CalmclipError, ExtraMissing
-from calmclip.models.ops import library
-from calmclip.service import keys
-from calmclip.service.logs import log, log_process
-from calmclip.service.settings import API_KEY, KEYS, from_environment
 
 M_ARENA_MAX = -8  # of malloc.h
 
@@ -32,6 +27,8 @@ def serve_command(argv: list[str]) -> int:
     _common(options)
     options.add_argument("--load", help="comma-separated bundles; the first that serves a task is its default")
     given = options.parse_args(argv)
+    from calmclip.service.logs import log, log_process
+
     in_json = given.json or _log_of_the_environment() == "json"
     log_process("json" if in_json else "text")  # now, as wrong settings are a line of the log too
     try:
@@ -46,9 +43,12 @@ def serve_command(argv: list[str]) -> int:
 def _serve(given: argparse.Namespace) -> int:
     import uvicorn
 
+    from calmclip.models.bundle.store import find, names
+    from calmclip.models.ops import library
     from calmclip.service.app import create_app
     from calmclip.service.probes import Probes
     from calmclip.service.server import Protocol, Server
+    from calmclip.service.settings import from_environment
 
     settings = from_environment(
         bundles_dir=given.bundles, threads=given.threads, load=given.load, log="json" if given.json else None
@@ -86,8 +86,6 @@ def _serve(given: argparse.Namespace) -> int:
 
 def index_command(argv: list[str]) -> int:
     """`calmclip index DIR --collection NAME`: index a folder of pictures; exit 1 if none of them could be read."""
-    from calmclip.service.indexing import index
-
     options = parser("index", "Embed a folder of pictures into a collection. A second run resumes an interrupted one.")
     options.add_argument("folder", type=Path, metavar="DIR")
     options.add_argument("--collection", required=True)
@@ -97,6 +95,9 @@ def index_command(argv: list[str]) -> int:
     target.add_argument("--bundles", type=Path)
     options.add_argument("--threads", type=int)
     given = options.parse_args(argv)
+    from calmclip.service.indexing import index
+    from calmclip.service.settings import API_KEY, from_environment
+
     settings = from_environment(bundles_dir=given.bundles, threads=given.threads, deadline_ms=600_000)
     result = index(
         given.folder,
@@ -110,10 +111,46 @@ def index_command(argv: list[str]) -> int:
     return 1 if result["broken"] and not (result["added"] or result["skipped"]) else 0
 
 
+def collection_command(argv: list[str]) -> int:
+    """`calmclip collection list|export|import|re-embed|remove`."""
+    options = parser("collection", "The collections of a store, without a service.")
+    options.add_argument("--store", help="KIND:LOCATION; default: CALMCLIP_STORE, else the data directory's")
+    options.add_argument("--bundles", type=Path, help="directory of bundles; default: models/bundles")
+    verbs = options.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="names, bundles, items, and which collections do not open")
+    exporting = verbs.add_parser("export", help="write a collection to a Parquet file, also beside a running service")
+    exporting.add_argument("name")
+    exporting.add_argument("file", type=Path)
+    exporting.add_argument("--replace", action="store_true", help="replace the file")
+    importing = verbs.add_parser("import", help="read a file of `export` into the store")
+    importing.add_argument("file", type=Path)
+    importing.add_argument("--name", help="default: the name in the file")
+    importing.add_argument("--replace", action="store_true", help="replace the collection")
+    embedding = verbs.add_parser("re-embed", help="give a collection the vectors of another bundle")
+    embedding.add_argument("name")
+    embedding.add_argument("--model", help="the bundle; default: the present one of the same name")
+    embedding.add_argument("--folder", type=Path, help="the folder that was indexed, if no originals are kept")
+    embedding.add_argument("--drop", action="store_true", help="leave out the items that have no source")
+    embedding.add_argument("--threads", type=int, help="threads per graph; default: one per core")
+    verbs.add_parser("remove", help="delete a collection and all its items, also a damaged one").add_argument("name")
+    given = options.parse_args(argv)
+    from calmclip.service import collection_cli
+    from calmclip.service.settings import from_environment
+
+    settings = from_environment(store=given.store, bundles_dir=given.bundles, threads=getattr(given, "threads", None))
+    result = collection_cli.VERBS[given.verb](settings, given)
+    emit(given.json, result, collection_cli.show)
+    return 0
+
+
 def keys_command(argv: list[str]) -> int:
     """`calmclip keys add|list|remove`: the file that CALMCLIP_KEYS names."""
+    from calmclip.service import keys
+
     options = parser("keys", "The API keys of a service: a file of names, hashes and scopes.")
-    options.add_argument("--file", type=Path, default=os.environ.get(KEYS) or None, help="default: CALMCLIP_KEYS")
+    options.add_argument(
+        "--file", type=Path, default=os.environ.get(keys.VARIABLE) or None, help="default: CALMCLIP_KEYS"
+    )
     verbs = options.add_subparsers(dest="verb", required=True)
     adding = verbs.add_parser("add", help="create a key and print it; it is not stored")
     adding.add_argument("name")

@@ -9,41 +9,12 @@ from typing import Any
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import find, names, read
-from calmclip.models.cli import emit, parser
 from calmclip.models.errors import BadRequest, CalmclipError, CollectionNotFound, suggestion
 from calmclip.models.runner import open_bundle
 from calmclip.service import parquet
 from calmclip.service.files import check_name
-from calmclip.service.settings import Settings, from_environment
+from calmclip.service.settings import Settings
 from calmclip.service.stores import Info, Store, open_store
-
-
-def collection_command(argv: list[str]) -> int:
-    options = parser("collection", "The collections of a store, without a service.")
-    options.add_argument("--store", help="KIND:LOCATION; default: CALMCLIP_STORE, else the data directory's")
-    options.add_argument("--bundles", type=Path, help="directory of bundles; default: models/bundles")
-    verbs = options.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="names, bundles, items, and which collections do not open")
-    exporting = verbs.add_parser("export", help="write a collection to a Parquet file, also beside a running service")
-    exporting.add_argument("name")
-    exporting.add_argument("file", type=Path)
-    exporting.add_argument("--replace", action="store_true", help="replace the file")
-    importing = verbs.add_parser("import", help="read a file of `export` into the store")
-    importing.add_argument("file", type=Path)
-    importing.add_argument("--name", help="default: the name in the file")
-    importing.add_argument("--replace", action="store_true", help="replace the collection")
-    embedding = verbs.add_parser("re-embed", help="give a collection the vectors of another bundle")
-    embedding.add_argument("name")
-    embedding.add_argument("--model", help="the bundle; default: the present one of the same name")
-    embedding.add_argument("--folder", type=Path, help="the folder that was indexed, if no originals are kept")
-    embedding.add_argument("--drop", action="store_true", help="leave out the items that have no source")
-    embedding.add_argument("--threads", type=int, help="threads per graph; default: one per core")
-    verbs.add_parser("remove", help="delete a collection and all its items, also a damaged one").add_argument("name")
-    given = options.parse_args(argv)
-    settings = from_environment(store=given.store, bundles_dir=given.bundles, threads=getattr(given, "threads", None))
-    result = VERBS[given.verb](settings, given)
-    emit(given.json, result, _show)
-    return 0
 
 
 def _list(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +110,7 @@ def _embeddings(bundles: Path) -> dict[str, str]:
     return digests
 
 
-def _show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any]) -> None:
     for entry in result.get("collections", ()):
         if "damaged" in entry:
             print(f"{entry['name']:24s} does not open: {entry['damaged']}")

@@ -23,6 +23,7 @@ log = logging.getLogger("calmclip")
 
 Scope = Literal["read", "write", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+VARIABLE = "CALMCLIP_KEYS"  # the setting with the file's path
 PREFIX = "calmclip_"  # by which secret scanners and people recognize a key
 BITS = 256
 

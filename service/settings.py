@@ -19,12 +19,12 @@ from calmclip.models.errors import BadRequest
 from calmclip.models.extras import IMAGE
 from calmclip.models.ops.library import Mode
 from calmclip.models.preprocess.image import MAX_PIXELS
+from calmclip.service.keys import VARIABLE as KEYS
 
 MIB = 1 << 20
 HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # not an IP address: its last part begins with a digit
 ADDRESS = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 PREFIX = "CALMCLIP_"
-KEYS = "CALMCLIP_KEYS"
 API_KEY = "CALMCLIP_API_KEY"  # of `calmclip index --url`
 NO_SETTINGS = (API_KEY, IMAGE)  # variables that others read
 # What Kubernetes sets in each pod for each Service of its namespace, here for those whose name begins with calmclip.

@@ -159,7 +159,7 @@ APP = "import calmclip.service.app as app, calmclip.service.settings as it"
         (f"{APP}, calmclip.service.cli; app.create_app(it.Settings())", (*SERVICE, "opentelemetry.exporter")),
         ("import calmclip.service.stores as it; it.open_store('lancedb:FOLDER')", ("torch", "calmclip.export")),
         ("import calmclip.models.runner", ("torch", "calmclip.export", "calmclip.service", "onnx", "fastapi")),
-        ("import calmclip.models.evals.commands", ("torch", "calmclip.export", "scipy", "matplotlib", "tqdm", "onnx")),
+        ("import calmclip.models.evals.tables", ("torch", "calmclip.export", "scipy", "matplotlib", "tqdm", "onnx")),
         (
             "import calmclip.service.client",
             ("torch", "calmclip.models", "numpy", "pydantic", "fastapi", "starlette", "uvicorn", "orjson", "lancedb"),

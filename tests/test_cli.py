@@ -2,6 +2,8 @@ import builtins
 import json
 import re
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -9,10 +11,13 @@ import onnx
 import pytest
 from onnx import helper
 
+from calmclip.export import flags
+from calmclip.models import commands
 from calmclip.models.bundle.manifest import Manifest
 from calmclip.models.bundle.store import describe
 from calmclip.models.cli import VERBS, main
 from calmclip.models.runner import open_bundle
+from calmclip.models.tasks import TASKS
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -27,6 +32,41 @@ def test_every_verb_works_and_explains_itself(verb: str, capsys: pytest.CaptureF
     assert "--json" in out
 
 
+def test_help_and_a_list_of_names_load_nothing_that_a_verb_needs():
+    """Torch alone takes seconds and 300 MB. The flags of `train` are the fields of a record, those of `keys` name
+    scopes; their records need pydantic, and the one of `train` numpy."""
+    heavy = {"torch", "onnx", "onnxruntime", "numpy", "PIL", "pydantic", "tokenizers", "fastapi", "pyarrow", "lancedb"}
+    last = ["keys", "train"]
+    calls = [[verb, "--help"] for verb in VERBS if verb not in last]
+    calls += [
+        ["--help"],
+        ["--version"],
+        ["plugins"],
+        ["run", "mini-int8", "--help"],
+        *([verb, "--help"] for verb in last),
+    ]
+    script = f"""
+import contextlib, io, json, sys
+from calmclip.models.cli import main
+loaded = {{}}
+for call in {calls}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(call)
+    loaded[" ".join(call)] = sorted({heavy} & sys.modules.keys())
+print(json.dumps(loaded))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {call: modules for call, modules in json.loads(done.stdout).items() if modules}
+    assert loaded == {"keys --help": ["pydantic"], "train --help": ["numpy", "pydantic"]}
+
+
+def test_help_says_what_the_registered_plug_ins_say():
+    """Help reads their sources and imports none."""
+    assert flags.declared() == flags.imported() != []
+    runnable = {name: TASKS.get(name) for name in TASKS.names() if TASKS.get(name).command}
+    assert list(commands._summaries()) == [f"{name}: {task.summary}" for name, task in runnable.items()]
+
+
 def test_the_front_page_names_every_verb(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -37,6 +77,8 @@ def test_the_front_page_names_every_verb(capsys: pytest.CaptureFixture[str]):
 def test_an_unknown_verb_is_bad_usage_and_names_the_nearest(capsys: pytest.CaptureFixture[str]):
     assert main(["exprot"]) == 2
     assert "did you mean 'export'?" in capsys.readouterr().err
+    assert main(["--json", "check"]) == 2
+    assert "there is no verb '--json'" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_status_3_and_says_which(

