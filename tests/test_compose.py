@@ -165,50 +165,85 @@ def test_images_run_as_an_ordinary_user_or_as_any_user_of_group_0(name: str) -> 
     assert stage.env()["HOME"] == "/data"  # there is no passwd entry to read it from
     last = max(at for at, (kind, _) in enumerate(stage.steps) if kind == "USER")
     assert not [text for kind, text in stage.steps[:last] if kind == "RUN" and "/bundles" in text]
-    made = [text for text in STAGES["export"].all("RUN") if "calmclip export" in text]
-    assert [text for text in made if text.endswith("&& chmod -R g=u /bundles")] == made
+    (made,) = (text for text in STAGES["sealed"].all("RUN") if "calmclip export" in text)
+    assert made.endswith("&& chmod -R g=u /bundles")
 
 
-def test_the_service_image_copies_its_environment_its_bundle_and_its_sbom() -> None:
-    copies = [text.split() for text in STAGES["service"].all("COPY") if "--from" in text]
+@pytest.mark.parametrize(("name", "packages"), [("service", "packages"), ("export", "export-packages")])
+def test_an_image_copies_its_environment_its_bundle_and_its_sbom(name: str, packages: str) -> None:
+    copies = [text.split() for text in STAGES[name].all("COPY") if "--from" in text]
     assert {tuple(words[-2:]) for words in copies} == {
         ("/opt/calmclip", "/opt/calmclip"),
         ("/bundles", "/bundles"),
         ("/sbom", "/usr/share/sbom"),
     }
     (bundles,) = (words for words in copies if words[-1] == "/bundles")
-    assert "--chown=10001:0" in bundles
+    assert {"--from=bundle", "--chown=10001:0"} < set(bundles)
+    (environment,) = (words for words in copies if words[-1] == "/opt/calmclip")
+    assert f"--from={packages}" in environment
+
+
+def test_a_bundle_can_come_from_another_processor() -> None:
+    """`--build-context bundle=DIR` takes the place of the stage, so the stage holds files and no program."""
+    assert STAGES["bundle"].base == "scratch"
+    assert [kind for kind, _ in STAGES["bundle"].steps] == ["COPY"]
 
 
 def test_an_export_into_the_volume_leaves_no_float_bundle() -> None:
     """The service loads every bundle of the volume; the float one would cost it 145 MB."""
     from calmclip.export.cli import _export_parser
 
-    stage = STAGES["export"]
-    (command,) = (m[1] for text in stage.all("RUN") if (m := re.search(r"calmclip export (.*?) &&", text)))
-    for arguments in (command, stage.all("CMD")[-1].strip("[]").replace(",", " ")):
+    made = STAGES["sealed"].all("RUN")
+    (command,) = (m[1] for text in made if (m := re.search(r"calmclip export (.*?) &&", text)))
+    for arguments in (command, STAGES["export"].all("CMD")[-1].strip("[]").replace(",", " ")):
         given = _export_parser("export", "").parse_args(shlex.split(arguments))
         assert (given.checkpoint, str(given.out), given.keep_float) == ("mini", "/bundles", False)
 
 
 def test_the_service_image_has_no_torch() -> None:
-    locked = set(lock(STAGES["packages"], "/opt/calmclip"))
+    locked = set(locks(STAGES["packages"], "/opt/calmclip"))
     assert {"onnxruntime", "lancedb", "psycopg", "opentelemetry-sdk"} <= locked
     assert not locked & {"torch", "torchvision", "onnx", "transformers", "huggingface-hub"}
 
 
-def test_packages_of_the_service_image_have_hashes_or_are_ours() -> None:
-    for name in ("tools", "packages"):
-        for text in STAGES[name].all("RUN"):
+def test_packages_of_the_images_have_hashes_or_are_ours() -> None:
+    for stage in STAGES.values():
+        for text in stage.all("RUN"):
             for command in re.split(r"&&|\\;", text):
-                if re.search(r"\bpip\b.* (install|wheel|download)\b", command):
+                if re.search(r"\bpip\b.* (install|wheel|download)\b", command) and "uninstall" not in command:
                     ours = {"--no-deps"} <= set(command.split()) and command.split()[-1] in (".", "/wheels/*.whl")
                     assert ours or "--require-hashes" in command, command
                     assert "wheel" not in command.split() or "--no-build-isolation" in command
 
 
-def test_the_service_image_has_no_pip_and_no_compiler() -> None:
-    service, base, packages = STAGES["service"], STAGES["base"], STAGES["packages"]
+def test_a_second_build_downloads_what_is_new() -> None:
+    """The caches stay with the builder. pip's is locked: two stages that need a package download it once."""
+    for stage in STAGES.values():
+        assert "PIP_NO_CACHE_DIR" not in stage.env()
+        for text in stage.all("RUN"):
+            if "--require-hashes" in text:
+                assert "--mount=type=cache,target=/root/.cache/pip,sharing=locked " in text
+            if "apt-get" in text:
+                assert "rm -f /etc/apt/apt.conf.d/docker-clean" in text  # which empties the cache
+                for folder in ("/var/cache/apt", "/var/lib/apt"):
+                    assert f"--mount=type=cache,target={folder},sharing=locked " in text
+
+
+def test_torch_comes_from_the_index_of_cpu_builds_unless_the_caller_names_another() -> None:
+    (argument,) = STAGES["maker"].all("ARG")
+    name, _, index = argument.partition("=")
+    assert index == "https://download.pytorch.org/whl/cpu"
+    (command,) = (text for text in STAGES["maker"].all("RUN") if "requirements-torch.txt" in text)
+    assert f'${{{name}:+--index-url "${name}"}}' in command
+    for services in SERVICES.values():  # without a value: the caller's, else the Dockerfile's
+        assert [s["build"]["args"] for s in services.values() if "build" in s] == [[name], [name]]
+
+
+@pytest.mark.parametrize(
+    ("image", "environment"), [("service", "packages"), ("export", "export-packages")], ids=["service", "export"]
+)
+def test_an_image_has_no_pip_and_no_compiler(image: str, environment: str) -> None:
+    service, base, packages = STAGES[image], STAGES["base"], STAGES[environment]
     assert not [text for text in service.all("RUN") if re.search(r"\bapt|pip install|venv|ensurepip", text)]
     # COPY --from deletes nothing, so unwanted files must not be in the base stage
     assert service.base == "base"
@@ -216,7 +251,7 @@ def test_the_service_image_has_no_pip_and_no_compiler() -> None:
     assert not [text for text in [*base.all("RUN"), *base.all("COPY")] if "/opt/calmclip" in text]
     (command,) = (text for text in packages.all("RUN") if "-m venv" in text and "/opt/calmclip" in text)
     assert "--without-pip" in command
-    assert not {"pip", "setuptools", "wheel"} & set(lock(packages, "/opt/calmclip"))
+    assert not {"pip", "wheel"} & set(locks(packages, "/opt/calmclip"))
     # those of the base image, in /usr/local
     assert {"pip", "setuptools", "wheel"} <= removed(service.all("RUN")[len(base.all("RUN"))])
     first_copy = next(at for at, (name, _) in enumerate(service.steps) if name == "COPY")
@@ -225,25 +260,36 @@ def test_the_service_image_has_no_pip_and_no_compiler() -> None:
     )
 
 
-def test_the_sbom_lists_the_packages_of_the_environment_and_of_the_system() -> None:
-    sbom = STAGES["sbom"]
-    # Debian's list is that of the stage, which must have exactly the packages of the service
-    assert STAGES["packages"].base == "tools"
-    assert STAGES["tools"].base == "base"
-    assert sbom.base == "packages"
+@pytest.mark.parametrize(("list_", "packages"), [("sbom", "packages"), ("export-sbom", "export-packages")])
+def test_an_image_lists_its_packages_those_of_the_system_and_its_bundle(list_: str, packages: str) -> None:
+    sbom = STAGES[list_]
+    # Debian's list is that of the stage, which must have exactly the packages of the image
+    assert sbom.base == packages
+    assert {"tools", "base"} <= set(bases(sbom))
     assert not [text for text in sbom.all("RUN") if "apt-get" in text]
-    command = sbom.all("RUN")[-1]
-    assert "cyclonedx-py environment /opt/calmclip/bin/python" in command
-    assert "debsbom generate --sbom-type cdx" in command
-    assert {"cyclonedx-bom", "debsbom", "setuptools"} <= set(lock(STAGES["tools"], "/opt/tools"))
+    assert not [text for text in sbom.all("COPY") if "--from=ops" in text and "/opt/calmclip/" not in text]
+    python, script, *arguments = shlex.split(sbom.all("RUN")[-1])
+    assert (python, Path(script).name) == ("/opt/tools/bin/python", "sbom.py")
+    assert arguments == ["/opt/calmclip", "/sbom", "--reports", "/reports", "--bundles", "/bundles"]
+    assert "--from=bundle /bundles /bundles" in sbom.all("COPY")[-1]
+    for text in sbom.all("RUN"):  # each package has a report with its hash
+        if "pip --python /opt/calmclip install" in text:
+            assert "--report /reports/" in text
+    assert {"cyclonedx-bom", "debsbom", "setuptools", "build"} <= set(locks(STAGES["tools"], "/opt/tools"))
 
 
-def lock(stage: Stage, environment: str) -> dict[str, str]:
-    """name -> version of the packages that ``stage`` installs into ``environment``."""
-    (command,) = (text for text in stage.all("RUN") if "--require-hashes" in text and environment in text)
-    name = command.split()[-1]
-    (path,) = (source for text in stage.all("COPY") for source in text.split()[:-1] if Path(source).name == name)
-    return requirements.pinned(ROOT / path)
+def bases(stage: Stage) -> list[str]:
+    return [stage.base, *bases(STAGES[stage.base])] if stage.base in STAGES else []
+
+
+def locks(stage: Stage, environment: str) -> dict[str, str]:
+    """name -> version of the packages that ``stage`` and those below it install into ``environment``."""
+    commands = [text for text in stage.all("RUN") if "--require-hashes" in text and environment in text]
+    paths = [source for text in stage.all("COPY") for source in text.split()[:-1]]
+    versions: dict[str, str] = {}
+    for name in (command.split()[-1] for command in commands):
+        versions |= requirements.pinned(next(ROOT / path for path in paths if Path(path).name == name))
+    return versions
 
 
 def removed(command: str) -> set[str]:
@@ -255,35 +301,40 @@ def test_the_export_image_reads_the_checkpoints_that_compose_names() -> None:
     # `docker compose run --volume` takes a relative path for the name of a volume
     example = r'--volume "\$PWD/([\w-]+):(/\1):ro" export \2 --out /bundles\n'
     assert re.search(example, (ROOT / "docker-compose.yml").read_text())
-    (extras,) = (m[1] for text in STAGES["export"].all("RUN") if (m := re.search(r"\.\[(.*?)\]", text)))
-    assert set(extras.split(",")) == {"export", "nets"}
+    assert {"torch", "torchvision", "transformers", "timm", "open-clip-torch", "huggingface-hub", "onnx"} <= set(
+        locks(STAGES["export-packages"], "/opt/calmclip")
+    )
 
 
 def test_the_op_library_reaches_both_images_and_both_require_it() -> None:
     python = re.match(r"python:(\d+\.\d+)-", STAGES["base"].base)
     assert python
     installed = f"/opt/calmclip/lib/python{python[1]}/site-packages"
-    for name in ("export", "packages"):
+    for name in ("maker", "packages"):
         copied = [text.split()[1:] for text in STAGES[name].all("COPY") if "--from=ops" in text]
         assert copied == [[f"/app/{LIBRARY}", f"{installed}/calmclip/{LIBRARY}"]]
     for name in ("export", "service"):
         steps = STAGES[name].steps
         arrives = max(
-            at for at, (kind, text) in enumerate(steps) if kind == "COPY" and re.search("--from=(ops|packages)", text)
+            at
+            for at, (kind, text) in enumerate(steps)
+            if kind == "COPY" and re.search("--from=(export-)?packages", text)
         )
         loads = next(at for at, (kind, text) in enumerate(steps) if kind == "RUN" and "calmclip ops build" in text)
         assert arrives < loads  # without a compiler the command loads the library, or the build fails
         assert STAGES[name].env().get("CALMCLIP_OPS") == "required"
         assert not [text for text in STAGES[name].all("RUN") if "apt-get" in text]
-    command = next(text for text in STAGES["export"].all("RUN") if "calmclip export" in text)
+    command = STAGES["sealed"].all("RUN")[-1]
     assert command.index("ops build") < command.index("export mini")  # the report is measured with the library
+    assert STAGES["sealed"].env()["CALMCLIP_OPS"] == "required"
     assert LIBRARY in ignored_by_the_build(), "the image must not get the library of this checkout"
 
 
 def test_the_ops_stage_has_all_files_that_its_build_needs(tmp_path: Path) -> None:
     ops = STAGES["ops"]
     (packages,) = (text for text in ops.all("RUN") if "apt-get install" in text)
-    assert {"g++", "libonnxruntime-dev"} <= set(packages.split())
+    assert "apt-get install -y --no-install-recommends g++ " in packages
+    assert "apt-get download libonnxruntime-dev && dpkg --extract libonnxruntime-dev_*.deb /" in packages  # headers
     assert ops.all("WORKDIR")[-1] == "/app"
     for text in ops.all("COPY"):
         *sources, target = text.split()
@@ -325,6 +376,8 @@ def test_every_setting_that_is_set_exists() -> None:
     assert ours
     assert ours <= known | {extras.IMAGE}
     assert all(STAGES[name].env()[extras.IMAGE] == name for name in ("export", "service"))
+    built = {s["build"]["target"]: s["image"] for s in SERVICES["single"].values() if "build" in s}
+    assert built == {stage: image for stage, (image, _) in extras.IMAGES.items()}
 
 
 def test_one_port_from_the_command_to_the_scrape() -> None:
@@ -515,4 +568,4 @@ def test_volumes_are_mounted_at_the_folders_of_the_images() -> None:
         folders = {env["CALMCLIP_BUNDLES_DIR"]: "bundles", env["CALMCLIP_DATA_DIR"]: "data"}
         assert mounts(services["service"]) == folders
         assert mounts(services["export"]) == {env["CALMCLIP_BUNDLES_DIR"]: "bundles"}
-    assert f"--out {env['CALMCLIP_BUNDLES_DIR']}" in next(t for t in STAGES["export"].all("RUN") if "export mini" in t)
+    assert f"--out {env['CALMCLIP_BUNDLES_DIR']}" in next(t for t in STAGES["sealed"].all("RUN") if "export mini" in t)

@@ -1,4 +1,4 @@
-"""All packages of the service's image are pinned, and the pins satisfy pyproject.toml."""
+"""All packages of the images are pinned, and the pins satisfy pyproject.toml."""
 
 import re
 import shlex
@@ -23,7 +23,13 @@ FILES = {  # file -> the options of the command at its head
         ("--excludes", "service/deploy/excluded.txt"),
     },
     "service/deploy/requirements-build.txt": {("--group", "image")},
+    "service/deploy/requirements-export.txt": {
+        ("--extra", "export"),
+        ("--excludes", "service/deploy/excluded-export.txt"),
+    },
+    "service/deploy/requirements-nets.txt": {("--extra", "export"), ("--extra", "nets")},
 }
+TORCH = "service/deploy/requirements-torch.txt"  # of both files of export: written by hand, from another index
 # The image's environment, not that of the tests.
 TARGET = {"python_version": "3.11", "python_full_version": "3.11.14", "sys_platform": "linux", "os_name": "posix"}
 EACH = pytest.mark.parametrize("name", FILES)
@@ -41,12 +47,18 @@ def wanted(name: str) -> list[Requirement]:
     for option, value in FILES[name]:
         if option == "--extra":
             texts += [*project["dependencies"], *project["optional-dependencies"][value]]
-    return [Requirement(text) for text in texts]
+    needs = [Requirement(text) for text in texts]
+    return [need for need in needs if canonicalize_name(need.name) not in excluded(name)]
+
+
+def pins(name: str) -> dict[str, str]:
+    """Those of the file, and those of torch where it leaves them out."""
+    return pinned(ROOT / name) | (pinned(ROOT / TORCH) if "no-emit-package torch" in (ROOT / name).read_text() else {})
 
 
 @EACH
 def test_every_requirement_is_pinned_at_a_version_that_fits(name: str) -> None:
-    versions = pinned(ROOT / name)
+    versions = pins(name)
     assert len(wanted(name)) > 2
     assert not excluded(name) & set(versions)
     for need in wanted(name):
@@ -57,7 +69,7 @@ def test_every_requirement_is_pinned_at_a_version_that_fits(name: str) -> None:
 @EACH
 def test_the_requirements_of_pinned_packages_are_pinned_too(name: str) -> None:
     """For installed packages. Without them `pip install --require-hashes` fails, perhaps on one processor alone."""
-    versions = pinned(ROOT / name)
+    versions = pins(name)
     todo = [(requirement.name, frozenset(requirement.extras)) for requirement in wanted(name)]
     visited: set[tuple[str, frozenset[str]]] = set()
     while todo:
@@ -93,3 +105,19 @@ def test_the_head_has_the_command_and_no_line_has_an_index(name: str) -> None:
     (python,) = (value for option, value in options if option == "--python-version")
     assert f"FROM python:{python}-" in (ROOT / "Dockerfile").read_text()
     assert not re.search(r"://|--index|--extra-index|--find-links", text)
+
+
+def test_torch_is_the_cpu_build_for_both_processors() -> None:
+    """The build without CUDA has a local version; a package index has none such, so that none of its GB can come."""
+    assert pinned(ROOT / TORCH).keys() == {"torch", "torchvision"}
+    assert all(version.endswith("+cpu") for version in pinned(ROOT / TORCH).values())
+    assert [text.count("--hash=") for text in re.split(r"^torch", (ROOT / TORCH).read_text(), flags=re.M)[1:]] == [2, 2]
+
+
+def test_packages_that_several_files_pin_have_one_version() -> None:
+    """The export's image installs two of the files in one environment; a bundle is measured as it is served."""
+    versions: dict[str, set[str]] = {}
+    for name in FILES:
+        for package, version in pinned(ROOT / name).items():
+            versions.setdefault(package, set()).add(version)
+    assert not {package: several for package, several in versions.items() if len(several) > 1}
