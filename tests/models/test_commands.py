@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx.parser
 import pytest
 
 from calmclip.models.bundle.manifest import Manifest
@@ -34,6 +35,29 @@ def test_check_runs_graphs_that_load(detector: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "FAIL detect: " in out
     assert "ok   regions: boxes" in out
+
+
+def test_check_goes_on_after_a_graph_whose_inputs_are_unknown_and_one_that_breaks(
+    detector: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = (
+        '<ir_version: 8, opset_import: ["" : 17]> raw (float[1] frames) => (float[1] steps) {steps = Identity (frames)}'
+    )
+    onnx.save(onnx.parser.parse_model(model), detector / "raw.onnx")
+    (detector / "broken.onnx").write_bytes(b"no model")
+    file = detector / "bundle.json"
+    manifest = json.loads(file.read_text())
+    tensors = {name: {name: {"dtype": "float32", "shape": [1]}} for name in ("frames", "steps")}
+    raw = {"file": "raw.onnx", "batch": False, "inputs": tensors["frames"], "outputs": tensors["steps"]}
+    manifest["graphs"] = {"raw": raw, "broken": {**raw, "file": "broken.onnx"}, **manifest["graphs"]}
+    for name in ("raw", "broken"):
+        manifest["files"][f"{name}.onnx"] = manifest["files"]["detect.onnx"]  # until it is sealed again
+    file.write_text(json.dumps(manifest))
+    assert main(["check", resealed(detector)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "ok   raw: loads" in lines
+    assert [line[:12] for line in lines if "broken" in line] == ["FAIL broken:"]
+    assert "ok   detect: kept_boxes [1, 4] float32, finite" in lines
 
 
 def test_a_bundle_that_cannot_serve_does_not_pass(sealed: Path, capsys: pytest.CaptureFixture[str]):

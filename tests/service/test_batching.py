@@ -309,6 +309,12 @@ def test_the_queue_waits_for_a_run_in_a_callers_thread_and_merges_meanwhile():
         graph.gate.clear()
         here = asyncio.create_task(asyncio.to_thread(batcher.run_here, rows(1)))
         await asyncio.sleep(0.02)
+        second = asyncio.create_task(asyncio.to_thread(batcher.run_here, rows(9)))
+        await asyncio.wait([second], timeout=5)
+        if not second.done():
+            graph.gate.set()  # or the thread would never end
+        assert second.done()
+        assert await second is None  # the graph runs
         tasks = [asyncio.create_task(batcher.run(rows(i))) for i in (2, 3)]
         await asyncio.sleep(0.02)
         assert batcher.depth == 2  # they stay in the queue, where more calls can join them

@@ -167,7 +167,7 @@ def test_re_embed_changes_nothing_if_a_source_is_missing_and_follows_changed_fil
     assert meta["sha256"] != "0" * 64
 
 
-def test_export_import_list_and_remove(cli, store, settings, serve, bundle_maker, picture, tmp_path):
+def test_export_import_list_and_remove(cli, store, settings, serve, bundle_maker, picture, tmp_path, monkeypatch):
     bundle_maker(tmp_path / "bundles")
     fill(settings, serve, store, tmp_path, items(picture), keep_originals=True)
     before = exported(cli, tmp_path)
@@ -185,6 +185,10 @@ def test_export_import_list_and_remove(cli, store, settings, serve, bundle_maker
     output = cli("list")[1]
     assert [line.split()[0] for line in output.splitlines()] == ["c", "copy"]
     assert output.count("bundle: colours-int8") == 2
+    with closing(open_store(store, read_only=True)) as opened, monkeypatch.context() as patch:
+        names = type(opened).names
+        patch.setattr(type(opened), "names", lambda self: ["b", *names(self)])  # "b" is deleted before it is opened
+        assert cli("list") == (0, output)
     with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
         listed = client.get("/v1/collections").json()["collections"]
         assert [(entry["name"], entry["items"], entry["originals"]) for entry in listed] == [

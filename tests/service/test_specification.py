@@ -1,6 +1,6 @@
 """Schemathesis against /openapi.json of a running service: valid and invalid requests, with all its checks.
 
-The cases are the same in each run. ``make test-all`` makes many more cases.
+The cases are the same in each run. ``make test-slow`` makes many more cases.
 """
 
 import re

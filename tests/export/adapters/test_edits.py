@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from calmclip.export import flags, pipeline
-from calmclip.export.adapters import Adapt
+from calmclip.export.adapters import Adapt, tensors
 from calmclip.export.adapters.mix import mix, mix_heads
 from calmclip.export.adapters.stretch import stretch
 from calmclip.export.checkpoints import Weights
-from calmclip.export.nets import Net
+from calmclip.export.nets import NETS, Net
 from calmclip.export.recipe import load_adapters, load_recipe
 from calmclip.models.bundle.manifest import Plugin
 from calmclip.models.cli import main
@@ -214,6 +215,16 @@ def test_an_image_tower_that_does_not_fit_is_named(name: str, change, message: s
     torch.save(state, tmp_path / "tuned.pth")
     with pytest.raises(UnknownCheckpoint, match=message):
         load(base, over={"checkpoint": tmp_path / "tuned.pth"})
+
+
+def test_the_tensors_of_a_net_that_is_folded_or_whose_towers_have_no_names_cannot_be_edited(base: Path):
+    plugin = NETS.get("clip")
+    net = plugin.unfolded(str(base))
+    assert {name.split(".")[0] for name in tensors(net)} == {"image", "text"}
+    nameless = {role: replace(tower, prefix="") for role, tower in net.towers.items()}
+    for changed in (plugin.load(str(base)), replace(net, towers=nameless)):
+        with pytest.raises(BadRequest, match="does not keep the tensors"):
+            tensors(changed)
 
 
 def test_over_refuses_a_file_without_an_image_tower(base: Path, tmp_path: Path):

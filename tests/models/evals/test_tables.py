@@ -97,7 +97,8 @@ def test_resamples_without_a_value_are_skipped_and_a_constant_figure_has_a_point
     odds = tables.tabulate([side("a", [True, False])], how=HOW)
     row = odds.rows[1].figure
     assert (row.value, row.lower, row.upper) == (1.0, 0.0, 1.0)
-    assert tables.text(odds).splitlines()[4].split() == ["odds", "<b>", "1", "[0,", "1]"]
+    cells = ["odds <b>", " " * len("unit"), "1".rjust(len("50.00")), "[0, 1]".rjust(len("[0.00, 100.00]"))]
+    assert tables.text(odds).splitlines()[4] == "  ".join(cells)
     constant = tables.tabulate([side("a", [True, True, True])], how=HOW)
     assert (constant.rows[0].figure.lower, constant.rows[0].figure.upper) == (100.0, 100.0)
     assert constant.rows[1].figure.lower is None

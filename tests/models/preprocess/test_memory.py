@@ -11,7 +11,7 @@ from PIL import Image
 
 from calmclip.models.flow import Array
 from calmclip.models.preprocess import memory
-from calmclip.models.preprocess.memory import Band, Buffer, borrow, copy, in_bands
+from calmclip.models.preprocess.memory import Band, Buffer, borrow, copy, fits_bands, in_bands
 
 exports = pytest.mark.skipif(
     not hasattr(Image.Image, "__arrow_c_array__"), reason=f"Pillow {PIL.__version__} exports no buffer"
@@ -105,6 +105,17 @@ def test_a_copy_has_three_bytes_a_pixel():
     image = picture(7, 5)
     assert copy(image).strides == (21, 3)
     assert np.array_equal(read(copy(image), 5, 7), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("height", "shared"), [(9, 5 * 30 * 4), (3, 3 * 30 * 4)]
+)  # bytes of the rows within 2.5 of one
+def test_bands_are_refused_if_neighbours_share_more_than_one_holds(
+    monkeypatch: pytest.MonkeyPatch, height: int, shared: int
+):
+    for band, fits in ((shared, True), (shared - 1, False)):
+        monkeypatch.setattr(memory, "_BAND", band)
+        assert fits_bands(picture(30, height), 2.5) is fits
 
 
 @pytest.mark.parametrize("zero_copy", [True, False])

@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+from tests.asking import b64
+
 
 def test_boxes_come_in_pixels_of_the_picture(client, picture):
     # 64 x 64 is scaled by 1/8: a quarter is 32 x 32. Scaling down mixes a little across its edges.
@@ -33,3 +35,37 @@ def test_effective_settings_are_echoed(client, picture):
     # every quarter is red: cosine 1 with red, sqrt(1/2) with yellow: 8 pairs over 0.5, 3 of them kept
     assert answer.json()["suppression"] == {**suppression, "sigma": 0.5, "candidates": 8, "kept": 3}
     assert math.isclose(answer.json()["detections"][0]["raw_score"], 1, abs_tol=1e-6)
+
+
+def test_templates_replace_the_prompts_of_labels(client, picture):
+    """ "blue red" is (1, 0, 1) / sqrt(2): against a red quarter the cosine falls from 1 to sqrt(1/2)."""
+    image = picture("red", size=(64, 64))
+    prompts = {"labels": ["red"], "templates": ["blue {}"]}
+    client.put("/v1/classifiers/prompted", json={"labels": ["red"], "templates": ["green blue {}"]})  # 1/sqrt(3)
+    for fields, cosine in (
+        ({"labels": ["red"]}, 1),
+        (prompts, math.sqrt(1 / 2)),
+        ({"classifier": "prompted"}, math.sqrt(1 / 3)),
+        ({"classifier": "prompted", "templates": ["blue {}"]}, math.sqrt(1 / 2)),
+    ):
+        answer = client.post("/v1/detect", json={"image": b64(image), **fields})
+        assert answer.status_code == 200, answer.text
+        scores = [detection["raw_score"] for detection in answer.json()["detections"]]
+        assert scores == [pytest.approx(cosine, abs=1e-6)] * 4, fields
+    form = client.post("/v1/detect", files={"image": image}, data=prompts).json()
+    assert form["detections"][0]["raw_score"] == pytest.approx(math.sqrt(1 / 2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"labels": ["red"], "templates": ["{}"] * 33}, "33 templates were given; at most 32 are read"),
+        ({"labels": ["red"], "templates": ["{}" + "y" * 1000]}, "template 0 has 1002 characters"),
+        ({"labels": ["x" * 1001]}, "label 0 has 1001 characters"),
+        ({"labels": ["red"], "templates": ["none"]}, "{}"),
+    ],
+)
+def test_the_limits_of_labels_and_templates(client, picture, fields, words):
+    answer = client.post("/v1/detect", json={"image": b64(picture("red")), **fields})
+    assert answer.status_code == 422
+    assert words in answer.text

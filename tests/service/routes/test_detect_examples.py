@@ -17,8 +17,8 @@ LOWER_RIGHT = {"x0": 32, "y0": 32, "x1": 64, "y1": 64}
 
 def test_an_example_finds_similar_regions(client, picture):
     image = picture("red", "green", "green", "blue", size=(64, 64))
-    body = {"image": b64(image), "examples": [{"image": b64(picture("blue")), "label": "mine"}], "min_score": 0.99}
-    assert labels(client.post("/v1/detect", json=body)) == [("mine", 0, LOWER_RIGHT)]
+    body = {"image": b64(image), "examples": [{"image": b64(picture("blue")), "label": "猫"}], "min_score": 0.99}
+    assert labels(client.post("/v1/detect", json=body)) == [("猫", 0, LOWER_RIGHT)]
 
 
 def test_a_box_selects_a_part_of_the_example(client, picture):
@@ -84,6 +84,14 @@ def test_an_invalid_example_is_refused_with_a_reason(client, picture, example, s
 def test_at_most_8_examples_are_read(client, picture):
     answer = client.post("/v1/detect", json={"image": b64(picture("red")), "examples": [{"image": b64(b"")}] * 9})
     assert (answer.status_code, "9 examples were given; at most 8 are read" in answer.text) == (422, True)
+
+
+def test_an_example_is_refused_by_its_size_before_it_is_decoded(client, picture):
+    """A PNG that decodes, with 10 MiB after its end; one picture may have 10 MiB."""
+    files = [("image", picture("red")), ("examples", picture("blue")), ("examples", picture("blue") + bytes(10 << 20))]
+    answer = client.post("/v1/detect", files=files)
+    assert answer.status_code == 413
+    assert "example 1: the picture has" in answer.json()["detail"]
 
 
 def test_only_the_fields_of_a_request_override_the_bundles_defaults():
