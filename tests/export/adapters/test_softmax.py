@@ -102,7 +102,7 @@ def test_a_tower_that_runs_only_after_folding_is_measured(tmp_path: Path):
     """SigLIP's pooling is such a tower."""
     adapter = Adapt(name="softmax", params={"kind": CLIPPED, "force": True})
     net = load("clip", str(siglip.hf_siglip(tmp_path)), Weights(), [adapter])
-    assert 0.9 < float(net.source.notes.split("mean cosine ")[1].split()[0]) < 0.9999
+    assert 0.8 < float(net.source.notes.split("mean cosine ")[1].split()[0]) < 0.9999
 
 
 def test_force_on_the_command_line_completes_a_recipe():
