@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 HEADER := /usr/include/onnxruntime/onnxruntime_cxx_api.h
 APT    := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libonnxruntime-dev
 WEIGHTS := export/nets/mini/weights.txt
-SPREAD := --numprocesses auto --dist loadgroup
+SPREAD := --numprocesses auto --dist loadfile
 
 .PHONY: setup ops serve test test-slow sanitize lint bench bench-ops bench-export bench-search mutations up release clean
 
@@ -24,7 +24,7 @@ test: $(VENV)/.dev ops  ## the tests of seconds; a process for each core
 	$(BIN)/python -m pytest $(SPREAD)
 
 test-slow: $(VENV)/.slow ops  ## the tests of minutes: every layout and engine, kill -9, sanitizers, Ray, full size
-	$(BIN)/python -m pytest -m slow -v --durations=20 $(SPREAD)
+	$(BIN)/python -m pytest -m slow -vv --durations=20 $(SPREAD)
 
 sanitize: $(VENV)/.dev ops  ## the operators' tests over a library built with AddressSanitizer and UBSan
 	$(BIN)/python -m pytest -m slow -rs tests/models/ops/test_sanitizers.py

@@ -25,14 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
         build.FOLDER = folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs a file whole, for its fixtures' sake, unless the file groups its tests itself."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
-
-
 @pytest.fixture(scope="session")
 def library() -> Library:
     """The compiled op library. Without it a test is skipped; in CI it fails."""

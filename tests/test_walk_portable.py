@@ -25,7 +25,7 @@ from calmclip.models.preprocess.image import decode
 from calmclip.models.runner import Runner, open_bundle
 from tests import engines, process
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("portable")]
+pytestmark = pytest.mark.slow
 Open = Callable[[str, str], Runner]
 ENOUGH = 0.9999  # cosine of the same graph in two engines
 PICTURES = ("cat", "coffee", "astronaut", "rocket")
