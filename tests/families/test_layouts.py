@@ -66,6 +66,7 @@ def test_towers_answer_as_the_layouts_reference_does(name: str, checkpoint, phot
         assert np.abs(wanted[0] - wanted[1]).max() > 1e-2  # the inputs differ, so the comparison means something
 
 
+VISIBLE = 2.5e-5  # more than the comparison with the reference allows
 IDLE = {  # parameters that change no answer
     "*k_norm.bias": "adds the same to all logits of a token",
     "*.at.k.bias": "adds the same to all logits of a token",
@@ -87,7 +88,7 @@ def test_every_norm_and_bias_of_its_checkpoint_changes_the_answers(name: str, ch
             if parameter.ndim == 1 and not any(fnmatch(f"{role}.{key}", pattern) for pattern in IDLE):
                 original, parameter.data = parameter.data, torch.full_like(parameter, float(key.endswith("weight")))
                 after = [run(feed)[f"{role}_embeds"] for feed in fed]
-                assert max(np.abs(old - new).max() for old, new in zip(before, after, strict=True)) > 1e-4, key
+                assert max(np.abs(old - new).max() for old, new in zip(before, after, strict=True)) > VISIBLE, key
                 parameter.data = original
 
 

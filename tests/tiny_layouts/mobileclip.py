@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.tiny import spread
 from tests.tiny_layouts.trunks import trained
 
-DIM = 16
+DIM = 64
 WIDTH = 64
 
 

@@ -1,4 +1,4 @@
-"""SigLIP checkpoints of two layers and width 32: Hugging Face's by transformers, open_clip's by timm and open_clip."""
+"""SigLIP checkpoints of two layers: Hugging Face's, 64 wide, by transformers; open_clip's by timm and open_clip."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from tests.tiny import spread
 DATA = Path(__file__).parents[1] / "data" / "siglip"  # a SentencePiece model of 420 pieces, and what it makes of texts
 KNOWN = json.loads((DATA / "ids.json").read_text(encoding="utf-8"))  # 500 strings, and SigLIP's ids of them
 CONTEXT = 64
-_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
 
 def hf_siglip(directory: Path) -> Path:
-    """SigLIP's directory: 32-pixel pictures, bicubic, a SentencePiece tokenizer, 32-d vectors."""
+    """SigLIP's directory: 32-pixel pictures, bicubic, a SentencePiece tokenizer, 64-d vectors."""
     _hf(directory, words=600, resample=3)
     shutil.copy(DATA / "spiece.model", directory)
     return directory

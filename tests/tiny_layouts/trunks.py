@@ -7,9 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from calmclip.export import samples
 from tests.tiny import MEAN, STD, spread
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -73,7 +76,7 @@ def write(
 
     register()
     torch.manual_seed(0)
-    config = {"embed_dim": 16, "vision_cfg": {**vision, "timm_model_pretrained": False}, "text_cfg": text}
+    config = {"embed_dim": 64, "vision_cfg": {**vision, "timm_model_pretrained": False}, "text_cfg": text}
     clip = getattr(open_clip.model, kind)(**config)
     for part in (clip.token_embedding, clip.transformer, clip.ln_final) if kind == "CLIP" else (clip.text,):
         spread(part)
@@ -90,26 +93,29 @@ def write(
 def trained(module: torch.nn.Module, side: int = 64) -> None:
     """Statistics and scales as training leaves them: what is 0 or 1 at the start hides what a fold gets wrong.
 
-    Batch norms get the statistics of what they read, so that signals keep their size whatever the depth.
+    Batch norms get the statistics of what they read in photographs, so that signals keep their size at any depth.
     """
     norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "layer_scale" in name or name.endswith("gamma"):
-                parameter.uniform_(0.05, 0.5)
+                parameter.uniform_(0.1, 0.5)
             elif parameter.ndim < 2:
-                parameter.add_(torch.empty_like(parameter).uniform_(-0.2, 0.2))
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
         for norm in norms:
             norm.momentum = None  # of the batches it sees, the plain mean
             norm.reset_running_stats()
         module.train()
-        pictures = torch.rand(4, 3, side, side)
-        if side > 64:  # five stages leave few places, so the statistics need pictures that differ as photographs do
-            pictures = (
-                torch.nn.functional.interpolate(torch.rand(16, 3, 6, 6), side, mode="bicubic") + 0.1 * pictures[:1]
-            )
-        module(pictures)
+        module(photographs(side))
         module.eval()
+
+
+def photographs(side: int) -> torch.Tensor:
+    """float32 [21, 3, side, side], squashed: those that ship for calibration, and none that certifies an export."""
+    paths = [path for path in samples.calibration_pictures() if not path.stem.startswith("leaves")]
+    pictures = [Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for path in paths]
+    stacked = np.stack([np.asarray(picture, np.float32) for picture in pictures]).transpose(0, 3, 1, 2)
+    return (torch.from_numpy(stacked) / 255 - 0.48) / 0.27
 
 
 def drawn(module: torch.nn.Module) -> None:
