@@ -49,6 +49,7 @@ def compare(checkpoint: Path | str, out: Path) -> None:
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_two_exports_of_a_checkpoint_differ_in_created_alone(tiny_vit: Path, tmp_path: Path):
     compare(tiny_vit, tmp_path)
 

@@ -271,6 +271,7 @@ def test_the_balancer_answers_in_problem_documents(two: tuple[Replica, Replica],
         assert none.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 def test_overload_ejects_no_replica_and_every_refusal_is_a_problem(bundles, picture, tmp_path: Path) -> None:
     """Ten times what three replicas can do, and so many connections that their event loops are late by a second."""
     request = posted("/v1/classify?labels=red", picture("red", size=(2000, 1500)), {"Content-Type": "image/png"})

@@ -22,6 +22,7 @@ from tests.process import serving
 
 TOGETHER = 4  # items of one upsert
 CLIENTS = 3
+ROUNDS = 100
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 MEANS = {"colours-int8": (0, 0, 0), "shifted-int8": (0.5, 0.25, 0)}  # of the two bundles
 BUSY = (503, 504)  # of a request that waited for re-embed
@@ -189,14 +190,14 @@ def bundles(bundle_maker, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["lancedb", "pgvector"])
-def test_nothing_acknowledged_is_lost(bundles, tmp_path, picture, request, store, count):
+def test_nothing_acknowledged_is_lost(bundles, tmp_path, picture, request, store):
     shared = store == "pgvector"
     environment = {"CALMCLIP_STORE": f"pgvector:{request.getfixturevalue('postgres').database()}"} if shared else {}
     trial = Trial(bundles, tmp_path / "data", picture, beside=shared, **environment)
-    trial.rounds(count)
+    trial.rounds(ROUNDS)
     print(
-        f"{store}: {count} rounds, {len(trial.acknowledged)} upserts and {len(trial.deleted)} deletions acknowledged, "
+        f"{store}: {ROUNDS} rounds, {len(trial.acknowledged)} upserts and {len(trial.deleted)} deletions acknowledged, "
         f"re-embed: {trial.embedded} complete, {trial.killed} killed"
     )

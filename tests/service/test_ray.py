@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationW
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "service" / "deploy" / "ray.yaml"
-READY_S, GONE_S = 120, 60
+READY_S, GONE_S = 180, 180
 REQUESTS = 24
 
 
