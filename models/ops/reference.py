@@ -221,6 +221,52 @@ def quant_pointwise(
     return quant_linear(x, x_scale, x_zero, weight, weight_scale, bias, y_scale, y_zero)
 
 
+def quant_conv(
+    x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array, y_scale: Array,
+    y_zero: Array, *, strides: tuple[int, int] = (1, 1), pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Array:  # fmt: skip
+    """A convolution with channels last, quantized.
+
+    x uint8 [B, H, W, C], weight int8 [h, w, C, N], bias float32 [N], y_scale and y_zero one or [N]; ``pads`` top, left,
+    bottom, right -> uint8 [B, H', W', N]; no row or column if the window does not fit. Sums are integers; scale and
+    bias are float32, two roundings; everything else is float64. Raises ValueError if x does not have C channels.
+    Source: Jacob et al. 2017 (arXiv 1712.05877), section 2.2.
+    """
+    height, width, channels, columns = weight.shape
+    if x.shape[-1] != channels:
+        raise ValueError(f"x has {x.shape[-1]} channels; expected {channels}, because the weight is {weight.shape}")
+    picture, sides = _padded(x, x_zero, (height, width), strides, pads)
+    sums = np.zeros((len(x), *sides, columns), np.int64)
+    for i, j in np.ndindex(height, width):
+        sums += _taps(picture, (i, j), strides, sides) @ weight[i, j].astype(np.int64)
+    return quantize(_scaled(sums, x_scale, weight_scale, bias).astype(np.float64), y_scale, y_zero)
+
+
+def _padded(
+    x: Array, x_zero: Array | int, window: tuple[int, int], strides: tuple[int, int], pads: tuple[int, int, int, int]
+) -> tuple[Array, tuple[int, ...]]:
+    """-> x - x_zero, int64, with ``pads`` of 0; and how many windows fit along its height and width."""
+    top, left, bottom, right = pads
+    picture = x.astype(np.int64) - np.asarray(x_zero, np.int64)
+    picture = np.pad(picture, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    steps = zip(picture.shape[1:3], window, strides, strict=True)
+    return picture, tuple(max(0, (side - size) // stride + 1) for side, size, stride in steps)
+
+
+def _taps(picture: Array, tap: tuple[int, int], strides: tuple[int, int], sides: tuple[int, ...]) -> Array:
+    """The numbers that every window has at the place ``tap``: [B, *``sides``, C]."""
+    rows, columns = (slice(at, None, stride) for at, stride in zip(tap, strides, strict=True))
+    taps: Array = picture[:, rows, columns][:, : sides[0], : sides[1]]
+    return taps
+
+
+def _scaled(sums: Array, x_scale: Array, weight_scale: Array, bias: Array) -> Array:
+    """Integer sums in float32, two roundings."""
+    scale = np.asarray(x_scale, np.float32) * np.asarray(weight_scale, np.float32)
+    scaled: Array = sums.astype(np.float32) * scale + bias
+    return scaled
+
+
 def quant_linear_to_float(
     x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array,
     residual: Array, *, activation: int = 0,
@@ -234,7 +280,7 @@ def _linear(
 ) -> Array:
     """`quant_linear` before it is quantized, float32."""
     sums = (x.astype(np.int64) - np.asarray(x_zero, np.int64)) @ weight.astype(np.int64)
-    y: Array = sums.astype(np.float32) * (np.asarray(x_scale, np.float32) * weight_scale) + bias
+    y = _scaled(sums, x_scale, weight_scale, bias)
     return _ACTIVATE[ACTIVATIONS[activation]](y.astype(np.float64)).astype(np.float32)
 
 
@@ -339,20 +385,24 @@ def quant_depthwise(
     """
     if x.shape[-1] != group:
         raise ValueError(f"group is {group} and x has {x.shape[-1]} channels; expected {x.shape[-1]}")
-    top, left, bottom, right = pads
-    picture = x.astype(np.int64) - np.asarray(x_zero, np.int64)
-    picture = np.pad(picture, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    height, width = weight.shape[:2]
-    down, across = (
-        max(0, (side - size) // stride + 1)
-        for side, size, stride in zip(picture.shape[1:3], (height, width), strides, strict=True)
-    )
-    sums = np.zeros((len(x), down, across, group), np.int64)
-    for i, j in np.ndindex(height, width):
-        rows, columns = (slice(at, None, stride) for at, stride in zip((i, j), strides, strict=True))
-        sums += picture[:, rows, columns][:, :down, :across] * weight[i, j].astype(np.int64)
-    scale = np.asarray(x_scale, np.float32) * np.asarray(weight_scale, np.float32)
-    return quantize(sums.astype(np.float32) * scale + bias, y_scale, y_zero)
+    picture, sides = _padded(x, x_zero, weight.shape[:2], strides, pads)
+    sums = np.zeros((len(x), *sides, group), np.int64)
+    for i, j in np.ndindex(weight.shape[:2]):
+        sums += _taps(picture, (i, j), strides, sides) * weight[i, j].astype(np.int64)
+    return quantize(_scaled(sums, x_scale, weight_scale, bias), y_scale, y_zero)
+
+
+def quant_max_pool(
+    x: Array, *, window: tuple[int, int] = (2, 2), strides: tuple[int, int] = (1, 1),
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> Array:  # fmt: skip
+    """The greatest number of each window: uint8 [B, H, W, C] -> uint8 [B, H', W', C]; ``pads`` top, left, bottom,
+    right."""
+    picture, sides = _padded(x, 0, window, strides, pads)
+    y = np.zeros((len(x), *sides, x.shape[-1]), np.int64)
+    for i, j in np.ndindex(window):
+        y = np.maximum(y, _taps(picture, (i, j), strides, sides))
+    return y.astype(np.uint8)
 
 
 def quant_lookup(x: Array, table: Array) -> Array:

@@ -167,6 +167,25 @@ QUANT_POINTWISE = Op(
     outputs={"y": _tensor("uint8", "B", "H", "W", "N")},
 )
 
+# A convolution with channels last: quantize(sum over the window and C of (x - x_zero) w * x_scale * weight_scale +
+# bias). Outside the picture x is x_zero. Sums and roundings are those of QUANT_LINEAR, sides and pads those of
+# QUANT_DEPTHWISE. A number is a sum of at most 65536 products, where w C counts as the next multiple of 4.
+QUANT_CONV = Op(
+    "QuantConv",
+    inputs={
+        "x": _tensor("uint8", "B", "H", "W", "C"),
+        "x_scale": _tensor("float32"),
+        "x_zero": _tensor("uint8"),
+        "weight": _tensor("int8", "h", "w", "C", "N"),
+        "weight_scale": _tensor("float32", "N"),  # or one number of rank 0
+        "bias": _tensor("float32", "N"),
+        "y_scale": _tensor("float32", "..."),
+        "y_zero": _tensor("uint8", "..."),
+    },
+    outputs={"y": _tensor("uint8", "B", "H'", "W'", "N")},
+    attributes={"strides": (1, 1), "pads": (0, 0, 0, 0)},
+)
+
 # Attention on uint8: softmax(q k^T + mask) v for each of H heads of d numbers; q_scale includes the scale d^-1/2. q, k
 # and v may be one tensor: each is the W = H d columns of its input from `*_start` on. k and v have the zero point 128.
 # logits = (q - q_zero) k^T, exact in int32, * (q_scale * k_scale), + mask. p is that of SOFTMAX, with gamma and zeta,
@@ -250,6 +269,15 @@ QUANT_DEPTHWISE = Op(
     },
     outputs={"y": _tensor("uint8", "B", "H'", "W'", "C")},
     attributes={"strides": (1, 1), "pads": (0, 0, 0, 0), "group": 1},
+)
+
+# The greatest number of each window, channels last: MaxPool of ONNX. Outside of the picture nothing counts; a window
+# without a place in the picture gives 0. Sides and pads are those of QUANT_DEPTHWISE.
+QUANT_MAX_POOL = Op(
+    "QuantMaxPool",
+    inputs={"x": _tensor("uint8", "B", "H", "W", "C")},
+    outputs={"y": _tensor("uint8", "B", "H'", "W'", "C")},
+    attributes={"window": (2, 2), "strides": (1, 1), "pads": (0, 0, 0, 0)},
 )
 
 # table[x]: any function of one variable from uint8 to uint8. y may have the memory of x.

@@ -114,6 +114,18 @@ def _pointwise(random: Random) -> dict[str, Array]:
     return feeds | {"x": feeds["x"][:, :, None], "y_scale": _float(0.02), "y_zero": _bytes(random)}
 
 
+def _windowed(random: Random) -> dict[str, Array]:
+    """Whole and partial tiles and panels; rows of windows that fill no whole words. Results are about 1."""
+    channels, n = (int(random.integers(1, limit)) for limit in (20, 70))
+    return {
+        "x": _bytes(random, *(int(random.integers(1, limit)) for limit in (3, 9, 40)), channels),
+        "x_scale": _float(0.02), "x_zero": _bytes(random),
+        "weight": random.integers(-128, 128, (3, 3, channels, n), np.int8),
+        "weight_scale": (random.uniform(0.5, 1, n) / (240 * np.sqrt(channels))).astype(np.float32),
+        "bias": random.normal(0, 1, n).astype(np.float32), "y_scale": _float(0.02), "y_zero": _bytes(random),
+    }  # fmt: skip
+
+
 def _added_layer(random: Random) -> dict[str, Array]:
     feeds = _layer(random)
     shape = (*feeds["x"].shape[:-1], len(feeds["bias"]))
@@ -165,6 +177,10 @@ def _convolved(random: Random) -> dict[str, Array]:
         "bias": random.normal(0, 1, 80).astype(np.float32),
         "y_scale": random.uniform(0.01, 0.03, 80).astype(np.float32), "y_zero": _bytes(random, 80),
     }  # fmt: skip
+
+
+def _bytes_of_a_picture(random: Random) -> dict[str, Array]:
+    return {"x": _bytes(random, *(int(random.integers(1, limit)) for limit in (3, 12, 20, 100)))}
 
 
 def _looked_up(random: Random) -> dict[str, Array]:
@@ -234,6 +250,9 @@ TABLE = (
         Probe("quant_pointwise", _pointwise, {}, _quantizer("y") | {"x": _tensor("uint8", "B", "H", "W", "K")},
               {"y": _tensor("uint8", "B", "H", "W", "N")}),
     )),
+    Row(spec.QUANT_CONV, reference.quant_conv, 1, (
+        Probe("quant_conv", _windowed, {"strides": (2, 1), "pads": (2, 1, 0, 1)}, _quantizer("y")),
+    )),
     Row(spec.QUANT_ATTENTION, reference.quant_attention, 1, (
         Probe("quant_attention", lambda random: _attention(random, 0), _HEADS, _HEADED),
         Probe("clipped_quant_attention", lambda random: _attention(random, 1 / 255), _HEADS | _CLIP, _HEADED),
@@ -250,6 +269,9 @@ TABLE = (
         Probe("quant_depthwise", _convolved, {"strides": (2, 1), "pads": (2, 1, 0, 1), "group": 80},
               {"x": _tensor("uint8", "B", "H", "W", 80)} | _quantizer("x") | _quantizer("y", 80),
               {"y": _tensor("uint8", "B", "h", "w", 80)}),
+    )),
+    Row(spec.QUANT_MAX_POOL, reference.quant_max_pool, 0, (
+        Probe("quant_max_pool", _bytes_of_a_picture, {"window": (3, 2), "strides": (2, 1), "pads": (1, 0, 2, 1)}),
     )),
     Row(spec.QUANT_LOOKUP, reference.quant_lookup, 0, (
         Probe("quant_lookup", _looked_up, {}, {"x": _BYTES}, {"y": _BYTES}),

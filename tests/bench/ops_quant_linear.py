@@ -95,7 +95,7 @@ def _sides(
     ours = _session(weights, feeds, activation, threads, library)
     theirs = _session(weights, feeds, activation, threads, None)
     return {
-        "peak": _peak(library, LAYERS * rows * k * n, threads),
+        "peak": peak(library, LAYERS * rows * k * n, threads),
         "op": _bound(ours, feeds, rows, n),
         "onnxruntime": _bound(theirs, feeds, rows, n),
         "torch": _torch(weights, feeds["x"]),
@@ -190,7 +190,7 @@ def _torch(weights: list[np.ndarray], x: np.ndarray) -> Side:
     return lambda: [torch.ops.quantized.linear(rows, weight, 0.02, 120) for weight in packed]
 
 
-def _peak(library: Library, macs: int, threads: int) -> Side:
+def peak(library: Library, macs: int, threads: int) -> Side:
     """The peak of one thread, times the threads."""
     address = next(k.address for k in library.kernels if k.name == "int8_peak" and k.isa == library.isas["int8_peak"])
     function, rounds = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_size_t)(address), macs // (PEAK_MACS * threads)

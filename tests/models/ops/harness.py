@@ -138,7 +138,7 @@ def near(y: np.ndarray, exact: np.ndarray, *, most: float = 0.01) -> bool:
 class Edge:
     """Tensors whose last byte is the last byte of readable memory."""
 
-    PAGES = 16
+    PAGES = 64
 
     def __init__(self) -> None:
         self.maps: list[mmap.mmap] = []

@@ -5,9 +5,11 @@
 
 #include "quant_add.h"
 #include "quant_attention.h"
+#include "quant_conv.h"
 #include "quant_depthwise.h"
 #include "quant_linear.h"
 #include "quant_lookup.h"
+#include "quant_max_pool.h"
 #include "quant_rows.h"
 #include "resize.h"
 #include "soft_nms.h"

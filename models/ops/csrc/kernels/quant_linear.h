@@ -61,6 +61,9 @@ struct Product {
   const int8_t* ahead;
   size_t ahead_step;
   int32_t* sums;
+  // The panel goes on with `steps` of each further line of x; only the VNNI kernels read these two.
+  const uint8_t* const* line = nullptr;
+  size_t lines = 1;  // with x, which is line[0]
 };
 
 // The peak rate of byte products: rounds * kPeakMacs multiply-accumulates of uint8 and int8 in registers, in the widest

@@ -5,10 +5,13 @@
 #include <cstring>
 
 #include "activation_curve.h"
+#include "quant_conv.h"
 
 namespace calmclip {
 
 extern "C" QuantLinear quant_linear_avx2;
+extern "C" QuantConv quant_conv_avx2;
+extern "C" QuantConvTiles quant_conv_tiles_avx2;
 extern "C" Int8Peak int8_peak_avx2;
 
 namespace {
@@ -118,8 +121,68 @@ struct V {
 };
 
 #include "quant_linear_body.inc"
+#include "quant_conv_body.inc"
+
+struct W {
+  using S = __m256i;
+  static constexpr size_t kShorts = 16, kRows = 3, kBlock = 6;
+  static S bytes(const uint8_t* p, S zero) {
+    return _mm256_sub_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), zero);
+  }
+  static S set(int16_t x) { return _mm256_set1_epi16(x); }
+  static S add16(S a, S b) { return _mm256_add_epi16(a, b); }
+  static S sub16(S a, S b) { return _mm256_sub_epi16(a, b); }
+  template <int factor>
+  static S times16(S x) {
+    return _mm256_slli_epi16(x, factor / 2);  // 2 and 4
+  }
+  static void store16(int16_t* p, S x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+
+  template <size_t rows>
+  static void product_of(const Product& p) {
+    __m256i sum[rows][4] = {};
+    const int8_t *w = p.panel, *ahead = p.ahead;
+    for (size_t i = 0; i < p.steps; ++i, w += 4 * kPanel, ahead += p.ahead_step) {
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      _mm_prefetch(ahead + 64, _MM_HINT_T1);
+#pragma GCC unroll 3
+      for (size_t r = 0; r < rows; ++r) {
+        int32_t two;
+        std::memcpy(&two, p.x + r * p.stride + 4 * i, sizeof two);
+        const __m256i x = _mm256_set1_epi32(two);
+#pragma GCC unroll 4
+        for (size_t c = 0; c < 4; ++c)
+          sum[r][c] = dot(sum[r][c], x, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + c));
+      }
+    }
+#pragma GCC unroll 3
+    for (size_t r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (size_t c = 0; c < 4; ++c) store32(p.sums + r * kPanel + 8 * c, sum[r][c]);
+  }
+  static void product(size_t rows, const Product& p) {
+    rows == 1 ? product_of<1>(p) : rows == 2 ? product_of<2>(p) : product_of<3>(p);
+  }
+
+  static V::I add32(V::I a, V::I b) { return _mm256_add_epi32(a, b); }
+  static V::I sub32(V::I a, V::I b) { return _mm256_sub_epi32(a, b); }
+  template <int factor>
+  static V::I times32(V::I x) {
+    return _mm256_slli_epi32(x, factor == 8 ? 3 : factor / 2);
+  }
+  static V::I quotient(V::I x) {
+    return _mm256_srai_epi32(_mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(kNinth))), 6);
+  }
+  static void store32(int32_t* p, V::I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+};
+
+#include "quant_conv_tiles_body.inc"
 
 }  // namespace
+
+void quant_conv_avx2(const ConvWork& work, const ConvPart& part) { conv<12>(work, part, sum_tile); }
+
+void quant_conv_tiles_avx2(const ConvWork& work, const ConvTilesPart& part) { conv_tiles(work, part); }
 
 void quant_linear_avx2(const LinearWork& work, size_t first, size_t last) { linear(work, first, last); }
 

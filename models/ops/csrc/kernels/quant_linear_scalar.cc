@@ -4,10 +4,13 @@
 #include <cstring>
 
 #include "activation_curve.h"
+#include "quant_conv.h"
 
 namespace calmclip {
 
 extern "C" QuantLinear quant_linear_scalar;
+extern "C" QuantConv quant_conv_scalar;
+extern "C" QuantConvTiles quant_conv_tiles_scalar;
 extern "C" Int8Peak int8_peak_scalar;
 
 namespace {
@@ -67,8 +70,53 @@ struct V {
 };
 
 #include "quant_linear_body.inc"
+#include "quant_conv_body.inc"
+
+struct W {
+  using S = int16_t;
+  static constexpr size_t kShorts = 1, kRows = 1, kBlock = 4;
+  static S bytes(const uint8_t* p, S zero) { return static_cast<S>(*p - zero); }
+  static S set(int16_t x) { return x; }
+  static S add16(S a, S b) { return static_cast<S>(a + b); }
+  static S sub16(S a, S b) { return static_cast<S>(a - b); }
+  template <int factor>
+  static S times16(S x) {
+    return static_cast<S>(x * factor);
+  }
+  static void store16(int16_t* p, S x) { *p = x; }
+
+  static void product(size_t, const Product& p) {
+    uint32_t sum[kPanel] = {};
+    const int8_t* w = p.panel;
+    for (size_t i = 0; i < p.steps; ++i)
+      for (size_t c = 0; c < kPanel; ++c, w += 4) {
+        int16_t x[2], y[2];
+        std::memcpy(x, p.x + 4 * i, sizeof x);
+        std::memcpy(y, w, sizeof y);
+        for (size_t k = 0; k < 2; ++k) sum[c] += static_cast<uint32_t>(x[k] * y[k]);
+      }
+    std::memcpy(p.sums, sum, sizeof sum);
+  }
+
+  static V::I signed_of(uint32_t x) { return static_cast<V::I>(x); }
+  static uint32_t of(V::I x) { return static_cast<uint32_t>(x); }
+  static V::I add32(V::I a, V::I b) { return signed_of(of(a) + of(b)); }
+  static V::I sub32(V::I a, V::I b) { return signed_of(of(a) - of(b)); }
+  template <int factor>
+  static V::I times32(V::I x) {
+    return signed_of(of(x) * factor);
+  }
+  static V::I quotient(V::I x) { return signed_of(of(x) * kNinth) >> 6; }
+  static void store32(int32_t* p, V::I x) { *p = x; }
+};
+
+#include "quant_conv_tiles_body.inc"
 
 }  // namespace
+
+void quant_conv_scalar(const ConvWork& work, const ConvPart& part) { conv<12>(work, part, sum_tile); }
+
+void quant_conv_tiles_scalar(const ConvWork& work, const ConvTilesPart& part) { conv_tiles(work, part); }
 
 void quant_linear_scalar(const LinearWork& work, size_t first, size_t last) { linear(work, first, last); }
 

@@ -5,10 +5,13 @@
 #include <cstring>
 
 #include "activation_curve.h"
+#include "quant_conv.h"
 
 namespace calmclip {
 
 extern "C" QuantLinear quant_linear_vnni;
+extern "C" QuantConv quant_conv_vnni;
+extern "C" QuantConvTiles quant_conv_tiles_vnni;
 extern "C" Int8Peak int8_peak_vnni;
 
 namespace {
@@ -74,8 +77,10 @@ inline void write(const Target& target, const __m512i (&sum)[rows][halves]) {
   }
 }
 
-// The sums of a tile, followed by the epilogue `end`; `halves` of its panel.
-template <size_t rows, size_t halves, class End>
+inline void dot_words(__m512i& sum, __m512i x, __m512i w) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w)); }
+
+// The sums of a tile, followed by the epilogue `end`; `halves` of its panel. `multiply`: dot or dot_words.
+template <size_t rows, size_t halves, auto multiply = dot, class End>
 inline void product_of(const Product& p, End end) {
   __m512i sum[rows][halves];
 #pragma GCC unroll 16
@@ -85,38 +90,43 @@ inline void product_of(const Product& p, End end) {
   // no registers for these.
   constexpr size_t groups = (rows + 2) / 3;
   const size_t stride = p.stride;
-  const uint8_t* x[groups];
-#pragma GCC unroll 16
-  for (size_t g = 0; g < groups; ++g) x[g] = p.x + 3 * g * stride;
   const int8_t *w = p.panel, *ahead = p.ahead;
-  for (const int8_t* end = w + p.steps * 4 * kPanel; w != end; w += 4 * kPanel) {
-    __m512i columns[halves];
-#pragma GCC unroll 2
-    for (size_t h = 0; h < halves; ++h) columns[h] = _mm512_loadu_si512(w + 64 * h);
-    _mm_prefetch(ahead, _MM_HINT_T1);
-    _mm_prefetch(ahead + 64, _MM_HINT_T1);
-    ahead += p.ahead_step;
+  const uint8_t* line = p.x;
+  for (size_t i = 1;; ++i) {
+    const uint8_t* x[groups];
 #pragma GCC unroll 16
-    for (size_t r = 0; r < rows; ++r) {
-      const __m512i bytes = four(x[r / 3] + r % 3 * stride);
+    for (size_t g = 0; g < groups; ++g) x[g] = line + 3 * g * stride;
+    for (const int8_t* last = w + p.steps * 4 * kPanel; w != last; w += 4 * kPanel) {
+      __m512i columns[halves];
 #pragma GCC unroll 2
-      for (size_t h = 0; h < halves; ++h) dot(sum[r][h], bytes, columns[h]);
-    }
+      for (size_t h = 0; h < halves; ++h) columns[h] = _mm512_loadu_si512(w + 64 * h);
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      _mm_prefetch(ahead + 64, _MM_HINT_T1);
+      ahead += p.ahead_step;
 #pragma GCC unroll 16
-    for (size_t g = 0; g < groups; ++g) {
-      x[g] += 4;
-      asm("" : "+r"(x[g]));
+      for (size_t r = 0; r < rows; ++r) {
+        const __m512i bytes = four(x[r / 3] + r % 3 * stride);
+#pragma GCC unroll 2
+        for (size_t h = 0; h < halves; ++h) multiply(sum[r][h], bytes, columns[h]);
+      }
+#pragma GCC unroll 16
+      for (size_t g = 0; g < groups; ++g) {
+        x[g] += 4;
+        asm("" : "+r"(x[g]));
+      }
     }
+    if (i == p.lines) break;
+    line = p.line[i];
   }
   end(sum);
 }
 
-template <size_t rows>
+template <size_t rows, auto multiply = dot>
 void store_sums(const Product& p) {
-  product_of<rows, 2>(p, [&](const __m512i(&sum)[rows][2]) {
+  product_of<rows, 2, multiply>(p, [&](const __m512i(&sum)[rows][2]) {
 #pragma GCC unroll 16
     for (size_t r = 0; r < rows; ++r)
-      for (size_t h = 0; h < 2; ++h) _mm512_store_si512(p.sums + r * kPanel + 16 * h, sum[r][h]);
+      for (size_t h = 0; h < 2; ++h) _mm512_storeu_si512(p.sums + r * kPanel + 16 * h, sum[r][h]);
   });
 }
 
@@ -173,6 +183,43 @@ struct V {
 };
 
 #include "quant_linear_body.inc"
+#include "quant_conv_body.inc"
+
+struct W {
+  using S = __m512i;
+  static constexpr size_t kShorts = 32, kRows = 7, kBlock = 7;
+  static S bytes(const uint8_t* p, S zero) {
+    return _mm512_sub_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), zero);
+  }
+  static S set(int16_t x) { return _mm512_set1_epi16(x); }
+  static S add16(S a, S b) { return _mm512_add_epi16(a, b); }
+  static S sub16(S a, S b) { return _mm512_sub_epi16(a, b); }
+  template <int factor>
+  static S times16(S x) {
+    return _mm512_slli_epi16(x, factor / 2);  // 2 and 4
+  }
+  static void store16(int16_t* p, S x) { _mm512_storeu_si512(p, x); }
+
+  static void product(size_t rows, const Product& p) {
+    using Tile = void(const Product&);
+    static constexpr Tile* all[kRows] = {
+        store_sums<1, dot_words>, store_sums<2, dot_words>, store_sums<3, dot_words>, store_sums<4, dot_words>,
+        store_sums<5, dot_words>, store_sums<6, dot_words>, store_sums<7, dot_words>};
+    all[rows - 1](p);
+  }
+  static V::I add32(V::I a, V::I b) { return _mm512_add_epi32(a, b); }
+  static V::I sub32(V::I a, V::I b) { return _mm512_sub_epi32(a, b); }
+  template <int factor>
+  static V::I times32(V::I x) {
+    return _mm512_slli_epi32(x, factor == 8 ? 3 : factor / 2);
+  }
+  static V::I quotient(V::I x) {
+    return _mm512_srai_epi32(_mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kNinth))), 6);
+  }
+  static void store32(int32_t* p, V::I x) { _mm512_storeu_si512(p, x); }
+};
+
+#include "quant_conv_tiles_body.inc"
 
 constexpr size_t kFewWeights = 64 << 10;
 
@@ -219,7 +266,35 @@ void bytes_at_once(const LinearWork& work, size_t first, size_t last) {
   }
 }
 
+// A tile of a convolution as bytes at once; `all` by columns and places.
+template <size_t... rows>
+struct ConvTiles {
+  using Tile = void(const Product&, const Target&);
+  static constexpr Tile* all[2][sizeof...(rows)] = {{write_bytes<rows + 1, 1>...}, {write_bytes<rows + 1, 2>...}};
+};
+
+void conv_tile(const ConvWork& work, const ConvTile& tile) {
+  const LinearWork& of = work.of;
+  if (!of.floor) return sum_tile(work, tile);
+  using Tiles = ConvTiles<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13>;
+  const size_t column = tile.panel * kPanel, columns = of.n - column < kPanel ? of.n - column : kPanel;
+  const size_t bytes = work.panel_bytes();
+  const int8_t* w = of.panels + tile.panel * bytes;
+  uint8_t* y = of.bytes + tile.place * of.n + column;
+  for (size_t r = 0; r < tile.places; ++r) __builtin_prefetch(y + r * of.n, 1);
+  const Target target{of.scale + column, of.bias + column, of.zero + column, of.floor + column,
+                      y,                 of.n,             columns};
+  Tiles::all[columns > 16][tile.places - 1](
+      {tile.line[0], tile.stride, w, work.steps(), of.start + column, 0, w + bytes + tile.ahead, tile.ahead_step,
+       nullptr, tile.line, work.high},
+      target);
+}
+
 }  // namespace
+
+void quant_conv_vnni(const ConvWork& work, const ConvPart& part) { conv<14>(work, part, conv_tile); }
+
+void quant_conv_tiles_vnni(const ConvWork& work, const ConvTilesPart& part) { conv_tiles(work, part); }
 
 void quant_linear_vnni(const LinearWork& work, size_t first, size_t last) {
   work.floor ? bytes_at_once(work, first, last) : linear(work, first, last);

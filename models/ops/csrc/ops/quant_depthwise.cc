@@ -23,16 +23,10 @@ const Named kOp("QuantDepthwise");
 // The inputs by index: of a run, or the constants of the graph.
 using Inputs = std::function<Ort::ConstValue(Place)>;
 
-// The number of windows of `size` that fit, one stride apart.
-int64_t windows(int64_t side, int64_t before, int64_t behind, int64_t size, int64_t stride) {
-  const int64_t room = side + before + behind - size;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
 class Depthwise {
  public:
   explicit Depthwise(Ort::ConstKernelInfo info)
-      : strides_(sizes<2>(info, "strides", 1)), pads_(sizes<4>(info, "pads", 0)), group_(kOp.size(info, "group", 0)) {
+      : strides_(kOp.sizes<2>(info, "strides", 1)), pads_(kOp.sizes<4>(info, "pads", 0)), group_(kOp.size(info, "group", 0)) {
     bool all = true;
     const Inputs inputs = [&](Place place) { return constant(info, place); };
     for (const Place place : {kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero})
@@ -99,23 +93,6 @@ class Depthwise {
     std::vector<int32_t> start, zero;
     std::vector<float> scale, bias, inverse;
   };
-
-  template <size_t n>
-  static std::array<int64_t, n> sizes(Ort::ConstKernelInfo info, const char* name, int64_t least) {
-    std::vector<int64_t> values;
-    try {
-      values = info.GetAttributes<int64_t>(name);
-    } catch (const Ort::Exception& error) {
-      kOp.invalid("the attribute " + std::string(name) + " cannot be read: " + error.what());
-    }
-    if (values.size() != n || *std::min_element(values.begin(), values.end()) < least ||
-        *std::max_element(values.begin(), values.end()) > INT32_MAX)
-      kOp.invalid(std::string(name) + " is " + text(values) + "; expected " + std::to_string(n) + " numbers, " +
-                  std::to_string(least) + " to " + std::to_string(INT32_MAX));
-    std::array<int64_t, n> result{};
-    std::copy(values.begin(), values.end(), result.begin());
-    return result;
-  }
 
   Weight pack(const Inputs& inputs) const {
     const Input<int8_t> weight(kOp, inputs(kWeight), "weight");

@@ -7,13 +7,13 @@
 #include "../kernels/quant_linear.h"
 
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <functional>
 #include <optional>
 
 #include "../kernels/activation_curve.h"
 #include "../kernels/dispatch.h"
+#include "linear_columns.h"
 #include "packed.h"
 #include "quantized.h"
 
@@ -51,9 +51,9 @@ class Linear {
       std::optional<Weight> fed_weight;
       if (!weight_) fed_weight.emplace(pack(inputs));
       const Weight& weight = weight_ ? *weight_ : *fed_weight;
-      std::optional<Columns> fed_columns;
+      std::optional<LinearColumns> fed_columns;
       if (!columns_) fed_columns.emplace(columns(inputs, weight, activation_));
-      const Columns& of = columns_ ? *columns_ : *fed_columns;
+      const LinearColumns& of = columns_ ? *columns_ : *fed_columns;
 
       const Input<uint8_t> x(kOp, context, kX, "x");
       if (x.shape.empty() || x.shape.back() != static_cast<int64_t>(weight.k))
@@ -81,12 +81,7 @@ class Linear {
       work.k = weight.k;
       work.n = weight.n;
       work.panels = weight.panels.get();
-      work.start = of.start.data();
-      work.scale = of.scale.data();
-      work.bias = of.bias.data();
-      work.inverse = of.inverse.data();
-      work.zero = of.zero.data();
-      work.floor = of.floor.empty() ? nullptr : of.floor.data();
+      of.fill(work);
       work.activation = activation_;
       run(context, work);
       return nullptr;
@@ -110,27 +105,6 @@ class Linear {
     std::string text() const { return "[" + std::to_string(k) + ", " + std::to_string(n) + "]"; }
   };
 
-  // Padded to whole panels; see LinearWork.
-  struct Columns {
-    std::vector<int32_t> start, zero;
-    std::vector<float> scale, bias, inverse;
-    std::vector<uint8_t> floor;
-
-    // A quantized result without a curve is scaled once, if no number leaves the range of a conversion to int32.
-    void quantize_at_once(size_t k, bool relu) {
-      std::vector<float> scales, biases;
-      for (size_t i = 0; i < scale.size(); ++i) {
-        const double step = double{scale[i]} * inverse[i], middle = double{bias[i]} * inverse[i];
-        if (!(255.0 * 128 * k * step + std::abs(middle) < 1 << 30)) return;
-        scales.push_back(static_cast<float>(step));
-        biases.push_back(static_cast<float>(middle));
-      }
-      scale = scales;
-      bias = biases;
-      for (const int32_t z : zero) floor.push_back(static_cast<uint8_t>(relu ? z : 0));
-    }
-  };
-
   static int32_t activation(Ort::ConstKernelInfo info) {
     if (kind == kPointwise) return kNone;
     const auto code = kOp.attribute<int64_t>(info, "activation");
@@ -151,32 +125,14 @@ class Linear {
     return result;
   }
 
-  // For each column: whether there are n numbers or one.
-  template <class T>
-  static std::vector<T> each(const std::vector<T>& numbers, size_t n) {
-    return numbers.size() == n ? numbers : std::vector<T>(n, numbers[0]);
-  }
-
-  static Columns columns(const Inputs& inputs, const Weight& weight, int32_t activation) {
-    const size_t n = weight.n;
-    const float x_scale = Input<float>(kOp, inputs(kXScale), "x_scale").scale();
-    const uint32_t x_zero = Input<uint8_t>(kOp, inputs(kXZero), "x_zero").number();
-    const Input<float> scale(kOp, inputs(kWeightScale), "weight_scale"), bias(kOp, inputs(kBias), "bias");
-    const bool scales = scale.columns(n);
-    scale.check_scales();
-    if (bias.shape.size() != 1 || bias.side(0) != n) bias.refuse("[" + std::to_string(n) + "]");
-    Columns result{weight.sums, {}, {}, {bias.data, bias.data + n}, {}, {}};
-    for (int32_t& sum : result.start) sum = static_cast<int32_t>(-x_zero * static_cast<uint32_t>(sum));
-    for (size_t i = 0; i < n; ++i) result.scale.push_back(scale.data[scales ? i : 0] * x_scale);
+  static LinearColumns columns(const Inputs& inputs, const Weight& weight, int32_t activation) {
+    const Scaling scaling{kOp, inputs(kXScale), inputs(kXZero), inputs(kWeightScale), inputs(kBias)};
+    LinearColumns result(scaling, weight.sums, weight.n);
     if constexpr (!to_float) {
-      const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, n);
-      result.inverse = each(steps.inverse, n);
-      result.zero = each(steps.zero, n);
-      if (activation <= kRelu) result.quantize_at_once(weight.k, activation == kRelu);
+      const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, weight.n);
+      const auto floor = activation <= kRelu ? std::optional(activation == kRelu) : std::nullopt;
+      result.quantize(steps, weight.n, weight.k, floor);
     }
-    for (auto* numbers : {&result.scale, &result.bias, &result.inverse}) numbers->resize(weight.sums.size());
-    result.zero.resize(weight.sums.size());
-    if (!result.floor.empty()) result.floor.resize(weight.sums.size());
     return result;
   }
 
@@ -203,7 +159,7 @@ class Linear {
 
   int32_t activation_;
   std::optional<Weight> weight_;
-  std::optional<Columns> columns_;
+  std::optional<LinearColumns> columns_;
 };
 
 template <bool to_float>

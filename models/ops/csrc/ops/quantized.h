@@ -1,6 +1,7 @@
 // Shared by the op wrappers of quantized operators: inputs by name, checked scales and zero points.
 #pragma once
 
+#include <array>
 #include <cmath>
 
 #include "op.h"
@@ -33,6 +34,24 @@ class Named {
       invalid(std::string(name) + " is " + std::to_string(value) + "; expected " + std::to_string(least) + " to " +
               std::to_string(INT32_MAX));
     return static_cast<size_t>(value);
+  }
+
+  // An attribute of n integers of at least `least`.
+  template <size_t n>
+  std::array<int64_t, n> sizes(Ort::ConstKernelInfo info, const char* name, int64_t least) const {
+    std::vector<int64_t> values;
+    try {
+      values = info.GetAttributes<int64_t>(name);
+    } catch (const Ort::Exception& error) {
+      invalid("the attribute " + std::string(name) + " cannot be read: " + error.what());
+    }
+    if (values.size() != n || *std::min_element(values.begin(), values.end()) < least ||
+        *std::max_element(values.begin(), values.end()) > INT32_MAX)
+      invalid(std::string(name) + " is " + text(values) + "; expected " + std::to_string(n) + " numbers, " +
+              std::to_string(least) + " to " + std::to_string(INT32_MAX));
+    std::array<int64_t, n> result{};
+    std::copy(values.begin(), values.end(), result.begin());
+    return result;
   }
 
  private:

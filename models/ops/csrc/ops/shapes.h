@@ -7,6 +7,12 @@
 
 namespace calmclip {
 
+// The number of windows of `size` that fit into a side of a picture, one stride apart.
+constexpr int64_t windows(int64_t side, int64_t before, int64_t behind, int64_t size, int64_t stride) {
+  const int64_t room = side + before + behind - size;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
 // Whether the API call succeeded; its error is dropped.
 inline bool went(OrtStatusPtr status) { return Ort::Status(status).IsOK(); }
 
