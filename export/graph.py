@@ -1,5 +1,6 @@
 """Walk and edit ONNX graphs: `Draft`, the products of a graph (Conv, Gemm, MatMul), and `tap` for inner tensors."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from calmclip.export import light
 from calmclip.models.flow import Array
 
+MODULE = "module"  # key of a node's metadata: the path of its torch module, "blocks.3.mlp.down"
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 ACTIVATIONS = ("Clip", "Elu", "Gelu", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 
@@ -151,3 +153,22 @@ def _is_plain(node: onnx.NodeProto) -> bool:
 
 def _parts(model: onnx.ModelProto | Draft) -> tuple[Sequence[onnx.NodeProto], Mapping[str, TensorProto]]:
     return (model.nodes, model.constants) if isinstance(model, Draft) else (model.graph.node, constants(model))
+
+
+def fingerprint(model: onnx.ModelProto) -> str:
+    """Equal for graphs of equal structure: op types, connections, and the shapes of constants."""
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    lines = [
+        f"{node.op_type} {list(node.input)} {list(node.output)} {[shapes[i] for i in node.input if i in shapes]}"
+        for node in model.graph.node
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def module_of(node: onnx.NodeProto) -> str:
+    """The path of the node's torch module; "" if it is unknown or the tower itself."""
+    return metadata(node, MODULE)
+
+
+def metadata(node: onnx.NodeProto, key: str) -> str:
+    return next((entry.value for entry in node.metadata_props if entry.key == key), "")

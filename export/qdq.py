@@ -2,8 +2,10 @@
 
 Products of an activation and a constant (Conv, Gemm, MatMul) read uint8 activations with one scale per tensor, and int8
 weights with one scale per output channel. This is U8S8; ONNX Runtime's S8S8 is 1.6 to 2.9 times slower. Convolutions
-also write uint8, so the runtime stays in integers between convolutions. Matrix products write float, and everything
-between them is float too. Other readers of a matrix product's input (a residual branch) read it in float.
+also write uint8, so the runtime stays in integers between convolutions, and in what `carried_tensors` lists: leaky
+activations, sums, averages and changes of size, which have steps of their own, and what only moves numbers, whose
+inputs and result have the same steps. Matrix products write float, and everything between them is float too. Other
+readers of a matrix product's input (a residual branch) read it in float.
 
 Products of two activations (attention) stay in float by default: they take a few percent of the time, and they lose
 the most accuracy. When they are quantized, the first factor is uint8, and the second is int8 with zero point 0. If one
@@ -26,6 +28,11 @@ from calmclip.export.quantizers import Ranges
 from calmclip.models.flow import Array
 
 CUTS = ("Clip", "Relu")  # the uint8 range of the convolution before them replaces them
+BENT = ("LeakyRelu",)  # functions of each number, a table in 8 bits
+# They have steps of their own. In the steps of its inputs a mean of four bytes would be a tie in one case of four, and
+# two ways to compute it would round ties apart.
+SUMMED = ("Add", "AveragePool", "Resize")
+MOVED = ("Concat", "MaxPool")  # their results are numbers of their inputs: one grid
 BACK = "_back"  # suffix of a tensor that was quantized and dequantized
 _INT32 = 2.0**32 - 2  # a bias larger than half of this, in steps, would overflow
 _TINY = np.finfo(np.float32).tiny
@@ -36,13 +43,51 @@ def quantized_tensors(model: onnx.ModelProto, attention: Collection[str] = ()) -
     factors of the products of activations named in ``attention``, and the mixtures of those that are fused."""
     written = {name for node in products(model) if node.op_type == "Conv" for name in node.output}
     names = dict.fromkeys(node.input[0] for node in products(model))
+    carried = carried_tensors(model.graph.node, products(model))
     for node in model.graph.node:
         if written & {*node.output} or (node.op_type in CUTS and node.input[0] in written):
+            names[node.output[0]] = None
+        if node.output[0] in carried:
             names[node.output[0]] = None
     for node in activation_products(model):
         if node.name in attention:
             names |= dict.fromkeys(node.input)
     return list(names | dict.fromkeys(fused(model, attention).values()))
+
+
+def carried_tensors(nodes: Sequence[onnx.NodeProto], convolutions: Collection[onnx.NodeProto]) -> dict[str, str]:
+    """The tensors between ``convolutions`` that stay in 8 bits: the results of `BENT`, `SUMMED` and `MOVED` that read
+    only results of convolutions or each other, and that a convolution reads in the end; and the tensors that `MOVED`
+    reads for them. -> tensor -> a tensor of those that have the same steps, the same for all of them."""
+    convs = [node for node in convolutions if node.op_type == "Conv"]
+    written = {node.output[0] for node in convs}
+    written |= {node.output[0] for node in nodes if node.op_type in CUTS and node.input[0] in written}
+    carrying: list[onnx.NodeProto] = []
+    for node in nodes:
+        known = node.op_type in (*BENT, *SUMMED, *MOVED) and len(node.output) == 1
+        if known and written.issuperset(_numbers(node)):
+            written.add(node.output[0])
+            carrying.append(node)
+    wanted = {node.input[0] for node in convs}
+    leader: dict[str, str] = {}
+
+    def lead(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    for node in reversed(carrying):
+        if node.output[0] in wanted:
+            first = lead(node.output[0])
+            wanted.update(_numbers(node))
+            for name in _numbers(node) if node.op_type in MOVED else ():
+                leader[lead(name)] = first
+    return {name: lead(name) for name in leader}
+
+
+def _numbers(node: onnx.NodeProto) -> Sequence[str]:
+    """The inputs that hold numbers, not settings."""
+    return list(node.input)[: 1 if node.op_type in ("AveragePool", "MaxPool", "Resize") else None]
 
 
 def write_pairs(
@@ -66,6 +111,9 @@ def write_pairs(
     removed = {n.output[0]: n.input[0] for n in cuts if reads[n.input[0]] == 1 and n.input[0] not in ends}
     read = {node.input[0] for node in convolutions}
     quantized = read | (written - {*removed.values()}) | {node.output[0] for node in cuts}
+    carried = carried_tensors(draft.nodes, convolutions)
+    quantized |= carried.keys()
+    ranges = {**ranges, **_shared_ranges(ranges, carried)}
     quantized |= {name for name in mixtures if not _read_in_8_bits(name, draft, chosen)}
     source = dict(removed)
     pairs: dict[tuple[str, bool], tuple[str, np.float32]] = {}
@@ -106,6 +154,16 @@ def write_pairs(
         for name in [*renamed, *(cut for cut, conv in removed.items() if conv == node.output[0] and cut in ends)]:
             pair(name)
     draft.nodes = nodes
+
+
+def _shared_ranges(ranges: Ranges, carried: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+    """Each tensor of ``carried`` -> the range of all that have its steps."""
+    shared: dict[str, tuple[float, float]] = {}
+    for name, first in carried.items():
+        low, high = (float(bound) for bound in ranges[name])
+        least, most = shared.get(first, (low, high))
+        shared[first] = min(least, low), max(most, high)
+    return {name: shared[first] for name, first in carried.items()}
 
 
 def _read_in_8_bits(name: str, draft: Draft, chosen: Collection[str]) -> bool:

@@ -1,6 +1,6 @@
 """Convolutions in 8 bits: their settings, and their replacement by an operator with channels last."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from calmclip.export.matching.values import (
     new_constant,
     new_value,
     optional_input,
+    producer,
     transpose,
 )
 from calmclip.models.flow import Array
@@ -80,9 +81,17 @@ def convolution(node: ir.Node, axis: int = -1) -> Convolution | None:
     return None if x is None or weight is None or sizes is None else Convolution(node, x, weight, sizes)
 
 
+def reads_pixels(conv: Convolution) -> bool:
+    """Whether its window is larger than a pixel, and its input a float input of the graph."""
+    quantize = producer(conv.x.value, "QuantizeLinear")
+    pixels = None if quantize is None else quantize.inputs[0]
+    return pixels is not None and pixels.is_graph_input() and len(conv.sizes) == 4 and conv.sizes[2:] != (1, 1)
+
+
 def channels_last(
-    conv: Convolution, op: Op, flat: Sequence[int], perm: Sequence[int], sizes_name: str, **attributes: object
-) -> Match | str:
+    conv: Convolution, op: Op, flat: Sequence[int], perm: Sequence[int], sizes_name: str,
+    attributes: Mapping[str, object],
+) -> Match | str:  # fmt: skip
     """``conv`` as the op between two Transposes, or why it cannot be.
 
     The weight is reshaped to ``flat``, which a constant called ``sizes_name`` holds, and transposed by ``perm``. ONNX

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 
-from calmclip.export.graph import tap
+from calmclip.export.graph import module_of, tap
 from calmclip.export.quantizers import Feeds
-from calmclip.export.trace import module_of
 from calmclip.models.errors import BadRequest, ExportError
 from calmclip.models.flow import Array
 

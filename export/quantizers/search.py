@@ -7,7 +7,9 @@ by the output's error; bias correction: Nagel et al. 2019 (arXiv 1906.04721), se
 
 Each step builds on the best settings so far. The search stops when the goal is reached:
 
-1. `smooth` with the first of ``alphas``, minima and maxima;
+1. `smooth` with the first of ``alphas``, minima and maxima. A tensor that only a LeakyRelu reads has the range of least
+   squared error behind it from the start: the activation makes the negative numbers small, on which minimum and maximum
+   would spend most of the steps;
 2. bias correction: E[float output - INT8 output] of each output channel, added to its bias. If it does not suffice, it
    is dropped until step 7;
 3. equalized inputs of depthwise convolutions (`smooth.equalize`): their channels differ in size, and one scale for the
@@ -15,7 +17,7 @@ Each step builds on the best settings so far. The search stops when the goal is 
 4. the other ``alphas``;
 5. an alpha for each tensor, by the least squared error of the outputs of its products on sampled rows;
 6. a range for each tensor in the same way: percentiles, and fractions of the extremes (convolutions: by the least
-   squared error of the values themselves);
+   squared error of the values themselves; tensors that only a LeakyRelu reads keep theirs);
 7. bias correction of these settings;
 8. all depthwise convolutions in float: they are few of the multiply-accumulates, and one alone in float gains nothing;
 9. other products in float. Each product that the coverage allows is measured alone in float. Then they go to float one
@@ -57,6 +59,7 @@ from calmclip.models.flow import Array, Arrays
 _ROWS, _FEEDS = 16, 32  # sampled rows per feed, and sampled feeds
 _VALUES = 4096  # sampled values per feed of a tensor that is not read by rows
 _CUTS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # fractions of the extremes
+_NEGATIVE = (1.0, 0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)  # parts of the minimum before a LeakyRelu
 _PERCENTILES = (99.99, 99.9, 99.5)
 _ALONE = 24  # matrix products that are measured alone in float, the noisiest; convolutions: all
 
@@ -106,6 +109,7 @@ def search(model: onnx.ModelProto, feeds: Feeds, held: Feeds, params: Params, go
     if not held:
         raise BadRequest("the search has nothing to measure on; give more pictures (--images) or texts (--texts)")
     ranges = {name: (tensor.low.tolist(), tensor.high.tolist()) for name, tensor in statistics.items()}
+    ranges |= _before_leaky(model, statistics)
     trial = _Trial(model, ranges, held, goal)
     trial.run(first, f"{_label(first.alpha)}, extremes")
 
@@ -309,6 +313,7 @@ def _divisor(tensor: _Statistics, weight: Array, alpha: float | None) -> Array:
 def _clips(model: onnx.ModelProto, statistics: Mapping[str, _Statistics]) -> dict[str, tuple[float, float]]:
     """Of the inputs and outputs of convolutions: the range of the least squared error of the values (Banner et al.)."""
     others = {node.input[0] for node in matrices(model)} | probabilities(model.graph.node)
+    others |= _slopes(model).keys()
     clips = {}
     for name in quantized_tensors(model):
         if name not in others:
@@ -318,6 +323,34 @@ def _clips(model: onnx.ModelProto, statistics: Mapping[str, _Statistics]) -> dic
             errors = [np.square(values - _quantized(values, *option), dtype=np.float64).sum() for option in options]
             clips[name] = options[int(np.argmin(errors))]
     return clips
+
+
+def _before_leaky(model: onnx.ModelProto, statistics: Mapping[str, _Statistics]) -> dict[str, tuple[float, float]]:
+    """Of the tensors that only a LeakyRelu reads: the range of the least squared error behind it."""
+    chosen = {}
+    for name, slope in _slopes(model).items():
+        if name not in statistics:
+            continue
+        tensor = statistics[name]
+        values, low, high = np.concatenate(tensor.sample), float(tensor.low), float(tensor.high)
+        options = [(low * part, high * cut) for part in _NEGATIVE for cut in (1.0, *_CUTS)]
+        errors = [_bent(values, slope) - _bent(_quantized(values, *option), slope) for option in options]
+        chosen[name] = options[int(np.argmin([np.square(error, dtype=np.float64).sum() for error in errors]))]
+    return chosen
+
+
+def _slopes(model: onnx.ModelProto) -> dict[str, float]:
+    """The tensors that only a LeakyRelu reads -> its slope."""
+    ends = {value.name for value in model.graph.output}
+    return {
+        name: next((item.f for item in nodes[0].attribute if item.name == "alpha"), 0.01)
+        for name, nodes in readers(model.graph.node).items()
+        if [node.op_type for node in nodes] == ["LeakyRelu"] and name not in ends
+    }
+
+
+def _bent(values: Array, slope: float) -> Array:
+    return np.where(values < 0, slope * values, values)
 
 
 def _shifts(

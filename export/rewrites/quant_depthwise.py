@@ -31,8 +31,9 @@ def match(node: ir.Node) -> Match | str | None:
         return "its window is dilated"
     if conv.auto_pad:
         return "its pads depend on the size of its input"
-    sizes_name, settings = f"{conv.weight.value.name}_sizes", {"strides": conv.strides, "pads": conv.pads}
-    return channels_last(conv, QUANT_DEPTHWISE, (channels, *window), (1, 2, 0), sizes_name, **settings, group=channels)
+    flat, sizes_name = (channels, *window), f"{conv.weight.value.name}_sizes"
+    settings = {"strides": conv.strides, "pads": conv.pads, "group": channels}
+    return channels_last(conv, QUANT_DEPTHWISE, flat, (1, 2, 0), sizes_name, settings)
 
 
 REWRITES.register("quant_depthwise")(Rewrite(QUANT_DEPTHWISE, at_each_node(match), replaces=5))

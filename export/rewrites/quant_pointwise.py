@@ -30,7 +30,7 @@ def match(node: ir.Node) -> Match | str | None:
     if inputs > MAX_INPUTS:
         return f"it sums {inputs} products; the op takes at most {MAX_INPUTS}"
     sizes_name = f"{conv.weight.value.name}_flat_sizes"
-    return channels_last(conv, QUANT_POINTWISE, (outputs, inputs), (1, 0), sizes_name)
+    return channels_last(conv, QUANT_POINTWISE, (outputs, inputs), (1, 0), sizes_name, {})
 
 
 REWRITES.register("quant_pointwise")(Rewrite(QUANT_POINTWISE, at_each_node(match), replaces=6))

@@ -17,7 +17,7 @@ import numpy as np
 from onnxscript import ir
 
 from calmclip.export.matching import Match, at_each_node
-from calmclip.export.matching.convolutions import Convolution, convolution
+from calmclip.export.matching.convolutions import Convolution, convolution, reads_pixels
 from calmclip.export.matching.quantized import ASYMMETRIC
 from calmclip.export.matching.values import (
     CHANNELS_FIRST,
@@ -27,7 +27,6 @@ from calmclip.export.matching.values import (
     new_value_like,
     optional_input,
     present,
-    producer,
     shape,
     sole_consumer,
 )
@@ -41,7 +40,7 @@ _CHANNELS, _NUMBERS = 4, 256  # a window with more of both is not worth its byte
 
 def match(node: ir.Node) -> Match | str | None:
     conv = convolution(node)
-    if conv is None or not _reads_pixels(conv):
+    if conv is None or not reads_pixels(conv):
         return None
     if why := unfit_windows(conv):
         return why
@@ -72,13 +71,6 @@ def match(node: ir.Node) -> Match | str | None:
         insert(last, "Transpose", [picture], y, perm=CHANNELS_FIRST)
 
     return Match((last.outputs[0],), insert_nodes)
-
-
-def _reads_pixels(conv: Convolution) -> bool:
-    """Whether its window is larger than a pixel, and its input a float input of the graph."""
-    quantize = producer(conv.x.value, "QuantizeLinear")
-    pixels = None if quantize is None else quantize.inputs[0]
-    return pixels is not None and pixels.is_graph_input() and len(conv.sizes) == 4 and conv.sizes[2:] != (1, 1)
 
 
 def _places(conv: Convolution) -> tuple[int, int] | str:

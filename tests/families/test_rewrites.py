@@ -67,6 +67,22 @@ EXAMPLES = {
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            db = DequantizeLinear <axis = 0> (dot, steps, zeros) z = Conv (xb, db)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
+    "quant_conv": f"""g (float[b, 1, 4, 4] x) => (float[b, 2, 2, 3] y) {_INT8}
+        {{ n = Neg (x) x8 = QuantizeLinear (n, step, mid) xb = DequantizeLinear (x8, step, mid)
+           kb = DequantizeLinear <axis = 0> (kernel, steps, zeros)
+           z = Conv <strides = [2, 1], pads = [1, 0, 0, 0]> (xb, kb)
+           z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
+    "quant_pixels": f"""g (float[b, 3, 2, 4] x) => (float[b, 2, 4, 3] y) {_INT8}
+        {{ x8 = QuantizeLinear (x, step, mid) t = Transpose <perm = [0, 2, 3, 1]> (x8)
+           y = DequantizeLinear (t, step, mid) }}""",
+    "quant_max_pool": f"""g (float[b, 4, 6, 3] x) => (float[b, 3, 4, 6] y) {_INT8}
+        {{ x8 = QuantizeLinear (x, step, mid) t = Transpose <perm = [0, 3, 1, 2]> (x8)
+           xb = DequantizeLinear (t, step, mid) m = MaxPool <kernel_shape = [2, 3], pads = [0, 1, 1, 1]> (xb)
+           m8 = QuantizeLinear (m, step, mid) y = DequantizeLinear (m8, step, mid) }}""",
+    "quant_average": f"""g (float[b, 4, 6, 3] x) => (float[b, 3, 2, 2] y) {_INT8}
+        {{ x8 = QuantizeLinear (x, step, mid) t = Transpose <perm = [0, 3, 1, 2]> (x8)
+           xb = DequantizeLinear (t, step, mid) m = AveragePool <kernel_shape = [2, 4], strides = [2, 2]> (xb)
+           m8 = QuantizeLinear (m, fine, mid) y = DequantizeLinear (m8, fine, mid) }}""",
     "quant_add": f"""g (float[r, 7] x) => (float[r, 7] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
            r = Relu (x) r8 = QuantizeLinear (r, fine, low) rb = DequantizeLinear (r8, fine, low)

@@ -3,6 +3,8 @@
 Its outputs are centred. Otherwise every cosine would be near 1.
 """
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -323,6 +325,55 @@ def test_the_search_on_a_convolutional_net():
     without = Settled("smooth", easy.params.model_copy(update={"shifts": {}}), easy.ranges)
     lost = [1 - cosine(model, quantize(model, each), OTHERS) for each in (easy, without)]
     assert lost[0] < 0.9 * lost[1]
+
+
+def leaky(activation: str, outputs: str = "") -> onnx.ModelProto:
+    """c is x; l is what ``activation`` makes of it, and y is l."""
+    ends = f"(float[B, 1, 20, 20] x) => (float[B, 1, 20, 20] y{outputs})"
+    unit = np.ones((1, 1, 1, 1), np.float32)
+    return parse(f"g {ends} {{ c = Conv (x, unit) {activation} y = Conv (l, unit) }}", unit=unit)
+
+
+def lost(values: Array, low: float, high: float, slope: float) -> float:
+    """The squared error behind a LeakyRelu of values in steps of [low, high], float64."""
+    step = (high - low) / 255
+    zero = np.rint(-low / step)
+    rounded = (np.clip(np.rint(values / step) + zero, 0, 255) - zero) * step
+    return float(np.square(np.where(values < 0, slope, 1) * values - np.where(rounded < 0, slope, 1) * rounded).sum())
+
+
+@pytest.mark.parametrize(
+    ("text", "slope", "gain"), [("", 0.01, 2), ("<alpha = 0.1>", 0.1, 1.01), ("<alpha = 30.0>", 30, 1.1)]
+)
+def test_the_range_before_a_leaky_activation_has_the_least_error_behind_it(text: str, slope: float, gain: float):
+    """As good as the best of 640 ranges, but for a tenth, and better than the extremes by ``gain``."""
+    model = leaky(f"l = LeakyRelu {text} (c)")
+    feeds = [{"x": normal(1, 1, 20, 20, seed=seed) ** 3} for seed in range(4)]
+    values = np.stack([feed["x"] for feed in feeds]).astype(np.float64)
+    low, high = values.min(), values.max()
+    settled = search.search(model, feeds, feeds[:1], search.Params(), Goal(cosine=0.1))
+    grid = itertools.product(np.linspace(0.1, 1, 40), np.linspace(0.5, 1, 16))
+    least = min(lost(values, low * a, high * b, slope) for a, b in grid)
+    chosen = lost(values, *settled.ranges["c"], slope)
+    assert chosen <= 1.1 * least
+    assert chosen * gain < lost(values, low, high, slope)
+    assert "c" not in search._clips(model, search._statistics(model, iter(feeds), ()))
+
+
+@pytest.mark.parametrize(
+    ("activation", "outputs"),
+    [
+        ("l = LeakyRelu <alpha = 0.1> (c)", ", float[B, 1, 20, 20] c"),
+        ("m = LeakyRelu <alpha = 0.1> (c) l = Add (m, c)", ""),
+        ("l = Elu (c)", ""),
+    ],
+    ids=["an output of the graph", "read by a sum too", "another activation"],
+)
+def test_a_tensor_that_others_read_keeps_its_negative_numbers(activation: str, outputs: str):
+    feeds = [{"x": normal(1, 1, 20, 20, seed=seed)} for seed in range(4)]
+    settled = search.search(leaky(activation, outputs), feeds, feeds[:1], search.Params(), Goal(cosine=0.1))
+    values = np.stack([feed["x"] for feed in feeds])
+    assert settled.ranges["c"] == (values.min(), values.max())
 
 
 @pytest.fixture(scope="module")

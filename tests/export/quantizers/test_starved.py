@@ -12,12 +12,12 @@ from onnx import numpy_helper
 
 from calmclip.export.calibrate import hold_out
 from calmclip.export.checkpoints import Weights
-from calmclip.export.graph import constants
+from calmclip.export.graph import constants, module_of
 from calmclip.export.nets.clip import load
 from calmclip.export.parity import onnx_run
 from calmclip.export.quantizers import QUANTIZERS, Goal, Settled
 from calmclip.export.quantizers.ranges import collect
-from calmclip.export.trace import module_of, to_onnx
+from calmclip.export.trace import to_onnx
 from calmclip.models.bundle.store import read
 from calmclip.models.cli import main
 from calmclip.models.errors import ExportError
