@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from calmclip.export.nets.mini import features
-from calmclip.export.nets.mini.backbone import from_state
-from calmclip.export.nets.mini.minilm import WIDTH
-from calmclip.export.nets.mini.towers import FEATURE_LENGTH, SHIPPED, Heads, ImageHead
+from calmclip.export.nets.mini import SHIPPED, features
+from calmclip.export.nets.mini.backbone import frozen
+from calmclip.export.nets.mini.facts import FEATURE_LENGTH, WIDTH
+from calmclip.export.nets.mini.modules import tensors
+from calmclip.export.nets.mini.towers import Heads, ImageHead
 from calmclip.export.nets.mini.weights import backbone_state
 from calmclip.models.classifier import fill
 from calmclip.models.datasets import read_captions
@@ -146,7 +147,7 @@ def align(
     sources: Sequence[Source], start: Heads, training: Training, *, quiet: bool = False
 ) -> tuple[Heads, dict[str, float]]:
     """-> heads with projections trained from those of ``start``, and figures of the training (scale, losses)."""
-    head = ImageHead(start, from_state(backbone_state()).classifier)
+    head = ImageHead(start, frozen(tensors(backbone_state())).classifier)
     decks, offset = [], 0
     for source in sources:
         decks.append(_Deck(source, start, head, offset))
@@ -253,7 +254,7 @@ def fresh(pictures: Tensor, captions: Tensor, names: Tensor) -> Heads:
 
 def recalls(heads: Heads, pictures: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
     """Pictures [N, 1280], unit texts [M, 384], owner [M] -> R@1/5/10 of both directions in percent."""
-    head = ImageHead(heads, from_state(backbone_state()).classifier)
+    head = ImageHead(heads, frozen(tensors(backbone_state())).classifier)
     with torch.inference_mode():
         images = head(pictures)
         similar = images @ F.normalize((texts - heads.text_centre) @ heads.text_weight.T, dim=-1).T

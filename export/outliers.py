@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from calmclip.export.graph import PRODUCTS, constants, producers, tap
-from calmclip.export.trace import module_of
+from calmclip.export.graph import PRODUCTS, constants, module_of, producers, tap
 from calmclip.models.errors import ExportError
 from calmclip.models.flow import Array, Arrays
 

@@ -1,7 +1,7 @@
 """`build(recipe)`: checkpoint -> sealed bundles. The only place that knows the order of the steps.
 
 load -> adapters -> fold
-     -> for each tower: trace -> parity (torch against float ONNX)
+     -> for each tower: trace -> parity (torch against float ONNX), unless the net ships the float graph
      -> for each tower: observe or read ranges -> quantize -> rewrite with our ops -> parity (before against after)
      -> write float and INT8 -> measure one against the other -> bars -> seal
 
@@ -27,13 +27,13 @@ import onnx
 from calmclip.export import calibrate, parity, report, rewrites, samples, weights
 from calmclip.export.adapters import Adapt, Context, adapt
 from calmclip.export.checkpoints import Weights
-from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.checkpoints.locate import one_line
+from calmclip.export.graph import fingerprint
 from calmclip.export.nets import NETS, Built, Net, Tower, ready
 from calmclip.export.portable import is_portable, portable
 from calmclip.export.quantizers import QUANTIZERS, Goal, Settled
 from calmclip.export.recipe import Quantize, Recipe
 from calmclip.export.rewrites import image_to_pixels
-from calmclip.export.trace import fingerprint, to_onnx
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import (
     REPORT,
@@ -200,16 +200,11 @@ def _convert(
     }
     traced: dict[str, onnx.ModelProto] = {}
     for role, tower in net.towers.items():
-        say(f"{role}: tracing")
         rows = list(calibrate.feeds(tower, directory, *few))
-        with step(f"{role}: torch"):
-            answers = _answers(tower, rows, role)
-        with step(f"{role}: trace"):
-            traced[role] = to_onnx(tower)
-        with step(f"{role}: parity"):
-            agreement = parity.compare(answers, parity.onnx_run(traced[role]), rows, tower.summary)
-        parity.require(agreement, max_abs=recipe.bars.max_float_error, what=f"{role}: torch against float ONNX")
-        converted.facts[role] = {"float_against_torch": agreement}
+        shipped: tuple[onnx.ModelProto, Facts] | None = (tower.graph, {}) if tower.graph else None
+        traced[role], converted.facts[role] = shipped or _trace(
+            tower, rows, role, recipe.bars.max_float_error, step, say
+        )
     if release:
         _empty(net)
         report.trim()
@@ -255,6 +250,23 @@ def _convert(
     return converted
 
 
+def _trace(
+    tower: Tower, rows: Sequence[Arrays], role: str, max_abs: float, step: report.Steps, say: Say
+) -> tuple[onnx.ModelProto, Facts]:
+    """-> the float graph of the tower's module, and its agreement with torch. Raises `ParityLost`; as `_answers`."""
+    from calmclip.export.trace import to_onnx  # needs torch
+
+    say(f"{role}: tracing")
+    with step(f"{role}: torch"):
+        answers = _answers(tower, rows, role)
+    with step(f"{role}: trace"):
+        model = to_onnx(tower)
+    with step(f"{role}: parity"):
+        agreement = parity.compare(answers, parity.onnx_run(model), rows, tower.summary)
+    parity.require(agreement, max_abs=max_abs, what=f"{role}: torch against float ONNX")
+    return model, {"float_against_torch": agreement}
+
+
 def _part(inputs: calibrate.Inputs, feeds: Callable[..., Iterator[Arrays]], name: str) -> Iterator[Arrays]:
     """The feeds of one of `calibrate.PARTS`."""
     return feeds(*inputs.part(name))
@@ -292,7 +304,7 @@ def _against(
 
 def _empty(net: Net) -> None:
     """Free the modules' weights in place, because torch's exporter keeps the parameters in its caches."""
-    for tower in net.towers.values():
+    for tower in [tower for tower in net.towers.values() if tower.graph is None]:
         for parameter in (*tower.module.parameters(), *tower.module.buffers()):
             parameter.data = parameter.new_empty(0)
 

@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from calmclip.export.adapters import Adapt
 from calmclip.export.checkpoints import Weights, hub, read
-from calmclip.export.checkpoints.weights import SUFFIXES
+from calmclip.export.checkpoints.locate import SUFFIXES
 from calmclip.export.nets import NETS, Net, NetPlugin
 from calmclip.export.quantizers import QUANTIZERS
 from calmclip.export.rewrites import REWRITES, image_to_pixels, swaps
@@ -111,7 +111,7 @@ class Recipe(FrozenModel):
 
 def recognise(checkpoint: str) -> tuple[str, NetPlugin]:
     """The net that reads ``checkpoint``. Raises `UnknownCheckpoint` naming the nets that were tried."""
-    for name in NETS.names():
+    for name in sorted(NETS.names(), key=lambda name: name != checkpoint):  # a built-in net before it imports others
         plugin = NETS.get(name)
         if plugin.recognise(checkpoint):
             return name, plugin

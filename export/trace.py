@@ -1,12 +1,11 @@
 """A torch module -> a float ONNX graph of standard ops, with stable shapes and names.
 
 torch's tensor names vary between builds. They are replaced by op type and running number in topological order, so that
-ranges recorded for one build fit the next; `fingerprint` says whether they do. A node's metadata hold the path of its
-torch module under `MODULE`, because a transposed weight has no name that shows it.
+ranges recorded for one build fit the next; `graph.fingerprint` says whether they do. A node's metadata hold the path of
+its torch module under `graph.MODULE`, because a transposed weight has no name that shows it.
 """
 
 import ast
-import hashlib
 import logging
 import warnings
 from collections import Counter
@@ -17,12 +16,12 @@ import torch
 from onnxscript import ir
 
 from calmclip.export import light
+from calmclip.export.graph import MODULE, metadata
 from calmclip.export.nets import Tower
 from calmclip.models.bundle.manifest import Tensor
 from calmclip.models.errors import ExportError
 
 OPSET = 20  # the first with Gelu as one op
-MODULE = "module"  # key of a node's metadata: the path of its torch module, "blocks.3.mlp.down"
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's key for it: modules from outermost to innermost, then the op
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "uint8": torch.uint8}
@@ -76,16 +75,6 @@ def example(tower: Tower) -> tuple[torch.Tensor, ...]:
     return tuple(tensor(spec) for spec in tower.inputs.values())
 
 
-def fingerprint(model: onnx.ModelProto) -> str:
-    """Equal for graphs of equal structure: op types, connections, and the shapes of constants."""
-    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    lines = [
-        f"{node.op_type} {list(node.input)} {list(node.output)} {[shapes[i] for i in node.input if i in shapes]}"
-        for node in model.graph.node
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
 def _forget(graph: ir.Graph) -> None:
     """Empty the exporter's graph, because its caches keep it, with a copy of all weights."""
     for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
@@ -96,18 +85,9 @@ def _forget(graph: ir.Graph) -> None:
     graph.remove([*graph])
 
 
-def module_of(node: onnx.NodeProto) -> str:
-    """The path of the node's torch module; "" if it is unknown or the tower itself."""
-    return _metadata(node, MODULE)
-
-
-def _metadata(node: onnx.NodeProto, key: str) -> str:
-    return next((entry.value for entry in node.metadata_props if entry.key == key), "")
-
-
 def _strip(model: onnx.ModelProto, modules: Collection[str]) -> None:
     """Remove metadata, such as stack traces and file names of this machine; a node keeps its module."""
-    scopes = {node.output[0]: ["", *ast.literal_eval(_metadata(node, _SCOPES) or "['']")] for node in model.graph.node}
+    scopes = {node.output[0]: ["", *ast.literal_eval(metadata(node, _SCOPES) or "['']")] for node in model.graph.node}
     for part in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.value_info):
         del part.metadata_props[:]
         part.doc_string = ""

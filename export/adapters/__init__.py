@@ -8,18 +8,20 @@ bundle, states the change.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
-from torch import Tensor
 
 from calmclip.export.checkpoints import Weights, hub
-from calmclip.export.checkpoints.weights import weights_sha256
+from calmclip.export.checkpoints.locate import weights_sha256
 from calmclip.export.nets import Net, Tower
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Arrays
 from calmclip.models.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,13 @@ ADAPTERS: Registry[Adapter] = Registry("adapters", "calmclip.export.adapters")
 
 
 def adapt(net: Net, adapters: Iterable[Adapt], context: Context) -> Net:
-    """``net`` after all ``adapters``, in this order. Raises as `Adapt.checked_params` and as the adapters do."""
+    """``net`` after all ``adapters``, in this order. Raises as `Adapt.checked_params` and as the adapters do, and
+    `BadRequest` for a net that ships its graphs, because adapters change modules."""
     for adapter, params in [(adapter, adapter.checked_params()) for adapter in adapters]:
+        if any(tower.graph for tower in net.towers.values()):
+            raise BadRequest(
+                f"{adapter.name} does not apply to {net.source.model}: it ships its graphs, without modules"
+            )
         adapted = ADAPTERS.get(adapter.name).adapt(net, params, context)
         if adapted is not net and adapted.source.notes == net.source.notes:
             values = (f"{param}={value}" for param, value in adapter.public()["params"].items())
@@ -111,7 +118,7 @@ def with_note(net: Net, note: str, **files: Path) -> Net:
     return replace(net, source=source)
 
 
-def tensors(net: Net) -> dict[str, Tensor]:
+def tensors(net: Net) -> "dict[str, Tensor]":
     """The tensors of all towers, by our names. Raises `BadRequest` for a net that does not keep those of its
     checkpoint."""
     if net.folded or not all(tower.prefix for tower in net.towers.values()):
@@ -120,7 +127,7 @@ def tensors(net: Net) -> dict[str, Tensor]:
     return {f"{tower.prefix}{name}": t for tower in towers for name, t in tower.module.state_dict().items()}
 
 
-def load_tensors(net: Net, state: Mapping[str, Tensor]) -> None:
+def load_tensors(net: Net, state: "Mapping[str, Tensor]") -> None:
     """Loads tensors by our names into the modules of ``net``, which must have the same shapes."""
     for tower in net.towers.values():
         tensors = {name: state[f"{tower.prefix}{name}"] for name in tower.module.state_dict()}

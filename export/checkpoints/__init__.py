@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from calmclip.export.checkpoints.files import read_json
-from calmclip.export.checkpoints.weights import load_tensors, weight_files
+from calmclip.export.checkpoints.locate import weight_files
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.errors import UnknownCheckpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -34,7 +36,7 @@ class Checkpoint:
     """``tensors``: in the file's dtypes, without the prefixes of training (``module.``). ``facts``: from the recipe."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    tensors: "Mapping[str, Tensor]"
     configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     facts: Weights = field(default_factory=Weights)
 
@@ -54,6 +56,8 @@ class Checkpoint:
 
 def read(checkpoint: str | Path, facts: Weights | None = None) -> Checkpoint:
     """Raises `UnknownCheckpoint` with the file, and the key if there is one."""
+    from calmclip.export.checkpoints.weights import load_tensors  # needs torch
+
     path = Path(checkpoint)
     if not path.exists():
         raise UnknownCheckpoint(f"{path} does not exist; expected a checkpoint's directory or file")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calmclip.export.checkpoints.files import require_package
-from calmclip.export.checkpoints.weights import NAMES
+from calmclip.export.checkpoints.locate import NAMES
 from calmclip.models.errors import UnknownCheckpoint
 
 PREFIX = "hf:"

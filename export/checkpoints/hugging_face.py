@@ -5,7 +5,7 @@ from typing import Any
 
 from calmclip.export.checkpoints import Checkpoint
 from calmclip.export.checkpoints.files import read_json, require_package
-from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.checkpoints.locate import one_line
 from calmclip.models.bundle.manifest import ImagePreprocess
 from calmclip.models.errors import UnknownCheckpoint
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from calmclip.export.checkpoints import Checkpoint
-from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.checkpoints.locate import one_line
 from calmclip.export.towers import part
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.errors import BadRequest, UnknownCheckpoint

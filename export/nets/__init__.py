@@ -4,12 +4,10 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
-import torch
 
-from calmclip.export.layouts import Layout
 from calmclip.models.bundle.manifest import (
     DefaultClassifier,
     ImagePreprocess,
@@ -22,20 +20,28 @@ from calmclip.models.flow import Arrays
 from calmclip.models.ops.spec import SOFTMAX
 from calmclip.models.registry import Registry
 
+if TYPE_CHECKING:
+    import torch
+
+    from calmclip.export.layouts import Layout
+
+_ABSENT: Any = None
+
 
 @dataclass(frozen=True)
 class Tower:
-    """One torch module that becomes one graph.
+    """One torch module that becomes one graph, or such a graph.
 
     ``module(*inputs)`` takes tensors in the order of ``inputs`` and returns one tensor, or a tuple in the order
     of ``outputs``. String dimensions of the specs ("B", "T") are dynamic in the graph. ``quantizer``: the
     plug-in that keeps this tower's accuracy, used unless the recipe names another. ``prefix``: of its tensors among
     those by our names, for adapters and for a written checkpoint. ``summary``: outputs -> the arrays by which two
     graphs are compared, for outputs whose rows may change their order by a rounding error. ``promises``: op of ours ->
-    the number of nodes that the rewrites must replace by it, from the checkpoint's own config.
+    the number of nodes that the rewrites must replace by it, from the checkpoint's own config. ``graph``: the float
+    graph, if the net ships it; then there is no module, and no adapter fits.
     """
 
-    module: torch.nn.Module
+    module: "torch.nn.Module"
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     preprocess: ImagePreprocess | TextPreprocess | None
@@ -44,6 +50,12 @@ class Tower:
     prefix: str = ""
     summary: Callable[[Arrays], Arrays] | None = None
     promises: Mapping[str, int] = field(default_factory=dict)
+    graph: onnx.ModelProto | None = None
+
+    @classmethod
+    def drawn(cls, graph: onnx.ModelProto | None, *arguments: Any, **settings: Any) -> "Tower":
+        """A tower without a module."""
+        return replace(cls(_ABSENT, *arguments, **settings), graph=graph)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Net:
     ranges: Mapping[str, Path] = field(default_factory=dict)
     keep_float: bool = False  # export seals NAME-float beside NAME-int8 unless told otherwise
     bars: Mapping[str, float] = field(default_factory=dict)  # defaults of the recipe's bars for this net
-    layout: Layout | None = None  # the table of names, if a checkpoint of it can be written
+    layout: "Layout | None" = None  # the table of names, if a checkpoint of it can be written
     folded: bool = True  # its modules are ready to be traced; see `ready`
     adapters: tuple[str, ...] = ()  # the adapters that were applied, in order
     suppression: SuppressionDefaults | None = None  # of a detect request, if calmclip's do not suit its scores
@@ -108,7 +120,7 @@ def ready(net: Net) -> Net:
     return replace(net, towers=towers, folded=True)
 
 
-def _folded(module: torch.nn.Module) -> torch.nn.Module:
+def _folded(module: "torch.nn.Module") -> "torch.nn.Module":
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     copy: torch.nn.Module = deepcopy(module, shared)
     _fold(copy)
@@ -124,7 +136,7 @@ def _fold(module: Any) -> None:
             _fold(child)
 
 
-def attention_promises(module: torch.nn.Module) -> dict[str, int]:
+def attention_promises(module: "torch.nn.Module") -> dict[str, int]:
     """`Tower.promises`: one Softmax for each attention module of ours. Modules of libraries promise nothing."""
     number = sum(getattr(inner, "attends", 0) for inner in module.modules())
     return {SOFTMAX.name: number} if number else {}

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from calmclip.export.checkpoints import Weights
 from calmclip.export.checkpoints.files import read_json
-from calmclip.export.checkpoints.weights import load_tensors, weight_files
+from calmclip.export.checkpoints.locate import weight_files
+from calmclip.export.checkpoints.weights import load_tensors
 from calmclip.export.layouts import DROP, Layout, Rule
 from calmclip.export.layouts.common import attention_gates, bert_text
 from calmclip.export.nets import NETS, Net, NetPlugin, bucketed, float32, text_inputs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calmclip.export import layouts
 from calmclip.export.checkpoints import Weights, hub, read
-from calmclip.export.checkpoints.weights import NoWeights, weight_files, weights_sha256
+from calmclip.export.checkpoints.locate import NoWeights, weight_files, weights_sha256
 from calmclip.export.nets import (
     NETS,
     Net,

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from calmclip.export import layouts
 from calmclip.export.checkpoints import Checkpoint, Weights, hugging_face, read
 from calmclip.export.checkpoints.files import read_json
-from calmclip.export.checkpoints.weights import weights_sha256
+from calmclip.export.checkpoints.locate import weights_sha256
 from calmclip.export.layouts import DROP, Layout, Rule, Settings, concatenate, fill, translate
 from calmclip.export.layouts.common.openai_clip import square
 from calmclip.export.layouts.hf_clip import TEXT, blocks, style, tower_config

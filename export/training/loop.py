@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.checkpoints.locate import one_line
 from calmclip.export.towers.transformer import Block
 from calmclip.export.training.objectives import Task
 from calmclip.export.training.settings import LOG, STATE, Training

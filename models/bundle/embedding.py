@@ -24,8 +24,8 @@ def embedding_digest(manifest: Manifest) -> str | None:
     weights  path -> sha256 of each file that no key of the manifest names: tensors of these graphs may be in it
 
     Only ONNX knows which graph reads a file of weights, so each of them counts. A file that `image` shares with
-    `regions` holds the tensors of both, which a change of the box head alone leaves as they are. A default is left out
-    so that a key that a later calmclip adds does not change the digest of older bundles.
+    `regions` holds the tensors of both, which a change of the box network alone leaves as they are. A default is left
+    out so that a key that a later calmclip adds does not change the digest of older bundles.
     """
     if "embed" not in manifest.tasks:
         return None

@@ -141,13 +141,13 @@ def _bert(checkpoint: Path, attention: str) -> nn.Module:
     """all-MiniLM-L6-v2 as transformers' BertModel, with the mean of its tokens' states."""
     import transformers
 
-    from calmclip.export.nets.mini import minilm
+    from calmclip.export.nets.mini import facts, modules
     from calmclip.export.nets.mini.weights import minilm_state
 
-    sizes = {"num_hidden_layers": minilm.LAYERS, "hidden_size": minilm.WIDTH, "intermediate_size": minilm.INNER}
-    more: dict[str, Any] = {"num_attention_heads": minilm.HEADS, "attn_implementation": attention}
+    sizes = {"num_hidden_layers": facts.LAYERS, "hidden_size": facts.WIDTH, "intermediate_size": facts.INNER}
+    more: dict[str, Any] = {"num_attention_heads": facts.HEADS, "attn_implementation": attention}
     model: Any = transformers.BertModel(transformers.BertConfig(**sizes | more), add_pooling_layer=False)
-    model.load_state_dict(minilm_state(), strict=False)
+    model.load_state_dict(modules.tensors(minilm_state()), strict=False)
     return Embeds(model.eval(), _mean)
 
 
@@ -157,14 +157,20 @@ def _mean(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Any:
     return (states * weights).sum(1) / weights.sum(1)
 
 
+def _mini(role: str) -> Any:
+    from calmclip.export.nets.mini import DETECTOR, SHIPPED, modules
+
+    return getattr(modules.load(SHIPPED, DETECTOR), role)
+
+
 def _mini_text(checkpoint: Path, attention: str) -> Any:
-    tower: Any = _net("mini").towers["text"].module
+    tower = _mini("text")
     tower.encoder = _bert(checkpoint, attention)
     return tower
 
 
-def _mini_image(checkpoint: Path, attention: str) -> nn.Module:
-    return _net("mini").towers["image"].module
+def _mini_image(checkpoint: Path, attention: str) -> Any:
+    return _mini("image")
 
 
 _CLIP_IMAGE = partial(
@@ -202,7 +208,7 @@ def _clip_text(tokens: int, context: int, note: str = "") -> Tower:
 
 
 def _encoder(tower: nets.Tower) -> nets.Tower:
-    return replace(tower, module=tower.module.get_submodule("encoder"), promises={})
+    return replace(tower, module=_mini("text").encoder, graph=None, promises={})
 
 
 _NO_MODULE = "it has no module of these weights"
@@ -422,7 +428,7 @@ def _export_ours(tower: Tower, checkpoint: Path, calibration: Inputs, folder: Pa
     import onnx
 
     _, ours = _ours(tower, checkpoint)
-    model, quantizer = to_onnx(ours), QUANTIZERS.get("fast")
+    model, quantizer = ours.graph or to_onnx(ours), QUANTIZERS.get("fast")
     count = len(calibration.theirs[0])
     feeds = [{name: rows[at : at + 1] for name, rows in calibration.ours.items()} for at in range(count)]
     params = quantizer.params(channels=tower.convolutional)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from calmclip.export import align
 from calmclip.export.align_cli import align_command
 from calmclip.export.nets import NETS
-from calmclip.export.nets.mini.towers import SHIPPED, Heads
+from calmclip.export.nets.mini import SHIPPED
+from calmclip.export.nets.mini.towers import Heads
 from calmclip.models.errors import BadRequest
 
 

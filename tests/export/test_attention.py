@@ -14,10 +14,11 @@ import torch
 import transformers
 
 from calmclip.export import parity, rewrites
+from calmclip.export.graph import module_of
 from calmclip.export.nets import NETS, Net
 from calmclip.export.quantizers import QUANTIZERS
 from calmclip.export.quantizers.sites import find_sites
-from calmclip.export.trace import module_of, to_onnx
+from calmclip.export.trace import to_onnx
 from calmclip.models.flow import Arrays
 from calmclip.models.ops.spec import DOMAIN, SOFTMAX
 from tests import quantizable

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from calmclip.export import outliers
-from calmclip.export.graph import tap
+from calmclip.export.graph import module_of, tap
 from calmclip.export.nets import Tower
 from calmclip.export.parity import onnx_run
 from calmclip.export.quantizers import static
@@ -19,7 +19,7 @@ from calmclip.export.towers import Style
 from calmclip.export.towers.bert import BertText
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.towers.text import TextTransformer
-from calmclip.export.trace import module_of, to_onnx
+from calmclip.export.trace import to_onnx
 from calmclip.models.bundle.manifest import Tensor as Spec
 from calmclip.models.errors import ExportError
 from calmclip.models.flow import Array, Arrays

@@ -3,9 +3,10 @@ import onnx
 import pytest
 import torch
 
+from calmclip.export.graph import fingerprint, module_of
 from calmclip.export.nets import Tower
 from calmclip.export.parity import onnx_run
-from calmclip.export.trace import fingerprint, module_of, to_onnx
+from calmclip.export.trace import to_onnx
 from calmclip.models.bundle.manifest import Tensor
 from calmclip.models.errors import ExportError
 

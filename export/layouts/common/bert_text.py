@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calmclip.export.checkpoints import Checkpoint, hugging_face
 from calmclip.export.checkpoints.files import require_package
-from calmclip.export.checkpoints.weights import one_line
+from calmclip.export.checkpoints.locate import one_line
 from calmclip.export.layouts import DROP, Rule, concatenate, rename
 from calmclip.export.towers import Style
 from calmclip.export.towers.attention import AttentionSpec

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from calmclip.export import layouts
 from calmclip.export.checkpoints import Checkpoint, Weights, hugging_face, read
 from calmclip.export.checkpoints.files import read_json
-from calmclip.export.checkpoints.weights import NoWeights, weight_files, weights_sha256
+from calmclip.export.checkpoints.locate import NoWeights, weight_files, weights_sha256
 from calmclip.export.layouts import Layout
 from calmclip.export.nets import Net, Tower, attention_promises
 from calmclip.export.towers import count

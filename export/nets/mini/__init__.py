@@ -1,42 +1,70 @@
-"""The built-in model: pretrained encoders from ordinary Python packages, joined by heads that we trained.
+"""The built-in model: pretrained networks from ordinary Python packages, joined by heads that we trained.
 
 Source: Tan & Le 2019 (arXiv 1905.11946), EfficientNet, its Lite2 form; Wang et al. 2020 (arXiv 2002.10957), MiniLM;
-Norouzi et al. 2013 (arXiv 1312.5650), ConSE. The training is in `calmclip.export.align`.
+RangiLyu 2021, NanoDet-g; Norouzi et al. 2013 (arXiv 1312.5650), ConSE. `calmclip.export.align` and
+`calmclip.export.regions` train the heads.
 
-It is no CLIP but has its interface: pixels -> unit vector, ids + mask -> unit vector, 384 numbers each. A checkpoint
-directory of it is written by `calmclip align`: ``heads.safetensors``, and beside it the files of the packages in
-weights.txt if these are not installed.
+It is no CLIP but has its interface: pixels -> unit vector, ids + mask -> unit vector, 384 numbers each. Its graphs
+ship without weights (`graphs`), and numpy fills them (`parameters`), so that no torch is needed. A checkpoint directory
+of it holds heads.safetensors, detector.safetensors or both, and beside them the files of the packages in weights.txt if
+these are not installed.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+
+import onnx
 
 from calmclip.export.checkpoints import Weights
 from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, float32
-from calmclip.export.nets.mini import backbone, boxhead, minilm
-from calmclip.export.nets.mini.features import PIXELS
-from calmclip.export.nets.mini.regions import add_detection
-from calmclip.export.nets.mini.towers import SHIPPED, Heads, ImageTower, TextTower
+from calmclip.export.nets.mini import graphs, parameters
+from calmclip.export.nets.mini.detection import MIN_SCORE, detect_graph, summary
+from calmclip.export.nets.mini.facts import (
+    BACKGROUND,
+    CONTEXT,
+    LAYERS,
+    PIXELS,
+    PROPOSALS,
+    QUANTIZE,
+    QUANTIZE_REGIONS,
+    REGION_PIXELS,
+    SIDE,
+    TEMPLATES,
+    WIDTH,
+)
+from calmclip.export.nets.mini.sentences import embed
 from calmclip.export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
-from calmclip.models.bundle.manifest import DefaultClassifier, Plugin, Source, Tensor, TextPreprocess
+from calmclip.models.bundle.manifest import (
+    DefaultClassifier,
+    Plugin,
+    Source,
+    SuppressionDefaults,
+    Tensor,
+    TextPreprocess,
+)
 from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array
 from calmclip.models.ops.spec import SOFTMAX
 
 RANGES = Path(__file__).with_name("ranges.json")
-BOXES = Path(__file__).with_name("boxhead.safetensors")
-TEMPLATES = ("a photo of a {}.", "a {}", "a picture of a {}.", "a close-up photo of a {}.", "a {} in the scene.")
-TEXTS = bucketed(TextPreprocess(ids="ids", mask="mask", context=minilm.CONTEXT, pad="longest", pad_id=0))
-_EMBEDS = float32("B", minilm.WIDTH)
+SHIPPED = Path(__file__).with_name("heads.safetensors")
+DETECTOR = Path(__file__).with_name("detector.safetensors")
+SCALE = (
+    15.0  # of the cosines in a softmax over labels: it has the least log loss on labelled photographs, see README.md
+)
+TEXTS = bucketed(TextPreprocess(ids="ids", mask="mask", context=CONTEXT, pad="longest", pad_id=0))
+_EMBEDS = float32("B", WIDTH)
 _TOKENS = Tensor(dtype="int64", shape=("B", "T"))
 _NOTES = (
     "The heads derive from research-use photographs (Flickr8k, ImageNet samples, COCO crops) and WordNet; "
-    "the image encoder was trained on ImageNet by its authors."
+    "the image encoder was trained on ImageNet and the box network on COCO by their authors."
 )
 
 
 def recognise(checkpoint: str) -> bool:
-    return checkpoint == "mini" or (Path(checkpoint) / SHIPPED.name).is_file()
+    return checkpoint == "mini" or any((Path(checkpoint) / path.name).is_file() for path in (SHIPPED, DETECTOR))
 
 
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
@@ -44,56 +72,91 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
     if weights != Weights():
         raise BadRequest("the built-in model has its own activation; leave out the recipe's [weights]")
     directory = None if checkpoint == "mini" else Path(checkpoint)
-    file = (directory or SHIPPED.parent) / SHIPPED.name
-    boxes = directory / BOXES.name if directory and (directory / BOXES.name).is_file() else BOXES
-    heads = Heads.load(file)
-    image = ImageTower(backbone.frozen(backbone_state(directory)), heads).eval()
-    text = TextTower(minilm.from_state(minilm_state(directory)), heads).eval()
-    net = Net(
+    heads, detector = (trained(directory, path) for path in (SHIPPED, DETECTOR))
+    arrays = constants(heads, detector, directory)
+    tokenizer = tokenizer_json(directory)
+    return Net(
         name="mini",
         source=Source(
             net="mini",
-            model="EfficientNet-Lite2 and all-MiniLM-L6-v2 with aligned heads",
+            model="EfficientNet-Lite2, all-MiniLM-L6-v2 and NanoDet-g with aligned heads",
             weights={
                 BACKBONE.origin: BACKBONE.sha256,
                 MINILM.origin: MINILM.sha256,
-                **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (file, boxes)},
+                **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (heads, detector)},
             },
             license="Apache-2.0",
             notes=_NOTES,
         ),
-        tasks=("classify", "embed"),
-        towers={
-            "image": Tower(
-                image,
-                {"pixels": float32("B", 3, *PIXELS.size)},
-                {"image_embeds": _EMBEDS},
-                PIXELS,
-                quantizer="search",
-                quantizer_params=backbone.QUANTIZE,
-                promises={SOFTMAX.name: 1},  # of the backbone's classes
-            ),
-            "text": Tower(
-                text,
-                {"ids": _TOKENS, "mask": _TOKENS},
-                {"text_embeds": _EMBEDS},
-                TEXTS,
-                quantizer="search",
-                promises={SOFTMAX.name: minilm.LAYERS},
-            ),
-        },
-        files={"tokenizer.json": _unlimited(tokenizer_json(directory))},
-        classifier=DefaultClassifier(templates=tuple(TEMPLATES), head=Plugin(name="cosine", params={"scale": SCALE})),
-        ranges=dict.fromkeys(("image", "text", "regions"), RANGES),
+        tasks=("classify", "embed", "detect"),
+        towers=towers_of({role: graphs.filled(role, constants) for role, constants in arrays.items()}),
+        files={"tokenizer.json": _unlimited(tokenizer)},
+        suppression=SuppressionDefaults(min_score=MIN_SCORE),
+        built={"detect": detect_graph(embed(arrays["text"], tokenizer, BACKGROUND))},
+        classifier=DefaultClassifier(templates=TEMPLATES, head=Plugin(name="cosine", params={"scale": SCALE})),
+        ranges=dict.fromkeys(arrays, RANGES),
         keep_float=True,
-        bars={"min_image_cosine": 0.99, "min_text_cosine": 0.99, "min_output_cosine": 0.98, "max_megabytes": 35.0},
+        bars={"min_image_cosine": 0.99, "min_text_cosine": 0.99, "min_output_cosine": 0.98, "max_megabytes": 42.0},
     )
-    return add_detection(net, image, text, boxhead.load(boxes))
 
 
-SCALE = (
-    15.0  # of the cosines in a softmax over labels: it has the least log loss on labelled photographs, see README.md
-)
+def trained(directory: Path | None, shipped: Path) -> Path:
+    """The file of trained weights: the one in ``directory`` if there is one, else the one that ships."""
+    return directory / shipped.name if directory and (directory / shipped.name).is_file() else shipped
+
+
+def constants(heads: Path, detector: Path, directory: Path | None = None) -> dict[str, dict[str, Array]]:
+    """The constants of each graph, by role. Raises `WeightsMissing`."""
+    head = parameters.read(heads, parameters.HEAD_SHAPES, "calmclip align")
+    boxes = parameters.read(detector, None, "python -m calmclip.export.regions")
+    folded = parameters.backbone(backbone_state(directory))
+    text = parameters.text(head, parameters.minilm(minilm_state(directory)))
+    names = parameters.known(text, tokenizer_json(directory), TEMPLATES)
+    return {
+        "image": parameters.image(head, folded),
+        "text": text,
+        "regions": parameters.regions(head, folded, boxes, names),
+    }
+
+
+def towers_of(drawn: Mapping[str, onnx.ModelProto]) -> dict[str, Tower]:
+    """The three towers, with the graphs ``drawn``."""
+    pixels, boxes = float32("B", 3, *PIXELS.size), float32("B", 3, SIDE, SIDE)
+    regions = {
+        "class_embeds": float32("B", PROPOSALS, WIDTH),
+        "boxes": float32("B", PROPOSALS, 4),
+        "objectness": float32("B", PROPOSALS),
+    }
+    classes = {SOFTMAX.name: 1}  # of the backbone
+    return {
+        "image": Tower.drawn(
+            drawn.get("image"),
+            {"pixels": pixels},
+            {"image_embeds": _EMBEDS},
+            PIXELS,
+            quantizer="search",
+            quantizer_params=QUANTIZE,
+            promises=classes,
+        ),
+        "text": Tower.drawn(
+            drawn.get("text"),
+            {"ids": _TOKENS, "mask": _TOKENS},
+            {"text_embeds": _EMBEDS},
+            TEXTS,
+            quantizer="search",
+            promises={SOFTMAX.name: LAYERS},
+        ),
+        "regions": Tower.drawn(
+            drawn.get("regions"),
+            {"pixels": boxes},
+            regions,
+            REGION_PIXELS,
+            summary=summary,
+            quantizer="search",
+            quantizer_params=QUANTIZE_REGIONS,
+            promises=classes,
+        ),
+    }
 
 
 def _unlimited(tokenizer: bytes) -> bytes:

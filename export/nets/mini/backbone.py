@@ -5,13 +5,15 @@ squeeze-and-excitation, and leaves stem, head and the first and last stage unsca
 TensorFlow, hence SAME padding and a BatchNorm epsilon of 1e-3.
 """
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
+
+from calmclip.export.nets.mini import parameters
+from calmclip.export.nets.mini.facts import CLASSES, WIDTH32
 
 # kernel, stride of the first block, expansion, channels, blocks
 STAGES = (
@@ -23,10 +25,7 @@ STAGES = (
     (5, 2, 6, 208, 5),
     (3, 1, 6, 352, 1),
 )
-STEM, WIDTH16, WIDTH32, CLASSES = 32, 120, 1280, 1000
-# The stem and the first block stay in float: their outputs reach 100 before ReLU6 clips them to 6, so one step of 8
-# bits in front of a weight of 13 is large. No rounding of weights helps against that; README.md has the figures.
-QUANTIZE = {"keep": ["Conv.Conv_0", "Conv.Conv_1", "Conv.Conv_2"]}
+STEM, WIDTH16 = 32, 120
 FIRST_OF_STRIDE_32 = 15  # the block whose input is the stride-16 map
 
 
@@ -100,32 +99,10 @@ class Backbone(nn.Module):
         return map16, self.head(x)
 
 
-_OURS = {
-    r"^_blocks\.": "blocks.",
-    r"\._expand_conv\.": ".expand.conv.",
-    r"\._bn0\.": ".expand.norm.",
-    r"\._depthwise_conv\.": ".depthwise.conv.",
-    r"\._bn1\.": ".depthwise.norm.",
-    r"\._project_conv\.": ".project.conv.",
-    r"\._bn2\.": ".project.norm.",
-    r"^_conv_stem\.": "stem.conv.",
-    r"^_bn0\.": "stem.norm.",
-    r"^_conv_head\.": "head.conv.",
-    r"^_bn1\.": "head.norm.",
-    r"^_fc\.": "classifier.",
-}
-
-
 def from_state(state: Mapping[str, Tensor]) -> Backbone:
     """The backbone with the published weights, in the names of efficientnet_pytorch. Every key must be known."""
-    renamed = {}
-    for key, value in state.items():
-        name = key
-        for pattern, replacement in _OURS.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
     backbone = Backbone()
-    backbone.load_state_dict(renamed, strict=True)
+    backbone.load_state_dict({parameters.renamed(name): value for name, value in state.items()}, strict=True)
     return backbone.eval().requires_grad_(False)
 
 

@@ -13,16 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from calmclip.export.nets.mini.backbone import WIDTH32, frozen
-from calmclip.export.nets.mini.minilm import CONTEXT, WIDTH, from_state
+from calmclip.export.nets.mini.backbone import frozen
+from calmclip.export.nets.mini.facts import CONTEXT, PIXELS, WIDTH, WIDTH32
+from calmclip.export.nets.mini.minilm import from_state
+from calmclip.export.nets.mini.modules import tensors
 from calmclip.export.nets.mini.weights import BACKBONE, backbone_state, minilm_state, tokenizer_json
-from calmclip.models.bundle.manifest import ImagePreprocess
 from calmclip.models.errors import InputError
 from calmclip.models.preprocess.image import ImagePreparer, decode
 
-PIXELS = ImagePreprocess(
-    size=(260, 260), resize="shortest", shortest=292, keep_square=True, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-)  # (x - 127) / 128; the package's own page names ImageNet's mean and deviation, which cost 10 points of accuracy
 VIEWS = ("upright", "mirrored")
 
 
@@ -35,7 +33,7 @@ def of_pictures(paths: Sequence[Path], cache: Path | None = None, *, quiet: bool
     file = cache / f"features-{_digest(paths)}.npy" if cache else None
     if file and file.is_file():
         return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
-    backbone = frozen(backbone_state())
+    backbone = frozen(tensors(backbone_state()))
     backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     preparer = ImagePreparer(PIXELS)
     features = torch.empty(len(paths), len(VIEWS), WIDTH32, dtype=torch.float16)
@@ -54,7 +52,7 @@ def of_pictures(paths: Sequence[Path], cache: Path | None = None, *, quiet: bool
 
 def of_texts(texts: Sequence[str], *, batch: int = 64, quiet: bool = False) -> Tensor:
     """-> float32 [N, 384] unit rows. Texts over the context are truncated. A batch has texts of similar length."""
-    encoder = from_state(minilm_state())
+    encoder = from_state(tensors(minilm_state()))
     tokenizer = Tokenizer.from_str(tokenizer_json().decode())
     tokenizer.no_padding()
     tokenizer.enable_truncation(CONTEXT)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 6, 384, 12, 1536, 30522
-CONTEXT = 256  # tokens; the weights hold 512 positions, but were trained as a sentence encoder on at most 256
+from calmclip.export.nets.mini.facts import CONTEXT, HEADS, INNER, LAYERS, VOCABULARY, WIDTH
+
 MASKED = -1e4  # added to a padded token's logits: after the softmax its float32 weight is exactly 0
 
 

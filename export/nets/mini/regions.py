@@ -1,78 +1,115 @@
-"""Detection with the built-in model: the `regions` tower and the `detect` graph.
+"""The `regions` tower of the built-in model.
 
-The tower proposes boxes and embeds each: the backbone's last map, averaged over the box, goes through the image head
-of the image tower. The graph compares the regions with the prompts and with phrases of background, which absorb regions
-that show no prompt. It outputs box-prompt pairs, and export appends SoftNMS:
+The tower has two networks. NanoDet proposes boxes and knows 80 names (`nanodet`). The backbone of the image tower sees
+the picture at half the size; its map, averaged over a box, goes through the image head, which has an open vocabulary.
+`RegionHead`, which we train, corrects that vector by what NanoDet sees in the box. The map's cells are coarse, so the
+vector of a large box is good as it is, and that of a small box says little. A region has one vector:
 
-    score = softmax(SCALE cos)[prompt] * objectness
+    h = unit(a v + MLP([v, cell, map16, map32]))    v: the image head's vector of the box
+    o = unit(s v + (1 - s) h)                       s: the square root of the box's part of the picture
+    class_embeds = unit(sum_c p_c^2 T_c + (SMALL + LARGE s) o)
+                                                    p: NanoDet's chances of its names, T: the names' text vectors
 """
 
-import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from calmclip.export.nets import Built, Net, Tower, float32
-from calmclip.export.nets.common import detect_graph as detection
-from calmclip.export.nets.mini.backbone import QUANTIZE, Backbone
-from calmclip.export.nets.mini.boxhead import BoxHead
-from calmclip.export.nets.mini.towers import ImageHead, ImageTower, TextTower
-from calmclip.models.bundle.manifest import ImagePreprocess
-from calmclip.models.flow import Array, Arrays
-from calmclip.models.ops.spec import SOFTMAX
+from calmclip.export.nets.mini import nanodet
+from calmclip.export.nets.mini.backbone import Backbone
+from calmclip.export.nets.mini.facts import PROPOSALS, SIDE, WIDTH
+from calmclip.export.nets.mini.nanodet import NanoDet
+from calmclip.export.nets.mini.quality import Quality, shape
+from calmclip.export.nets.mini.towers import ImageHead, unit
+from calmclip.models.errors import WeightsMissing
 
-SIZE = 640  # the letterboxed picture's sides
-CELL = 32  # pixels of a cell of the map that regions are averaged from
-PROPOSALS = 100
-FIRST = 400  # best cells that enter suppression
-OVERLAP = 0.5  # above this IoU the worse of two proposals is dropped
+HALF = 2  # the backbone sees the picture at 1 / HALF of the size
+LIKELY = 1000  # cells of the highest chances, whose quality is computed
+FIRST = 300  # best of them, which enter suppression
+OVERLAP = 0.65  # above this IoU the worse of two proposals is dropped
 ROUNDS = 12
-SCALE = 20.0
-BACKGROUND = (
-    "the sky",
-    "grass",
-    "a wall",
-    "the floor",
-    "the ground",
-    "trees",
-    "water",
-    "a road",
-    "a building",
-    "a blurry background",
-    "texture",
-    "part of something",
-)
+SMALL, LARGE = 0.1, 0.5  # the open vector's weight beside the squares of NanoDet's chances
+FEATURES = WIDTH + nanodet.WIDTH + nanodet.MIDDLE + nanodet.DEEP
+HIDDEN = 384
+
+
+class RegionHead(nn.Module):
+    """Open vectors v [..., 384], NanoDet's features of the same boxes [..., 896] -> unit vectors [..., 384]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep = nn.Parameter(torch.ones(1))
+        self.mean = nn.Buffer(torch.zeros(FEATURES))
+        self.gain = nn.Buffer(torch.ones(FEATURES))
+        self.inner = nn.Linear(FEATURES, HIDDEN)
+        self.outer = nn.Linear(HIDDEN, WIDTH)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def standardize(self, features: Tensor) -> None:
+        """Take mean and deviation of the inputs [N, 1280] from these."""
+        self.mean.copy_(features.mean(0))
+        self.gain.copy_(1 / features.std(0).clamp(min=1e-4))
+
+    def forward(self, vectors: Tensor, features: Tensor, dropout: float = 0.0) -> Tensor:
+        seen = (torch.cat((vectors, features), -1) - self.mean) * self.gain
+        hidden = F.dropout(F.relu(self.inner(seen)), dropout, self.training)
+        return unit(self.keep * vectors + self.outer(hidden))
 
 
 class Regions(nn.Module):
-    """pixels [B, 3, 640, 640] -> class_embeds [B, P, D] unit rows, boxes [B, P, 4] in pixels, objectness [B, P].
+    """pixels [B, 3, 416, 416] -> class_embeds [B, P, D] unit rows, boxes [B, P, 4] in pixels, objectness [B, P].
 
     Best first. P is always `PROPOSALS`; rows without a proposal have objectness 0.
     """
 
-    def __init__(self, backbone: Backbone, box_head: BoxHead, image_head: ImageHead) -> None:
+    def __init__(
+        self, boxes: NanoDet, quality: Quality, backbone: Backbone, image: ImageHead, head: RegionHead, names: Tensor
+    ) -> None:
+        """``names`` [80, D]: unit text vectors of NanoDet's names."""
         super().__init__()
+        self.boxes = boxes
+        self.quality = quality
         self.backbone = backbone
-        self.box_head = box_head
-        self.image_head = image_head
+        self.image = image
+        self.head = head
+        self.names = nn.Buffer(names)
+        self.cells = nn.Buffer(nanodet.grid())
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        map16, map32 = self.backbone(pixels)
-        logits, boxes = self.box_head(map16, map32)
-        boxes, objectness = propose(boxes.clamp(0.0, float(SIZE)), logits.sigmoid())
-        return self.image_head(average(map32, boxes)), boxes, objectness
+        map32 = self.backbone(F.avg_pool2d(pixels, HALF))[1]  # first, so that its nodes count as in the image tower
+        chances, boxes, objectness, features = self.propose(pixels)
+        vectors = self.image(average(map32, boxes, HALF * 32))
+        side = extent(boxes)
+        described = unit(side * vectors + (1 - side) * self.head(vectors, features))
+        known = torch.matmul(chances.square(), self.names)
+        return unit(known + (SMALL + LARGE * side) * described), boxes, objectness
+
+    def propose(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> chances [B, P, 80], boxes [B, P, 4], objectness [B, P], NanoDet's features of the boxes [B, P, 896]."""
+        logits, bins, cells, map16, map32 = self.boxes(pixels)
+        likely, order = logits.amax(-1).topk(LIKELY)
+        bins, places = _rows(bins, order), self.cells[order]
+        best, first = (likely.sigmoid() * self.quality(shape(bins, places))).sqrt().topk(FIRST)
+        order, bins, places = torch.gather(order, 1, first), _rows(bins, first), _rows(places, first)
+        boxes = nanodet.decode(bins, places).clamp(0.0, float(SIDE))
+        objectness, kept = (best * survivors(boxes, OVERLAP)).topk(PROPOSALS)
+        boxes, order = _rows(boxes, kept), torch.gather(order, 1, kept)
+        features = (_rows(cells, order), average(map32, boxes, 32), average(map16, boxes, 16))
+        return _rows(logits, order).sigmoid(), boxes, objectness, torch.cat(features, -1)
 
 
-def propose(boxes: Tensor, objectness: Tensor) -> tuple[Tensor, Tensor]:
-    """boxes [B, N, 4], objectness [B, N] -> the best `PROPOSALS` after hard suppression, padded with zeros."""
-    best, order = objectness.topk(FIRST)
-    boxes = _rows(boxes, order)
-    scores, order = (best * survivors(boxes, OVERLAP)).topk(PROPOSALS)
-    return _rows(boxes, order), scores
+def extent(boxes: Tensor) -> Tensor:
+    """boxes [..., 4] in pixels -> [..., 1]: the square root of a box's part of the picture's area, 0 to 1."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    area = ((x1 - x0) * (y1 - y0)).clamp(min=0.0)
+    return (area.sqrt() / SIDE).unsqueeze(-1)
 
 
 def survivors(boxes: Tensor, threshold: float) -> Tensor:
@@ -82,17 +119,18 @@ def survivors(boxes: Tensor, threshold: float) -> Tensor:
     After k rounds the result is exact for every box at the end of a chain of at most k such overlaps. Chains longer
     than `ROUNDS` do not occur.
     """
-    rivals = (pairwise_iou(boxes) > threshold).float().tril(-1)  # [i, j]: j is better and overlaps i
+    rivals = overlapping(boxes, threshold).float().tril(-1)  # [i, j]: j is better and overlaps i
     alive = torch.ones_like(boxes[..., 0])
     for _ in range(ROUNDS):
         alive = (torch.matmul(rivals, alive.unsqueeze(-1)).squeeze(-1) < 0.5).float()
     return alive
 
 
-def pairwise_iou(boxes: Tensor) -> Tensor:
-    """[B, N, 4] -> [B, N, N]; boxes without area overlap nothing.
+def overlapping(boxes: Tensor, threshold: float) -> Tensor:
+    """[B, N, 4] -> bool [B, N, N]: the IoU is above ``threshold``. Boxes without area overlap nothing.
 
-    x and y are separate tensors: ONNX Runtime takes 3 of the 48 ms of `regions` to compare rows of two numbers.
+    shared / (a + b - shared) > t is shared (1 + t) > t (a + b), which needs no division. x and y are separate tensors:
+    ONNX Runtime is slow at comparing rows of two numbers.
     """
     x0, y0, x1, y1 = boxes.unbind(-1)
 
@@ -100,118 +138,64 @@ def pairwise_iou(boxes: Tensor) -> Tensor:
         inner = torch.minimum(high[:, :, None], high[:, None, :]) - torch.maximum(low[:, :, None], low[:, None, :])
         return inner.clamp(min=0.0)
 
-    shared = overlap(x0, x1) * overlap(y0, y1)
-    area = (x1 - x0) * (y1 - y0)
-    return shared / (area[:, :, None] + area[:, None, :] - shared).clamp(min=1e-9)
+    area = threshold / (1 + threshold) * (x1 - x0) * (y1 - y0)
+    return overlap(x0, x1) * overlap(y0, y1) > area[:, :, None] + area[:, None, :]
 
 
-def average(features: Tensor, boxes: Tensor) -> Tensor:
-    """Map [B, C, h, w] of `CELL`-pixel cells, boxes [B, P, 4] in pixels -> [B, P, C]: the map's mean over each box.
+def average(features: Tensor, boxes: Tensor, cell: int) -> Tensor:
+    """Map [B, C, h, w] of ``cell``-pixel cells, boxes [B, P, 4] in pixels -> [B, P, C]: the map's mean over each box.
 
     The mean is exact: a cell is weighted by the part of it that lies in the box. The weights are a product of a row and
     a column, so one matrix product replaces RoIAlign. A box thinner than a pixel counts as one pixel.
     """
     rows, cols = features.shape[-2:]
     x0, y0, x1, y1 = boxes.unbind(-1)
-    weights = _cover(y0, y1, rows)[..., :, None] * _cover(x0, x1, cols)[..., None, :]  # [B, P, h, w]
+    weights = _cover(y0, y1, rows, cell)[..., :, None] * _cover(x0, x1, cols, cell)[..., None, :]  # [B, P, h, w]
     return torch.matmul(weights.flatten(2), features.flatten(2).transpose(1, 2))
 
 
-def _cover(low: Tensor, high: Tensor, cells: int) -> Tensor:
+def _cover(low: Tensor, high: Tensor, cells: int, cell: int) -> Tensor:
     """[..., cells], sum 1: the part of [low, high] that lies in each cell."""
-    edges = torch.arange(cells, dtype=low.dtype) * CELL
+    edges = torch.arange(cells, dtype=low.dtype) * cell
     middle = ((low + high) / 2).unsqueeze(-1)
     half = ((high - low) / 2).clamp(min=0.5).unsqueeze(-1)
-    covered = (torch.minimum(middle + half, edges + CELL) - torch.maximum(middle - half, edges)).clamp(min=0.0)
+    covered = (torch.minimum(middle + half, edges + cell) - torch.maximum(middle - half, edges)).clamp(min=0.0)
     return covered / covered.sum(-1, keepdim=True).clamp(min=1e-9)
 
 
-def _rows(boxes: Tensor, order: Tensor) -> Tensor:
-    return torch.gather(boxes, 1, order.unsqueeze(-1).expand(-1, -1, 4))
+def _rows(table: Tensor, order: Tensor) -> Tensor:
+    """table [B, N, C], order int64 [B, P] -> [B, P, C]."""
+    return torch.gather(table, 1, order.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
-def detect_graph(background: Array, scale: float = SCALE) -> Built:
-    """background [G, D] unit rows -> the graph that turns regions and prompts into candidates for SoftNMS."""
-    dim = background.shape[1]
-    regions = {
-        "class_embeds": float32(1, PROPOSALS, dim),
-        "boxes": float32(1, PROPOSALS, 4),
-        "objectness": float32(1, PROPOSALS),
-    }
-    score = """
-        described = Concat <axis = 0> (text_embeds, background)
-        directions = Transpose (described)
-        region = Squeeze (class_embeds, first)
-        cosines = MatMul (region, directions)
-        logits = Mul (cosines, scale)
-        chances = Softmax <axis = -1> (logits)
-        wanted = Slice (chances, first, labels, axis)
-        column = Transpose (objectness)
-        pairs = Mul (wanted, column)
-    """
-    constants = {
-        "background": background.astype(np.float32), "scale": np.array(scale, np.float32), "axis": np.array([1])
-    }  # fmt: skip
-    random = np.random.default_rng(0)
-    example = detection.example(random, PROPOSALS, dim, SIZE)
-    example["objectness"] = np.sort(random.random((1, PROPOSALS)))[:, ::-1]
-    return detection.detect_graph(regions, dim, score, constants, example, {SOFTMAX.name: 1})
+@dataclass(frozen=True)
+class Detector:
+    """The trained parts, as `detector.safetensors` holds them: float16, the first convolution in float32."""
 
+    boxes: NanoDet
+    quality: Quality
+    head: RegionHead
 
-PIXELS = ImagePreprocess(
-    size=(SIZE, SIZE), resize="letterbox", pad=127, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-)  # (x - 127) / 128; the backbone reads the margin as 0
+    @classmethod
+    def load(cls, path: Path) -> "Detector":
+        """Raises `WeightsMissing` for a file that is absent or holds other tensors."""
+        result = cls(NanoDet(), Quality(), RegionHead())
+        try:
+            state = {name: tensor.float() for name, tensor in load_file(path).items()}
+            result.module().load_state_dict(state)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            remedy = "`python -m calmclip.export.regions` writes such a file"
+            raise WeightsMissing(f"{path} holds no detector: {error}. {remedy}.") from None
+        result.module().eval().requires_grad_(False)
+        return result
 
+    def module(self) -> nn.Module:
+        return nn.ModuleDict({"boxes": self.boxes, "quality": self.quality, "head": self.head})
 
-def summary(outputs: Arrays) -> Arrays:
-    """A summary of each picture's proposals that does not depend on their order, and hardly on the last of them.
-
-    A rounding error may swap two equal proposals, or replace the hundredth. So these are means over the proposals
-    weighted by objectness squared (boxes relative to the input), and the objectness itself, best first.
-    """
-    weight = outputs["objectness"][..., None].astype(np.float64) ** 2
-    total = np.maximum(weight.sum(axis=1), 1e-12)
-    means = {
-        name: (weight * outputs[name]).sum(axis=1) / total / unit
-        for name, unit in (("class_embeds", 1), ("boxes", SIZE))
-    }
-    return {**means, "objectness": outputs["objectness"]}
-
-
-def add_detection(net: Net, image: ImageTower, text: TextTower, box_head: BoxHead) -> Net:
-    """``net``, which has these towers, with the task detect."""
-    background = embed(text, net.files["tokenizer.json"], BACKGROUND)
-    tower = Tower(
-        module=Regions(image.backbone, box_head, image.head).eval(),
-        inputs={"pixels": float32("B", 3, SIZE, SIZE)},
-        outputs={
-            "class_embeds": float32("B", PROPOSALS, background.shape[1]),
-            "boxes": float32("B", PROPOSALS, 4),
-            "objectness": float32("B", PROPOSALS),
-        },
-        preprocess=PIXELS,
-        quantizer="search",  # as the image tower's, so that both store the same INT8 bytes of the backbone, once
-        quantizer_params=QUANTIZE,
-        summary=summary,
-        promises={SOFTMAX.name: 1},
-    )
-    return replace(
-        net,
-        tasks=(*net.tasks, "detect"),
-        towers={**net.towers, "regions": tower},
-        built={**net.built, "detect": detect_graph(background)},
-    )
-
-
-@torch.inference_mode()
-def embed(text: TextTower, tokenizer: bytes, phrases: Sequence[str]) -> Array:
-    """-> float32 [len(phrases), D] unit rows.
-
-    They become constants of a graph. Float32 sums depend on the number of threads and on the instruction set; those of
-    float64, rounded to float32, do not.
-    """
-    exact = copy.deepcopy(text).double()
-    encoder = Tokenizer.from_str(tokenizer.decode())
-    encoder.no_padding()
-    rows = [exact(torch.tensor([encoding.ids]))[0] for encoding in encoder.encode_batch(list(phrases))]
-    return torch.stack(rows).float().numpy()
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        tensors = {
+            name: (tensor if "stem" in name else tensor.half()).contiguous()
+            for name, tensor in self.module().state_dict().items()
+        }
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
+        path.chmod(0o644)

@@ -13,17 +13,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calmclip.export.nets.mini.backbone import CLASSES, WIDTH32, Backbone
-from calmclip.export.nets.mini.minilm import WIDTH, MiniLM
-from calmclip.models.errors import WeightsMissing
-
-FEATURE_LENGTH = 6.0  # of z; c has length 1 in the same product
-SHIPPED = Path(__file__).with_name("heads.safetensors")
+from calmclip.export.nets.mini import parameters
+from calmclip.export.nets.mini.backbone import Backbone
+from calmclip.export.nets.mini.facts import FEATURE_LENGTH
+from calmclip.export.nets.mini.minilm import MiniLM
 
 
 @dataclass(frozen=True)
@@ -46,18 +43,8 @@ class Heads:
     @classmethod
     def load(cls, path: Path) -> "Heads":
         """Raises `WeightsMissing` for a file that is absent or holds other tensors."""
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise WeightsMissing(f"{path} holds no heads: {error}. `calmclip align` writes such a file.") from None
-        expected = {field.name: shape for field, shape in zip(fields(cls), SHAPES, strict=True)}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if shapes != expected:
-            raise WeightsMissing(f"{path} holds {shapes}; expected {expected}. `calmclip align` writes such a file.")
-        return cls(**{name: tensor.float() for name, tensor in tensors.items()})
-
-
-SHAPES = ((WIDTH, WIDTH32 + WIDTH), (WIDTH,), (WIDTH, WIDTH), (WIDTH,), (WIDTH32,), (WIDTH32,), (CLASSES, WIDTH))
+        tensors = parameters.read(path, parameters.HEAD_SHAPES, "calmclip align")
+        return cls(**{name: torch.from_numpy(array) for name, array in tensors.items()})
 
 
 class ImageHead(nn.Module):

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.numpy import load_file
 
+from calmclip.export.nets.mini import torch_file
 from calmclip.models.errors import WeightsMissing
 from calmclip.models.extras import how_to_install_file
+from calmclip.models.flow import Array
 
 REQUIREMENTS = Path(__file__).with_name("weights.txt")
 
@@ -81,12 +81,13 @@ TOKENIZER = WeightFile(
 )
 
 
-def backbone_state(directory: Path | None = None) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(BACKBONE.locate(directory), map_location="cpu", weights_only=True)
-    return state
+def backbone_state(directory: Path | None = None) -> dict[str, Array]:
+    """EfficientNet-Lite2 in the names of efficientnet_pytorch."""
+    return torch_file.read(BACKBONE.locate(directory))
 
 
-def minilm_state(directory: Path | None = None) -> dict[str, Tensor]:
+def minilm_state(directory: Path | None = None) -> dict[str, Array]:
+    """all-MiniLM-L6-v2 in the names of transformers' BertModel."""
     return load_file(MINILM.locate(directory))
 
 

@@ -1,6 +1,7 @@
 """A softmax that differs from that of the training is refused; the error gives the loss."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +113,16 @@ def test_force_on_the_command_line_completes_a_recipe():
     assert adapter.params == {"kind": CLIPPED, "force": True}
 
 
-def test_a_net_without_our_attention_refuses_a_softmax(tmp_path: Path, capsys):
+def test_a_net_without_our_attention_refuses_a_softmax(tiny_bert: Path):
+    net = NETS.get("bert").load(str(tiny_bert))
+    towers = {role: replace(tower, module=torch.nn.Identity()) for role, tower in net.towers.items()}
+    with pytest.raises(BadRequest, match="it has no attention whose softmax can be set"):
+        softmax.adapt(replace(net, towers=towers), softmax.Params(kind=CLIPPED), Context(lambda net, tower: []))
+
+
+def test_a_net_that_ships_its_graphs_refuses_a_softmax(tmp_path: Path, capsys):
     assert main(["export", "mini", "--softmax", CLIPPED, "--out", str(tmp_path)]) == 2
-    assert "it has no attention whose softmax can be set" in capsys.readouterr().err
+    assert "it ships its graphs, without modules" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

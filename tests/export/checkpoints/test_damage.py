@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from calmclip.export import checkpoints
 from calmclip.export.checkpoints import pickles, torchscript
-from calmclip.export.checkpoints.weights import NoWeights, load_tensors, weight_files
+from calmclip.export.checkpoints.locate import NoWeights, weight_files
+from calmclip.export.checkpoints.weights import load_tensors
 from calmclip.models.cli import main
 from calmclip.models.errors import UnknownCheckpoint
 from tests.tiny import changed

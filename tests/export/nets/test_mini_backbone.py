@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from calmclip.export.nets.mini import backbone
-from calmclip.export.nets.mini.features import PIXELS
+from calmclip.export.nets.mini import backbone, parameters
+from calmclip.export.nets.mini.facts import PIXELS
+from calmclip.export.nets.mini.modules import tensors
 from calmclip.export.nets.mini.weights import backbone_state
 from calmclip.models.preprocess.image import ImagePreparer, decode
 
@@ -42,6 +44,16 @@ def test_folding_the_norms_changes_nothing():
         assert torch.allclose(unfolded, folded, atol=1e-4)
 
 
+def test_numpy_folds_the_published_norms_as_torch_does():
+    """To the same bits: both in float64, rounded once."""
+    folded = backbone.frozen(tensors(backbone_state())).state_dict()
+    arrays = parameters.backbone(backbone_state())
+    assert arrays.keys() == folded.keys()
+    for name, array in arrays.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, folded[name].numpy(), err_msg=name)
+
+
 @pytest.mark.parametrize(("side", "cells16", "cells32"), [(260, 17, 9), (640, 40, 20)])
 def test_maps_have_the_strides_of_their_names(side: int, cells16: int, cells32: int):
     with torch.inference_mode():
@@ -57,7 +69,7 @@ def test_published_weights_classify_photographs(
     photographs: dict[str, Path], photograph: str, classes: tuple[int, ...]
 ):
     # ImageNet's numbers: 281-285 cats; 409 analog clock, 892 wall clock; 504 coffee mug, 967 espresso, 968 cup
-    net = backbone.frozen(backbone_state())
+    net = backbone.frozen(tensors(backbone_state()))
     pixels, _ = ImagePreparer(PIXELS).prepare(decode(photographs[photograph].read_bytes()))
     with torch.inference_mode():
         scores = net.classifier(net(torch.from_numpy(pixels))[1].mean((2, 3)))
@@ -65,7 +77,7 @@ def test_published_weights_classify_photographs(
 
 
 def test_an_unexpected_key_is_an_error():
-    state = backbone_state()
+    state = tensors(backbone_state())
     state["_blocks.99._bn1.weight"] = torch.ones(3)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         backbone.from_state(state)

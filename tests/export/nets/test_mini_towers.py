@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from calmclip.export.nets.mini.towers import SHAPES, Heads, ImageHead, TextTower
+from calmclip.export.nets.mini.parameters import HEAD_SHAPES
+from calmclip.export.nets.mini.towers import Heads, ImageHead, TextTower
 from calmclip.models.errors import WeightsMissing
 
 
 @pytest.fixture
 def heads() -> Heads:
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.rand(shape, generator=generator) for shape in SHAPES]
-    tensors[5] += 0.5  # deviations
-    return Heads(*tensors)
+    tensors = {name: torch.rand(shape, generator=generator) for name, shape in HEAD_SHAPES.items()}
+    tensors["feature_std"] += 0.5
+    return Heads(**tensors)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -62,7 +63,7 @@ def test_heads_are_saved_in_float16_and_loaded(heads: Heads, tmp_path: Path):
 
 def test_other_tensors_are_refused(heads: Heads, tmp_path: Path):
     file = tmp_path / "heads.safetensors"
-    with pytest.raises(WeightsMissing, match="holds no heads"):
+    with pytest.raises(WeightsMissing, match=r"heads\.safetensors cannot be read: .*`calmclip align` writes"):
         Heads.load(file)
     Heads(**{**vars(heads), "text_centre": torch.zeros(5)}).save(file, {})
     with pytest.raises(WeightsMissing, match=r"'text_centre': \(5,\)"):

@@ -15,7 +15,7 @@ import transformers
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from calmclip.export import parity, pipeline, rewrites
+from calmclip.export import parity, pipeline, rewrites, trace
 from calmclip.export.nets import NETS, Net
 from calmclip.export.nets.common.detect_graph import CANDIDATES
 from calmclip.export.nets.owl import detect_graph, grid_bias, pixels
@@ -435,7 +435,7 @@ def test_picture_input_with_a_gaussian_is_refused_before_any_tower_is_traced(
     owlv2, owlvit, file = case_of("owlv2"), case_of("owlvit"), tmp_path / "recipe.toml"
     capsys.readouterr()
     file.write_text('name = "owl"\npicture_input = true\n')
-    monkeypatch.setattr(pipeline, "to_onnx", lambda tower: pytest.fail("it was traced"))
+    monkeypatch.setattr(trace, "to_onnx", lambda tower: pytest.fail("it was traced"))
     out = ["--out", str(tmp_path / "out"), "--recipe", str(file)]
     for verb in ("recipe", "export"):
         assert main([verb, str(owlv2.directory), *out]) == 2

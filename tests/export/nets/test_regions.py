@@ -4,24 +4,15 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
 
 from calmclip.export import rewrites
 from calmclip.export.nets.common.detect_graph import CANDIDATES
-from calmclip.export.nets.mini.boxhead import STRIDE, BoxHead, centres, decode, fold
-from calmclip.export.nets.mini.regions import (
-    CELL,
-    PROPOSALS,
-    SCALE,
-    Regions,
-    average,
-    detect_graph,
-    pairwise_iou,
-    propose,
-    survivors,
-)
+from calmclip.export.nets.mini import nanodet
+from calmclip.export.nets.mini.detection import FACTOR, HIGH, LOW, SCALE, detect_graph
+from calmclip.export.nets.mini.facts import PROPOSALS
+from calmclip.export.nets.mini.regions import average, overlapping, survivors
 from calmclip.models.ops.reference import soft_nms
 from calmclip.models.ops.spec import METHODS
 from calmclip.models.suppression import Suppression
@@ -43,32 +34,21 @@ def test_survivors_equal_torchvisions_nms(threshold):
         assert flags.nonzero()[:, 0].tolist() == expected.sort().values.tolist()
 
 
-def test_pairwise_iou_equals_torchvision():
+def test_boxes_overlap_where_torchvisions_iou_is_above_the_threshold():
     boxes = random_boxes(1, 1, 50)
-    torch.testing.assert_close(pairwise_iou(boxes)[0], box_iou(boxes[0], boxes[0]))
+    assert torch.equal(overlapping(boxes, 0.35)[0], box_iou(boxes[0], boxes[0]) > 0.35)
 
 
 def test_boxes_without_area_overlap_nothing():
-    assert pairwise_iou(torch.tensor([[[3.0, 3, 3, 9], [3, 3, 3, 9]]])).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
-
-
-def test_proposals_are_padded_with_zeros():
-    boxes = torch.tensor([[0.0, 0, 64, 64]]).repeat(1, 1600, 1)  # one box, 1600 times
-    boxes[0, 7] = torch.tensor([200.0, 200, 300, 300])
-    objectness = torch.full((1, 1600), 0.5)
-    objectness[0, 7] = 0.9
-    proposals, certain = propose(boxes, objectness)
-    assert proposals.shape == (1, PROPOSALS, 4)
-    assert certain[0, :3].tolist() == pytest.approx([0.9, 0.5, 0.0])
-    assert proposals[0, 0].tolist() == [200, 200, 300, 300]
+    assert not overlapping(torch.tensor([[[3.0, 3, 3, 9], [3, 3, 3, 9]]]), 0.0).any()
 
 
 def test_average_is_the_mean_of_the_pixels_in_the_box():
     features = torch.randn(2, 5, 20, 20, generator=torch.Generator().manual_seed(2))
     boxes = random_boxes(3, 2, 6).round()
     boxes[..., 2:] = torch.maximum(boxes[..., 2:], boxes[..., :2] + 1)
-    painted = F.interpolate(features, scale_factor=CELL, mode="nearest")  # every pixel holds its cell's value
-    averages = average(features, boxes)
+    painted = F.interpolate(features, scale_factor=32, mode="nearest")  # every pixel holds its cell's value
+    averages = average(features, boxes, 32)
     for picture, row, means in zip(painted, boxes.int(), averages, strict=True):
         for (x0, y0, x1, y1), mean in zip(row.tolist(), means, strict=True):
             torch.testing.assert_close(mean, picture[:, y0:y1, x0:x1].mean((1, 2)), atol=1e-5, rtol=1e-5)
@@ -76,52 +56,51 @@ def test_average_is_the_mean_of_the_pixels_in_the_box():
 
 def test_a_box_thinner_than_a_pixel_reads_its_cell():
     features = torch.arange(400.0).reshape(1, 1, 20, 20)
-    assert average(features, torch.tensor([[[100.0, 50, 100, 50]]])).item() == 1 * 20 + 3  # row 50 // 32, col 100 // 32
+    assert (
+        average(features, torch.tensor([[[100.0, 50, 100, 50]]]), 32).item() == 1 * 20 + 3
+    )  # row 50 // 32, col 100 // 32
 
 
-def test_decode_counts_from_the_cells_centres():
-    centre = centres(2, 3)
-    assert centre[4].tolist() == [1.5 * STRIDE, 1.5 * STRIDE]  # second row, second column
-    reach = torch.tensor([1.0, 2.0, 3.0, 4.0]).log()
-    # 24 - 16, 24 - 32, 24 + 48, 24 + 64
-    assert decode(reach, centre)[4].tolist() == pytest.approx([8.0, -8.0, 72.0, 88.0], abs=1e-4)
+def test_cells_are_those_of_each_grid_row_by_row():
+    cells = nanodet.grid()
+    assert cells.shape == (52 * 52 + 26 * 26 + 13 * 13, 3)  # 416 / 8, 416 / 16, 416 / 32
+    assert cells[[0, 1, 52]].tolist() == [[4, 4, 8], [12, 4, 8], [4, 12, 8]]
+    assert cells[[52 * 52, -1]].tolist() == [[8, 8, 16], [400, 400, 32]]
 
 
-def test_folding_changes_nothing():
-    torch.manual_seed(4)
-    head = BoxHead().eval()
-    for norm in (module for module in head.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 2.0)
-        nn.init.normal_(norm.bias)
-        nn.init.normal_(norm.running_mean)
-        nn.init.uniform_(norm.running_var, 0.5, 2.0)
-    maps = torch.randn(1, 120, 8, 8), torch.randn(1, 1280, 4, 4)
-    with torch.no_grad():
-        before = head(*maps)
-        after = fold(head)(*maps)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in head.modules())
-    for unfolded, folded in zip(before, after, strict=True):
-        torch.testing.assert_close(unfolded, folded, rtol=1e-4, atol=1e-4)
+def test_a_box_lies_at_its_sides_mean_distances_in_strides():
+    sides = torch.full((4, nanodet.BINS), -100.0)
+    for side, bins in enumerate(([1], [2], [3], [4, 5])):  # left, top, right, bottom: half 4 and half 5
+        sides[side, bins] = 0.0
+    box = nanodet.decode(sides.reshape(1, 1, -1), torch.tensor([[[20.0, 36.0, 8.0]]]))
+    assert box[0, 0].tolist() == pytest.approx([20 - 8, 36 - 16, 20 + 24, 36 + 36])
 
 
-class Fake(nn.Module):
-    """A backbone whose maps are the pooled pixels, repeated for each channel."""
+def test_boxes_equal_a_loop_over_their_sides():
+    generator = torch.Generator().manual_seed(8)
+    cells = nanodet.grid()[::500]
+    bins = torch.randn(2, len(cells), 4 * nanodet.BINS, generator=generator)
+    boxes = nanodet.decode(bins, cells)
+    for row, picture in zip(bins.double().numpy(), boxes, strict=True):
+        for logits, (x, y, stride), box in zip(row.reshape(-1, 4, nanodet.BINS), cells.tolist(), picture, strict=True):
+            chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            left, top, right, bottom = (stride * sum(i * p for i, p in enumerate(side)) for side in chances)
+            assert box.tolist() == pytest.approx([x - left, y - top, x + right, y + bottom], abs=1e-3)
 
-    def forward(self, pixels):
-        mean16, mean32 = (F.avg_pool2d(pixels.mean(1, keepdim=True), n) for n in (16, 32))
-        return mean16.repeat(1, 120, 1, 1), mean32.repeat(1, 1280, 1, 1).clamp(0, 6)
 
-
-def test_pictures_of_a_batch_are_independent():
-    torch.manual_seed(5)
-    head = fold(BoxHead())
-    nn.init.normal_(head.out.weight, std=0.3)
-    tower = Regions(Fake(), head, nn.Linear(1280, 8)).eval()
-    pixels = torch.randn(3, 3, 640, 640)
-    with torch.no_grad():
-        together, alone = tower(pixels), tower(pixels[1:2])
-    for batched, single in zip(together, alone, strict=True):
-        torch.testing.assert_close(batched[1:2], single, rtol=1e-4, atol=1e-3)
+def test_the_first_convolution_reads_our_pixels_as_the_published_one_reads_its_own():
+    generator = torch.Generator().manual_seed(9)
+    published = {
+        "stem.conv.weight": torch.randn(4, 3, 3, 3, generator=generator).numpy(),
+        "stem.conv.bias": torch.randn(4, generator=generator).numpy(),
+    }
+    rgb = 255 * torch.rand(1, 3, 9, 9, generator=generator)
+    # NanoDet's own configuration: B, G, R; mean 103.53, 116.28, 123.675; deviation 57.375, 57.12, 58.395
+    mean, std = (torch.tensor(n).reshape(3, 1, 1) for n in ((103.53, 116.28, 123.675), (57.375, 57.12, 58.395)))
+    want = F.conv2d((rgb.flip(1) - mean) / std, *(torch.from_numpy(array) for array in published.values()))
+    ours = nanodet.normalized(published)
+    ours_of_rgb = F.conv2d((rgb - 127) / 128, ours["stem.conv.weight"], ours["stem.conv.bias"])
+    torch.testing.assert_close(ours_of_rgb, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +122,12 @@ def detector(background):
     built = detect_graph(background)
     model = rewrites.apply(built.model, [*rewrites.swaps(), *built.attach]).model
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def calibrated(products):
+    """Beta calibration, by logits."""
+    logits = np.log(FACTOR) + LOW * np.log(products) - HIGH * np.log(1 - products)
+    return 1 / (1 + np.exp(-logits))
 
 
 def run(session, feeds):
@@ -180,7 +165,8 @@ def test_the_detect_graph_equals_its_formula(scene, method, per_class):
     texts = np.concatenate((scene["text_embeds"], scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ texts.T)
     chances = (powers / powers.sum(1, keepdims=True))[:, :5]
-    scores = chances * scene["objectness"][0][:, None]
+    with np.errstate(divide="ignore"):
+        scores = calibrated(chances * scene["objectness"][0][:, None])
     box, label = np.nonzero(scores >= 0.02)
     suppressed = soft_nms(
         scene["boxes"][0][box],
@@ -209,7 +195,8 @@ def test_only_the_best_pairs_reach_suppression(scene):
     assert outputs["candidates"].tolist() == [60 * PROPOSALS]
     every = np.concatenate((texts, scene["background"])).astype(np.float64)
     powers = np.exp(SCALE * scene["class_embeds"][0].astype(np.float64) @ every.T)
-    scores = (powers / powers.sum(1, keepdims=True))[:, :60] * scene["objectness"][0][:, None]
+    with np.errstate(divide="ignore"):
+        scores = calibrated((powers / powers.sum(1, keepdims=True))[:, :60] * scene["objectness"][0][:, None])
     best = np.argsort(-scores.ravel(), kind="stable")[:CANDIDATES]
     suppressed = soft_nms(
         scene["boxes"][0][best // 60], scores.ravel()[best], method="hard", min_score=0.0, max_output=1000
