@@ -1,7 +1,8 @@
 # Two images from one file, the wanted one by --target. `service`, the default: no torch, an ordinary user, the
-# built-in bundle inside. `export`: torch, makes bundles. Both hold the compiled op library, and an image without
-# it is a broken one. Neither fetches a model: the built-in weights ship inside Python packages. All Python packages
-# are pinned with hashes. The caches of pip and apt stay with the builder: after a change it downloads what is new.
+# built-in bundle inside. `export`: torch, makes bundles of any checkpoint. Both hold the compiled op library, and an
+# image without it is a broken one. Neither fetches a model: the built-in weights ship inside Python packages. All
+# Python packages are pinned with hashes. The caches of pip and apt stay with the builder: after a change it downloads
+# what is new.
 
 FROM python:3.11-slim-trixie AS base
 ENV LANG=C.UTF-8 PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
@@ -36,22 +37,15 @@ RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     /opt/tools/bin/pip install --require-hashes -r requirements-build.txt
 
 
-# What makes the built-in bundle, and no more. --no-deps: the files have all that is needed, but for what the files of
-# exclusions beside them say. The caches are locked: a package that two stages need is downloaded once.
+# What makes the built-in bundle, and no more: no torch. --no-deps: the files have all that is needed, but for what the
+# files of exclusions beside them say. The caches are locked: a package that two stages need is downloaded once.
 FROM tools AS maker
-# The CPU build of torch. With another index it must have these very wheels; empty: the configured package index.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-COPY service/deploy/requirements-torch.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
-    pip --python /opt/calmclip install --no-deps --require-hashes --report /reports/torch.json \
-        ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r requirements-torch.txt
 COPY export/nets/mini/weights.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     pip --python /opt/calmclip install --no-deps --require-hashes --report /reports/weights.json -r weights.txt
-COPY service/deploy/requirements-export.txt ./
+COPY service/deploy/requirements-mini.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
-    pip --python /opt/calmclip install --no-deps --require-hashes --report /reports/export.json \
-        -r requirements-export.txt
+    pip --python /opt/calmclip install --no-deps --require-hashes --report /reports/mini.json -r requirements-mini.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY calmclip calmclip
 COPY models models
@@ -74,6 +68,16 @@ COPY --from=sealed /bundles /bundles
 
 
 FROM maker AS export-packages
+# The CPU build of torch. With another index it must have these very wheels; empty: the configured package index.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+COPY service/deploy/requirements-torch.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+    pip --python /opt/calmclip install --no-deps --require-hashes --report /reports/torch.json \
+        ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r requirements-torch.txt
+COPY service/deploy/requirements-export.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
+    pip --python /opt/calmclip install --no-deps --require-hashes --report /reports/export.json \
+        -r requirements-export.txt
 COPY service/deploy/requirements-nets.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip,sharing=locked \
     pip --python /opt/calmclip install --no-deps --require-hashes --report /reports/nets.json -r requirements-nets.txt

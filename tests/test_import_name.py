@@ -95,6 +95,9 @@ def test_the_wheel_holds_every_module_of_the_tree_under_one_name(wheel: Path):
     assert tree | {"calmclip/__init__.py"} == {name for name in files if name.endswith(".py")}
     for data in ("models/README.md", "models/ops/csrc/register.cc", "service/web/app.js", "export/samples/cat.jpg"):
         assert f"calmclip/{data}" in files
+    mini = {path for path in (ROOT / "export/nets/mini").rglob("*") if path.is_file() and not BUILT & {*path.parts}}
+    assert {"drawn", "mini"} == {path.parent.name for path in mini}
+    assert {f"calmclip/{path.relative_to(ROOT).as_posix()}" for path in mini} <= files  # weights, graphs, licences
 
 
 @pytest.mark.slow  # an export of the built-in model: two minutes

@@ -22,6 +22,7 @@ FILES = {  # file -> the options of the command at its head
         ("--extra", "otel"),
         ("--excludes", "service/deploy/excluded.txt"),
     },
+    "service/deploy/requirements-mini.txt": {("--extra", "mini"), ("--excludes", "service/deploy/excluded.txt")},
     "service/deploy/requirements-build.txt": {("--group", "image")},
     "service/deploy/requirements-export.txt": {
         ("--extra", "export"),
@@ -112,6 +113,12 @@ def test_torch_is_the_cpu_build_for_both_processors() -> None:
     assert pinned(ROOT / TORCH).keys() == {"torch", "torchvision"}
     assert all(version.endswith("+cpu") for version in pinned(ROOT / TORCH).values())
     assert [text.count("--hash=") for text in re.split(r"^torch", (ROOT / TORCH).read_text(), flags=re.M)[1:]] == [2, 2]
+
+
+def test_the_extra_of_any_checkpoint_has_all_of_the_extra_of_the_built_in_model() -> None:
+    """Errors name the larger one where either would do, and the export's image installs both."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(extras["mini"]) < set(extras["export"])
 
 
 def test_packages_that_several_files_pin_have_one_version() -> None:
