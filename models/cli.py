@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "calmclip.export.align_cli:align_command",
         "train the built-in model's projections on your own captioned pictures",
     ),
+    "teach": ("calmclip.export.teach_cli:teach_command", "train the built-in detector on your own photographs"),
     "train": ("calmclip.export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
     "demonstrate": ("calmclip.export.training.cli:demonstrate_command", "vanilla, clipped and gated nets side by side"),
     "recipe": ("calmclip.export.cli:recipe_command", "print the recipe that export would use"),
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     except CalmclipError as error:
         return _fail(error, 2)
     except ModuleNotFoundError as error:
-        extra = extra_of(error.name or "")
+        extra = extra_of(error.name or "", builtin="mini" in argv)
         if extra is None:
             raise
         return _fail(missing(f"calmclip {verb}", error.name or "", extra), 3)

@@ -81,19 +81,28 @@ def test_an_unknown_verb_is_bad_usage_and_names_the_nearest(capsys: pytest.Captu
     assert "there is no verb '--json'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "package", "extra"),
+    [
+        ("mini", "onnx", "mini"),
+        ("mini", "calmclip.export.pipeline", "mini"),  # an image without the folder
+        ("./vit-b-32", "onnx", "export"),
+        ("./vit-b-32", "torch", "export"),
+    ],
+)
 def test_a_missing_extra_is_status_3_and_says_which(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     real = builtins.__import__
 
-    def without_torch(name: str, *args: object, **kwargs: object):
+    def without(name: str, *args: object, **kwargs: object):
         if name == "calmclip.export.pipeline":
-            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_torch)
-    assert main(["export", "mini"]) == 3
-    assert "pip install -e '.[export]'" in capsys.readouterr().err
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["export", checkpoint]) == 3
+    assert f"pip install -e '.[{extra}]'" in capsys.readouterr().err
 
 
 def test_an_unknown_checkpoint_and_an_unknown_bundle_are_bad_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -46,7 +46,11 @@ def read(data: Path, params: NoParams, limit: int | None = None) -> Instances:
         content = json.loads(path.read_text(encoding="utf-8"))
         index = {category["id"]: i for i, category in enumerate(content["categories"])}
         rows: dict[int, list[tuple[list[float], int, bool]]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
+        for number, annotation in enumerate(content["annotations"]):
+            if annotation["category_id"] not in index:
+                raise ValueError(
+                    f"annotation {number} has the category {annotation['category_id']}, none of {[*index]}"
+                )
             x, y, w, h = annotation["bbox"]
             entry = ([x, y, x + w, y + h], index[annotation["category_id"]], bool(annotation.get("iscrowd", 0)))
             rows[annotation["image_id"]].append(entry)
