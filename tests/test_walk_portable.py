@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from calmclip.export.nets import owl
-from calmclip.export.nets.mini import regions
+from calmclip.export.nets.mini import detection
 from calmclip.export.samples import texts
 from calmclip.models.cli import main
 from calmclip.models.flow import Arrays
+from calmclip.models.ops.reference import iou
 from calmclip.models.preprocess.image import decode
 from calmclip.models.runner import Runner, open_bundle
 from tests import engines, process
@@ -59,7 +60,7 @@ def cosines(rows: Rows, reference: Sequence[Arrays]) -> dict[str, np.ndarray]:
     for (case, answers), expected in zip(rows, reference, strict=True):
         pair = (expected, answers)
         if case.role == "regions":
-            net = partial(owl.summary, side=96) if "logit_shift" in answers else regions.summary
+            net = partial(owl.summary, side=96) if "logit_shift" in answers else detection.summary
             pair = net(expected), net(answers)
         for name in pair[0]:
             a, b = (np.asarray(side[name], np.float64).ravel() for side in pair)
@@ -159,7 +160,8 @@ def test_the_code_of_the_page_gives_our_answers(opened: Open, photographs: Mappi
         score, _, label = line.partition(" ")
         assert float(score) == pytest.approx(hit.score, abs=1e-3)
         assert label.startswith(hit.label)
-        assert [float(side) for side in line.split()[-4:]] == pytest.approx(hit.box.tolist(), abs=0.5)
+        theirs = np.array([float(side) for side in line.split()[-4:]])
+        assert iou(theirs, hit.box[None]) > 0.9  # of two proposals for a thing, rounding decides which is better
 
     module, main_script = re.findall(r"^```js\n([\s\S]*?)^```", PAGE, re.MULTILINE)
     spec = json.loads((directory / "bundle.json").read_text())["graphs"]["image"]["preprocess"]
