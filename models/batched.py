@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from calmclip.models.flow import Arrays, Cache, Call, Done, Flow, Walk
+from calmclip.models.flow import Arrays, Cache, Call, Done, Flow, State, Walk
 from calmclip.models.runtime.clock import Stopwatch
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ class _Started(Generic[T]):
     """A flow that has begun. ``step``: its next step in a thread, or the call that it waits for."""
 
     walk: Walk[T]
-    step: "Future[Call | Done[T]]"
+    step: "Future[State[T]]"
 
     def waiting(self) -> Call | None:
         """The call that the flow waits for; None if its step still runs, has failed, or has ended the flow."""
@@ -68,6 +68,7 @@ class BatchedDriver:
                     self.record(started.popleft().walk.clock)
                     yield state.value
                 else:
+                    assert isinstance(state, Call)  # these walks do not split
                     self._run(state, started)
         finally:
             for entry in started:
@@ -107,10 +108,10 @@ class BatchedDriver:
         size = sum(array.nbytes for array in call.feeds.values())
         return max(rows, self.batch or rows * (BATCH_BYTES // max(size, 1)))
 
-    def _submit(self, step: "Callable[[], Call | Done[T]]") -> "Future[Call | Done[T]]":
+    def _submit(self, step: "Callable[[], State[T]]") -> "Future[State[T]]":
         if self._pool:
             return self._pool.submit(step)
-        done: Future[Call | Done[T]] = Future()
+        done: Future[State[T]] = Future()
         try:
             done.set_result(step())
         except BaseException as error:

@@ -1,13 +1,13 @@
 """What a task yields, and how it is stepped.
 
-A task is a *flow*: a generator that yields requests to its driver and returns its answer. It yields four things:
+A task is a *flow*: a generator that yields requests to its driver and returns its answer. It yields five things:
 `Work` (run this pure function and time it), `CacheGet` (which of these rows are cached?), `CachePut` (keep this in the
-cache) and `Call` (run this graph on these feeds). A flow knows no thread, no batch and no metric. `Walk` steps a flow
-to its next call and times the code between calls; `drive` runs a whole flow synchronously. The service's engine drives
-the same flows with batching (`service/engine.py`).
+cache), `Call` (run this graph on these feeds) and `Together` (run these flows). A flow knows no thread, no batch and no
+metric. `Walk` steps a flow to its next call and times the code between calls; `drive` runs a whole flow synchronously.
+The service's engine drives the same flows with batching (`service/engine.py`).
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -67,11 +67,23 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Run ``flows``, which do not depend on each other; the driver sends back their answers, in their order.
+
+    A driver may run them at once and merge their calls, as it does with flows of several requests. If one of them
+    raises, the others need not end.
+    """
+
+    flows: Sequence["Flow[Any]"]
+
+
+@dataclass(frozen=True)
 class Done(Generic[T]):
     value: T
 
 
-Flow: TypeAlias = Generator[Call | CacheGet | CachePut | Work, Any, T]
+Flow: TypeAlias = Generator[Call | CacheGet | CachePut | Work | Together, Any, T]
+State: TypeAlias = Call | Together | Done[T]  # where a walk stops
 Cached: TypeAlias = Mapping[str, Arrays]  # key -> outputs of its row
 Cache: TypeAlias = Callable[[CacheGet | CachePut], Cached]  # of a put the answer is empty
 
@@ -83,24 +95,26 @@ def no_cache(asked: CacheGet | CachePut) -> Cached:
 
 class Walk(Generic[T]):
     """One flow that runs. The flow's own time, with that of the driver's ``cache``, counts as `preprocess` before its
-    first call and as `postprocess` after it.
+    first call and as `postprocess` after it. ``splits``: the driver runs the flows of a `Together` itself; otherwise
+    the walk goes through them one after another.
     """
 
-    def __init__(self, flow: Flow[T], clock: Stopwatch, cache: Cache = no_cache) -> None:
-        self.flow = flow
+    def __init__(self, flow: Flow[T], clock: Stopwatch, cache: Cache = no_cache, *, splits: bool = False) -> None:
+        self.flow = flow if splits else _in_turn(flow)
         self.clock = clock
         self.cache = cache
         self.stage = "preprocess"
 
-    def step(self, value: Any = None) -> Call | Done[T]:
+    def step(self, value: Any = None) -> State[T]:
         """Run to the next call or to the end. This blocks and needs the CPU: a service runs it in a worker thread.
+        A `Together` comes only to a driver that splits.
 
         The end is a value, because an asyncio future cannot carry `StopIteration`.
         """
         try:
             with self.clock.stage(self.stage):
                 state = self.flow.send(value)
-            while not isinstance(state, Call):
+            while not isinstance(state, Call | Together):
                 go_on = self.flow.send
                 if isinstance(state, Work):
                     try:
@@ -114,6 +128,31 @@ class Walk(Generic[T]):
             return Done(stop.value)
         self.stage = "postprocess"
         return state
+
+
+def _in_turn(flow: Flow[T]) -> Flow[T]:
+    """``flow``, with the flows of each `Together` run one after another."""
+    go_on: Callable[[Any], Any] = flow.send
+    value: Any = None
+    try:
+        while True:
+            try:
+                state = go_on(value)
+            except StopIteration as stop:
+                answer: T = stop.value
+                return answer
+            go_on = flow.send
+            if isinstance(state, Together):
+                value = []
+                for part in state.flows:
+                    value.append((yield from _in_turn(part)))
+                continue
+            try:
+                value = yield state
+            except Exception as error:
+                go_on, value = flow.throw, error
+    finally:
+        flow.close()
 
 
 def drive(
@@ -130,4 +169,5 @@ def drive(
         with clock.stage("infer"):
             answer = run(state)
         state = walk.step(answer)
+    assert isinstance(state, Done)  # this walk does not split
     return state.value

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from calmclip.models.cache import RowCache
-from calmclip.models.flow import Arrays, Cached, CacheGet, CachePut, Call, Done, Flow, Walk
+from calmclip.models.flow import Arrays, Cached, CacheGet, CachePut, Call, Done, Flow, State, Together, Walk
 from calmclip.service.batching import Answer
 from calmclip.service.hub import Loaded
 from calmclip.service.metrics import Metrics
@@ -25,17 +25,47 @@ class Engine:
         self.metrics = metrics
         self._pool = ThreadPoolExecutor(settings.cores + 1, thread_name_prefix="step")
         self._cache = RowCache(settings.text_cache)
+        # One batch waits while another runs. More pictures of one request would take memory, and the queue's places.
+        self._at_once = max(1, min(2 * settings.batch.max_size, settings.queue.max_pending // 2))
 
     async def answer(self, loaded: Loaded, flow: Flow[T], context: Context) -> T:
         """Drive ``flow`` to its end within the request's deadline. Raises what the flow raises, `DeadlineExceeded`."""
-        walk = Walk(flow, context.clock, partial(self._cached, loaded))
         with loaded.lease():
             async with context.deadline():
-                state: Call | Done[T] = await self.thread(self._advance, context, context, loaded, walk)
-                while isinstance(state, Call):
-                    outputs = await self._call(loaded, state, context)
-                    state = await self.thread(self._advance, context, context, loaded, walk, outputs)
+                return await self._drive(loaded, flow, context)
+
+    async def _drive(self, loaded: Loaded, flow: Flow[T], context: Context) -> T:
+        walk = Walk(flow, context.clock, partial(self._cached, loaded), splits=True)
+        state: State[T] = await self.thread(self._advance, context, context, loaded, walk)
+        while not isinstance(state, Done):
+            value: Any
+            if isinstance(state, Together):
+                value = await self._together(loaded, state, context)
+            else:
+                value = await self._call(loaded, state, context)
+            state = await self.thread(self._advance, context, context, loaded, walk, value)
         return state.value
+
+    async def _together(self, loaded: Loaded, together: Together, context: Context) -> list[Any]:
+        """The answers of the flows. At most `_at_once` of them run at a time. The first error cancels the others."""
+        start, waiting = perf_counter(), iter(enumerate(together.flows))
+        answers: dict[int, Any] = {}
+        parts: list[Context] = []
+
+        async def work() -> None:
+            parts.append(part := context.part())
+            for index, flow in waiting:
+                answers[index] = await self._drive(loaded, flow, part)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in together.flows[: self._at_once]:
+                    group.create_task(work())
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        finally:
+            context.join(parts, start)
+        return [answers[index] for index in range(len(together.flows))]
 
     async def thread(self, do: Callable[..., T], context: Context, *args: object) -> T:
         """Run in the pool. Time that ``do`` did not measure itself is the wait for a thread; it counts as `queue`."""
@@ -47,8 +77,9 @@ class Engine:
             waited = max(0.0, perf_counter() - start - measured)
             context.clock.add("queue", waited, start + waited)
 
-    def _advance(self, context: Context, loaded: Loaded, walk: Walk[T], value: Arrays | None = None) -> Call | Done[T]:
-        """In the pool: step to the end, or to the next call that must go through the batcher.
+    def _advance(self, context: Context, loaded: Loaded, walk: Walk[T], value: Any = None) -> State[T]:
+        """In the pool: step to the end, to flows that run together, or to the next call that must go through the
+        batcher.
 
         A switch to another thread and back takes long, and the graph has just filled this core's caches.
         """
@@ -76,6 +107,9 @@ class Engine:
     async def _run(self, loaded: Loaded, graph: str, feeds: Arrays, context: Context) -> Arrays:
         start = perf_counter()
         answer = await loaded.batchers[graph].run(feeds, until=context.until)
+        if context.partial:  # else each call of the request would count a run that they share
+            rows = next((len(array) for array in feeds.values() if array.ndim), 1)
+            answer = answer._replace(infer_s=answer.infer_s * min(1.0, rows / answer.rows))
         # The time outside the run is a wait: in the queue, for a thread, or for the event loop.
         return _timed(context, graph, answer, perf_counter() - start - answer.infer_s)
 

@@ -1,9 +1,9 @@
 """`Context`: the state of one request."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from fastapi import Request
@@ -39,6 +39,7 @@ class Context:
     status: int = 0
     answered: float | None = None  # perf_counter when the handler had its answer
     trace: str = ""  # trace id, if the request was traced and sampled
+    partial: bool = False  # made by `part`
 
     @classmethod
     def of(cls, request: Request) -> "Context":
@@ -49,6 +50,38 @@ class Context:
         """Add time in or before a graph: to the clock under ``stage``, and by graph for the metrics."""
         self.clock.add(stage, seconds, end, graph=graph, **about)
         self.graphs[stage, graph] = self.graphs.get((stage, graph), 0.0) + seconds
+
+    def part(self) -> "Context":
+        """The context of work that runs beside other work of this request: it has a clock of its own, because a
+        stopwatch belongs to one thread at a time. `join` adds its times."""
+        return replace(self, clock=Stopwatch(), graphs={}, deadline_s=self.left_s, partial=True)
+
+    def join(self, parts: Sequence["Context"], start: float) -> None:
+        """Add the times of parts that ran beside each other from ``start`` (by `perf_counter`) until now.
+
+        They overlap, and the request's stages add up to its duration. So work counts in full, or less if several
+        threads worked; the wait is what remains.
+        """
+        spent: dict[tuple[str, str], float] = {}  # (stage, graph or "") -> seconds
+        for part in parts:  # the thread of a part that was given up may still add
+            graphs = [*part.graphs.items()]
+            rests = [
+                ((stage, ""), max(0.0, seconds - sum(s for (name, _), s in graphs if name == stage)))
+                for stage, seconds in [*part.clock.stages.items()]
+            ]
+            for key, seconds in [*graphs, *rests]:
+                spent[key] = spent.get(key, 0.0) + seconds
+        duration = perf_counter() - start
+        waited = sum(seconds for (stage, _), seconds in spent.items() if stage == "queue")
+        worked = sum(spent.values()) - waited
+        left = max(0.0, duration - worked)
+        for (stage, graph), seconds in spent.items():
+            share = left / max(waited, left, 1e-9) if stage == "queue" else min(1.0, duration / max(worked, 1e-9))
+            start += seconds * share
+            if graph:
+                self.spent(stage, graph, seconds * share, start)
+            elif seconds:
+                self.clock.add(stage, seconds * share, start)
 
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:

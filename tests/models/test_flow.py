@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calmclip.models.flow import CacheGet, Call, Done, Flow, Walk, Work, drive
+from calmclip.models.flow import CacheGet, Call, Done, Flow, Together, Walk, Work, drive
 from calmclip.models.runtime.clock import Stopwatch
 
 ONE = {"x": np.ones(1)}
@@ -100,6 +100,58 @@ def test_a_stop_iteration_inside_a_flow_is_not_taken_for_its_end():
 
     with pytest.raises(RuntimeError, match="generator raised StopIteration"):
         drive(flow(), run)
+
+
+def many(*starts: int) -> Flow[list[int]]:
+    """`Together` within `Together`: the last two flows are in one of their own."""
+
+    def last() -> Flow[list[int]]:
+        answers: list[int] = yield Together([double_twice(start) for start in starts[-2:]])
+        return answers
+
+    first = yield Together([*(double_twice(start) for start in starts[:-2]), last()])
+    return [*first[:-1], *first[-1]]
+
+
+def test_flows_that_run_together_answer_in_their_order():
+    assert drive(many(4, 0, 1, 2), run) == [22, 6, 10, 14]  # ((x + 1) * 2 + 1) * 2
+    assert drive(many(1, 2), run) == [10, 14]
+
+
+def test_a_driver_that_splits_gets_the_flows_and_others_get_their_calls():
+    walk = Walk(many(4, 0, 1), Stopwatch(), splits=True)
+    state = walk.step()
+    assert isinstance(state, Together)
+    assert [drive(part, run) for part in state.flows] == [22, [6, 10]]
+    assert walk.step([7, [8, 9]]) == Done([7, 8, 9])
+    other = Walk(many(4, 0, 1), Stopwatch())
+    calls = [other.step()]
+    while isinstance(calls[-1], Call):
+        calls.append(other.step(run(calls[-1])))
+    assert [call.feeds["x"] for call in calls[:-1]] == [5, 11, 1, 3, 2, 5]
+    assert calls[-1] == Done([22, 6, 10])
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_of_a_flow_among_others_ends_all_and_closes_them(bad: int):
+    closed = []
+
+    def flow(index: int) -> Flow[None]:
+        try:
+            yield Work("decode", lambda: 1 // (index != bad))
+            yield Call("double", ONE)
+        finally:
+            closed.append(index)
+
+    def both() -> Flow[None]:
+        try:
+            yield Together([flow(0), flow(1)])
+        finally:
+            closed.append(2)
+
+    with pytest.raises(ZeroDivisionError):
+        drive(both(), run)
+    assert closed == [*range(bad + 1), 2]
 
 
 def test_a_stopwatch_adds_up_by_name():

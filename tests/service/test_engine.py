@@ -1,5 +1,6 @@
 """The text cache: a text is embedded once, and rows of different texts are never confused."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ from calmclip.service.admission import Admission
 from calmclip.service.batching import Batcher
 from calmclip.service.engine import Engine
 from calmclip.service.request import Context
-from tests.asking import metric, raw
+from tests.asking import b64, metric, raw
 
 CACHE = "calmclip_text_cache_total"
 LABELLED = [
@@ -89,6 +90,73 @@ def test_a_call_without_a_waiting_client_is_not_run(settings, state):
     context = Context("r", **state)
     assert engine._run_here(context, None, Call("image", {})) is None  # no bundle, so a run would fail
     engine.close()
+
+
+def pictures(picture, *colours: str) -> dict[str, list[dict[str, object]]]:
+    return {"inputs": [{"image": b64(picture(colour))} for colour in colours]}
+
+
+def test_pictures_of_one_request_share_runs(settings, serve, picture, monkeypatch):
+    """40 pictures, and a graph that takes 5 ms: while it runs, others are decoded and wait, at most 8 for one run."""
+    sizes, run = [], Session.run
+
+    def slow(self, feeds):
+        sizes.append(len(feeds["pixels"]))
+        time.sleep(0.005)
+        return run(self, feeds)
+
+    with serve(settings(batch={"max_size": 8})) as client:
+        monkeypatch.setattr(Session, "run", slow)
+        colours = [["red", "green", "blue"][i % 3] for i in range(40)]
+        answer = client.post("/v1/embed", json=pictures(picture, *colours))
+    assert answer.json()["embeddings"] == [np.eye(3)[i % 3].tolist() for i in range(40)]
+    assert (sum(sizes), max(sizes) <= 8, len(sizes) < 20) == (40, True, True)
+    stages = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"])}
+    total = stages.pop("total")
+    assert min(total, 5 * len(sizes)) <= sum(stages.values()) <= total + 1
+
+
+def test_a_broken_picture_among_others_ends_its_request_alone(settings, serve, picture):
+    with serve(settings()) as client:
+        body, whole = pictures(picture, *["red"] * 9), picture("blue")
+        body["inputs"][5] = {"image": b64(whole[: len(whole) // 2])}
+        answer = client.post("/v1/embed", json=body)
+        assert (answer.status_code, answer.json()["type"]) == (415, "/problems/unsupported-image")
+        assert client.post("/v1/embed", json=pictures(picture, "red")).json()["embeddings"] == [[1, 0, 0]]
+
+
+def test_a_late_request_starts_no_further_picture(settings, serve, picture, monkeypatch):
+    runs, run = [], Session.run
+
+    def slow(self, feeds):
+        runs.append(len(feeds["pixels"]))
+        time.sleep(0.1)
+        return run(self, feeds)
+
+    with serve(settings(batch={"max_size": 2})) as client:
+        monkeypatch.setattr(Session, "run", slow)
+        late = {"X-Request-Deadline-Ms": "250"}
+        answer = client.post("/v1/embed", json=pictures(picture, *["red"] * 60), headers=late)
+        assert (answer.status_code, answer.json()["type"]) == (504, "/problems/deadline-exceeded")
+    assert sum(runs) < 20  # the service has ended
+
+
+def test_times_of_parts_add_up_to_the_time_of_the_request():
+    """Two parts ran beside each other for 1 s: .6 s and .2 s of work, and waits of .4 s and .8 s."""
+    context = Context("r", 60.0)
+    now = time.perf_counter()
+    parts = [context.part(), context.part()]
+    for part, worked, waited in zip(parts, (0.6, 0.2), (0.4, 0.8), strict=True):
+        assert part.left_s == pytest.approx(context.left_s, abs=0.01)
+        part.clock.add("decode", worked / 4)
+        part.spent("infer", "image", worked * 3 / 4, now)
+        part.spent("queue", "image", waited, now)
+    context.join(parts, now - 1)
+    assert context.clock.stages == pytest.approx({"decode": 0.2, "infer": 0.6, "queue": 0.2}, abs=0.01)
+    assert context.graphs == pytest.approx({("infer", "image"): 0.6, ("queue", "image"): 0.2}, abs=0.01)
+    late = Context("r", 60.0)
+    late.join(parts, time.perf_counter() - 0.4)  # .8 s of work by two threads in .4 s, and no wait
+    assert late.clock.stages == pytest.approx({"decode": 0.1, "infer": 0.3, "queue": 0.0}, abs=0.01)
 
 
 def test_without_a_cache_answers_are_the_same(settings, serve):
