@@ -92,7 +92,7 @@ def test_checkpoints_are_recognised_by_their_content(tiny_hf_clip: Path, tiny_op
 def test_every_rule_that_swaps_is_on_unless_the_file_says_otherwise(tmp_path: Path):
     quantized = (
         "add", "attention", "average", "conv", "depthwise", "layer_norm", "linear", "linear_to_float", "lookup",
-        "max_pool", "patches", "pixels", "pointwise", "stem",
+        "max_pool", "patches", "pointwise", "stem",
     )  # fmt: skip
     swaps = ("clipped_softmax", *(f"quant_{name}" for name in quantized), "softmax")
     assert load_recipe("x", "n", NET).rewrites == swaps

@@ -72,9 +72,6 @@ EXAMPLES = {
            kb = DequantizeLinear <axis = 0> (kernel, steps, zeros)
            z = Conv <strides = [2, 1], pads = [1, 0, 0, 0]> (xb, kb)
            z8 = QuantizeLinear (z, step, mid) y = DequantizeLinear (z8, step, mid) }}""",
-    "quant_pixels": f"""g (float[b, 3, 2, 4] x) => (float[b, 2, 4, 3] y) {_INT8}
-        {{ x8 = QuantizeLinear (x, step, mid) t = Transpose <perm = [0, 2, 3, 1]> (x8)
-           y = DequantizeLinear (t, step, mid) }}""",
     "quant_max_pool": f"""g (float[b, 4, 6, 3] x) => (float[b, 3, 4, 6] y) {_INT8}
         {{ x8 = QuantizeLinear (x, step, mid) t = Transpose <perm = [0, 3, 1, 2]> (x8)
            xb = DequantizeLinear (t, step, mid) m = MaxPool <kernel_shape = [2, 3], pads = [0, 1, 1, 1]> (xb)
