@@ -8,7 +8,7 @@ not know is an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -46,28 +46,83 @@ class Columns:
 @dataclass(frozen=True)
 class Examples:
     """What a head is fitted on: ``image`` float32 [N, D] unit rows, ``truth`` int64 [N], indices into ``labels``, and
-    ``text`` float32 [C, D] unit rows of those labels."""
+    ``text`` float32 [C, D] unit rows of those labels. Zero-shot logits are ``scale`` * image . text; the bias of a
+    sigmoid head is left out, because it is the same for all labels.
+
+    ``captions`` float32 [N, D] unit rows, one for each picture. ``views`` float32 [N, V, D] unit rows: V random crops
+    of each picture. ``unlabelled`` float32 [M, D] unit rows of pictures without a label. ``words``, with their unit
+    rows ``word_vectors`` float32 [W, D]: a vocabulary that explains a difference.
+    """
 
     image: Array
     truth: Array
     labels: tuple[str, ...]
     text: Array
+    scale: float = 100.0
+    captions: Array | None = None
+    views: Array | None = None
+    unlabelled: Array | None = None
+    words: tuple[str, ...] = ()
+    word_vectors: Array | None = None
+
+    def only(self, rows: Array) -> "Examples":
+        """``rows``: indices or a mask of pictures."""
+        captions = None if self.captions is None else self.captions[rows]
+        views = None if self.views is None else self.views[rows]
+        return replace(self, image=self.image[rows], truth=self.truth[rows], captions=captions, views=views)
+
+    @cached_property
+    def spread(self) -> "Examples":
+        """Each picture, then each of its views, as a picture of its own."""
+        if self.views is None:
+            return self
+        times = 1 + self.views.shape[1]
+        image = np.concatenate([self.image[:, None], self.views], axis=1).reshape(-1, self.image.shape[1])
+        captions = None if self.captions is None else self.captions.repeat(times, axis=0)
+        return replace(self, image=image, truth=self.truth.repeat(times), captions=captions, views=None)
+
+
+@dataclass(frozen=True)
+class Fit(Generic[P]):
+    """How a head is fitted. ``assets(examples, params)``: `Examples` without views, params without a None.
+
+    ``grid(examples)``: for each param that may be None, the values that the pictures choose from, in rising order; the
+    middle one is used if no picture can be held out. ``fitted``: the params of the grid that the assets depend on.
+    ``affine``: those that the logits are an affine function of. `calmclip.models.selection` reads both, so as not to
+    compute a thing again.
+
+    ``reads``: which of ``captions``, ``words`` and ``unlabelled`` it uses. ``labels``: the number of labels that it
+    takes, None: any. ``open``: whether a label may have no picture. ``notes(examples, params)``: what it has to say.
+    ``ready()`` raises `ExtraMissing` if the fit needs a package that is not installed.
+    """
+
+    assets: Callable[[Examples, P], Arrays]
+    grid: Callable[[Examples], Mapping[str, Sequence[float]]] = lambda examples: {}
+    fitted: tuple[str, ...] = ()
+    affine: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    labels: int | None = None
+    open: bool = False
+    notes: Callable[[Examples, P], Sequence[str]] = lambda examples, params: ()
+    ready: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Head(Generic[P]):
     """``logits(image [B, D], columns, params) -> [B, C]``; ``scores(logits) -> [B, C]`` in [0, 1].
 
-    ``fit(examples, params) -> assets``; None if the head cannot be fitted to labelled pictures. ``exclusive``: the
-    scores of a row sum to 1, because one label is true; else each label is scored by itself.
+    ``fit``: None if the head cannot be fitted to labelled pictures. ``exclusive``: the scores of a row sum to 1,
+    because one label is true; else each label is scored by itself. ``vectors(assets)``: float32 [C, D], unit rows that
+    stand for the labels in place of text vectors, so that no text is embedded; None if the head has none.
     """
 
     params: type[P]
     logits: Callable[[Array, Columns, P], Array]
     scores: Callable[[Array], Array]
     assets: Mapping[str, Asset] = field(default_factory=dict)
-    fit: Callable[[Examples, P], Arrays] | None = None
+    fit: Fit[P] | None = None
     exclusive: bool = True
+    vectors: Callable[[Arrays], Array] | None = None
 
     @cached_property
     def closed(self) -> bool:
@@ -98,8 +153,8 @@ def params_of(name: str, params: Mapping[str, Any]) -> FrozenModel:
 class BoundHead:
     """A head with its params and assets. ``labels``: the labels of its columns.
 
-    Raises `BadRequest` for an unknown head; for wrong params; for an asset that is absent, unknown, of another dtype or
-    shape, or not finite; and if the numbers of columns and labels differ.
+    Raises `BadRequest` for an unknown head; for wrong params, or a param that is None; for an asset that is absent,
+    unknown, of another dtype or shape, or not finite; and if the numbers of columns and labels differ.
     """
 
     def __init__(self, name: str, params: Mapping[str, Any], assets: Arrays, labels: Sequence[str]) -> None:
@@ -108,6 +163,8 @@ class BoundHead:
         self.exclusive = self.head.exclusive
         self.labels = tuple(labels)
         self.params = params_of(name, params)
+        if unset := [key for key, value in self.params if value is None]:
+            raise BadRequest(f"head {name!r}: {unset[0]} is null, which only a fit replaces; send a number, or fit it")
         self.assets = assets
         self.sizes = _sizes(name, self.head, assets)
         columns = self.sizes.get("C", len(self.labels))  # a head without a C takes any number
@@ -123,6 +180,19 @@ class BoundHead:
         indices = [self._index[label] for label in labels]  # copies C x D numbers for most heads
         assets = {name: _take(array, self.head.assets[name].shape, indices) for name, array in self.assets.items()}
         return Columns(labels, text, assets)
+
+    @cached_property
+    def _vectors(self) -> Array | None:
+        return self.head.vectors(self.assets) if self.head.vectors else None
+
+    def vectors(self, labels: tuple[str, ...]) -> Array | None:
+        """float32 [C, D]: the head's own unit rows of ``labels``; None if it has none, or does not know a label."""
+        if self._vectors is None or not self._index.keys() >= {*labels}:
+            return None
+        if labels == self.labels:
+            return self._vectors
+        chosen: Array = self._vectors[[self._index[label] for label in labels]]
+        return chosen
 
     def check(self, labels: Sequence[str], dim: int | None = None) -> None:
         """Raises `BadRequest` for labels that the head does not know, and for vectors of another length."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Arrays
-from calmclip.models.heads import HEADS, Asset, Columns, Examples, Head
+from calmclip.models.heads import HEADS, Asset, Columns, Examples, Fit, Head
 from calmclip.models.heads.cosine import softmax
 
 
@@ -38,4 +38,4 @@ def logits(image: Array, columns: Columns, params: Params) -> Array:
     return np.float32(params.scale) * (image @ columns.assets["prototypes"].T)
 
 
-HEADS.register("prototype")(Head(Params, logits, softmax, {"prototypes": Asset(("C", "D"))}, fit))
+HEADS.register("prototype")(Head(Params, logits, softmax, {"prototypes": Asset(("C", "D"))}, Fit(fit)))

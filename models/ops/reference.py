@@ -40,6 +40,17 @@ def softmax(x: Array, axis: int = -1, gamma: float = 0.0, zeta: float = 1.0) -> 
     return result
 
 
+def softmax_jacobian(p: Array) -> Array:
+    """diag(p) - p p^T: the derivative of softmax where it is ``p`` [..., N], float64 [..., N, N].
+
+    Its spectral norm is at most 1/2, so two outputs are at most half as far apart as their inputs.
+    Source: Li et al. 2023 (arXiv 2304.13276), the gradient of softmax regression.
+    """
+    wide = np.asarray(p, np.float64)
+    jacobian: Array = np.eye(wide.shape[-1]) * wide[..., None] - wide[..., :, None] * wide[..., None, :]
+    return jacobian
+
+
 class Kept(NamedTuple):
     """Best first. ``indices`` int64 [K] into the input, ``scores`` float32 [K] decayed, ``classes`` int64 [K]."""
 

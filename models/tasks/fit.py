@@ -1,89 +1,254 @@
-"""Labelled pictures -> a classifier with a head that is fitted to them (`calmclip.models.heads.Head.fit`)."""
+"""Labelled pictures -> a classifier with a head that is fitted to them, and a report (`calmclip.models.heads.Fit`).
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+The params that are None are chosen by the pictures themselves, see `calmclip.models.selection`. Random crops as in
+Wang et al. 2024 (arXiv 2402.04087): half to all of the picture's area, half of them mirrored.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
-from calmclip.models.flow import Array, Flow
+from calmclip.models.flow import Array, Flow, Together, Work
 from calmclip.models.heads import HEADS, Examples, Head, named, params_of
 from calmclip.models.labels import check_distinct
-from calmclip.models.preprocess.image import Picture
+from calmclip.models.preprocess.image import Picture, load
+from calmclip.models.runtime.clock import Stopwatch
+from calmclip.models.selection import Choice, choose
 from calmclip.models.tasks.features import labels as label_vectors
-from calmclip.models.tasks.features import picture
+from calmclip.models.tasks.features import picture, texts, unit
+from calmclip.models.vocabulary import words as vocabulary
+
+WORD = "a photo of a {}."
+CLIP_SCALE = 100.0  # of a bundle whose own head has no scale
+MAX_CROPS = 50  # of a picture
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """``truth``: for each picture the index of its label in the classifier's labels. ``head``: a head with `fit`."""
+    """``truth``: for each picture the index of its label in the classifier's labels. ``head``: a head with `fit`.
+
+    ``captions``: a text for each picture, or none. ``validation``: pictures and their truth, that choose the params and
+    measure the accuracy; None: cross-validation over the pictures. ``augment``: so many random crops of each picture
+    are used, too. ``unlabelled``: pictures without a label. ``words``: the vocabulary of a head that explains itself,
+    if empty that of `calmclip.models.vocabulary`.
+    """
 
     images: Sequence[Picture]
     truth: Sequence[int]
     classifier: Classifier
     head: str
     params: Mapping[str, Any] = field(default_factory=dict)
+    captions: Sequence[str] = ()
+    validation: tuple[Sequence[Picture], Sequence[int]] | None = None
+    augment: int = 0
+    unlabelled: Sequence[Picture] = ()
+    words: Sequence[str] = ()
 
 
-def fit(bundle: Bundle, request: FitRequest) -> Flow[Classifier]:
+@dataclass(frozen=True)
+class FitReport:
+    """``method``: the head. ``pictures``: labelled ones. ``before``: the accuracy of zero-shot, ``after``: of the
+    fitted head, both on the pictures that ``measured`` names; None if no picture could be held out. These pictures
+    also chose ``params``, so on others expect a little less. ``seconds``: of the fit, without the graphs. ``notes``:
+    sentences of the method.
+    """
+
+    method: str
+    pictures: int
+    labels: int
+    before: float | None
+    after: float | None
+    measured: str
+    params: Mapping[str, Any]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    classifier: Classifier
+    report: FitReport
+
+
+def fit(bundle: Bundle, request: FitRequest) -> Flow[Fitted]:
     """The classifier with the fitted head; it has the bundle's family.
 
-    Raises as `fit_vectors` before it decodes a picture, and the `InputError`s of pictures and texts.
+    Raises as `prepare` before it decodes a picture, the `InputError`s of pictures and texts, and as the head's `fit`.
     """
-    prepare(bundle, request.classifier, request.head, request.params, request.truth)
-    rows = []
-    for image in request.images:
-        rows.append((yield from picture(bundle, image)))
-    image = np.concatenate(rows)
-    return (yield from fit_vectors(bundle, request.classifier, request.head, request.params, image, request.truth))
+    prepare(bundle, request)
+    rows = yield Together([*picture_flows(bundle, request)])
+    return (yield from fit_rows(bundle, request, rows))
 
 
 def fit_vectors(
-    bundle: Bundle, classifier: Classifier, name: str, params: Mapping[str, Any], image: Array, truth: Sequence[int]
-) -> Flow[Classifier]:
-    """As `fit`, from picture vectors: image float32 [N, D], unit rows.
+    bundle: Bundle,
+    classifier: Classifier,
+    head: str,
+    params: Mapping[str, Any],
+    image: Array,
+    truth: Sequence[int],
+    captions: Array | None = None,
+    validation: tuple[Array, Sequence[int]] | None = None,
+    *,
+    views: Array | None = None,
+    unlabelled: Array | None = None,
+    words: Sequence[str] = (),
+) -> Flow[Fitted]:
+    """As `fit`, from vectors, float32 unit rows: ``image`` [N, D], ``captions`` [N, D], ``unlabelled`` [M, D], and
+    ``views`` [N, V, D], random crops of each picture. ``words`` are texts."""
+    validated = None if validation is None else ((), validation[1])
+    request = FitRequest((), truth, classifier, head, params, validation=validated, words=words)
+    given = {"captions": captions is not None, "unlabelled": unlabelled is not None, "words": bool(words)}
+    plan = _plan(bundle, request, [name for name, is_given in given.items() if is_given])
+    return (yield from _fitted(bundle, plan, request, image, captions, validation, views, unlabelled))
 
-    Raises `BadRequest` for a head that does not exist or has no `fit`, for wrong params, fewer than two labels, or a
-    label without a picture; and what the head's `fit` raises.
-    """
-    head, checked, classifier = prepare(bundle, classifier, name, params, truth)
-    assert head.fit is not None  # `prepare` checks it
-    text = yield from label_vectors(bundle, classifier)
-    assets = dict(head.fit(Examples(image, np.asarray(truth, np.int64), classifier.labels, text), checked))
-    fitted = replace(
-        classifier, head=name, params=checked.model_dump(), assets=assets, columns=None, family=bundle.family
-    )
-    _ = fitted.bound  # raises now if the assets do not fit
-    return fitted
+
+def prepare(bundle: Bundle, request: FitRequest) -> None:
+    """Raises `ExtraMissing` if the fit needs a package that is not installed. Raises `BadRequest` for a head that does
+    not exist or has no `fit`, for wrong params; for fewer than two labels, or another number than the head takes; for a
+    label without a picture, if the head needs one; for captions, words or unlabelled pictures that the head does not
+    read; and for wrong counts."""
+    given = [name for name in ("captions", "unlabelled", "words") if getattr(request, name)]
+    _plan(bundle, request, given)
+    if len(request.images) != len(request.truth):
+        raise BadRequest(f"{len(request.images)} pictures have {len(request.truth)} labels; expected a label for each")
+    if request.captions and len(request.captions) != len(request.images):
+        raise BadRequest(
+            f"{len(request.captions)} captions were given for {len(request.images)} pictures; expected one for each, "
+            "or none"
+        )
+    if not 0 <= request.augment <= MAX_CROPS:
+        raise BadRequest(f"augment is {request.augment}; expected 0 to {MAX_CROPS} crops of each picture")
 
 
-def prepare(
-    bundle: Bundle, classifier: Classifier, name: str, params: Mapping[str, Any], truth: Sequence[int]
-) -> tuple[Head[Any], FrozenModel, Classifier]:
-    """The head, its checked params, and the complete classifier with the bundle's head. Raises as `fit_vectors`."""
+def picture_flows(bundle: Bundle, request: FitRequest) -> Iterator[Flow[Array]]:
+    """A flow for each picture -> float32 [B, D] unit rows: the labelled ones, each followed by its crops; those of the
+    validation; the unlabelled ones. `fit_rows` takes the answers in this order."""
+    for index, image in enumerate(request.images):
+        yield _with_crops(bundle, image, request.augment, index) if request.augment else picture(bundle, image)
+    for image in (*(request.validation[0] if request.validation else ()), *request.unlabelled):
+        yield picture(bundle, image)
+
+
+def fit_rows(bundle: Bundle, request: FitRequest, rows: Sequence[Array]) -> Flow[Fitted]:
+    """``rows``: the answers of `picture_flows`."""
+    plan = _plan(bundle, request, [name for name in ("captions", "unlabelled", "words") if getattr(request, name)])
+    shown, validating = len(request.images), len(request.validation[0]) if request.validation else 0
+    stacked = np.stack(rows[:shown]) if shown else np.empty((0, 1 + request.augment, bundle.dim), np.float32)
+    captions = unit((yield from texts(bundle, request.captions))) if request.captions else None
+    others = np.concatenate([np.empty((0, bundle.dim), np.float32), *rows[shown:]])
+    validation = (others[:validating], request.validation[1]) if request.validation else None
+    views = stacked[:, 1:] if request.augment else None
+    unlabelled = others[validating:] if request.unlabelled else None
+    return (yield from _fitted(bundle, plan, request, stacked[:, 0], captions, validation, views, unlabelled))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The head, its checked params, and the complete classifier with the bundle's own head."""
+
+    head: Head[Any]
+    params: FrozenModel
+    classifier: Classifier
+
+
+def _plan(bundle: Bundle, request: FitRequest, given: Sequence[str]) -> _Plan:
+    """``given``: the names of the optional inputs. Raises as `prepare`."""
     bundle.require("classify")
-    head = named(name)
+    head = named(request.head)
     if head.fit is None:
         able = [other for other in HEADS.names() if HEADS.get(other).fit]
-        raise BadRequest(f"the head {name!r} has nothing to fit; those that do: {', '.join(able) or 'none'}")
-    checked = params_of(name, params)
-    complete = bundle.classifier_for(replace(classifier, head=None, params={}, assets={}, columns=None))
+        raise BadRequest(f"the head {request.head!r} has nothing to fit; those that do: {', '.join(able) or 'none'}")
+    head.fit.ready()
+    checked = params_of(request.head, request.params)
+    complete = bundle.classifier_for(replace(request.classifier, head=None, params={}, assets={}, columns=None))
     labels = complete.labels
     check_distinct(labels)
-    if len(labels) < 2 or not len(truth):
+    if unread := [name for name in given if name not in head.fit.reads]:
+        able = [other for other in HEADS.names() if (fit := HEADS.get(other).fit) and unread[0] in fit.reads]
+        raise BadRequest(f"the head {request.head!r} reads no {unread[0]}; those that do: {', '.join(able) or 'none'}")
+    if head.fit.labels not in (None, len(labels)):
+        raise BadRequest(f"the head {request.head!r} takes {head.fit.labels} labels; {len(labels)} were given")
+    if len(labels) < 2 or not (len(request.truth) or "unlabelled" in given):
         raise BadRequest(
-            f"there are {len(labels)} labels and {len(truth)} pictures; "
+            f"there are {len(labels)} labels and {len(request.truth)} pictures; "
             "expected at least 2 labels, and pictures of them"
         )
-    shown = set(truth)
-    if lacking := [label for index, label in enumerate(labels) if index not in shown]:
+    if request.validation is not None and not len(request.validation[1]):
+        raise BadRequest("the validation has no picture; send some, or leave it out")
+    with_pictures = set(request.truth)
+    lacking = [label for index, label in enumerate(labels) if index not in with_pictures]
+    if lacking and not head.fit.open:
         others = f", nor have {len(lacking) - 1} others" if len(lacking) > 1 else ""
         raise BadRequest(
             f"the label {lacking[0]!r} has no picture{others}; "
             f"expected at least one for each of the {len(labels)} labels"
         )
-    return head, checked, complete
+    return _Plan(head, checked, complete)
+
+
+def _fitted(
+    bundle: Bundle,
+    plan: _Plan,
+    request: FitRequest,
+    image: Array,
+    captions: Array | None,
+    validation: tuple[Array, Sequence[int]] | None,
+    views: Array | None,
+    unlabelled: Array | None,
+) -> Flow[Fitted]:
+    text = yield from label_vectors(bundle, plan.classifier)
+    explains = plan.head.fit is not None and "words" in plan.head.fit.reads
+    words = tuple(request.words) or (vocabulary() if explains else ())
+    word_vectors = (yield from label_vectors(bundle, Classifier(words, (WORD,)))) if words else None
+    scale = getattr(plan.classifier.bound.params, "scale", CLIP_SCALE)
+    truth, labels = np.asarray(request.truth, np.int64), plan.classifier.labels
+    examples = Examples(image, truth, labels, text, scale, captions, views, unlabelled, words, word_vectors)
+    held = None if validation is None else (validation[0], np.asarray(validation[1], np.int64))
+    choice, assets, notes, seconds = yield Work("fit", lambda: _compute(plan, examples, held))
+    params = choice.params.model_dump()
+    classifier = replace(
+        plan.classifier, head=request.head, params=params, assets=assets, columns=None, family=bundle.family
+    )
+    _ = classifier.bound  # raises now if the assets do not fit
+    measured = {key: value for key, value in asdict(choice).items() if key != "params"}
+    report = FitReport(request.head, len(truth), len(labels), params=params, seconds=seconds, notes=notes, **measured)
+    return Fitted(classifier, report)
+
+
+def _compute(
+    plan: _Plan, examples: Examples, validation: tuple[Array, Array] | None
+) -> tuple[Choice[Any], dict[str, Array], tuple[str, ...], float]:
+    """Params, assets, notes, seconds."""
+    fit, clock = plan.head.fit, Stopwatch()
+    assert fit is not None  # `_plan` checks it
+    choice = choose(plan.head, plan.params, examples, validation)
+    assets = dict(fit.assets(examples.spread, choice.params))
+    return choice, assets, tuple(fit.notes(examples, choice.params)), clock.elapsed
+
+
+def _with_crops(bundle: Bundle, image: Picture, count: int, seed: int) -> Flow[Array]:
+    """-> float32 [1 + count, D]: the picture, and its random crops; ``seed`` chooses them."""
+    draw = np.random.default_rng(seed)
+    whole = yield Work("decode", lambda: load(image, max_pixels=bundle.max_pixels))
+    rows = [(yield from picture(bundle, whole))]
+    for _ in range(count):
+        crop = yield Work("preprocess", lambda: _crop(whole, draw))
+        rows.append((yield from picture(bundle, crop)))
+    return np.concatenate(rows)
+
+
+def _crop(image: Image.Image, draw: np.random.Generator) -> Image.Image:
+    """A part with half to all of the area, at the picture's own ratio of sides, mirrored every other time."""
+    side = np.sqrt(draw.uniform(0.5, 1.0))
+    width, height = (max(1, round(side * length)) for length in image.size)
+    left, top = draw.integers(image.width - width + 1), draw.integers(image.height - height + 1)
+    part = image.crop((int(left), int(top), int(left) + width, int(top) + height))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else part

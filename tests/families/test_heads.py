@@ -1,5 +1,7 @@
 """The contract of every registered head, then tests of single heads."""
 
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.errors import BadRequest
 from calmclip.models.heads import HEADS, Asset, BoundHead, Columns, Examples, Head
+from calmclip.models.selection import choose
 
 B, C, D = 4, 5, 16
 LABELS = tuple("abcde")
@@ -22,18 +25,36 @@ def rows(count: int, seed: int) -> np.ndarray:
 IMAGE, TEXT = rows(B, 1), rows(C, 2)
 
 
+def near(pictures: int, seed: int) -> np.ndarray:
+    """[pictures, C, D], unit rows near the texts of their labels."""
+    vectors = TEXT + 0.1 * rows(pictures * C, seed).reshape(pictures, C, D)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+EXPERTS = {"bank": near(3, 5), "gate": 4 * rows(3, 6), "bias": np.array([0.5, 0, -0.5], np.float32)}
+ASSETS: dict[str, dict[str, np.ndarray]] = {"mixture": EXPERTS}  # of heads that export folds
+SHOWN = Examples(near(4, 4).reshape(-1, D), np.arange(20) % C, LABELS, TEXT)
+
+
+def count(name: str) -> int:
+    """How many of `LABELS` the head takes."""
+    fit = HEADS.get(name).fit
+    return (fit and fit.labels) or C
+
+
+@cache
 def bound(name: str, **params: Any) -> BoundHead:
     """The head with assets that are fitted to examples, if it has assets: pictures near the texts of their labels."""
-    head = HEADS.get(name)
-    near = TEXT[np.arange(20) % C] + 0.1 * rows(20, 4)
-    near /= np.linalg.norm(near, axis=1, keepdims=True)
-    shown = Examples(near, np.arange(20) % C, LABELS, TEXT)
-    assets = head.fit(shown, head.params(**params)) if head.fit else {}
-    return BoundHead(name, params, assets, LABELS)
+    head, n = HEADS.get(name), count(name)
+    if head.fit is None:
+        return BoundHead(name, params, ASSETS.get(name, {}), LABELS)
+    shown = replace(SHOWN.only(SHOWN.truth < n), labels=LABELS[:n], text=TEXT[:n])
+    choice = choose(head, head.params(**params), shown)
+    return BoundHead(name, choice.params.model_dump(), head.fit.assets(shown, choice.params), shown.labels)
 
 
 def scored(head: BoundHead, image: np.ndarray, text: np.ndarray, labels: tuple[str, ...] = LABELS) -> np.ndarray:
-    return head.logits(image, head.columns(labels, text))
+    return head.logits(image, head.columns(labels[: len(text)], text))
 
 
 @pytest.fixture(params=HEADS.names())
@@ -41,55 +62,64 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_shapes_and_ranges_hold(name: str):
+@pytest.fixture
+def text(name: str) -> np.ndarray:
+    """float32 [n, D], the rows of the labels that the head takes."""
+    return TEXT[: count(name)]
+
+
+def test_shapes_and_ranges_hold(name: str, text: np.ndarray):
     head = bound(name)
-    logits = scored(head, IMAGE, TEXT)
+    logits = scored(head, IMAGE, text)
     scores = head.scores(logits)
     for array in (logits, scores):
-        assert (array.shape, array.dtype) == ((B, C), np.float32)
+        assert (array.shape, array.dtype) == ((B, len(text)), np.float32)
         assert np.isfinite(array).all()
     assert scores.min() >= 0
     assert scores.max() <= 1
 
 
-def test_the_same_input_gives_the_same_bytes(name: str):
-    once, twice = bound(name), bound(name)
-    assert scored(once, IMAGE, TEXT).tobytes() == scored(twice, IMAGE, TEXT).tobytes()
-    logits = scored(once, IMAGE, TEXT)
+def test_the_same_input_gives_the_same_bytes(name: str, text: np.ndarray):
+    once, twice = bound(name), bound.__wrapped__(name)
+    assert scored(once, IMAGE, text).tobytes() == scored(twice, IMAGE, text).tobytes()
+    logits = scored(once, IMAGE, text)
     assert once.scores(logits).tobytes() == twice.scores(logits.copy()).tobytes()
 
 
-def test_inputs_are_not_changed(name: str):
-    image, text = IMAGE.copy(), TEXT.copy()
-    logits = scored(bound(name), image, text)
+def test_inputs_are_not_changed(name: str, text: np.ndarray):
+    image, rows = IMAGE.copy(), text.copy()
+    shown = [array.copy() for array in (SHOWN.image, SHOWN.truth)]
+    logits = scored(bound.__wrapped__(name), image, rows)
     logits_before = logits.copy()
     bound(name).scores(logits)
-    for before, after in ((IMAGE, image), (TEXT, text), (logits_before, logits)):
-        assert np.array_equal(before, after)
+    before = (IMAGE, text, logits_before, SHOWN.image, SHOWN.truth)
+    for first, second in zip(before, (image, rows, logits, *shown), strict=True):
+        assert np.array_equal(first, second)
 
 
-def test_permuted_and_fewer_labels_select_their_columns(name: str):
-    order = np.random.default_rng(3).permutation(C)
+def test_permuted_and_fewer_labels_select_their_columns(name: str, text: np.ndarray):
+    order = np.random.default_rng(3).permutation(len(text))
     head = bound(name)
-    logits = scored(head, IMAGE, TEXT)
+    logits = scored(head, IMAGE, text)
     permuted = tuple(LABELS[i] for i in order)
-    assert scored(head, IMAGE, TEXT[order], permuted) == pytest.approx(logits[:, order], abs=1e-4)
-    some = order[:2]
-    fewer = scored(head, IMAGE, TEXT[some], tuple(LABELS[i] for i in some))
-    assert fewer == pytest.approx(logits[:, some], abs=1e-4)
+    assert scored(head, IMAGE, text[order], permuted) == pytest.approx(logits[:, order], abs=1e-4, rel=1e-5)
+    some = order[: len(order) // 2]
+    fewer = scored(head, IMAGE, text[some], tuple(LABELS[i] for i in some))
+    assert fewer == pytest.approx(logits[:, some], abs=1e-4, rel=1e-5)
     assert head.scores(logits[:, order]) == pytest.approx(head.scores(logits)[:, order], abs=1e-6)
 
 
-def test_a_row_does_not_depend_on_other_rows(name: str):
+def test_a_row_does_not_depend_on_other_rows(name: str, text: np.ndarray):
     head = bound(name)
     for i in range(B):
-        assert scored(head, IMAGE[i : i + 1], TEXT)[0] == pytest.approx(scored(head, IMAGE, TEXT)[i], abs=1e-4)
+        alone = scored(head, IMAGE[i : i + 1], text)[0]
+        assert alone == pytest.approx(scored(head, IMAGE, text)[i], abs=1e-4, rel=1e-5)
 
 
-def test_a_better_match_never_scores_lower(name: str):
+def test_a_better_match_never_scores_lower(name: str, text: np.ndarray):
     """A picture equal to a label's text is nearer to it than to any other."""
     head = bound(name)
-    assert (head.scores(scored(head, TEXT, TEXT)).argmax(axis=1) == np.arange(C)).all()
+    assert (head.scores(scored(head, text, text)).argmax(axis=1) == np.arange(len(text))).all()
 
 
 def test_extreme_logits_give_finite_scores(name: str):
@@ -143,10 +173,51 @@ def test_prototypes_are_the_unit_means_of_their_pictures():
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     head = HEADS.get("prototype")
     assert head.fit
-    assets = head.fit(Examples(image, truth, LABELS[:3], TEXT[:3]), head.params())
+    assets = head.fit.assets(Examples(image, truth, LABELS[:3], TEXT[:3]), head.params())
     bound = BoundHead("prototype", {"scale": 3.0}, assets, LABELS[:3])
     logits = scored(bound, IMAGE, TEXT[[2, 0]], ("c", "a"))
     assert logits == pytest.approx(3 * IMAGE.astype(np.float64) @ means[[2, 0]].T, abs=1e-5)
+
+
+def mixture(**changed: np.ndarray) -> BoundHead:
+    return BoundHead("mixture", {"scale": 50.0}, {**EXPERTS, **changed}, LABELS)
+
+
+def test_a_mixture_is_the_two_best_experts_by_their_softmax():
+    """In float64, a picture at a time. The mixture is not made a unit vector again."""
+    logits = scored(mixture(), IMAGE, TEXT)
+    for x, row in zip(IMAGE.astype(np.float64), logits, strict=True):
+        routes = EXPERTS["gate"].astype(np.float64) @ x + EXPERTS["bias"]
+        best, second = np.argsort(-routes)[:2]
+        part = 1 / (1 + np.exp(routes[second] - routes[best]))
+        mixed = part * EXPERTS["bank"][best].astype(np.float64) + (1 - part) * EXPERTS["bank"][second]
+        assert row == pytest.approx(50 * mixed @ x, abs=1e-4)
+
+
+def test_equal_experts_are_the_plain_head():
+    equal = mixture(bank=np.stack([TEXT] * 3))
+    assert scored(equal, IMAGE, TEXT) == pytest.approx(scored(bound("cosine", scale=50.0), IMAGE, TEXT), abs=1e-4)
+
+
+@pytest.mark.parametrize("expert", range(3))
+def test_a_router_that_is_forced_to_one_expert_is_the_head_of_its_prompt(expert: int):
+    bias = np.where(np.arange(3) == expert, 1e4, 0).astype(np.float32)
+    plain = scored(bound("cosine", scale=50.0), IMAGE, EXPERTS["bank"][expert])
+    assert scored(mixture(bias=bias), IMAGE, TEXT) == pytest.approx(plain, abs=1e-4)
+
+
+def test_one_expert_alone_is_its_head():
+    alone = mixture(**{name: array[:1] for name, array in EXPERTS.items()})
+    assert scored(alone, IMAGE, TEXT) == pytest.approx(50 * IMAGE @ EXPERTS["bank"][0].T, abs=1e-4)
+
+
+def test_a_heads_vectors_stand_for_its_labels_in_any_order():
+    head, mean = mixture(), EXPERTS["bank"].astype(np.float64).mean(axis=0)
+    unit = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    assert head.vectors(LABELS) == pytest.approx(unit, abs=1e-6)
+    assert head.vectors(("c", "a")) == pytest.approx(unit[[2, 0]], abs=1e-6)
+    assert head.vectors(("c", "z")) is None
+    assert bound("prototype").vectors(LABELS) is None
 
 
 # --- a head with one asset row per label ----------------------------------------------------------------------------
