@@ -10,10 +10,36 @@ from calmclip.models.errors import BadRequest
 
 T = TypeVar("T")
 FORM = '{"file": [captions]}, or as .jsonl {"image": file, "captions": [captions]} a line'
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CLASSES = "a folder of pictures for each class, such as cat/1.jpg and dog/1.jpg in it"
 PAIRS = (
     'pairs.jsonl ({"images": [one or two], "captions": [two], "category"} a line) and images/, or MMVP_VLM or '
     "SugarCrepe as published"
 )
+
+
+def read_classes(folder: Path) -> dict[str, list[Path]]:
+    """Class -> its pictures, from a folder with a folder of pictures for each class; both in the order of their names.
+
+    Pictures may lie deeper in the folder of their class. They are not opened. Raises `BadRequest`.
+    """
+    if not folder.is_dir():
+        raise BadRequest(f"{folder} is not a folder; expected {CLASSES}")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = {name: pictures_in(folder / name) for name in names}
+    if not classes:
+        count = len(pictures_in(folder))
+        raise BadRequest(f"{folder} has no folder in it, and {count} pictures; expected {CLASSES}")
+    if empty := [name for name, pictures in classes.items() if not pictures]:
+        raise BadRequest(
+            f"{folder / empty[0]} has no picture ({', '.join(SUFFIXES)}); expected {CLASSES}. Add pictures or remove it"
+        )
+    return classes
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files under ``folder`` that are called like pictures, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def first(rows: Sequence[T], limit: int | None) -> Sequence[T]:

@@ -8,11 +8,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from threading import Event
 from time import monotonic
 from typing import TypeAlias, TypeVar
+
+import numpy as np
 
 from calmclip.models.errors import (
     BadRequest,
@@ -26,8 +29,8 @@ from calmclip.models.errors import (
     StoreUnavailable,
     suggestion,
 )
+from calmclip.models.files import check_name
 from calmclip.models.flow import Array
-from calmclip.service.files import check_name
 from calmclip.service.hub import Loaded
 from calmclip.service.metrics import Metrics
 from calmclip.service.quantized import QuantizedTable
@@ -90,6 +93,18 @@ class Collection:
 
     async def count(self) -> int:
         return await self._read(self.table.count)
+
+    async def labelled(self, field: str, most: int) -> "Labelled":
+        """The items whose metadata has a text under ``field``. Raises `BadRequest` for more than ``most``.
+
+        It reads every item once; if its caller is cancelled, it stops after the current batch.
+        """
+        given_up = Event()
+        try:
+            return await self._read(lambda: _labelled(self.table, field, most, given_up))
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
 
     def require(self, model: str, digest: str | None) -> None:
         """Raises `CollectionMismatch` unless the bundle ``model`` embeds as the bundle that filled the collection.
@@ -194,6 +209,33 @@ class Collection:
             await asyncio.to_thread(self.table.compact)
         except Exception:  # the writes stay; the next compaction tries again
             log.exception("compaction of collection %s failed", self.info.name)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """``vectors`` float32 [N, dim]; ``labels``: the text of each. ``others``: the number of items without a text."""
+
+    vectors: Array
+    labels: list[str]
+    others: int
+
+
+def _labelled(table: Table, field: str, most: int, given_up: Event) -> Labelled:
+    vectors, labels, others = [np.empty((0, table.info.dim), np.float32)], list[str](), 0
+    with closing(table.rows(originals=False)) as batches:  # type: ignore[type-var]  # it is a generator
+        for batch in batches:
+            if given_up.is_set():
+                break
+            chosen = [(row.vector, row.meta[field]) for row in batch if isinstance(row.meta.get(field), str)]
+            others += len(batch) - len(chosen)
+            if len(labels) + len(chosen) > most:
+                raise BadRequest(
+                    f"the collection {table.info.name!r} has more than {most} items with a text under {field[:100]!r}, "
+                    "the most that a fit reads; fit to a smaller collection"
+                )
+            vectors += [vector[None] for vector, _ in chosen]
+            labels += [label for _, label in chosen]
+    return Labelled(np.concatenate(vectors), labels, others)
 
 
 def unloaded(info: Info) -> str:

@@ -7,29 +7,26 @@
 Bytes are counted as they arrive; reading stops at the limit.
 """
 
-import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
-import orjson
 from fastapi import Request
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from calmclip.models.errors import BadRequest, ImageTooLarge, InputError
 from calmclip.models.labels import check_length
 from calmclip.models.preprocess.image import count_pixels
-from calmclip.service.errors import BodyTooLarge, InvalidRequest, WrongContentType, invalid, kind
+from calmclip.service.errors import BodyTooLarge, InvalidRequest, WrongContentType, invalid
 from calmclip.service.parts import Service
 from calmclip.service.request import Context
-from calmclip.service.schemas import Body, PictureBody
+from calmclip.service.schemas import Body
 from calmclip.service.schemas.detect import ExampleBody
-from calmclip.service.schemas.embed import EmbedBody
 from calmclip.service.settings import Limits
+from calmclip.service.strict_json import parse
 
 B = TypeVar("B", bound=Body)
 PICTURES = ("image/jpeg", "image/png", "image/webp")
@@ -95,11 +92,6 @@ def _pixels(data: bytes, limits: Limits, where: str) -> int:
         raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
-def takes_raw_pictures(model: type[Body] | None) -> bool:
-    """Whether a raw picture may be the body, so that the query holds the other fields."""
-    return model is not None and issubclass(model, (PictureBody, EmbedBody))
-
-
 def check_query(request: Request, names: Collection[str]) -> None:
     """Raises `InvalidRequest` unless each field of the query is one of ``names``, and there once.
 
@@ -115,8 +107,7 @@ def check_query(request: Request, names: Collection[str]) -> None:
 
 
 async def _fields(request: Request, content_type: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
-    takes_pictures = takes_raw_pictures(model)
-    if takes_pictures and content_type in ("application/json", "multipart/form-data"):
+    if model.raw and content_type in ("application/json", "multipart/form-data"):
         if misplaced := sorted({*request.query_params} & {*model.model_fields}):
             raise BadRequest(
                 f"{misplaced[0]!r} is in the query, which is read only with a raw picture; put it into the body"
@@ -124,15 +115,16 @@ async def _fields(request: Request, content_type: str, model: type[Body], limits
         check_query(request, ())
     if content_type == "application/json":
         limit = min(limits.body_bytes, model.max_bytes or limits.body_bytes)
-        value = _json(await _read(request, limit, BodyTooLarge, "the body"))
+        value = parse(await _read(request, limit, BodyTooLarge, "the body"))
         await Service.of(request).fetcher.fill(value, Context.of(request).reserve_bytes)
         return value
-    if takes_pictures and content_type == "multipart/form-data":
-        return _shape(await _form(request, limits), model)
-    if takes_pictures and content_type in PICTURES:
+    if model.form and content_type == "multipart/form-data":
+        return model.of_pairs(await _form(request, limits))
+    if model.raw and content_type in PICTURES:
         picture = await _read(request, limits.image_bytes, ImageTooLarge, "the picture")
-        return _shape([*request.query_params.multi_items(), ("image", picture)], model)
-    expected = ["application/json", *(["multipart/form-data", *PICTURES] if takes_pictures else [])]
+        return model.of_pairs([*request.query_params.multi_items(), ("image", picture)])
+    forms = ["multipart/form-data"] if model.form else []
+    expected = ["application/json", *forms, *(PICTURES if model.raw else [])]
     raise WrongContentType(f"the content type is {content_type or 'not given'!r}; expected {', '.join(expected)}")
 
 
@@ -157,37 +149,6 @@ async def _read(request: Request, limit: int, error: type[InputError], name: str
     return b"".join([chunk async for chunk in _stream(request, limit, error, name)])
 
 
-def _json(data: bytes) -> Mapping[str, Any]:
-    """orjson keeps the last of two equal keys, and rounds integers beyond 64 bits. A second parser finds both: behind a
-    gateway that reads the first key, the last one would pass unchecked. It costs 3 to 5 ms per megabyte.
-    """
-    try:
-        value = orjson.loads(data)
-        exact = _EXACT.decode(data.decode()) == value
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply; send fewer levels") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"the body is {kind(value)}; expected an object")
-    if not exact:
-        raise InvalidRequest(
-            "the body has an integer of more than 64 bits, which would be rounded; send it as a string"
-        )
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise InvalidRequest(f"the body has the key {twice[:100]!r} twice in one object; expected each key once")
-    return fields
-
-
-_EXACT = json.JSONDecoder(object_pairs_hook=_object)
-
-
 class _Parser(MultiPartParser):
     spool_max_size = 1 << 62  # parts stay in memory, within the body's limit, so no disk is needed
 
@@ -204,27 +165,3 @@ async def _form(request: Request, limits: Limits) -> list[tuple[str, Any]]:
         return [(k, await v.read() if isinstance(v, UploadFile) else v) for k, v in form.multi_items()]
     finally:
         await form.close()
-
-
-def _shape(pairs: list[tuple[str, Any]], model: type[Body]) -> dict[str, Any]:
-    """Flat pairs -> the model's fields. A list field takes every pair of its name, another field exactly one.
-
-    `EmbedBody` has nested inputs: each ``text`` and ``image`` pair becomes one input, in order.
-    """
-    if issubclass(model, EmbedBody):
-        inputs = [{key: value} for key, value in pairs if key in ("text", "image")]
-        other = [(key, value) for key, value in pairs if key not in ("text", "image")]
-        return {**_shape(other, Body), "inputs": inputs}
-    fields: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in model.model_fields and is_list(model.model_fields[key]):
-            fields.setdefault(key, []).append(value)
-        elif key in fields:
-            raise BadRequest(f"the field {key!r} is given twice; expected one")
-        else:
-            fields[key] = value
-    return fields
-
-
-def is_list(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) is list or any(get_origin(a) is list for a in get_args(field.annotation))

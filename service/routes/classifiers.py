@@ -1,17 +1,20 @@
 """/v1/classifiers: register classifiers for use by classify and detect. Files are written in a thread."""
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
-from calmclip.models.labels import MIN_PER_LABEL, MIN_PICTURES
+from calmclip.models.labels import MIN_PER_LABEL, MIN_PICTURES, require_labels
 from calmclip.models.tasks.calibrate import CalibrateRequest, calibrate
-from calmclip.models.tasks.fit import FitRequest, fit
+from calmclip.models.tasks.fit import FitRequest, Fitted, fit, fit_vectors
 from calmclip.service.asked import Asked
-from calmclip.service.classifiers import Registered
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
 from calmclip.service.routes import check_count
+from calmclip.service.routes.collections import bundle_of, open_collection, timed
 from calmclip.service.schemas import NewName
 from calmclip.service.schemas.classifiers import (
     CalibrateBody,
@@ -20,6 +23,8 @@ from calmclip.service.schemas.classifiers import (
     ClassifierBody,
     ClassifiersAnswer,
     FitBody,
+    FittedAnswer,
+    KnownPicture,
 )
 
 MISSING = "classifier-not-found"
@@ -27,9 +32,15 @@ EXAMPLES = [{"image": {"b64": PIXEL}, "label": "cat"}, {"image": {"b64": PIXEL},
 _endpoint = partial(Endpoint, task="classifiers", tags=("classifiers",))
 
 
-@_endpoint("GET", "/v1/classifiers", scope="read", summary="All classifiers", answer=ClassifiersAnswer)
+@_endpoint(
+    "GET",
+    "/v1/classifiers",
+    scope="read",
+    summary="All classifiers, and the methods of a fit",
+    answer=ClassifiersAnswer,
+)
 async def list_classifiers(asked: Asked[None]) -> ClassifiersAnswer:
-    return ClassifiersAnswer(classifiers=[ClassifierAnswer.of(entry) for entry in asked.parts.classifiers.all()])
+    return ClassifiersAnswer.of(asked.parts.classifiers.all())
 
 
 @_endpoint(
@@ -61,29 +72,37 @@ async def put_classifier(asked: Asked[ClassifierBody], name: NewName) -> Classif
 async def calibrate_classifier(asked: Asked[CalibrateBody], name: str) -> CalibratedAnswer:
     registered = asked.parts.classifiers.get(name)
     loaded = asked.bundle(asked.body.model, "classify")
-    request = CalibrateRequest(*_pictures(asked, registered), registered.classifier)
+    classifier = registered.classifier
+    request = CalibrateRequest(*_pictures(asked, asked.body.items, classifier.labels), classifier)
     fitted = await asked.run(loaded, calibrate(loaded.bundle, request))
-    changed = await _change(asked, registered, temperature=fitted.temperature, family=loaded.bundle.family)
+    change = partial(asked.parts.classifiers.change, registered)
+    changed = await asyncio.to_thread(change, temperature=fitted.temperature, family=loaded.bundle.family)
     return CalibratedAnswer.of_fit(changed, fitted)
 
 
 @_endpoint(
     "POST",
     "/v1/classifiers/{name}/fit",
-    summary="Fit its head to labelled pictures",
-    description="Uses one bundle. The classifier then belongs to the bundle's family; with other bundles it is a 409.",
+    summary="Fit a classifier to labelled pictures or to a collection",
+    description="Makes the classifier under this name. Uses one bundle; the classifier belongs to its family, and with "
+    "other bundles it is a 409. In a form every file is a picture, and the name of its field is its label.",
     body=FitBody,
-    example={"head": "prototype", "items": EXAMPLES},
-    answer=ClassifierAnswer,
-    problems=(*ENGINE, *INPUT, *PICTURE, MISSING, "text-too-long"),
-)
-async def fit_classifier(asked: Asked[FitBody], name: str) -> ClassifierAnswer:
-    body, registered = asked.body, asked.parts.classifiers.get(name)
-    loaded = asked.bundle(body.model, "classify")
-    request = FitRequest(*_pictures(asked, registered), registered.classifier, body.head, body.params)
-    fitted = await asked.run(loaded, fit(loaded.bundle, request))
-    changed = {key: getattr(fitted, key) for key in ("head", "params", "assets", "columns", "family")}
-    return ClassifierAnswer.of(await _change(asked, registered, **changed, temperature=1.0))
+    example={"method": "prototype", "items": EXAMPLES, "replace": True},
+    answer=FittedAnswer,
+    problems=(
+        *ENGINE, *INPUT, *PICTURE, "too-many-labels", "text-too-long", "extra-missing", "classifier-exists",
+        "store-unavailable", "collection-not-found", "collection-damaged", "collection-bundle-mismatch",
+    ),
+)  # fmt: skip
+async def fit_classifier(asked: Asked[FitBody], name: NewName) -> FittedAnswer:
+    body, classifiers = asked.body, asked.parts.classifiers
+    if not body.replace:  # known before the pictures are read, and again when the classifier is written
+        classifiers.require_free(name)
+    if len(body.words) > (most := asked.limits.words):
+        raise BadRequest(f"{len(body.words)} words were given; at most {most} are read at once")
+    fitted, skipped = await (_of_collection if body.collection else _of_pictures)(asked)
+    store = partial(classifiers.store, name, fitted.classifier, fitted.report, replace=body.replace)
+    return FittedAnswer.of_fit(await asyncio.to_thread(store), skipped)
 
 
 @_endpoint(
@@ -105,19 +124,74 @@ async def delete_classifier(asked: Asked[None], name: str) -> None:
     await asyncio.to_thread(asked.parts.classifiers.delete, name)
 
 
-def _pictures(asked: Asked[CalibrateBody] | Asked[FitBody], registered: Registered) -> tuple[list[bytes], list[int]]:
-    """The pictures, and the position of each picture's label in the classifier. Raises `InputError`s."""
-    items = asked.body.items
-    check_count(asked, len(items), "items")
-    positions = {label: index for index, label in enumerate(registered.classifier.labels)}
+async def _of_pictures(asked: Asked[FitBody]) -> tuple[Fitted, int]:
+    """-> what was fitted, and 0 items that were left out."""
+    body = asked.body
+    loaded = asked.bundle(body.model, "classify")
+    classifier = _classifier(asked, body.labels or [*dict.fromkeys(item.label for item in body.items)])
+    captions = [item.caption for item in body.items]
+    if any(captions) and None in captions:
+        raise BadRequest(f"item {captions.index(None)} has no caption; expected one for each item, or none")
+    check_count(asked, len(body.unlabelled), "pictures without a label")
+    for index, image in enumerate(body.unlabelled):
+        asked.check(image, f"picture {index} without a label")
+    request = FitRequest(
+        *_pictures(asked, body.items, classifier.labels),
+        classifier,
+        body.method,
+        body.params,
+        captions=[caption for caption in captions if caption is not None],
+        validation=_pictures(asked, body.validation, classifier.labels, "validation") if body.validation else None,
+        augment=body.augment,
+        unlabelled=body.unlabelled,
+        words=body.words,
+    )
+    return await asked.run(loaded, fit(loaded.bundle, request)), 0
+
+
+async def _of_collection(asked: Asked[FitBody]) -> tuple[Fitted, int]:
+    """-> what was fitted, and the number of items that were left out."""
+    body = asked.body
+    assert body.collection is not None
+    assert body.label is not None
+    collection = await open_collection(asked, body.collection)
+    loaded = bundle_of(collection, asked, body.model)
+    async with timed(asked, "search"):
+        labelled = await collection.labelled(body.label, asked.limits.fit_items)
+    classifier = _classifier(asked, body.labels or sorted(set(labelled.labels)))
+    positions = {label: index for index, label in enumerate(classifier.labels)}
+    rows = [row for row, label in enumerate(labelled.labels) if label in positions]
+    skipped = labelled.others + len(labelled.labels) - len(rows)
+    truth = [positions[labelled.labels[row]] for row in rows]
+    fitted = await asked.run(
+        loaded,
+        fit_vectors(
+            loaded.bundle, classifier, body.method, body.params, labelled.vectors[rows], truth, words=body.words
+        ),
+    )
+    if not skipped:
+        return fitted, 0
+    note = f"{skipped} items of the collection have no label of these under {body.label!r} and were left out"
+    return replace(fitted, report=replace(fitted.report, notes=(*fitted.report.notes, note))), skipped
+
+
+def _classifier(asked: Asked[FitBody], labels: Sequence[str]) -> Classifier:
+    """Raises `TooManyLabels`, `BadRequest`."""
+    body = asked.body
+    require_labels(labels)
+    asked.parts.classifiers.check_sizes(labels, body.templates, body.descriptions)
+    descriptions = {label: tuple(lines) for label, lines in body.descriptions.items()}
+    return Classifier(tuple(labels), tuple(body.templates), descriptions)
+
+
+def _pictures(
+    asked: Asked[Any], items: Sequence[KnownPicture], labels: Sequence[str], name: str = "item"
+) -> tuple[list[bytes], list[int]]:
+    """The pictures, and the position of each picture's label in ``labels``. Raises `InputError`s."""
+    check_count(asked, len(items), f"{name}s")
+    positions = {label: index for index, label in enumerate(labels)}
     for index, item in enumerate(items):
         if item.label not in positions:
-            raise BadRequest(
-                f"the label {item.label[:100]!r} of item {index} is not a label of classifier {registered.name!r}"
-            )
-        asked.check(item.image, f"item {index}")
+            raise BadRequest(f"the label {item.label[:100]!r} of {name} {index} is none of the {len(labels)} labels")
+        asked.check(item.image, f"{name} {index}")
     return [item.image for item in items], [positions[item.label] for item in items]
-
-
-async def _change(asked: Asked[Any], registered: Registered, **changed: Any) -> Registered:
-    return await asyncio.to_thread(asked.parts.classifiers.change, registered, **changed)

@@ -1,15 +1,21 @@
 """Requests and responses of /v1/classifiers."""
 
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from calmclip.models.classifier import Classifier
+from calmclip.models.errors import BadRequest
+from calmclip.models.heads import HEADS
 from calmclip.models.labels import NoneBelow, Temperature
+from calmclip.models.stored_classifier import CLASSIFIER, Registered
 from calmclip.models.tasks.calibrate import Calibration
-from calmclip.service.classifiers import Registered
+from calmclip.models.tasks.fit import MAX_CROPS
 from calmclip.service.schemas import MIB, Answer, Body, Picture, Template, round_score
 from calmclip.service.settings import MAX_TEXTS
+
+Descriptions = dict[str, Annotated[list[str], Field(min_length=1, fail_fast=True)]]
 
 
 class KnownPicture(Body):
@@ -22,9 +28,77 @@ class CalibrateBody(Body):
     items: list[KnownPicture] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
 
 
-class FitBody(CalibrateBody):
-    head: str = Field(description="a plug-in of the family heads that can be fitted")
-    params: dict[str, Any] = Field({}, description="the head's parameters")
+class ShownPicture(KnownPicture):
+    label: str = Field(description="what it shows")
+    caption: str | None = Field(None, description="a sentence about it, for a method that reads captions")
+
+
+class FitBody(Body):
+    """In a form every file is a picture, and the name of its field is its label. A field `caption` belongs to the file
+    before it. The other fields are those below, except for `validation` and `unlabelled`."""
+
+    form: ClassVar[bool] = True
+
+    method: str = Field(description="a plug-in of the family heads that can be fitted")
+    params: dict[str, Any] = Field({}, description="the method's; default: chosen by the pictures")
+    model: str | None = Field(
+        None, description="default: the first bundle that classifies, or the bundle that filled the collection"
+    )
+    labels: list[str] = Field(
+        [],
+        fail_fast=True,
+        description="default: those of the items, in the order of their first use; of a collection, in their order",
+    )
+    templates: list[Template] = Field([], fail_fast=True, description="default: the bundle's")
+    descriptions: Descriptions = Field({}, description="label -> sentences that replace the templates for this label")
+    items: list[ShownPicture] = Field([], max_length=MAX_TEXTS, fail_fast=True)
+    collection: str | None = Field(
+        None, min_length=1, description="without items: the stored vectors of this collection are used"
+    )
+    label: str | None = Field(
+        None,
+        min_length=1,
+        description="the field of the metadata that holds an item's label; others are left out",
+    )
+    validation: list[KnownPicture] = Field(
+        [],
+        max_length=MAX_TEXTS,
+        fail_fast=True,
+        description="they choose the params and measure the accuracy; default: cross-validation over the items",
+    )
+    unlabelled: list[Picture] = Field(
+        [], max_length=MAX_TEXTS, fail_fast=True, description="pictures without a label, for a method that reads them"
+    )
+    words: list[str] = Field([], fail_fast=True, description="the vocabulary of a method that explains itself")
+    augment: int = Field(0, ge=0, le=MAX_CROPS, description="random crops of each item that are used, too")
+    replace: bool = Field(False, description="a classifier of this name is replaced; without it, that is a 409")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "FitBody":
+        if (bool(self.items) or bool(self.unlabelled)) == (self.collection is not None):
+            raise ValueError("expected pictures (`items`, `unlabelled`) or a `collection`, one of them")
+        if (self.collection is None) != (self.label is None):
+            raise ValueError("expected `collection` and `label` together")
+        of_pictures = [name for name in ("validation", "augment") if getattr(self, name)]
+        if self.collection and of_pictures:
+            raise ValueError(f"`{of_pictures[0]}` needs pictures, and a collection has vectors; leave it out")
+        return self
+
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        items: list[dict[str, Any]] = []
+        plain = []
+        for key, value in pairs:
+            if isinstance(value, bytes):
+                items.append({"image": value, "label": key})
+            elif key != "caption":
+                plain.append((key, value))
+            elif not items or "caption" in items[-1]:
+                raise BadRequest("a `caption` of the form does not follow a picture; expected it after its picture")
+            else:
+                items[-1]["caption"] = value
+        fields = super().of_pairs(plain)
+        return {**fields, "items": [*fields.get("items", []), *items]} if items else fields
 
 
 class HeadBody(Body):
@@ -37,9 +111,7 @@ class ClassifierBody(Body):
 
     labels: list[str] = Field(min_length=1, fail_fast=True)
     templates: list[Template] = Field([], fail_fast=True, description="default: the bundle's")
-    descriptions: dict[str, Annotated[list[str], Field(min_length=1, fail_fast=True)]] = Field(
-        {}, description="label -> sentences that replace the templates for this label"
-    )
+    descriptions: Descriptions = Field({}, description="label -> sentences that replace the templates for this label")
     head: HeadBody | None = Field(
         None, description="default: the bundle's; a head with arrays of its own is fitted, not sent"
     )
@@ -59,6 +131,18 @@ class ClassifierBody(Body):
         )
 
 
+class FitReportAnswer(Answer):
+    method: str
+    pictures: int = Field(description="labelled ones")
+    labels: int
+    before: float | None = Field(description="accuracy of zero-shot; null if no picture could be held out")
+    after: float | None = Field(description="accuracy of the fitted head on the same pictures")
+    measured: str = Field(description="on which pictures; they also chose the params")
+    params: dict[str, Any] = Field(description="the head's parameters, with those that were chosen")
+    seconds: float = Field(description="of the fit, without the graphs")
+    notes: list[str] = Field(description="what the method says")
+
+
 class ClassifierAnswer(Answer):
     name: str
     version: int = Field(description="counts the changes")
@@ -73,11 +157,26 @@ class ClassifierAnswer(Answer):
         description="the family of bundles (see /v1/models) that it was fitted or calibrated with; null: any"
     )
     fitted: bool = Field(description="whether its head has arrays of its own, and so works only with its family")
+    report: FitReportAnswer | None = Field(description="of its fit; null for one that was not fitted")
 
     @classmethod
     def of(cls, registered: Registered) -> "ClassifierAnswer":
-        content = {key: value for key, value in registered.content().items() if key != "assets"}
-        return cls.model_construct(version=registered.version, fitted=bool(registered.assets), **content)
+        report = registered.report and FitReportAnswer.model_construct(**vars(registered.report))
+        return cls.model_construct(
+            name=registered.name,
+            version=registered.version,
+            fitted=bool(registered.arrays),
+            report=report,
+            **{key: getattr(registered.classifier, key) for key in CLASSIFIER},
+        )
+
+
+class FittedAnswer(ClassifierAnswer):
+    skipped: int = Field(description="items of the collection without a text in the field that is one of the labels")
+
+    @classmethod
+    def of_fit(cls, registered: Registered, skipped: int) -> "FittedAnswer":
+        return cls.model_construct(**vars(ClassifierAnswer.of(registered)), skipped=skipped)
 
 
 class CalibrationErrorsAnswer(Answer):
@@ -107,5 +206,20 @@ class CalibratedAnswer(ClassifierAnswer):
         return cls.model_construct(**plain, pictures=fitted.pictures, before=before, after=after)
 
 
+class MethodAnswer(Answer):
+    name: str
+    labels: int | None = Field(description="the number of labels that it takes; null: any from 2 on")
+    reads: list[str] = Field(description="what else it uses: captions, unlabelled, words")
+
+
 class ClassifiersAnswer(Answer):
     classifiers: list[ClassifierAnswer]
+    methods: list[MethodAnswer] = Field(description="the heads that can be fitted")
+
+    @classmethod
+    def of(cls, registered: Iterable[Registered]) -> "ClassifiersAnswer":
+        heads = [(name, HEADS.get(name).fit) for name in HEADS.names()]
+        methods = [
+            MethodAnswer.model_construct(name=name, labels=fit.labels, reads=[*fit.reads]) for name, fit in heads if fit
+        ]
+        return cls.model_construct(classifiers=[*map(ClassifierAnswer.of, registered)], methods=methods)

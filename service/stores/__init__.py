@@ -87,8 +87,9 @@ class Table(Protocol):
     def compact(self) -> None:
         """Merge the files of many small writes. Readers may go on, and answers do not change."""
 
-    def rows(self) -> Iterator[list[Row]]:
-        """All rows of one snapshot, with their originals, in any order; at most `BATCH_ROWS` at a time.
+    def rows(self, originals: bool = True) -> Iterator[list[Row]]:
+        """All rows of one snapshot, in any order, with their originals unless they are not read; at most `BATCH_ROWS`
+        at a time.
 
         The snapshot is taken at the first ``next``. Writers and compaction, also of other processes, do not disturb it.
         Close the iterator if you do not exhaust it: it holds the snapshot.

@@ -236,18 +236,21 @@ class LanceTable:
         for batch in query.to_batches(batch_size=SCAN_ROWS):
             yield batch["id"].to_pylist(), batch["_rowid"].to_pylist(), _vectors(batch["vector"])
 
-    def rows(self) -> Iterator[list[Row]]:
+    def rows(self, originals: bool = True) -> Iterator[list[Row]]:
         """A tag holds the version; without permission to write it, clean-up may remove the version after
         `VERSION_AGE`."""
         with self._snapshot() as table:
             stats = table.stats()
             size = int(BATCH_BYTES // max(1, stats["total_bytes"] / max(1, stats["num_rows"])))
-            for batch in table.search().to_batches(batch_size=max(1, min(BATCH_ROWS, size))):
-                metas, texts, pictures = (batch[column].to_pylist() for column in ("meta", "text", "picture"))
-                vectors, ids = _vectors(batch["vector"]), batch["id"].to_pylist()
+            query = table.search() if originals else table.search().select(["id", "vector", "meta"])
+            for batch in query.to_batches(batch_size=max(1, min(BATCH_ROWS, size)) if originals else BATCH_ROWS):
+                ids, metas = batch["id"].to_pylist(), batch["meta"].to_pylist()
+                kept = [batch[name].to_pylist() if originals else [None] * len(ids) for name in ("text", "picture")]
                 yield [
                     Row(id_, vector, json.loads(meta), picture if text is None else text)
-                    for id_, vector, meta, text, picture in zip(ids, vectors, metas, texts, pictures, strict=True)
+                    for id_, vector, meta, text, picture in zip(
+                        ids, _vectors(batch["vector"]), metas, *kept, strict=True
+                    )
                 ]
 
     def verify(self) -> None:

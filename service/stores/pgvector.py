@@ -300,16 +300,17 @@ class PgTable:
         """Nothing to do: autovacuum compacts tables."""
         refuse_writes(self._read_only)
 
-    def rows(self) -> Iterator[list[Row]]:
+    def rows(self, originals: bool = True) -> Iterator[list[Row]]:
         """From a read-only transaction of one snapshot, through a cursor of the server."""
         with self._open() as connection, connection.transaction():
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             (largest,) = connection.execute(
                 f"SELECT coalesce(max(greatest(octet_length(text), octet_length(picture))), 0) FROM {self._name}"
             ).fetchone()  # PostgreSQL knows the lengths without reading the values
-            size = max(1, min(BATCH_ROWS, BATCH_BYTES // (largest + 4 * self.info.dim)))
+            size = max(1, min(BATCH_ROWS, BATCH_BYTES // (largest * originals + 4 * self.info.dim)))
+            kept = "text, picture" if originals else "NULL, NULL"
             with connection.cursor(name="calmclip_rows", binary=True) as cursor:
-                cursor.execute(f"SELECT id, vector_send(vector), meta::text, text, picture FROM {self._name}")
+                cursor.execute(f"SELECT id, vector_send(vector), meta::text, {kept} FROM {self._name}")
                 while batch := cursor.fetchmany(size):
                     yield [
                         Row(id_, _vector(vector), _meta(meta), text if picture is None else bytes(picture))

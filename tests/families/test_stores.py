@@ -251,6 +251,8 @@ def test_originals_are_kept_replaced_and_deleted_with_their_rows(url, opened):
         "3": (AXES[3].tolist(), {"n": 3}, b""),
     }
     assert all_rows(table) == wanted
+    without = {row.id: (row.vector.tolist(), row.meta, row.original) for batch in table.rows(False) for row in batch}
+    assert without == {id_: (vector, meta, None) for id_, (vector, meta, _) in wanted.items()}
     assert all_rows(opened(url).open("photos")) == wanted
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import calmclip.service.files
+import calmclip.models.files
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest, ClassifierNotFound, Overloaded
 from calmclip.service.classifiers import Classifiers
@@ -56,7 +56,7 @@ def test_concurrent_changes_by_both_are_all_counted(pair: Pair) -> None:
 
 
 def test_waiting_for_a_held_lock_has_a_limit(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calmclip.service.files, "LOCK_S", 0.1)
+    monkeypatch.setattr(calmclip.models.files, "LOCK_S", 0.1)
     first, second = pair
     first.put("pets", Classifier(("cat",)))
     folder = os.open(tmp_path / "sets", os.O_RDONLY)
@@ -84,9 +84,9 @@ def test_a_temperature_is_not_set_on_a_classifier_that_the_other_has_changed(pai
 def test_an_unchanged_file_is_not_read_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = pair
     first.put("pets", Classifier(("cat",)))
-    monkeypatch.setattr("calmclip.service.classifiers.time.time_ns", lambda: 2**62)  # long after
+    monkeypatch.setattr("calmclip.models.stored_classifier.time_ns", lambda: 2**62)  # long after
     assert second.get("pets").classifier.labels == ("cat",)
-    monkeypatch.setattr("calmclip.service.classifiers._read", None)
+    monkeypatch.setattr("calmclip.models.stored_classifier._read", None)
     assert second.get("pets").classifier.labels == ("cat",)
 
 
@@ -99,14 +99,14 @@ def test_arrays_of_a_head_are_files_named_by_hash_and_are_deleted_with_it(pair: 
     first, second = pair
     version1 = first.put("pets", fitted(1))
     assert second.get("pets").classifier.assets["prototypes"].tolist() == [[1, 0, 0], [0, 1, 0]]
-    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == [version1.assets, "pets.json"]
+    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == [version1.arrays, "pets.json"]
     assert first.put("pets", fitted(1)).version == 1
     version2 = second.put("pets", fitted(2))
-    assert (version2.version, version2.assets != version1.assets) == (2, True)
-    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == [version2.assets, "pets.json"]
+    assert (version2.version, version2.arrays != version1.arrays) == (2, True)
+    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == [version2.arrays, "pets.json"]
     assert first.get("pets").classifier.assets["prototypes"].max() == 2
     version3 = first.put("pets", Classifier(("cat", "dog")))
-    assert (version3.assets, version3.version) == ("", 3)
+    assert (version3.arrays, version3.version) == ("", 3)
     second.put("others", fitted(3))
     second.delete("others")
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["pets.json"]
@@ -114,9 +114,9 @@ def test_arrays_of_a_head_are_files_named_by_hash_and_are_deleted_with_it(pair: 
 
 def test_changed_array_files_are_refused_by_name(pair: Pair, tmp_path: Path) -> None:
     registered = pair[0].put("pets", fitted(1))
-    path = tmp_path / "sets" / registered.assets
+    path = tmp_path / "sets" / registered.arrays
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(BadRequest, match=rf"pets\.json is not a classifier .*{registered.assets} has changed since"):
+    with pytest.raises(BadRequest, match=rf"pets\.json is not a classifier .*{registered.arrays} has changed since"):
         Classifiers(tmp_path / "sets", Limits())
 
 

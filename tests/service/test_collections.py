@@ -444,3 +444,52 @@ def test_no_more_collections_than_allowed(monkeypatch):
         assert (await collections.create("b", BUNDLE))[1] is True
 
     shelf(monkeypatch, scenario, Shelf("a"), collections=1)
+
+
+class Labelled(Notes):
+    """Three batches of two rows; ``read`` counts the batches, and each waits for the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.closed = 0, False
+
+    def rows(self, originals=True):
+        assert not originals
+        try:
+            for batch in range(3):
+                self.read += 1
+                self.gate.wait(5)
+                yield [Row(f"{batch}{i}", np.eye(2, dtype=np.float32)[i], {"kind": ["a", 7][i]}) for i in range(2)]
+        finally:
+            self.closed = True
+
+
+def test_items_with_a_label_are_read_and_the_others_are_counted():
+    async def main():
+        with ThreadPoolExecutor(1) as readers:
+            collection = Collection(table := Labelled(), Metrics(Slo()), 64, readers)
+            labelled = await collection.labelled("kind", 3)
+            assert (labelled.vectors.tolist(), labelled.labels, labelled.others) == ([[1, 0]] * 3, ["a"] * 3, 3)
+            empty = await collection.labelled("year", 3)
+            assert (empty.vectors.shape, empty.labels, empty.others) == ((0, 2), [], 6)
+            with pytest.raises(
+                BadRequest, match="more than 2 items with a text under 'kind', the most that a fit reads"
+            ):
+                await collection.labelled("kind", 2)
+            assert table.closed
+
+    asyncio.run(main())
+
+
+def test_a_fit_that_is_given_up_reads_no_further_batch():
+    async def main():
+        with ThreadPoolExecutor(1) as readers:
+            collection = Collection(table := Labelled(), Metrics(Slo()), 64, readers)
+            table.gate.clear()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await collection.labelled("kind", 3)
+            table.gate.set()
+        assert (table.read, table.closed) == (1, True)
+
+    asyncio.run(main())

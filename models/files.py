@@ -3,7 +3,7 @@
 import fcntl
 import os
 import re
-import tempfile
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,15 +25,15 @@ def check_name(kind: str, name: str) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """A reader sees the old file or the new file, also after a crash."""
-    handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with name.open("xb") as file:  # readable by all that the umask allows: a service may have another user
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
 
 
