@@ -45,11 +45,13 @@ class Adapter:
     ``adapt`` runs.
     ``flags``: option of `calmclip export` -> the param that it sets. The first option appends the adapter to those of
     the recipe; the others set a param of the last adapter. A field's description is the help of its option.
+    ``last``: no adapter may follow, because it derives towers or graphs from the net as it is then.
     """
 
     params: type[FrozenModel]
     adapt: Callable[[Net, Any, Context], Net]
     flags: Mapping[str, str] = field(default_factory=dict)
+    last: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.flags.values()) - set(self.params.model_fields):
@@ -96,6 +98,8 @@ def adapt(net: Net, adapters: Iterable[Adapt], context: Context) -> Net:
     """``net`` after all ``adapters``, in this order. Raises as `Adapt.checked_params` and as the adapters do, and
     `BadRequest` for a net that ships its graphs, because adapters change modules."""
     for adapter, params in [(adapter, adapter.checked_params()) for adapter in adapters]:
+        if net.adapters and ADAPTERS.get(net.adapters[-1]).last:
+            raise BadRequest(f"{adapter.name} follows {net.adapters[-1]}, which must come last; change their order")
         if any(tower.graph for tower in net.towers.values()):
             raise BadRequest(
                 f"{adapter.name} does not apply to {net.source.model}: it ships its graphs, without modules"
@@ -119,19 +123,23 @@ def with_note(net: Net, note: str, **files: Path) -> Net:
 
 
 def tensors(net: Net) -> "dict[str, Tensor]":
-    """The tensors of all towers, by our names. Raises `BadRequest` for a net that does not keep those of its
-    checkpoint."""
-    if net.folded or not all(tower.prefix for tower in net.towers.values()):
+    """The tensors of all towers, by our names; a tower without a prefix has those of another. Raises `BadRequest` for a
+    net that does not keep those of its checkpoint."""
+    towers = _keepers(net)
+    if net.folded or not towers:
         raise BadRequest(f"a {net.name} net does not keep the tensors of {net.source.model}; they cannot be edited")
-    towers = net.towers.values()
     return {f"{tower.prefix}{name}": t for tower in towers for name, t in tower.module.state_dict().items()}
 
 
 def load_tensors(net: Net, state: "Mapping[str, Tensor]") -> None:
     """Loads tensors by our names into the modules of ``net``, which must have the same shapes."""
-    for tower in net.towers.values():
+    for tower in _keepers(net):
         tensors = {name: state[f"{tower.prefix}{name}"] for name in tower.module.state_dict()}
         tower.module.load_state_dict(tensors, assign=True)
+
+
+def _keepers(net: Net) -> list[Tower]:
+    return [tower for tower in net.towers.values() if tower.prefix]
 
 
 def _map_paths(params: FrozenModel, change: Callable[[Path], Path]) -> FrozenModel:

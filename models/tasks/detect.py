@@ -2,13 +2,15 @@
 
 The `regions` graph proposes boxes with embeddings. The `detect` graph compares the embeddings with queries and
 suppresses overlapping boxes (op SoftNMS); thresholds are inputs of that graph. A query is the vector of a label, or the
-embedding of an example picture's region.
+embedding of an example picture's region. Over given boxes, over the windows of a grid, and in a bundle without
+`regions`, the graph `dense` gives the embeddings (`models.tasks.regions`), and every box has objectness 1.
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from calmclip.models.flow import Array, Arrays, Call, Flow
 from calmclip.models.preprocess.image import Picture
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.suppression import DEFAULT, METHODS, NUMBERS, Suppression
-from calmclip.models.tasks import TASKS, Command, Task, exactly
+from calmclip.models.tasks import TASKS, Command, Task, elongated, exactly
 from calmclip.models.tasks.examples import pick
-from calmclip.models.tasks.features import Driver, prepared
+from calmclip.models.tasks.features import Driver
 from calmclip.models.tasks.features import labels as label_vectors
+from calmclip.models.tasks.regions import Boxes, Grid, Located, check_dense, located, vectors_of
 
 REGIONS = ("boxes", "class_embeds", "objectness")  # outputs of `regions`; more are allowed
 QUERIED = ("boxes", "class_embeds", "text_embeds")  # inputs of `detect`; more outputs of `regions` are allowed
@@ -54,7 +57,7 @@ class Example:
 class DetectRequest:
     """``labels`` and ``templates``: if empty, those of ``classifier``, else those of the bundle. With ``examples`` and
     without labels, the bundle's labels are not searched. The head is not used. ``suppression`` None: the bundle's
-    default."""
+    default. ``boxes`` in pixels of the upright picture, or ``grid``: the regions to search instead of proposals."""
 
     image: Picture
     labels: Sequence[str] = ()
@@ -62,6 +65,8 @@ class DetectRequest:
     suppression: Suppression | None = None
     examples: Sequence[Example] = ()
     classifier: Classifier | None = None
+    boxes: Boxes | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Detections:
 
 @dataclass(frozen=True)
 class Regions:
-    """``outputs`` of the graph `regions` for one picture; ``frame`` maps their boxes to the picture."""
+    """``outputs`` of the graph `regions` for one picture, see `elongated`, or the same of given boxes; ``frame`` maps
+    their boxes to the picture."""
 
     outputs: Arrays
     frame: Frame
@@ -101,32 +107,59 @@ class Regions:
 
 
 def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
-    """Raises `TaskNotServed`, `TooManyLabels` (no labels and no examples), `BadRequest` and `InputError`s."""
+    """Raises `TaskNotServed` (also for boxes without `dense`), `TooManyLabels` (no labels and no examples),
+    `BadRequest` and `InputError`s."""
     bundle.require("detect")
     settings = request.suppression or default_suppression(bundle)
     settings.tensors()  # raises before the picture is decoded
     classifier = None
     if request.labels or not request.examples or (request.classifier and request.classifier.labels):
         classifier = bundle.classifier_for(request.classifier, request.labels, request.templates)
-    feeds, frame = yield from prepared(bundle, request.image, "regions")
+    where = _where(bundle, request.boxes, request.grid)
+    look = yield from _looking(bundle, request.image, where)
     names: list[str] = []
     queries: list[Array] = []
     if classifier:
         queries.append((yield from label_vectors(bundle, classifier)))
         names += classifier.labels
     for number, example in enumerate(request.examples):
-        queries.append((yield from _embed_example(bundle, number, example)))
+        queries.append((yield from _embed_example(bundle, number, example, where is not None)))
         names.append(f"example {number}" if example.label is None else example.label)
-    outputs = yield Call("regions", feeds)
-    return (yield from compare(bundle, Regions(outputs, frame), np.concatenate(queries), names, settings))
+    regions = yield from look()
+    return (yield from compare(bundle, regions, np.concatenate(queries), names, settings))
 
 
 def propose(bundle: Bundle, image: Picture) -> Flow[Regions]:
     """The regions of one picture, for any number of searches with `find`."""
     bundle.require("detect")
-    feeds, frame = yield from prepared(bundle, image, "regions")
-    outputs = yield Call("regions", feeds)
-    return Regions(outputs, frame)
+    look = yield from _looking(bundle, image, _where(bundle))
+    return (yield from look())
+
+
+def _where(bundle: Bundle, boxes: Boxes | None = None, grid: Grid | None = None) -> Boxes | Grid | None:
+    """Where `dense` has to look; None: `regions` proposes boxes. Raises `BadRequest` for two answers."""
+    if boxes is not None and grid is not None:
+        raise BadRequest("boxes and grid were given; expected one of them, because both say where to look")
+    chosen = boxes if boxes is not None else grid
+    return Grid() if chosen is None and "regions" not in bundle.manifest.graphs else chosen
+
+
+def _looking(bundle: Bundle, image: Picture, where: Boxes | Grid | None) -> Flow[Callable[[], Flow[Regions]]]:
+    """Prepares the picture; the flow that the answer starts runs its graph."""
+    if where is not None:
+        return partial(_given, bundle, (yield from located(bundle, image, where)))
+    return partial(_proposed, (yield from elongated.views(bundle, image)))
+
+
+def _proposed(views: Sequence[elongated.View]) -> Flow[Regions]:
+    return Regions(*(yield from elongated.look(views)))
+
+
+def _given(bundle: Bundle, place: Located) -> Flow[Regions]:
+    """The boxes as proposals that are certainly objects."""
+    vectors = yield from vectors_of(bundle, place)
+    boxes, objectness = place.frame.to_input(place.boxes), np.ones(len(vectors), np.float32)
+    return Regions({"class_embeds": vectors[None], "boxes": boxes[None], "objectness": objectness[None]}, place.frame)
 
 
 def find(
@@ -165,15 +198,27 @@ def _inside(boxes: Array) -> Array:
     return inside
 
 
-def _embed_example(bundle: Bundle, number: int, example: Example) -> Flow[Array]:
-    """-> float32 [1, D], the query. Raises `InputError`s with the number of the example."""
+def _embed_example(bundle: Bundle, number: int, example: Example, dense: bool) -> Flow[Array]:
+    """-> float32 [1, D], the query, by `dense` or by `regions`. Raises `InputError`s with the number of the example."""
+    if dense:
+        return (yield from _embed_box(bundle, number, example))
     with _numbered(number):
         _check(example)
-        feeds, frame = yield from prepared(bundle, example.image, "regions")  # type: ignore[arg-type]
+        views = yield from elongated.views(bundle, example.image)  # type: ignore[arg-type]
+        frame = views[0].frame
         box = _clipped((0.0, 0.0, frame.width, frame.height) if example.box is None else example.box, frame)
-    regions = yield Call("regions", feeds)
+    outputs, frame = yield from elongated.look(views)
     with _numbered(number):
-        return pick(regions, frame.to_input(box), drawn=example.box is not None)
+        return pick(outputs, frame.to_input(box), drawn=example.box is not None)
+
+
+def _embed_box(bundle: Bundle, number: int, example: Example) -> Flow[Array]:
+    """The same from the example's box, or its whole picture."""
+    with _numbered(number):
+        _check(example)
+        where = Grid(sizes=(1.0,), ratios=(1.0,), stride=1.0) if example.box is None else [[*map(float, example.box)]]
+        place = yield from located(bundle, example.image, where)  # type: ignore[arg-type]
+    return (yield from vectors_of(bundle, replace(place, boxes=place.boxes[:1])))
 
 
 @contextmanager
@@ -206,7 +251,15 @@ def _clipped(box: Sequence[float] | Array, frame: Frame) -> Array:
 def check(manifest: Manifest) -> None:
     if manifest.classifier is None:
         raise ValueError("task 'detect' needs `classifier`, for the templates of labels")
-    outputs, inputs = manifest.graphs["regions"].outputs, manifest.graphs["detect"].inputs
+    check_dense(manifest)
+    inputs, regions = manifest.graphs["detect"].inputs, manifest.graphs.get("regions")
+    if regions is None and "dense" not in manifest.graphs:
+        raise ValueError(
+            f"task 'detect' needs a graph 'regions' or 'dense', for its boxes; the graphs are {sorted(manifest.graphs)}"
+        )
+    if regions and not isinstance(regions.preprocess, ImagePreprocess):
+        raise ValueError("task 'detect' needs `graphs.regions.preprocess` to be an ImagePreprocess")
+    outputs = regions.outputs if regions else {name: inputs[name] for name in REGIONS if name in inputs}
     exactly("regions", "outputs", outputs, REGIONS, also=outputs)
     exactly("detect", "inputs", inputs, (*QUERIED, *SUPPRESSION), also=outputs)
     exactly("detect", "outputs", manifest.graphs["detect"].outputs, DETECTED)
@@ -223,6 +276,9 @@ def _options(options: ArgumentParser) -> None:
     options.add_argument("--label", action="append", default=[], help="may be given many times; else the bundle's own")
     options.add_argument("--template", action="append", default=[], help="a sentence with {}; may be given many times")
     options.add_argument("--example", action="append", type=Path, default=[], help="a picture of an object to look for")
+    options.add_argument("--box", action="append", nargs=4, type=float, default=[], metavar=("X0", "Y0", "X1", "Y1"),
+                         help="search this box alone, in pixels; may be given many times")  # fmt: skip
+    options.add_argument("--grid", action="store_true", help="search windows of many sizes instead of proposals")
     options.add_argument("--top", type=int, default=5, dest="max_output", help="at most so many boxes (default 5)")
     options.add_argument("--method", choices=METHODS, help="of soft-NMS; each setting has the bundle's default")
     for name in ("sigma", "iou_threshold", "min_score"):
@@ -232,7 +288,8 @@ def _options(options: ArgumentParser) -> None:
 def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     flags = {name: value for name, value in vars(options).items() if name in ("method", *NUMBERS) and value is not None}
     settings = replace(default_suppression(driver.bundle), **flags)
-    request = DetectRequest(b"", options.label, options.template, settings, [*map(Example, options.example)])
+    request = DetectRequest(b"", options.label, options.template, settings, [*map(Example, options.example)],
+                            boxes=options.box or None, grid=Grid() if options.grid else None)  # fmt: skip
     answers = driver.map(detect(driver.bundle, replace(request, image=path)) for path in options.pictures)
     for path, detections in zip(options.pictures, answers, strict=True):
         rows = [
@@ -257,7 +314,7 @@ TASKS.register("detect")(
         request=DetectRequest,
         flow=detect,
         example=example,
-        roles={"regions": ImagePreprocess, "text": TextPreprocess, "detect": None},
+        roles={"text": TextPreprocess, "detect": None},
         check=check,
         command=Command(_options, _answers, _line),
     )

@@ -33,4 +33,5 @@ def detect_boxes(asked: Asked[DetectBody], bundle: Bundle) -> DetectRequest:
     asked.check(body.image)
     check_examples(body.examples, asked.context, asked.limits)
     suppression = body.suppression(default_suppression(bundle))
-    return DetectRequest(body.image, body.labels, body.templates, suppression, body.task_examples(), classifier)
+    examples, grid = body.task_examples(), body.task_grid()
+    return DetectRequest(body.image, body.labels, body.templates, suppression, examples, classifier, body.boxes, grid)

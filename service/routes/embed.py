@@ -1,11 +1,11 @@
-"""POST /v1/embed and POST /v1/embeddings: texts and pictures -> unit vectors, in our format or OpenAI's."""
+"""POST /v1/embed and POST /v1/embeddings: texts, pictures and boxes -> unit vectors, in our format or OpenAI's."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BadRequest
-from calmclip.models.tasks.embed import EmbedRequest, embed
+from calmclip.models.tasks.embed import Boxed, EmbedRequest, embed
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
 from calmclip.service.routes import check_count, task_route
@@ -18,7 +18,8 @@ from calmclip.service.schemas.embed import EmbedAnswer, EmbedBody, EmbeddingsAns
         "/v1/embed",
         task="embed",
         scope="read",
-        summary="Texts and pictures as vectors",
+        summary="Texts, pictures and boxes in pictures as vectors",
+        description="Each box counts as an input, and has a vector in the place of its picture's.",
         body=EmbedBody,
         example={"inputs": [{"text": "a red bicycle"}, {"image": {"b64": PIXEL}}]},
         answer=EmbedAnswer,
@@ -28,7 +29,7 @@ from calmclip.service.schemas.embed import EmbedAnswer, EmbedBody, EmbeddingsAns
     EmbedAnswer.of,
 )
 def embed_inputs(asked: Asked[EmbedBody], bundle: Bundle) -> EmbedRequest:
-    return _request(asked, [item.value for item in asked.body.inputs])
+    return _request(asked, [item.part for item in asked.body.inputs])
 
 
 @task_route(
@@ -57,10 +58,11 @@ def create_embeddings(asked: Asked[EmbeddingsBody], bundle: Bundle) -> EmbedRequ
     return _request(asked, asked.body.input)
 
 
-def _request(asked: Asked[Any], inputs: Sequence[str | bytes]) -> EmbedRequest:
+def _request(asked: Asked[Any], inputs: Sequence[str | bytes | Boxed]) -> EmbedRequest:
     """Raises `InputError`s for the number of inputs, or for a picture among them."""
-    check_count(asked, len(inputs), "inputs")
+    check_count(asked, sum(len(item.boxes) if isinstance(item, Boxed) else 1 for item in inputs), "inputs")
     for index, item in enumerate(inputs):
-        if isinstance(item, bytes):
-            asked.check(item, f"input {index}")
+        picture = item.image if isinstance(item, Boxed) else item
+        if isinstance(picture, bytes):
+            asked.check(picture, f"input {index}")
     return EmbedRequest(inputs)

@@ -3,19 +3,24 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, StrictFloat, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.flow import Array
 from calmclip.models.suppression import DEFAULT, IouThreshold, MaxOutput, Method, MinScore, PerClass, Sigma, Suppression
 from calmclip.models.tasks.detect import Detections, Example, default_suppression
-from calmclip.service.schemas import Answer, Body, LabelledPicture, Picture, round_score
+from calmclip.models.tasks.regions import Grid
+from calmclip.service.schemas import Answer, Body, LabelledPicture, Picture, PixelBox, PixelBoxes, round_score
+
+Parts = Annotated[list[Annotated[float, Field(ge=0.02, le=1)]], Field(min_length=1, max_length=16, fail_fast=True)]
+Ratios = Annotated[list[Annotated[float, Field(ge=0.02, le=10)]], Field(min_length=1, max_length=16, fail_fast=True)]
 
 
 class ExampleBody(Body):
     """A picture of the object to find. In a form it is a file."""
 
     image: Picture
-    box: Annotated[list[StrictFloat], Field(min_length=4, max_length=4, fail_fast=True)] | None = Field(
+    box: PixelBox | None = Field(
         None, description="the object's box: x0, y0, x1, y1 in pixels of the upright picture; default: what stands out"
     )
     label: str | None = Field(None, min_length=1, description="its name in the answer; default: 'example N'")
@@ -30,12 +35,24 @@ class ExampleBody(Body):
         return value
 
 
+class GridBody(Body):
+    """Windows of several sizes and shapes that slide over the picture."""
+
+    sizes: Parts = Field([*Grid().sizes], description="sides of squares as parts of the picture's shorter side")
+    ratios: Ratios = Field([*Grid().ratios], description="width to height: each makes the squares wider or higher")
+    stride: float = Field(Grid().stride, ge=0.1, le=1, description="between neighbours, as a part of the window")
+
+
 class DetectBody(LabelledPicture):
     """The defaults of the suppression fields apply if the bundle has none of its own."""
 
     examples: list[ExampleBody] = Field(
         [], fail_fast=True, description="pictures of objects to find, in addition to labels or instead of them"
     )
+    boxes: PixelBoxes | None = Field(
+        None, description="the regions to search instead of proposals: x0, y0, x1, y1 in pixels of the upright picture"
+    )
+    grid: GridBody | None = Field(None, description="search windows instead of proposals; not beside `boxes`")
     method: Method = DEFAULT.method
     sigma: Sigma = DEFAULT.sigma
     iou_threshold: IouThreshold = DEFAULT.iou_threshold
@@ -48,6 +65,9 @@ class DetectBody(LabelledPicture):
         sent = vars(default).keys() & self.model_fields_set
         return replace(default, **{name: getattr(self, name) for name in sent})
 
+    def task_grid(self) -> Grid | None:
+        return None if self.grid is None else Grid(self.grid.sizes, self.grid.ratios, self.grid.stride)
+
     def task_examples(self) -> list[Example]:
         return [Example(example.image, example.box, example.label) for example in self.examples]
 
@@ -59,6 +79,12 @@ class Box(Answer):
     y0: float
     x1: float
     y1: float
+
+    @classmethod
+    def of(cls, box: Array) -> "Box":
+        return cls.model_construct(
+            **{side: round(x, 2) for side, x in zip(cls.model_fields, box.tolist(), strict=True)}
+        )
 
 
 class DetectedBox(Answer):
@@ -95,7 +121,6 @@ class DetectAnswer(Answer):
 
     @classmethod
     def of(cls, body: DetectBody, bundle: Bundle, detections: Detections) -> "DetectAnswer":
-        sides = ("x0", "y0", "x1", "y1")
         return cls.model_construct(
             model=bundle.name,
             image=Size.model_construct(width=detections.width, height=detections.height),
@@ -105,9 +130,7 @@ class DetectAnswer(Answer):
                     index=d.index,
                     score=round_score(d.score),
                     raw_score=round_score(d.raw_score),
-                    box=Box.model_construct(
-                        **{side: round(x, 2) for side, x in zip(sides, d.box.tolist(), strict=True)}
-                    ),
+                    box=Box.of(d.box),
                 )
                 for d in detections
             ],

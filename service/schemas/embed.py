@@ -1,20 +1,21 @@
 """Requests and responses of /v1/embed, and of /v1/embeddings in OpenAI's format."""
 
 import base64
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.tasks.embed import Embeddings
-from calmclip.service.schemas import Answer, Body, Picture
+from calmclip.models.tasks.embed import Boxed, Embeddings
+from calmclip.service.schemas import Answer, Body, Picture, PixelBoxes
 from calmclip.service.settings import MAX_TEXTS
 
 # pydantic has no type for a numpy array; orjson writes it
 Vectors = Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": "number"}}})]
 _TEXT: dict[str, Any] = {"required": ["text"], "properties": {"text": {"type": "string"}, "image": {"type": "null"}}}
 _IMAGE: dict[str, Any] = {"required": ["image"], "properties": {"image": {"type": "object"}, "text": {"type": "null"}}}
+_WITHOUT_BOXES = {**_TEXT, "properties": {**_TEXT["properties"], "boxes": {"type": "null"}}}
 DATA_URI = "data:image/"
 
 
@@ -39,16 +40,47 @@ class EmbedInput(Body):
         return value
 
 
+class BoxedInput(EmbedInput):
+    """A text, a picture, or boxes in a picture."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_WITHOUT_BOXES, _IMAGE]})
+
+    boxes: PixelBoxes | None = Field(
+        None,
+        description="embed these parts instead of the whole picture: x0, y0, x1, y1 in pixels of the upright picture",
+    )
+
+    @model_validator(mode="after")
+    def _of_a_picture(self) -> "BoxedInput":
+        if self.boxes is not None and self.image is None:
+            raise ValueError("`boxes` belong to an `image`; a text has none")
+        return self
+
+    @property
+    def part(self) -> str | bytes | Boxed:
+        value = self.value
+        return Boxed(value, self.boxes) if isinstance(value, bytes) and self.boxes else value
+
+
 class EmbedBody(Body):
+    form: ClassVar[bool] = True
+    raw: ClassVar[bool] = True
+
     model: str | None = Field(None, description="a loaded bundle; default: the first that embeds")
-    inputs: list[EmbedInput] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
+    inputs: list[BoxedInput] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
+
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        """Each ``text`` and each ``image`` is one input, in order."""
+        inputs = [{key: value} for key, value in pairs if key in ("text", "image")]
+        return {**super().of_pairs([pair for pair in pairs if pair[0] not in ("text", "image")]), "inputs": inputs}
 
 
 class EmbedAnswer(Answer):
     model: str
     dim: int
     normalized: bool
-    embeddings: Vectors = Field(description="unit vectors, in the order of the inputs")
+    embeddings: Vectors = Field(description="unit vectors, in the order of the inputs and their boxes")
 
     @classmethod
     def of(cls, body: EmbedBody, bundle: Bundle, embeddings: Embeddings) -> "EmbedAnswer":

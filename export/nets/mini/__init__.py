@@ -19,10 +19,12 @@ import onnx
 
 from calmclip.export.checkpoints import Weights
 from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, float32
+from calmclip.export.nets.common import dense_map
 from calmclip.export.nets.mini import graphs, parameters
 from calmclip.export.nets.mini.detection import MIN_SCORE, detect_graph, summary
 from calmclip.export.nets.mini.facts import (
     BACKGROUND,
+    CELLS,
     CONTEXT,
     LAYERS,
     PIXELS,
@@ -55,6 +57,7 @@ SCALE = (
     15.0  # of the cosines in a softmax over labels: it has the least log loss on labelled photographs, see README.md
 )
 TEXTS = bucketed(TextPreprocess(ids="ids", mask="mask", context=CONTEXT, pad="longest", pad_id=0))
+BARS = {"min_image_cosine": 0.99, "min_text_cosine": 0.99, "min_output_cosine": 0.98}
 _EMBEDS = float32("B", WIDTH)
 _TOKENS = Tensor(dtype="int64", shape=("B", "T"))
 _NOTES = (
@@ -96,7 +99,7 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         classifier=DefaultClassifier(templates=TEMPLATES, head=Plugin(name="cosine", params={"scale": SCALE})),
         ranges=dict.fromkeys(arrays, RANGES),
         keep_float=True,
-        bars={"min_image_cosine": 0.99, "min_text_cosine": 0.99, "min_output_cosine": 0.98, "max_megabytes": 42.0},
+        bars=BARS if directory else {**BARS, "max_megabytes": 42.0},
     )
 
 
@@ -116,11 +119,12 @@ def constants(heads: Path, detector: Path, directory: Path | None = None) -> dic
         "image": parameters.image(head, folded),
         "text": text,
         "regions": parameters.regions(head, folded, boxes, names),
+        "dense": parameters.image(head, folded),
     }
 
 
 def towers_of(drawn: Mapping[str, onnx.ModelProto]) -> dict[str, Tower]:
-    """The three towers, with the graphs ``drawn``."""
+    """The four towers, with the graphs ``drawn``."""
     pixels, boxes = float32("B", 3, *PIXELS.size), float32("B", 3, SIDE, SIDE)
     regions = {
         "class_embeds": float32("B", PROPOSALS, WIDTH),
@@ -154,6 +158,16 @@ def towers_of(drawn: Mapping[str, onnx.ModelProto]) -> dict[str, Tower]:
             summary=summary,
             quantizer="search",
             quantizer_params=QUANTIZE_REGIONS,
+            promises=classes,
+        ),
+        "dense": Tower.drawn(
+            drawn.get("dense"),
+            {"pixels": boxes},
+            {"patches": float32("B", CELLS, CELLS, WIDTH)},
+            REGION_PIXELS,
+            summary=dense_map.summary,
+            quantizer="search",
+            quantizer_params=QUANTIZE,
             promises=classes,
         ),
     }

@@ -31,9 +31,9 @@ def detect_graph(background: Array, scale: float = SCALE) -> Built:
     """background [G, D] unit rows -> the graph that turns regions and prompts into candidates for SoftNMS."""
     dim = background.shape[1]
     regions = {
-        "class_embeds": float32(1, PROPOSALS, dim),
-        "boxes": float32(1, PROPOSALS, 4),
-        "objectness": float32(1, PROPOSALS),
+        "class_embeds": float32(1, "P", dim),
+        "boxes": float32(1, "P", 4),
+        "objectness": float32(1, "P"),
     }
     score = """
         described = Concat <axis = 0> (text_embeds, background)

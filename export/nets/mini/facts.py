@@ -19,6 +19,7 @@ QUANTIZE_REGIONS = {"keep": [*QUANTIZE["keep"], "Conv.Conv_64", "MatMul.MatMul_4
 
 SIDE = 416  # pixels of the letterboxed picture's sides
 STRIDES = (8, 16, 32)  # of NanoDet's grids
+CELLS = SIDE // 32  # rows and columns of the backbone's last map of it
 PROPOSALS = 100
 REGION_PIXELS = ImagePreprocess(
     size=(SIDE, SIDE), resize="letterbox", pad=127, mean=(127 / 255,) * 3, std=(128 / 255,) * 3

@@ -8,7 +8,7 @@ import torch
 from calmclip.export.nets.mini import backbone, minilm, parameters
 from calmclip.export.nets.mini.facts import TEMPLATES
 from calmclip.export.nets.mini.regions import Detector, Regions
-from calmclip.export.nets.mini.towers import Heads, ImageTower, TextTower
+from calmclip.export.nets.mini.towers import DenseTower, Heads, ImageTower, TextTower
 from calmclip.export.nets.mini.weights import backbone_state, minilm_state, tokenizer_json
 from calmclip.models.flow import Array
 
@@ -18,6 +18,7 @@ class Modules:
     image: ImageTower
     text: TextTower
     regions: Regions
+    dense: DenseTower
 
 
 def tensors(state: dict[str, Array]) -> dict[str, torch.Tensor]:
@@ -33,4 +34,4 @@ def load(heads: Path, detector: Path, directory: Path | None = None) -> Modules:
     names = torch.from_numpy(parameters.known(constants, tokenizer_json(directory), TEMPLATES))
     parts = Detector.load(detector)
     regions = Regions(parts.boxes, parts.quality, image.backbone, image.head, parts.head, names).eval()
-    return Modules(image, text, regions)
+    return Modules(image, text, regions, DenseTower(image).eval())

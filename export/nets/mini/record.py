@@ -37,6 +37,7 @@ def main() -> None:
         "--texts", type=int, default=256, help="captions, and half as many names (default %(default)s)"
     )
     options.add_argument("--source", required=True, help="where pictures and texts come from, in words")
+    options.add_argument("--only", nargs="+", help="graphs to record; the entries of the others stay")
     arguments = options.parse_args()
     draw = random.Random(SEED)
     pictures = []
@@ -53,8 +54,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in net.files.items():
             (Path(folder) / name).write_bytes(data)
-        graphs = {}
-        for role, tower in net.towers.items():
+        graphs = json.loads(RANGES.read_bytes())["graphs"] if arguments.only else {}
+        for role in arguments.only or net.towers:
+            tower = net.towers[role]
             model, quantizer = tower.graph, QUANTIZERS.get(tower.quantizer)
             assert model
             assert quantizer.search

@@ -83,6 +83,20 @@ class ImageTower(nn.Module):
         return vectors
 
 
+class DenseTower(nn.Module):
+    """pixels float32 [B, 3, 416, 416], (x - 127) / 128 -> patches [B, 13, 13, 384]: the image head's unit vector of
+    each cell of the backbone's last map."""
+
+    def __init__(self, image: ImageTower) -> None:
+        super().__init__()
+        self.backbone, self.head = image.backbone, image.head
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.backbone(pixels)[1]
+        patches: Tensor = self.head(features.permute(0, 2, 3, 1))
+        return patches
+
+
 class TextTower(nn.Module):
     """ids, mask int64 [B, T] (no mask: every id is a token) -> unit vectors float32 [B, 384]."""
 

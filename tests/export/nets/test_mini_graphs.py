@@ -11,7 +11,7 @@ from calmclip.export.nets.mini import DETECTOR, SHIPPED, constants, graphs
 from calmclip.export.nets.mini.draw import traced
 from calmclip.models.errors import ExportError
 
-ROLES = ("image", "text", "regions")
+ROLES = ("image", "text", "regions", "dense")
 
 
 def serialized(model: onnx.ModelProto) -> bytes:
@@ -28,7 +28,7 @@ def without_empty_fields(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.slow  # three traces
+@pytest.mark.slow  # four traces
 def test_torch_draws_these_very_graphs_with_these_very_weights():
     """Byte for byte, so that an export by torch would give the same bundle."""
     arrays, models = constants(SHIPPED, DETECTOR), traced()

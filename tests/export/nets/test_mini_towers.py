@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from calmclip.export.nets.mini.parameters import HEAD_SHAPES
-from calmclip.export.nets.mini.towers import Heads, ImageHead, TextTower
+from calmclip.export.nets.mini.towers import DenseTower, Heads, ImageHead, ImageTower, TextTower
 from calmclip.models.errors import WeightsMissing
 
 
@@ -40,6 +40,19 @@ def test_image_head_is_the_formula_of_its_docstring(heads: Heads):
     expected = unit(np.concatenate([z, c], axis=-1) @ A.T + a)
     assert embeds.shape == (2, 3, 384)
     assert np.allclose(embeds, expected, atol=1e-5)
+
+
+def test_a_patch_is_the_image_heads_vector_of_a_cell(heads: Heads):
+    features = torch.rand(2, 1280, 2, 3, generator=torch.Generator().manual_seed(1))
+    backbone = torch.nn.Module()
+    backbone.classifier = torch.nn.Linear(1280, 1000)
+    backbone.forward = lambda pixels: (None, features)
+    image = ImageTower(backbone, heads)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        patches = DenseTower(image)(torch.zeros(2, 3, 8, 8))
+        assert patches.shape == (2, 2, 3, 384)
+        for b, y, x in np.ndindex(2, 2, 3):
+            assert torch.allclose(patches[b, y, x], image.head(features[b, :, y, x][None])[0], atol=1e-6)
 
 
 def test_text_tower_centres_the_states_of_the_encoder(heads: Heads):

@@ -143,7 +143,7 @@ def shown(photographs: dict[str, Path]) -> dict[str, bytes]:
     tags[0x0112] = 6
     return {
         "wide": photographs["cat"].read_bytes(),
-        "tall": saved(astronaut.crop((100, 0, 230, astronaut.height))),
+        "tall": saved(astronaut.crop((100, 0, 300, astronaut.height))),  # below 1:2, so that it is not sliced
         "turned": saved(Image.open(photographs["coffee"]).convert("RGB"), "JPEG", quality=95, exif=tags),
         "tiny": saved(astronaut.resize((9, 5))),
     }

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.errors import BadRequest
+from calmclip.models.errors import BadRequest, TaskNotServed
 from calmclip.models.flow import Array, Arrays, Call, drive
 from calmclip.models.suppression import Suppression
-from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION, Detections, DetectRequest, detect
+from calmclip.models.tasks import require
+from calmclip.models.tasks.detect import DETECTED, REGIONS, SUPPRESSION, Detections, DetectRequest, Example, detect
+from calmclip.models.tasks.regions import Grid
 
 Png = Callable[..., bytes]
 PROPOSED = {
@@ -121,3 +123,56 @@ def test_settings_out_of_range_are_refused_by_name(finder: Bundle, png: Png, cha
 def test_names_of_tensors_are_those_of_the_manifest():
     assert set(SUPPRESSION) == set(Suppression().tensors())
     assert set(DETECTED) == set(KEPT)
+
+
+def searched(bundle: Bundle, request: DetectRequest) -> list[Call]:
+    """The calls of a search; the map's cells are red, green, blue and red."""
+    calls: list[Call] = []
+    none: Arrays = {name: array[:0] for name, array in KEPT.items()} | {"candidates": np.array([0])}
+    cells = np.array([[[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [1, 0, 0]]]], np.float32)
+
+    def run(call: Call) -> Arrays:
+        calls.append(call)
+        texts = {"text_embeds": np.eye(3, dtype=np.float32)[: len(call.feeds.get("ids", ()))]}
+        return {"dense": {"patches": cells}, "text": texts}.get(call.graph, none)
+
+    drive(detect(bundle, request), run)
+    return calls
+
+
+def test_a_bundle_without_proposals_searches_windows(mapped_finder: Bundle, png: Png):
+    calls = searched(mapped_finder, DetectRequest(png("red", (16, 16)), ["red"]))
+    assert [call.graph for call in calls] == ["text", "dense", "detect"]
+    feeds, windows = calls[-1].feeds, Grid().windows(16, 16)
+    assert feeds["boxes"] == pytest.approx(windows[None] / 2)  # 16 pixels fit 8
+    assert feeds["objectness"].tolist() == [[1.0] * len(windows)]
+    assert feeds["class_embeds"][0, 0] == pytest.approx(np.array([2, 1, 1]) / 6**0.5)
+
+
+def test_given_boxes_are_regions_and_examples_are_of_the_same_map(mapped_finder: Bundle, png: Png):
+    shown = [Example(png("red", (16, 16))), Example(png("red", (16, 16)), (8, 0, 16, 8))]
+    boxes = [(0, 8, 8, 16), (0, 0, 8, 8)]
+    calls = searched(mapped_finder, DetectRequest(png("red", (16, 16)), examples=shown, boxes=boxes))
+    assert [call.graph for call in calls] == ["dense", "dense", "dense", "detect"]
+    assert calls[-1].feeds["class_embeds"].tolist() == [[[0, 0, 1], [1, 0, 0]]]
+    assert calls[-1].feeds["boxes"].tolist() == [[[0, 4, 4, 8], [0, 0, 4, 4]]]
+    assert calls[-1].feeds["text_embeds"] == pytest.approx(np.array([[2 / 6**0.5, 6**-0.5, 6**-0.5], [0, 1, 0]]))
+
+
+def test_boxes_and_a_grid_exclude_each_other_and_need_a_map(mapped_finder: Bundle, png: Png):
+    both = DetectRequest(png("red"), ["red"], boxes=[(0, 0, 1, 1)], grid=Grid())
+    with pytest.raises(BadRequest, match="boxes and grid were given"):
+        searched(mapped_finder, both)
+    with pytest.raises(BadRequest, match=r"example 0: box is \[1.0, 0.0, 1.0, 1.0\]"):
+        searched(mapped_finder, DetectRequest(png("red"), examples=[Example(png("red"), (1, 0, 1, 1))]))
+
+
+def test_proposals_alone_have_no_vector_for_a_box(finder: Bundle, png: Png):
+    with pytest.raises(TaskNotServed, match="has no graph 'dense'"):
+        find(finder, png("red"), boxes=[(0, 0, 1, 1)])
+
+
+def test_a_manifest_without_regions_and_map_does_not_detect(finder: Bundle):
+    graphs = {role: graph for role, graph in finder.manifest.graphs.items() if role != "regions"}
+    with pytest.raises(ValueError, match="task 'detect' needs a graph 'regions' or 'dense'"):
+        require(finder.manifest.model_copy(update={"graphs": graphs}))
