@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any
 
-from calmclip.models.errors import ClassifierMismatch, TaskNotServed
+from calmclip.models.errors import BadRequest, ClassifierMismatch, TaskNotServed
 from calmclip.models.flow import Arrays
 from calmclip.models.heads import BoundHead
 from calmclip.models.labels import check_none_below, check_temperature, check_texts, listed
@@ -67,19 +68,31 @@ class Classifier:
             filled["columns"] = default.columns or default.labels
         return replace(self, **filled)._bound_as(default if "head" in filled else self) if filled else self
 
-    def for_request(self, labels: Sequence[str] = (), templates: Sequence[str] = ()) -> "Classifier":
-        """With the labels and templates of a request, if it has some. The head keeps its columns, so it finds each
-        requested label by name. Raises `BadRequest`."""
+    def for_request(
+        self,
+        labels: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        descriptions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> "Classifier":
+        """With the labels, templates and descriptions of a request, if it has some. Its templates replace the
+        descriptions of the classifier, and its own descriptions are added last. The head keeps its columns, so it finds
+        each requested label by name. Raises `BadRequest`."""
         labels, templates = listed("labels", labels), listed("templates", templates)
-        if not labels and not templates:
+        if not labels and not templates and not descriptions:
             return self
         changed: dict[str, Any] = {"columns": self.columns or self.labels}
         if labels:
-            descriptions = {label: self.descriptions[label] for label in labels if label in self.descriptions}
-            changed |= {"labels": tuple(labels), "descriptions": descriptions}
+            kept = {label: self.descriptions[label] for label in labels if label in self.descriptions}
+            changed |= {"labels": tuple(labels), "descriptions": kept}
         if templates:
             changed |= {"templates": tuple(templates), "descriptions": {}}
+        if descriptions:
+            changed["descriptions"] = {**changed.get("descriptions", self.descriptions), **_lines(descriptions)}
         return replace(self, **changed)._bound_as(self)
+
+    def without_descriptions(self) -> "Classifier":
+        """The same labels, which their templates alone describe."""
+        return replace(self, columns=self.columns or self.labels, descriptions={})._bound_as(self)
 
     def _bound_as(self, other: "Classifier") -> "Classifier":
         """Share the bound head of ``other``, which is the same: binding takes time."""
@@ -115,3 +128,19 @@ class Classifier:
                 f"the classifier was fitted to vectors of the family {str(self.family)[:12]}…; bundle "
                 f"{bundle!r} is of the family {family[:12]}…. Use a bundle of that family, or fit it again"
             )
+
+    def require_sentences(self, field: str) -> None:
+        """Raises `BadRequest`, which names the ``field`` of the request, for a head with arrays of its own: it scores
+        pictures against these, so other sentences for a label do not change its scores."""
+        if self.assets:
+            raise BadRequest(
+                f"the head {self.head!r} scores pictures by arrays of its own; {field} needs a head that compares them "
+                f"with sentences, such as 'cosine' or 'sigmoid'. Leave out `{field}`, or use another classifier"
+            )
+
+
+def _lines(descriptions: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Raises `BadRequest` if the descriptions of a label are no list of texts."""
+    return {
+        label: tuple(listed(f"the list of descriptions of {label!r}", lines)) for label, lines in descriptions.items()
+    }

@@ -3,14 +3,14 @@
 Source: Radford et al. 2021 (arXiv 2103.00020), section 3.1.4, for the mean over the sentences of a label.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.classifier import Classifier
-from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Flow, Work
+from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Flow, Together, Work
 from calmclip.models.preprocess.image import Picture, load
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.preprocess.slices import slices
@@ -42,9 +42,19 @@ def prepared(bundle: Bundle, image: Picture, role: str = "image") -> Flow[tuple[
 def picture(bundle: Bundle, image: Picture) -> Flow[Array]:
     """-> float32 [1, D], the unit row of graph `image`. A driver merges the calls of many pictures."""
     feeds, _ = yield from prepared(bundle, image)
+    return (yield from row_of(bundle, feeds))
+
+
+def row_of(bundle: Bundle, feeds: Arrays) -> Flow[Array]:
+    """The feeds of `prepared` -> float32 [1, D], the unit row."""
     outputs = yield Call("image", feeds)
     row: Array = outputs[output_of(bundle, "image")]
     return row
+
+
+def pictures(bundle: Bundle, images: Sequence[Picture]) -> Flow[Array]:
+    """-> float32 [N, D], the unit rows of pictures, at least one. A driver may run them at once."""
+    return np.concatenate((yield Together([picture(bundle, image) for image in images])))
 
 
 def texts(bundle: Bundle, sentences: Sequence[str]) -> Flow[Array]:
@@ -69,21 +79,34 @@ def texts(bundle: Bundle, sentences: Sequence[str]) -> Flow[Array]:
 
 
 def labels(bundle: Bundle, classifier: Classifier) -> Flow[Array]:
-    """-> float32 [C, D] unit rows: per label the normalized mean of its sentences' unit vectors.
+    """-> float32 [C, D] unit rows: per label the normalized mean of its sentences' unit vectors. A head with vectors of
+    its own has them instead (`Head.vectors`), and no text is embedded.
 
-    ``classifier`` is complete, see `Bundle.classifier_for`. Time and memory grow with the number of distinct sentences
-    at first use; then the driver caches the matrix by `Classifier.text_key`.
+    ``classifier`` is complete, see `Bundle.classifier_for`.
+    """
+    if classifier.head is not None and (kept := classifier.bound.vectors(classifier.labels)) is not None:
+        return kept
+    vectors: Array = yield from means(
+        bundle, classifier.text_key, lambda: [classifier.sentences(label) for label in classifier.labels]
+    )
+    return vectors
+
+
+def means(bundle: Bundle, key: str, groups: Callable[[], Sequence[Sequence[str]]]) -> Flow[Array]:
+    """-> float32 [G, D] unit rows: the normalized mean of the unit vectors of each group of sentences.
+
+    Time and memory grow with the number of distinct sentences at first use; then the driver caches the matrix by
+    ``key``, which stands for what ``groups`` makes, and the groups are not made again.
     """
     vectors: Array
-    key = classifier.text_key
     if cached := (yield CacheGet(LABELS, (key,))):
         vectors = cached[key]["vectors"]
         return vectors
-    groups = [classifier.sentences(label) for label in classifier.labels]
-    distinct = tuple(dict.fromkeys(sentence for group in groups for sentence in group))
+    sentences = groups()
+    distinct = tuple(dict.fromkeys(sentence for group in sentences for sentence in group))
     units = unit((yield from texts(bundle, distinct)))
     row = {sentence: index for index, sentence in enumerate(distinct)}
-    vectors = unit(_means(units, [[row[sentence] for sentence in group] for group in groups]))
+    vectors = unit(_means(units, [[row[sentence] for sentence in group] for group in sentences]))
     yield CachePut(LABELS, key, {"vectors": vectors}, len(vectors))
     return vectors
 

@@ -1,6 +1,7 @@
 """POST /v1/classify: picture + labels -> ranked labels."""
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.tasks.attributes import check_sentences
 from calmclip.models.tasks.classify import ClassifyRequest, classify
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
@@ -26,9 +27,14 @@ CLASSIFIER = ("classifier-not-found", "classifier-bundle-mismatch")
     ClassifyAnswer.of,
 )
 def classify_picture(asked: Asked[ClassifyBody], bundle: Bundle) -> ClassifyRequest:
-    body = asked.body
-    classifier = asked.parts.classifiers.for_request(body.classifier, body.labels, body.templates)
+    body, limits = asked.body, asked.limits
+    labels, templates, descriptions = body.labels, body.templates, body.descriptions
+    classifier = asked.parts.classifiers.for_request(body.classifier, labels, templates, descriptions)
     asked.check(body.image)
-    return ClassifyRequest(
-        body.image, body.labels, body.templates, body.top_k, body.temperature, body.none_below, classifier
-    )
+    attributes = body.inference()
+    if attributes:
+        complete = bundle.classifier_for(classifier, labels, templates, descriptions)
+        check_sentences(complete, attributes, limits.labels * limits.templates)
+    numbers = (body.top_k, body.temperature, body.none_below)
+    composed = (attributes, descriptions, body.alpha)
+    return ClassifyRequest(body.image, labels, templates, *numbers, classifier, *composed)
