@@ -1,4 +1,4 @@
-"""FAMILY tasks: classify, embed, detect and raw, each as one value. The flows are pure: no I/O, no threads, no clock.
+"""FAMILY tasks: classify, embed, detect, rank, tag and raw. Flows are pure: no I/O, no threads, no clock.
 
 A task names the graphs it needs by role, checks the manifest, and has one flow from a request to an answer. Manifest
 checks, the service's warm-up, metrics and endpoints, and the verb `run` read this table. A bundle may list a task that
@@ -36,6 +36,7 @@ class Command:
 class Task(Generic[R, A]):
     """``flow(bundle, request) -> Flow[answer]``, with an open `Bundle`; ``request`` is the type of its request.
 
+    ``follows``: another task; a bundle that lists it serves this one too, because both need the same graphs.
     ``roles``: role -> the preprocessing of its graph; all roles are needed, or with ``any_role`` at least one.
     ``check(manifest)`` raises `ValueError` for other faults. ``example(bundle, picture)``: a small request that uses
     every graph of the task, for the service's warm-up, or None; ``picture`` is the bytes of a file.
@@ -48,6 +49,7 @@ class Task(Generic[R, A]):
     example: Callable[[Any, bytes], R | None]
     roles: Mapping[str, Fed] = field(default_factory=dict)
     any_role: bool = False
+    follows: str = ""
     check: Callable[[Manifest], None] = lambda manifest: None
     command: Command | None = None
 
@@ -67,11 +69,17 @@ class Task(Generic[R, A]):
 TASKS: Registry[Task[Any, Any]] = Registry("tasks", "calmclip.models.tasks")
 
 
+def served(manifest: Manifest) -> tuple[str, ...]:
+    """The tasks that the manifest lists and this version knows, then those that follow from them."""
+    known = TASKS.names()
+    followers = (name for name in known if TASKS.get(name).follows in manifest.tasks)
+    return tuple(dict.fromkeys((*(task for task in manifest.tasks if task in known), *followers)))
+
+
 def require(manifest: Manifest) -> None:
     """Raises `ValueError` for the first thing that the manifest's tasks lack. An unknown task is not checked."""
-    for task in manifest.tasks:
-        if task in TASKS.names():
-            TASKS.get(task).require(manifest)
+    for task in served(manifest):
+        TASKS.get(task).require(manifest)
 
 
 def embedding(role: str, graph: Graph) -> tuple[str, int]:
