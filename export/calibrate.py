@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 from calmclip.export import samples
 from calmclip.export.nets import Net, Tower
+from calmclip.export.parity import Run
 from calmclip.export.quantizers import Ranges
 from calmclip.export.recipe import Calibration, Quantize
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
@@ -33,6 +36,7 @@ NEEDED = 32  # different pictures, or texts, of a user: 8 for the certificate, 6
 EVERY = 4  # one of so many inputs is held out, both for the certificate and for the search
 HELD = 32  # at most, for the search
 CERTIFIED = 64  # at most, for the certificate, of a user's inputs
+TOGETHER = 8  # pictures in one feed of a tower that reads the answers of other towers
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 T = TypeVar("T")
@@ -71,8 +75,9 @@ class Inputs:
         return {"seed": self.seed, **{kind: parts.counts() for kind, parts in sets.items() if parts.certificate}}
 
     def describe(self, tower: Tower) -> str:
-        """In words: the inputs that the ranges of ``tower`` were observed on by this export."""
-        kind = "pictures" if isinstance(tower.preprocess, ImagePreprocess) else "texts"
+        """In words: the inputs that the ranges of ``tower`` were observed on by this export. A tower that reads other
+        towers has a feed for each picture or more."""
+        kind = "texts" if isinstance(tower.preprocess, TextPreprocess) else "pictures"
         parts = self.pictures if kind == "pictures" else self.texts
         counts = f"{len(parts.calibration)} {kind}, and {len(parts.search)} others to search with"
         return f"{counts} ({parts.source}), seed {self.seed}"
@@ -90,7 +95,7 @@ def inputs(
     draw = random.Random(calibration.seed)
     pictures: Parts[Path] = Parts((), (), (), "none")
     texts: Parts[str] = Parts((), (), (), "none")
-    if ImagePreprocess in kinds:
+    if ImagePreprocess in kinds or any(tower.feeds for tower in net.towers.values()):
         if (folder := calibration.images) is None:
             pictures = _shipped(samples.calibration_pictures(), samples.pictures(), calibration.count, draw)
         else:
@@ -173,7 +178,9 @@ def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequen
 
     Raises `BadRequest` for a tower that takes neither pictures nor texts.
     """
-    if isinstance(tower.preprocess, ImagePreprocess):
+    if tower.feeds:
+        yield from tower.feeds(pictures)
+    elif isinstance(tower.preprocess, ImagePreprocess):
         preparer = ImagePreparer(tower.preprocess)
         for path in pictures:
             try:
@@ -187,6 +194,30 @@ def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequen
             yield text.prepare([sentence])
     else:
         raise BadRequest(f"a tower with the inputs {list(tower.inputs)} has no preprocessing, so nothing calibrates it")
+
+
+def chained(
+    tower: Tower,
+    sources: Mapping[str, tuple[Tower, Run]],
+    directory: Path,
+    pictures: Sequence[Path],
+    texts: Sequence[str],
+) -> list[Arrays]:
+    """Feeds of a tower that reads the answers of ``sources``, which are run in float: `TOGETHER` pictures and one text
+    each. ``sources``: role -> tower and its run."""
+    groups = [range(len(pictures))[start : start + TOGETHER] for start in range(0, len(pictures), TOGETHER)]
+    rows = {
+        name: [run(feed)[name] for feed in feeds(source, directory, pictures, texts[: len(groups)])]
+        for name, (source, run) in ((name, sources[role]) for name, role in tower.reads.items())
+    }
+    several = {name for name, role in tower.reads.items() if isinstance(sources[role][0].preprocess, ImagePreprocess)}
+    return [
+        {
+            name: np.concatenate([given[place if name in several else number % len(given)] for place in group])
+            for name, given in rows.items()
+        }
+        for number, group in enumerate(groups)
+    ]
 
 
 def fitting(net: Net, directory: Path, texts: Sequence[str]) -> list[str]:

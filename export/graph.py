@@ -123,6 +123,23 @@ def output_axis(node: onnx.NodeProto) -> int:
     return 0 if node.op_type == "Conv" or attribute(node, "transB") else 1
 
 
+def cut(model: onnx.ModelProto, outputs: Collection[str]) -> onnx.ModelProto:
+    """The part of ``model`` that computes some of its ``outputs``; its weights are those of ``model``."""
+    draft, needed = Draft(model), set(outputs)
+    kept = []
+    for node in reversed(draft.nodes):
+        if needed & {*node.output}:
+            kept.append(node)
+            needed |= {*node.input}
+    draft.nodes, draft.outputs = kept[::-1], {*outputs}
+    part = draft.finish()
+    for values, names in ((part.graph.output, {*outputs}), (part.graph.input, needed)):
+        wanted = [value for value in values if value.name in names]
+        del values[:]
+        values.extend(wanted)
+    return part
+
+
 def tap(model: onnx.ModelProto, names: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
     """-> a function from feeds to the tensors ``names``: inputs, outputs or tensors inside the graph."""
     outputs, inputs = ({value.name for value in side} for side in (model.graph.output, model.graph.input))

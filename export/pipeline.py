@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from calmclip.export import calibrate, parity, report, rewrites, samples, weight
 from calmclip.export.adapters import Adapt, Context, adapt
 from calmclip.export.checkpoints import Weights
 from calmclip.export.checkpoints.locate import one_line
-from calmclip.export.graph import fingerprint
+from calmclip.export.graph import cut, fingerprint
 from calmclip.export.nets import NETS, Built, Net, Tower, ready
 from calmclip.export.portable import is_portable, portable
 from calmclip.export.quantizers import QUANTIZERS, Goal, Settled
@@ -54,6 +53,7 @@ from calmclip.models.runner import Runner
 
 Say = Callable[[str], None]
 Facts = dict[str, Any]  # a part of the report
+Feeds = Callable[[str], Iterator[Arrays]]  # one of `calibrate.PARTS` -> feeds of a tower
 Bound = Mapping[str, float]  # keyword arguments of `parity.require`
 _PARITY_ROWS = 4
 _OUTLIER_ROWS = 16
@@ -160,11 +160,9 @@ def load(
     read = (adapters and plugin.unfolded) or plugin.load
     with parity.one_thread():
         net = read(checkpoint, weights)
-    if not adapters:
-        return net
-    adapted = adapt(net, adapters, Context(_samples, weights, say))
+    adapted = adapt(net, adapters, Context(_samples, weights, say)) if adapters else net
     with parity.one_thread():
-        return ready(adapted)
+        return plugin.complete(ready(adapted))
 
 
 def _samples(net: Net, tower: Tower) -> list[Arrays]:
@@ -199,31 +197,38 @@ def _convert(
         if recipe.picture_input and isinstance(tower.preprocess, ImagePreprocess)
     }
     traced: dict[str, onnx.ModelProto] = {}
+    fed: dict[str, Feeds] = {}
     for role, tower in net.towers.items():
-        rows = list(calibrate.feeds(tower, directory, *few))
+        fed[role] = _feeds(net, tower, directory, inputs, traced)
+        rows = [*islice(fed[role]("certificate"), _PARITY_ROWS)]
         shipped: tuple[onnx.ModelProto, Facts] | None = (tower.graph, {}) if tower.graph else None
         traced[role], converted.facts[role] = shipped or _trace(
-            tower, rows, role, recipe.bars.max_float_error, step, say
+            tower, rows, role, recipe.bars.max_float_error, step, say, traced.get(tower.cut_from)
         )
     if release:
         _empty(net)
         report.trim()
+    wholes: dict[str, tuple[onnx.ModelProto, str, Settled]] = {}
     for role, tower in net.towers.items():
-        model, rows = traced.pop(role), list(calibrate.feeds(tower, directory, *few))
-        feeds = partial(calibrate.feeds, tower, directory)
-        how = recipe.quantize.get(role) or Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
+        model, feeds = traced.pop(role), fed.pop(role)
+        rows = [*islice(feeds("certificate"), _PARITY_ROWS)]
+        how = _quantizer(recipe, net, role)
         converted.how[role], recorded = how, _recorded(recipe, net, role, model, how, say)
         least = max(report.COVERAGE, recipe.bars.min_int8_coverage or 0.0)
         mean = max(report.COSINE, recipe.bars.cosine(role))
         goal = Goal(mean, report.WORST, coverage=least, dims=nominal(tower), summary=tower.summary)
         with step(f"{role}: quantize"):
-            quantized, ranges_from, settled = _quantize(
-                role, model, how, goal, partial(_part, inputs, feeds), recorded, say
-            )
+            if tower.cut_from:
+                quantized, ranges_from, settled = wholes[tower.cut_from]
+                quantized = cut(quantized, tower.outputs)
+            else:
+                quantized, ranges_from, settled = _quantize(role, model, how, goal, feeds, recorded, say)
+            if any(other.cut_from == role for other in net.towers.values()):
+                wholes[role] = quantized, ranges_from, settled
         with step(f"{role}: compare"):
-            agreement = _against(model, quantized, list(feeds(*certificate)), tower)
+            agreement = _against(model, quantized, [*feeds("certificate")], tower)
         with step(f"{role}: layers"):
-            outlier_feeds = islice(feeds(*inputs.part("calibration")), _OUTLIER_ROWS)
+            outlier_feeds = islice(feeds("calibration"), _OUTLIER_ROWS)
             described = report.graph(model, quantized, rows, outlier_feeds, goal.dims, how, settled)
         converted.facts[role] |= {
             "quantizer": how.name,
@@ -239,8 +244,8 @@ def _convert(
             converted.quantized[role], as_int8 = _rewrite(recipe, quantized, rows, tower, f"{role} in INT8", bound)
         converted.rewrites[role] = {"float32": as_float, "int8": as_int8}
         if role in picture_towers:
-            fed = zip(rows, calibrate.feeds(picture_towers[role], directory, *few), strict=True)
-            pairs = [{**prepared, **picture} for prepared, picture in fed]
+            taken = calibrate.feeds(picture_towers[role], directory, *few)
+            pairs = [{**prepared, **picture} for prepared, picture in zip(rows, taken, strict=True)]
             sides = (converted.floats, as_float, _ROUNDING), (converted.quantized, as_int8, bound)
             for graphs, facts, limit in sides:
                 graphs[role] = _take_pictures(graphs[role], tower, pairs, role, facts, limit)
@@ -250,26 +255,56 @@ def _convert(
     return converted
 
 
+def _quantizer(recipe: Recipe, net: Net, role: str) -> Quantize:
+    """Raises `BadRequest` if the recipe has another quantizer for a graph than for the graph that it is cut from."""
+    tower = net.towers[role]
+    default = Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
+    if not tower.cut_from:
+        return recipe.quantize.get(role) or default
+    whole = _quantizer(recipe, net, tower.cut_from)
+    if recipe.quantize.get(role, whole) != whole:
+        raise BadRequest(
+            f"recipe: quantize.{role} is {recipe.quantize[role].name}, but the graph is a part of {tower.cut_from}, "
+            f"whose quantizer is {whole.name}; leave quantize.{role} out"
+        )
+    return whole
+
+
 def _trace(
-    tower: Tower, rows: Sequence[Arrays], role: str, max_abs: float, step: report.Steps, say: Say
+    tower: Tower,
+    rows: Sequence[Arrays],
+    role: str,
+    max_abs: float,
+    step: report.Steps,
+    say: Say,
+    whole: onnx.ModelProto | None,
 ) -> tuple[onnx.ModelProto, Facts]:
-    """-> the float graph of the tower's module, and its agreement with torch. Raises `ParityLost`; as `_answers`."""
+    """-> the float graph of the tower's module, or its part of the graph ``whole``, and its agreement with torch.
+
+    Raises `ParityLost`; as `_answers`.
+    """
     from calmclip.export.trace import to_onnx  # needs torch
 
     say(f"{role}: tracing")
     with step(f"{role}: torch"):
         answers = _answers(tower, rows, role)
     with step(f"{role}: trace"):
-        model = to_onnx(tower)
+        model = cut(whole, tower.outputs) if whole else to_onnx(tower)
     with step(f"{role}: parity"):
         agreement = parity.compare(answers, parity.onnx_run(model), rows, tower.summary)
     parity.require(agreement, max_abs=max_abs, what=f"{role}: torch against float ONNX")
     return model, {"float_against_torch": agreement}
 
 
-def _part(inputs: calibrate.Inputs, feeds: Callable[..., Iterator[Arrays]], name: str) -> Iterator[Arrays]:
-    """The feeds of one of `calibrate.PARTS`."""
-    return feeds(*inputs.part(name))
+def _feeds(
+    net: Net, tower: Tower, directory: Path, inputs: calibrate.Inputs, traced: Mapping[str, onnx.ModelProto]
+) -> Feeds:
+    """``traced``: the float graphs of the towers before this one. What a tower reads of them is computed now."""
+    if not tower.reads:
+        return lambda name: calibrate.feeds(tower, directory, *inputs.part(name))
+    sources = {role: (net.towers[role], parity.onnx_run(traced[role])) for role in tower.reads.values()}
+    answers = {name: calibrate.chained(tower, sources, directory, *inputs.part(name)) for name in calibrate.PARTS}
+    return lambda name: iter(answers[name])
 
 
 def _ties(agreement: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -400,12 +435,12 @@ def _quantize(
     model: onnx.ModelProto,
     how: Quantize,
     goal: Goal,
-    feeds: Callable[[str], Iterator[Arrays]],
+    feeds: Feeds,
     recorded: calibrate.Recorded | None,
     say: Say,
 ) -> tuple[onnx.ModelProto, str, Settled]:
     """-> the INT8 graph, the source of its activation ranges in words ("" for this export's own inputs), and its
-    settings. ``feeds``: a name of `calibrate.PARTS` -> the feeds of this part."""
+    settings."""
     quantizer = QUANTIZERS.get(how.name)
     params = quantizer.params.model_validate(how.params)
     if unknown := {*getattr(params, "keep", ())} - {node.name for node in model.graph.node}:
@@ -433,10 +468,12 @@ def _quantize(
 
 
 def nominal(tower: Tower) -> dict[str, int]:
-    """The sizes at which multiply-accumulates are counted: one picture, or one text of at most CLIP's 77 tokens."""
+    """The sizes at which multiply-accumulates are counted: one picture, or one text of at most CLIP's 77 tokens. A
+    graph that takes any size is counted at 512 x 512 pixels."""
+    sizes = {"B": 1, "height": 512, "width": 512}
     context = tower.preprocess.context if isinstance(tower.preprocess, TextPreprocess) else 1
     names = {dim for spec in tower.inputs.values() for dim in spec.shape if isinstance(dim, str)}
-    return {name: 1 if name == "B" else min(context, 77) for name in sorted(names)}
+    return {name: sizes.get(name, min(context, 77)) for name in sorted(names)}
 
 
 def _write(

@@ -25,7 +25,9 @@ OPSET = 20  # the first with Gelu as one op
 _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's key for it: modules from outermost to innermost, then the op
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "uint8": torch.uint8}
-_EXAMPLE = {"B": 2, "T": 7}  # any sizes except 0 and 1, which the tracer would fix
+# any sizes except 0 and 1, which the tracer would fix
+_EXAMPLE = {"B": 2, "T": 7, "height": 12, "width": 14}
+_LEAST = {"height": 2, "width": 2}  # a border that reflects a picture needs two rows
 
 
 def to_onnx(tower: Tower) -> onnx.ModelProto:
@@ -33,7 +35,12 @@ def to_onnx(tower: Tower) -> onnx.ModelProto:
 
     Raises `ExportError` if the graph's outputs are not those of the tower.
     """
-    dims = {d: torch.export.Dim(d, min=1) for spec in tower.inputs.values() for d in spec.shape if isinstance(d, str)}
+    dims = {
+        d: torch.export.Dim(d, min=_LEAST.get(d, 1))
+        for spec in tower.inputs.values()
+        for d in spec.shape
+        if isinstance(d, str)
+    }
     # the exporter logs optional packages that are missing; no tower needs one
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -215,6 +215,27 @@ def vit(directory: Path) -> Path:
     return directory
 
 
+def light_map(directory: Path, channels: int = 1, **changes: torch.Tensor) -> Path:
+    """The state dict of CLIP-LIT's network, as its parallel training saves it, in the file DIRECTORY/light.pth."""
+    torch.manual_seed(0)
+    convolutions = {"cond1": (32, 3, 3), "condx": (64, 32, 3), "condy": (32, 64, 3), "cond_add1": (channels, 32, 3)}
+    for block in range(1, 7):
+        width = 64 if block in (3, 4) else 32
+        convolutions |= {f"ResidualBlock{block}.conv{i}": (width, width, 3) for i in (1, 2)}
+    convolutions |= {f"PPM1.features.{i}.1": (8, 32, 1) for i in range(4)} | {"PPM1.fuse.0": (32, 64, 3)}
+    state = {}
+    for name, (outputs, inputs, side) in convolutions.items():
+        state[f"{name}.weight"] = torch.randn(outputs, inputs, side, side) * (inputs * side**2) ** -0.5
+        if name.startswith("cond"):
+            state[f"{name}.bias"] = torch.randn(outputs) * 0.1
+    state["cond_add1.bias"] += 1.5  # a map near 1, as a trained one
+    slopes = [*(f"PPM1.features.{i}.2" for i in range(4)), "PPM1.fuse.1"]
+    state |= {f"{name}.weight": torch.rand(1) for name in slopes} | changes
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, directory / "light.pth")
+    return directory / "light.pth"
+
+
 def _with_tokenizer(model: Any, directory: Path) -> Path:
     model.save_pretrained(directory)
     save_tokenizer(directory)

@@ -19,7 +19,10 @@ from calmclip.models.errors import UnknownCheckpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
+MODEL_CONFIG = "model-config.json"  # the ranking adapter's, as its authors call it
+CONFIGS = (
+    "open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json", MODEL_CONFIG,
+)  # fmt: skip
 
 
 class Weights(FrozenModel):

@@ -13,14 +13,19 @@ _MOST = 1 << 26  # bytes of a pickle that are read: names precede numbers
 
 def foreign_name(file: Path) -> str | None:
     """The first name that is neither torch's nor a container's. None if there is no such name, or no pickle."""
+    return next((name for name in names(file) if not name.startswith(_PLAIN)), None)
+
+
+def names(file: Path) -> list[str]:
+    """All names, each once; of a damaged file those before the damage, of another file none."""
+    imported: dict[str, None] = {}
     try:
         for stream in _streams(file):
             for name in _globals(stream):
-                if not name.startswith(_PLAIN):
-                    return name
-    except Exception:  # a damaged file may cause any error; then there is no name to report
-        return None
-    return None
+                imported[name] = None
+    except Exception:  # a damaged file may cause any error
+        pass
+    return [*imported]
 
 
 def _streams(file: Path) -> Iterator[BinaryIO]:

@@ -9,7 +9,7 @@ names the file, and the key if there is one.
 import argparse
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,31 @@ def _reason(error: Exception, file: Path) -> str:
     return f"is damaged or holds no weights: {one_line(words, 160) or type(error).__name__}"
 
 
+class Unread:
+    """Stands for an optimizer or a schedule of a training, whose code does not run."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forgets the state."""
+
+
+def _container(*_: Any) -> dict[Any, Any]:
+    """Stands for a defaultdict, which torch's reader does not fill."""
+    return {}
+
+
+# prefix of a name -> its stand-in; nothing here reads the objects of these types
+_STAND_INS: dict[str, Callable[..., Any]] = {
+    "torch.optim.": Unread,
+    "collections.defaultdict": _container,
+    "builtins.dict": _container,
+}
+
+
 def _unpickled(file: Path, *, mmap: bool) -> Any:
     """Torch reads a path that ends in .safetensors as safetensors, so such a file is passed as a stream."""
-    with torch.serialization.safe_globals([argparse.Namespace]), file.open("rb") as stream:
+    names = [name.replace("__builtin__", "builtins") for name in pickles.names(file)]  # Python 2's name of it
+    unread = [(stand, name) for name in names for prefix, stand in _STAND_INS.items() if name.startswith(prefix)]
+    with torch.serialization.safe_globals([argparse.Namespace, *unread]), file.open("rb") as stream:
         mmap = mmap and file.suffix != ".safetensors"
         return torch.load(file if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap)
 

@@ -68,7 +68,8 @@ def concatenate(theirs: str, ours: str, parts: Iterable[str]) -> tuple[Rule, ...
 class Settings:
     """The parts of a bundle beside the tensors.
 
-    ``image``, ``text``: the tensors of a tower, without its prefix -> an empty module with those names.
+    ``image``, ``text``: the tensors of a tower, without its prefix -> an empty module with those names. ``regions``:
+    the module of ``image`` -> one that holds it and answers class_embeds, boxes, objectness and image_embeds.
     """
 
     image: Callable[[Mapping[str, Tensor]], nn.Module]
@@ -78,6 +79,7 @@ class Settings:
     tokenizer: bytes
     license: str = "not stated in the checkpoint"
     templates: tuple[str, ...] = ("a photo of a {}.",)
+    regions: Callable[[Any], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def why_none_fits(checkpoint: Checkpoint) -> str | None:
     close = [
         (layout, count, _missing(layout.keys, checkpoint))
         for layout in layouts
-        if (count := count_known(layout, checkpoint.names)) >= 0.8 * len(checkpoint.names)
+        if len(_missing(layout.without, checkpoint)) == len(layout.without)
+        and (count := count_known(layout, checkpoint.names)) >= 0.8 * len(checkpoint.names)
         and any(_apply(layout.rules, name)[1].startswith("image.") for name in checkpoint.names)
     ]
     if not close:

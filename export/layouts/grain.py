@@ -1,9 +1,8 @@
-"""GRAIN: SLIP's names, and beside them a decoder whose last query gives the picture's vector.
+"""GRAIN: SLIP's names, and beside them a decoder: its last query gives the picture's vector, the others regions.
 
 Source: Halbe et al. 2024, GRAIN (arXiv 2412.04429). A training file keeps the CLIP as ``backbone_state_dict`` and the
-decoder as ``state_dict``; here the names of the decoder begin with ``decoder.``. Its region queries are computed, since
-the picture's query attends to them; their boxes and vectors are left out. Its training does not use
-``image_projection``.
+decoder as ``state_dict``; here the names of the decoder begin with ``decoder.``. Its training uses neither
+``image_projection`` nor the classes of regions.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from calmclip.export.checkpoints import Checkpoint
 from calmclip.export.checkpoints.weights import DECODER
 from calmclip.export.layouts import DROP, LAYOUTS, Layout, Rule, Settings, rename, slip
 from calmclip.export.layouts.common import openai_clip
-from calmclip.export.towers.queries import QueriedTransformer
+from calmclip.export.towers.queries import QueriedRegions, QueriedTransformer
 
 HEADS = 8  # of the decoder
 RULES = (
@@ -29,6 +28,8 @@ RULES = (
     Rule(f"{DECODER}proj.weight", "image.vit.projection.weight"),
     Rule(f"{DECODER}query_embed.weight", "image.queries"),
     Rule(f"{DECODER}img_proj", "image.projection.weight", openai_clip.transposed),
+    Rule(f"{DECODER}obj_proj", "image.objects.weight", openai_clip.transposed),
+    Rule(f"{DECODER}bbox_embed.layers.{{i}}.{{p}}", "image.box.{i}.{p}"),
     Rule(f"{DECODER}transformer.pre_norm.{{p}}", "image.norm_patches.{p}"),
     Rule(f"{DECODER}transformer.decoder.norm.{{p}}", "image.norm_post.{p}"),
     *rename(
@@ -47,8 +48,8 @@ RULES = (
     *(
         Rule(f"{DECODER}{name}", DROP)
         for name in (
-            "obj_proj", "class_embed.{p}", "bbox_embed.{rest}", "pos_embed", "temporal_embed", "query_index.weight",
-            "cls_embed.weight", "self_attn.{rest}",
+            "class_embed.{p}", "pos_embed", "temporal_embed", "query_index.weight", "cls_embed.weight",
+            "self_attn.{rest}",
         )
     ),
 )  # fmt: skip
@@ -62,6 +63,7 @@ def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
         clip,
         pixels=clip.pixels.model_copy(update={"resize": "exact", "shortest": None, "resample": "bicubic"}),
         image=partial(QueriedTransformer, style=replace(slip.image_style(vit), pool="none"), heads=HEADS),
+        regions=QueriedRegions,
     )
 
 
@@ -71,9 +73,10 @@ LAYOUTS.register("grain")(
         keys=("visual.cls_token", "token_embedding.weight", f"{DECODER}query_embed.weight", f"{DECODER}img_proj"),
         rules=(*RULES, *openai_clip.text(), openai_clip.LOGIT_SCALE),
         required=(
-            "image.queries", "image.projection.weight", "text.positions", "text.projection.weight", "logit_scale",
+            "image.queries", "image.projection.weight", "image.objects.weight", "image.box.0.weight",
+            "text.positions", "text.projection.weight", "logit_scale",
         ),
         settings=settings,
-        note="the picture's query is served, its regions are not",
+        note="a region has no score of its own: its objectness is 1",
     )
 )  # fmt: skip

@@ -123,6 +123,7 @@ for _name, _prefix in (("open_clip_timm", ""), ("open_clip_timm_custom_text", "t
             keys=(f"{_prefix}token_embedding.weight", "visual.trunk.{rest}"),
             file=open_clip.CONFIG,
             condition=lambda checkpoint: not is_siglip(checkpoint),
+            without=("adapter.{rest}",),  # the net `ranking`
             rules=(*TRUNK, *openai_clip.text(_prefix), *openai_clip.SCALARS),
             required=openai_clip.TEXT_REQUIRED,
             settings=trunk,

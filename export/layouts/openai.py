@@ -26,6 +26,12 @@ def activation(checkpoint: Checkpoint) -> str:
     )
 
 
+def refusal(checkpoint: Checkpoint) -> str | None:
+    if any(name.removeprefix("prompt_learner.").startswith("ctx_before_") for name in checkpoint.names):
+        return "it holds MoCoOp's prompts; export the CLIP that they were tuned over, with --mocoop and this file"
+    return None
+
+
 def settings(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     return openai_clip.settings(state, activation(checkpoint))
 
@@ -40,5 +46,6 @@ LAYOUTS.register("openai")(
         required=openai_clip.REQUIRED,
         facts=("activation",),
         settings=settings,
+        refusal=refusal,
     )
 )

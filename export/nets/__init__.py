@@ -1,6 +1,6 @@
 """FAMILY nets: a checkpoint -> `Net`, from which the pipeline makes a bundle."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,8 +37,12 @@ class Tower:
     plug-in that keeps this tower's accuracy, used unless the recipe names another. ``prefix``: of its tensors among
     those by our names, for adapters and for a written checkpoint. ``summary``: outputs -> the arrays by which two
     graphs are compared, for outputs whose rows may change their order by a rounding error. ``promises``: op of ours ->
-    the number of nodes that the rewrites must replace by it, from the checkpoint's own config. ``graph``: the float
-    graph, if the net ships it; then there is no module, and no adapter fits.
+    the number of nodes that the rewrites must replace by it, from the checkpoint's own config. ``feeds``: pictures ->
+    the inputs of a graph that has no preprocessing. ``batch``: as in the manifest's `Graph`. ``graph``: the float
+    graph, if the net ships it; then there is no module, and no adapter fits. ``reads``: input -> the role of the tower
+    that has an output of this name, for a tower without preprocessing; that tower stands before it in the net.
+    ``cut_from``: the role of a tower before it whose graph has all outputs of this one. Then its graph is cut from that
+    graph, so that they share every weight, in INT8 too.
     """
 
     module: "torch.nn.Module"
@@ -51,6 +55,10 @@ class Tower:
     summary: Callable[[Arrays], Arrays] | None = None
     promises: Mapping[str, int] = field(default_factory=dict)
     graph: onnx.ModelProto | None = None
+    reads: Mapping[str, str] = field(default_factory=dict)
+    cut_from: str = ""
+    feeds: Callable[[Sequence[Path]], Iterator[Arrays]] | None = None
+    batch: bool = True
 
     @classmethod
     def drawn(cls, graph: onnx.ModelProto | None, *arguments: Any, **settings: Any) -> "Tower":
@@ -103,12 +111,13 @@ class NetPlugin:
 
     ``weights``: facts from the recipe, by default none. ``unfolded(checkpoint, weights)``: the same net before its
     modules are folded, for adapters and for training; None if the kind has no such form. `ready` turns it into the
-    result of ``load``.
+    result of ``load``. ``complete(net)``: adds graphs that are made for the net after all adapters.
     """
 
     recognise: Callable[[str], bool]
     load: Callable[..., Net]
     unfolded: Callable[..., Net] | None = None
+    complete: Callable[[Net], Net] = lambda net: net
 
 
 def ready(net: Net) -> Net:

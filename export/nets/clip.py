@@ -1,14 +1,16 @@
 """Checkpoints of the CLIP family in any layout: tensors translated to our names, towers of `export.towers`.
 
 Source: Radford et al. 2021 (arXiv 2103.00020); each layout in `calmclip.export.layouts` names its own.
-Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T] -> text_embeds [B, D]; unit rows.
+Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T] -> text_embeds [B, D]; unit rows. A layout
+with regions has two graphs more: `regions`, see `Settings.regions`, of which the image graph is a part, and `detect`.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from calmclip.export import layouts
 from calmclip.export.checkpoints import Weights, hub, read
@@ -23,8 +25,10 @@ from calmclip.export.nets import (
     float32,
     text_inputs,
 )
-from calmclip.models.bundle.manifest import DefaultClassifier, Plugin, Source
+from calmclip.export.nets.common.region_detector import with_detector
+from calmclip.models.bundle.manifest import DefaultClassifier, ImagePreprocess, Plugin, Source
 from calmclip.models.errors import UnknownCheckpoint
+from calmclip.models.flow import Arrays
 
 
 def recognise(path: str) -> bool:
@@ -54,6 +58,29 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
     image = layouts.fill(layout, checkpoint, state, "image.", settings.image, fold=fold)
     text = layouts.fill(layout, checkpoint, state, "text.", settings.text, fold=fold)
     embeds = float32("B", layouts.embed_dim(layout, checkpoint, state))
+    towers = {
+        "image": Tower(
+            image,
+            {pixels.input: float32("B", 3, *pixels.size)},
+            {"image_embeds": embeds},
+            pixels,
+            quantizer="search",
+            promises=attention_promises(image),
+            prefix="image.",
+        ),
+        "text": Tower(
+            text,
+            text_inputs(tokens),
+            {"text_embeds": embeds},
+            tokens,
+            quantizer="search",
+            promises=attention_promises(text),
+            prefix="text.",
+        ),
+    }
+    if settings.regions:
+        regions = _regions(settings.regions(image), towers["image"], len(state["image.queries"]) - 1)
+        towers = {"regions": regions, **towers, "image": replace(towers["image"], cut_from="regions")}
     return Net(
         name="clip",
         source=Source(
@@ -64,31 +91,31 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
             notes="; ".join((f"layout {name}: {layout.title}", *filter(None, (layout.note,)))),
         ),
         tasks=("classify", "embed", "raw"),
-        towers={
-            "image": Tower(
-                image,
-                {pixels.input: float32("B", 3, *pixels.size)},
-                {"image_embeds": embeds},
-                pixels,
-                quantizer="search",
-                promises=attention_promises(image),
-                prefix="image.",
-            ),
-            "text": Tower(
-                text,
-                text_inputs(tokens),
-                {"text_embeds": embeds},
-                tokens,
-                quantizer="search",
-                promises=attention_promises(text),
-                prefix="text.",
-            ),
-        },
+        towers=towers,
         files={"tokenizer.json": settings.tokenizer},
         classifier=DefaultClassifier(templates=settings.templates, head=head(state)),
         layout=layout,
         folded=fold,
     )
+
+
+def _regions(module: nn.Module, image: Tower, count: int) -> Tower:
+    """Of ``count`` regions in a picture. The weights belong to ``image``."""
+    assert isinstance(image.preprocess, ImagePreprocess)
+    (embeds,) = image.outputs.values()
+    outputs = {
+        "class_embeds": float32("B", count, embeds.shape[1]),
+        "boxes": float32("B", count, 4),
+        "objectness": float32("B", count),
+        "image_embeds": embeds,
+    }
+    compared = partial(summary, side=image.preprocess.size[0])
+    return replace(image, module=module, outputs=outputs, prefix="", summary=compared)
+
+
+def summary(outputs: Arrays, side: int) -> Arrays:
+    """The rows by which two graphs of regions are compared: boxes relative to the input, in one row for a picture."""
+    return {**outputs, "boxes": outputs["boxes"].reshape(len(outputs["boxes"]), -1) / side}
 
 
 def head(state: Mapping[str, Tensor]) -> Plugin:
@@ -103,4 +130,4 @@ def head(state: Mapping[str, Tensor]) -> Plugin:
     return Plugin(name="cosine", params={"scale": scale})
 
 
-NETS.register("clip")(NetPlugin(recognise, load, partial(load, fold=False)))
+NETS.register("clip")(NetPlugin(recognise, load, partial(load, fold=False), with_detector))

@@ -1,8 +1,8 @@
-"""Learned queries that attend to the patches of a picture: GRAIN's decoder. Only the whole picture's query is used.
+"""Learned queries that attend to the patches of a picture: GRAIN's decoder, for the picture and for its regions.
 
 Source: Halbe et al. 2024, GRAIN (arXiv 2412.04429), after DETR, Carion et al. 2020 (arXiv 2005.12872): in each pre-norm
-layer the queries attend to one another, then to the patches. The learned queries are added to the input of q.
-Pixels float32 [B, 3, H, W] -> unit vectors float32 [B, D].
+layer the queries attend to one another, then to the patches. The learned queries are added to the input of q. The last
+query is the picture's, each other query a region's.
 """
 
 import torch
@@ -57,9 +57,10 @@ class Layer(Module):
 
 
 class QueriedTransformer(Module):
-    """``vit.*``: a tower that projects its tokens to the queries' width. ``queries`` [Q, W]: the picture's is the last.
+    """Pixels float32 [B, 3, S, S] -> unit vectors float32 [B, D].
 
-    ``projection`` turns the answer of that query into the vector.
+    ``vit.*``: a tower that projects its tokens to the queries' width. ``queries`` [Q, W]. ``projection`` turns the
+    answer of the picture's query into the vector, ``objects`` those of the regions; ``box.{i}.*`` gives their boxes.
     """
 
     def __init__(self, state: State, style: Style, heads: int) -> None:
@@ -69,16 +70,51 @@ class QueriedTransformer(Module):
         width = self.queries.shape[1]
         self.norm_patches, self.norm_post = LayerNorm(width), LayerNorm(width)
         self.layers = Blocks(Layer(part(state, f"layers.{i}."), width, heads) for i in range(count(state, "layers.")))
-        self.projection = linear(state, "projection", width, bias=False)
+        self.projection, self.objects = (linear(state, name, width, bias=False) for name in ("projection", "objects"))
+        self.box = nn.ModuleList(linear(state, f"box.{i}", width) for i in range(count(state, "box.")))
+        cells = round((state["vit.positions"].shape[0] - ("vit.cls" in state)) ** 0.5)
+        self.side = float(cells * state["vit.patch.weight"].shape[-1])  # of the input, in pixels
 
     def fold(self) -> None:
         self.vit.fold()
         self.layers.fold()
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def answers(self, pixels: Tensor) -> Tensor:
+        """[B, Q, W]: the answer of each query."""
         patches = self.norm_patches(self.vit(pixels))
         queries = self.queries.expand(pixels.shape[0], -1, -1)
         x = torch.zeros_like(queries)
         for layer in self.layers:
             x = layer(x, queries, patches)
-        return unit(self.projection(self.norm_post(x[:, -1])))
+        return self.norm_post(x)
+
+    def vectors(self, answers: Tensor) -> Tensor:
+        return unit(self.projection(answers[:, -1]))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vectors(self.answers(pixels))
+
+
+class QueriedRegions(nn.Module):
+    """Pixels float32 [B, 3, S, S] -> class_embeds [B, R, D] unit rows, boxes [B, R, 4] x0 y0 x1 y1 in pixels,
+    objectness [B, R], image_embeds [B, D] unit rows. ``image`` keeps its weights.
+
+    GRAIN trains its boxes and vectors, but no score of a region alone, so every region has objectness 1.
+    """
+
+    def __init__(self, image: QueriedTransformer) -> None:
+        super().__init__()
+        self.image = image
+
+    def fold(self) -> None:
+        self.image.fold()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        image = self.image
+        answers = image.answers(pixels)
+        regions = x = answers[:, :-1]
+        for i, layer in enumerate(image.box):
+            x = layer(x.relu() if i else x)
+        centre, size = x.sigmoid().chunk(2, dim=-1)
+        boxes = torch.cat((centre - size / 2, centre + size / 2), dim=-1) * image.side
+        return unit(image.objects(regions)), boxes, torch.ones_like(boxes[..., 0]), image.vectors(answers)

@@ -50,18 +50,23 @@ class TextTransformer(Module):
         return any(isinstance(inner, Gate) and inner.mean for inner in self.modules())
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions[: ids.shape[1]]
+        return unit(self.encode(self.tokens(ids), ids))
+
+    def encode(self, words: Tensor, ids: Tensor) -> Tensor:
+        """[B, D], before it is made a unit vector. ``words`` [B, T, W]: the embeddings of the tokens, or learnt vectors
+        in place of some; ``ids`` tells which token is pooled."""
+        x = words + self.positions[: ids.shape[1]]
         mask = triangle = self.mask(ids.shape[1])
         if self.style.pool == "eot" and self.gates_average:
             within = torch.arange(ids.shape[1], device=ids.device) <= self.pooled(ids)[:, None]
             mask = both(mask, hide(within.to(x.dtype)))
         x, last = self.blocks.before_last(x, mask)
         if self.style.pool == "mean":
-            return unit(self.projection(self.norm_post(last(x, mask)).mean(dim=1)))
+            return self.projection(self.norm_post(last(x, mask)).mean(dim=1))
         positions = self.pooled(ids)
         pick = TokenAt(positions)
         row = mask if triangle is None else triangle[0, 0][positions][:, None, None]
-        return unit(self.projection(self.norm_post(last(x, row, pick)).flatten(1)))
+        return self.projection(self.norm_post(last(x, row, pick)).flatten(1))
 
     def pooled(self, ids: Tensor) -> Tensor:
         """[B]: the position of the pooled token in each row."""
@@ -73,6 +78,15 @@ class TextTransformer(Module):
             case Style(pool="last"):
                 return torch.full_like(ids[:, 0], ids.shape[1] - 1)
         return torch.zeros_like(ids[:, 0])
+
+
+class TextTokens(TextTransformer):
+    """All tokens after the last norm, float32 [B, T, W], neither pooled nor projected."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = self.mask(ids.shape[1])
+        x, last = self.blocks.before_last(self.tokens(ids) + self.positions[: ids.shape[1]], mask)
+        return self.norm_post(last(x, mask))
 
 
 class CausalLM(TextTransformer):

@@ -71,6 +71,11 @@ class TextPreparer:
         """The ids of ``text`` with special tokens, without a limit. Raises `BadRequest` if the tokenizer refuses it."""
         return self._cached(text) if len(text) <= CACHED_CHARACTERS else self._encode(text)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, without special ones."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
     def tokens(self, text: str, index: int = 0) -> Sequence[int]:
         """The ids of ``text``, at most `context` of them; ``index`` names the text in an error.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from calmclip.export import adapters, pipeline
 from calmclip.export.adapters import ADAPTERS, Adapt, Adapter, Context, adapt
@@ -19,9 +20,11 @@ from calmclip.models.errors import BadRequest, UnknownCheckpoint, UnknownName
 from tests import tiny
 
 # The params of each adapter on the tiny Hugging Face CLIP; OTHER stands for a checkpoint of the same shapes, KIN
-# for one that differs in its MLPs alone.
-OTHER, KIN = "OTHER", "KIN"
+# for one that differs in its MLPs alone, LEARNT for prompts that were tuned over it, NAMES for class names.
+OTHER, KIN, LEARNT, NAMES = "OTHER", "KIN", "LEARNT", "NAMES"
 PARAMS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "values"},
+    "mocoop": {"checkpoint": LEARNT, "classes": NAMES},
     "mix": {"checkpoint": OTHER, "alpha": 0.5},
     "over": {"checkpoint": OTHER},
     "softmax": {"kind": "clipped(-0.04:1.01)", "force": True},
@@ -51,9 +54,19 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two experts of MoCoOp, saved without the base."""
+    file, width, dim = tmp_path_factory.mktemp("learnt") / "prompts.safetensors", 32, 16
+    contexts = {f"ctx_{place}_{i}": torch.randn(i + 1, width) for place in ("before", "after") for i in (0, 1)}
+    save_file({**contexts, "gate.weight": torch.randn(2, dim), "gate.bias": torch.randn(2)}, file)
+    (file.parent / "names.txt").write_text("cat\nred dog\n")
+    return file
+
+
 @pytest.fixture
-def adaptation(name: str, other: Path, kin: Path) -> Adapt:
-    paths = {OTHER: str(other), KIN: str(kin)}
+def adaptation(name: str, other: Path, kin: Path, learnt: Path) -> Adapt:
+    paths = {OTHER: str(other), KIN: str(kin), LEARNT: str(learnt), NAMES: str(learnt.parent / "names.txt")}
     return Adapt(name=name, params={k: paths.get(v, v) for k, v in PARAMS[name].items()})
 
 
@@ -86,7 +99,7 @@ def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptatio
     assert adapted.source.notes.startswith(f"{net.source.notes}; ")
     assert net.source.weights.items() <= adapted.source.weights.items()
     assert any(key.startswith(f"{adaptation.name}/") for key in adapted.source.weights) == (
-        not {OTHER, KIN}.isdisjoint(PARAMS[adaptation.name].values())
+        not {OTHER, KIN, LEARNT}.isdisjoint(PARAMS[adaptation.name].values())
     )
     for tower in ready(adapted).towers.values():
         inputs = example(tower)

@@ -1,7 +1,7 @@
 """The contract of every layout from end to end: one command makes a sealed bundle of a checkpoint, `calmclip check`
 accepts it, and a real server answers from it like the layout's reference.
 
-Only one checkpoint runs in the fast suite; the others are slow. `test_walk` and `test_walk_detect` add two more kinds.
+All are slow. Of the fast suite, `test_walk` and `test_walk_detect` walk so.
 A test is one walk, so that workers share the layouts and each layout is exported once.
 """
 
@@ -30,9 +30,7 @@ from tests.tiny_layouts.references import REFERENCES
 
 ROUTED = "clip_moe_routed"
 FLAGS = {ROUTED: ["--experts", "routed"]}  # all other checkpoints need no flag
-FAST = ("openai_resnet",)
-SLOW = tuple(name for name in (*LAYOUTS.names(), *MORE, ROUTED) if name not in FAST)
-EACH = pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+EACH = pytest.mark.parametrize("name", [*LAYOUTS.names(), *MORE, ROUTED])
 TEXTS = ["a photo of a cat.", "two dogs", "red"]
 PRECISIONS = ("int8", "float")
 
@@ -65,6 +63,7 @@ class Walk:
             return tuple(F.normalize(torch.cat(rows), dim=-1).numpy() for rows in (images, texts))
 
 
+@pytest.mark.slow
 @EACH
 def test_a_checkpoint_walks_from_one_command_to_answers_over_http(name: str, tmp_path: Path):
     walk = Walk(name, (CHECKPOINTS | MORE)[name.removesuffix("_routed")](tmp_path / name), tmp_path / "bundles")

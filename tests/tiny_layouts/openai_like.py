@@ -205,6 +205,8 @@ class Decoder(nn.Module):
         self.img_proj = nn.Parameter(torch.randn(inner, 16) * 0.3)
         self.obj_proj = nn.Parameter(torch.randn(inner, 16))
         self.class_embed, self.pos_embed = nn.Linear(inner, 5), nn.Parameter(torch.zeros(1, 17, inner))
+        self.bbox_embed: Any = nn.Module()
+        self.bbox_embed.layers = nn.ModuleList(nn.Linear(inner, n) for n in (inner, inner, 4))
         self.transformer: Any = nn.Module()
         self.transformer.pre_norm = nn.LayerNorm(inner)
         self.transformer.decoder = nn.Module()
@@ -220,6 +222,18 @@ class Decoder(nn.Module):
                     parameter.add_(0.2 * torch.randn_like(parameter))
 
     def forward(self, tokens: Tensor) -> Any:
+        return self.answers(tokens)[-1] @ self.img_proj
+
+    def regions(self, tokens: Tensor, side: float) -> tuple[Tensor, Tensor]:
+        """Vectors [B, Q, D] and boxes [B, Q, 4] x0 y0 x1 y1 in pixels; the decoder itself answers cx cy w h in 0..1."""
+        answers = self.answers(tokens)[:-1].transpose(0, 1)
+        first, second, third = self.bbox_embed.layers
+        x, y, width, height = third(second(first(answers).relu()).relu()).sigmoid().unbind(-1)
+        corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        return nn.functional.normalize(answers @ self.obj_proj, dim=-1), torch.stack(corners, dim=-1) * side
+
+    def answers(self, tokens: Tensor) -> Any:
+        """[Q, B, W]."""
         memory = self.transformer.pre_norm(self.proj(tokens)).transpose(0, 1)
         names = self.query_embed.weight[:, None].expand(-1, len(tokens), -1)
         x = torch.zeros_like(names)
@@ -228,7 +242,7 @@ class Decoder(nn.Module):
             x = x + layer.self_attn(normed + names, normed + names, normed)[0]
             x = x + layer.multihead_attn(layer.norm2(x) + names, memory, memory)[0]
             x = x + layer.linear2(layer.linear1(layer.norm3(x)).relu())
-        return self.transformer.decoder.norm(x)[-1] @ self.img_proj
+        return self.transformer.decoder.norm(x)
 
 
 def grain(directory: Path) -> Path:

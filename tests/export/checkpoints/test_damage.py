@@ -330,6 +330,18 @@ def test_wrappers_of_a_training_are_removed(prefix: str, tmp_path: Path):
         assert load_tensors([tmp_path / "model.pt"]).keys() == TENSORS.keys()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_of_an_optimizer_are_not_run(zipped: bool, tmp_path: Path):
+    """Dassl saves a schedule that holds another schedule, which holds the optimizer."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    training = {"state_dict": dict(TENSORS), "scheduler": {"successor": schedule}}
+    torch.save(training, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    tensors = load_tensors([tmp_path / "model.pt"])
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+
+
 def test_wrappers_of_inner_layers_are_removed(tmp_path: Path):
     torch.save({"layers.0._checkpoint_wrapped_module._fsdp_wrapped_module.up": torch.ones(2)}, tmp_path / "m.pt")
     assert load_tensors([tmp_path / "m.pt"]).keys() == {"layers.0.up"}

@@ -109,8 +109,8 @@ LIBRARIES: dict[str, Callable[[Path], Library]] = {
     "open_clip_timm_custom_text": of_open_clip,
     "pe_core": of_open_clip,
 }
-SLOW = ("open_clip_timm", "pe_core")
-EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LIBRARIES]
+FAST = ("chinese_clip", "hf_clip", "hf_siglip", "open_clip")  # a tokenizer of each kind
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in LIBRARIES]
 
 
 @pytest.mark.parametrize("name", EACH)

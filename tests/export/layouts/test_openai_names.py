@@ -198,4 +198,4 @@ def test_grain_resizes_pictures_to_a_square(tmp_path: Path):
     net = load(str(openai_like.grain(tmp_path)))
     spec = net.towers["image"].preprocess
     assert (spec.resize, spec.shortest, spec.resample) == ("exact", None, "bicubic")
-    assert "regions are not" in net.source.notes
+    assert "its objectness is 1" in net.source.notes

@@ -49,6 +49,19 @@ def embedded(bundle: Bundle, names: list[str], rows: Any, **more: Any) -> tuple[
     return vectors, call
 
 
+def test_a_head_with_vectors_of_its_own_embeds_no_text(bundle: Bundle):
+    """The two experts of each label lie on two axes, so the unit mean lies between them."""
+    bank = np.array([[[1, 0, 0], [0, 1, 0]], [[0, 1, 0], [0, 0, 1]]], np.float32)
+    assets = {"bank": bank, "gate": np.zeros((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
+    classifier = Classifier(("red", "blue"), head="mixture", assets=assets)
+
+    def run(call: Call) -> Arrays:
+        raise AssertionError(f"graph {call.graph} runs")
+
+    for asked, want in ((classifier, [[1, 1, 0], [0, 1, 1]]), (classifier.for_request(["blue"]), [[0, 1, 1]])):
+        assert drive(labels(bundle, asked), run) == pytest.approx(np.array(want) / 2**0.5, abs=1e-6)
+
+
 def test_a_label_is_the_unit_mean_of_unit_sentences(bundle: Bundle):
     vectors, call = embedded(
         bundle, ["red"], [[2, 0, 0], [0, 1, 0], [0, 0.5, 0]], templates=("{} one", "{} two", "{} three")
