@@ -1,5 +1,5 @@
 // The page's whole client. It uses only the public routes. From top to bottom: requests, the picture and its boxes,
-// examples, settings of detect, one function per task, the stages, and at the end the event handlers.
+// examples, settings of detect, one function per task, fits, the stages, and at the end the event handlers.
 
 const $ = (id) => document.getElementById(id);
 
@@ -46,7 +46,7 @@ async function ask(method, path, body, signal) {
 }
 
 /** In the order of a request. */
-const STAGES = ["read", "decode", "preprocess", "queue", "infer", "postprocess", "search", "write", "serialize"];
+const STAGES = ["read", "decode", "preprocess", "queue", "infer", "fit", "postprocess", "search", "write", "serialize"];
 
 /** "infer;dur=18.9, decode;dur=1.4" -> [["decode", 1.4], ["infer", 18.9]] in milliseconds, in the order of STAGES. */
 const timing = (header) =>
@@ -125,7 +125,7 @@ async function select(index) {
   $("picture").src = chosen[index].url;
   $("picture").alt = chosen[index].file.name || "the pasted picture";
   await $("picture").decode().catch(() => {}); // the browser cannot read it: the service reports the error
-  if (task() !== "search") submit();
+  submit();
 }
 
 function picture() {
@@ -185,23 +185,32 @@ function unroll(detections) {
   requestAnimationFrame(step);
 }
 
+/** A row of a list for a chosen file; its last button removes it and calls `removed`. */
+function row(file, removed, ...more) {
+  const url = URL.createObjectURL(file);
+  const title = file.name || "the pasted picture";
+  const remove = make("button", { type: "button", ariaLabel: `Remove ${title}` }, "×");
+  const element = make("li", { file, url, title }, make("img", { src: url, alt: "" }), ...more, remove);
+  remove.onclick = () => {
+    URL.revokeObjectURL(url);
+    element.remove();
+    removed();
+  };
+  return element;
+}
+
 // ---- examples: each row of the list holds a file and the name of its boxes
 
 function addExamples(files) {
   if (!pictures(files).length) return;
   for (const file of pictures(files)) {
-    const url = URL.createObjectURL(file);
-    const title = file.name || "the pasted example";
-    const name = make("input", { type: "text", ariaLabel: `Name for ${title}`, autocomplete: "off", onchange: again });
-    const remove = make("button", { type: "button", ariaLabel: `Remove ${title}` }, "×");
-    const row = make("li", { file, title }, make("img", { src: url, alt: "" }), name, remove);
-    remove.onclick = () => {
-      URL.revokeObjectURL(url);
-      row.remove();
+    const ariaLabel = `Name for ${file.name || "the pasted example"}`;
+    const name = make("input", { type: "text", ariaLabel, autocomplete: "off", onchange: again });
+    const removed = () => {
       numberExamples();
       $("example-files").focus();
     };
-    $("example-list").append(row);
+    $("example-list").append(row(file, removed, name));
   }
   numberExamples();
 }
@@ -264,7 +273,7 @@ function fields() {
   const body = { image: picture() };
   if ($("model").value) body.model = $("model").value;
   if ($("classifier").value) body.classifier = $("classifier").value;
-  else body.labels = labels();
+  else body.labels = lines("labels");
   return body;
 }
 
@@ -275,22 +284,28 @@ function form(body) {
   return data;
 }
 
-function labels() {
-  const words = $("labels").value.split(/[\n,]/).map((word) => word.trim());
+/** The distinct texts of a text area. */
+function lines(id) {
+  const words = $(id).value.split(/[\n,]/).map((word) => word.trim());
   return [...new Set(words.filter(Boolean))];
 }
 
-const classify = () =>
+const classify = (body = fields) =>
   answer(async (signal) => {
-    const result = await ask("POST", "v1/classify", form(fields()), signal);
+    const result = await ask("POST", "v1/classify", form(body()), signal);
     draw([]);
-    const rows = result.data.labels.slice(0, 12).map(({ label, score }) => {
-      const fill = make("i");
-      fill.style.width = `${100 * score}%`;
-      return make("li", {}, make("span", {}, label), make("b", {}, percent(score)), fill);
-    });
-    show(result, make("ol", { className: "bars" }, ...rows));
+    show(result, bars(result.data.labels.slice(0, 12).map(({ label, score }) => [label, score])));
   });
+
+/** [[text, part of 1]] -> a list with a bar for each. */
+function bars(parts) {
+  const rows = parts.map(([text, part]) => {
+    const fill = make("i");
+    fill.style.width = `${100 * part}%`;
+    return make("li", {}, make("span", {}, text), make("b", {}, percent(part)), fill);
+  });
+  return make("ol", { className: "bars" }, ...rows);
+}
 
 const detect = (unrolled = true) =>
   answer(async (signal) => {
@@ -300,16 +315,39 @@ const detect = (unrolled = true) =>
     const result = await ask("POST", "v1/detect", pictures.length ? await withExamples(body, pictures) : form(body), signal);
     const { detections, suppression: by } = result.data;
     unrolled && detections.length ? unroll(detections) : draw(detections);
-    const rows = detections.map(({ label, index, score, raw_score }, i) => {
-      const row = make("li", { tabIndex: 0, onmouseenter: () => draw(detections, i), onmouseleave: () => draw(detections) });
-      row.onfocus = row.onmouseenter;
-      row.onblur = row.onmouseleave;
-      row.append(make("i"), make("span", {}, label), make("b", {}, score.toFixed(2)), make("small", {}, `raw ${raw_score.toFixed(2)}`));
-      row.firstChild.style.background = colour(index);
-      return row;
-    });
     const kept = `${by.kept} of ${by.candidates} kept by ${by.method} soft-NMS`;
-    show(result, make("p", {}, kept), make("ul", { className: "detections" }, ...rows));
+    show(result, make("p", {}, kept), boxed(detections, ({ raw_score }) => `raw ${raw_score.toFixed(2)}`));
+  });
+
+/** Detections -> a list; the row under the pointer or with the focus stands out in the picture. */
+function boxed(detections, note) {
+  const rows = detections.map((detection, i) => {
+    const { label, index, score } = detection;
+    const row = make("li", { tabIndex: 0, onmouseenter: () => draw(detections, i), onmouseleave: () => draw(detections) });
+    row.onfocus = row.onmouseenter;
+    row.onblur = row.onmouseleave;
+    row.append(make("i"), make("span", {}, label), make("b", {}, score.toFixed(2)), make("small", {}, note(detection)));
+    row.firstChild.style.background = colour(index);
+    return row;
+  });
+  return make("ul", { className: "detections" }, ...rows);
+}
+
+const tag = () =>
+  answer(async (signal) => {
+    const body = { image: picture(), words: lines("vocabulary"), ...($("model").value && { model: $("model").value }) };
+    const result = await ask("POST", "v1/tag", form(body), signal);
+    const { tags, regions, caption, captioned_by } = result.data;
+    const detections = regions.map(({ word, ...rest }) => ({ ...rest, label: word }));
+    unroll(detections);
+    const words = tags.map(({ word, score }) => make("li", {}, word, " ", make("small", {}, score.toFixed(2))));
+    const by = captioned_by === "template" ? "the best words in a fixed sentence" : "the model's captioner";
+    show(
+      result,
+      make("p", {}, make("q", {}, caption), " ", make("small", {}, by)),
+      make("ul", { className: "tags" }, ...words),
+      boxed(detections, ({ score, cosine }) => (score === cosine ? "" : `cosine ${cosine.toFixed(2)}`)),
+    );
   });
 
 async function withExamples(body, pictures) {
@@ -348,7 +386,7 @@ const add = () =>
     try {
       for (const [done, { file, url }] of chosen.entries()) {
         $("adding").value = done / chosen.length;
-        const meta = { title: file.name || "pasted", thumbnail: await thumbnail(url).catch(() => undefined) };
+        const meta = { title: file.name || "pasted", thumbnail: await scaled(url, 128, 0.7).catch(() => undefined) };
         const item = { id: identity(file), image: { b64: await base64(file) }, meta };
         try {
           await ask("POST", `v1/collections/${name}/items`, { items: [item] }, signal);
@@ -376,16 +414,138 @@ const base64 = (file) =>
 /** The id is made of name and size, so a picture that is added twice is one item. */
 const identity = (file) => `${(file.name || "pasted").replace(/[^\w.-]+/g, "_")}-${file.size}`;
 
-/** A data URL of the picture at 128 pixels or less a side, stored in the item's metadata for search results. */
-async function thumbnail(url) {
+/** A data URL of the picture as a JPEG of at most `side` pixels a side. The item of a collection stores a small one. */
+async function scaled(url, side, quality) {
   const image = make("img", { src: url });
   await image.decode();
-  const scale = 128 / Math.max(image.naturalWidth, image.naturalHeight);
+  const scale = Math.min(1, side / Math.max(image.naturalWidth, image.naturalHeight));
   const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale].map(Math.ceil);
   const canvas = make("canvas", { width, height });
-  canvas.getContext("2d").drawImage(image, 0, 0, width, height);
-  return canvas.toDataURL("image/jpeg", 0.7);
+  const pen = canvas.getContext("2d");
+  pen.fillStyle = "#fff"; // under transparent pixels, as in the service
+  pen.fillRect(0, 0, width, height);
+  pen.drawImage(image, 0, 0, width, height);
+  return canvas.toDataURL("image/jpeg", quality);
 }
+
+// ---- fits: a class holds its name and the rows of its pictures
+
+const LARGE = 512 * 1024; // bytes; a larger picture of a class is sent smaller, so that many fit into one request
+const BEST = "gda"; // of the methods, for few pictures
+let fitted; // name of the classifier that was fitted and neither kept nor thrown away
+
+function addClass() {
+  const name = make("input", { type: "text", autocomplete: "off", placeholder: "what its pictures show" });
+  const list = make("ul", { className: "thumbs" });
+  const files = make("input", { type: "file", accept: $("files").accept, multiple: true });
+  const remove = make("button", { type: "button" }, "×");
+  const label = make("label", { className: "drop" }, files, make("span", {}, make("b", {}, "Add pictures"), ", or drop them here"));
+  const element = make("fieldset", { className: "class zone" }, make("legend"), make("div", { className: "row" }, name, remove), list, label);
+  const removed = () => {
+    numberClasses();
+    files.focus();
+  };
+  element.take = (chosen) => {
+    list.append(...pictures(chosen).map((file) => row(file, removed)));
+    numberClasses();
+  };
+  files.onchange = () => {
+    element.take(files.files);
+    files.value = ""; // else a removed file could not be added again
+  };
+  remove.onclick = () => {
+    [...list.children].forEach(({ url }) => URL.revokeObjectURL(url));
+    element.remove();
+    numberClasses();
+    $("more").focus();
+  };
+  $("classes").append(element);
+  numberClasses();
+  return name;
+}
+
+/** Names for screen readers, and the number of pictures. */
+function numberClasses() {
+  [...$("classes").children].forEach((element, index) => {
+    const count = element.querySelectorAll("li").length;
+    const [name, remove] = element.querySelector(".row").children;
+    element.querySelector("legend").textContent = `Class ${index + 1}: ${count} picture${count === 1 ? "" : "s"}`;
+    name.ariaLabel = `Name of class ${index + 1}`;
+    remove.ariaLabel = `Remove class ${index + 1}`;
+    element.querySelector("input[type=file]").ariaLabel = `Add pictures to class ${index + 1}`;
+  });
+}
+
+/** The pictures of all classes, as items of the request. */
+function items() {
+  return [...$("classes").children].flatMap((element, index) => {
+    const rows = [...element.querySelectorAll("li")];
+    const label = element.querySelector("[type=text]").value.trim();
+    if (rows.length && !label) throw missing(`Enter a name for class ${index + 1}.`);
+    if (label && !rows.length) throw missing(`Add a picture to the class ${label}.`);
+    return rows.map(async ({ file, url }) => {
+      const small = file.size > LARGE && (await scaled(url, 1024, 0.92).catch(() => "")); // "": the browser cannot read it
+      return { label, image: { b64: small ? small.slice(small.indexOf(",") + 1) : await base64(file) } };
+    });
+  });
+}
+
+const fit = () =>
+  answer(async (signal) => {
+    const name = $("fit-name").value.trim();
+    const body = { items: await Promise.all(items()), method: $("method").value, replace: name === fitted };
+    if (!body.items.length) throw missing("Add some pictures to each class first.");
+    if ($("model").value) body.model = $("model").value;
+    const result = await ask("POST", `v1/classifiers/${encodeURIComponent(name)}/fit`, body, signal);
+    decide(name);
+    report(result.data);
+    show(result);
+  });
+
+/** Show the accuracy before and after the fit, and what else the method says. */
+function report({ name, report: { before, after, measured, pictures, labels, params, seconds, notes } }) {
+  const facts = Object.entries(params).map(([key, value]) => `${key} ${typeof value === "number" ? Number(value.toPrecision(3)) : value}`);
+  const accuracy =
+    before === null
+      ? make("p", {}, "No picture could be left out of the fit, so the accuracy is not known. Add pictures.")
+      : bars([["accuracy before, by the words alone", before], ["accuracy after the fit", after]]);
+  $("report").replaceChildren(
+    make("h2", {}, `${name}: ${pictures} pictures of ${labels} classes`),
+    accuracy,
+    make("p", {}, make("small", {}, [`measured by ${measured}`, ...facts, `fitted in ${seconds.toFixed(2)} s`].join(" · "))),
+    make("ul", {}, ...notes.map((note) => make("li", {}, note))),
+  );
+}
+
+/** `name`: the classifier that waits for a decision; until then a fit replaces it. None: it was made. */
+function decide(name) {
+  fitted = name;
+  $("fitted").hidden = !name;
+  $("fit-name").readOnly = Boolean(name);
+}
+
+/** Classify the picture with the fitted classifier. */
+const attempt = () =>
+  classify(() => ({ image: picture(), classifier: fitted, ...($("model").value && { model: $("model").value }) }));
+
+const keep = () =>
+  answer(async () => {
+    const name = fitted;
+    decide();
+    await classifiers();
+    $("classifier").value = name;
+    $("fit-name").value = "";
+    show({ stages: [] }, make("p", {}, `${name} is kept. The tab Classify uses it now.`));
+    $("tab-classify").focus();
+  });
+
+const discard = () =>
+  answer(async (signal) => {
+    await ask("DELETE", `v1/classifiers/${encodeURIComponent(fitted)}`, undefined, signal);
+    show({ stages: [] }, make("p", {}, `${fitted} was thrown away.`));
+    decide();
+    $("fit-name").focus();
+  });
 
 /** Show an answer, and under it the stages of the request. */
 function show({ stages, ms }, ...parts) {
@@ -413,7 +573,7 @@ function show({ stages, ms }, ...parts) {
 /** If the tab Detect is open, send the request again, because a setting or an example has changed. */
 const again = () => current >= 0 && task() === "detect" && detect(false);
 
-const submit = () => ({ classify, detect, search: () => {} })[task()]();
+const submit = () => ({ classify: () => classify(), detect: () => detect(), tag, search: () => {}, fit: () => fitted && attempt() })[task()]();
 
 function tab(button) {
   for (const other of document.querySelectorAll("[role=tab]")) {
@@ -422,7 +582,7 @@ function tab(button) {
     other.tabIndex = on ? 0 : -1;
     $(other.getAttribute("aria-controls")).hidden = !on;
   }
-  $("words").hidden = task() === "search";
+  $("words").hidden = !["classify", "detect"].includes(task());
   running.abort();
   $("work").removeAttribute("aria-busy");
   for (const id of ["problem", "answer"]) $(id).replaceChildren();
@@ -453,7 +613,7 @@ function change() {
   const served = (button) => !model().tasks || model().tasks.includes(button.dataset.task);
   const open = tabs.find((button) => button.ariaSelected === "true");
   if (!served(open) && tabs.some(served)) tab(tabs.find(served));
-  else if (current >= 0 && task() !== "search") submit();
+  else if (current >= 0) submit();
 }
 
 async function collections() {
@@ -466,6 +626,10 @@ async function classifiers() {
   const { data } = await ask("GET", "v1/classifiers");
   $("classifier").replaceChildren($("classifier").options[0], ...data.classifiers.map(({ name }) => make("option", { value: name }, name)));
   $("registered").hidden = !data.classifiers.length;
+  const method = $("method").value || BEST;
+  const options = data.methods.map(({ name, labels }) => make("option", { value: name }, labels ? `${name} (${labels} classes)` : name));
+  $("method").replaceChildren(...options);
+  if (data.methods.some(({ name }) => name === method)) $("method").value = method;
 }
 
 const on = (id, event, act) => $(id).addEventListener(event, act);
@@ -474,7 +638,7 @@ const quietly = (act) => (event) => {
   act(event);
 };
 
-on("classify", "submit", quietly(classify));
+on("classify", "submit", quietly(() => classify()));
 on("detect", "submit", quietly(() => detect()));
 on("detect", "input", ({ target }) => {
   if (!target.name) return; // the name of an example
@@ -499,10 +663,17 @@ on("query", "submit", quietly(() => search(() => {
   return { text };
 })));
 on("alike", "click", () => search(async () => ({ image: { b64: await base64(picture()) } })));
+on("teach", "submit", quietly(fit));
+on("more", "click", () => addClass().focus());
+on("try", "click", attempt);
+on("keep", "click", keep);
+on("discard", "click", discard);
 on("files", "change", ({ target }) => choose(target.files));
-on("labels", "keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) quietly(submit)(event);
-});
+on("tag", "submit", quietly(tag));
+for (const id of ["labels", "vocabulary"])
+  on(id, "keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) quietly(submit)(event);
+  });
 on("classifier", "change", () => current >= 0 && submit());
 on("model", "change", change);
 
@@ -517,15 +688,17 @@ for (const [index, button] of tabs.entries()) {
   };
 }
 
-const zone = (target) => target.closest?.("#examples")?.querySelector(".drop") ?? $("drop");
-const take = (target, files) => (zone(target) === $("drop") ? choose : addExamples)(files);
+/** A zone takes the files that are dropped or pasted in it; outside of all zones they are the picture. */
+$("examples").take = addExamples;
+$("pictures").take = choose;
+const zone = (target) => target.closest?.(".zone") ?? $("pictures");
 const over = (aim) => document.querySelectorAll(".drop").forEach((drop) => drop.classList.toggle("over", drop === aim));
-addEventListener("paste", ({ target, clipboardData }) => take(target, clipboardData.files));
-addEventListener("dragover", quietly(({ target }) => over(zone(target))));
+addEventListener("paste", ({ target, clipboardData }) => zone(target).take(clipboardData.files));
+addEventListener("dragover", quietly(({ target }) => over(zone(target).querySelector(".drop"))));
 addEventListener("dragleave", () => over(null));
 addEventListener("drop", quietly(({ target, dataTransfer }) => {
   over(null);
-  take(target, dataTransfer.files);
+  zone(target).take(dataTransfer.files);
 }));
 new ResizeObserver(() => draw(drawn)).observe($("picture"));
 
@@ -541,4 +714,6 @@ on("key", "submit", quietly(() => {
 }));
 
 settings();
+addClass();
+addClass();
 begin();

@@ -1,6 +1,7 @@
 """The page in a real browser, over a real service with answers known by hand (see conftest.py)."""
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ from calmclip.service.settings import Settings
 from tests.process import installed
 
 BROKEN: FilePayload = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
-TABS = ("Classify", "Detect", "Search")
+TABS = ("Classify", "Detect", "Tag", "Search", "Fit")
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 Draw = Callable[..., FilePayload]  # a picture of these colours
 
@@ -162,6 +163,25 @@ def test_boxes_are_drawn_where_the_colours_are_and_follow_the_sliders(page: Page
     expect(page.get_by_label("sigma")).to_be_disabled()
 
 
+def test_words_of_a_picture_and_of_its_regions(page: Page, file: Draw) -> None:
+    page.get_by_role("tab", name="Tag").click()
+    page.get_by_label("Words").fill("red, blue\ngreen")
+    page.get_by_label("Words").press("Control+Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Choose, drop or paste a picture first")
+    choose(page, file("red", "red", "red", "blue"))
+    # of the whole, 3 red quarters and a blue one: 3 / sqrt(10) = .95 and 1 / sqrt(10) = .32
+    expect(page.locator("#answer .tags li")).to_have_text(
+        [re.compile(r"red\s*0\.9[45]"), re.compile(r"blue\s*0\.3[12]")]
+    )
+    expect(page.locator("#answer q")).to_have_text("a photo of red and blue")
+    expect(page.locator("#answer")).to_contain_text("the best words in a fixed sentence")
+    rows = page.locator("#answer .detections li")
+    expect(rows.filter(has_text="blue").first).to_have_text(re.compile(r"blue1\.00"))
+    assert opaque(page, 160, 240)  # the blue quarter's left edge
+    rows.first.focus()
+    assert opaque(page, 240, 160)
+
+
 def test_a_box_label_does_not_hide_another(page: Page, file: Draw) -> None:
     page.get_by_label("Labels").fill("red, yellow")  # 1 and 1 / sqrt(2), both of the red quarter's box
     page.get_by_role("tab", name="Detect").click()
@@ -193,6 +213,87 @@ def test_a_collection_is_filled_and_searched_with_words_and_with_a_picture(
     page.get_by_role("button", name="blue.png").click()
     page.get_by_role("button", name="Search with the picture").click()
     expect(hits.first).to_have_text(re.compile(r"blue\.png\s*1\.000"))
+
+
+def teach(page: Page, number: int, name: str, *files: FilePayload) -> None:
+    page.get_by_label(f"Name of class {number}").fill(name)
+    page.get_by_label(f"Add pictures to class {number}").set_input_files(list(files))
+
+
+def test_a_classifier_is_fitted_to_pictures_tried_and_kept(page: Page, file: Draw, client: httpx.Client) -> None:
+    page.get_by_role("tab", name="Fit").click()
+    teach(page, 1, "warm", file("red"))
+    page.locator(".class .drop").first.evaluate(
+        TRANSFER, [list(file("red", "yellow")["buffer"]), "drop", "dataTransfer"]
+    )
+    noise = np.zeros((800, 1200, 3), np.uint8)
+    noise[..., 2] = np.random.default_rng(0).integers(128, 256, (800, 1200))  # compresses badly
+    large = io.BytesIO()
+    Image.fromarray(noise).save(large, "PNG")
+    huge: FilePayload = {"name": "huge.png", "mimeType": "image/png", "buffer": large.getvalue()}
+    teach(page, 2, "cold", file("blue"), file("red"), huge)
+    expect(page.get_by_role("group", name="Class 2: 3 pictures")).to_be_visible()
+    page.get_by_role("button", name="Remove red.png").last.click()
+    expect(page.get_by_role("group", name="Class 2: 2 pictures")).to_be_visible()
+
+    page.get_by_label("Method").select_option("prototype")
+    page.get_by_label("Name of the classifier").fill("mine")
+    with page.expect_request("**/v1/classifiers/mine/fit") as sent:
+        page.get_by_role("button", name="Fit", exact=True).click()
+    body = sent.value.post_data_json
+    assert ([item["label"] for item in body["items"]], body["replace"]) == (["warm", "warm", "cold", "cold"], False)
+    pictures = [base64.b64decode(item["image"]["b64"]) for item in body["items"]]
+    assert pictures[2] == file("blue")["buffer"]
+    assert Image.open(io.BytesIO(pictures[3])).size == (1024, 683)
+    # the words of both labels are unknown, so all pictures are "warm" before the fit
+    bars = page.locator("#report li")
+    expect(bars).to_have_text([re.compile(r"before.*50\.0 %"), re.compile(r"after.*100\.0 %")])
+    expect(page.locator("#report")).to_contain_text("measured by 2-fold cross-validation")
+
+    choose(page, file("blue", "green"))
+    expect(page.locator("#answer li").first).to_have_text(re.compile("cold"))
+    page.get_by_role("button", name="Keep it").click()
+    expect(page.locator("#fitted")).to_be_hidden()
+    page.get_by_role("tab", name="Classify").click()
+    expect(page.get_by_label("or a registered classifier")).to_have_value("mine")
+    expect(page.locator("#answer li").first).to_have_text(re.compile("cold"))
+
+    page.get_by_role("tab", name="Fit").click()
+    page.get_by_label("Name of the classifier").fill("mine")
+    page.get_by_label("Name of the classifier").press("Enter")  # what is kept is not replaced
+    expect(page.get_by_role("alert")).to_contain_text("there is a classifier 'mine' already")
+    assert client.get("/v1/classifiers/mine").json()["version"] == 1
+    page.get_by_label("Name of the classifier").fill("other")
+    page.get_by_label("Name of the classifier").press("Enter")
+    expect(page.locator("#report")).to_contain_text("other: 4 pictures of 2 classes")
+    page.get_by_role("button", name="Fit", exact=True).click()  # what waits for a decision is
+    expect(page.locator("#work")).not_to_have_attribute("aria-busy", "true")
+    expect(page.get_by_role("alert")).to_be_empty()
+    page.get_by_role("button", name="Throw it away").click()
+    expect(page.locator("#answer")).to_have_text("other was thrown away.")
+    assert client.get("/v1/classifiers/other").status_code == 404
+
+
+def test_a_fit_says_what_is_missing(page: Page, file: Draw) -> None:
+    problem, fit = page.get_by_role("alert"), page.get_by_role("button", name="Fit", exact=True)
+    page.get_by_role("tab", name="Fit").click()
+    page.get_by_label("Name of the classifier").fill("lacking")
+    fit.click()
+    expect(problem).to_contain_text("Add some pictures to each class first")
+    page.get_by_label("Name of class 1").fill("warm")
+    fit.click()
+    expect(problem).to_contain_text("Add a picture to the class warm")
+    teach(page, 1, "", file("red"))
+    fit.click()
+    expect(problem).to_contain_text("Enter a name for class 1")
+    page.get_by_label("Name of class 1").fill("warm")
+    fit.click()
+    expect(problem).to_contain_text("expected at least 2 labels")
+    page.get_by_role("button", name="Add a class").click()
+    expect(page.get_by_label("Name of class 3")).to_be_focused()
+    page.get_by_role("button", name="Remove class 2").click()
+    expect(page.get_by_role("button", name="Add a class")).to_be_focused()
+    expect(page.get_by_role("group", name="Class 2: 0 pictures")).to_be_visible()
 
 
 def test_an_indexed_folder_shows_its_pictures(page: Page, file: Draw, client: httpx.Client, tmp_path: Path) -> None:
@@ -412,6 +513,7 @@ def test_the_page_fits_a_phone(page: Page, file: Draw) -> None:
     choose(page, *[file(colour) for colour in ("red", "green", "blue", "white", "yellow")])
     page.get_by_role("tab", name="Detect").click()
     add(page, file("red"), file("blue"))
+    page.get_by_label("Add pictures to class 1").set_input_files([file("red")] * 9)
     for name in TABS:
         page.get_by_role("tab", name=name).click()
         page.wait_for_timeout(50)
