@@ -11,22 +11,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calmclip.models.errors import CalmclipError
     from calmclip.models.runner import Runner, open_bundle
+    from calmclip.models.stored_classifier import ClassifierFolder, read_classifier
     from calmclip.models.suppression import Suppression
+    from calmclip.models.tasks.attributes import Attributes
     from calmclip.models.tasks.detect import Example
     from calmclip.service.client import AsyncClient, Client
 
 # name -> its module
 _PUBLIC = {
     "AsyncClient": "calmclip.service.client",
+    "Attributes": "calmclip.models.tasks.attributes",
     "CalmclipError": "calmclip.models.errors",
+    "ClassifierFolder": "calmclip.models.stored_classifier",
     "Client": "calmclip.service.client",
     "Example": "calmclip.models.tasks.detect",
     "Runner": "calmclip.models.runner",
     "Suppression": "calmclip.models.suppression",
     "open_bundle": "calmclip.models.runner",
+    "read_classifier": "calmclip.models.stored_classifier",
 }
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "CalmclipError", "Client", "Example", "Runner", "Suppression", "__version__", "open_bundle"]
+__all__ = [
+    "AsyncClient",
+    "Attributes",
+    "CalmclipError",
+    "ClassifierFolder",
+    "Client",
+    "Example",
+    "Runner",
+    "Suppression",
+    "__version__",
+    "open_bundle",
+    "read_classifier",
+]
 
 
 def __getattr__(name: str) -> Any:

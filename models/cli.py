@@ -7,12 +7,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from calmclip.models.errors import BarMissed, CalmclipError, ExtraMissing, ParityLost, suggestion
+from calmclip.models.errors import BadRequest, BarMissed, CalmclipError, ExtraMissing, ParityLost, suggestion
 from calmclip.models.extras import extra_of, missing
 
 BUNDLES = Path("models/bundles")
@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "list, export, import, re-embed, remove: the collections of a store",
     ),
     "eval": ("calmclip.models.eval_cli:eval_command", "accuracy on a data set, INT8 beside float"),
+    "fit": ("calmclip.models.fit_cli:fit_command", "a classifier, fitted to a folder of pictures for each class"),
     "bench": ("calmclip.models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
     "ops": ("calmclip.models.ops.commands:ops_command", "build, info, check: the compiled operators"),
     "plugins": ("calmclip.models.commands:plugins_command", "names in every plug-in family"),
@@ -101,6 +102,22 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def key_values(items: Sequence[str]) -> dict[str, Any]:
+    """The values of `--param KEY=VALUE`; a value that is not JSON is text. Raises `BadRequest`."""
+    params: dict[str, Any] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not (key and sign):
+            raise BadRequest(f"--param {item!r} is not KEY=VALUE, such as bins=20")
+        if key in params:
+            raise BadRequest(f'--param {key} is given twice; a list is JSON: {key}=\'["…", "…"]\'')
+        try:
+            params[key] = json.loads(value)
+        except ValueError:
+            params[key] = value
+    return params
 
 
 def bundle_options(

@@ -72,6 +72,9 @@ class ClassifierError(CalmclipError): ...
 class ClassifierNotFound(ClassifierError): ...
 
 
+class ClassifierExists(ClassifierError): ...  # a name that is in use, and no leave to replace its classifier
+
+
 class ClassifierMismatch(ClassifierError): ...  # the classifier was fitted to another family of bundles
 
 

@@ -1,13 +1,11 @@
 """The verb eval: one bundle or two, on a data directory or from saved samples."""
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from calmclip.models.cli import bundle_options, emit, parser, positive
+from calmclip.models.cli import bundle_options, emit, key_values, parser, positive
 from calmclip.models.errors import BadRequest
 from calmclip.models.registry import catalog
 
@@ -31,7 +29,7 @@ def eval_command(argv: list[str]) -> int:
     from calmclip.models.evals.samples import Samples, write
     from calmclip.models.evals.tables import tabulate, text
 
-    params = _params(args.param)
+    params = key_values(args.param)
     try:
         how = Resampling(resamples=args.resamples, method=args.method, seed=args.seed)
     except ValidationError as error:
@@ -94,22 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0, help="of the resampling")
     bundle_options(options)
     return options
-
-
-def _params(items: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE; a value that is not JSON is text. Raises `BadRequest`."""
-    params: dict[str, Any] = {}
-    for item in items:
-        key, sign, value = item.partition("=")
-        if not (key and sign):
-            raise BadRequest(f"--param {item!r} is not KEY=VALUE, such as bins=20")
-        if key in params:
-            raise BadRequest(f'--param {key} is given twice; a list is JSON: {key}=\'["…", "…"]\'')
-        try:
-            params[key] = json.loads(value)
-        except ValueError:
-            params[key] = value
-    return params
 
 
 def _float_of(directory: Path) -> Path | None:

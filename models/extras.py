@@ -15,7 +15,7 @@ from calmclip.models.errors import ExtraMissing
 
 # top-level package, or a package of calmclip -> its extra
 EXTRAS = {
-    "torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export", "tomli_w": "export",
+    "torch": "export", "onnx": "export", "onnxscript": "export", "tomli_w": "export",
     "matplotlib": "export",
     "fastapi": "service", "uvicorn": "service", "prometheus_client": "service", "pydantic_settings": "service",
     "orjson": "service", "lancedb": "service", "pyarrow": "service", "httpx": "service",
@@ -23,7 +23,7 @@ EXTRAS = {
     "scipy": "eval",
 }  # fmt: skip
 # those of the extra `export` that the built-in model's own extra, `mini`, has too: all that its export imports
-MINI = {"onnx", "onnxscript", "safetensors", "tomli_w", "calmclip.export"}
+MINI = {"onnx", "onnxscript", "tomli_w", "calmclip.export"}
 
 IMAGE = "CALMCLIP_IMAGE"  # the name of this image; set by the Dockerfile
 # value of IMAGE -> the image's name in docker-compose.yml, and its extras

@@ -1,14 +1,16 @@
 """`Runner`: the synchronous driver and the Python API. It composes bundle, sessions, row cache and tasks."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from calmclip.models import tasks
 from calmclip.models.batched import BatchedDriver
@@ -25,12 +27,18 @@ from calmclip.models.preprocess.image import Picture as Loaded
 from calmclip.models.runtime.clock import Stopwatch
 from calmclip.models.runtime.session import Session, SessionOptions
 from calmclip.models.suppression import Suppression
+from calmclip.models.tasks.attributes import Attributes
 from calmclip.models.tasks.calibrate import Calibration, calibration, require_pictures
 from calmclip.models.tasks.classify import ClassifyRequest, Ranking, chosen, classify, logits
 from calmclip.models.tasks.detect import Detections, DetectRequest, Example, detect
 from calmclip.models.tasks.embed import EmbedRequest, embed
-from calmclip.models.tasks.fit import fit_vectors, prepare
+from calmclip.models.tasks.enhance import MAP_PIXELS, EnhanceRequest, enhance
+from calmclip.models.tasks.fit import FitReport, FitRequest, fit_rows, picture_flows, prepare
+from calmclip.models.tasks.rank import RankRequest, Ranks, judge, ranks
+from calmclip.models.tasks.rank import require_pictures as require_ranked
 from calmclip.models.tasks.raw import RawRequest, raw
+from calmclip.models.tasks.regions import Boxes, Grid, region_vectors
+from calmclip.models.tasks.tag import TagRequest, Tags, tag
 
 T = TypeVar("T")
 Picture = str | Loaded  # a `str` is a path
@@ -98,9 +106,14 @@ class Runner:
         temperature: float | None = None,
         none_below: float | None = None,
         classifier: Classifier | None = None,
+        attributes: Attributes | Mapping[str, Sequence[str]] | None = None,
+        descriptions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        alpha: float | None = None,
     ) -> Ranking:
         """One picture; see `ClassifyRequest`."""
-        request = ClassifyRequest(_picture(image), labels, templates, top_k, temperature, none_below, classifier)
+        numbers = (top_k, temperature, none_below)
+        composed = (attributes, descriptions, alpha)
+        request = ClassifyRequest(_picture(image), labels, templates, *numbers, classifier, *composed)
         return self.run(classify(self.bundle, request))
 
     def classify_many(
@@ -113,15 +126,19 @@ class Runner:
         temperature: float | None = None,
         none_below: float | None = None,
         classifier: Classifier | None = None,
+        attributes: Attributes | Mapping[str, Sequence[str]] | None = None,
+        descriptions: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        alpha: float | None = None,
         batch: int | None = None,
         threads: int | None = None,
     ) -> Iterator[Ranking]:
         """Rankings in the order of the pictures. ``batch`` and ``threads``: see `map`; the others: `ClassifyRequest`.
 
-        ``labels`` and ``templates`` are read once, and labels are embedded once.
+        ``labels`` and all texts are read once, and labels are embedded once.
         """
-        classifier = self.bundle.classifier_for(classifier, labels, templates)
-        request = ClassifyRequest(b"", (), (), top_k, temperature, none_below, classifier)
+        classifier = self.bundle.classifier_for(classifier, labels, templates, descriptions)
+        given = Attributes(attributes) if isinstance(attributes, Mapping) else attributes
+        request = ClassifyRequest(b"", (), (), top_k, temperature, none_below, classifier, given, alpha=alpha)
         flows = (classify(self.bundle, replace(request, image=image)) for image in _pictures(images))
         return self.map(flows, batch=batch, threads=threads)
 
@@ -163,6 +180,10 @@ class Runner:
         flows = (embed(self.bundle, EmbedRequest([image])) for image in _pictures(images))
         return (answer.vectors[0] for answer in self.map(flows, batch=batch, threads=threads))
 
+    def embed_boxes(self, image: Picture, boxes: Boxes | None = None) -> tuple[Array, Array]:
+        """-> a unit row for each box, float32 [R, D], and the boxes in pixels; None: see `region_vectors`."""
+        return self.run(region_vectors(self.bundle, _picture(image), boxes))
+
     def fit(
         self,
         images: Sequence[Picture],
@@ -171,19 +192,38 @@ class Runner:
         *,
         labels: Sequence[str] = (),
         templates: Sequence[str] = (),
+        captions: Sequence[str] = (),
+        validation: tuple[Sequence[Picture], Sequence[str]] | None = None,
+        unlabelled: Iterable[Picture] = (),
+        words: Sequence[str] = (),
+        augment: int = 0,
         **params: Any,
-    ) -> Classifier:
+    ) -> tuple[Classifier, FitReport]:
         """A classifier with a head that is fitted to labelled pictures; ``truth`` has the label of each picture.
 
         ``labels``: all labels in order, also those without a picture; if empty, those of ``truth`` in order of first
-        use. ``params``: the head's own. Raises `BadRequest` for a label that is not in ``labels``; as `fit_vectors`.
+        use. ``validation``: pictures, and the label of each. ``params``: the head's own. For the others see
+        `FitRequest`. Raises `BadRequest` for a label that is not in ``labels``; and as `prepare`.
         """
         labels, templates, truth = listed("labels", labels), listed("templates", templates), listed("truth", truth)
         classifier = Classifier(tuple(labels or dict.fromkeys(truth)), tuple(templates))
         pictures = [*_pictures(images)]
         indices = _indices(pictures, truth, classifier.labels)
-        prepare(self.bundle, classifier, head, params, indices)  # raises before any picture is embedded
-        return self.run(fit_vectors(self.bundle, classifier, head, params, self.embed(images=pictures), indices))
+        request = FitRequest(
+            pictures,
+            indices,
+            classifier,
+            head,
+            params,
+            listed("captions", captions),
+            _validation(validation, classifier.labels),
+            augment,
+            [*_pictures(unlabelled)],
+            listed("words", words),
+        )
+        prepare(self.bundle, request)  # raises before any picture is embedded
+        fitted = self.run(fit_rows(self.bundle, request, [*self.map(picture_flows(self.bundle, request))]))
+        return fitted.classifier, fitted.report
 
     def calibrate(
         self, images: Sequence[Picture], truth: Sequence[str], classifier: Classifier
@@ -208,12 +248,12 @@ class Runner:
         suppression: Suppression | None = None,
         examples: Sequence[Example | Picture] = (),
         classifier: Classifier | None = None,
+        boxes: Boxes | None = None,
+        grid: Grid | None = None,
     ) -> Detections:
         """One picture; see `DetectRequest`."""
-        answers = self.detect_many(
-            [image], labels, templates=templates, suppression=suppression, examples=examples, classifier=classifier
-        )
-        return next(answers)
+        settings = {"templates": templates, "suppression": suppression, "examples": examples, "classifier": classifier}
+        return next(self.detect_many([image], labels, boxes=boxes, grid=grid, **settings))  # type: ignore[arg-type]
 
     def detect_many(
         self,
@@ -224,6 +264,8 @@ class Runner:
         suppression: Suppression | None = None,
         examples: Sequence[Example | Picture] = (),
         classifier: Classifier | None = None,
+        boxes: Boxes | None = None,
+        grid: Grid | None = None,
         batch: int | None = None,
         threads: int | None = None,
     ) -> Iterator[Detections]:
@@ -231,9 +273,43 @@ class Runner:
         labels, templates = listed("labels", labels), listed("templates", templates)
         pictures = [example if isinstance(example, Example) else Example(example) for example in _list(examples)]
         pictures = [replace(example, image=_picture(example.image)) for example in pictures]
-        request = DetectRequest(b"", labels, templates, suppression, pictures, classifier)
+        request = DetectRequest(b"", labels, templates, suppression, pictures, classifier, boxes, grid)
         flows = (detect(self.bundle, replace(request, image=image)) for image in _pictures(images))
         return self.map(flows, batch=batch, threads=threads)
+
+    def rank(
+        self,
+        images: Iterable[Picture],
+        instruction: str | None = None,
+        *,
+        classifier: Classifier | None = None,
+        label: str | None = None,
+        top: int | None = None,
+        batch: int | None = None,
+        threads: int | None = None,
+    ) -> Ranks:
+        """Pictures in the order of their scores. ``batch`` and ``threads``: see `map`; the others: `RankRequest`."""
+        pictures = [*_pictures(images)]
+        request = RankRequest(pictures, instruction, classifier, label, top)
+        require_ranked(request)
+        judged = self.run(judge(self.bundle, request))
+        return ranks(judged.scale, [*self.map(map(judged.score, pictures), batch=batch, threads=threads)], top)
+
+    def tag(
+        self,
+        image: Picture,
+        words: Sequence[str] = (),
+        *,
+        templates: Sequence[str] = (),
+        top: int = 10,
+        regions: bool = True,
+    ) -> Tags:
+        """One picture; see `TagRequest`. Without ``words`` the first call takes seconds: it embeds the vocabulary."""
+        return self.run(tag(self.bundle, TagRequest(_picture(image), words, templates, top, regions)))
+
+    def enhance(self, image: Picture, *, map_pixels: int = MAP_PIXELS) -> Image.Image:
+        """RGB, as large as the upright picture; see `EnhanceRequest`."""
+        return self.run(enhance(self.bundle, EnhanceRequest(_picture(image), map_pixels))).picture
 
     def raw(self, graph: str, feeds: Arrays) -> Arrays:
         return self.run(raw(self.bundle, RawRequest(graph, feeds)))
@@ -299,6 +375,15 @@ def _indices(images: Sequence[Loaded], truth: Sequence[str], labels: Sequence[st
     if unknown := [label for label in truth if label not in index]:
         raise BadRequest(f"the label {unknown[0]!r} of a picture is none of the {len(labels)} labels")
     return [index[label] for label in truth]
+
+
+def _validation(
+    validation: tuple[Sequence[Picture], Sequence[str]] | None, labels: Sequence[str]
+) -> tuple[list[Loaded], list[int]] | None:
+    if validation is None:
+        return None
+    pictures = [*_pictures(validation[0])]
+    return pictures, _indices(pictures, validation[1], labels)
 
 
 def _picture(picture: Picture) -> Loaded:

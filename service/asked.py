@@ -19,7 +19,7 @@ from calmclip.service.parts import Service
 from calmclip.service.request import Context
 from calmclip.service.schemas import Answer, encode
 from calmclip.service.settings import Limits
-from calmclip.service.uploads import check_picture, check_query, read_body, read_bytes, takes_raw_pictures
+from calmclip.service.uploads import check_picture, check_query, read_body, read_bytes
 
 B = TypeVar("B")
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def serve(app: FastAPI, endpoint: Endpoint) -> None:
     assert handler, f"{endpoint.name} has no handler"
     first, *more = signature(handler, eval_str=True).parameters.values()
     query = _query(endpoint, more)
-    checks_query = endpoint.scope not in ANY_QUERY and not takes_raw_pictures(endpoint.body)
+    checks_query = endpoint.scope not in ANY_QUERY and not (endpoint.body and endpoint.body.raw)
 
     async def ask(request: Request) -> Asked[Any]:
         if checks_query:

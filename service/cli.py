@@ -21,6 +21,7 @@ def serve_command(argv: list[str]) -> int:
     Flags override the environment (CALMCLIP_…), which overrides the defaults.
     """
     _few_heaps()
+    _one_blas_thread()
     options = parser("serve", "Answer over HTTP.")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts connections from other machines")
     options.add_argument("--port", type=int, default=8080)
@@ -172,6 +173,12 @@ def keys_command(argv: list[str]) -> int:
     rows = [{"name": key.name, "scopes": list(key.scopes)} for key in keys.read(given.file)]
     emit(given.json, {"keys": rows}, _show_keys)
     return 0
+
+
+def _one_blas_thread() -> None:
+    """numpy's products, of fits, take one thread, because requests share the cores. OpenBLAS would start a thread for
+    each core of the machine, whatever the container's share is, and they wait for each other in a loop."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy reads it at its import
 
 
 def _few_heaps() -> None:

@@ -12,7 +12,7 @@ send and when to wait; each client drives it.
         │   ├── Unauthorized   401: no key, or an unknown key
         │   ├── Forbidden      403: the key lacks the scope
         │   ├── NotFound       404: no such model, collection or classifier
-        │   └── Conflict       409: not with this bundle
+        │   └── Conflict       409: not with this bundle, or the name is in use
         └── Failed             5xx
             ├── Overloaded     503: try again after ``retry_after`` seconds
             └── DeadlineExceeded   504
@@ -125,16 +125,27 @@ class RankedLabel:
 
 
 @dataclass(frozen=True)
+class Composite:
+    """A value of each attribute, joined by commas."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
 class Ranking:
     """``labels``: best first. ``none_of_these``: whether every score is below `none_below`; None without one.
 
-    ``temperature``: of these scores.
+    ``temperature``: of these scores. ``attributes``: attribute -> value -> its probability, and ``composites``: those
+    of all attributes together, best first; None without attributes.
     """
 
     model: str
     temperature: float
     labels: list[RankedLabel]
     none_of_these: bool | None
+    attributes: dict[str, dict[str, float]] | None
+    composites: list[Composite] | None
 
 
 @dataclass(frozen=True)
@@ -211,6 +222,49 @@ class Detections:
 
 
 @dataclass(frozen=True)
+class RankedPicture:
+    """``index``: in the pictures of the request."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """``pictures``: best first. ``scale``: whether a score is a cosine or a logit."""
+
+    model: str
+    scale: str
+    pictures: list[RankedPicture]
+
+
+@dataclass(frozen=True)
+class Tag:
+    """``cosine``: before soft-NMS; ``score``: after."""
+
+    word: str
+    index: int
+    score: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class RegionTag(Tag):
+    box: Box
+
+
+@dataclass(frozen=True)
+class Tags:
+    """``tags`` of the whole picture, and of its ``regions``, best first. ``captioned_by``: "template" or "graph"."""
+
+    model: str
+    tags: list[Tag]
+    regions: list[RegionTag]
+    caption: str
+    captioned_by: str
+
+
+@dataclass(frozen=True)
 class Item:
     """An item of a collection: a text or a picture, and any JSON object as metadata."""
 
@@ -261,8 +315,26 @@ class Collection:
 
 
 @dataclass(frozen=True)
+class FitReport:
+    """``before``: accuracy of zero-shot, ``after``: of the fitted head, on the pictures that ``measured`` names."""
+
+    method: str
+    pictures: int
+    labels: int
+    before: float | None
+    after: float | None
+    measured: str
+    params: dict[str, Any]
+    seconds: float
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Classifier:
-    """``head`` None: the bundle's head. ``family``: the bundles that it was fitted or calibrated with; None: any."""
+    """``head`` None: the bundle's head. ``family``: the bundles that it was fitted or calibrated with; None: any.
+
+    ``report``: of its fit; None for one that was not fitted.
+    """
 
     name: str
     version: int
@@ -275,6 +347,7 @@ class Classifier:
     none_below: float | None
     family: str | None
     fitted: bool
+    report: FitReport | None
 
 
 @dataclass(frozen=True)
@@ -292,6 +365,13 @@ class Calibrated(Classifier):
     pictures: int
     before: CalibrationErrors
     after: CalibrationErrors
+
+
+@dataclass(frozen=True)
+class Fitted(Classifier):
+    """``skipped``: items of the collection without one of the labels."""
+
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -333,7 +413,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request, and how to read its answer. ``ok_statuses``: statuses besides 2xx that are answers."""
+    """One request, and how to read its answer. ``ok_statuses``: statuses besides 2xx that are answers. ``kind``: the
+    content type of an answer that is a file; ``read`` gets its bytes."""
 
     method: str
     path: str
@@ -341,6 +422,7 @@ class Call(Generic[T]):
     json: object = None
     params: Mapping[str, str | int] = field(default_factory=dict)
     ok_statuses: tuple[int, ...] = ()
+    kind: str | None = None
 
 
 class Calls:
@@ -356,9 +438,18 @@ class Calls:
         top_k: int | None = None,
         temperature: float | None = None,
         none_below: float | None = None,
+        attributes: Mapping[str, Sequence[str]] | None = None,
+        tau: float | None = None,
+        with_labels: bool | None = None,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+        alpha: float | None = None,
         model: str | None = None,
     ) -> Call[Ranking]:
-        """Rank labels for a picture. Default: the labels of the classifier, else of the bundle."""
+        """Rank labels for a picture. Default: the labels of the classifier, else of the bundle.
+
+        ``attributes``: name -> values, of which the picture's are inferred (``tau``, ``with_labels``).
+        ``descriptions``: label -> sentences; with ``alpha`` they are looked for in regions of the picture.
+        """
         fields = _present(
             labels=_texts(labels),
             classifier=classifier,
@@ -366,18 +457,28 @@ class Calls:
             top_k=top_k,
             temperature=temperature,
             none_below=none_below,
+            attributes=_text_lists(attributes),
+            tau=tau,
+            with_labels=with_labels,
+            descriptions=_text_lists(descriptions),
+            alpha=alpha,
             model=model,
         )
         return Call("POST", "/v1/classify", _reader(Ranking), {"image": _picture(image), **fields})
 
     @staticmethod
     def embed(
-        *, texts: Sequence[str] = (), images: Sequence[Picture] = (), model: str | None = None
+        *,
+        texts: Sequence[str] = (),
+        images: Sequence[Picture] = (),
+        boxes: Sequence[Sequence[float]] = (),
+        model: str | None = None,
     ) -> Call[Embeddings]:
-        """Texts and pictures -> unit vectors in one space, texts first."""
+        """Texts and pictures -> unit vectors in one space, texts first. With ``boxes`` (x0, y0, x1, y1 in pixels) each
+        picture has a vector for each box instead of one."""
         inputs = [
             *({"text": text} for text in _texts(texts)),
-            *({"image": _picture(image)} for image in _pictures(images)),
+            *({"image": _picture(image), **_present(boxes=_boxes(boxes))} for image in _pictures(images)),
         ]
         return Call("POST", "/v1/embed", _reader(Embeddings), {"inputs": inputs, **_present(model=model)})
 
@@ -387,6 +488,8 @@ class Calls:
         labels: Sequence[str] = (),
         *,
         examples: Sequence[Example | Picture] = (),
+        boxes: Sequence[Sequence[float]] = (),
+        grid: Mapping[str, Any] | None = None,
         classifier: str | None = None,
         templates: Sequence[str] = (),
         method: Literal["hard", "linear", "gaussian"] | None = None,
@@ -397,11 +500,17 @@ class Calls:
         per_class: bool | None = None,
         model: str | None = None,
     ) -> Call[Detections]:
-        """Find labels, or the objects of examples, in a picture. Settings that are None have the bundle's default."""
+        """Find labels, or the objects of examples, in a picture. Settings that are None have the bundle's default.
+
+        ``boxes`` (x0, y0, x1, y1 in pixels) or the windows of ``grid`` ({} for the default) are searched instead of
+        proposals.
+        """
         pictures = [example if isinstance(example, Example) else Example(example) for example in _pictures(examples)]
         fields = _present(
             labels=_texts(labels),
             examples=[{"image": _picture(e.image), **_present(box=e.box, label=e.label)} for e in pictures],
+            boxes=_boxes(boxes),
+            grid=None if grid is None else dict(grid),
             classifier=classifier,
             templates=_texts(templates),
             method=method,
@@ -413,6 +522,41 @@ class Calls:
             model=model,
         )
         return Call("POST", "/v1/detect", _reader(Detections), {"image": _picture(image), **fields})
+
+    @staticmethod
+    def rank(
+        images: Sequence[Picture],
+        instruction: str | None = None,
+        *,
+        classifier: str | None = None,
+        label: str | None = None,
+        top: int | None = None,
+        model: str | None = None,
+    ) -> Call[Ranks]:
+        """Order pictures by an instruction, or by a label of a classifier. Default: its first label."""
+        fields = _present(instruction=instruction, classifier=classifier, label=label, top=top, model=model)
+        pictures = [_picture(image) for image in _pictures(images)]
+        return Call("POST", "/v1/rank", _reader(Ranks), {"images": pictures, **fields})
+
+    @staticmethod
+    def tag(
+        image: Picture,
+        words: Sequence[str] = (),
+        *,
+        templates: Sequence[str] = (),
+        top: int | None = None,
+        regions: bool | None = None,
+        model: str | None = None,
+    ) -> Call[Tags]:
+        """Words that fit a picture and its regions. Default: of calmclip's vocabulary."""
+        fields = _present(words=_texts(words), templates=_texts(templates), top=top, regions=regions, model=model)
+        return Call("POST", "/v1/tag", _reader(Tags), {"image": _picture(image), **fields})
+
+    @staticmethod
+    def enhance(image: Picture, *, map_pixels: int | None = None, model: str | None = None) -> Call[bytes]:
+        """The picture in better light: a PNG file. ``map_pixels``: of the picture that its map is computed on."""
+        fields = _present(map_pixels=map_pixels, model=model)
+        return Call("POST", "/v1/enhance", bytes, {"image": _picture(image), **fields}, kind="image/png")
 
     @staticmethod
     def collections() -> Call[list[Collection]]:
@@ -505,15 +649,40 @@ class Calls:
     @staticmethod
     def fit_classifier(
         name: str,
-        items: Sequence[tuple[Picture, str]],
-        head: str,
-        params: Mapping[str, Any] | None = None,
+        method: str,
+        items: Sequence[tuple[Picture, str] | tuple[Picture, str, str]] = (),
         *,
+        collection: str | None = None,
+        label: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        labels: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+        validation: Sequence[tuple[Picture, str]] = (),
+        unlabelled: Sequence[Picture] = (),
+        words: Sequence[str] = (),
+        augment: int | None = None,
+        replace: bool = False,
         model: str | None = None,
-    ) -> Call[Classifier]:
-        """Fit a head to labelled pictures. The classifier then belongs to the bundle's family."""
-        body = {"head": head, "params": dict(params or {}), "items": _items(items), **_present(model=model)}
-        return Call("POST", _classifier(name, "/fit"), _reader(Classifier), body)
+    ) -> Call[Fitted]:
+        """Fit a classifier to pictures with their labels and, if the method reads them, captions; or to the vectors of
+        a collection, whose metadata has the label under ``label``. It belongs to the family of the bundle ``model``."""
+        fields = _present(
+            items=_items(items),
+            collection=collection,
+            label=label,
+            params=dict(params) if params else None,
+            labels=_texts(labels),
+            templates=_texts(templates),
+            descriptions={key: _texts(lines) for key, lines in descriptions.items()} if descriptions else None,
+            validation=_items(validation),
+            unlabelled=[_picture(image) for image in _pictures(unlabelled)],
+            words=_texts(words),
+            augment=augment,
+            replace=replace or None,
+            model=model,
+        )
+        return Call("POST", _classifier(name, "/fit"), _reader(Fitted), {"method": method, **fields})
 
     @staticmethod
     def classifier(name: str) -> Call[Classifier]:
@@ -545,8 +714,11 @@ def _classifier(name: str, tail: str = "") -> str:
     return f"/v1/classifiers/{quote(name, safe='')}{tail}"
 
 
-def _items(items: Sequence[tuple[Picture, str]]) -> list[dict[str, Any]]:
-    return [{"image": _picture(picture), "label": label} for picture, label in items]
+def _items(items: Sequence[tuple[Picture, str] | tuple[Picture, str, str]]) -> list[dict[str, Any]]:
+    return [
+        {"image": _picture(picture), "label": label, **({"caption": caption[0]} if caption else {})}
+        for picture, label, *caption in items
+    ]
 
 
 def _collection(name: str, tail: str = "") -> str:
@@ -562,6 +734,10 @@ def _texts(values: Sequence[str]) -> list[str]:
     if isinstance(values, str):
         raise TypeError(f"{values[:40]!r} is one text; expected a list of texts")
     return list(values)
+
+
+def _text_lists(values: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]] | None:
+    return None if values is None else {name: _texts(texts) for name, texts in values.items()}
 
 
 def _pictures(values: Sequence[V]) -> Sequence[V]:
@@ -582,6 +758,10 @@ def _picture(picture: Picture) -> dict[str, str]:
             "or a file opened in binary mode"
         )
     return {"b64": base64.b64encode(data).decode()}
+
+
+def _boxes(boxes: Sequence[Sequence[float]]) -> list[list[float]] | None:
+    return [[*map(float, box)] for box in boxes] or None
 
 
 def _query(text: str | None, image: Picture | None) -> dict[str, Any]:
@@ -621,6 +801,15 @@ def _types(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind) if is_dataclass(kind) else {}
 
 
+def _content(answer: httpx.Response, kind: str | None) -> Any:
+    """JSON, None for an empty body; the bytes of a file of the content type ``kind``. Raises `ValueError`."""
+    if kind is None:
+        return answer.json() if answer.content else None
+    if (given := answer.headers.get("content-type")) != kind:
+        raise ValueError(f"the content type is {given!r}; expected {kind}")
+    return answer.content
+
+
 def _attempts(call: Call[T], retries: int, longest_wait: float) -> Generator[float, httpx.Response, T]:
     """Yields the seconds to wait before the request is sent, receives its response, and returns the value read."""
     wait = 0.0
@@ -628,7 +817,7 @@ def _attempts(call: Call[T], retries: int, longest_wait: float) -> Generator[flo
         answer = yield wait
         if answer.is_success or answer.status_code in call.ok_statuses:
             try:
-                return call.read(answer.json() if answer.content else None)
+                return call.read(_content(answer, call.kind))
             except (ValueError, LookupError, TypeError) as error:
                 raise Unreadable(f"{answer.url} did not answer as calmclip does: {error!r}") from None
         problem = _problem(answer)
@@ -739,6 +928,9 @@ class Client(_Options[httpx.Client]):
     classify = _sync(Calls.classify)
     embed = _sync(Calls.embed)
     detect = _sync(Calls.detect)
+    rank = _sync(Calls.rank)
+    tag = _sync(Calls.tag)
+    enhance = _sync(Calls.enhance)
     collections = _sync(Calls.collections)
     create_collection = _sync(Calls.create_collection)
     collection = _sync(Calls.collection)
@@ -797,6 +989,9 @@ class AsyncClient(_Options[httpx.AsyncClient]):
     classify = _async(Calls.classify)
     embed = _async(Calls.embed)
     detect = _async(Calls.detect)
+    rank = _async(Calls.rank)
+    tag = _async(Calls.tag)
+    enhance = _async(Calls.enhance)
     collections = _async(Calls.collections)
     create_collection = _async(Calls.create_collection)
     collection = _async(Calls.collection)

@@ -10,9 +10,9 @@ from typing import Any
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import find, names, read
 from calmclip.models.errors import BadRequest, CalmclipError, CollectionNotFound, suggestion
+from calmclip.models.files import check_name
 from calmclip.models.runner import open_bundle
 from calmclip.service import parquet
-from calmclip.service.files import check_name
 from calmclip.service.settings import Settings
 from calmclip.service.stores import Info, Store, open_store
 

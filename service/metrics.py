@@ -29,7 +29,7 @@ PIXEL_EDGES = (1e4, 3e4, 1e5, 3e5, 1e6, 2e6, 4e6, 8e6, 1.6e7, 4e7)
 BOX_EDGES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 # In the order of a request.
-STAGES = ("read", "decode", "preprocess", "queue", "infer", "postprocess", "search", "write", "serialize")
+STAGES = ("read", "decode", "preprocess", "queue", "infer", "postprocess", "fit", "search", "write", "serialize")
 
 # Values of `Overloaded.reason`.
 SHED = ("requests", "bytes", "pixels", "deadline", "queue", "writes", "loading", "leaving", "replaced")

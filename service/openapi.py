@@ -12,14 +12,18 @@ from calmclip.models.errors import UnknownName, suggestion
 from calmclip.service.access import OPEN, Access
 from calmclip.service.endpoints import Endpoint, Table
 from calmclip.service.problems import MEDIA_TYPE, PROBLEMS
-from calmclip.service.schemas import Body, PictureBody, ProblemAnswer
+from calmclip.service.schemas import Body, PictureBody, ProblemAnswer, is_list, is_object
+from calmclip.service.schemas.classifiers import FitBody
 from calmclip.service.schemas.embed import EmbedBody
-from calmclip.service.uploads import PICTURES, is_list, takes_raw_pictures
+from calmclip.service.schemas.rank import RankBody
+from calmclip.service.uploads import PICTURES
 
+_NESTED = ("image", "inputs", "examples", "boxes", "grid")  # a query cannot hold them
 _REF = "#/components/schemas/{model}"
 PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
 BINARY = {"type": "string", "format": "binary"}
 JSON = "application/json"
+NOT_IN_FORMS = ("items", "validation", "unlabelled")  # of a fit
 RETRY_AFTER = {
     "Retry-After": {
         "description": "seconds until a retry is likely to succeed",
@@ -47,7 +51,7 @@ def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"schema": _ref(model), "example": endpoint.example}}
     extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
     content |= {kind: {"schema": BINARY} for kind in endpoint.kinds}
-    flat = {name: field for name, field in model.model_fields.items() if name not in ("image", "inputs", "examples")}
+    flat = {name: field for name, field in model.model_fields.items() if name not in _NESTED}
     properties = model.model_json_schema(ref_template=_REF)["properties"]
     schemas = {name: _form_field(schema) for name, schema in properties.items()}
     if issubclass(model, PictureBody):
@@ -61,14 +65,27 @@ def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
         }
         content["multipart/form-data"] = _form({**many, **{name: schemas[name] for name in flat}}, required=[])
         content["multipart/form-data"]["schema"]["anyOf"] = [{"required": [name]} for name in many]
-    if takes_raw_pictures(model):
+    if issubclass(model, RankBody):
+        images = {"type": "array", "minItems": 1, "items": BINARY}
+        content["multipart/form-data"] = _form({**schemas, "images": images}, required=["images"])
+    if issubclass(model, FitBody):
+        fields = {name: schemas[name] for name in flat if name not in NOT_IN_FORMS} | {
+            "caption": {"type": "array", "items": {"type": "string"}, "description": "each after its picture"},
+        }
+        content["multipart/form-data"] = _form(fields, required=["method"])
+        content["multipart/form-data"]["schema"]["additionalProperties"] = {
+            "type": "array",
+            "items": BINARY,
+            "description": "pictures; the name of the field is their label",
+        }
+    if model.raw:
         content |= {kind: {"schema": BINARY} for kind in PICTURES}
         extra["parameters"] = [
             {
                 "name": name,
                 "in": "query",
                 "required": False,
-                "schema": schemas[name],
+                **({"content": {JSON: {"schema": schemas[name]}}} if is_object(field) else {"schema": schemas[name]}),
                 "description": "only beside a raw picture" + ("; may be repeated" if is_list(field) else ""),
             }
             for name, field in flat.items()

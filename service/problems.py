@@ -89,13 +89,28 @@ TABLE: dict[type[BaseException], Problem] = {
     http_errors.Forbidden: Problem(
         "forbidden", 403, "Forbidden", "The key is known, but lacks a scope; `detail` says which one is needed."
     ),
+    errors.ExtraMissing: Problem(
+        "extra-missing",
+        422,
+        "Package missing",
+        "The method needs an optional package that this service lacks; `detail` names it. Choose another method.",
+    ),
     errors.BundleNotFound: Problem("model-not-found", 404, "Model not found", "No bundle of that name is loaded."),
     errors.UnknownName: NOT_FOUND,
     errors.CollectionNotFound: Problem(
         "collection-not-found", 404, "Collection not found", "PUT /v1/collections/{name} creates one."
     ),
     errors.ClassifierNotFound: Problem(
-        "classifier-not-found", 404, "Classifier not found", "PUT /v1/classifiers/{name} registers one."
+        "classifier-not-found",
+        404,
+        "Classifier not found",
+        "PUT /v1/classifiers/{name} registers one, and POST /v1/classifiers/{name}/fit fits one.",
+    ),
+    errors.ClassifierExists: Problem(
+        "classifier-exists",
+        409,
+        "Classifier exists",
+        "The name is in use. Choose another one, or send `replace`.",
     ),
     errors.ClassifierMismatch: Problem(
         "classifier-bundle-mismatch",

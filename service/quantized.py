@@ -74,8 +74,8 @@ class QuantizedTable:
         self._table.compact()
         self._refresh()
 
-    def rows(self) -> Iterator[list[Row]]:
-        return self._table.rows()
+    def rows(self, originals: bool = True) -> Iterator[list[Row]]:
+        return self._table.rows(originals)
 
     def verify(self) -> None:
         self._table.verify()

@@ -19,6 +19,7 @@ from calmclip.models.errors import BadRequest
 from calmclip.models.extras import IMAGE
 from calmclip.models.ops.library import Mode
 from calmclip.models.preprocess.image import MAX_PIXELS
+from calmclip.models.tasks.enhance import LEAST_PIXELS
 from calmclip.service.keys import VARIABLE as KEYS
 
 MIB = 1 << 20
@@ -67,10 +68,15 @@ class Limits(_Group):
     templates: int = Field(
         default=32, ge=1, description="templates in a request or classifier, and descriptions of one label"
     )
+    map_pixels: int = Field(
+        default=1 << 20, ge=LEAST_PIXELS, description="pixels that the map of an enhanced picture is computed on"
+    )
     examples: int = Field(default=8, ge=1, description="example pictures in a detect request")
     texts: int = Field(default=256, ge=1, le=MAX_TEXTS, description="inputs of one embed request; items of one upload")
     top_k: int = Field(default=1000, ge=1, description="hits of one search; items of one page")
     collections: int = Field(default=1000, ge=1, description="collections in the store")
+    fit_items: int = Field(default=20_000, ge=1, description="items of a collection that one fit reads")
+    words: int = Field(default=5000, ge=1, description="words of a vocabulary in one request")
     meta_bytes: int = Field(default=16384, ge=2, description="one item's metadata, as JSON")
 
 
@@ -108,7 +114,7 @@ class Settings(BaseSettings):
     idle_unload_s: float = Field(default=0, ge=0, description="a graph idle for so long leaves memory; 0: never")
     reload_s: float = Field(default=5.0, ge=0, description="how often bundles are checked for changes; 0: never")
     limits: Limits = Limits()
-    text_cache: int = Field(default=4096, ge=0, description="cached vectors of sentences and labels")
+    text_cache: int = Field(default=16384, ge=0, description="cached vectors of sentences and labels")
     data_dir: Path = Field(default=Path("data"), description="directory of classifiers and, by default, of collections")
     store: str | None = Field(
         default=None,

@@ -84,6 +84,15 @@ def tiny_checkpoint(kind: str) -> Any:
 
 tiny_hf_clip, tiny_open_clip, tiny_owl = map(tiny_checkpoint, ("hf_clip", "open_clip", "owl"))
 tiny_bert, tiny_opt, tiny_vit = map(tiny_checkpoint, ("bert", "opt", "vit"))
+tiny_light_map = tiny_checkpoint("light_map")
+
+
+@pytest.fixture(scope="session")
+def tiny_ranking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ranking adapter over a ConvNeXt."""
+    from tests.tiny_layouts.ranking import ranking
+
+    return ranking(tmp_path_factory.mktemp("checkpoints") / "tiny-ranking")
 
 
 @pytest.fixture(scope="session", autouse=True)

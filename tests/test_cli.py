@@ -247,6 +247,6 @@ def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
     assert main(["plugins", "--json"]) == 0
     families = json.loads(capsys.readouterr().out)
     assert {"cosine", "sigmoid"} <= set(families["heads"])
-    assert {"classify", "embed", "detect", "raw"} == set(families["tasks"])
+    assert {"classify", "embed", "detect", "enhance", "rank", "raw", "tag"} == set(families["tasks"])
     assert {"mini", "clip"} <= set(families["nets"])
     assert all(families.values()), "an empty family is printed"

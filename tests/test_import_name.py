@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 import calmclip
 from calmclip.export.nets.mini import weights
-from calmclip.models import errors, extras, runner
+from calmclip.models import errors, extras, runner, stored_classifier
 from calmclip.models.tasks import detect
 from calmclip.service import client
 from tests.process import serving
@@ -34,11 +34,13 @@ def test_the_public_names_are_these():
     assert (calmclip.Client, calmclip.AsyncClient) == (client.Client, client.AsyncClient)
     assert (calmclip.Example, calmclip.Suppression) == (detect.Example, detect.Suppression)
     assert calmclip.CalmclipError is errors.CalmclipError
+    stored = (stored_classifier.ClassifierFolder, stored_classifier.read_classifier)
+    assert (calmclip.ClassifierFolder, calmclip.read_classifier) == stored
     assert {*calmclip.__all__} == {*calmclip._PUBLIC, "__version__"} <= {*dir(calmclip)}
 
 
 def test_an_unknown_name_is_answered_with_the_public_ones():
-    with pytest.raises(AttributeError, match="no attribute 'open'; public: AsyncClient, CalmclipError"):
+    with pytest.raises(AttributeError, match="no attribute 'open'; public: AsyncClient, Attributes, CalmclipError"):
         calmclip.open  # noqa: B018 - the access is the test
 
 

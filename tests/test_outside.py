@@ -96,7 +96,7 @@ MODULES = {
     "guest_head": """
         import numpy as np
         from calmclip.models.bundle.manifest import FrozenModel
-        from calmclip.models.heads import HEADS, Asset, Head
+        from calmclip.models.heads import HEADS, Asset, Fit, Head
 
         class Params(FrozenModel):
             sure: float = 0.75
@@ -110,7 +110,7 @@ MODULES = {
         def scores(logits):
             return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
-        HEADS.register("guest")(Head(Params, logits, scores, {"often": Asset(("C",))}, fit))
+        HEADS.register("guest")(Head(Params, logits, scores, {"often": Asset(("C",))}, Fit(fit)))
         """,
     "guest_eval": """
         import numpy as np
@@ -170,10 +170,9 @@ async def served(cat, rocket):
         for scope in ("nobody", *secrets):
             answers[scope] = await ask(scope, "POST", "/v1/channel?times=3", **send)
         answers["models"] = await ask("read", "GET", "/v1/models")
-        await ask("write", "PUT", "/v1/classifiers/odd", json={"labels": ["a", "b", "c"]})
         pairs = ((cat, "a"), (rocket, "b"), (cat, "b"), (cat, "c"))
         items = [{"image": {"b64": base64.b64encode(picture).decode()}, "label": label} for picture, label in pairs]
-        answers["fit"] = await ask("write", "POST", "/v1/classifiers/odd/fit", json={"head": "guest", "items": items})
+        answers["fit"] = await ask("write", "POST", "/v1/classifiers/odd/fit", json={"method": "guest", "items": items})
         answers["classify"] = await ask("read", "POST", "/v1/classify?classifier=odd&labels=c&labels=b", **send)
         answers["metrics text"] = (await ask("metrics", "GET", "/metrics"))[1]
     return answers | {"spec": app.openapi(), "interactive": INTERACTIVE}
@@ -241,7 +240,10 @@ def test_each_is_listed_served_measured_and_in_openapi(
     (vectors,) = runner.raw("image", feeds).values()
     assert np.allclose(vectors, -expected, atol=1e-5)
     assert "channel" not in TASKS.names()  # a reader without the task serves the other tasks
-    assert (runner.bundle.tasks, read(bundle).manifest.tasks[-1]) == (("classify", "embed", "raw"), "channel")
+    assert (runner.bundle.tasks, read(bundle).manifest.tasks[-1]) == (
+        ("classify", "embed", "raw", "rank", "tag"),
+        "channel",
+    )
 
     (tmp_path / "data").mkdir()
     pictures = photographs["cat"].parent
@@ -258,7 +260,7 @@ def test_each_is_listed_served_measured_and_in_openapi(
     assert (results["nobody"][0], results["write"][0], results["metrics"][0]) == (401, 403, 403)
     assert results["read"] == [200, {"model": bundle.name, **most, "most": pytest.approx(3 * row.max(), abs=1e-5)}]
     # listed
-    assert results["models"][1]["models"][0]["tasks"] == ["classify", "embed", "raw", "channel"]
+    assert results["models"][1]["models"][0]["tasks"] == ["classify", "embed", "raw", "channel", "rank", "tag"]
     families = ("adapters", "tasks", "endpoints", "heads", "evals")
     names = ("guest", "channel", "POST /v1/channel", "guest", "guest")
     assert all(name in results["plugins"][family] for family, name in zip(families, names, strict=True))

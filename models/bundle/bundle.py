@@ -1,9 +1,10 @@
 """`Bundle`: an open bundle without its sessions."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from calmclip.models.ops.library import Library, Mode, find
 from calmclip.models.outliers import Outliers, outliers
 from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer
 from calmclip.models.preprocess.text import TextPreparer
-from calmclip.models.tasks import TASKS, embedding
+from calmclip.models.tasks import TASKS, embedding, served
 
 
 class Bundle:
@@ -33,7 +34,7 @@ class Bundle:
         self.manifest: Manifest = sealed.manifest
         self.digest: str = sealed.digest
         self.max_pixels = max_pixels
-        self.tasks: tuple[str, ...] = tuple(task for task in self.manifest.tasks if task in TASKS.names())
+        self.tasks: tuple[str, ...] = served(self.manifest)
         if not self.tasks:
             raise BundleTooNew(
                 f"bundle {self.name!r} serves {', '.join(self.manifest.tasks)}; this calmclip knows none of these, "
@@ -65,7 +66,7 @@ class Bundle:
         return self.manifest.graphs[role]
 
     def require(self, task: str) -> None:
-        """Raises `TaskNotServed` unless the manifest lists ``task``."""
+        """Raises `TaskNotServed` unless the manifest lists ``task``, or one that it follows from."""
         if task not in self.tasks:
             known = self.tasks
             raise TaskNotServed(
@@ -133,14 +134,18 @@ class Bundle:
         return classifier
 
     def classifier_for(
-        self, classifier: Classifier | None, labels: Sequence[str] = (), templates: Sequence[str] = ()
+        self,
+        classifier: Classifier | None,
+        labels: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        descriptions: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> Classifier:
-        """The complete classifier of a request: its labels and templates, else ``classifier``'s, else the default's.
+        """The complete classifier of a request: its labels and texts, else ``classifier``'s, else the default's.
 
         Raises `TooManyLabels` if it has no labels.
         """
         base = self.classifier if classifier is None else classifier.with_defaults(self.classifier)
-        complete = base.for_request(labels, templates)
+        complete = base.for_request(labels, templates, descriptions)
         require_labels(complete.labels)
         return complete
 

@@ -14,7 +14,7 @@ import numpy as np
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
-from calmclip.models.flow import Array, Flow
+from calmclip.models.flow import Array, Flow, Together
 from calmclip.models.heads import BoundHead
 from calmclip.models.labels import MIN_PER_LABEL, MIN_PICTURES
 from calmclip.models.preprocess.image import Picture
@@ -63,9 +63,7 @@ def calibrate(bundle: Bundle, request: CalibrateRequest) -> Flow[Calibration]:
     bundle.require("classify")
     classifier = chosen(bundle, request.classifier)
     require_pictures(classifier.labels, request.truth)
-    rows = []
-    for image in request.images:
-        rows.append((yield from logits(bundle, image, classifier)))
+    rows = yield Together([logits(bundle, image, classifier) for image in request.images])
     return calibration(bundle, classifier, np.stack(rows), request.truth)
 
 

@@ -107,9 +107,9 @@ async def list_items(
     after: Annotated[PlainText | None, Query(description="the last id of the previous page")] = None,
     limit: Annotated[int, Query(ge=1, description="at most CALMCLIP_LIMITS__TOP_K")] = 100,
 ) -> ItemsAnswer:
-    collection = await _collection(asked, name)
+    collection = await open_collection(asked, name)
     _check_top_k(limit, asked, "limit")
-    async with _stage(asked, "search"):
+    async with timed(asked, "search"):
         rows = await collection.page(after, limit)
     items = [StoredItem(id=row.id, meta=row.meta) for row in rows]
     return ItemsAnswer(collection=name, items=items, next=rows[-1].id if len(rows) == limit else None)
@@ -127,8 +127,8 @@ async def list_items(
     problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, DAMAGED, WRONG_BUNDLE, "text-too-long"),
 )
 async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
-    collection = await _collection(asked, name)
-    loaded = _bundle_of(collection, asked)
+    collection = await open_collection(asked, name)
+    loaded = bundle_of(collection, asked)
     items, limits = asked.body.items, asked.limits
     check_count(asked, len(items), "items")
     for item in items:
@@ -157,7 +157,7 @@ async def add_items(asked: Asked[ItemsBody], name: str) -> CountAnswer:
     problems=(*INPUT, MISSING, DAMAGED, *STORE),
 )
 async def delete_items(asked: Asked[DeleteItemsBody], name: str) -> CountAnswer:
-    collection = await _collection(asked, name)
+    collection = await open_collection(asked, name)
     _check_top_k(len(asked.body.ids), asked, "the number of ids")
     return await _write(asked, collection, collection.delete(asked.body.ids))
 
@@ -174,27 +174,24 @@ async def delete_items(asked: Asked[DeleteItemsBody], name: str) -> CountAnswer:
     problems=(*ENGINE, STORE_DOWN, *INPUT, *PICTURE, MISSING, DAMAGED, WRONG_BUNDLE, "text-too-long"),
 )
 async def search_collection(asked: Asked[SearchBody], name: str) -> SearchAnswer:
-    body, collection = asked.body, await _collection(asked, name)
-    if body.model is not None:
-        named = asked.parts.hub.get(body.model, "embed")
-        collection.require(named.name, named.embedding_digest)
-    loaded = _bundle_of(collection, asked)
+    body, collection = asked.body, await open_collection(asked, name)
+    loaded = bundle_of(collection, asked, body.model)
     _check_top_k(body.top_k, asked, "top_k")
     (vector,) = await _vectors([body.query], ["the query"], loaded, asked)
-    async with _stage(asked, "search"):
+    async with timed(asked, "search"):
         matches = await collection.search(vector, body.top_k, body.filter)
     return SearchAnswer(
         collection=name, hits=[Hit(id=match.id, score=round_score(match.score), meta=match.meta) for match in matches]
     )
 
 
-async def _collection(asked: Asked[Any], name: str) -> Collection:
+async def open_collection(asked: Asked[Any], name: str) -> Collection:
     async with asked.context.deadline():
         return await asked.parts.collections.get(name)
 
 
 @asynccontextmanager
-async def _stage(asked: Asked[Any], stage: str) -> AsyncIterator[None]:
+async def timed(asked: Asked[Any], stage: str) -> AsyncIterator[None]:
     """Within the request's deadline, timed as ``stage``."""
     with asked.context.clock.stage(stage):
         async with asked.context.deadline():
@@ -203,7 +200,7 @@ async def _stage(asked: Asked[Any], stage: str) -> AsyncIterator[None]:
 
 async def _write(asked: Asked[Any], collection: Collection, write: Awaitable[int]) -> CountAnswer:
     """``write`` answers with the number of items that it wrote or removed."""
-    async with _stage(asked, "write"):
+    async with timed(asked, "write"):
         return CountAnswer(collection=collection.info.name, count=await write, items=await collection.count())
 
 
@@ -219,9 +216,13 @@ async def _describe(collection: Collection) -> CollectionAnswer:
     return CollectionAnswer(**vars(collection.info), items=await collection.count())
 
 
-def _bundle_of(collection: Collection, asked: Asked[Any]) -> Loaded:
-    """The loaded bundle that filled the collection. Raises `CollectionMismatch` if it is not loaded."""
+def bundle_of(collection: Collection, asked: Asked[Any], model: str | None = None) -> Loaded:
+    """The loaded bundle that filled the collection. Raises `CollectionMismatch` if it is not loaded, or if the bundle
+    ``model`` embeds differently."""
     info, hub = collection.info, asked.parts.hub
+    if model is not None:
+        named = hub.get(model, "embed")
+        collection.require(named.name, named.embedding_digest)
     loaded = hub.by_embedding(info.digest)
     if loaded is None:
         if hub.loading:

@@ -6,18 +6,33 @@ orjson renders the answers; it writes numpy arrays directly.
 
 import base64
 import binascii
-from typing import Annotated, Any, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    TypeAdapter,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from calmclip.models import labels
-from calmclip.service.files import NAME
+from calmclip.models.errors import BadRequest
+from calmclip.models.files import NAME
+from calmclip.service.strict_json import parse
 
 NewName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME})]  # a path parameter that the route checks
 # `check_texts` applies the rule, because its error says more than pydantic's
 Template = Annotated[str, WithJsonSchema(TypeAdapter(labels.Template).json_schema())]
 MIB = 1 << 20
+MAX_TEXT_LISTS = 10_000  # more labels than a request has
+MAX_BOXES = 1000  # of one picture: more than any picture has things
 MAX_KEYS = 64  # per object: each unknown key would be a validation error of its own
 
 
@@ -51,6 +66,23 @@ Picture = Annotated[
 ]
 
 
+def _text_lists(value: object) -> object:
+    """Stops at the first fault, see `Body`."""
+    if isinstance(value, dict):
+        if len(value) > MAX_TEXT_LISTS:
+            raise ValueError(f"{len(value)} lists were given; at most {MAX_TEXT_LISTS} are read")
+        for name, texts in value.items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name[:200]!r} has no list of texts; expected one")
+    return value
+
+
+TextLists = Annotated[dict[str, list[str]], BeforeValidator(_text_lists)]  # in a form or a query it is JSON
+# x0, y0, x1, y1 in pixels of the upright picture
+PixelBox = Annotated[list[StrictFloat], Field(min_length=4, max_length=4, fail_fast=True)]
+PixelBoxes = Annotated[list[PixelBox], Field(min_length=1, max_length=MAX_BOXES, fail_fast=True)]
+
+
 class Body(BaseModel):
     """What a caller sends. Unknown fields, NaN and infinity are errors.
 
@@ -60,6 +92,8 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     max_bytes: ClassVar[int | None] = None  # of the JSON, if the service's limit for all bodies is far too high
+    form: ClassVar[bool] = False  # whether a multipart form may be the body,
+    raw: ClassVar[bool] = False  # and a picture alone, so that the query holds the other fields
 
     @model_validator(mode="before")
     @classmethod
@@ -68,9 +102,42 @@ class Body(BaseModel):
             raise ValueError(f"{len(value)} fields were given; at most {MAX_KEYS} are read")
         return value
 
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        """The fields of a form or a query, a picture as bytes. A list takes every pair of its name, another field one;
+        a field that is an object is JSON.
+
+        Raises `BadRequest`, `InvalidRequest`.
+        """
+        fields: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in cls.model_fields and is_list(cls.model_fields[key]):
+                fields.setdefault(key, []).append(value)
+            elif key in fields:
+                raise BadRequest(f"the field {key!r} is given twice; expected one")
+            elif key in cls.model_fields and is_object(cls.model_fields[key]):
+                text = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+                fields[key] = parse(text, f"the field {key!r}")
+            else:
+                fields[key] = value
+        return fields
+
+
+def is_list(field: FieldInfo) -> bool:
+    """A list, or a list or null."""
+    kinds = (field.annotation, *(() if is_object(field) else get_args(field.annotation)))
+    return any(get_origin(kind) is list for kind in kinds)
+
+
+def is_object(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is dict
+
 
 class PictureBody(Body):
     """One picture, and fields that a form or a query can also carry. The body may have any of the three shapes."""
+
+    form: ClassVar[bool] = True
+    raw: ClassVar[bool] = True
 
     model: str | None = Field(None, description="a loaded bundle; default: the first that serves the task")
     image: Picture

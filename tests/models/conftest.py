@@ -169,6 +169,31 @@ def detector(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Ma
 
 
 @pytest.fixture
+def mapped(colours: dict[str, Any], sealed: Path) -> Bundle:
+    """The bundle with a graph `dense` of 2 x 2 cells of 4 pixels, whose answers a test invents."""
+    colours["graphs"]["dense"] = {
+        "file": "image.onnx",
+        "inputs": {"pixels": {"dtype": "float32", "shape": ["B", 3, 8, 8]}},
+        "outputs": {"patches": {"dtype": "float32", "shape": ["B", 2, 2, 3]}},
+        "preprocess": {"kind": "image", "size": [8, 8], "resize": "letterbox", "mean": [0.0] * 3, "std": [1.0] * 3},
+    }
+    bundle = Bundle(read(sealed))
+    bundle.manifest = parse(json.dumps(colours).encode(), "colours")
+    return bundle
+
+
+@pytest.fixture
+def mapped_finder(finder: Bundle, colours: dict[str, Any]) -> Bundle:
+    """The detector with such a graph instead of `regions`."""
+    graphs = colours["graphs"]
+    graphs["dense"] = {**graphs.pop("regions"), "outputs": {"patches": {"dtype": "float32", "shape": ["B", 2, 2, 3]}}}
+    for name, shape in (("class_embeds", [1, "P", 3]), ("boxes", [1, "P", 4]), ("objectness", [1, "P"])):
+        graphs["detect"]["inputs"][name]["shape"] = shape
+    finder.manifest = parse(json.dumps(colours).encode(), "colours")
+    return finder
+
+
+@pytest.fixture
 def bundle(sealed: Path) -> Bundle:
     return Bundle(read(sealed))
 

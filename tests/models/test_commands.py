@@ -3,7 +3,9 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import onnx.parser
 import pytest
@@ -108,3 +110,66 @@ def test_run_detects_by_labels_and_examples_with_the_bundles_defaults(
     assert "1.000  example 0" in capsys.readouterr().out  # the picture follows an option
     assert main(["run", str(detector), "detect", str(tmp_path / "red.png"), "--example=nowhere.png"]) == 2
     assert "nowhere.png' cannot be read" in capsys.readouterr().err
+
+
+def test_run_classifies_with_attributes_and_descriptions(
+    detector: Path, png: Callable[..., bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    picture, file = tmp_path / "red.png", tmp_path / "descriptions.json"
+    picture.write_bytes(png("red", (8, 8)))
+    file.write_text('{"green": ["red"], "red": ["blue", "green"]}')
+
+    def run(*more: str) -> int:
+        return main(["run", str(detector), "classify", str(picture), "--label=green", "--label=red", *more])
+
+    def answer(*more: str) -> dict[str, Any]:
+        assert run(*more, "--json") == 0
+        (only,) = json.loads(capsys.readouterr().out)["answers"]
+        return only
+
+    hues = ["--attribute=hue=blue", "--attribute=hue=red"]
+    # "red , red" and "green , red": cosines 1 and 1 / sqrt(2); with blue 1 / sqrt(2) and 0; the head's scale is 2
+    totals = [sum(np.exp([2**0.5, 0])), sum(np.exp([2, 2**0.5]))]
+    expected = {"blue": totals[0] / sum(totals), "red": totals[1] / sum(totals)}
+    assert answer(*hues)["attributes"] == {"hue": pytest.approx(expected, abs=1e-6)}
+    # the paper's word without labels: "object , blue" and "object , red", cosines 0 and 1, divided by tau
+    without = answer(*hues, "--without-labels", "--tau=2")["attributes"]["hue"]
+    assert without["red"] == pytest.approx(1 / (1 + np.exp(-1)), abs=1e-6)
+    assert [row["score"] for row in answer(f"--descriptions={file}", "--alpha=0.5")["classify"]] == pytest.approx(
+        [0.5, 0.5], abs=1e-6
+    )
+    assert answer(f"--descriptions={file}")["classify"][0]["label"] == "green"
+    assert run(*hues) == 0
+    assert "  hue: 'blue' 0.31, 'red' 0.69" in capsys.readouterr().out
+    for options, says in (
+        (["--attribute=blue"], "--attribute is 'blue'; expected NAME=VALUE"),
+        (["--tau=2"], "belong to attributes, and there are none; add --attribute"),
+        (["--descriptions=nowhere.json"], "the descriptions in nowhere.json cannot be read"),
+        ([f"--descriptions={picture}"], "cannot be read"),
+        (["--alpha=0.5"], "the label 'green' has no descriptions"),
+    ):
+        assert run(*options) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_run_prints_tags_and_pictures_in_order(
+    sealed: Path, tmp_path: Path, png: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+):
+    paths = [tmp_path / f"{colour}.png" for colour in ("blue", "red")]
+    for path in paths:
+        path.write_bytes(png(path.stem))
+    shown = [str(path) for path in paths]
+    assert main(["run", str(sealed), "rank", *shown, "--instruction", "red", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert answers == [
+        {"picture": shown[1], "rank": {"index": 1, "score": 1.0}},
+        {"picture": shown[0], "rank": {"index": 0, "score": 0.0}},
+    ]
+    assert main(["run", str(sealed), "rank", *shown, "--instruction", "red", "--top", "1"]) == 0
+    assert capsys.readouterr().out == f"  1.000  {shown[1]}\n"
+    assert main(["run", str(sealed), "tag", shown[1], "--word", "blue", "--word", "red"]) == 0
+    assert capsys.readouterr().out == f"{shown[1]}\n  a photo of red (by template)\n  1.000  red\n"
+    assert main(["run", str(sealed), "rank", *shown]) == 2
+    assert "expected `instruction` or `classifier`" in capsys.readouterr().err
+    assert main(["run", str(sealed), "rank", "--instruction", "red"]) == 2
+    assert "no pictures were given" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calmclip import Example, Runner, Suppression, models, open_bundle
+from calmclip import Attributes, Example, Runner, Suppression, models, open_bundle
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import (
     BadImage,
@@ -306,6 +306,24 @@ def test_temperature_and_none_below_reach_one_picture_and_many(sealed: Path, png
     assert runner.classify(png("red"), ["green", "red"], none_below=0.99).none is True
 
 
+def test_attributes_and_descriptions_reach_one_picture_and_many(detector: Path, png: Png):
+    runner, labels = open_bundle(detector), ["green", "red"]
+    # one value is zero-shot with its sentence: "red , blue" is (1, 0, 1) / sqrt(2), so the logits are 2 / sqrt(2) and 0
+    ranking = runner.classify(png("red"), labels, attributes={"hue": ["blue"]})
+    assert ranking.labels[0].score == pytest.approx(1 / (1 + np.exp(-(2**0.5))))
+    flat = Attributes({"hue": ["blue", "red"]}, tau=np.inf)
+    assert runner.classify(png("red"), labels, attributes=flat).inferred.marginals == {"hue": {"blue": 0.5, "red": 0.5}}
+    assert list(runner.classify_many([png("red")], labels, attributes={"hue": ["blue"]})) == [ranking]
+    described = {"descriptions": {"green": ["red"], "red": ["blue", "green"]}}
+    # the only region is the picture: its cosines with the best descriptions are 1 and 0
+    grounded = runner.classify(png("red"), labels, alpha=0.5, **described)
+    assert [ranked.score for ranked in grounded] == pytest.approx([0.5, 0.5], abs=1e-6)
+    assert [*runner.classify_many([png("red")], labels, alpha=0.5, **described)] == [grounded]
+    replaced = runner.classify(png("red"), labels, **described)
+    assert (replaced.labels[0].label, replaced.labels[0].cosine) == ("green", pytest.approx(1))
+    assert [*runner.classify_many([png("red")], labels, **described)] == [replaced]
+
+
 def test_logits_are_rows_of_pictures_and_columns_of_labels(sealed: Path, png: Png):
     logits = open_bundle(sealed).logits([png("red"), png("yellow")], ["blue", "red"])
     assert logits == pytest.approx(np.array([[0, 2], [0, 2 * 0.5**0.5]]), abs=1e-6)
@@ -335,17 +353,18 @@ def test_a_head_is_fitted_and_calibrated_from_python(sealed: Path, png: Png):
     """The pictures have labels of other colours, so their texts would not match."""
     runner = open_bundle(sealed)
     pictures, truth = [png("red"), png((0, 255, 0)), png("blue")], ["sea", "grass", "fire"]
-    fitted = runner.fit(pictures, truth, "prototype", labels=["fire", "sea", "grass"], scale=2.0)
+    fitted, report = runner.fit(pictures, truth, "prototype", labels=["fire", "sea", "grass"], scale=2.0)
     assert (fitted.family, fitted.assets["prototypes"].tolist()) == (
         runner.bundle.family,
         [[0, 0, 1], [1, 0, 0], [0, 1, 0]],
     )
+    assert (report.before, report.after, report.measured) == (None, None, "nothing: no label has two pictures")
     ranked = runner.classify(png("blue"), ["grass", "fire"], classifier=fitted)
     assert [(r.label, r.score) for r in ranked] == [  # logits 2 and 0
         ("fire", pytest.approx(0.880797, abs=1e-6)), ("grass", pytest.approx(0.119203, abs=1e-6))
     ]  # fmt: skip
     # 75 right, 25 wrong: targets 101/102 and 1/102, with a mean of 76/102 for the best of two: T = 2 / ln (76 / 26)
-    two = runner.fit(pictures[:2], ["sea", "grass"], "prototype", scale=2.0)
+    two, _ = runner.fit(pictures[:2], ["sea", "grass"], "prototype", scale=2.0)
     warm, errors = runner.calibrate([png("red")] * 100, ["sea"] * 75 + ["grass"] * 25, two)
     assert warm.temperature == errors.temperature == pytest.approx(2 / np.log(76 / 26), rel=0.012)
     assert runner.classify(png("red"), classifier=warm).temperature == warm.temperature
@@ -369,7 +388,7 @@ def test_a_head_is_fitted_and_calibrated_from_python(sealed: Path, png: Png):
     assert spy.runs == []  # refused before a picture is embedded
     for arguments, says in (
         ((pictures, truth[:2], "prototype"), "3 pictures and 2 labels were given"),
-        ((pictures, truth, "cosine"), "the head 'cosine' has nothing to fit; those that do: prototype"),
+        ((pictures, truth, "cosine"), "the head 'cosine' has nothing to fit; those that do: caps, direction, gda, "),
         (([], [], "prototype"), "no labels were given"),
     ):
         with pytest.raises((BadRequest, TooManyLabels), match=says):

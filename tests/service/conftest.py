@@ -1,8 +1,8 @@
 """A bundle whose answers are worked out by hand, and a service over real sockets.
 
 `colours-int8`: the vector of a picture is its mean colour, the vector of a text is the sum of its words' colours; both
-are unit vectors. `regions` are the four quarters of the picture. So a red picture has cosine 1 with "red", 0 with
-"blue", and 1/sqrt(2) with "yellow" = red + green.
+are unit vectors. `regions` are the four quarters of the picture, `dense` the mean colours of 4 x 4 cells. So a red
+picture has cosine 1 with "red", 0 with "blue", and 1/sqrt(2) with "yellow" = red + green.
 """
 
 import io
@@ -82,6 +82,39 @@ regions (float[B, 3, 8, 8] pixels) => (float[B, 4, 3] class_embeds, float[B, 4, 
     objectness = Add(flat_sum, one)
 }
 """
+DENSE = """
+<ir_version: 8, opset_import: ["" : 18]>
+dense (float[B, 3, 8, 8] pixels) => (float[B, 4, 4, 3] patches) {
+    means = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (pixels)
+    patches = Transpose <perm = [0, 2, 3, 1]> (means)
+}
+"""
+
+
+# Sums of the mean of a pixel's three colours; their first part is the mean of the whole picture, and the map is that.
+LEVELS = """
+<ir_version: 8, opset_import: ["" : 18]>
+levels (float[1, 3, height, width] pixels, float[12, height] rows, float[width, 12] columns)
+=> (float[1, 1, 12, 12] sums) <int64[1] colours = {1}> {
+    grey = ReduceMean(pixels, colours)
+    averaged = MatMul(rows, grey)
+    sums = MatMul(averaged, columns)
+}
+"""
+ENHANCE = """
+<ir_version: 8, opset_import: ["" : 18]>
+enhance (float[1, 3, height, width] pixels, float[1, 1, 12, 12] levels, float[height, 12] rows,
+         float[12, width] columns)
+=> (float[1, 1, height, width] light_map)
+<int64[1] zero = {0}, int64[1] one = {1}, int64[2] start = {0, 0}, int64[2] end = {1, 1},
+ int64[2] axes = {2, 3}> {
+    first_row = Slice(columns, zero, one, zero)
+    first_column = Slice(rows, zero, one, one)
+    whole = Slice(levels, start, end, axes)
+    down = MatMul(first_column, whole)
+    light_map = MatMul(down, first_row)
+}
+"""
 
 
 def _outliers(norm: float) -> dict[str, object]:
@@ -156,7 +189,7 @@ def make_bundle(
         {
             "name": name,
             "precision": "int8" if name.endswith("int8") else "float",
-            "tasks": ["classify", "embed", "detect"],
+            "tasks": ["classify", "embed", "detect", "enhance"],
             "source": {"net": "hand", "model": "colours", "license": "Apache-2.0", "notes": note},
             "graphs": {
                 "image": {
@@ -181,6 +214,12 @@ def make_bundle(
                     },
                     "preprocess": {**picture, "resize": "letterbox"},
                 },
+                "dense": {
+                    "file": "dense.onnx",
+                    "inputs": pixels,
+                    "outputs": {"patches": _tensor("float32", "B", 4, 4, 3)},
+                    "preprocess": {**picture, "resize": "letterbox"},
+                },
                 "detect": {
                     "file": "detect.onnx",
                     "batch": False,
@@ -199,6 +238,27 @@ def make_bundle(
                         "candidates": _tensor("int64", 1),
                     },
                 },
+                "levels": {
+                    "file": "levels.onnx",
+                    "batch": False,
+                    "inputs": {
+                        "pixels": _tensor("float32", 1, 3, "height", "width"),
+                        "rows": _tensor("float32", 12, "height"),
+                        "columns": _tensor("float32", "width", 12),
+                    },
+                    "outputs": {"sums": _tensor("float32", 1, 1, 12, 12)},
+                },
+                "enhance": {
+                    "file": "enhance.onnx",
+                    "batch": False,
+                    "inputs": {
+                        "pixels": _tensor("float32", 1, 3, "height", "width"),
+                        "levels": _tensor("float32", 1, 1, 12, 12),
+                        "rows": _tensor("float32", "height", 12),
+                        "columns": _tensor("float32", 12, "width"),
+                    },
+                    "outputs": {"light_map": _tensor("float32", 1, 1, "height", "width")},
+                },
             },
             "classifier": {"templates": ["a photo of a {}"], "head": {"name": "cosine", "params": {"scale": 10.0}}},
             "family": family,
@@ -214,7 +274,10 @@ def make_bundle(
         (directory / "text.onnx").write_bytes(_graph(TEXT, table=table, minus=np.array([-1])))
         numbers = {"nought": np.zeros(1, np.float32), "one": np.ones(1, np.float32)}
         (directory / "regions.onnx").write_bytes(_graph(REGIONS, **numbers))
+        (directory / "dense.onnx").write_bytes(_graph(DENSE))
         (directory / "detect.onnx").write_bytes(_graph(DETECT))
+        (directory / "levels.onnx").write_bytes(_graph(LEVELS))
+        (directory / "enhance.onnx").write_bytes(_graph(ENHANCE))
         _tokenizer().save(str(directory / "tokenizer.json"))
         (directory / "report.json").write_text(report)
         return seal(directory, manifest, replace=replace)

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import calmclip.service.client
 import calmclip.service.hub
 from calmclip.models.runner import Runner, open_bundle
 from calmclip.models.tasks import detect
+from calmclip.models.tasks.attributes import Attributes
 from calmclip.service.client import (
     AsyncClient,
     Calls,
@@ -97,11 +99,45 @@ def test_classify(ask, runner, picture):
     assert numbers == pytest.approx([x for row in want for x in (row.score, row.cosine)], abs=1e-6)
 
 
+def test_classify_with_attributes_and_descriptions(ask, runner, picture):
+    data, labels = picture("red", "red", "green", "green"), ["red", "blue"]
+    values = {"place": ["yellow", "white"], "time": ["green", ""]}
+    answer = ask("classify", data, labels, attributes=values, tau=2.0, with_labels=False)
+    want = runner.classify(data, labels, attributes=Attributes(values, 2.0, with_labels=False))
+    assert [row.score for row in answer.labels] == pytest.approx([row.score for row in want], abs=1e-6)
+    assert {name: [*each] for name, each in answer.attributes.items()} == values
+    shown = [(row.text, row.probability) for row in answer.composites]
+    assert shown == [(text, pytest.approx(part, abs=1e-6)) for text, part in want.inferred.composites]
+    described = {"descriptions": {"red": ["green", "a red thing"], "blue": ["blue"]}, "alpha": 0.25}
+    answer, want = ask("classify", data, labels, **described), runner.classify(data, labels, **described)
+    assert [row.score for row in answer.labels] == pytest.approx([row.score for row in want], abs=1e-6)
+    assert (answer.attributes, answer.composites) == (None, None)
+
+
 def test_embed_texts_first(ask, runner, picture):
     texts, images = ["a green thing", "yellow"], [picture("blue"), picture("white")]
     answer = ask("embed", texts=texts, images=images)
     assert answer.dim == 3
     assert np.array(answer.embeddings) == pytest.approx(runner.embed(texts=texts, images=images), abs=1e-6)
+
+
+def test_enhance(ask, runner, picture):
+    data = picture("red", "white", "white", "blue")
+    with Image.open(io.BytesIO(ask("enhance", data, map_pixels=2000))) as image:
+        assert image.format == "PNG"
+        assert np.array_equal(np.asarray(image), np.asarray(runner.enhance(data, map_pixels=2000)))
+
+
+def test_embed_and_detect_take_boxes(ask, runner, picture):
+    data, boxes = picture("red", "green", "blue", "yellow"), [[0, 0, 32, 24], (32, 24, 64, 48)]
+    answer = ask("embed", texts=["red"], images=[data], boxes=boxes)
+    assert np.array(answer.embeddings[1:]) == pytest.approx(runner.embed_boxes(data, boxes)[0], abs=1e-6)
+    for where in ({"boxes": boxes}, {"grid": {"sizes": [0.5], "ratios": [1.0]}}):
+        grid = detect.Grid(**where["grid"]) if "grid" in where else None
+        want = runner.detect(data, ["red"], boxes=where.get("boxes"), grid=grid)
+        got = ask("detect", data, ["red"], **where)
+        assert [d.score for d in got.detections] == pytest.approx([d.score for d in want], abs=1e-6)
+        assert got.suppression.candidates == want.candidates
 
 
 def test_a_picture_is_a_path_bytes_or_a_file(ask, picture, tmp_path):
@@ -134,6 +170,29 @@ def test_detect(ask, runner, picture):
     assert boxes == [pytest.approx(d.box.tolist(), abs=0.01) for d in want]
     assert [d.score for d in answer.detections] == pytest.approx([d.score for d in want], abs=1e-6)
     assert {name: getattr(answer.suppression, name) for name in suppression} == suppression
+
+
+def test_rank(ask, runner, picture):
+    images = [picture("blue"), picture("yellow"), picture("red")]
+    answer = ask("rank", images, "red", top=2)
+    want = runner.rank(images, "red", top=2)
+    assert [(p.index, p.score) for p in answer.pictures] == [(p.index, pytest.approx(p.score, abs=1e-6)) for p in want]
+    assert answer.scale == want.scale == "cosine"
+    ask("put_classifier", "order", ["red", "blue"])
+    assert [p.index for p in ask("rank", images, classifier="order", label="blue", top=1).pictures] == [0]
+    ask("delete_classifier", "order")
+
+
+def test_tag(ask, runner, picture):
+    data = picture("red", "green", "blue", "yellow")
+    answer = ask("tag", data, ["red", "blue"], templates=["a {}"], top=3)
+    want = runner.tag(data, ["red", "blue"], templates=["a {}"], top=3)
+    assert [(t.word, t.index) for t in answer.tags] == [(t.word, t.index) for t in want.picture]
+    boxes = [[t.box.x0, t.box.y0, t.box.x1, t.box.y1] for t in answer.regions]
+    assert boxes == [pytest.approx(t.box.tolist(), abs=0.01) for t in want.regions]
+    assert [t.score for t in answer.regions] == pytest.approx([t.score for t in want.regions], abs=1e-6)
+    assert (answer.caption, answer.captioned_by) == (want.caption, want.captioned_by)
+    assert ask("tag", data, ["red"], regions=False).regions == []
 
 
 def test_collections(ask, runner, picture):
@@ -174,14 +233,23 @@ def test_collections(ask, runner, picture):
 def test_classifiers(ask, runner, picture):
     registered = ask("put_classifier", "pets", ["red", "blue"], templates=["a {}"], descriptions={"red": ["red"]})
     described = {"red": ["red"]}
-    assert registered == Classifier("pets", 1, ["red", "blue"], ["a {}"], described, None, {}, 1.0, None, None, False)
+    assert registered == Classifier(
+        "pets", 1, ["red", "blue"], ["a {}"], described, None, {}, 1.0, None, None, False, None
+    )
     assert ask("classifier", "pets") == registered
     assert ask("classifiers") == [registered]
     (first, _) = ask("classify", picture("blue"), classifier="pets").labels
     assert first.label == "blue"
     known = [(picture("blue"), "red"), (picture("red"), "blue")]
-    fitted = ask("fit_classifier", "pets", known, "prototype", {"scale": 9.0})
+    with pytest.raises(Conflict, match="there is a classifier 'pets' already") as refused:
+        ask("fit_classifier", "pets", "prototype", known)
+    assert refused.value.slug == "classifier-exists"
+    fitted = ask("fit_classifier", "pets", "prototype", known, params={"scale": 9.0}, replace=True)
     assert (fitted.head, fitted.params, fitted.fitted) == ("prototype", {"scale": 9.0}, True)
+    assert (fitted.report.method, fitted.report.pictures, fitted.report.before, fitted.skipped) == (
+        "prototype", 2, None, 0
+    )  # fmt: skip
+    assert ask("classifier", "pets").report == fitted.report
     assert ask("classify", picture("blue"), classifier="pets").labels[0].label == "red"  # the fitted label
     assert ask("delete_classifier", "pets") is None
     assert ask("classifiers") == []
@@ -205,7 +273,7 @@ USUAL = Suppression("gaussian", 0.5, 0.3, 0.15, 100, True)
 
 def test_models(ask, runner):
     (model,) = ask("models")
-    assert (model.name, model.tasks) == ("colours-int8", ["classify", "embed", "detect"])
+    assert (model.name, model.tasks) == ("colours-int8", ["classify", "embed", "detect", "enhance", "rank", "tag"])
     assert (model.digest, model.precision) == (runner.bundle.digest, "int8")
     assert (model.dim, model.labels, model.suppression) == (3, 0, USUAL)
     files = ask("model", "colours-int8")
@@ -260,8 +328,11 @@ def test_a_name_cannot_leave_its_path(ask):
         ("upsert", ("photos", [Item("a")])),
         ("upsert", ("photos", [Item("a", "red", b"")])),
         ("classify", (7,)),
+        ("classify", {"image": b"", "attributes": {"place": "sea"}}),
         ("classify", (io.StringIO("text"),)),
         ("detect", (b"", "red")),
+        ("rank", (b"", "red")),
+        ("tag", (b"", "red")),
         ("detect", {"image": b"", "examples": b""}),
         ("embed", {"texts": "red"}),
         ("embed", {"images": "cat.jpg"}),
@@ -433,7 +504,7 @@ def test_every_endpoint_of_the_clients_has_a_call():
     """Pages, metrics and the compatible protocols have other clients."""
     called = set()
     for name, make in inspect.getmembers(Calls, inspect.isfunction):
-        words = {"image": b"", "text": "t", "items": [], "labels": [], "ids": []}
+        words = {"image": b"", "text": "t", "images": [], "items": [], "labels": [], "ids": []}
         needed = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
         call = make(
             **{p.name: words.get(p.name, "NAME") for p in needed}, **({"text": "t"} if name == "search" else {})

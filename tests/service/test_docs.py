@@ -106,10 +106,18 @@ def test_the_python_example_runs(client, monkeypatch, capsys):
     monkeypatch.chdir(ASSETS)
     exec(block.replace("http://127.0.0.1:8080", str(client.base_url)), {})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "3"
-    assert lines[3:5] == ["['cat']", "['cat', 'sand']"]
-    assert lines[5] == "this"
-    assert lines[6].startswith("404 collection-not-found ")
+    assert lines[1:3] == ["['indoors', 'on grass']", "3"]
+    assert lines[6:8] == ["['cat']", "['cat', 'sand']"]
+    assert lines[8:10] == ["2 None", "this"]
+    assert lines[10].startswith("404 collection-not-found ")
+
+
+def test_the_python_example_of_stored_classifiers_runs(bundles, monkeypatch, capsys, tmp_path):
+    (block,) = blocks((ROOT / "docs/classifiers.md").read_text(encoding="utf-8"), "python")
+    monkeypatch.chdir(ASSETS)
+    block = block.replace("models/bundles/mini-int8", str(bundles / "colours-int8"))
+    exec(block.replace("data/classifiers", str(tmp_path / "classifiers")), {})
+    assert capsys.readouterr().out == "cat\n"
 
 
 def test_the_python_example_of_the_readme_runs(bundles, monkeypatch, capsys):
@@ -128,11 +136,13 @@ def test_the_endpoint_of_the_services_page_registers(monkeypatch):
     assert (ENDPOINTS.get("POST /v1/channel").body, ENDPOINTS.get("POST /v1/channel").answer) == (body, answer)
 
 
-@pytest.mark.parametrize(("page", "schema"), [(USING, "ClassifyBody"), (README, "ClassifyAnswer")])
-def test_json_examples_match_the_schema(client, page, schema):
+@pytest.mark.parametrize(
+    ("page", "schemas"), [(USING, ["ClassifyBody", "EmbedBody"]), (README, ["ClassifyAnswer"])], ids=["using", "readme"]
+)
+def test_json_examples_match_the_schema(client, page, schemas):
     components = client.get("/openapi.json").json()["components"]
-    (block,) = blocks(page, "json")
-    jsonschema.validate(json.loads(block), {"components": components, "$ref": f"#/components/schemas/{schema}"})
+    for block, schema in zip(blocks(page, "json"), schemas, strict=True):
+        jsonschema.validate(json.loads(block), {"components": components, "$ref": f"#/components/schemas/{schema}"})
 
 
 def file(name: str) -> Path:

@@ -20,7 +20,7 @@ from calmclip.models.errors import InputError
 from calmclip.service import quantized
 from calmclip.service.schemas.collections import ItemsBody, SearchBody
 from calmclip.service.stores import Info, Row, open_store
-from calmclip.service.uploads import _json
+from calmclip.service.strict_json import parse
 from tests.asking import raw
 
 VECTOR = np.eye(4, dtype=np.float32)[0]
@@ -192,7 +192,7 @@ def tables(tmp_path_factory, postgres):
 def read(model: Any, body: dict[str, Any]) -> Any:
     """``body`` as the service reads it from the wire, or the error."""
     try:
-        return model.model_validate(_json(json.dumps(body).encode()))
+        return model.model_validate(parse(json.dumps(body).encode()))
     except (InputError, ValidationError) as error:
         return error
 

@@ -59,7 +59,7 @@ def test_every_graph_runs_before_the_hub_is_ready(make_settings, monkeypatch):
 
     ready, graphs, seconds = at(make_settings(), scenario)
     assert ready
-    assert graphs == {"image", "text", "regions", "detect"}
+    assert graphs == {"image", "text", "regions", "dense", "detect", "levels", "enhance"}
     assert seconds > 0
 
 

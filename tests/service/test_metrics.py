@@ -12,7 +12,7 @@ from calmclip.service import resources
 from calmclip.service.metrics import EDGES_S, STAGES
 from calmclip.service.parts import Service
 from calmclip.service.request import Context
-from tests.asking import raw
+from tests.asking import b64, raw
 
 
 def scrape(client) -> dict[tuple[str, frozenset], float]:
@@ -61,10 +61,12 @@ def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
 
 def test_the_header_lists_all_stages_in_the_order_of_a_request(client, picture):
     assert client.put("/v1/collections/order", json={}).status_code == 201
+    shown = [{"image": b64(picture(colour)), "label": colour} for colour in ("red", "blue")]
     answers = [
         client.post("/v1/classify?labels=red", **raw(picture("red"))),
         client.post("/v1/collections/order/items", json={"items": [{"id": "a", "text": "red"}]}),
         client.post("/v1/collections/order/search", json={"query": {"text": "red"}}),
+        client.post("/v1/classifiers/order/fit", json={"method": "prototype", "items": shown}),
     ]
     stages: list[set[str]] = []
     for answer in answers:

@@ -27,6 +27,7 @@ from tests.service.test_monitoring import PANELS
 
 CLIENTS = 5
 SECONDS = 12  # of load
+pytestmark = pytest.mark.slow
 
 
 def load(url: str, picture: bytes, until: float) -> None:

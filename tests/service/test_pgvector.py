@@ -114,8 +114,8 @@ def test_the_service_waits_for_a_server_that_starts_later(postgres, settings, se
     try:
         with caplog.at_level(logging.INFO), serve(settings(store=url), ready=False) as client:
             until(lambda: "does not answer" in client.get("/readyz").json().get("degraded", {}).get("collections", ""))
+            until(lambda: client.get("/readyz").status_code == 200)  # the bundles have loaded
             ready = client.get("/readyz")
-            assert ready.status_code == 200
             assert client.post("/v1/embed", json={"inputs": [{"text": "red"}]}).status_code == 200
             answer = client.get("/v1/collections")
             assert (answer.status_code, answer.json()["type"]) == (503, "/problems/store-unavailable")

@@ -180,7 +180,7 @@ EMPTY = {"sha256": "0" * 64, "bytes": 0}
     [
         (lambda data: data["graphs"]["text"].update(run="rm -rf /"), r"graphs\.text\.run: unknown key"),
         (lambda data: data.pop("files"), "lists no files, so it is not sealed"),
-        (lambda data: data.update(tasks=["detect"]), r"bundle\.json: manifest: task 'detect' needs a graph 'regions'"),
+        (lambda data: data.update(tasks=["detect"]), r"bundle\.json: manifest: task 'detect' needs a graph 'detect'"),
         (lambda data: data["files"].update({f"f{i}": EMPTY for i in range(1000)}), "lists 1003 files; at most 1000"),
         (lambda data: data["source"].update(notes="x" * (1 << 20)), r"has \d+ bytes; a manifest has at most 1048576"),
         (

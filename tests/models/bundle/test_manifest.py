@@ -69,7 +69,7 @@ def test_an_unknown_key_is_named_at_any_depth(colours: Json, place: str):
         ("tasks", [], "tasks: "),
         ("tasks", ["Segment!"], r"tasks\.0: "),
         ("family", "0" * 63, "family: "),
-        ("tasks", ["detect"], "needs a graph 'regions'"),
+        ("tasks", ["detect"], "needs a graph 'detect'"),
         ("graphs", {}, "graphs: "),
         ("graphs/text/preprocess", None, r"`graphs\.text\.preprocess` to be an? TextPreprocess"),
         ("graphs/image/preprocess/size", [4, 0], "not within 1 to 4096"),

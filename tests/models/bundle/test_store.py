@@ -126,7 +126,7 @@ def test_an_invalid_directory_is_not_sealed(tmp_path: Path, write: Write, replac
 
 def test_describe_makes_a_staged_directory_readable(tmp_path: Path, write: Write):
     with stage(tmp_path, "colours") as staged:
-        with pytest.raises(BundleInvalid, match="task 'detect' needs a graph 'regions'"):
+        with pytest.raises(BundleInvalid, match="task 'detect' needs a graph 'detect'"):
             describe(staged, write(staged).model_copy(update={"tasks": ("detect",)}))
         complete = describe(staged, write(staged))
         assert read(staged).manifest == complete

@@ -62,7 +62,7 @@ def test_metadata(client):
 def test_a_graph_that_is_not_served(client, name, tail):
     answer = client.get(f"/v2/models/{name}{tail}")
     assert (answer.status_code, answer.json()["type"]) == (404, "/problems/model-not-found")
-    assert answer.json()["known"] == ["colours-int8.image", "colours-int8.regions", "colours-int8.text"]
+    assert answer.json()["known"] == [f"colours-int8.{role}" for role in ("dense", "image", "regions", "text")]
 
 
 def test_a_raw_bundle_opens_all_its_graphs(settings, serve, bundle_maker, tmp_path):
