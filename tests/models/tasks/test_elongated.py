@@ -12,6 +12,7 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.flow import Array, Arrays, Call, Flow, drive
 from calmclip.models.tasks.detect import DetectRequest, Example, detect, propose
 from calmclip.models.tasks.elongated import MOST, slices
+from calmclip.models.tasks.regions import region_vectors
 
 
 def png(width: int, height: int) -> bytes:
@@ -105,6 +106,14 @@ def test_the_best_whole_boxes_of_all_views_answer_in_pixels_of_the_picture(finde
     assert answer.outputs["boxes"][0] == pytest.approx(np.array(want))
     assert answer.boxes == pytest.approx(np.array(want))  # the frame leaves them
     assert (answer.frame.width, answer.frame.height) == (300, 100)
+
+
+def test_vectors_of_regions_come_from_the_slices_too(finder: Bundle):
+    (vectors, boxes), calls = driven(region_vectors(finder, png(300, 100)), VIEWS)
+    proposed, _ = driven(propose(finder, png(300, 100)), VIEWS)
+    assert len(calls) == len(VIEWS)
+    assert boxes.tolist() == proposed.boxes.tolist()
+    assert vectors.tolist() == [[1, 0, 0]] * len(boxes)
 
 
 def test_outputs_that_are_no_rows_come_from_the_whole_picture(finder: Bundle):
