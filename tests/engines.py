@@ -47,7 +47,7 @@ def cases(runner: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> Ite
     queries = [case("text", bundle.text("text").prepare([text])) for text in texts]
     yield from queries
     vectors = np.concatenate([query.answers["text_embeds"] for query in queries])
-    for role in sorted(graphs.keys() & {"image", "regions"}):
+    for role in sorted(graphs.keys() & {"dense", "image", "regions"}):
         for number, picture in enumerate(pictures):
             yield (prepared := case(role, {"pixels": bundle.image(role).prepare(decode(picture.read_bytes()))[0]}))
             if role == "regions":
