@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calmclip.models.errors import CalmclipError
     from calmclip.models.runner import Runner, open_bundle
+    from calmclip.models.segmenters import Windows
     from calmclip.models.stored_classifier import ClassifierFolder, read_classifier
     from calmclip.models.suppression import Suppression
     from calmclip.models.tasks.attributes import Attributes
@@ -27,6 +28,7 @@ _PUBLIC = {
     "Example": "calmclip.models.tasks.detect",
     "Runner": "calmclip.models.runner",
     "Suppression": "calmclip.models.suppression",
+    "Windows": "calmclip.models.segmenters",
     "open_bundle": "calmclip.models.runner",
     "read_classifier": "calmclip.models.stored_classifier",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "Example",
     "Runner",
     "Suppression",
+    "Windows",
     "__version__",
     "open_bundle",
     "read_classifier",

@@ -34,6 +34,7 @@ FAMILIES = {
     "evals": "calmclip.models.evals:EVALS",
     "tasks": "calmclip.models.tasks:TASKS",
     "heads": "calmclip.models.heads:HEADS",
+    "segmenters": "calmclip.models.segmenters:SEGMENTERS",
     "stores": "calmclip.service.stores:STORES",
     "endpoints": "calmclip.service.routes:ENDPOINTS",
 }

@@ -26,7 +26,9 @@ from calmclip.models.preprocess.image import MAX_PIXELS, is_picture
 from calmclip.models.preprocess.image import Picture as Loaded
 from calmclip.models.runtime.clock import Stopwatch
 from calmclip.models.runtime.session import Session, SessionOptions
+from calmclip.models.segmenters import Windows
 from calmclip.models.suppression import Suppression
+from calmclip.models.tasks.anomaly import Anomaly, AnomalyRequest, Method, anomaly
 from calmclip.models.tasks.attributes import Attributes
 from calmclip.models.tasks.calibrate import Calibration, calibration, require_pictures
 from calmclip.models.tasks.classify import ClassifyRequest, Ranking, chosen, classify, logits
@@ -38,6 +40,7 @@ from calmclip.models.tasks.rank import RankRequest, Ranks, judge, ranks
 from calmclip.models.tasks.rank import require_pictures as require_ranked
 from calmclip.models.tasks.raw import RawRequest, raw
 from calmclip.models.tasks.regions import Boxes, Grid, region_vectors
+from calmclip.models.tasks.segment import SegmentRequest, Segments, segment
 from calmclip.models.tasks.tag import TagRequest, Tags, tag
 
 T = TypeVar("T")
@@ -295,6 +298,50 @@ class Runner:
         judged = self.run(judge(self.bundle, request))
         return ranks(judged.scale, [*self.map(map(judged.score, pictures), batch=batch, threads=threads)], top)
 
+    def segment(
+        self,
+        image: Picture,
+        labels: Sequence[str] = (),
+        *,
+        templates: Sequence[str] = (),
+        classifier: Classifier | None = None,
+        method: str | None = None,
+        params: Mapping[str, Any] = MappingProxyType({}),
+        background: Sequence[str] | None = None,
+        threshold: float | None = None,
+        independent: bool = False,
+        windows: Windows | None = None,
+        suppression: Suppression | None = None,
+    ) -> Segments:
+        """One picture; see `SegmentRequest`."""
+        labels, templates = listed("labels", labels), listed("templates", templates)
+        how = (method, params, background, threshold, independent, windows, suppression)
+        return self.run(segment(self.bundle, SegmentRequest(_picture(image), labels, templates, classifier, *how)))
+
+    def segment_many(
+        self,
+        images: Iterable[Picture],
+        labels: Sequence[str] = (),
+        *,
+        templates: Sequence[str] = (),
+        classifier: Classifier | None = None,
+        method: str | None = None,
+        params: Mapping[str, Any] = MappingProxyType({}),
+        background: Sequence[str] | None = None,
+        threshold: float | None = None,
+        independent: bool = False,
+        windows: Windows | None = None,
+        suppression: Suppression | None = None,
+        batch: int | None = None,
+        threads: int | None = None,
+    ) -> Iterator[Segments]:
+        """Masks in the order of the pictures. ``batch`` and ``threads``: see `map`; the others: `SegmentRequest`."""
+        labels, templates = listed("labels", labels), listed("templates", templates)
+        how = (method, params, background, threshold, independent, windows, suppression)
+        request = SegmentRequest(b"", labels, templates, classifier, *how)
+        flows = (segment(self.bundle, replace(request, image=image)) for image in _pictures(images))
+        return self.map(flows, batch=batch, threads=threads)
+
     def tag(
         self,
         image: Picture,
@@ -310,6 +357,23 @@ class Runner:
     def enhance(self, image: Picture, *, map_pixels: int = MAP_PIXELS) -> Image.Image:
         """RGB, as large as the upright picture; see `EnhanceRequest`."""
         return self.run(enhance(self.bundle, EnhanceRequest(_picture(image), map_pixels))).picture
+
+    def anomaly(
+        self,
+        image: Picture,
+        thing: str = "",
+        *,
+        normal: Sequence[str] = (),
+        damaged: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        classifier: Classifier | None = None,
+        method: Method | None = None,
+        threshold: float | None = None,
+    ) -> Anomaly:
+        """One picture; see `AnomalyRequest`."""
+        phrases = (thing, normal, damaged, templates)
+        request = AnomalyRequest(_picture(image), *phrases, classifier, method, threshold)
+        return self.run(anomaly(self.bundle, request))
 
     def raw(self, graph: str, feeds: Arrays) -> Arrays:
         return self.run(raw(self.bundle, RawRequest(graph, feeds)))

@@ -129,6 +129,20 @@ MODULES = {
 
         EVALS.register("guest")(Eval("channel", "*.jpg", NoParams, read, predict, score))
         """,
+    "guest_segmenter": """
+        from calmclip.models.bundle.manifest import FrozenModel
+        from calmclip.models.segmenters import SEGMENTERS, Segmenter
+        from calmclip.models.segmenters.maps import compared, dense_maps, without_dense
+
+        class Params(FrozenModel):
+            scale: float = 7
+
+        def flow(bundle, scene, params):
+            maps = yield from dense_maps(bundle, scene.image, scene.windows)
+            return compared(maps.patches, scene.text, scene.background, params.scale, 0, maps.frame)
+
+        SEGMENTERS.register("guest")(Segmenter(Params, "a guest", without_dense, flow))
+        """,
 }
 POINTS = """
 [calmclip.adapters]
@@ -141,6 +155,8 @@ POST /v1/channel = guest_endpoint
 guest = guest_head
 [calmclip.evals]
 guest = guest_eval
+[calmclip.segmenters]
+guest = guest_segmenter
 """
 SCRIPT = """
 import asyncio, base64, contextlib, io, json, sys
@@ -188,6 +204,8 @@ results = asyncio.run(served(cat.read_bytes(), (pictures / "rocket.jpg").read_by
 results["plugins"] = verb("plugins")
 results["run"] = verb("run", bundle, "channel", str(cat), "--times", "2")
 results["eval"] = verb("eval", bundle, "guest", "--data", str(pictures), "--limit", "3")
+from calmclip.models.segmenters import SEGMENTERS
+results["segmenter"] = [SEGMENTERS.get("guest").summary, SEGMENTERS.get("maskclip").summary]
 results["torch"] = "torch" in sys.modules
 print(json.dumps(results))
 """
@@ -261,8 +279,8 @@ def test_each_is_listed_served_measured_and_in_openapi(
     assert results["read"] == [200, {"model": bundle.name, **most, "most": pytest.approx(3 * row.max(), abs=1e-5)}]
     # listed
     assert results["models"][1]["models"][0]["tasks"] == ["classify", "embed", "raw", "channel", "rank", "tag"]
-    families = ("adapters", "tasks", "endpoints", "heads", "evals")
-    names = ("guest", "channel", "POST /v1/channel", "guest", "guest")
+    families = ("adapters", "tasks", "endpoints", "heads", "evals", "segmenters")
+    names = ("guest", "channel", "POST /v1/channel", "guest", "guest", "guest")
     assert all(name in results["plugins"][family] for family, name in zip(families, names, strict=True))
     # measured
     assert (
@@ -287,4 +305,5 @@ def test_each_is_listed_served_measured_and_in_openapi(
     rows = runner.embed(images=sorted(pictures.glob("*.jpg"))[:3])
     (figure,) = results["eval"]["figures"]
     assert figure["values"][bundle.name]["value"] == pytest.approx(rows.max(axis=1).mean(), abs=1e-6)
+    assert results["segmenter"] == ["a guest", "each patch by its nearest text"]
     assert results["torch"] is False

@@ -20,7 +20,7 @@ from calmclip.models.ops.library import Library, Mode, find
 from calmclip.models.outliers import Outliers, outliers
 from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer
 from calmclip.models.preprocess.text import TextPreparer
-from calmclip.models.tasks import TASKS, embedding, served
+from calmclip.models.tasks import TASKS, embedding, missing_graphs, served
 
 
 class Bundle:
@@ -68,9 +68,9 @@ class Bundle:
     def require(self, task: str) -> None:
         """Raises `TaskNotServed` unless the manifest lists ``task``, or one that it follows from."""
         if task not in self.tasks:
-            known = self.tasks
+            known, lack = self.tasks, missing_graphs(task, self.manifest)
             raise TaskNotServed(
-                f"bundle {self.name!r} does not serve {task!r}; it serves {', '.join(known)}", known=known
+                f"bundle {self.name!r} does not serve {task!r}; it serves {', '.join(known)}{lack}", known=known
             )
 
     def warm(self) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calmclip.models.errors import BundleInvalid, BundleTooNew
-from calmclip.models.labels import NoneBelow, Temperature, Template
+from calmclip.models.labels import MAX_CHARACTERS, NoneBelow, Temperature, Template
 from calmclip.models.suppression import IouThreshold, MaxOutput, Method, MinScore, PerClass, Sigma
 
 FORMAT = 2
@@ -45,6 +45,7 @@ Name = Annotated[str, Field(pattern=_NAME)]
 TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 Triple = tuple[float, float, float]
 MAX_SIDE = 4096  # pixels of a graph's input
+GUIDE = "guide"  # an input beside those of `preprocess`: the output `patches` of the graph of this role
 
 
 class FrozenModel(BaseModel):
@@ -160,7 +161,7 @@ class TextPreprocess(FrozenModel):
 class Graph(FrozenModel):
     """One ONNX file. ``batch``: the first dimension of every input and output counts independent rows.
 
-    With ``preprocess`` the inputs are exactly its feeds.
+    With ``preprocess`` the inputs are exactly its feeds, and perhaps `GUIDE`.
     """
 
     file: Path
@@ -172,7 +173,7 @@ class Graph(FrozenModel):
     @model_validator(mode="after")
     def _fed(self) -> "Graph":
         feeds = self.preprocess.feeds() if self.preprocess else {}
-        if self.preprocess and sorted(feeds) != sorted(self.inputs):
+        if self.preprocess and sorted(feeds) != sorted(self.inputs.keys() - {GUIDE}):
             raise ValueError(f"preprocess makes the inputs {sorted(feeds)}; the graph takes {sorted(self.inputs)}")
         for name, (dtype, shape) in feeds.items():
             tensor = self.inputs[name]
@@ -253,6 +254,28 @@ class SuppressionDefaults(FrozenModel):
     per_class: PerClass | None = None
 
 
+class SegmentationDefaults(FrozenModel):
+    """The bundle's defaults for a segment request. An absent setting has calmclip's own default."""
+
+    method: str | None = Field(default=None, description="a plug-in of the family segmenters")
+    params: Mapping[str, Any] = Field(default_factory=dict, description="of the default method")
+    background: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None, description="words for what is none of the labels; empty: none"
+    )
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="a pixel whose best label is less likely belongs to none"
+    )
+
+
+class AnomalyDefaults(FrozenModel):
+    """The bundle's sentences of an anomaly request. An absent list has calmclip's own default."""
+
+    thing: str | None = Field(default=None, max_length=MAX_CHARACTERS, description="what the pictures show")
+    normal: tuple[Template, ...] = Field(default=(), description="phrases with {} of a thing without a fault")
+    damaged: tuple[Template, ...] = Field(default=(), description="phrases with {} of a thing with a fault")
+    templates: tuple[Template, ...] = Field(default=(), description="sentences with {} for the phrase")
+
+
 class File(FrozenModel):
     sha256: str = Field(pattern=_SHA256)
     bytes: int = Field(ge=0)
@@ -276,6 +299,8 @@ class Manifest(FrozenModel):
     )
     classifier: DefaultClassifier | None = Field(default=None, description="the default of a request")
     suppression: SuppressionDefaults | None = Field(default=None, description="the defaults of a detect request")
+    segmentation: SegmentationDefaults | None = Field(default=None, description="the defaults of a segment request")
+    anomaly: AnomalyDefaults | None = Field(default=None, description="the sentences of an anomaly request")
     quantization: Quantization
     created: str = Field(description="UTC, ISO 8601")
     files: Mapping[Path, File] = Field(default_factory=dict, description="all files except bundle.json")

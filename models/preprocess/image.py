@@ -253,7 +253,11 @@ def _upright(image: Image.Image) -> Image.Image:
         transpose = _TRANSPOSES.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken tags do not make the pixels unusable
         transpose = None
-    return image if transpose is None else image.transpose(transpose)
+    if transpose is None:
+        return image
+    turned = image.transpose(transpose)
+    turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}  # no tag to turn it again
+    return turned
 
 
 def _rgb(image: Image.Image) -> Image.Image:

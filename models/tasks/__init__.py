@@ -1,4 +1,4 @@
-"""FAMILY tasks: classify, embed, detect, rank, tag and raw. Flows are pure: no I/O, no threads, no clock.
+"""FAMILY tasks: what a caller wants, from classify to raw. Flows are pure: no I/O, no threads, no clock.
 
 A task names the graphs it needs by role, checks the manifest, and has one flow from a request to an answer. Manifest
 checks, the service's warm-up, metrics and endpoints, and the verb `run` read this table. A bundle may list a task that
@@ -36,7 +36,7 @@ class Command:
 class Task(Generic[R, A]):
     """``flow(bundle, request) -> Flow[answer]``, with an open `Bundle`; ``request`` is the type of its request.
 
-    ``follows``: another task; a bundle that lists it serves this one too, because both need the same graphs.
+    ``follows``: another task; a bundle that lists it and has the graphs of this one serves this one too.
     ``roles``: role -> the preprocessing of its graph; all roles are needed, or with ``any_role`` at least one.
     ``check(manifest)`` raises `ValueError` for other faults. ``example(bundle, picture)``: a small request that uses
     every graph of the task, for the service's warm-up, or None; ``picture`` is the bytes of a file.
@@ -55,8 +55,7 @@ class Task(Generic[R, A]):
 
     def require(self, manifest: Manifest) -> None:
         """Raises `ValueError` for the first thing that ``manifest`` lacks to serve this task."""
-        present = [role for role in self.roles if role in manifest.graphs]
-        needed = present if self.any_role and present else list(self.roles)
+        needed = self._present(manifest) if self.any_role and self._present(manifest) else list(self.roles)
         for role in needed:
             if role not in manifest.graphs:
                 raise ValueError(f"task {self.name!r} needs a graph {role!r}; the graphs are {sorted(manifest.graphs)}")
@@ -65,6 +64,14 @@ class Task(Generic[R, A]):
                 raise ValueError(f"task {self.name!r} needs `graphs.{role}.preprocess` to be an {kind.__name__}")
         self.check(manifest)
 
+    def follows_in(self, manifest: Manifest) -> bool:
+        """Whether the manifest lists the task that this one follows, and has the graphs of this one."""
+        present = self._present(manifest)
+        return self.follows in manifest.tasks and len(present) >= (1 if self.any_role else len(self.roles))
+
+    def _present(self, manifest: Manifest) -> list[str]:
+        return [role for role in self.roles if role in manifest.graphs]
+
 
 TASKS: Registry[Task[Any, Any]] = Registry("tasks", "calmclip.models.tasks")
 
@@ -72,8 +79,17 @@ TASKS: Registry[Task[Any, Any]] = Registry("tasks", "calmclip.models.tasks")
 def served(manifest: Manifest) -> tuple[str, ...]:
     """The tasks that the manifest lists and this version knows, then those that follow from them."""
     known = TASKS.names()
-    followers = (name for name in known if TASKS.get(name).follows in manifest.tasks)
+    followers = (name for name in known if TASKS.get(name).follows_in(manifest))
     return tuple(dict.fromkeys((*(task for task in manifest.tasks if task in known), *followers)))
+
+
+def missing_graphs(name: str, manifest: Manifest) -> str:
+    """The end of a message: the graphs with which the bundle would serve a task that follows one of its tasks."""
+    task = TASKS.get(name) if name in TASKS.names() else None
+    if task is None or task.follows not in manifest.tasks or task.follows_in(manifest):
+        return ""
+    graphs = (" or " if task.any_role else " and ").join(map(repr, task.roles))
+    return f". It has no graph {graphs}; export the checkpoint with an adapter that adds it"
 
 
 def require(manifest: Manifest) -> None:

@@ -69,6 +69,12 @@ detect (float[1, 1, 3] class_embeds, float[1, 1, 4] boxes, float[1, 1] objectnes
     box = Reshape (boxes, row)
     kept_boxes = Expand (box, sizes)
 }"""
+# The mean colour of each 4 x 4 pixels of the 32 x 32 letterbox.
+DENSE = """<ir_version: 9, opset_import: ["" : 18]>
+dense (float[B, 3, 32, 32] pixels) => (float[B, 8, 8, 3] patches) {
+    cells = AveragePool <kernel_shape = [4, 4], strides = [4, 4]> (pixels)
+    patches = Transpose <perm = [0, 2, 3, 1]> (cells)
+}"""
 VOCABULARY = {"[PAD]": 0, "[UNK]": 1, "red": 2, "green": 3, "blue": 4}
 MANIFEST: dict[str, Any] = {
     "format": 2,
@@ -165,6 +171,20 @@ def detector(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Ma
     with stage(tmp_path / "detectors", "colours") as staged:
         for name, text in (("regions.onnx", REGIONS), ("detect.onnx", DETECT)):
             (staged / name).write_bytes(parser.parse_model(text).SerializeToString())
+        return seal(staged, write(staged)).directory
+
+
+@pytest.fixture
+def segmenter(colours: dict[str, Any], tmp_path: Path, write: Callable[[Path], Manifest]) -> Path:
+    """The directory of the sealed bundle, with a graph `dense` of 8 x 8 cells."""
+    colours["graphs"]["dense"] = {
+        "file": "dense.onnx",
+        "inputs": {"pixels": {"dtype": "float32", "shape": ["B", 3, 32, 32]}},
+        "outputs": {"patches": {"dtype": "float32", "shape": ["B", 8, 8, 3]}},
+        "preprocess": {"kind": "image", "size": [32, 32], "resize": "letterbox", "mean": [0.0] * 3, "std": [1.0] * 3},
+    }
+    with stage(tmp_path / "segmenters", "colours") as staged:
+        (staged / "dense.onnx").write_bytes(parser.parse_model(DENSE).SerializeToString())
         return seal(staged, write(staged)).directory
 
 

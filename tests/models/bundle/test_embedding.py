@@ -10,7 +10,13 @@ import pytest
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.embedding import embedding_digest
-from calmclip.models.bundle.manifest import ImagePreprocess, Manifest, SuppressionDefaults, TextPreprocess
+from calmclip.models.bundle.manifest import (
+    ImagePreprocess,
+    Manifest,
+    SegmentationDefaults,
+    SuppressionDefaults,
+    TextPreprocess,
+)
 from calmclip.models.bundle.store import load, read
 
 Json = dict[str, Any]
@@ -127,6 +133,7 @@ UNRELATED: dict[str, Callable[[Manifest], Manifest]] = {
         update={"classifier": m.classifier and m.classifier.model_copy(update={"temperature": 2.0})}
     ),
     "suppression": lambda m: m.model_copy(update={"suppression": SuppressionDefaults(sigma=0.4)}),
+    "segmentation": lambda m: m.model_copy(update={"segmentation": SegmentationDefaults(threshold=0.4)}),
     "quantization": lambda m: m.model_copy(update={"quantization": m.quantization.model_copy(update={"name": "x"})}),
     "created": lambda m: m.model_copy(update={"created": "2027-01-01T00:00:00+00:00"}),
     "preprocessing of regions": lambda m: with_preprocess(m, "regions", pad=3),

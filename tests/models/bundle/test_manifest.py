@@ -389,6 +389,8 @@ def test_the_format_page_has_a_row_for_every_key():
         *keys(Plugin, "classifier.head."),
         *keys(module.Quantization, "quantization."),
         *keys(module.SuppressionDefaults, "suppression."),
+        *keys(module.SegmentationDefaults, "segmentation."),
+        *keys(module.AnomalyDefaults, "anomaly."),
         *keys(module.File, "files.*."),
     }
     assert rows == expected

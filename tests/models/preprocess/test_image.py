@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from calmclip.models.bundle.manifest import ImagePreprocess
 from calmclip.models.errors import BadImage, ImageTooLarge
-from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer, count_pixels, decode, normalisation
+from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer, count_pixels, decode, load, normalisation
 from calmclip.models.preprocess.placement import Frame
 
 ASSETS = Path(__file__).parents[3] / "export" / "samples"
@@ -204,6 +204,7 @@ def test_exif_turns_the_picture_upright(format: str, orientation: int):
     assert np.array_equal(exact(data), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")))
     assert exact(data).shape == ((16, 24, 3) if orientation < 5 else (24, 16, 3))
     assert count_pixels(data) == 24 * 16
+    assert np.array_equal(np.asarray(load(decode(data))), exact(data))  # a decoded picture is not turned again
 
 
 @pytest.mark.parametrize(
