@@ -20,12 +20,13 @@ import numpy as np
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import ImagePreprocess, Manifest
 from calmclip.models.errors import BadRequest, TaskNotServed
-from calmclip.models.flow import Array, Arrays, Call, Flow
+from calmclip.models.flow import Array, Call, Flow
 from calmclip.models.preprocess.image import Picture
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.tasks import elongated, exactly
+from calmclip.models.tasks.dense import Views, check_guide, look, views
 from calmclip.models.tasks.examples import pick
-from calmclip.models.tasks.features import prepared, unit
+from calmclip.models.tasks.features import unit
 
 Boxes = Sequence[Sequence[float]] | Array
 MAX_WINDOWS = 1000  # of a grid
@@ -71,7 +72,7 @@ class Grid:
 class Located:
     """A picture that is prepared for `dense`, and boxes float32 [N, 4] in its pixels, clipped to it."""
 
-    feeds: Arrays
+    feeds: Views
     frame: Frame
     boxes: Array
 
@@ -115,7 +116,7 @@ def located(bundle: Bundle, image: Picture, where: Boxes | Grid) -> Flow[Located
             known=bundle.manifest.graphs,
         )
     given = None if isinstance(where, Grid) else checked(where)
-    feeds, frame = yield from prepared(bundle, image, "dense")
+    feeds, frame = yield from views(bundle, image)
     if isinstance(where, Grid):
         return Located(feeds, frame, where.windows(frame.width, frame.height))
     assert given is not None
@@ -124,7 +125,7 @@ def located(bundle: Bundle, image: Picture, where: Boxes | Grid) -> Flow[Located
 
 def vectors_of(bundle: Bundle, place: Located) -> Flow[Array]:
     """-> float32 [N, D], a unit row for each box."""
-    outputs = yield Call("dense", place.feeds)
+    outputs = yield from look(place.feeds)
     patches, size = outputs["patches"][0], bundle.image("dense").spec.size
     if "prompter" not in bundle.manifest.graphs:
         return region_embedding(patches, place.boxes, place.frame, size)
@@ -198,6 +199,7 @@ def check_dense(manifest: Manifest) -> None:
     exactly("dense", "outputs", graph.outputs, ("patches",), also=graph.outputs)
     if len(graph.outputs["patches"].shape) != 4 or not isinstance(graph.preprocess, ImagePreprocess):
         raise ValueError("graph 'dense' must take pictures, and its output 'patches' must be float32 [B, h, w, D]")
+    check_guide(manifest)
     if prompter := manifest.graphs.get("prompter"):
         exactly("prompter", "inputs", prompter.inputs, PROMPTER)
         exactly("prompter", "outputs", prompter.outputs, ("region_embeds",))
