@@ -2,8 +2,10 @@
 libraries that the checkpoints come from, and identities with the vector of the whole picture."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -17,18 +19,23 @@ from calmclip.export.gates import GateKind
 from calmclip.export.nets import Net
 from calmclip.export.nets.common import dense_map
 from calmclip.export.nets.common.region_detector import BACKGROUND, SCORES, detect_graph
-from calmclip.export.pipeline import load
+from calmclip.export.pipeline import build, load
+from calmclip.export.recipe import Recipe
+from calmclip.export.samples import pictures as pictures_that_ship
 from calmclip.export.towers import Style
-from calmclip.export.towers.dense import DenseTransformer
+from calmclip.export.towers.dense import ClassToken, DenseTransformer, Positions
 from calmclip.export.towers.image import VisionTransformer
 from calmclip.export.trace import to_onnx
 from calmclip.models.bundle.manifest import Plugin
 from calmclip.models.errors import BadRequest
+from calmclip.models.flow import Array, Call, Flow
+from calmclip.models.runner import Runner, open_bundle
+from calmclip.models.tasks.features import prepared
 from tests import towers
 from tests.tiny_layouts import openai_like, references, trunks
 
 
-def dense(checkpoint: Path, *before: Adapt, **params: bool) -> Net:
+def dense(checkpoint: Path, *before: Adapt, **params: Any) -> Net:
     return load(
         "clip", str(checkpoint), Weights(), [*before, Adapt(name="dense", params={"method": "values", **params})]
     )
@@ -64,32 +71,34 @@ def test_a_transformers_patches_are_the_values_of_its_last_block(tiny_hf_clip: P
 
 @pytest.mark.slow
 def test_a_resnets_cells_are_the_pools_answers_to_one_cell(tmp_path: Path):
-    """Oracle: the value and output layers of open_clip's pool, on the map that its hook shows."""
-    net = dense(openai_like.openai_resnet(tmp_path))
+    """Oracle: the value and output layers of open_clip's pool, on the map that its convolutions give, with positions
+    that torch enlarges."""
+    net = dense(openai_like.openai_resnet(tmp_path), size="96x128")
     pixels = pictures(net)
     visual = openai_like.resnet_module().visual
-    seen: list[Tensor] = []
-    visual.attnpool.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.inference_mode():
-        visual(pixels)
-        pool, (features,) = visual.attnpool, seen
-        cells = features.flatten(2).permute(2, 0, 1) + pool.positional_embedding[1:, None]  # [h w, B, W]
-        want = pool.c_proj(pool.v_proj(cells)).transpose(0, 1).reshape(2, 2, 2, 16)
+        features = visual.stem(pixels)
+        for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            features = layer(features)
+        pool = visual.attnpool
+        table = pool.positional_embedding[1:].T.reshape(1, -1, 2, 2)
+        cells = features + F.interpolate(table, (3, 4), mode="bicubic", align_corners=False)
+        want = pool.c_proj(pool.v_proj(cells.permute(0, 2, 3, 1)))
     patches = graph(net, pixels)
     assert (patches - want).abs().max() < 1e-4 * want.abs().max()
 
 
 @pytest.mark.slow
 def test_the_mean_of_convolutions_cells_is_the_pictures_vector(tmp_path: Path):
-    """FastViT: the library's own vector before it is normalized."""
+    """FastViT: the library's own vector before it is normalized. Its convolutions take any multiple of 32 pixels."""
     checkpoint = trunks.open_clip_timm_custom_text(tmp_path)
-    net = dense(checkpoint)
+    net = dense(checkpoint, size="96x160")
     reference, pixels = references.REFERENCES["open_clip_timm_custom_text"](checkpoint), pictures(net)
     with torch.inference_mode():
         want = reference.image(pixels)
     patches = graph(net, pixels)
     assert net.towers["dense"].outputs["patches"].shape == ("B", *patches.shape[1:])
-    assert patches.shape[1] > 1
+    assert patches.shape[1:3] == (3, 5)
     assert F.cosine_similarity(patches.mean((1, 2)), want).min() > 1 - 1e-6
 
 
@@ -110,6 +119,52 @@ def test_the_graphs_weights_are_those_of_the_image_graph(tmp_path: Path):
     assert len(weights[0]) > 10
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "fused"), [("values", 1), ("self", 1), ("vv", 3)])
+def test_int8_keeps_the_patches_and_fuses_attention(tiny_hf_clip: Path, tmp_path: Path, method: str, fused: int):
+    """Random weights. A tower of two blocks: the last block's own attention is not read by a map, each of `vv` is one
+    more. The probabilities of `self` are summed over heads, so no operator holds them."""
+    params: dict[str, Any] = {"method": method, "size": "48x64", **({} if method == "values" else {"blocks": 2})}
+    recipe = Recipe(
+        checkpoint=str(tiny_hf_clip),
+        net="clip",
+        name=method,
+        adapters=(Adapt(name="dense", params=params),),
+        keep_float=True,
+    )
+    int8, floats = (open_bundle(sealed.directory) for sealed in build(recipe, tmp_path))
+
+    def patches(runner: Runner, picture: Path) -> Array:
+        def flow() -> Flow[Array]:
+            feeds, _ = yield from prepared(runner.bundle, picture, "dense")
+            return (yield Call("dense", feeds))["patches"].reshape(48, -1)
+
+        return runner.run(flow())
+
+    pairs = [(patches(int8, picture), patches(floats, picture)) for picture in pictures_that_ship()[:4]]
+    a, b = (np.concatenate(side).astype(np.float64) for side in zip(*pairs, strict=True))
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    assert cosines.mean() > 0.995
+    assert cosines.min() > 0.98
+    graph = onnx.load(int8.bundle.directory / int8.bundle.manifest.graphs["dense"].file, load_external_data=False)
+    assert sum(node.op_type == "QuantAttention" for node in graph.graph.node) == fused
+
+
+@pytest.mark.slow
+def test_the_image_graph_stays_as_it_is(tiny_hf_clip: Path):
+    """Bit for bit, with the tensors that it holds."""
+    plain = load("clip", str(tiny_hf_clip), Weights())
+    both = dense(tiny_hf_clip, method="self", blocks=2, size="64")
+    assert to_onnx(both.towers["image"]) == to_onnx(plain.towers["image"])
+
+
+def test_methods_for_blocks_do_not_fit_convolutions(tmp_path: Path):
+    with pytest.raises(
+        BadRequest, match=r"dense self reads the blocks .* pools a map of convolutions; take --dense val"
+    ):
+        dense(openai_like.openai_resnet(tmp_path), method="self")
+
+
 def test_nothing_follows_it(tiny_hf_clip: Path):
     stretch = Adapt(name="stretch", params={"tokens": 60})
     assert dense(tiny_hf_clip, stretch).adapters == ("stretch", "dense")
@@ -118,8 +173,32 @@ def test_nothing_follows_it(tiny_hf_clip: Path):
 
 
 def test_a_tower_without_cells_is_refused(tmp_path: Path):
-    with pytest.raises(BadRequest, match=r"dense does not apply to .*expected an image tower"):
-        dense(trunks.eva02(tmp_path))
+    with pytest.raises(BadRequest, match=r"dense does not apply to .*queries that see all patches .*expected an image"):
+        dense(openai_like.grain(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"size": "40x36"}, "--dense-size: 36 is no multiple of 8, the pixels of a cell; take 32 or 40"),
+        ({"size": "4104"}, r"--dense-size: .*size \(4104, 4104\) is not within 1 to"),
+        ({"size": "big"}, r"--dense-size"),
+        ({"blocks": 1}, "--dense-blocks is 1, but values reads the last block; leave it out"),
+        ({"method": "vv", "bare": True}, "--bare: vv never reads the last block's feed-forward; leave it out"),
+        ({"method": "vv", "blocks": 3}, "--dense-blocks is 3; expected at most 2, the blocks of the tower"),
+    ],
+)
+def test_params_that_do_not_fit_the_tower(tiny_hf_clip: Path, params: dict[str, Any], message: str):
+    with pytest.raises(BadRequest, match=message):
+        dense(tiny_hf_clip, **params)
+
+
+def test_a_map_of_another_size(tiny_hf_clip: Path):
+    tower = dense(tiny_hf_clip, size="48x64").towers["dense"]
+    assert tower.preprocess.size == (48, 64)
+    assert tower.inputs["pixels"].shape == ("B", 3, 48, 64)
+    assert tower.outputs["patches"].shape == ("B", 6, 8, 16)
+    assert tower.module(torch.zeros(1, 3, 48, 64)).shape == (1, 6, 8, 16)
 
 
 def test_its_options(tiny_hf_clip: Path):
@@ -127,7 +206,16 @@ def test_its_options(tiny_hf_clip: Path):
     (adapter,) = flags.merged((), typed)
     assert adapter.params == {"method": "values", "bare": True}
     options = {option.option: option for option in flags.declared() if option.name == "dense"}
-    assert [*options] == ["--dense", "--bare"]
+    assert [*options] == [
+        "--dense",
+        "--dense-blocks",
+        "--dense-size",
+        "--dense-positions",
+        "--bare",
+        "--dinoiser",
+        "--guide",
+        "--guide-norm",
+    ]
     assert options["--bare"].switch
 
 
@@ -184,7 +272,7 @@ def test_a_gate_multiplies_a_patchs_own_value():
         state["blocks.1.attn.out.bias"] = torch.zeros(towers.WIDTH)
         image = VisionTransformer(state, Style(heads=towers.HEADS, pool="cls"))
         image.load_state_dict(state)
-        tower = DenseTransformer(image, "values", True, (4, 4)).eval()
+        tower = DenseTransformer(ClassToken(image, Positions((4, 4), (4, 4))), "values", 1, True, (4, 4)).eval()
         image.blocks[0].attn.gate = None  # so that the input of the last block is that of a tower without gates
         tower.fold()
         with torch.inference_mode():
