@@ -27,7 +27,7 @@ from calmclip.export.quantizers import Ranges
 from calmclip.export.recipe import Calibration, Quantize
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.errors import BadRequest, InputError
-from calmclip.models.flow import Arrays
+from calmclip.models.flow import Array, Arrays
 from calmclip.models.preprocess.image import ImagePreparer, decode
 from calmclip.models.preprocess.text import TextPreparer
 
@@ -204,13 +204,19 @@ def chained(
     texts: Sequence[str],
 ) -> list[Arrays]:
     """Feeds of a tower that reads the answers of ``sources``, which are run in float: `TOGETHER` pictures and one text
-    each. ``sources``: role -> tower and its run."""
-    groups = [range(len(pictures))[start : start + TOGETHER] for start in range(0, len(pictures), TOGETHER)]
-    rows = {
-        name: [run(feed)[name] for feed in feeds(source, directory, pictures, texts[: len(groups)])]
-        for name, (source, run) in ((name, sources[role]) for name, role in tower.reads.items())
-    }
-    several = {name for name, role in tower.reads.items() if isinstance(sources[role][0].preprocess, ImagePreprocess)}
+    each; of a tower that sees pictures itself, one picture each. ``sources``: role -> tower and its run."""
+    together = 1 if tower.preprocess else TOGETHER
+    groups = [range(len(pictures))[start : start + together] for start in range(0, len(pictures), together)]
+    rows: dict[str, list[Array]] = {}
+    several = set()  # inputs with a row for each picture
+    for name, read in tower.reads.items():
+        role, _, output = read.partition(".")
+        source, run = sources[role]
+        rows[name] = [run(feed)[output or name] for feed in feeds(source, directory, pictures, texts[: len(groups)])]
+        several |= {name} if isinstance(source.preprocess, ImagePreprocess) else set()
+    if isinstance(tower.preprocess, ImagePreprocess):
+        rows[tower.preprocess.input] = [feed[tower.preprocess.input] for feed in feeds(tower, directory, pictures, ())]
+        several.add(tower.preprocess.input)
     return [
         {
             name: np.concatenate([given[place if name in several else number % len(given)] for place in group])

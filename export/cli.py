@@ -41,7 +41,7 @@ def export_command(argv: list[str]) -> int:
         }
         for bundle in sealed
     ]
-    keys = ("bars", "int8", "inputs", "mixed_because", "accuracy")
+    keys = ("bars", "int8", "inputs", "mixed_because", "accuracy", "adapters")
     emit(options.json, {"sealed": rows, **{key: report[key] for key in keys if key in report}, **timings}, _summary)
     return 0
 
@@ -118,6 +118,7 @@ def _recipe(options: argparse.Namespace, say: Callable[[str], None] = lambda lin
 
 
 def _summary(value: dict[str, Any]) -> None:
+    from calmclip.models.commands import figures
     from calmclip.models.evals.tables import rounded
 
     for row in value["sealed"]:
@@ -128,14 +129,16 @@ def _summary(value: dict[str, Any]) -> None:
         print(f"  {name:20s} {bar['measured']:<10} bar {bar['bar']}  {'passed' if bar['passed'] else 'MISSED'}")
     for name, sides in value["accuracy"].items():
         for key in sides["int8"]:
-            figures = (rounded(sides[side][key], "%") for side in ("int8", "float32"))
-            print(f"  {name} {key:16s} int8 {next(figures)}, float {next(figures)}")
+            pair = [rounded(sides[side][key], "%") for side in ("int8", "float32")]
+            print(f"  {name} {key:16s} int8 {pair[0]}, float {pair[1]}")
     for role, pair in value["latency_ms"].items():
         gain = pair["float32"]["p50"] / pair["int8"]["p50"]
         note = "" if gain >= 1 else "   INT8 IS SLOWER THAN FLOAT HERE"
         print(
             f"  {role:10s} int8 {pair['int8']['p50']:.2f} ms, float {pair['float32']['p50']:.2f} ms: {gain:.2f}x{note}"
         )
+    for name, facts in value["adapters"].items():
+        print(f"  {name}: {figures(facts | value['adapter_times'].get(name, {}))}")
     longest, peak = max(value["seconds"], key=value["seconds"].get), value["peak_rss_mb"]
     print(
         f"  {sum(value['seconds'].values()):.0f} s, of which {longest} {value['seconds'][longest]:.0f} s"

@@ -76,7 +76,7 @@ def build(
     """Export ``recipe`` into ``out``; -> the sealed bundles, INT8 first. It is named NAME-int8, or NAME-mixed if it
     lacks coverage, size or accuracy for that (`report.shortfalls`). With nothing in INT8 the only bundle is NAME-float.
     Another export of the same checkpoint differs in `created` of bundle.json alone. ``timings`` receives what belongs
-    to this run: latencies and machine (`report.timings`), ``seconds`` of each step, ``peak_rss_mb``.
+    to this run: latencies and machine (`report.timings`), ``adapter_times``, ``seconds`` of each step, ``peak_rss_mb``.
 
     ``net``: the result of `load`, if it was called already; with ``release`` its modules are emptied after tracing.
     Raises as `load`; `ParityLost`; `BarMissed` (nothing is sealed, and NAME-int8.report.json is kept for reading);
@@ -120,9 +120,10 @@ def build(
             "int8": report.int8(converted.facts, figures["size_bytes"]),
             "graphs": converted.facts,
             "rewrites": converted.rewrites,
+            "adapters": net.facts,
             "recipe": recipe.public(),
         }
-        timings({**timed, "seconds": step.seconds, "peak_rss_mb": report.peak_rss_mb()})
+        timings({**timed, "adapter_times": net.times, "seconds": step.seconds, "peak_rss_mb": report.peak_rss_mb()})
         figures["bars"] = report.check(figures, recipe.bars)
         kind = report.precision(figures)
         name = {"int8": int8_name, "mixed": mixed_name, "float": float_name}[kind]
@@ -302,7 +303,8 @@ def _feeds(
     """``traced``: the float graphs of the towers before this one. What a tower reads of them is computed now."""
     if not tower.reads:
         return lambda name: calibrate.feeds(tower, directory, *inputs.part(name))
-    sources = {role: (net.towers[role], parity.onnx_run(traced[role])) for role in tower.reads.values()}
+    read = {source.partition(".")[0] for source in tower.reads.values()}
+    sources = {role: (net.towers[role], parity.onnx_run(traced[role])) for role in read}
     answers = {name: calibrate.chained(tower, sources, directory, *inputs.part(name)) for name in calibrate.PARTS}
     return lambda name: iter(answers[name])
 
@@ -502,6 +504,7 @@ def _write(
         ops=Ops(used=tuple(sorted({f.name for m in graphs.values() for f in m.functions if f.domain == DOMAIN}))),
         classifier=net.classifier,
         suppression=net.suppression,
+        segmentation=net.segmentation,
         quantization=quantization,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

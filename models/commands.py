@@ -4,7 +4,7 @@ imported after they are read."""
 import argparse
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,7 @@ def _checks(runner: "Runner") -> Iterator[tuple[str, bool]]:
     """Each check and whether it passed. The outputs of `regions` and `text` are inputs of `detect`."""
     import numpy as np
 
+    from calmclip.models.bundle.manifest import GUIDE
     from calmclip.models.suppression import Suppression
 
     bundle = runner.bundle
@@ -116,7 +117,8 @@ def _checks(runner: "Runner") -> Iterator[tuple[str, bool]]:
     bundle.warm()
     yield "tokenizer and classifier load", True
     known: dict[str, Array] = Suppression(min_score=0.0).tensors()  # with 0, `detect` has boxes to suppress
-    for role, graph in sorted(bundle.manifest.graphs.items(), key=lambda item: item[1].preprocess is None):
+    graphs = sorted(bundle.manifest.graphs.items(), key=lambda item: GUIDE in item[1].inputs)
+    for role, graph in sorted(graphs, key=lambda item: item[1].preprocess is None):
         try:
             session = runner.session(role)
             if bundle.manifest.portable:
@@ -128,7 +130,7 @@ def _checks(runner: "Runner") -> Iterator[tuple[str, bool]]:
         except Exception as error:  # the types of ONNX Runtime's errors are not public
             yield f"{role}: {error}", False
             continue
-        known.update(outputs)
+        known.update(outputs if role != GUIDE else {GUIDE: outputs["patches"]})
         for name, promised in graph.outputs.items():
             array = outputs[name]
             fits = array.dtype.name == promised.dtype and len(array.shape) == len(promised.shape)
@@ -153,15 +155,18 @@ def _feeds(bundle: "Bundle", role: str, known: "Arrays") -> "Arrays":
     """Noise for a graph of pictures, a sentence for a graph of texts, else the outputs of other graphs."""
     import numpy as np
 
+    from calmclip.models.bundle.manifest import GUIDE
+
     graph = bundle.graph(role)
     if graph.preprocess is None:
         return {name: known[name] for name in graph.inputs}
     if graph.preprocess.kind == "text":
         return bundle.text(role).prepare(["a self-test"])
+    guide = {GUIDE: known[GUIDE]} if GUIDE in graph.inputs else {}
     if graph.preprocess.in_graph:
-        return {graph.preprocess.input: _noise((48, 64, 3))}
+        return {graph.preprocess.input: _noise((48, 64, 3)), **guide}
     shape = [1 if isinstance(d, str) else d for d in graph.inputs[graph.preprocess.input].shape]
-    return {graph.preprocess.input: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    return {graph.preprocess.input: np.random.default_rng(0).standard_normal(shape).astype(np.float32), **guide}
 
 
 def run_command(argv: list[str]) -> int:
@@ -279,8 +284,15 @@ def _show(value: dict[str, Any]) -> None:
     print(f"files    {len(manifest['files'])}, {total / 1e6:.1f} MB")
     for reason in report.get("mixed_because", ()):
         print(f"not int8 {reason}")
+    for name, facts in report.get("adapters", {}).items():
+        print(f"adapter  {name}: {figures(facts)}")
     for role, numbers in report.get("embeddings", {}).items():
         print(f"report   {role} vectors against float: cosine {numbers['cosine_mean']} (least {numbers['cosine_min']})")
+
+
+def figures(facts: Mapping[str, Any]) -> str:
+    """What an adapter measured, on one line; a list is a number of a number."""
+    return ", ".join(f"{k} {' of '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in facts.items())
 
 
 def _show_outliers(value: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.bundle.manifest import GUIDE, ImagePreprocess, TextPreprocess
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Arrays
 from calmclip.models.preprocess.image import Picture, load
@@ -28,6 +28,9 @@ def feeds(runner: Runner, picture: Picture) -> dict[str, Arrays]:
         elif isinstance(graph.preprocess, TextPreprocess):
             text = bundle.text(role)
             rows[role] = text.prepare([s for s in SENTENCES if text.count(s) <= graph.preprocess.context][:1])
+    for role, graph in bundle.manifest.graphs.items():
+        if role in rows and GUIDE in graph.inputs:
+            rows[role] = {**rows[role], GUIDE: runner.session(GUIDE).run(rows[GUIDE])["patches"]}
     return rows
 
 

@@ -11,6 +11,7 @@ import onnx
 from calmclip.models.bundle.manifest import (
     DefaultClassifier,
     ImagePreprocess,
+    SegmentationDefaults,
     Source,
     SuppressionDefaults,
     Tensor,
@@ -40,7 +41,8 @@ class Tower:
     the number of nodes that the rewrites must replace by it, from the checkpoint's own config. ``feeds``: pictures ->
     the inputs of a graph that has no preprocessing. ``batch``: as in the manifest's `Graph`. ``graph``: the float
     graph, if the net ships it; then there is no module, and no adapter fits. ``reads``: input -> the role of the tower
-    that has an output of this name, for a tower without preprocessing; that tower stands before it in the net.
+    that has an output of this name, or "role.output"; that tower stands before it in the net. With preprocessing these
+    are inputs beside its feeds.
     ``cut_from``: the role of a tower before it whose graph has all outputs of this one. Then its graph is cut from that
     graph, so that they share every weight, in INT8 too.
     """
@@ -103,6 +105,9 @@ class Net:
     folded: bool = True  # its modules are ready to be traced; see `ready`
     adapters: tuple[str, ...] = ()  # the adapters that were applied, in order
     suppression: SuppressionDefaults | None = None  # of a detect request, if calmclip's do not suit its scores
+    segmentation: SegmentationDefaults | None = None  # of a segment request, likewise
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # adapter -> what it measured, for the report
+    times: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same of this run alone, not sealed
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,10 @@ def ready(net: Net) -> Net:
     change. A folded net is returned as it is."""
     if net.folded:
         return net
-    towers = {role: replace(tower, module=_folded(tower.module)) for role, tower in net.towers.items()}
+    towers = {
+        role: tower if tower.graph else replace(tower, module=_folded(tower.module))
+        for role, tower in net.towers.items()
+    }
     return replace(net, towers=towers, folded=True)
 
 

@@ -4,6 +4,7 @@ Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); CLIP's form: Radford et al. 
 Zhai et al. 2023 (arXiv 2303.15343) after Zhai et al. 2022 (arXiv 2106.04560).
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -12,11 +13,15 @@ from torch.fx.proxy import TraceError
 
 from calmclip.export.towers import State, Style, fold, part
 from calmclip.export.towers.modules import LayerNorm, Module, constant, first, rows, unit
+from calmclip.export.towers.prune import Pruning
 from calmclip.export.towers.transformer import MLP, attend, blocks, linear, norm, projection
 
 
 class VisionTransformer(Module):
-    """Patches, an optional class token, and blocks. `Style.pool` reduces the tokens; the result is projected."""
+    """Patches, an optional class token, and blocks. `Style.pool` reduces the tokens; the result is projected.
+
+    ``pruning``: which patches the last blocks read; None: all.
+    """
 
     folded = False
 
@@ -33,11 +38,14 @@ class VisionTransformer(Module):
         self.norm_post = norm(state, "norm_post", width, style.eps)
         self.pool = AttentionPool(part(state, "pool."), style, width) if style.pool == "map" else None
         self.projection = projection(state, width)
+        self.pruning: Pruning | None = None
 
     def fold(self) -> None:
         """Fold the class token's position into the token, and the bias of the patches into their positions."""
         self.folded = True
         self.blocks.fold()
+        if self.pruning is not None:
+            self.pruning.fold(self.blocks)
         if self.pool is not None:
             self.pool.fold()
         positions: Tensor = self.positions
@@ -57,7 +65,7 @@ class VisionTransformer(Module):
 
     def projected(self, pixels: Tensor) -> Tensor:
         """[B, D], or without pooling [B, N, D]."""
-        x, last = self.blocks.before_last(self.tokens(pixels))
+        x, last = self._before_last(self.tokens(pixels))
         x = self.norm_post(last(x))
         match self.style.pool:
             case "cls":
@@ -68,6 +76,9 @@ class VisionTransformer(Module):
                 assert self.pool is not None
                 x = self.pool(x)
         return self.projection(x)
+
+    def _before_last(self, x: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+        return self.blocks.before_last(x) if self.pruning is None else self.pruning.before_last(self.blocks, x)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.projected(pixels)

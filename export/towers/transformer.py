@@ -59,7 +59,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Mask = None, softmax: Softmax = PLAIN, gate: Tensor | None = None
 ) -> Tensor:
     """q [B, S, W], already scaled, and k, v [B, T, W]; ``gate`` [B, H, S, 1] -> [B, S, W]."""
-    q, k, v = (torch.unflatten(x, -1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
     logits = q @ k.transpose(-1, -2)
     if mask is not None:
         logits = logits + mask
@@ -67,6 +67,11 @@ def attend(
     if gate is not None:
         answers = answers * gate
     return answers.transpose(1, 2).flatten(-2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, W] -> [B, H, T, W / H]"""
+    return torch.unflatten(x, -1, (heads, -1)).transpose(1, 2)
 
 
 class Attention(Module):
@@ -111,13 +116,18 @@ class Attention(Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, x: Tensor) -> Tensor:
         """``x``: the tokens that the gate reads: those that q was computed from, or all if it averages over them."""
-        if self.qk_norm:
-            q = self.q_norm(torch.unflatten(q, -1, (self.heads, -1))).flatten(-2)
-            k = self.k_norm(torch.unflatten(k, -1, (self.heads, -1))).flatten(-2)
+        q, k = self.normed(q, k)
         q = q if self.scale == 1.0 else q * self.scale
         gate = None if self.gate is None else self.gate(x, valid(mask) if self.gate.mean else None)
         gate = gate if gate is None or self.gate_scale == 1.0 else gate * self.gate_scale
         return self.out(attend(q, k, v, self.heads, mask, self.softmax, gate))
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k after their norms, where a checkpoint has them."""
+        if not self.qk_norm:
+            return q, k
+        q = self.q_norm(torch.unflatten(q, -1, (self.heads, -1))).flatten(-2)
+        return q, self.k_norm(torch.unflatten(k, -1, (self.heads, -1))).flatten(-2)
 
 
 class MLP(Module):
