@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from calmclip.export import box_quality, parity
 from calmclip.export.calibrate import SUFFIXES
-from calmclip.export.nets.mini import DETECTOR, SHIPPED, regions
+from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED, regions
 from calmclip.export.nets.mini import load as load_net
 from calmclip.export.nets.mini.facts import PIXELS, REGION_PIXELS, WIDTH
 from calmclip.export.nets.mini.modules import load
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = options.parse_args(argv)
     if arguments.nanodet and not DETECTOR.is_file():
         Detector(published(arguments.nanodet), Quality(), RegionHead()).save(DETECTOR, {})
-    modules = load(SHIPPED, DETECTOR)
+    modules = load(SHIPPED, DETECTOR, MASKS)
     if arguments.nanodet:
         modules.regions.boxes.load_state_dict(published(arguments.nanodet).state_dict())
     about = []

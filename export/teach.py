@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from calmclip.export import box_quality, parity, regions, rewrites, samples
 from calmclip.export.box_quality import Cells
-from calmclip.export.nets.mini import DETECTOR, SHIPPED
+from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED
 from calmclip.export.nets.mini import load as load_net
 from calmclip.export.nets.mini.detection import SCALE as DETECT_SCALE
 from calmclip.export.nets.mini.detection import detect_graph
@@ -117,7 +117,7 @@ class Student:
     texts: dict[str, Array] = field(init=False)
 
     def __post_init__(self) -> None:
-        modules = load(SHIPPED, DETECTOR)
+        modules = load(SHIPPED, DETECTOR, MASKS)
         self.module = modules.regions
         self.texts = {name: tensor.numpy() for name, tensor in modules.text.state_dict().items()}
         self.tokenizer = tokenizer_json()

@@ -26,7 +26,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"  # torch's key for it: modules from outer
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool, "uint8": torch.uint8}
 # any sizes except 0 and 1, which the tracer would fix
-_EXAMPLE = {"B": 2, "T": 7, "height": 12, "width": 14}
+_EXAMPLE = {"B": 2, "N": 3, "T": 7, "height": 12, "width": 14}
 _LEAST = {"height": 2, "width": 2}  # a border that reflects a picture needs two rows
 
 

@@ -38,7 +38,8 @@ class Case:
 
 def cases(runner: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> Iterator[Case]:
     """Every graph of the bundle: pictures and texts one at a time; ``detect`` for each picture, with the texts as
-    queries, and the three methods of suppression in turn."""
+    queries, and the three methods of suppression in turn; if there are such graphs, ``masks`` for the best boxes of
+    each picture, and ``known`` for all texts."""
     bundle, graphs = runner.bundle, runner.bundle.manifest.graphs
 
     def case(role: str, feeds: Arrays) -> Case:
@@ -47,6 +48,8 @@ def cases(runner: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> Ite
     queries = [case("text", bundle.text("text").prepare([text])) for text in texts]
     yield from queries
     vectors = np.concatenate([query.answers["text_embeds"] for query in queries])
+    if "known" in graphs:
+        yield case("known", {"text_embeds": vectors})
     for role in sorted(graphs.keys() & {"dense", "image", "regions"}):
         for number, picture in enumerate(pictures):
             yield (prepared := case(role, {"pixels": bundle.image(role).prepare(decode(picture.read_bytes()))[0]}))
@@ -55,6 +58,9 @@ def cases(runner: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> Ite
                 settings = Suppression(method=METHODS[number % len(METHODS)], min_score=0.0005, max_output=20)
                 known = {**prepared.answers, **settings.tensors(), "text_embeds": vectors}
                 yield case("detect", {name: known[name] for name in graphs["detect"].inputs})
+                if "masks" in graphs:
+                    boxes = prepared.answers["boxes"][:, : 2 + number]
+                    yield case("masks", {"mask_features": prepared.answers["mask_features"], "boxes": boxes})
 
 
 def openvino(runner: Runner, cases: Sequence[Case], folder: Path) -> list[Arrays]:

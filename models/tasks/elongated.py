@@ -68,29 +68,38 @@ def views(bundle: Bundle, image: Picture) -> Flow[Sequence[View]]:
 
 
 def look(views: Sequence[View]) -> Flow[tuple[Arrays, Frame]]:
-    """-> outputs of the graph `regions` for `views` of one picture, as many rows as for a picture that is not sliced,
-    and the frame of their boxes.
+    """`run` and `merged`."""
+    rows, frame, _ = merged(views, (yield from run(views)))
+    return rows, frame
 
-    Of all rows those of the highest objectness stay. If the graph knows no objectness (1 in each row), rows have no
-    order, and the whole picture alone answers.
+
+def run(views: Sequence[View]) -> Flow[list[Arrays]]:
+    """-> outputs of the graph `regions` for each of the `views` of one picture.
+
+    If the graph knows no objectness (1 in each row), rows have no order, and the whole picture alone answers.
     """
     outputs = [(yield Call("regions", views[0].feeds))]
-    if len(views) == 1 or outputs[0]["objectness"].min() == 1:
-        return outputs[0], views[0].frame
-    for view in views[1:]:
-        outputs.append((yield Call("regions", view.feeds)))
-    return _merged(views, outputs), replace(views[0].frame, scale=(1.0, 1.0), offset=(0.0, 0.0))
+    if len(views) > 1 and outputs[0]["objectness"].min() < 1:
+        for view in views[1:]:
+            outputs.append((yield Call("regions", view.feeds)))
+    return outputs
 
 
-def _merged(views: Sequence[View], outputs: Sequence[Arrays]) -> Arrays:
-    """Outputs of each view -> one row [1, P, ...] for each box, which is in pixels of the picture; an output of another
-    shape is that of the first view."""
-    answers = [{**answer, **_placed(view, answer)} for view, answer in zip(views, outputs, strict=True)]
+def merged(views: Sequence[View], outputs: Sequence[Arrays]) -> tuple[Arrays, Frame, Array]:
+    """-> one row [1, P, ...] for each box, as many as for a picture that is not sliced; the frame of the boxes; and for
+    each row int [P], the index of its view. An output of another shape is that of the first view.
+
+    Of all rows those of the highest objectness stay.
+    """
     count = outputs[0]["objectness"].shape[1]
-    names = [name for name, array in outputs[0].items() if array.shape[:2] == (1, count)]
+    if len(outputs) == 1:
+        return outputs[0], views[0].frame, np.zeros(count, np.int64)
+    answers = [{**answer, **_placed(view, answer)} for view, answer in zip(views, outputs, strict=True)]
+    names = [name for name, array in answers[0].items() if array.shape[:2] == (1, count)]
     rows = {name: np.concatenate([answer[name] for answer in answers], axis=1) for name in names}
     best = np.argsort(-rows["objectness"][0], kind="stable")[:count]
-    return {**outputs[0], **{name: array[:, best] for name, array in rows.items()}}
+    frame = replace(views[0].frame, scale=(1.0, 1.0), offset=(0.0, 0.0))
+    return {**outputs[0], **{name: array[:, best] for name, array in rows.items()}}, frame, best // count
 
 
 def _placed(view: View, outputs: Arrays) -> dict[str, Array]:

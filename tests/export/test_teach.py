@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from calmclip.export import samples, teach
 from calmclip.export.nets.mini.backbone import Backbone
 from calmclip.export.nets.mini.facts import PROPOSALS
+from calmclip.export.nets.mini.masks import MaskFeatures
 from calmclip.export.nets.mini.nanodet import NanoDet
 from calmclip.export.nets.mini.quality import Quality
 from calmclip.export.nets.mini.regions import HALF, RegionHead, Regions, average, extent
@@ -103,7 +104,9 @@ def module() -> Regions:
     heads = Heads(**{name: torch.rand(shape) + 0.1 for name, shape in shapes.items()})
     names, head = F.normalize(torch.randn(80, 384), dim=-1), RegionHead()
     nn.init.normal_(head.outer.weight)
-    return Regions(NanoDet(), Quality(), backbone, ImageHead(heads, backbone.classifier), head, names).eval()
+    return Regions(
+        NanoDet(), Quality(), backbone, ImageHead(heads, backbone.classifier), head, names, MaskFeatures()
+    ).eval()
 
 
 @torch.inference_mode()

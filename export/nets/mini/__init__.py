@@ -19,14 +19,15 @@ import onnx
 
 from calmclip.export.checkpoints import Weights
 from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, float32
-from calmclip.export.nets.common import dense_map
 from calmclip.export.nets.mini import graphs, parameters
 from calmclip.export.nets.mini.detection import MIN_SCORE, detect_graph, summary
 from calmclip.export.nets.mini.facts import (
     BACKGROUND,
     CELLS,
     CONTEXT,
+    FINE_CELLS,
     LAYERS,
+    MASK_WIDTH,
     PIXELS,
     PROPOSALS,
     QUANTIZE,
@@ -35,12 +36,15 @@ from calmclip.export.nets.mini.facts import (
     SIDE,
     TEMPLATES,
     WIDTH,
+    WIDTH16,
 )
+from calmclip.export.nets.mini.segmentation import dense_summary, known_graph, masks_graph
 from calmclip.export.nets.mini.sentences import embed
 from calmclip.export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
 from calmclip.models.bundle.manifest import (
     DefaultClassifier,
     Plugin,
+    SegmentationDefaults,
     Source,
     SuppressionDefaults,
     Tensor,
@@ -53,6 +57,8 @@ from calmclip.models.ops.spec import SOFTMAX
 RANGES = Path(__file__).with_name("ranges.json")
 SHIPPED = Path(__file__).with_name("heads.safetensors")
 DETECTOR = Path(__file__).with_name("detector.safetensors")
+MASKS = Path(__file__).with_name("masks.safetensors")
+ROLES = ("image", "text", "regions", "dense")  # of the towers
 SCALE = (
     15.0  # of the cosines in a softmax over labels: it has the least log loss on labelled photographs, see README.md
 )
@@ -67,7 +73,7 @@ _NOTES = (
 
 
 def recognise(checkpoint: str) -> bool:
-    return checkpoint == "mini" or any((Path(checkpoint) / path.name).is_file() for path in (SHIPPED, DETECTOR))
+    return checkpoint == "mini" or any((Path(checkpoint) / path.name).is_file() for path in (SHIPPED, DETECTOR, MASKS))
 
 
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
@@ -75,8 +81,8 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
     if weights != Weights():
         raise BadRequest("the built-in model has its own activation; leave out the recipe's [weights]")
     directory = None if checkpoint == "mini" else Path(checkpoint)
-    heads, detector = (trained(directory, path) for path in (SHIPPED, DETECTOR))
-    arrays = constants(heads, detector, directory)
+    heads, detector, masks = (trained(directory, path) for path in (SHIPPED, DETECTOR, MASKS))
+    arrays = constants(heads, detector, masks, directory)
     tokenizer = tokenizer_json(directory)
     return Net(
         name="mini",
@@ -86,18 +92,23 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
             weights={
                 BACKBONE.origin: BACKBONE.sha256,
                 MINILM.origin: MINILM.sha256,
-                **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (heads, detector)},
+                **{path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (heads, detector, masks)},
             },
             license="Apache-2.0",
             notes=_NOTES,
         ),
-        tasks=("classify", "embed", "detect"),
-        towers=towers_of({role: graphs.filled(role, constants) for role, constants in arrays.items()}),
+        tasks=("classify", "embed", "detect", "segment"),
+        towers=towers_of({role: graphs.filled(role, arrays[role]) for role in ROLES}),
         files={"tokenizer.json": _unlimited(tokenizer)},
         suppression=SuppressionDefaults(min_score=MIN_SCORE),
-        built={"detect": detect_graph(embed(arrays["text"], tokenizer, BACKGROUND))},
+        segmentation=SegmentationDefaults(method="boxes"),
+        built={
+            "detect": detect_graph(embed(arrays["text"], tokenizer, BACKGROUND)),
+            "masks": masks_graph(graphs.filled("masks", arrays["masks"])),
+            "known": known_graph(arrays["regions"]["names"]),
+        },
         classifier=DefaultClassifier(templates=TEMPLATES, head=Plugin(name="cosine", params={"scale": SCALE})),
-        ranges=dict.fromkeys(arrays, RANGES),
+        ranges=dict.fromkeys(ROLES, RANGES),
         keep_float=True,
         bars=BARS if directory else {**BARS, "max_megabytes": 42.0},
     )
@@ -108,18 +119,20 @@ def trained(directory: Path | None, shipped: Path) -> Path:
     return directory / shipped.name if directory and (directory / shipped.name).is_file() else shipped
 
 
-def constants(heads: Path, detector: Path, directory: Path | None = None) -> dict[str, dict[str, Array]]:
+def constants(heads: Path, detector: Path, masks: Path, directory: Path | None = None) -> dict[str, dict[str, Array]]:
     """The constants of each graph, by role. Raises `WeightsMissing`."""
     head = parameters.read(heads, parameters.HEAD_SHAPES, "calmclip align")
     boxes = parameters.read(detector, None, "python -m calmclip.export.regions")
+    mask_head = parameters.read(masks, None, "python -m calmclip.export.masks")
     folded = parameters.backbone(backbone_state(directory))
     text = parameters.text(head, parameters.minilm(minilm_state(directory)))
     names = parameters.known(text, tokenizer_json(directory), TEMPLATES)
     return {
         "image": parameters.image(head, folded),
         "text": text,
-        "regions": parameters.regions(head, folded, boxes, names),
+        "regions": parameters.regions(head, folded, boxes, names, mask_head),
         "dense": parameters.image(head, folded),
+        "masks": parameters.masks(mask_head),
     }
 
 
@@ -130,6 +143,7 @@ def towers_of(drawn: Mapping[str, onnx.ModelProto]) -> dict[str, Tower]:
         "class_embeds": float32("B", PROPOSALS, WIDTH),
         "boxes": float32("B", PROPOSALS, 4),
         "objectness": float32("B", PROPOSALS),
+        "mask_features": float32("B", MASK_WIDTH, FINE_CELLS, FINE_CELLS),
     }
     classes = {SOFTMAX.name: 1}  # of the backbone
     return {
@@ -163,9 +177,9 @@ def towers_of(drawn: Mapping[str, onnx.ModelProto]) -> dict[str, Tower]:
         "dense": Tower.drawn(
             drawn.get("dense"),
             {"pixels": boxes},
-            {"patches": float32("B", CELLS, CELLS, WIDTH)},
+            {"patches": float32("B", CELLS, CELLS, WIDTH), "map16": float32("B", 2 * CELLS, 2 * CELLS, WIDTH16)},
             REGION_PIXELS,
-            summary=dense_map.summary,
+            summary=dense_summary,
             quantizer="search",
             quantizer_params=QUANTIZE,
             promises=classes,

@@ -25,7 +25,7 @@ STAGES = (
     (5, 2, 6, 208, 5),
     (3, 1, 6, 352, 1),
 )
-STEM, WIDTH16 = 32, 120
+STEM = 32
 FIRST_OF_STRIDE_32 = 15  # the block whose input is the stride-16 map
 
 

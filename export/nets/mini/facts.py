@@ -5,7 +5,7 @@ from calmclip.models.bundle.manifest import ImagePreprocess
 WIDTH = 384  # of a vector, and of MiniLM
 LAYERS, HEADS, INNER, VOCABULARY = 6, 12, 1536, 30522  # of MiniLM
 CONTEXT = 256  # tokens; the weights hold 512 positions, but were trained as a sentence encoder on at most 256
-WIDTH32, CLASSES = 1280, 1000  # of the backbone's last map, and of its classifier
+WIDTH16, WIDTH32, CLASSES = 120, 1280, 1000  # of the backbone's maps at strides 16 and 32, and of its classifier
 FEATURE_LENGTH = 6.0  # of z; c has length 1 in the same product
 PIXELS = ImagePreprocess(
     size=(260, 260), resize="shortest", shortest=292, keep_square=True, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
@@ -20,7 +20,11 @@ QUANTIZE_REGIONS = {"keep": [*QUANTIZE["keep"], "Conv.Conv_64", "MatMul.MatMul_4
 SIDE = 416  # pixels of the letterboxed picture's sides
 STRIDES = (8, 16, 32)  # of NanoDet's grids
 CELLS = SIDE // 32  # rows and columns of the backbone's last map of it
+FINE_CELLS = SIDE // 8  # of the features of masks
 PROPOSALS = 100
+MASK_WIDTH = 32  # channels of the features of masks, at stride 8
+SAMPLES = 16  # rows and columns of a mask
+MARGIN = 0.1  # of a box's sides, around it, that its mask covers, too
 REGION_PIXELS = ImagePreprocess(
     size=(SIDE, SIDE), resize="letterbox", pad=127, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
 )  # (x - 127) / 128; the backbone reads the margin as 0

@@ -1,7 +1,8 @@
 """The float graphs of the built-in model: their structure ships in `drawn/`, without the weights.
 
-A constant of `LEAST` bytes or more is external there: its location is the name of an array of `parameters`, and the key
-`transposed` says that the graph holds the array's transpose. `draw` writes these files from the torch modules.
+A constant of `LEAST` bytes or more is external there, and so is a smaller one with the name of a parameter: its
+location is the name of an array of `parameters`, and the key `transposed` says that the graph holds the array's
+transpose. `draw` writes these files from the torch modules.
 """
 
 from collections.abc import Mapping
@@ -39,6 +40,10 @@ def emptied(model: onnx.ModelProto, parameters: Mapping[str, Array]) -> onnx.Mod
         places.setdefault((array.shape, array.tobytes()), (name, False))
         places.setdefault((array.T.shape, np.ascontiguousarray(array.T).tobytes()), (name, True))
     empty = light.lighten(model, LEAST)
+    for tensor in empty.graph.initializer:
+        if tensor.name in parameters and tensor.data_location != onnx.TensorProto.EXTERNAL:  # a small one
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
     for tensor, whole in zip(empty.graph.initializer, model.graph.initializer, strict=True):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             array = numpy_helper.to_array(whole)

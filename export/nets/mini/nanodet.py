@@ -58,7 +58,7 @@ class Stage(nn.Module):
 
 
 class NanoDet(nn.Module):
-    """float32 [B, 3, H, W], RGB, (x - 127) / 128, sides multiples of 32 -> `forward`'s five tensors.
+    """float32 [B, 3, H, W], RGB, (x - 127) / 128, sides multiples of 32 -> `forward`'s eight tensors.
 
     N is the number of cells: those of stride 8 first, each grid row by row.
     """
@@ -72,9 +72,10 @@ class NanoDet(nn.Module):
         # Products, no convolutions: the 8-bit graph then keeps their results in float, and the chances are finer.
         self.out = nn.ModuleList(nn.Linear(WIDTH, NAMES + 4 * BINS) for _ in STRIDES)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """-> logits [B, N, 80], bins [B, N, 44], features [B, N, 128], map16 [B, 256, H/16, W/16], map32
-        [B, 512, H/32, W/32]."""
+        [B, 512, H/32, W/32]; and what masks are made of: map8, neck8 [B, 128, H/8, W/8], neck16 [B, 128, H/16, W/16].
+        """
         x = F.max_pool2d(self.stem(pixels), 3, 2, 1)
         x = F.leaky_relu(x, SLOPE)  # behind the pool, where there is a quarter of the numbers: it keeps their order
         maps = []
@@ -82,17 +83,18 @@ class NanoDet(nn.Module):
             x = stage(x)
             maps.append(x)
         lateral8, lateral16, lateral32 = (conv(x) for conv, x in zip(self.lateral, maps[1:], strict=True))
-        path16 = lateral16 + _twice(lateral32)
-        path8 = lateral8 + _twice(path16)
+        path16 = lateral16 + twice(lateral32)
+        path8 = lateral8 + twice(path16)
         neck16 = path16 + F.avg_pool2d(path8, 2)
         neck32 = lateral32 + F.avg_pool2d(neck16, 2)
         features = [rows(conv(x)) for conv, x in zip(self.tower, (path8, neck16, neck32), strict=True)]
         cells = torch.cat([linear(x) for linear, x in zip(self.out, features, strict=True)], 1)
         logits, bins = torch.split(cells, [NAMES, 4 * BINS], -1)
-        return logits, bins, torch.cat(features, 1), maps[2], maps[3]
+        return logits, bins, torch.cat(features, 1), maps[2], maps[3], maps[1], path8, neck16
 
 
-def _twice(x: Tensor) -> Tensor:
+def twice(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, C, 2 h, 2 w], bilinear."""
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 

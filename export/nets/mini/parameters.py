@@ -14,7 +14,18 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from calmclip.export.nets.mini.facts import CLASSES, CONTEXT, HEADS, LAYERS, NAMES, SIDE, STRIDES, WIDTH, WIDTH32
+from calmclip.export.nets.mini.facts import (
+    CLASSES,
+    CONTEXT,
+    HEADS,
+    LAYERS,
+    NAMES,
+    SAMPLES,
+    SIDE,
+    STRIDES,
+    WIDTH,
+    WIDTH32,
+)
 from calmclip.export.nets.mini.sentences import embed, unit
 from calmclip.models.errors import WeightsMissing
 from calmclip.models.flow import Array
@@ -135,10 +146,21 @@ def image(heads: Arrays, folded: Arrays) -> Arrays:
     return {**_under("backbone", folded), **_under("head", image_head(heads))}
 
 
-def regions(heads: Arrays, folded: Arrays, detector: Arrays, names: Array) -> Arrays:
-    """The constants of the `regions` graph. ``names`` [80, 384]: see `known`."""
+def regions(heads: Arrays, folded: Arrays, detector: Arrays, names: Array, head: Arrays) -> Arrays:
+    """The constants of the `regions` graph. ``names`` [80, 384]: see `known`; ``head``: `masks.MaskHead`'s."""
     seen = {**_under("backbone", folded), **_under("image", image_head(heads))}
-    return {**seen, **detector, "names": names, "cells": cells()}
+    return {**seen, **detector, "names": names, "cells": cells(), **_under("masks", _of("features", head))}
+
+
+def masks(head: Arrays) -> Arrays:
+    """The constants of the `masks` graph, of `masks.MaskHead`'s."""
+    return {**_of("masks", head), "places": places()}
+
+
+def places() -> Array:
+    """float32 [1, 4, S, S]: x, y, x^2, y^2 of each sample of a mask, from -1 to 1."""
+    y, x = np.meshgrid(*[np.linspace(-1, 1, SAMPLES)] * 2, indexing="ij")
+    return np.stack((x, y, x**2, y**2))[None].astype(np.float32)
 
 
 def known(parameters: Arrays, tokenizer: bytes, templates: Sequence[str]) -> Array:
@@ -160,6 +182,11 @@ def cells() -> Array:
         rows, columns = np.divmod(np.arange((SIDE // stride) ** 2), SIDE // stride)
         grids.append(np.stack(((columns + 0.5) * stride, (rows + 0.5) * stride, np.full(len(rows), stride)), axis=1))
     return np.concatenate(grids).astype(np.float32)
+
+
+def _of(prefix: str, arrays: Arrays) -> Arrays:
+    start = f"{prefix}."
+    return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
 
 def _under(prefix: str, arrays: Arrays) -> Arrays:

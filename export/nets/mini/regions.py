@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from calmclip.export.nets.mini import nanodet
 from calmclip.export.nets.mini.backbone import Backbone
 from calmclip.export.nets.mini.facts import PROPOSALS, SIDE, WIDTH
+from calmclip.export.nets.mini.masks import MaskFeatures
 from calmclip.export.nets.mini.nanodet import NanoDet
 from calmclip.export.nets.mini.quality import Quality, shape
 from calmclip.export.nets.mini.towers import ImageHead, unit
@@ -64,13 +65,21 @@ class RegionHead(nn.Module):
 
 
 class Regions(nn.Module):
-    """pixels [B, 3, 416, 416] -> class_embeds [B, P, D] unit rows, boxes [B, P, 4] in pixels, objectness [B, P].
+    """pixels [B, 3, 416, 416] -> class_embeds [B, P, D] unit rows, boxes [B, P, 4] in pixels, objectness [B, P],
+    mask_features [B, 32, 52, 52] (`masks`).
 
     Best first. P is always `PROPOSALS`; rows without a proposal have objectness 0.
     """
 
     def __init__(
-        self, boxes: NanoDet, quality: Quality, backbone: Backbone, image: ImageHead, head: RegionHead, names: Tensor
+        self,
+        boxes: NanoDet,
+        quality: Quality,
+        backbone: Backbone,
+        image: ImageHead,
+        head: RegionHead,
+        names: Tensor,
+        masks: MaskFeatures,
     ) -> None:
         """``names`` [80, D]: unit text vectors of NanoDet's names."""
         super().__init__()
@@ -80,20 +89,26 @@ class Regions(nn.Module):
         self.image = image
         self.head = head
         self.names = nn.Buffer(names)
+        self.masks = masks
         self.cells = nn.Buffer(nanodet.grid())
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         map32 = self.backbone(F.avg_pool2d(pixels, HALF))[1]  # first, so that its nodes count as in the image tower
-        chances, boxes, objectness, features = self.propose(pixels)
+        chances, boxes, objectness, features, maps = self.seen(pixels)
         vectors = self.image(average(map32, boxes, HALF * 32))
         side = extent(boxes)
         described = unit(side * vectors + (1 - side) * self.head(vectors, features))
         known = torch.matmul(chances.square(), self.names)
-        return unit(known + (SMALL + LARGE * side) * described), boxes, objectness
+        vectors = unit(known + (SMALL + LARGE * side) * described)
+        return vectors, boxes, objectness, self.masks(*maps)  # last, so that the other nodes keep their numbers
 
     def propose(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> chances [B, P, 80], boxes [B, P, 4], objectness [B, P], NanoDet's features of the boxes [B, P, 896]."""
-        logits, bins, cells, map16, map32 = self.boxes(pixels)
+        return self.seen(pixels)[:4]
+
+    def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """The same, and the maps that `MaskFeatures` reads."""
+        logits, bins, cells, map16, map32, *maps = self.boxes(pixels)
         likely, order = logits.amax(-1).topk(LIKELY)
         bins, places = _rows(bins, order), self.cells[order]
         best, first = (likely.sigmoid() * self.quality(shape(bins, places))).sqrt().topk(FIRST)
@@ -102,7 +117,7 @@ class Regions(nn.Module):
         objectness, kept = (best * survivors(boxes, OVERLAP)).topk(PROPOSALS)
         boxes, order = _rows(boxes, kept), torch.gather(order, 1, kept)
         features = (_rows(cells, order), average(map32, boxes, 32), average(map16, boxes, 16))
-        return _rows(logits, order).sigmoid(), boxes, objectness, torch.cat(features, -1)
+        return _rows(logits, order).sigmoid(), boxes, objectness, torch.cat(features, -1), tuple(maps)
 
 
 def extent(boxes: Tensor) -> Tensor:

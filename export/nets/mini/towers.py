@@ -85,16 +85,16 @@ class ImageTower(nn.Module):
 
 class DenseTower(nn.Module):
     """pixels float32 [B, 3, 416, 416], (x - 127) / 128 -> patches [B, 13, 13, 384]: the image head's unit vector of
-    each cell of the backbone's last map."""
+    each cell of the backbone's last map; map16 [B, 26, 26, 120], the backbone's map at stride 16, whose cells tell what
+    belongs together."""
 
     def __init__(self, image: ImageTower) -> None:
         super().__init__()
         self.backbone, self.head = image.backbone, image.head
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        features = self.backbone(pixels)[1]
-        patches: Tensor = self.head(features.permute(0, 2, 3, 1))
-        return patches
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        map16, map32 = self.backbone(pixels)
+        return self.head(map32.permute(0, 2, 3, 1)), map16.permute(0, 2, 3, 1)
 
 
 class TextTower(nn.Module):

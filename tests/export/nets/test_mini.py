@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from calmclip.export import parity
 from calmclip.export.graph import fingerprint
 from calmclip.export.nets import NETS, Net
-from calmclip.export.nets.mini import DETECTOR, RANGES, SHIPPED, trained
+from calmclip.export.nets.mini import DETECTOR, MASKS, RANGES, SHIPPED, trained
 from calmclip.models.preprocess.image import ImagePreparer, decode
 
 
@@ -26,7 +26,7 @@ def runs(net: Net) -> Mapping[str, parity.Run]:
     return {role: parity.onnx_run(net.towers[role].graph) for role in net.towers}
 
 
-@pytest.mark.parametrize("file", [SHIPPED, DETECTOR])
+@pytest.mark.parametrize("file", [SHIPPED, DETECTOR, MASKS])
 def test_recognises_its_name_and_a_directory_with_a_trained_file(tmp_path: Path, file: Path):
     plugin = NETS.get("mini")
     assert plugin.recognise("mini")
@@ -34,8 +34,7 @@ def test_recognises_its_name_and_a_directory_with_a_trained_file(tmp_path: Path,
     shutil.copy(file, tmp_path)
     assert plugin.recognise(str(tmp_path))
     assert trained(tmp_path, file) == tmp_path / file.name
-    (other,) = {SHIPPED, DETECTOR} - {file}
-    assert trained(tmp_path, other) == other
+    assert all(trained(tmp_path, other) == other for other in {SHIPPED, DETECTOR, MASKS} - {file})
 
 
 @pytest.mark.parametrize(

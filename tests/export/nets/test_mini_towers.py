@@ -46,10 +46,12 @@ def test_a_patch_is_the_image_heads_vector_of_a_cell(heads: Heads):
     features = torch.rand(2, 1280, 2, 3, generator=torch.Generator().manual_seed(1))
     backbone = torch.nn.Module()
     backbone.classifier = torch.nn.Linear(1280, 1000)
-    backbone.forward = lambda pixels: (None, features)
+    map16 = torch.rand(2, 120, 4, 6)
+    backbone.forward = lambda pixels: (map16, features)
     image = ImageTower(backbone, heads)  # type: ignore[arg-type]
     with torch.inference_mode():
-        patches = DenseTower(image)(torch.zeros(2, 3, 8, 8))
+        patches, fine = DenseTower(image)(torch.zeros(2, 3, 8, 8))
+        assert torch.equal(fine[1, 3, 5], map16[1, :, 3, 5])
         assert patches.shape == (2, 2, 3, 384)
         for b, y, x in np.ndindex(2, 2, 3):
             assert torch.allclose(patches[b, y, x], image.head(features[b, :, y, x][None])[0], atol=1e-6)
