@@ -1,6 +1,7 @@
-"""Checks on the tensors of a second checkpoint: an adapter needs the same names and shapes as in the net."""
+"""What adapters read of a second checkpoint: it needs the same names and shapes as the net; and the ids of texts."""
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from calmclip.export import layouts
 from calmclip.export.checkpoints import Weights, read
 from calmclip.export.layouts import LAYOUTS, Layout
 from calmclip.export.nets import Net
+from calmclip.models.bundle.manifest import TextPreprocess
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
+from calmclip.models.preprocess.text import TextPreparer
 
 State = Mapping[str, Tensor]
 
@@ -45,3 +48,13 @@ def layout_of(net: Net, adapter: str) -> tuple[Layout, Callable[[str], str]]:
             f"{adapter} does not apply to {net.source.model}: expected a net of the kind clip, not {net.name}"
         )
     return net.layout, partial(layouts.checkpoint_name, net.layout)
+
+
+def token_ids(net: Net, texts: Sequence[str]) -> list[Sequence[int]]:
+    """The ids of each text, between those of its start and its end."""
+    spec = net.towers["text"].preprocess
+    assert isinstance(spec, TextPreprocess)
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / spec.tokenizer).write_bytes(net.files[spec.tokenizer])
+        preparer = TextPreparer(spec, Path(directory))
+        return [preparer.tokens(text, index) for index, text in enumerate(texts)]

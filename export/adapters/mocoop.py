@@ -12,7 +12,6 @@ without these rows, gets the definition: start, before, name, after, end.
 
 import io
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,15 +23,14 @@ from torch import Tensor
 
 from calmclip.export import layouts, parity
 from calmclip.export.adapters import ADAPTERS, Adapter, Context, load_tensors, tensors, with_note
-from calmclip.export.adapters._tensors import layout_of
+from calmclip.export.adapters._tensors import layout_of, token_ids
 from calmclip.export.adapters.over import over
 from calmclip.export.checkpoints import Checkpoint, hub, read
 from calmclip.export.nets import Net
 from calmclip.export.towers.text import TextTransformer
-from calmclip.models.bundle.manifest import DefaultClassifier, FrozenModel, Plugin, TextPreprocess
+from calmclip.models.bundle.manifest import DefaultClassifier, FrozenModel, Plugin
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from calmclip.models.labels import check_distinct
-from calmclip.models.preprocess.text import TextPreparer
 
 LEARNER, IMAGE = "prompt_learner.", "image_encoder."
 _FROZEN = (  # of the base, or used in training alone
@@ -85,7 +83,7 @@ def adapt(net: Net, params: Params, context: Context) -> Net:
         named = Checkpoint(path, {f"visual.{name}": tensor for name, tensor in learnt.image.items()})
         image = {**base, **layouts.translate_image(layout, named)}
         load_tensors(net, over(tensors(net), image, str(path), name_of))
-    ids = _tokens(net, names)
+    ids = token_ids(net, [name.replace("_", " ") for name in names])  # as in the data sets of Dassl
     with parity.one_thread(), torch.inference_mode():
         bank = torch.stack([_vectors(module, expert, ids, learnt.shift, names, context) for expert in learnt.experts])
     assets = {"bank": bank, "gate": learnt.gate, "bias": learnt.bias}
@@ -154,16 +152,6 @@ def read_learnt(path: Path, *, dim: int | str, width: int) -> Learnt:
 def _fits(tensor: Tensor, shape: Sequence[int | str | None]) -> bool:
     sizes = len(tensor.shape) == len(shape) and all(s in (None, t) for t, s in zip(tensor.shape, shape, strict=True))
     return sizes and bool(tensor.isfinite().all())
-
-
-def _tokens(net: Net, names: Sequence[str]) -> list[Sequence[int]]:
-    """The ids of each class name, between start and end; an underscore is a blank, as in the data sets of Dassl."""
-    spec = net.towers["text"].preprocess
-    assert isinstance(spec, TextPreprocess)
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / spec.tokenizer).write_bytes(net.files[spec.tokenizer])
-        preparer = TextPreparer(spec, Path(directory))
-        return [preparer.tokens(name.replace("_", " "), index) for index, name in enumerate(names)]
 
 
 def _vectors(

@@ -22,7 +22,8 @@ from calmclip.export.checkpoints.files import mistaken
 from calmclip.export.checkpoints.locate import one_line
 from calmclip.models.errors import UnknownCheckpoint
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module")  # keys of a training file that hold the tensors
+# keys of a training file that hold the tensors
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "prompt_learner")
 DECODER = "decoder."  # prefix for GRAIN, whose training file keeps two modules; the backbone gets no prefix
 PREFIXES = ("module.", "model.", "clip.")  # removed if all names have it: from parallel training or an outer module
 INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch's wrappers, at any depth

@@ -51,7 +51,8 @@ class Examples:
 
     ``captions`` float32 [N, D] unit rows, one for each picture. ``views`` float32 [N, V, D] unit rows: V random crops
     of each picture. ``unlabelled`` float32 [M, D] unit rows of pictures without a label. ``words``, with their unit
-    rows ``word_vectors`` float32 [W, D]: a vocabulary that explains a difference.
+    rows ``word_vectors`` float32 [W, D]: a vocabulary that explains a difference. ``patches``: of each picture float32
+    [V, P, D] unit rows, the cells of the graph `dense`, first those of the picture, then those of its crops.
     """
 
     image: Array
@@ -64,12 +65,16 @@ class Examples:
     unlabelled: Array | None = None
     words: tuple[str, ...] = ()
     word_vectors: Array | None = None
+    patches: tuple[Array, ...] | None = None
 
     def only(self, rows: Array) -> "Examples":
         """``rows``: indices or a mask of pictures."""
         captions = None if self.captions is None else self.captions[rows]
         views = None if self.views is None else self.views[rows]
-        return replace(self, image=self.image[rows], truth=self.truth[rows], captions=captions, views=views)
+        patches = None if self.patches is None else tuple(self.patches[i] for i in np.arange(len(self.truth))[rows])
+        return replace(
+            self, image=self.image[rows], truth=self.truth[rows], captions=captions, views=views, patches=patches
+        )
 
     @cached_property
     def spread(self) -> "Examples":
@@ -92,8 +97,10 @@ class Fit(Generic[P]):
     compute a thing again.
 
     ``reads``: which of ``captions``, ``words`` and ``unlabelled`` it uses. ``labels``: the number of labels that it
-    takes, None: any. ``open``: whether a label may have no picture. ``notes(examples, params)``: what it has to say.
-    ``ready()`` raises `ExtraMissing` if the fit needs a package that is not installed.
+    takes, None: any. ``open``: whether a label may have no picture. ``names``: the labels that it takes, and no others;
+    the first needs a picture. ``patches``: it reads patches of pictures, and no vectors; nothing is chosen or measured.
+    ``notes(examples, params, assets)``: what it has to say. ``ready()`` raises `ExtraMissing` if the fit needs a
+    package that is not installed.
     """
 
     assets: Callable[[Examples, P], Arrays]
@@ -103,8 +110,15 @@ class Fit(Generic[P]):
     reads: tuple[str, ...] = ()
     labels: int | None = None
     open: bool = False
-    notes: Callable[[Examples, P], Sequence[str]] = lambda examples, params: ()
+    names: tuple[str, ...] = ()
+    patches: bool = False
+    notes: Callable[[Examples, P, Arrays], Sequence[str]] = lambda examples, params, assets: ()
     ready: Callable[[], None] = lambda: None
+
+    @property
+    def task(self) -> str:
+        """The task that a bundle must serve for this fit, and that its classifier is for."""
+        return "anomaly" if self.patches else "classify"
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def logits(image: Array, columns: Columns, params: Params) -> Array:
     return tip.zero_shot(image, columns, params.scale) + cache - alike
 
 
-def notes(examples: Examples, params: Params) -> Sequence[str]:
+def notes(examples: Examples, params: Params, assets: Arrays) -> Sequence[str]:
     return () if examples.captions is not None else ("no captions were given: the texts of the labels stand for them",)
 
 

@@ -82,11 +82,11 @@ def without(r: Array, q: Array) -> Array:
     return _unit(rest)
 
 
-def notes(examples: Examples, params: Params) -> Sequence[str]:
+def notes(examples: Examples, params: Params, assets: Arrays) -> Sequence[str]:
     """The nearest words of each side, and those whose direction was removed."""
     if examples.word_vectors is None:
         return ()
-    r = fit(examples, params)["direction"][0]
+    r = assets["direction"][0]
     order = [examples.words[i] for i in np.argsort(-(examples.word_vectors @ r), kind="stable")]
     ends = zip(examples.labels, (order[:SHOWN], order[::-1][:SHOWN]), strict=True)
     lines = [f"words nearest to {label!r}: {', '.join(words)}" for label, words in ends]

@@ -131,7 +131,7 @@ def equal_alpha(examples: Examples, weight: Array, bias: Array) -> float:
     return float(examples.scale * zero_shot.std(axis=1).mean() / max(gaussian.std(axis=1).mean(), 1e-12))
 
 
-def notes(examples: Examples, params: Params) -> Sequence[str]:
+def notes(examples: Examples, params: Params, assets: Arrays) -> Sequence[str]:
     without = [label for i, label in enumerate(examples.labels) if i not in set(examples.truth.tolist())]
     if examples.unlabelled is not None:
         return (f"{len(examples.unlabelled)} pictures without a label were used, by expectation maximization",)

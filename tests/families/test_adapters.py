@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from calmclip.export import adapters, pipeline
 from calmclip.export.adapters import ADAPTERS, Adapt, Adapter, Context, adapt
+from calmclip.export.adapters._tensors import token_ids
 from calmclip.export.checkpoints import Weights
 from calmclip.export.nets import NETS, Net, Tower, ready
 from calmclip.export.recipe import load_recipe
@@ -20,13 +21,15 @@ from calmclip.models.errors import BadRequest, UnknownCheckpoint, UnknownName
 from tests import tiny
 
 # The params of each adapter on the tiny Hugging Face CLIP; OTHER stands for a checkpoint of the same shapes, KIN
-# for one that differs in its MLPs alone, LEARNT for prompts that were tuned over it, NAMES for class names.
-OTHER, KIN, LEARNT, NAMES = "OTHER", "KIN", "LEARNT", "NAMES"
+# for one that differs in its MLPs alone, LEARNT and STATES for prompts that were tuned over it, NAMES for class names.
+OTHER, KIN, LEARNT, NAMES, STATES = "OTHER", "KIN", "LEARNT", "NAMES", "STATES"
 PARAMS: dict[str, dict[str, Any]] = {
+    "anomaly": {"checkpoint": STATES, "size": 40},
     "dense": {"method": "values"},
     "mocoop": {"checkpoint": LEARNT, "classes": NAMES},
     "mix": {"checkpoint": OTHER, "alpha": 0.5},
     "over": {"checkpoint": OTHER},
+    "prune": {"keep": 0.5},
     "softmax": {"kind": "clipped(-0.04:1.01)", "force": True},
     "stretch": {"tokens": 60},
     "svd-scale": {"by": 0.9},
@@ -65,8 +68,23 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def adaptation(name: str, other: Path, kin: Path, learnt: Path) -> Adapt:
-    paths = {OTHER: str(other), KIN: str(kin), LEARNT: str(learnt), NAMES: str(learnt.parent / "names.txt")}
+def states(tiny_hf_clip: Path, tmp_path: Path) -> Path:
+    """Prompts of AnomalyCLIP: two learnt tokens, then the end of a text."""
+    net, width = opened(tiny_hf_clip), 32
+    ends = net.towers["text"].module.tokens.weight[token_ids(net, ["object"])[0][-1]].detach()
+    rows = {"token_prefix": torch.randn(1, 1, 1, width), "ctx": torch.randn(1, 1, 2, width)}
+    rows["token_suffix"] = ends.clone()[None, None, None]
+    save_file(
+        {f"{part}_{side}": tensor.clone() for side in ("pos", "neg") for part, tensor in rows.items()},
+        tmp_path / "states.safetensors",
+    )
+    return tmp_path / "states.safetensors"
+
+
+@pytest.fixture
+def adaptation(name: str, other: Path, kin: Path, learnt: Path, states: Path) -> Adapt:
+    paths = {OTHER: str(other), KIN: str(kin), LEARNT: str(learnt), NAMES: str(learnt.parent / "names.txt"),
+             STATES: str(states)}  # fmt: skip
     return Adapt(name=name, params={k: paths.get(v, v) for k, v in PARAMS[name].items()})
 
 
@@ -99,7 +117,7 @@ def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptatio
     assert adapted.source.notes.startswith(f"{net.source.notes}; ")
     assert net.source.weights.items() <= adapted.source.weights.items()
     assert any(key.startswith(f"{adaptation.name}/") for key in adapted.source.weights) == (
-        not {OTHER, KIN, LEARNT}.isdisjoint(PARAMS[adaptation.name].values())
+        not {OTHER, KIN, LEARNT, STATES}.isdisjoint(PARAMS[adaptation.name].values())
     )
     for tower in ready(adapted).towers.values():
         inputs = example(tower)

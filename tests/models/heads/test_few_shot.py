@@ -108,7 +108,7 @@ def test_a_label_without_a_picture_gets_those_nearest_to_its_text():
     assets = gda.fit(shown, gda.Params())
     assert assets["weight"] == pytest.approx(weight, rel=1e-3, abs=1e-3)
     assert assets["bias"] == pytest.approx(-(weight * means).sum(axis=1) / 2 - np.log(6), rel=1e-3)
-    assert gda.notes(shown, gda.Params()) == ("'new' has no picture; it got those nearest to its text",)
+    assert gda.notes(shown, gda.Params(), {}) == ("'new' has no picture; it got those nearest to its text",)
 
 
 def test_pictures_without_a_label_move_zero_shot_to_their_clusters():
@@ -188,8 +188,8 @@ def test_caps_without_captions_takes_the_texts_of_the_labels_and_says_so():
     spoken = replace(shown, captions=shown.text[shown.truth])
     bare = replace(shown, captions=None)
     assert (caps.fit(bare, params)["keys"] == caps.fit(spoken, params)["keys"]).all()
-    assert caps.notes(bare, params) == ("no captions were given: the texts of the labels stand for them",)
-    assert caps.notes(spoken, params) == ()
+    assert caps.notes(bare, params, {}) == ("no captions were given: the texts of the labels stand for them",)
+    assert caps.notes(spoken, params, {}) == ()
 
 
 def test_grids_grow_with_the_scale_of_zero_shot():
@@ -290,7 +290,8 @@ def test_the_bias_words_of_a_direction_are_removed_and_named():
     assert abs(middle) > 0.01
     offset = direction.fit(shown, direction.Params(bias_words=2))["offset"]
     assert offset == pytest.approx([-middle, middle], abs=1e-6)
-    nearest, farthest, removed = direction.notes(shown, direction.Params(bias_words=2))
+    params = direction.Params(bias_words=2)
+    nearest, farthest, removed = direction.notes(shown, params, direction.fit(shown, params))
     by_r = [WORDS[i] for i in np.argsort(-(shown.word_vectors @ r))]
     assert nearest == f"words nearest to 'bright': {', '.join(by_r)}"
     assert farthest == f"words nearest to 'dark': {', '.join(by_r[::-1])}"
