@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from calmclip.models.flow import Flow
 from calmclip.service.endpoints import Endpoint
 from calmclip.service.hub import Loaded
-from calmclip.service.openapi import ANY_QUERY, JSON, operation
+from calmclip.service.openapi import ANY_QUERY, JSON, PNG, operation
 from calmclip.service.parts import Service
 from calmclip.service.request import Context
 from calmclip.service.schemas import Answer, encode
@@ -56,11 +56,16 @@ class Asked(Generic[B]):
         """The result of ``flow``. Raises what it raises, `DeadlineExceeded`."""
         return await self.parts.engine.answer(loaded, flow, self.context)
 
-    def respond(self, answer: Answer, status: int = 200) -> Response:
-        """For handlers that answer with more than one status. Raises `DeadlineExceeded` after the deadline."""
+    def respond(self, answer: Answer | bytes, status: int = 200) -> Response:
+        """For handlers that answer with more than one status. ``answer``: JSON, or the bytes of a PNG file.
+
+        Raises `DeadlineExceeded` after the deadline.
+        """
         if self.context.left_s < 0:
             raise self.context.late()
         self.context.answered = perf_counter()  # from here to the headers is the stage `serialize`
+        if isinstance(answer, bytes):
+            return Response(answer, status, media_type=PNG)
         return Response(encode(answer), status, media_type=JSON)
 
 
@@ -76,7 +81,7 @@ class DirectRoute(APIRoute):
 
 
 def serve(app: FastAPI, endpoint: Endpoint) -> None:
-    """Add an endpoint to the app's router. Its handler returns an answer, None or a response.
+    """Add an endpoint to the app's router. Its handler returns an answer, a PNG file as bytes, None or a response.
 
     FastAPI reads the handler's further parameters from path, query and headers.
     """

@@ -265,6 +265,60 @@ class Tags:
 
 
 @dataclass(frozen=True)
+class RunLengths:
+    """A mask as COCO writes it, for `pycocotools.mask.decode`. ``size``: height and width."""
+
+    size: list[int]
+    counts: str
+
+
+@dataclass(frozen=True)
+class MaskPart:
+    """A connected component of a mask."""
+
+    score: float
+    box: Box
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``area``: pixels of the mask. ``boxes``: of its connected components, best first. ``rle``, ``png``: the mask in
+    the format of the request; a PNG is base64."""
+
+    label: str
+    index: int
+    score: float
+    area: int
+    boxes: list[MaskPart]
+    rle: RunLengths | None
+    png: str | None
+
+
+@dataclass(frozen=True)
+class Segments:
+    """``segments``: best first; a label without a pixel is left out."""
+
+    model: str
+    method: str
+    image: Size
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """``score``: 0 to 1, higher is more damaged. ``damaged``: whether it is above the ``threshold``; None without one.
+    ``heat``: where, as a PNG in base64."""
+
+    model: str
+    method: str
+    image: Size
+    score: float
+    threshold: float | None
+    damaged: bool | None
+    heat: str
+
+
+@dataclass(frozen=True)
 class Item:
     """An item of a collection: a text or a picture, and any JSON object as metadata."""
 
@@ -375,9 +429,18 @@ class Fitted(Classifier):
 
 
 @dataclass(frozen=True)
+class Segmentation:
+    """What a segment request gets that sets nothing. ``methods``: those that the bundle can run, the default first."""
+
+    methods: list[str]
+    background: list[str]
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Model:
     """``embedding_digest``: equal for bundles that make the same vectors; None if the bundle does not embed.
-    ``suppression``: the defaults of a detect request; None if the bundle does not detect."""
+    ``suppression``, ``segmentation``: the defaults of a detect and of a segment request; None without the task."""
 
     name: str
     digest: str
@@ -388,6 +451,7 @@ class Model:
     dim: int | None
     labels: int
     suppression: Suppression | None
+    segmentation: Segmentation | None
     examples: int
 
 
@@ -419,7 +483,7 @@ class Call(Generic[T]):
     method: str
     path: str
     read: Callable[[Any], T]
-    json: object = None
+    json: Any = None
     params: Mapping[str, str | int] = field(default_factory=dict)
     ok_statuses: tuple[int, ...] = ()
     kind: str | None = None
@@ -551,6 +615,79 @@ class Calls:
         """Words that fit a picture and its regions. Default: of calmclip's vocabulary."""
         fields = _present(words=_texts(words), templates=_texts(templates), top=top, regions=regions, model=model)
         return Call("POST", "/v1/tag", _reader(Tags), {"image": _picture(image), **fields})
+
+    @staticmethod
+    def segment(
+        image: Picture,
+        labels: Sequence[str] = (),
+        *,
+        classifier: str | None = None,
+        templates: Sequence[str] = (),
+        method: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        background: Sequence[str] | None = None,
+        threshold: float | None = None,
+        independent: bool | None = None,
+        window: float | None = None,
+        stride: float | None = None,
+        format: Literal["rle", "png"] | None = None,
+        model: str | None = None,
+    ) -> Call[Segments]:
+        """A mask for each label of a picture, as run lengths or as a PNG. Default: the labels of the classifier, else
+        of the bundle. Settings that are None have the bundle's default; ``background`` [] means that there is none.
+
+        ``window``: the side of overlapping windows, as a part of the picture's shorter side; ``stride``: between them.
+        """
+        fields = _present(
+            labels=_texts(labels),
+            classifier=classifier,
+            templates=_texts(templates),
+            method=method,
+            params=dict(params) if params else None,
+            threshold=threshold,
+            independent=independent,
+            window=window,
+            stride=stride,
+            format=format,
+            model=model,
+        )
+        if background is not None:
+            fields["background"] = _texts(background)
+        return Call("POST", "/v1/segment", _reader(Segments), {"image": _picture(image), **fields})
+
+    @staticmethod
+    def segment_indexed(image: Picture, labels: Sequence[str] = (), **settings: Any) -> Call[bytes]:
+        """One PNG file for all labels: a pixel is 0, or 1 + the index of its label. Its text `labels` is a JSON object:
+        the value of a pixel -> its label. ``settings``: those of `segment`."""
+        call = Calls.segment(image, labels, **settings)
+        return Call(call.method, call.path, bytes, {**call.json, "format": "indexed"}, kind="image/png")
+
+    @staticmethod
+    def anomaly(
+        image: Picture,
+        thing: str | None = None,
+        *,
+        normal: Sequence[str] = (),
+        damaged: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        classifier: str | None = None,
+        method: str | None = None,
+        threshold: float | None = None,
+        model: str | None = None,
+    ) -> Call[Anomaly]:
+        """How damaged a picture looks, and where. ``thing``: what it shows; ``normal``, ``damaged``: phrases with a
+        {} for it. ``classifier``: fitted to normal pictures."""
+        fields = _present(
+            thing=thing,
+            normal=_texts(normal),
+            damaged=_texts(damaged),
+            templates=_texts(templates),
+            classifier=classifier,
+            method=method,
+            threshold=threshold,
+            model=model,
+        )
+        return Call("POST", "/v1/anomaly", _reader(Anomaly), {"image": _picture(image), **fields})
 
     @staticmethod
     def enhance(image: Picture, *, map_pixels: int | None = None, model: str | None = None) -> Call[bytes]:
@@ -930,6 +1067,9 @@ class Client(_Options[httpx.Client]):
     detect = _sync(Calls.detect)
     rank = _sync(Calls.rank)
     tag = _sync(Calls.tag)
+    segment = _sync(Calls.segment)
+    segment_indexed = _sync(Calls.segment_indexed)
+    anomaly = _sync(Calls.anomaly)
     enhance = _sync(Calls.enhance)
     collections = _sync(Calls.collections)
     create_collection = _sync(Calls.create_collection)
@@ -991,6 +1131,9 @@ class AsyncClient(_Options[httpx.AsyncClient]):
     detect = _async(Calls.detect)
     rank = _async(Calls.rank)
     tag = _async(Calls.tag)
+    segment = _async(Calls.segment)
+    segment_indexed = _async(Calls.segment_indexed)
+    anomaly = _async(Calls.anomaly)
     enhance = _async(Calls.enhance)
     collections = _async(Calls.collections)
     create_collection = _async(Calls.create_collection)

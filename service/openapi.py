@@ -1,5 +1,6 @@
 """/openapi.json of the endpoints: bodies in three content types, and every problem."""
 
+from copy import deepcopy
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -22,7 +23,8 @@ _NESTED = ("image", "inputs", "examples", "boxes", "grid")  # a query cannot hol
 _REF = "#/components/schemas/{model}"
 PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
 BINARY = {"type": "string", "format": "binary"}
-JSON = "application/json"
+JSON, PNG = "application/json", "image/png"
+PNG_FILE = {200: {"content": {PNG: {"schema": BINARY}}}}  # `Endpoint.responses` of an answer that is or may be a PNG
 NOT_IN_FORMS = ("items", "validation", "unlabelled")  # of a fit
 RETRY_AFTER = {
     "Retry-After": {
@@ -115,7 +117,7 @@ def _answers(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
         if slug == "overloaded":
             response["headers"] = RETRY_AFTER
     for status, more in endpoint.responses.items():
-        responses[status] = {**responses.get(status, {}), **more}
+        responses[status] = {**responses.get(status, {}), **deepcopy(dict(more))}  # FastAPI changes it
     return responses
 
 

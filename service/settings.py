@@ -71,6 +71,9 @@ class Limits(_Group):
     map_pixels: int = Field(
         default=1 << 20, ge=LEAST_PIXELS, description="pixels that the map of an enhanced picture is computed on"
     )
+    mask_pixels: int = Field(
+        default=16 * MAX_PIXELS, ge=1, description="pixels of all masks that a segment request gets as PNG"
+    )
     examples: int = Field(default=8, ge=1, description="example pictures in a detect request")
     texts: int = Field(default=256, ge=1, le=MAX_TEXTS, description="inputs of one embed request; items of one upload")
     top_k: int = Field(default=1000, ge=1, description="hits of one search; items of one page")

@@ -155,7 +155,7 @@ class _Parser(MultiPartParser):
 
 async def _form(request: Request, limits: Limits) -> list[tuple[str, Any]]:
     stream = _stream(request, limits.body_bytes, BodyTooLarge, "the body")
-    parts = limits.texts + limits.labels + limits.templates + limits.examples + 16
+    parts = limits.texts + limits.labels + limits.templates + limits.examples + limits.words + 16
     parser = _Parser(request.headers, stream, max_files=parts, max_fields=parts, max_part_size=limits.image_bytes)
     try:
         form = await parser.parse()

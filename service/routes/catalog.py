@@ -7,12 +7,22 @@ from pathlib import Path
 
 from fastapi.responses import Response
 
+from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BundleNotFound, TaskNotServed, suggestion
+from calmclip.models.segmenters import default, fitting
 from calmclip.models.tasks.detect import default_suppression
+from calmclip.models.tasks.segment import SegmentRequest, background_of, threshold_of
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import CATALOG, Endpoint
 from calmclip.service.hub import Loaded
-from calmclip.service.schemas.catalog import HealthAnswer, ModelAnswer, ModelsAnswer, ModelSummary, ReadyAnswer
+from calmclip.service.schemas.catalog import (
+    HealthAnswer,
+    ModelAnswer,
+    ModelsAnswer,
+    ModelSummary,
+    ReadyAnswer,
+    SegmentationAsked,
+)
 from calmclip.service.schemas.detect import SuppressionAsked
 
 _endpoint = partial(Endpoint, task=CATALOG, tags=("catalog",))
@@ -124,5 +134,15 @@ def _summary(loaded: Loaded, max_examples: int) -> ModelSummary:
         dim=dim,
         labels=len(bundle.classifier.labels),
         suppression=SuppressionAsked(**vars(default_suppression(bundle))) if detects else None,
+        segmentation=_segmentation(bundle) if "segment" in bundle.tasks else None,
         examples=max_examples if detects else 0,
+    )
+
+
+def _segmentation(bundle: Bundle) -> SegmentationAsked:
+    usual, others = default(bundle.manifest), fitting(bundle.manifest)
+    return SegmentationAsked(
+        methods=sorted(others, key=lambda name: name != usual),
+        background=[*background_of(bundle, None)],
+        threshold=threshold_of(bundle, SegmentRequest(b"")),
     )

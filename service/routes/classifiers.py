@@ -8,6 +8,7 @@ from typing import Any
 
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
+from calmclip.models.heads import named
 from calmclip.models.labels import MIN_PER_LABEL, MIN_PICTURES, require_labels
 from calmclip.models.tasks.calibrate import CalibrateRequest, calibrate
 from calmclip.models.tasks.fit import FitRequest, Fitted, fit, fit_vectors
@@ -127,7 +128,8 @@ async def delete_classifier(asked: Asked[None], name: str) -> None:
 async def _of_pictures(asked: Asked[FitBody]) -> tuple[Fitted, int]:
     """-> what was fitted, and 0 items that were left out."""
     body = asked.body
-    loaded = asked.bundle(body.model, "classify")
+    head = named(body.method)
+    loaded = asked.bundle(body.model, head.fit.task if head.fit else "classify")
     classifier = _classifier(asked, body.labels or [*dict.fromkeys(item.label for item in body.items)])
     captions = [item.caption for item in body.items]
     if any(captions) and None in captions:

@@ -1,19 +1,13 @@
 """POST /v1/enhance: a picture -> the same picture in better light, as PNG."""
 
-from time import perf_counter
-
-from fastapi.responses import Response
-
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Flow, Work
 from calmclip.models.tasks.enhance import MAP_PIXELS, EnhanceRequest, enhance
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
-from calmclip.service.openapi import BINARY
+from calmclip.service.openapi import PNG_FILE
 from calmclip.service.schemas.enhance import EnhanceBody
-
-PNG = "image/png"
 
 
 @Endpoint(
@@ -26,19 +20,16 @@ PNG = "image/png"
     body=EnhanceBody,
     example={"image": {"b64": PIXEL}},
     problems=(*ENGINE, *INPUT, *PICTURE),
-    responses={200: {"content": {PNG: {"schema": BINARY}}}},
+    responses=PNG_FILE,
 )
-async def enhance_picture(asked: Asked[EnhanceBody]) -> Response:
+async def enhance_picture(asked: Asked[EnhanceBody]) -> bytes:
     body, most = asked.body, asked.limits.map_pixels
     loaded = asked.bundle(body.model)
     asked.check(body.image)
     if body.map_pixels is not None and body.map_pixels > most:
         raise BadRequest(f"map_pixels is {body.map_pixels}; at most {most} are computed")
-    png = await asked.run(
-        loaded, _png(loaded.bundle, EnhanceRequest(body.image, body.map_pixels or min(most, MAP_PIXELS)))
-    )
-    asked.context.answered = perf_counter()
-    return Response(png, media_type=PNG)
+    request = EnhanceRequest(body.image, body.map_pixels or min(most, MAP_PIXELS))
+    return await asked.run(loaded, _png(loaded.bundle, request))
 
 
 def _png(bundle: Bundle, request: EnhanceRequest) -> Flow[bytes]:

@@ -8,6 +8,14 @@ from calmclip.service.schemas import Answer
 from calmclip.service.schemas.detect import SuppressionAsked
 
 
+class SegmentationAsked(Answer):
+    """What a segment request gets that sets nothing."""
+
+    methods: list[str] = Field(description="plug-ins of the family segmenters for this bundle, the default first")
+    background: list[str]
+    threshold: float
+
+
 class ModelSummary(Answer):
     name: str
     digest: str = Field(description="sha256 of bundle.json")
@@ -21,6 +29,9 @@ class ModelSummary(Answer):
     labels: int = Field(description="number of labels in the bundle")
     suppression: SuppressionAsked | None = Field(
         description="the defaults of a detect request; null: the bundle does not detect"
+    )
+    segmentation: SegmentationAsked | None = Field(
+        description="the defaults of a segment request; null: the bundle does not segment"
     )
     examples: int = Field(description="largest number of examples in a detect request; 0: the bundle takes none")
 

@@ -42,7 +42,8 @@ class FitBody(Body):
     method: str = Field(description="a plug-in of the family heads that can be fitted")
     params: dict[str, Any] = Field({}, description="the method's; default: chosen by the pictures")
     model: str | None = Field(
-        None, description="default: the first bundle that classifies, or the bundle that filled the collection"
+        None,
+        description="default: the first bundle that serves the method's task, or the bundle that filled the collection",
     )
     labels: list[str] = Field(
         [],
@@ -209,6 +210,8 @@ class CalibratedAnswer(ClassifierAnswer):
 class MethodAnswer(Answer):
     name: str
     labels: int | None = Field(description="the number of labels that it takes; null: any from 2 on")
+    names: list[str] = Field(description="the only labels that it takes; the first needs a picture; empty: any")
+    task: str = Field(description="of the bundle, and of the requests that use the classifier: classify or anomaly")
     reads: list[str] = Field(description="what else it uses: captions, unlabelled, words")
 
 
@@ -220,6 +223,10 @@ class ClassifiersAnswer(Answer):
     def of(cls, registered: Iterable[Registered]) -> "ClassifiersAnswer":
         heads = [(name, HEADS.get(name).fit) for name in HEADS.names()]
         methods = [
-            MethodAnswer.model_construct(name=name, labels=fit.labels, reads=[*fit.reads]) for name, fit in heads if fit
+            MethodAnswer.model_construct(
+                name=name, labels=fit.labels, names=[*fit.names], task=fit.task, reads=[*fit.reads]
+            )
+            for name, fit in heads
+            if fit
         ]
         return cls.model_construct(classifiers=[*map(ClassifierAnswer.of, registered)], methods=methods)

@@ -1,5 +1,5 @@
-// The page's whole client. It uses only the public routes. From top to bottom: requests, the picture and its boxes,
-// examples, settings of detect, one function per task, fits, the stages, and at the end the event handlers.
+// The page's whole client. It uses only the public routes. From top to bottom: requests, the picture and its boxes, masks
+// over it, examples, settings, one function per task, fits, the stages, and at the end the event handlers.
 
 const $ = (id) => document.getElementById(id);
 
@@ -71,7 +71,7 @@ async function answer(work) {
     if (error.name === "AbortError") return;
     $("answer").replaceChildren();
     $("timing").hidden = true;
-    draw([]);
+    clear();
     explain(error);
   } finally {
     if (!signal.aborted) $("work").removeAttribute("aria-busy");
@@ -121,7 +121,7 @@ function choose(files) {
 async function select(index) {
   current = index;
   [...$("strip").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
-  draw([]);
+  clear();
   $("picture").src = chosen[index].url;
   $("picture").alt = chosen[index].file.name || "the pasted picture";
   await $("picture").decode().catch(() => {}); // the browser cannot read it: the service reports the error
@@ -185,6 +185,66 @@ function unroll(detections) {
   requestAnimationFrame(step);
 }
 
+// ---- masks and heat maps: layers under the boxes
+
+let layers = []; // [{path, index, label}] or [{image}], the best first
+const hidden = new Set(); // labels whose masks are not drawn
+
+/** Draw the layers, the first on top. `bright`: the layer that stands out. The slider fades all of them together. */
+function cover(next = layers, bright = -1) {
+  layers = next;
+  const { naturalWidth, naturalHeight } = $("picture");
+  const canvas = $("masks");
+  [canvas.width, canvas.height] = [naturalWidth, naturalHeight]; // also clears it
+  const pen = canvas.getContext("2d");
+  for (const [i, { path, index, label, image }] of [...layers.entries()].toReversed()) {
+    if (hidden.has(label) && i !== bright) continue;
+    pen.globalAlpha = bright < 0 || i === bright ? 1 : 0.25;
+    pen.fillStyle = colour(index);
+    path ? pen.fill(path) : pen.drawImage(image, 0, 0, naturalWidth, naturalHeight);
+  }
+  $("fade").hidden = !layers.length;
+}
+
+function fade() {
+  $("masks").style.opacity = $("opacity").value;
+  $("opacity").nextSibling.value = $("opacity").valueAsNumber.toFixed(2);
+}
+
+function clear() {
+  draw([]);
+  cover([]);
+}
+
+/** A mask as COCO writes it -> a path. The run lengths go down the columns: outside, inside, outside and so on. A
+ *  number has 5 bits in each character, the lowest first; from the fourth on it is the difference to the last but one. */
+function outline({ size: [height, width], counts }) {
+  const columns = Array.from({ length: width }, () => []);
+  const lengths = [];
+  for (let at = 0, start = 0; at < counts.length; ) {
+    let [value, shift, code] = [0, 0];
+    do {
+      code = counts.charCodeAt(at++) - 48;
+      value |= (code & 31) << shift;
+      shift += 5;
+    } while (code & 32);
+    if (code & 16) value -= 2 ** shift;
+    if (lengths.length > 2) value += lengths.at(-2);
+    const end = start + value;
+    if (lengths.length % 2)
+      for (let x = Math.floor(start / height); x * height < end; x++)
+        columns[x].push(Math.max(start - x * height, 0), Math.min(end - x * height, height));
+    lengths.push(value);
+    start = end;
+  }
+  const path = new Path2D();
+  for (let x = 0, next; x < width; x = next) { // equal columns beside each other are one rectangle
+    for (next = x + 1; next < width && String(columns[next]) === String(columns[x]); ) next++;
+    for (let i = 0; i < columns[x].length; i += 2) path.rect(x, columns[x][i], next - x, columns[x][i + 1] - columns[x][i]);
+  }
+  return path;
+}
+
 /** A row of a list for a chosen file; its last button removes it and calls `removed`. */
 function row(file, removed, ...more) {
   const url = URL.createObjectURL(file);
@@ -226,14 +286,14 @@ const examples = () =>
     ? []
     : [...$("example-list").children].map((row) => ({ file: row.file, label: row.querySelector("input").value.trim() }));
 
-// ---- settings of detect: the model's defaults, until the user changes one
+// ---- settings of detect and segment: the model's defaults, until the user changes one
 
 let catalogue = new Map(); // name -> the model in /v1/models
 const changed = new Set(); // names of the settings that are sent
 
 const model = () => catalogue.get($("model").value) ?? {};
 
-/** Reset the form to the model's defaults. */
+/** Reset the forms to the model's defaults. */
 function reset() {
   const { suppression, examples: most } = model();
   changed.clear();
@@ -245,6 +305,21 @@ function reset() {
   $("examples").hidden = !most;
   $("most").textContent = most;
   settings();
+  const { methods = [], background = [] } = model().segmentation ?? {};
+  $("segmenter").replaceChildren(...methods.map((name) => make("option", { value: name }, name)));
+  $("background").placeholder = background.join(", ");
+  $("independent").checked = false;
+  least();
+}
+
+let moved = false; // whether the user moved the threshold of segment; else it is not sent
+
+/** Show the threshold of a request that sets none. */
+function least() {
+  const { threshold = 0 } = model().segmentation ?? {};
+  moved = false;
+  $("threshold").value = $("independent").checked ? 0.5 : threshold;
+  $("threshold").nextSibling.value = $("threshold").valueAsNumber.toFixed(2);
 }
 
 function setting(name) {
@@ -293,7 +368,7 @@ function lines(id) {
 const classify = (body = fields) =>
   answer(async (signal) => {
     const result = await ask("POST", "v1/classify", form(body()), signal);
-    draw([]);
+    clear();
     show(result, bars(result.data.labels.slice(0, 12).map(({ label, score }) => [label, score])));
   });
 
@@ -333,6 +408,36 @@ function boxed(detections, note) {
   return make("ul", { className: "detections" }, ...rows);
 }
 
+const segment = () =>
+  answer(async (signal) => {
+    const body = { ...fields(), background: lines("background"), independent: $("independent").checked };
+    if ($("segmenter").value) body.method = $("segmenter").value;
+    if (moved) body.threshold = $("threshold").valueAsNumber;
+    const result = await ask("POST", "v1/segment", form(body), signal);
+    const { image, method, segments } = result.data;
+    cover(segments.map(({ rle, ...rest }) => ({ ...rest, path: outline(rle) })));
+    if (!segments.length) return show(result, make("p", {}, "No label fits a part of the picture."));
+    show(result, make("p", {}, `score and part of the picture, by ${method}`), legend(image));
+  });
+
+/** The layers -> a list with a switch for each mask; the row under the pointer stands out in the picture. */
+function legend({ width, height }) {
+  const rows = layers.map(({ label, index, score, area }, i) => {
+    const shown = make("input", { type: "checkbox", checked: !hidden.has(label) });
+    shown.onchange = () => {
+      shown.checked ? hidden.delete(label) : hidden.add(label);
+      cover();
+    };
+    const name = make("label", {}, shown, make("i"), make("span", {}, label));
+    name.querySelector("i").style.background = colour(index);
+    const row = make("li", {}, name, make("b", {}, score.toFixed(2)), make("small", {}, percent(area / (width * height))));
+    row.onmouseenter = () => cover(layers, i);
+    row.onmouseleave = () => cover();
+    return row;
+  });
+  return make("ul", { className: "detections" }, ...rows);
+}
+
 const tag = () =>
   answer(async (signal) => {
     const body = { image: picture(), words: lines("vocabulary"), ...($("model").value && { model: $("model").value }) };
@@ -348,6 +453,21 @@ const tag = () =>
       make("ul", { className: "tags" }, ...words),
       boxed(detections, ({ score, cosine }) => (score === cosine ? "" : `cosine ${cosine.toFixed(2)}`)),
     );
+  });
+
+const VERDICTS = new Map([[true, "Damaged"], [false, "Normal"], [null, "No verdict, because no threshold is known"]]);
+
+const anomaly = (classifier = $("memory").value) =>
+  answer(async (signal) => {
+    const body = { image: picture(), ...(classifier ? { classifier } : { thing: $("thing").value.trim() }) };
+    if ($("model").value) body.model = $("model").value;
+    const result = await ask("POST", "v1/anomaly", form(body), signal);
+    const { score, threshold, damaged, heat, method } = result.data;
+    const image = make("img", { src: `data:image/png;base64,${heat}` });
+    await image.decode();
+    cover([{ image }]);
+    const limit = threshold === null ? "" : ` by a threshold of ${threshold.toFixed(3)}`;
+    show(result, bars([["anomaly score", score]]), make("p", {}, `${VERDICTS.get(damaged)}${limit}. Method: ${method}.`));
   });
 
 async function withExamples(body, pictures) {
@@ -433,6 +553,9 @@ async function scaled(url, side, quality) {
 const LARGE = 512 * 1024; // bytes; a larger picture of a class is sent smaller, so that many fit into one request
 const BEST = "gda"; // of the methods, for few pictures
 let fitted; // name of the classifier that was fitted and neither kept nor thrown away
+let methods = new Map(); // name -> the method in /v1/classifiers
+
+const method = () => methods.get($("method").value) ?? {};
 
 function addClass() {
   const name = make("input", { type: "text", autocomplete: "off", placeholder: "what its pictures show" });
@@ -498,21 +621,24 @@ const fit = () =>
     if ($("model").value) body.model = $("model").value;
     const result = await ask("POST", `v1/classifiers/${encodeURIComponent(name)}/fit`, body, signal);
     decide(name);
-    report(result.data);
+    report(result.data, method().task);
     show(result);
   });
 
 /** Show the accuracy before and after the fit, and what else the method says. */
-function report({ name, report: { before, after, measured, pictures, labels, params, seconds, notes } }) {
-  const facts = Object.entries(params).map(([key, value]) => `${key} ${typeof value === "number" ? Number(value.toPrecision(3)) : value}`);
+function report({ name, report: { before, after, measured, pictures, labels, params, seconds, notes } }, kind) {
+  const facts = Object.entries(params).map(([key, value]) => `${key} ${Number.isInteger(value) || typeof value !== "number" ? value : Number(value.toPrecision(3))}`);
+  const how = kind === "anomaly" ? [] : [`measured by ${measured}`];
   const accuracy =
-    before === null
+    kind === "anomaly"
+      ? "" // its notes have the threshold
+      : before === null
       ? make("p", {}, "No picture could be left out of the fit, so the accuracy is not known. Add pictures.")
       : bars([["accuracy before, by the words alone", before], ["accuracy after the fit", after]]);
   $("report").replaceChildren(
     make("h2", {}, `${name}: ${pictures} pictures of ${labels} classes`),
     accuracy,
-    make("p", {}, make("small", {}, [`measured by ${measured}`, ...facts, `fitted in ${seconds.toFixed(2)} s`].join(" · "))),
+    make("p", {}, make("small", {}, [...how, ...facts, `fitted in ${seconds.toFixed(2)} s`].join(" · "))),
     make("ul", {}, ...notes.map((note) => make("li", {}, note))),
   );
 }
@@ -524,19 +650,20 @@ function decide(name) {
   $("fit-name").readOnly = Boolean(name);
 }
 
-/** Classify the picture with the fitted classifier. */
+/** Use the fitted classifier on the picture. */
 const attempt = () =>
-  classify(() => ({ image: picture(), classifier: fitted, ...($("model").value && { model: $("model").value }) }));
+  method().task === "anomaly" ? anomaly(fitted) : classify(() => ({ image: picture(), classifier: fitted, ...($("model").value && { model: $("model").value }) }));
 
 const keep = () =>
   answer(async () => {
     const name = fitted;
     decide();
     await classifiers();
-    $("classifier").value = name;
+    const [list, user] = method().task === "anomaly" ? ["memory", "tab-anomaly"] : ["classifier", "tab-classify"];
+    $(list).value = name;
     $("fit-name").value = "";
-    show({ stages: [] }, make("p", {}, `${name} is kept. The tab Classify uses it now.`));
-    $("tab-classify").focus();
+    show({ stages: [] }, make("p", {}, `${name} is kept. The tab ${$(user).textContent} uses it now.`));
+    $(user).focus();
   });
 
 const discard = () =>
@@ -570,10 +697,10 @@ function show({ stages, ms }, ...parts) {
 
 // ---- event handlers
 
-/** If the tab Detect is open, send the request again, because a setting or an example has changed. */
-const again = () => current >= 0 && task() === "detect" && detect(false);
+/** Send the request of the tabs Detect and Segment again, because a setting or an example has changed. */
+const again = () => current >= 0 && ({ detect: () => detect(false), segment })[task()]?.();
 
-const submit = () => ({ classify: () => classify(), detect: () => detect(), tag, search: () => {}, fit: () => fitted && attempt() })[task()]();
+const submit = () => ({ classify: () => classify(), detect: () => detect(), segment, tag, anomaly: () => anomaly(), search: () => {}, fit: () => fitted && attempt() })[task()]();
 
 function tab(button) {
   for (const other of document.querySelectorAll("[role=tab]")) {
@@ -582,12 +709,12 @@ function tab(button) {
     other.tabIndex = on ? 0 : -1;
     $(other.getAttribute("aria-controls")).hidden = !on;
   }
-  $("words").hidden = !["classify", "detect"].includes(task());
+  $("words").hidden = !["classify", "detect", "segment"].includes(task());
   running.abort();
   $("work").removeAttribute("aria-busy");
   for (const id of ["problem", "answer"]) $(id).replaceChildren();
   $("timing").hidden = true;
-  draw([]);
+  clear();
   if (current >= 0) submit();
 }
 
@@ -624,12 +751,24 @@ async function collections() {
 
 async function classifiers() {
   const { data } = await ask("GET", "v1/classifiers");
-  $("classifier").replaceChildren($("classifier").options[0], ...data.classifiers.map(({ name }) => make("option", { value: name }, name)));
-  $("registered").hidden = !data.classifiers.length;
-  const method = $("method").value || BEST;
-  const options = data.methods.map(({ name, labels }) => make("option", { value: name }, labels ? `${name} (${labels} classes)` : name));
-  $("method").replaceChildren(...options);
-  if (data.methods.some(({ name }) => name === method)) $("method").value = method;
+  methods = new Map(data.methods.map((method) => [method.name, method]));
+  const use = ({ head }) => methods.get(head)?.task ?? "classify";
+  for (const [list, row, kind] of [["classifier", "registered", "classify"], ["memory", "remembered", "anomaly"]]) {
+    const names = data.classifiers.filter((classifier) => use(classifier) === kind).map(({ name }) => name);
+    $(list).replaceChildren($(list).options[0], ...names.map((name) => make("option", { value: name }, name)));
+    $(row).hidden = !names.length;
+  }
+  const before = $("method").value || BEST;
+  const classes = ({ labels, names }) => names.join(", ") || (labels ? `${labels} classes` : "");
+  const text = (method) => (classes(method) ? `${method.name} (${classes(method)})` : method.name);
+  $("method").replaceChildren(...data.methods.map((method) => make("option", { value: method.name }, text(method))));
+  if (methods.has(before)) $("method").value = before;
+}
+
+/** If the method takes some labels alone, the first class, which needs pictures, gets its name. */
+function nameClass() {
+  const name = document.querySelector("#classes [type=text]");
+  if (name && !name.value) name.value = method().names?.[0] ?? "";
 }
 
 const on = (id, event, act) => $(id).addEventListener(event, act);
@@ -647,6 +786,18 @@ on("detect", "input", ({ target }) => {
   clearTimeout(pause);
   pause = setTimeout(again, 120);
 });
+on("segment", "submit", quietly(segment));
+on("segment", "input", ({ target }) => {
+  if (target.id === "background") return; // sent with the button
+  if (target.id === "independent") least();
+  if (target.id === "threshold") {
+    moved = true;
+    $("threshold").nextSibling.value = target.valueAsNumber.toFixed(2);
+  }
+  clearTimeout(pause);
+  pause = setTimeout(again, 120);
+});
+on("opacity", "input", fade);
 on("defaults", "click", () => {
   reset();
   again();
@@ -665,16 +816,19 @@ on("query", "submit", quietly(() => search(() => {
 on("alike", "click", () => search(async () => ({ image: { b64: await base64(picture()) } })));
 on("teach", "submit", quietly(fit));
 on("more", "click", () => addClass().focus());
+on("method", "change", nameClass);
 on("try", "click", attempt);
 on("keep", "click", keep);
 on("discard", "click", discard);
 on("files", "change", ({ target }) => choose(target.files));
 on("tag", "submit", quietly(tag));
-for (const id of ["labels", "vocabulary"])
+on("anomaly", "submit", quietly(() => anomaly()));
+for (const id of ["labels", "vocabulary", "background"])
   on(id, "keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) quietly(submit)(event);
   });
 on("classifier", "change", () => current >= 0 && submit());
+on("memory", "change", () => current >= 0 && submit());
 on("model", "change", change);
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
@@ -714,6 +868,7 @@ on("key", "submit", quietly(() => {
 }));
 
 settings();
+fade();
 addClass();
 addClass();
 begin();

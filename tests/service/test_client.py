@@ -1,6 +1,7 @@
 """Both clients against a real service, compared with `Runner` on the same bundle; errors from a scripted server."""
 
 import asyncio
+import base64
 import inspect
 import io
 import json
@@ -195,6 +196,41 @@ def test_tag(ask, runner, picture):
     assert ask("tag", data, ["red"], regions=False).regions == []
 
 
+def test_segment(ask, runner, picture):
+    data, labels = picture("red", "green", "blue", "yellow"), ["red", "blue"]
+    settings = {
+        "background": ["green"],
+        "threshold": 0.4,
+        "independent": True,
+        "method": "maskclip",
+        "templates": ["a {}"],
+    }
+    answer = ask("segment", data, labels, params={"scale": 20.0}, **settings)
+    want = [*runner.segment(data, labels, params={"scale": 20.0}, **settings)]
+    assert [(s.label, s.index, s.area, s.png) for s in answer.segments] == [
+        (s.label, s.index, s.area, None) for s in want
+    ]
+    assert [{"size": s.rle.size, "counts": s.rle.counts} for s in answer.segments] == [s.mask.rle() for s in want]
+    numbers = [[s.score, *(part.score for part in s.boxes)] for s in answer.segments]
+    assert numbers == [pytest.approx([s.score, *s.box_scores], abs=1e-6) for s in want]
+    boxes = [[p.box.x0, p.box.y0, p.box.x1, p.box.y1] for s in answer.segments for p in s.boxes]
+    assert boxes == [pytest.approx(box.tolist(), abs=0.01) for s in want for box in s.boxes]
+    answer, want = (
+        ask("segment", data, labels, background=[], format="png"),
+        runner.segment(data, labels, background=()),
+    )
+    assert [(s.label, base64.b64decode(s.png)) for s in answer.segments] == [(s.label, s.mask.png()) for s in want]
+    assert ask("segment_indexed", data, labels, background=[]) == want.indexed_png()
+
+
+def test_anomaly(ask, runner, picture):
+    data, states = picture("red", "red", "blue", "red"), {"normal": ["red {}"], "damaged": ["blue {}", "a {}"]}
+    answer = ask("anomaly", data, "thing", threshold=0.25, **states)
+    want = runner.anomaly(data, "thing", threshold=0.25, **states)
+    assert (answer.score, answer.damaged) == (pytest.approx(want.score, abs=1e-6), want.is_damaged)
+    assert (answer.method, answer.threshold, base64.b64decode(answer.heat)) == ("text", 0.25, want.png())
+
+
 def test_collections(ask, runner, picture):
     created = ask("create_collection", "photos", model="colours-int8")
     digest = runner.bundle.embedding_digest
@@ -273,9 +309,13 @@ USUAL = Suppression("gaussian", 0.5, 0.3, 0.15, 100, True)
 
 def test_models(ask, runner):
     (model,) = ask("models")
-    assert (model.name, model.tasks) == ("colours-int8", ["classify", "embed", "detect", "enhance", "rank", "tag"])
+    assert (model.name, model.tasks) == (
+        "colours-int8",
+        ["classify", "embed", "detect", "enhance", "anomaly", "rank", "segment", "tag"],
+    )
     assert (model.digest, model.precision) == (runner.bundle.digest, "int8")
     assert (model.dim, model.labels, model.suppression) == (3, 0, USUAL)
+    assert ("maskclip" in model.segmentation.methods, model.segmentation.threshold) == (True, 0.0)
     files = ask("model", "colours-int8")
     assert files.digest == model.digest
     assert files.manifest["classifier"]["head"] == {"name": "cosine", "params": {"scale": 10.0}, "assets": {}}
@@ -505,7 +545,8 @@ def test_every_endpoint_of_the_clients_has_a_call():
     called = set()
     for name, make in inspect.getmembers(Calls, inspect.isfunction):
         words = {"image": b"", "text": "t", "images": [], "items": [], "labels": [], "ids": []}
-        needed = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
+        parameters = inspect.signature(make).parameters.values()
+        needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         call = make(
             **{p.name: words.get(p.name, "NAME") for p in needed}, **({"text": "t"} if name == "search" else {})
         )

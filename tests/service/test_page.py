@@ -25,7 +25,7 @@ from calmclip.service.settings import Settings
 from tests.process import installed
 
 BROKEN: FilePayload = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
-TABS = ("Classify", "Detect", "Tag", "Search", "Fit")
+TABS = ("Classify", "Detect", "Segment", "Tag", "Anomaly", "Search", "Fit")
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 Draw = Callable[..., FilePayload]  # a picture of these colours
 
@@ -118,10 +118,10 @@ def choose(page: Page, *files: FilePayload) -> None:
     page.get_by_label("Choose a picture").set_input_files(list(files))
 
 
-def opaque(page: Page, x: int, y: int) -> bool:
+def opaque(page: Page, x: int, y: int, canvas: str = "boxes") -> bool:
     """Whether the overlay covers this pixel of the picture."""
-    script = "([x, y]) => document.getElementById('boxes').getContext('2d').getImageData(x, y, 1, 1).data[3]"
-    return bool(page.evaluate(script, [x, y]))
+    script = "([x, y, id]) => document.getElementById(id).getContext('2d').getImageData(x, y, 1, 1).data[3]"
+    return bool(page.evaluate(script, [x, y, canvas]))
 
 
 def test_labels_become_bars_and_the_stages_are_shown(page: Page, file: Draw) -> None:
@@ -180,6 +180,69 @@ def test_words_of_a_picture_and_of_its_regions(page: Page, file: Draw) -> None:
     assert opaque(page, 160, 240)  # the blue quarter's left edge
     rows.first.focus()
     assert opaque(page, 240, 160)
+
+
+def test_masks_cover_their_labels_and_are_turned_off_and_faded(page: Page, file: Draw) -> None:
+    page.get_by_label("Labels").fill("red, blue")
+    page.get_by_role("tab", name="Segment").click()
+    page.get_by_label("Background").fill("green")
+    choose(page, file("red", "red", "blue", "blue"))
+    # both labels are equally likely in the middle
+    half = [re.compile(rf"{label}\d\.\d\d50\.0 %") for label in ("red", "blue")]
+    expect(page.locator("#answer li").filter(has_text="red")).to_have_text(half[0])
+    expect(page.locator("#answer li").filter(has_text="blue")).to_have_text(half[1])
+    places = {"red": (40, 158), "blue": (280, 162)}
+
+    def covered() -> set[str]:
+        return {name for name, (x, y) in places.items() if opaque(page, x, y, "masks")}
+
+    assert covered() == {"red", "blue"}
+    page.get_by_role("checkbox", name="red", exact=True).uncheck()
+    assert covered() == {"blue"}
+    page.get_by_label("opacity").fill("0.25")
+    expect(page.locator("#masks")).to_have_css("opacity", "0.25")
+    with page.expect_response("**/v1/segment"):
+        page.get_by_label("each label alone").check()
+    expect(page.locator("#work")).not_to_have_attribute("aria-busy", "true")
+    expect(page.get_by_role("checkbox", name="red", exact=True)).not_to_be_checked()
+    expect(page.locator("output[for=threshold]")).to_have_text("0.50")
+    page.get_by_label("Labels").fill("green")
+    page.get_by_label("Background").fill("red\nblue")
+    page.get_by_label("Background").press("Control+Enter")
+    expect(page.locator("#answer")).to_have_text("No label fits a part of the picture.")
+    assert covered() == set()
+    expect(page.get_by_label("opacity")).to_be_hidden()
+
+
+def test_a_heat_map_shows_where_a_picture_looks_damaged(page: Page, file: Draw) -> None:
+    page.get_by_role("tab", name="Anomaly").click()
+    page.get_by_label("Thing").fill("bottle")
+    choose(page, file("red"))
+    # no word of the states is known, so both are alike
+    expect(page.locator("#answer li")).to_have_text(re.compile(r"anomaly score\s*50\.0 %"))
+    expect(page.locator("#answer p")).to_contain_text("No verdict, because no threshold is known. Method: text")
+    assert opaque(page, 160, 160, "masks")
+    page.get_by_role("tab", name="Classify").click()
+    assert not opaque(page, 160, 160, "masks")
+
+
+def test_normal_pictures_are_fitted_and_a_picture_is_compared_with_them(page: Page, file: Draw) -> None:
+    page.get_by_role("tab", name="Fit").click()
+    page.get_by_label("Method").select_option("memory")
+    expect(page.get_by_label("Name of class 1")).to_have_value("normal")
+    teach(page, 1, "normal", file("red"), file("yellow"))
+    page.get_by_label("Name of the classifier").fill("goods")
+    page.get_by_label("Name of the classifier").press("Enter")
+    expect(page.locator("#report")).to_contain_text("threshold 0.1464")  # (1 - sqrt(1/2)) / 2
+    choose(page, file("blue"))
+    expect(page.locator("#answer li")).to_have_text(re.compile(r"anomaly score\s*50\.0 %"))  # (1 - cosine) / 2
+    page.get_by_role("button", name="Keep it").click()
+    expect(page.locator("#answer")).to_contain_text("The tab Anomaly uses it now")
+    page.get_by_role("tab", name="Anomaly").click()
+    expect(page.get_by_label("or the normal pictures of")).to_have_value("goods")
+    expect(page.locator("#answer p")).to_have_text("Damaged by a threshold of 0.146. Method: memory.")
+    page.get_by_role("tab", name="Classify").click()
+    expect(page.get_by_role("option", name="goods", include_hidden=True)).to_have_count(1)  # not a classifier of labels
 
 
 def test_a_box_label_does_not_hide_another(page: Page, file: Draw) -> None:

@@ -23,7 +23,8 @@ def items(picture, *pairs: tuple[str, str]) -> list[dict[str, object]]:
 
 def test_the_list_names_the_methods_of_a_fit(client):
     methods = {method.pop("name"): method for method in client.get("/v1/classifiers").json()["methods"]}
-    assert methods["prototype"] == {"labels": None, "reads": []}
+    assert methods["prototype"] == {"labels": None, "names": [], "task": "classify", "reads": []}
+    assert methods["memory"] == {"labels": 2, "names": ["normal", "damaged"], "task": "anomaly", "reads": []}
     assert "cosine" not in methods  # it has nothing to fit
 
 

@@ -42,6 +42,13 @@ def test_the_vocabulary_and_templates(client, picture):
     assert tag["cosine"] == pytest.approx(math.sqrt(0.5), abs=1e-6)
 
 
+def test_a_form_has_as_many_words_as_the_limit_allows(client, picture):
+    words = [*(f"thing {number}" for number in range(600)), "blue"]
+    answer = client.post("/v1/tag", files={"image": picture("blue")}, data={"words": words, "top": 1})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["tags"][0]["index"] == 600
+
+
 @pytest.mark.parametrize(
     ("changed", "status", "slug", "says"),
     [
