@@ -56,7 +56,7 @@ def masked():
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
-@pytest.mark.parametrize("multiple", [8, 16])
+@pytest.mark.parametrize("multiple", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_padding_behind_a_text_changes_no_answer(kind: str, multiple: int, request, tmp_path):
     tower = request.getfixturevalue(kind)
     (tmp_path / "tokenizer.json").write_text(tiny.tokenizer().to_str())

@@ -109,6 +109,7 @@ def test_tables_of_different_shapes_are_both_named(tmp_path: Path):
         load(str(openai_like.saved(state, tmp_path)))
 
 
+@pytest.mark.slow
 def test_routed_experts_equal_the_paper_and_their_graph_takes_any_batch_and_length(tmp_path: Path):
     """The second block has experts; the first has none."""
     state = openai_like.clip_moe_state()
