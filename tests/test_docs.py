@@ -27,11 +27,14 @@ KINDS = {
     "ops": ("build",),
     "collection": ("export", "import", "re-embed"),
     "run": (
+        "BUNDLE anomaly",
         "BUNDLE classify",
         "BUNDLE embed",
         "BUNDLE detect",
+        "mini-int8 anomaly",
         "mini-int8 classify",
         "mini-int8 rank",
+        "mini-int8 segment",
         "mini-int8 tag",
     ),
 }

@@ -24,12 +24,19 @@ _OPEN_VISION = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "p
 _OPEN_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 
 
-def hf_clip(directory: Path) -> Path:
-    """A Hugging Face CLIP directory: 32-pixel pictures, 40 tokens of context, 16-d vectors."""
+def hf_clip(directory: Path, blocks: int = 2) -> Path:
+    """A Hugging Face CLIP directory: 32-pixel pictures, 40 tokens of context, 16-d vectors. ``blocks``: of the image
+    tower."""
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
         text_config={**_TEXT, "intermediate_size": 64, "eos_token_id": END, "bos_token_id": START},
-        vision_config={**_TOWER, "intermediate_size": 64, "image_size": 32, "patch_size": 8},
+        vision_config={
+            **_TOWER,
+            "num_hidden_layers": blocks,
+            "intermediate_size": 64,
+            "image_size": 32,
+            "patch_size": 8,
+        },
         projection_dim=16,
     )
     _with_tokenizer(spread(transformers.CLIPModel(config)), directory)

@@ -143,12 +143,12 @@ def exact_names(data: detection.Instances) -> list[Boxes]:
     """NanoDet alone: its own chances of its 80 names, on the same proposals; names are compared letter by letter."""
     import torch
 
-    from calmclip.export.nets.mini import DETECTOR, SHIPPED, facts
+    from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED, facts
     from calmclip.export.nets.mini.modules import load
     from calmclip.models.ops.reference import soft_nms
     from calmclip.models.preprocess.image import ImagePreparer, decode
 
-    module, preparer = load(SHIPPED, DETECTOR).regions, ImagePreparer(facts.REGION_PIXELS)
+    module, preparer = load(SHIPPED, DETECTOR, MASKS).regions, ImagePreparer(facts.REGION_PIXELS)
     column = [facts.NAMES.index(name) for name in data.names]
     results = []
     for picture in data.pictures:

@@ -158,9 +158,9 @@ def _mean(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Any:
 
 
 def _mini(role: str) -> Any:
-    from calmclip.export.nets.mini import DETECTOR, SHIPPED, modules
+    from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED, modules
 
-    return getattr(modules.load(SHIPPED, DETECTOR), role)
+    return getattr(modules.load(SHIPPED, DETECTOR, MASKS), role)
 
 
 def _mini_text(checkpoint: Path, attention: str) -> Any:

@@ -12,7 +12,7 @@ from calmclip.models.registry import FAMILIES, Registry
 # family -> the parts of a module's docstring besides its source
 PARTS = {
     "nets": (), "layouts": (), "adapters": (), "quantizers": (), "rewrites": (), "evals": ("Data: ",),
-    "heads": ("In:", "Assets:", "Out:"),
+    "heads": ("In:", "Assets:", "Out:"), "segmenters": (),
 }  # fmt: skip
 
 
