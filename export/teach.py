@@ -291,8 +291,9 @@ def answers(student: Student, pictures: Sequence[Path], title: str) -> list[Arra
 def _answer(student: Student, content: bytes) -> Arrays:
     picture = decode(content)
     array, _ = student.preparer.prepare(picture)
-    outputs = zip(("class_embeds", "boxes", "objectness"), student.module(torch.from_numpy(array)), strict=True)
-    return {**{name: tensor.half().numpy() for name, tensor in outputs}, "size": np.array(picture.size)}
+    vectors, boxes, objectness, _ = student.module(torch.from_numpy(array))
+    outputs = {"class_embeds": vectors, "boxes": boxes, "objectness": objectness}
+    return {**{name: tensor.half().numpy() for name, tensor in outputs.items()}, "size": np.array(picture.size)}
 
 
 def measures(
