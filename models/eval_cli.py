@@ -50,7 +50,7 @@ def eval_command(argv: list[str]) -> int:
 def _measured(args: argparse.Namespace, params: dict[str, Any]) -> list[Any]:
     """Samples of the bundle and of the second one. With --save, each is saved at once."""
     from calmclip.models.bundle.store import find
-    from calmclip.models.evals import measure
+    from calmclip.models.evals import EVALS, measure
     from calmclip.models.runner import open_bundle
 
     if not (args.eval and args.data):
@@ -60,7 +60,12 @@ def _measured(args: argparse.Namespace, params: dict[str, Any]) -> list[Any]:
         directories.append(find(args.against, args.bundles))
     elif sibling := _float_of(directories[0]):
         directories.append(sibling)
-    data = measure.read(args.eval, args.data, params, args.limit)
+    measured = EVALS.get(args.eval)
+    if args.full:
+        params, limit = {**measured.full, **params}, args.limit
+    else:
+        limit = args.limit or measured.limit
+    data = measure.read(args.eval, args.data, params, limit)
     sides = []
     for directory in directories:
         runner = open_bundle(directory, threads=args.threads, ops=args.ops)
@@ -78,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("eval", nargs="?", help=f"one of {', '.join(catalog('evals'))}")
     options.add_argument("--data", type=Path, help="directory of the data set")
     options.add_argument("--against", help="a second bundle; default: the float one sealed beside an INT8 one")
-    options.add_argument("--limit", type=positive, help="at most this many pictures")
+    options.add_argument("--limit", type=positive, help="at most this many pictures; default: two minutes of them")
+    options.add_argument("--full", action="store_true", help="the whole data set, and every step of the eval")
     options.add_argument(
         "--param", action="append", default=[], metavar="KEY=VALUE", help="of the eval; a value may be JSON"
     )

@@ -6,7 +6,7 @@ page with plots. `calmclip.models.eval_cli` is the verb `calmclip eval`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -42,6 +42,8 @@ class Eval(Generic[D, P]):
     ``together(samples, others, params)``: the statistic that compares two bundles, such as their agreement.
     ``plots({side: samples}, params)``: curves for the page.
     ``scoring``: the params that `predict` does not use. They may change for samples from a file.
+    ``limit``: the ``limit`` of `read` unless the caller gives one, so that a run takes two minutes at most on two
+    cores; None: no limit. ``full``: the params of ``calmclip eval --full``, which has no limit.
     """
 
     task: str
@@ -53,6 +55,8 @@ class Eval(Generic[D, P]):
     together: Callable[[Samples, Samples, P], Statistic] | None = None
     plots: Callable[[Mapping[str, Samples], P], Sequence[Plot]] | None = None
     scoring: frozenset[str] = frozenset()
+    limit: int | None = None
+    full: Mapping[str, Any] = field(default_factory=dict)
 
 
 EVALS: Registry[Eval[Any, Any]] = Registry("evals", "calmclip.models.evals")
