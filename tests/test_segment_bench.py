@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from calmclip.models.errors import BadRequest
+from calmclip.models.evals.outlined import IGNORED, NONE, counted, mean_iou, read
 from tests.bench import outlines
-from tests.bench.masks import IGNORED, NONE, counted, enlarged, held_out, mean_iou, read
+from tests.bench.masks import enlarged, held_out
 
 
 def test_counts_of_two_maps_by_hand():
@@ -53,7 +54,7 @@ def test_truth_of_polygons_runs_and_crowds(tmp_path):
     (tmp_path / "instances.json").write_text(json.dumps(content))
     names, (photograph,) = read(tmp_path)
     assert names == ("left", "column")
-    assert photograph.truth.tolist() == [[0, 1, IGNORED, IGNORED]] * 3
+    assert photograph.truth().tolist() == [[0, 1, IGNORED, IGNORED]] * 3
     assert photograph.present == [0, 1]
 
 

@@ -81,7 +81,7 @@ class Samples:
             archive.writestr(zipfile.ZipInfo(_HEADER), header.model_dump_json(indent=1))
             for name, array in self.arrays.items():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, np.ascontiguousarray(array), allow_pickle=False)
+                    np.lib.format.write_array(entry, np.asarray(array, order="C"), allow_pickle=False)  # keeps []
 
     @staticmethod
     def load(path: Path, eval: str | None = None) -> "Samples":

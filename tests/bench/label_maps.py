@@ -14,6 +14,7 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import Manifest
 from calmclip.models.cache import RowCache
 from calmclip.models.classifier import Classifier
+from calmclip.models.evals.outlined import NONE
 from calmclip.models.flow import Array, Arrays, Cached, CacheGet, CachePut, Call, Flow, drive
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.runner import Runner
@@ -22,7 +23,6 @@ from calmclip.models.tasks.detect import default_suppression, find, propose
 from calmclip.models.tasks.features import labels as label_vectors
 from calmclip.models.tasks.features import pictures
 from calmclip.models.tasks.segment import LEAST, SAME, SegmentRequest, background_of, segment, weights, working_size
-from tests.bench.masks import NONE
 
 T = TypeVar("T")
 Thresholds = Sequence[float]

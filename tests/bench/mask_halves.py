@@ -7,7 +7,7 @@
 The bundle's graphs run as they are, but for `regions` and `masks`: for a photograph at an even place they have the head
 of half0, which was trained on those at odd places, and the other way round. They run by stock ONNX Runtime, `regions`
 quantized by the settings that ship; the ranges of the new head's three convolutions come from photographs that it was
-trained on. `tests.bench.masks` defines the figure.
+trained on. `models/evals/outlined.py` defines the figure.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from calmclip.export.nets.mini import DETECTOR, RANGES, SHIPPED, constants, grap
 from calmclip.export.nets.mini.facts import REGION_PIXELS
 from calmclip.export.quantizers import QUANTIZERS
 from calmclip.models.cache import RowCache
+from calmclip.models.evals.outlined import NONE, Photograph, counted, mean_iou, read
 from calmclip.models.flow import Arrays, Cached, CacheGet, CachePut, Call, drive
 from calmclip.models.preprocess.image import ImagePreparer, decode
 from calmclip.models.runner import Runner
 from calmclip.models.tasks.segment import SegmentRequest, segment
-from tests.bench.masks import NONE, Photograph, counted, mean_iou, read
 
 OBSERVED = 12  # photographs of the ranges
 
@@ -111,7 +111,7 @@ def main() -> None:
                         continue
                     index = np.array([*classes, NONE], np.int16)
                     labels = index[driver.ask(SegmentRequest(picture, [names[c] for c in classes]))]
-                    counts[kind].append(counted(photograph.truth, labels, len(names)))
+                    counts[kind].append(counted(photograph.truth(), labels, len(names)))
         figures = ", ".join(f"{kind} {mean_iou(np.stack(rows)):.2f}" for kind, rows in counts.items())
         print(f"{precision}: {figures} ({len(counts['all 80'])} photographs)", flush=True)
 

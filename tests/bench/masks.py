@@ -1,94 +1,16 @@
-"""What pixels truly show, and how well a map of labels agrees: dataset mIoU, with the threshold chosen by two folds.
+"""Maps of labels beside the truth of `models/evals/outlined.py`: maps enlarged, a figure with its deviation, and the
+threshold chosen by two folds."""
 
-A folder of photographs has COCO's form: instances.json with polygons or runs, and images/. Objects are painted from the
-largest to the smallest, so a small object lies on top. Pixels of a crowd that no object covers count for nothing. What
-is no object is background; it is no class.
-
-Dataset mIoU: the pixels of a class that are right, divided by those that are it or are called it, both summed over all
-photographs; the mean over the classes that the photographs show.
-"""
-
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from pycocotools import mask as coco
 
-from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array
 
-NONE, IGNORED = -1, -2  # of a map of labels: background; pixels that count for nothing
 Metric: TypeAlias = Callable[[Array], float]  # int64 [photographs, 3, classes] -> percent
 RESAMPLES = 200  # of the photographs, for the deviation of a figure
-
-
-@dataclass(frozen=True)
-class Photograph:
-    """``objects``: COCO's annotations of ``path``; ``classes``: their indices in the names of the set."""
-
-    path: Path
-    width: int
-    height: int
-    objects: Sequence[Mapping[str, Any]]
-    classes: Sequence[int]
-
-    @cached_property
-    def truth(self) -> Array:
-        """int16 [height, width]: the index of the class, `NONE` or `IGNORED`."""
-        masks = [decoded(each["segmentation"], self.width, self.height) for each in self.objects]
-        truth = np.full((self.height, self.width), NONE, np.int16)
-        for number in sorted(range(len(masks)), key=lambda number: -int(masks[number].sum())):
-            if self.objects[number].get("iscrowd"):
-                truth[masks[number] & (truth == NONE)] = IGNORED
-            else:
-                truth[masks[number]] = self.classes[number]
-        return truth
-
-    @property
-    def present(self) -> list[int]:
-        """The classes of its objects that are no crowds."""
-        return sorted({c for c, each in zip(self.classes, self.objects, strict=True) if not each.get("iscrowd")})
-
-
-def read(folder: Path) -> tuple[tuple[str, ...], list[Photograph]]:
-    """The names of the set, and its photographs. Raises `BadRequest` for a file in another form."""
-    file = folder / "instances.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        index = {category["id"]: number for number, category in enumerate(content["categories"])}
-        objects: dict[int, list[Mapping[str, Any]]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            objects[annotation["image_id"]].append(annotation)
-        names = tuple(category["name"] for category in content["categories"])
-        photographs = [
-            Photograph(
-                folder / "images" / image["file_name"],
-                image["width"],
-                image["height"],
-                objects[image["id"]],
-                [index[each["category_id"]] for each in objects[image["id"]]],
-            )
-            for image in content["images"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadRequest(f"{file} is not in COCO's instances form: {error!r}; expected polygons and images/") from None
-    return names, photographs
-
-
-def decoded(segmentation: Any, width: int, height: int) -> Array:
-    """COCO's polygons, run lengths, or compressed run lengths -> bool [height, width]."""
-    if isinstance(segmentation, list):
-        runs = coco.merge(coco.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        runs = coco.frPyObjects(segmentation, height, width)
-    else:
-        runs = segmentation
-    mask: Array = coco.decode(runs).astype(bool)
-    return mask
 
 
 def enlarged(labels: Array, width: int, height: int) -> Array:
@@ -99,21 +21,6 @@ def enlarged(labels: Array, width: int, height: int) -> Array:
     )
     whole: Array = labels[rows[:, None], columns]
     return whole
-
-
-def counted(truth: Array, labels: Array, classes: int) -> Array:
-    """Two maps of labels [h, w] -> int64 [3, classes]: pixels that are rightly called the class, that are called it,
-    that are it."""
-    codes = (truth.astype(np.int32) - IGNORED) * (classes + 1) + labels - NONE
-    table = np.bincount(codes.ravel(), minlength=(classes + 2) * (classes + 1)).reshape(classes + 2, classes + 1)[1:]
-    return np.stack((np.diagonal(table[1:, 1:]), table[:, 1:].sum(axis=0), table[1:].sum(axis=1)))
-
-
-def mean_iou(counts: Array) -> float:
-    """int64 [..., 3, classes], summed over all but the last two axes -> percent."""
-    right, called, true = counts.reshape(-1, *counts.shape[-2:]).sum(axis=0)
-    shown = true > 0
-    return 100 * float((right / np.maximum(called + true - right, 1))[shown].mean())
 
 
 @dataclass(frozen=True)

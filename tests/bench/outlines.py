@@ -25,11 +25,12 @@ from PIL import Image, ImageDraw
 from calmclip import open_bundle
 from calmclip.models.datasets import read_json
 from calmclip.models.errors import BadRequest
+from calmclip.models.evals.outlined import counted, decoded
 from calmclip.models.flow import Array
 from calmclip.models.preprocess.image import load
 from tests.bench.alternate import machine
 from tests.bench.label_maps import Recorded, Way, scene, ways
-from tests.bench.masks import Figure, counted, decoded, enlarged, figure, held_out
+from tests.bench.masks import Figure, enlarged, figure, held_out
 
 FILE = Path(__file__).parent / "data" / "outlines.json"
 FORM = "photographs with set, file_name, sha256, width, height, name, polygons and holes"

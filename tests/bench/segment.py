@@ -3,7 +3,7 @@
     python -m tests.bench.segment --data FOLDER --bundle mini-int8 [--float mini-float] [--cache FOLDER]
         [--ways crops dense …] [--most N] [--seconds 0]
 
-``--data``: a folder in COCO's form with polygons or runs (`tests.bench.masks`, which defines the figure). Each way
+``--data``: a folder in COCO's form with polygons or runs (`models/evals/outlined.py` defines the figure). Each way
 (`tests.bench.label_maps`) gets the names that a photograph shows ("present"), then all names of the set ("all"); each
 of both has a threshold of its own, chosen on one half of the photographs for the other. The first row knows the truth.
 ± is one standard deviation over photographs. Times: processor time of one thread from a decoded picture to a map of
@@ -21,12 +21,13 @@ import numpy as np
 from PIL import Image
 
 from calmclip import open_bundle
+from calmclip.models.evals.outlined import NONE, Photograph, counted, mean_iou, read
 from calmclip.models.flow import Array
 from calmclip.models.preprocess.image import load
 from calmclip.models.runner import Runner
 from tests.bench.alternate import alternate, machine
 from tests.bench.label_maps import Recorded, Way, scene, ways
-from tests.bench.masks import NONE, Figure, Photograph, counted, enlarged, figure, held_out, mean_iou, read
+from tests.bench.masks import Figure, enlarged, figure, held_out
 
 TIMED = 5  # photographs
 SETS = ("present", "all")
@@ -60,14 +61,15 @@ def measured(
 def _scored(photograph: Photograph, maps: Sequence[Array], names: Sequence[str]) -> Array:
     """-> int64 [maps, 3, classes]."""
     size = photograph.width, photograph.height
-    return np.stack([counted(photograph.truth, enlarged(each, *size), len(names)) for each in maps])
+    return np.stack([counted(photograph.truth(), enlarged(each, *size), len(names)) for each in maps])
 
 
 def oracle(names: Sequence[str], photographs: Sequence[Photograph]) -> float:
     """The largest present class fills the picture."""
     rows = []
     for photograph in photographs:
-        areas = np.bincount(photograph.truth[photograph.truth >= 0], minlength=len(names))
+        truth = photograph.truth()
+        areas = np.bincount(truth[truth >= 0], minlength=len(names))
         label = np.full((1, 1), areas.argmax() if areas.any() else NONE, np.int16)
         rows.append(_scored(photograph, [label], names))
     return mean_iou(np.stack(rows))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calmclip.models.errors import BadRequest
-from calmclip.models.evals import NoParams, Samples, measure, retrieval
+from calmclip.models.evals import Samples, measure, retrieval
 
 
 def test_recalls_by_hand():
@@ -16,7 +16,7 @@ def test_recalls_by_hand():
     #   3: (.7, .5, .5) of picture 2 -> rank 1: the tie with picture 1 does not count
     texts = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.0, 0.6, 0.8], [0.7, 0.5, 0.5]])
     samples = Samples({"pictures": 3}, {"images": np.eye(3), "texts": texts, "owner": np.array([0, 0, 1, 2])})
-    statistic = retrieval.score(samples, NoParams())
+    statistic = retrieval.score(samples, retrieval.Params())
     figures = {figure.name: figure.value for figure in statistic(np.arange(3))}
     assert figures["text_to_image_r1"] == 25.0
     assert figures["text_to_image_r5"] == 100.0
