@@ -1,8 +1,9 @@
-"""The files of data sets for evals and training: JSON, lines of text, captions of pictures, pairs."""
+"""The files of data sets for evals and training: JSON, CSV, lines of text, captions of pictures, pairs."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +19,16 @@ PAIRS = (
 )
 
 
-def read_classes(folder: Path) -> dict[str, list[Path]]:
+def read_classes(folder: Path, without: Container[str] = ()) -> dict[str, list[Path]]:
     """Class -> its pictures, from a folder with a folder of pictures for each class; both in the order of their names.
 
-    Pictures may lie deeper in the folder of their class. They are not opened. Raises `BadRequest`.
+    ``without``: names of folders that are no class. Pictures may lie deeper in the folder of their class. They are not
+    opened. Raises `BadRequest`.
     """
     if not folder.is_dir():
         raise BadRequest(f"{folder} is not a folder; expected {CLASSES}")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = [name for name in names if name not in without]
     classes = {name: pictures_in(folder / name) for name in names}
     if not classes:
         count = len(pictures_in(folder))
@@ -55,6 +58,53 @@ def read_json(path: Path, expected: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadRequest(f"{path} cannot be read ({error}); the data directory must hold {expected}") from None
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """``columns``: the head. ``rows``: column -> cell, without white space at the ends; an absent cell is "".
+    ``lines``: the line of the file where each row ends, from 1."""
+
+    file: Path
+    columns: tuple[str, ...]
+    rows: tuple[Mapping[str, str], ...]
+    lines: tuple[int, ...]
+
+    def wrong(self, row: int, column: str, expected: str) -> BadRequest:
+        """The error of a cell that is not what was ``expected``; ``row`` counts from 0."""
+        cell = self.rows[row][column]
+        return BadRequest(f"{self.file} line {self.lines[row]}, column {column!r}: {cell!r}; expected {expected}")
+
+
+def read_table(file: Path, required: Sequence[str], expected: str) -> CsvTable:
+    """A CSV file in UTF-8, with or without a byte order mark: a head, and at least one row. Empty lines do not count.
+
+    Raises `BadRequest`, naming line and column: for a file that cannot be read, a head that lacks one of ``required``
+    or has a column twice or without a name, and a row with more or fewer cells than the head. ``expected`` describes
+    the data directory in the message.
+    """
+    must = f"the data directory must hold {expected}"
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            every = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadRequest(f"{file} cannot be read as CSV in UTF-8 ({error}); {must}") from None
+    filled = [(line, row) for line, row in every if any(row)]
+    if not filled:
+        raise BadRequest(f"{file} is empty; {must}")
+    (line, head), *body = filled
+    if absent := [name for name in required if name not in head]:
+        raise BadRequest(f"{file} line {line}: there is no column {absent[0]!r} in {head}; {must}")
+    if repeated := [name for place, name in enumerate(head) if not name or name in head[:place]]:
+        raise BadRequest(f"{file} line {line}: the column {repeated[0]!r} is without a name or there twice; {must}")
+    for line, row in body:
+        if len(row) != len(head):
+            raise BadRequest(f"{file} line {line} has {len(row)} cells; expected {len(head)}, one for each of {head}")
+    if not body:
+        raise BadRequest(f"{file} has a head and no rows; {must}")
+    rows = tuple(dict(zip(head, row, strict=True)) for _, row in body)
+    return CsvTable(file, tuple(head), rows, tuple(line for line, _ in body))
 
 
 def lines(file: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """The verb eval: one bundle or two, on a data directory or from saved samples."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def eval_command(argv: list[str]) -> int:
     from calmclip.models.evals.samples import Samples, write
     from calmclip.models.evals.tables import tabulate, text
 
-    params = key_values(args.param)
+    params = {**(_recipe(args.params) if args.params else {}), **key_values(args.param)}
     try:
         how = Resampling(resamples=args.resamples, method=args.method, seed=args.seed)
     except ValidationError as error:
@@ -58,7 +59,7 @@ def _measured(args: argparse.Namespace, params: dict[str, Any]) -> list[Any]:
     directories = [find(args.bundle, args.bundles)]
     if args.against:
         directories.append(find(args.against, args.bundles))
-    elif sibling := _float_of(directories[0]):
+    elif sibling := float_of(directories[0]):
         directories.append(sibling)
     measured = EVALS.get(args.eval)
     if args.full:
@@ -77,6 +78,26 @@ def _measured(args: argparse.Namespace, params: dict[str, Any]) -> list[Any]:
     return sides
 
 
+def _recipes() -> dict[str, Path]:
+    """Name -> the file of an eval's params that ships with calmclip."""
+    return {file.stem: file for file in (Path(__file__).parent / "evals" / "recipes").glob("*.json")}
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The params in a file, or in the recipe of that name. Raises `BadRequest`."""
+    file = _recipes().get(name, Path(name))
+    try:
+        params = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadRequest(
+            f"--params {name} cannot be read ({error}); expected a JSON file of params, or one of the recipes "
+            f"{', '.join(sorted(_recipes()))}"
+        ) from None
+    if not isinstance(params, dict):
+        raise BadRequest(f'--params {name} holds no JSON object; expected {{"param": value}}')
+    return params
+
+
 def _parser() -> argparse.ArgumentParser:
     options = parser("eval", "Measure a bundle on a data set, INT8 beside float, or score saved samples.")
     options.add_argument("bundle", nargs="?")
@@ -87,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     options.add_argument("--full", action="store_true", help="the whole data set, and every step of the eval")
     options.add_argument(
         "--param", action="append", default=[], metavar="KEY=VALUE", help="of the eval; a value may be JSON"
+    )
+    options.add_argument(
+        "--params", metavar="FILE", help=f"params of the eval as JSON, or a recipe: {', '.join(sorted(_recipes()))}"
     )
     options.add_argument("--save", type=Path, metavar="DIR", help="keep the samples: DIR/BUNDLE.EVAL.npz")
     options.add_argument(
@@ -100,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     return options
 
 
-def _float_of(directory: Path) -> Path | None:
+def float_of(directory: Path) -> Path | None:
     """NAME-float beside NAME-int8 or NAME-mixed, if it has the same weights."""
     from calmclip.models.bundle.manifest import MANIFEST
     from calmclip.models.bundle.store import read

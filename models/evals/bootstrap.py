@@ -1,10 +1,11 @@
 """Confidence intervals by resampling pictures.
 
-Source: Efron & Tibshirani 1993, chapters 13 (percentile) and 14 (BCa), as implemented in scipy.
+Source: Efron & Tibshirani 1993, chapters 13 (percentile) and 14 (BCa), as implemented in scipy; for the least of many
+figures Romano & Wolf 2005 (Econometrica 73), the studentized maximum.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -25,11 +26,14 @@ class Resampling(FrozenModel):
     seed: int = Field(default=0, ge=0)
 
 
-def intervals(statistic: Callable[[Array], Array], count: int, how: Resampling) -> tuple[Array, Array]:
+def intervals(
+    statistic: Callable[[Array], Array], count: int, how: Resampling, least: Mapping[int, Sequence[int]] | None = None
+) -> tuple[Array, Array]:
     """``statistic(int64 [n]) -> float64 [K]`` of indices below ``count`` (at least 2) -> lower, upper float64 [K].
 
     Paired: all K figures use the same resamples. A resample in which a figure is NaN is skipped for this figure; the
-    bounds are NaN if all are skipped. Raises ModuleNotFoundError without scipy.
+    bounds are NaN if all are skipped. ``least``: place of a figure -> places of the figures whose least it is; its
+    interval is that of `_of_least`, whatever the method. Raises ModuleNotFoundError without scipy.
     """
     from scipy.stats import bootstrap
 
@@ -44,8 +48,30 @@ def intervals(statistic: Callable[[Array], Array], count: int, how: Resampling) 
             batch=max(1, _BATCH // count), confidence_level=how.confidence, method=how.method,
             rng=np.random.default_rng(how.seed),
         )  # fmt: skip
+        drawn = result.bootstrap_distribution
         tail = 50 * (1 - how.confidence)
-        plain = np.nanpercentile(result.bootstrap_distribution, [tail, 100 - tail], axis=-1)
-    low, high = result.confidence_interval
-    good = np.isfinite(low) & np.isfinite(high)
-    return np.where(good, low, plain[0]), np.where(good, high, plain[1])
+        plain = np.nanpercentile(drawn, [tail, 100 - tail], axis=-1)
+        low, high = result.confidence_interval
+        good = np.isfinite(low) & np.isfinite(high)
+        low, high = np.where(good, low, plain[0]), np.where(good, high, plain[1])
+        if least:
+            values = statistic(np.arange(count))
+            for place, members in least.items():
+                low[place], high[place] = _of_least(values[[*members]], drawn[[*members]], how.confidence)
+    return low, high
+
+
+def _of_least(values: Array, drawn: Array, confidence: float) -> tuple[float, float]:
+    """values [M] and ``drawn`` [M, R], of R resamples -> an interval of the least of the M true values.
+
+    The least of many values is too low, because noise chooses it. So all M get intervals, value +- c errors, that hold
+    together with the ``confidence``: c is this quantile of the largest deviation in a resample, in standard errors.
+    The least true value lies between the least lower and the least upper bound. NaN without two good resamples.
+    """
+    errors = np.nanstd(drawn, axis=1, ddof=1)
+    used = errors > 0
+    if not used.any():  # the same value in each resample, or none
+        return (float(np.nanmin(values)),) * 2 if (errors == 0).any() else (np.nan, np.nan)
+    deviations = np.nanmax(np.abs(drawn[used] - values[used, None]) / errors[used, None], axis=0)
+    width = np.nanpercentile(deviations, 100 * confidence) * np.where(used, errors, 0)
+    return float(np.nanmin(values - width)), float(np.nanmin(values + width))

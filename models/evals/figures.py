@@ -10,7 +10,11 @@ from calmclip.models.flow import Array
 @dataclass(frozen=True)
 class Figure:
     """``unit``: "%", "nats", "" for a plain number. ``group``: a heading for several figures, such as a corruption or
-    an age. ``lower``, ``upper``: a confidence interval, or None."""
+    an age. ``lower``, ``upper``: a confidence interval, or None.
+
+    ``estimate``: False for a fact of the data set, such as a number of pictures; it has no interval and no difference.
+    ``least_of``: the keys of the figures whose least this one is; its interval accounts for that choice.
+    """
 
     name: str
     value: float
@@ -18,6 +22,8 @@ class Figure:
     group: str = ""
     lower: float | None = None
     upper: float | None = None
+    estimate: bool = True
+    least_of: tuple[tuple[str, str], ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -26,17 +32,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Line:
-    """``x``, ``y`` float [n]; a bar at each ``x`` is as wide as the distance of the first two."""
+    """``x``, ``y`` float [n]; a bar at each ``x`` is as wide as the distance of the first two. ``lower``, ``upper``
+    [n] or empty: an interval at each point."""
 
     label: str
     x: Sequence[float] | Array
     y: Sequence[float] | Array
     kind: Literal["line", "points", "bars"] = "line"
+    lower: Sequence[float] | Array = ()
+    upper: Sequence[float] | Array = ()
 
 
 @dataclass(frozen=True)
 class Plot:
-    """``says``: one sentence on how to read it. ``diagonal``: also draw y = x, dashed."""
+    """``says``: one sentence on how to read it. ``diagonal``: also draw y = x, dashed. ``names``: of x = 0, 1, …, in
+    place of numbers."""
 
     title: str
     x: str
@@ -44,3 +54,4 @@ class Plot:
     lines: Sequence[Line]
     says: str
     diagonal: bool = False
+    names: Sequence[str] = ()

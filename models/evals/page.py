@@ -96,8 +96,13 @@ def _draw(axes: Any, plot: Plot) -> None:
             axes.bar(line.x, line.y, width=width, alpha=0.4, color=colour, label=line.label)
         else:
             axes.plot(line.x, line.y, "o" if line.kind == "points" else "-", color=colour, label=line.label)
+        if len(line.lower):
+            axes.vlines(line.x, line.lower, line.upper, color=colour, linewidth=1.5)
     if plot.diagonal:
         axes.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="--")
+    if plot.names:
+        axes.margins(y=0.2)  # for the legend, above the intervals
+        axes.set_xticks(range(len(plot.names)), plot.names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
     axes.grid(linewidth=0.4)
     axes.legend()

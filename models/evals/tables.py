@@ -34,7 +34,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of each side; with two sides, also the first minus the second."""
+    """One figure of each side; with two sides, also the first minus the second, if it is an estimate."""
 
     values: tuple[Figure, ...]
     difference: Figure | None = None
@@ -163,17 +163,31 @@ class _Layout:
         return np.concatenate(sides)
 
     def with_intervals(self, how: Resampling) -> list[Figure]:
-        low, high = intervals(self.vector, self.count, how)
+        low, high = intervals(self.vector, self.count, how, self._least())
         return [
-            replace(figure, lower=float(a), upper=float(b)) if np.isfinite([a, b]).all() else figure
+            replace(figure, lower=float(a), upper=float(b)) if figure.estimate and np.isfinite([a, b]).all() else figure
             for figure, a, b in zip(self.figures, low, high, strict=True)
         ]
+
+    def _least(self) -> dict[int, list[int]]:
+        """Place of a figure of one side -> the places of the figures whose least it is."""
+        size = len(self._keys)
+        places = {key: place for place, key in enumerate(self._keys)}
+        return {
+            start + place: [start + places[key] for key in figure.least_of]
+            for start in range(0, size * len(self._statistics), size)
+            for place, figure in enumerate(self.figures[:size])
+            if figure.least_of
+        }
 
     def rows(self, figures: Sequence[Figure]) -> Iterator[Row]:
         size, sides = len(self._keys), len(self._statistics)
         for place in range(size):
             *values, difference = (figures[place + size * side] for side in range(sides + (sides == 2)))
-            yield Row((*values,), difference) if sides == 2 else Row((difference,))
+            if sides == 1:
+                yield Row((difference,))
+            else:
+                yield Row((*values,), difference if difference.estimate else None)
 
     def together(self, figures: Sequence[Figure]) -> Sequence[Figure]:
         return figures[len(figures) - len(self._both_keys) :]
@@ -186,7 +200,7 @@ def _values(figures: Sequence[Figure], keys: Sequence[tuple[str, str]]) -> Array
 
 
 def _differing(figure: Figure) -> Figure:
-    return replace(figure, unit="points" if figure.unit == "%" else figure.unit)
+    return replace(figure, unit="points" if figure.unit == "%" else figure.unit, least_of=())
 
 
 def _plain(figure: Figure) -> dict[str, float | None]:
@@ -197,10 +211,11 @@ def _plain(figure: Figure) -> dict[str, float | None]:
 
 
 def rounded(value: float | None, unit: str, sign: str = "") -> str:
-    """Percent and points to two decimals, others to four significant digits."""
+    """Percent and points to two decimals, whole numbers in full, others to four significant digits."""
     if value is None or not math.isfinite(value):
         return EMPTY
-    shown = f"{value:{sign}.2f}" if unit in ("%", "points") else f"{value:{sign}.4g}"
+    form = ".2f" if unit in ("%", "points") else ".0f" if value == int(value) else ".4g"
+    shown = f"{value:{sign}{form}}"
     return shown if float(shown) else shown.lstrip("+-")
 
 
@@ -220,8 +235,8 @@ def cells(table: Table) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
     for row in table.rows:
         figure = row.figure
         line = [figure.name, figure.unit, *(rounded(v.value, figure.unit) for v in row.values)]
-        if row.difference:
-            line.append(rounded(row.difference.value, row.difference.unit, "+"))
+        if two:
+            line.append(rounded(row.difference.value, row.difference.unit, "+") if row.difference else "")
         if table.resampling:
             line.append(between(row.difference, "+") if row.difference else between(figure))
         groups.setdefault(figure.group, []).append(line)
@@ -244,6 +259,8 @@ def remarks(table: Table) -> list[str]:
             f"intervals: {how.resamples} {paired}bootstrap resamples of {next(iter(table.counts))}, {how.method}, "
             f"seed {how.seed}"
         )
+    if any(row.figure.least_of for row in table.rows):
+        lines.append("worst: the least of many figures is low by chance; the interval of one bundle accounts for that")
     return lines
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from calmclip.models.datasets import first, lines, read_captions, read_pairs
+from calmclip.models.datasets import first, lines, read_captions, read_pairs, read_table
 from calmclip.models.errors import BadRequest
 
 
@@ -28,6 +28,8 @@ def test_invalid_captions_are_refused(tmp_path: Path, name: str, text: str):
 def test_an_absent_file_is_named(tmp_path: Path):
     with pytest.raises(BadRequest, match=r"lost\.json cannot be read"):
         read_captions(tmp_path / "lost.json")
+    with pytest.raises(BadRequest, match=r"lost\.csv cannot be read .* must hold t\.csv"):
+        read_table(tmp_path / "lost.csv", ["file"], "t.csv and images/")
 
 
 def test_texts_that_cannot_be_read_are_refused_by_name(tmp_path: Path):
@@ -44,6 +46,41 @@ def test_a_limit_that_leaves_nothing_is_refused(limit: int):
     assert first([1, 2, 3], 2) == [1, 2]
     with pytest.raises(BadRequest, match=f"limit is {limit}; expected at least 1"):
         first([1, 2, 3], limit)
+
+
+FORM = "t.csv and images/"
+
+
+def test_a_table_is_read_with_or_without_a_byte_order_mark(tmp_path: Path):
+    text = 'file, age ,note\n\na.jpg, 7 ,"red, ""big""\ncar"\n,,\nä.jpg,,x\n'
+    for mark in ("", "\ufeff"):
+        (tmp_path / "t.csv").write_bytes((mark + text).replace("\n", "\r\n").encode())
+        table = read_table(tmp_path / "t.csv", ["file"], FORM)
+        assert table.columns == ("file", "age", "note")
+        assert table.rows == (
+            {"file": "a.jpg", "age": "7", "note": 'red, "big"\r\ncar'}, {"file": "ä.jpg", "age": "", "note": "x"},
+        )  # fmt: skip
+        assert table.lines == (4, 6)  # the cell of line 3 goes on in line 4; line 5 has no cell
+    assert str(table.wrong(1, "age", "a number")) == f"{tmp_path}/t.csv line 6, column 'age': ''; expected a number"
+
+
+WRONG_TABLES = {
+    b"": "is empty; .* must hold t.csv and images/",
+    b"age,sex\n1,2\n": r"line 1: there is no column 'file' in \['age', 'sex'\]; .* must hold",
+    b"\nfile,age,age\na,1,2\n": "line 2: the column 'age' is without a name or there twice",
+    b"file,,age\na,1,2\n": "line 1: the column '' is without a name",
+    b"file,age\na,1\nb,1,2\n": r"line 3 has 3 cells; expected 2, one for each of \['file', 'age'\]",
+    b"file,age\n": "has a head and no rows",
+    b"file\n\xff\n": "cannot be read as CSV in UTF-8 .* must hold",
+    b'file\n"a': "cannot be read as CSV in UTF-8 .* must hold",
+}
+
+
+@pytest.mark.parametrize(("content", "says"), WRONG_TABLES.items())
+def test_a_wrong_table_is_refused_and_the_place_is_named(tmp_path: Path, content: bytes, says: str):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(BadRequest, match=f"t.csv {says}"):
+        read_table(tmp_path / "t.csv", ["file"], FORM)
 
 
 HEAD = "Question ID,Type,Statement\n"

@@ -63,7 +63,7 @@ def toy(monkeypatch: pytest.MonkeyPatch):
 
 def side(bundle: str, hit, data: str = "d") -> Samples:
     origin = Origin(eval="toy", bundle=bundle, digest="0" * 64, data=data, params={})
-    return Samples({"texts": len(hit)}, {"hit": np.array(hit, bool)}, {}, origin)
+    return Samples({"texts": len(hit)}, {"hit": np.array(hit, bool), "scalar": np.array(1.0)}, {}, origin)
 
 
 @pytest.fixture
@@ -112,6 +112,7 @@ def test_samples_read_back_give_the_same_table_and_damaged_ones_are_refused_by_n
         samples.save(file)
     assert [path.name for path in sorted(files[0].parent.iterdir())] == ["a-float.npz", "a-int8.npz"]
     assert np.load(files[0])["hit"].tolist() == two[0].arrays["hit"].tolist()
+    assert np.load(files[0])["scalar"].shape == ()
     back = [Samples.load(file, "toy") for file in files]
     assert tables.tabulate(back, how=HOW) == tables.tabulate(two, how=HOW)
     with pytest.raises(BadRequest, match=r"a-int8\.npz holds samples of 'toy'; expected samples of 'zero_shot'"):
