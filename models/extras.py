@@ -20,7 +20,7 @@ EXTRAS = {
     "fastapi": "service", "uvicorn": "service", "prometheus_client": "service", "pydantic_settings": "service",
     "orjson": "service", "lancedb": "service", "pyarrow": "service", "httpx": "service",
     "calmclip.export": "export", "calmclip.service": "service",  # an image may have only one of these
-    "scipy": "eval",
+    "scipy": "eval", "imagecorruptions": "eval",
 }  # fmt: skip
 # those of the extra `export` that the built-in model's own extra, `mini`, has too: all that its export imports
 MINI = {"onnx", "onnxscript", "tomli_w", "calmclip.export"}

@@ -46,8 +46,13 @@ def judge(samples: Samples, params: Scoring) -> Judged:
     (head,) = samples.words["head"]
     temperature = np.float32(params.temperature or samples.arrays["temperature"])
     scores = HEADS.get(head).scores(logits / temperature).max(axis=1).astype(np.float64)
-    place = np.ceil(scores * params.bins).astype(np.int64) - 1  # bin m holds (m / M, (m + 1) / M]
-    return Judged(before.sum(axis=1), scores, np.clip(place, 0, params.bins - 1))
+    return Judged(before.sum(axis=1), scores, bins_of(scores, params.bins))
+
+
+def bins_of(score: Array, bins: int) -> Array:
+    """Bin m holds the scores in (m / bins, (m + 1) / bins]."""
+    place: Array = np.clip(np.ceil(score * bins).astype(np.int64) - 1, 0, bins - 1)
+    return place
 
 
 def score(samples: Samples, params: Scoring) -> Statistic:
@@ -73,16 +78,18 @@ def together(samples: Samples, others: Samples, params: Scoring) -> Statistic:
 
 
 def plots(sides: Mapping[str, Samples], params: Scoring) -> Sequence[Plot]:
-    lines = []
-    for name, samples in sides.items():
-        judged = judge(samples, params)
-        count = np.bincount(judged.bin, minlength=params.bins)
-        filled = count > 0
-        sums = (np.bincount(judged.bin, weights=each, minlength=params.bins) for each in (judged.score, judged.right))
-        score, right = (each[filled] / count[filled] for each in sums)
-        lines.append(Line(name, score, right))
+    judged = {name: judge(samples, params) for name, samples in sides.items()}
+    lines = [reliability(name, each.score, each.right, params.bins) for name, each in judged.items()]
     says = (
         "How often the best label is right, by how sure its score is. On the dashed line scores are as sure as they "
         "are right; below it they are too sure."
     )
     return [Plot("Reliability", "mean score of the best label", "part that is right", lines, says, diagonal=True)]
+
+
+def reliability(name: str, score: Array, right: Array, bins: int) -> Line:
+    """For each bin with pictures their mean score, and the part that is right."""
+    place = bins_of(score, bins)
+    count = np.bincount(place, minlength=bins)
+    x, y = (np.bincount(place, each, bins)[count > 0] / count[count > 0] for each in (score, right))
+    return Line(name, x, y)

@@ -99,11 +99,17 @@ def best_temperature(logits: Array, truth: Sequence[int], head: BoundHead) -> fl
     The targets are (N + 1) / (N + 2) for the truth, and 1 / (N + 2) for what is not true: for each other label if the
     head scores labels apart, else for all other labels together, so that a row's targets sum to 1.
     """
-    count, labels = logits.shape
-    targets = np.full(logits.shape, 1 / (count + 2) / (labels - 1 if head.exclusive else 1))
-    targets[np.arange(count), truth] = (count + 1) / (count + 2)
-    best: float = min(TEMPERATURES, key=lambda t: _loss(head.scores(logits / t), targets, head.exclusive))
+    targets = smoothed(truth, logits.shape[1], head.exclusive)
+    best: float = min(TEMPERATURES, key=lambda t: losses(head.scores(logits / t), targets, head.exclusive).mean())
     return round(best, 4)
+
+
+def smoothed(truth: Sequence[int] | Array, labels: int, exclusive: bool) -> Array:
+    """The targets of `best_temperature`, float64 [N, labels]."""
+    count = len(truth)
+    targets = np.full((count, labels), 1 / (count + 2) / (max(labels - 1, 1) if exclusive else 1))
+    targets[np.arange(count), truth] = (count + 1) / (count + 2)
+    return targets
 
 
 def errors(scores: Array, truth: Sequence[int], exclusive: bool) -> CalibrationErrors:
@@ -112,13 +118,15 @@ def errors(scores: Array, truth: Sequence[int], exclusive: bool) -> CalibrationE
     bins = np.clip(np.ceil(best * BINS).astype(np.int64) - 1, 0, BINS - 1)  # bin m holds (m / M, (m + 1) / M]
     gaps = np.abs(np.bincount(bins, weights=right - best, minlength=BINS))
     targets = np.eye(scores.shape[1])[np.asarray(truth)]
-    return CalibrationErrors(float(gaps.sum() / len(scores)), _loss(scores, targets, exclusive))
+    loss = float(losses(scores, targets, exclusive).mean())
+    return CalibrationErrors(float(gaps.sum() / len(scores)), loss)
 
 
-def _loss(scores: Array, targets: Array, exclusive: bool) -> float:
-    """Mean over rows of the cross-entropy: of one distribution over the labels, or of each label by itself."""
+def losses(scores: Array, targets: Array, exclusive: bool) -> Array:
+    """The cross-entropy of each row, float64 [N]: of one distribution over the labels, or of each label by itself."""
     p = np.clip(scores, LEAST, 1 - LEAST)
     terms = targets * np.log(p)
     if not exclusive:
         terms += (1 - targets) * np.log1p(-p)
-    return float(-terms.sum(axis=1).mean())
+    rows: Array = -terms.sum(axis=1)
+    return rows
