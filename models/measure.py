@@ -19,7 +19,8 @@ SENTENCES = ("a photo of two dogs running on the beach.", "a dog")  # the first 
 
 
 def feeds(runner: Runner, picture: Picture) -> dict[str, Arrays]:
-    """One row for every graph that takes a picture or a text."""
+    """One row for every graph that takes a picture or a text, and for `attribution`, which takes the vector of one and
+    the tokens of the other."""
     bundle = runner.bundle
     rows: dict[str, Arrays] = {}
     for role, graph in bundle.manifest.graphs.items():
@@ -31,6 +32,9 @@ def feeds(runner: Runner, picture: Picture) -> dict[str, Arrays]:
     for role, graph in bundle.manifest.graphs.items():
         if role in rows and GUIDE in graph.inputs:
             rows[role] = {**rows[role], GUIDE: runner.session(GUIDE).run(rows[GUIDE])["patches"]}
+    if "attribution" in bundle.manifest.graphs:
+        vector = runner.session("image").run(rows["image"])["image_embeds"]
+        rows["attribution"] = {**rows["text"], "image_embeds": vector}
     return rows
 
 

@@ -35,6 +35,7 @@ from calmclip.models.tasks.classify import ClassifyRequest, Ranking, chosen, cla
 from calmclip.models.tasks.detect import Detections, DetectRequest, Example, detect
 from calmclip.models.tasks.embed import EmbedRequest, embed
 from calmclip.models.tasks.enhance import MAP_PIXELS, EnhanceRequest, enhance
+from calmclip.models.tasks.explain import AUTO, ExplainRequest, Explanation, explain
 from calmclip.models.tasks.fit import FitReport, FitRequest, fit_rows, picture_flows, prepare
 from calmclip.models.tasks.rank import RankRequest, Ranks, judge, ranks
 from calmclip.models.tasks.rank import require_pictures as require_ranked
@@ -54,16 +55,21 @@ class Runner:
     A graph loads when it is first used. A picture is a path (also as a `str`), a file's bytes, an open binary file,
     a Pillow image, or a numpy array uint8 [height, width] (grey), [height, width, 3] (RGB) or [height, width, 4] (with
     alpha, shown on white). Where a method takes a list, one text or picture alone is a `BadRequest`. At most
-    ``cached_rows`` rows of text are cached, so a repeated label is embedded once.
+    ``cached_rows`` rows of text are cached, so a repeated label is embedded once. ``sessions``: of open graphs.
     """
 
     def __init__(
-        self, bundle: Bundle, options: SessionOptions | None = None, *, cached_rows: int = CACHED_ROWS
+        self,
+        bundle: Bundle,
+        options: SessionOptions | None = None,
+        *,
+        cached_rows: int = CACHED_ROWS,
+        sessions: Mapping[str, Session] = MappingProxyType({}),
     ) -> None:
         self.bundle = bundle
         self.options = options or SessionOptions()
         self.cache = RowCache(cached_rows)
-        self._sessions: dict[str, Session] = {}
+        self._sessions = {**sessions}
         self._clock: Stopwatch | None = None
 
     def session(self, role: str) -> Session:
@@ -374,6 +380,12 @@ class Runner:
         phrases = (thing, normal, damaged, templates)
         request = AnomalyRequest(_picture(image), *phrases, classifier, method, threshold)
         return self.run(anomaly(self.bundle, request))
+
+    def explain(
+        self, image: Picture, caption: str, *, method: str = AUTO, threshold: float | None = None
+    ) -> Explanation:
+        """How much each word of the caption fits one picture; see `ExplainRequest`."""
+        return self.run(explain(self.bundle, ExplainRequest(_picture(image), caption, method, threshold)))
 
     def raw(self, graph: str, feeds: Arrays) -> Arrays:
         return self.run(raw(self.bundle, RawRequest(graph, feeds)))

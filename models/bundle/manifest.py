@@ -276,6 +276,23 @@ class AnomalyDefaults(FrozenModel):
     templates: tuple[Template, ...] = Field(default=(), description="sentences with {} for the phrase")
 
 
+class Fitted(FrozenModel):
+    """What was fitted to this bundle for one method of the task explain. A word of weight w is expected to contribute
+    ``expected`` w; its margin is what it contributes beyond that."""
+
+    threshold: Annotated[float, Field(ge=-1, le=1)] | None = Field(
+        default=None, description="a word with a lower margin is flagged"
+    )
+    expected: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class ExplainDefaults(FrozenModel):
+    """The bundle's defaults for an explain request. An absent setting has calmclip's own default."""
+
+    method: str | None = Field(default=None, description="the method of the task explain")
+    fitted: Mapping[str, Fitted] = Field(default_factory=dict, description="by method")
+
+
 class File(FrozenModel):
     sha256: str = Field(pattern=_SHA256)
     bytes: int = Field(ge=0)
@@ -301,6 +318,7 @@ class Manifest(FrozenModel):
     suppression: SuppressionDefaults | None = Field(default=None, description="the defaults of a detect request")
     segmentation: SegmentationDefaults | None = Field(default=None, description="the defaults of a segment request")
     anomaly: AnomalyDefaults | None = Field(default=None, description="the sentences of an anomaly request")
+    explain: ExplainDefaults | None = Field(default=None, description="the defaults of an explain request")
     quantization: Quantization
     created: str = Field(description="UTC, ISO 8601")
     files: Mapping[Path, File] = Field(default_factory=dict, description="all files except bundle.json")

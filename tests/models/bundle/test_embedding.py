@@ -11,6 +11,7 @@ import pytest
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.embedding import embedding_digest
 from calmclip.models.bundle.manifest import (
+    ExplainDefaults,
     ImagePreprocess,
     Manifest,
     SegmentationDefaults,
@@ -134,6 +135,7 @@ UNRELATED: dict[str, Callable[[Manifest], Manifest]] = {
     ),
     "suppression": lambda m: m.model_copy(update={"suppression": SuppressionDefaults(sigma=0.4)}),
     "segmentation": lambda m: m.model_copy(update={"segmentation": SegmentationDefaults(threshold=0.4)}),
+    "explain": lambda m: m.model_copy(update={"explain": ExplainDefaults(method="leave_one_out")}),
     "quantization": lambda m: m.model_copy(update={"quantization": m.quantization.model_copy(update={"name": "x"})}),
     "created": lambda m: m.model_copy(update={"created": "2027-01-01T00:00:00+00:00"}),
     "preprocessing of regions": lambda m: with_preprocess(m, "regions", pad=3),

@@ -391,6 +391,8 @@ def test_the_format_page_has_a_row_for_every_key():
         *keys(module.SuppressionDefaults, "suppression."),
         *keys(module.SegmentationDefaults, "segmentation."),
         *keys(module.AnomalyDefaults, "anomaly."),
+        *keys(module.ExplainDefaults, "explain."),
+        *keys(module.Fitted, "explain.fitted.*."),
         *keys(module.File, "files.*."),
     }
     assert rows == expected
