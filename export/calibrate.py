@@ -204,15 +204,16 @@ def chained(
     texts: Sequence[str],
 ) -> list[Arrays]:
     """Feeds of a tower that reads the answers of ``sources``, which are run in float: `TOGETHER` pictures and one text
-    each; of a tower that sees pictures itself, one picture each. ``sources``: role -> tower and its run."""
-    together = 1 if tower.preprocess else TOGETHER
+    each; of a tower that sees pictures or tokens itself, one picture each. ``sources``: role -> tower and its run."""
+    together = 1 if tower.preprocess or tower.borrows else TOGETHER
     groups = [range(len(pictures))[start : start + together] for start in range(0, len(pictures), together)]
     rows: dict[str, list[Array]] = {}
     several = set()  # inputs with a row for each picture
     for name, read in tower.reads.items():
         role, _, output = read.partition(".")
         source, run = sources[role]
-        rows[name] = [run(feed)[output or name] for feed in feeds(source, directory, pictures, texts[: len(groups)])]
+        given = feeds(source, directory, pictures, texts[: len(groups)])
+        rows[name] = [feed[name] if name in source.inputs else run(feed)[output or name] for feed in given]
         several |= {name} if isinstance(source.preprocess, ImagePreprocess) else set()
     if isinstance(tower.preprocess, ImagePreprocess):
         rows[tower.preprocess.input] = [feed[tower.preprocess.input] for feed in feeds(tower, directory, pictures, ())]

@@ -23,7 +23,7 @@ from typing import Any
 
 import onnx
 
-from calmclip.export import calibrate, parity, report, rewrites, samples, weights
+from calmclip.export import borrow, calibrate, parity, report, rewrites, samples, weights
 from calmclip.export.adapters import Adapt, Context, adapt
 from calmclip.export.checkpoints import Weights
 from calmclip.export.checkpoints.locate import one_line
@@ -209,23 +209,27 @@ def _convert(
     if release:
         _empty(net)
         report.trim()
-    wholes: dict[str, tuple[onnx.ModelProto, str, Settled]] = {}
+    lenders: dict[str, tuple[onnx.ModelProto, onnx.ModelProto, str, Settled]] = {}  # graphs that others have a part of
     for role, tower in net.towers.items():
         model, feeds = traced.pop(role), fed.pop(role)
         rows = [*islice(feeds("certificate"), _PARITY_ROWS)]
-        how = _quantizer(recipe, net, role)
-        converted.how[role], recorded = how, _recorded(recipe, net, role, model, how, say)
+        how = converted.how[role] = _quantizer(recipe, net, role)
+        if tower.borrows:
+            quantized = borrow.stored(model, *lenders[tower.borrows][:2])
+            _compare(recipe, converted, role, tower, (model, quantized), [*feeds("certificate")], step, say)
+            continue
+        recorded = _recorded(recipe, net, role, model, how, say)
         least = max(report.COVERAGE, recipe.bars.min_int8_coverage or 0.0)
         mean = max(report.COSINE, recipe.bars.cosine(role))
         goal = Goal(mean, report.WORST, coverage=least, dims=nominal(tower), summary=tower.summary)
         with step(f"{role}: quantize"):
             if tower.cut_from:
-                quantized, ranges_from, settled = wholes[tower.cut_from]
+                _, quantized, ranges_from, settled = lenders[tower.cut_from]
                 quantized = cut(quantized, tower.outputs)
             else:
                 quantized, ranges_from, settled = _quantize(role, model, how, goal, feeds, recorded, say)
-            if any(other.cut_from == role for other in net.towers.values()):
-                wholes[role] = quantized, ranges_from, settled
+            if any(role in (other.cut_from, other.borrows) for other in net.towers.values()):
+                lenders[role] = model, quantized, ranges_from, settled
         with step(f"{role}: compare"):
             agreement = _against(model, quantized, [*feeds("certificate")], tower)
         with step(f"{role}: layers"):
@@ -238,12 +242,8 @@ def _convert(
             "starved_experts": [*settled.starved],
             **described,
         }
-        say(f"{role}: rewriting")
-        with step(f"{role}: rewrite"):
-            converted.floats[role], as_float = _rewrite(recipe, model, rows, tower, f"{role} in float")
-            bound = _ROUNDING if how.name == "none" else _ties(agreement)
-            converted.quantized[role], as_int8 = _rewrite(recipe, quantized, rows, tower, f"{role} in INT8", bound)
-        converted.rewrites[role] = {"float32": as_float, "int8": as_int8}
+        bound = _ROUNDING if how.name == "none" else _ties(agreement)
+        as_float, as_int8 = _swap(recipe, converted, role, tower, (model, quantized), rows, bound, step, say)
         if role in picture_towers:
             taken = calibrate.feeds(picture_towers[role], directory, *few)
             pairs = [{**prepared, **picture} for prepared, picture in zip(rows, taken, strict=True)]
@@ -256,16 +256,45 @@ def _convert(
     return converted
 
 
+def _compare(
+    recipe: Recipe, converted: _Converted, role: str, tower: Tower, graphs: tuple[onnx.ModelProto, onnx.ModelProto],
+    feeds: Sequence[Arrays], step: report.Steps, say: Say,
+) -> None:  # fmt: skip
+    """Compare and rewrite the ``graphs`` of a tower that borrows its weights: in float, and with INT8 weights."""
+    with step(f"{role}: compare"):
+        agreement = _against(*graphs, feeds, tower)
+    converted.facts[role] |= {
+        "quantizer": converted.how[role].name,
+        "weights_of": tower.borrows,
+        "ranges_from": "none needed",
+        "int8_against_float": agreement,
+    }
+    _swap(recipe, converted, role, tower, graphs, feeds[:_PARITY_ROWS], _ROUNDING, step, say)
+
+
+def _swap(
+    recipe: Recipe, converted: _Converted, role: str, tower: Tower, graphs: tuple[onnx.ModelProto, onnx.ModelProto],
+    rows: Sequence[Arrays], bound: Bound, step: report.Steps, say: Say,
+) -> tuple[Facts, Facts]:  # fmt: skip
+    """Rewrite both ``graphs``, float and INT8, into ``converted``; -> their parts of the report."""
+    say(f"{role}: rewriting")
+    with step(f"{role}: rewrite"):
+        converted.floats[role], as_float = _rewrite(recipe, graphs[0], rows, tower, f"{role} in float")
+        converted.quantized[role], as_int8 = _rewrite(recipe, graphs[1], rows, tower, f"{role} in INT8", bound)
+    converted.rewrites[role] = {"float32": as_float, "int8": as_int8}
+    return as_float, as_int8
+
+
 def _quantizer(recipe: Recipe, net: Net, role: str) -> Quantize:
-    """Raises `BadRequest` if the recipe has another quantizer for a graph than for the graph that it is cut from."""
+    """Raises `BadRequest` if the recipe has another quantizer for a graph than for the one that has its weights."""
     tower = net.towers[role]
     default = Quantize(name=tower.quantizer, params=dict(tower.quantizer_params))
-    if not tower.cut_from:
+    if not (source := tower.cut_from or tower.borrows):
         return recipe.quantize.get(role) or default
-    whole = _quantizer(recipe, net, tower.cut_from)
+    whole = _quantizer(recipe, net, source)
     if recipe.quantize.get(role, whole) != whole:
         raise BadRequest(
-            f"recipe: quantize.{role} is {recipe.quantize[role].name}, but the graph is a part of {tower.cut_from}, "
+            f"recipe: quantize.{role} is {recipe.quantize[role].name}, but the graph has the weights of {source}, "
             f"whose quantizer is {whole.name}; leave quantize.{role} out"
         )
     return whole
@@ -291,6 +320,7 @@ def _trace(
         answers = _answers(tower, rows, role)
     with step(f"{role}: trace"):
         model = cut(whole, tower.outputs) if whole else to_onnx(tower)
+        model = borrow.untransposed(model) if tower.borrows else model
     with step(f"{role}: parity"):
         agreement = parity.compare(answers, parity.onnx_run(model), rows, tower.summary)
     parity.require(agreement, max_abs=max_abs, what=f"{role}: torch against float ONNX")
@@ -305,7 +335,8 @@ def _feeds(
         return lambda name: calibrate.feeds(tower, directory, *inputs.part(name))
     read = {source.partition(".")[0] for source in tower.reads.values()}
     sources = {role: (net.towers[role], parity.onnx_run(traced[role])) for role in read}
-    answers = {name: calibrate.chained(tower, sources, directory, *inputs.part(name)) for name in calibrate.PARTS}
+    parts = ("certificate",) if tower.borrows else calibrate.PARTS  # a borrower has no ranges
+    answers = {name: calibrate.chained(tower, sources, directory, *inputs.part(name)) for name in parts}
     return lambda name: iter(answers[name])
 
 
@@ -505,6 +536,7 @@ def _write(
         classifier=net.classifier,
         suppression=net.suppression,
         segmentation=net.segmentation,
+        explain=net.explain,
         quantization=quantization,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -158,7 +158,8 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
         recipe = Recipe.model_validate(data)
         if recipe.preset:
             preset = Quantize(name=recipe.preset)
-            recipe = recipe.model_copy(update={"quantize": dict.fromkeys(net.towers, preset) | recipe.quantize})
+            quantized = [role for role, tower in net.towers.items() if not tower.borrows]
+            recipe = recipe.model_copy(update={"quantize": dict.fromkeys(quantized, preset) | recipe.quantize})
         for role, how in recipe.quantize.items():
             if role not in net.towers:
                 raise BadRequest(

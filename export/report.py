@@ -85,8 +85,10 @@ def graph(
 
 
 def int8(graphs: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Of a whole bundle: the INT8 coverage of its towers, one input each, and its size as a part of the float size."""
-    total = Coverage(*(sum(facts["coverage"][key] for facts in graphs.values()) for key in ("macs", "int8")))
+    """Of a whole bundle: the INT8 coverage of its towers, one input each, and its size as a part of the float size. A
+    graph that borrows its weights does not count: it computes in float, and answers no task but explain."""
+    counted = [facts["coverage"] for facts in graphs.values() if "coverage" in facts]
+    total = Coverage(*(sum(facts[key] for facts in counted) for key in ("macs", "int8")))
     ratio = sizes["int8"] / sizes["float32"]
     return {"coverage": round(total.part, 5), "macs": total.macs, "size_ratio": round(ratio, 5)}
 

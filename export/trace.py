@@ -18,6 +18,7 @@ from onnxscript import ir
 from calmclip.export import light
 from calmclip.export.graph import MODULE, metadata
 from calmclip.export.nets import Tower
+from calmclip.export.towers.attribution import flattened
 from calmclip.models.bundle.manifest import Tensor
 from calmclip.models.errors import ExportError
 
@@ -43,11 +44,12 @@ def to_onnx(tower: Tower) -> onnx.ModelProto:
     }
     # the exporter logs optional packages that are missing; no tower needs one
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    inputs = example(tower)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
-            tower.module.eval(),
-            example(tower),
+            flattened(tower.module.eval(), inputs),
+            inputs,
             input_names=list(tower.inputs),
             output_names=list(tower.outputs),
             dynamic_shapes=tuple(

@@ -106,7 +106,8 @@ def check_command(argv: list[str]) -> int:
 
 
 def _checks(runner: "Runner") -> Iterator[tuple[str, bool]]:
-    """Each check and whether it passed. The outputs of `regions` and `text` are inputs of `detect`."""
+    """Each check and whether it passed. The outputs of `regions` and `text` are inputs of `detect`, the
+    tokens of `text` and the vector of `image` are inputs of `attribution`."""
     import numpy as np
 
     from calmclip.models.bundle.manifest import GUIDE
@@ -126,11 +127,13 @@ def _checks(runner: "Runner") -> Iterator[tuple[str, bool]]:
             if graph.preprocess is None and not graph.inputs.keys() <= known.keys():
                 yield f"{role}: loads", True  # for the task raw: its inputs are unknown here
                 continue
-            outputs = session.run(_feeds(bundle, role, known))
+            outputs = session.run(feeds := _feeds(bundle, role, known))
         except Exception as error:  # the types of ONNX Runtime's errors are not public
             yield f"{role}: {error}", False
             continue
         known.update(outputs if role != GUIDE else {GUIDE: outputs["patches"]})
+        if graph.preprocess is not None and graph.preprocess.kind == "text":
+            known.update(feeds)  # `attribution` reads the same tokens
         for name, promised in graph.outputs.items():
             array = outputs[name]
             fits = array.dtype.name == promised.dtype and len(array.shape) == len(promised.shape)

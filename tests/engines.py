@@ -39,7 +39,7 @@ class Case:
 def cases(runner: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> Iterator[Case]:
     """Every graph of the bundle: pictures and texts one at a time; ``detect`` for each picture, with the texts as
     queries, and the three methods of suppression in turn; if there are such graphs, ``masks`` for the best boxes of
-    each picture, and ``known`` for all texts."""
+    each picture, ``known`` for all texts, and ``attribution`` for each picture with one of them."""
     bundle, graphs = runner.bundle, runner.bundle.manifest.graphs
 
     def case(role: str, feeds: Arrays) -> Case:
@@ -53,6 +53,9 @@ def cases(runner: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> Ite
     for role in sorted(graphs.keys() & {"dense", "image", "regions"}):
         for number, picture in enumerate(pictures):
             yield (prepared := case(role, {"pixels": bundle.image(role).prepare(decode(picture.read_bytes()))[0]}))
+            if role == "image" and "attribution" in graphs:
+                vector = {"image_embeds": prepared.answers["image_embeds"]}
+                yield case("attribution", {**queries[number % len(queries)].feeds, **vector})
             if role == "regions":
                 # a low score, because each picture needs a box: see "nothing is found" on the page
                 settings = Suppression(method=METHODS[number % len(METHODS)], min_score=0.0005, max_output=20)

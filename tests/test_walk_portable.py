@@ -46,6 +46,7 @@ def opened(tiny_hf_clip: Path, tiny_owl: Path, tmp_path_factory: pytest.TempPath
         floats = out / f"{name}-float"
         if not floats.exists():
             command = ["export", str(checkpoints[name]), "--portable", "--keep-float", "--name", name]
+            command += [] if name == "owl" else ["--attribution"]
             assert main([*command, "--out", str(out)]) == 0
         (quantized,) = set(out.glob(f"{name}-*")) - {floats}
         return open_bundle(floats if kind == "float" else quantized)

@@ -100,7 +100,7 @@ def adapt(net: Net, adapters: Iterable[Adapt], context: Context) -> Net:
     for adapter, params in [(adapter, adapter.checked_params()) for adapter in adapters]:
         if net.adapters and ADAPTERS.get(net.adapters[-1]).last:
             raise BadRequest(f"{adapter.name} follows {net.adapters[-1]}, which must come last; change their order")
-        if any(tower.graph for tower in net.towers.values()):
+        if any(tower.graph for tower in net.towers.values()) and adapter.name not in net.offers:
             raise BadRequest(
                 f"{adapter.name} does not apply to {net.source.model}: it ships its graphs, without modules"
             )
@@ -108,8 +108,9 @@ def adapt(net: Net, adapters: Iterable[Adapt], context: Context) -> Net:
         if adapted is not net and adapted.source.notes == net.source.notes:
             values = (f"{param}={value}" for param, value in adapter.public()["params"].items())
             adapted = with_note(adapted, " ".join((f"adapter {adapter.name}", *values)))
-        if adapted is not net:
-            adapted = replace(adapted, ranges={})  # the ranges that ship belong to the unchanged net
+        if adapted is not net:  # the ranges that ship belong to the unchanged net; graphs that ship do not change
+            ranges = net.ranges if adapter.name in net.offers else {}
+            adapted = replace(adapted, ranges=ranges)
         net = replace(adapted, adapters=(*net.adapters, adapter.name))
     return net
 

@@ -10,6 +10,7 @@ import onnx
 
 from calmclip.models.bundle.manifest import (
     DefaultClassifier,
+    ExplainDefaults,
     ImagePreprocess,
     SegmentationDefaults,
     Source,
@@ -43,6 +44,9 @@ class Tower:
     graph, if the net ships it; then there is no module, and no adapter fits. ``reads``: input -> the role of the tower
     that has an output of this name, or "role.output"; that tower stands before it in the net. With preprocessing these
     are inputs beside its feeds.
+    An input that the other tower has too is the same in both: the tokens of a text.
+    ``borrows``: the role of a tower before it that has all weights of this one. Then its INT8 graph computes in float,
+    with the INT8 weights of that tower's graph (`calmclip.export.borrow`), so that they are stored once.
     ``cut_from``: the role of a tower before it whose graph has all outputs of this one. Then its graph is cut from that
     graph, so that they share every weight, in INT8 too.
     """
@@ -59,6 +63,7 @@ class Tower:
     graph: onnx.ModelProto | None = None
     reads: Mapping[str, str] = field(default_factory=dict)
     cut_from: str = ""
+    borrows: str = ""
     feeds: Callable[[Sequence[Path]], Iterator[Arrays]] | None = None
     batch: bool = True
 
@@ -88,7 +93,8 @@ class Net:
     """A loaded checkpoint.
 
     ``files``: other files of the bundle by name (tokenizer.json, labels.json). ``ranges``: role -> a JSON file of
-    activation ranges that ship with the net, used when no calibration pictures are given.
+    activation ranges that ship with the net, used when no calibration pictures are given. ``offers``: adapter ->
+    what it does to this net instead: it adds a tower whose graph ships with the net.
     """
 
     name: str
@@ -99,6 +105,7 @@ class Net:
     classifier: DefaultClassifier | None = None
     built: Mapping[str, Built] = field(default_factory=dict)
     ranges: Mapping[str, Path] = field(default_factory=dict)
+    offers: Mapping[str, Callable[["Net"], "Net"]] = field(default_factory=dict)
     keep_float: bool = False  # export seals NAME-float beside NAME-int8 unless told otherwise
     bars: Mapping[str, float] = field(default_factory=dict)  # defaults of the recipe's bars for this net
     layout: "Layout | None" = None  # the table of names, if a checkpoint of it can be written
@@ -106,6 +113,7 @@ class Net:
     adapters: tuple[str, ...] = ()  # the adapters that were applied, in order
     suppression: SuppressionDefaults | None = None  # of a detect request, if calmclip's do not suit its scores
     segmentation: SegmentationDefaults | None = None  # of a segment request, likewise
+    explain: ExplainDefaults | None = None  # of an explain request, if something was fitted to the net
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # adapter -> what it measured, for the report
     times: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same of this run alone, not sealed
 

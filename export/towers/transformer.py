@@ -78,6 +78,7 @@ class Attention(Module):
     """Attention in two forms: for training, and after `fold` for tracing."""
 
     attends = 1  # Softmax ops in its graph
+    gain: Tensor | None = None  # [B, T, 1], a factor of the values while `towers.attribution` differentiates by it
 
     def __init__(self, state: State, style: Style, width: int) -> None:
         super().__init__()
@@ -118,6 +119,7 @@ class Attention(Module):
         """``x``: the tokens that the gate reads: those that q was computed from, or all if it averages over them."""
         q, k = self.normed(q, k)
         q = q if self.scale == 1.0 else q * self.scale
+        v = v if self.gain is None else v * self.gain
         gate = None if self.gate is None else self.gate(x, valid(mask) if self.gate.mean else None)
         gate = gate if gate is None or self.gate_scale == 1.0 else gate * self.gate_scale
         return self.out(attend(q, k, v, self.heads, mask, self.softmax, gate))

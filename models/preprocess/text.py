@@ -1,11 +1,13 @@
 """Strings -> int64 [B, T] ids and mask, from the bundle's tokenizer.json."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.models import WordLevel, WordPiece
 
 from calmclip.models.bundle.manifest import TextPreprocess
@@ -16,6 +18,9 @@ from calmclip.models.preprocess.clean import CLEANERS
 CACHED_TEXTS = 4096  # the cache of tokens holds this many texts, because labels repeat
 CACHED_CHARACTERS = 256  # longer texts are not cached
 MAX_CHARACTERS = 100_000  # limits the time of a tokenizer: a second for a few million characters
+
+
+T = TypeVar("T")
 
 
 def check_unknown_token(tokenizer: Tokenizer) -> None:
@@ -29,6 +34,16 @@ def check_unknown_token(tokenizer: Tokenizer) -> None:
             f"its {type(model).__name__} model has no token {model.unk_token!r} in its vocabulary, which stands for "
             "unknown words; add it to `vocab`, or name another token of `vocab` as `unk_token`"
         )
+
+
+@dataclass(frozen=True)
+class Located:
+    """``text``: as the tokenizer sees it, cleaned. ``offsets``: of each id, start and end in characters of ``text``;
+    equal for a special token."""
+
+    text: str
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
 
 
 class TextPreparer:
@@ -95,25 +110,37 @@ class TextPreparer:
         row = self.encode(text)
         if not row:
             raise BadRequest(f"text {index} ({text[:40]!r}) has no token of this model; expected some words")
-        if len(row) <= self.spec.context:
-            return row
-        if self.spec.truncate:
-            return [*row[: self.spec.context - 1], row[-1]]
+        if len(row) <= self.spec.context or self.spec.truncate:
+            return self._kept(row)
         raise TextTooLong(
             f"text {index} ({text[:40]!r}…) has {len(row)} tokens; "
             f"this model reads at most {self.spec.context}. Shorten it."
         )
+
+    def located(self, text: str) -> Located:
+        """The ids of ``text`` as by `tokens`, with their places. Raises as `tokens`."""
+        ids = self.tokens(text)
+        cleaned, encoding = self._encoded(text)
+        return Located(cleaned, ids, self._kept(encoding.offsets))
 
     @cached_property
     def ids(self) -> int:
         """One more than the largest id of a token."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
+    def _kept(self, row: Sequence[T]) -> Sequence[T]:
+        """What `context` tokens leave of a row: a row that is too long keeps its last entry."""
+        return row if len(row) <= self.spec.context else [*row[: self.spec.context - 1], row[-1]]
+
     def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._encoded(text)[1].ids)
+
+    def _encoded(self, text: str) -> tuple[str, Encoding]:
+        """The cleaned text, and the tokenizer's answer."""
         if self.spec.clean:
             text = CLEANERS[self.spec.clean](text)
         try:
-            return tuple(self._tokenizer.encode(text).ids)
+            return text, self._tokenizer.encode(text)
         except Exception as error:  # the library raises bare Exception
             raise BadRequest(
                 f"the tokenizer cannot encode {text[:40]!r} ({error}). It needs a token for what it does not know; use "

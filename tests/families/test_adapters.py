@@ -25,6 +25,7 @@ from tests import tiny
 OTHER, KIN, LEARNT, NAMES, STATES = "OTHER", "KIN", "LEARNT", "NAMES", "STATES"
 PARAMS: dict[str, dict[str, Any]] = {
     "anomaly": {"checkpoint": STATES, "size": 40},
+    "attribution": {"on": True, "layers": 2},
     "dense": {"method": "values"},
     "mocoop": {"checkpoint": LEARNT, "classes": NAMES},
     "mix": {"checkpoint": OTHER, "alpha": 0.5},
@@ -125,7 +126,7 @@ def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptatio
             result = tower.module(*inputs)
         outputs = result if isinstance(result, tuple) else (result,)
         for output, promised in zip(outputs, tower.outputs.values(), strict=True):
-            assert list(output.shape) == [2 if dim == "B" else dim for dim in promised.shape]
+            assert list(output.shape) == [{"B": 2, "T": 7}.get(str(dim), dim) for dim in promised.shape]
             assert output.isfinite().all()
 
 
@@ -140,9 +141,21 @@ def test_two_runs_give_the_same_bits(adaptation: Adapt, tiny_hf_clip: Path):
 
 
 def test_a_net_that_it_does_not_fit_is_refused_by_name(adaptation: Adapt, mini: Net):
-    """The built-in model ships its graphs."""
+    """The built-in model ships its graphs, and offers one of them to the adapter of its name."""
+    if adaptation.name in mini.offers:
+        return
     with pytest.raises(BadRequest, match=rf"{adaptation.name}.*EfficientNet.*without modules"):
         adapt(mini, [adaptation], Context(feeds))
+
+
+def test_the_built_in_model_offers_the_graph_and_keeps_its_ranges(mini: Net):
+    assert "attribution" not in mini.towers
+    more = adapt(mini, [Adapt(name="attribution", params={"on": True})], Context(feeds))
+    assert more.towers["attribution"].graph is not None
+    assert more.ranges == mini.ranges
+    assert more.source.notes.endswith("attribution of the last 1 layers of the text tower")
+    with pytest.raises(BadRequest, match=r"layers is 2; the graph of .* has 1"):
+        adapt(mini, [Adapt(name="attribution", params={"on": True, "layers": 2})], Context(feeds))
 
 
 @pytest.mark.parametrize("params", [{"no_such": 1}, {}])

@@ -47,7 +47,13 @@ def shown(net: Net, tower: Tower, folder: Path, photographs: dict[str, Path]) ->
     return list(feeds(tower, folder, [photographs["cat"], photographs["rocket"]], ["a photo of a cat.", "red", "dogs"]))
 
 
-@ALL
+# their tiny towers take seconds to trace; `test_layouts_walk` compares them, too
+LONGEST = {"long_clip", "mobileclip", "mobileclip_b", "open_clip_resnet", "slip"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=pytest.mark.slow) if each in LONGEST else each for each in LAYOUTS.names()]
+)
 def test_towers_answer_as_the_layouts_reference_does(name: str, checkpoint, photographs, tmp_path: Path):
     """The rows are unit vectors. `GRAPHS`: towers whose graphs are compared here; `test_layouts_walk` compares all."""
     net, reference = load(str(checkpoint(name))), REFERENCES[name](checkpoint(name))

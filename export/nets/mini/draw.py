@@ -5,10 +5,13 @@ Run it after a change of a module, and then `calmclip.export.nets.mini.record`. 
 
 import onnx
 
+from calmclip.export.borrow import untransposed
 from calmclip.export.nets import Tower
-from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED, constants, graphs, towers_of
+from calmclip.export.nets.common.attribution import LAYERS
+from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED, attribution_tower, constants, graphs, towers_of
 from calmclip.export.nets.mini.modules import load
 from calmclip.export.nets.mini.segmentation import masks_tower
+from calmclip.export.towers.attribution import Attribution
 from calmclip.export.trace import to_onnx
 
 
@@ -16,9 +19,13 @@ def traced() -> dict[str, onnx.ModelProto]:
     """The traced float graphs by role, with weights."""
     modules = load(SHIPPED, DETECTOR, MASKS)
     result = {}
-    for role, tower in {**towers_of({}), "masks": masks_tower()}.items():
+    drawn = {role: (tower, getattr(modules, role)) for role, tower in towers_of({}).items()}
+    drawn["masks"] = masks_tower(), modules.masks
+    drawn["attribution"] = attribution_tower(None), Attribution(modules.text, LAYERS)
+    for role, (tower, module) in drawn.items():
         settings = {name: getattr(tower, name) for name in Tower.__dataclass_fields__} | {"graph": None}
-        result[role] = to_onnx(Tower(**settings | {"module": getattr(modules, role)}))
+        model = to_onnx(Tower(**settings | {"module": module}))
+        result[role] = untransposed(model) if tower.borrows else model
     return result
 
 

@@ -19,6 +19,8 @@ MASKED = -1e4  # added to a padded token's logits: after the softmax its float32
 class Layer(nn.Module):
     """Attention and feed-forward, each followed by the residual sum and a LayerNorm."""
 
+    gain: Tensor | None = None  # [B, T, 1], a factor of the values while `towers.attribution` differentiates by it
+
     def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
@@ -30,8 +32,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, addend: Tensor | None) -> Tensor:
         batch, tokens, _ = x.shape
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        value = value if self.gain is None else value * self.gain
         q, k, v = (
-            part.view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+            part.view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2) for part in (query, key, value)
         )  # [B, 12, T, 32] each
         logits = q @ k.transpose(2, 3)
         mixed = F.softmax(logits if addend is None else logits + addend, dim=-1) @ v

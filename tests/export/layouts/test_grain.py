@@ -104,7 +104,7 @@ def test_a_graph_and_its_part_have_one_quantizer(net: Net):
     recipe = Recipe(checkpoint="grain", net="clip", name="grain", quantize={"regions": Quantize(name="static")})
     assert pipeline._quantizer(recipe, net, "image").name == "static"
     both = recipe.model_copy(update={"quantize": {**recipe.quantize, "image": Quantize(name="none")}})
-    with pytest.raises(BadRequest, match=r"quantize\.image is none, but the graph is a part of regions"):
+    with pytest.raises(BadRequest, match=r"quantize\.image is none, but the graph has the weights of regions"):
         pipeline._quantizer(both, net, "image")
 
 

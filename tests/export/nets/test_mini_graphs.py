@@ -11,7 +11,7 @@ from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED, constants, graph
 from calmclip.export.nets.mini.draw import traced
 from calmclip.models.errors import ExportError
 
-ROLES = ("image", "text", "regions", "dense", "masks")
+ROLES = ("image", "text", "regions", "dense", "masks", "attribution")
 
 
 def serialized(model: onnx.ModelProto) -> bytes:
