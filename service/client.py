@@ -319,6 +319,35 @@ class Anomaly:
 
 
 @dataclass(frozen=True)
+class ExplainedWord:
+    """``start``, ``end``: its place in the caption, as in ``caption[start:end]``. ``contribution``: positive if it
+    brings the caption nearer to the picture; ``margin``: beyond what a word that fits would contribute."""
+
+    text: str
+    start: int
+    end: int
+    contribution: float
+    margin: float
+    flagged: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``score``: the cosine of picture and caption. ``lowest``: the index of the word with the lowest margin that is
+    no function word; None without one. ``flagged``: the words with a margin below the ``threshold``."""
+
+    model: str
+    method: str
+    threshold: float
+    score: float
+    clip_score: float
+    f_score: float
+    words: list[ExplainedWord]
+    lowest: int | None
+    flagged: list[str]
+
+
+@dataclass(frozen=True)
 class Item:
     """An item of a collection: a text or a picture, and any JSON object as metadata."""
 
@@ -438,9 +467,18 @@ class Segmentation:
 
 
 @dataclass(frozen=True)
+class ExplanationDefaults:
+    """What an explain request gets that sets nothing. ``methods``: those that the bundle can run, the default first."""
+
+    methods: list[str]
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Model:
     """``embedding_digest``: equal for bundles that make the same vectors; None if the bundle does not embed.
-    ``suppression``, ``segmentation``: the defaults of a detect and of a segment request; None without the task."""
+    ``suppression``, ``segmentation``, ``explanation``: the defaults of a detect, a segment and an explain request; None
+    without the task."""
 
     name: str
     digest: str
@@ -452,6 +490,7 @@ class Model:
     labels: int
     suppression: Suppression | None
     segmentation: Segmentation | None
+    explanation: ExplanationDefaults | None
     examples: int
 
 
@@ -688,6 +727,19 @@ class Calls:
             model=model,
         )
         return Call("POST", "/v1/anomaly", _reader(Anomaly), {"image": _picture(image), **fields})
+
+    @staticmethod
+    def explain(
+        image: Picture,
+        caption: str,
+        *,
+        method: Literal["auto", "leave_one_out", "gradient"] | None = None,
+        threshold: float | None = None,
+        model: str | None = None,
+    ) -> Call[Explanation]:
+        """How much each word of the caption fits the picture. A word with a margin below ``threshold`` is flagged."""
+        fields = _present(caption=caption, method=method, threshold=threshold, model=model)
+        return Call("POST", "/v1/explain", _reader(Explanation), {"image": _picture(image), **fields})
 
     @staticmethod
     def enhance(image: Picture, *, map_pixels: int | None = None, model: str | None = None) -> Call[bytes]:
@@ -1070,6 +1122,7 @@ class Client(_Options[httpx.Client]):
     segment = _sync(Calls.segment)
     segment_indexed = _sync(Calls.segment_indexed)
     anomaly = _sync(Calls.anomaly)
+    explain = _sync(Calls.explain)
     enhance = _sync(Calls.enhance)
     collections = _sync(Calls.collections)
     create_collection = _sync(Calls.create_collection)
@@ -1134,6 +1187,7 @@ class AsyncClient(_Options[httpx.AsyncClient]):
     segment = _async(Calls.segment)
     segment_indexed = _async(Calls.segment_indexed)
     anomaly = _async(Calls.anomaly)
+    explain = _async(Calls.explain)
     enhance = _async(Calls.enhance)
     collections = _async(Calls.collections)
     create_collection = _async(Calls.create_collection)

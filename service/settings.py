@@ -20,6 +20,7 @@ from calmclip.models.extras import IMAGE
 from calmclip.models.ops.library import Mode
 from calmclip.models.preprocess.image import MAX_PIXELS
 from calmclip.models.tasks.enhance import LEAST_PIXELS
+from calmclip.models.tasks.explain import MAX_WORDS
 from calmclip.service.keys import VARIABLE as KEYS
 
 MIB = 1 << 20
@@ -80,6 +81,7 @@ class Limits(_Group):
     collections: int = Field(default=1000, ge=1, description="collections in the store")
     fit_items: int = Field(default=20_000, ge=1, description="items of a collection that one fit reads")
     words: int = Field(default=5000, ge=1, description="words of a vocabulary in one request")
+    caption_words: int = Field(default=64, ge=1, le=MAX_WORDS, description="words of a caption in one explain request")
     meta_bytes: int = Field(default=16384, ge=2, description="one item's metadata, as JSON")
 
 

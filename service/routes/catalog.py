@@ -10,12 +10,14 @@ from fastapi.responses import Response
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BundleNotFound, TaskNotServed, suggestion
 from calmclip.models.segmenters import default, fitting
+from calmclip.models.tasks import explain
 from calmclip.models.tasks.detect import default_suppression
 from calmclip.models.tasks.segment import SegmentRequest, background_of, threshold_of
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import CATALOG, Endpoint
 from calmclip.service.hub import Loaded
 from calmclip.service.schemas.catalog import (
+    ExplanationAsked,
     HealthAnswer,
     ModelAnswer,
     ModelsAnswer,
@@ -135,6 +137,7 @@ def _summary(loaded: Loaded, max_examples: int) -> ModelSummary:
         labels=len(bundle.classifier.labels),
         suppression=SuppressionAsked(**vars(default_suppression(bundle))) if detects else None,
         segmentation=_segmentation(bundle) if "segment" in bundle.tasks else None,
+        explanation=_explanation(bundle) if "explain" in bundle.tasks else None,
         examples=max_examples if detects else 0,
     )
 
@@ -145,4 +148,13 @@ def _segmentation(bundle: Bundle) -> SegmentationAsked:
         methods=sorted(others, key=lambda name: name != usual),
         background=[*background_of(bundle, None)],
         threshold=threshold_of(bundle, SegmentRequest(b"")),
+    )
+
+
+def _explanation(bundle: Bundle) -> ExplanationAsked:
+    usual = explain.chosen(bundle.manifest, explain.AUTO)
+    others = [name for name, method in explain.METHODS.items() if method.fits(bundle.manifest)]
+    return ExplanationAsked(
+        methods=sorted(others, key=lambda name: name != usual),
+        threshold=explain.threshold_of(bundle.manifest, usual, None),
     )

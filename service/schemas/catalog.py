@@ -16,6 +16,13 @@ class SegmentationAsked(Answer):
     threshold: float
 
 
+class ExplanationAsked(Answer):
+    """What an explain request gets that sets nothing."""
+
+    methods: list[str] = Field(description="those that the bundle has the graphs for, the default first")
+    threshold: float = Field(description="of the default method")
+
+
 class ModelSummary(Answer):
     name: str
     digest: str = Field(description="sha256 of bundle.json")
@@ -32,6 +39,9 @@ class ModelSummary(Answer):
     )
     segmentation: SegmentationAsked | None = Field(
         description="the defaults of a segment request; null: the bundle does not segment"
+    )
+    explanation: ExplanationAsked | None = Field(
+        description="the defaults of an explain request; null: the bundle does not explain"
     )
     examples: int = Field(description="largest number of examples in a detect request; 0: the bundle takes none")
 

@@ -309,6 +309,9 @@ function reset() {
   $("segmenter").replaceChildren(...methods.map((name) => make("option", { value: name }, name)));
   $("background").placeholder = background.join(", ");
   $("independent").checked = false;
+  const { methods: explainers = [] } = model().explanation ?? {};
+  $("explainer").replaceChildren(...explainers.map((name) => make("option", { value: name }, name)));
+  $("explainers").hidden = explainers.length < 2;
   least();
 }
 
@@ -454,6 +457,59 @@ const tag = () =>
       boxed(detections, ({ score, cosine }) => (score === cosine ? "" : `cosine ${cosine.toFixed(2)}`)),
     );
   });
+
+const LEAST_COLOURED = 0.05; // a caption of words that all contribute less stays pale
+
+const weigh = () =>
+  answer(async (signal) => {
+    const caption = $("caption").value.replace(/\s+/g, " ").trim(); // a form would send other line ends, and shift the words
+    if (!caption) throw missing("Enter a caption first.");
+    const body = { image: picture(), caption, ...($("explainer").value && { method: $("explainer").value }) };
+    if ($("model").value) body.model = $("model").value;
+    const result = await ask("POST", "v1/explain", form(body), signal);
+    const { words, lowest, score, clip_score, f_score, threshold, method } = result.data;
+    const most = Math.max(LEAST_COLOURED, ...words.map(({ contribution }) => Math.abs(contribution)));
+    const scores = `cosine ${score.toFixed(3)} · CLIPScore ${clip_score.toFixed(3)} · F-CLIPScore ${f_score.toFixed(3)}`;
+    show(result, coloured(caption, words, most), scale(most, threshold, method), make("p", {}, scores), contributions(words, lowest));
+  });
+
+const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
+
+/** The element with the colour of a contribution: stronger, the nearer it is to `most`. */
+function tinted(element, contribution, most) {
+  element.classList.add("tint", contribution < 0 ? "against" : "for");
+  element.style.setProperty("--share", `${(100 * Math.abs(contribution)) / most}%`);
+  return element;
+}
+
+/** The places of the words count code points, of which a JavaScript string may need two units. */
+function coloured(caption, words, most) {
+  const characters = [...caption];
+  const between = (start, end) => characters.slice(start, end).join("");
+  const parts = words.flatMap(({ text, start, contribution, flagged }, i) => [
+    between(words[i - 1]?.end ?? 0, start),
+    tinted(make(flagged ? "mark" : "span", { title: signed(contribution) }, text), contribution, most),
+  ]);
+  return make("p", { className: "caption" }, ...parts, between(words.at(-1).end));
+}
+
+/** The key of the colours. */
+function scale(most, threshold, method) {
+  const ends = [signed(-most), "0", signed(most)].map((text) => make("span", {}, text));
+  const colours = "Blue words bring the caption nearer to the picture, orange ones take it away. ";
+  const note = [colours, make("mark", {}, "Marked"), ` words fit less than expected: margin below ${signed(threshold)}, by ${method}.`];
+  return make("div", { className: "scale" }, make("i", { ariaHidden: "true" }), make("div", {}, ...ends), make("small", {}, ...note));
+}
+
+function contributions(words, lowest) {
+  const cells = (...texts) => texts.map((text) => make("td", {}, text));
+  const rows = words.map(({ text, contribution, margin, flagged }, i) => {
+    const note = flagged ? "flagged" : i === lowest ? "lowest" : "";
+    return make("tr", {}, make("th", { scope: "row" }, text), ...cells(signed(contribution), signed(margin), note));
+  });
+  const head = make("tr", {}, ...["word", "contribution", "margin", "note"].map((text) => make("th", { scope: "col" }, text)));
+  return make("div", { className: "table", tabIndex: 0, role: "region", ariaLabel: "Contributions" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
+}
 
 const VERDICTS = new Map([[true, "Damaged"], [false, "Normal"], [null, "No verdict, because no threshold is known"]]);
 
@@ -700,7 +756,7 @@ function show({ stages, ms }, ...parts) {
 /** Send the request of the tabs Detect and Segment again, because a setting or an example has changed. */
 const again = () => current >= 0 && ({ detect: () => detect(false), segment })[task()]?.();
 
-const submit = () => ({ classify: () => classify(), detect: () => detect(), segment, tag, anomaly: () => anomaly(), search: () => {}, fit: () => fitted && attempt() })[task()]();
+const submit = () => ({ classify: () => classify(), detect: () => detect(), segment, tag, explain: () => $("caption").value.trim() && weigh(), anomaly: () => anomaly(), search: () => {}, fit: () => fitted && attempt() })[task()]();
 
 function tab(button) {
   for (const other of document.querySelectorAll("[role=tab]")) {
@@ -822,8 +878,10 @@ on("keep", "click", keep);
 on("discard", "click", discard);
 on("files", "change", ({ target }) => choose(target.files));
 on("tag", "submit", quietly(tag));
+on("explain", "submit", quietly(weigh));
+on("explainer", "change", () => current >= 0 && submit());
 on("anomaly", "submit", quietly(() => anomaly()));
-for (const id of ["labels", "vocabulary", "background"])
+for (const id of ["labels", "vocabulary", "background", "caption"])
   on(id, "keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) quietly(submit)(event);
   });

@@ -231,6 +231,22 @@ def test_anomaly(ask, runner, picture):
     assert (answer.method, answer.threshold, base64.b64decode(answer.heat)) == ("text", 0.25, want.png())
 
 
+def test_explain(ask, runner, picture):
+    data, caption = picture("red", "red", "blue", "green"), "a yellow thing beside a blue one"
+    answer, want = ask("explain", data, caption, threshold=-0.01), runner.explain(data, caption, threshold=-0.01)
+    assert [(w.text, w.start, w.end, w.flagged) for w in answer.words] == [
+        (w.text, w.start, w.end, w.flagged) for w in want.words
+    ]
+    numbers = [x for w in answer.words for x in (w.contribution, w.margin)]
+    assert numbers == pytest.approx([x for w in want.words for x in (w.contribution, w.margin)], abs=1e-6)
+    scores = (answer.score, answer.clip_score, answer.f_score)
+    assert scores == pytest.approx((want.score, want.clip_score, want.f_score), abs=1e-6)
+    assert (answer.lowest, answer.method, answer.threshold) == (want.lowest, "leave_one_out", -0.01)
+    assert answer.flagged == [w.text for w in want.flagged]
+    with pytest.raises(Conflict, match="attribution"):
+        ask("explain", data, caption, method="gradient")
+
+
 def test_collections(ask, runner, picture):
     created = ask("create_collection", "photos", model="colours-int8")
     digest = runner.bundle.embedding_digest
@@ -311,11 +327,12 @@ def test_models(ask, runner):
     (model,) = ask("models")
     assert (model.name, model.tasks) == (
         "colours-int8",
-        ["classify", "embed", "detect", "enhance", "anomaly", "rank", "segment", "tag"],
+        ["classify", "embed", "detect", "enhance", "anomaly", "explain", "rank", "segment", "tag"],
     )
     assert (model.digest, model.precision) == (runner.bundle.digest, "int8")
     assert (model.dim, model.labels, model.suppression) == (3, 0, USUAL)
     assert ("maskclip" in model.segmentation.methods, model.segmentation.threshold) == (True, 0.0)
+    assert model.explanation.methods == ["leave_one_out"]
     files = ask("model", "colours-int8")
     assert files.digest == model.digest
     assert files.manifest["classifier"]["head"] == {"name": "cosine", "params": {"scale": 10.0}, "assets": {}}

@@ -25,7 +25,7 @@ from calmclip.service.settings import Settings
 from tests.process import installed
 
 BROKEN: FilePayload = {"name": "broken.png", "mimeType": "image/png", "buffer": b"no picture"}
-TABS = ("Classify", "Detect", "Segment", "Tag", "Anomaly", "Search", "Fit")
+TABS = ("Classify", "Detect", "Segment", "Tag", "Explain", "Anomaly", "Search", "Fit")
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
 Draw = Callable[..., FilePayload]  # a picture of these colours
 
@@ -212,6 +212,91 @@ def test_masks_cover_their_labels_and_are_turned_off_and_faded(page: Page, file:
     expect(page.locator("#answer")).to_have_text("No label fits a part of the picture.")
     assert covered() == set()
     expect(page.get_by_label("opacity")).to_be_hidden()
+
+
+def test_a_caption_is_coloured_and_its_wrong_word_is_marked(page: Page, file: Draw) -> None:
+    page.get_by_role("tab", name="Explain").click()
+    choose(page, file("red"))
+    expect(page.locator("#work")).not_to_have_attribute("aria-busy", "true")
+    expect(page.get_by_role("alert")).to_be_empty()  # nothing was asked yet
+    page.get_by_role("button", name="Explain", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("Enter a caption first")
+    page.get_by_label("Caption").fill("🎈 a red  and\nblue thing.")
+    page.get_by_label("Caption").press("Control+Enter")
+    caption = page.locator("#answer .caption")
+    expect(caption).to_have_text("🎈 a red and blue thing.", use_inner_text=True)
+    expect(caption.locator("mark")).to_have_text("blue")
+    # cosine 1 / sqrt(2); without "blue" 1, without "red" 0
+    shares = caption.locator(".tint").evaluate_all(
+        "all => all.map((word) => [word.textContent, word.classList[1], word.style.getPropertyValue('--share')])"
+    )
+    shown = {word: (side, float(share.removesuffix("%"))) for word, side, share in shares}
+    assert (len(shares), shown["red"]) == (6, ("for", 100))
+    assert shown["blue"] == ("against", pytest.approx(100 * (np.sqrt(2) - 1), abs=0.01))
+    assert {shown[word][1] for word in ("🎈", "a", "and", "thing")} == {0}
+    rows = page.locator("#answer tbody tr")
+    expect(rows).to_have_count(6)
+    expect(rows.filter(has_text="blue")).to_have_text(re.compile(r"blue(\s*\u22120\.293){2}\s*flagged"))
+    expect(rows.filter(has_text="red")).to_have_text(re.compile(r"red(\s*\+0\.707){2}\s*$"))
+    expect(page.locator("#answer .scale")).to_contain_text(re.compile(r"\u22120\.707\s*0\s*\+0\.707"))
+    expect(page.locator("#answer")).to_contain_text("cosine 0.707 · CLIPScore 1.768 · F-CLIPScore 1.036")
+    expect(page.get_by_label("Explain by")).to_be_hidden()  # there is one method
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.get_by_label("Caption").fill(f"a red {'x' * 90} thing")
+    page.get_by_label("Caption").press("Control+Enter")
+    expect(rows).to_have_count(4)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1: linear RGB as colour-blind people see it
+BLINDNESS = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+RGB = """(name) => {
+    const element = Object.assign(document.createElement("i"), { className: name });
+    document.querySelector("main section").append(element);
+    const pen = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+    element.style.setProperty("--share", "100%");
+    pen.fillStyle = getComputedStyle(element)[name ? "backgroundColor" : "color"];
+    pen.fillRect(0, 0, 1, 1);
+    element.remove();
+    return [...pen.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+}"""
+
+
+def test_the_colours_of_words_can_be_told_apart_and_read(page: Page) -> None:
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        values = np.array([page.evaluate(RGB, name) for name in ("tint for", "tint against", "")]) / 255
+        linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        *tints, text = linear @ to_xyz[1]
+        for tint in tints:  # WCAG 2.2, 1.4.3
+            assert (max(tint, text) + 0.05) / (min(tint, text) + 0.05) >= 4.5
+        for matrix in (np.eye(3), *map(np.array, BLINDNESS.values())):
+            xyz = np.clip(linear[:2] @ matrix.T, 0, 1) @ to_xyz.T / [0.9505, 1.0, 1.089]
+            root = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+            lab = np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], 1)
+            assert np.linalg.norm(lab[0] - lab[1]) > 20  # CIE 1976; 2.3 is just noticeable
+
+
+def test_a_model_with_several_methods_offers_them(page: Page, client: httpx.Client, file: Draw) -> None:
+    """The bundle has one method; the catalogue is changed on its way, so the service refuses the other."""
+    methods = ["gradient", "leave_one_out"]
+    catalogue = client.get("/v1/models").json()
+    catalogue["models"][0]["explanation"]["methods"] = methods
+    page.route("**/v1/models", lambda route: route.fulfill(json=catalogue))
+    page.reload()
+    page.get_by_role("tab", name="Explain").click()
+    choose(page, file("red"))
+    expect(page.get_by_label("Explain by")).to_have_text("".join(methods))
+    page.get_by_label("Caption").fill("red")
+    page.get_by_role("button", name="Explain", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("no graph 'attribution'")
+    page.get_by_label("Explain by").select_option("leave_one_out")
+    expect(page.locator("#answer .caption")).to_have_text("red")
 
 
 def test_a_heat_map_shows_where_a_picture_looks_damaged(page: Page, file: Draw) -> None:
