@@ -395,6 +395,11 @@ def checkpoint_name(layout: Layout, ours: str, piece: int | None = None) -> str:
     return ours
 
 
+def our_name(layout: Layout, name: str) -> str:
+    """Our name of a tensor of the checkpoint; `DROP` if it is not needed or not known."""
+    return _apply(layout.rules, name)[1]
+
+
 def _match(template: str, name: str) -> re.Match[str] | None:
     return _pattern(template).fullmatch(name)
 

@@ -123,7 +123,8 @@ class BertText(Module):
             x = last(x, addend, first).flatten(1)
         if self.pooler is not None and self.use_pooler:
             x = torch.tanh(self.pooler(x))
-        return unit(self.projection(self.norm_post(x)))
+        x = self.norm_post(x)
+        return unit(self.projection(x if self.transformation is None else self.transformation(x)))
 
 
 class MaskedLM(BertText):

@@ -94,7 +94,7 @@ class ImageClassifier(VisionTransformer):
 class AttentionPool(Module):
     """A learned query attends to all tokens [B, N, W]. The answer x becomes x + mlp(norm(x)) -> [B, W].
 
-    The query does not depend on the picture, so `fold` computes q once; only a folded pool can run.
+    The query does not depend on the picture, so `fold` computes q once.
     """
 
     attends = 1  # Softmax ops in its graph
@@ -107,16 +107,27 @@ class AttentionPool(Module):
         self.norm = LayerNorm(width, eps=style.eps)
         self.mlp = MLP(part(state, "mlp."), style, width)
 
-    def fold(self) -> None:
+    def query(self) -> Tensor:
+        """[1, 1, W], scaled."""
         width = len(self.probe)
         query = self.qkv.weight[:width] @ self.probe + self.qkv.bias[:width]
-        self.probe = constant((query * (width // self.heads) ** -0.5)[None, None])
+        scaled: Tensor = query * (width // self.heads) ** -0.5
+        return scaled[None, None]
+
+    def fold(self) -> None:
+        width = len(self.probe)
+        self.probe = constant(self.query())
         self.kv = rows(self.qkv, width, 3 * width)
         del self.qkv
 
     def forward(self, x: Tensor) -> Tensor:
-        k, v = self.kv(x).chunk(2, dim=-1)
-        x = self.out(attend(self.probe.expand(x.shape[0], -1, -1), k, v, self.heads))
+        if "qkv" in self._modules:  # not folded
+            _, k, v = self.qkv(x).chunk(3, dim=-1)
+            query = self.query()
+        else:
+            k, v = self.kv(x).chunk(2, dim=-1)
+            query = self.probe
+        x = self.out(attend(query.expand(x.shape[0], -1, -1), k, v, self.heads))
         return (x + self.mlp(self.norm(x))).flatten(1)
 
 
@@ -171,5 +182,10 @@ class MeanPool(Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positions
-        k, v = self.kv(x).chunk(2, dim=-1)
-        return self.out(attend(self.q(first(x)), k, v, self.heads)).flatten(1)
+        if "qkv" in self._modules:  # not folded
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            q = first(q) * (x.shape[-1] // self.heads) ** -0.5
+        else:
+            k, v = self.kv(x).chunk(2, dim=-1)
+            q = self.q(first(x))
+        return self.out(attend(q, k, v, self.heads)).flatten(1)

@@ -105,17 +105,17 @@ def pictures(directory: Path, preparer: ImagePreparer) -> Pictures:
     files = [(file, i) for file, i in files if file.suffix.lower() in _SUFFIXES]
     if absent := {*range(len(names))} - {i for _, i in files}:
         raise BadRequest(f"{directory / names[min(absent)]} holds no pictures; expected {', '.join(_SUFFIXES)} files")
-    pixels = np.concatenate([_prepared(file, preparer) for file, _ in files])
+    pixels = np.concatenate([prepared(file, preparer) for file, _ in files])
     return Pictures(pixels, np.asarray([i for _, i in files]), names)
 
 
 def captioned(captions: Path, directory: Path, preparer: ImagePreparer) -> tuple[Array, list[list[str]]]:
     """-> pixels float32 [N, 3, S, S] and the captions of each. Raises `BadRequest`."""
     texts = read_captions(captions)
-    return np.concatenate([_prepared(directory / name, preparer) for name in texts]), [*texts.values()]
+    return np.concatenate([prepared(directory / name, preparer) for name in texts]), [*texts.values()]
 
 
-def _prepared(file: Path, preparer: ImagePreparer) -> Array:
+def prepared(file: Path, preparer: ImagePreparer) -> Array:
     """[1, 3, S, S], prepared as in the service."""
     try:
         return preparer.prepare(decode(file.read_bytes()))[0]
