@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calmclip.export import light
 from calmclip.models.flow import Array
+from calmclip.models.ops.library import Library
 
 MODULE = "module"  # key of a node's metadata: the path of its torch module, "blocks.3.mlp.down"
 PRODUCTS = ("Conv", "Gemm", "MatMul")
@@ -140,8 +141,11 @@ def cut(model: onnx.ModelProto, outputs: Collection[str]) -> onnx.ModelProto:
     return part
 
 
-def tap(model: onnx.ModelProto, names: Sequence[str]) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
-    """-> a function from feeds to the tensors ``names``: inputs, outputs or tensors inside the graph."""
+def tap(
+    model: onnx.ModelProto, names: Sequence[str], *, library: Library | None = None
+) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """-> a function from feeds to the tensors ``names``: inputs, outputs or tensors inside the graph. ``library``: as
+    in `light.Session`."""
     outputs, inputs = ({value.name for value in side} for side in (model.graph.output, model.graph.input))
     computed = [name for name in names if name not in inputs]
     count = len(model.graph.output)
@@ -149,7 +153,7 @@ def tap(model: onnx.ModelProto, names: Sequence[str]) -> Callable[[Mapping[str, 
         model.graph.output.extend(
             helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in computed if name not in outputs
         )
-        session = light.Session(model)
+        session = light.Session(model, library=library)
     finally:
         del model.graph.output[count:]
 

@@ -36,15 +36,26 @@ class SessionOptions:
     ops: Mode = "auto"
 
 
+@dataclass(frozen=True)
+class Memory:
+    """A graph in memory. ``model``: what would be in its file; ``tensors``: the data of its external initializers by
+    name, which ONNX Runtime reads without a copy: they must not change."""
+
+    model: bytes
+    tensors: Arrays
+
+
 class Session:
-    """One loaded graph. Several threads may call `run` at once.
+    """One loaded graph. Several threads may call `run` at once. ``memory``: read in place of the file at ``path``.
 
     External weights are files beside the graph; ONNX Runtime (since 1.24.1) refuses a path out of this folder. Raises
     `BundleInvalid` for a graph that does not load or whose inputs or outputs differ from the manifest;
     `OpsLibraryMissing` as `library.find`.
     """
 
-    def __init__(self, path: Path, graph: Graph, options: SessionOptions | None = None) -> None:
+    def __init__(
+        self, path: Path, graph: Graph, options: SessionOptions | None = None, memory: Memory | None = None
+    ) -> None:
         options = options or SessionOptions()
         self.graph = graph
         self.path = path
@@ -61,9 +72,13 @@ class Session:
             settings.profile_file_prefix = options.profile
         if library := find(options.ops):
             settings.register_custom_ops_library(str(library.path))
+        if memory:
+            self._borrowed = [ort.OrtValue.ortvalue_from_numpy(array) for array in memory.tensors.values()]
+            settings.add_external_initializers([*memory.tensors], self._borrowed)
+        source = memory.model if memory else str(path)
         try:
             self._session = ort.InferenceSession(
-                str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=list(DISABLED_OPTIMIZERS)
+                source, settings, providers=["CPUExecutionProvider"], disabled_optimizers=list(DISABLED_OPTIMIZERS)
             )
         except Exception as error:  # the exception types are not public
             raise BundleInvalid(f"{path} does not load in ONNX Runtime {ort.__version__}: {error}") from None
