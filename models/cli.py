@@ -27,6 +27,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "teach": ("calmclip.export.teach_cli:teach_command", "train the built-in detector on your own photographs"),
     "train": ("calmclip.export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
     "demonstrate": ("calmclip.export.training.cli:demonstrate_command", "vanilla, clipped and gated nets side by side"),
+    "interpolate": (
+        "calmclip.export.interpolate_cli:interpolate_command",
+        "checkpoints between two, and accuracy along the way",
+    ),
+    "sharpness": (
+        "calmclip.export.interpolate_cli:sharpness_command",
+        "layers on sharp ground between two checkpoints; prune their changes",
+    ),
     "recipe": ("calmclip.export.cli:recipe_command", "print the recipe that export would use"),
     "show": ("calmclip.models.commands:show_command", "manifest and report of a bundle as a table"),
     "check": ("calmclip.models.commands:check_command", "hashes, schema, one self-test per graph"),
@@ -37,6 +45,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "list, export, import, re-embed, remove: the collections of a store",
     ),
     "eval": ("calmclip.models.eval_cli:eval_command", "accuracy on a data set, INT8 beside float"),
+    "resilience": (
+        "calmclip.export.resilience.cli:resilience_command",
+        "inject, calibrate: flipped bits, and bounds against them",
+    ),
     "fit": ("calmclip.models.fit_cli:fit_command", "a classifier, fitted to a folder of pictures for each class"),
     "bench": ("calmclip.models.commands:bench_command", "latency of a bundle's graphs, one bundle against another"),
     "ops": ("calmclip.models.ops.commands:ops_command", "build, info, check: the compiled operators"),

@@ -113,7 +113,7 @@ def test_an_engine_has_one_door(name: str):
 def test_a_plain_install_holds_what_models_imports_and_no_more():
     """But for what the extra `eval` brings, which evals and fits of heads import inside functions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    module = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    module = {"pillow": "PIL", "scikit-learn": "sklearn", "imagecorruptions-imaug": "imagecorruptions"}
     plain, extra = (
         {module.get(name, name) for name in (re.split(r"[^\w-]", line)[0] for line in lines)}
         for lines in (project["dependencies"], project["optional-dependencies"]["eval"])

@@ -247,7 +247,7 @@ def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
     assert main(["plugins", "--json"]) == 0
     families = json.loads(capsys.readouterr().out)
     assert {"cosine", "sigmoid"} <= set(families["heads"])
-    tasks = {"anomaly", "classify", "embed", "detect", "enhance", "rank", "raw", "segment", "tag"}
+    tasks = {"anomaly", "classify", "embed", "detect", "enhance", "explain", "rank", "raw", "segment", "tag"}
     assert tasks == set(families["tasks"])
     assert {"mini", "clip"} <= set(families["nets"])
     assert all(families.values()), "an empty family is printed"

@@ -25,6 +25,7 @@ KINDS = {
     "train": ("mlm", "clm", "classes", "contrastive"),
     "keys": ("add", "list", "remove"),
     "ops": ("build",),
+    "resilience": ("inject", "calibrate"),
     "collection": ("export", "import", "re-embed"),
     "run": (
         "BUNDLE anomaly",
@@ -33,6 +34,7 @@ KINDS = {
         "BUNDLE detect",
         "mini-int8 anomaly",
         "mini-int8 classify",
+        "mini-int8 explain",
         "mini-int8 rank",
         "mini-int8 segment",
         "mini-int8 tag",

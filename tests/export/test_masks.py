@@ -50,6 +50,7 @@ def test_loss_is_cross_entropy_and_half_of_dice():
     assert loss(logits, wanted).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_learns_shapes_that_the_maps_show():
     torch.manual_seed(0)
     seen = []
