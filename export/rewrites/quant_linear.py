@@ -101,12 +101,12 @@ def product(node: ir.Node) -> Product | str | None:
         if summand is None or (summand.size != 1 and summand.shape not in ((outputs,), (1, outputs))):
             return "its bias is not a constant with a number for each output"
         bias = bias + summand.reshape(-1)
-    while (add := sole_consumer(end, "Add")) is not None and (summand := _row(add, end, outputs)) is not None:
+    while (add := sole_consumer(end, "Add")) is not None and (summand := row(add, end, outputs)) is not None:
         end, bias = add.outputs[0], (bias + summand).astype(np.float32)
-    return Product(x, weight, flipped, bias, *_activation(end))
+    return Product(x, weight, flipped, bias, *activation(end))
 
 
-def _row(add: ir.Node, end: ir.Value, outputs: int) -> Array | None:
+def row(add: ir.Node, end: ir.Value, outputs: int) -> Array | None:
     """The numbers that ``add`` adds to each row of ``end``; None if they are not the same for all rows."""
     summand = constant_array(other_input(add, end))
     if summand is None or summand.size != outputs or summand.shape[-1:] != (outputs,):
@@ -115,8 +115,9 @@ def _row(add: ir.Node, end: ir.Value, outputs: int) -> Array | None:
     return summand.reshape(-1) if summand.ndim <= rank else None
 
 
-def _activation(z: ir.Value) -> tuple[Activation, ir.Value]:
-    """The activation that follows ``z``, and its result."""
+def activation(z: ir.Value) -> tuple[Activation, ir.Value]:
+    """The activation that follows ``z``, and its result. silu is none of them: between two products in 8 bits it is a
+    table (`quant_lookup`)."""
     node = sole_consumer(z, "Gelu", "Relu")
     if node is None:
         return ("none", z) if (end := _quick_gelu(z)) is None else ("quick_gelu", end)

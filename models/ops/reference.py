@@ -203,6 +203,7 @@ _ACTIVATE: dict[Activation, Callable[[Array], Array]] = {
     "gelu": lambda x: x * 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2)),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x * 0.5 * (1 + np.tanh(1.702 / 2 * x)),  # a sigmoid without overflow
+    "silu": lambda x: x * 0.5 * (1 + np.tanh(x / 2)),
 }
 
 
@@ -286,6 +287,19 @@ def quant_linear_to_float(
     return _linear(x, x_scale, x_zero, weight, weight_scale, bias, activation) + np.asarray(residual, np.float32)
 
 
+def quant_rows_linear(
+    x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array,
+    residual: Array, *, activation: int = 0, gated: int = 0,
+) -> Array:  # fmt: skip
+    """`quant_linear_to_float` with a scale of x for each row, float32 [..., 1]. With ``gated``, the product of the two
+    halves of the columns, the first behind the activation -> [..., N / 2]."""
+    sums = (x.astype(np.int64) - np.asarray(x_zero, np.int64)) @ weight.astype(np.int64)
+    y = sums.astype(np.float32) * np.asarray(x_scale, np.float32) * np.asarray(weight_scale, np.float32) + bias
+    f, parts = _ACTIVATE[ACTIVATIONS[activation]], np.split(y.astype(np.float64), 2, -1) if gated else [y]
+    first = f(parts[0].astype(np.float64))
+    return (first * parts[1] if gated else first).astype(np.float32) + np.asarray(residual, np.float32)
+
+
 def _linear(
     x: Array, x_scale: Array, x_zero: Array, weight: Array, weight_scale: Array, bias: Array, activation: int
 ) -> Array:
@@ -346,6 +360,43 @@ def quant_attention(
     return quantize(y.swapaxes(1, 2).reshape(*q.shape[:2], width), y_scale, y_zero)
 
 
+def rotary_attention(
+    q: Array, k: Array, v: Array, q_weight: Array, k_weight: Array, q_cos: Array, q_sin: Array, k_cos: Array,
+    k_sin: Array, mask: Array, *, heads: int, groups: int, dims: int, q_start: int = 0, k_start: int = 0,
+    v_start: int = 0, epsilon: float = 1e-6, cap: float = 0.0, gamma: float = 0.0, zeta: float = 1.0,
+) -> Array:  # fmt: skip
+    """Attention with grouped queries; q and k normalized and rotated. float64 inside.
+
+    float32 q [B, T, Q], k and v [B, S, ...]; weights [d] or one number: none; tables [T, d], [B, 1, T, d] or one
+    number: none; mask [B or 1, 1, T or 1, S] or one number 0 -> float32 [B, T, heads d].
+    Source: Su et al. 2021 (arXiv 2104.09864), section 3.4; Ainslie et al. 2023 (arXiv 2305.13245), section 2.
+    """
+
+    def parts(x: Array, start: int, count: int) -> Array:
+        wide = x[..., start : start + count * dims].astype(np.float64)
+        return wide.reshape(*x.shape[:2], count, dims).transpose(0, 2, 1, 3)
+
+    def prepared(x: Array, weight: Array, cos: Array, sin: Array) -> Array:
+        if weight.size > 1:
+            root = np.sqrt((x**2).mean(-1, keepdims=True) + float(np.float32(epsilon)))
+            x = x / root * weight.astype(np.float64)
+        if cos.size == 1:
+            return x
+        return np.asarray(x * cos.astype(np.float64) + np.roll(x, dims // 2, -1) * sin.astype(np.float64))
+
+    queries = prepared(parts(q, q_start, heads), q_weight, q_cos, q_sin)
+    keys = prepared(parts(k, k_start, groups), k_weight, k_cos, k_sin)
+    keys, values = (x.repeat(heads // groups, 1) for x in (keys, parts(v, v_start, groups)))
+    logits = queries @ keys.swapaxes(-1, -2)
+    logits = float(np.float32(cap)) * np.tanh(logits) if cap else logits
+    with np.errstate(invalid="ignore"):
+        logits = np.where(np.asarray(mask) > np.float32(-1e4), logits + np.asarray(mask, np.float64), -1e30)
+    power = np.exp(logits - logits.max(-1, keepdims=True))
+    low, high = float(np.float32(gamma)), float(np.float32(zeta))
+    p = np.clip((high - low) * power / power.sum(-1, keepdims=True) + low, 0, 1)
+    return np.asarray((p @ values).transpose(0, 2, 1, 3).reshape(*q.shape[:2], heads * dims), np.float32)
+
+
 def quant_layer_norm(
     x: Array, residual: Array, weight: Array, bias: Array, y_scale: Array | float, y_zero: Array | int,
     *, epsilon: float = 1e-5,
@@ -362,6 +413,20 @@ def quant_layer_norm(
     normed = apart / np.sqrt((apart**2).mean(-1, keepdims=True) + float(np.float32(epsilon)))
     normed = normed * weight.astype(np.float64) + bias.astype(np.float64)
     return quantize(normed, y_scale, y_zero), normed.astype(np.float32), total
+
+
+def quant_rows(x: Array, weight: Array, *, normalize: int = 0, epsilon: float = 1e-6) -> tuple[Array, Array]:
+    """x [* rsqrt(mean of x^2 + epsilon)] * ``weight``, each row in steps of its own, 1/127 of its largest magnitude.
+
+    x float32 [..., W], weight float32 [W] or one number -> y uint8 [..., W] around 128, scale float32 [..., 1].
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+    z = np.asarray(x, np.float64)
+    if normalize:
+        z = z / np.sqrt((z**2).mean(-1, keepdims=True) + float(np.float32(epsilon)))
+    z = z * np.asarray(weight, np.float64)
+    scale = np.maximum(np.abs(z).max(-1, keepdims=True) / 127, 1e-30).astype(np.float32)
+    return quantize(z, scale, 128), scale
 
 
 def quant_patches(

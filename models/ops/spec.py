@@ -16,8 +16,8 @@ VERSION = 1
 
 Method = suppression.Method
 METHODS = suppression.METHODS  # an index is the operator's code
-Activation = Literal["none", "relu", "gelu", "gelu_tanh", "quick_gelu"]
-ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu")  # the same
+Activation = Literal["none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu"]
+ACTIVATIONS: tuple[Activation, ...] = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu")  # the same
 Attribute = int | float | str | tuple[int, ...] | tuple[float, ...]
 
 
@@ -130,7 +130,8 @@ IMAGE_TO_QUANTIZED_PIXELS = Op(
 # is float32: sum * (x_scale * weight_scale) + bias, two roundings, and f. If f is none or relu, it may be sum *
 # (x_scale * weight_scale / y_scale) + bias / y_scale, which may differ by a step next to a tie. Otherwise as in Jacob
 # et al. 2017 (arXiv 1712.05877), 2.2. K is at most 65536. `activation`: an index into ACTIVATIONS; gelu is x Phi(x),
-# gelu_tanh its form with tanh (Hendrycks and Gimpel 2016, arXiv 1606.08415), quick_gelu x sigmoid(1.702 x).
+# gelu_tanh its form with tanh (Hendrycks and Gimpel 2016, arXiv 1606.08415), quick_gelu x sigmoid(1.702 x), silu
+# x sigmoid(x).
 QUANT_LINEAR = Op(
     "QuantLinear",
     inputs={
@@ -155,6 +156,16 @@ QUANT_LINEAR_TO_FLOAT = Op(
     | {"residual": _tensor("float32", "...")},  # [..., N], or [1]
     outputs={"y": _tensor("float32", "...", "N")},
     attributes=QUANT_LINEAR.attributes,
+)
+
+# The same for rows in steps of their own (QUANT_ROWS), which a few large numbers of one token do not spoil for another:
+# x_scale has one number for each row. With `gated`, the first half of the columns gates the others: y = f(a) b +
+# residual, where a and b are the halves of x w + bias (Shazeer 2020, arXiv 2002.05202).
+QUANT_ROWS_LINEAR = Op(
+    "QuantRowsLinear",
+    inputs=QUANT_LINEAR_TO_FLOAT.inputs | {"x_scale": _tensor("float32", "...", 1)},
+    outputs={"y": _tensor("float32", "...", "N")},  # or N / 2
+    attributes=QUANT_LINEAR.attributes | {"gated": 0},
 )
 
 # QuantLinear of every pixel of a picture, channels last, without activation: a 1 x 1 convolution. It is an operator of
@@ -217,6 +228,38 @@ QUANT_ATTENTION = Op(
     attributes={"heads": 1, "width": 64, "q_start": 0, "k_start": 0, "v_start": 0, "gamma": 0.0, "zeta": 1.0},
 )
 
+# Attention in float32 with grouped queries, for `heads` heads of q and `groups` heads of k and v, each of `dims`
+# numbers; heads / groups heads of q read one of k and v. q, k and v may be one tensor, as in QUANT_ATTENTION. Each head
+# of q and k is first x, or, with a weight, x / sqrt(mean of x^2 + epsilon) * weight (RMSNorm). Then it is rotated: x *
+# cos + swap(x) * sin, where swap exchanges the halves (RoPE: Su et al. 2021, arXiv 2104.09864; sin is negative in the
+# first half). A weight or a table of one number means: none. logits = q k^T; with a cap over 0, cap tanh(logits) (Gemma
+# 2, 2024, arXiv 2408.00118); + mask. p is that of SOFTMAX, with gamma and zeta; y = p v.
+#
+# mask: float32 [B or 1, 1, T or 1, S], added; its leading sides of 1 may be left out. At most -1e4, NaN or -inf hides
+# the key: it counts as -1e30 in place of the logit, so a row with only hidden keys is uniform. [1] with the number 0 is
+# no mask. Keys that are hidden before the first or after the last visible one cost nothing. Memory is linear in T and
+# S.
+ROTARY_ATTENTION = Op(
+    "RotaryAttention",
+    inputs={
+        "q": _tensor("float32", "B", "T", "Q"),
+        "k": _tensor("float32", "B", "S", "K"),
+        "v": _tensor("float32", "B", "S", "V"),
+        "q_weight": _tensor("float32", "d"),  # or [1]: no norm
+        "k_weight": _tensor("float32", "d"),
+        "q_cos": _tensor("float32", "T", "d"),  # or [B or 1, 1, T, d], or [1]: no rotation
+        "q_sin": _tensor("float32", "T", "d"),
+        "k_cos": _tensor("float32", "S", "d"),
+        "k_sin": _tensor("float32", "S", "d"),
+        "mask": _tensor("float32", "..."),
+    },
+    outputs={"y": _tensor("float32", "B", "T", "W")},
+    attributes={
+        "heads": 1, "groups": 1, "dims": 64, "q_start": 0, "k_start": 0, "v_start": 0, "epsilon": 1e-6, "cap": 0.0,
+        "gamma": 0.0, "zeta": 1.0,
+    },
+)  # fmt: skip
+
 # s = x + residual; LayerNormalization over the last axis, as ONNX defines it, times weight, plus bias; quantized. A
 # residual of one number is added to all. `normed` is the result before quantization, `sum` is s; both are optional. A
 # node names all three outputs, "" for one it does not need, because ONNX Runtime refuses a function with fewer outputs.
@@ -236,6 +279,16 @@ QUANT_LAYER_NORM = Op(
         "sum": _tensor("float32", "...", "W"),
     },
     attributes={"epsilon": 1e-5},
+)
+
+# Each row in steps of its own: z = x, or, with `normalize`, x / sqrt(mean of x^2 + epsilon) (RMSNorm: Zhang and
+# Sennrich 2019, arXiv 1910.07467); z = z * weight; scale = max(max |z| / 127, 1e-30), y = rint(z / scale) + 128, or by
+# z * (1 / scale). So y is 1 to 255, and a row's answer depends on no other row. A row with NaN gives unspecified bytes.
+QUANT_ROWS = Op(
+    "QuantRows",
+    inputs={"x": _tensor("float32", "...", "W"), "weight": _tensor("float32", "W")},  # or one number, 1
+    outputs={"y": _tensor("uint8", "...", "W"), "scale": _tensor("float32", "...", 1)},
+    attributes={"normalize": 0, "epsilon": 1e-6},
 )
 
 # Pixels quantized and cut into patches, row by row. A patch is ordered channel by channel, row by row, like a

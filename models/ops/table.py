@@ -132,6 +132,25 @@ def _added_layer(random: Random) -> dict[str, Array]:
     return feeds | {"residual": random.normal(0, 1, shape).astype(np.float32)}
 
 
+def _layer_of_rows(random: Random) -> dict[str, Array]:
+    """A layer whose columns gate each other: half as many columns of y."""
+    feeds = _layer(random)
+    n = len(feeds["bias"]) // 2 * 2 + 2
+    k, rows = feeds["x"].shape[-1], feeds["x"].shape[:-1]
+    return feeds | {
+        "x_scale": random.uniform(0.01, 0.03, (*rows, 1)).astype(np.float32),
+        "weight": random.integers(-128, 128, (k, n), np.int8),
+        "weight_scale": (random.uniform(0.5, 1, n) / (80 * np.sqrt(k))).astype(np.float32),
+        "bias": random.normal(0, 1, n).astype(np.float32),
+        "residual": random.normal(0, 1, (*rows, n // 2)).astype(np.float32),
+    }
+
+
+def _rows_of_numbers(random: Random) -> dict[str, Array]:
+    x = _stream(random)
+    return {"x": x["x"], "weight": x["weight"]}
+
+
 def _float(value: float) -> Array:
     return np.array(value, np.float32)
 
@@ -149,6 +168,20 @@ def _attention(random: Random, step: float) -> dict[str, Array]:
         "v": qkv, "v_scale": _float(0.02), "p_scale": _float(step),
         "mask": np.triu(np.full((tokens, tokens), -np.inf, np.float32), 1),
         "y_scale": random.uniform(0.012, 0.03, 96).astype(np.float32), "y_zero": _bytes(random, 96),
+    }  # fmt: skip
+
+
+def _rotary(random: Random) -> dict[str, Array]:
+    """Causal; four heads of q and two of k and v are columns of one tensor."""
+    batch, tokens = int(random.integers(1, 4)), int(random.integers(1, 50))
+    qkv = random.normal(0, 1, (batch, tokens, 8 * 12)).astype(np.float32)
+    angle = random.uniform(-3, 3, (tokens, 12))
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    weight = random.uniform(0.3, 1, (2, 12)).astype(np.float32)
+    return {
+        "q": qkv, "k": qkv, "v": qkv, "q_weight": weight[0], "k_weight": weight[1],
+        "q_cos": cos, "q_sin": sin, "k_cos": cos, "k_sin": sin,
+        "mask": np.triu(np.full((tokens, tokens), -np.inf, np.float32), 1),
     }  # fmt: skip
 
 
@@ -221,6 +254,9 @@ def _quantizer(name: str, *shape: int | str) -> Tensors:
 
 _FLOATS, _BYTES = _tensor("float32", "R", "C"), _tensor("uint8", "R", "C")
 _TOKENS, _ADDED = _tensor("uint8", "B", "T", "K"), _tensor("float32", "B", "T", "N")
+_GROUPED: dict[str, Attribute] = {
+    "heads": 4, "groups": 2, "dims": 12, "k_start": 48, "v_start": 72,
+}  # fmt: skip
 _STREAM = _tensor("float32", "R", "W")
 _TERM = _tensor("uint8", "B", "T", 80)
 _HEADED = _quantizer("y", 96) | {"mask": _tensor("float32", "T", "T")}
@@ -246,6 +282,10 @@ TABLE = (
     Row(spec.QUANT_LINEAR_TO_FLOAT, reference.quant_linear_to_float, 1e-5, (
         Probe("quant_linear_to_float", _added_layer, _GELU, {"x": _TOKENS, "residual": _ADDED}, {"y": _ADDED}),
     )),
+    Row(spec.QUANT_ROWS_LINEAR, reference.quant_rows_linear, 1e-5, (
+        Probe("quant_rows_linear", _layer_of_rows, {"activation": ACTIVATIONS.index("silu"), "gated": 1},
+              {"x": _TOKENS, "x_scale": _tensor("float32", "B", "T", 1), "residual": _ADDED}, {"y": _ADDED}),
+    )),
     Row(spec.QUANT_POINTWISE, reference.quant_pointwise, 1, (
         Probe("quant_pointwise", _pointwise, {}, _quantizer("y") | {"x": _tensor("uint8", "B", "H", "W", "K")},
               {"y": _tensor("uint8", "B", "H", "W", "N")}),
@@ -257,9 +297,20 @@ TABLE = (
         Probe("quant_attention", lambda random: _attention(random, 0), _HEADS, _HEADED),
         Probe("clipped_quant_attention", lambda random: _attention(random, 1 / 255), _HEADS | _CLIP, _HEADED),
     )),
+    Row(spec.ROTARY_ATTENTION, reference.rotary_attention, 2e-5, (
+        Probe("rotary_attention", _rotary, _GROUPED | _CLIP | {"cap": 5.0},
+              {name: _tensor("float32", "T", 12) for name in ("q_cos", "q_sin", "k_cos", "k_sin")}
+              | {"mask": _tensor("float32", "T", "T")}, {"y": _tensor("float32", "B", "T", 48)}),
+    )),
     Row(spec.QUANT_LAYER_NORM, reference.quant_layer_norm, 1, (
         Probe("quant_layer_norm", _stream, {}, {"x": _STREAM, "residual": _STREAM} | _quantizer("y"),
               {"y": _tensor("uint8", "R", "W"), "normed": _STREAM, "sum": _STREAM}),
+    )),
+    Row(spec.QUANT_ROWS, reference.quant_rows, 1, (
+        Probe("quant_rows", _rows_of_numbers, {}, {"x": _STREAM},
+              {"y": _tensor("uint8", "R", "W"), "scale": _tensor("float32", "R", 1)}),
+        Probe("normalized_quant_rows", _rows_of_numbers, {"normalize": 1}, {"x": _STREAM},
+              {"y": _tensor("uint8", "R", "W"), "scale": _tensor("float32", "R", 1)}),
     )),
     Row(spec.QUANT_PATCHES, reference.quant_patches, 1, (
         Probe("quant_patches", _pixels, {"patch": (14, 14)}),

@@ -21,10 +21,36 @@ _INT8 = """<float step = {0.0625}, uint8 mid = {128}, int8 nil = {0}, float fine
     float[7] row = {1, 2, 3, 4, 5, 6, 7}, int8[2, 1, 2, 2] kernel = {1, 2, 3, 4, -5, 6, -7, 8},
     int8[2, 1, 1, 1] dot = {3, -2},
     int64[4] apart = {0, -1, 1, 7}, int64[3] together = {0, -1, 7}, int64[3] places = {0, 2, -1}>"""
+_ROWS = """<float step = {0.0625}, uint8 mid = {128}, int64[1] last = {-1}, float most = {127.0}, float least = {1e-30},
+    float middle = {128.0}, float eps = {0.00001},
+    float tiny = {0.0000152587890625}, float cap = {2.0},
+    float[7] row = {1, 2, 3, 4, 5, 6, 7}, float[2] steps = {0.5, 0.25},
+    int8[7, 2] w = {1, -2, 3, -4, 5, -6, 7, -8, 9, 10, 11, 12, 13, 14}, float[2] bias = {0.5, -0.25},
+    int64[4] apart = {0, 0, 1, 8}, int64[3] together = {0, 0, 8}, float[8] gain = {1, 2, 3, 4, 5, 6, 7, 8}>"""
 _PRODUCT = """x8 = QuantizeLinear (x, step, mid) xb = DequantizeLinear (x8, step, mid)
     wb = DequantizeLinear <axis = 1> (w, steps, zeros) z = MatMul (xb, wb)"""
+_TURN = "{x}1, {x}2 = Split <axis = -1, num_outputs = 2> ({x}n) {x}c = Mul ({x}n, cos)"
+_TURN += " {x}s = Concat <axis = -1> ({x}2, {x}1) {x}t = Mul ({x}s, sin) {x}r = Add ({x}c, {x}t)"
 # rule -> a graph on which it fires once, without the header
 EXAMPLES = {
+    "quant_rows": f"""g (float[r, 7] x) => (float[r, 7] y, float[r, 1] s) {_ROWS}
+        {{ q = Mul (x, x) m = ReduceMean (q, last) p = Add (m, eps) o = Sqrt (p) i = Reciprocal (o) u = Mul (x, i)
+           n = Mul (u, row) a = Abs (n) t = ReduceMax (a, last) h = Div (t, most) s = Max (h, least) d = Div (n, s)
+           w8 = Round (d) v = Add (w8, middle) n8 = Cast <to = 2> (v) y = Cast <to = 1> (n8) }}""",
+    "quant_rows_linear": f"""g (float[r, 7] x) => (float[r, 1] y) {_ROWS}
+        {{ x8 = QuantizeLinear (x, step, mid) q = Abs (x) h = ReduceMax (q, last) s = Mul (h, tiny)
+           i = MatMulInteger (x8, w, mid) f = Cast <to = 1> (i) m = Mul (f, s) z = Mul (m, steps) b = Add (z, bias)
+           left, right = Split <axis = 1, num_outputs = 2> (b) g0 = Sigmoid (left) g1 = Mul (left, g0)
+           t = Mul (g1, right) r0 = Relu (s) y = Add (t, r0) }}""",
+    "rotary_attention": f"""g (float[b, t, 8] x, float[t, 8] cos, float[t, 8] sin, float[t, t] mask)
+        => (float[b, t, 8] y) {_ROWS}
+        {{ z = Mul (x, step) heads = Reshape (z, apart) qn = Transpose <perm = [0, 2, 1, 3]> (heads)
+           kq = Transpose <perm = [0, 2, 1, 3]> (heads) k2s = Mul (kq, kq) km = ReduceMean (k2s, last)
+           kp = Add (km, eps) ko = Sqrt (kp) ki = Reciprocal (ko) ku = Mul (kq, ki) kn = Mul (ku, gain)
+           {_TURN.format(x="q")} {_TURN.format(x="k")} keys = Transpose <perm = [0, 1, 3, 2]> (kr)
+           logits = MatMul (qr, keys) tangent = Tanh (logits) capped = Mul (tangent, cap) seen = Add (capped, mask)
+           p = Softmax (seen) v = Transpose <perm = [0, 2, 1, 3]> (heads) m = MatMul (p, v)
+           back = Transpose <perm = [0, 2, 1, 3]> (m) y = Reshape (back, together) }}""",
     "softmax": "g (float[r, 7] x) => (float[r, 7] y) { s = Softmax (x) y = Relu (s) }",
     "clipped_softmax": f"""g (float[r, 7] x) => (float[r, 7] y) {_NUMBERS}
         {{ s = Softmax (x) m = Mul (s, a) t = Add (m, b) y = Clip (t, low, high) }}""",
@@ -130,8 +156,9 @@ def test_a_swap_keeps_inputs_outputs_and_answers_with_and_without_the_library(na
     before = graph(EXAMPLES[name])
     after = applied(name, before).model
     assert (after.graph.input, after.graph.output) == (before.graph.input, before.graph.output)
-    sides = [side.dim_value or 5 for side in before.graph.input[0].type.tensor_type.shape.dim]
-    x = {"x": np.random.default_rng(0).standard_normal(sides).astype(np.float32) * 3}
+    rng = np.random.default_rng(0)
+    shapes = {v.name: [side.dim_value or 5 for side in v.type.tensor_type.shape.dim] for v in before.graph.input}
+    x = {name: rng.standard_normal(sides).astype(np.float32) * 3 for name, sides in shapes.items()}
     expected = onnx_run(before)(x)
     for op_library in (None, library):
         for value, actual in onnx_run(after, library=op_library)(x).items():

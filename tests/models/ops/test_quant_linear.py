@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from calmclip.models.ops import reference
-from calmclip.models.ops.spec import ACTIVATIONS, DOMAIN, QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, QUANT_POINTWISE
+from calmclip.models.ops.spec import (
+    ACTIVATIONS,
+    DOMAIN,
+    QUANT_LINEAR,
+    QUANT_LINEAR_TO_FLOAT,
+    QUANT_POINTWISE,
+    QUANT_ROWS_LINEAR,
+)
 from tests.models.ops import harness
 from tests.models.ops.harness import ISAS, Contract, kernel, kernels
 
@@ -22,6 +29,7 @@ ACTIVATE = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": torch.nn.functional.silu,
 }
 
 
@@ -33,7 +41,8 @@ class Work(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("rows", "k", "n")),
         *((name, ctypes.c_void_p) for name in ("panels", "start", "scale", "bias", "inverse", "zero", "floor")),
         *((name, ctypes.c_int32) for name in ("activation", "one_residual")),
-        *((name, ctypes.c_void_p) for name in ("residual", "values", "bytes")),
+        *((name, ctypes.c_void_p) for name in ("residual", "values", "bytes", "row_scale")),
+        ("gated", ctypes.c_int32),
     )
 
 
@@ -423,7 +432,107 @@ def test_reference_activations_equal_torch(activation):
 
 
 WITHOUT_NUMBERS = ([0, 8], 5), ([2, 0, 8], 5), ([3, 8], 0)
+# rows in steps of their own
+
+GATED = {"activation": ACTIVATIONS.index("silu"), "gated": 1}
+
+
+def draw_rows(seed, shape, n, gated=True, sizes=3):
+    """Inputs with a scale for each row, some rows much larger than others; ``n``: columns of the weight."""
+    rng, feeds = np.random.default_rng(seed), draw(seed, shape, n, True)
+    scales = rng.uniform(0.01, 0.03, (*shape[:-1], 1)) * 10.0 ** rng.integers(-1, sizes - 1, (*shape[:-1], 1))
+    residual = rng.normal(0, 1, (*shape[:-1], n // 2 if gated else n))
+    return feeds | {"x_scale": scales.astype(np.float32), "residual": residual.astype(np.float32)}
+
+
+def exact_rows(feeds, activation=0, gated=0):
+    """float64, by torch; and the size of its numbers."""
+    sums = (feeds["x"].astype(np.float64) - float(feeds["x_zero"])) @ feeds["weight"].astype(np.float64)
+    z = torch.from_numpy(sums * feeds["x_scale"] * feeds["weight_scale"].astype(np.float64) + feeds["bias"])
+    f = ACTIVATE[ACTIVATIONS[activation]]
+    a, b = z.chunk(2, -1) if gated else (z, torch.ones(1))
+    return (f(a) * b).numpy() + feeds["residual"], 1 + (a.abs() * b.abs()).numpy()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernels_of_rows_equal_float64(library, isa):
+    """Whole and partial panels, of 32 columns or of 16 and the 16 that they gate; the panels come in two calls."""
+    function = kernel(library, "quant_linear", isa, PROTOTYPE)
+    for number, (rows, k, n) in enumerate(((1, 3, 2), (13, 64, 64), (5, 33, 30), (26, 40, 34), (12, 130, 100))):
+        for gated in (0, 1):
+            feeds = draw_rows(number, (rows, k), n, bool(gated))
+            answers, half = (n // 2, 16) if gated else (n, PANEL)
+            panels = -(-answers // half)
+            order = np.full(panels * PANEL, -1)
+            for i in range(n):
+                part, at = divmod(i, n // 2) if gated else (0, i)
+                order[at // half * PANEL + part * 16 + at % half] = i
+
+            def columns(values, order=order):
+                return np.where(order >= 0, np.asarray(values)[..., order], 0)
+
+            weight = columns(feeds["weight"]).astype(np.int8)
+            room = np.full(rows * answers + 128, 99, np.float32)
+            arrays = {
+                "x": feeds["x"], "panels": packed(weight),
+                "start": (-int(feeds["x_zero"]) * weight.sum(0, dtype=np.int64)).astype(np.int32),
+                "scale": columns(feeds["weight_scale"]).astype(np.float32),
+                "bias": columns(feeds["bias"]).astype(np.float32),
+                "residual": feeds["residual"], "row_scale": feeds["x_scale"],
+            }  # fmt: skip
+            for kind in (0, 1, 2, 5):
+                work = Work(
+                    **{name: array.ctypes.data for name, array in arrays.items()}, rows=rows, k=k, n=answers,
+                    activation=kind, one_residual=0, values=room[64:].ctypes.data, gated=gated,
+                )  # fmt: skip
+                for first, last in ((0, panels // 2), (panels // 2, panels)):
+                    function(work, first, last)
+                expected, size = exact_rows(feeds, kind, gated)
+                assert (np.abs(room[64:-64].reshape(rows, -1) - expected) < 3e-6 * size).all()
+                assert (room[:64] == 99).all()
+                assert (room[-64:] == 99).all()
+
+
+def test_op_of_rows_equals_float64(library):
+    """By the library and by the function; some inputs in several blocks of rows."""
+    for number, (shape, n) in enumerate((([7], 10), ([3, 7], 64), ([2, 5, 64], 34), ([1, 300, 1100], 130))):
+        for gated in (0, 1):
+            for activation in (0, ACTIVATIONS.index("gelu_tanh"), ACTIVATIONS.index("silu")):
+                feeds = draw_rows(number, shape, n, bool(gated))
+                expected, size = exact_rows(feeds, activation, gated)
+                attributes = {"activation": activation, "gated": gated}
+                for ops in (library, None):
+                    (y,) = harness.run(QUANT_ROWS_LINEAR, feeds, attributes, library=ops)
+                    assert y.shape == expected.shape
+                    assert (np.abs(y - expected) < 1e-5 * size).all()
+
+
+def test_a_row_does_not_depend_on_other_rows(library):
+    feeds = draw_rows(3, [5, 70], 40)
+    (together,) = harness.run(QUANT_ROWS_LINEAR, feeds, GATED, library=library)
+    for i in range(5):
+        alone = feeds | {name: feeds[name][i : i + 1] for name in ("x", "x_scale", "residual")}
+        assert (harness.run(QUANT_ROWS_LINEAR, alone, GATED, library=library)[0] == together[i]).all()
+
+
 CONTRACTS = [
+    Contract(
+        QUANT_ROWS_LINEAR,
+        lambda seed, columns: draw_rows(seed, [2, 8], 6),
+        attributes=GATED,
+        refused=[
+            ({"x_scale": [2]}, r"x_scale has the shape \[2\]; expected \[2, 1\], one number for each row of x"),
+            ({"x_scale": []}, r"x_scale has the shape \[\]; expected \[2, 1\]"),
+            ({"weight": [8, 5]}, r"weight has the shape \[8, 5\]; expected an even number of columns"),
+            ({"residual": [2, 6]}, r"residual has the shape \[2, 6\]; expected that of y, \[2, 3\], or one number"),
+            ({"bias": [3]}, r"bias has the shape \[3\]; expected \[6\]"),
+            ({"gated": 2}, "gated is 2; expected 0 or 1"),
+            ({"activation": 6}, "activation is 6; expected 0 none"),
+        ],
+        large=(draw_rows(5, [1, 600, 70], 130, sizes=1), GATED),
+        in_place=("residual",),
+        empty=[(draw_rows(0, [2, 0, 8], 6), GATED, (2, 0, 3))],
+    ),
     Contract(
         QUANT_LINEAR,
         lambda seed, columns: draw(seed, [2, 8], 5, per_column=columns),
@@ -435,7 +544,7 @@ CONTRACTS = [
             ({"weight_scale": [4]}, r"weight_scale has the shape \[4\]; expected one number, or \[5\]"),
             ({"y_scale": [4]}, r"y_scale has the shape \[4\]; expected one number, or \[5\]"),
             ({"y_zero": [5, 1]}, r"y_zero has the shape \[5, 1\]; expected one number, or \[5\]"),
-            ({"activation": 5}, "activation is 5; expected 0 none"),
+            ({"activation": 6}, "activation is 6; expected 0 none"),
             ({"activation": -1}, "activation is -1"),
             ({"activation": 1.0}, "activation cannot"),
         ],

@@ -10,6 +10,7 @@ constexpr double kPi = 3.141592653589793;
 double gelu(double u) { return u * 0.5 * std::erfc(u / std::sqrt(2.0)); }
 double gelu_tanh(double u) { return u / (1 + std::exp(2 * std::sqrt(2 / kPi) * (u + 0.044715 * u * u * u))); }
 double quick_gelu(double u) { return u / (1 + std::exp(1.702 * u)); }
+double silu(double u) { return u / (1 + std::exp(u)); }
 
 // h is approximated by the cubic through its values at the four Chebyshev nodes of each interval; Newton's form,
 // multiplied out.
@@ -38,7 +39,8 @@ ActivationCurve fit(double (*h)(double), float pitch) {
 }  // namespace
 
 const ActivationCurve* activation_curve(int activation) {
-  static const ActivationCurve curves[] = {fit(gelu, 2.5f), fit(gelu_tanh, 2.5f), fit(quick_gelu, 1.5f)};
+  static const ActivationCurve curves[] = {fit(gelu, 2.5f), fit(gelu_tanh, 2.5f), fit(quick_gelu, 1.5f),
+                                           fit(silu, 0.85f)};
   return activation < kGelu ? nullptr : &curves[activation - kGelu];
 }
 

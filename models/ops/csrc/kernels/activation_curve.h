@@ -1,4 +1,4 @@
-// gelu, gelu_tanh and quick_gelu as piecewise cubic tables. Each function is max(x, 0) - h(|x|), because x g(x) + x
+// gelu, gelu_tanh, quick_gelu and silu as piecewise cubic tables. Each function is max(x, 0) - h(|x|), because x g(x) + x
 // g(-x) = x. h is small, smooth, and 0 for large |x|. With v = 1 + pitch |x|, limited to less than 16, h is a cubic in
 // v in each of 32 intervals. Each octave of v has eight intervals of equal width, so the top bits of v's mantissa and
 // the lowest two bits of its exponent are the number of the interval. Intervals are narrow where h bends, and a shift
@@ -18,7 +18,8 @@ struct ActivationCurve {
   float c[4][kIntervals];  // h = ((c3 v + c2) v + c1) v + c0
 };
 
-inline constexpr int kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kQuickGelu = 4;  // indices into spec.ACTIVATIONS
+// Indices into spec.ACTIVATIONS.
+inline constexpr int kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kQuickGelu = 4, kSilu = 5;
 
 // Null for kNone and kRelu, which have no curve.
 const ActivationCurve* activation_curve(int activation);

@@ -12,6 +12,7 @@
 #include "quant_max_pool.h"
 #include "quant_rows.h"
 #include "resize.h"
+#include "rotary_attention.h"
 #include "soft_nms.h"
 #include "softmax_rows.h"
 

@@ -1,4 +1,6 @@
 // y = f((x - x_zero) w * x_scale * weight_scale + bias), quantized to uint8; or as float32 with a residual added.
+// With a scale of x for each row, float32 alone; then also gated: y = f(a) b + residual, where a and b are two such
+// products, and a panel has 16 columns of a and the same 16 of b.
 // x uint8 [rows, k], w int8 [k, n], y [rows, n], all row-major; k at most 65536.
 //
 // w is packed once into panels of 32 columns. Within a panel four rows of w at a time are stored column by column:
@@ -43,6 +45,8 @@ struct LinearWork {
   const float* residual;  // one number, or [rows, n], and then it may be `values`. Not for bytes
   float* values;          // [rows, n]; null if the result is `bytes`
   uint8_t* bytes;
+  const float* row_scale;  // or null: x_scale of each row. If not, `scale` is that of the weight alone
+  int32_t gated;           // with row_scale: n and y count the columns of a alone
 };
 
 // Computes the columns of the panels [first, last), all rows.

@@ -1,4 +1,4 @@
-// Rows of floats into bytes: QuantLayerNorm and QuantPatches of models/ops/spec.py. A byte is clip(rint(x * inverse) +
+// Rows of floats into bytes: QuantLayerNorm, QuantRows and QuantPatches of models/ops/spec.py. A byte is clip(rint(x * inverse) +
 // zero, 0, 255), half to even; inverse is 1 / scale. NaN gives an unspecified byte.
 #pragma once
 
@@ -24,6 +24,21 @@ struct NormRows {
 
 // `row`: scratch for width floats. In float32: first the mean, then the mean of the squared deviations.
 using QuantLayerNorm = void(const NormRows& rows, float* row);
+
+// Each row in steps of its own: z = x [/ sqrt(mean of x^2 + epsilon)] * weight; scale = max(max |z| / 127, kLeastStep);
+// y = z / scale, rounded half to even, + 128. tests/models/ops/test_quant_rows.py declares the same layout.
+struct ScaledRows {
+  const float *x, *weight;  // weight: width numbers, or null for 1
+  uint8_t* y;
+  float* scale;        // one for each row
+  size_t rows, width;  // width at least 1
+  float epsilon;
+  bool normalize;
+};
+
+inline constexpr float kLeastStep = 1e-30f;
+
+using QuantRows = void(const ScaledRows& rows);
 
 // Quantizes `count` pieces of `width` numbers, adjacent in x and `step` bytes apart in y.
 using QuantPatches = void(const float* x, size_t width, size_t count, uint8_t* y, size_t step, float inverse,

@@ -7,6 +7,7 @@
 namespace calmclip {
 
 extern "C" QuantLayerNorm quant_layer_norm_avx2;
+extern "C" QuantRows quant_rows_avx2;
 extern "C" QuantPatches quant_patches_avx2;
 extern "C" CutWindows cut_windows_avx2;
 
@@ -52,6 +53,13 @@ struct V {
     v = _mm_add_ps(v, _mm_movehl_ps(v, v));
     return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
   }
+  static F larger(F a, F b) { return _mm256_max_ps(a, b); }
+  static F absolute(F x) { return _mm256_andnot_ps(set(-0.0f), x); }
+  static float most(F x) {
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+  }
   static uint64_t eight(F x, I zero) {
     const I y = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_min_ps(x, set(1024.0f))), zero);  // fits int32
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
@@ -72,6 +80,8 @@ struct V {
 }  // namespace
 
 void quant_layer_norm_avx2(const NormRows& rows, float* room) { norm_rows(rows, room); }
+
+void quant_rows_avx2(const ScaledRows& rows) { scaled_rows(rows); }
 
 void quant_patches_avx2(const float* x, size_t width, size_t count, uint8_t* y, size_t step, float inverse,
                         int32_t zero) {

@@ -5,6 +5,7 @@
 namespace calmclip {
 
 extern "C" QuantLayerNorm quant_layer_norm_scalar;
+extern "C" QuantRows quant_rows_scalar;
 extern "C" QuantPatches quant_patches_scalar;
 extern "C" CutWindows cut_windows_scalar;
 
@@ -44,7 +45,10 @@ struct V {
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F larger(F a, F b) { return a > b ? a : b; }
+  static F absolute(F x) { return __builtin_fabsf(x); }
   static float total(F x) { return x; }
+  static float most(F x) { return x; }
   template <class Which>
   static void bytes(uint8_t* p, F x, I zero, Which) {
     // adding it to a float within +-2^22 rounds that, half to even
@@ -59,6 +63,8 @@ struct V {
 }  // namespace
 
 void quant_layer_norm_scalar(const NormRows& rows, float* room) { norm_rows(rows, room); }
+
+void quant_rows_scalar(const ScaledRows& rows) { scaled_rows(rows); }
 
 void quant_patches_scalar(const float* x, size_t width, size_t count, uint8_t* y, size_t step, float inverse,
                           int32_t zero) {

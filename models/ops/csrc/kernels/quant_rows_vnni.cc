@@ -7,6 +7,7 @@
 namespace calmclip {
 
 extern "C" QuantLayerNorm quant_layer_norm_vnni;
+extern "C" QuantRows quant_rows_vnni;
 extern "C" QuantPatches quant_patches_vnni;
 extern "C" CutWindows cut_windows_vnni;
 
@@ -44,6 +45,9 @@ struct V {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float total(F x) { return _mm512_reduce_add_ps(x); }
+  static F larger(F a, F b) { return _mm512_max_ps(a, b); }
+  static F absolute(F x) { return _mm512_abs_ps(x); }
+  static float most(F x) { return _mm512_reduce_max_ps(x); }
   static __m128i sixteen(F x, I zero) {
     const I y = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(x, set(1024.0f))), zero);  // fits int32
     return _mm512_cvtusepi32_epi8(_mm512_max_epi32(y, set(0)));
@@ -57,6 +61,8 @@ struct V {
 }  // namespace
 
 void quant_layer_norm_vnni(const NormRows& rows, float* room) { norm_rows(rows, room); }
+
+void quant_rows_vnni(const ScaledRows& rows) { scaled_rows(rows); }
 
 void quant_patches_vnni(const float* x, size_t width, size_t count, uint8_t* y, size_t step, float inverse,
                         int32_t zero) {

@@ -9,17 +9,26 @@
 
 namespace calmclip {
 
-// The steps of x and of the weight, and the bias; inputs of a run or constants.
+// The steps of x and of the weight, and the bias; inputs of a run or constants. x_scale is null if each row has its own.
 struct Scaling {
   const Named& op;
   Ort::ConstValue x_scale, x_zero, weight_scale, bias;
 };
 
+constexpr size_t gated_panels(size_t answers) { return (2 * answers + kPanel - 1) / kPanel; }
+
+// Where the column i of n lies in the panels of a gated layer.
+constexpr size_t gated_place(size_t i, size_t n) {
+  constexpr size_t kHalf = kPanel / 2;
+  const size_t part = i / (n / 2), at = i % (n / 2);
+  return at / kHalf * kPanel + part * kHalf + at % kHalf;
+}
+
 // Padded to whole panels; see LinearWork.
 struct LinearColumns {
   // `sums`: of each column of the weight, padded; n columns.
   LinearColumns(const Scaling& of, const std::vector<int32_t>& sums, size_t n) : start(sums) {
-    const float x_scale = Input<float>(of.op, of.x_scale, "x_scale").scale();
+    const float x_scale = of.x_scale ? Input<float>(of.op, of.x_scale, "x_scale").scale() : 1;
     around = Input<uint8_t>(of.op, of.x_zero, "x_zero").number();
     const Input<float> weight_scale(of.op, of.weight_scale, "weight_scale"), biases(of.op, of.bias, "bias");
     const bool scales = weight_scale.columns(n);
@@ -38,6 +47,15 @@ struct LinearColumns {
     zero = each(steps.zero, n);
     if (at_zero) quantize_at_once(n, products, *at_zero);
     pad();
+  }
+
+  // The order of a gated layer: 16 columns of the first half, then those of the second half that they gate.
+  void interleave(size_t n) {
+    for (auto* numbers : {&scale, &bias}) {
+      const std::vector<float> apart = *numbers;
+      numbers->assign(start.size(), 0);
+      for (size_t i = 0; i < n; ++i) (*numbers)[gated_place(i, n)] = apart[i];
+    }
   }
 
   void fill(LinearWork& work) const {

@@ -1,8 +1,8 @@
 // A linear layer on uint8, its activation, and uint8 again or float32 with a residual added. Source: Jacob et al. 2017
 // (arXiv 1712.05877), section 2.2.
 //
-// There are three operators: QuantLinear; QuantLinearToFloat, because the type of an output must follow from the types
-// of the inputs; QuantPointwise, which has another function body. Constants of the graph are prepared once, when the
+// There are four operators: QuantLinear; QuantLinearToFloat, because the type of an output must follow from the types
+// of the inputs; QuantPointwise and QuantRowsLinear, which have other function bodies. Constants of the graph are prepared once, when the
 // node's kernel is constructed; fed inputs in every run.
 #include "../kernels/quant_linear.h"
 
@@ -24,8 +24,8 @@ constexpr size_t kGrain = 2 << 20;   // products that are worth a thread
 constexpr size_t kFewRows = 8;       // fewer rows take as long: the time is that of the weights
 constexpr size_t kNear = 256 << 10;  // bytes of x at a time, a part of an L2 cache, because every panel reads them again
 
-enum Kind : size_t { kToBytes, kToFloat, kPointwise };
-constexpr const char* kName[] = {"QuantLinear", "QuantLinearToFloat", "QuantPointwise"};
+enum Kind : size_t { kToBytes, kToFloat, kPointwise, kRows };
+constexpr const char* kName[] = {"QuantLinear", "QuantLinearToFloat", "QuantPointwise", "QuantRowsLinear"};
 enum Place : size_t { kX, kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero, kResidual = kYScale };
 
 // The inputs by index: of a run, or the constants of the graph.
@@ -33,14 +33,14 @@ using Inputs = std::function<Ort::ConstValue(Place)>;
 
 template <Kind kind>
 class Linear {
-  static constexpr bool to_float = kind == kToFloat;
+  static constexpr bool to_float = kind == kToFloat || kind == kRows;
 
  public:
-  explicit Linear(Ort::ConstKernelInfo info) : activation_(activation(info)) {
+  explicit Linear(Ort::ConstKernelInfo info) : activation_(activation(info)), gated_(gated(info)) {
     bool all = true;
     const Inputs inputs = [&](Place place) { return constant(info, place); };
     for (const Place place : kFixed) all &= static_cast<bool>(inputs(place));
-    if (inputs(kWeight)) weight_.emplace(pack(inputs));
+    if (inputs(kWeight)) weight_.emplace(pack(inputs, gated_));
     if (all) columns_.emplace(columns(inputs, *weight_, activation_));
   }
 
@@ -49,7 +49,7 @@ class Linear {
       Ort::KernelContext context(raw);
       const Inputs inputs = [&](Place place) { return context.GetInput(place); };
       std::optional<Weight> fed_weight;
-      if (!weight_) fed_weight.emplace(pack(inputs));
+      if (!weight_) fed_weight.emplace(pack(inputs, gated_));
       const Weight& weight = weight_ ? *weight_ : *fed_weight;
       std::optional<LinearColumns> fed_columns;
       if (!columns_) fed_columns.emplace(columns(inputs, weight, activation_));
@@ -60,7 +60,7 @@ class Linear {
         x.refuse("[..., " + std::to_string(weight.k) + "], because the weight is " + weight.text());
       if (kind == kPointwise && x.shape.size() != 4) x.refuse("[B, H, W, " + std::to_string(weight.k) + "]");
       auto shape = x.shape;
-      shape.back() = static_cast<int64_t>(weight.n);
+      shape.back() = static_cast<int64_t>(weight.answers());
       LinearWork work{};
       work.rows = 1;
       for (size_t i = 0; i + 1 < shape.size(); ++i) work.rows *= static_cast<size_t>(shape[i]);
@@ -71,15 +71,24 @@ class Linear {
           residual.refuse("that of y, " + text(shape) + ", or one number");
         work.residual = residual.data;
       }
+      if constexpr (kind == kRows) {
+        const Input<float> steps(kOp, context, kXScale, "x_scale");
+        auto each = x.shape;
+        each.back() = 1;
+        if (steps.shape != each) steps.refuse(text(each) + ", one number for each row of x");
+        steps.check_scales();
+        work.row_scale = steps.data;
+      }
       auto y = context.GetOutput(0, shape);
-      if (work.rows == 0 || weight.n == 0) return nullptr;
+      if (work.rows == 0 || weight.answers() == 0) return nullptr;
       if constexpr (to_float)
         work.values = y.template GetTensorMutableData<float>();
       else
         work.bytes = y.template GetTensorMutableData<uint8_t>();
       work.x = x.data;
       work.k = weight.k;
-      work.n = weight.n;
+      work.n = weight.answers();
+      work.gated = weight.gated;
       work.panels = weight.panels.get();
       of.fill(work);
       work.activation = activation_;
@@ -91,7 +100,9 @@ class Linear {
  private:
   inline static const Named kOp{kName[kind]};
   static constexpr auto kFixed = [] {
-    if constexpr (to_float)
+    if constexpr (kind == kRows)
+      return std::array{kXZero, kWeight, kWeightScale, kBias};
+    else if constexpr (to_float)
       return std::array{kXScale, kXZero, kWeight, kWeightScale, kBias};
     else
       return std::array{kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero};
@@ -99,8 +110,11 @@ class Linear {
 
   struct Weight {
     size_t k, n;
+    bool gated;
     Packed panels;
     std::vector<int32_t> sums;
+
+    size_t answers() const { return gated ? n / 2 : n; }  // columns of y
 
     std::string text() const { return "[" + std::to_string(k) + ", " + std::to_string(n) + "]"; }
   };
@@ -108,26 +122,44 @@ class Linear {
   static int32_t activation(Ort::ConstKernelInfo info) {
     if (kind == kPointwise) return kNone;
     const auto code = kOp.attribute<int64_t>(info, "activation");
-    if (code < kNone || code > kQuickGelu)
+    if (code < kNone || code > kSilu)
       kOp.invalid("activation is " + std::to_string(code) +
-                  "; expected 0 none, 1 relu, 2 gelu, 3 gelu_tanh or 4 quick_gelu");
+                  "; expected 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 quick_gelu or 5 silu");
     return static_cast<int32_t>(code);
   }
 
-  static Weight pack(const Inputs& inputs) {
+  static bool gated(Ort::ConstKernelInfo info) {
+    if (kind != kRows) return false;
+    const auto code = kOp.attribute<int64_t>(info, "gated");
+    if (code != 0 && code != 1) kOp.invalid("gated is " + std::to_string(code) + "; expected 0 or 1");
+    return code == 1;
+  }
+
+  static Weight pack(const Inputs& inputs, bool gated) {
     const Input<int8_t> weight(kOp, inputs(kWeight), "weight");
     if (weight.shape.size() != 2) weight.refuse("[K, N]");
     const size_t k = weight.side(0), n = weight.side(1);
     if (k > kMostK) weight.refuse("at most " + std::to_string(kMostK) + " rows");
-    Weight result{k, n, packed(linear_panels(n) * linear_panel_bytes(k)), {}};
-    result.sums.resize(linear_panels(n) * kPanel);
-    pack_linear(weight.data, k, n, result.panels.get(), result.sums.data());
+    if (gated && n % 2) weight.refuse("an even number of columns, because half of them gate the others");
+    const size_t panels = gated ? gated_panels(n / 2) : linear_panels(n);
+    Weight result{k, n, gated, packed(panels * linear_panel_bytes(k)), {}};
+    result.sums.resize(panels * kPanel);
+    if (gated) {
+      std::vector<int8_t> together(k * panels * kPanel);
+      for (size_t row = 0; row < k; ++row)
+        for (size_t i = 0; i < n; ++i) together[row * panels * kPanel + gated_place(i, n)] = weight.data[row * n + i];
+      pack_linear(together.data(), k, panels * kPanel, result.panels.get(), result.sums.data());
+    } else {
+      pack_linear(weight.data, k, n, result.panels.get(), result.sums.data());
+    }
     return result;
   }
 
   static LinearColumns columns(const Inputs& inputs, const Weight& weight, int32_t activation) {
-    const Scaling scaling{kOp, inputs(kXScale), inputs(kXZero), inputs(kWeightScale), inputs(kBias)};
+    const Ort::ConstValue none{nullptr};
+    const Scaling scaling{kOp, kind == kRows ? none : inputs(kXScale), inputs(kXZero), inputs(kWeightScale), inputs(kBias)};
     LinearColumns result(scaling, weight.sums, weight.n);
+    if (weight.gated) result.interleave(weight.n);
     if constexpr (!to_float) {
       const Steps steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, weight.n);
       const auto floor = activation <= kRelu ? std::optional(activation == kRelu) : std::nullopt;
@@ -138,7 +170,7 @@ class Linear {
 
   // Computes all panels for a block of rows that fits the cache, then for the next rows.
   static void run(Ort::KernelContext& context, const LinearWork& work) {
-    const size_t panels = linear_panels(work.n), parts = (work.rows * work.k + kNear - 1) / kNear;
+    const size_t panels = work.gated ? gated_panels(work.n) : linear_panels(work.n), parts = (work.rows * work.k + kNear - 1) / kNear;
     const size_t chunks = std::clamp<size_t>(parts, 1, work.rows), rows = work.rows / chunks;
     const size_t grain = kGrain / (std::max(rows, kFewRows) * std::max<size_t>(work.k, 1) * kPanel);
     spread(context, chunks * panels, grain, [&](size_t first, size_t last) {
@@ -150,6 +182,7 @@ class Linear {
         part.x += row * work.k;
         if (part.residual && !part.one_residual) part.residual += row * work.n;
         if (part.values) part.values += row * work.n;
+        if (part.row_scale) part.row_scale += row;
         if (part.bytes) part.bytes += row * work.n;
         kernels().quant_linear(part, panel, end);
         first += end - panel;
@@ -158,6 +191,7 @@ class Linear {
   }
 
   int32_t activation_;
+  bool gated_;
   std::optional<Weight> weight_;
   std::optional<LinearColumns> columns_;
 };
@@ -176,7 +210,7 @@ struct Types<true> {
 };
 
 template <Kind kind>
-struct Schema : Op<Schema<kind>, Linear<kind>>, Types<kind == kToFloat> {
+struct Schema : Op<Schema<kind>, Linear<kind>>, Types<kind == kToFloat || kind == kRows> {
   static constexpr const char* kOpName = kName[kind];
 
   // The shape of x with the last dimension of the weight; nothing if either rank is unknown.
@@ -186,7 +220,12 @@ struct Schema : Op<Schema<kind>, Linear<kind>>, Types<kind == kToFloat> {
     if (y.dims.empty() || weight.dims.size() != 2) return nullptr;
     y.dims.back() = weight.dims[1];
     y.names.back() = weight.names[1];
-    return y.output(context, 0, kind == kToFloat ? kFloat : kUint8);
+    if constexpr (kind == kRows) {
+      const auto gated = known_attribute<1>(context, "gated", ORT_OP_ATTR_INT);
+      if (gated.empty()) return nullptr;
+      if (gated[0]) y.set(y.dims.size() - 1, y.dims.back() < 0 ? -1 : y.dims.back() / 2);
+    }
+    return y.output(context, 0, kind == kToFloat || kind == kRows ? kFloat : kUint8);
   }
 };
 
@@ -195,5 +234,6 @@ struct Schema : Op<Schema<kind>, Linear<kind>>, Types<kind == kToFloat> {
 DEFINE_OP(quant_linear, Schema<kToBytes>)
 DEFINE_OP(quant_pointwise, Schema<kPointwise>)
 DEFINE_OP(quant_linear_to_float, Schema<kToFloat>)
+DEFINE_OP(quant_rows_linear, Schema<kRows>)
 
 }  // namespace calmclip
