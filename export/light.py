@@ -2,11 +2,16 @@
 
 A large model holds a gigabyte or two in its initializers, and protobuf writes no message over 2 GB. To walk a graph or
 to run it needs no second copy of them: `lighten` leaves out the data of big initializers, `Session` passes them to ONNX
-Runtime as borrowed memory, and `shapes` and `check` do not read them.
+Runtime apart, and `shapes` and `check` do not read them.
 """
+
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 
 from calmclip.models.flow import Array
@@ -14,7 +19,8 @@ from calmclip.models.ops.library import Library
 from calmclip.models.runtime.session import DISABLED_OPTIMIZERS
 
 SMALL = 1 << 18  # bytes; a smaller tensor may be a shape, a bias or a scale, which rewrites and inference read
-LARGE = 1 << 29  # bytes of weights; a session over larger ones does not prepack a second copy
+LARGE = 1 << 29  # bytes of weights; a session over larger ones maps a file, and does not prepack a second copy
+PAGE = 4096  # bytes; ONNX Runtime maps data that begins on a page, instead of reading it
 _ELSEWHERE = "elsewhere"
 
 
@@ -63,7 +69,11 @@ def size(tensor: onnx.TensorProto) -> int:
 
 
 class Session(ort.InferenceSession):  # type: ignore[misc]
-    """An ONNX Runtime session over a graph of any size in memory; our ops run by local functions or by ``library``."""
+    """An ONNX Runtime session over a graph of any size in memory; our ops run by local functions or by ``library``.
+
+    Weights of more than `LARGE` bytes go into a file for the time of the opening. ONNX Runtime maps it, so they are in
+    memory once more. It would copy weights that it is given, and those are a copy already.
+    """
 
     def __init__(self, model: onnx.ModelProto, *, threads: int = 0, library: Library | None = None) -> None:
         settings = ort.SessionOptions()
@@ -72,20 +82,37 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
         settings.enable_cpu_mem_arena = False  # the arena grows by doubling
         if library:
             settings.register_custom_ops_library(str(library.path))
-        if sum(size(t) for t in model.graph.initializer if big(t)) > LARGE:
-            settings.add_session_config_entry("session.disable_prepacking", "1")
-        # zero-copy: ONNX Runtime reads this memory, so it must live as long as the session
-        self._borrowed = {
-            t.name: ort.OrtValue.ortvalue_from_numpy(_array(t)) for t in model.graph.initializer if big(t)
-        }
-        if self._borrowed:
-            settings.add_external_initializers(list(self._borrowed), list(self._borrowed.values()))
-        super().__init__(
-            lighten(model).SerializeToString(),
-            settings,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(DISABLED_OPTIMIZERS),
-        )
+        heavy = [tensor for tensor in model.graph.initializer if big(tensor)]
+        with TemporaryDirectory(prefix="calmclip-") if sum(map(size, heavy)) > LARGE else nullcontext("") as folder:
+            if folder:
+                settings.add_session_config_entry("session.disable_prepacking", "1")
+                source: str | bytes = str(_write(model, Path(folder)))
+            else:
+                self._borrowed = {t.name: ort.OrtValue.ortvalue_from_numpy(_array(t)) for t in heavy}
+                settings.add_external_initializers(list(self._borrowed), list(self._borrowed.values()))
+                source = lighten(model).SerializeToString()
+            super().__init__(
+                source,
+                settings,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(DISABLED_OPTIMIZERS),
+            )
+
+
+def _write(model: onnx.ModelProto, folder: Path) -> Path:
+    """-> a file of the graph in ``folder``, with another one of its big weights."""
+    copy, data = lighten(model), {tensor.name: tensor for tensor in model.graph.initializer}
+    with (folder / "weights.bin").open("wb") as file:
+        for tensor in copy.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                file.write(b"\0" * (-file.tell() % PAGE))
+                place, length = file.tell(), file.write(data[tensor.name].raw_data)
+                del tensor.external_data[:]
+                for key, value in (("location", "weights.bin"), ("offset", place), ("length", length)):
+                    tensor.external_data.add(key=key, value=str(value))
+    path = folder / "graph.onnx"
+    path.write_bytes(copy.SerializeToString())
+    return path
 
 
 def shapes(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

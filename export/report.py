@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 
 from calmclip.export import layers, outliers
+from calmclip.export.calibrate import Text
 from calmclip.export.coverage import Coverage, count, coverage
 from calmclip.export.quantizers import Settled
 from calmclip.export.recipe import Bars, Quantize
@@ -36,14 +37,15 @@ Precision = Literal["int8", "mixed", "float"]
 _GROWTH = 100_000_000  # bytes that a step adds to the process before it is worth looking for free memory
 
 
-def measure(quantized: Runner, reference: Runner, pictures: Sequence[Path], texts: Sequence[str]) -> dict[str, Any]:
+def measure(quantized: Runner, reference: Runner, pictures: Sequence[Path], texts: Sequence[Text]) -> dict[str, Any]:
     """Cosine of embeddings and size of ``quantized`` beside ``reference`` (float)."""
-    both = (quantized, reference)
+    both, graphs = (quantized, reference), quantized.bundle.manifest.graphs
     embeddings: dict[str, Any] = {}
     if "embed" in quantized.bundle.manifest.tasks:
-        inputs: tuple[tuple[str, str, Any], ...] = (("image", "images", pictures), ("text", "texts", texts))
+        words = "vectors" if quantized.bundle.reads_vectors else "texts"
+        inputs: tuple[tuple[str, str, Any], ...] = (("image", "images", pictures), ("text", words, texts))
         for role, kind, rows in inputs:
-            if role in quantized.bundle.manifest.graphs:
+            if role in graphs:
                 embeddings[role] = _agreement([runner.embed(**{kind: rows}) for runner in both], len(rows))
     return {"embeddings": embeddings, "size_bytes": {"int8": _size(quantized), "float32": _size(reference)}}
 

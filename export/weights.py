@@ -19,7 +19,6 @@ from calmclip.export import light
 SHARED = "weights.bin"
 LARGEST = 1 << 30  # bytes of weights inside a graph's ONNX file: half of protobuf's limit, and in memory twice
 _LEAST = 4096  # bytes; a smaller tensor is stored in its graph, even if other graphs hold the same
-_ALIGN = 4096  # bytes, a page: ONNX Runtime maps aligned data instead of reading it
 
 
 def save(graphs: Mapping[str, onnx.ModelProto], directory: Path) -> None:
@@ -63,7 +62,7 @@ class _External:
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
         if digest not in self._places:
-            file.write(b"\0" * (-file.tell() % _ALIGN))
+            file.write(b"\0" * (-file.tell() % light.PAGE))
             self._places[digest] = file.tell()
             file.write(data)
         del tensor.external_data[:]

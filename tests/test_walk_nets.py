@@ -1,6 +1,7 @@
 """All steps of nets other than CLIP: transformers writes a directory, one command exports it, `calmclip check` accepts
 it, and a real server answers `raw` and `embed` over HTTP as transformers does."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from calmclip.models.cli import main
 from tests import tiny
 from tests.test_walk import serving
+from tests.tiny_layouts.decoders import decoder, reference, sentence_modules
 
 TEXTS = ["a photo of a cat.", "two red dogs"]
 
@@ -113,3 +115,48 @@ def test_words_and_classes_over_http_are_those_of_transformers(tmp_path: Path, p
         )
         assert (refused.status_code, "ids outside of the vocabulary" in refused.text) == (422, True)
         assert json.loads((folder / "vit-float" / "labels.json").read_bytes())[2] == "naïve café"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_language_model_embeds_searches_and_shortens_over_http(tmp_path: Path):
+    """Prompts by name and role, long texts, and a bank. The oracle is transformers on prompt and text as one text."""
+    directory = sentence_modules(
+        decoder(tmp_path / "qwen", "qwen3"), prompts={"query": "a photo of ", "document": ""}, context=24
+    )
+    model, tokenizer = reference(directory), transformers.AutoTokenizer.from_pretrained(directory)
+
+    def vector(text: str) -> np.ndarray:
+        last = model(tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0, -1]
+        return torch.nn.functional.normalize(last, dim=0).numpy()
+
+    with serving(sealed(directory, tmp_path / "bundles"), tmp_path / "data") as server:
+
+        def post(path: str, **body: object) -> httpx.Response:
+            return server.post(f"/v1/{path}", json=body)
+
+        for name, prompt in ((None, ""), ("query", "a photo of "), ("document", "")):
+            named = {} if name is None else {"prompt_name": name}
+            answer = post("embed", model="qwen-float", inputs=[{"text": text} for text in TEXTS], **named)
+            want = np.array([vector(prompt + text) for text in TEXTS])
+            assert np.array(answer.json()["embeddings"]) == pytest.approx(want, abs=1e-4)
+        unknown = post("embed", model="qwen-float", inputs=[{"text": "a"}], prompt_name="querry")
+        assert (unknown.status_code, sorted(unknown.json()["known"])) == (422, ["document", "query"])
+
+        assert server.put("/v1/collections/texts", json={"model": "qwen-float"}).status_code == 201
+        items = [{"id": text, "text": text} for text in (*TEXTS, "green", "blue cats")]
+        assert post("collections/texts/items", items=items).status_code == 200
+        hits = post("collections/texts/search", query={"text": "a dog"}, top_k=4).json()["hits"]
+        scores = {item["id"]: float(vector("a photo of a dog") @ vector(item["id"])) for item in items}
+        assert [hit["id"] for hit in hits] == sorted(scores, key=scores.__getitem__, reverse=True)
+        with np.load(io.BytesIO(server.get("/v1/collections/texts/bank").content)) as bank:
+            order = [*bank["ids"]]
+            assert bank["vectors"] == pytest.approx(np.array([vector(text) for text in order]), abs=1e-4)
+
+        long = "two red dogs. a green cat. a photo of a blue dog. two cats and two dogs, all of them red and blue!"
+        refused = post("embed", model="qwen-float", inputs=[{"text": long}], truncate="none")
+        assert (refused.status_code, refused.json()["type"]) == (422, "/problems/text-too-long")
+        (short,) = post("compress", model="qwen-float", texts=[long], budget=16).json()["texts"]
+        assert len(tokenizer(short["text"]).input_ids) == short["tokens"] <= 16
+        assert short["text"] != long
+        assert short["text"].split(". ")[0].rstrip(".") in long

@@ -12,23 +12,21 @@ Every token has the first type, as in a single text. The answer of a row does no
 padded positions mean nothing. The tokenizer's file has the ids of special words such as [MASK].
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calmclip.export.checkpoints import Weights
-from calmclip.export.checkpoints.files import read_json
-from calmclip.export.checkpoints.locate import weight_files
-from calmclip.export.checkpoints.weights import load_tensors
 from calmclip.export.layouts import DROP, Layout, Rule
 from calmclip.export.layouts.common import attention_gates, bert_text
 from calmclip.export.nets import NETS, Net, NetPlugin, bucketed, float32, text_inputs
+from calmclip.export.nets.common.sentence_modules import FILE, Dense, read_modules
 from calmclip.export.nets.common.single_tower import Opened, open_checkpoint, recognise
 from calmclip.export.towers.bert import MaskedLM
 from calmclip.models.errors import UnknownCheckpoint
@@ -76,7 +74,7 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
     opened = open_checkpoint(LAYOUTS, path, weights, fold)
     config = opened.config(_USUAL, "text.blocks.")
     tokenizer = bert_text.read_tokenizer(opened.checkpoint).to_str().encode()
-    if (opened.checkpoint.directory / "modules.json").is_file():
+    if (opened.checkpoint.directory / FILE).is_file():
         return _sentences(opened, config, tokenizer)
     if "text.head.dense.weight" in opened.state:
         opened = replace(opened, state=tied(opened.checkpoint.path, opened.state, config))
@@ -88,15 +86,23 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
 
 def _sentences(opened: Opened, config: Mapping[str, Any], tokenizer: bytes) -> Net:
     folder = opened.checkpoint.directory
+    modules = read_modules(folder, activations=("Tanh", "Identity"), pools=("first", "mean"))
+    # the encoder's own pooler is not used; a layer of modules.json has our name of it
+    rules = (replace(rule, ours=DROP) if rule.ours.startswith("text.pooler.") else rule for rule in opened.layout.rules)
+    opened = replace(opened, layout=replace(opened.layout, rules=tuple(rules)))
     encoder = {n: t for n, t in opened.state.items() if not n.startswith(("text.head.", "text.words."))}
-    pool, state = modules(folder, encoder)
-    file = folder / "sentence_bert_config.json"
-    if file.is_file() and isinstance(context := read_json(file).get("max_seq_length"), int):
-        config = {**config, "max_position_embeddings": context}
+    if not modules.include_prompt and modules.pool != "mean":
+        raise UnknownCheckpoint(
+            f"{folder / FILE}: include_prompt is false with the pooling of one token; expected mean"
+        )
+    state = with_dense(folder, encoder, modules.dense)
+    if modules.context:
+        config = {**config, "max_position_embeddings": modules.context}
     layers = [state[name] for name in ("text.pooler.weight", "text.projection.weight") if name in state]
     dim = len(layers[-1]) if layers else state["text.tokens.weight"].shape[1]
-    options = {"pool": pool, "pooler": "text.pooler.weight" in state}
-    return _net(replace(opened, state=state), config, tokenizer, "text", {"text_embeds": ("B", dim)}, **options)
+    options = {"pool": modules.pool, "pooler": "text.pooler.weight" in state}
+    outputs = {"text_embeds": ("B", dim)}
+    return _net(replace(opened, state=state), config, tokenizer, "text", outputs, modules.prompting(), **options)
 
 
 def _net(
@@ -105,14 +111,15 @@ def _net(
     tokenizer: bytes,
     role: str,
     outputs: Mapping[str, tuple[str | int, ...]],
+    prompting: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Net:
-    """``options``: as in `bert_text.tower`."""
+    """``prompting``: fields of `TextPreprocess`; ``options``: as in `bert_text.tower`."""
     context = config.get("max_position_embeddings", len(opened.state["text.positions"]))
     make, tokens = bert_text.tower(config, opened.state, bert_text.BERT, context, **options)
     embeds = role == "text"
     # a text that is too long for a sentence encoder is truncated, as in sentence-transformers
-    tokens = bucketed(tokens.model_copy(update={"truncate": embeds}))
+    tokens = bucketed(tokens.model_copy(update={"truncate": embeds, **prompting}))
     opened.check_vocabulary(tokenizer, tokens.context)
     return opened.net(
         "bert",
@@ -144,72 +151,24 @@ def tied(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return tensors
 
 
-def modules(folder: Path, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The modules of ``modules.json`` that follow the encoder in sentence-transformers: -> the pool (`Style.pool`), and
-    ``state`` with the tensors of the Dense layers.
+def with_dense(path: Path, state: Mapping[str, Tensor], dense: Sequence[Dense]) -> dict[str, Tensor]:
+    """``state`` with the layers after the pooling: the pooler is one with a tanh, the projection one without.
 
-    A Dense layer with a tanh may precede a Dense layer without. Raises `UnknownCheckpoint` with a module that is not
-    supported.
+    Raises `UnknownCheckpoint` for more layers, or in another order.
     """
-    file = folder / "modules.json"
-    listed = _listed(file)
-    pool, tensors = "", {name: tensor for name, tensor in state.items() if not name.startswith("text.pooler.")}
-    for index, entry in enumerate(listed):
-        kind, path = str(entry.get("type", "")).rpartition(".")[2], str(entry.get("path", ""))
-        if kind == "Transformer" and index == 0 and path in ("", "."):
-            continue
-        if kind == "Normalize" and index == len(listed) - 1:
-            continue  # our vectors always have length 1
-        if kind == "Pooling" and index == 1:
-            pool = _pool(folder / path / "config.json")
-            continue
-        if kind == "Dense" and pool and _add_dense(folder / path, tensors):
-            continue
+    kinds = [layer.activation for layer in dense]
+    if kinds not in ([], ["Tanh"], ["Identity"], ["Tanh", "Identity"]):
         raise UnknownCheckpoint(
-            f"{file}: module {index} is {kind or '?'} in {path or '.'!r}; expected Transformer in "
-            "the directory itself, Pooling, perhaps a Dense layer with tanh and one without, perhaps Normalize"
+            f"{path / FILE} has Dense layers with {', '.join(kinds)}; expected at most one with Tanh, then one with "
+            "Identity"
         )
-    if not pool:
-        raise UnknownCheckpoint(f"{file} names no Pooling; expected one after the Transformer")
-    return pool, tensors
+    tensors = {name: tensor for name, tensor in state.items() if not name.startswith("text.pooler.")}
+    for layer in dense:
+        name = {"Tanh": "text.pooler", "Identity": "text.projection"}[layer.activation]
+        tensors[f"{name}.weight"] = layer.weight
+        if layer.bias is not None or layer.activation == "Tanh":
+            tensors[f"{name}.bias"] = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    return tensors
 
 
-def _listed(path: Path) -> list[dict[str, Any]]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnknownCheckpoint(f"{path} cannot be read: {error}") from None
-    if not (isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)):
-        raise UnknownCheckpoint(f"{path} is no list of modules")
-    return listed
-
-
-_POOLS = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
-
-
-def _pool(file: Path) -> str:
-    modes = [name for name, value in read_json(file).items() if name.startswith("pooling_mode") and value]
-    if len(modes) != 1 or modes[0] not in _POOLS:
-        raise UnknownCheckpoint(
-            f"{file} pools by {' and '.join(modes) or 'nothing'}; expected one of {', '.join(_POOLS)}"
-        )
-    return _POOLS[modes[0]]
-
-
-def _add_dense(folder: Path, state: dict[str, Tensor]) -> bool:
-    """Adds the tensors of a Dense layer to ``state``. False if the tower has no layer for it."""
-    activation = str(read_json(folder / "config.json").get("activation_function", "")).rpartition(".")[2]
-    target = {"Tanh": "text.pooler", "Identity": "text.projection"}.get(activation)
-    if target is None or f"{target}.weight" in state or "text.projection.weight" in state:
-        return False
-    tensors = load_tensors(weight_files(folder))
-    if "linear.weight" not in tensors:
-        raise UnknownCheckpoint(f"{folder} lacks linear.weight; expected the weights of a Dense layer")
-    state[f"{target}.weight"] = weight = tensors["linear.weight"].float()
-    bias = tensors.get("linear.bias")
-    if bias is not None or activation == "Tanh":
-        state[f"{target}.bias"] = torch.zeros(len(weight)) if bias is None else bias.float()
-    return True
-
-
-NETS.register("bert")(NetPlugin(recognise("bert", *LAYOUTS), load, partial(load, fold=False)))
+NETS.register("bert")(NetPlugin(recognise(("bert",), *LAYOUTS), load, partial(load, fold=False)))

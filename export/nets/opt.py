@@ -105,4 +105,4 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
     return replace(net, source=net.source.model_copy(update={"notes": f"{net.source.notes}; {_FUTURE}"}))
 
 
-NETS.register("opt")(NetPlugin(recognise("opt", *LAYOUTS), load, partial(load, fold=False)))
+NETS.register("opt")(NetPlugin(recognise(("opt",), *LAYOUTS), load, partial(load, fold=False)))

@@ -107,4 +107,4 @@ def _labels(config: dict[str, Any], classes: int) -> list[str]:
     return [names[str(i)] for i in range(classes)]
 
 
-NETS.register("vit")(NetPlugin(recognise("vit", LAYOUT), load, partial(load, fold=False)))
+NETS.register("vit")(NetPlugin(recognise(("vit",), LAYOUT), load, partial(load, fold=False)))

@@ -7,6 +7,7 @@ from onnx import TensorProto
 from calmclip.export.graph import Draft, node_of, probabilities
 
 _TABLE = 1 << 20  # numbers; a smaller table is not worth three more nodes
+_PART = 4096  # rows
 
 
 def pack(draft: Draft) -> None:
@@ -42,7 +43,13 @@ def _large(tensor: TensorProto) -> bool:
 
 
 def _pack(draft: Draft, name: str, axis: int) -> tuple[str, str]:
-    """Add the constant in int8 and its scales, one for all numbers along ``axis``; -> both names."""
+    """Add the constant in int8 and its scales, one for all numbers along ``axis``; -> both names. It works by parts,
+    because a copy of a language model's table in float takes as much memory as a third of the model."""
     values = draft.array(name)
-    scale = np.maximum(np.abs(values).max(axis=axis, keepdims=True) / 127, 1e-12).astype(np.float32)
-    return draft.add(f"{name}_int8", np.rint(values / scale).astype(np.int8)), draft.add(f"{name}_scale", scale)
+    most = np.maximum(values.max(axis=axis, keepdims=True), -values.min(axis=axis, keepdims=True))
+    scale = np.maximum(most / 127, 1e-12).astype(np.float32)
+    steps, integers = np.broadcast_to(scale, values.shape), np.empty(values.shape, np.int8)
+    for start in range(0, len(values), _PART):
+        part = slice(start, start + _PART)
+        integers[part] = np.rint(values[part] / steps[part])
+    return draft.add(f"{name}_int8", integers), draft.add(f"{name}_scale", scale)

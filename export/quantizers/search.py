@@ -5,6 +5,10 @@ Source: static ranges: Jacob et al. 2017 (arXiv 1712.05877); one scale per outpu
 least squared error: Banner et al. 2019 (arXiv 1810.05723), section 2, here found on a grid and, for matrix products,
 by the output's error; bias correction: Nagel et al. 2019 (arXiv 1906.04721), section 4.2.
 
+A graph with root-mean-square norms is a language model's: a few of its tokens have numbers a thousand times larger than
+the others (Sun et al. 2024, arXiv 2402.17762), for which no static range is right. There the result is `rows`: without
+data if it reaches the cosines, else with the first of a few alphas that does. Attention stays in float.
+
 Each step builds on the best settings so far. The search stops when the goal is reached:
 
 1. `smooth` with the first of ``alphas``, minima and maxima. A tensor that only a LeakyRelu reads has the range of least
@@ -49,8 +53,9 @@ from pydantic import Field
 from calmclip.export import parity
 from calmclip.export.coverage import Product, count, coverage
 from calmclip.export.graph import Draft, activation_products, depthwise, matrices, probabilities, products, readers
+from calmclip.export.matching.rows import has_norm
 from calmclip.export.qdq import quantize_weight, quantized_tensors, scale_and_zero
-from calmclip.export.quantizers import QUANTIZERS, Feeds, Goal, Quantizer, Ranges, Settled, smooth
+from calmclip.export.quantizers import QUANTIZERS, Feeds, Goal, Quantizer, Ranges, Settled, rows, smooth
 from calmclip.export.quantizers.ranges import Observed, collect, extremes, widest
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.errors import BadRequest
@@ -61,6 +66,7 @@ _VALUES = 4096  # sampled values per feed of a tensor that is not read by rows
 _CUTS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # fractions of the extremes
 _NEGATIVE = (1.0, 0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)  # parts of the minimum before a LeakyRelu
 _PERCENTILES = (99.99, 99.9, 99.5)
+_ROW_ALPHAS = (0.5, 0.65, 0.35)  # for `rows`
 _ALONE = 24  # matrix products that are measured alone in float, the noisiest; convolutions: all
 
 Adopt = Literal["better", "better or reached", "reached", "never"]  # when a candidate becomes the best one
@@ -71,6 +77,7 @@ class Params(FrozenModel):
     attention: Literal["never", "needed", "fits", "scores", "all"] = "fits"
     keep: tuple[str, ...] = ()  # names of nodes that stay in float in any case
     reduce_range: bool = False  # 7-bit weights; see `static`
+    rows: bool = True  # `rows` in graphs with root-mean-square norms
 
 
 @dataclass
@@ -105,6 +112,8 @@ def search(model: onnx.ModelProto, feeds: Feeds, held: Feeds, params: Params, go
     if not quantized_tensors(model, every):
         return Settled("smooth", first, {}, {"candidates": [], "reached": True, "cosine": 1.0})
     held = list(held)
+    if held and params.rows and has_norm(model):
+        return _by_row(_Trial(model, {}, held, goal), feeds, params)
     statistics = _statistics(model, feeds, every)
     if not held:
         raise BadRequest("the search has nothing to measure on; give more pictures (--images) or texts (--texts)")
@@ -153,6 +162,28 @@ def search(model: onnx.ModelProto, feeds: Feeds, held: Feeds, params: Params, go
     return Settled("smooth", trial.best, trial.ranges, {**trial.history(), "held_out": len(held)}, statistics.starved)
 
 
+def _by_row(trial: "_Trial", feeds: Feeds, params: Params) -> Settled:
+    """The first `rows` that reaches the cosines, or the best one: without a division of columns, then by each alpha."""
+    plain = rows.Params(keep=params.keep, reduce_range=params.reduce_range)
+    ranges: Ranges = {}
+    best, score, cosine, reached = plain, -np.inf, -1.0, False
+    for alpha in (None, *_ROW_ALPHAS):
+        if reached:
+            break
+        settings = plain.model_copy(update={"alpha": alpha})
+        ranges = ranges or rows.observe(trial.model, feeds, settings)
+        quantized = rows.quantize(trial.model, ranges, settings)
+        measured, reached = trial.measure(quantized)
+        better = measured.score(trial.goal) > score
+        label = "each row in steps of its own" + ("" if alpha is None else f", {_label(alpha)}")
+        trial.note(label, measured, count(quantized, trial.goal.dims), better)
+        del quantized  # a large graph would stay in memory while the next one observes ranges
+        if better:
+            best, score, cosine = settings, measured.score(trial.goal), measured.cosine
+    history = {**trial.history(), "reached": reached, "cosine": round(cosine, 6), "held_out": len(trial.held)}
+    return Settled("rows", best, {} if best.alpha is None else ranges, history)
+
+
 @dataclass(frozen=True)
 class _Measured:
     """Of one output on the held-out feeds: the mean cosine, its standard error, and the cosine of the worst row."""
@@ -184,17 +215,29 @@ class _Trial:
         the goal (``reached``), or ``never``."""
         ranges = ranges or self.ranges
         quantized = smooth.quantize(self.model, ranges, params)
-        answers = iter(self.answers)
-        run = parity.onnx_run(quantized)
-        outputs = parity.compare(lambda feed: next(answers), run, self.held, self.goal.summary).values()
-        each = [_Measured(output["cosine"], output["cosine_error"], output["cosine_min"]) for output in outputs]
-        measured = min(each, key=lambda output: output.score(self.goal), default=_Measured(1.0, 0.0, 1.0))
-        score, reached = measured.score(self.goal), all(output.reaches(self.goal) for output in each)
+        measured, reached = self.measure(quantized)
+        score = measured.score(self.goal)
         if adopt == "never":
             return score
         products = count(quantized, self.goal.dims)
         higher = score > self.score
         better = {"better": higher, "better or reached": higher or reached, "reached": reached}[adopt]
+        self.note(label, measured, products, better)
+        if better:
+            self.ranges = ranges
+            self.best, self.products = params, products
+            self.score, self.cosine, self.reached = score, measured.cosine, reached
+        return score
+
+    def measure(self, quantized: onnx.ModelProto) -> tuple[_Measured, bool]:
+        """-> the worst output on the held-out feeds, and whether all reach the goal."""
+        answers, run = iter(self.answers), parity.onnx_run(quantized)
+        outputs = parity.compare(lambda feed: next(answers), run, self.held, self.goal.summary).values()
+        each = [_Measured(output["cosine"], output["cosine_error"], output["cosine_min"]) for output in outputs]
+        worst = min(each, key=lambda output: output.score(self.goal), default=_Measured(1.0, 0.0, 1.0))
+        return worst, all(output.reaches(self.goal) for output in each)
+
+    def note(self, label: str, measured: _Measured, products: Sequence[Product], better: bool) -> None:
         self.rows.append({
             "tried": label,
             "cosine": round(measured.cosine, 6),
@@ -203,11 +246,6 @@ class _Trial:
             "int8_coverage": round(coverage(products).part, 4),
             "better": better,
         })  # fmt: skip
-        if better:
-            self.ranges = ranges
-            self.best, self.products = params, products
-            self.score, self.cosine, self.reached = score, measured.cosine, reached
-        return score
 
     def history(self) -> dict[str, Any]:
         return {

@@ -109,7 +109,8 @@ class BertText(Module):
         positions = self.positions[self.offset : self.offset + length]
         return positions if self.types is None else positions + self.types[0]
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """``pooled``: 1 for the tokens of the mean; None: ``mask``."""
         placement = self.placement(ids.shape[1])
         x = self.norm_pre(self.tokens(ids) + placement)
         valid = mask.to(x.dtype)
@@ -118,7 +119,8 @@ class BertText(Module):
         if self.style.pool == "none":
             return last(x, addend)
         if self.style.pool == "mean":
-            x = (last(x, addend) * valid[..., None]).sum(dim=1) / valid.sum(dim=1, keepdim=True)
+            weights = valid if pooled is None else pooled.to(x.dtype)
+            x = (last(x, addend) * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
         else:
             x = last(x, addend, first).flatten(1)
         if self.pooler is not None and self.use_pooler:
@@ -141,7 +143,7 @@ class MaskedLM(BertText):
         super().fold()
         self.words.fold(self.tokens.weight)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]  # nothing is pooled
         return self.logits(self.hidden(ids, mask))
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:

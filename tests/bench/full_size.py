@@ -42,7 +42,7 @@ def main() -> None:
 def row(name: str, scratch: Path, out: Path) -> str:
     """A row of the table. Raises `SystemExit` if export or check fails or the export held more than `LIMIT` bytes."""
     checkpoint = scratch / name
-    _run(sys.executable, "-m", "tests.bench.checkpoints", name, str(checkpoint))
+    run(sys.executable, "-m", "tests.bench.checkpoints", name, str(checkpoint))
     exported = _calmclip("export", str(checkpoint), "--out", str(out), "--keep-float", "--replace", "--json")
     if exported.peak > LIMIT:
         raise SystemExit(
@@ -85,10 +85,10 @@ class Ran:
 
 
 def _calmclip(*arguments: str) -> Ran:
-    return _run(sys.executable, "-m", "calmclip.models.cli", *arguments)
+    return run(sys.executable, "-m", "calmclip.models.cli", *arguments)
 
 
-def _run(*command: str) -> Ran:
+def run(*command: str) -> Ran:
     start = perf_counter()
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdout=output, stderr=errors)

@@ -1,6 +1,8 @@
 """Large graphs without their weights. The oracles are ONNX's shape inference and plain sessions of ONNX Runtime."""
 
 import gc
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -35,7 +37,12 @@ def test_only_large_weights_are_removed_and_all_come_back(model, monkeypatch):
     assert (filled.ir_version, filled.producer_name) == (model.ir_version, model.producer_name)
 
 
-def test_a_session_equals_a_plain_session_after_the_graph_is_deleted(model):
+@pytest.mark.parametrize("large", [light.LARGE, 0])  # in memory, and through a file
+def test_a_session_equals_a_plain_session_after_the_graph_is_deleted(
+    model, large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(light, "LARGE", large)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     session = light.Session(copy)
@@ -47,6 +54,7 @@ def test_a_session_equals_a_plain_session_after_the_graph_is_deleted(model):
         noise = [np.full(100_000, np.nan) for _ in range(20)]  # overwrites freed memory
         np.testing.assert_array_equal(session.run(None, ids)[0], plain.run(None, ids)[0])
         del noise
+    assert not [*tmp_path.iterdir()]
 
 
 def test_shapes_are_those_of_the_graph_with_weights(model):

@@ -14,7 +14,7 @@ from calmclip.models.bundle.manifest import TextPreprocess
 
 CHECKPOINTS = {
     "mini": "mini", "clip": "tiny_hf_clip", "owl": "tiny_owl", "bert": "tiny_bert", "opt": "tiny_opt",
-    "ranking": "tiny_ranking", "vit": "tiny_vit", "light_map": "tiny_light_map",
+    "decoder": "tiny_decoder", "ranking": "tiny_ranking", "vit": "tiny_vit", "light_map": "tiny_light_map",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Attention's softmax and the scale of its gates come from config.json (`Attention
 names of tensors (`calmclip.export.layouts.common.attention_gates`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,15 @@ class Opened:
         )
 
 
-def recognise(model_type: str, *tables: Layout) -> Callable[[str], bool]:
-    """A directory with weights whose config.json says ``model_type``, and a table knows at least half of its tensors.
+def recognise(model_types: Collection[str], *tables: Layout) -> Callable[[str], bool]:
+    """A directory with weights whose config.json says one of ``model_types``, and a table knows at least half of its
+    tensors.
     Other weights beside such a config are left to the other nets, which can say more of them."""
 
     def recognised(checkpoint: str) -> bool:
         try:
             weight_files(Path(checkpoint))
-            if read_json(Path(checkpoint) / "config.json").get("model_type") != model_type:
+            if read_json(Path(checkpoint) / "config.json").get("model_type") not in model_types:
                 return False
         except (NoWeights, OSError, UnknownCheckpoint):
             return False
@@ -108,11 +109,16 @@ def recognise(model_type: str, *tables: Layout) -> Callable[[str], bool]:
     return recognised
 
 
-def open_checkpoint(tables: Sequence[Layout], path: str, weights: Weights, fold: bool) -> Opened:
-    """Raises `UnknownCheckpoint` if none of ``tables`` fits, with the reason of a table that has one, and as
-    `layouts.translate`; `BadRequest` if the recipe has a section on weights."""
-    if weights != Weights():
-        raise BadRequest(f"{tables[0].title} states its own activation; leave out the recipe's [weights]")
+def open_checkpoint(
+    tables: Sequence[Layout], path: str, weights: Weights, fold: bool, facts: Collection[str] = ()
+) -> Opened:
+    """``facts``: the fields of ``weights`` that the net takes.
+
+    Raises `UnknownCheckpoint` if none of ``tables`` fits, with the reason of a table that has one, and as
+    `layouts.translate`; `BadRequest` for other facts in the recipe's section on weights.
+    """
+    if given := weights.model_dump(exclude_none=True).keys() - facts:
+        raise BadRequest(f"{tables[0].title} states its own {', '.join(sorted(given))}; leave it out of [weights]")
     checkpoint = read(path, weights)
     for layout in tables:
         if reason := layout.refusal(checkpoint):

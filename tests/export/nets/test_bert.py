@@ -91,20 +91,46 @@ def test_a_sentence_is_pooled_passes_its_dense_layers_and_is_normalized(
     assert torch.allclose(answers(directory), want, atol=1e-5)
 
 
+def test_dense_layers_in_another_order_are_refused(tmp_path: Path):
+    directory = tiny.sentences(tmp_path / "sentences", "mean_tokens", {"Identity": 48, "Tanh": 16})
+    with pytest.raises(UnknownCheckpoint, match="Dense layers with Identity, Tanh; expected at most one with Tanh"):
+        load(str(directory))
+
+
+def test_the_tokens_of_a_prompt_are_left_out_of_the_mean(tmp_path: Path):
+    directory = tiny.sentences(tmp_path / "sentences", "mean_tokens", {})
+    pooling = {"pooling_mode": "mean", "include_prompt": False}
+    (directory / "1_Pooling/config.json").write_text(json.dumps(pooling))
+    prompts = {"prompts": {"query": "a red ", "document": None}, "default_prompt_name": "query"}
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    tower = load(str(directory)).towers["text"]
+    assert (tower.preprocess.prompts, tower.preprocess.prompt) == ({"query": "a red "}, "query")
+    assert [*tower.inputs] == ["ids", "mask", "pooled"]
+    encoder = transformers.BertModel.from_pretrained(directory).eval()
+    pooled = MASK * torch.tensor([0, 0, 1, 1, 1])
+    with torch.no_grad():
+        states = encoder(IDS, attention_mask=MASK).last_hidden_state
+        rows = (states * pooled[..., None]).sum(1) / pooled.sum(1, keepdim=True)
+        assert torch.allclose(tower.module(IDS, MASK, pooled), rows / rows.norm(dim=-1, keepdim=True), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         (
             "1_Pooling/config.json",
             {"pooling_mode_max_tokens": True},
-            "pools by pooling_mode_max_tokens; expected one of",
+            "pools by max_tokens; expected one of cls",
         ),
         ("1_Pooling/config.json", {}, "pools by nothing"),
         ("modules.json", [{"type": "a.Transformer", "path": "0_Transformer"}], "module 0 is Transformer in '0_Trans"),
         ("modules.json", [{"type": "a.Transformer", "path": ""}], "names no Pooling"),
         ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.CNN", "path": "1_CNN"}], "1 is CNN in"),
         ("modules.json", {}, "is no list of modules"),
-        ("2_Dense/config.json", {"activation_function": "torch.nn.ReLU"}, "module 2 is Dense in '2_Dense'; expected"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.ReLU"}, "2_Dense: activation_function is ReLU"),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pools by lasttoken; expected one of cls"),
+        ("1_Pooling/config.json", {"pooling_mode": "cls", "include_prompt": False}, "include_prompt is false with"),
+        ("config_sentence_transformers.json", {"prompts": 1}, "expected texts by name"),
     ],
 )
 def test_unsupported_modules_are_named(file: str, content: object, message: str, tmp_path: Path):
