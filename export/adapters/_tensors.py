@@ -1,4 +1,5 @@
-"""What adapters read of a second checkpoint: it needs the same names and shapes as the net; and the ids of texts."""
+"""What adapters read of a second checkpoint: it needs the same names and shapes as the net; the ids of texts; learnt
+token embeddings."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -58,3 +59,10 @@ def token_ids(net: Net, texts: Sequence[str]) -> list[Sequence[int]]:
         (Path(directory) / spec.tokenizer).write_bytes(net.files[spec.tokenizer])
         preparer = TextPreparer(spec, Path(directory))
         return [preparer.tokens(text, index) for index, text in enumerate(texts)]
+
+
+def rows_of(tensor: Tensor, name: str, width: int) -> Tensor:
+    """Learnt token embeddings [1, …, n, W] -> float32 [n, W]. Raises `UnknownCheckpoint` for another shape, or NaN."""
+    if tensor.ndim < 2 or not 0 < tensor.numel() == width * tensor.shape[-2] or not tensor.isfinite().all():
+        raise UnknownCheckpoint(f"{name} has the shape {list(tensor.shape)}; expected [any, {width}], finite")
+    return tensor.reshape(-1, width).float()

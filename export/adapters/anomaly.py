@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from calmclip.export import parity
 from calmclip.export.adapters import ADAPTERS, Adapter, Context, with_note
-from calmclip.export.adapters._tensors import token_ids
+from calmclip.export.adapters._tensors import rows_of, token_ids
 from calmclip.export.checkpoints import hub, read
 from calmclip.export.nets import Net, Tower, attention_promises, float32
 from calmclip.export.towers.anomaly import AnomalyTower
@@ -135,9 +135,9 @@ def encoded(text: TextTransformer, state: Mapping[str, Tensor], end: Tensor, sid
     """[1, D], the unit vector of one side. ``end`` [W]: the embedding of the token that ends a text. Raises
     `UnknownCheckpoint` for tensors that do not fit the text tower."""
     width, context = text.positions.shape[1], len(text.positions)
-    parts = [_rows(state[f"{part}_{side}"], f"{part}_{side}", width, path) for part in ("token_prefix", "ctx")]
-    suffix = _rows(state[f"token_suffix_{side}"], f"token_suffix_{side}", width, path)
-    deep = [_rows(tensor, name, width, path) for name, tensor in state.items() if name.startswith(DEEP)]
+    rows = {name: rows_of(tensor, f"{path}: {LEARNER}{name}", width) for name, tensor in state.items()}
+    parts, suffix = [rows[f"{part}_{side}"] for part in ("token_prefix", "ctx")], rows[f"token_suffix_{side}"]
+    deep = [tensor for name, tensor in rows.items() if name.startswith(DEEP)]
     same = torch.isclose(suffix, end, rtol=_NEAR, atol=_NEAR * float(end.std())).all(-1)
     if not same.any():
         raise UnknownCheckpoint(
@@ -172,15 +172,6 @@ def replaced(x: Tensor, deep: Sequence[Tensor], number: int) -> Tensor:
         return x
     rows = deep[number - 1]
     return torch.cat([x[:, :1], rows[None], x[:, 1 + len(rows) :]], dim=1)
-
-
-def _rows(tensor: Tensor, name: str, width: int, path: Path) -> Tensor:
-    """[1, 1, n, W] or [n, W] -> [n, W]."""
-    if tensor.shape[-1] != width or tensor.numel() != width * tensor.shape[-2] or not tensor.isfinite().all():
-        raise UnknownCheckpoint(
-            f"{path}: {LEARNER}{name} has the shape {list(tensor.shape)}; expected [1, 1, any, {width}], finite"
-        )
-    return tensor.reshape(-1, width)
 
 
 ADAPTERS.register("anomaly")(

@@ -109,20 +109,19 @@ def adapt(net: Net, params: Params, context: Context) -> Net:
 def matrices(net: Net, state: Mapping[str, Tensor]) -> list[Matrix]:
     """The matrices of the blocks of ``net``, in order; q, k and v apart."""
     listed = []
-    for tensor, values in state.items():
+    for tensor in state:
         if not (match := _MATRIX.fullmatch(tensor)):
             continue
         block, part = match.groups()
         parts = [f"attn.{letter}" for letter in "qkv"] if part == "attn.qkv" else [part]
-        length = len(values) // len(parts)
-        for piece, name in enumerate(parts):
+        for piece, (name, rows) in enumerate(zip(parts, layouts.piece_rows(state, tensor, len(parts)), strict=True)):
             names = [f"{block}{name}"]
             names.append(layouts.checkpoint_name(LAYOUTS.get("clip_svd"), f"{names[0]}.S").removesuffix(".vector_S"))
             if net.layout is not None:
                 theirs = layouts.checkpoint_name(net.layout, tensor, piece if len(parts) > 1 else None)
                 names += [theirs.removesuffix(".weight")] if theirs != tensor else []  # q, k and v in one have no name
             names += [name.removeprefix(prefix) for name in names for prefix in PREFIXES]  # as `read` removes them
-            listed.append(Matrix(tuple(dict.fromkeys(names)), tensor, slice(piece * length, (piece + 1) * length)))
+            listed.append(Matrix(tuple(dict.fromkeys(names)), tensor, rows))
     return listed
 
 

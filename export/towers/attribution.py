@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from calmclip.export.towers.mixer import Mixer
 from calmclip.export.towers.modules import Module
+from calmclip.export.towers.prefix import Prefixed
 
 
 class Attribution(Module):
@@ -69,6 +70,8 @@ def attending(text: nn.Module) -> list[Any]:
 
 def why_not(text: nn.Module) -> str:
     """Why contributions of tokens do not explain such a tower; "" if they do."""
+    if isinstance(text, Prefixed):
+        return "learnt rows stand in its texts, which have no words"
     modules = [*text.modules()]
     if any(isinstance(module, Mixer) for module in modules):
         return "convolutions of its text tower mix neighbouring tokens beside attention"

@@ -177,7 +177,7 @@ def test_prompts_of_real_tokens_are_encoded_as_texts(clip: Any, net: Net, tmp_pa
         ({"ctx_neg": None}, "lacks prompt_learner.ctx_neg"),
         ({"other": torch.ones(2)}, "holds other, which is no tensor of AnomalyCLIP"),
         ({"compound_prompts_text.0": None}, "lacks prompt_learner.compound_prompts_text.0, and has 1 deep"),
-        ({"ctx_pos": torch.ones(1, 1, 3, 5)}, r"ctx_pos has the shape \[1, 1, 3, 5\]; expected \[1, 1, any, 64\]"),
+        ({"ctx_pos": torch.ones(1, 1, 3, 5)}, r"ctx_pos has the shape \[1, 1, 3, 5\]; expected \[any, 64\]"),
         ({"token_suffix_pos": torch.ones(1, 1, 73, 64)}, "token_suffix_pos has no token that ends a text"),
         ({"compound_prompts_text.2": torch.ones(2, 64)}, "3 deep prompts do not fit a text tower of 77 tokens and 3"),
     ],
