@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 from calmclip.models.errors import BadRequest
 
 T = TypeVar("T")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
+LANGUAGES = 'captions.LANG.json for each other language, or "lang" in lines of captions.jsonl: BCP 47 tags, such as de'
 FORM = '{"file": [captions]}, or as .jsonl {"image": file, "captions": [captions]} a line'
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CLASSES = "a folder of pictures for each class, such as cat/1.jpg and dog/1.jpg in it"
@@ -135,6 +138,42 @@ def read_captions(file: Path) -> dict[str, list[str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRequest(f"{file} cannot be read ({error!r}); it must hold {FORM}") from None
     return pictures
+
+
+def read_languages(directory: Path) -> dict[str, dict[str, list[str]]]:
+    """Language -> picture -> its captions in it, from captions.jsonl or captions.json and captions.LANG.json.
+
+    "" stands for the captions without a language: captions.json, or lines without "lang". Raises `BadRequest`.
+    """
+    file = directory / "captions.jsonl"
+    if file.is_file():
+        return _by_language(file)
+    captions = {"": read_captions(directory / "captions.json")}
+    for path in sorted(directory.glob("captions.*.json")):
+        language = path.name.removeprefix("captions.").removesuffix(".json")
+        if not _LANGUAGE.fullmatch(language):
+            raise BadRequest(f"{path}: {language!r} is no BCP 47 tag; expected {LANGUAGES}")
+        captions[language] = read_captions(path)
+        if unknown := [name for name in captions[language] if name not in captions[""]]:
+            raise BadRequest(f"{path} has {unknown[0]!r}, which captions.json has not; expected captions in each")
+    return captions
+
+
+def _by_language(file: Path) -> dict[str, dict[str, list[str]]]:
+    """Lines of one picture and one language are joined."""
+    captions: dict[str, dict[str, list[str]]] = {"": {}}
+    for number, line in enumerate(lines(file), start=1):
+        try:
+            row = json.loads(line)
+            language, picture, texts = row.get("lang", ""), row["image"], row["captions"]
+            if language and not _LANGUAGE.fullmatch(language):
+                raise ValueError(f"lang is {language!r}, no BCP 47 tag")
+            if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+                raise ValueError(f"{picture!r} has no list of captions")
+            captions.setdefault(language, {}).setdefault(picture, []).extend(texts)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadRequest(f"{file} line {number} cannot be read ({error!r}); it must hold {FORM}") from None
+    return captions
 
 
 PairRow = tuple[list[Path], list[str], str]  # one picture or two, two captions, the category or ""

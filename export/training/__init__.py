@@ -7,4 +7,6 @@ objectives.py   the tasks: mlm, clm, classes, contrastive
 loop.py         steps, a log, states to resume from
 write.py        a Hugging Face directory, with the names that export reads
 demonstration.py    vanilla, clipped and gated nets, trained and quantized: the paper's table at a small size
+distillation.py    `calmclip distil`: a text tower towards the vectors of another bundle
+corpus.py  students.py    its texts and pictures; the towers that it trains
 """

@@ -1,4 +1,4 @@
-"""The verbs train and demonstrate."""
+"""The verbs train, distil and demonstrate."""
 
 import json
 import tomllib
@@ -6,10 +6,13 @@ import types
 import typing
 from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from calmclip.models.cli import emit, parser, positive
+from calmclip.models.cli import bundle_options, emit, parser, positive
 from calmclip.models.errors import BadRequest
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 RECIPES = ("demo", "full", "narrow", "alpha-3.2")  # of `demonstration`, which needs torch
 
@@ -23,7 +26,7 @@ def train_command(argv: list[str]) -> int:
     options.add_argument("--out", type=Path, required=True, help="directory of the checkpoint, the log and the state")
     options.add_argument("--settings", type=Path, help="TOML file with the settings below; a flag overrides it")
     options.add_argument("--threads", type=positive, help="default: one per core")
-    _flags(options)
+    _flags(options, Training)
     args = options.parse_args(argv)
     import torch
 
@@ -39,6 +42,37 @@ def train_command(argv: list[str]) -> int:
     line = train(trained.task, settings, args.out)
     write(trained, args.out)
     emit(args.json, {"directory": str(args.out), **line}, _show)
+    return 0
+
+
+def distil_command(argv: list[str]) -> int:
+    """`calmclip distil --teacher BUNDLE --texts FILE --student CHECKPOINT --out DIR`: a checkpoint directory."""
+    from calmclip.export.training.settings import Distillation, checked
+
+    options = parser("distil", "Train a text tower towards the vectors of another bundle; resumes where it stopped.")
+    options.add_argument("--teacher", required=True, help="a bundle that embeds texts")
+    options.add_argument(
+        "--student", required=True, help="a directory of sentence-transformers, or mini: its tower of many languages"
+    )
+    options.add_argument("--out", type=Path, required=True, help="directory of the checkpoint, the logs and the states")
+    options.add_argument("--settings", type=Path, help="TOML file with the settings below; a flag overrides it")
+    _flags(options, Distillation)
+    bundle_options(options)
+    args = options.parse_args(argv)
+    flags = {name: v for name, v in vars(args).items() if name in Distillation.model_fields and v is not None}
+    settings = checked(Distillation, _toml(args.settings) | flags)
+    import torch
+
+    from calmclip.export.training.distillation import distil
+    from calmclip.models.bundle.store import find
+    from calmclip.models.runner import open_bundle
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    teacher = open_bundle(find(args.teacher, args.bundles), threads=args.threads, ops=args.ops)
+    facts = distil(teacher, args.student, settings, args.out)
+    line = {"directory": str(args.out), **facts["figures"]}
+    emit(args.json, {**facts, "directory": str(args.out)}, lambda value: _show(line))
     return 0
 
 
@@ -61,11 +95,9 @@ def demonstrate_command(argv: list[str]) -> int:
     return 0
 
 
-def _flags(options: ArgumentParser) -> None:
-    """One flag for each field of `Training`."""
-    from calmclip.export.training.settings import Training
-
-    for name, field in Training.model_fields.items():
+def _flags(options: ArgumentParser, model: "type[BaseModel]") -> None:
+    """One flag for each field of ``model`` but the objective."""
+    for name, field in model.model_fields.items():
         if name == "objective":
             continue
         kind, flag = _kind(field.annotation), f"--{name.replace('_', '-')}"

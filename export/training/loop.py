@@ -22,11 +22,11 @@ from tqdm import tqdm
 from calmclip.export.checkpoints.locate import one_line
 from calmclip.export.towers.transformer import Block
 from calmclip.export.training.objectives import Task
-from calmclip.export.training.settings import LOG, STATE, Training
+from calmclip.export.training.settings import LOG, STATE, Schedule
 from calmclip.models.errors import BadRequest, ExportError
 
 
-def train(task: Task, settings: Training, out: Path, *, until: int | None = None) -> dict[str, Any]:
+def train(task: Task, settings: Schedule, out: Path, *, until: int | None = None) -> dict[str, Any]:
     """Train ``task.module`` in place; -> the last line of the log. ``out`` holds LOG and STATE.
 
     Resumes from a state in ``out``. ``until``: stop after so many steps, as if interrupted. Raises `BadRequest` if the
@@ -77,7 +77,7 @@ def _check(figures: Mapping[str, float], step: int) -> None:
         raise ExportError(f"{name} is {figures[name]} at step {step + 1}; a smaller rate or a longer warmup may help")
 
 
-def _optimizer(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, settings: Schedule) -> torch.optim.Optimizer:
     decayed = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, part in module.named_modules()
@@ -91,7 +91,7 @@ def _optimizer(module: nn.Module, settings: Training) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, settings.beta2), fused=True)
 
 
-def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, settings: Training, out: Path) -> tuple[int, float]:
+def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, settings: Schedule, out: Path) -> tuple[int, float]:
     """-> the number of finished steps, and their seconds."""
     if not (out / STATE).is_file():
         (out / LOG).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def _lines(out: Path) -> list[dict[str, Any]]:
 
 
 def _save(
-    module: nn.Module, optimizer: torch.optim.Optimizer, settings: Training, step: int, seconds: float, out: Path
+    module: nn.Module, optimizer: torch.optim.Optimizer, settings: Schedule, step: int, seconds: float, out: Path
 ) -> None:
     """Write the state atomically."""
     state = {"settings": settings.model_dump_json(), "step": step, "seconds": seconds}

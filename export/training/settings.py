@@ -1,15 +1,18 @@
-"""`Training`: all settings of a training in one frozen record, read from a TOML file, from flags, or from both."""
+"""`Training` and `Distillation`: all settings of a training in one frozen record, read from a TOML file, from flags, or
+from both."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from calmclip.export.gates import MEAN, GateKind
-from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.bundle.manifest import FrozenModel, Language
 from calmclip.models.errors import BadRequest
 
 STATE, LOG = "training.pt", "training.jsonl"  # in a training's directory
+S = TypeVar("S", bound="Schedule")
 Objective = Literal["mlm", "clm", "classes", "contrastive"]
 DATA = {"mlm": ("text",), "clm": ("text",), "classes": ("pictures",), "contrastive": ("captions", "pictures")}
 
@@ -23,7 +26,28 @@ def _softmax(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-class Training(FrozenModel):
+class Schedule(FrozenModel):
+    """The settings that every training has; `calmclip.export.training.loop` reads no others."""
+
+    steps: int = Field(default=10_000, ge=1)
+    batch: int = Field(default=32, ge=1)
+    rate: float = Field(default=1e-3, gt=0, description="largest learning rate; linear warmup, then linear decay to 0")
+    warmup: int = Field(default=400, ge=0)
+    decay: float = Field(
+        default=0.1, ge=0, description="weight decay (AdamW), not for biases; for norms with `decay_norms`"
+    )
+    decay_norms: bool = False
+    beta2: float = Field(default=0.999, gt=0, lt=1)
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    held_out: float = Field(
+        default=0.02, gt=0, lt=1, description="the fraction of the data that measures instead of training"
+    )
+    every: int = Field(default=500, ge=1, description="steps between lines of the log; each saves the state")
+    bfloat16: bool = Field(default=False, description="products in bfloat16: faster on processors that support it")
+    seed: int = 0
+
+
+class Training(Schedule):
     objective: Objective = Field(
         description="mlm: masked words, BERT; clm: the next token, OPT; classes: ViT; contrastive: CLIP"
     )
@@ -61,23 +85,7 @@ class Training(FrozenModel):
     side: int = Field(default=32, ge=1, description="side of pictures, in pixels")
     patch: int = Field(default=4, ge=1)
 
-    steps: int = Field(default=10_000, ge=1)
-    batch: int = Field(default=32, ge=1)
-    rate: float = Field(default=1e-3, gt=0, description="largest learning rate; linear warmup, then linear decay to 0")
-    warmup: int = Field(default=400, ge=0)
-    decay: float = Field(
-        default=0.1, ge=0, description="weight decay (AdamW), not for biases; for norms with `decay_norms`"
-    )
-    decay_norms: bool = False
-    beta2: float = Field(default=0.999, gt=0, lt=1)
-    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     masked: float = Field(default=0.15, gt=0, lt=1, description="mlm: the fraction of tokens to predict")
-    held_out: float = Field(
-        default=0.02, gt=0, lt=1, description="the fraction of the data that measures instead of training"
-    )
-    every: int = Field(default=500, ge=1, description="steps between lines of the log; each saves the state")
-    bfloat16: bool = Field(default=False, description="products in bfloat16: faster on processors that support it")
-    seed: int = 0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -95,10 +103,43 @@ class Training(FrozenModel):
         return self
 
 
+PARALLEL = '{"en": "a dog", "de": "ein Hund"} a line: one text in several languages'
+
+
+class Distillation(Schedule):
+    texts: Path = Field(description="one text a line; with `pictures`, captions in the format of `calmclip align`")
+    parallel: Path | None = Field(default=None, description=f"a .jsonl file, {PARALLEL}")
+    pictures: Path | None = Field(default=None, description="the folder of the captions' pictures")
+    source: Language = Field(default="en", description="the language of `parallel` that the teacher reads")
+    projection: bool = Field(
+        default=False, description="train one layer on top of the student's vectors, and leave its encoder as it is"
+    )
+    share: float = Field(default=0.5, ge=0, lt=1, description="the part of a batch that is drawn from `parallel`")
+    feature_steps: int = Field(
+        default=300, ge=0, description="steps of the first stage; `steps` are those of the second"
+    )
+    feature_weight: float = Field(default=1.0, ge=0, description="of the SmoothL1 loss in the second stage")
+    picture_weight: float = Field(default=0.5, ge=0, description="of the loss between texts and pictures")
+    soft: float = Field(
+        default=0.3, ge=0, lt=1, description="the part of a target that goes to texts like the right one"
+    )
+    soft_temperature: float = Field(default=0.05, gt=0)
+    steps: int = Field(default=600, ge=1)
+    batch: int = Field(default=256, ge=2)
+    warmup: int = Field(default=30, ge=0)
+    decay: float = Field(default=0.02, ge=0, description="weight decay (AdamW), not for biases")
+    every: int = Field(default=100, ge=1, description="steps between lines of the log; each saves the state")
+
+
 def training(**settings: Any) -> Training:
     """Raises `BadRequest`, which names the key that does not fit."""
+    return checked(Training, settings)
+
+
+def checked(model: type[S], settings: Mapping[str, Any]) -> S:
+    """Raises `BadRequest`, which names the key that does not fit."""
     try:
-        return Training.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         raise BadRequest(": ".join(("training", *map(str, first["loc"]), first["msg"]))) from None

@@ -22,7 +22,7 @@ from calmclip.export.checkpoints import Weights
 from calmclip.export.nets import NETS, Net, NetPlugin, Tower, bucketed, float32
 from calmclip.export.nets.common.attribution import ROLE as ATTRIBUTION
 from calmclip.export.nets.common.attribution import borrower
-from calmclip.export.nets.mini import graphs, parameters
+from calmclip.export.nets.mini import e5, graphs, multilingual, parameters
 from calmclip.export.nets.mini.detection import MIN_SCORE, detect_graph, summary
 from calmclip.export.nets.mini.facts import (
     BACKGROUND,
@@ -43,7 +43,7 @@ from calmclip.export.nets.mini.facts import (
 )
 from calmclip.export.nets.mini.segmentation import dense_summary, known_graph, masks_graph
 from calmclip.export.nets.mini.sentences import embed
-from calmclip.export.nets.mini.weights import BACKBONE, MINILM, backbone_state, minilm_state, tokenizer_json
+from calmclip.export.nets.mini.weights import BACKBONE, E5, MINILM, backbone_state, minilm_state, tokenizer_json
 from calmclip.models.bundle.manifest import (
     DefaultClassifier,
     ExplainDefaults,
@@ -84,7 +84,8 @@ _NOTES = (
 
 
 def recognise(checkpoint: str) -> bool:
-    return checkpoint == "mini" or any((Path(checkpoint) / path.name).is_file() for path in (SHIPPED, DETECTOR, MASKS))
+    files = (SHIPPED, DETECTOR, MASKS, multilingual.PROJECTION)
+    return checkpoint == "mini" or any((Path(checkpoint) / path.name).is_file() for path in files)
 
 
 def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - frozen
@@ -121,7 +122,10 @@ def load(checkpoint: str, weights: Weights = Weights()) -> Net:  # noqa: B008 - 
         },
         classifier=DefaultClassifier(templates=TEMPLATES, head=Plugin(name="cosine", params={"scale": SCALE})),
         ranges=dict.fromkeys(ROLES, RANGES),
-        offers={ATTRIBUTION: lambda net: with_attribution(net, graphs.filled(ATTRIBUTION, arrays[ATTRIBUTION]))},
+        offers={
+            ATTRIBUTION: lambda net: with_attribution(net, graphs.filled(ATTRIBUTION, arrays[ATTRIBUTION])),
+            multilingual.NAME: lambda net: with_languages(net, directory),
+        },
         keep_float=True,
         bars=BARS if directory else {**BARS, "max_megabytes": 42.0},
     )
@@ -205,6 +209,38 @@ def with_attribution(net: Net, drawn: onnx.ModelProto) -> Net:
     """``net`` with the graph `attribution`, and what was fitted to the method of explain that reads it."""
     explain = ExplainDefaults(fitted={"leave_one_out": MARGINS, "gradient": GRADIENT})
     return replace(net, towers={**net.towers, ATTRIBUTION: attribution_tower(drawn)}, explain=explain)
+
+
+def with_languages(net: Net, directory: Path | None = None) -> Net:
+    """``net`` whose text tower is that of many languages. Raises `WeightsMissing`.
+
+    What was fitted to the English text tower is left out: the margins of words, and the graph `attribution`.
+    """
+    file = trained(directory, multilingual.PROJECTION)
+    head = multilingual.projection(file)
+    encoder = multilingual.encoder(head["pieces"], directory)
+    text = multilingual.tower(graphs.filled(multilingual.NAME, multilingual.constants(head, encoder.state)))
+    weights = {E5.origin: E5.sha256, file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    source = net.source.model_copy(
+        update={
+            "model": net.source.model.replace("all-MiniLM-L6-v2", "multilingual-e5-small"),
+            "license": f"{net.source.license} and MIT",
+            "weights": {**net.source.weights, **weights},
+        }
+    )
+    largest = net.bars.get("max_megabytes")
+    return replace(
+        net,
+        source=source,
+        variant="multi",
+        languages=multilingual.TAGS,
+        towers={**net.towers, "text": text},
+        files={**net.files, "tokenizer.json": e5.tokenizer_json(encoder)},
+        ranges={**net.ranges, "text": multilingual.RANGES},
+        offers={name: offer for name, offer in net.offers.items() if name not in (ATTRIBUTION, multilingual.NAME)},
+        explain=None,
+        bars=net.bars if largest is None else {**net.bars, "max_megabytes": largest + 20.0},
+    )
 
 
 def attribution_tower(drawn: onnx.ModelProto | None) -> Tower:

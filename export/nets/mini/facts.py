@@ -4,6 +4,7 @@ from calmclip.models.bundle.manifest import ImagePreprocess
 
 WIDTH = 384  # of a vector, and of MiniLM
 LAYERS, HEADS, INNER, VOCABULARY = 6, 12, 1536, 30522  # of MiniLM
+E5_LAYERS = 12  # of the encoder of many languages
 CONTEXT = 256  # tokens; the weights hold 512 positions, but were trained as a sentence encoder on at most 256
 WIDTH16, WIDTH32, CLASSES = 120, 1280, 1000  # of the backbone's maps at strides 16 and 32, and of its classifier
 FEATURE_LENGTH = 6.0  # of z; c has length 1 in the same product

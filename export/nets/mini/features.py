@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from calmclip.export.nets.mini.backbone import frozen
-from calmclip.export.nets.mini.facts import CONTEXT, PIXELS, WIDTH, WIDTH32
+from calmclip.export.nets.mini.facts import CONTEXT, PIXELS, WIDTH32
 from calmclip.export.nets.mini.minilm import from_state
 from calmclip.export.nets.mini.modules import tensors
 from calmclip.export.nets.mini.weights import BACKBONE, backbone_state, minilm_state, tokenizer_json
@@ -57,19 +57,33 @@ def of_texts(texts: Sequence[str], *, batch: int = 64, quiet: bool = False) -> T
     tokenizer.no_padding()
     tokenizer.enable_truncation(CONTEXT)
     rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    return of_rows(encoder, rows, batch=batch, quiet=quiet)
+
+
+def of_rows(
+    encoder: Callable[[Tensor, Tensor], Tensor],
+    rows: Sequence[Sequence[int]],
+    *,
+    pad: int = 0,
+    batch: int = 64,
+    quiet: bool | None = None,
+) -> Tensor:
+    """ids of texts -> float32 [N, D] unit rows of ``encoder(ids, mask)``. A batch has rows of similar length, filled
+    with ``pad``. ``quiet`` None: no bar if the output is no terminal."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    features = torch.empty(len(rows), WIDTH)
+    features: list[Tensor] = [torch.empty(0)] * len(rows)
     with torch.inference_mode(), tqdm(total=len(rows), desc="texts", unit="", disable=quiet) as bar:
         for start in range(0, len(order), batch):
             group = order[start : start + batch]
-            ids = torch.zeros(len(group), len(rows[group[-1]]), dtype=torch.int64)
+            ids = torch.full((len(group), len(rows[group[-1]])), pad, dtype=torch.int64)
             mask = torch.zeros_like(ids)
             for line, index in enumerate(group):
                 ids[line, : len(rows[index])] = torch.tensor(rows[index])
                 mask[line, : len(rows[index])] = 1
-            features[group] = F.normalize(encoder(ids, mask), dim=-1)
+            for index, row in zip(group, F.normalize(encoder(ids, mask), dim=-1), strict=True):
+                features[index] = row
             bar.update(len(group))
-    return features
+    return torch.stack(features) if features else torch.empty(0, 0)
 
 
 def _picture(path: Path) -> Image.Image:

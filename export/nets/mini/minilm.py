@@ -1,4 +1,5 @@
-"""MiniLM, the text encoder: BERT with 6 layers, width 384 and 12 heads; ids + mask -> mean token state.
+"""MiniLM, the text encoder: BERT with 6 layers, width 384 and 12 heads; ids + mask -> mean token state. The encoder of
+many languages has 12 layers and another vocabulary (`e5`).
 
 Source: Devlin et al. 2018 (arXiv 1810.04805); the weights are all-MiniLM-L6-v2 (Wang et al. 2020, arXiv
 2002.10957; Reimers & Gurevych 2019, arXiv 1908.10084). For a small graph one product gives query, key and value, the
@@ -47,12 +48,12 @@ class Layer(nn.Module):
 class MiniLM(nn.Module):
     """ids int64 [B, T] (T <= 256), mask int64 [B, T] (1 = a token; None: all are) -> float32 [B, 384], not unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = LAYERS, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.words = nn.Embedding(vocabulary, WIDTH)
         self.positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH))
         self.norm = nn.LayerNorm(WIDTH, eps=1e-12)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         x: Tensor = self.norm(self.words(ids) + self.positions[: ids.shape[1]])
@@ -77,7 +78,7 @@ _OURS = {
 _UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}  # the mean is the pooling here
 
 
-def from_state(state: Mapping[str, Tensor]) -> MiniLM:
+def from_state(state: Mapping[str, Tensor], layers: int = LAYERS) -> MiniLM:
     """The encoder with the published weights, in the names of transformers' BertModel. Any other key is an error."""
     remaining = {key: value.float() for key, value in state.items() if key not in _UNUSED}
     positions = remaining.pop("embeddings.position_embeddings.weight")[:CONTEXT]
@@ -87,7 +88,7 @@ def from_state(state: Mapping[str, Tensor]) -> MiniLM:
         "norm.weight": remaining.pop("embeddings.LayerNorm.weight"),
         "norm.bias": remaining.pop("embeddings.LayerNorm.bias"),
     }
-    for index in range(LAYERS):
+    for index in range(layers):
         old, new = f"encoder.layer.{index}.", f"layers.{index}."
         for kind in ("weight", "bias"):
             q, k, v = (remaining.pop(f"{old}attention.self.{part}.{kind}") for part in ("query", "key", "value"))
@@ -95,6 +96,6 @@ def from_state(state: Mapping[str, Tensor]) -> MiniLM:
             ours |= {f"{new}{name}.{kind}": remaining.pop(f"{old}{theirs}.{kind}") for theirs, name in _OURS.items()}
     if remaining:
         raise ValueError(f"the weights hold keys that are no MiniLM's: {sorted(remaining)}")
-    encoder = MiniLM()
+    encoder = MiniLM(layers, len(ours["words.weight"]))
     encoder.load_state_dict(ours, strict=True)
     return encoder.eval().requires_grad_(False)

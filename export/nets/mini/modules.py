@@ -31,7 +31,8 @@ def load(heads: Path, detector: Path, masks: Path, directory: Path | None = None
     """From the packages' files, or those in ``directory``. Raises `WeightsMissing`."""
     trained = Heads.load(heads)
     image = ImageTower(backbone.frozen(tensors(backbone_state(directory))), trained).eval()
-    text = TextTower(minilm.from_state(tensors(minilm_state(directory))), trained).eval()
+    encoder = minilm.from_state(tensors(minilm_state(directory)))
+    text = TextTower(encoder, trained.text_weight, trained.text_centre).eval()
     constants = {name: tensor.numpy() for name, tensor in text.state_dict().items()}
     names = torch.from_numpy(parameters.known(constants, tokenizer_json(directory), TEMPLATES))
     parts, head = Detector.load(detector), MaskHead.load(masks)

@@ -105,7 +105,7 @@ def renamed(name: str) -> str:
     return name
 
 
-def minilm(state: Mapping[str, Array]) -> Arrays:
+def minilm(state: Mapping[str, Array], layers: int = LAYERS) -> Arrays:
     """``state`` in the names of transformers' BertModel -> `minilm.MiniLM`'s parameters."""
     positions = state["embeddings.position_embeddings.weight"][:CONTEXT]
     ours = {
@@ -114,7 +114,7 @@ def minilm(state: Mapping[str, Array]) -> Arrays:
         "norm.weight": state["embeddings.LayerNorm.weight"],
         "norm.bias": state["embeddings.LayerNorm.bias"],
     }
-    for index in range(LAYERS):
+    for index in range(layers):
         old, new = f"encoder.layer.{index}.", f"layers.{index}."
         for kind in ("weight", "bias"):
             query, key, value = (state[f"{old}attention.self.{part}.{kind}"] for part in ("query", "key", "value"))

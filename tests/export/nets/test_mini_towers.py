@@ -64,7 +64,7 @@ def test_text_tower_centres_the_states_of_the_encoder(heads: Heads):
 
     states = torch.rand(2, 384)
     with torch.inference_mode():
-        embeds = TextTower(Encoder(), heads)(torch.ones(2, 3), None)
+        embeds = TextTower(Encoder(), heads.text_weight, heads.text_centre)(torch.ones(2, 3), None)
     t, centre, B = (x.double().numpy() for x in (states, heads.text_centre, heads.text_weight))  # noqa: N806
     assert np.allclose(embeds, unit((unit(t) - centre) @ B.T), atol=1e-5)
 

@@ -60,7 +60,7 @@ class Fake:
     """Draws a vector for each picture and text, and remembers what it embedded. Names that begin alike up to "=" have
     the same vector."""
 
-    bundle = SimpleNamespace(name="fake", digest="0", require=lambda task: None)
+    bundle = SimpleNamespace(name="fake", digest="0", require=lambda task: None, reads_vectors=False)
 
     def __init__(self):
         self.embedded = []
