@@ -25,11 +25,13 @@ from calmclip.export.nets import Net, Tower
 from calmclip.export.parity import Run
 from calmclip.export.quantizers import Ranges
 from calmclip.export.recipe import Calibration, Quantize
-from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess, VectorPreprocess
 from calmclip.models.errors import BadRequest, InputError
 from calmclip.models.flow import Array, Arrays
 from calmclip.models.preprocess.image import ImagePreparer, decode
 from calmclip.models.preprocess.text import TextPreparer
+from calmclip.models.preprocess.vectors import VectorPreparer
+from calmclip.models.vector_files import read_vectors
 
 PARTS = ("calibration", "search", "certificate")
 NEEDED = 32  # different pictures, or texts, of a user: 8 for the certificate, 6 to search with, 18 to calibrate on
@@ -40,6 +42,7 @@ TOGETHER = 8  # pictures in one feed of a tower that reads the answers of other 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 T = TypeVar("T")
+Text = str | Array  # of a net that reads vectors in place of texts, a vector [d]
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,10 @@ class Inputs:
     """The pictures and the texts of one export. A net without a tower for one of the two has none of them."""
 
     pictures: Parts[Path]
-    texts: Parts[str]
+    texts: Parts[Text]
     seed: int
 
-    def part(self, name: str) -> tuple[Sequence[Path], Sequence[str]]:
+    def part(self, name: str) -> tuple[Sequence[Path], Sequence[Text]]:
         """``name``: one of `PARTS`."""
         return getattr(self.pictures, name), getattr(self.texts, name)
 
@@ -77,7 +80,8 @@ class Inputs:
     def describe(self, tower: Tower) -> str:
         """In words: the inputs that the ranges of ``tower`` were observed on by this export. A tower that reads other
         towers has a feed for each picture or more."""
-        kind = "texts" if isinstance(tower.preprocess, TextPreprocess) else "pictures"
+        kinds = {TextPreprocess: "texts", VectorPreprocess: "vectors"}
+        kind = kinds.get(type(tower.preprocess), "pictures")  # type: ignore[arg-type]
         parts = self.pictures if kind == "pictures" else self.texts
         counts = f"{len(parts.calibration)} {kind}, and {len(parts.search)} others to search with"
         return f"{counts} ({parts.source}), seed {self.seed}"
@@ -88,13 +92,14 @@ def inputs(
 ) -> Inputs:
     """The inputs of an export, drawn by the recipe's seed; ``directory`` holds the tokenizer.
 
-    Texts that do not fit the net's context are left out. Raises `BadRequest` if the recipe's folder or file has fewer
-    than `NEEDED` different pictures or texts.
+    Texts that do not fit the net's context are left out. A net that reads vectors in place of texts takes those of the
+    recipe's file; without a file they are random, because no vectors ship. Raises `BadRequest` if the recipe's folder
+    or file has fewer than `NEEDED` different pictures, texts or vectors.
     """
     kinds = {type(tower.preprocess) for tower in net.towers.values()}
     draw = random.Random(calibration.seed)
     pictures: Parts[Path] = Parts((), (), (), "none")
-    texts: Parts[str] = Parts((), (), (), "none")
+    texts: Parts[Text] = Parts((), (), (), "none")
     if ImagePreprocess in kinds or any(tower.feeds for tower in net.towers.values()):
         if (folder := calibration.images) is None:
             pictures = _shipped(samples.calibration_pictures(), samples.pictures(), calibration.count, draw)
@@ -112,6 +117,16 @@ def inputs(
             if len(short) < len(lines):
                 say(f"{len(lines) - len(short)} calibration texts are longer than the context and left out")
             texts = _divided(short, _words, calibration.count, draw, file.name, f"--texts {file}")
+    elif specs := [t.preprocess for t in net.towers.values() if isinstance(t.preprocess, VectorPreprocess)]:
+        if (file := calibration.texts) is None:
+            say("the text side is measured on random vectors; --texts FILE.npy gives it those of its language model")
+            size = (calibration.count + CERTIFIED, specs[0].dim)
+            drawn = [*np.random.default_rng(calibration.seed).standard_normal(size)]
+            texts = Parts(*hold_out(drawn[: calibration.count]), tuple(drawn[calibration.count :]), "random vectors")
+        else:
+            vectors = [*read_vectors(file)]
+            VectorPreparer(specs[0]).prepare(vectors, f"{file}: vector {{}}")
+            texts = _divided(vectors, _contents, calibration.count, draw, file.name, f"--texts {file}")
     return Inputs(pictures, texts, calibration.seed)
 
 
@@ -164,19 +179,19 @@ def _lines(file: Path) -> list[str]:
     return texts
 
 
-def _contents(picture: Path) -> bytes:
-    return hashlib.sha256(picture.read_bytes()).digest()
+def _contents(row: Path | Text) -> bytes:
+    return hashlib.sha256(row.read_bytes() if isinstance(row, Path) else np.asarray(row).tobytes()).digest()
 
 
-def _words(text: str) -> str:
+def _words(text: Text) -> str:
     """A tokenizer may ignore case and spaces."""
-    return " ".join(text.split()).casefold()
+    return " ".join(str(text).split()).casefold()
 
 
-def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequence[str]) -> Iterator[Arrays]:
+def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequence[Text]) -> Iterator[Arrays]:
     """One row at a time, as the service prepares it; ``directory`` holds the tokenizer.
 
-    Raises `BadRequest` for a tower that takes neither pictures nor texts.
+    Raises `BadRequest` for a tower that takes neither pictures nor texts nor vectors.
     """
     if tower.feeds:
         yield from tower.feeds(pictures)
@@ -188,10 +203,14 @@ def feeds(tower: Tower, directory: Path, pictures: Sequence[Path], texts: Sequen
             except InputError as error:
                 raise type(error)(f"{path.name}: {error}") from None
             yield {tower.preprocess.input: preparer.prepare(picture)[0]}
+    elif isinstance(tower.preprocess, VectorPreprocess):
+        vectors = VectorPreparer(tower.preprocess)
+        for vector in texts:
+            yield vectors.prepare([vector])
     elif tower.preprocess:
         text = TextPreparer(tower.preprocess, directory)
         for sentence in texts:
-            yield text.prepare([sentence])
+            yield text.prepare([str(sentence)])
     else:
         raise BadRequest(f"a tower with the inputs {list(tower.inputs)} has no preprocessing, so nothing calibrates it")
 
@@ -201,7 +220,7 @@ def chained(
     sources: Mapping[str, tuple[Tower, Run]],
     directory: Path,
     pictures: Sequence[Path],
-    texts: Sequence[str],
+    texts: Sequence[Text],
 ) -> list[Arrays]:
     """Feeds of a tower that reads the answers of ``sources``, which are run in float: `TOGETHER` pictures and one text
     each; of a tower that sees pictures or tokens itself, one picture each. ``sources``: role -> tower and its run."""
@@ -252,10 +271,10 @@ class Recorded:
 
 def recorded(file: Path, role: str, graph: str, how: Quantize, weights: Mapping[str, str]) -> Recorded | None:
     """The ranges in ``file`` for ``role``; None if they are of another graph, other weights or another quantizer.
-    ``graph``: its fingerprint; ``weights``: name -> sha256, as in the net's `Source`."""
+    ``graph``: its fingerprint; ``weights``: name -> sha256, as in the net's `Source`, which may name more weights."""
     data = json.loads(file.read_text(encoding="utf-8"))
     entry = data["graphs"].get(role)
-    if entry is None or data["weights"] != dict(weights):
+    if entry is None or not data["weights"].items() <= weights.items():
         return None
     if (entry["fingerprint"], entry["quantizer"], entry["params"]) != (graph, how.name, how.params):
         return None

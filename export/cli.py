@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from calmclip.export.nets import Net
     from calmclip.export.recipe import Recipe
 
-WEIGHTS = ("activation", "experts")  # the flags that are fields of `calmclip.export.checkpoints.Weights`
+WEIGHTS = ("activation", "experts", "text_model", "pool", "attention")  # flags that are fields of `Weights`
 
 
 def export_command(argv: list[str]) -> int:
@@ -71,7 +71,7 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--name", help="bundles are called NAME-int8 (or -mixed) and NAME-float")
     options.add_argument("--preset", help="quantizer of every graph that the recipe does not name: paper, fast, …")
     options.add_argument("--images", type=Path, help="pictures to calibrate, search and measure on (a folder)")
-    options.add_argument("--texts", type=Path, help="texts for the same (one per line)")
+    options.add_argument("--texts", type=Path, help="texts for the same (one per line), or vectors (.npy, .npz)")
     options.add_argument(
         "--eval",
         action="append",
@@ -84,8 +84,21 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options.add_argument(
         "--portable", action="store_true", default=None, help="standard ONNX operators alone, for other engines"
     )
+    options.add_argument(
+        "--dimensions", type=_numbers, metavar="N,N,…",
+        help="prefixes of the vectors that the model was trained for (Matryoshka); requests may then ask for them",
+    )  # fmt: skip
     options.add_argument("--activation", choices=("gelu", "gelu_tanh", "quick_gelu"), help="if the checkpoint has none")
     options.add_argument("--experts", choices=("dense", "routed"), help="how a mixture of experts is computed")
+    options.add_argument(
+        "--pool",
+        choices=("last", "first", "mean", "weightedmean"),
+        help="the tokens of a language model that make the vector, if no modules.json tells",
+    )
+    options.add_argument(
+        "--attention", choices=("causal", "bidirectional"), help="what a token of a language model sees"
+    )
+    options.add_argument("--text-model", metavar="NAME", help="the model whose vectors an adaptor reads, to be named")
     flags.declare(options)
     options.add_argument("--replace", action="store_true", default=None, help="replace bundles of the same name")
     return options
@@ -96,6 +109,13 @@ def _pair(text: str) -> tuple[str, Path]:
     if not (name and sign and data):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR, such as zero_shot=./pictures")
     return name, Path(data)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 64,128,256") from None
 
 
 def _recipe(options: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> tuple["Recipe", "Net"]:
@@ -110,7 +130,7 @@ def _recipe(options: argparse.Namespace, say: Callable[[str], None] = lambda lin
     recipe = load_recipe(
         options.checkpoint, net_name, net, options.recipe,
         name=options.name, preset=options.preset, keep_float=options.keep_float, replace=options.replace,
-        portable=options.portable,
+        portable=options.portable, dimensions=options.dimensions,
         calibration=calibration or None, weights=weights.model_dump(), evals=dict(options.eval) or None,
         adapters=[adapter.model_dump() for adapter in adapters],
     )  # fmt: skip

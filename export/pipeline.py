@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def build(
         manifests = {}
         with step("write"):
             for name, (graphs, quantization) in versions.items():
-                manifests[name] = _write(net, staged[name], {**graphs, **converted.built}, name, quantization)
+                manifests[name] = _write(
+                    net, staged[name], {**graphs, **converted.built}, name, quantization, recipe.dimensions
+                )
                 graphs.clear()  # they are on disk now
         say("measuring INT8 beside float")
         with step("measure"):
@@ -199,16 +202,17 @@ def _convert(
     }
     traced: dict[str, onnx.ModelProto] = {}
     fed: dict[str, Feeds] = {}
+    last = [*net.towers][-1]
     for role, tower in net.towers.items():
         fed[role] = _feeds(net, tower, directory, inputs, traced)
         rows = [*islice(fed[role]("certificate"), _PARITY_ROWS)]
         shipped: tuple[onnx.ModelProto, Facts] | None = (tower.graph, {}) if tower.graph else None
         traced[role], converted.facts[role] = shipped or _trace(
-            tower, rows, role, recipe.bars.max_float_error, step, say, traced.get(tower.cut_from)
-        )
+            tower, rows, role, recipe.bars.max_float_error, step, say, traced.get(tower.cut_from),
+            free=partial(_empty, net) if release and role == last else _nothing,
+        )  # fmt: skip
     if release:
         _empty(net)
-        report.trim()
     lenders: dict[str, tuple[onnx.ModelProto, onnx.ModelProto, str, Settled]] = {}  # graphs that others have a part of
     for role, tower in net.towers.items():
         model, feeds = traced.pop(role), fed.pop(role)
@@ -243,7 +247,11 @@ def _convert(
             **described,
         }
         bound = _ROUNDING if how.name == "none" else _ties(agreement)
-        as_float, as_int8 = _swap(recipe, converted, role, tower, (model, quantized), rows, bound, step, say)
+        # no graph is also another tower's, the net's, or the other one of this tower
+        alone = role not in lenders and tower.graph is None and quantized is not model
+        as_float, as_int8 = _swap(
+            recipe, converted, role, tower, (model, quantized), rows, bound, step, say, spent=alone
+        )
         if role in picture_towers:
             taken = calibrate.feeds(picture_towers[role], directory, *few)
             pairs = [{**prepared, **picture} for prepared, picture in zip(rows, taken, strict=True)]
@@ -274,13 +282,16 @@ def _compare(
 
 def _swap(
     recipe: Recipe, converted: _Converted, role: str, tower: Tower, graphs: tuple[onnx.ModelProto, onnx.ModelProto],
-    rows: Sequence[Arrays], bound: Bound, step: report.Steps, say: Say,
+    rows: Sequence[Arrays], bound: Bound, step: report.Steps, say: Say, *, spent: bool = False,
 ) -> tuple[Facts, Facts]:  # fmt: skip
-    """Rewrite both ``graphs``, float and INT8, into ``converted``; -> their parts of the report."""
+    """Rewrite both ``graphs``, float and INT8, into ``converted``; -> their parts of the report. ``spent``: as in
+    `_rewrite`."""
     say(f"{role}: rewriting")
     with step(f"{role}: rewrite"):
-        converted.floats[role], as_float = _rewrite(recipe, graphs[0], rows, tower, f"{role} in float")
-        converted.quantized[role], as_int8 = _rewrite(recipe, graphs[1], rows, tower, f"{role} in INT8", bound)
+        converted.floats[role], as_float = _rewrite(recipe, graphs[0], rows, tower, f"{role} in float", spent=spent)
+        converted.quantized[role], as_int8 = _rewrite(
+            recipe, graphs[1], rows, tower, f"{role} in INT8", bound, spent=spent
+        )
     converted.rewrites[role] = {"float32": as_float, "int8": as_int8}
     return as_float, as_int8
 
@@ -308,8 +319,10 @@ def _trace(
     step: report.Steps,
     say: Say,
     whole: onnx.ModelProto | None,
+    free: Callable[[], None],
 ) -> tuple[onnx.ModelProto, Facts]:
     """-> the float graph of the tower's module, or its part of the graph ``whole``, and its agreement with torch.
+    ``free`` frees the module, which is not needed once it is traced.
 
     Raises `ParityLost`; as `_answers`.
     """
@@ -321,6 +334,7 @@ def _trace(
     with step(f"{role}: trace"):
         model = cut(whole, tower.outputs) if whole else to_onnx(tower)
         model = borrow.untransposed(model) if tower.borrows else model
+    free()
     with step(f"{role}: parity"):
         agreement = parity.compare(answers, parity.onnx_run(model), rows, tower.summary)
     parity.require(agreement, max_abs=max_abs, what=f"{role}: torch against float ONNX")
@@ -375,6 +389,11 @@ def _empty(net: Net) -> None:
     for tower in [tower for tower in net.towers.values() if tower.graph is None]:
         for parameter in (*tower.module.parameters(), *tower.module.buffers()):
             parameter.data = parameter.new_empty(0)
+    report.trim()
+
+
+def _nothing() -> None:
+    """Frees nothing: towers after this one may share its weights."""
 
 
 def _rewrite(
@@ -384,19 +403,25 @@ def _rewrite(
     part: Tower | Built,
     what: str,
     bound: Bound = _ROUNDING,
+    *,
+    spent: bool = False,
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """-> the graph with our ops, and its part of the report.
+    """-> the graph with our ops, and its part of the report. ``spent``: ``model`` is not read afterwards, so its
+    weights leave it: two copies of a large graph and a session are more than the machine may have.
 
     Raises `ParityLost` if its outputs differ from before, by the ops' local functions or by the op library;
     `ExportError` if it holds fewer of an op than the net promised. Ops that are attached change the outputs, so they
     come last and are not compared.
     """
+    # between QDQ pairs the runtime replaces Softmax by an integer one, which differs from the graph
+    exact = [node.output[0] for node in model.graph.node if node.op_type == "Softmax"]
+    compared = feeds if recipe.rewrites else ()
+    before = parity.stored(parity.onnx_run(model, apart=exact), compared) if compared else None
     swapped = rewrites.apply(model, recipe.rewrites)
+    if spent and swapped.model is not model:
+        del model.graph.initializer[:]
     differences = {}
-    if feeds and any(swapped.counts.values()):
-        # between QDQ pairs the runtime replaces Softmax by an integer one, which differs from the graph
-        exact = [node.output[0] for node in model.graph.node if node.op_type == "Softmax"]
-        before = parity.stored(parity.onnx_run(model, apart=exact), feeds)
+    if before and any(swapped.counts.values()):
         summary = getattr(part, "summary", None)
         for name, library in (("functions", None), ("library", find())):
             if name == "functions" or library:
@@ -510,8 +535,9 @@ def nominal(tower: Tower) -> dict[str, int]:
 
 
 def _write(
-    net: Net, directory: Path, graphs: Mapping[str, onnx.ModelProto], name: str, quantization: Quantization
-) -> Manifest:
+    net: Net, directory: Path, graphs: Mapping[str, onnx.ModelProto], name: str, quantization: Quantization,
+    dimensions: tuple[int, ...] = (),
+) -> Manifest:  # fmt: skip
     """Write everything but the report; -> a manifest of the files, with which the directory opens like a bundle."""
     weights.save(graphs, directory)
     for file, data in net.files.items():
@@ -522,6 +548,7 @@ def _write(
         precision="float" if quantization == FLOAT else "mixed",  # until the bundle is measured
         tasks=net.tasks,
         source=net.source,
+        languages=net.languages,
         graphs={
             role: Graph(
                 file=f"{role}.onnx",
@@ -537,6 +564,7 @@ def _write(
         suppression=net.suppression,
         segmentation=net.segmentation,
         explain=net.explain,
+        dimensions=dimensions,
         quantization=quantization,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

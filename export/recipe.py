@@ -1,6 +1,7 @@
 """`Recipe`: the checkpoint, the quantizers, and the bars to pass. Frozen; read from flags and TOML."""
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from calmclip.export.rewrites import REWRITES, image_to_pixels, swaps
 from calmclip.models.bundle.manifest import FrozenModel, ImagePreprocess, Name
 from calmclip.models.errors import BadRequest, UnknownCheckpoint, suggestion
 from calmclip.models.evals import EVALS, measure
+from calmclip.models.tasks import embedding
 
 
 class Quantize(FrozenModel):
@@ -30,7 +32,7 @@ class Calibration(FrozenModel):
     else the samples that ship."""
 
     images: Path | None = None
-    texts: Path | None = Field(default=None, description="one text per line")
+    texts: Path | None = Field(default=None, description="one text per line; or vectors, .npy or .npz")
     count: int = Field(
         default=192, ge=24, description="largest number of pictures, and of texts, for calibration and search together"
     )
@@ -81,6 +83,9 @@ class Recipe(FrozenModel):
         default_factory=dict, description="name of an eval -> its data, measured in float and in INT8 for the report"
     )
     bars: Bars = Bars()
+    dimensions: tuple[int, ...] = Field(
+        default=(), description="lengths of prefixes that are embeddings themselves (Matryoshka): the manifest's key"
+    )
     keep_float: bool = False
     replace: bool = False
 
@@ -152,7 +157,8 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
     data: dict[str, Any] = {"bars": dict(net.bars), "keep_float": net.keep_float}
     data = _merge(data, _toml(file))
     data = _merge(data, {key: value for key, value in flags.items() if value is not None})
-    data.setdefault("name", _name(checkpoint) + ("-portable" if data.get("portable") else ""))
+    parts = (_name(checkpoint), net.variant, "portable" if data.get("portable") else "")
+    data.setdefault("name", "-".join(filter(None, parts)))
     data |= {"checkpoint": checkpoint, "net": net_name}
     try:
         recipe = Recipe.model_validate(data)
@@ -171,6 +177,7 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
                 served = ", ".join(net.tasks)
                 raise BadRequest(f"recipe: evals.{name}: it measures {task}, but {net.name} serves {served}")
             measure.read(name, path)
+        _check_dimensions(recipe.dimensions, net)
         for name in recipe.rewrites:
             if REWRITES.get(name).attaches:
                 raise BadRequest(
@@ -183,6 +190,18 @@ def load_recipe(checkpoint: str, net_name: str, net: Net, file: Path | None = No
     except ValidationError as error:
         raise _bad(error) from None
     return recipe
+
+
+def _check_dimensions(dimensions: Sequence[int], net: Net) -> None:
+    """Raises `BadRequest` unless the numbers are ascending, and below the length of the net's vectors."""
+    if not dimensions:
+        return
+    if "embed" not in net.tasks:
+        raise BadRequest(f"recipe: dimensions: {net.name} serves {', '.join(net.tasks)}, not embed; leave them out")
+    dim = min(embedding(role, tower)[1] for role, tower in net.towers.items() if role in ("image", "text"))
+    if list(dimensions) != sorted({*dimensions}) or not 1 <= dimensions[0] <= dimensions[-1] < dim:
+        given = ", ".join(map(str, dimensions))
+        raise BadRequest(f"recipe: dimensions is {given}; expected ascending numbers below {dim}, the vectors' length")
 
 
 def _name(checkpoint: str) -> str:

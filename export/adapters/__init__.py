@@ -108,9 +108,8 @@ def adapt(net: Net, adapters: Iterable[Adapt], context: Context) -> Net:
         if adapted is not net and adapted.source.notes == net.source.notes:
             values = (f"{param}={value}" for param, value in adapter.public()["params"].items())
             adapted = with_note(adapted, " ".join((f"adapter {adapter.name}", *values)))
-        if adapted is not net:  # the ranges that ship belong to the unchanged net; graphs that ship do not change
-            ranges = net.ranges if adapter.name in net.offers else {}
-            adapted = replace(adapted, ranges=ranges)
+        if adapted is not net and adapter.name not in net.offers:  # the ranges that ship belong to the unchanged net
+            adapted = replace(adapted, ranges={})
         net = replace(adapted, adapters=(*net.adapters, adapter.name))
     return net
 
@@ -125,10 +124,12 @@ def with_note(net: Net, note: str, **files: Path) -> Net:
 
 def tensors(net: Net) -> "dict[str, Tensor]":
     """The tensors of all towers, by our names; a tower without a prefix has those of another. Raises `BadRequest` for a
-    net that does not keep those of its checkpoint."""
+    net that does not keep those of its checkpoint, or that an adapter wrapped."""
     towers = _keepers(net)
     if net.folded or not towers:
         raise BadRequest(f"a {net.name} net does not keep the tensors of {net.source.model}; they cannot be edited")
+    if not all(hasattr(tower.module, "fold") for tower in towers):  # as in `nets.ready`
+        raise BadRequest(f"the tensors of {net.source.model} can be edited before {net.adapters[-1]}; change the order")
     return {f"{tower.prefix}{name}": t for tower in towers for name, t in tower.module.state_dict().items()}
 
 

@@ -50,7 +50,7 @@ def _traced(net: Net, layers: int) -> Tower:
 
     image, text = (net.towers.get(role) for role in ("image", "text"))
     if image is None or text is None or net.folded or not isinstance(text.preprocess, TextPreprocess):
-        raise _unfit(net, "it has no image tower and text tower of modules")
+        raise _unfit(net, "it has no image tower and text tower of modules that read pictures and texts")
     if "image_embeds" not in image.outputs or "text_embeds" not in text.outputs:
         raise _unfit(net, "its towers have no vectors of pictures and texts")
     if reason := why_not(text.module):

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from calmclip.export.checkpoints.files import read_json
 from calmclip.export.checkpoints.locate import weight_files
-from calmclip.models.bundle.manifest import FrozenModel
+from calmclip.models.bundle.manifest import MAX_PATH, FrozenModel
 from calmclip.models.errors import UnknownCheckpoint
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ class Weights(FrozenModel):
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
     experts: Literal["dense", "routed"] | None = Field(
         default=None, description="of a mixture: every expert answers every token, or only those that go to it"
+    )
+    pool: Literal["last", "first", "mean", "weightedmean"] | None = Field(
+        default=None, description="of a language model without modules.json: the tokens that make the vector"
+    )
+    attention: Literal["causal", "bidirectional"] | None = Field(
+        default=None, description="of a language model: what a token sees, if config.json does not say it"
+    )
+    text_model: str | None = Field(
+        default=None, max_length=MAX_PATH, description="the model whose vectors of texts an adaptor reads, by name"
     )
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from calmclip.export.checkpoints import Checkpoint
 from calmclip.export.checkpoints.locate import one_line
-from calmclip.export.towers import part
-from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
+from calmclip.export.towers import count, part
+from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess, VectorPreprocess
 from calmclip.models.errors import BadRequest, UnknownCheckpoint
 from calmclip.models.preprocess.text import check_unknown_token
 from calmclip.models.registry import Registry
@@ -68,15 +69,16 @@ def concatenate(theirs: str, ours: str, parts: Iterable[str]) -> tuple[Rule, ...
 class Settings:
     """The parts of a bundle beside the tensors.
 
-    ``image``, ``text``: the tensors of a tower, without its prefix -> an empty module with those names. ``regions``:
+    ``image``, ``text``: the tensors of a tower, without its prefix -> an empty module with those names. ``tokenizer``:
+    none if the text tower reads vectors. ``regions``:
     the module of ``image`` -> one that holds it and answers class_embeds, boxes, objectness and image_embeds.
     """
 
     image: Callable[[Mapping[str, Tensor]], nn.Module]
     text: Callable[[Mapping[str, Tensor]], nn.Module]
     pixels: ImagePreprocess
-    tokens: TextPreprocess
-    tokenizer: bytes
+    tokens: TextPreprocess | VectorPreprocess
+    tokenizer: bytes = b""
     license: str = "not stated in the checkpoint"
     templates: tuple[str, ...] = ("a photo of a {}.",)
     regions: Callable[[Any], nn.Module] | None = None
@@ -233,13 +235,45 @@ def to_checkpoint(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tens
         rules = [(rule, match) for rule in layout.rules if rule.ours and (match := _match(rule.ours, ours))]
         if not rules:
             raise KeyError(ours)
-        if rules[0][0].piece is None:
-            rules = rules[:1]
-        pieces = tensor.chunk(len(rules)) if len(rules) > 1 else (tensor,)
-        for (rule, match), piece in zip(rules, pieces, strict=True):
+        # a table may also know the tensor in one piece
+        rules = rules[:1] if rules[0][0].piece is None else [pair for pair in rules if pair[0].piece is not None]
+        for (rule, match), rows in zip(rules, piece_rows(state, ours, len(rules)), strict=True):
+            piece = tensor if len(rules) == 1 else tensor[rows]  # the only piece may be a scalar
             value = rule.invert(piece) if rule.invert else piece
             tensors[rule.theirs.format(**match.groupdict())] = value.contiguous()
     return tensors
+
+
+def piece_rows(state: Mapping[str, Tensor], ours: str, number: int) -> list[slice]:
+    """The rows of ``number`` pieces in our tensor. Pieces are of one size, but k and v may have fewer heads than q."""
+    if number == 1:
+        return [slice(None)]
+    total = len(state[ours])
+    attention, mark, _ = ours.partition(".qkv.")
+    first = state[f"{attention}.out.weight"].shape[1] if mark else total // number
+    starts = [0, *(first + piece * (total - first) // (number - 1) for piece in range(number))]
+    return [slice(start, end) for start, end in pairwise(starts)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a checkpoint is ``rows`` of our tensor ``ours``, after ``convert``."""
+
+    ours: str
+    rows: slice
+    convert: Callable[[Tensor], Tensor] | None
+
+
+def places(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Place]:
+    """Every name that the table has for a tensor of ``state``, or for a piece of it."""
+    names = {}
+    for ours in state:
+        rules = [(rule, match) for rule in layout.rules if rule.ours and (match := _match(rule.ours, ours))]
+        number = sum(rule.piece is not None for rule, _ in rules)
+        for rule, match in rules:
+            rows = slice(None) if rule.piece is None else piece_rows(state, ours, number)[rule.piece]
+            names[rule.theirs.format(**match.groupdict())] = Place(ours, rows, rule.convert)
+    return names
 
 
 def translate_image(layout: Layout, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -287,8 +321,8 @@ def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]
     Raises `UnknownCheckpoint` for config values of an unexpected kind, and as `check_vocabulary`; `BadRequest` for a
     fact of the recipe that the layout does not take.
     """
-    for name in ("activation", "experts"):
-        if name not in layout.facts and (value := getattr(checkpoint.facts, name)):
+    for name, value in checkpoint.facts.model_dump(exclude_none=True).items():
+        if name not in layout.facts:
             raise BadRequest(f"{name} {value!r} does not apply to {checkpoint.path}, {layout.title}; leave it out")
     assert layout.settings is not None
     try:
@@ -298,7 +332,8 @@ def settings(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]
         raise UnknownCheckpoint(
             f"{checkpoint.path}: its {files} cannot be interpreted: {one_line(repr(error))}"
         ) from None
-    check_vocabulary(layout, checkpoint, state, result.tokenizer, result.tokens.context)
+    if isinstance(result.tokens, TextPreprocess):
+        check_vocabulary(layout, checkpoint, state, result.tokenizer, result.tokens.context)
     return result
 
 
@@ -316,10 +351,10 @@ def check_vocabulary(
         "tokenizer has": (words.get_vocab_size(), "text.tokens.weight"),
         "context is": (context, "text.positions"),
     }
-    for subject, (count, table) in sizes.items():
-        if count > (rows := len(state[table])):
+    for subject, (number, table) in sizes.items():
+        if table in state and number > (rows := len(state[table])):  # RoPE has no table of positions
             raise UnknownCheckpoint(
-                f"{checkpoint.path}: its {subject} {count} tokens, but {checkpoint_name(layout, table)} has {rows} "
+                f"{checkpoint.path}: its {subject} {number} tokens, but {checkpoint_name(layout, table)} has {rows} "
                 "rows; tokenizer and config must be those of the weights"
             )
 
@@ -371,7 +406,8 @@ def fill(
 
 def embed_dim(layout: Layout, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> int:
     """The length of a vector, from the projections. Raises `UnknownCheckpoint` if two differ."""
-    ends = ("image.projection.weight", "text.projection.weight", "text.projection.down.weight")
+    adaptor = f"text.layers.{count(state, 'text.layers.') - 1}.weight"  # the last layer of `towers.adaptor`
+    ends = ("image.projection.weight", "text.projection.weight", "text.projection.down.weight", adaptor)
     dims = {name: len(state[name]) for name in ends if name in state}
     if len({*dims.values()}) > 1:
         both = " and ".join(f"{checkpoint_name(layout, name)} for {dim}" for name, dim in dims.items())

@@ -5,7 +5,7 @@ SigLIP: Zhai et al. 2023 (arXiv 2303.15343); MobileCLIP: Vasu et al. 2024 (arXiv
 (arXiv 2404.02132); EVA: Sun et al. 2023 (arXiv 2303.15389).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,11 @@ def is_siglip(checkpoint: Checkpoint) -> bool:
 
 def siglip(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     config = open_clip.model_config(checkpoint)
-    return _settings(checkpoint, config, state, partial(VisionTransformer, style=_style(config["vision_cfg"])))
+    return _settings(checkpoint, config, state, siglip_tower(config))
+
+
+def siglip_tower(config: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], nn.Module]:
+    return partial(VisionTransformer, style=_style(config["vision_cfg"]))
 
 
 def _style(vision: Mapping[str, Any]) -> Style:
@@ -71,7 +75,11 @@ def _style(vision: Mapping[str, Any]) -> Style:
 
 def trunk(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Settings:
     config = open_clip.model_config(checkpoint)
-    return _settings(checkpoint, config, state, partial(_build, config=config))
+    return _settings(checkpoint, config, state, trunk_tower(config))
+
+
+def trunk_tower(config: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], nn.Module]:
+    return partial(_build, config=config)
 
 
 def _build(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> nn.Module:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import onnx
 
@@ -17,6 +17,7 @@ from calmclip.models.bundle.manifest import (
     SuppressionDefaults,
     Tensor,
     TextPreprocess,
+    VectorPreprocess,
 )
 from calmclip.models.flow import Arrays
 from calmclip.models.ops.spec import SOFTMAX
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from calmclip.export.layouts import Layout
 
 _ABSENT: Any = None
+Reads = TypeVar("Reads", TextPreprocess, VectorPreprocess, TextPreprocess | VectorPreprocess)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Tower:
     module: "torch.nn.Module"
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    preprocess: ImagePreprocess | TextPreprocess | None
+    preprocess: ImagePreprocess | TextPreprocess | VectorPreprocess | None
     quantizer: str
     quantizer_params: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
@@ -114,6 +116,8 @@ class Net:
     suppression: SuppressionDefaults | None = None  # of a detect request, if calmclip's do not suit its scores
     segmentation: SegmentationDefaults | None = None  # of a segment request, likewise
     explain: ExplainDefaults | None = None  # of an explain request, if something was fitted to the net
+    variant: str = ""  # the default name of its bundles ends in it
+    languages: tuple[str, ...] = ()  # BCP 47 tags, as in the manifest
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # adapter -> what it measured, for the report
     times: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # the same of this run alone, not sealed
 
@@ -171,15 +175,16 @@ def float32(*shape: int | str) -> Tensor:
     return Tensor(dtype="float32", shape=shape)
 
 
-def text_inputs(tokens: TextPreprocess) -> dict[str, Tensor]:
+def text_inputs(tokens: TextPreprocess | VectorPreprocess) -> dict[str, Tensor]:
     """The inputs of a text graph."""
     return {name: Tensor(dtype=dtype, shape=shape) for name, (dtype, shape) in tokens.feeds().items()}  # type: ignore[arg-type]
 
 
-def bucketed(tokens: TextPreprocess) -> TextPreprocess:
+def bucketed(tokens: Reads) -> Reads:
     """Texts that are padded to the longest of their call are padded to a multiple of 4: more calls then have the same
     length and share a run. Multiples of 8 and 16 add more tokens than they save runs."""
-    return tokens if tokens.pad == "context" else tokens.model_copy(update={"multiple": 4})
+    short = isinstance(tokens, TextPreprocess) and tokens.pad == "longest"
+    return tokens.model_copy(update={"multiple": 4}) if short else tokens
 
 
 NETS: Registry[NetPlugin] = Registry("nets", "calmclip.export.nets")

@@ -1,8 +1,9 @@
 """Checkpoints of the CLIP family in any layout: tensors translated to our names, towers of `export.towers`.
 
 Source: Radford et al. 2021 (arXiv 2103.00020); each layout in `calmclip.export.layouts` names its own.
-Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T] -> text_embeds [B, D]; unit rows. A layout
-with regions has two graphs more: `regions`, see `Settings.regions`, of which the image graph is a part, and `detect`.
+Graphs: image pixels [B, 3, H, W] -> image_embeds [B, D]; text ids [B, T], or vectors [B, d] of a language model
+(LLM2CLIP), -> text_embeds [B, D]; unit rows. A layout with regions has two graphs more: `regions`, see
+`Settings.regions`, of which the image graph is a part, and `detect`.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from calmclip.export.nets import (
     text_inputs,
 )
 from calmclip.export.nets.common.region_detector import with_detector
-from calmclip.models.bundle.manifest import DefaultClassifier, ImagePreprocess, Plugin, Source
+from calmclip.models.bundle.manifest import DefaultClassifier, ImagePreprocess, Plugin, Source, VectorPreprocess
 from calmclip.models.errors import UnknownCheckpoint
 from calmclip.models.flow import Arrays
 
@@ -73,7 +74,8 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
             text_inputs(tokens),
             {"text_embeds": embeds},
             tokens,
-            quantizer="search",
+            # no vectors of a language model ship, and ranges that random ones observe may cut those that it makes
+            quantizer="dynamic" if isinstance(tokens, VectorPreprocess) else "search",
             promises=attention_promises(text),
             prefix="text.",
         ),
@@ -92,7 +94,7 @@ def load(path: str, weights: Weights = Weights(), *, fold: bool = True) -> Net: 
         ),
         tasks=("classify", "embed", "raw"),
         towers=towers,
-        files={"tokenizer.json": settings.tokenizer},
+        files={"tokenizer.json": settings.tokenizer} if settings.tokenizer else {},
         classifier=DefaultClassifier(templates=settings.templates, head=head(state)),
         layout=layout,
         folded=fold,

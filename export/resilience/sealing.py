@@ -22,13 +22,14 @@ from calmclip.export.resilience.bounds import bounded, by_neuron, insert, sites,
 from calmclip.export.resilience.calibrate import SLACK, bounds, forms, observe
 from calmclip.export.resilience.forms import Bound
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.manifest import REPORT, Graph, ImagePreprocess, Manifest, TextPreprocess
+from calmclip.models.bundle.manifest import REPORT, Graph, ImagePreprocess, Manifest, TextPreprocess, VectorPreprocess
 from calmclip.models.bundle.store import Sealed, seal, stage
 from calmclip.models.errors import BadRequest
 from calmclip.models.evals.progress import progress
-from calmclip.models.flow import Arrays
+from calmclip.models.flow import Array, Arrays
 from calmclip.models.ops.library import Library, Mode, find
 from calmclip.models.preprocess.image import load
+from calmclip.models.vector_files import TEXT_VECTORS, read_vectors
 
 STORED = ("none", "vectors", "all")
 BOUNDS = "bounds"  # the key in report.json, and in `quantization.calibration` of bundle.json
@@ -170,6 +171,9 @@ def _feeds(bundle: Bundle, role: str, data: Path | None) -> Iterator[Arrays]:
     elif isinstance(spec, TextPreprocess):
         for text in _texts(bundle, role, data):
             yield bundle.text(role).prepare([text])
+    elif isinstance(spec, VectorPreprocess):
+        for row in _rows(spec, data):
+            yield bundle.vectors(role).prepare([row])
 
 
 def _together(bundle: Bundle, role: str) -> Arrays:
@@ -178,6 +182,14 @@ def _together(bundle: Bundle, role: str) -> Arrays:
         return bundle.text(role).prepare(_texts(bundle, role, None)[:_REFINED_ON])
     rows = [*islice(_feeds(bundle, role, None), _REFINED_ON if bundle.graph(role).batch else 1)]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _rows(spec: VectorPreprocess, data: Path | None) -> Array:
+    """Of vectors.npz in ``data``; without it random ones, because no vectors of a language model ship."""
+    file = data / TEXT_VECTORS if data else None
+    if file and file.is_file():
+        return read_vectors(file)
+    return np.random.default_rng(0).standard_normal((len(samples.calibration_texts()), spec.dim))
 
 
 def _pictures(data: Path | None) -> list[Path]:

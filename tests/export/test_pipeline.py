@@ -101,8 +101,9 @@ def test_a_sealed_bundle_is_replaced_only_when_asked(net, tmp_path: Path):
 
 
 def test_with_nothing_in_int8_the_only_bundle_is_the_float_one(net, tiny_bundles: Path, tmp_path: Path, capsys):
-    """Also by the command, with --keep-float, and beside a bundle of that name."""
+    """Also by the command, with --keep-float and --dimensions, and beside a bundle of that name."""
     command = ["export", str(tmp_path / "tiny"), "--out", str(tmp_path / "out"), "--preset", "none", "--keep-float"]
+    command += ["--dimensions", "4,8"]
     tiny.hf_clip(tmp_path / "tiny")
     assert main(command) == 0
     assert names(tmp_path / "out") == ["tiny-float"]
@@ -110,6 +111,8 @@ def test_with_nothing_in_int8_the_only_bundle_is_the_float_one(net, tiny_bundles
     floats = read(tiny_bundles / "tiny-float")
     assert (sealed.manifest.name, sealed.manifest.precision) == ("tiny-float", "float")
     assert sealed.manifest.quantization == floats.manifest.quantization
+    assert (sealed.manifest.dimensions, floats.manifest.dimensions) == ((4, 8), ())
+    assert open_bundle(sealed.directory).embed(texts=["a cat"], dimensions=4).shape == (1, 4)
     for file in ("image.onnx", "text.onnx"):
         assert sealed.manifest.files[file].sha256 == floats.manifest.files[file].sha256
     assert show_command(["tiny-float", "--bundles", str(tmp_path / "out")]) == 0

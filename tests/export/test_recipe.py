@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from calmclip.export.nets import Net, Tower
 from calmclip.export.recipe import load_recipe, recognise
-from calmclip.models.bundle.manifest import Source
+from calmclip.models.bundle.manifest import Source, Tensor
 from calmclip.models.errors import BadRequest, UnknownCheckpoint, UnknownName
 
 TOWERS = {"image": Tower(torch.nn.Identity(), {}, {}, None, "none")}
@@ -92,10 +92,24 @@ def test_checkpoints_are_recognised_by_their_content(tiny_hf_clip: Path, tiny_op
 def test_every_rule_that_swaps_is_on_unless_the_file_says_otherwise(tmp_path: Path):
     quantized = (
         "add", "attention", "average", "conv", "depthwise", "layer_norm", "linear", "linear_to_float", "lookup",
-        "max_pool", "patches", "pointwise", "stem",
+        "max_pool", "patches", "pointwise", "rows", "rows_linear", "stem",
     )  # fmt: skip
-    swaps = ("clipped_softmax", *(f"quant_{name}" for name in quantized), "softmax")
+    swaps = ("clipped_softmax", *(f"quant_{name}" for name in quantized), "rotary_attention", "softmax")
     assert load_recipe("x", "n", NET).rewrites == swaps
     file = tmp_path / "r.toml"
     file.write_text("rewrites = []")
     assert load_recipe("x", "n", NET, file).rewrites == ()
+
+
+def test_dimensions_are_ascending_prefixes_of_what_the_net_embeds(tmp_path: Path):
+    file = tmp_path / "r.toml"
+    file.write_text("dimensions = [2, 4]")
+    vectors = {"image_embeds": Tensor(dtype="float32", shape=("B", 8))}
+    net = replace(NET, tasks=("embed",), towers={"image": replace(TOWERS["image"], outputs=vectors)})
+    assert load_recipe("x", "n", net, file).dimensions == (2, 4)
+    assert load_recipe("x", "n", net, file, dimensions=(7,)).dimensions == (7,)
+    for wrong in ((4, 2), (2, 2), (0, 2), (2, 8)):
+        with pytest.raises(BadRequest, match="expected ascending numbers below 8"):
+            load_recipe("x", "n", net, dimensions=wrong)
+    with pytest.raises(BadRequest, match="n serves raw, not embed"):
+        load_recipe("x", "n", NET, file)

@@ -1,6 +1,7 @@
 """The contract of every adapter, on a net that it fits and on a net that it does not fit."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,32 @@ from calmclip.export.nets import NETS, Net, Tower, ready
 from calmclip.export.recipe import load_recipe
 from calmclip.export.trace import example
 from calmclip.models.errors import BadRequest, UnknownCheckpoint, UnknownName
-from tests import tiny
+from tests import tiny, tuned
+from tests.tiny_layouts import decoders, llm2clip
 
-# The params of each adapter on the tiny Hugging Face CLIP; OTHER stands for a checkpoint of the same shapes, KIN
-# for one that differs in its MLPs alone, LEARNT and STATES for prompts that were tuned over it, NAMES for class names.
-OTHER, KIN, LEARNT, NAMES, STATES = "OTHER", "KIN", "LEARNT", "NAMES", "STATES"
+# The params of each adapter on the tiny Hugging Face CLIP, or on the net in `BASES`; OTHER stands for a checkpoint of
+# the same shapes, KIN for one that differs in its MLPs alone, LEARNT and STATES for prompts that were tuned over it,
+# NAMES for class names, DECODER for a language model, TUNED for LoRA over the CLIP, ROWS for learnt rows.
+OTHER, KIN, LEARNT, NAMES, STATES, DECODER = "OTHER", "KIN", "LEARNT", "NAMES", "STATES", "DECODER"
+TUNED, ROWS = "TUNED", "ROWS"
 PARAMS: dict[str, dict[str, Any]] = {
     "anomaly": {"checkpoint": STATES, "size": 40},
     "attribution": {"on": True, "layers": 2},
     "dense": {"method": "values"},
+    "lora": {"checkpoint": TUNED},
     "mocoop": {"checkpoint": LEARNT, "classes": NAMES},
     "mix": {"checkpoint": OTHER, "alpha": 0.5},
     "over": {"checkpoint": OTHER},
+    "prefix": {"checkpoint": ROWS},
     "prune": {"keep": 0.5},
     "softmax": {"kind": "clipped(-0.04:1.01)", "force": True},
     "stretch": {"tokens": 60},
     "svd-scale": {"by": 0.9},
+    "text_encoder": {"checkpoint": DECODER},
     "upcycle": {"checkpoints": KIN},
 }
+BASES = {"text_encoder": "llm2clip"}  # the layouts of other checkpoints that adapters fit
+OFFERED = {"languages"}  # fits only a net that ships its tower; see test_mini_languages.py
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def mini() -> Net:
     return NETS.get("mini").load("mini")
 
 
-@pytest.fixture(params=ADAPTERS.names())
+@pytest.fixture(params=[name for name in ADAPTERS.names() if name not in OFFERED])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -82,10 +91,30 @@ def states(tiny_hf_clip: Path, tmp_path: Path) -> Path:
     return tmp_path / "states.safetensors"
 
 
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoders.decoder(tmp_path_factory.mktemp("decoder") / "decoder", hidden_size=llm2clip.WIDTH)
+
+
 @pytest.fixture
-def adaptation(name: str, other: Path, kin: Path, learnt: Path, states: Path) -> Adapt:
+def base(name: str, tiny_hf_clip: Path, checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint(BASES[name]) if name in BASES else tiny_hf_clip
+
+
+@pytest.fixture(scope="module")
+def tuned_files(tiny_hf_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("tuned")
+    save_file({"ctx": torch.randn(2, 32)}, folder / "rows.safetensors")
+    lora = tuned.lora(tiny_hf_clip, folder / "lora", "CLIPModel", target_modules=["q_proj", "fc1"])
+    return {TUNED: str(lora), ROWS: str(folder / "rows.safetensors")}
+
+
+@pytest.fixture
+def adaptation(
+    name: str, other: Path, kin: Path, learnt: Path, states: Path, decoder: Path, tuned_files: dict[str, str]
+) -> Adapt:
     paths = {OTHER: str(other), KIN: str(kin), LEARNT: str(learnt), NAMES: str(learnt.parent / "names.txt"),
-             STATES: str(states)}  # fmt: skip
+             STATES: str(states), DECODER: str(decoder), **tuned_files}  # fmt: skip
     return Adapt(name=name, params={k: paths.get(v, v) for k, v in PARAMS[name].items()})
 
 
@@ -110,15 +139,15 @@ def test_the_example_of_the_page_runs(tiny_hf_clip: Path, monkeypatch: pytest.Mo
     assert louder.source.notes.endswith("projection times 3")
 
 
-def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptation: Adapt, tiny_hf_clip: Path):
-    net = replace(opened(tiny_hf_clip), ranges={"image": Path("ranges.json")})  # of the net before the change
+def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptation: Adapt, base: Path):
+    net = replace(opened(base), ranges={"image": Path("ranges.json")})  # of the net before the change
     adapted = adapt(net, [adaptation], Context(feeds))
     assert adapted.adapters == (adaptation.name,)
     assert not adapted.ranges
     assert adapted.source.notes.startswith(f"{net.source.notes}; ")
     assert net.source.weights.items() <= adapted.source.weights.items()
     assert any(key.startswith(f"{adaptation.name}/") for key in adapted.source.weights) == (
-        not {OTHER, KIN, LEARNT, STATES}.isdisjoint(PARAMS[adaptation.name].values())
+        not {OTHER, KIN, LEARNT, STATES, DECODER, TUNED, ROWS}.isdisjoint(PARAMS[adaptation.name].values())
     )
     for tower in ready(adapted).towers.values():
         inputs = example(tower)
@@ -130,12 +159,10 @@ def test_the_adapted_net_has_the_promised_shapes_and_names_the_adapter(adaptatio
             assert output.isfinite().all()
 
 
-def test_two_runs_give_the_same_bits(adaptation: Adapt, tiny_hf_clip: Path):
-    for role, tower in opened(tiny_hf_clip).towers.items():
-        inputs = example(tower)
-        first, second = (
-            ready(adapt(opened(tiny_hf_clip), [adaptation], Context(feeds))).towers[role] for _ in range(2)
-        )
+def test_two_runs_give_the_same_bits(adaptation: Adapt, base: Path):
+    for role in opened(base).towers:
+        first, second = (ready(adapt(opened(base), [adaptation], Context(feeds))).towers[role] for _ in range(2))
+        inputs = example(first)
         with torch.inference_mode():
             assert torch.equal(first.module(*inputs), second.module(*inputs))
 

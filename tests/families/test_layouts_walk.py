@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,11 +21,14 @@ from torch.nn import functional as F
 from calmclip.export import samples
 from calmclip.export.layouts import LAYOUTS
 from calmclip.models.bundle.store import read
+from calmclip.models.classifier import Classifier
 from calmclip.models.cli import main
 from calmclip.models.flow import Array
 from calmclip.models.preprocess.image import decode
+from calmclip.models.preprocess.vectors import label_rows
 from calmclip.models.runner import Runner, open_bundle
 from tests.test_walk import serving
+from tests.tiny_layouts import llm2clip
 from tests.tiny_layouts.checkpoints import CHECKPOINTS, LAYOUT, MORE
 from tests.tiny_layouts.references import REFERENCES
 
@@ -51,15 +55,25 @@ class Walk:
     def runners(self) -> dict[str, Runner]:
         return {kind: open_bundle(self.out / f"{self.name}-{kind}", threads=1) for kind in PRECISIONS}
 
+    @property
+    def words(self) -> list[Any]:
+        """`TEXTS`, or as many vectors for a bundle that reads those in place of texts."""
+        return llm2clip.vectors(len(TEXTS)).tolist() if self.runners["float"].bundle.reads_vectors else TEXTS
+
+    @property
+    def kind_of_words(self) -> str:
+        return "vector" if self.runners["float"].bundle.reads_vectors else "text"
+
     @cached_property
     def want(self) -> tuple[Array, Array]:
-        """Unit rows of `samples.pictures` and of `TEXTS`: the layout's reference on the bundle's inputs."""
+        """Unit rows of `samples.pictures` and of `words`: the layout's reference on the bundle's inputs."""
         bundle, reference = self.runners["float"].bundle, REFERENCES[self.kind](self.path)
         with torch.inference_mode():
             pixels = [bundle.image().prepare(decode(path.read_bytes()))[0] for path in samples.pictures()]
             images = [reference.image(torch.from_numpy(array)) for array in pixels]
-            ids = [{key: torch.from_numpy(value) for key, value in bundle.text().prepare([t]).items()} for t in TEXTS]
-            texts = [reference.text(feeds) for feeds in ids]
+            prepare = bundle.vectors().prepare if bundle.reads_vectors else bundle.text().prepare
+            fed = [{key: torch.from_numpy(value) for key, value in prepare([t]).items()} for t in self.words]
+            texts = [reference.text(feeds) for feeds in fed]
             return tuple(F.normalize(torch.cat(rows), dim=-1).numpy() for rows in (images, texts))
 
 
@@ -95,7 +109,7 @@ def vectors_are_the_references(walk: Walk, server: httpx.Client) -> None:
     pictures = [{"image": {"b64": base64.b64encode(path.read_bytes()).decode()}} for path in samples.pictures()]
     for precision, runner in walk.runners.items():
         vectors = []
-        for entry in [*pictures, *({"text": text} for text in TEXTS)]:
+        for entry in [*pictures, *({walk.kind_of_words: word} for word in walk.words)]:
             answer = server.post("/v1/embed", json={"model": f"{walk.name}-{precision}", "inputs": [entry]})
             assert answer.status_code == 200, answer.text
             vectors += answer.json()["embeddings"]
@@ -106,7 +120,8 @@ def vectors_are_the_references(walk: Walk, server: httpx.Client) -> None:
             else:
                 assert np.sum(rows * wanted, axis=1).mean() >= 0.99
         assert split[0] == pytest.approx(runner.embed(images=samples.pictures()), abs=1e-5)
-        assert split[1] == pytest.approx(np.concatenate([runner.embed(texts=[t]) for t in TEXTS]), abs=1e-5)
+        alone = [runner.embed(**{f"{walk.kind_of_words}s": [word]}) for word in walk.words]
+        assert split[1] == pytest.approx(np.concatenate(alone), abs=1e-5)
 
 
 def classify_applies_the_head_to_the_references_cosines(walk: Walk, server: httpx.Client) -> None:
@@ -118,13 +133,20 @@ def classify_applies_the_head_to_the_references_cosines(walk: Walk, server: http
         want = 1 / (1 + np.exp(-(logits + head.params["bias"])))
     else:
         want = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    given: dict[str, Any] = {"labels": TEXTS, "templates": ["{}"]}
+    if walk.kind_of_words == "vector":
+        rows = {label: [vector] for label, vector in zip(TEXTS, walk.words, strict=True)}
+        given = {"label_vectors": json.dumps(rows)}
     for precision, runner in walk.runners.items():
-        form = {"labels": TEXTS, "templates": ["{}"], "model": f"{walk.name}-{precision}"}
+        form = {**given, "model": f"{walk.name}-{precision}"}
         answer = server.post("/v1/classify", files={"image": picture.read_bytes()}, data=form)
         assert answer.status_code == 200, answer.text
         scores, cosines = ({row["label"]: row[key] for row in answer.json()["labels"]} for key in ("score", "cosine"))
         if precision == "float":
             assert cosines == pytest.approx(dict(zip(TEXTS, texts @ images[0], strict=True)), abs=1e-4)
             assert scores == pytest.approx(dict(zip(TEXTS, want, strict=True)), abs=1e-3)
-        same = runner.classify(picture, TEXTS, templates=["{}"])
+        if walk.kind_of_words == "vector":
+            same = runner.classify(picture, classifier=Classifier(tuple(TEXTS), label_vectors=label_rows(rows)))
+        else:
+            same = runner.classify(picture, TEXTS, templates=["{}"])
         assert scores == pytest.approx({entry.label: entry.score for entry in same}, abs=1e-5)

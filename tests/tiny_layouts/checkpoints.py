@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests import tiny
-from tests.tiny_layouts import bert, mobileclip, openai_like, siglip, trunks
+from tests.tiny_layouts import bert, llm2clip, mobileclip, openai_like, siglip, trunks
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "altclip": bert.altclip,
@@ -33,6 +33,12 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "cloob_vit_flat": openai_like.cloob_vit_flat,
     "slip": openai_like.slip,
     "grain": openai_like.grain,
+    "llm2clip": llm2clip.llm2clip,
+    "llm2clip_eva": llm2clip.llm2clip_eva,
+    "llm2clip_eva_inside": llm2clip.llm2clip_eva_inside,
+    "llm2clip_inside": llm2clip.llm2clip_inside,
+    "llm2clip_siglip": llm2clip.llm2clip_siglip,
+    "llm2clip_timm": llm2clip.llm2clip_timm,
 }
 MORE: dict[str, Callable[[Path], Path]] = {
     "eva02": trunks.eva02,
@@ -42,6 +48,7 @@ MORE: dict[str, Callable[[Path], Path]] = {
     "mobileclip_s3": trunks.mobileclip_s3,
     "mobileclip_s4": trunks.mobileclip_s4,
     "pe_core": trunks.pe_core,
+    "proclip": llm2clip.proclip,
     "tinyclip": tiny.tinyclip,
     "vitamin": trunks.vitamin,
 }
@@ -49,6 +56,7 @@ LAYOUT = {
     "hf_siglip2": "hf_siglip",
     "hf_tinyclip": "hf_clip",
     "mobileclip_plain": "mobileclip",
+    "proclip": "llm2clip",
     "tinyclip": "open_clip",
     **dict.fromkeys(("eva02", "mobileclip_s3", "mobileclip_s4", "pe_core", "vitamin"), "open_clip_timm_custom_text"),
 }

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from calmclip.export.checkpoints import read
 from tests import tiny
-from tests.tiny_layouts import bert, openai_like
+from tests.tiny_layouts import bert, llm2clip, openai_like
 from tests.tiny_layouts.mobileclip import DIM, OriginalText, small_fastvit
 
 Feeds = Mapping[str, Tensor]
@@ -26,7 +26,8 @@ Feeds = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Reference:
-    """``image``: pixels [B, 3, H, W] -> rows; ``text``: what the text graph reads, ids [B, T] and a mask -> rows."""
+    """``image``: pixels [B, 3, H, W] -> rows; ``text``: what the text graph reads, ids [B, T] and a mask, or vectors
+    [B, d] -> rows."""
 
     image: Callable[[Tensor], Tensor]
     text: Callable[[Feeds], Tensor]
@@ -163,6 +164,14 @@ def _grain(checkpoint: Path) -> Reference:
     return Reference(lambda pixels: decoder(backbone.visual.forward_features(pixels)), _of(backbone).text)
 
 
+def _llm2clip(image: Callable[[Path], Callable[[Tensor], Tensor]], checkpoint: Path) -> Reference:
+    """The adaptor by its formula, in float64; the bundle's vectors are unit vectors already."""
+    state = dict(read(checkpoint).tensors)
+    start = next(name for name in state if name.endswith("text_adaptor.0.ln.bias")).removesuffix("0.ln.bias")
+    text = partial(llm2clip.adaptor, state, start=start, normalize=False)
+    return Reference(image(checkpoint), lambda feeds: text(feeds["vectors"]))
+
+
 _OPEN_CLIP = ("eva02", "mobileclip_s3", "mobileclip_s4", "pe_core", "tinyclip", "vitamin")
 REFERENCES: dict[str, Callable[[Path], Reference]] = {
     **dict.fromkeys(_OPEN_CLIP, _open_clip),
@@ -181,6 +190,15 @@ REFERENCES: dict[str, Callable[[Path], Reference]] = {
     "hf_siglip": partial(_hugging_face, transformers.SiglipModel),
     "hf_siglip2": partial(_hugging_face, transformers.SiglipModel),
     "hf_tinyclip": partial(_hugging_face, transformers.CLIPModel),
+    **dict.fromkeys(
+        ("llm2clip", "llm2clip_inside", "proclip"),
+        partial(_llm2clip, lambda checkpoint: llm2clip.image_module().visual),
+    ),
+    **dict.fromkeys(
+        ("llm2clip_eva", "llm2clip_eva_inside"), partial(_llm2clip, lambda checkpoint: llm2clip.eva_module())
+    ),
+    "llm2clip_siglip": partial(_llm2clip, llm2clip.open_clip_image),
+    "llm2clip_timm": partial(_llm2clip, llm2clip.open_clip_image),
     "long_clip": _long_clip,
     "mobileclip": partial(_mobileclip, "mixed"),
     "mobileclip_b": partial(_mobileclip, "b"),

@@ -26,7 +26,10 @@ from calmclip.models.tasks.explain import ExplainRequest
 from tests import tiny
 
 IDS = torch.tensor([[tiny.START, 11, 12, 13, tiny.END, 1, 1], [tiny.START, 7, 8, 9, 10, 11, tiny.END]])
-REFUSED = {"mobileclip": "convolutions of its text tower mix neighbouring tokens"}
+REFUSED = {
+    "mobileclip": "convolutions of its text tower mix neighbouring tokens",
+    **dict.fromkeys((name for name in LAYOUTS.names() if name.startswith("llm2clip")), "that read pictures and texts"),
+}
 
 
 def adapted(net: Net, **params: Any) -> Net:
