@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from calmclip.models.errors import BadRequest, ClassifierMismatch, TaskNotServed
-from calmclip.models.flow import Arrays
+from calmclip.models.flow import Array, Arrays
 from calmclip.models.heads import BoundHead
-from calmclip.models.labels import check_none_below, check_temperature, check_texts, listed
+from calmclip.models.labels import check_label_vectors, check_none_below, check_temperature, check_texts, listed
+
+T = TypeVar("T")
 
 
 def fill(template: str, label: str) -> str:
@@ -48,9 +50,11 @@ class Classifier:
     temperature: float = 1.0
     none_below: float | None = None
     family: str | None = None
+    label_vectors: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_texts(self.labels, self.templates, self.descriptions)
+        check_label_vectors(self.labels, self.label_vectors)
         check_temperature(self.temperature)
         check_none_below(self.none_below)
 
@@ -82,8 +86,15 @@ class Classifier:
             return self
         changed: dict[str, Any] = {"columns": self.columns or self.labels}
         if labels:
-            kept = {label: self.descriptions[label] for label in labels if label in self.descriptions}
-            changed |= {"labels": tuple(labels), "descriptions": kept}
+            changed |= {"labels": tuple(labels), "descriptions": _of(labels, self.descriptions)}
+            changed["label_vectors"] = _of(labels, self.label_vectors)
+            if self.label_vectors and not changed["label_vectors"]:
+                raise BadRequest(
+                    f"none of the {len(labels)} labels has label vectors; expected labels of the classifier"
+                )
+        if self.label_vectors and (templates or descriptions):
+            given = "templates" if templates else "descriptions"
+            raise BadRequest(f"the classifier has label vectors in place of sentences; leave out `{given}`")
         if templates:
             changed |= {"templates": tuple(templates), "descriptions": {}}
         if descriptions:
@@ -109,9 +120,13 @@ class Classifier:
 
     @cached_property
     def text_key(self) -> str:
-        """A fingerprint of the label vectors' input: labels, templates, descriptions."""
+        """A fingerprint of what a label's vector is made of: labels, templates, descriptions, label vectors."""
         texts = repr((self.labels, self.templates, sorted(self.descriptions.items())))
-        return blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        digest = blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16)
+        for label in self.labels if self.label_vectors else ():
+            rows = self.label_vectors[label]
+            digest.update(repr(rows.shape).encode() + rows.tobytes())
+        return digest.hexdigest()
 
     def sentences(self, label: str) -> tuple[str, ...]:
         """The sentences of ``label``, at least one."""
@@ -132,11 +147,19 @@ class Classifier:
     def require_sentences(self, field: str) -> None:
         """Raises `BadRequest`, which names the ``field`` of the request, for a head with arrays of its own: it scores
         pictures against these, so other sentences for a label do not change its scores."""
+        if self.label_vectors:
+            raise BadRequest(
+                f"the classifier has label vectors in place of sentences; {field} needs sentences. Leave out `{field}`"
+            )
         if self.assets:
             raise BadRequest(
                 f"the head {self.head!r} scores pictures by arrays of its own; {field} needs a head that compares them "
                 f"with sentences, such as 'cosine' or 'sigmoid'. Leave out `{field}`, or use another classifier"
             )
+
+
+def _of(labels: Sequence[str], values: Mapping[str, T]) -> dict[str, T]:
+    return {label: values[label] for label in labels if label in values}
 
 
 def _lines(descriptions: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:

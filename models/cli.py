@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "teach": ("calmclip.export.teach_cli:teach_command", "train the built-in detector on your own photographs"),
     "train": ("calmclip.export.training.cli:train_command", "train a net for INT8, new or from a checkpoint"),
+    "distil": ("calmclip.export.training.cli:distil_command", "train a text tower towards another bundle's vectors"),
     "demonstrate": ("calmclip.export.training.cli:demonstrate_command", "vanilla, clipped and gated nets side by side"),
     "interpolate": (
         "calmclip.export.interpolate_cli:interpolate_command",

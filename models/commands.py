@@ -155,7 +155,7 @@ def _standard(role: str, file: Path) -> tuple[str, bool]:
 
 
 def _feeds(bundle: "Bundle", role: str, known: "Arrays") -> "Arrays":
-    """Noise for a graph of pictures, a sentence for a graph of texts, else the outputs of other graphs."""
+    """Noise for a graph of pictures, a sentence or a vector for a graph of texts, else the outputs of other graphs."""
     import numpy as np
 
     from calmclip.models.bundle.manifest import GUIDE
@@ -165,6 +165,8 @@ def _feeds(bundle: "Bundle", role: str, known: "Arrays") -> "Arrays":
         return {name: known[name] for name in graph.inputs}
     if graph.preprocess.kind == "text":
         return bundle.text(role).prepare(["a self-test"])
+    if graph.preprocess.kind == "vector":
+        return bundle.vectors(role).prepare([np.ones(graph.preprocess.dim)])
     guide = {GUIDE: known[GUIDE]} if GUIDE in graph.inputs else {}
     if graph.preprocess.in_graph:
         return {graph.preprocess.input: _noise((48, 64, 3)), **guide}
@@ -273,6 +275,8 @@ def _show(value: dict[str, Any]) -> None:
     print(f"tasks    {', '.join(manifest['tasks'])}")
     ops = ", ".join(manifest["ops"]["used"])
     print(f"ops      {'standard ONNX operators alone: portable' if manifest['portable'] else ops or 'standard'}")
+    if manifest["languages"]:
+        print(f"texts in {', '.join(manifest['languages'])}")
     if value["embedding_digest"]:
         print(f"embeds   {value['embedding_digest']}")
     print(f"source   {manifest['source']['net']} {manifest['source']['model']}, {manifest['source']['license']}")

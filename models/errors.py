@@ -58,6 +58,9 @@ class CollectionError(CalmclipError): ...
 class CollectionNotFound(CollectionError): ...
 
 
+class CollectionExists(CollectionError): ...  # a name that is in use
+
+
 class CollectionMismatch(CollectionError): ...  # the collection holds vectors of another bundle
 
 

@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from calmclip.models.errors import BadRequest, TooManyLabels
+from calmclip.models.flow import Array
 
 MAX_CHARACTERS = 1000  # of a label, template or description; no text tower reads more
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
@@ -69,6 +71,27 @@ def check_texts(labels: Sequence[str], templates: Sequence[str], descriptions: M
             raise BadRequest(f"there are descriptions of {label[:200]!r}, which is none of the {len(labels)} labels")
         if isinstance(sentences, str) or not sentences or not all(sentence.strip() for sentence in sentences):
             raise BadRequest(f"the descriptions of {label[:200]!r} are {sentences!r}; expected a list of sentences")
+
+
+def check_label_vectors(labels: Sequence[str], vectors: Mapping[str, Array]) -> None:
+    """There are none, or for each label some rows [N, d] of finite numbers, all of one d."""
+    if not vectors:
+        return
+    if stray := [label for label in vectors if label not in labels]:
+        raise BadRequest(f"there are label vectors of {stray[0][:200]!r}, which is none of the {len(labels)} labels")
+    if bare := [label for label in labels if label not in vectors]:
+        raise BadRequest(f"the label {bare[0][:200]!r} has no label vectors; expected some for each label, or for none")
+    first = vectors[labels[0]]
+    for label in labels:
+        rows, name = vectors[label], f"the label vectors of {label[:200]!r}"
+        if rows.ndim != 2 or not rows.size:
+            raise BadRequest(f"{name} have the shape {list(rows.shape)}; expected at least one row of numbers")
+        if not np.isfinite(rows).all():
+            raise BadRequest(f"{name} hold NaN or infinity; expected finite numbers of float32")
+        if rows.shape[1] != first.shape[-1]:
+            raise BadRequest(
+                f"{name} have {rows.shape[1]} numbers, those of {labels[0][:200]!r} {first.shape[-1]}; expected as many"
+            )
 
 
 def check_distinct(labels: Sequence[str]) -> None:

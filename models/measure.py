@@ -8,7 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
-from calmclip.models.bundle.manifest import GUIDE, ImagePreprocess, TextPreprocess
+from calmclip.models.bundle.manifest import GUIDE, ImagePreprocess, TextPreprocess, VectorPreprocess
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Arrays
 from calmclip.models.preprocess.image import Picture, load
@@ -19,8 +19,8 @@ SENTENCES = ("a photo of two dogs running on the beach.", "a dog")  # the first 
 
 
 def feeds(runner: Runner, picture: Picture) -> dict[str, Arrays]:
-    """One row for every graph that takes a picture or a text, and for `attribution`, which takes the vector of one and
-    the tokens of the other."""
+    """One row for every graph that takes a picture, a text or a vector in place of a text, and for `attribution`, which
+    takes the vector of a picture and the tokens of a text."""
     bundle = runner.bundle
     rows: dict[str, Arrays] = {}
     for role, graph in bundle.manifest.graphs.items():
@@ -29,6 +29,8 @@ def feeds(runner: Runner, picture: Picture) -> dict[str, Arrays]:
         elif isinstance(graph.preprocess, TextPreprocess):
             text = bundle.text(role)
             rows[role] = text.prepare([s for s in SENTENCES if text.count(s) <= graph.preprocess.context][:1])
+        elif isinstance(graph.preprocess, VectorPreprocess):
+            rows[role] = bundle.vectors(role).prepare([np.ones(graph.preprocess.dim)])
     for role, graph in bundle.manifest.graphs.items():
         if role in rows and GUIDE in graph.inputs:
             rows[role] = {**rows[role], GUIDE: runner.session(GUIDE).run(rows[GUIDE])["patches"]}

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from calmclip.models import tasks
@@ -24,18 +25,24 @@ from calmclip.models.labels import listed
 from calmclip.models.ops.library import Mode
 from calmclip.models.preprocess.image import MAX_PIXELS, is_picture
 from calmclip.models.preprocess.image import Picture as Loaded
+from calmclip.models.preprocess.truncation import Method, Truncation
+from calmclip.models.preprocess.vectors import Vector
 from calmclip.models.runtime.clock import Stopwatch
 from calmclip.models.runtime.session import Session, SessionOptions
 from calmclip.models.segmenters import Windows
 from calmclip.models.suppression import Suppression
-from calmclip.models.tasks.anomaly import Anomaly, AnomalyRequest, Method, anomaly
+from calmclip.models.tasks.anomaly import Anomaly, AnomalyRequest, anomaly
+from calmclip.models.tasks.anomaly import Method as AnomalyMethod
 from calmclip.models.tasks.attributes import Attributes
 from calmclip.models.tasks.calibrate import Calibration, calibration, require_pictures
 from calmclip.models.tasks.classify import ClassifyRequest, Ranking, chosen, classify, logits
+from calmclip.models.tasks.compress import CompressRequest, compress
+from calmclip.models.tasks.compression import Compressed
 from calmclip.models.tasks.detect import Detections, DetectRequest, Example, detect
 from calmclip.models.tasks.embed import EmbedRequest, embed
 from calmclip.models.tasks.enhance import MAP_PIXELS, EnhanceRequest, enhance
 from calmclip.models.tasks.explain import AUTO, ExplainRequest, Explanation, explain
+from calmclip.models.tasks.features import check_dimensions, prefix
 from calmclip.models.tasks.fit import FitReport, FitRequest, fit_rows, picture_flows, prepare
 from calmclip.models.tasks.rank import RankRequest, Ranks, judge, ranks
 from calmclip.models.tasks.rank import require_pictures as require_ranked
@@ -171,27 +178,50 @@ class Runner:
         *,
         texts: Sequence[str] = (),
         images: Iterable[Picture] = (),
+        vectors: Iterable[ArrayLike] = (),
+        prompt_name: str | None = None,
+        truncate: bool | Method | Truncation | None = None,
+        dimensions: int | None = None,
         batch: int | None = None,
         threads: int | None = None,
     ) -> Array:
-        """float32 [len(texts) + len(images), D], unit rows, texts first. Raises `BadRequest` if there are no inputs."""
+        """float32 [N, D], unit rows: of ``texts``, then of ``vectors``, then of ``images``.
+
+        ``vectors``: rows that the model of the bundle's `VectorPreprocess` made of texts. ``prompt_name``: the bundle's
+        prompt that goes before each text; None: its default. ``truncate``: of a text that is too long, see
+        `Truncation`; None: the bundle's. ``dimensions``: D, one of `Bundle.dimensions`; None: all. Raises `BadRequest`
+        if there are no inputs, for an unknown prompt, or for another length.
+        """
         texts, images = listed("texts", texts), _pictures(images)
-        text_rows = [self.run(embed(self.bundle, EmbedRequest(texts))).vectors] if texts else []
-        image_rows = list(self.embed_many(images, batch=batch, threads=threads))
+        words: list[str | Vector] = [*texts, *map(Vector, vectors)]
+        truncation = None if truncate is None else Truncation.of(truncate)
+        asked = EmbedRequest(words, prompt=prompt_name, truncation=truncation, dimensions=dimensions)
+        text_rows = [self.run(embed(self.bundle, asked)).vectors] if words else []
+        image_rows = list(self.embed_many(images, dimensions=dimensions, batch=batch, threads=threads))
         if not text_rows and not image_rows:
             raise BadRequest("no inputs were given; expected at least one text or picture")
-        return np.concatenate([*text_rows, _stack(image_rows, self.bundle.dim)])
+        return np.concatenate([*text_rows, _stack(image_rows, dimensions or self.bundle.dim)])
 
     def embed_many(
-        self, images: Iterable[Picture], *, batch: int | None = None, threads: int | None = None
+        self,
+        images: Iterable[Picture],
+        *,
+        dimensions: int | None = None,
+        batch: int | None = None,
+        threads: int | None = None,
     ) -> Iterator[Array]:
-        """A unit row float32 [D] for each picture, in the order of the pictures."""
-        flows = (embed(self.bundle, EmbedRequest([image])) for image in _pictures(images))
+        """A unit row float32 [D] for each picture, in the order of the pictures; ``dimensions`` as in `embed`."""
+        flows = (embed(self.bundle, EmbedRequest([image], dimensions=dimensions)) for image in _pictures(images))
         return (answer.vectors[0] for answer in self.map(flows, batch=batch, threads=threads))
 
-    def embed_boxes(self, image: Picture, boxes: Boxes | None = None) -> tuple[Array, Array]:
-        """-> a unit row for each box, float32 [R, D], and the boxes in pixels; None: see `region_vectors`."""
-        return self.run(region_vectors(self.bundle, _picture(image), boxes))
+    def embed_boxes(
+        self, image: Picture, boxes: Boxes | None = None, *, dimensions: int | None = None
+    ) -> tuple[Array, Array]:
+        """-> a unit row for each box, float32 [R, D], and the boxes in pixels; None: see `region_vectors`.
+        ``dimensions`` as in `embed`."""
+        check_dimensions(self.bundle, dimensions)
+        rows, placed = self.run(region_vectors(self.bundle, _picture(image), boxes))
+        return prefix(rows, dimensions), placed
 
     def fit(
         self,
@@ -373,7 +403,7 @@ class Runner:
         damaged: Sequence[str] = (),
         templates: Sequence[str] = (),
         classifier: Classifier | None = None,
-        method: Method | None = None,
+        method: AnomalyMethod | None = None,
         threshold: float | None = None,
     ) -> Anomaly:
         """One picture; see `AnomalyRequest`."""
@@ -386,6 +416,10 @@ class Runner:
     ) -> Explanation:
         """How much each word of the caption fits one picture; see `ExplainRequest`."""
         return self.run(explain(self.bundle, ExplainRequest(_picture(image), caption, method, threshold)))
+
+    def compress(self, texts: Sequence[str], budget: int | None = None) -> list[Compressed]:
+        """Sentences of each text that stay near the vector of the whole; see `CompressRequest`."""
+        return self.run(compress(self.bundle, CompressRequest(texts, budget)))
 
     def raw(self, graph: str, feeds: Arrays) -> Arrays:
         return self.run(raw(self.bundle, RawRequest(graph, feeds)))

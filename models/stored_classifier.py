@@ -7,6 +7,7 @@ other. Several processes may share a folder. docs/classifiers.md is the normativ
 
 import hashlib
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -14,14 +15,15 @@ from pathlib import Path
 from time import time_ns
 from typing import Any, Literal
 
-from pydantic import ValidationError
+import numpy as np
+from pydantic import Field, ValidationError
 from safetensors.numpy import load, save
 
 from calmclip.models.bundle.manifest import FrozenModel, explain
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest, ClassifierExists, ClassifierNotFound, suggestion
 from calmclip.models.files import check_name, exclusive_lock, write_atomically
-from calmclip.models.flow import Arrays
+from calmclip.models.flow import Array, Arrays
 from calmclip.models.labels import check_distinct, require_labels
 from calmclip.models.tasks.fit import FitReport
 
@@ -41,6 +43,21 @@ class StoredFit(FrozenModel):
     digest: str
 
 
+class StoredRows(FrozenModel):
+    """The vectors of one label. ``data``: base64 of little-endian float32 [N, ``dim``]."""
+
+    dim: int = Field(ge=1)
+    data: str
+
+    @classmethod
+    def of(cls, rows: Array) -> "StoredRows":
+        return cls(dim=rows.shape[1], data=b64encode(rows.astype("<f4").tobytes()).decode())
+
+    def rows(self) -> Array:
+        """float32 [N, dim]. Raises ValueError."""
+        return np.frombuffer(b64decode(self.data, validate=True), "<f4").astype(np.float32).reshape(-1, self.dim)
+
+
 class Stored(FrozenModel):
     """The content of `NAME.json`."""
 
@@ -56,6 +73,7 @@ class Stored(FrozenModel):
     none_below: float | None
     family: str | None
     fit: StoredFit | None
+    label_vectors: dict[str, StoredRows] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +99,13 @@ class Registered:
             report = asdict(self.report) if self.report else None
             fit = {"arrays": self.arrays or None, "sha256": self.sha256 or None, "report": report, "digest": ""}
         of_classifier = {key: getattr(classifier, key) for key in CLASSIFIER}
+        vectors = {label: StoredRows.of(rows) for label, rows in classifier.label_vectors.items()} or None
         stored = Stored.model_validate(
-            {"format": FORMAT, "name": self.name, "version": self.version, "fit": fit, **of_classifier}
-        )
+            {
+                "format": FORMAT, "name": self.name, "version": self.version, "fit": fit, "label_vectors": vectors,
+                **of_classifier,
+            }
+        )  # fmt: skip
         if stored.fit is None:
             return stored
         return stored.model_copy(update={"fit": stored.fit.model_copy(update={"digest": digest(stored)})})
@@ -164,7 +186,8 @@ class ClassifierFolder:
         new = replace(new, version=old.version + 1 if old else 1)
         if data:
             write_atomically(self.directory / new.arrays, data)
-        text = json.dumps(new.stored().model_dump(mode="json"), indent=2, ensure_ascii=False)
+        absent = {"label_vectors"} if not new.classifier.label_vectors else None  # an older calmclip refuses the key
+        text = json.dumps(new.stored().model_dump(mode="json", exclude=absent), indent=2, ensure_ascii=False)
         write_atomically(self.directory / f"{new.name}.json", text.encode())
         if old and old.arrays != new.arrays:
             self._delete_arrays(old.arrays)
@@ -240,7 +263,12 @@ def _parsed(path: Path, data: bytes, known: Mapping[str, Registered]) -> Registe
         before = known.get(stored.name)
         same = before is not None and before.sha256 == fit.sha256
         assets = before.classifier.assets if before and same else _arrays(path.parent, fit)
-    classifier = Classifier(assets=assets, **{key: getattr(stored, key) for key in CLASSIFIER})
+    try:
+        vectors = {label: rows.rows() for label, rows in (stored.label_vectors or {}).items()}
+    except ValueError as error:
+        raise BadRequest(f"its label vectors cannot be read: {error}") from None
+    of_classifier = {key: getattr(stored, key) for key in CLASSIFIER}
+    classifier = Classifier(assets=assets, label_vectors=vectors, **of_classifier)
     report, sha256 = (fit.report, fit.sha256 or "") if fit else (None, "")
     return Registered(stored.name, stored.version, classifier, report, sha256)
 

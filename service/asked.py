@@ -56,8 +56,9 @@ class Asked(Generic[B]):
         """The result of ``flow``. Raises what it raises, `DeadlineExceeded`."""
         return await self.parts.engine.answer(loaded, flow, self.context)
 
-    def respond(self, answer: Answer | bytes, status: int = 200) -> Response:
-        """For handlers that answer with more than one status. ``answer``: JSON, or the bytes of a PNG file.
+    def respond(self, answer: Answer | bytes, status: int = 200, kind: str = PNG) -> Response:
+        """For handlers that answer with more than one status. ``answer``: JSON, or the bytes of a file, whose content
+        type is ``kind``.
 
         Raises `DeadlineExceeded` after the deadline.
         """
@@ -65,7 +66,7 @@ class Asked(Generic[B]):
             raise self.context.late()
         self.context.answered = perf_counter()  # from here to the headers is the stage `serialize`
         if isinstance(answer, bytes):
-            return Response(answer, status, media_type=PNG)
+            return Response(answer, status, media_type=kind)
         return Response(encode(answer), status, media_type=JSON)
 
 
@@ -94,10 +95,10 @@ def serve(app: FastAPI, endpoint: Endpoint) -> None:
     async def ask(request: Request) -> Asked[Any]:
         if checks_query:
             check_query(request, query)
+        if endpoint.kinds:
+            return Asked(request, await read_bytes(request, (*([JSON] if endpoint.body else []), *endpoint.kinds)))
         if endpoint.body is None:
             return Asked(request, None)
-        if endpoint.kinds:
-            return Asked(request, await read_bytes(request, (JSON, *endpoint.kinds)))
         return Asked(request, await read_body(request, endpoint.body))
 
     async def send(asked: Asked[Any], **more: Any) -> Response:

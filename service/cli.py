@@ -11,6 +11,7 @@ from typing import Any
 
 from calmclip.models.cli import emit, parser
 from calmclip.models.errors import BadRequest, BundleNotFound, CalmclipError, ExtraMissing
+from calmclip.models.preprocess.truncation import METHODS
 
 M_ARENA_MAX = -8  # of malloc.h
 
@@ -119,19 +120,25 @@ def collection_command(argv: list[str]) -> int:
     options.add_argument("--bundles", type=Path, help="directory of bundles; default: models/bundles")
     verbs = options.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="names, bundles, items, and which collections do not open")
-    exporting = verbs.add_parser("export", help="write a collection to a Parquet file, also beside a running service")
+    exporting = verbs.add_parser("export", help="write a Parquet file or a bank (.npz), also beside a service")
     exporting.add_argument("name")
     exporting.add_argument("file", type=Path)
     exporting.add_argument("--replace", action="store_true", help="replace the file")
-    importing = verbs.add_parser("import", help="read a file of `export` into the store")
+    importing = verbs.add_parser("import", help="read a file of `export`, or any bank, into the store")
     importing.add_argument("file", type=Path)
-    importing.add_argument("--name", help="default: the name in the file")
+    importing.add_argument("--name", help="default: the name in the file; of a bank (.npz), the file's name")
+    importing.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=True,
+        help="make unit vectors of a bank's others; --no-normalize refuses them",
+    )  # fmt: skip
     importing.add_argument("--replace", action="store_true", help="replace the collection")
     embedding = verbs.add_parser("re-embed", help="give a collection the vectors of another bundle")
     embedding.add_argument("name")
     embedding.add_argument("--model", help="the bundle; default: the present one of the same name")
     embedding.add_argument("--folder", type=Path, help="the folder that was indexed, if no originals are kept")
     embedding.add_argument("--drop", action="store_true", help="leave out the items that have no source")
+    embedding.add_argument("--dimensions", type=int, metavar="N", help="shorten the vectors, if the bundle allows it")
+    embedding.add_argument("--truncate", choices=METHODS, help="of a text that is too long; default: the bundle's")
     embedding.add_argument("--threads", type=int, help="threads per graph; default: one per core")
     verbs.add_parser("remove", help="delete a collection and all its items, also a damaged one").add_argument("name")
     given = options.parse_args(argv)

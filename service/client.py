@@ -51,7 +51,9 @@ V = TypeVar("V")
 H = TypeVar("H")
 P = ParamSpec("P")
 # A path, or the content of a JPEG, PNG or WebP file: bytes, or a file opened in binary mode.
+Truncate: TypeAlias = Literal["none", "end", "compress", "chunk"]
 Picture: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+File: TypeAlias = Picture  # of another format
 URL = "http://127.0.0.1:8080"
 
 
@@ -348,13 +350,30 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class CompressedText:
+    """``text``: sentences of the whole, in order. ``tokens`` and ``tokens_before``: of this text and of the whole;
+    ``ratio``: their quotient. ``cosine``: of their vectors. ``kept``: the positions of the sentences, of ``sentences``.
+    ``cut``: the answer is the first words of one sentence."""
+
+    text: str
+    tokens: int
+    tokens_before: int
+    ratio: float
+    cosine: float
+    kept: list[int]
+    sentences: int
+    cut: bool
+
+
+@dataclass(frozen=True)
 class Item:
-    """An item of a collection: a text or a picture, and any JSON object as metadata."""
+    """An item of a collection: a text, a picture, or a vector in place of a text; and any JSON object as metadata."""
 
     id: str
     text: str | None = None
     image: Picture | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    vector: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -388,6 +407,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Collection:
+    """``model``: the bundle that fills it, or another program's model; then ``digest`` is empty."""
+
     name: str
     model: str
     digest: str
@@ -395,6 +416,13 @@ class Collection:
     created: str
     originals: bool
     items: int
+
+
+@dataclass(frozen=True)
+class ImportedBank(Collection):
+    """``scaled``: the number of vectors that were no unit vectors, and have become such."""
+
+    scaled: int
 
 
 @dataclass(frozen=True)
@@ -416,7 +444,8 @@ class FitReport:
 class Classifier:
     """``head`` None: the bundle's head. ``family``: the bundles that it was fitted or calibrated with; None: any.
 
-    ``report``: of its fit; None for one that was not fitted.
+    ``report``: of its fit; None for one that was not fitted. ``vector_dim``: the numbers of each of its label vectors;
+    None: it has texts.
     """
 
     name: str
@@ -431,6 +460,7 @@ class Classifier:
     family: str | None
     fitted: bool
     report: FitReport | None
+    vector_dim: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -477,16 +507,19 @@ class ExplanationDefaults:
 @dataclass(frozen=True)
 class Model:
     """``embedding_digest``: equal for bundles that make the same vectors; None if the bundle does not embed.
-    ``suppression``, ``segmentation``, ``explanation``: the defaults of a detect, a segment and an explain request; None
-    without the task."""
+    ``dimensions``: the lengths that `embed` may ask for. ``languages``: BCP 47 tags of the languages of texts; empty if
+    the bundle does not say. ``suppression``, ``segmentation``, ``explanation``: the defaults of a detect, a segment and
+    an explain request; None without the task."""
 
     name: str
     digest: str
     embedding_digest: str | None
     family: str
     tasks: list[str]
+    languages: list[str]
     precision: str
     dim: int | None
+    dimensions: list[int]
     labels: int
     suppression: Suppression | None
     segmentation: Segmentation | None
@@ -517,7 +550,7 @@ class Ready:
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """One request, and how to read its answer. ``ok_statuses``: statuses besides 2xx that are answers. ``kind``: the
-    content type of an answer that is a file; ``read`` gets its bytes."""
+    content type of an answer that is a file; ``read`` gets its bytes. ``file``: a body of bytes instead of JSON."""
 
     method: str
     path: str
@@ -526,6 +559,15 @@ class Call(Generic[T]):
     params: Mapping[str, str | int] = field(default_factory=dict)
     ok_statuses: tuple[int, ...] = ()
     kind: str | None = None
+    file: bytes | None = None
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """Arguments of httpx's `request`."""
+        place = {"method": self.method, "url": self.path, "params": self.params}
+        if self.file is None:
+            return {**place, "json": self.json}
+        return {**place, "content": self.file, "headers": {"Content-Type": "application/octet-stream"}}
 
 
 class Calls:
@@ -546,9 +588,12 @@ class Calls:
         with_labels: bool | None = None,
         descriptions: Mapping[str, Sequence[str]] | None = None,
         alpha: float | None = None,
+        label_vectors: Mapping[str, Sequence[Sequence[float]]] | None = None,
         model: str | None = None,
     ) -> Call[Ranking]:
         """Rank labels for a picture. Default: the labels of the classifier, else of the bundle.
+
+        ``label_vectors``: label -> vectors in place of sentences, for a bundle that reads vectors of another model.
 
         ``attributes``: name -> values, of which the picture's are inferred (``tau``, ``with_labels``).
         ``descriptions``: label -> sentences; with ``alpha`` they are looked for in regions of the picture.
@@ -565,6 +610,7 @@ class Calls:
             with_labels=with_labels,
             descriptions=_text_lists(descriptions),
             alpha=alpha,
+            label_vectors=_vector_lists(label_vectors),
             model=model,
         )
         return Call("POST", "/v1/classify", _reader(Ranking), {"image": _picture(image), **fields})
@@ -575,15 +621,27 @@ class Calls:
         texts: Sequence[str] = (),
         images: Sequence[Picture] = (),
         boxes: Sequence[Sequence[float]] = (),
+        vectors: Sequence[Sequence[float]] = (),
+        prompt_name: str | None = None,
+        truncate: Truncate | None = None,
+        stride: int | None = None,
+        pooling: Literal["mean", "max"] | None = None,
+        dimensions: int | None = None,
         model: str | None = None,
     ) -> Call[Embeddings]:
-        """Texts and pictures -> unit vectors in one space, texts first. With ``boxes`` (x0, y0, x1, y1 in pixels) each
-        picture has a vector for each box instead of one."""
+        """Texts, vectors and pictures -> unit vectors in one space, in this order. With ``boxes`` (x0, y0, x1, y1 in
+        pixels) each picture has a vector for each box instead of one. ``vectors``: of the model that the bundle names,
+        in place of texts. ``prompt_name``: the bundle's prompt before each text. ``truncate``: of a text that is too
+        long; ``stride`` (tokens) and ``pooling``: of "chunk". ``dimensions``: the length of the answer's vectors, one
+        of `Model.dimensions`."""
         inputs = [
             *({"text": text} for text in _texts(texts)),
+            *({"vector": _numbers(vector)} for vector in vectors),
             *({"image": _picture(image), **_present(boxes=_boxes(boxes))} for image in _pictures(images)),
         ]
-        return Call("POST", "/v1/embed", _reader(Embeddings), {"inputs": inputs, **_present(model=model)})
+        how = _present(truncate=truncate, stride=stride, pooling=pooling)
+        fields = _present(prompt_name=prompt_name, dimensions=dimensions, model=model) | how
+        return Call("POST", "/v1/embed", _reader(Embeddings), {"inputs": inputs, **fields})
 
     @staticmethod
     def detect(
@@ -742,6 +800,15 @@ class Calls:
         return Call("POST", "/v1/explain", _reader(Explanation), {"image": _picture(image), **fields})
 
     @staticmethod
+    def compress(
+        texts: Sequence[str], *, budget: int | None = None, model: str | None = None
+    ) -> Call[list[CompressedText]]:
+        """For each text its sentences that stay near the vector of the whole, within ``budget`` tokens; None: as many
+        as the model reads."""
+        body = {"texts": _texts(texts), **_present(budget=budget, model=model)}
+        return Call("POST", "/v1/compress", _reader(list[CompressedText], "texts"), body)
+
+    @staticmethod
     def enhance(image: Picture, *, map_pixels: int | None = None, model: str | None = None) -> Call[bytes]:
         """The picture in better light: a PNG file. ``map_pixels``: of the picture that its map is computed on."""
         fields = _present(map_pixels=map_pixels, model=model)
@@ -754,13 +821,18 @@ class Calls:
 
     @staticmethod
     def create_collection(
-        collection: str, *, model: str | None = None, keep_originals: bool | None = None
+        collection: str,
+        *,
+        model: str | None = None,
+        keep_originals: bool | None = None,
+        dimensions: int | None = None,
     ) -> Call[Collection]:
         """Create a collection for the vectors of one bundle. If it exists, nothing changes.
 
-        ``keep_originals``: it keeps the texts and pictures; None: as the service is set.
+        ``keep_originals``: it keeps the texts and pictures; None: as the service is set. ``dimensions``: the length of
+        its vectors, one of `Model.dimensions`.
         """
-        body = _present(model=model, keep_originals=keep_originals)
+        body = _present(model=model, keep_originals=keep_originals, dimensions=dimensions)
         return Call("PUT", _collection(collection), _reader(Collection), body)
 
     @staticmethod
@@ -774,10 +846,14 @@ class Calls:
         return Call("DELETE", _collection(collection), _nothing)
 
     @staticmethod
-    def upsert(collection: str, items: Sequence[Item]) -> Call[Count]:
-        """Add or replace items: all or none. They are on disk when the call returns."""
-        sent = [{"id": item.id, **_query(item.text, item.image), "meta": dict(item.meta)} for item in items]
-        return Call("POST", _collection(collection, "/items"), _reader(Count), {"items": sent})
+    def upsert(collection: str, items: Sequence[Item], *, truncate: Truncate | None = None) -> Call[Count]:
+        """Add or replace items: all or none. They are on disk when the call returns. ``truncate``: of a text that is
+        too long."""
+        sent = [
+            {"id": item.id, **_query(item.text, item.image, item.vector), "meta": dict(item.meta)} for item in items
+        ]
+        body = {"items": sent, **_present(truncate=truncate)}
+        return Call("POST", _collection(collection, "/items"), _reader(Count), body)
 
     @staticmethod
     def page(collection: str, *, after: str | None = None, limit: int = 100) -> Call[Page]:
@@ -795,13 +871,31 @@ class Calls:
         text: str | None = None,
         *,
         image: Picture | None = None,
+        vector: Sequence[float] | None = None,
         top_k: int = 10,
         filter: Mapping[str, Any] | None = None,
+        prompt_name: str | None = None,
+        truncate: Truncate | None = None,
         model: str | None = None,
     ) -> Call[list[Hit]]:
-        """The nearest items to a text or picture. ``filter``: metadata field -> value or range, as {"gte": 1}."""
-        body = {"query": _query(text, image), "top_k": top_k, **_present(filter=filter, model=model)}
+        """The nearest items to a text, a picture, or a ``vector`` in place of a text. ``filter``: metadata field ->
+        value or range, as {"gte": 1}. ``prompt_name``: the bundle's prompt before a text; by default "query", if the
+        bundle has it. ``truncate``: of a text that is too long."""
+        fields = _present(filter=filter, prompt_name=prompt_name, truncate=truncate, model=model)
+        body = {"query": _query(text, image, vector), "top_k": top_k, **fields}
         return Call("POST", _collection(collection, "/search"), _reader(list[Hit], "hits"), body)
+
+    @staticmethod
+    def export_bank(collection: str) -> Call[bytes]:
+        """All vectors, ids and metadata as an npz file: `numpy.load(io.BytesIO(...))`."""
+        return Call("GET", _collection(collection, "/bank"), bytes, kind="application/x-npz")
+
+    @staticmethod
+    def import_bank(collection: str, bank: File, *, normalize: bool = True) -> Call[ImportedBank]:
+        """A new collection of the vectors in an npz file (docs/texts.md), of a bundle or of another program's model.
+        ``normalize``: make unit vectors of others; False: refuse them."""
+        params = {"normalize": str(normalize).lower()}
+        return Call("PUT", _collection(collection, "/bank"), _reader(ImportedBank), params=params, file=_bytes(bank))
 
     @staticmethod
     def classifiers() -> Call[list[Classifier]]:
@@ -811,19 +905,23 @@ class Calls:
     @staticmethod
     def put_classifier(
         name: str,
-        labels: Sequence[str],
+        labels: Sequence[str] = (),
         templates: Sequence[str] = (),
         *,
         descriptions: Mapping[str, Sequence[str]] | None = None,
+        label_vectors: Mapping[str, Sequence[Sequence[float]]] | None = None,
         head: str | None = None,
         params: Mapping[str, Any] | None = None,
         temperature: float | None = None,
         none_below: float | None = None,
     ) -> Call[Classifier]:
-        """Register a classifier. A change increments its version. Settings that are None are the bundle's."""
+        """Register a classifier. A change increments its version. Settings that are None are the bundle's.
+
+        ``label_vectors``: as in `classify`; the labels are then theirs, unless ``labels`` gives another order."""
         sentences = {label: _texts(lines) for label, lines in (descriptions or {}).items()}
         chosen = {"name": head, "params": dict(params or {})} if head else None
-        optional = _present(descriptions=sentences or None, head=chosen, temperature=temperature, none_below=none_below)
+        given = {"descriptions": sentences or None, "label_vectors": _vector_lists(label_vectors), "head": chosen}
+        optional = _present(**given, temperature=temperature, none_below=none_below)
         body = {"labels": _texts(labels), "templates": _texts(templates), **optional}
         return Call("PUT", _classifier(name), _reader(Classifier), body)
 
@@ -936,26 +1034,40 @@ def _pictures(values: Sequence[V]) -> Sequence[V]:
 
 
 def _picture(picture: Picture) -> dict[str, str]:
+    """Raises as `_bytes`."""
+    return {"b64": base64.b64encode(_bytes(picture, "a picture is", "the bytes of a JPEG, PNG or WebP file")).decode()}
+
+
+def _bytes(file: File, what: str = "a bank is", content: str = "the bytes of an npz file") -> bytes:
     """Raises `OSError` if a path cannot be read, `TypeError` for a value of another type."""
-    if isinstance(picture, str | PathLike):
-        data: object = Path(picture).read_bytes()
+    if isinstance(file, str | PathLike):
+        data: object = Path(file).read_bytes()
     else:
-        data = picture.read() if hasattr(picture, "read") else picture
+        data = file.read() if hasattr(file, "read") else file
     if not isinstance(data, bytes | bytearray | memoryview):
         raise TypeError(
-            f"a picture is of the type {type(data).__name__}; expected a path, the bytes of a JPEG, PNG or WebP file, "
-            "or a file opened in binary mode"
+            f"{what} of the type {type(data).__name__}; expected a path, {content}, or a file opened in binary mode"
         )
-    return {"b64": base64.b64encode(data).decode()}
+    return bytes(data)
 
 
 def _boxes(boxes: Sequence[Sequence[float]]) -> list[list[float]] | None:
     return [[*map(float, box)] for box in boxes] or None
 
 
-def _query(text: str | None, image: Picture | None) -> dict[str, Any]:
-    if (text is None) == (image is None):
-        raise TypeError("expected a text or a picture, exactly one of them")
+def _numbers(vector: Sequence[float]) -> list[float]:
+    return [float(number) for number in vector]
+
+
+def _vector_lists(values: Mapping[str, Sequence[Sequence[float]]] | None) -> dict[str, list[list[float]]] | None:
+    return {label: [_numbers(row) for row in rows] for label, rows in values.items()} if values else None
+
+
+def _query(text: str | None, image: Picture | None, vector: Sequence[float] | None = None) -> dict[str, Any]:
+    if [text is None, image is None, vector is None].count(False) != 1:
+        raise TypeError("expected a text, a picture or a vector, exactly one of them")
+    if vector is not None:
+        return {"vector": _numbers(vector)}
     return {"text": text} if image is None else {"image": _picture(image)}
 
 
@@ -1108,7 +1220,7 @@ class Client(_Options[httpx.Client]):
             while True:
                 time.sleep(wait)
                 with _reachable(self._http.base_url):
-                    answer = self._http.request(call.method, call.path, json=call.json, params=call.params)
+                    answer = self._http.request(**call.request)
                 wait = attempts.send(answer)
         except StopIteration as done:
             value: T = done.value
@@ -1123,6 +1235,7 @@ class Client(_Options[httpx.Client]):
     segment_indexed = _sync(Calls.segment_indexed)
     anomaly = _sync(Calls.anomaly)
     explain = _sync(Calls.explain)
+    compress = _sync(Calls.compress)
     enhance = _sync(Calls.enhance)
     collections = _sync(Calls.collections)
     create_collection = _sync(Calls.create_collection)
@@ -1132,6 +1245,8 @@ class Client(_Options[httpx.Client]):
     page = _sync(Calls.page)
     delete_items = _sync(Calls.delete_items)
     search = _sync(Calls.search)
+    export_bank = _sync(Calls.export_bank)
+    import_bank = _sync(Calls.import_bank)
     classifiers = _sync(Calls.classifiers)
     put_classifier = _sync(Calls.put_classifier)
     calibrate_classifier = _sync(Calls.calibrate_classifier)
@@ -1173,7 +1288,7 @@ class AsyncClient(_Options[httpx.AsyncClient]):
             while True:
                 await asyncio.sleep(wait)
                 with _reachable(self._http.base_url):
-                    answer = await self._http.request(call.method, call.path, json=call.json, params=call.params)
+                    answer = await self._http.request(**call.request)
                 wait = attempts.send(answer)
         except StopIteration as done:
             value: T = done.value
@@ -1188,6 +1303,7 @@ class AsyncClient(_Options[httpx.AsyncClient]):
     segment_indexed = _async(Calls.segment_indexed)
     anomaly = _async(Calls.anomaly)
     explain = _async(Calls.explain)
+    compress = _async(Calls.compress)
     enhance = _async(Calls.enhance)
     collections = _async(Calls.collections)
     create_collection = _async(Calls.create_collection)
@@ -1197,6 +1313,8 @@ class AsyncClient(_Options[httpx.AsyncClient]):
     page = _async(Calls.page)
     delete_items = _async(Calls.delete_items)
     search = _async(Calls.search)
+    export_bank = _async(Calls.export_bank)
+    import_bank = _async(Calls.import_bank)
     classifiers = _async(Calls.classifiers)
     put_classifier = _async(Calls.put_classifier)
     calibrate_classifier = _async(Calls.calibrate_classifier)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import find, names, read
 from calmclip.models.errors import BadRequest, CalmclipError, CollectionNotFound, suggestion
 from calmclip.models.files import check_name
+from calmclip.models.preprocess.truncation import Truncation
 from calmclip.models.runner import open_bundle
-from calmclip.service import parquet
+from calmclip.service import bank, parquet
+from calmclip.service.exchange import File
 from calmclip.service.settings import Settings
-from calmclip.service.stores import Info, Store, open_store
+from calmclip.service.stores import Store, open_store
 
 
 def _list(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
@@ -38,20 +40,36 @@ def _export(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
     with _store(settings, read_only=True) as store:
         table = store.open(_known(store, given.name))
         table.verify()
-        rows = parquet.write(table, given.file, replace=given.replace)
-    return {"done": f"{given.file}: {rows} items of {given.name}", "items": rows}
+        rows = (bank if _is_bank(given.file) else parquet).write(table, given.file, replace=given.replace)
+    left_out = " (a bank holds no originals)" if _is_bank(given.file) and table.info.originals else ""
+    return {"done": f"{given.file}: {rows} items of {given.name}{left_out}", "items": rows}
 
 
 def _import(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
-    file = parquet.read(given.file)
-    name = given.name or file.info.name
-    check_name("collection", name)
+    file = _file(settings, given)
+    name = file.info.name
     with _store(settings) as store:
         if name in store.names() and not given.replace:
             raise BadRequest(f"there is a collection {name!r} already; choose another --name, or --replace")
-        info = Info(**{**asdict(file.info), "name": name})
-        count = store.replace(info, file.rows).count()
-    return {"done": f"{name}: {count} items of {given.file}", "items": count}
+        count = store.replace(file.info, file.rows).count()
+    scaled = f", {file.scaled} of whose vectors were no unit vectors and have become such" if file.scaled else ""
+    return {"done": f"{name}: {count} items of {given.file}{scaled}", "items": count, "scaled": file.scaled}
+
+
+def _is_bank(file: Path) -> bool:
+    return file.suffix == ".npz"
+
+
+def _file(settings: Settings, given: argparse.Namespace) -> File:
+    """The file to import, with the name of the collection that it becomes."""
+    if _is_bank(given.file):
+        name = given.name or given.file.stem
+        check_name("collection", name)
+        return bank.read(given.file, name, normalize=given.normalize, meta_bytes=settings.limits.meta_bytes)
+    file = parquet.read(given.file)
+    file.info = replace(file.info, name=given.name or file.info.name)
+    check_name("collection", file.info.name)
+    return file
 
 
 def _re_embed(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
@@ -61,14 +79,20 @@ def _re_embed(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
         info = store.open(_known(store, given.name)).info
         model = given.model or info.model
         runner = open_bundle(find(model, settings.bundles_dir), threads=settings.threads, ops=settings.ops)
-        digest = str(runner.bundle.embedding_digest)
-        if digest == info.digest:
+        bundle, digest = runner.bundle, str(runner.bundle.embedding_digest)
+        # a shortened collection stays as it is, if the bundle says that this prefix of its vectors holds
+        dimensions = given.dimensions or (info.dim if info.dim in bundle.manifest.dimensions else None)
+        if digest == info.digest and (dimensions or bundle.dim) == info.dim:
             already = f"{given.name} has the vectors of {model} already (embedding {digest[:12]}…)"
             return {"done": already, "items": None, "digest": digest}
-        counts = re_embed(store, given.name, runner, given.folder, drop=given.drop)
+        how = Truncation.of(given.truncate) if given.truncate else None
+        counts = re_embed(
+            store, given.name, runner, given.folder, drop=given.drop, truncation=how, dimensions=dimensions
+        )
     dropped = [f"left out {id_}" for id_ in counts.dropped]
     changed = f", {counts.changed} of changed files" if counts.changed else ""
-    done = f"{given.name}: {counts.items} items embedded by {model} (embedding {digest[:12]}…){changed}"
+    length = f", {dimensions} numbers of {bundle.dim}" if dimensions else ""
+    done = f"{given.name}: {counts.items} items embedded by {model} (embedding {digest[:12]}…{length}){changed}"
     return {"done": "\n".join([*dropped, done]), **asdict(counts), "digest": digest}
 
 
@@ -115,7 +139,8 @@ def show(result: dict[str, Any]) -> None:
         if "damaged" in entry:
             print(f"{entry['name']:24s} does not open: {entry['damaged']}")
         else:
-            bundle = entry["bundle"] or f"none of its embedding; it was filled by {entry['model']}"
+            filled = f"it was filled by {entry['model']}" if entry["digest"] else f"its vectors are {entry['model']}'s"
+            bundle = entry["bundle"] or f"none of its embedding; {filled}"
             print(f"{entry['name']:24s} {entry['items']:9d} items  {entry['created']}  bundle: {bundle}")
     if done := result.get("done"):
         print(done)

@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from threading import Event
 from time import monotonic
 from typing import TypeAlias, TypeVar
@@ -22,6 +23,7 @@ from calmclip.models.errors import (
     CalmclipError,
     CollectionDamaged,
     CollectionError,
+    CollectionExists,
     CollectionMismatch,
     CollectionNotFound,
     InputError,
@@ -31,6 +33,9 @@ from calmclip.models.errors import (
 )
 from calmclip.models.files import check_name
 from calmclip.models.flow import Array
+from calmclip.models.tasks.features import check_dimensions
+from calmclip.service import bank
+from calmclip.service.exchange import File
 from calmclip.service.hub import Loaded
 from calmclip.service.metrics import Metrics
 from calmclip.service.quantized import QuantizedTable
@@ -111,6 +116,10 @@ class Collection:
 
         ``digest``: the bundle's `Bundle.embedding_digest`.
         """
+        if self.info.foreign:
+            raise CollectionMismatch(
+                f"{model!r} does not fill the collection {self.info.name!r}: {unloaded(self.info)}"
+            )
         if digest != self.info.digest:
             raise CollectionMismatch(
                 f"collection {self.info.name!r} holds vectors of {self.info.model!r} "
@@ -240,6 +249,11 @@ def _labelled(table: Table, field: str, most: int, given_up: Event) -> Labelled:
 
 def unloaded(info: Info) -> str:
     """Why a collection is not served whose bundle is not loaded."""
+    if info.foreign:
+        return (
+            f"it holds vectors of {info.model!r}, which is no bundle, so no text or picture can be embedded for it. "
+            f"Send a `vector` of {info.dim} numbers that {info.model!r} made"
+        )
     return (
         f"it holds vectors of {info.model!r} (embedding {info.digest[:12]}…), and no loaded bundle embeds the same. "
         f"{way_out(info)}"
@@ -268,6 +282,8 @@ class Collections:
         self._store: Store | None = None
         self._opening: asyncio.Task[Store] | None = None
         self._open: dict[str, Collection] = {}
+        self._filling: set[str] = set()  # names of collections that `add` is filling,
+        self._adding: set[asyncio.Task[Collection]] = set()  # and its tasks
         self._lock = asyncio.Lock()
         self._retrying: asyncio.Task[None] | None = None
         self._opening_since: float | None = None
@@ -307,7 +323,8 @@ class Collections:
     def unbound(self, embeddings: Container[str | None]) -> dict[str, str]:
         """Collection -> reason, for the collections whose embedding is none of ``embeddings``, the loaded ones."""
         infos = [collection.info for collection in self._open.values()]
-        return {_entry(info.name): unloaded(info) for info in infos if info.digest not in embeddings}
+        bound = [info for info in infos if not info.foreign]
+        return {_entry(info.name): unloaded(info) for info in bound if info.digest not in embeddings}
 
     async def tend(self) -> None:
         """Until it is cancelled, every `TEND_S`: `refresh`."""
@@ -361,15 +378,43 @@ class Collections:
         async with self._lock:
             return await self._current(store, name)
 
-    async def create(self, name: str, loaded: Loaded, originals: bool | None = None) -> tuple[Collection, bool]:
+    async def create(
+        self, name: str, loaded: Loaded, originals: bool | None = None, dimensions: int | None = None
+    ) -> tuple[Collection, bool]:
         """The collection, and whether it is new. ``originals``: whether it keeps what is embedded; None: the setting.
+        ``dimensions``: the length of its vectors, one of `Bundle.dimensions`; None: all that the bundle makes.
 
-        Raises `CollectionMismatch` if another bundle filled it, it does not open, or it keeps originals and should not
-        or the reverse; `BadRequest` if there are too many collections. A client that hangs up does not cancel it: the
+        Raises `CollectionMismatch` if another bundle filled it, it does not open, or it exists and has other originals
+        or another length; `BadRequest` for a length that the bundle does not have, and if there are too many
+        collections. A client that hangs up does not cancel it: the
         store's thread would go on and leave an unknown table.
         """
         check_name("collection", name)
-        return await asyncio.shield(self._create(self._ready(), name, loaded, originals))
+        check_dimensions(loaded.bundle, dimensions)
+        return await asyncio.shield(self._create(self._ready(), name, loaded, originals, dimensions))
+
+    async def add(self, file: File) -> Collection:
+        """A new collection of the rows of ``file``, which appears with all of them or not at all.
+
+        Raises `CollectionExists`; `BadRequest` if there are too many collections, and what the rows raise. A client
+        that hangs up does not cancel it.
+        """
+        check_name("collection", file.info.name)
+        adding = asyncio.create_task(self._add(self._ready(), file), name=f"bank-{file.info.name}")
+        self._adding.add(adding)
+        adding.add_done_callback(self._adding.discard)
+        return await asyncio.shield(adding)
+
+    async def bank(self, collection: Collection, most: int) -> bytes:
+        """The collection as a bank (`service.bank`). Raises `BadRequest` for more than ``most`` bytes of vectors, ids
+        and metadata."""
+
+        def packed() -> bytes:
+            file = BytesIO()
+            bank.pack(collection.table, file, most=most)
+            return file.getvalue()
+
+        return await self._read(packed)
 
     async def drop(self, name: str) -> None:
         """Delete a collection, also one that does not open. A client that hangs up does not cancel it.
@@ -382,6 +427,7 @@ class Collections:
         if self._retrying:
             self._retrying.cancel()
             await asyncio.gather(self._retrying, return_exceptions=True)
+        await asyncio.gather(*self._adding, return_exceptions=True)  # the folder's lock is theirs until then
         async with self._lock:  # waits for a running `create` or `drop`
             for collection in self._open.values():
                 await collection.close()
@@ -481,27 +527,56 @@ class Collections:
             self.failed[_entry(name)] = reason
             raise CollectionDamaged(f"the collection {name!r} does not open: {reason}") from error
 
-    async def _create(self, store: Store, name: str, loaded: Loaded, originals: bool | None) -> tuple[Collection, bool]:
+    async def _add(self, store: Store, file: File) -> Collection:
+        name = file.info.name
         async with self._lock:
-            if broken := self.failed.get(_entry(name)):
-                raise CollectionMismatch(
-                    f"the collection {name!r} exists and does not open ({broken}); delete it, or choose another name"
-                )
-            if store.shared:
-                with suppress(CollectionNotFound):
-                    await self._current(store, name)
+            await self._look(store, name)
             if name in self._open:
-                _require(self._open[name], loaded, originals)
+                raise CollectionExists(f"there is a collection {name!r} already; delete it, or choose another name")
+            self._require_room()
+            self._filling.add(name)
+        try:
+            await asyncio.to_thread(store.replace, file.info, file.rows)
+            async with self._lock:
+                return await self._current(store, name)
+        finally:
+            self._filling.discard(name)
+
+    async def _look(self, store: Store, name: str) -> None:
+        """Before a collection is created, which another service may have done. Raises `CollectionMismatch` for a name
+        whose collection does not open, `CollectionExists` for one that `add` is filling."""
+        if broken := self.failed.get(_entry(name)):
+            raise CollectionMismatch(
+                f"the collection {name!r} exists and does not open ({broken}); delete it, or choose another name"
+            )
+        if name in self._filling:
+            raise CollectionExists(f"the collection {name!r} is being filled from a bank; try again when it is done")
+        if store.shared:
+            with suppress(CollectionNotFound):
+                await self._current(store, name)
+
+    def _require_room(self) -> None:
+        """Raises `BadRequest` at the limit."""
+        if (count := len({*self._open, *self._filling})) >= self._max_collections:
+            raise BadRequest(f"there are {count} collections, which is the limit; delete one first")
+
+    async def _create(
+        self, store: Store, name: str, loaded: Loaded, originals: bool | None, dimensions: int | None
+    ) -> tuple[Collection, bool]:
+        async with self._lock:
+            await self._look(store, name)
+            if name in self._open:
+                _require(self._open[name], loaded, originals, dimensions)
                 return self._open[name], False
-            if len(self._open) >= self._max_collections:
-                raise BadRequest(f"there are {len(self._open)} collections, which is the limit; delete one first")
+            self._require_room()
             created = datetime.now(UTC).isoformat(timespec="seconds")
             keeps = self._keep_originals if originals is None else originals
             assert loaded.embedding_digest, "a collection needs a bundle that embeds"
-            info = Info(name, loaded.name, loaded.embedding_digest, loaded.bundle.dim, created, keeps)
+            dim = dimensions or loaded.bundle.dim
+            info = Info(name, loaded.name, loaded.embedding_digest, dim, created, keeps)
             table = await asyncio.to_thread(store.create, info)
             self._open[name] = await self._collection(store, table)
-            _require(self._open[name], loaded, originals)  # another service may have created it first
+            _require(self._open[name], loaded, originals, dimensions)  # another service may have created it first
             self._metrics.committed(name, 0)
             return self._open[name], True
 
@@ -537,9 +612,14 @@ class Collections:
         return self._store
 
 
-def _require(collection: Collection, loaded: Loaded, originals: bool | None) -> None:
+def _require(collection: Collection, loaded: Loaded, originals: bool | None, dimensions: int | None) -> None:
     """Raises `CollectionMismatch` unless the collection is as the caller wants to create it."""
     collection.require(loaded.name, loaded.embedding_digest)
+    if dimensions not in (None, dim := collection.info.dim):
+        raise CollectionMismatch(
+            f"the collection {collection.info.name!r} exists and its vectors have {dim} numbers, not {dimensions}. "
+            "Leave `dimensions` out, or choose another name"
+        )
     if originals not in (None, collection.info.originals):
         keeps = "keeps" if collection.info.originals else "does not keep"
         raise CollectionMismatch(

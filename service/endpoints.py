@@ -48,7 +48,7 @@ class Endpoint:
     tags: tuple[str, ...] = ("tasks",)
     body: type[Body] | None = None  # of a request
     example: Mapping[str, Any] | None = None  # of the body; it must succeed
-    kinds: tuple[str, ...] = ()  # content types beside JSON; with any, the handler gets the raw bytes
+    kinds: tuple[str, ...] = ()  # content types beside the JSON of a body; with any, the handler gets the raw bytes
     answer: Any = None  # model of a success; None: no JSON
     status: int = 200
     problems: tuple[str, ...] = ()  # slugs, beside those that every request may have

@@ -44,9 +44,15 @@ def operation(endpoint: Endpoint) -> dict[str, Any]:
         "status_code": endpoint.status,
         "response_class": JSONResponse if endpoint.answer else Response,
         "responses": _answers(endpoint),
-        "openapi_extra": _body(endpoint, endpoint.body) if endpoint.body else None,
+        "openapi_extra": _body(endpoint, endpoint.body) if endpoint.body else _file(endpoint),
         "include_in_schema": endpoint.listed,
     }
+
+
+def _file(endpoint: Endpoint) -> dict[str, Any] | None:
+    if not endpoint.kinds:
+        return None
+    return {"requestBody": {"required": True, "content": {kind: {"schema": BINARY} for kind in endpoint.kinds}}}
 
 
 def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:

@@ -6,33 +6,22 @@ Columns: ``id`` string, ``vector`` list of D float32, ``meta`` string (JSON), ``
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calmclip.models.errors import BadRequest
+from calmclip.service.exchange import UNIT, File, Ids, whole
 from calmclip.service.stores import Info, Row, Table
 
 KEY = b"calmclip"
 FORMAT = 1
 READ_ROWS = 1024
-MAX_ID = 512  # characters, as in a request
-UNIT = 1e-3  # a unit vector's length may differ from 1 by so much
-
-
-class File(NamedTuple):
-    """An open file. ``rows`` reads and checks it as it goes, and raises `BadRequest`."""
-
-    info: Info
-    rows: Iterator[list[Row]]
 
 
 def write(table: Table, path: Path, *, replace: bool = False) -> int:
@@ -40,25 +29,13 @@ def write(table: Table, path: Path, *, replace: bool = False) -> int:
 
     Raises `BadRequest` if the file exists without ``replace``. Memory: one batch of rows.
     """
-    if path.exists() and not replace:
-        raise BadRequest(f"{path} exists; choose another name, or --replace")
     info = table.info
     schema = _schema(info.dim).with_metadata({KEY: json.dumps({"format": FORMAT, "collection": asdict(info)})})
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     count = 0
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                for rows in table.rows():
-                    writer.write_batch(_batch(rows, schema))
-                    count += len(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    with whole(path, replace=replace) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for rows in table.rows():
+            writer.write_batch(_batch(rows, schema))
+            count += len(rows)
     return count
 
 
@@ -85,23 +62,16 @@ def read(path: Path) -> File:
 
 
 def _rows(file: pq.ParquetFile, path: Path, info: Info) -> Iterator[list[Row]]:
-    ids: set[str] = set()
+    ids = Ids(str(path))
     try:
         for batch in file.iter_batches(READ_ROWS):
-            rows = [_row(values, path, info) for values in batch.to_pylist()]
-            for row in rows:
-                if row.id in ids:
-                    raise BadRequest(f"{path} has the id {row.id!r} twice; expected each id once")
-                ids.add(row.id)
-            yield rows
+            yield [_row(values, path, info, ids) for values in batch.to_pylist()]
     except (pa.ArrowException, OSError) as error:  # a truncated file may have a whole end
         raise BadRequest(f"{path} is damaged: {error}") from None
 
 
-def _row(values: dict[str, Any], path: Path, info: Info) -> Row:
-    id_, text, picture = values["id"], values["text"], values["picture"]
-    if not 1 <= len(id_) <= MAX_ID or "\0" in id_:
-        raise BadRequest(f"{path} has the id {id_[:80]!r}; expected 1 to {MAX_ID} characters without NUL")
+def _row(values: dict[str, Any], path: Path, info: Info, ids: Ids) -> Row:
+    id_, text, picture = ids.check(values["id"]), values["text"], values["picture"]
     vector = np.array(values["vector"], np.float32)
     length = float(np.linalg.norm(vector))
     if not abs(length - 1) <= UNIT:  # also if it is not a number

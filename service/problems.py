@@ -100,6 +100,12 @@ TABLE: dict[type[BaseException], Problem] = {
     errors.CollectionNotFound: Problem(
         "collection-not-found", 404, "Collection not found", "PUT /v1/collections/{name} creates one."
     ),
+    errors.CollectionExists: Problem(
+        "collection-exists",
+        409,
+        "Collection exists",
+        "The name is in use. Choose another one, or delete the collection.",
+    ),
     errors.ClassifierNotFound: Problem(
         "classifier-not-found",
         404,

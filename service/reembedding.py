@@ -7,18 +7,21 @@ process leaves the collection as it was.
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tqdm import tqdm
 
 from calmclip.models.errors import BadRequest, InputError
 from calmclip.models.flow import Flow
+from calmclip.models.preprocess.truncation import Truncation
 from calmclip.models.runner import Runner
-from calmclip.models.tasks.embed import Embeddings, EmbedRequest, embed
+from calmclip.models.tasks.embed import Embeddings, EmbedRequest, document_prompt, embed
+from calmclip.models.tasks.features import check_dimensions
 from calmclip.service.indexing import Picture
 from calmclip.service.stores import Info, Row, Store, Table
 
@@ -36,24 +39,37 @@ class Counts:
     dropped: list[str] = field(default_factory=list)
 
 
-def re_embed(store: Store, name: str, runner: Runner, folder: Path | None = None, *, drop: bool = False) -> Counts:
+def re_embed(
+    store: Store,
+    name: str,
+    runner: Runner,
+    folder: Path | None = None,
+    *,
+    drop: bool = False,
+    truncation: Truncation | None = None,
+    dimensions: int | None = None,
+) -> Counts:
     """``folder``: for the items without an original, by their ids. ``drop``: leave out the items that have no source.
+    ``truncation``: of a text that is too long; None: the bundle's. ``dimensions``: the length of the new vectors, one
+    of `Bundle.dimensions`; None: all that the bundle makes.
 
-    Raises `CollectionNotFound`, and `BadRequest` for an item without a source and for a picture that cannot be decoded;
-    then the collection has not changed. Other services that write to the collection wait meanwhile.
+    Raises `CollectionNotFound`, and `BadRequest` for another length, an item without a source, and a picture that
+    cannot be decoded; then the collection has not changed. Other services that write to the collection wait meanwhile.
     """
     table = store.open(name)
     table.verify()
     counts = Counts()
-    if not table.info.originals:
-        _require_sources(table, folder, drop)
     bundle = runner.bundle
     bundle.require("embed")
     assert bundle.embedding_digest
+    check_dimensions(bundle, dimensions)
+    if not table.info.originals:
+        _require_sources(table, folder, drop)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    info = Info(name, bundle.name, bundle.embedding_digest, bundle.dim, now, table.info.originals)
+    info = Info(name, bundle.name, bundle.embedding_digest, dimensions or bundle.dim, now, table.info.originals)
     with tqdm(total=table.count(), unit="item", disable=None) as bar:
-        store.replace(info, _batches(_embedded(table, runner, folder, drop, counts), counts, bar))
+        settings = {"prompt": document_prompt(bundle), "truncation": truncation, "dimensions": dimensions}
+        store.replace(info, _batches(_embedded(table, runner, folder, drop, settings, counts), counts, bar))
     return counts
 
 
@@ -93,7 +109,9 @@ def _file(folder: Path | None, id_: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _embedded(table: Table, runner: Runner, folder: Path | None, drop: bool, counts: Counts) -> Iterator[Row]:
+def _embedded(
+    table: Table, runner: Runner, folder: Path | None, drop: bool, settings: Mapping[str, Any], counts: Counts
+) -> Iterator[Row]:
     """The rows with their new vectors, in the order of `Table.rows`."""
     waiting: deque[list[Row]] = deque()  # rows of the flows that have begun
 
@@ -106,7 +124,7 @@ def _embedded(table: Table, runner: Runner, folder: Path | None, drop: bool, cou
                 for start in range(0, len(pairs), size):
                     part = pairs[start : start + size]
                     waiting.append([row for row, _ in part])
-                    yield embed(runner.bundle, EmbedRequest([source for _, source in part]))
+                    yield embed(runner.bundle, EmbedRequest([source for _, source in part], **settings))
 
     try:
         for answer in runner.map(flows()):

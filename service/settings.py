@@ -82,6 +82,14 @@ class Limits(_Group):
     fit_items: int = Field(default=20_000, ge=1, description="items of a collection that one fit reads")
     words: int = Field(default=5000, ge=1, description="words of a vocabulary in one request")
     caption_words: int = Field(default=64, ge=1, le=MAX_WORDS, description="words of a caption in one explain request")
+    bank_bytes: int = Field(
+        default=256 * MIB,
+        ge=1024,
+        description="ids, vectors and metadata of a bank over HTTP, unpacked",
+    )
+    long_characters: int = Field(
+        default=200_000, ge=1, description="all texts of a request to compress, or to embed by compress or chunk"
+    )
     meta_bytes: int = Field(default=16384, ge=2, description="one item's metadata, as JSON")
 
 

@@ -95,6 +95,14 @@ def tiny_ranking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ranking(tmp_path_factory.mktemp("checkpoints") / "tiny-ranking")
 
 
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3: grouped queries, norms of q and k, the last token pooled. Do not change it."""
+    from tests.tiny_layouts.decoders import decoder
+
+    return decoder(tmp_path_factory.mktemp("checkpoints") / "tiny-decoder", "qwen3")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _small_weights() -> Iterator[None]:
     """Name bundles of tiny nets int8 although the graphs' other bytes outweigh the weights."""

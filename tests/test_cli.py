@@ -1,9 +1,11 @@
 import builtins
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -33,10 +35,10 @@ def test_every_verb_works_and_explains_itself(verb: str, capsys: pytest.CaptureF
 
 
 def test_help_and_a_list_of_names_load_nothing_that_a_verb_needs():
-    """Torch alone takes seconds and 300 MB. The flags of `train` are the fields of a record, those of `keys` name
-    scopes; their records need pydantic, and the one of `train` numpy."""
+    """Torch alone takes seconds and 300 MB. The flags of `train` and `distil` are the fields of records, and those of
+    `keys` name scopes; their records need pydantic, and those of training numpy."""
     heavy = {"torch", "onnx", "onnxruntime", "numpy", "PIL", "pydantic", "tokenizers", "fastapi", "pyarrow", "lancedb"}
-    last = ["keys", "train"]
+    last = ["keys", "train", "distil"]
     calls = [[verb, "--help"] for verb in VERBS if verb not in last]
     calls += [
         ["--help"],
@@ -57,7 +59,8 @@ print(json.dumps(loaded))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = {call: modules for call, modules in json.loads(done.stdout).items() if modules}
-    assert loaded == {"keys --help": ["pydantic"], "train --help": ["numpy", "pydantic"]}
+    both = ["numpy", "pydantic"]
+    assert loaded == {"keys --help": ["pydantic"], "train --help": both, "distil --help": both}
 
 
 def test_help_says_what_the_registered_plug_ins_say():
@@ -218,11 +221,19 @@ def test_eval_prints_int8_beside_the_float_bundle_sealed_with_it(
 
 
 def test_the_printed_recipe_reads_back_as_the_same_recipe(tiny_hf_clip: Path, tmp_path: Path, capsys):
-    assert main(["recipe", str(tiny_hf_clip)]) == 0
+    assert main(["recipe", str(tiny_hf_clip), "--dimensions", "4,8"]) == 0
     text = capsys.readouterr().out
+    assert tomllib.loads(text)["dimensions"] == [4, 8]
     (tmp_path / "r.toml").write_text(text)
     assert main(["recipe", str(tiny_hf_clip), "--recipe", str(tmp_path / "r.toml")]) == 0
     assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("lengths", ["8,16", "8,4", "", "8;4"])
+def test_dimensions_that_cannot_hold_are_refused_before_the_export(tiny_hf_clip: Path, lengths: str, capsys):
+    with contextlib.suppress(SystemExit):  # argparse refuses what are no numbers
+        assert main(["recipe", str(tiny_hf_clip), "--dimensions", lengths]) == 2
+    assert "below 16" in (said := capsys.readouterr().err) or "no list of numbers, such as 64,128,256" in said
 
 
 def test_export_takes_the_evals_of_the_report(tiny_hf_clip: Path, tmp_path: Path, capsys):
@@ -247,7 +258,19 @@ def test_plugins_lists_each_family(capsys: pytest.CaptureFixture[str]):
     assert main(["plugins", "--json"]) == 0
     families = json.loads(capsys.readouterr().out)
     assert {"cosine", "sigmoid"} <= set(families["heads"])
-    tasks = {"anomaly", "classify", "embed", "detect", "enhance", "explain", "rank", "raw", "segment", "tag"}
+    tasks = {
+        "anomaly",
+        "classify",
+        "compress",
+        "embed",
+        "detect",
+        "enhance",
+        "explain",
+        "rank",
+        "raw",
+        "segment",
+        "tag",
+    }
     assert tasks == set(families["tasks"])
     assert {"mini", "clip"} <= set(families["nets"])
     assert all(families.values()), "an empty family is printed"

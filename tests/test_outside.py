@@ -259,7 +259,7 @@ def test_each_is_listed_served_measured_and_in_openapi(
     assert np.allclose(vectors, -expected, atol=1e-5)
     assert "channel" not in TASKS.names()  # a reader without the task serves the other tasks
     assert (runner.bundle.tasks, read(bundle).manifest.tasks[-1]) == (
-        ("classify", "embed", "raw", "explain", "rank", "tag"),
+        ("classify", "embed", "raw", "compress", "explain", "rank", "tag"),
         "channel",
     )
 
@@ -278,7 +278,7 @@ def test_each_is_listed_served_measured_and_in_openapi(
     assert (results["nobody"][0], results["write"][0], results["metrics"][0]) == (401, 403, 403)
     assert results["read"] == [200, {"model": bundle.name, **most, "most": pytest.approx(3 * row.max(), abs=1e-5)}]
     # listed
-    tasks = ["classify", "embed", "raw", "channel", "explain", "rank", "tag"]
+    tasks = ["classify", "embed", "raw", "channel", "compress", "explain", "rank", "tag"]
     assert results["models"][1]["models"][0]["tasks"] == tasks
     families = ("adapters", "tasks", "endpoints", "heads", "evals", "segmenters")
     names = ("guest", "channel", "POST /v1/channel", "guest", "guest", "guest")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from calmclip.models.bundle.embedding import embedding_digest
-from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess
+from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, TextPreprocess, VectorPreprocess
 from calmclip.models.bundle.store import Sealed
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest, BundleInvalid, BundleTooNew, TaskNotServed
@@ -20,6 +20,7 @@ from calmclip.models.ops.library import Library, Mode, find
 from calmclip.models.outliers import Outliers, outliers
 from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer
 from calmclip.models.preprocess.text import TextPreparer
+from calmclip.models.preprocess.vectors import VectorPreparer
 from calmclip.models.tasks import TASKS, embedding, missing_graphs, served
 
 
@@ -78,7 +79,7 @@ class Bundle:
         for role, graph in self.manifest.graphs.items():
             if isinstance(graph.preprocess, ImagePreprocess):
                 self.image(role)
-            elif graph.preprocess:
+            elif isinstance(graph.preprocess, TextPreprocess):
                 self.text(role)
         if self.classifier.head:
             _ = self.classifier.bound
@@ -93,12 +94,35 @@ class Bundle:
         return self._images[role]
 
     def text(self, role: str = "text") -> TextPreparer:
+        """Raises `BadRequest` if the graph reads vectors in place of texts."""
         if role not in self._texts:
             spec = self.graph(role).preprocess
+            if isinstance(spec, VectorPreprocess):
+                raise BadRequest(
+                    f"bundle {self.name!r} reads no texts, but {VectorPreparer(spec).wanted}: send a `vector` in place "
+                    "of a text, and `label_vectors` in place of labels; or export the checkpoint with --text-encoder, "
+                    "and the bundle holds the model that makes them"
+                )
             if not isinstance(spec, TextPreprocess):
                 raise BundleInvalid(f"bundle {self.name!r}: graph {role!r} takes no texts")
             self._texts[role] = TextPreparer(spec, self.directory)
         return self._texts[role]
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether the graph `text` reads vectors of another model in place of texts."""
+        graph = self.manifest.graphs.get("text")
+        return graph is not None and isinstance(graph.preprocess, VectorPreprocess)
+
+    def vectors(self, role: str = "text") -> VectorPreparer:
+        """Raises `BadRequest` if the graph does not read vectors in place of texts."""
+        spec = self.graph(role).preprocess
+        if not isinstance(spec, VectorPreprocess):
+            raise BadRequest(
+                f"bundle {self.name!r} reads texts, and no vectors of another model; send the text in place of the "
+                "vector"
+            )
+        return VectorPreparer(spec)
 
     @property
     def dim(self) -> int:
@@ -107,6 +131,11 @@ class Bundle:
         if role is None:
             raise TaskNotServed(f"bundle {self.name!r} embeds nothing")
         return embedding(role, self.graph(role))[1]
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """The lengths to which a request may shorten the vectors, ascending; the last is `dim`."""
+        return (*self.manifest.dimensions, self.dim)
 
     @cached_property
     def classifier(self) -> Classifier:
@@ -142,11 +171,13 @@ class Bundle:
     ) -> Classifier:
         """The complete classifier of a request: its labels and texts, else ``classifier``'s, else the default's.
 
-        Raises `TooManyLabels` if it has no labels.
+        Raises `TooManyLabels` if it has no labels; `BadRequest` as `vectors` if it has label vectors.
         """
         base = self.classifier if classifier is None else classifier.with_defaults(self.classifier)
         complete = base.for_request(labels, templates, descriptions)
         require_labels(complete.labels)
+        if complete.label_vectors:
+            self.vectors()
         return complete
 
     def _labels(self, name: str) -> tuple[str, ...]:

@@ -8,12 +8,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from calmclip.models.errors import BundleInvalid, BundleTooNew
+from calmclip.models.errors import BadRequest, BundleInvalid, BundleTooNew
 from calmclip.models.labels import MAX_CHARACTERS, NoneBelow, Temperature, Template
 from calmclip.models.suppression import IouThreshold, MaxOutput, Method, MinScore, PerClass, Sigma
 
@@ -43,8 +43,11 @@ def _inside(path: str) -> str:
 Path = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, Field(pattern=_NAME)]
 TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]  # a BCP 47 tag, such as de or zh-Hant
 Triple = tuple[float, float, float]
+PromptName = Annotated[str, Field(min_length=1, max_length=64)]
 MAX_SIDE = 4096  # pixels of a graph's input
+MAX_DIM = 65_536  # numbers of a vector that a graph reads in place of a text
 GUIDE = "guide"  # an input beside those of `preprocess`: the output `patches` of the graph of this role
 
 
@@ -119,14 +122,23 @@ class ImagePreprocess(FrozenModel):
         return {self.input: ("float32", ("B", 3, *self.size))}
 
 
+QUERY = ("query",)  # the names of a prompt for what is searched for, in sentence-transformers' order
+DOCUMENT = ("document", "passage", "corpus")  # and for what is searched
+
+
 class TextPreprocess(FrozenModel):
     """Strings -> int64 [B, T] ids, and a mask if the graph takes one, from the bundle's tokenizer.json.
 
     ``clean``: open_clip's name for the cleaning (`calmclip.models.preprocess.clean`): HTML unescaped, white space
     joined, widths, ligatures and quotes simplified; ``lower`` also makes lower case. ``pad``: always to ``context``, or
     to the ``longest`` text of the batch, rounded up to a ``multiple`` of tokens, at most ``context``: texts of similar
-    length then have one shape, and a server can batch them. A text of more than ``context`` tokens is an error; with
-    ``truncate`` it is cut and keeps its last token.
+    length then have one shape, and a server can batch them. ``truncate``: of a text of more than ``context`` tokens, if
+    the request does not choose (`models.preprocess.truncation`); false is an error, true cuts it and keeps its last
+    token.
+
+    ``prompts``: name -> the words that go before a text, as in sentence-transformers; a request names one. The text
+    takes the place of {} in a prompt that has it.
+    ``pooled``: an input that is 1 for the tokens that are pooled, 0 for padding and for the tokens of the prompt.
     """
 
     kind: Literal["text"] = "text"
@@ -138,7 +150,22 @@ class TextPreprocess(FrozenModel):
     pad: Literal["context", "longest"] = "longest"
     multiple: int = Field(default=1, ge=1, le=65_536, description="for pad = longest: the width is a multiple of it")
     pad_id: int = Field(default=0, ge=0, lt=2**31)
-    truncate: bool = False
+    truncate: bool | Literal["compress", "chunk"] = False
+    prompts: Mapping[PromptName, Annotated[str, Field(max_length=MAX_CHARACTERS)]] = Field(
+        default_factory=dict, description="name -> the words that go before a text, or around {}"
+    )
+    prompt: str | None = Field(default=None, description="the name in `prompts` that a request has by default")
+    pooled: str | None = Field(
+        default=None, description="an input like `mask` that is 0 also for the tokens of the prompt"
+    )
+
+    @model_validator(mode="after")
+    def _known_prompt(self) -> "TextPreprocess":
+        if self.prompt is not None and self.prompt not in self.prompts:
+            raise ValueError(f"prompt is {self.prompt!r}; expected one of {sorted(self.prompts)}, the names in prompts")
+        if self.pooled and (around := [name for name, words in self.prompts.items() if "{}" in words]):
+            raise ValueError(f"the prompt {around[0]!r} has {{}}; with `pooled` every prompt stands before the text")
+        return self
 
     @model_validator(mode="after")
     def _one_width(self) -> "TextPreprocess":
@@ -155,7 +182,39 @@ class TextPreprocess(FrozenModel):
     def feeds(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
         """Input name -> dtype and shape."""
         width = self.context if self.pad == "context" else "T"
-        return {name: ("int64", ("B", width)) for name in (self.ids, self.mask) if name}
+        return {name: ("int64", ("B", width)) for name in (self.ids, self.mask, self.pooled) if name}
+
+    def prompt_text(self, name: str | None = None) -> str:
+        """The words of the prompt ``name``; None: of the default, "" if there is none.
+
+        Raises `BadRequest` that lists the names.
+        """
+        chosen = self.prompt if name is None else name
+        if chosen is not None and chosen not in self.prompts:
+            raise unknown_prompt(chosen, self.prompts)
+        return "" if chosen is None else self.prompts[chosen]
+
+    def prompt_for(self, names: Iterable[str]) -> str | None:
+        """The first of ``names`` that is in `prompts`; else the default."""
+        return next((name for name in names if name in self.prompts), self.prompt)
+
+
+class VectorPreprocess(FrozenModel):
+    """Vectors of another model, in place of texts -> float32 [B, dim].
+
+    A bundle whose text tower is an adaptor over a language model (LLM2CLIP, ProCLIP) and does not hold that model reads
+    what the model made of a text. With ``normalize`` the vectors are divided by their Euclidean length first.
+    """
+
+    kind: Literal["vector"] = "vector"
+    input: str = "vectors"
+    dim: int = Field(ge=1, le=MAX_DIM, description="numbers of a vector")
+    normalize: bool = Field(default=True, description="vectors are made unit vectors before the graph reads them")
+    model: str = Field(default="", max_length=MAX_PATH, description="the model that makes these vectors of texts")
+
+    def feeds(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+        """Input name -> dtype and shape."""
+        return {self.input: ("float32", ("B", self.dim))}
 
 
 class Graph(FrozenModel):
@@ -168,7 +227,7 @@ class Graph(FrozenModel):
     batch: bool = True
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor] = Field(min_length=1)
-    preprocess: ImagePreprocess | TextPreprocess | None = Field(default=None, discriminator="kind")
+    preprocess: ImagePreprocess | TextPreprocess | VectorPreprocess | None = Field(default=None, discriminator="kind")
 
     @model_validator(mode="after")
     def _fed(self) -> "Graph":
@@ -306,6 +365,9 @@ class Manifest(FrozenModel):
     precision: Literal["int8", "mixed", "float"]
     tasks: tuple[TaskName, ...] = Field(min_length=1)
     source: Source
+    languages: tuple[Language, ...] = Field(
+        default=(), description="BCP 47 tags of the languages that its texts may have; empty: not stated"
+    )
     family: str | None = Field(
         default=None, pattern=_SHA256, description="the same for the float and the INT8 bundle of one export"
     )
@@ -319,6 +381,10 @@ class Manifest(FrozenModel):
     segmentation: SegmentationDefaults | None = Field(default=None, description="the defaults of a segment request")
     anomaly: AnomalyDefaults | None = Field(default=None, description="the sentences of an anomaly request")
     explain: ExplainDefaults | None = Field(default=None, description="the defaults of an explain request")
+    dimensions: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(),
+        description="ascending lengths of prefixes that are embeddings themselves (Matryoshka)",
+    )
     quantization: Quantization
     created: str = Field(description="UTC, ISO 8601")
     files: Mapping[Path, File] = Field(default_factory=dict, description="all files except bundle.json")
@@ -327,6 +393,8 @@ class Manifest(FrozenModel):
     def _consistent(self) -> "Manifest":
         if self.files and (absent := sorted(self.named_files() - self.files.keys())):
             raise ValueError(f"named but not listed under `files`: {', '.join(absent)}")
+        if list(self.dimensions) != sorted(set(self.dimensions)):
+            raise ValueError(f"`dimensions` is {list(self.dimensions)}; expected ascending numbers, each once")
         return self
 
     def named_files(self) -> set[str]:
@@ -334,6 +402,13 @@ class Manifest(FrozenModel):
         paths = {graph.file for graph in self.graphs.values()}
         paths |= {g.preprocess.tokenizer for g in self.graphs.values() if isinstance(g.preprocess, TextPreprocess)}
         return paths | (self.classifier.paths() if self.classifier else set())
+
+
+def unknown_prompt(name: str, prompts: Iterable[str]) -> BadRequest:
+    known = sorted(prompts)
+    if not known:
+        return BadRequest(f"prompt_name is {name[:80]!r}; this bundle has no prompts, so leave it out")
+    return BadRequest(f"prompt_name is {name[:80]!r}; expected one of {', '.join(known)}", known=known)
 
 
 def fits(shape: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:

@@ -8,15 +8,23 @@ this version does not know; its other tasks are served.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from types import UnionType
+from typing import Any, Generic, Protocol, TypeVar, get_args
 
-from calmclip.models.bundle.manifest import Graph, ImagePreprocess, Manifest, Tensor, TextPreprocess
+from calmclip.models.bundle.manifest import (
+    ImagePreprocess,
+    Manifest,
+    Tensor,
+    TextPreprocess,
+    VectorPreprocess,
+)
 from calmclip.models.flow import Flow
 from calmclip.models.registry import Registry
 
 R = TypeVar("R")
 A = TypeVar("A")
-Fed = type[ImagePreprocess] | type[TextPreprocess] | None  # the producer of a graph's inputs; None: other graphs
+# the producer of a graph's inputs, or a union of producers; None: other graphs
+Fed = type[ImagePreprocess] | type[TextPreprocess] | type[VectorPreprocess] | UnionType | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Task(Generic[R, A]):
     """``flow(bundle, request) -> Flow[answer]``, with an open `Bundle`; ``request`` is the type of its request.
 
     ``follows``: another task; a bundle that lists it and has the graphs of this one serves this one too.
-    ``roles``: role -> the preprocessing of its graph; all roles are needed, or with ``any_role`` at least one.
+    ``roles``: role -> the preprocessing of its graph, or a union of kinds; all roles are needed, with ``any_role`` at
+    least one.
     ``check(manifest)`` raises `ValueError` for other faults. ``example(bundle, picture)``: a small request that uses
     every graph of the task, for the service's warm-up, or None; ``picture`` is the bytes of a file.
     """
@@ -59,18 +68,23 @@ class Task(Generic[R, A]):
         for role in needed:
             if role not in manifest.graphs:
                 raise ValueError(f"task {self.name!r} needs a graph {role!r}; the graphs are {sorted(manifest.graphs)}")
-            kind = self.roles[role]
-            if kind and not isinstance(manifest.graphs[role].preprocess, kind):
-                raise ValueError(f"task {self.name!r} needs `graphs.{role}.preprocess` to be an {kind.__name__}")
+            if not self._fed(role, manifest):
+                kind = self.roles[role]
+                names = " or ".join(each.__name__ for each in get_args(kind) or (kind,))
+                raise ValueError(f"task {self.name!r} needs `graphs.{role}.preprocess` to be a {names}")
         self.check(manifest)
 
     def follows_in(self, manifest: Manifest) -> bool:
-        """Whether the manifest lists the task that this one follows, and has the graphs of this one."""
-        present = self._present(manifest)
+        """Whether the manifest lists the task that this one follows, and has the graphs of this one, so fed."""
+        present = [role for role in self._present(manifest) if self._fed(role, manifest)]
         return self.follows in manifest.tasks and len(present) >= (1 if self.any_role else len(self.roles))
 
     def _present(self, manifest: Manifest) -> list[str]:
         return [role for role in self.roles if role in manifest.graphs]
+
+    def _fed(self, role: str, manifest: Manifest) -> bool:
+        kind = self.roles[role]
+        return kind is None or isinstance(manifest.graphs[role].preprocess, kind)
 
 
 TASKS: Registry[Task[Any, Any]] = Registry("tasks", "calmclip.models.tasks")
@@ -98,7 +112,14 @@ def require(manifest: Manifest) -> None:
         TASKS.get(task).require(manifest)
 
 
-def embedding(role: str, graph: Graph) -> tuple[str, int]:
+class HasOutputs(Protocol):
+    """A graph of a manifest, or a tower that becomes one."""
+
+    @property
+    def outputs(self) -> Mapping[str, Tensor]: ...
+
+
+def embedding(role: str, graph: HasOutputs) -> tuple[str, int]:
     """The name of a graph's embedding output, and the length of its vectors. The output is the only one, or is called
     ``ROLE_embeds``. Raises `ValueError` unless it is float32 [B, D] with a fixed D.
     """

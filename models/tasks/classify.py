@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
-from calmclip.models.bundle.manifest import ImagePreprocess, Manifest, TextPreprocess
+from calmclip.models.bundle.manifest import ImagePreprocess, Manifest, TextPreprocess, VectorPreprocess
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Flow, Work
@@ -28,6 +28,7 @@ from calmclip.models.tasks.attributes import vectors as attributed_vectors
 from calmclip.models.tasks.features import Driver, labels, picture, prepared, row_of
 from calmclip.models.tasks.grounding import check as check_alpha
 from calmclip.models.tasks.grounding import grounded, regions_of
+from calmclip.models.vector_files import read_label_vectors
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,22 @@ def check(manifest: Manifest) -> None:
 
 
 def example(bundle: Bundle, picture: bytes) -> ClassifyRequest:
+    spec = bundle.graph("text").preprocess
+    if isinstance(spec, VectorPreprocess):
+        rows = np.ones((1, spec.dim), np.float32)
+        return ClassifyRequest(picture, classifier=Classifier(("a thing",), label_vectors={"a thing": rows}))
     return ClassifyRequest(picture, () if bundle.classifier.labels else ("a thing",))
 
 
 def _options(options: ArgumentParser) -> None:
     options.add_argument("--label", action="append", default=[], help="may be given many times; else the bundle's own")
     options.add_argument("--template", action="append", default=[], help="a sentence with {}; may be given many times")
+    options.add_argument(
+        "--label-vectors",
+        type=Path,
+        metavar="FILE.npz",
+        help="label -> [N, d], of the model that the bundle names, in place of labels",
+    )
     options.add_argument("--classifier", type=Path, metavar="FILE", help="NAME.json of 'calmclip fit' or of a service")
     options.add_argument("--top", type=int, default=5, help="how many labels to print (default 5)")
     options.add_argument("--temperature", type=float, help="divides the logits, 0.01 to 100")
@@ -205,7 +216,12 @@ def _options(options: ArgumentParser) -> None:
 
 
 def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
+    if options.label_vectors and options.classifier:
+        raise BadRequest("--label-vectors and --classifier are given; expected one of them")
     stored = read_classifier(options.classifier).classifier if options.classifier else None
+    if options.label_vectors:
+        vectors = read_label_vectors(options.label_vectors)
+        stored = Classifier(tuple(vectors), label_vectors=vectors)
     descriptions = _descriptions(options.descriptions) if options.descriptions else {}
     classifier = driver.bundle.classifier_for(stored, options.label, options.template, descriptions)
     attributes = _attributes(options)
@@ -259,7 +275,7 @@ TASKS.register("classify")(
         request=ClassifyRequest,
         flow=classify,
         example=example,
-        roles={"image": ImagePreprocess, "text": TextPreprocess},
+        roles={"image": ImagePreprocess, "text": TextPreprocess | VectorPreprocess},
         check=check,
         command=Command(_options, _answers, _line),
     )

@@ -1,16 +1,17 @@
 """FAMILY endpoints, a module per task; here is what tasks share. Handlers catch no errors and measure no time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Flow
+from calmclip.models.preprocess.truncation import Truncation
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENDPOINTS, Endpoint
 from calmclip.service.schemas import Answer
 
-__all__ = ["ENDPOINTS", "check_count", "task_route"]
+__all__ = ["ENDPOINTS", "check_characters", "check_count", "task_route"]
 
 
 class NamesModel(Protocol):
@@ -55,3 +56,17 @@ def check_count(asked: Asked[Any], count: int, kind: str) -> None:
     """Raises `BadRequest` for more items than one request may have."""
     if count > (limit := asked.limits.texts):
         raise BadRequest(f"{count} {kind} were given; at most {limit} are read at once")
+
+
+def check_characters(
+    asked: Asked[Any], bundle: Bundle, inputs: Sequence[object], truncation: Truncation | None = None
+) -> None:
+    """Raises `BadRequest` if the texts among ``inputs`` that are read as a whole have too many characters: tokens are
+    counted before a deadline can end the request. ``truncation``: None for the bundle's.
+    """
+    texts = [value for value in inputs if isinstance(value, str)]
+    how = truncation or (bundle.text().truncation if texts else Truncation())
+    if how.whole and (count := sum(map(len, texts))) > (limit := asked.limits.long_characters):
+        raise BadRequest(
+            f"the texts have {count} characters; with {how.method} at most {limit} are read at once. Send fewer texts"
+        )

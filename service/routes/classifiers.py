@@ -158,6 +158,11 @@ async def _of_collection(asked: Asked[FitBody]) -> tuple[Fitted, int]:
     assert body.label is not None
     collection = await open_collection(asked, body.collection)
     loaded = bundle_of(collection, asked, body.model)
+    if (dim := collection.info.dim) < loaded.bundle.dim:
+        raise BadRequest(
+            f"the collection {body.collection!r} holds the first {dim} of {loaded.bundle.dim} numbers; a classifier "
+            "needs all of them, so fit it to a collection without `dimensions`, or to pictures"
+        )
     async with timed(asked, "search"):
         labelled = await collection.labelled(body.label, asked.limits.fit_items)
     classifier = _classifier(asked, body.labels or sorted(set(labelled.labels)))

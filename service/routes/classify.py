@@ -1,6 +1,7 @@
 """POST /v1/classify: picture + labels -> ranked labels."""
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.errors import BadRequest
 from calmclip.models.tasks.attributes import check_sentences
 from calmclip.models.tasks.classify import ClassifyRequest, classify
 from calmclip.service.asked import Asked
@@ -30,6 +31,10 @@ def classify_picture(asked: Asked[ClassifyBody], bundle: Bundle) -> ClassifyRequ
     body, limits = asked.body, asked.limits
     labels, templates, descriptions = body.labels, body.templates, body.descriptions
     classifier = asked.parts.classifiers.for_request(body.classifier, labels, templates, descriptions)
+    if body.label_vectors:
+        if classifier:
+            raise BadRequest("the request has `label_vectors` and a `classifier`; expected one of them")
+        classifier = asked.parts.classifiers.of_vectors(body.label_vectors)
     asked.check(body.image)
     attributes = body.inference()
     if attributes:

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from calmclip.models import labels
+from calmclip.models.bundle.manifest import MAX_DIM
 from calmclip.models.errors import BadRequest
 from calmclip.models.files import NAME
 from calmclip.service.strict_json import parse
@@ -81,6 +82,35 @@ TextLists = Annotated[dict[str, list[str]], BeforeValidator(_text_lists)]  # in 
 # x0, y0, x1, y1 in pixels of the upright picture
 PixelBox = Annotated[list[StrictFloat], Field(min_length=4, max_length=4, fail_fast=True)]
 PixelBoxes = Annotated[list[PixelBox], Field(min_length=1, max_length=MAX_BOXES, fail_fast=True)]
+# what another model made of a text, for a bundle that reads its vectors
+VectorNumbers = Annotated[list[StrictFloat], Field(min_length=1, max_length=MAX_DIM, fail_fast=True)]
+
+
+def _vector_lists(value: object) -> object:
+    """Stops at the first fault, see `Body`. Numbers are checked where the rows are made."""
+    if isinstance(value, dict):
+        if len(value) > MAX_TEXT_LISTS:
+            raise ValueError(f"vectors of {len(value)} labels were given; at most {MAX_TEXT_LISTS} are read")
+        for name, rows in value.items():
+            if not isinstance(rows, list) or not all(isinstance(row, list) and _numbers(row) for row in rows):
+                raise ValueError(f"{name[:200]!r} has no list of vectors; expected one, such as [[0.1, 0.2]]")
+    return value
+
+
+def _numbers(row: list[object]) -> bool:
+    return all(type(number) in (int, float) for number in row)
+
+
+VectorLists = Annotated[
+    dict[str, Any],
+    BeforeValidator(_vector_lists),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "additionalProperties": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+        }
+    ),
+]
 
 
 class Body(BaseModel):

@@ -31,8 +31,14 @@ class ModelSummary(Answer):
     )
     family: str = Field(description="the float and the INT8 bundle of one export have the same family")
     tasks: list[str]
+    languages: list[str] = Field(
+        description="BCP 47 tags of the languages that its texts may have; empty: the bundle does not say"
+    )
     precision: str
     dim: int | None
+    dimensions: list[int] = Field(
+        description="the lengths that a request may ask for, ascending; the last is `dim`; empty: it does not embed"
+    )
     labels: int = Field(description="number of labels in the bundle")
     suppression: SuppressionAsked | None = Field(
         description="the defaults of a detect request; null: the bundle does not detect"

@@ -3,16 +3,17 @@
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest
 from calmclip.models.heads import HEADS
 from calmclip.models.labels import NoneBelow, Temperature
+from calmclip.models.preprocess.vectors import label_rows
 from calmclip.models.stored_classifier import CLASSIFIER, Registered
 from calmclip.models.tasks.calibrate import Calibration
 from calmclip.models.tasks.fit import MAX_CROPS
-from calmclip.service.schemas import MIB, Answer, Body, Picture, Template, round_score
+from calmclip.service.schemas import MIB, Answer, Body, Picture, Template, VectorLists, round_score
 from calmclip.service.settings import MAX_TEXTS
 
 Descriptions = dict[str, Annotated[list[str], Field(min_length=1, fail_fast=True)]]
@@ -108,24 +109,39 @@ class HeadBody(Body):
 
 
 class ClassifierBody(Body):
-    max_bytes = MIB
+    model_config = ConfigDict(  # some labels or some label vectors
+        json_schema_extra={"not": {"properties": {"labels": {"maxItems": 0}, "label_vectors": {"maxProperties": 0}}}}
+    )
+    max_bytes = 32 * MIB  # 256 labels, each with one vector of 4096 numbers, which JSON writes in 20 characters or more
 
-    labels: list[str] = Field(min_length=1, fail_fast=True)
+    labels: list[str] = Field([], fail_fast=True, description="default: those of `label_vectors`")
     templates: list[Template] = Field([], fail_fast=True, description="default: the bundle's")
     descriptions: Descriptions = Field({}, description="label -> sentences that replace the templates for this label")
+    label_vectors: VectorLists = Field(
+        {}, description="label -> vectors in place of its sentences, for bundles that read vectors of another model"
+    )
     head: HeadBody | None = Field(
         None, description="default: the bundle's; a head with arrays of its own is fitted, not sent"
     )
     temperature: Temperature = 1.0
     none_below: NoneBelow | None = None
 
+    @model_validator(mode="after")
+    def _labels_and_one_kind_of_sentences(self) -> "ClassifierBody":
+        if not self.labels and not self.label_vectors:
+            raise ValueError("expected `labels`, or `label_vectors`")
+        if self.label_vectors and (self.templates or self.descriptions):
+            raise ValueError("`label_vectors` stand in place of sentences; leave out `templates` and `descriptions`")
+        return self
+
     def classifier(self) -> Classifier:
         """Raises `BadRequest`."""
         head: dict[str, Any] = {"head": self.head.name, "params": self.head.params} if self.head else {}
         return Classifier(
-            tuple(self.labels),
+            tuple(self.labels or self.label_vectors),
             tuple(self.templates),
             {label: tuple(lines) for label, lines in self.descriptions.items()},
+            label_vectors=label_rows(self.label_vectors),
             temperature=self.temperature,
             none_below=self.none_below,
             **head,
@@ -154,6 +170,7 @@ class ClassifierAnswer(Answer):
     params: dict[str, Any] = Field(description="the head's parameters")
     temperature: Temperature
     none_below: NoneBelow | None
+    vector_dim: int | None = Field(description="numbers of each of its label vectors; null: it has texts")
     family: str | None = Field(
         description="the family of bundles (see /v1/models) that it was fitted or calibrated with; null: any"
     )
@@ -166,6 +183,7 @@ class ClassifierAnswer(Answer):
         return cls.model_construct(
             name=registered.name,
             version=registered.version,
+            vector_dim=next((rows.shape[1] for rows in registered.classifier.label_vectors.values()), None),
             fitted=bool(registered.arrays),
             report=report,
             **{key: getattr(registered.classifier, key) for key in CLASSIFIER},

@@ -7,7 +7,7 @@ from calmclip.models.errors import BadRequest
 from calmclip.models.labels import NoneBelow, Temperature
 from calmclip.models.tasks.attributes import MAX_SHOWN, MIN_TAU, Attributes, Inferred
 from calmclip.models.tasks.classify import Ranking
-from calmclip.service.schemas import Answer, LabelledPicture, TextLists, round_score
+from calmclip.service.schemas import Answer, LabelledPicture, TextLists, VectorLists, round_score
 
 
 class ClassifyBody(LabelledPicture):
@@ -29,6 +29,11 @@ class ClassifyBody(LabelledPicture):
         {},
         description="label -> sentences that replace the templates for this label; with `alpha`, see there",
         examples=[{"a cat": ["a cat with whiskers", "a cat with pointed ears"], "a dog": ["a dog with a collar"]}],
+    )
+    label_vectors: VectorLists = Field(
+        {},
+        description="label -> vectors in place of its sentences, for a bundle that reads vectors of another model; "
+        "`labels` may select some. It excludes `classifier`, `templates`, `descriptions`, `attributes` and `alpha`",
     )
     alpha: float | None = Field(
         None,

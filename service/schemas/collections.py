@@ -4,34 +4,15 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, WithJsonSchema
 
+from calmclip.models.bundle.manifest import PromptName
 from calmclip.service import filters
+from calmclip.service.metadata import no_nul, storable
 from calmclip.service.schemas import MIB, Answer, Body
-from calmclip.service.schemas.embed import EmbedInput
+from calmclip.service.schemas.embed import EmbedInput, Truncating
 from calmclip.service.settings import MAX_TEXTS
 from calmclip.service.stores import Condition
 
-
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError(f"{text[:100]!r} contains a NUL character")
-    return text
-
-
-def _storable(meta: dict[str, Any]) -> dict[str, Any]:
-    """``meta`` if PostgreSQL can store it: then every store answers alike. No recursion: it may be nested deeply."""
-    rest: list[Any] = [meta]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, str):
-            _no_nul(value)
-        elif isinstance(value, dict):
-            rest += [*value, *value.values()]
-        elif isinstance(value, list):
-            rest += value
-    return meta
-
-
-PlainText = Annotated[str, AfterValidator(_no_nul)]
+PlainText = Annotated[str, AfterValidator(no_nul)]
 
 
 class CollectionBody(Body):
@@ -43,16 +24,19 @@ class CollectionBody(Body):
     keep_originals: StrictBool | None = Field(
         None, description="keep the texts and pictures, so that another bundle can embed them; default: the setting"
     )
+    dimensions: int | None = Field(
+        None, ge=1, description="length of its vectors, one of the bundle's `dimensions`; default: all that it makes"
+    )
 
 
 class Item(EmbedInput):
     id: PlainText = Field(min_length=1, max_length=512)
-    meta: Annotated[dict[str, Any], AfterValidator(_storable)] = Field(
+    meta: Annotated[dict[str, Any], AfterValidator(storable)] = Field(
         {}, description="any JSON object; a search can filter by its top-level fields"
     )
 
 
-class ItemsBody(Body):
+class ItemsBody(Truncating):
     items: list[Item] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
 
 
@@ -60,9 +44,12 @@ class DeleteItemsBody(Body):
     ids: list[PlainText] = Field(min_length=1, fail_fast=True)
 
 
-class SearchBody(Body):
+class SearchBody(Truncating):
     query: EmbedInput
     model: str | None = Field(None, description="if given, it must be the bundle that filled the collection")
+    prompt_name: PromptName | None = Field(
+        None, description="the bundle's prompt before a text; default: 'query', else the bundle's own default"
+    )
     top_k: int = Field(10, ge=1)
     filter: Annotated[list[Condition], BeforeValidator(filters.parse), WithJsonSchema(filters.SCHEMA)] = Field(
         default_factory=list,
@@ -72,12 +59,18 @@ class SearchBody(Body):
 
 class CollectionAnswer(Answer):
     name: str
-    model: str = Field(description="the bundle that fills it")
-    digest: str = Field(description="sha256 of what embeds in that bundle: `embedding_digest` of /v1/models")
-    dim: int
+    model: str = Field(description="the bundle that fills it, or the model of another program that made its vectors")
+    digest: str = Field(
+        description="sha256 of what embeds in that bundle: `embedding_digest` of /v1/models; empty: it is no bundle"
+    )
+    dim: int = Field(description="length of its vectors, which are unit vectors")
     created: str
     originals: bool = Field(description="whether it keeps the texts and pictures")
     items: int
+
+
+class BankAnswer(CollectionAnswer):
+    scaled: int = Field(description="vectors of the bank that were no unit vectors, and have become such")
 
 
 class CollectionsAnswer(Answer):

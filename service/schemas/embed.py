@@ -7,43 +7,68 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.manifest import PromptName
+from calmclip.models.preprocess.truncation import Method, Pooling, Truncation
+from calmclip.models.preprocess.vectors import Vector
 from calmclip.models.tasks.embed import Boxed, Embeddings
-from calmclip.service.schemas import Answer, Body, Picture, PixelBoxes
+from calmclip.service.schemas import Answer, Body, Picture, PixelBoxes, VectorNumbers
 from calmclip.service.settings import MAX_TEXTS
 
 # pydantic has no type for a numpy array; orjson writes it
 Vectors = Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": "number"}}})]
-_TEXT: dict[str, Any] = {"required": ["text"], "properties": {"text": {"type": "string"}, "image": {"type": "null"}}}
-_IMAGE: dict[str, Any] = {"required": ["image"], "properties": {"image": {"type": "object"}, "text": {"type": "null"}}}
-_WITHOUT_BOXES = {**_TEXT, "properties": {**_TEXT["properties"], "boxes": {"type": "null"}}}
+_KINDS = {"text": "string", "image": "object", "vector": "array"}
+
+
+def _one_of(**also: str) -> list[Any]:
+    """A schema for each of `_KINDS`, without the others. ``also``: field -> the kind that may have it."""
+    schemas = []
+    for kind, json_type in _KINDS.items():
+        absent = [*(_KINDS.keys() - {kind}), *(field for field, owner in also.items() if owner != kind)]
+        properties = {kind: {"type": json_type}, **{field: {"type": "null"} for field in sorted(absent)}}
+        schemas.append({"required": [kind], "properties": properties})
+    return schemas
+
+
 DATA_URI = "data:image/"
+PROMPT = "the bundle's prompt that goes before each text; default: the bundle's own default"
+DIMENSIONS = "keep the first so many numbers, as unit vectors: one of the bundle's `dimensions`; default: all"
 
 
 class EmbedInput(Body):
-    """A text or a picture."""
+    """A text, a picture, or a vector in place of a text."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [_TEXT, _IMAGE]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": _one_of()})
 
     text: str | None = None
     image: Picture | None = None
+    vector: VectorNumbers | None = Field(
+        None, description="in place of a text, for a bundle that reads vectors of another model"
+    )
 
     @model_validator(mode="after")
-    def _text_or_image(self) -> "EmbedInput":
-        if (self.text is None) == (self.image is None):
-            raise ValueError("expected `text` or `image`, one of them")
+    def _one_kind(self) -> "EmbedInput":
+        if [self.text, self.image, self.vector].count(None) != 2:
+            raise ValueError("expected `text`, `image` or `vector`, one of them")
         return self
 
     @property
-    def value(self) -> str | bytes:
+    def value(self) -> str | bytes | Vector:
+        if self.vector is not None:
+            return Vector(self.vector)
         value = self.text if self.image is None else self.image
         assert value is not None
         return value
 
+    @property
+    def original(self) -> str | bytes | None:
+        """What a collection can keep of it: a vector of another model is no text that another bundle could embed."""
+        return self.text if self.image is None else self.image
+
 
 class BoxedInput(EmbedInput):
-    """A text, a picture, or boxes in a picture."""
+    """A text, a picture, boxes in a picture, or a vector in place of a text."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [_WITHOUT_BOXES, _IMAGE]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": _one_of(boxes="image")})
 
     boxes: PixelBoxes | None = Field(
         None,
@@ -53,21 +78,49 @@ class BoxedInput(EmbedInput):
     @model_validator(mode="after")
     def _of_a_picture(self) -> "BoxedInput":
         if self.boxes is not None and self.image is None:
-            raise ValueError("`boxes` belong to an `image`; a text has none")
+            raise ValueError("`boxes` belong to an `image`; a text and a vector have none")
         return self
 
     @property
-    def part(self) -> str | bytes | Boxed:
+    def part(self) -> str | bytes | Boxed | Vector:
         value = self.value
         return Boxed(value, self.boxes) if isinstance(value, bytes) and self.boxes else value
 
 
-class EmbedBody(Body):
+def _no_number(value: object) -> object:
+    """A form has words, among them true; JSON's 0 and 1 are no booleans."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("expected true, false or the name of a choice, not a number")
+    return value
+
+
+class Truncating(Body):
+    """The fields of a request with texts that may be too long."""
+
+    truncate: Annotated[bool | Method | None, BeforeValidator(_no_number)] = Field(
+        None,
+        description="of a text with more tokens than the model reads: none or false (an error), end or true (cut), "
+        "compress (its sentences nearest to the whole), chunk (windows, pooled); default: the bundle's",
+    )
+    stride: int | None = Field(None, ge=1, description="chunk: tokens between the starts of two windows; default: all")
+    pooling: Pooling | None = Field(None, description="chunk: mean (default, weighted by tokens) or max of the windows")
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """None: the bundle's. Raises `BadRequest` for options without ``chunk``."""
+        if self.truncate is None and self.stride is None and self.pooling is None:
+            return None
+        return Truncation(Truncation.of(self.truncate or False).method, self.stride, self.pooling or "mean")
+
+
+class EmbedBody(Truncating):
     form: ClassVar[bool] = True
     raw: ClassVar[bool] = True
 
     model: str | None = Field(None, description="a loaded bundle; default: the first that embeds")
+    prompt_name: PromptName | None = Field(None, description=PROMPT)
     inputs: list[BoxedInput] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
+    dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,7 +164,7 @@ def _data_uri(text: str, index: int) -> bytes:
         raise ValueError(f"input {index} is not a data URI of a picture: {error}") from None
 
 
-class EmbeddingsBody(Body):
+class EmbeddingsBody(Truncating):
     """The body of OpenAI's `POST /v1/embeddings`. A text that is a data URI of a picture stands for that picture.
 
     If the service fetches pictures, a text that is only an https address stands for the picture at that address.
@@ -125,10 +178,9 @@ class EmbeddingsBody(Body):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
     ]
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: of little-endian float32")
-    dimensions: int | None = Field(
-        None, ge=1, description="must be the bundle's dimension: its vectors cannot be shortened"
-    )
+    dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
     user: str | None = Field(None, description="ignored")
+    prompt_name: PromptName | None = Field(None, description=PROMPT)
 
 
 class Embedding(Answer):

@@ -18,7 +18,8 @@ BATCH_BYTES = 64 << 20  # so that a batch has about so many bytes
 
 @dataclass(frozen=True)
 class Info:
-    """A collection's properties, stored with its vectors. ``digest``: of what embedded them.
+    """A collection's properties, stored with its vectors. ``digest``: of what embedded them; "" if that was another
+    program's model. ``dim``: the length of the vectors, which may be a prefix of what the bundle makes.
 
     ``originals``: whether the collection keeps the texts and pictures that were embedded.
     """
@@ -29,6 +30,11 @@ class Info:
     dim: int
     created: str  # UTC, ISO 8601
     originals: bool = False
+
+    @property
+    def foreign(self) -> bool:
+        """Whether no bundle can embed for it: its vectors come from a model of another program."""
+        return not self.digest
 
 
 @dataclass(frozen=True)

@@ -173,3 +173,37 @@ def test_run_prints_tags_and_pictures_in_order(
     assert "expected `instruction` or `classifier`" in capsys.readouterr().err
     assert main(["run", str(sealed), "rank", "--instruction", "red"]) == 2
     assert "no pictures were given" in capsys.readouterr().err
+
+
+def test_run_compress_reads_texts_and_files(sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of 10 tokens, in a context of 6, the two lines of 8 tokens are nearest to the whole."""
+    file = tmp_path / "a.txt"
+    file.write_text("blue blue\n\nred red red red\n\ngreen green green green", encoding="utf-8")
+    assert main(["run", str(sealed), "compress", str(file), "--text", "red", "--budget", "8", "--json"]) == 0
+    short, long = json.loads(capsys.readouterr().out)["answers"]
+    assert (short["text"], short["tokens"], short["ratio"], short["cosine"]) == ("red", 1, 1, 1)
+    assert (long["text"], long["kept"]) == ("red red red red\n\ngreen green green green", [1, 2])
+    assert (long["tokens"], long["tokens_before"], long["ratio"]) == (8, 10, 0.8)
+    assert main(["run", str(sealed), "compress", str(file), "--budget", "8"]) == 0
+    assert "(8 of 10 tokens, cosine " in capsys.readouterr().out
+    file.write_bytes(b"\xff")
+    for words, says in ((["--budget", "8", str(file)], "UTF-8"), (["--text", "red", "--budget", "7"], "budget is 7"),
+                        ([], "has no input")):  # fmt: skip
+        assert main(["run", str(sealed), "compress", *words]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_run_embed_chooses_what_becomes_of_a_long_text(sealed: Path, capsys: pytest.CaptureFixture[str]):
+    long = ["run", str(sealed), "embed", "--text", "red " * 6 + "blue " * 3, "--json"]
+    for flags, want in (
+        (["--truncate", "end"], (5, 0, 1)),
+        (["--truncate", "chunk"], (6, 0, 3)),
+        (["--truncate", "chunk", "--pooling", "max"], (1, 0, 1)),
+        (["--truncate", "chunk", "--stride", "3"], (1 + 0.5**0.5, 0, 0.5**0.5)),
+    ):
+        assert main([*long, *flags]) == 0
+        (answer,) = json.loads(capsys.readouterr().out)["answers"]
+        assert answer["embedding"] == pytest.approx((np.array(want) / np.linalg.norm(want)).tolist(), abs=1e-6)
+    for flags, says in (([], "has 9 tokens"), (["--truncate", "none"], "has 9 tokens"), (["--stride", "3"], "chunk")):
+        assert main([*long, *flags]) == 2
+        assert says in capsys.readouterr().err

@@ -132,8 +132,8 @@ class Spy:
 def test_answers_of_many_come_in_their_order(sealed: Path, png: Png, batch: int | None, threads: int):
     runner = open_bundle(sealed)
     spy, text, tokenized = Spy(runner), runner.bundle.text(), []
-    plain = text.tokens
-    text.tokens = lambda text, index: tokenized.append(text) or plain(text, index)  # type: ignore[method-assign]
+    plain = text.checked
+    text.checked = lambda text, index, prompt: tokenized.append(text) or plain(text, index)  # type: ignore[method-assign]
     names = [("red", "green", "blue")[i * i % 3] for i in range(23)]
     pictures = (png(name, (8 + i, 6)) for i, name in enumerate(names))  # a generator: each is read once
     rankings = runner.classify_many(pictures, [*COLOURS], top_k=1, batch=batch, threads=threads)

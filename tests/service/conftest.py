@@ -12,9 +12,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -178,9 +179,12 @@ def make_bundle(
     family: str | None = None,
     report: str = REPORT,
     mean: tuple[float, float, float] = (0, 0, 0),
+    dimensions: tuple[int, ...] = (),
+    prompts: Mapping[str, str] = MappingProxyType({}),
     replace: bool = False,
 ) -> Sealed:
-    """Seal the bundle. ``note`` changes its digest and not what embeds; ``mean``, taken from each picture, does."""
+    """Seal the bundle. ``note`` changes its digest and not what embeds; ``mean``, taken from each picture, does.
+    ``dimensions``: the prefixes that it says hold."""
     picture = {"kind": "image", "size": (8, 8), "resample": "bilinear", "mean": mean, "std": (1, 1, 1)}
     settings = {"method": "int64", "per_class": "int64", "iou_threshold": "float32", "sigma": "float32",
                 "min_score": "float32", "max_output": "int64"}  # fmt: skip
@@ -202,7 +206,7 @@ def make_bundle(
                     "file": "text.onnx",
                     "inputs": {"ids": _tensor("int64", "B", "T"), "mask": _tensor("int64", "B", "T")},
                     "outputs": {"text_embeds": _tensor("float32", "B", 3)},
-                    "preprocess": {"kind": "text", "mask": "mask", "context": CONTEXT},
+                    "preprocess": {"kind": "text", "mask": "mask", "context": CONTEXT, "prompts": {**prompts}},
                 },
                 "regions": {
                     "file": "regions.onnx",
@@ -262,6 +266,7 @@ def make_bundle(
             },
             "classifier": {"templates": ["a photo of a {}"], "head": {"name": "cosine", "params": {"scale": 10.0}}},
             "family": family,
+            "dimensions": dimensions,
             "quantization": {"name": "none"},
             "created": "2026-01-01T00:00:00+00:00",
         }

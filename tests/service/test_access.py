@@ -27,7 +27,7 @@ from calmclip.service.logs import log_lines
 WRITES = {
     "PUT /v1/collections/{name}", "DELETE /v1/collections/{name}", "POST /v1/collections/{name}/items",
     "DELETE /v1/collections/{name}/items", "PUT /v1/classifiers/{name}", "DELETE /v1/classifiers/{name}",
-    "POST /v1/classifiers/{name}/calibrate", "POST /v1/classifiers/{name}/fit",
+    "POST /v1/classifiers/{name}/calibrate", "POST /v1/classifiers/{name}/fit", "PUT /v1/collections/{name}/bank",
 }  # fmt: skip
 HEALTH = {"GET /healthz", "HEAD /healthz", "GET /readyz", "HEAD /readyz", "GET /v2/health/live", "GET /v2/health/ready"}
 PAGE = {f"{verb} /{file}" for verb in ("GET", "HEAD") for file in ("", "index.html", "app.js", "style.css")}

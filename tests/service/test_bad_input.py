@@ -303,7 +303,7 @@ def test_classifiers(client):
     check(put(labels=["x"], templates=["none"]), 422, "invalid-request", "{}")
     check(put(labels=["x", "y" * 1001]), 422, "invalid-request", "label 1 has 1001", "1000")
     check(put(labels=["x"], templates=["{}" + "y" * 1000]), 422, "invalid-request", "template 0 has 1002", "1000")
-    check(put(labels=["y" * (1 << 20)]), 413, "body-too-large", str(1 << 20))
+    check(put(labels=["y" * (1 << 25)]), 413, "body-too-large", str(1 << 25))
     check(client.put("/v1/collections/big", json={"model": "y" * (1 << 20)}), 413, "body-too-large", str(1 << 20))
     check(client.get("/v1/classifiers/bad"), 404, "classifier-not-found")
 

@@ -97,10 +97,10 @@ def changed(body: dict[str, Any], place: Place, change: dict[str, Any], without:
 
 
 def bodies(spec: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """Verb, path, schema and a body with all its objects, of each route with a body."""
+    """Verb, path, schema and a body with all its objects, of each route with a JSON body."""
     for path, verbs in spec["paths"].items():
         for verb, operation in verbs.items():
-            if "requestBody" in operation:
+            if "application/json" in operation.get("requestBody", {}).get("content", {}):
                 content = operation["requestBody"]["content"]["application/json"]
                 yield verb.upper(), path, content["schema"], content["example"] | MORE.get(f"{verb.upper()} {path}", {})
 

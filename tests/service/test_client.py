@@ -19,6 +19,7 @@ from PIL import Image
 
 import calmclip.service.client
 import calmclip.service.hub
+from calmclip.models.preprocess.truncation import Truncation
 from calmclip.models.runner import Runner, open_bundle
 from calmclip.models.tasks import detect
 from calmclip.models.tasks.attributes import Attributes
@@ -36,6 +37,7 @@ from calmclip.service.client import (
     Failed,
     Forbidden,
     Hit,
+    ImportedBank,
     Item,
     NotFound,
     Overloaded,
@@ -247,6 +249,30 @@ def test_explain(ask, runner, picture):
         ask("explain", data, caption, method="gradient")
 
 
+def test_compress(ask, runner):
+    texts = ["Blue. A thing. Red red red. Green green. A photo of a thing. Yellow.", "red"]
+    answer, want = ask("compress", texts, budget=9), runner.compress(texts, 9)
+    assert [(a.text, a.tokens, a.tokens_before, tuple(a.kept), a.sentences, a.cut) for a in answer] == [
+        (w.text, w.tokens, w.tokens_before, w.kept, w.sentences, w.cut) for w in want
+    ]
+    assert [x for a in answer for x in (a.cosine, a.ratio)] == pytest.approx(
+        [x for w in want for x in (w.cosine, w.ratio)], abs=1e-6
+    )
+
+
+def test_long_texts(ask, runner):
+    text = "Red red. " * 4 + "Blue blue. " * 4
+    for how in ({"truncate": "end"}, {"truncate": "compress"}, {"truncate": "chunk", "stride": 6, "pooling": "max"}):
+        choice = Truncation(how["truncate"], how.get("stride"), how.get("pooling", "mean"))
+        (row,) = ask("embed", texts=[text], **how).embeddings
+        assert row == pytest.approx(runner.embed(texts=[text], truncate=choice)[0].tolist(), abs=1e-6)
+    ask("create_collection", "long")
+    ask("upsert", "long", [Item("a", text=text)], truncate="chunk")
+    (hit,) = ask("search", "long", text, truncate="chunk")
+    assert hit.score == pytest.approx(1, abs=1e-5)
+    ask("delete_collection", "long")
+
+
 def test_collections(ask, runner, picture):
     created = ask("create_collection", "photos", model="colours-int8")
     digest = runner.bundle.embedding_digest
@@ -280,6 +306,37 @@ def test_collections(ask, runner, picture):
     assert (refused.value.status, refused.value.slug) == (404, "collection-not-found")
     assert ask("create_collection", "photos").items == 0  # the name is free again
     ask("delete_collection", "photos")
+
+
+def test_banks(ask, runner):
+    """A collection as numpy reads it, under another name, and one of another program's vectors."""
+    ask("create_collection", "photos", dimensions=3)
+    ask("upsert", "photos", [Item("a", text="red"), Item("b", text="yellow", meta={"n": 1})])
+    data = ask("export_bank", "photos")
+    loaded = np.load(io.BytesIO(data))
+    vectors = dict(zip(loaded["ids"].tolist(), loaded["vectors"], strict=True))
+    np.testing.assert_allclose(vectors["b"], runner.embed(texts=["yellow"])[0], atol=1e-6)
+    copy = ask("import_bank", "copy", data)
+    digest = runner.bundle.embedding_digest
+    assert copy == ImportedBank("copy", "colours-int8", digest, 3, copy.created, False, 2, 0)
+    assert ask("search", "copy", "yellow", top_k=1) == [Hit("b", pytest.approx(1, abs=1e-5), {"n": 1})]
+
+    other = io.BytesIO()
+    np.savez(other, ids=["x"], vectors=np.array([[3, 4]], np.float32), model="UniME", dim=2, normalized=False)
+    with pytest.raises(Rejected, match="length 5"):
+        ask("import_bank", "other", other.getvalue(), normalize=False)
+    assert ask("import_bank", "other", other.getvalue()).scaled == 1
+    assert ask("collection", "other").model == "UniME"
+    assert ask("search", "other", vector=[4, 3]) == [Hit("x", pytest.approx(0.96, abs=1e-6), {})]
+    assert ask("upsert", "other", [Item("y", vector=[0, 2])]) == Count(1, 2)
+    with pytest.raises(Conflict, match="'UniME', which is no bundle") as refused:
+        ask("search", "other", "a text")
+    assert refused.value.slug == "collection-bundle-mismatch"
+    with pytest.raises(Conflict) as refused:
+        ask("import_bank", "other", data)
+    assert refused.value.slug == "collection-exists"
+    for name in ("photos", "copy", "other"):
+        ask("delete_collection", name)
 
 
 def test_classifiers(ask, runner, picture):
@@ -327,7 +384,7 @@ def test_models(ask, runner):
     (model,) = ask("models")
     assert (model.name, model.tasks) == (
         "colours-int8",
-        ["classify", "embed", "detect", "enhance", "anomaly", "explain", "rank", "segment", "tag"],
+        ["classify", "embed", "detect", "enhance", "anomaly", "compress", "explain", "rank", "segment", "tag"],
     )
     assert (model.digest, model.precision) == (runner.bundle.digest, "int8")
     assert (model.dim, model.labels, model.suppression) == (3, 0, USUAL)
@@ -561,7 +618,16 @@ def test_every_endpoint_of_the_clients_has_a_call():
     """Pages, metrics and the compatible protocols have other clients."""
     called = set()
     for name, make in inspect.getmembers(Calls, inspect.isfunction):
-        words = {"image": b"", "text": "t", "images": [], "items": [], "labels": [], "ids": []}
+        words = {
+            "image": b"",
+            "text": "t",
+            "images": [],
+            "items": [],
+            "labels": [],
+            "ids": [],
+            "bank": b"",
+            "texts": [],
+        }
         parameters = inspect.signature(make).parameters.values()
         needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         call = make(

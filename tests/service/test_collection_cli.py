@@ -167,6 +167,21 @@ def test_re_embed_changes_nothing_if_a_source_is_missing_and_follows_changed_fil
     assert meta["sha256"] != "0" * 64
 
 
+def test_re_embed_reads_a_long_original_as_it_is_told(cli, store, settings, serve, bundle_maker, tmp_path):
+    """24 tokens, of a context of 12, of which the first half is red."""
+    bundle_maker(tmp_path / "bundles")
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        client.put("/v1/collections/c", json={"keep_originals": True})
+        item = {"id": "long", "text": "red " * 12 + "blue " * 12}
+        assert client.post("/v1/collections/c/items", json={"items": [item], "truncate": "chunk"}).status_code == 200
+    assert exported(cli, tmp_path)["long"]["vector"] == pytest.approx(unit(1, 0, 1), abs=1e-6)
+    bundle_maker(tmp_path / "bundles", mean=MEAN, replace=True)
+    status, output = cli("re-embed", "c")
+    assert (status, "has 24 tokens" in output) == (2, True)
+    assert cli("re-embed", "c", "--truncate", "end")[0] == 0
+    assert exported(cli, tmp_path)["long"]["vector"] == pytest.approx(unit(11, 0, 1), abs=1e-6)
+
+
 def test_export_import_list_and_remove(cli, store, settings, serve, bundle_maker, picture, tmp_path, monkeypatch):
     bundle_maker(tmp_path / "bundles")
     fill(settings, serve, store, tmp_path, items(picture), keep_originals=True)
@@ -235,3 +250,61 @@ def test_a_file_that_is_not_whole_is_refused_and_nothing_is_imported(
         assert cli("import", file, "--name", "new")[0] == 2, length
     with closing(open_store(store, read_only=True)) as opened:
         assert opened.names() == ["c"]
+
+
+def test_a_bank_goes_in_and_out_of_a_store(cli, store, settings, serve, bundle_maker, picture, tmp_path):
+    bundle_maker(tmp_path / "bundles")
+    fill(settings, serve, store, tmp_path, items(picture), keep_originals=True)
+    status, output = cli("export", "c", tmp_path / "photos.npz")
+    assert (status, "2 items of c (a bank holds no originals)" in output) == (0, True), output
+    rows = exported(cli, tmp_path)
+    with np.load(tmp_path / "photos.npz", allow_pickle=False) as loaded:
+        vectors = dict(zip(loaded["ids"].tolist(), loaded["vectors"], strict=True))
+        metas = dict(zip(loaded["ids"].tolist(), map(json.loads, loaded["meta"].tolist()), strict=True))
+    assert vectors.keys() == rows.keys()
+    for id_, row in rows.items():
+        np.testing.assert_array_equal(vectors[id_], np.array(row["vector"], np.float32))
+        assert metas[id_] == json.loads(row["meta"])
+    assert "exists" in cli("export", "c", tmp_path / "photos.npz")[1]
+    assert cli("import", tmp_path / "photos.npz")[0] == 0  # as the collection `photos`
+    assert cli("export", "photos", tmp_path / "again.npz")[0] == 0
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "photos.npz").read_bytes()
+
+    foreign = tmp_path / "uni.npz"
+    np.savez(foreign, ids=["a"], vectors=np.array([[3, 4]], np.float32), model="UniME", dim=2, normalized=False)
+    status, output = cli("import", foreign, "--no-normalize")
+    assert (status, "length 5" in output) == (2, True), output
+    status, output = cli("import", foreign)
+    assert (status, "1 of whose vectors were no unit vectors" in output) == (0, True), output
+    assert cli("import", foreign, "--name", "x/../y")[0] == 2
+    assert "its vectors are UniME's" in cli("list")[1]
+    assert cli("export", "uni", tmp_path / "uni.parquet")[0] == 0
+    assert cli("import", tmp_path / "uni.parquet", "--name", "more")[0] == 0
+    assert "there is no bundle 'UniME'" in cli("re-embed", "uni")[1]
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        for name in ("uni", "more"):
+            search = {"query": {"vector": [0.6, 0.8]}}
+            (hit,) = client.post(f"/v1/collections/{name}/search", json=search).json()["hits"]
+            assert (hit["id"], hit["score"]) == ("a", pytest.approx(1, abs=1e-6))
+        hits = client.post("/v1/collections/photos/search", json={"query": {"text": "blue"}}).json()["hits"]
+        assert hits[0]["id"] == "sub/blue.png"
+        assert client.get("/readyz").json()["degraded"] == {}
+
+
+@pytest.mark.parametrize("store", ["lancedb"], indirect=True)
+def test_re_embed_keeps_the_length_of_a_shortened_collection(
+    cli, store, settings, serve, bundle_maker, picture, tmp_path
+):
+    bundle_maker(tmp_path / "bundles", dimensions=(2,))
+    white = [{"id": "white", "text": "white"}, {"id": "red", "text": "red"}]
+    fill(settings, serve, store, tmp_path, white, keep_originals=True, dimensions=2)
+    assert exported(cli, tmp_path)["white"]["vector"] == pytest.approx(unit(1, 1), abs=1e-6)
+    assert "already" in cli("re-embed", "c")[1]
+    status, output = cli("re-embed", "c", "--dimensions", "1")
+    assert (status, "expected one of 2, 3" in output) == (2, True), output
+    bundle_maker(tmp_path / "bundles", mean=MEAN, dimensions=(2,), replace=True)
+    status, output = cli("re-embed", "c")
+    assert (status, "2 numbers of 3" in output) == (0, True), output
+    assert exported(cli, tmp_path)["white"]["vector"] == pytest.approx(unit(1, 1), abs=1e-6)
+    assert cli("re-embed", "c", "--dimensions", "3")[0] == 0
+    assert exported(cli, tmp_path)["white"]["vector"] == pytest.approx(unit(1, 1, 1), abs=1e-6)

@@ -1,7 +1,9 @@
 """The writer of a collection over a table that notes its commits, and all collections over a store of such tables."""
 
 import asyncio
+import contextlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,12 +14,14 @@ import calmclip.service.collections
 from calmclip.models.errors import (
     BadRequest,
     CollectionDamaged,
+    CollectionExists,
     CollectionMismatch,
     CollectionNotFound,
     Overloaded,
     StoreUnavailable,
 )
 from calmclip.service.collections import Collection, Collections
+from calmclip.service.exchange import File
 from calmclip.service.metrics import Metrics
 from calmclip.service.settings import Settings, Slo
 from calmclip.service.stores import Info, Row
@@ -187,7 +191,7 @@ def test_compaction_after_many_commits_and_after_fewer_when_idle(monkeypatch):
 
 
 class Shelf:
-    """A store of `Notes`; `gate` holds back `create` and `drop`."""
+    """A store of `Notes`; `gate` holds back `create`, `replace` and `drop`."""
 
     shared = False
 
@@ -211,6 +215,13 @@ class Shelf:
         self.tables[info.name] = Notes()
         return self.tables[info.name]
 
+    def replace(self, info, rows):
+        self.gate.wait(5)
+        time.sleep(0.05)
+        assert list(rows)
+        self.tables[info.name] = Notes()
+        return self.tables[info.name]
+
     def drop(self, name):
         self.gate.wait(5)
         if name == "stuck":
@@ -218,7 +229,7 @@ class Shelf:
         del self.tables[name]
 
     def close(self):
-        self.closed = True
+        self.closed, self.kept = True, sorted(self.tables)
 
 
 BUNDLE = SimpleNamespace(name="m", embedding_digest="d", bundle=SimpleNamespace(dim=2))
@@ -260,6 +271,55 @@ def test_a_collection_exists_if_its_creator_disconnected(monkeypatch):
         assert [collection.table for collection in await collections.all()] == [store.tables["a"]]
 
     shelf(monkeypatch, scenario, store)
+
+
+def bank_of(name: str, *rows: Row) -> File:
+    return File(Info(name, "UniME", "", 2, ""), iter([list(rows)]))
+
+
+def test_the_name_of_a_bank_is_taken_while_it_is_read_and_free_if_it_fails(monkeypatch):
+    store = Shelf()
+
+    def broken():
+        yield [row("x")]
+        raise BadRequest("row 2 is no unit vector")
+
+    async def scenario(collections):
+        await collections.load()
+        store.gate.clear()
+        await hang_up(collections.add(bank_of("a", row("x"))))
+        with pytest.raises(CollectionExists):
+            await collections.add(bank_of("a", row("y")))
+        with pytest.raises(CollectionExists):
+            await collections.create("a", BUNDLE)
+        with pytest.raises(BadRequest, match="there are 1 collections, which is the limit"):
+            await collections.create("b", BUNDLE)
+        store.gate.set()
+        added = None
+        while added is None:  # the caller of the bank has left
+            await asyncio.sleep(0.01)
+            with contextlib.suppress(CollectionNotFound):
+                added = await collections.get("a")
+        assert added.table is store.tables["a"]
+        await collections.drop("a")
+        with pytest.raises(BadRequest, match="row 2"):
+            await collections.add(File(Info("b", "UniME", "", 2, ""), broken()))
+        assert store.names() == []
+        assert (await collections.create("b", BUNDLE))[1] is True
+
+    shelf(monkeypatch, scenario, store, collections=1)
+
+
+def test_a_service_that_ends_waits_for_the_bank_that_it_reads(monkeypatch):
+    store = Shelf()
+
+    async def scenario(collections):
+        await collections.load()
+        store.gate.clear()
+        await hang_up(collections.add(bank_of("a", row("x"))))
+
+    shelf(monkeypatch, scenario, store)
+    assert store.kept == ["a"]
 
 
 def test_a_collection_is_deleted_if_its_deleter_disconnected(monkeypatch):

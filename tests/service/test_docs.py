@@ -108,10 +108,11 @@ def test_the_python_example_runs(client, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:3] == ["['indoors', 'on grass']", "3"]
     assert lines[6:8] == ["['cat']", "['cat', 'sand']"]
-    assert lines[8:10] == ["2 None", "this"]
-    assert lines[10:12] == ["['cat']", "False"]
-    assert lines[12] == "('sofa', False) []"
-    assert lines[13].startswith("404 collection-not-found ")
+    assert lines[8:11] == ["2", "2 None", "this"]
+    assert lines[11:13] == ["['cat']", "False"]
+    assert lines[13] == "('sofa', False) []"
+    assert lines[14].endswith(" False")
+    assert lines[15].startswith("404 collection-not-found ")
 
 
 def test_the_python_example_of_stored_classifiers_runs(bundles, monkeypatch, capsys, tmp_path):

@@ -347,7 +347,7 @@ def test_a_classifier_that_contradicts_itself_is_refused(
 
 
 def test_a_bundle_of_unknown_tasks_is_too_new_and_known_tasks_are_served(with_file: Callable[..., Bundle]):
-    assert with_file({}, name="other", tasks=("embed", "levitate")).tasks == ("embed", "explain")
+    assert with_file({}, name="other", tasks=("embed", "levitate")).tasks == ("embed", "compress", "explain")
     with pytest.raises(BundleTooNew, match=r"serves levitate; this calmclip knows none of these, only anomaly, "):
         with_file({}, tasks=("levitate",))
 

@@ -27,7 +27,8 @@ IMAGE = {"kind": "none", "input": "x", "in_graph": True, "size": (4, 5), "resize
          "keep_square": True, "crop_offset": "floor", "resample": "bilinear", "mean": (0.0, 0.0, 0.1),
          "std": (1.0, 1.0, 0.9), "pad": 1}  # fmt: skip
 TEXT = {"kind": "none", "tokenizer": "words.json", "clean": "lower", "ids": "x", "mask": "m", "context": 7,
-        "pad": "context", "multiple": 2, "pad_id": 1, "truncate": True}  # fmt: skip
+        "pad": "context", "multiple": 2, "pad_id": 1, "truncate": True, "prompts": {"q": "find: "},
+        "prompt": "q", "pooled": "p"}  # fmt: skip
 
 
 @pytest.fixture

@@ -356,6 +356,22 @@ def test_embed_needs_a_graph_that_embeds(colours: Json):
         read(colours)
 
 
+def test_dimensions_are_prefixes_of_the_vectors(colours: Json):
+    assert read(colours).dimensions == ()
+    colours["dimensions"] = [1, 2]
+    assert read(colours).dimensions == (1, 2)
+    for wrong, says in (
+        ([2, 1], "expected ascending numbers"),
+        ([1, 1], "expected ascending numbers"),
+        ([0, 1], r"dimensions\.0"),
+        ([1, 3], "`dimensions` has 3; expected less than 3"),
+        (["1"], r"dimensions\.0"),
+    ):
+        colours["dimensions"] = wrong
+        with pytest.raises(BundleInvalid, match=says):
+            read(colours)
+
+
 def test_the_schema_on_disk_is_the_one_printed():
     assert (HERE / "bundle.schema.json").read_text(encoding="utf-8") == schema()
 
@@ -384,6 +400,7 @@ def test_the_format_page_has_a_row_for_every_key():
         *keys(module.Tensor, "graphs.*.inputs.*."),
         *keys(ImagePreprocess, "graphs.*.preprocess."),
         *keys(module.TextPreprocess, "graphs.*.preprocess."),
+        *keys(module.VectorPreprocess, "graphs.*.preprocess."),
         *keys(module.Ops, "ops."),
         *keys(module.DefaultClassifier, "classifier."),
         *keys(Plugin, "classifier.head."),

@@ -186,3 +186,88 @@ def test_strange_texts_are_read_as_transformers_reads_them(make: Make, clip_bpe:
 def test_a_directory_without_tokenizer_is_refused(tmp_path: Path):
     with pytest.raises(BundleInvalid, match=r"tokenizer\.json is not a tokenizer"):
         TextPreparer(TextPreprocess(context=5), tmp_path)
+
+
+def test_the_tokens_of_a_prompt_are_not_pooled(make: Make):
+    """By hand: [CLS] and the two words of the prompt are left out, the text and [SEP] are pooled."""
+    preparer = make(wordpiece(), context=8, mask="mask", pooled="pooled", prompts={"query": "photo of "})
+    feeds = preparer.prepare(["a cat", "dog"], "photo of ")
+    words = [[PIECES.index(word) for word in row.split()] for row in ("photo of a cat", "photo of dog")]
+    assert feeds["ids"].tolist() == [[CLS, *words[0], SEP], [CLS, *words[1], SEP, 0]]
+    assert feeds["mask"].tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
+    assert feeds["pooled"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert np.array_equal(preparer.prepare(["a cat"])["pooled"], [[1, 1, 1, 1]])
+    assert feeds["pooled"].dtype == np.int64
+
+
+def test_a_prompt_that_leaves_no_room_for_the_text_is_refused(make: Make):
+    bare = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    bare.normalizer = normalizers.Strip()
+    preparer = make(bare, context=2, mask="mask", pooled="pooled", truncate=True)
+    assert preparer.prepare(["b"], "a ")["pooled"].tolist() == [[0, 1]]
+    with pytest.raises(BadRequest, match="the prompt has 2 tokens, and this model reads at most 2"):
+        preparer.prepare(["b"], "a a ")
+
+
+def test_a_prompt_around_the_text_stays_whole_when_the_text_is_cut(make: Make):
+    """By hand, [CLS] photo of … on the [SEP]: the words on both sides stay, also of windows."""
+    prompt = "photo of {} on the"
+    around = lambda *cats: [2, 5, 6, *cats, 11, 12, 3]  # noqa: E731
+    assert make(wordpiece(), context=16).prepare(["a cat"], prompt)["ids"].tolist() == [around(4, 7)]
+    preparer = make(wordpiece(), context=8, truncate=True)
+    assert preparer.tokens("a cat on the beach", prompt=prompt) == around(4, 7)
+    windows = preparer.windows("a cat on the beach", prompt=prompt)
+    assert windows == [around(4, 7), around(11, 12), around(13)]
+    with pytest.raises(BadRequest, match="6 tokens around the text, and this model reads at most 6"):
+        make(wordpiece(), context=6, truncate=True).tokens("a cat", prompt=prompt)
+    with pytest.raises(TextTooLong, match="has 11 tokens"):
+        make(wordpiece(), context=8).tokens("a cat on the beach", prompt=prompt)
+
+
+def test_a_prompt_around_the_text_is_not_left_out_of_a_mean():
+    with pytest.raises(ValidationError, match=r"the prompt 'x' has \{\}; with `pooled` every prompt stands before"):
+        TextPreprocess(context=9, pooled="pooled", prompts={"x": "photo of {}"})
+
+
+def test_an_unknown_default_prompt_is_refused():
+    with pytest.raises(ValidationError, match="prompt is 'query'; expected one of"):
+        TextPreprocess(context=4, prompt="query", prompts={"document": ""})
+    assert TextPreprocess(context=4, prompt="document", prompts={"document": "d: "}).prompt_text() == "d: "
+
+
+def test_windows_cover_the_text_and_each_begins_and_ends_as_a_text(make: Make):
+    """[CLS] + 7 words + [SEP] in a context of 5: windows of 3 words."""
+    preparer = make(wordpiece(), context=5)
+    text = "a photo of cat dog two on"
+    words = list(preparer.encode(text)[1:-1])
+    assert preparer.windows(text) == [[CLS, *words[i : i + 3], SEP] for i in (0, 3, 6)]
+    assert preparer.windows(text, 2) == [[CLS, *words[i : i + 3], SEP] for i in (0, 2, 4)]
+    assert preparer.windows(text, 1) == [[CLS, *words[i : i + 3], SEP] for i in range(5)]
+    assert preparer.windows("cat") == [list(preparer.encode("cat"))]
+    for stride in (0, 4):
+        with pytest.raises(BadRequest, match=f"stride is {stride}; expected 1 to 3 tokens"):
+            preparer.windows(text, stride)
+
+
+def test_a_stride_may_be_an_eighth_of_a_window_and_no_less(make: Make):
+    preparer = make(wordpiece(), context=18)
+    text = "cat dog " * 40
+    assert len(preparer.windows(text, 2)) == 33  # (80 - 16) / 2 + 1
+    with pytest.raises(BadRequest, match="stride is 1; expected 2 to 16 tokens"):
+        preparer.windows(text, 1)
+
+
+def test_a_special_token_in_the_text_is_a_word_of_a_window(make: Make):
+    preparer = make(wordpiece(), context=4)
+    assert preparer.windows("[SEP] cat [CLS] dog") == [[CLS, SEP, *preparer.encode("cat")[1:2], SEP],
+                                                       [CLS, CLS, *preparer.encode("dog")[1:2], SEP]]  # fmt: skip
+
+
+def test_every_window_begins_with_the_prompt(make: Make):
+    preparer = make(wordpiece(), context=6)
+    text, words = "cat dog two on", preparer.encode("cat dog two on")[1:-1]
+    prompt = [CLS, *preparer.encode("a photo ")[1:-1]]
+    assert preparer.windows(text, None, "a photo ") == [[*prompt, *words[:2], SEP], [*prompt, *words[2:], SEP]]
+    with pytest.raises(BadRequest, match="each window begins and ends with 6 tokens, and this model reads at most 6"):
+        preparer.windows(text, None, "a photo of cat ")

@@ -1,14 +1,18 @@
 """Labels -> one unit vector each: sentences, the mean of unit vectors; texts in slices of nearly one length."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from calmclip.models.bundle.bundle import Bundle
+from calmclip.models.bundle.store import seal, stage
+from calmclip.models.cache import RowCache
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import TextTooLong
-from calmclip.models.flow import Array, Arrays, Cached, CacheGet, CachePut, Call, Walk, drive
+from calmclip.models.flow import Array, Arrays, Cached, CacheGet, CachePut, Call, Walk, drive, no_cache
+from calmclip.models.preprocess.truncation import Truncation
 from calmclip.models.runtime.clock import Stopwatch
 from calmclip.models.tasks.features import labels, texts, unit
 
@@ -92,7 +96,7 @@ def test_descriptions_replace_the_templates_and_are_any_number(bundle: Bundle):
 
 
 def test_cached_texts_are_not_tokenized(bundle: Bundle):
-    bundle.text().tokens = None  # a call of it would fail
+    bundle.text().checked = None  # a call of it would fail
     axes = np.eye(3, dtype=np.float32)
     cache = Rows({("text", "green"): {"text_embeds": axes[1]}, ("text", "red"): {"text_embeds": axes[0]}})
     for requests in (3, 1):  # the second time the vectors of the labels are cached
@@ -160,3 +164,83 @@ def test_a_repeated_text_runs_once(bundle: Bundle):
     rows = drive(texts(bundle, ["red", "blue", "red", "red"]), lambda call: calls.append(call) or answered(call))
     assert rows.tolist() == counts(["red", "blue", "red", "red"])
     assert [call.keys for call in calls] == [("red", "blue")]
+
+
+LONG = "red red red red red red blue blue blue"  # of a context of 6: windows with 6 and 3 words
+
+
+def asked(
+    bundle: Bundle, sentences: list[str], how: Truncation | None, cache: Any = no_cache
+) -> tuple[Array, list[Call]]:
+    """The rows that the graph answers, which are unit vectors here, and the calls."""
+    calls: list[Call] = []
+
+    def run(call: Call) -> Arrays:
+        calls.append(call)
+        return {"text_embeds": unit(answered(call)["text_embeds"])}
+
+    return drive(texts(bundle, sentences, None, how), run, None, cache), calls
+
+
+@pytest.mark.parametrize(
+    ("how", "row"),
+    [
+        (Truncation("end"), (5, 0, 1)),  # the first 5 tokens, and the last
+        (Truncation("chunk"), (6, 0, 3)),  # the mean, by tokens
+        (Truncation("chunk", 3), (1 + 0.5**0.5, 0, 0.5**0.5)),  # red x 6, and red x 3 with blue x 3
+        (Truncation("chunk", None, "max"), (1, 0, 1)),
+    ],
+    ids=["end", "chunk", "stride", "max"],
+)
+def test_a_long_text_is_cut_or_read_in_windows(bundle: Bundle, how: Truncation, row: tuple[float, ...]):
+    vectors, _ = asked(bundle, ["green", LONG], how)
+    assert vectors == pytest.approx(unit(np.array([(0, 1, 0), row])), abs=1e-6)
+
+
+def test_compress_reads_the_sentences_that_are_nearest_to_the_whole(bundle: Bundle):
+    """The windows blue + 2 red + 3 green and green: the whole is near (.46, .83, .23). Two lines fit into 6 tokens; red
+    and green have the cosine .97, blue and green, or blue and red, less."""
+    long = "blue\n\nred red\n\ngreen green green green"
+    vectors, calls = asked(bundle, [long, "red"], Truncation("compress"))
+    assert vectors == pytest.approx(unit(np.array([(2, 4, 0), (1, 0, 0)])), abs=1e-6)
+    assert [2, 2, 3, 3, 3, 3] in calls[-1].feeds["ids"].tolist()
+
+
+@pytest.mark.parametrize("method", ["end", "compress", "chunk"])
+def test_each_choice_has_rows_of_its_own_in_the_cache(bundle: Bundle, method: Any):
+    """A text that fits has one row for all choices. A row of a long text answers no request that made another choice:
+    without one, the text stays an error."""
+    kept = RowCache(100)
+
+    def rows(request: CacheGet | CachePut) -> Cached:
+        return kept.answer("digest", request)
+
+    first, calls = asked(bundle, [LONG], Truncation(method), rows)
+    again, none = asked(bundle, [LONG], Truncation(method), rows)
+    assert first.tolist() == again.tolist()
+    assert calls
+    assert not none
+    other = Truncation("chunk" if method == "end" else "end")
+    assert asked(bundle, [LONG], other, rows)[1]
+    with pytest.raises(TextTooLong, match=r"text 0 .* has 9 tokens; this model reads at most 6"):
+        asked(bundle, [LONG], None, rows)
+
+
+def test_a_bundle_may_choose_and_a_request_wins(colours: dict[str, Any], tmp_path: Path, write: Any):
+    for truncate, row in ((True, (5, 0, 1)), ("chunk", (6, 0, 3)), ("compress", (1, 0, 0))):
+        colours["graphs"]["text"]["preprocess"]["truncate"] = truncate
+        with stage(tmp_path / "bundles", "colours") as staged:
+            bundle = Bundle(seal(staged, write(staged), replace=True))
+        assert asked(bundle, [LONG], None)[0] == pytest.approx(unit(np.array([row])), abs=1e-6)
+        assert asked(bundle, [LONG], Truncation("end"))[0] == pytest.approx(unit(np.array([(5, 0, 1)])), abs=1e-6)
+        with pytest.raises(TextTooLong):
+            asked(bundle, [LONG], Truncation("none"))
+
+
+def test_a_shortened_text_sends_fewer_tokens(bundle: Bundle):
+    """By windows all tokens run, by its end as many as the context."""
+    sent = {}
+    for method in ("chunk", "end"):
+        _, calls = asked(bundle, ["red blue " * 20], Truncation(method))  # type: ignore[arg-type]
+        sent[method] = sum(call.feeds["ids"].size for call in calls)
+    assert (sent["chunk"], sent["end"]) == (7 * 6, 6)

@@ -13,7 +13,7 @@ REDS = [("red", "red")] * 75 + [("red", "blue")] * 25
 # 1 / (1 + exp(-10 / T)) = the mean target (75 * 101 / 102 + 25 * 1 / 102) / 100 = 76 / 102
 WARM = 10 / math.log(76 / 26)
 OPEN = {"templates": [], "descriptions": {}, "head": None, "params": {}, "family": None, "fitted": False,
-        "report": None}  # fmt: skip
+        "report": None, "vector_dim": None}  # fmt: skip
 
 
 def items(picture, *pairs: tuple[str, str]) -> list[dict[str, object]]:

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
+from calmclip.service.client import Client
 from tests.asking import b64
 
 
@@ -75,3 +77,28 @@ def test_a_collection_survives_a_restart_and_refuses_another_bundle(settings, se
     with serve(settings(bundles_dir=bundles)) as client:
         search = {"query": {"text": "blue"}, "model": "other-int8"}
         assert client.post("/v1/collections/kept/search", json=search).status_code == 409
+
+
+def test_search_and_items_have_their_own_prompts(settings, serve, bundle_maker, tmp_path):
+    """An item is "blue green", so the query "red green" has the cosine 1/2 with it, and "blue green" 1."""
+    bundle_maker(tmp_path / "bundles", prompts={"query": "red ", "document": "blue "})
+    with serve(settings(bundles_dir=tmp_path / "bundles")) as client:
+        client.put("/v1/collections/things", json={})
+        client.post("/v1/collections/things/items", json={"items": [{"id": "g", "text": "green"}]})
+        url, query = "/v1/collections/things/search", {"query": {"text": "green"}}
+        for asked, score in (({}, 0.5), ({"prompt_name": "document"}, 1.0)):
+            hits = client.post(url, json=query | asked).json()["hits"]
+            assert hits[0]["score"] == pytest.approx(score, abs=1e-5)
+        answer = client.post(url, json=query | {"prompt_name": "documents"})
+        assert answer.status_code == 422
+        assert answer.json()["known"] == ["document", "query"]
+        vectors = Client(str(client.base_url)).embed(texts=["green"], prompt_name="query").embeddings
+        assert np.array(vectors) == pytest.approx(np.array([[1, 1, 0]]) / 2**0.5, abs=1e-6)
+        assert Client(str(client.base_url)).search("things", "green", prompt_name="document")[0].score == 1.0
+        body = {"model": "colours-int8", "input": "green", "prompt_name": "query"}
+        answer = client.post("/v1/embeddings", json=body).json()
+        assert answer["data"][0]["embedding"] == pytest.approx([0.5**0.5, 0.5**0.5, 0], abs=1e-6)
+        assert answer["usage"]["prompt_tokens"] == 2
+        form = {"text": (None, "green"), "prompt_name": (None, "query")}
+        assert client.post("/v1/embed", files=form).json()["embeddings"] == vectors
+        assert client.post("/v1/embed", json={"inputs": [query["query"]], "prompt_name": "q"}).status_code == 422
