@@ -34,6 +34,8 @@ KINDS = {
         "BUNDLE detect",
         "mini-int8 anomaly",
         "mini-int8 classify",
+        "mini-int8 compress",
+        "mini-int8 embed",
         "mini-int8 explain",
         "mini-int8 rank",
         "mini-int8 segment",
