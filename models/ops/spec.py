@@ -304,10 +304,10 @@ QUANT_PATCHES = Op(
 )
 
 # A depthwise convolution, channels last: quantize(sum over the window of (x - x_zero) w * x_scale * weight_scale +
-# bias), as in QUANT_LINEAR: the sum in int32, exactly, then two roundings to float32. Outside the picture x is x_zero.
-# The window is h by w of the weight, at most 65536 taps, dilation 1. `pads` is top, left, bottom, right, as in Conv. H'
-# = (H + top + bottom - h) / strides[0] + 1, rounded down, or 0 if the window does not fit. The quantizers of x and y
-# are one for the tensor or one for each channel. `group` is C: the Conv of the local function needs it.
+# bias), as in QUANT_LINEAR without activation. Outside the picture x is x_zero. The window is h by w of the weight, at
+# most 65536 taps, dilation 1. `pads` is top, left, bottom, right, as in Conv. H' = (H + top + bottom - h) / strides[0]
+# + 1, rounded down, or 0 if the window does not fit. The quantizers of x and y are one for the tensor or one for each
+# channel. `group` is C: the Conv of the local function needs it.
 QUANT_DEPTHWISE = Op(
     "QuantDepthwise",
     inputs={

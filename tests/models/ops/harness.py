@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -22,9 +21,13 @@ from calmclip.export.functions import BODIES
 from calmclip.models.ops import build
 from calmclip.models.ops.library import Library
 from calmclip.models.ops.spec import DOMAIN, VERSION, Op
+from tests import numpy_torch
+from tests.models.ops import emulated
 
+numpy_torch.stand_in()  # for files that run separately
 ROOT = Path(__file__).parents[3]
-ISAS = build.INT8_ISAS.get(platform.machine(), ("scalar",))
+ISAS = build.isas("INT8_")  # of kernels of byte products
+BYTE_ISAS = build.isas("BYTE_")
 Feeds = dict[str, Any]
 Names = Iterable[str]
 Prototype = Callable[[int], Callable[..., Any]]
@@ -114,9 +117,19 @@ def run(op: Op, feeds: Feeds, attributes: Feeds, *, library: Library | None, con
     return session(op, feeds, attributes, library=library, constants=constants, **how).run(None, fed)
 
 
+def runnable(library: Library, name: str) -> dict[str, int]:
+    """Instruction set -> address, for those of this processor, and those that can be emulated here."""
+    listed = [kernel for kernel in library.kernels if kernel.name == name]
+    places = {kernel.isa: kernel.address for kernel in listed if kernel.runs}
+    for kernel in listed:
+        if kernel.isa in build.EMULATED and kernel.isa not in places and "avx2" in places:
+            places[kernel.isa] = emulated.addresses(kernel.isa)[name]
+    return places
+
+
 def kernels(library: Library, name: str, prototype: Prototype) -> dict[str, Callable[..., Any]]:
-    """Instruction set -> function, for the instruction sets of this processor."""
-    return {kernel.isa: prototype(kernel.address) for kernel in library.kernels if kernel.name == name and kernel.runs}
+    """Instruction set -> function, for the instruction sets that run here."""
+    return {isa: prototype(address) for isa, address in runnable(library, name).items()}
 
 
 def kernel(library: Library, name: str, isa: str, prototype: Prototype) -> Callable[..., Any]:
@@ -138,16 +151,15 @@ def near(y: np.ndarray, exact: np.ndarray, *, most: float = 0.01) -> bool:
 class Edge:
     """Tensors whose last byte is the last byte of readable memory."""
 
-    PAGES = 64
-
     def __init__(self) -> None:
         self.maps: list[mmap.mmap] = []
 
     def lay(self, x: np.ndarray) -> int:
         """The address of a copy that ends at the end of its memory."""
-        memory = mmap.mmap(-1, (self.PAGES + 1) * mmap.PAGESIZE)
+        readable = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, readable + mmap.PAGESIZE)
         self.maps.append(memory)
-        edge = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + self.PAGES * mmap.PAGESIZE
+        edge = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + readable
         assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
         ctypes.memmove(edge - x.nbytes, x.ctypes.data, x.nbytes)
         return edge - x.nbytes

@@ -1,7 +1,6 @@
 """Only the library at its fixed place is loaded, and only as it was built."""
 
 import json
-import platform
 import re
 import shutil
 import subprocess
@@ -10,10 +9,10 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
-from calmclip.models.cli import main
-from calmclip.models.errors import OpsLibraryMissing, OpsNotBuilt
+from calmclip.models.cli import bundle_options, main, parser
+from calmclip.models.errors import BadRequest, OpsLibraryMissing, OpsNotBuilt
 from calmclip.models.ops import build
-from calmclip.models.ops.library import Library, find, look, why_not
+from calmclip.models.ops.library import Library, find, look, mask, why_not
 from calmclip.models.ops.table import OPS
 
 
@@ -94,13 +93,62 @@ def test_a_bundle_and_a_working_directory_cannot_provide_a_library(
 def test_the_list_of_kernels_is_complete(library: Library):
     """Every row of list.inc once for each instruction set of this processor family; scalar runs everywhere."""
     text = (build.SOURCES / "kernels" / "list.inc").read_text()
-    isas = {"": build.ISAS, "INT8_": build.INT8_ISAS, "TABLE_": build.TABLE_ISAS}
-    lines = re.findall(r"^(INT8_|TABLE_|)KERNEL\((\w+),", text, re.MULTILINE)
+    lines = re.findall(r"^(INT8_|BYTE_|TABLE_|)KERNEL\((\w+),", text, re.MULTILINE)
     assert [(k.name, k.isa) for k in library.kernels] == [
-        (name, isa) for kind, name in lines for isa in isas[kind].get(platform.machine(), ("scalar",))
+        (name, isa) for kind, name in lines for isa in build.isas(kind)
     ]
     assert all(k.runs for k in library.kernels if k.isa == "scalar")
     assert len({k.address for k in library.kernels}) == len(library.kernels)
+
+
+def test_masked_instruction_sets_do_not_run(library: Library):
+    """`mask` hides kernels from dispatch, from the list and from `isas`; () brings them back."""
+    every = library.isas
+    masked = {isa for isa in every.values() if isa != "scalar"}
+    try:
+        mask(masked)
+        left = look(build.FOLDER)
+        assert isinstance(left, Library)
+        assert not masked & set(left.isas.values())
+        assert left.isas.keys() == every.keys()
+    finally:
+        mask(())
+    again = look(build.FOLDER)
+    assert isinstance(again, Library)
+    assert again.isas == every
+    for name in ("scalar", "sse9"):
+        with pytest.raises(BadRequest, match="is no instruction set that can be masked; expected some of avx2"):
+            mask([name])
+
+
+def test_the_environment_and_a_flag_mask(library: Library, monkeypatch: pytest.MonkeyPatch, capsys):
+    """The environment holds until `mask` is called; a name that does not exist is an error with its reason."""
+    monkeypatch.setattr("calmclip.models.ops.library._told", [])
+    best = library.isas["quant_linear"]
+    if best == "scalar":
+        pytest.skip("only the scalar kernels run here")
+    try:
+        monkeypatch.setenv("CALMCLIP_OPS_WITHOUT", f" {best}, ")
+        look.cache_clear()
+        assert find().isas["quant_linear"] != best
+        mask(())
+        assert find().isas["quant_linear"] == best
+        options = parser("bench", "")
+        bundle_options(options)
+        options.parse_args(["--without", best])
+        assert find().isas["quant_linear"] != best
+        with pytest.raises(SystemExit):
+            options.parse_args(["--without", "sse9"])
+        assert "'sse9' is no instruction set" in capsys.readouterr().err
+        assert find().isas["quant_linear"] != best
+        monkeypatch.setattr("calmclip.models.ops.library._told", [])
+        monkeypatch.setenv("CALMCLIP_OPS_WITHOUT", "sse9")
+        look.cache_clear()
+        with pytest.raises(BadRequest, match="'sse9' is no instruction set"):
+            find()
+    finally:
+        monkeypatch.undo()
+        mask(())
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the oracle is Linux's list of processor flags")
@@ -113,6 +161,8 @@ def test_kernels_run_if_linux_lists_their_instructions(library: Library):
     needs["avx512"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
     needs["vnni"] = needs["avx512"] | {"avx512_vnni"}
     needs["vbmi"] = needs["avx512"] | {"avx512vbmi"}
+    needs["avxvnni"] = needs["avx2"] | {"avx_vnni"}
+    needs |= {isa: needs["avx2"] for isa in library.about["emulate"].split()}
     for kernel in library.kernels:
         if kernel.isa in needs:
             assert kernel.runs == (needs[kernel.isa] <= flags), kernel

@@ -9,7 +9,7 @@ import pytest
 
 from calmclip.models.ops import reference
 from calmclip.models.ops.spec import QUANT_ADD
-from tests.models.ops.harness import ISAS, Contract, Edge, kernel, kernels, near, run
+from tests.models.ops.harness import BYTE_ISAS, Contract, Edge, kernel, kernels, near, run
 
 BLOCK = 64
 NUMBERS = ("a_scale", "a_zero", "b_scale", "b_zero", "y_scale", "y_zero")
@@ -74,7 +74,7 @@ def by_hand():
     return np.array([rounded[a - 3 + 2 * (b - 160)] for a in range(256) for b in range(256)], np.uint8)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=BYTE_ISAS)
 def add(library, request):
     """A kernel as a function of rows of bytes and the columns' numbers, between guard values."""
     function = kernel(library, "quant_add", request.param, PROTOTYPE)

@@ -207,6 +207,41 @@ def test_masks(attend, p_scale, gamma, zeta):
                 assert near(stated, expected)
 
 
+def _again(feeds, rows):
+    """The same with ``rows`` rows, which repeat."""
+    pick = np.arange(rows) % feeds["q"].shape[1]
+    mask = feeds["mask"]
+    return feeds | {"q": feeds["q"][:, pick], "mask": mask[pick] if mask.ndim > 1 and len(mask) > 1 else mask}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows_answer_as_they_do_among_more(attend, rows):
+    """Bit for bit, though kernels lay few rows out otherwise. Seventeen rows are more than any kernel takes as few."""
+    rng = np.random.default_rng(rows)
+    for seed, (keys, dims) in enumerate(
+        ((64, 64), (65, 1), (79, 15), (80, 16), (97, 130), (128, 63), (129, 72), (197, 64), (300, 20), (1000, 80))
+    ):
+        some = np.where(rng.random((rows, keys)) < 0.5, -np.inf, rng.normal(0, 2, (rows, keys))).astype(np.float32)
+        hidden = some.copy()
+        hidden[-1] = -np.inf
+        ends = rng.integers(1, keys + 1, rows).astype(np.uint32)
+        tails = np.where(np.arange(keys) < ends[:, None], 0, -np.inf).astype(np.float32)
+        for mask, visible in ((None, None), (some, None), (hidden, None), (some[:, :1], None), (tails, ends)):
+            zero, spread = (None, 0, 128, 255)[seed % 4], (1.0, 1e-9, 30.0, 1e12)[seed // 2 % 4]
+            feeds = draw(seed, 1, rows, keys, 1, dims, mask=mask, zero=zero, spread=spread, spare=seed % 3)
+            alone = attend(feeds, visible=visible)
+            among = attend(_again(feeds, 17), visible=None if visible is None else visible[np.arange(17) % rows])
+            assert (alone == among[:, :rows]).all(), (keys, dims)
+            if mask is None and spread < 100:
+                assert near(alone, exact(feeds, 1, dims)), (keys, dims)
+    for q, k, v, zero in ((255, 0, 0, 0), (255, 255, 255, 0), (0, 0, 255, 255), (0, 255, 0, 255)):
+        feeds = draw(0, 1, rows, 65536 if rows == 1 else 100, 1, 8, zero=zero, spread=1e-6)
+        for name, number in (("q", q), ("k", k), ("v", v)):
+            feeds[name][:] = number
+        assert (attend(feeds) == attend(_again(feeds, 17))[:, :rows]).all()
+        assert near(attend(feeds), exact(feeds, 1, 8), most=0)
+
+
 def test_a_row_of_masks_alone_is_the_mean(attend):
     feeds = draw(1, 1, 9, 51, 1, 20, mask=np.full((1, 51), -np.inf, np.float32))
     mean = (feeds["v"][0].astype(np.float64) - 128).mean(0) * 0.02

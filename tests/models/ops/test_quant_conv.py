@@ -17,7 +17,7 @@ from tests.models.ops.harness import ISAS, Contract, Edge, kernel, load, model, 
 PANEL, PLACES, TILE, TILE_BLOCK, TILE_PLACES = 32, 14, 4, 7, 36
 NONE, AROUND = (0, 0, 0, 0), (1, 1, 1, 1)
 # x, window, columns, strides, pads: sides below, at and above tiles and panels; rows of windows that fill no whole
-# words; windows larger than the picture, outside of it, and apart from each other
+# words; windows larger than the picture, outside of it, and apart from each other; more weights than stay in a cache
 CASES = [
     ((1, 5, 13, 32), (3, 3), 32, (1, 1), AROUND), ((2, 4, 29, 16), (3, 3), 16, (1, 1), AROUND),
     ((1, 9, 31, 64), (3, 3), 70, (2, 2), AROUND), ((1, 7, 30, 3), (3, 3), 33, (2, 2), (0, 0, 1, 1)),
@@ -25,6 +25,7 @@ CASES = [
     ((1, 6, 17, 9), (2, 5), 31, (1, 3), (0, 2, 1, 2)), ((1, 9, 12, 4), (5, 4), 65, (3, 1), (4, 1, 4, 2)),
     ((1, 2, 2, 7), (3, 3), 5, (1, 1), (3, 4, 2, 5)), ((1, 8, 40, 10), (2, 2), 9, (3, 5), (1, 0, 2, 1)),
     ((1, 1, 1, 33), (3, 3), 1, (1, 1), AROUND), ((1, 3, 28, 1), (3, 3), 2, (1, 1), NONE),
+    ((1, 3, 9, 128), (3, 3), 70, (1, 1), AROUND), ((1, 2, 7, 516), (3, 3), 33, (1, 1), AROUND),
 ]  # fmt: skip
 # x, columns, pads of a window of 3 x 3 with strides of 1: whole and partial tiles, blocks of tiles and panels
 TILES = [
@@ -124,11 +125,12 @@ class Call:
             padded[:n] = value
             return padded
 
-        sums = -int(x_zero) * weight.sum((0, 1, 2), dtype=np.int64)
+        sums = weight.sum((0, 1, 2), dtype=np.int64)
         inverse = 1 / np.float32(y_scale)
         factor = np.float64(inverse) if floor else 1.0
         arrays = {
-            "panels": packed(weight), "start": columns(sums.astype(np.int32), np.int32),
+            "panels": packed(weight), "start": columns((-int(x_zero) * sums).astype(np.int32), np.int32),
+            "signed_start": columns(((128 - int(x_zero)) * sums).astype(np.int32), np.int32),
             "scale": columns(np.float32(scale) * factor, np.float32),
             "bias": columns(np.float32(bias) * factor, np.float32),
             "inverse": columns(inverse, np.float32), "zero": columns(y_zero, np.int32), "x": x,

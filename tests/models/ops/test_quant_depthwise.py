@@ -77,10 +77,12 @@ def units(y, window, strides):
 
 @pytest.fixture(params=ISAS)
 def convolve(library, request):
-    """A kernel as a function of bytes, its output between guard values."""
+    """A kernel as a function of bytes, its output between guard values. ``once``: scale and bias are in steps of y."""
     function = kernel(library, "quant_depthwise", request.param, PROTOTYPE)
 
-    def go(x, weight, strides, pads, *, x_zero=0, scale=1.0, bias=0.0, y_scale=1.0, y_zero=0, only=slice(None)):
+    def go(
+        x, weight, strides, pads, *, x_zero=0, scale=1.0, bias=0.0, y_scale=1.0, y_zero=0, once=False, only=slice(None)
+    ):
         channels = x.shape[3]
         each = {
             "scale": np.float32(scale), "bias": np.float32(bias), "inverse": 1 / np.float32(y_scale),
@@ -94,6 +96,8 @@ def convolve(library, request):
             "around": np.ascontiguousarray(each.pop("around")),
             "start": blocks(sums.astype(np.int32)),
         } | {name: np.ascontiguousarray(blocks(numbers)) for name, numbers in each.items()}
+        if once:
+            del arrays["inverse"]
         shape = out_shape(x.shape, weight.shape, strides, pads)
         room = np.full(np.prod(shape) + 128, 99, np.uint8)
         y = room[64:-64].reshape(shape)
@@ -180,6 +184,29 @@ def test_kernels_equal_float32(convolve, shape, window, strides, pads):
     assert (y == quantized(sums, scale, **output)).all()
 
 
+@pytest.mark.parametrize(("shape", "window", "strides", "pads"), CASES)
+def test_kernels_round_once_to_float32(convolve, shape, window, strides, pads):
+    """In steps of y; the same bits for every instruction set."""
+    feeds = draw(6, shape, window, columns=True)
+    scale = feeds["x_scale"] * feeds["weight_scale"] / feeds["y_scale"]
+    bias, zero = feeds["bias"] / feeds["y_scale"], feeds["y_zero"]
+    sums = convolved(feeds["x"], feeds["weight"], strides, pads, feeds["x_zero"])
+    steps = (sums.astype(np.longdouble) * scale + bias).astype(np.float32)
+    arrays = {"x_zero": feeds["x_zero"], "scale": scale, "bias": bias, "y_zero": zero}
+    y = convolve(feeds["x"], feeds["weight"], strides, pads, once=True, **arrays)
+    assert (y == np.clip(np.rint(steps) + zero, 0, 255)).all()
+
+
+@pytest.mark.parametrize("zero", [0, 5, 255])
+def test_one_rounding_is_not_two(convolve, zero):
+    """7 times the nearest number to 1 / 7 is over 1 by less than half a step of float32."""
+    x, w, scale = np.full((1, 1, 1, 1), 7, np.uint8), np.full((1, 1, 1), 1, np.int8), np.float32(1 / 7)
+    assert np.float32(7) * scale == 1
+    for once, steps in ((False, 0), (True, 1)):  # 1/2 is a tie
+        y = convolve(x, w, (1, 1), NONE, once=once, scale=scale, bias=-0.5, y_zero=zero)
+        assert y.item() == min(steps + zero, 255)
+
+
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_kernels_with_any_number_of_channels(convolve, channels):
     for window, strides in (((3, 3), (1, 1)), ((5, 5), (2, 2)), ((2, 3), (1, 1))):
@@ -196,7 +223,8 @@ def test_kernels_with_any_number_of_columns_and_rows(convolve, size, stride):
         for shape in ((1, 3, side, 40), (1, side, 3, 40)):
             feeds, pads = draw(side, shape, (size, size)), (size // 2,) * 4
             sums = convolved(feeds["x"], feeds["weight"], (stride, stride), pads, 100)
-            y = convolve(feeds["x"], feeds["weight"], (stride, stride), pads, x_zero=100, scale=1e-3, y_zero=128)
+            how = {"x_zero": 100, "scale": 1e-3, "y_zero": 128, "once": side % 3 == 0}
+            y = convolve(feeds["x"], feeds["weight"], (stride, stride), pads, **how)
             assert (y == quantized(sums, 1e-3, 0, 1, 128)).all()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from calmclip.models.ops import reference
+from calmclip.models.ops.library import mask
 from calmclip.models.ops.spec import (
     ACTIVATIONS,
     DOMAIN,
@@ -20,7 +21,7 @@ from calmclip.models.ops.spec import (
     QUANT_ROWS_LINEAR,
 )
 from tests.models.ops import harness
-from tests.models.ops.harness import ISAS, Contract, kernel, kernels
+from tests.models.ops.harness import ISAS, Contract, Edge, kernel, kernels
 
 PANEL = 32
 ACTIVATE = {
@@ -43,6 +44,8 @@ class Work(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("activation", "one_residual")),
         *((name, ctypes.c_void_p) for name in ("residual", "values", "bytes", "row_scale")),
         ("gated", ctypes.c_int32),
+        ("signed_start", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
     )
 
 
@@ -59,10 +62,22 @@ def packed(w):
     )
 
 
-@pytest.fixture(params=ISAS)
+def ordered(library, panels):
+    """The order of packed panels: [N/32, 4, K/4 + 3], by `order_linear`."""
+    count, steps = panels.shape[:2]
+    order = np.zeros((count, 4, steps + 3), np.uint16)
+    library.handle.calmclip_order_linear(
+        ctypes.c_void_p(panels.ctypes.data), ctypes.c_size_t(4 * steps), ctypes.c_size_t(count),
+        ctypes.c_void_p(order.ctypes.data),
+    )  # fmt: skip
+    return order
+
+
+@pytest.fixture(params=[*ISAS, *(f"{isa} ordered" for isa in ISAS if isa == "avx2")])
 def run(library, request):
     """The kernel as a function of x [rows, K] and w [K, N], its output between guard values."""
-    function = kernel(library, "quant_linear", request.param, PROTOTYPE)
+    isa, *order = request.param.split()
+    function = kernel(library, "quant_linear", isa, PROTOTYPE)
 
     def run(x, w, *, zero=0, scale=1.0, bias=0.0, activation="none", y=None, residual=0.0, inplace=False, panels=None,
             floor=None):  # fmt: skip
@@ -80,6 +95,7 @@ def run(library, request):
             "x": np.concatenate([np.full(1, 77, np.uint8), x.ravel()])[1:],  # unaligned
             "panels": packed(w),
             "start": (-zero * sums).astype(np.int32),
+            "signed_start": ((128 - zero) * sums).astype(np.int32),
             "scale": columns(scale, np.float32),
             "bias": columns(bias, np.float32),
             "inverse": columns(1 / np.float32(y[0]) if y else 0, np.float32),
@@ -88,6 +104,8 @@ def run(library, request):
         }
         if floor is not None:
             arrays["floor"] = columns(floor, np.uint8)
+        if order:
+            arrays["order"] = ordered(library, packed(w[: k // 4 * 4]))
         dtype, guard = (np.uint8 if y else np.float32), 64
         room = np.full(rows * n + 2 * guard, 99, dtype)
         out = room[guard : guard + rows * n]
@@ -128,6 +146,13 @@ def test_sums_are_exact(run, rows):
         assert (run(x, w, zero=rows) == product(x, w, rows)).all()
 
 
+def test_panels_around_the_size_of_a_copy(run):
+    """Kernels of i8mm reorder panels of up to 4096 rows of w, if more than 12 rows of x read them."""
+    for rows, k in ((12, 4096), (13, 4096), (13, 4095), (14, 4100), (25, 4101)):
+        x, w = layer(rows, rows, k, 33)
+        assert (run(x, w, zero=rows) == product(x, w, rows).astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("zero", [0, 1, 128, 255])
 def test_the_greatest_possible_sums(run, zero):
     """65536 products of 255 and -128 fit int32; the correction for the zero point alone may not."""
@@ -144,6 +169,111 @@ def test_neighbouring_products_do_not_saturate(run):
         rng = np.random.default_rng(seed)
         x, w = rng.choice([0, 1, 128, 255], (5, 44)).astype(np.uint8), rng.choice([-128, -127, 127], (44, 37))
         assert (run(x, w.astype(np.int8)) == product(x, w)).all()
+
+
+FORMS = ((0, 1, 2, 3), (1, 2, 3, 0), (0, 2, 1, 3))  # kForm of csrc/kernels/quant_linear.h
+FORM_SHIFT, UNORDERED = 14, 0xFFFF
+
+
+def weights_of_kind(kind, k, n, seed=0):
+    """Weights whose orders have couples, single steps and others in any number."""
+    rng = np.random.default_rng(seed)
+    match kind:
+        case "gaussian":
+            w = np.clip(np.rint(rng.normal(0, 38, (k, n))), -128, 127)
+        case "small":
+            w = rng.integers(-16, 17, (k, n))
+        case "half":  # the most that couples can bear, of either sign
+            w = np.broadcast_to(rng.choice([-32, 32], (k, 1)), (k, n))
+        case "whole":  # the most that single steps can bear
+            w = np.broadcast_to(rng.choice([-64, 64], (k, 1)), (k, n))
+        case "over":  # one more than that
+            w = np.where(np.arange(k)[:, None] % 2, 65, 64) * np.ones((1, n))
+        case "turned":  # only pairs of the second form are not too much
+            w = np.resize([100, 100, -100, -100], k)[:, None] * np.ones((1, n))
+        case "crossed":  # only those of the third
+            w = np.where(
+                np.arange(n) % 2, np.resize([0, 100, 100, 0], k)[:, None], np.resize([100, 100, 0, 0], k)[:, None]
+            )
+        case "few":  # one step of 16 bits among couples
+            w = rng.integers(-16, 17, (k, n))
+            w[k // 2 // 4 * 4 : k // 2 // 4 * 4 + 4] = -128
+        case "mixed":
+            w = rng.integers(-16, 17, (k, n))
+            heavy = rng.random((-(-k // 4), 1)).repeat(4, axis=0)[:k] < 0.3
+            w = np.where(heavy, rng.choice([-128, -127, 127], (k, n)), w)
+    return np.ascontiguousarray(w.astype(np.int8))
+
+
+KINDS = ("gaussian", "small", "half", "whole", "over", "turned", "crossed", "few", "mixed")
+
+
+def loads(w, step, form):
+    """The sums of positive and of negative weights of a step's pairs, [2, 2 pairs, columns]."""
+    pairs = w[4 * step : 4 * step + 4][list(FORMS[form])].astype(int).reshape(2, 2, -1)
+    return np.array([np.maximum(pairs, 0).sum(1), -np.minimum(pairs, 0).sum(1)])
+
+
+@pytest.mark.skipif("avx2" not in ISAS, reason="only the AVX2 kernel reads orders")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_order_never_saturates(library, kind):
+    """Each step once; couples and single steps within 16 bits for any x; the others in no form."""
+    for k in (4, 8, 200, 1000):
+        w = weights_of_kind(kind, k, 64, k)
+        for panel, parts in enumerate(ordered(library, packed(w))):
+            columns = [w[:, panel * 32 + 8 * part :][:, :8] for part in range(4)]
+            no_form = [
+                [s for s in range(k // 4) if min(loads(eight, s, form).max() for form in range(3)) > 128]
+                for eight in columns
+            ]
+            if parts[0, 0] == UNORDERED:
+                assert 2 * sum(map(len, no_form)) > k
+                continue
+            assert 2 * sum(map(len, no_form)) <= k
+            for eight, order, rest in zip(columns, parts.astype(int), no_form, strict=True):
+                first, other, single, *steps = order
+                numbers = [step & ((1 << FORM_SHIFT) - 1) for step in steps]
+                forms = [step >> FORM_SHIFT for step in steps]
+                assert sorted(numbers) == list(range(k // 4))
+                ends = np.cumsum([0, 2 * first, 2 * other, single])
+                assert not any(forms[: ends[1]])
+                assert sorted(numbers[ends[3] :]) == rest
+                assert steps[ends[3] :] == numbers[ends[3] :]
+                each = [loads(eight, number, form) for number, form in zip(numbers, forms, strict=True)]
+                assert all((each[at] + each[at + 1]).max() <= 128 for at in range(0, ends[2], 2))
+                assert all(load.max() <= 128 for load in each[ends[2] : ends[3]])
+
+
+@pytest.mark.skipif("avx2" not in ISAS, reason="only the AVX2 kernel reads orders")
+def test_orders_have_all_kinds_of_steps(library):
+    """So that the products below run every loop: couples of the first form, other couples, single steps, the rest."""
+    orders = {kind: ordered(library, packed(weights_of_kind(kind, 400, 32)))[0] for kind in KINDS}
+    counts = {kind: order[:, :3].tolist() for kind, order in orders.items()}
+    assert counts["small"] == counts["half"] == [[50, 0, 0]] * 4
+    assert counts["over"][0][0] == UNORDERED
+    assert counts["few"] == [[49, 0, 1]] * 4
+    assert all(2 * first > 60 and 10 < single < 40 < 100 - single for first, _, single in counts["whole"])
+    assert all(30 < first < 40 and 100 - 2 * first - single > 0 for first, _, single in counts["mixed"])
+    assert all(first and other and single for first, other, single in counts["gaussian"])
+    for form, kind in enumerate(("turned", "crossed"), 1):
+        assert counts[kind] == [[0, 0, 100]] * 4
+        assert (orders[kind][:, 3:] >> FORM_SHIFT == form).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_weights_of_every_kind(run, kind):
+    """At the extremes of x, in every number of rows of a tile, with partial panels and remainders of k."""
+    for rows, k, n in [
+        *((rows, 100, 32) for rows in range(1, 23)),
+        (11, 7, 5),
+        (3, 4, 33),
+        (10, 1003, 70),
+        (21, 802, 64),
+    ]:
+        w = weights_of_kind(kind, k, n, rows)
+        rng = np.random.default_rng(rows)
+        for x in (np.full((rows, k), 255), rng.choice([0, 255], (rows, k)), rng.integers(0, 256, (rows, k))):
+            assert (run(x.astype(np.uint8), w, zero=rows) == product(x, w, rows)).all()
 
 
 def test_scale_and_bias_are_two_roundings(run):
@@ -182,6 +312,23 @@ def test_bytes_by_one_multiply_add_are_rounded_once(run, n, k):
         expected = np.clip(np.rint(sums.astype(np.float32)) + zero, floor, 255)
         got = run(x, w, zero=100, scale=scale, bias=bias, y=(1.0, zero), floor=floor)
         assert (got == expected).all()
+
+
+@pytest.mark.parametrize(("zeros", "floors"), [((0,), (0,)), ((0, 1), (0,)), ((0,), (0, 1)), ((0, 1, 255), (0, 200))])
+@pytest.mark.parametrize(("rows", "k", "n"), [
+    (36, 16, 96), (37, 27, 40), (47, 31, 24), (96, 8, 33), (97, 3, 16), (109, 80, 100), (121, 700, 96), (50, 701, 97),
+])  # fmt: skip
+def test_bytes_of_many_rows(run, rows, k, n, zeros, floors):
+    """Blocks of 9 to 12 rows; with and without bytes behind the last whole word of a row; few and many weights."""
+    x, w = layer(rows, rows, k, n)
+    rng = np.random.default_rng(k)
+    scale, bias = rng.uniform(0.001, 0.01, n).astype(np.float32), rng.normal(0, 100, n).astype(np.float32)
+    for columns in (slice(None), slice(n - 1, None)):  # the last column alone shifts its panel
+        zero, floor = np.zeros(n, int), np.zeros(n, int)
+        zero[columns], floor[columns] = rng.choice(zeros, zero[columns].size), rng.choice(floors, floor[columns].size)
+        sums = product(x, w, 100).astype(np.float32).astype(np.float64) * scale + bias
+        expected = np.clip(np.rint(sums.astype(np.float32)) + zero, floor, 255)
+        assert (run(x, w, zero=100, scale=scale, bias=bias, y=(1.0, zero), floor=floor) == expected).all()
 
 
 def test_bytes_by_one_multiply_add_are_clipped(run):
@@ -383,6 +530,31 @@ def test_shapes_flow(library):
         assert session(library, feeds, shapes={"weight": None} | known["shapes"], **fed).get_outputs()[0].shape == []
 
 
+@pytest.mark.parametrize("op", [QUANT_LINEAR, QUANT_LINEAR_TO_FLOAT, QUANT_ROWS_LINEAR], ids=lambda op: op.name)
+def test_masked_sets_change_no_bit_of_any_session(library, op):
+    """A session prepares its weights for the set of its time; whatever runs later reads them."""
+    if op is QUANT_ROWS_LINEAR:
+        feeds, attributes = draw_rows(5, [23, 398], 70), {"gated": 1}
+    else:
+        feeds, attributes = draw(5, [23, 398], 70, op is QUANT_LINEAR_TO_FLOAT), {}
+    feeds |= {"weight": weights_of_kind("gaussian", 398, 70)}
+    per_run = [name for name in feeds if name in ("x", "residual") or (name == "x_scale" and op is QUANT_ROWS_LINEAR)]
+    constants = [name for name in feeds if name not in per_run]
+    masks = [ISAS[last + 1 :] for last in range(len(ISAS))]
+    answers = []
+    try:
+        for prepared in masks:
+            mask(prepared)
+            of = harness.session(op, feeds, attributes, library=library, constants=constants)
+            for running in masks:
+                mask(running)
+                answers.append(of.run(None, {name: feeds[name] for name in per_run})[0])
+    finally:
+        mask(())
+    assert len(answers) == len(ISAS) ** 2
+    assert all((y == answers[0]).all() for y in answers)
+
+
 def test_weights_live_as_long_as_a_session(library):
     """Many sessions, sequential and concurrent: their packed weights share memory while any session needs it."""
     feeds = draw(10, [3, 300], 500, True)
@@ -476,6 +648,7 @@ def test_kernels_of_rows_equal_float64(library, isa):
             arrays = {
                 "x": feeds["x"], "panels": packed(weight),
                 "start": (-int(feeds["x_zero"]) * weight.sum(0, dtype=np.int64)).astype(np.int32),
+                "signed_start": ((128 - int(feeds["x_zero"])) * weight.sum(0, dtype=np.int64)).astype(np.int32),
                 "scale": columns(feeds["weight_scale"]).astype(np.float32),
                 "bias": columns(feeds["bias"]).astype(np.float32),
                 "residual": feeds["residual"], "row_scale": feeds["x_scale"],
@@ -515,6 +688,36 @@ def test_a_row_does_not_depend_on_other_rows(library):
         assert (harness.run(QUANT_ROWS_LINEAR, alone, GATED, library=library)[0] == together[i]).all()
 
 
+def multiply_at_edge(function, edge: Edge, rows: int, k: int, n: int, kind: str) -> None:
+    x, w = layer(0, rows, k, n)
+    columns = -(-n // PANEL) * PANEL
+    names = ("scale", "bias", "inverse") + (("residual",) if kind == "values" else ())
+    ends = {name: edge.lay(np.zeros(rows * n if name == "residual" else columns, np.float32)) for name in names}
+    ends |= {name: edge.lay(np.zeros(columns, np.int32)) for name in ("start", "signed_start", "zero")}
+    if kind == "floor":
+        ends["floor"] = edge.lay(np.zeros(columns, np.uint8))
+    y = np.zeros(rows * n, np.float32 if kind == "values" else np.uint8)
+    work = Work(
+        x=edge.lay(x), panels=edge.lay(packed(w)), rows=rows, k=k, n=n, activation=ACTIVATIONS.index("gelu"),
+        **{"values" if kind == "values" else "bytes": edge.lay(y)}, **ends,
+    )  # fmt: skip
+    function(ctypes.byref(work), 0, columns // PANEL)
+
+
+EDGES = [
+    (
+        "quant_linear",
+        PROTOTYPE,
+        multiply_at_edge,
+        [
+            (rows, k, n, kind)
+            for rows in (1, 2, 3, 5, 6, 7, 13)
+            for k, n in ((1, 1), (3, 15), (4, 16), (5, 17), (66, 47))
+            for kind in ("bytes", "floor", "values")
+        ]
+        + [(rows, k, n, "floor") for rows in (12, 26, 37, 60) for k in (3, 16, 27, 41) for n in (8, 24, 40)],
+    )
+]
 CONTRACTS = [
     Contract(
         QUANT_ROWS_LINEAR,

@@ -2,7 +2,6 @@
 `bytes.translate`."""
 
 import ctypes
-import platform
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from calmclip.models.ops import build, reference
 from calmclip.models.ops.spec import QUANT_LOOKUP
 from tests.models.ops.harness import Contract, Edge, kernel, run
 
-ISAS = build.TABLE_ISAS.get(platform.machine(), ("scalar",))
+ISAS = build.isas("TABLE_")
 PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 SIZES = (*range(70), 95, 96, 97, 127, 128, 129, 191, 192, 193, 1000)
 SHAPES = [(1,), (256,), (7, 13), (2, 3, 5, 7), (1, 1, 1, 1, 65), (3, 0, 4), (0,), ()]

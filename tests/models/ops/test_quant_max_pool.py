@@ -8,14 +8,16 @@ import torch
 
 from calmclip.models.ops import reference
 from calmclip.models.ops.spec import QUANT_MAX_POOL
-from tests.models.ops.harness import ISAS, Contract, Edge, kernel, run, session
+from tests.models.ops.harness import BYTE_ISAS, Contract, Edge, kernel, run, session
 
 NONE = (0, 0, 0, 0)
 # x, window, strides, pads: channels below, at and above vectors; windows that end outside of the picture
 CASES = [
     ((1, 9, 11, 32), (3, 3), (2, 2), (1, 1, 1, 1)), ((2, 8, 7, 65), (2, 2), (2, 2), NONE),
     ((1, 5, 6, 1), (2, 3), (1, 2), (0, 1, 1, 0)), ((1, 6, 5, 17), (1, 4), (3, 1), (0, 3, 0, 2)),
-    ((1, 3, 3, 130), (3, 3), (1, 1), NONE),
+    ((1, 3, 3, 130), (3, 3), (1, 1), NONE), ((1, 4, 5, 16), (2, 3), (1, 1), NONE),
+    ((1, 4, 5, 31), (3, 2), (2, 1), NONE),
+    ((1, 4, 4, 63), (2, 2), (1, 2), (1, 1, 0, 1)), ((1, 3, 4, 64), (3, 3), (1, 1), NONE),
 ]  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def work_of(x, y, window, strides, pads, lay):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", BYTE_ISAS)
 @pytest.mark.parametrize(("shape", "window", "strides", "pads"), CASES)
 def test_kernels_equal_torch(library, isa, shape, window, strides, pads):
     x, function = draw(0, shape), kernel(library, "quant_max_pool", isa, PROTOTYPE)

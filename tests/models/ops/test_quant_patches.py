@@ -10,7 +10,7 @@ import torch
 from calmclip.export.functions.quant_patches import quant_patches
 from calmclip.models.ops import reference
 from calmclip.models.ops.spec import QUANT_PATCHES
-from tests.models.ops.harness import ISAS, Contract, Edge, kernel, load, model, near, node, run
+from tests.models.ops.harness import BYTE_ISAS, Contract, Edge, kernel, load, model, near, node, run
 
 # shape, patch, other attributes
 CASES = [
@@ -51,7 +51,7 @@ PROTOTYPE = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=BYTE_ISAS)
 def cut(library, request):
     """A kernel as a function of a row: -> [count, width], between guard values."""
     function = kernel(library, "quant_patches", request.param, PROTOTYPE)
@@ -81,7 +81,7 @@ WINDOWS = [(9, 3, 2, 130), (9, 3, 2, 1), (1, 1, 1, 1), (1, 1, 3, 5), (1, 2, 1, 7
 WINDOWS += [(lines, width, 1 + width // 2, 4) for lines in (1, 4) for width in (*range(1, 36), 47, 64, 65, 97)]
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=BYTE_ISAS)
 def windows(library, request):
     """A kernel as a function of lines: -> [count, lines, width], between guard values."""
     function = kernel(library, "cut_windows", request.param, CUT)

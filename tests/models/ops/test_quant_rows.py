@@ -9,7 +9,7 @@ import torch
 
 from calmclip.models.ops import reference
 from calmclip.models.ops.spec import QUANT_ROWS
-from tests.models.ops.harness import ISAS, Contract, Edge, kernel, near, run
+from tests.models.ops.harness import BYTE_ISAS, Contract, Edge, kernel, near, run
 
 # around 8 and 16 lanes, and four times as many
 WIDTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 79, 127, 130, 768, 3072]
@@ -50,7 +50,7 @@ class Rows(ctypes.Structure):
 PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.POINTER(Rows))
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=BYTE_ISAS)
 def rows(library, request):
     """A kernel as a function of feeds of rank 2; outputs are between guard values."""
     function = kernel(library, "quant_rows", request.param, PROTOTYPE)

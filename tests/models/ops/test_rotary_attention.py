@@ -9,7 +9,7 @@ import torch
 
 from calmclip.models.ops import reference
 from calmclip.models.ops.spec import ROTARY_ATTENTION
-from tests.models.ops.harness import ISAS, Contract, Edge, kernel, run
+from tests.models.ops.harness import BYTE_ISAS, Contract, Edge, kernel, kernels, run
 
 HIDDEN = -1e4
 
@@ -163,23 +163,39 @@ def scratch(keys, dims):
     return room[start : start + count + 16], count
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_kernels_equal_float64(library, isa):
-    """One group of heads, at the edges of blocks of rows and tiles of keys."""
-    function = kernel(library, "rotary_attention", isa, PROTOTYPE)
+def attend(function, feeds, how):
+    """The first group of the first text by a kernel; outputs are between guard values."""
+    kept = []
+    tokens, width = feeds["q"].shape[1], how["heads"] // how["groups"] * how["dims"]
+    y, (room, count) = np.full(tokens * width + 32, 77, np.float32), scratch(tokens, how["dims"])
+    place = lambda array: kept.append(array) or array.ctypes.data  # noqa: E731
+    function(ctypes.byref(group_work(place, feeds, how, y.ctypes.data + 64)), room.ctypes.data)
+    assert {*y[:16], *y[-16:], *room[count:]} == {77}
+    return y[16:-16].reshape(1, tokens, width)
+
+
+def small():
+    """Feeds and attributes at the edges of blocks of rows and tiles of keys."""
     for number, (tokens, heads, groups, dims) in enumerate(SIZES):
         for form in FORMS:
             for extra in HOWS if number < 4 else HOWS[:1]:
-                how = attributes(heads, groups, dims, **extra)
                 feeds = draw(number, tokens, 2, heads=heads, groups=groups, dims=dims, **form)
-                kept = []
-                width = heads // groups * dims
-                y, (room, count) = np.full(tokens * width + 32, 77, np.float32), scratch(tokens, dims)
-                place = lambda array, kept=kept: kept.append(array) or array.ctypes.data  # noqa: E731
-                function(ctypes.byref(group_work(place, feeds, how, y.ctypes.data + 64)), room.ctypes.data)
-                expected = exact({n: a[:1] if a.ndim > 2 else a for n, a in feeds.items()}, **how)
-                assert agree(y[16:-16].reshape(1, tokens, width), expected[..., :width]), (tokens, form, extra)
-                assert {*y[:16], *y[-16:], *room[count:]} == {77}
+                yield feeds, attributes(heads, groups, dims, **extra)
+
+
+@pytest.mark.parametrize("isa", BYTE_ISAS)
+def test_kernels_equal_float64(library, isa):
+    function = kernel(library, "rotary_attention", isa, PROTOTYPE)
+    for feeds, how in small():
+        y = attend(function, feeds, how)
+        expected = exact({n: a[:1] if a.ndim > 2 else a for n, a in feeds.items()}, **how)
+        assert agree(y, expected[..., : y.shape[-1]]), (feeds["q"].shape, how)
+
+
+def test_every_instruction_set_gives_the_same_bits(library):
+    functions = kernels(library, "rotary_attention", PROTOTYPE).values()
+    for feeds, how in small():
+        assert len({attend(function, feeds, how).tobytes() for function in functions}) == 1, (feeds["q"].shape, how)
 
 
 def test_reference_equals_torch():

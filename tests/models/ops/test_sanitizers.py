@@ -17,7 +17,7 @@ WHERE = ("tests/models/ops", "tests/export/functions")
 @pytest.fixture(scope="module")
 def sanitized(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sanitized")
-    build.build(folder, sanitize=True)
+    build.build(folder, sanitize=True, emulate=tuple(isa for isa in build.EMULATED if isa in build.isas("INT8_")))
     return folder
 
 

@@ -1,7 +1,6 @@
 """Softmax: the reference, every kernel of this processor, and the op in ONNX Runtime, against float64."""
 
 import ctypes
-import platform
 import subprocess
 
 import numpy as np
@@ -19,7 +18,7 @@ from tests.models.ops import harness
 from tests.models.ops.harness import Contract, Edge, kernel, kernels, load, model, node
 
 LOWEST = np.finfo(np.float32).min
-ISAS = build.ISAS.get(platform.machine(), ("scalar",))
+ISAS = build.isas("")
 FORMS = ("softmax_two_pass", "softmax_reload", "softmax_recompute")
 # around the sizes of kernels: 1, 4, 8, 16 lanes; 4 or 8 vectors; up to 20 vectors in registers; 128 sums a lane
 COLS = [*range(1, 41), 47, 48, 49, 50, 51, 63, 64, 65, 77, 127, 128, 129, 197, 255, 256, 257, 303, 304, 305, 319, 320]

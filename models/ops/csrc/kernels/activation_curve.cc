@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "old_exp.h"
+
 namespace calmclip {
 namespace {
 
@@ -15,7 +17,7 @@ double silu(double u) { return u / (1 + std::exp(u)); }
 // h is approximated by the cubic through its values at the four Chebyshev nodes of each interval; Newton's form,
 // multiplied out.
 ActivationCurve fit(double (*h)(double), float pitch) {
-  ActivationCurve curve{pitch, {}};
+  ActivationCurve curve{pitch, {}, {}};
   for (size_t i = 0; i < kIntervals; ++i) {
     const double octave = std::ldexp(1.0, static_cast<int>((i / 8 + 1) % 4));  // biased exponents end in 11, 00, 01, 10
     const double low = octave * (1 + static_cast<double>(i % 8) / 8), width = octave / 8;
@@ -31,7 +33,7 @@ ActivationCurve fit(double (*h)(double), float pitch) {
       for (int power = 3; power > 0; --power) c[power] = c[power - 1] - node[k] * c[power];
       c[0] = d[k] - node[k] * c[0];
     }
-    for (int power = 0; power < 4; ++power) curve.c[power][i] = static_cast<float>(c[power]);
+    for (int power = 0; power < 4; ++power) curve.at[i][power] = curve.c[power][i] = static_cast<float>(c[power]);
   }
   return curve;
 }

@@ -14,8 +14,11 @@ inline constexpr int kIntervalShift = 20;       // the lowest five bits of v >> 
 inline constexpr float kHighestV = 0x1.fffffep3f;
 
 struct ActivationCurve {
+  using Coefficients = float[4][kIntervals];
   float pitch;
-  float c[4][kIntervals];  // h = ((c3 v + c2) v + c1) v + c0
+  Coefficients c;                     // h = ((c3 v + c2) v + c1) v + c0
+  alignas(16) float at[kIntervals][4];  // the same, interval by interval
+  operator const Coefficients&() const { return c; }
 };
 
 // Indices into spec.ACTIVATIONS.

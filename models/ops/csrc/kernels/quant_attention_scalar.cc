@@ -3,6 +3,8 @@
 #include <cfloat>
 #include <cmath>
 
+#include "old_exp.h"
+
 namespace calmclip {
 
 extern "C" QuantAttention quant_attention_scalar;

@@ -51,6 +51,8 @@ struct V {
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*reinterpret_cast<const Word*>(k)));
   }
 
+  static void spread(I& sum, I x, const K* k) { sum = _mm512_dpbusd_epi32(sum, x, _mm512_loadu_si512(k)); }
+
   static F fraction(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static F raise(F m, F x) { return _mm512_scalef_ps(m, x); }
   static I count(I sum, I p) { return _mm512_dpbusd_epi32(sum, p, _mm512_set1_epi8(1)); }
@@ -177,9 +179,10 @@ struct V {
 };
 
 #include "quant_attention_body.inc"
+#include "quant_attention_few.inc"
 
 }  // namespace
 
-void quant_attention_vnni(const AttentionHead& head, void* scratch) { Head(head, scratch).rows(); }
+void quant_attention_vnni(const AttentionHead& head, void* scratch) { attend(head, scratch); }
 
 }  // namespace calmclip

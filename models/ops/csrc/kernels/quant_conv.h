@@ -55,6 +55,14 @@ using QuantConv = void(const ConvWork& work, const ConvPart& part);
 // where * multiplies place by place. Every number is an integer, so the result is exact, not near. Tiles of x and w fit
 // 16 bits: at most 100 * 255 and 49 * 128. The sums are computed modulo 2^32. 576 is 9 * 64, and 9 has an inverse modulo
 // 2^32, so the quotient is known modulo 2^26; it is right if the sum of a column's |w| is under kMostWeights.
+//
+// On aarch64 they do not pay: its vectors multiply 16 bits in fours, but bytes in groups of 16 or 32, so a fourth of
+// the products takes no fewer instructions, and the transforms come on top.
+#if defined(__aarch64__)
+inline constexpr bool kTilesPay = false;
+#else
+inline constexpr bool kTilesPay = true;
+#endif
 inline constexpr size_t kTile = 4, kTileIn = 6, kTilePlaces = kTileIn * kTileIn;  // sides of a tile of y and of x
 inline constexpr size_t kTileBlock = 7;      // the most tiles at a time; the sums of more leave the first cache
 inline constexpr size_t kTileChannels = 32;  // channels are a multiple of it

@@ -11,8 +11,8 @@
 //
 // w is packed once: [block][row of y][four rows of x][column of w][channel of the block, in that order][4].
 //
-// Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, two roundings; * inverse,
-// rounded half to even, + zero, clipped to 0 .. 255.
+// Sums are exact in int32: 65536 * 255 * 128 < 2^31. Then float32: sum * scale + bias, rounded once, in steps of y;
+// rounded half to even, + zero, clipped to 0 .. 255. With an `inverse`: sum * scale + bias, two roundings; * inverse.
 #pragma once
 
 #include <cstddef>
@@ -64,9 +64,9 @@ struct DepthwiseWork {
   const uint8_t* around;  // x outside the picture: `channels` times x_zero
   // For each channel, in the order of the blocks:
   const int32_t* start;  // -x_zero * the sum of the channel's weights, modulo 2^32
-  const float* scale;    // x_scale * weight_scale
+  const float* scale;    // x_scale * weight_scale [/ y_scale]
   const float* bias;
-  const float* inverse;  // 1 / y_scale
+  const float* inverse;  // 1 / y_scale; or null: scale and bias are in steps of y, sum * scale + bias within +-2^30
   const int32_t* zero;
 
   // A unit is computed at once: one block of channels, some rows of some columns. Units are ordered from top to bottom,

@@ -24,8 +24,8 @@ uint8_t number(const DepthwiseWork& work, size_t image, size_t row, size_t colum
       const int32_t byte = from[channel];
       sum += static_cast<uint32_t>(byte * weights[(i / 4 * window.width + j) * 4 * kBlock + i % 4]);
     }
-  const float scaled = static_cast<float>(static_cast<int32_t>(sum)) * work.scale[at] + work.bias[at];
-  float v = scaled * work.inverse[at];
+  const float products = static_cast<float>(static_cast<int32_t>(sum)), scale = work.scale[at], bias = work.bias[at];
+  float v = work.inverse ? (products * scale + bias) * work.inverse[at] : std::fma(products, scale, bias);
   v = v < 512 ? v : 512;  // larger values may overflow int32; all of them are clipped
   v = v > -512 ? v : -512;
   const int32_t q = static_cast<int32_t>(std::nearbyint(v)) + work.zero[at];

@@ -29,6 +29,25 @@ inline constexpr size_t linear_panel_bytes(size_t k) { return (k + 3) / 4 * 4 * 
 // kPanel numbers.
 void pack_linear(const int8_t* w, size_t k, size_t n, int8_t* panels, int32_t* sums);
 
+// The AVX2 kernel multiplies by vpmaddubsw, which adds the products of two neighbouring bytes in 16 bits and saturates.
+// The weights alone decide whether it can: such a sum is at most 255 times the positive weights and at least 255 times
+// the negative ones, so neither may exceed kSafe in total. If those of two steps together do not, the sums of both are
+// added in 16 bits, too: a couple. If a step's pairs exceed it, perhaps those of another form do not: which two of four
+// bytes are neighbours is free. An order sorts the steps of eight columns of a panel accordingly; the panel stays as it
+// is. It begins with three counts: couples of the first form, other couples, and single steps. The steps follow: those
+// of couples, single steps, and those that must be multiplied in 16 bits. The two highest bits of a step in other
+// couples and of a single step are its form. The order of a panel is four of these. If most steps of a panel must be
+// multiplied in 16 bits, its first number is kUnordered, and the others are not read.
+inline constexpr size_t kOrderColumns = 8, kForms = 3, kOrderCounts = 3, kFormShift = 14;
+inline constexpr uint16_t kUnordered = 0xffff;
+inline constexpr uint8_t kForm[kForms][4] = {{0, 1, 2, 3}, {1, 2, 3, 0}, {0, 2, 1, 3}};
+inline constexpr int kSafe = 128;  // 255 * 128 < 2^15
+inline constexpr size_t linear_order_numbers(size_t k) { return kPanel / kOrderColumns * (k / 4 + kOrderCounts); }
+static_assert(kMostK / 4 <= 1 << kFormShift);
+
+// `order`: count * linear_order_numbers(k) numbers, for `count` panels.
+void order_linear(const int8_t* panels, size_t k, size_t count, uint16_t* order);
+
 struct LinearWork {
   const uint8_t* x;
   size_t rows, k, n;
@@ -47,6 +66,10 @@ struct LinearWork {
   uint8_t* bytes;
   const float* row_scale;  // or null: x_scale of each row. If not, `scale` is that of the weight alone
   int32_t gated;           // with row_scale: n and y count the columns of a alone
+  // For each column (128 - x_zero) * the sum, modulo 2^32: `start` of kernels that multiply x - 128, a signed byte. Only
+  // those of NEON and dotprod read it, because these have no product of bytes of mixed signs.
+  const int32_t* signed_start;
+  const uint16_t* order;  // of the panels, or null; only the AVX2 kernel reads it
 };
 
 // Computes the columns of the panels [first, last), all rows.
@@ -65,9 +88,11 @@ struct Product {
   const int8_t* ahead;
   size_t ahead_step;
   int32_t* sums;
-  // The panel goes on with `steps` of each further line of x; only the VNNI kernels read these two.
+  // The panel goes on with `steps` of each further line of x; only kernels whose file sets these two read them.
   const uint8_t* const* line = nullptr;
-  size_t lines = 1;  // with x, which is line[0]
+  size_t lines = 1;  // with that of x, which starts at or after line[0], and so do the others
+  const uint16_t* order = nullptr;  // of the panel, or null; this and the next are for the AVX2 kernel alone
+  size_t columns = kPanel;          // sums of the columns after them need not be computed
 };
 
 // The peak rate of byte products: rounds * kPeakMacs multiply-accumulates of uint8 and int8 in registers, in the widest

@@ -60,7 +60,7 @@ struct V {
 
   struct Table {
     const float (&c)[4][kIntervals];
-    explicit Table(const float (&coefficients)[4][kIntervals]) : c(coefficients) {}
+    explicit Table(const ActivationCurve& curve) : c(curve.c) {}
     void find(F v, F (&result)[4]) const {
       uint32_t bits;
       std::memcpy(&bits, &v, sizeof bits);

@@ -101,7 +101,6 @@ inline void product_of(const Product& p, End end) {
 #pragma GCC unroll 2
       for (size_t h = 0; h < halves; ++h) columns[h] = _mm512_loadu_si512(w + 64 * h);
       _mm_prefetch(ahead, _MM_HINT_T1);
-      _mm_prefetch(ahead + 64, _MM_HINT_T1);
       ahead += p.ahead_step;
 #pragma GCC unroll 16
       for (size_t r = 0; r < rows; ++r) {
@@ -169,10 +168,10 @@ struct V {
 
   struct Table {
     F low[4], high[4];
-    explicit Table(const float (&c)[4][kIntervals]) {
+    explicit Table(const ActivationCurve& curve) {
       for (size_t k = 0; k < 4; ++k) {
-        low[k] = load(c[k]);
-        high[k] = load(c[k] + 16);
+        low[k] = load(curve.c[k]);
+        high[k] = load(curve.c[k] + 16);
       }
     }
     void find(F v, F (&c)[4]) const {
@@ -222,6 +221,114 @@ struct W {
 #include "quant_conv_tiles_body.inc"
 
 constexpr size_t kFewWeights = 64 << 10;
+constexpr size_t kStripRows = 96;  // with few weights; their bytes of y stay in the caches until all panels are done
+
+// Blocks of equally many rows of one panel, one below the other. A call for each tile took half as long as an epilogue.
+struct Strip {
+  const uint8_t* x;
+  size_t k, steps, blocks;
+  const int8_t* panel;
+  const int32_t* start;
+  const int8_t* ahead;  // of the first block; those of the next begin `share` further on
+  size_t share, ahead_step;
+  Target target;
+};
+
+// What the zero points and the floor of a panel need.
+enum Shift : size_t { kNoShift, kZero, kZeroAndFloor };
+
+// Writes two rows at a time.
+template <size_t rows, size_t halves, Shift shift>
+void write_strip(const Strip& strip) {
+  constexpr size_t groups = (rows + 2) / 3;
+  const Target& target = strip.target;
+  const size_t stride = strip.k, n = target.n;
+  const auto there = static_cast<__mmask32>((uint64_t{1} << target.columns) - 1);
+  const __m512i zero = Zero(target.zero).words;
+  const __m512i floor =
+      _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(target.floor)));
+  // each 128 bits hold four bytes of the two halves of a row, and of the next row's
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const uint8_t* from = strip.x;
+  uint8_t* y = target.y;
+  const int8_t* next = strip.ahead;
+  for (size_t block = 0; block < strip.blocks; ++block, from += rows * stride, y += rows * n, next += strip.share) {
+    for (size_t r = 0; r < rows; ++r) __builtin_prefetch(y + r * n, 1);
+    __m512i sum[rows][halves];
+#pragma GCC unroll 16
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t h = 0; h < halves; ++h) sum[r][h] = _mm512_loadu_si512(strip.start + 16 * h);
+    const uint8_t* x[groups];
+#pragma GCC unroll 16
+    for (size_t g = 0; g < groups; ++g) x[g] = from + 3 * g * stride;
+    const int8_t *w = strip.panel, *ahead = next;
+    for (const int8_t* last = w + strip.steps * 4 * kPanel; w != last; w += 4 * kPanel) {
+      __m512i columns[halves];
+#pragma GCC unroll 2
+      for (size_t h = 0; h < halves; ++h) columns[h] = _mm512_loadu_si512(w + 64 * h);
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      _mm_prefetch(ahead + 64, _MM_HINT_T1);
+      ahead += strip.ahead_step;
+#pragma GCC unroll 16
+      for (size_t r = 0; r < rows; ++r) {
+        const __m512i bytes = four(x[r / 3] + r % 3 * stride);
+#pragma GCC unroll 2
+        for (size_t h = 0; h < halves; ++h) dot(sum[r][h], bytes, columns[h]);
+      }
+#pragma GCC unroll 16
+      for (size_t g = 0; g < groups; ++g) {
+        x[g] += 4;
+        asm("" : "+r"(x[g]));
+      }
+    }
+    __m512 scale[halves], bias[halves];
+    for (size_t h = 0; h < halves; ++h) {
+      scale[h] = _mm512_loadu_ps(target.scale + 16 * h);
+      bias[h] = _mm512_loadu_ps(target.bias + 16 * h);
+    }
+    uint8_t* to = y;
+#pragma GCC unroll 16
+    for (size_t r = 0; r < rows; r += 2, to += 2 * n) {
+      __m512i words[2];
+#pragma GCC unroll 2
+      for (size_t i = 0; i < 2; ++i) {
+        __m512i q[halves];
+        for (size_t h = 0; h < halves; ++h)
+          q[h] = _mm512_cvtps_epi32(
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r + i < rows ? r + i : r][h]), scale[h], bias[h]));
+        words[i] = _mm512_packs_epi32(q[0], q[halves - 1]);
+        if constexpr (shift != kNoShift) words[i] = _mm512_adds_epi16(words[i], zero);
+      }
+      __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
+      if constexpr (shift == kZeroAndFloor) bytes = _mm512_max_epu8(bytes, floor);
+      _mm256_mask_storeu_epi8(to, there, _mm512_castsi512_si256(bytes));
+      if (r + 1 < rows) _mm256_mask_storeu_epi8(to + n, there, _mm512_extracti64x4_epi64(bytes, 1));
+    }
+  }
+}
+
+using WriteStrip = void(const Strip&);
+
+struct Blocks {
+  size_t begin, end, rows;
+};
+
+constexpr size_t kFewestRows = 9;  // of a block, if there are at least 3 * V::kRows
+template <size_t halves, Shift shift>
+inline constexpr WriteStrip* kStrips[] = {write_strip<9, halves, shift>, write_strip<10, halves, shift>,
+                                          write_strip<11, halves, shift>, write_strip<12, halves, shift>};
+
+void write_strip(size_t rows, const Strip& strip) {
+  static WriteStrip* const* const all[2][3] = {{kStrips<1, kNoShift>, kStrips<1, kZero>, kStrips<1, kZeroAndFloor>},
+                                               {kStrips<2, kNoShift>, kStrips<2, kZero>, kStrips<2, kZeroAndFloor>}};
+  const Target& target = strip.target;
+  Shift shift = kNoShift;
+  for (size_t i = 0; i < target.columns; ++i) {
+    if (target.zero[i] && shift == kNoShift) shift = kZero;
+    if (target.floor[i]) shift = kZeroAndFloor;
+  }
+  all[target.columns > 16][shift][rows - kFewestRows](strip);
+}
 
 // For results with a floor: tiles become bytes in the registers of their sums.
 void bytes_at_once(const LinearWork& work, size_t first, size_t last) {
@@ -237,32 +344,54 @@ void bytes_at_once(const LinearWork& work, size_t first, size_t last) {
   const size_t blocks = (work.rows + V::kRows - 1) / V::kRows;
   if (blocks == 0) return;
   const size_t share = (bytes + blocks - 1) / blocks, ahead_step = (4 * kPanel + blocks - 1) / blocks;
+  // The first `more` blocks have one row more than the others.
+  const size_t fewer = work.rows / blocks, more = work.rows % blocks;
+  const auto row_of = [&](size_t block) { return block * fewer + (block < more ? block : more); };
+  const auto target_of = [&](size_t panel, size_t row) -> Target {
+    const size_t column = panel * kPanel, columns = work.n - column < kPanel ? work.n - column : kPanel;
+    return {work.scale + column, work.bias + column, work.zero + column, work.floor + column,
+            work.bytes + row * work.n + column, work.n, columns};
+  };
+  const auto strip = [&](size_t panel, size_t from, size_t to) {
+    const int8_t *w = work.panels + panel * bytes, *next = w + bytes;
+    const size_t middle = more < from ? from : more < to ? more : to;
+    const Blocks parts[] = {{from, middle, fewer + 1}, {middle, to, fewer}};
+    for (const auto& [begin, end, rows] : parts)
+      if (begin < end)
+        write_strip(rows, {work.x + row_of(begin) * work.k, work.k, linear_panel_bytes(work.k) / (4 * kPanel),
+                           end - begin, w, work.start + panel * kPanel, next + begin * share, share, ahead_step,
+                           target_of(panel, row_of(begin))});
+  };
   alignas(64) int32_t sums[V::kRows * kPanel];
   uint8_t last_bytes[V::kRows * 4] = {};
   const auto tile = [&](size_t panel, size_t block) {
     const int8_t *w = work.panels + panel * bytes, *next = w + bytes;
-    const size_t row = work.rows * block / blocks, rows = work.rows * (block + 1) / blocks - row;
-    const size_t column = panel * kPanel, columns = work.n - column < kPanel ? work.n - column : kPanel;
+    const size_t row = row_of(block), rows = row_of(block + 1) - row;
     const uint8_t* x = work.x + row * work.k;
-    uint8_t* y = work.bytes + row * work.n + column;
-    const Target target{work.scale + column, work.bias + column, work.zero + column, work.floor + column,
-                        y,                   work.n,             columns};
-    Tile* const write = all[columns > 16][rows - 1];
-    const Product product{x, work.k, w, quads, work.start + column, 0, next + block * share, ahead_step, sums};
-    ask(work, column, row, rows);
+    const Target target = target_of(panel, row);
+    Tile* const write = all[target.columns > 16][rows - 1];
+    const Product product{x, work.k, w, quads, work.start + panel * kPanel, 0, next + block * share, ahead_step, sums};
+    ask(work, panel * kPanel, row, rows);
     if (remainder == 0) return write(product, target);
     V::product(rows, product);
     for (size_t r = 0; r < rows; ++r)
       for (size_t i = 0; i < remainder; ++i) last_bytes[4 * r + i] = x[r * work.k + 4 * quads + i];
     write({last_bytes, 4, w + quads * 4 * kPanel, 1, sums, kPanel, next, 0, sums}, target);
   };
-  // Few weights stay in the caches, so a row is written as a whole. With many weights each panel is read once.
-  if ((last - first) * bytes <= kFewWeights) {
-    for (size_t block = 0; block < blocks; ++block)
+  // With a remainder, a row's last step reads bytes of the next row too, times weights of 0. So the last block, behind
+  // which there may be no bytes, is no strip.
+  const size_t strips = fewer < kFewestRows ? 0 : remainder ? blocks - 1 : blocks;
+  // Few weights stay in the caches, so rows are written as a whole. With many weights each panel is read once.
+  const bool few = (last - first) * bytes <= kFewWeights;
+  const size_t most = few ? kStripRows / V::kRows : blocks;
+  for (size_t from = 0; from < strips; from += most)
+    for (size_t panel = first; panel < last; ++panel) strip(panel, from, from + most < strips ? from + most : strips);
+  if (few) {
+    for (size_t block = strips; block < blocks; ++block)
       for (size_t panel = first; panel < last; ++panel) tile(panel, block);
   } else {
     for (size_t panel = first; panel < last; ++panel)
-      for (size_t block = 0; block < blocks; ++block) tile(panel, block);
+      for (size_t block = strips; block < blocks; ++block) tile(panel, block);
   }
 }
 

@@ -44,7 +44,7 @@ struct V {
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
-  static F fma(F a, F b, F c) { return a * b + c; }
+  static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
   static F larger(F a, F b) { return a > b ? a : b; }
   static F absolute(F x) { return __builtin_fabsf(x); }
   static float total(F x) { return x; }

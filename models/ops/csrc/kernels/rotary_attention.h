@@ -3,9 +3,10 @@
 //   a row of q or k: x [/ sqrt(mean of x^2 + epsilon) * weight] [* cos + swap(x) * sin]; swap exchanges the halves
 //   logits = q k^T, [cap tanh(logits)], + mask;  y = clip((zeta - gamma) softmax(logits) + gamma, 0, 1) v
 //
-// A lane is a query row, 16 or 8 rows at a time, as in quant_attention.h: maximum, sum and mask need no operation across
-// lanes, and the numbers of a key or value are broadcast from memory. Memory is linear in the number of keys: the
-// rotated keys, and the logits of one block of rows.
+// A lane is a query row, 16, 8 or 4 rows at a time, as in quant_attention.h: maximum, sum and mask need no operation
+// across lanes, and the numbers of a key or value are broadcast from memory. A row's sums have one order for any number
+// of lanes, and a product is added with one rounding, so every instruction set gives the same bits. Memory is linear in
+// the number of keys: the rotated keys, and the logits of one block of rows.
 #pragma once
 
 #include <cstddef>

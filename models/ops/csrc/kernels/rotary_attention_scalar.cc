@@ -20,7 +20,7 @@ struct V {
   static F set(float v) { return v; }
   static F load(const float* p) { return *p; }
   static void store(float* p, F v) { *p = v; }
-  static F fma(F a, F b, F c) { return a * b + c; }
+  static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
   static F max(F a, F b) { return a > b ? a : b; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F within(F x, F s, F a, F b) { return a <= s && s < b ? x : kLowest; }

@@ -27,7 +27,7 @@ constexpr size_t gated_place(size_t i, size_t n) {
 // Padded to whole panels; see LinearWork.
 struct LinearColumns {
   // `sums`: of each column of the weight, padded; n columns.
-  LinearColumns(const Scaling& of, const std::vector<int32_t>& sums, size_t n) : start(sums) {
+  LinearColumns(const Scaling& of, const std::vector<int32_t>& sums, size_t n) : start(sums), signed_start(sums) {
     const float x_scale = of.x_scale ? Input<float>(of.op, of.x_scale, "x_scale").scale() : 1;
     around = Input<uint8_t>(of.op, of.x_zero, "x_zero").number();
     const Input<float> weight_scale(of.op, of.weight_scale, "weight_scale"), biases(of.op, of.bias, "bias");
@@ -35,7 +35,11 @@ struct LinearColumns {
     weight_scale.check_scales();
     if (biases.shape.size() != 1 || biases.side(0) != n) biases.refuse("[" + std::to_string(n) + "]");
     bias.assign(biases.data, biases.data + n);
-    for (int32_t& sum : start) sum = static_cast<int32_t>(-uint32_t{around} * static_cast<uint32_t>(sum));
+    const auto times = [](std::vector<int32_t>& numbers, uint32_t factor) {
+      for (int32_t& number : numbers) number = static_cast<int32_t>(factor * static_cast<uint32_t>(number));
+    };
+    times(start, -uint32_t{around});
+    times(signed_start, 128 - uint32_t{around});
     for (size_t i = 0; i < n; ++i) scale.push_back(weight_scale.data[scales ? i : 0] * x_scale);
     pad();
   }
@@ -60,6 +64,7 @@ struct LinearColumns {
 
   void fill(LinearWork& work) const {
     work.start = start.data();
+    work.signed_start = signed_start.data();
     work.scale = scale.data();
     work.bias = bias.data();
     work.inverse = inverse.data();
@@ -95,7 +100,7 @@ struct LinearColumns {
     return numbers.size() == n ? numbers : std::vector<T>(n, numbers[0]);
   }
 
-  std::vector<int32_t> start, zero;
+  std::vector<int32_t> start, signed_start, zero;
   std::vector<float> scale, bias, inverse;
   std::vector<uint8_t> floor;
 };

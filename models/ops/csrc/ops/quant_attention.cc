@@ -3,8 +3,10 @@
 #include "../kernels/quant_attention.h"
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "../kernels/dispatch.h"
 #include "quantized.h"
@@ -19,6 +21,19 @@ constexpr size_t kRows = 64;        // at least this many rows in a part, becaus
 enum Place { kQ, kQScale, kQZero, kK, kKScale, kV, kVScale, kPScale, kMask, kYScale, kYZero };
 
 const Named kOp("QuantAttention");
+
+// The inputs by index: of a run, or the constants of the graph.
+using Inputs = std::function<Ort::ConstValue(Place)>;
+
+// The scales and zero points. Constants of the graph are read once, when the node's kernel is constructed: in a run each
+// input costs several calls of ONNX Runtime.
+struct Numbers {
+  float scale, v_scale, p_scale;
+  uint8_t q_zero;
+  std::vector<float> y_scale;  // one number, or one for each column
+  std::vector<uint8_t> y_zero;
+};
+constexpr Place kNumbers[] = {kQScale, kQZero, kKScale, kVScale, kPScale, kYScale, kYZero};
 
 // The strides of the mask: for each axis the step to the next number, 0 if one number serves all.
 struct Mask {
@@ -51,22 +66,23 @@ class Attention {
     if (!(gamma_ <= 0 && zeta_ >= 1 && gamma_ >= -1e30f && zeta_ <= 1e30f))
       kOp.invalid("gamma is " + std::to_string(gamma_) + " and zeta " + std::to_string(zeta_) +
                   "; expected -1e30 <= gamma <= 0 and 1 <= zeta <= 1e30");
+    const Inputs inputs = [&](Place place) { return constant(info, place); };
+    bool all = true;
+    for (const Place place : kNumbers) all &= static_cast<bool>(inputs(place));
+    if (all) numbers_.emplace(numbers(inputs));
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
     return guarded([&]() -> OrtStatusPtr {
       Ort::KernelContext context(raw);
       const Input<uint8_t> q(kOp, context, kQ, "q"), k(kOp, context, kK, "k"), v(kOp, context, kV, "v");
-      const Input<float> q_scale(kOp, context, kQScale, "q_scale"), k_scale(kOp, context, kKScale, "k_scale");
-      const Input<float> v_scale(kOp, context, kVScale, "v_scale"), y_scale(kOp, context, kYScale, "y_scale");
-      const Input<float> p_scale(kOp, context, kPScale, "p_scale");
-      const Input<uint8_t> q_zero(kOp, context, kQZero, "q_zero"), y_zero(kOp, context, kYZero, "y_zero");
+      std::optional<Numbers> fed;
+      if (!numbers_) fed.emplace(numbers([&](Place place) { return context.GetInput(place); }));
+      const Numbers& of = numbers_ ? *numbers_ : *fed;
       const Input<float> mask_input(kOp, context, kMask, "mask");
       const Sizes sizes = check(q, k, v);
-      const bool scales = y_scale.columns(width_), zeros = y_zero.columns(width_);
-      y_scale.check_scales();
-      const float scale = q_scale.scale() * k_scale.scale();
-      const Mask mask = mask_of(mask_input, sizes, scale);
+      const bool scales = of.y_scale.size() > 1, zeros = of.y_zero.size() > 1;
+      const Mask mask = mask_of(mask_input, sizes, of.scale);
 
       const size_t dims = width_ / heads_;
       AttentionHead head{};
@@ -74,8 +90,8 @@ class Attention {
       head.keys = sizes.keys, head.dims = dims;
       head.mask_row = mask.row, head.mask_key = mask.key, head.seen_step = mask.row != 0;
       head.y_scale_step = scales, head.y_zero_step = zeros;
-      head.scale = scale, head.v_scale = v_scale.scale(), head.gamma = gamma_, head.zeta = zeta_;
-      head.q_zero = q_zero.number(), head.p_scale = step_of(p_scale);
+      head.scale = of.scale, head.v_scale = of.v_scale, head.gamma = gamma_, head.zeta = zeta_;
+      head.q_zero = of.q_zero, head.p_scale = of.p_scale;
       auto output = context.GetOutput(0, {q.shape[0], q.shape[1], static_cast<int64_t>(width_)});
       if (sizes.batch == 0 || sizes.rows == 0) return nullptr;
       uint8_t* const y = output.GetTensorMutableData<uint8_t>();
@@ -108,8 +124,8 @@ class Attention {
           mine.rows = end - start;
           if (mask.data) mine.mask = mask.of(b, h) + start * mask.row;
           if (!mask.seen.empty()) mine.seen = mask.seen_of(b, h) + start * mine.seen_step;
-          mine.y_scale = y_scale.data + (scales ? h * dims : 0);
-          mine.y_zero = y_zero.data + (zeros ? h * dims : 0);
+          mine.y_scale = of.y_scale.data() + (scales ? h * dims : 0);
+          mine.y_zero = of.y_zero.data() + (zeros ? h * dims : 0);
           kernels().quant_attention(mine, scratch);
         }
       });
@@ -119,6 +135,20 @@ class Attention {
   }
 
  private:
+  Numbers numbers(const Inputs& inputs) const {
+    const auto floats = [&](Place place, const char* name) { return Input<float>(kOp, inputs(place), name); };
+    const Input<float> y_scale = floats(kYScale, "y_scale");
+    const Input<uint8_t> q_zero(kOp, inputs(kQZero), "q_zero"), y_zero(kOp, inputs(kYZero), "y_zero");
+    const bool scales = y_scale.columns(width_), zeros = y_zero.columns(width_);
+    y_scale.check_scales();
+    return {floats(kQScale, "q_scale").scale() * floats(kKScale, "k_scale").scale(),
+            floats(kVScale, "v_scale").scale(),
+            step_of(floats(kPScale, "p_scale")),
+            q_zero.number(),
+            {y_scale.data, y_scale.data + (scales ? width_ : 1)},
+            {y_zero.data, y_zero.data + (zeros ? width_ : 1)}};
+  }
+
   Sizes check(const Input<uint8_t>& q, const Input<uint8_t>& k, const Input<uint8_t>& v) const {
     const Input<uint8_t>* inputs[] = {&q, &k, &v};
     for (size_t i = 0; i < 3; ++i) {
@@ -175,6 +205,7 @@ class Attention {
 
   size_t heads_, width_, starts_[3];
   float gamma_, zeta_;
+  std::optional<Numbers> numbers_;  // if all are constants
 };
 
 struct Schema : Op<Schema, Attention> {

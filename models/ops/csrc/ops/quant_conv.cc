@@ -38,8 +38,9 @@ class Conv {
     for (const Place place : {kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero})
       all &= static_cast<bool>(inputs(place));
     if (inputs(kWeight)) {
-      weight_.emplace(pack(inputs));
+      weight_.emplace(pack(inputs, true));
       pack_tiles(inputs);
+      spent_.emplace(inputs(kWeight).GetTensorRawData());
     }
     if (all) columns_.emplace(columns(inputs, *weight_));
   }
@@ -49,7 +50,7 @@ class Conv {
       Ort::KernelContext context(raw);
       const Inputs inputs = [&](Place place) { return context.GetInput(place); };
       std::optional<Weight> fed_weight;
-      if (!weight_) fed_weight.emplace(pack(inputs));
+      if (!weight_) fed_weight.emplace(pack(inputs, false));
       const Weight& weight = weight_ ? *weight_ : *fed_weight;
       std::optional<LinearColumns> fed_columns;
       if (!columns_) fed_columns.emplace(columns(inputs, weight));
@@ -100,7 +101,7 @@ class Conv {
     }
   };
 
-  static Weight pack(const Inputs& inputs) {
+  static Weight pack(const Inputs& inputs, bool constant) {
     const Input<int8_t> weight(kOp, inputs(kWeight), "weight");
     if (weight.shape.size() != 4) weight.refuse("[height, width, C, N]");
     const size_t high = weight.side(0), wide = weight.side(1), channels = weight.side(2), n = weight.side(3);
@@ -110,9 +111,11 @@ class Conv {
     const size_t rows = 4 * conv_steps(wide, channels);
     if (wide * channels > kMostK || high * rows > kMostK)
       weight.refuse("at most " + std::to_string(kMostK) + " products a number");
-    Weight result{high, wide, channels, n, packed(linear_panels(n) * high * rows * kPanel), {}, nullptr};
+    const size_t bytes = linear_panels(n) * high * rows * kPanel;
+    Weight result{high, wide, channels, n, packed(bytes), {}, nullptr};
     result.sums.resize(linear_panels(n) * kPanel);
     pack_conv(weight.data, high, wide, channels, n, result.panels.get(), result.sums.data());
+    if (constant) result.panels = once(result.panels, bytes);
     return result;
   }
 
@@ -120,12 +123,14 @@ class Conv {
   void pack_tiles(const Inputs& inputs) {
     Weight& of = *weight_;
     const size_t words = conv_tile_words(of.channels, of.n);
-    const bool fits = of.high == 3 && of.wide == 3 && strides_ == std::array<int64_t, 2>{1, 1} && of.n > 0 &&
+    const bool fits = kTilesPay && of.high == 3 && of.wide == 3 && strides_ == std::array<int64_t, 2>{1, 1} && of.n > 0 &&
                       of.channels > 0 && of.channels % kTileChannels == 0 && of.n >= kTileChannels && words <= kMostTileWords;
     if (!fits) return;
     const Packed packed_words = packed(words * sizeof(int16_t));
     auto* const at = reinterpret_cast<int16_t*>(packed_words.get());
-    if (pack_conv_tiles(inputs(kWeight).GetTensorData<int8_t>(), of.channels, of.n, at)) of.words = {packed_words, at};
+    if (!pack_conv_tiles(inputs(kWeight).GetTensorData<int8_t>(), of.channels, of.n, at)) return;
+    const Packed shared = once(packed_words, words * sizeof(int16_t));
+    of.words = {shared, reinterpret_cast<int16_t*>(shared.get())};
   }
 
   static size_t tiles(size_t side) { return (side + kTile - 1) / kTile; }
@@ -177,6 +182,7 @@ class Conv {
   std::array<int64_t, 2> strides_;
   std::array<int64_t, 4> pads_;
   std::optional<Weight> weight_;
+  std::optional<Spent> spent_;
   std::optional<LinearColumns> columns_;
 };
 

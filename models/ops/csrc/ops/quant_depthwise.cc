@@ -4,6 +4,7 @@
 #include "../kernels/quant_depthwise.h"
 
 #include <array>
+#include <cmath>
 #include <functional>
 #include <optional>
 
@@ -31,7 +32,11 @@ class Depthwise {
     const Inputs inputs = [&](Place place) { return constant(info, place); };
     for (const Place place : {kXScale, kXZero, kWeight, kWeightScale, kBias, kYScale, kYZero})
       all &= static_cast<bool>(inputs(place));
-    if (inputs(kWeight)) weight_.emplace(pack(inputs));
+    if (inputs(kWeight)) {
+      weight_.emplace(pack(inputs));
+      weight_->packed = once(weight_->packed, depthwise_blocks(group_) * weight_->window.block_bytes());
+      spent_.emplace(inputs(kWeight).GetTensorRawData());
+    }
     if (all) channels_.emplace(channels(inputs, *weight_));
   }
 
@@ -71,7 +76,7 @@ class Depthwise {
       work.start = of.start.data();
       work.scale = of.scale.data();
       work.bias = of.bias.data();
-      work.inverse = of.inverse.data();
+      work.inverse = of.inverse.empty() ? nullptr : of.inverse.data();
       work.zero = of.zero.data();
       const size_t unit = work.columns() * window.rows() * window.height * window.width * std::min(group_, kBlock);
       spread(context, work.units(), kGrain / unit,
@@ -87,7 +92,8 @@ class Depthwise {
     std::vector<int32_t> sums;
   };
 
-  // Padded to whole blocks and in their order, except `around`; see DepthwiseWork.
+  // Padded to whole blocks and in their order, except `around`; see DepthwiseWork. No `inverse` if a number is scaled
+  // once.
   struct Channels {
     std::vector<uint8_t> around;
     std::vector<int32_t> start, zero;
@@ -130,13 +136,29 @@ class Depthwise {
       result.inverse[at] = steps.inverse[step];
       result.zero[at] = steps.zero[step];
     }
+    scale_once(result, weight.window.height * weight.window.width);
     return result;
+  }
+
+  // Scales to steps of y at once, if no number leaves the range of a conversion to int32. A number is a sum of `taps`.
+  static void scale_once(Channels& channels, size_t taps) {
+    std::vector<float> scale(channels.scale), bias(channels.bias);
+    for (size_t at = 0; at < scale.size(); ++at) {
+      const double step = double{scale[at]} * channels.inverse[at], middle = double{bias[at]} * channels.inverse[at];
+      if (!(255.0 * 128 * static_cast<double>(taps) * step + std::abs(middle) < 1 << 30)) return;
+      scale[at] = static_cast<float>(step);
+      bias[at] = static_cast<float>(middle);
+    }
+    channels.scale = std::move(scale);
+    channels.bias = std::move(bias);
+    channels.inverse.clear();
   }
 
   std::array<int64_t, 2> strides_;
   std::array<int64_t, 4> pads_;
   size_t group_;
   std::optional<Weight> weight_;
+  std::optional<Spent> spent_;
   std::optional<Channels> channels_;
 };
 

@@ -1,5 +1,6 @@
 // A sum and its layer norm, as float32 and quantized, row by row.
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <new>
 #include <optional>
@@ -16,40 +17,61 @@ enum Place { kX, kResidual, kWeight, kBias, kYScale, kYZero };
 
 const Named kOp("QuantLayerNorm");
 
+// The inputs by index: of a run, or the constants of the graph.
+using Inputs = std::function<Ort::ConstValue(Place)>;
+
+// The numbers of each column. Constants of the graph are read once, because in a run each input costs several calls of
+// ONNX Runtime.
+struct Columns {
+  Columns(const Inputs& inputs, size_t width)
+      : weight(row(inputs(kWeight), "weight", width)),
+        bias(row(inputs(kBias), "bias", width)),
+        steps({kOp, inputs(kYScale), "y_scale"}, {kOp, inputs(kYZero), "y_zero"}, width) {}
+
+  std::vector<float> weight, bias;
+  Steps steps;
+
+ private:
+  static std::vector<float> row(Ort::ConstValue value, const char* name, size_t width) {
+    const Input<float> input(kOp, value, name);
+    if (input.shape.size() != 1 || input.side(0) != width) input.refuse("[" + std::to_string(width) + "]");
+    return {input.data, input.data + width};
+  }
+};
+
 class LayerNorm {
  public:
   explicit LayerNorm(Ort::ConstKernelInfo info) : epsilon_(kOp.attribute<float>(info, "epsilon")) {
     if (!(epsilon_ >= 0) || !std::isfinite(epsilon_))
       kOp.invalid("epsilon is " + std::to_string(epsilon_) + "; expected a number of at least 0");
-    const auto weight = constant(info, kWeight), y_scale = constant(info, kYScale), y_zero = constant(info, kYZero);
-    if (weight && y_scale && y_zero)
-      steps_.emplace(Input<float>(kOp, y_scale, "y_scale"), Input<uint8_t>(kOp, y_zero, "y_zero"),
-                     Input<float>(kOp, weight, "weight").count);
+    const Inputs inputs = [&](Place place) { return constant(info, place); };
+    if (!inputs(kWeight) || !inputs(kBias) || !inputs(kYScale) || !inputs(kYZero)) return;
+    const size_t width = Input<float>(kOp, inputs(kWeight), "weight").count;
+    // if they do not fit each other, a run knows from x which input is wrong
+    if (Input<float>(kOp, inputs(kBias), "bias").count == width) columns_.emplace(inputs, width);
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
     return guarded([&]() -> OrtStatusPtr {
       Ort::KernelContext context(raw);
       const Input<float> x(kOp, context, kX, "x"), residual(kOp, context, kResidual, "residual");
-      const Input<float> weight(kOp, context, kWeight, "weight"), bias(kOp, context, kBias, "bias");
       if (x.shape.empty() || x.shape.back() < 1) x.refuse("[..., columns], at least one column");
       const size_t width = x.side(x.shape.size() - 1);
+      std::optional<Columns> fed;
+      if (!columns_) fed.emplace([&](Place place) { return context.GetInput(place); }, width);
+      const Columns& of = columns_ ? *columns_ : *fed;
       const bool one_added = residual.shape != x.shape;
       if (one_added && !(residual.shape.size() <= 1 && residual.count == 1))
         residual.refuse("that of x, " + text(x.shape) + ", or [1]");
-      for (const auto* input : {&weight, &bias})
-        if (input->shape.size() != 1 || input->side(0) != width) input->refuse("[" + std::to_string(width) + "]");
-      std::optional<Steps> fed;
-      if (!steps_)
-        fed.emplace(Input<float>(kOp, context, kYScale, "y_scale"), Input<uint8_t>(kOp, context, kYZero, "y_zero"),
-                    width);
-      const Steps& steps = steps_ ? *steps_ : *fed;
+      if (of.weight.size() != width)
+        kOp.invalid("weight has the shape [" + std::to_string(of.weight.size()) + "]; expected [" +
+                    std::to_string(width) + "], the last side of x");
 
       NormRows rows{};
-      rows.width = width, rows.epsilon = epsilon_, rows.columns = steps.inverse.size() > 1;
-      rows.weight = weight.data, rows.bias = bias.data;
+      rows.width = width, rows.epsilon = epsilon_, rows.columns = of.steps.inverse.size() > 1;
+      rows.weight = of.weight.data(), rows.bias = of.bias.data();
       rows.added = one_added ? *residual.data : 0;
-      rows.inverse = steps.inverse.data(), rows.zero = steps.zero.data();
+      rows.inverse = of.steps.inverse.data(), rows.zero = of.steps.zero.data();
 
       auto output = context.GetOutput(0, x.shape);
       uint8_t* const y = output.GetTensorMutableData<uint8_t>();
@@ -85,7 +107,7 @@ class LayerNorm {
   }
 
   float epsilon_;
-  std::optional<Steps> steps_;  // if scales and zero points are constants
+  std::optional<Columns> columns_;  // if all are constants
 };
 
 struct Schema : Op<Schema, LayerNorm> {

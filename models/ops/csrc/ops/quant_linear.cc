@@ -40,7 +40,12 @@ class Linear {
     bool all = true;
     const Inputs inputs = [&](Place place) { return constant(info, place); };
     for (const Place place : kFixed) all &= static_cast<bool>(inputs(place));
-    if (inputs(kWeight)) weight_.emplace(pack(inputs, gated_));
+    if (inputs(kWeight)) {
+      weight_.emplace(pack(inputs, gated_));
+      if (reads_order()) weight_->sort();
+      weight_->panels = once(weight_->panels, weight_->bytes());
+      spent_.emplace(inputs(kWeight).GetTensorRawData());
+    }
     if (all) columns_.emplace(columns(inputs, *weight_, activation_));
   }
 
@@ -90,6 +95,7 @@ class Linear {
       work.n = weight.answers();
       work.gated = weight.gated;
       work.panels = weight.panels.get();
+      work.order = weight.order.empty() ? nullptr : weight.order.data();
       of.fill(work);
       work.activation = activation_;
       run(context, work);
@@ -113,8 +119,17 @@ class Linear {
     bool gated;
     Packed panels;
     std::vector<int32_t> sums;
+    std::vector<uint16_t> order;  // or none; sorting takes longer than a product
+
+    size_t count() const { return sums.size() / kPanel; }
+
+    void sort() {
+      order.resize(count() * linear_order_numbers(k));
+      order_linear(panels.get(), k, count(), order.data());
+    }
 
     size_t answers() const { return gated ? n / 2 : n; }  // columns of y
+    size_t bytes() const { return (gated ? gated_panels(n / 2) : linear_panels(n)) * linear_panel_bytes(k); }
 
     std::string text() const { return "[" + std::to_string(k) + ", " + std::to_string(n) + "]"; }
   };
@@ -142,7 +157,8 @@ class Linear {
     if (k > kMostK) weight.refuse("at most " + std::to_string(kMostK) + " rows");
     if (gated && n % 2) weight.refuse("an even number of columns, because half of them gate the others");
     const size_t panels = gated ? gated_panels(n / 2) : linear_panels(n);
-    Weight result{k, n, gated, packed(panels * linear_panel_bytes(k)), {}};
+    Weight result{k, n, gated, nullptr, {}, {}};
+    result.panels = packed(result.bytes());
     result.sums.resize(panels * kPanel);
     if (gated) {
       std::vector<int8_t> together(k * panels * kPanel);
@@ -193,6 +209,7 @@ class Linear {
   int32_t activation_;
   bool gated_;
   std::optional<Weight> weight_;
+  std::optional<Spent> spent_;
   std::optional<LinearColumns> columns_;
 };
 
