@@ -144,7 +144,12 @@ def bundle_options(
     options.add_argument("--threads", type=int, default=defaults.threads, help="0: one per core")
     options.add_argument(
         "--ops", type=ops_mode, default=defaults.ops,
-        help="the op library: auto (if there is one), required or off; default: CALMCLIP_OPS, else auto",
+        help="the op library: auto (if there is one), required, all (required, and no operator is left to ONNX "
+        "Runtime) or off; default: CALMCLIP_OPS, else auto",
+    )  # fmt: skip
+    options.add_argument(
+        "--without", type=_without, metavar="SETS", default=argparse.SUPPRESS,
+        help="instruction sets whose kernels do not run, e.g. avx512,vnni,vbmi; default: CALMCLIP_OPS_WITHOUT",
     )  # fmt: skip
 
 
@@ -154,6 +159,17 @@ def ops_mode(text: str) -> str:
 
     if text not in MODES:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(MODES)}")
+    return text
+
+
+def _without(text: str) -> str:
+    """An argparse type. It masks at once, because a mask holds for the process, not for a bundle."""
+    from calmclip.models.ops.library import mask
+
+    try:
+        mask(text.split(","))
+    except BadRequest as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

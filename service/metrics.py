@@ -105,6 +105,7 @@ class Metrics:
         self.reloads = counter("bundle_reloads", "Loads of a changed bundle (ok, failed).", "model", "outcome")
         self.graph_open = gauge("graph_open", "1 for a graph in memory, 0 for an unloaded one.", "model", "graph")
         self.graph_open_seconds = gauge("graph_open_seconds", "Seconds of its last opening.", "model", "graph")
+        self.op_left = gauge("op_left", "1 for an operator of the library that is left to ONNX Runtime.", "op")
         self.ops_info = gauge("ops_info", "1 for the op library in use, or for none.", "sha256", "isa")
         self.collection_items = gauge("collection_items", "Items of a collection.", "collection")
         text = "Time of this service's last write."
@@ -198,8 +199,10 @@ class Metrics:
     def graph_closed(self, model: str, graph: str) -> None:
         self.graph_open.labels(model, graph).set(0)
 
-    def ops(self, sha256: str, isa: str) -> None:
+    def ops(self, sha256: str, isa: str, left: Sequence[str] = ()) -> None:
         self.ops_info.labels(sha256, isa).set(1)
+        for op in left:
+            self.op_left.labels(op).set(1)
 
     def items(self, collection: str, count: int | None) -> None:
         """``count`` None: the collection was deleted."""

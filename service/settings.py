@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 
 from calmclip.models.errors import BadRequest
 from calmclip.models.extras import IMAGE
-from calmclip.models.ops.library import Mode
+from calmclip.models.ops.library import Mode, checked_isas
 from calmclip.models.preprocess.image import MAX_PIXELS
 from calmclip.models.tasks.enhance import LEAST_PIXELS
 from calmclip.models.tasks.explain import MAX_WORDS
@@ -116,7 +116,14 @@ class Settings(BaseSettings):
         description="bundles to load, separated by commas; the first that serves a task is its default. Empty: all",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="intra-op threads per graph; 0: one per core")
-    ops: Mode = Field(default="auto", description="the op library: used if present (auto), required, or off")
+    ops: Mode = Field(
+        default="auto",
+        description="the op library: used if present (auto), required, all (required, and no operator is left to ONNX "
+        "Runtime), or off",
+    )
+    ops_without: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="instruction sets whose kernels do not run, separated by commas; empty: all run"
+    )
     batch: Batch = Batch()
     queue: Queue = Queue()
     connections: int = Field(default=512, ge=1, description="open connections; one more closes an idle one")
@@ -159,7 +166,7 @@ class Settings(BaseSettings):
     slo: Slo = Slo()
     log: Literal["text", "json"] = Field(default="text", description="format of the access log")
 
-    @field_validator("load", mode="before")
+    @field_validator("load", "ops_without", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
@@ -168,6 +175,14 @@ class Settings(BaseSettings):
     @classmethod
     def _hosts(cls, value: object) -> object:
         return tuple(name.lower() for name in names) if isinstance(names := cls._names(value), tuple) else names
+
+    @field_validator("ops_without")
+    @classmethod
+    def _are_isas(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return checked_isas(names)
+        except BadRequest as error:  # pydantic reports a ValueError
+            raise ValueError(str(error)) from None
 
     @field_validator("url_hosts")
     @classmethod

@@ -137,6 +137,8 @@ def test_show_and_check_and_run_and_bench_answer_in_json(tiny_bundles: Path, pho
     assert len(answer("run", "tiny-int8", "embed", cat, "--text", "two dogs")["answers"]) == 2
     timed = answer("bench", "tiny-int8", "--against", "tiny-float", "--rounds", "3")
     assert {role: len(sides) for role, sides in timed["latency_ms"].items()} == {"image": 2, "text": 2}
+    assert all(0 < mb < 100 for mb in timed["resident_mb"])
+    assert len(timed["resident_mb"]) == 2
 
 
 @pytest.mark.parametrize("verb", ["check", "bench", "run", "eval"])
@@ -162,7 +164,7 @@ def test_the_op_library_is_used_as_the_environment_and_then_the_flag_say(
         with pytest.raises(SystemExit) as stopped:
             main([*argv, *(["--ops", "nonsense"] if source == "flag" else [])])
         assert stopped.value.code == 2
-        assert "'nonsense' is not one of auto, required, off" in capsys.readouterr().err
+        assert "'nonsense' is not one of auto, required, all, off" in capsys.readouterr().err
 
 
 def test_bench_of_a_bundle_against_itself_without_the_op_library(

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from calmclip.models.bundle.manifest import Tensor
+from calmclip.models.flow import Array
 from calmclip.models.ops.spec import DOMAIN, VERSION, Op
 from calmclip.models.ops.table import OPS
 
@@ -37,16 +38,32 @@ BODIES = _bodies()
 
 
 def alone(
-    op: Op, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], attributes: Mapping[str, Any]
+    op: Op,
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    attributes: Mapping[str, Any],
+    constants: Mapping[str, Array] | None = None,
+    elsewhere: Mapping[str, Array] | None = None,
 ) -> onnx.ModelProto:
-    """A model of one node of ``op``, with every attribute named, and its body."""
+    """A model of one node of ``op``, with every attribute named, and its body.
+
+    ``constants``: inputs that are initializers. ``elsewhere``: such whose data is not in the model, see
+    `calmclip.models.runtime.session.Memory`.
+    """
     attributes = {**op.attributes, **attributes}
     node = helper.make_node(op.name, list(op.inputs), list(op.outputs), domain=DOMAIN, **attributes)
     graph = helper.make_graph([node], "alone", _declare(inputs), _declare(outputs))
+    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in (constants or {}).items())
+    for name, array in (elsewhere or {}).items():
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        graph.initializer.add(
+            name=name, data_type=kind, dims=array.shape, data_location=onnx.TensorProto.EXTERNAL
+        ).external_data.add(key="location", value="elsewhere")
     body = BODIES[op.name](**attributes)
     opsets = [*body.opset_import, helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=10, producer_name="calmclip")
-    onnx.checker.check_model(model)
+    if not elsewhere:  # the checker looks for their files
+        onnx.checker.check_model(model)
     return model
 
 

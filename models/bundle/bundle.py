@@ -16,6 +16,7 @@ from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest, BundleInvalid, BundleTooNew, TaskNotServed
 from calmclip.models.flow import Array
 from calmclip.models.labels import check_distinct, require_labels
+from calmclip.models.ops import breakeven
 from calmclip.models.ops.library import Library, Mode, find
 from calmclip.models.outliers import Outliers, outliers
 from calmclip.models.preprocess.image import MAX_PIXELS, ImagePreparer
@@ -41,7 +42,9 @@ class Bundle:
                 f"bundle {self.name!r} serves {', '.join(self.manifest.tasks)}; this calmclip knows none of these, "
                 f"only {', '.join(TASKS.names())}. Install a newer calmclip, or the package that has the task"
             )
-        self._library: Library | None = find(ops)
+        library = find(ops)
+        left = library and breakeven.PICTURES in breakeven.left(library, ops)
+        self._library: Library | None = None if left else library  # of the preparation of pictures
         self._images: dict[str, ImagePreparer] = {}
         self._texts: dict[str, TextPreparer] = {}
 

@@ -17,7 +17,7 @@ from calmclip.models.runtime.session import Session, SessionOptions
 
 FOLDER = Path(__file__).with_name("probes")
 ROUNDS = 20
-WAYS: dict[str, Mode] = {"library": "required", "function": "off"}
+WAYS: dict[str, Mode] = {"library": "all", "function": "off"}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,14 @@
 
 import argparse
 import sys
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from calmclip.models.cli import emit, parser
 from calmclip.models.errors import OpsNotBuilt
+
+if TYPE_CHECKING:
+    from calmclip.models.ops.library import Library
 
 
 def ops_command(argv: list[str]) -> int:
@@ -22,7 +26,7 @@ def ops_command(argv: list[str]) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    """Does nothing if the library is up to date."""
+    """Builds nothing if the library is up to date, and measures nothing if this processor is known."""
     from calmclip.models.ops import build, library
     from calmclip.models.ops.library import Library
 
@@ -42,18 +46,36 @@ def _build(arguments: argparse.Namespace) -> int:
         print(f"calmclip: no op library ({reason[0]}); bundles run their own functions instead", file=sys.stderr)
         print(*reason[1:20], sep="\n", end="\n" if reason[1:] else "", file=sys.stderr)
         return 0
-    value = {"library": str(built.path), "sha256": built.sha256, "built": outdated}
+    value = {"library": str(built.path), "sha256": built.sha256, "built": outdated, "measured": _measure(built)}
     emit(arguments.json, value, lambda v: print(f"{v['library']} {'built' if v['built'] else 'is up to date'}"))
     return 0
 
 
+def _measure(built: "Library") -> bool:
+    """Let every operator and its function take turns, unless that is known; whether it is known now.
+
+    Without it a table decides, so a failure is a warning.
+    """
+    from calmclip.models.ops import breakeven, trial
+
+    if breakeven.read(built):
+        return True
+    try:
+        trial.store(built)
+    except Exception as error:  # a read-only folder, an operator that this ONNX Runtime does not run
+        print(f"calmclip: the operators were not measured ({error}); a table says which are used", file=sys.stderr)
+        return False
+    return True
+
+
 def _info(arguments: argparse.Namespace) -> int:
     """The operators and the kernels; without a library the operators and the reason."""
-    from calmclip.models.ops import library
+    from calmclip.models.ops import breakeven, library
     from calmclip.models.ops.spec import DOMAIN, VERSION
     from calmclip.models.ops.table import OPS
 
     installed = library.find()
+    choices = breakeven.choices(installed) if installed else {}
     kernels: dict[str, list[dict[str, Any]]] = {}
     for kernel in installed.kernels if installed else ():
         kernels.setdefault(kernel.name, []).append({"isa": kernel.isa, "runs": kernel.runs})
@@ -62,7 +84,14 @@ def _info(arguments: argparse.Namespace) -> int:
         "version": VERSION,
         "library": {"path": str(installed.path), "sha256": installed.sha256, **installed.about} if installed else None,
         "why_not": library.why_not(),
-        "ops": {op.name: {"inputs": list(op.inputs), "attributes": op.attributes} for op in OPS},
+        "ops": {
+            op.name: {"inputs": list(op.inputs), "attributes": op.attributes}
+            | (asdict(choices[op.name]) if installed else {})
+            for op in OPS
+        },
+        "pictures": asdict(choices[breakeven.PICTURES]) if installed else None,
+        "processor": breakeven.processor(installed) if installed else None,
+        "measured": bool(installed and breakeven.read(installed)),
         "kernels": {
             name: {"isas": isas, "used": installed.isas[name] if installed else None} for name, isas in kernels.items()
         },
@@ -84,6 +113,16 @@ def _show(value: dict[str, Any]) -> None:
     for name, kernel in value["kernels"].items():
         isas = ", ".join(row["isa"] + ("" if row["runs"] else " (not on this processor)") for row in kernel["isas"])
         print(f"  {name:24s} {kernel['used']:8s} of {isas}")
+    print(f"{value['processor']}: {_MEASURED[value['measured']]}")
+    for name, choice in [*value["ops"].items(), ("pictures", value["pictures"])]:
+        ratio = f", {choice['ratio']:.2f} times as fast as its function" if choice["ratio"] else ""
+        print(f"  {name:24s} {'compiled' if choice['compiled'] else 'left':8s} {choice['why']}{ratio}")
+
+
+_MEASURED = {
+    True: "'calmclip ops build' measured which operators beat their functions",
+    False: "not measured, so a table says which operators beat their functions ('calmclip ops build' measures)",
+}
 
 
 def _check(arguments: argparse.Namespace) -> int:

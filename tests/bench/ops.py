@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from calmclip.models.ops import table
-from calmclip.models.ops.library import Library, find, why_not
+from calmclip.models.ops.library import Library, find, mask, why_not
 
 
 def benches() -> list[str]:
@@ -30,6 +30,9 @@ def options(doc: str | None, seconds: float, quick: str) -> argparse.ArgumentPar
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=seconds, help="for each line")
     parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument(
+        "--without", type=lambda text: mask(text.split(",")), help="instruction sets that do not run: avx512,vnni,vbmi"
+    )
     return parser
 
 

@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 
 from calmclip.models.cli import main
+from calmclip.models.ops import breakeven
+from calmclip.models.ops.library import find
 from calmclip.service import endpoints, resources
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENDPOINTS
@@ -73,7 +75,10 @@ def test_metrics(client, picture):
             assert set(family.samples[0].labels) - {"le"} == documented[name], name
             scraped.add(name)
     limited = resources.memory(resources.CGROUPS) is not None
-    assert scraped == {name for name in documented if limited or not name.startswith("calmclip_memory_")}
+    library = find()
+    absent = set() if library is None or breakeven.left(library) else {"calmclip_op_left"}
+    absent |= set() if limited else {name for name in documented if name.startswith("calmclip_memory_")}
+    assert scraped == documented.keys() - absent
 
 
 def test_problems(client):

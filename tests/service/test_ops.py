@@ -6,7 +6,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from calmclip.models.cli import main
-from calmclip.models.ops import build
+from calmclip.models.ops import breakeven, build
+from calmclip.models.ops.library import mask
 from calmclip.models.runtime.session import SessionOptions
 from calmclip.service import hub
 
@@ -30,9 +31,11 @@ def observe(settings, serve, monkeypatch, caplog):
     monkeypatch.setattr(hub, "Session", session)
     monkeypatch.setattr(hub, "Bundle", bundle)
 
-    def ask(ops: str):
-        with caplog.at_level(logging.INFO, "calmclip"), serve(settings(ops=ops)) as client:
+    def ask(ops: str, **more):
+        with caplog.at_level(logging.INFO, "calmclip"), serve(settings(ops=ops, **more)) as client:
             families = text_string_to_metric_families(client.get("/metrics").text)
+        families = list(families)
+        ask.left = {s.labels["op"] for family in families for s in family.samples if s.name == "calmclip_op_left"}
         (info,) = [s for family in families for s in family.samples if s.name == "calmclip_ops_info"]
         assert info.value == 1
         lines = [m for m in caplog.messages if m.startswith("op library") or "own functions" in m]
@@ -57,6 +60,30 @@ def test_with_the_library(observe, library, mode):
     assert {*sets} <= {"scalar", "avx2", "neon", "avx512", "vnni", "vbmi"}
     assert prepare == [library] * 2
     assert {options.ops for options in sessions} == {mode}
+
+
+@pytest.mark.parametrize(("mode", "left"), [("auto", {"QuantAdd", "pictures"}), ("all", set())])
+def test_left_operators_are_named(observe, library, monkeypatch, caplog, mode, left):
+    monkeypatch.setattr(breakeven, "KERNELS", {"QuantAdd": "quant_add", "pictures": "resize_rows"})
+    monkeypatch.setattr(
+        breakeven, "read", lambda library: breakeven.Measured("", "", {"QuantAdd": 0.4, "pictures": 0.4})
+    )
+    _, _, prepare, sessions = observe(mode)
+    lines = [m for m in caplog.messages if m.startswith("operators left")]
+    assert lines == ["operators left to ONNX Runtime, which is faster here: QuantAdd, pictures"][: len(left)]
+    assert observe.left == left
+    assert prepare == [None if left else library] * 2
+    assert {options.ops for options in sessions} == {mode}
+
+
+def test_masked_instruction_sets_are_neither_used_nor_named(observe, library):
+    masked = tuple({kernel.isa for kernel in library.kernels} - {"scalar"})
+    try:
+        line, labels, *_ = observe("auto", ops_without=masked)
+    finally:
+        mask(())
+    assert labels["isa"] == "scalar"
+    assert line.endswith(", scalar")
 
 
 def test_off_holds_for_pictures_and_graphs(observe, library, monkeypatch):

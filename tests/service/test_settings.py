@@ -32,6 +32,14 @@ def test_arguments_override_the_environment_and_settings_are_frozen(monkeypatch)
         Settings().threads = 2
 
 
+def test_instruction_sets_to_leave_out_must_exist(monkeypatch):
+    monkeypatch.setenv("CALMCLIP_OPS_WITHOUT", "avx2, dotprod,")
+    assert from_environment().ops_without == ("avx2", "dotprod")
+    monkeypatch.setenv("CALMCLIP_OPS_WITHOUT", "avx2,sse9")
+    with pytest.raises(BadRequest, match=r"CALMCLIP_OPS_WITHOUT is .*'sse9' is no instruction set"):
+        from_environment()
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
