@@ -24,6 +24,8 @@ def export_command(argv: list[str]) -> int:
     from calmclip.export.pipeline import build
     from calmclip.models.bundle.embedding import embedding_digest
     from calmclip.models.bundle.manifest import REPORT
+    from calmclip.models.measure import resident
+    from calmclip.models.ops import library
 
     options.checkpoint = str(hub.locate(options.checkpoint))
     say = lambda line: None if options.json else print(line, flush=True)  # noqa: E731
@@ -41,6 +43,11 @@ def export_command(argv: list[str]) -> int:
         }
         for bundle in sealed
     ]
+    # Beside the report, like latencies: two exports of one checkpoint measure other bytes.
+    memory = {"resident_mb": resident(sealed[0].directory)}
+    if library.find():
+        memory["resident_mb_without_ops"] = resident(sealed[0].directory, "off")
+    timings |= memory
     keys = ("bars", "int8", "inputs", "mixed_because", "accuracy", "adapters")
     emit(options.json, {"sealed": rows, **{key: report[key] for key in keys if key in report}, **timings}, _summary)
     return 0
@@ -156,6 +163,12 @@ def _summary(value: dict[str, Any]) -> None:
         note = "" if gain >= 1 else "   INT8 IS SLOWER THAN FLOAT HERE"
         print(
             f"  {role:10s} int8 {pair['int8']['p50']:.2f} ms, float {pair['float32']['p50']:.2f} ms: {gain:.2f}x{note}"
+        )
+    if value["resident_mb"]:
+        without = value.get("resident_mb_without_ops")
+        print(
+            f"  its open graphs take {value['resident_mb']:.0f} MB of memory"
+            + (f", {without:.0f} without the op library" if without else "")
         )
     for name, facts in value["adapters"].items():
         print(f"  {name}: {figures(facts | value['adapter_times'].get(name, {}))}")

@@ -5,7 +5,6 @@ A report is sealed, so it holds what two exports of one checkpoint have in commo
 outliers, the loss of each product) are of the graphs before the rewrites put our ops in.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -30,6 +29,7 @@ from calmclip.models.evals import measure as evaluate
 from calmclip.models.flow import Array, Arrays
 from calmclip.models.measure import latency, machine
 from calmclip.models.runner import Runner
+from calmclip.models.runtime import heap
 
 COVERAGE, SIZE = 0.9, 0.35  # for the name int8: least INT8 coverage, largest part of the float size
 COSINE, WORST = 0.99, 0.95  # and of each output on the certificate's inputs: least mean cosine, least of a row
@@ -195,8 +195,7 @@ class Steps:
 def trim() -> None:
     """Return freed memory to the system: glibc keeps it in pieces that are too small for the next large graph."""
     gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    heap.trim()
 
 
 def _resident() -> int:

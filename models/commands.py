@@ -223,8 +223,8 @@ def _runnable() -> dict[str, "Task[Any, Any]"]:
 
 
 def bench_command(argv: list[str]) -> int:
-    """`calmclip bench BUNDLE [--against BUNDLE]`: p50 and p95 per graph, in alternation."""
-    options = parser("bench", "Latency of a bundle's graphs at batch 1.")
+    """`calmclip bench BUNDLE [--against BUNDLE]`: p50 and p95 per graph, in alternation; the memory of open graphs."""
+    options = parser("bench", "Latency of a bundle's graphs at batch 1, and their memory.")
     options.add_argument("bundle")
     options.add_argument("--against")
     options.add_argument("--picture", type=Path, help="default: grey noise of 640 x 480")
@@ -235,7 +235,7 @@ def bench_command(argv: list[str]) -> int:
     bundle_options(options, threads=1)
     args = options.parse_args(argv)
     from calmclip.models.bundle.store import find
-    from calmclip.models.measure import latency, machine
+    from calmclip.models.measure import latency, machine, resident
     from calmclip.models.runner import open_bundle
 
     sides = [(args.bundle, args.ops)]
@@ -245,7 +245,8 @@ def bench_command(argv: list[str]) -> int:
     picture = args.picture.read_bytes() if args.picture else _noise((480, 640, 3))
     table = latency(runners, picture, args.rounds)
     named = [f"{name} (ops {ops})" if args.against_ops else name for name, ops in sides]
-    value = {"machine": machine(args.threads), "bundles": named, "latency_ms": table}
+    memory = [resident(find(name, args.bundles), ops, args.threads) for name, ops in sides]
+    value = {"machine": machine(args.threads), "bundles": named, "latency_ms": table, "resident_mb": memory}
     emit(args.json, value, _bench)
     return 0
 
@@ -323,6 +324,10 @@ def _bench(value: dict[str, Any]) -> None:
         ]
         ratio = f"   {sides[1]['p50'] / sides[0]['p50']:.2f}x" if len(sides) == 2 else ""
         print(f"{role:8s} {'   '.join(cells)}{ratio}")
+    if None not in (sizes := value["resident_mb"]):
+        print(
+            "memory   " + "   ".join(f"{name} {mb:.0f} MB" for name, mb in zip(value["bundles"], sizes, strict=False))
+        )
 
 
 def _noise(shape: tuple[int, ...]) -> "Array":

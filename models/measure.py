@@ -1,8 +1,11 @@
-"""Latency of a bundle's graphs on this machine."""
+"""Latency of a bundle's graphs on this machine, and the memory that they take."""
 
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 
@@ -11,8 +14,10 @@ import numpy as np
 from calmclip.models.bundle.manifest import GUIDE, ImagePreprocess, TextPreprocess, VectorPreprocess
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Arrays
+from calmclip.models.ops.library import MODES, Mode
 from calmclip.models.preprocess.image import Picture, load
-from calmclip.models.runner import Runner
+from calmclip.models.runner import Runner, open_bundle
+from calmclip.models.runtime.heap import trim
 from calmclip.models.runtime.session import versions
 
 SENTENCES = ("a photo of two dogs running on the beach.", "a dog")  # the first that fits the context
@@ -63,6 +68,38 @@ def latency(runners: Sequence[Runner], picture: Picture, rounds: int = 50) -> di
     return result
 
 
+def resident(directory: Path, ops: Mode = "auto", threads: int = 1) -> float | None:
+    """Resident megabytes that a new process gains by opening all graphs of a bundle and running each once, where it can
+    (see `feeds`). Libraries and the tokenizer are not counted. None if the system does not say, that is without Linux,
+    or if the process does not end well, as without memory.
+    """
+    if sys.platform != "linux":
+        return None
+    command = [sys.executable, "-m", __name__, str(directory), ops, str(threads)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return None if done.returncode else round(float(done.stdout), 1)
+
+
+def _gained(directory: Path, ops: Mode, threads: int) -> float:
+    runner = open_bundle(directory, threads=threads, verify=False, ops=ops)
+    runner.bundle.warm()
+    grey = np.full((480, 640, 3), 128, np.uint8)
+    if "image" in runner.bundle.manifest.graphs:
+        runner.bundle.image().prepare(load(grey))
+    trim()
+    before = _resident()
+    for role in runner.bundle.manifest.graphs:
+        runner.session(role)
+    for role, rows in feeds(runner, grey).items():
+        runner.session(role).run(rows)
+    trim()
+    return (_resident() - before) / 1e6
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def machine(threads: int) -> dict[str, str | int]:
     """The machine and the versions that belong to a figure."""
     cpu = platform.processor() or platform.machine()
@@ -79,3 +116,8 @@ def machine(threads: int) -> dict[str, str | int]:
         "numpy": np.__version__,
         **versions(),
     }
+
+
+if __name__ == "__main__":
+    directory, ops, threads = sys.argv[1:]
+    print(_gained(Path(directory), next(mode for mode in MODES if mode == ops), int(threads)))

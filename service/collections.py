@@ -290,7 +290,7 @@ class Collections:
         self.failed: dict[str, str] = {}
 
     async def load(self) -> None:
-        """Open the store and its collections. This imports the engine's library, in a thread.
+        """Open the store and its collections. If there are any, this imports the engine's library, in a thread.
 
         A collection that does not open is logged and added to `failed`; the others are served. A store that does not
         answer is tried again until it answers.

@@ -1,11 +1,10 @@
 """`Hub`: the loaded bundles by name. It reloads changed bundles and unloads idle graphs."""
 
 import asyncio
-import ctypes
 import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -17,8 +16,9 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import Sealed, State, digest_of, find, names, read, state_of
 from calmclip.models.errors import BundleInvalid, BundleNotFound, CalmclipError, Overloaded, TaskNotServed, suggestion
 from calmclip.models.flow import Arrays, drive
-from calmclip.models.ops import library
+from calmclip.models.ops import breakeven, library
 from calmclip.models.outliers import STATISTICS
+from calmclip.models.runtime.heap import trim
 from calmclip.models.runtime.session import Session, SessionOptions
 from calmclip.models.tasks import TASKS
 from calmclip.service.batching import RELEASES, Batcher
@@ -29,6 +29,9 @@ from calmclip.service.settings import Settings
 log = logging.getLogger("calmclip")
 RETIRE_POLL_S = 0.05
 IDLE_CHECKS = 4  # per `Settings.idle_unload_s`
+TRIM_S = (
+    10.0  # between looks whether graphs ran; what runs have freed then returns to the system, in a few milliseconds
+)
 
 
 class Tried(NamedTuple):
@@ -98,6 +101,7 @@ class Hub:
         self._loaded: dict[str, Loaded] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._complete = False
+        self._trimmed_at = 0  # the number of runs then
 
     @property
     def ready(self) -> bool:
@@ -147,8 +151,12 @@ class Hub:
             self._complete = True
 
     async def tend(self) -> None:
-        """Until it is cancelled: reload changed bundles, unload idle graphs."""
-        periods = {self.reload: self.settings.reload_s, self.unload_idle: self.settings.idle_unload_s / IDLE_CHECKS}
+        """Until it is cancelled: reload changed bundles, unload idle graphs, return freed memory."""
+        periods = {
+            self.reload: self.settings.reload_s,
+            self.unload_idle: self.settings.idle_unload_s / IDLE_CHECKS,
+            self.trim: TRIM_S,
+        }
         await asyncio.gather(*(_repeat(do, seconds) for do, seconds in periods.items() if seconds))
 
     async def reload(self) -> None:
@@ -189,8 +197,15 @@ class Hub:
         graphs = [(f"{loaded.name}.{role}", graph) for loaded in current for role, graph in loaded.graphs.items()]
         closed = [name for name, graph in graphs if await asyncio.to_thread(graph.unload, self.settings.idle_unload_s)]
         if closed:
-            await asyncio.to_thread(_trim_heap)
+            await asyncio.to_thread(trim)
             log.info("unloaded: %s", ", ".join(closed))
+
+    async def trim(self) -> None:
+        """Return what runs have freed to the system, if a graph ran since the last time."""
+        runs = sum(graph.runs for loaded in self.all() for graph in loaded.graphs.values())
+        if runs != self._trimmed_at:
+            await asyncio.to_thread(trim)
+            self._trimmed_at = runs
 
     def drain(self) -> None:
         """No call waits for concurrent calls any more: the service shuts down."""
@@ -205,10 +220,14 @@ class Hub:
         await asyncio.gather(*self._retiring)
 
     async def _load(self, wanted: Sequence[str]) -> None:
+        if self.settings.ops_without:
+            library.mask(self.settings.ops_without)
         if ops := library.find(self.settings.ops):
-            isas = sorted({*ops.isas.values()})
+            isas, left = sorted({*ops.isas.values()}), breakeven.left(ops, self.settings.ops)
             log.info("op library %s, %s", ops.sha256[:12], ", ".join(isas))
-            self.metrics.ops(ops.sha256, ",".join(isas))
+            if left:
+                log.info("operators left to ONNX Runtime, which is faster here: %s", ", ".join(left))
+            self.metrics.ops(ops.sha256, ",".join(isas), left)
         else:
             why = "CALMCLIP_OPS=off" if self.settings.ops == "off" else library.why_not()
             log.info("%s: bundles run their own functions", why)
@@ -286,6 +305,7 @@ class Hub:
             for role in bundle.manifest.graphs
         }
         _warm_up(bundle, graphs)
+        trim()
         return bundle, graphs
 
     def _session(self, sealed: Sealed, role: str) -> Session:
@@ -326,12 +346,6 @@ class Hub:
             observe=self.metrics.batch(bundle.name, role, RELEASES),
             name=f"{bundle.name}.{role}",
         )
-
-
-def _trim_heap() -> None:
-    """Return free memory to the system, which glibc does not do on its own. No effect with other C libraries."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def _repeat(do: Callable[[], Any], seconds: float) -> None:

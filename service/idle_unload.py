@@ -11,6 +11,7 @@ from calmclip.models.runtime.session import Session
 class UnloadableSession:
     """``open_session`` is called at once, and by the first run after each unload; then ``opened`` gets the seconds that
     it took. ``closed`` is called after an unload. Several threads may call the methods; a run keeps its session.
+    ``runs`` counts the runs.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class UnloadableSession:
         self._now = now
         self._lock = threading.Lock()
         self._running = 0
+        self.runs = 0
         self._used = now()
         self._session: Session | None = None
         self._open()
@@ -35,6 +37,7 @@ class UnloadableSession:
         with self._lock:
             session = self._open()
             self._running += 1
+            self.runs += 1
         try:
             return session.run(feeds)
         finally:

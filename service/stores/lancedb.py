@@ -3,6 +3,9 @@
 Source: LanceDB (Apache-2.0). Every write is a new, atomically committed version of the table, so a killed process
 leaves the last committed version. A search in a small table reads all rows. In a large table an index selects
 candidates, and the float32 vectors decide.
+
+LanceDB and pyarrow take 85 MB of memory. They are imported when the first table is opened or created, so a service
+without collections has none of it.
 """
 
 import errno
@@ -14,16 +17,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import lancedb
-import pyarrow as pa
-from lancedb.index import BTree, IvfRq
-from lancedb.query import ColumnOrdering
-
 from calmclip.models.errors import CollectionDamaged, CollectionNotFound, StoreFull
+from calmclip.models.extras import missing
 from calmclip.models.flow import Array
 from calmclip.service.stores import (
     BATCH_BYTES,
@@ -38,6 +39,9 @@ from calmclip.service.stores import (
 )
 from calmclip.service.stores._folder import PIN, SUFFIX, Folder
 from calmclip.service.stores._proof import Flaw, Sums, Version, current, cut_off, flawed_indexes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 KEY = b"calmclip"  # in the schema's metadata: the `Info` as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
@@ -74,13 +78,16 @@ class LanceStore:
     shared = False
 
     def __init__(self, location: str, read_only: bool = False) -> None:
+        if find_spec("lancedb") is None:
+            raise missing("the store lancedb", "lancedb", "service")
         path = location.removeprefix("file://")
         self._folder = None if "://" in path else Folder(Path(path), read_only)
         self.place = str(self._folder.path) if self._folder else "the object store"
+        self._location = location
         self._read_only = read_only
-        self._session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=METADATA_BYTES)
-        self._db = self._connect(location)
         self._replacing: set[str] = set()
+        if self._folder is None:
+            _ = self._db  # raises for an object store that does not answer
 
     def names(self) -> list[str]:
         if self._folder:
@@ -156,10 +163,12 @@ class LanceStore:
         return LanceTable(self, self._db.open_table(info.name))
 
     def _filled(self, db: Any, info: Info, rows: Iterable[Sequence[Row]], mode: str = "create") -> "LanceTable":
+        import pyarrow as pa
+
         schema = _schema(info)
         errors: list[Exception] = []
 
-        def batches() -> Iterator[pa.RecordBatch]:
+        def batches() -> Iterator["pa.RecordBatch"]:
             try:
                 for some in rows:
                     yield from _data(some, info, schema).to_batches()
@@ -177,7 +186,19 @@ class LanceStore:
             raise
         return LanceTable(self, table)
 
+    @cached_property
+    def _db(self) -> Any:
+        return self._connect(self._location)
+
+    @cached_property
+    def _session(self) -> Any:
+        import lancedb
+
+        return lancedb.Session(index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=METADATA_BYTES)
+
     def _connect(self, location: str) -> Any:
+        import lancedb
+
         fresh = timedelta(0) if self._read_only else None  # the latest version for each read: another process writes
         return lancedb.connect(location, session=self._session, read_consistency_interval=fresh)
 
@@ -212,6 +233,8 @@ class LanceTable:
         ]
 
     def page(self, after: str | None, limit: int) -> list[Match]:
+        from lancedb.query import ColumnOrdering
+
         query = self._table.search().select(["id", "meta"]).limit(limit)
         query = query.order_by([ColumnOrdering(column_name="id", ascending=True, nulls_first=False)])
         if after is not None:
@@ -302,6 +325,8 @@ class LanceTable:
             self.compact()
 
     def _compact(self) -> None:
+        from lancedb.index import BTree, IvfRq
+
         # files of no version are left by writes that failed or were killed, for this process alone writes
         alone = self._store._folder is not None and self.info.name not in self._store._replacing
         self._table.optimize(cleanup_older_than=NEVER)
@@ -395,7 +420,9 @@ def sql(condition: Condition) -> str:
     return f"{_number(text)} {OPERATORS[condition.op]} {float(condition.value)!r}"
 
 
-def _schema(info: Info) -> pa.Schema:
+def _schema(info: Info) -> "pa.Schema":
+    import pyarrow as pa
+
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
@@ -408,7 +435,9 @@ def _schema(info: Info) -> pa.Schema:
     )
 
 
-def _data(rows: Sequence[Row], info: Info, schema: pa.Schema) -> pa.Table:
+def _data(rows: Sequence[Row], info: Info, schema: "pa.Schema") -> "pa.Table":
+    import pyarrow as pa
+
     originals = [row.original if info.originals else None for row in rows]
     metas = pa.array([json.dumps(row.meta, ensure_ascii=False, allow_nan=False) for row in rows], pa.string())
     columns = [

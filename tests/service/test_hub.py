@@ -14,6 +14,7 @@ from calmclip.models.errors import BundleInvalid, Overloaded
 from calmclip.service.hub import Hub
 from calmclip.service.idle_unload import UnloadableSession
 from calmclip.service.metrics import Metrics
+from tests import lent
 from tests.asking import raw, until
 
 WORD = {"ids": np.ones((1, 1), np.int64), "mask": np.ones((1, 1), np.int64)}  # "red"
@@ -352,3 +353,40 @@ def test_a_session_opens_on_demand_and_is_never_unloaded_while_it_runs():
     assert (len(opened), len(closed)) == (1, 1)
     assert session.run({"x": 2}) == {"y": 2}
     assert len(opened) == 2
+
+
+def test_a_graph_that_gave_its_weights_back_is_unloaded_and_opened_again(library, tmp_path):
+    """Also while another session of the file is open, and after the file was cut in place."""
+    path = lent.make(tmp_path / "g.onnx")
+    whole = path.read_bytes()
+    graph, other = (UnloadableSession(lambda: lent.opened(path)) for _ in range(2))
+    answer = graph.run(lent.IDS)
+    assert graph.unload(0)
+    assert graph.unloaded
+    assert lent.same(graph.run(lent.IDS), answer)
+    os.truncate(path, 0)
+    assert lent.same(graph.run(lent.IDS), answer)
+    assert graph.unload(0)
+    with pytest.raises(BundleInvalid):
+        graph.run(lent.IDS)
+    path.write_bytes(whole)
+    assert lent.same(graph.run(lent.IDS), answer)
+    assert lent.same(other.run(lent.IDS), answer)
+    assert (graph.runs, other.runs) == (4, 1)
+
+
+def test_freed_memory_returns_to_the_system_after_runs_alone(make_settings, monkeypatch):
+    trims: list[str] = []
+    monkeypatch.setattr(calmclip.service.hub, "trim", lambda: trims.append("trimmed"))
+
+    async def scenario(hub):
+        at_load = len(trims)
+        await hub.trim()
+        warm = len(trims)
+        await hub.trim()
+        await hub.trim()
+        hub.get(None, "embed").graphs["text"].run(WORD)
+        await hub.trim()
+        return at_load, warm, len(trims)
+
+    assert at(make_settings(), scenario) == (1, 2, 3)

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 import numpy as np
 import pytest
 
-from calmclip.models.errors import CalmclipError, CollectionDamaged, StoreFull, StoreLocked
+from calmclip.models.errors import CalmclipError, CollectionDamaged, ExtraMissing, StoreFull, StoreLocked
 from calmclip.service.stores import Condition, Info, Row, lancedb, open_store
 
 DIM = 128
@@ -265,3 +265,26 @@ def test_a_write_without_room_loses_nothing_and_later_writes_work(tmp_path):
     said = f"File too large: the collections in {tmp_path} have no room; make some and try again"
     assert done.stdout.splitlines() == [said, said]
     assert issubclass(StoreFull, CalmclipError)
+
+
+LAZY = """
+import sys
+from calmclip.service.stores import Info, open_store
+store = open_store(sys.argv[1])
+assert store.names() == []
+assert not {"lancedb", "pyarrow"} & sys.modules.keys()
+store.create(Info("c", "m", "d", 8, ""))
+assert "lancedb" in sys.modules and store.names() == ["c"]
+"""
+
+
+def test_the_engine_is_imported_with_the_first_table(tmp_path):
+    command = [sys.executable, "-c", LAZY, f"lancedb:{tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_that_is_not_installed_is_named_at_the_opening(tmp_path, monkeypatch):
+    monkeypatch.setattr(lancedb, "find_spec", lambda name: None)
+    with pytest.raises(ExtraMissing, match=r"the store lancedb needs 'lancedb', .*\[service\]"):
+        open_store(f"lancedb:{tmp_path}")

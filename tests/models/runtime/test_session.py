@@ -190,3 +190,55 @@ def test_a_session_writes_no_telemetry(tmp_path: Path):
     root = Path(models.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code, tmp_path / "two.onnx"], env=environment, cwd=root, check=True)
     assert not list(home.rglob("*"))
+
+
+def counting(session: Session) -> list[int]:
+    """The rows of each run of ``session`` from now on."""
+    seen: list[int] = []
+    run = session._run
+
+    def count(feeds: dict[str, Any]) -> dict[str, Any]:
+        seen.append(len(feeds["a"]))
+        return run(feeds)
+
+    session._run = count  # type: ignore[method-assign]
+    return seen
+
+
+def test_many_rows_run_in_parts(make: Make):
+    """Of nearly equal size, in order; one row always fits."""
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.normal(size=(7, 3)).astype(np.float32) for name in ("a", "b")}  # 24 bytes a row
+    whole = make(threads=1, run_bytes=7 * 24).run(feeds)
+    for size, parts in ((7 * 24, [7]), (7 * 24 - 1, [3, 4]), (3 * 24, [2, 2, 3]), (24, [1] * 7), (1, [1] * 7)):
+        session = make(threads=1, run_bytes=size)
+        seen = counting(session)
+        answer = session.run(feeds)
+        assert seen == parts
+        assert answer.keys() == whole.keys()
+        assert all((answer[name] == whole[name]).all() for name in whole)
+
+
+def test_rows_that_depend_on_each_other_run_at_once(make: Make):
+    session = make(graph().model_copy(update={"batch": False}), threads=1, run_bytes=1)
+    seen = counting(session)
+    session.run({"a": np.ones((5, 3), np.float32), "b": np.ones((5, 3), np.float32)})
+    assert seen == [5]
+
+
+@pytest.mark.parametrize(("threads", "parts"), [(1, [4096, 4096]), (2, [8192])])
+def test_one_thread_runs_many_bytes_in_parts(make: Make, threads: int, parts: list[int]):
+    session = make(graph(shape=("B", 56)), model(("B", 56)), threads=threads)
+    seen = counting(session)
+    feeds = {name: np.ones((8192, 56), np.float32) for name in ("a", "b")}  # 3.5 MiB
+    assert (session.run(feeds)["sum"] == 2).all()
+    assert seen == parts
+
+
+def test_arrays_of_different_rows_run_at_once(make: Make):
+    """A row of one array is added to each row of the other."""
+    session = make(threads=1, run_bytes=1)
+    seen = counting(session)
+    answer = session.run({"a": np.ones((5, 3), np.float32), "b": np.ones((1, 3), np.float32)})
+    assert seen == [5]
+    assert answer["sum"].tolist() == [[2] * 3] * 5
