@@ -27,6 +27,21 @@ COPY models/ops models/ops
 RUN python -c "from calmclip.models.ops.build import build; build()"
 
 
+# The libraries of the platform wheels, for both processors by one version of the compiler. SOURCE_DATE_EPOCH: the time
+# in them, which Docker takes from the environment.
+FROM ops AS compiled
+RUN --mount=type=cache,target=/var/cache/apt,sharing=locked --mount=type=cache,target=/var/lib/apt,sharing=locked \
+    rm -f /etc/apt/apt.conf.d/docker-clean \
+    && apt-get update && apt-get install -y --no-install-recommends g++-x86-64-linux-gnu g++-aarch64-linux-gnu
+ARG SOURCE_DATE_EPOCH
+RUN python -c "from pathlib import Path; from calmclip.models.ops.build import build; \
+    [build(Path('/libraries', machine), machine=machine) for machine in ('x86_64', 'aarch64')]"
+
+
+FROM scratch AS libraries
+COPY --from=compiled /libraries /
+
+
 # What makes an image and is not in it (see *Containers*, docs/operating.md). An environment without pip: that of the
 # base image fills it.
 FROM base AS tools

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
+import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,14 +16,17 @@ from typing import Any
 import pytest
 import yaml
 
+import calmclip
+from calmclip.models.ops.library import Library
 from calmclip.service.deploy import sbom
+from tests import aarch64
 from tests.process import installed
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path("service/deploy/release.sh")
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-STEPS = ["packages", "bundle", "images", "sboms", "sums", "sign", "verify"]
+STEPS = ["packages", "wheels", "bundle", "images", "sboms", "sums", "sign", "verify"]
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # sha256 of "abc" (FIPS 180-4)
 
 
@@ -162,7 +168,7 @@ def release(tmp_path: Path) -> Release:
 
 
 def test_one_command_makes_signed_files_of_both_images_for_both_processors(release: Release) -> None:
-    steps = [step for step in STEPS if step != "packages"]
+    steps = [step for step in STEPS if step not in ("packages", "wheels")]
     assert release.run(*steps, key=release.key) == (0, "")
     images = [f"calmclip-7.8.9-{i}-{p}" for i in ("service", "export") for p in ("amd64", "arm64")]
     wanted = {f"{image}.{kind}" for image in images for kind in ("docker.tar.gz", "python.cdx.json", "debian.cdx.json")}
@@ -208,25 +214,41 @@ def test_a_changed_file_and_a_foreign_signature_are_refused(release: Release, tm
 def test_what_is_missing_is_said_before_anything_is_made(release: Release) -> None:
     assert release.run() == (1, "release: RELEASE_KEY is '', expected the file of a private SSH key\n")
     status, error = release.run("image")
-    assert (status, "the steps are packages, bundle, images" in error) == (1, True)
+    assert (status, "the steps are packages, wheels, bundle, images" in error) == (1, True)
+    assert release.run("wheels")[1] == "release: there is no wheel; run the step packages first\n"
     assert release.run("images")[1] == "release: there is no bundle; run the step bundle first\n"
     (release.tree / "calmclip/more.py").touch()
     assert "changes that are not committed" in release.run("bundle")[1]
     assert not list(release.dist.glob("*"))
 
 
-@pytest.mark.slow  # a virtual environment with the pinned tools: a minute
-def test_the_packages_of_a_release_are_the_same_twice(tmp_path: Path) -> None:
-    """sdist and wheel of this checkout's last commit, made in two places."""
+@pytest.mark.slow  # a virtual environment with the pinned tools, twice: a minute
+def test_the_packages_of_a_release_are_the_same_twice(tmp_path: Path, library: Library) -> None:
+    """sdist and wheels of this checkout as it is, made in two places. Docker's part is done by copies of the libraries
+    that these tests use."""
+    if reason := aarch64.why_not():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    repository, programs, libraries = (tmp_path / name for name in ("repository", "programs", "libraries"))
+    for machine, folder in {platform.machine(): library.path.parent, "aarch64": aarch64.library()}.items():
+        shutil.copytree(folder, libraries / machine)
+    programs.mkdir()
+    (programs / "docker").write_text(f"#!/bin/sh\ncp -r {libraries} $PWD/build/release/libraries\n")
+    (programs / "docker").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    git = ["git", f"--git-dir={repository}", f"--work-tree={ROOT}"]
+    for words in (["init"], ["add", "--all"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--message=All"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
     digests = []
     for name in ("first", "second"):
         tree = tmp_path / name
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
-        subprocess.run(["bash", str(SCRIPT), "packages", "sums"], cwd=tree, check=True)
+        subprocess.run(["git", "clone", "--quiet", str(repository), str(tree)], check=True)
+        subprocess.run(["bash", str(SCRIPT), "packages", "wheels", "sums"], cwd=tree, env=environment, check=True)
         digests.append((tree / "dist/SHA256SUMS").read_text())
     assert digests[0] == digests[1]
     names = {line.split("  ")[1] for line in digests[0].splitlines()}
-    assert {name.rpartition("0")[2] for name in names} == {".tar.gz", "-py3-none-any.whl"}
+    wheels = {f"-py3-none-{name}.whl" for name in ("any", "manylinux_2_28_x86_64", "manylinux_2_28_aarch64")}
+    version = f"calmclip-{calmclip.__version__}"
+    assert {name.removeprefix(version) for name in names} == {".tar.gz"} | wheels
 
 
 def test_workflows_run_verbs_of_this_repository_and_nothing_else() -> None:

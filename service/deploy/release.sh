@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes a release of the committed tree, in dist/: sdist, wheel, the built-in bundle, both images for both processors,
+# Makes a release of the committed tree, in dist/: sdist, wheels, the built-in bundle, both images for both processors,
 # what is in them (CycloneDX), SHA256SUMS and its signature. `make release` runs it; docs/releasing.md has the list.
 #
-#   service/deploy/release.sh [STEP …]        default: packages bundle images sboms sums sign verify, in this order
+#   service/deploy/release.sh [STEP …]        default: packages wheels bundle images sboms sums sign verify, in this order
 #
 # RELEASE_KEY: the private SSH key that signs; service/deploy/allowed_signers has its public half. Only `sign` needs it.
 # A step may run again: it makes the same files anew. The images need Docker with BuildKit, and QEMU's binfmt handler
@@ -41,6 +41,15 @@ packages() { # sdist, and the wheel from it, with pinned tools
   (cd "$SOURCE" && umask 022 && "$TOOLS/bin/python" -m build --no-isolation --outdir "$OUT" .)
   rm -rf "$WORK/sdist" && mkdir "$WORK/sdist" && tar -xf "$OUT/$NAME.tar.gz" -C "$WORK/sdist"
   archive "$OUT/$NAME.tar.gz" -C "$WORK/sdist" "$NAME" # setuptools writes the time of the build into it
+}
+
+# For each processor one with the op library inside, which the image's compilers make.
+wheels() {
+  [ -f "$OUT/$NAME-py3-none-any.whl" ] || fail "there is no wheel; run the step packages first"
+  rm -rf "$WORK/libraries"
+  build --target libraries --output "type=local,dest=$WORK/libraries"
+  "$PYTHON" "$SOURCE/service/deploy/platform_wheels.py" --libraries "$WORK/libraries" \
+    "$OUT/$NAME-py3-none-any.whl" "$OUT"
 }
 
 # The platform of the builder: a bundle is the same for every processor.
@@ -105,11 +114,11 @@ archive() { # the same bytes from the same files
 }
 
 steps=("$@")
-[ $# -gt 0 ] || steps=(packages bundle images sboms sums sign verify)
+[ $# -gt 0 ] || steps=(packages wheels bundle images sboms sums sign verify)
 for step in "${steps[@]}"; do
   case $step in
-    packages | bundle | images | sboms | sums | sign | verify) ;;
-    *) fail "there is no step '$step'; the steps are packages, bundle, images, sboms, sums, sign, verify" ;;
+    packages | wheels | bundle | images | sboms | sums | sign | verify) ;;
+    *) fail "there is no step '$step'; the steps are packages, wheels, bundle, images, sboms, sums, sign, verify" ;;
   esac
 done
 case " ${steps[*]} " in *" sign "*) [ -f "${RELEASE_KEY:-}" ] || sign ;; esac # before an hour of work
