@@ -19,6 +19,8 @@ TOWER = {
         "OpenVINO INT8": {"ms": {"1x1": 30.0, "2x8": 12.0}, "cosine": 0.99, "memory_mb": 270.0},
         "OpenVINO INT8, bf16 rest": {"ms": {"1x1": 15.0, "2x8": 6.0}, "cosine": 0.98, "memory_mb": 270.0},
         "torch float, transformers": {"ms": {"1x1": 150.0}, "cosine": 1.0, "memory_mb": 500.0},
+        "calmclip INT8, AVX2": {"ms": {"1x1": 20.0}, "cosine": 0.995, "memory_mb": 120.4},
+        "OpenVINO INT8, AVX2": {"ms": {"1x1": 28.0}, "cosine": 0.99, "memory_mb": 270.0},
     },
 }  # fmt: skip
 
@@ -36,6 +38,14 @@ def test_a_rival_too_far_from_float_is_shown_and_does_not_count():
     assert cells(table, "torch float, transformers")[:2] == ["150 (0.20x)", "-"]
 
 
+def test_engines_without_avx512_are_compared_with_one_another():
+    """Their figures, here the lowest, change no other row."""
+    table = rival_report.table(TOWER)
+    assert cells(table, "**calmclip INT8, AVX2**")[0] == "20.0 (1.40x)"
+    assert cells(table, "OpenVINO INT8, AVX2")[0] == "28.0 (1.00x)"
+    assert cells(table, "OpenVINO INT8")[0] == "30.0 (1.00x)"
+
+
 def test_an_engine_that_did_not_run_is_listed_with_its_reason():
     table = rival_report.table(TOWER)
     assert "Not measured: faster-clip (not installed); torch bf16, timm, torch float, timm (no module)." in table
@@ -44,7 +54,7 @@ def test_an_engine_that_did_not_run_is_listed_with_its_reason():
 def test_the_summary_says_how_many_times_faster_calmclip_is():
     # OpenVINO's faster variant is too far from float; 30 / 25, 150 / 25
     assert cells(rival_report.summary([TOWER]), TOWER["title"]) == [
-        "**25.0**", "30.0 (1.20x)", "-", "-", "-", "150 (6.00x)", "80%", "0.9950",
+        "**25.0**", "30.0 (1.20x)", "-", "-", "-", "150 (6.00x)", "20.0, 28.0 (1.40x)", "80%", "0.9950",
     ]  # fmt: skip
 
 

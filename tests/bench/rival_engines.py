@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from time import perf_counter, process_time
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from calmclip.models.flow import Array
-from tests.bench.rival_report import OURS
+from tests.bench.rival_report import AVX2, OURS
 from tests.bench.rival_towers import TOWERS, Inputs, Tower, checkpoint_of
 from tests.tiny import MEAN, STD
 
@@ -51,11 +51,14 @@ Run = Callable[[Inputs], Any]
 
 @dataclass(frozen=True)
 class Engine:
-    """``package``: imported before memory is measured. ``slow``: ``--quick`` omits the engine for large towers."""
+    """``package``: imported before memory is measured. ``slow``: ``--quick`` omits the engine for large towers.
+    ``environment``: variables of its process.
+    """
 
     package: str
     build: Callable[[Place], Run]
     slow: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def _calmclip(place: Place) -> Run:
@@ -156,6 +159,11 @@ ENGINES: dict[str, Engine] = {
     "OpenVINO INT8": Engine("openvino", partial(_openvino, "int8.xml", "f32")),
     "OpenVINO INT8, bf16 rest": Engine("openvino", partial(_openvino, "int8.xml", "bf16")),
     "faster-clip": Engine("faster_clip", _faster_clip, slow=True),
+    # ONNX Runtime has no setting that limits it; see ops_avx2_instructions
+    OURS + AVX2: Engine("onnxruntime", _calmclip, environment={"CALMCLIP_OPS_WITHOUT": "avx512,vnni,vbmi,avxvnni"}),
+    "OpenVINO INT8" + AVX2: Engine(
+        "openvino", partial(_openvino, "int8.xml", "f32"), environment={"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    ),
 }
 PEAK = "INT8 peak"
 _ROUNDS, _ROUND_MACS = 500_000, 1536  # kPeakMacs of csrc/kernels/quant_linear.h

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "calmclip INT8"
+AVX2 = ", AVX2"  # the names of engines without AVX-512 end with it; they are compared with one another
 NEAR = 0.99  # an engine counts if its mean cosine to float is at least this
 FIRST = "1x1"
 START, END = "<!-- rivals: written by tests/bench/rivals.py -->", "<!-- /rivals -->"
@@ -25,13 +26,23 @@ Figures = Mapping[str, Any]
 
 
 def best(
-    tower: Figures, run: str, names: Iterable[str] | None = None, cosine: float = NEAR
+    tower: Figures, run: str, names: Iterable[str] | None = None, cosine: float = NEAR, limited: bool = False
 ) -> tuple[str, float] | None:
-    """The fastest rival whose cosine is at least ``cosine``, or None. ``names`` are prefixes; None means all rivals."""
+    """The fastest rival whose cosine is at least ``cosine``, or None. ``names`` are prefixes; None means all rivals.
+
+    ``limited``: among engines without AVX-512, else among the others.
+    """
     rows = tower["engines"]
-    chosen = rows if names is None else [name for name in rows if name.startswith(tuple(names))]
-    times = [(row["ms"][run], name) for name, row in rows.items()
-             if name in chosen and name != OURS and run in row["ms"] and row["cosine"] >= cosine]  # fmt: skip
+    chosen = {
+        name: row
+        for name, row in rows.items()
+        if (names is None or name.startswith(tuple(names))) and name.endswith(AVX2) == limited
+    }
+    times = [
+        (row["ms"][run], name)
+        for name, row in chosen.items()
+        if not name.startswith(OURS) and run in row["ms"] and row["cosine"] >= cosine
+    ]
     return min(times)[::-1] if times else None
 
 
@@ -41,9 +52,9 @@ def table(tower: Figures) -> str:
     head = ["engine", *map(_run_words, runs), "of the bound", "cosine", "memory, MB"]
     lines = [f"### {tower['title']}", "", _facts(tower), "", *_rule(head)]
     for name, row in tower["engines"].items():
-        cells = [_cell(row["ms"].get(run), best(tower, run)) for run in runs]
+        cells = [_cell(row["ms"].get(run), best(tower, run, limited=name.endswith(AVX2))) for run in runs]
         of_bound = _of_bound(tower, row["ms"].get(FIRST))
-        lines.append(_line(f"**{name}**" if name == OURS else name, *cells, of_bound, _cosine(row),
+        lines.append(_line(f"**{name}**" if name.startswith(OURS) else name, *cells, of_bound, _cosine(row),
                            f"{row['memory_mb']:.0f}"))  # fmt: skip
     if tower["refused"]:
         by_reason: dict[str, list[str]] = {}
@@ -56,7 +67,8 @@ def table(tower: Figures) -> str:
 
 def summary(towers: Sequence[Figures]) -> str:
     """A row per tower at batch 1 on one thread: a rival's milliseconds, and how many times faster calmclip is."""
-    lines = _rule(["one thread, batch 1, ms", "calmclip INT8", *SUMMARY, "of the bound", "cosine"])
+    head = ["one thread, batch 1, ms", "calmclip INT8", *SUMMARY, "calmclip and OpenVINO INT8 without AVX-512"]
+    lines = _rule([*head, "of the bound", "cosine"])
     for tower in towers:
         ours = tower["engines"].get(OURS)
         if ours is None or FIRST not in ours["ms"]:
@@ -67,6 +79,11 @@ def summary(towers: Sequence[Figures]) -> str:
             near = best(tower, FIRST, names)
             rival, far = (near, "") if near else (best(tower, FIRST, names, -1.0), ", too far to count")
             cells.append(f"{_ms(rival[1])} ({rival[1] / ms:.2f}x{far})" if rival else "-")
+        limited, rival = (
+            tower["engines"].get(OURS + AVX2, {}).get("ms", {}).get(FIRST),
+            best(tower, FIRST, limited=True),
+        )
+        cells.append(f"{_ms(limited)}, {_ms(rival[1])} ({rival[1] / limited:.2f}x)" if limited and rival else "-")
         lines.append(_line(tower["title"], f"**{_ms(ms)}**", *cells, _of_bound(tower, ms), _cosine(ours)))
     return "\n".join(lines) + "\n"
 
@@ -100,7 +117,9 @@ def section(towers: Sequence[Figures]) -> str:
         "fast` for transformers. The default, `search`, may keep more of a transformer in float and take longer. ONNX "
         "Runtime and OpenVINO run the graphs that their own converters make of the library's module. `static` is QDQ "
         "with unsigned activations and a scale per output channel. OpenVINO's INT8 is nncf's (`MIXED`; `TRANSFORMER` "
-        "for transformers). All are calibrated on the same inputs. faster-clip's time includes decoding a PNG of 224 x "
+        "for transformers). In rows that end with `AVX2`, calmclip (`CALMCLIP_OPS_WITHOUT`) and OpenVINO "
+        "(`ONEDNN_MAX_CPU_ISA`) use no instructions after AVX2; their factors compare them with one "
+        "another. All are calibrated on the same inputs. faster-clip's time includes decoding a PNG of 224 x "
         "224 pixels.",
         "",
         "![Milliseconds per item by engine, a panel per tower, one thread, batch 1](performance.png)",

@@ -107,6 +107,8 @@ class Side:
 
     def __init__(self, engine: str, key: str, out: Path, threads: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+        if engine != PEAK:
+            environment |= engines(TOWERS[key])[engine].environment
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.bench.rival_engines", engine, key, str(out), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
