@@ -28,7 +28,7 @@ from calmclip.export.recipe import Calibration, Quantize
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess, VectorPreprocess
 from calmclip.models.errors import BadRequest, InputError
 from calmclip.models.flow import Array, Arrays
-from calmclip.models.preprocess.image import ImagePreparer, decode
+from calmclip.models.preprocess.image import SUFFIXES, ImagePreparer, decode
 from calmclip.models.preprocess.text import TextPreparer
 from calmclip.models.preprocess.vectors import VectorPreparer
 from calmclip.models.vector_files import read_vectors
@@ -39,7 +39,6 @@ EVERY = 4  # one of so many inputs is held out, both for the certificate and for
 HELD = 32  # at most, for the search
 CERTIFIED = 64  # at most, for the certificate, of a user's inputs
 TOGETHER = 8  # pictures in one feed of a tower that reads the answers of other towers
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 T = TypeVar("T")
 Text = str | Array  # of a net that reads vectors in place of texts, a vector [d]

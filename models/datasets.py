@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from calmclip.models.errors import BadRequest
+from calmclip.models.preprocess.formats import SUFFIXES
 
 T = TypeVar("T")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 LANGUAGES = 'captions.LANG.json for each other language, or "lang" in lines of captions.jsonl: BCP 47 tags, such as de'
 FORM = '{"file": [captions]}, or as .jsonl {"image": file, "captions": [captions]} a line'
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CLASSES = "a folder of pictures for each class, such as cat/1.jpg and dog/1.jpg in it"
 PAIRS = (
     'pairs.jsonl ({"images": [one or two], "captions": [two], "category"} a line) and images/, or MMVP_VLM or '

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import h11
 
-from calmclip.models.errors import ImageTooLarge
+from calmclip.models.errors import ImageTooLarge, InputError
 from calmclip.service.errors import NotFetched
 from calmclip.service.settings import Limits
 
@@ -63,14 +63,16 @@ class Fetcher:
         self._resolve = resolve or _resolve
         self._dial = dial or self._dial_tls
 
-    async def fill(self, body: Any, on_bytes: Callable[[int], None]) -> None:
+    async def fill(self, body: Any, on_bytes: Callable[[int], None], *, apart: bool = False) -> None:
         """Replace in ``body``, in place, each picture ``{"url": …}`` and each text of ``input`` that is a URL by the
         picture's bytes.
 
-        ``on_bytes`` is called with the size of each chunk. Raises `NotFetched`, `ImageTooLarge`. Without hosts the body
-        does not change, and the schema refuses ``url``.
+        ``on_bytes`` is called with the size of each chunk. ``apart``: each of `images` has its own result, so that an
+        `InputError` takes the place of one that is not fetched. Raises `NotFetched`, also for a picture if there are no
+        hosts, and `ImageTooLarge`. Without hosts a text that is a URL stays a text.
         """
-        urls = [*_urls(body)] if self.hosts else []
+        urls = [*_pictures(body)]
+        urls += _texts(body) if self.hosts else ()
         if len(urls) > MAX_URLS:
             raise NotFetched(f"{len(urls)} pictures are given by URL; at most {MAX_URLS} are fetched at once")
         slots = asyncio.Semaphore(CONCURRENT)
@@ -80,9 +82,16 @@ class Fetcher:
             total.add(size)
             on_bytes(size)
 
+        images = body.get("images") if isinstance(body, dict) else None
+
         async def fetch(holder: Any, key: str | int, url: str) -> None:
             async with slots:
-                holder[key] = await self.fetch(url, count)
+                try:
+                    holder[key] = await self.fetch(url, count)
+                except InputError as error:
+                    if not (apart and images is not None and holder is images):
+                        raise
+                    holder[key] = error
 
         tasks = [asyncio.ensure_future(fetch(*url)) for url in urls]
         try:
@@ -93,6 +102,11 @@ class Fetcher:
 
     async def fetch(self, url: str, on_bytes: Callable[[int], None] = lambda size: None) -> bytes:
         """Raises `NotFetched`, `ImageTooLarge`."""
+        if not self.hosts:
+            raise NotFetched(
+                "this service fetches no pictures: send the picture itself, as a file or in base64. The operator "
+                "switches it on by CALMCLIP_URL_HOSTS=images.example.org,…: the hosts from which pictures may come"
+            )
         match = _URL.fullmatch(url)
         if not match:
             raise NotFetched("a picture's URL is https://NAME/PATH in ASCII, without user or port; this one is not")
@@ -169,28 +183,36 @@ def _content_length(head: h11.Response, host: str) -> int:
     return int(headers.get(b"content-length", b"0"))
 
 
-def _urls(body: Any) -> Iterator[tuple[Any, str | int, str]]:
-    """For each URL of a picture: the container that holds it, its key or index there, and the URL."""
+Place = tuple[Any, str | int, str]  # the container that holds a URL, its key or index there, and the URL
+
+
+def _pictures(body: Any) -> Iterator[Place]:
+    """The pictures ``{"url": …}`` of a request: `image` of the body, its query, inputs, items and examples, and the
+    list `images`; not metadata."""
     if not isinstance(body, dict):
         return
-    for holder in _holders(body):
-        picture = holder.get("image")
+    lists: list[Any] = [body.get(name) for name in ("query", "inputs", "items", "examples")]
+    inner = [part for value in lists for part in (value if isinstance(value, list) else [value])]
+    places: list[tuple[Any, str | int]] = [(part, "image") for part in (body, *inner) if isinstance(part, dict)]
+    if isinstance(images := body.get("images"), list):
+        places += ((images, index) for index in range(len(images)))
+    for holder, key in places:
+        picture = holder.get(key) if isinstance(holder, dict) else holder[key]
         if isinstance(picture, dict) and set(picture) == {"url"} and isinstance(picture["url"], str):
-            yield holder, "image", picture["url"]
-    texts = body.get("input")  # of /v1/embeddings
-    inputs: list[tuple[Any, str | int, Any]] = [(body, "input", texts)]
+            yield holder, key, picture["url"]
+
+
+def _texts(body: Any) -> Iterator[Place]:
+    """The texts of /v1/embeddings that are only a URL."""
+    if not isinstance(body, dict):
+        return
+    texts = body.get("input")
+    places: list[tuple[Any, str | int, Any]] = [(body, "input", texts)]
     if isinstance(texts, list):
-        inputs = [(texts, index, text) for index, text in enumerate(texts)]
-    for container, key, text in inputs:
+        places = [(texts, index, text) for index, text in enumerate(texts)]
+    for container, key, text in places:
         if isinstance(text, str) and _ANY_URL.fullmatch(text):
             yield container, key, text
-
-
-def _holders(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects whose `image` is a picture: the body, its query, inputs, items and examples; not metadata."""
-    lists = [body.get(name) for name in ("inputs", "items", "examples")]
-    inner = [body.get("query"), *(item for items in lists if isinstance(items, list) for item in items)]
-    return [body, *(item for item in inner if isinstance(item, dict))]
 
 
 async def _resolve(host: str) -> list[str]:

@@ -2,11 +2,14 @@
 
     application/json       the model itself; a picture is {"b64": "..."}
     multipart/form-data    fields by name, a list by repeating its field; pictures are files
-    image/jpeg|png|webp    the picture alone; the other fields are in the query
+    image/*                the picture alone; the other fields are in the query
 
-Bytes are counted as they arrive; reading stops at the limit.
+A picture may also have application/octet-stream or no content type: its bytes choose the format, never the content
+type. Any of them may be compressed (`Content-Encoding: gzip` or `deflate`). Bytes are counted as they arrive, and as
+they are unpacked; reading stops at the limit.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,26 +22,34 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from calmclip.models.errors import BadRequest, ImageTooLarge, InputError
 from calmclip.models.labels import check_length
-from calmclip.models.preprocess.image import count_pixels
+from calmclip.models.preprocess.image import FORMATS, count_pixels
+from calmclip.service.codings import Inflater, coding_of
 from calmclip.service.errors import BodyTooLarge, InvalidRequest, WrongContentType, invalid
 from calmclip.service.parts import Service
 from calmclip.service.request import Context
-from calmclip.service.schemas import Body
+from calmclip.service.schemas import Body, PicturesBody
 from calmclip.service.schemas.detect import ExampleBody
 from calmclip.service.settings import Limits
 from calmclip.service.strict_json import parse
 
 B = TypeVar("B", bound=Body)
-PICTURES = ("image/jpeg", "image/png", "image/webp")
+HANDED = "calmclip.fields"  # in the ASGI scope: the body's fields, of a caller in this process; pictures as bytes
+OCTETS = "application/octet-stream"
+PICTURES = (*(format.content_types[0] for format in FORMATS.values()), OCTETS)  # of the specification; others are read
 
 
 async def read_body(request: Request, model: type[B]) -> B:
     """The request's body as ``model``. Raises `InputError`s."""
     async with _reading(request) as (content_type, limits):
-        try:
-            return model.model_validate(await _fields(request, content_type, model, limits))
-        except ValidationError as error:
-            raise invalid(error) from None
+        return validated(model, await _fields(request, content_type, model, limits))
+
+
+def validated(model: type[B], value: Mapping[str, Any]) -> B:
+    """Raises `InvalidRequest`."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise invalid(error) from None
 
 
 async def read_bytes(request: Request, content_types: Sequence[str]) -> bytes:
@@ -61,13 +72,14 @@ async def _reading(request: Request) -> AsyncIterator[tuple[str, Limits]]:
         context.clock.add("read", context.clock.elapsed)  # includes routing
 
 
-def check_picture(data: bytes, context: Context, limits: Limits, where: str = "") -> None:
-    """Check size and header; nothing is decoded. ``where`` begins an error's message.
+def check_picture(data: bytes, context: Context, limits: Limits, where: str = "", *, whole: bool = False) -> None:
+    """Check size and header; nothing is decoded. ``where`` begins an error's message. ``whole``: the task decodes a
+    JPEG at its full size, see `preprocess.image.decode`.
 
     Raises `InputError`s, and `Overloaded` if concurrent requests have too many pixels already.
     """
     with context.clock.stage("decode"):
-        pixels = _pixels(data, limits, where)
+        pixels = _pixels(data, limits, where, whole)
     context.pictures.append((len(data), pixels))
     context.reserve_pixels(pixels)
 
@@ -81,25 +93,25 @@ def check_examples(examples: Sequence[ExampleBody], context: Context, limits: Li
         check_picture(example.image, context, limits, f"example {index}")
 
 
-def _pixels(data: bytes, limits: Limits, where: str) -> int:
+def _pixels(data: bytes, limits: Limits, where: str, whole: bool) -> int:
     try:
         if len(data) > limits.image_bytes:
             raise ImageTooLarge(
                 f"the picture has {len(data)} bytes; at most {limits.image_bytes} are read. Scale it down."
             )
-        return count_pixels(data, max_pixels=limits.image_pixels)
+        return count_pixels(data, max_pixels=limits.image_pixels, whole=whole)
     except InputError as error:
         raise type(error)(f"{where}: {error}" if where else str(error)) from None
 
 
-def check_query(request: Request, names: Collection[str]) -> None:
-    """Raises `InvalidRequest` unless each field of the query is one of ``names``, and there once.
+def check_query(request: Request, names: Collection[str], repeated: Collection[str] = ()) -> None:
+    """Raises `InvalidRequest` unless each field of the query is one of ``names``, and there once, or is ``repeated``.
 
     A misspelt field that is ignored would give a broader answer than the caller asked for.
     """
     counts = Counter(name for name, _ in request.query_params.multi_items())
     for name, count in counts.items():
-        fault = "unknown" if name not in names else "given twice" if count > 1 else ""
+        fault = "unknown" if name not in names else "given twice" if count > 1 and name not in repeated else ""
         if fault:
             known = f"the query may have {', '.join(sorted(names))}" if names else "this request has none"
             message = f"the field {name[:100]!r} of the query is {fault}; {known}"
@@ -107,6 +119,9 @@ def check_query(request: Request, names: Collection[str]) -> None:
 
 
 async def _fields(request: Request, content_type: str, model: type[Body], limits: Limits) -> Mapping[str, Any]:
+    if HANDED in request.scope:
+        handed: Mapping[str, Any] = request.scope[HANDED]
+        return handed
     if model.raw and content_type in ("application/json", "multipart/form-data"):
         if misplaced := sorted({*request.query_params} & {*model.model_fields}):
             raise BadRequest(
@@ -116,33 +131,52 @@ async def _fields(request: Request, content_type: str, model: type[Body], limits
     if content_type == "application/json":
         limit = min(limits.body_bytes, model.max_bytes or limits.body_bytes)
         value = parse(await _read(request, limit, BodyTooLarge, "the body"))
-        await Service.of(request).fetcher.fill(value, Context.of(request).reserve_bytes)
+        await Service.of(request).fetcher.fill(
+            value, Context.of(request).reserve_bytes, apart=issubclass(model, PicturesBody)
+        )
         return value
     if model.form and content_type == "multipart/form-data":
         return model.of_pairs(await _form(request, limits))
-    if model.raw and content_type in PICTURES:
+    if model.raw and (content_type.startswith("image/") or content_type in ("", OCTETS)):
         picture = await _read(request, limits.image_bytes, ImageTooLarge, "the picture")
+        if not content_type and picture[:64].lstrip()[:1] == b"{":
+            raise WrongContentType("the body looks like JSON and has no content type; send it as application/json")
         return model.of_pairs([*request.query_params.multi_items(), ("image", picture)])
     forms = ["multipart/form-data"] if model.form else []
-    expected = ["application/json", *forms, *(PICTURES if model.raw else [])]
-    raise WrongContentType(f"the content type is {content_type or 'not given'!r}; expected {', '.join(expected)}")
+    pictures = ["for a picture alone, image/* (such as image/jpeg)", OCTETS, "or none"] if model.raw else []
+    expected = ", ".join(["application/json", *forms, *pictures])
+    raise WrongContentType(f"the content type is {content_type or 'not given'!r}; expected {expected}")
 
 
 async def _stream(request: Request, limit: int, error: type[InputError], name: str) -> AsyncGenerator[bytes, None]:
-    """The body's chunks. Raises ``error`` if Content-Length or the received bytes are above ``limit``."""
+    """The body's chunks, unpacked. Raises ``error`` if Content-Length, or the received or unpacked bytes are above
+    ``limit``; `BadRequest` for a body that cannot be unpacked, `WrongCoding`."""
     message = f"{name} has more than {limit} bytes, the most that are read"
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise error(message)
-    count = 0
+    coding = coding_of(request.headers)
+    inflater = Inflater(coding) if coding else None
+    received = unpacked = 0
     context = Context.of(request)
     async for chunk in request.stream():
-        count += len(chunk)
+        received += len(chunk)
         if not announced:  # else it is counted already
             context.reserve_bytes(len(chunk))
-        if count > limit:
+        if received > limit:
             raise error(message)
-        yield chunk
+        if inflater is None:
+            yield chunk
+            continue
+        for piece in inflater.feed(chunk):
+            unpacked += len(piece)
+            if unpacked > limit:
+                raise error(f"{name} unpacks to more than {limit} bytes, the most that are read")
+            context.reserve_bytes(len(piece))
+            yield piece
+            await asyncio.sleep(0)  # other requests go on between the pieces
+    if inflater:
+        inflater.end()
 
 
 async def _read(request: Request, limit: int, error: type[InputError], name: str) -> bytes:

@@ -33,6 +33,13 @@ class Frame:
         moved: Array = boxes * np.array(self.scale * 2, np.float32) + np.array(self.offset * 2, np.float32)
         return moved.astype(np.float32)
 
+    def enlarged(self, width: int, height: int) -> "Frame":
+        """The frame of the picture of ``width`` x ``height`` pixels of which this frame's was decoded: a pixel here is
+        a square of whole pixels there; the last ones may reach over the border."""
+        step = round(width / self.width) if self.width < width else round(height / self.height)
+        scale = (self.scale[0] / step, self.scale[1] / step)
+        return Frame(width, height, scale, self.offset) if step > 1 else self
+
 
 @dataclass(frozen=True)
 class Placement:

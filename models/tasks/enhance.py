@@ -25,7 +25,7 @@ from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Arrays, Call, Flow, Work
 from calmclip.models.preprocess.image import Picture, load
 from calmclip.models.tasks import TASKS, Command, Task, exactly
-from calmclip.models.tasks.features import Driver
+from calmclip.models.tasks.features import Driver, each
 
 LEVELS = (1, 2, 3, 6)  # of the pyramid: the parts of an axis
 PARTS = sum(LEVELS)
@@ -64,7 +64,7 @@ def enhance(bundle: Bundle, request: EnhanceRequest) -> Flow[Enhanced]:
     bundle.require("enhance")
     if request.map_pixels < LEAST_PIXELS:
         raise BadRequest(f"map_pixels is {request.map_pixels}; expected at least {LEAST_PIXELS}")
-    picture = yield Work("decode", lambda: load(request.image, max_pixels=bundle.max_pixels))
+    picture = yield Work("decode", lambda: load(request.image, max_pixels=bundle.max_pixels, whole=True))
     pixels = yield Work("preprocess", lambda: scaled(picture, request.map_pixels))
     light = yield from light_map(pixels)
     divided = yield Work("postprocess", lambda: divide(picture, light))
@@ -217,8 +217,11 @@ def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     if len({*files}) < len(files):
         raise BadRequest("two pictures have one name, and would be one file; give pictures with different names")
     options.out.mkdir(parents=True, exist_ok=True)
-    flows = (enhance(driver.bundle, EnhanceRequest(path, options.map_pixels)) for path in options.pictures)
-    for path, file, enhanced in zip(options.pictures, files, driver.map(flows), strict=True):
+    answers = each(
+        driver, options.pictures, lambda path: enhance(driver.bundle, EnhanceRequest(path, options.map_pixels))
+    )
+    for path, enhanced in answers:
+        file = options.out / f"{path.stem}.png"
         file.write_bytes(enhanced.png())
         yield {"picture": str(path), "enhanced": str(file), "map_size": list(enhanced.map_size)}
 

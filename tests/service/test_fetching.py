@@ -276,7 +276,7 @@ def test_a_text_of_an_openai_request_that_is_only_a_url_is_that_picture(network,
         assert ask([f"http://{HOST}/picture"]).json()["usage"]["prompt_tokens"] > 1
         for other in ("https://evil.example/x", "HTTPS://127.0.0.1/"):
             assert ask(["red", other]).json()["type"] == "/problems/picture-not-fetched"
-        assert ask([{"url": address}]).status_code == 422
+        assert ask([{"url": address}]).status_code == 400
         assert len(network.dialled) == 3
     with serve(settings()) as client:
         assert ask(address).json()["usage"]["prompt_tokens"] > 1
@@ -294,8 +294,32 @@ def test_the_bytes_of_all_pictures_have_a_limit(network):
 def test_without_hosts_nothing_is_fetched(network, client, monkeypatch):
     monkeypatch.setattr(fetching, "_resolve", network.resolve)
     answer = client.post("/v1/classify", json={"image": {"url": f"https://{HOST}/picture"}, "labels": ["red"]})
-    assert (answer.status_code, answer.json()["type"]) == (422, "/problems/invalid-request")
+    assert (answer.status_code, answer.json()["type"]) == (422, "/problems/picture-not-fetched")
+    assert "switches it on by CALMCLIP_URL_HOSTS=" in answer.json()["detail"]
     assert network.resolved == []
+    text = client.post("/v1/embeddings", json={"model": "colours-int8", "input": f"https://{HOST}/red"})
+    assert "picture-not-fetched" not in text.text  # without hosts it is a text like any other
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"image": {"url": "u"}},
+        {"images": [{"b64": "AAAA"}, {"url": "u"}]},
+        {"query": {"image": {"url": "u"}}},
+        {"query": [{"text": "red"}, {"image": {"url": "u"}, "weight": -1}]},
+        {"inputs": [{"image": {"url": "u"}}], "items": 3},
+        {"examples": [None, {"image": {"url": "u"}}], "images": {"url": "u"}},
+    ],
+)
+def test_a_picture_by_url_is_looked_for_where_pictures_stand(body):
+    """Without hosts it is refused wherever a schema takes a picture; metadata and other fields are not looked at."""
+    fetcher = Fetcher((), LIMITS)
+    with pytest.raises(NotFetched, match="fetches no pictures"):
+        asyncio.run(fetcher.fill(body, lambda size: None))
+    elsewhere = ({"meta": body}, {"labels": [body]}, [body])
+    for value in (*elsewhere, {"image": {"url": "u", "b64": ""}}, {"image": {"url": 3}}):
+        asyncio.run(fetcher.fill(value, lambda size: None))
 
 
 @pytest.mark.parametrize(

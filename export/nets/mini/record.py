@@ -22,6 +22,7 @@ from calmclip.export.quantizers import QUANTIZERS, Goal
 from calmclip.export.recipe import Bars
 from calmclip.models.classifier import fill
 from calmclip.models.datasets import read_captions
+from calmclip.models.preprocess.image import SUFFIXES
 
 SEED = 0
 COVERAGE = 0.95  # of the multiply-accumulates that may be in INT8: no large convolution goes to float
@@ -45,7 +46,7 @@ def main() -> None:
     draw = random.Random(SEED)
     pictures = []
     for folder in arguments.images:
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in calibrate.SUFFIXES)
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         pictures += draw.sample(files, min(arguments.each, len(files)))
     draw.shuffle(pictures)  # a sample of the first ones is a sample of all folders
     captions = [text for texts in read_captions(arguments.captions).values() for text in texts]

@@ -108,6 +108,15 @@ def test_the_best_whole_boxes_of_all_views_answer_in_pixels_of_the_picture(finde
     assert (answer.frame.width, answer.frame.height) == (300, 100)
 
 
+def test_a_picture_that_the_decoder_made_smaller_answers_in_pixels_of_its_file(finder: Bundle, halved):
+    half, calls = driven(propose(finder, halved(600, 200)), VIEWS)
+    whole, _ = driven(propose(finder, png(300, 100)), VIEWS)
+    assert len(calls) == len(VIEWS)
+    assert half.outputs["objectness"].tolist() == whole.outputs["objectness"].tolist()
+    assert half.boxes == pytest.approx(2 * whole.boxes)
+    assert (half.frame.width, half.frame.height) == (600, 200)
+
+
 def test_vectors_of_regions_come_from_the_slices_too(finder: Bundle):
     (vectors, boxes), calls = driven(region_vectors(finder, png(300, 100)), VIEWS)
     proposed, _ = driven(propose(finder, png(300, 100)), VIEWS)
