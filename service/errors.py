@@ -10,6 +10,16 @@ from calmclip.models.errors import CalmclipError, InputError
 MAX_FINDINGS = 100  # in one answer
 
 
+# Of pydantic's types of errors, where its own message names Python's types.
+MESSAGES = {
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "expected an object"),
+    "list_type": "expected a list",
+    "string_type": "expected a string",
+    "bytes_type": "expected a string",
+    "extra_forbidden": "there is no such field",
+}
+
+
 class BodyTooLarge(InputError):
     """More bytes than a request may have."""
 
@@ -18,8 +28,18 @@ class WrongContentType(InputError):
     """A content type that the route does not read."""
 
 
+class WrongCoding(WrongContentType):
+    """A compression of the body that is not read. ``accepted``: the header Accept-Encoding of the answer."""
+
+    accepted = "gzip, deflate"
+
+
 class InvalidHeader(InputError):
     """One of our headers has a value that cannot be used."""
+
+
+class NotSupported(InputError):
+    """A part of another server's protocol that this service does not have."""
 
 
 class NotFetched(InputError):
@@ -55,22 +75,10 @@ def invalid(error: ValidationError | RequestValidationError) -> InvalidRequest:
     findings = [
         {
             "where": ".".join(map(str, detail["loc"]))[:100] or "body",  # may hold a key that the caller chose
-            "message": detail["msg"].removeprefix("Value error, "),
+            "message": MESSAGES.get(detail["type"]) or detail["msg"].removeprefix("Value error, "),
         }
         for detail in details[:MAX_FINDINGS]
     ]
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     first = findings[0]
     return InvalidRequest(f"the request does not fit: {first['where']}: {first['message']}{more}", findings)
-
-
-KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-
-
-def kind(value: object) -> str:
-    """A JSON value in words, without what the caller sent."""
-    if isinstance(value, dict):
-        return "an object" if value else "an empty object"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return KINDS[type(value)]

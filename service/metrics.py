@@ -1,7 +1,7 @@
 """Every metric, its labels and its buckets. The only file that imports prometheus_client.
 
-Names follow Prometheus' practice: one prefix, seconds and bytes, labels from small sets (tasks, bundle names, stages,
-collections up to their limit; never paths or users). Each app has its own registry.
+Names follow Prometheus' practice: one prefix (but for OpenTelemetry's names), seconds and bytes, labels from small sets
+(tasks, bundle names, stages, collections up to their limit; never paths or users). Each app has its own registry.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -26,6 +26,11 @@ SHED_EDGES_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0)
 BATCH_EDGES = (1, 2, 4, 8, 16, 32, 64, 128)
 BYTE_EDGES = tuple(1 << at for at in range(12, 25))  # 4 KiB to 16 MiB
 PIXEL_EDGES = (1e4, 3e4, 1e5, 3e5, 1e6, 2e6, 4e6, 8e6, 1.6e7, 4e7)
+# Of OpenTelemetry's conventions for generative AI, as are the names that begin with gen_ai, in Prometheus' spelling.
+OPERATION_EDGES_S = tuple(0.01 * 2**at for at in range(14))  # 10 ms to 82 s
+TOKEN_EDGES = tuple(4**at for at in range(14))  # 1 to 67 million
+OPERATION = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+PROVIDER = "calmclip"
 BOX_EDGES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 # In the order of a request.
@@ -62,7 +67,7 @@ class Metrics:
         self.queue_limit = gauge("queue_limit", "Limit of queue_depth.", "model", "graph")
         self.pending = gauge("requests_pending", "Requests in flight.")
         self.pending_limit = gauge("requests_limit", "Limit of requests_pending.")
-        text = "Requests of a task in flight."
+        text = "Requests of a task in flight; one with many pictures counts each."
         self.task_pending = gauge("task_requests_pending", text, "task")
         text = "Requests of a task that would be admitted at once at the present rate."
         self.task_admissible = gauge("task_requests_admissible", text, "task")
@@ -81,7 +86,7 @@ class Metrics:
             self.shed.labels(reason)
         self.picture_bytes = histogram("picture_bytes", "Bytes of a picture.", buckets=BYTE_EDGES)
         self.picture_pixels = histogram("picture_pixels", "Pixels of a picture.", buckets=PIXEL_EDGES)
-        text = "Requests refused because of a picture, by the problem's slug."
+        text = "Pictures refused, by the problem's slug."
         self.pictures_rejected = counter("pictures_rejected", text, "reason")
         for slug in PICTURE_FAULTS:
             self.pictures_rejected.labels(slug)
@@ -90,6 +95,17 @@ class Metrics:
         self.kept = histogram("detections_kept", "Boxes in an answer of detect.", "model", buckets=BOX_EDGES)
         text = "Box-label pairs before suppression."
         self.candidates = histogram("detections_candidates", text, "model", buckets=BOX_EDGES)
+        text = "Seconds of an operation of generative AI, such as embeddings."
+        operation = partial(Histogram, labelnames=OPERATION, registry=self.registry)
+        self.operations = operation(
+            "gen_ai_server_request_duration_seconds",
+            text,
+            labelnames=(*OPERATION, "error_type"),
+            buckets=OPERATION_EDGES_S,
+        )
+        text = "Tokens of the texts of one embeddings operation that was answered."
+        name = "gen_ai_client_embeddings_operation_input_tokens"
+        self.input_tokens = operation(name, text, buckets=TOKEN_EDGES)
         self.ready = gauge("ready", "1 if /readyz answers 200.")
         text = "Replicas that this deployment should have at least."
         self.replicas_expected = gauge("replicas_expected", text)
@@ -130,13 +146,19 @@ class Metrics:
         self.duration.labels(context.task, context.model).observe(context.clock.elapsed, exemplar)
         if context.problem:
             self.rejected.labels(context.problem).inc()
-        if context.problem in PICTURE_FAULTS:
-            self.pictures_rejected.labels(context.problem).inc()
+        for slug in context.faults or [context.problem]:
+            if slug in PICTURE_FAULTS:
+                self.pictures_rejected.labels(slug).inc()
         if context.shed:
             self.shed.labels(context.shed).observe(context.head_s)
         for size, pixels in context.pictures:
             self.picture_bytes.observe(size)
             self.picture_pixels.observe(pixels)
+        if operation := context.operation:
+            labels = (operation.name, PROVIDER, context.model)
+            self.operations.labels(*labels, context.error_type).observe(context.clock.elapsed)
+            if operation.tokens is not None:
+                self.input_tokens.labels(*labels).observe(operation.tokens)
         graphs = list(context.graphs.items())  # a thread whose request was given up may still add
         for (stage, graph), seconds in graphs:
             self.stages.labels(context.model, context.task, stage, graph).observe(seconds, exemplar)

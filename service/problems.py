@@ -18,7 +18,9 @@ from starlette.routing import Match
 
 from calmclip.models import errors
 from calmclip.models.errors import CalmclipError, Overloaded, Unavailable
+from calmclip.models.preprocess.formats import NAMES
 from calmclip.service import errors as http_errors
+from calmclip.service.dialects import Fault
 from calmclip.service.request import Context
 
 log = logging.getLogger("calmclip")
@@ -51,7 +53,7 @@ _INVALID = Problem(
 TABLE: dict[type[BaseException], Problem] = {
     errors.InputError: _INVALID,
     errors.BadImage: Problem(
-        "unsupported-image", 415, "Unsupported image", "The bytes are not a complete JPEG, PNG or WebP file."
+        "unsupported-image", 415, "Unsupported image", f"The bytes are not a complete {NAMES} file."
     ),
     errors.ImageTooLarge: Problem(
         "image-too-large", 413, "Image too large", "The picture has more bytes or pixels than CALMCLIP_LIMITS allow."
@@ -66,7 +68,8 @@ TABLE: dict[type[BaseException], Problem] = {
         "picture-not-fetched",
         422,
         "Picture not fetched",
-        "The address of a picture is not allowed, or it gave no picture. CALMCLIP_URL_HOSTS lists the hosts.",
+        "The address of a picture is not allowed, or it gave no picture. CALMCLIP_URL_HOSTS lists the hosts; "
+        "without it the service fetches nothing.",
     ),
     http_errors.BodyTooLarge: Problem(
         "body-too-large",
@@ -78,10 +81,16 @@ TABLE: dict[type[BaseException], Problem] = {
         "unsupported-media-type",
         415,
         "Unsupported media type",
-        "Send application/json, multipart/form-data or, for one picture alone, image/jpeg, image/png, image/webp.",
+        "Send application/json, multipart/form-data or, for one picture alone, image/*, such as image/jpeg.",
     ),
     http_errors.InvalidHeader: Problem(
         "invalid-header", 400, "Invalid header", "A header has a value that cannot be used; `detail` says which."
+    ),
+    http_errors.NotSupported: Problem(
+        "not-supported",
+        400,
+        "Not supported",
+        "A part of Triton's protocol that this service does not have; `detail` says what to do instead.",
     ),
     http_errors.Unauthorized: Problem(
         "unauthorized", 401, "Unauthorized", "The service needs a key, and the request has no known one."
@@ -99,6 +108,12 @@ TABLE: dict[type[BaseException], Problem] = {
     errors.UnknownName: NOT_FOUND,
     errors.CollectionNotFound: Problem(
         "collection-not-found", 404, "Collection not found", "PUT /v1/collections/{name} creates one."
+    ),
+    errors.ItemNotFound: Problem(
+        "item-not-found",
+        404,
+        "Item not found",
+        "The collection has no item with this id. GET /v1/collections/{name}/items lists them.",
     ),
     errors.CollectionExists: Problem(
         "collection-exists",
@@ -181,39 +196,68 @@ def install(app: FastAPI) -> None:
 def render(
     request: Request, problem: Problem, detail: str, extra: Mapping[str, Any] | None = None, **headers: str
 ) -> Response:
+    Context.of(request).problem = problem.slug
+    body = _body(request, problem, detail, extra or {})
+    return Response(orjson.dumps(body), body["status"], headers, MEDIA_TYPE)
+
+
+def _body(request: Request, problem: Problem, detail: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     context = Context.of(request)
-    context.problem = problem.slug
-    body = {
+    status = context.dialect.status(problem.status)
+    places = extra.get("errors") or [{}]
+    fault = Fault(problem.slug, status, detail, places[0].get("where", ""))
+    return {
         "type": f"/problems/{problem.slug}",
         "title": problem.title,
-        "status": problem.status,
+        "status": status,
         "detail": detail,
         "instance": request.url.path,
         "request_id": context.id,
-        **({"error": detail} if request.url.path.startswith("/v2/") else {}),  # as the Open Inference Protocol has it
-        **(extra or {}),
+        **context.dialect.fields(fault),
+        **extra,
     }
-    return Response(orjson.dumps(body), problem.status, headers, MEDIA_TYPE)
 
 
-async def answer(request: Request, error: Exception) -> Response:
-    """Answer with the problem of ``error``; an error that was not raised on purpose is `internal`."""
+def _more(error: Exception) -> dict[str, Any]:
+    """What the document of this error has beside the fields of every problem."""
+    more: dict[str, Any] = {}
+    if known := getattr(error, "known", None):
+        more["known"] = known[: http_errors.MAX_FINDINGS]
+    if isinstance(error, http_errors.InvalidRequest) and error.errors:
+        more["errors"] = error.errors
+    return more
+
+
+def document(request: Request, error: Exception) -> tuple[Problem, dict[str, Any]]:
+    """The problem of a part of a request, such as one of its pictures, for an answer that is otherwise good."""
     problem = find(error)
     if problem is INTERNAL:
-        return await unexpected(request, error)
-    extra: dict[str, Any] = {}
+        _log(request, error)
+        return problem, _body(request, problem, _unexpected(request), {})
+    more = _more(error)
+    if isinstance(error, Unavailable):
+        more["retry_after"] = math.ceil(error.retry_after)
+    return problem, _body(request, problem, str(error), more)
+
+
+async def answer(request: Request, error: Exception, results: Mapping[str, Any] | None = None) -> Response:
+    """Answer with the problem of ``error``; an error that was not raised on purpose is `internal`. ``results``: fields
+    for a request with several problems, of which this one is the first and the others are logged."""
+    problem = find(error)
+    if problem is INTERNAL:
+        if results is None:
+            _log(request, error)
+        return render(request, INTERNAL, _unexpected(request), results)
     headers: dict[str, str] = {}
-    if known := getattr(error, "known", None):
-        extra["known"] = known[: http_errors.MAX_FINDINGS]
-    if isinstance(error, http_errors.InvalidRequest) and error.errors:
-        extra["errors"] = error.errors
     if isinstance(error, http_errors.Unauthorized | http_errors.Forbidden):
         headers["WWW-Authenticate"] = error.challenge
+    if isinstance(error, http_errors.WrongCoding):
+        headers["Accept-Encoding"] = error.accepted
     if isinstance(error, Overloaded):
         Context.of(request).shed = error.reason
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(math.ceil(error.retry_after))
-    return render(request, problem, str(error), extra, **headers)
+    return render(request, problem, str(error), _more(error) | dict(results or {}), **headers)
 
 
 async def _starlette(request: Request, error: Exception) -> Response:
@@ -224,7 +268,7 @@ async def _starlette(request: Request, error: Exception) -> Response:
         return render(request, METHOD, f"{path} does not take {request.method}", Allow=_verbs(request))
     if error.status_code == 404:
         return render(request, NOT_FOUND, f"there is no {path}; GET /openapi.json lists the routes")
-    return await unexpected(request, error)
+    return await answer(request, error)
 
 
 def _verbs(request: Request) -> str:
@@ -240,8 +284,9 @@ async def _query(request: Request, error: Exception) -> Response:
     return await answer(request, http_errors.invalid(error))
 
 
-async def unexpected(request: Request, error: Exception) -> Response:
-    """Answer 500; the details go to the log."""
-    context = Context.of(request)
-    log.error("request %s failed", context.id, exc_info=error)
-    return render(request, INTERNAL, f"the service failed; its log has the details under request {context.id}")
+def _unexpected(request: Request) -> str:
+    return f"the service failed; its log has the details under request {Context.of(request).id}"
+
+
+def _log(request: Request, error: Exception) -> None:
+    log.error("request %s failed", Context.of(request).id, exc_info=error)

@@ -3,7 +3,10 @@
 A request's span is made when the request is over, with a child for each stage of its clock, so that no answer waits for
 it. The SDK itself reads the `OTEL_…` variables: sampler, headers, resource, sizes of batches.
 
-Source: semantic conventions for HTTP spans 1.27; W3C Trace Context.
+A request that makes vectors has one more child, by the conventions for generative AI: the whole operation.
+
+Source: semantic conventions for HTTP spans 1.27; W3C Trace Context; `docs/gen-ai/client-embeddings.md` of
+https://github.com/open-telemetry/semantic-conventions-genai (v0.1.0, status: development).
 """
 
 from collections.abc import Callable
@@ -16,7 +19,8 @@ from starlette.types import Scope
 import calmclip
 from calmclip.models.extras import missing
 from calmclip.models.runtime.clock import Stopwatch
-from calmclip.service.request import Context
+from calmclip.service.metrics import PROVIDER
+from calmclip.service.request import Context, Operation
 
 UNTRACED = ("health", "metrics")  # scopes of endpoints that machines poll; they are never slow
 METHODS = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
@@ -86,7 +90,7 @@ class Traced(Untraced):
         self._tracer = self._provider.get_tracer("calmclip", calmclip.__version__)
         self._parent = TraceContextTextMapPropagator().extract
         self._within = set_span_in_context
-        self._server, self._error = SpanKind.SERVER, StatusCode.ERROR
+        self._server, self._internal, self._error = SpanKind.SERVER, SpanKind.INTERNAL, StatusCode.ERROR
 
     def record(self, scope: Scope, context: Context) -> str:
         assert isinstance(context.clock, StageWatch)
@@ -106,6 +110,12 @@ class Traced(Untraced):
             about = {f"calmclip.{key}": value for key, value in stage.about.items()}
             child = self._tracer.start_span(stage.name, within, attributes=about, start_time=at(stage.start))
             child.end(at(stage.end))
+        if context.operation:
+            name, told = _describe_operation(scope, context, context.operation)
+            child = self._tracer.start_span(name, within, self._internal, told, start_time=at(context.clock.begun))
+            if context.error_type:
+                child.set_status(self._error)
+            child.end(at(now))
         if context.status >= 500:
             span.set_status(self._error)
         span.end(at(now))
@@ -137,6 +147,27 @@ def _describe(scope: Scope, context: Context) -> tuple[str, dict[str, str | int]
         "calmclip.problem": context.problem,
     }
     return f"{verb} {route}".rstrip(), {key: value for key, value in attributes.items() if value}
+
+
+def _describe_operation(
+    scope: Scope, context: Context, operation: Operation
+) -> tuple[str, dict[str, str | int | tuple[str, ...]]]:
+    """Name and attributes of the span of an operation of generative AI."""
+    host, port = scope.get("server") or ("", None)
+    attributes: dict[str, str | int | tuple[str, ...] | None] = {
+        "gen_ai.operation.name": operation.name,
+        "gen_ai.provider.name": PROVIDER,
+        "gen_ai.request.model": context.model or None,
+        "gen_ai.response.model": context.model if operation.dimensions else None,
+        "gen_ai.embeddings.dimension.count": operation.dimensions or None,
+        "gen_ai.request.encoding_formats": operation.formats or None,
+        "gen_ai.usage.input_tokens": operation.tokens,
+        "server.address": host or None,
+        "server.port": port if host else None,
+        "error.type": context.error_type or None,
+    }
+    name = f"{operation.name} {context.model}".rstrip()
+    return name, {key: value for key, value in attributes.items() if value is not None}
 
 
 def _parent(scope: Scope) -> dict[str, str]:

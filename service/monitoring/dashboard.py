@@ -39,7 +39,7 @@ OF_MODEL = 'model=~"$model"'
 OF_BOTH = f'task=~"$task", {COUNTED}, {OF_MODEL}'  # no probes, scrapes, page
 FAILED = f'{OF_BOTH}, outcome=~"error|shed|deadline"'
 HITS = f'{OF_MODEL}, outcome="hit"'
-OF_STORE = f'task=~"{"|".join(sorted({e.task for e in registered() if "collections" in e.tags}))}"'
+OF_STORE = f'task=~"{"|".join(sorted({e.task for e in registered() if "collections" in e.tags}))}", {OF_MODEL}'
 
 
 def of(metric: str, where: str = "", among: str = REPLICAS) -> str:
@@ -71,6 +71,9 @@ class Board:
     rows: dict[str, list[Panel]]
 
 
+GEN_AI = 'gen_ai_request_model=~"$model"'  # of OpenTelemetry's names
+TOKENS = "gen_ai_client_embeddings_operation_input_tokens"
+OPERATIONS = "gen_ai_server_request_duration_seconds"
 COMPUTE = 'stage=~"decode|preprocess|infer|postprocess|search"'
 # Of every board. A service is what exports calmclip_build_info, whatever its job is called.
 WHERE = {
@@ -370,11 +373,37 @@ OF_GRAPHS = Board(
                 },
             ),
         ],
+        "Embeddings, by OpenTelemetry's names": [
+            Panel(
+                "Operations, by error",
+                {
+                    "{{gen_ai_request_model}} {{error_type}}": "sum by (gen_ai_request_model, error_type) "
+                    f"(rate({of(f'{OPERATIONS}_count', GEN_AI)}[$__rate_interval]))"
+                },
+                unit="reqps",
+            ),
+            Panel(
+                "Operations, p95",
+                {
+                    "{{gen_ai_request_model}}": "histogram_quantile(0.95, sum by (le, gen_ai_request_model) "
+                    f"(rate({of(f'{OPERATIONS}_bucket', GEN_AI)}[$__rate_interval])))"
+                },
+                unit="s",
+            ),
+            Panel(
+                "Tokens a second",
+                {
+                    "{{gen_ai_request_model}}": "sum by (gen_ai_request_model) "
+                    f"(rate({of(f'{TOKENS}_sum', GEN_AI)}[$__rate_interval]))"
+                },
+                note="Of texts; a picture has none.",
+            ),
+        ],
     },
 )
 OF_ITEMS = Board(
     "calmclip collections",
-    WHERE,
+    MODELS,
     {
         "Collections": [
             Panel("Items", {"{{collection}}": f"max by (collection) ({of('calmclip_collection_items')})"}, width=6),

@@ -24,6 +24,38 @@ def value(samples, name: str, **labels: str) -> float:
     return samples.get((f"calmclip_{name}", frozenset(labels.items())), 0.0)
 
 
+def test_embeddings_have_the_metrics_of_the_conventions_for_generative_ai(settings, serve):
+    """OpenTelemetry's names and edges, as Prometheus spells them: dots are underscores, and the unit is at the end."""
+    with serve(settings()) as client:
+        client.post("/v1/embed", json={"inputs": [{"text": "a red thing"}, {"text": "green"}]})
+        client.post("/v1/embed", json={"inputs": []})
+        client.post("/v1/classify", json={"labels": []})
+        samples = {k: v for k, v in scrape(client).items() if k[0].startswith("gen_ai_")}
+    common = {"gen_ai_operation_name": "embeddings", "gen_ai_provider_name": "calmclip"}
+    named = common | {"gen_ai_request_model": "colours-int8"}
+    duration, tokens = "gen_ai_server_request_duration_seconds", "gen_ai_client_embeddings_operation_input_tokens"
+    answered, refused = (
+        named | {"error_type": ""},
+        common | {"gen_ai_request_model": "", "error_type": "invalid-request"},
+    )
+    counts = {(name, labels): v for (name, labels), v in samples.items() if name.endswith("_count")}
+    assert counts == {
+        (f"{duration}_count", frozenset(answered.items())): 1,
+        (f"{duration}_count", frozenset(refused.items())): 1,
+        (f"{tokens}_count", frozenset(named.items())): 1,
+    }
+    assert samples[f"{tokens}_sum", frozenset(named.items())] == 4
+    edges: dict[str, list[float]] = {}
+    for name, labels in samples:
+        about = dict(labels)
+        if name.endswith("_bucket") and not about.get("error_type"):
+            edges.setdefault(name.removesuffix("_bucket"), []).append(float(about["le"]))
+    assert edges[duration] == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48,
+                                             40.96, 81.92, float("inf")])  # fmt: skip
+    assert edges[tokens] == [1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864,
+                             float("inf")]  # fmt: skip
+
+
 def test_a_request_is_counted_once_with_its_stages(settings, serve, picture):
     with serve(settings()) as client:
         send = raw(picture("red"))
@@ -78,7 +110,7 @@ def test_the_header_lists_all_stages_in_the_order_of_a_request(client, picture):
         assert sum(parts) <= total + 0.1  # rounded to 0.01 ms each
     assert stages[0] == {"read", "decode", "preprocess", "queue", "infer", "postprocess", "serialize", "total"}
     assert set.union(*stages) == {*STAGES, "total"}
-    page = re.search(r"const STAGES = \[(.*?)\]", client.get("/app.js").text)[1]
+    page = re.search(r"const STAGES = \[(.*?)\]", client.get("/requests.js").text)[1]
     assert set(re.findall(r'"(\w+)"', page)) >= {*STAGES}  # each has a colour in the page
 
 

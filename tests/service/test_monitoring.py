@@ -56,7 +56,7 @@ def series() -> dict[str, set[str]]:
 def test_an_expression_names_only_series_and_labels_that_exist(
     series: dict[str, set[str]], legend: str, expr: str
 ) -> None:
-    names = re.findall(r"\b(?:(?:instance:)?calmclip[_:][\w:]+|process_\w+|up\b)", expr)
+    names = re.findall(r"\b(?:(?:instance:)?calmclip[_:][\w:]+|gen_ai_(?:server|client)_\w+|process_\w+|up\b)", expr)
     assert names or expr == "vector(1)"
     assert set(names) <= set(series)
     matched = [

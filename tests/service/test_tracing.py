@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as genai
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from calmclip.models.errors import ExtraMissing
@@ -120,6 +121,52 @@ def test_spans_name_the_problem(settings, serve, picture, collector, monkeypatch
     fault = told(spans["fault"])
     assert (fault["http.response.status_code"], fault["error.type"]) == (500, "internal")
     assert spans["fault"].status.code == Status.STATUS_CODE_ERROR
+
+
+def test_an_embedding_has_the_span_of_the_conventions_for_generative_ai(settings, serve, picture, collector):
+    """Names of attributes are those of OpenTelemetry's package of conventions."""
+    body = {"model": "colours-int8", "input": ["a red thing", "green"], "encoding_format": "base64"}
+    with serve(settings(otlp_endpoint=collector.url)) as client:
+        for name, path, sent in (
+            ("one", "/v1/embeddings", body),
+            ("two", "/v1/embed", {"inputs": [{"text": "red"}]}),
+            ("three", "/v1/embed", {"inputs": [{"text": "red"}], "model": "gpt"}),
+            ("four", "/v1/embeddings", {**body, "input": "red " * 20}),
+        ):
+            client.post(path, json=sent, headers={"x-request-id": name})
+        client.post("/v1/classify?labels=red", **raw(picture("red")))
+    servers = collector.server_spans()
+    spans = [span for span in collector.spans if genai.GEN_AI_OPERATION_NAME in told(span)]
+    above = {span.span_id: name for name, span in servers.items()}
+    by_request = {above[span.parent_span_id]: span for span in spans}
+    assert sorted(by_request) == ["four", "one", "three", "two"]
+    span = by_request["one"]
+    assert (span.name, span.kind) == ("embeddings colours-int8", span.SPAN_KIND_INTERNAL)
+    assert span.start_time_unix_nano == servers["one"].start_time_unix_nano
+    assert span.end_time_unix_nano == servers["one"].end_time_unix_nano
+    attributes = told(span)
+    formats = attributes.pop(genai.GEN_AI_REQUEST_ENCODING_FORMATS)
+    assert [value.string_value for value in formats.values] == ["base64"]
+    assert attributes == {
+        genai.GEN_AI_OPERATION_NAME: "embeddings",
+        genai.GEN_AI_PROVIDER_NAME: "calmclip",
+        genai.GEN_AI_REQUEST_MODEL: "colours-int8",
+        genai.GEN_AI_RESPONSE_MODEL: "colours-int8",
+        genai.GEN_AI_EMBEDDINGS_DIMENSION_COUNT: 3,
+        genai.GEN_AI_USAGE_INPUT_TOKENS: 4,
+        "server.address": client.base_url.host,
+        "server.port": client.base_url.port,
+    }
+    assert genai.GEN_AI_REQUEST_ENCODING_FORMATS not in told(by_request["two"])
+    for name, problem, model in (("three", "model-not-found", None), ("four", "text-too-long", "colours-int8")):
+        wrong = by_request[name]
+        assert (told(wrong)["error.type"], wrong.status.code) == (problem, Status.STATUS_CODE_ERROR)
+        assert (told(wrong).get(genai.GEN_AI_REQUEST_MODEL), wrong.name) == (
+            model,
+            f"embeddings {model or ''}".rstrip(),
+        )
+        assert genai.GEN_AI_USAGE_INPUT_TOKENS not in told(wrong)
+        assert servers[name].status.code == Status.STATUS_CODE_UNSET  # an error of the client
 
 
 def test_an_unreadable_parent_is_ignored(settings, serve, collector):
