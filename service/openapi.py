@@ -11,19 +11,21 @@ from pydantic import BaseModel
 
 from calmclip.models.errors import UnknownName, suggestion
 from calmclip.service.access import OPEN, Access
+from calmclip.service.descriptions import describe
 from calmclip.service.endpoints import Endpoint, Table
 from calmclip.service.problems import MEDIA_TYPE, PROBLEMS
-from calmclip.service.schemas import Body, PictureBody, ProblemAnswer, is_list, is_object
+from calmclip.service.schemas import Body, Faulty, PictureBody, PicturesBody, ProblemAnswer, Results, is_list, is_object
 from calmclip.service.schemas.classifiers import FitBody
 from calmclip.service.schemas.embed import EmbedBody
 from calmclip.service.schemas.rank import RankBody
 from calmclip.service.uploads import PICTURES
 
-_NESTED = ("image", "inputs", "examples", "boxes", "grid")  # a query cannot hold them
+_NESTED = ("image", "images", "inputs", "examples", "boxes", "grid")  # a query cannot hold them
 _REF = "#/components/schemas/{model}"
 PROBLEM = {"content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="ProblemAnswer")}}}}
 BINARY = {"type": "string", "format": "binary"}
 JSON, PNG = "application/json", "image/png"
+LINES = "application/x-ndjson"  # for each result a line, a JSON object
 PNG_FILE = {200: {"content": {PNG: {"schema": BINARY}}}}  # `Endpoint.responses` of an answer that is or may be a PNG
 NOT_IN_FORMS = ("items", "validation", "unlabelled")  # of a fit
 RETRY_AFTER = {
@@ -46,6 +48,7 @@ def operation(endpoint: Endpoint) -> dict[str, Any]:
         "responses": _answers(endpoint),
         "openapi_extra": _body(endpoint, endpoint.body) if endpoint.body else _file(endpoint),
         "include_in_schema": endpoint.listed,
+        "operation_id": endpoint.handler.__name__ if endpoint.handler else None,  # of a generated client's method
     }
 
 
@@ -57,7 +60,7 @@ def _file(endpoint: Endpoint) -> dict[str, Any] | None:
 
 def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"schema": _ref(model), "example": endpoint.example}}
-    extra: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    extra: dict[str, Any] = {"requestBody": {"required": not endpoint.optional, "content": content}}
     content |= {kind: {"schema": BINARY} for kind in endpoint.kinds}
     flat = {name: field for name, field in model.model_fields.items() if name not in _NESTED}
     properties = model.model_json_schema(ref_template=_REF)["properties"]
@@ -65,7 +68,11 @@ def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
     if issubclass(model, PictureBody):
         fields = {name: schemas[name] for name in flat}
         files = {"examples": {"type": "array", "items": BINARY}} if "examples" in model.model_fields else {}
-        content["multipart/form-data"] = _form({"image": BINARY, **files, **fields}, required=["image"])
+        picture: dict[str, Any] = BINARY
+        if issubclass(model, PicturesBody):
+            many = {"type": "array", "minItems": 1, "items": BINARY, "description": "many files are many pictures"}
+            picture = {"anyOf": [BINARY, many]}
+        content["multipart/form-data"] = _form({"image": picture, **files, **fields}, required=["image"])
     if issubclass(model, EmbedBody):
         many = {
             name: {"type": "array", "minItems": 1, "items": kind}
@@ -82,9 +89,8 @@ def _body(endpoint: Endpoint, model: type[Body]) -> dict[str, Any]:
         }
         content["multipart/form-data"] = _form(fields, required=["method"])
         content["multipart/form-data"]["schema"]["additionalProperties"] = {
-            "type": "array",
-            "items": BINARY,
-            "description": "pictures; the name of the field is their label",
+            **BINARY,  # not an array of them, of which openapi-python-client makes no Python
+            "description": "a picture; the name of the field is its label, and may be repeated",
         }
     if model.raw:
         content |= {kind: {"schema": BINARY} for kind in PICTURES}
@@ -112,13 +118,20 @@ CHALLENGE = {"WWW-Authenticate": {"description": "RFC 6750", "required": True, "
 
 def _answers(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     """The endpoint's answer and its problems, with those that every request may have."""
-    done = {"model": endpoint.answer} if endpoint.answer else {"description": "Done"}
+    done: dict[str, Any] = {"model": endpoint.answer} if endpoint.answer else {"description": "Done"}
+    if endpoint.many:
+        results: Any = Results
+        done = {
+            "model": endpoint.answer | results[endpoint.answer],
+            "content": {LINES: {"schema": _line(endpoint.answer)}},
+        }
     responses: dict[int | str, dict[str, Any]] = {endpoint.status: done}
     query = () if endpoint.scope in ANY_QUERY else ("invalid-request",)  # it may have an unknown field
     for slug in dict.fromkeys((*endpoint.problems, *query, *EVERYWHERE)):
         if slug not in PROBLEMS:
             raise UnknownName(f"{endpoint.name}: there is no problem {slug!r}; {suggestion(slug, PROBLEMS)}")
-        response = responses.setdefault(PROBLEMS[slug].status, {"description": "", **PROBLEM})
+        status = endpoint.dialect.status(PROBLEMS[slug].status)
+        response = responses.setdefault(status, {"description": "", **PROBLEM})
         response["description"] = ", ".join(filter(None, [response.get("description"), slug]))
         if slug == "overloaded":
             response["headers"] = RETRY_AFTER
@@ -127,15 +140,28 @@ def _answers(endpoint: Endpoint) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
+def _line(answer: type[BaseModel]) -> dict[str, Any]:
+    """The schema of each line; FastAPI has the components from `Results`."""
+    return {
+        "description": "of each line: the result of one picture or input, in the order in which they are done",
+        "anyOf": [_ref_to(f"Answered_{answer.__name__}_"), _ref(Faulty)],
+    }
+
+
 def install(app: FastAPI, access: Access, endpoints: Table) -> None:
     """Add the models of bodies to the components, and remove FastAPI's own 422.
 
     With keys, mark the operations that need one. Leave out operations at another port. Raises `ValueError` for two
-    bodies of one name.
+    bodies, or two operations, of one name.
     """
     plain = app.openapi
     models: dict[str, type[BaseModel]] = {ProblemAnswer.__name__: ProblemAnswer}
+    handlers: dict[str, Endpoint] = {}
     for endpoint in endpoints.all:
+        if endpoint.handler and endpoint.listed:
+            other = handlers.setdefault(endpoint.handler.__name__, endpoint)
+            if other is not endpoint:
+                raise ValueError(f"{endpoint.name}: the function of {other.name} has the same name; choose another")
         if endpoint.body and models.setdefault(endpoint.body.__name__, endpoint.body) is not endpoint.body:
             raise ValueError(f"{endpoint.name}: another model is called {endpoint.body.__name__}; choose another name")
 
@@ -159,10 +185,20 @@ def install(app: FastAPI, access: Access, endpoints: Table) -> None:
                 schema = model.model_json_schema(ref_template=_REF)
                 schemas |= schema.pop("$defs", {})
                 schemas[name] = schema
+            describe(spec)
+            _complete(spec)
         assert app.openapi_schema is not None
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _complete(schema: Any) -> None:
+    """A list of anything says so: generators of clients leave out what holds an array without `items`."""
+    if isinstance(schema, dict) and schema.get("type") == "array":
+        schema.setdefault("items", {})
+    for inner in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _complete(inner)
 
 
 def _require_key(operation: dict[str, Any], scope: str) -> None:
@@ -180,7 +216,11 @@ def _form_field(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": _REF.format(model=model.__name__)}
+    return _ref_to(model.__name__)
+
+
+def _ref_to(name: str) -> dict[str, str]:
+    return {"$ref": _REF.format(model=name)}
 
 
 def _form(fields: dict[str, Any], required: list[str]) -> dict[str, Any]:

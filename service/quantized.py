@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calmclip.models.flow import Array
-from calmclip.service.stores import Condition, ExclusiveTable, Match, Row
+from calmclip.service.stores import ExclusiveTable, Match, Row, Where
 
 MIN_ROWS = 10_000  # a scan of fewer rows takes the same time
 CANDIDATE_SHARE = 30  # the sign bits keep one row in so many,
@@ -56,7 +56,7 @@ class QuantizedTable:
                 self._copy.delete(ids)
         return count
 
-    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Match]:
+    def search(self, vector: Array, top_k: int, where: Where = ()) -> list[Match]:
         copy = self._copy
         if copy is None or where or top_k > MAX_TOP_K:
             return self._table.search(vector, top_k, where)
@@ -64,8 +64,11 @@ class QuantizedTable:
         matches = [Match(row.id, row.meta, float(row.vector @ vector)) for row in self._table.fetch(numbers)]
         return sorted(matches, key=lambda match: -match.score)[:top_k]
 
-    def page(self, after: str | None, limit: int) -> list[Match]:
-        return self._table.page(after, limit)
+    def page(self, after: str | None, limit: int, vectors: bool = False) -> list[Match]:
+        return self._table.page(after, limit, vectors)
+
+    def get(self, ids: Sequence[str], originals: bool = False) -> list[Row]:
+        return self._table.get(ids, originals)
 
     def count(self) -> int:
         return self._table.count()
@@ -73,6 +76,9 @@ class QuantizedTable:
     def compact(self) -> None:
         self._table.compact()
         self._refresh()
+
+    def scan(self, limit: int | None = None) -> Iterator[tuple[list[str], list[int], Array]]:
+        return self._table.scan(limit)
 
     def rows(self, originals: bool = True) -> Iterator[list[Row]]:
         return self._table.rows(originals)

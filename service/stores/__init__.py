@@ -6,7 +6,7 @@ A store is synchronous, and several threads may call it. `calmclip.service.colle
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from calmclip.models.errors import BadRequest, CollectionError
 from calmclip.models.flow import Array
@@ -52,21 +52,41 @@ class Row:
 
 @dataclass(frozen=True)
 class Match:
+    """``vector``: float32 [dim], on a page that was asked for vectors."""
+
     id: str
     meta: dict[str, Any]
     score: float = 0.0  # cosine; 0 on a page, which has no query
+    vector: Array | None = None
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on a top-level field of the metadata. A value of another type than the field's never matches.
+    """A condition on a top-level field of the metadata. A value of another type than the field's never matches, nor
+    does a list, an object, null or a missing field, but for these operators:
 
-    ``in`` takes a tuple of strings, numbers and booleans; the other operators take one number or string.
+    ``has`` takes a string, number or boolean, and matches a list with an equal element. ``exists`` takes a boolean;
+    True matches every value but null, False matches null and a missing field.
+
+    ``in`` and ``not_in`` take a tuple of strings, numbers and booleans; ``not_in`` matches a value of the type of one
+    of them that equals none. ``contains`` takes a part of a string, the others one number or string.
     """
 
     field: str
-    op: Literal["in", "gt", "gte", "lt", "lte"]
+    op: Literal["in", "not_in", "gt", "gte", "lt", "lte", "contains", "has", "exists"]
     value: Any
+
+
+@dataclass(frozen=True)
+class Group:
+    """``or``: at least one of the filters holds; ``and``: all. A filter holds if all of its parts do."""
+
+    op: Literal["or", "and"]
+    filters: "tuple[tuple[Part, ...], ...]"
+
+
+Part: TypeAlias = Condition | Group
+Where: TypeAlias = Sequence[Part]  # all must hold
 
 
 class Table(Protocol):
@@ -81,12 +101,15 @@ class Table(Protocol):
     def delete(self, ids: Sequence[str]) -> int:
         """The number of rows deleted."""
 
-    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Match]:
+    def search(self, vector: Array, top_k: int, where: Where = ()) -> list[Match]:
         """The nearest rows by cosine that meet all conditions, best first. Scores are exact. In a large table, a few
         percent of the nearest rows may be missing."""
 
-    def page(self, after: str | None, limit: int) -> list[Match]:
+    def page(self, after: str | None, limit: int, vectors: bool = False) -> list[Match]:
         """Ordered by id, from the first id after ``after``."""
+
+    def get(self, ids: Sequence[str], originals: bool = False) -> list[Row]:
+        """The rows of these ids that exist, in any order; with their originals if asked for."""
 
     def count(self) -> int: ...
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from decimal import Decimal
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ from uuid import uuid4
 from calmclip.models.errors import CollectionDamaged, CollectionNotFound, StoreFull
 from calmclip.models.extras import missing
 from calmclip.models.flow import Array
+from calmclip.service.metadata import MAX_DEPTH
 from calmclip.service.stores import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -33,8 +35,10 @@ from calmclip.service.stores import (
     Condition,
     Info,
     Match,
+    Part,
     Row,
     Table,
+    Where,
     refuse_writes,
 )
 from calmclip.service.stores._folder import PIN, SUFFIX, Folder
@@ -46,9 +50,15 @@ if TYPE_CHECKING:
 KEY = b"calmclip"  # in the schema's metadata: the `Info` as JSON
 OPERATORS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 BESIDE_EMPTY = {"gt": '"_%"', "gte": '"%', "lt": '"', "lte": '""'}  # LIKE patterns of strings that compare so to ""
+STRING = r'"(?:[^"\\]|\\.)*"'
+CHARACTERS = r'"(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*'  # from the start of a JSON string, whole characters
+INSIDE = ""  # what is inside a list or an object, as a regular expression; deeper metadata is never stored
+for _ in range(MAX_DEPTH):
+    INSIDE = rf'(?:[^"\[\]{{}}]|{STRING}|[\[{{]{INSIDE}[\]}}])*'
 CACHE_BYTES = 32 << 20  # of indexes; LanceDB's default is gigabytes
 METADATA_BYTES = 4 << 20  # of files and versions; every commit adds some until the cache is full
 STABLE = {"new_table_enable_stable_row_ids": "true"}  # a row's number outlives updates and compaction
+PLAIN = ["id", "vector", "meta"]  # columns of a row without its original
 SCAN_ROWS = 8192  # per batch
 INDEXED_FROM = 10_000  # rows
 # RaBitQ, arXiv:2405.12497: one bit per component. All partitions are read. One large partition would do, but LanceDB
@@ -223,23 +233,31 @@ class LanceTable:
                 self._table.delete(where)
         return count
 
-    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Match]:
+    def search(self, vector: Array, top_k: int, where: Where = ()) -> list[Match]:
         query = self._table.search(vector).distance_type("cosine").select(["id", "meta", "_distance"]).limit(top_k)
         query = query.nprobes(ALL_PARTITIONS).refine_factor(CANDIDATES_PER_HIT)  # without effect if there is no index
         if where:
-            query = query.where(" AND ".join(map(sql, where)), prefilter=True)
+            query = query.where(_all(where), prefilter=True)
         return [
             Match(row["id"], json.loads(row["meta"]), 1.0 - row["_distance"]) for row in query.to_arrow().to_pylist()
         ]
 
-    def page(self, after: str | None, limit: int) -> list[Match]:
+    def page(self, after: str | None, limit: int, vectors: bool = False) -> list[Match]:
         from lancedb.query import ColumnOrdering
 
-        query = self._table.search().select(["id", "meta"]).limit(limit)
+        query = self._table.search().select(["id", "meta", *(["vector"] if vectors else [])]).limit(limit)
         query = query.order_by([ColumnOrdering(column_name="id", ascending=True, nulls_first=False)])
         if after is not None:
             query = query.where(f"id > {literal(after)}")
-        return [Match(row["id"], json.loads(row["meta"])) for row in query.to_arrow().to_pylist()]
+        rows = query.to_arrow()
+        column = _vectors(rows["vector"].combine_chunks()) if vectors and len(rows) else [None] * len(rows)
+        columns = (rows["id"].to_pylist(), rows["meta"].to_pylist(), column)
+        return [Match(id_, json.loads(meta), vector=vector) for id_, meta, vector in zip(*columns, strict=True)]
+
+    def get(self, ids: Sequence[str], originals: bool = False) -> list[Row]:
+        query = self._table.search().where(_id_in(ids)).limit(len(ids))
+        batches = (query if originals else query.select(PLAIN)).to_batches()
+        return [row for batch in batches for row in _rows(batch, originals)]
 
     def count(self) -> int:
         rows: int = self._table.count_rows()
@@ -265,16 +283,9 @@ class LanceTable:
         with self._snapshot() as table:
             stats = table.stats()
             size = int(BATCH_BYTES // max(1, stats["total_bytes"] / max(1, stats["num_rows"])))
-            query = table.search() if originals else table.search().select(["id", "vector", "meta"])
+            query = table.search() if originals else table.search().select(PLAIN)
             for batch in query.to_batches(batch_size=max(1, min(BATCH_ROWS, size)) if originals else BATCH_ROWS):
-                ids, metas = batch["id"].to_pylist(), batch["meta"].to_pylist()
-                kept = [batch[name].to_pylist() if originals else [None] * len(ids) for name in ("text", "picture")]
-                yield [
-                    Row(id_, vector, json.loads(meta), picture if text is None else text)
-                    for id_, vector, meta, text, picture in zip(
-                        ids, _vectors(batch["vector"]), metas, *kept, strict=True
-                    )
-                ]
+                yield _rows(batch, originals)
 
     def verify(self) -> None:
         """Every file of the latest version is there, has its size, its footer and its checksum, and all ids can be
@@ -402,22 +413,97 @@ class LanceTable:
                 Sums(self._folder).record()
 
 
-def sql(condition: Condition) -> str:
-    """The condition in LanceDB's SQL. All values from the caller are inside quoted literals.
-
-    Equality compares JSON texts, so it respects types: "3" (a string) is not 3. Numbers are cast. The order of strings
-    uses a JSON path, because quotes and escapes change the order of JSON texts.
+def sql(part: Part) -> str:
+    """The part of a filter in LanceDB's SQL. All values from the caller are inside quoted literals. Where the metadata
+    has no value of the right type, the SQL is false or NULL; nothing negates it.
     """
-    path = f"$.{json.dumps(condition.field, ensure_ascii=False)}"
-    text = f"json_extract(meta, {literal(path)})"
-    if condition.op == "in":
-        return _is_in(text, condition.value)
-    if condition.value == "":  # a JSON path cannot express it
+    if isinstance(part, Condition):
+        path = f"$.{json.dumps(part.field, ensure_ascii=False)}"
+        return CONDITIONS.get(part.op, _ordered)(f"json_extract(meta, {literal(path)})", path, part)
+    return f"({f' {part.op.upper()} '.join(f'({_all(each)})' for each in part.filters)})"
+
+
+def _all(parts: Where) -> str:
+    return " AND ".join(map(sql, parts))
+
+
+def _in(text: str, path: str, condition: Condition) -> str:
+    """Equality compares JSON texts, so it respects types: "3" (a string) is not 3. Numbers are cast. ``IN`` looks a
+    row's value up once; a chain of OR reads the metadata again for each value."""
+    numbers, texts = _split(condition.value)
+    return _any([f"{_number(text)} IN ({numbers})" if numbers else "", f"{text} IN ({texts})" if texts else ""])
+
+
+def _not_in(text: str, path: str, condition: Condition) -> str:
+    """A value of the type of one of the values that equals none. That there is one must be said: LanceDB's DataFusion
+    makes `x NOT IN (1) OR x NOT IN (2)` true, also where x is NULL."""
+    numbers, _ = _split(condition.value)
+    strings = ", ".join(_text(value) for value in condition.value if isinstance(value, str))
+    flags = {value for value in condition.value if isinstance(value, bool)}
+    others = ", ".join(_text(value) for value in {True, False} - flags) if flags else ""
+    return _any(
+        [
+            f"({_number(text)} IS NOT NULL AND {_number(text)} NOT IN ({numbers}))" if numbers else "",
+            f"({text} LIKE '\"%' AND {text} NOT IN ({strings}))" if strings else "",
+            f"{text} IN ({others})" if others else "",
+        ]
+    )
+
+
+def _ordered(text: str, path: str, condition: Condition) -> str:
+    """The order of strings uses a JSON path, because quotes and escapes change the order of JSON texts."""
+    operator, value = OPERATORS[condition.op], condition.value
+    if value == "":  # a JSON path cannot express it
         return f"{text} LIKE {literal(BESIDE_EMPTY[condition.op])}"
-    if isinstance(condition.value, str):
-        bound = f"{path}?(@ {OPERATORS[condition.op]} {json.dumps(condition.value, ensure_ascii=False)})"
+    if isinstance(value, str):
+        bound = f"{path}?(@ {operator} {json.dumps(value, ensure_ascii=False)})"
         return f"({text} LIKE '\"%' AND json_exists(meta, {literal(bound)}))"  # a path also searches lists
-    return f"{_number(text)} {OPERATORS[condition.op]} {float(condition.value)!r}"
+    return f"{_number(text)} {operator} {float(value)!r}"
+
+
+def _contains(text: str, path: str, condition: Condition) -> str:
+    """The escaped part in the escaped string, where a character begins: `n` is not in the JSON text of a line end."""
+    part = re.escape(json.dumps(condition.value, ensure_ascii=False)[1:-1])
+    return f"regexp_like({text}, {literal(f'^{CHARACTERS}{part}')})"
+
+
+def _has(text: str, path: str, condition: Condition) -> str:
+    """The element's JSON text after `[` or a comma of the list itself. A path would search inner lists as well."""
+    value = condition.value
+    written = _numerals(value) if _is_number(value) else [json.dumps(value, ensure_ascii=False)]
+    element = "|".join(map(re.escape, written))
+    pattern = rf"^\[(?:{INSIDE},)?(?:{element})[,\]]"
+    return f"regexp_like({text}, {literal(pattern)})"
+
+
+def _is_there(text: str, path: str, condition: Condition) -> str:
+    return f"({text} IS NOT NULL AND {text} != 'null')" if condition.value else f"({text} IS NULL OR {text} = 'null')"
+
+
+CONDITIONS = {"in": _in, "not_in": _not_in, "contains": _contains, "has": _has, "exists": _is_there}
+
+
+def _split(values: Sequence[Any]) -> tuple[str, str]:
+    """The literals of numbers, and of all others as JSON texts."""
+    numbers = [repr(float(value)) for value in values if _is_number(value)]
+    return ", ".join(numbers), ", ".join(_text(value) for value in values if not _is_number(value))
+
+
+def _any(terms: Iterable[str]) -> str:
+    return f"({' OR '.join(filter(None, terms)) or 'false'})"
+
+
+def _text(value: Any) -> str:
+    return literal(json.dumps(value, ensure_ascii=False))
+
+
+def _numerals(value: float) -> list[str]:
+    """How LanceDB may write a number that equals ``value``: as an integer, or as a float with or without exponent."""
+    exact = Decimal(repr(value))
+    written = {f"{exact:f}", repr(value), re.sub(r"e([+-])0+", r"e\1", repr(value))}
+    if value == int(value):
+        written |= {f"{int(value)}", f"{int(value)}.0"}
+    return sorted(written | ({"-0.0"} if not value else set()))
 
 
 def _schema(info: Info) -> "pa.Schema":
@@ -472,6 +558,15 @@ def _first(error: Exception) -> str:
     return re.sub(r", \S+\.rs:\d+.*", "", (str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
+def _rows(batch: "pa.RecordBatch", originals: bool) -> list[Row]:
+    ids, metas = batch["id"].to_pylist(), batch["meta"].to_pylist()
+    kept = [batch[name].to_pylist() if originals else [None] * len(ids) for name in ("text", "picture")]
+    return [
+        Row(id_, vector, json.loads(meta), picture if text is None else text)
+        for id_, vector, meta, text, picture in zip(ids, _vectors(batch["vector"]), metas, *kept, strict=True)
+    ]
+
+
 def _id_in(ids: Sequence[str]) -> str:
     return f"id IN ({', '.join(map(literal, ids))})"
 
@@ -485,16 +580,6 @@ def _vectors(column: Any) -> Array:
 def literal(text: str) -> str:
     """A string literal of standard SQL: only quotes are special, and are doubled."""
     return "'" + text.replace("'", "''") + "'"
-
-
-def _is_in(text: str, values: Sequence[Any]) -> str:
-    """``IN`` looks a row's value up once; a chain of OR reads the metadata again for each value."""
-    numbers = [repr(float(value)) for value in values if _is_number(value)]
-    texts = [literal(json.dumps(value, ensure_ascii=False)) for value in values if not _is_number(value)]
-    parts = [
-        f"{side} IN ({', '.join(literals)})" for side, literals in ((text, texts), (_number(text), numbers)) if literals
-    ]
-    return f"({' OR '.join(parts)})"
 
 
 def _number(text: str) -> str:

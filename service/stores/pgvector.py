@@ -40,8 +40,10 @@ from calmclip.service.stores import (
     Condition,
     Info,
     Match,
+    Part,
     Row,
     Table,
+    Where,
     refuse_writes,
 )
 
@@ -259,7 +261,7 @@ class PgTable:
             count: int = connection.execute(f"DELETE FROM {self._name} WHERE id = ANY(%s)", [list(ids)]).rowcount
         return count
 
-    def search(self, vector: Array, top_k: int, where: Sequence[Condition] = ()) -> list[Match]:
+    def search(self, vector: Array, top_k: int, where: Where = ()) -> list[Match]:
         query = _text(vector)
         with self._open() as connection, connection.transaction():
             if where or not self._indexed(top_k):
@@ -282,13 +284,26 @@ class PgTable:
                 )
             return [Match(id_, _meta(meta), score) for id_, meta, score in rows]
 
-    def page(self, after: str | None, limit: int) -> list[Match]:
+    def page(self, after: str | None, limit: int, vectors: bool = False) -> list[Match]:
         start, values = ("", []) if after is None else (" WHERE id > %s", [after])
+        column = "vector_send(vector)" if vectors else "NULL"
         with self._open() as connection:
             rows = connection.execute(
-                f"SELECT id, meta::text FROM {self._name}{start} ORDER BY id LIMIT %s", [*values, limit]
+                f"SELECT id, meta::text, {column} FROM {self._name}{start} ORDER BY id LIMIT %s",
+                [*values, limit],
+                binary=True,
             )
-            return [Match(id_, _meta(meta)) for id_, meta in rows]
+            return [Match(id_, _meta(meta), 0.0, _vector(data) if vectors else None) for id_, meta, data in rows]
+
+    def get(self, ids: Sequence[str], originals: bool = False) -> list[Row]:
+        kept = "text, picture" if originals else "NULL, NULL"
+        with self._open() as connection:
+            rows = connection.execute(
+                f"SELECT id, vector_send(vector), meta::text, {kept} FROM {self._name} WHERE id = ANY(%s)",
+                [list(ids)],
+                binary=True,
+            )
+            return [_row(*values) for values in rows]
 
     def count(self) -> int:
         with self._open() as connection:
@@ -312,10 +327,7 @@ class PgTable:
             with connection.cursor(name="calmclip_rows", binary=True) as cursor:
                 cursor.execute(f"SELECT id, vector_send(vector), meta::text, {kept} FROM {self._name}")
                 while batch := cursor.fetchmany(size):
-                    yield [
-                        Row(id_, _vector(vector), _meta(meta), text if picture is None else bytes(picture))
-                        for id_, vector, meta, text, picture in batch
-                    ]
+                    yield [_row(*values) for values in batch]
 
     def verify(self) -> None:
         """The table, its columns and its primary key are there, and PostgreSQL can count its rows. A missing or invalid
@@ -507,27 +519,69 @@ def _indexes(number: int, dim: int) -> dict[str, str]:
     return indexes
 
 
-def _where(conditions: Sequence[Condition]) -> tuple[str, list[Any]]:
+def _where(parts: Where) -> tuple[str, list[Any]]:
     """SQL with placeholders, and their values; the SQL contains nothing from the caller.
 
     Equality is jsonb's: "3" is not 3, but 3.0 is. Strings are ordered by code points.
     """
-    parts = [_condition(condition) for condition in conditions]
-    text = " AND ".join(text for text, _ in parts)
-    return (f" WHERE {text}" if text else ""), [value for _, values in parts for value in values]
+    text, values = _all(parts)
+    return (f" WHERE {text}" if text else ""), values
 
 
-def _condition(condition: Condition) -> tuple[str, list[Any]]:
-    name, value = condition.field, condition.value
-    if condition.op == "in":  # containment uses the index of the metadata
-        return "meta @> ANY(%s::jsonb[])", [[_json({name: item}) for item in value]]
-    operator = OPERATORS[condition.op]
+def _all(parts: Where) -> tuple[str, list[Any]]:
+    terms = [_part(part) for part in parts]
+    return " AND ".join(text for text, _ in terms), [value for _, values in terms for value in values]
+
+
+def _part(part: Part) -> tuple[str, list[Any]]:
+    if isinstance(part, Condition):
+        return CONDITIONS.get(part.op, _ordered)(part)
+    terms = [_all(each) for each in part.filters]
+    text = f" {part.op.upper()} ".join(f"({text})" for text, _ in terms)
+    return f"({text})", [value for _, values in terms for value in values]
+
+
+def _in(condition: Condition) -> tuple[str, list[Any]]:
+    """Containment, which uses the index of the metadata."""
+    return "meta @> ANY(%s::jsonb[])", [[_json({condition.field: value}) for value in condition.value]]
+
+
+def _has(condition: Condition) -> tuple[str, list[Any]]:
+    return "meta @> %s::jsonb", [_json({condition.field: [condition.value]})]
+
+
+def _not_in(condition: Condition) -> tuple[str, list[Any]]:
+    kinds = sorted({_kind(value) for value in condition.value})
+    values = [_json(value) for value in condition.value]
+    text = "(jsonb_typeof(meta -> %s) = ANY(%s) AND meta -> %s <> ALL(%s::jsonb[]))"
+    return text, [condition.field, kinds, condition.field, values]
+
+
+def _ordered(condition: Condition) -> tuple[str, list[Any]]:
+    name, value, operator = condition.field, condition.value, OPERATORS[condition.op]
     if isinstance(value, str):
         return (
             f"(jsonb_typeof(meta -> %s) = 'string' AND (meta ->> %s) COLLATE \"C\" {operator} %s)",
             [name, name, value],
         )
     return f"(jsonb_typeof(meta -> %s) = 'number' AND meta -> %s {operator} %s::jsonb)", [name, name, _json(value)]
+
+
+def _contains(condition: Condition) -> tuple[str, list[Any]]:
+    text = "(jsonb_typeof(meta -> %s) = 'string' AND strpos((meta ->> %s) COLLATE \"C\", %s) > 0)"
+    return text, [condition.field, condition.field, condition.value]
+
+
+def _is_there(condition: Condition) -> tuple[str, list[Any]]:
+    return f"coalesce(jsonb_typeof(meta -> %s), 'null') {'<>' if condition.value else '='} 'null'", [condition.field]
+
+
+CONDITIONS = {"in": _in, "not_in": _not_in, "has": _has, "contains": _contains, "exists": _is_there}
+
+
+def _kind(value: Any) -> str:
+    """As `jsonb_typeof` names it."""
+    return "string" if isinstance(value, str) else "boolean" if isinstance(value, bool) else "number"
 
 
 def _json(value: Any) -> str:
@@ -575,6 +629,10 @@ def _binary(row: Row, info: Info) -> tuple[Any, ...]:
         text,
         picture,
     )
+
+
+def _row(id_: str, vector: bytes, meta: str, text: str | None, picture: bytes | None) -> Row:
+    return Row(id_, _vector(vector), _meta(meta), text if picture is None else bytes(picture))
 
 
 def _vector(data: bytes) -> Array:

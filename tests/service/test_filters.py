@@ -7,6 +7,7 @@ with a quantized copy and PostgreSQL agree on the rows that match.
 import json
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -57,8 +58,14 @@ def is_allowed(wanted: Any) -> bool:
     if not isinstance(wanted, dict):
         return may_be_compared(wanted)
     for op, value in wanted.items():
-        if op == "in":
+        if op in ("in", "not_in"):
             good = isinstance(value, list) and value and all(map(may_be_compared, value))
+        elif op in ("ne", "has"):
+            good = may_be_compared(value)
+        elif op == "contains":
+            good = kind(value) == "string" and value and may_be_compared(value)
+        elif op == "exists":
+            good = isinstance(value, bool)
         else:
             good = op in COMPARE and kind(value) in ("number", "string") and may_be_compared(value)
         if not good:
@@ -66,31 +73,75 @@ def is_allowed(wanted: Any) -> bool:
     return bool(wanted)
 
 
+def fields_in(fields: Any, levels: int = 4) -> int | None:
+    """The number of fields of an allowed filter; None if it is not allowed."""
+    if not isinstance(fields, dict) or not fields:
+        return None
+    count = 0
+    for name, wanted in fields.items():
+        if name in ("or", "and") and isinstance(wanted, list):
+            inner = [fields_in(each, levels - 1) for each in wanted] if levels else [None]
+            if not inner or None in inner:
+                return None
+            count += sum(inner)
+        elif is_name(name) and is_allowed(wanted):
+            count += 1
+        else:
+            return None
+    return count
+
+
 def may_be_asked(fields: Any) -> bool:
-    return (
-        isinstance(fields, dict)
-        and 1 <= len(fields) <= 32
-        and all(is_name(name) and is_allowed(wanted) for name, wanted in fields.items())
-    )
+    return 1 <= (fields_in(fields) or 0) <= 32
 
 
 def equal(a: Any, b: Any) -> bool:
     return kind(a) == kind(b) != "other" and a == b
 
 
+def holds(op: str, value: Any, bound: Any) -> bool:
+    """Whether a field with ``value``, None without the field, meets one condition."""
+    if op == "in":
+        return any(equal(value, each) for each in bound)
+    if op == "not_in":
+        alike = [each for each in bound if kind(each) == kind(value)]
+        return bool(alike) and all(value != each for each in alike)
+    if op == "ne":
+        return holds("not_in", value, [bound])
+    if op == "contains":
+        return kind(value) == "string" and bound in value
+    if op == "has":
+        return isinstance(value, list) and any(equal(each, bound) for each in value)
+    if op == "exists":
+        return (value is not None) is bound
+    return kind(value) == kind(bound) and COMPARE[op](value, bound)
+
+
 def matches(fields: dict[str, Any], meta: dict[str, Any]) -> bool:
     """Whether an item with ``meta`` meets all conditions of an allowed filter."""
     for name, wanted in fields.items():
-        value = meta.get(name)
-        conditions = wanted if isinstance(wanted, dict) else {"in": [wanted]}
-        for op, bound in conditions.items():
-            if op == "in":
-                holds = any(equal(value, each) for each in bound)
-            else:
-                holds = kind(value) == kind(bound) and COMPARE[op](value, bound)
-            if not holds:
-                return False
+        if name in ("or", "and") and isinstance(wanted, list):
+            met = (any if name == "or" else all)(matches(each, meta) for each in wanted)
+        else:
+            conditions = wanted if isinstance(wanted, dict) else {"in": [wanted]}
+            met = all(holds(op, meta.get(name), bound) for op, bound in conditions.items())
+        if not met:
+            return False
     return True
+
+
+OPS = ("in", "not_in", "ne", "contains", "has", "exists", "or", "and", *COMPARE)
+
+
+def asked_in(fields: dict[str, Any]) -> Iterator[str]:
+    """The operators and groups of an allowed filter."""
+    for name, wanted in fields.items():
+        if isinstance(wanted, list):
+            yield name
+            for each in wanted:
+                yield from asked_in(each)
+        elif isinstance(wanted, dict):
+            yield from wanted
 
 
 def same(a: Any, b: Any) -> bool:
@@ -103,7 +154,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 NUMBERS = [0, 1, -1, 3, 3.0, -0.0, 0.1, 1e-7, 5e-324, 2**53 - 1, 1 - 2**53]
-ROUNDED = [2**53, 2**53 + 1, 1e18, 10**18 + 1, 2**63, 2**64 - 1, -(2**63), 2**70, 1e300, 1.2345678901234567e17]
+ROUNDED = [2**53, 2**53 + 1, 1e18, 10**18 + 1, 2**63, 2**64 - 1, -(2**63), 2.0**70, 1e300, 1.2345678901234567e17]
 TEXTS = [
     "",
     "a",
@@ -151,27 +202,66 @@ def examples_of(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[Any]]:
     """Metadata of some rows, and filters that often ask for a field and a value that a row has, or one beside it."""
     rng = draw(st.randoms(use_true_random=True))  # spreads choices evenly; Hypothesis favours some
     metas = draw(st.lists(metadata, min_size=ROWS, max_size=ROWS))
-    present = [(field, value) for meta in metas for field, value in meta.items() if kind(value) != "other"]
+    present = [(field, value) for meta in metas for field, value in meta.items()]
+    plain = [(field, value) for field, value in present if kind(value) != "other"]
 
     def wanted(value: Any) -> Any:
-        kinds = ["equal", "in", "unknown", *COMPARE] if kind(value) in ("number", "string") else ["equal", "in"]
-        op = rng.choice(kinds)
+        if kind(value) == "other":
+            return other(value)
+        exact = ["equal", "in", "ne", "ne", "not_in", "not_in", "exists", "has"]
+        op = rng.choice(
+            [*exact, "unknown", *COMPARE, *COMPARE, *["contains"] * 3] if kind(value) in ("number", "string") else exact
+        )
         if op == "equal":
             return draw(mostly(st.just(value), odd))
-        if op == "in":
-            return {"in": draw(mostly(st.lists(mostly(scalar, odd), max_size=4).map(lambda rest: [*rest, value]), odd))}
+        if op in ("in", "not_in"):
+            rest = draw(st.lists(mostly(scalar, odd), max_size=4))
+            return {op: draw(mostly(st.just([*rest, value] if op == "in" or rng.random() < 0.3 else rest), odd))}
+        if op in ("ne", "has"):
+            return {op: value if rng.random() < 0.3 else draw(mostly(scalar, odd))}
+        if op == "exists":
+            return {op: draw(mostly(st.booleans(), odd | scalar))}
+        if op == "contains":
+            start = rng.randrange(len(value) + 1) if isinstance(value, str) else 0
+            part = value[start : start + rng.choice([1, 1, 2, 9])] if isinstance(value, str) else "1"
+            return {op: draw(mostly(st.just(part), mostly(text, odd)))}
         if op == "unknown":
-            return draw(st.dictionaries(st.sampled_from(["eq", "$in", "ne", "IN", "gt ", "in"]), scalar, max_size=2))
+            return draw(st.dictionaries(st.sampled_from(["eq", "$in", "nin", "IN", "gt ", "in"]), scalar, max_size=2))
         beside = mostly(number | text, odd | st.booleans() | any_number)
-        exact = rng.random() < (0.6 if op in ("gte", "lte") else 0.2)
-        bounds = {op: value if exact else draw(beside)}
+        same_bound = rng.random() < (0.6 if op in ("gte", "lte") else 0.2)
+        bounds = {op: value if same_bound else draw(beside)}
         return bounds | draw(mostly(st.just({}), st.dictionaries(st.sampled_from(list(COMPARE)), beside, max_size=1)))
+
+    def other(value: Any) -> Any:
+        """Of a list, an object or null: also what is in an inner list, which is no element."""
+        elements = [each for each in value if kind(each) != "other"] if isinstance(value, list) else []
+        inner = (
+            [each for lists in value if isinstance(lists, list) for each in lists] if isinstance(value, list) else []
+        )
+        choice = rng.choice([*elements * 3, *inner, 0])
+        ops = {"has": choice, "exists": rng.random() < 0.5, "ne": draw(scalar), "contains": "a"}
+        op = rng.choice([*["has"] * 5, *ops])
+        return {op: ops[op]}
+
+    def fields_of(levels: int) -> Any:
+        fields = {}
+        for field, value in rng.choices(
+            (plain if rng.random() < 0.7 else present) or [("a", 0)], k=rng.choice([1, 1, 2])
+        ):
+            fields[draw(mostly(st.just(field), st.sampled_from(ODD_NAMES) | name | text))] = wanted(value)
+        if rng.random() < 0.35 and levels:
+            group = [fields_of(levels - 1) for _ in range(rng.choice([1, 2, 2, 3]))]
+            fields = fields if rng.random() < 0.3 else {}
+            fields[rng.choice(["or", "or", "and"])] = draw(
+                mostly(st.just(group), st.sampled_from([[], [{}], [None], {}]))
+            )
+        return fields
 
     filters = []
     for _ in range(FILTERS):
-        fields = {}
-        for field, value in rng.choices(present or [("a", 0)], k=rng.choice([1, 1, 2])):
-            fields[draw(mostly(st.just(field), st.sampled_from(ODD_NAMES) | name | text))] = wanted(value)
+        fields = fields_of(3)
+        for _ in range(5 if rng.random() < 0.02 else 0):
+            fields = {"or": [fields]}  # too deep
         filters.append(draw(mostly(st.just(fields), st.sampled_from([{}, [], None, "a", 1, [{"a": 1}]]))))
     return metas, filters
 
@@ -245,7 +335,7 @@ def test_every_filter_is_refused_or_means_the_same_everywhere(tables, examples, 
                 assert ids == expected, (store_name, each, [kept[int(i)] for i in ids ^ expected])
             counts["evaluated"] += 1
             counts["matched"] += len(expected)
-            counts.update(op for wanted in each.values() if isinstance(wanted, dict) and expected for op in wanted)
+            counts.update(asked_in(each) if expected else ())
         if counts["evaluated"] % 500 < FILTERS:
             for table in tables.values():
                 table.compact()
@@ -253,7 +343,7 @@ def test_every_filter_is_refused_or_means_the_same_everywhere(tables, examples, 
     check()
     print(dict(counts))
     assert min(counts[each] for each in ("refused", "evaluated", "matched")) >= least, counts
-    assert min(counts[op] for op in ("in", *COMPARE)), counts
+    assert min(counts[op] for op in OPS), counts
 
 
 OWNERS = {"ann": {"owner": "ann", "n": 1, "b": True}, "bob": {"owner": "bob", "n": 2, "b": False}}
@@ -276,7 +366,8 @@ OMIT = "leave the field out to match any value"
 LIST = f"expected a list of at least one string, number or boolean; {OMIT}"
 ONE = f"expected a string, number or boolean; {OMIT}"
 BOUND = f"expected a number or a string; {OMIT}"
-VALUE = f"expected a string, number or boolean, or an object of in, gt, gte, lt, lte; {OMIT}"
+OPERATORS = "in, not_in, ne, gt, gte, lt, lte, contains, has, exists"
+VALUE = f"expected a string, number or boolean, or an object of {OPERATORS}; {OMIT}"
 NONE = "expected an object of at least one field of the metadata; leave `filter` out to search all items"
 
 
@@ -290,7 +381,7 @@ NONE = "expected an object of at least one field of the metadata; leave `filter`
         ('{"owner": null}', "filter.owner", f"is null; {VALUE}"),
         ('{"owner": []}', "filter.owner", f"is an empty list; {VALUE}"),
         ('{"owner": ["ann"]}', "filter.owner", f"is a list; {VALUE}"),
-        ('{"owner": {}}', "filter.owner", f"is an empty object; expected at least one of in, gt, gte, lt, lte; {OMIT}"),
+        ('{"owner": {}}', "filter.owner", f"is an empty object; expected at least one of {OPERATORS}; {OMIT}"),
         ('{"owner": {"in": null}}', "filter.owner.in", f"is null; {LIST}"),
         ('{"owner": {"in": []}}', "filter.owner.in", f"is an empty list; {LIST}"),
         ('{"owner": {"in": {}}}', "filter.owner.in", f"is an empty object; {LIST}"),
@@ -301,12 +392,31 @@ NONE = "expected an object of at least one field of the metadata; leave `filter`
         ('{"owner": "ann", "n": {"lt": null}}', "filter.n.lt", f"is null; {BOUND}"),
         ('{"owner": {"in": ["ann"], "gte": {}}}', "filter.owner.gte", f"is an empty object; {BOUND}"),
         ('{"n": {"gt": true}}', "filter.n.gt", f"is a boolean; {BOUND}"),
-        ('{"owner": {"eq": "ann"}}', "filter.owner.eq", "is no operator; known: gt, gte, in, lt, lte."),
+        ('{"owner": {"eq": "ann"}}', "filter.owner.eq", "is no operator; known: contains, exists, gt"),
         ('{"owner": {"$in": ["ann"]}}', "filter.owner.$in", "is no operator; did you mean 'in'?"),
-        ('{"owner": {"in": ["ann"], "ne": 1}}', "filter.owner.ne", "is no operator"),
+        ('{"owner": {"in": ["ann"], "nin": 1}}', "filter.owner.nin", "is no operator"),
+        ('{"owner": {"ne": null}}', "filter.owner.ne", f"is null; {ONE}"),
+        ('{"owner": {"ne": ["ann"]}}', "filter.owner.ne", f"is a list; {ONE}"),
+        ('{"owner": {"not_in": []}}', "filter.owner.not_in", f"is an empty list; {LIST}"),
+        ('{"owner": {"not_in": "ann"}}', "filter.owner.not_in", f"is a string; {LIST}"),
+        ('{"owner": {"contains": ""}}', "filter.owner.contains", "is an empty string, which every string contains"),
+        ('{"owner": {"contains": null}}', "filter.owner.contains", "is null; expected a string"),
+        ('{"owner": {"contains": ["a"]}}', "filter.owner.contains", "is a list; expected a string"),
+        ('{"owner": {"has": null}}', "filter.owner.has", f"is null; {ONE}"),
+        ('{"owner": {"exists": null}}', "filter.owner.exists", f"is null; expected true or false; {OMIT}"),
+        ('{"owner": {"exists": 1}}', "filter.owner.exists", "is a number; expected true or false"),
+        ('{"or": null}', "filter.or", f"is null; {VALUE.replace('; leave', ', or a list of filters; leave')}"),
+        ('{"or": []}', "filter.or", "is an empty list; expected a list of at least one filter"),
+        ('{"or": [{"owner": "ann"}, {}]}', "filter.or.1", f"is an empty object; {NONE.partition(';')[0]}, because"),
+        ('{"or": [{"owner": "ann"}, null]}', "filter.or.1", "is null; expected an object"),
+        ('{"or": [{"owner": null}]}', "filter.or.0.owner", f"is null; {VALUE}"),
+        ('{"or": {"owner": "ann"}}', "filter.or.owner", "is no operator"),
+        ('{"or": [{"or": [{"or": [{"or": [{"or": [{"a": 1}]}]}]}]}]}', "filter.or.0.or.0.or.0.or.0.or", "is a group"),
+        (json.dumps({"or": [{f"f{i}": 1} for i in range(33)]}), "filter", "is an object of 33 fields; at most 32"),
+        (json.dumps({"or": [{"a": {"in": [1] * 600}}, {"a": {"not_in": [1] * 401}}]}), "filter", "is an object of 100"),
         ('{"n": 9007199254740992}', "filter.n", "is a number that is not exact; expected one from -9007199254740991"),
         ('{"n": {"lt": 1e300}}', "filter.n.lt", "is a number that is not exact"),
-        ('{"n": {"in": [1180591620717411303424]}}', "filter.n.in.0", "is a number that is not exact"),
+        ('{"n": {"in": [1.2e21]}}', "filter.n.in.0", "is a number that is not exact"),
         ('{"owner": "a\\u0000"}', "filter.owner", "is a string with a NUL character"),
         (json.dumps({"owner": "x" * 2049}), "filter.owner", "is a string of 2049 characters; at most 2048"),
         (json.dumps({"x" * 65: 1}), f"filter.{'x' * 65}", "is a name of 65 characters; expected 1 to 64"),
@@ -342,7 +452,7 @@ def test_a_filter_that_does_not_arrive_is_an_error(client, search):
         (f'{{{query}, "filter": {{"n": {{"gte": 2, "gte": 1}}}}}}', "'gte' twice"),
         (f'{{{query}, "filters": {{"owner": "ann"}}}}', "filters"),
         (f'{{{query}, "where": {{"owner": "ann"}}}}', "where"),
-        (f'{{"query": {{"text": "red", {owned}}}}}', "query.filter"),
+        (f'{{"query": {{"text": "red", {owned}}}}}', "filter: there is no such field"),
         (f'{{{query}, "filter": {{"n": NaN}}}}', "not JSON"),
         (f'{{{query}, "filter": {{"n": {{"lt": 1e400}}}}}}', "not JSON"),
         (f'{{{query}, "filter": {{"owner": "\\ud800"}}}}', "not JSON"),
@@ -376,6 +486,8 @@ def test_metadata_that_would_change_is_refused(client, search):
     deep = "[" * 990 + "]" * 990
     for meta, words in [
         ('{"a": 1, "a": 2}', "'a' twice"), ('{"a": {"b": 1, "b": 1}}', "'b' twice"), (f'{{"a": {2**70+1}}}', "64 bit"),
+        (f'{{"a": {2**70}}}', "64 bit"), (f'{{"a": {2**64}}}', "64 bit"), (f'{{"a": [{-(2**63)-1}]}}', "64 bit"),
+        (f'{{"a": [{{"b": {10**30}}}]}}', "64 bit"),
         ('{"a": 1e400}', "not JSON"), ('{"a": "x\\u0000"}', "NUL"), ('{"a\\u0000": 1}', "NUL"),
         ('{"a": [{"b": "\\u0000"}]}', "NUL"), (f'{{"a": {deep}}}', "nested"), ("null", "meta"), ("[]", "meta"),
     ]:  # fmt: skip
@@ -383,7 +495,11 @@ def test_metadata_that_would_change_is_refused(client, search):
         assert answer.status_code == 422, meta
         assert words in answer.json()["detail"], answer.json()
     assert client.get("/v1/collections/owned").json()["items"] == 2
-    for meta in ('{"a": "\\\\u0000", "n": -0.0, "i": 18446744073709551615, "f": 1e300}', f'{{"a": {2**70}}}'):
+    for meta in (
+        '{"a": "\\\\u0000", "n": -0.0, "i": 18446744073709551615, "f": 1e300}',
+        f'{{"a": {-(2**63)}}}',
+        '{"a": 1.5e30}',
+    ):
         assert put(meta).status_code == 200
         listed = {item["id"]: item["meta"] for item in client.get("/v1/collections/owned/items").json()["items"]}
         assert listed["odd"] == json.loads(meta)

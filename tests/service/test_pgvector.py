@@ -5,11 +5,12 @@ import re
 from contextlib import closing
 
 import numpy as np
+import psycopg
 import pytest
 
 from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, Overloaded, StoreUnavailable
 from calmclip.service import collections
-from calmclip.service.stores import Condition, Info, Row, open_store, redacted
+from calmclip.service.stores import Condition, Group, Info, Row, open_store, pgvector, redacted
 from tests.asking import until
 
 
@@ -203,3 +204,23 @@ def test_values_that_postgresql_cannot_store_are_a_client_error(postgres, settin
         assert client.post("/v1/collections/c/items", json={"items": big}).status_code == 200
         (item,) = client.get("/v1/collections/c/items", params={"limit": 1}).json()["items"]
         assert item["meta"] == {"n": 1e300, "small": 5e-324, "i": 2**64 - 1}
+
+
+def test_the_index_of_the_metadata_answers_equality_and_has_also_in_groups(postgres):
+    """By PostgreSQL's plan, on a table that is large enough for an index to pay."""
+    same, has, part = (
+        Condition("a", "in", ("x7",)),
+        Condition("tags", "has", "t7"),
+        Condition("a", "contains", "x"),
+    )
+    rows = [Row(str(i), np.eye(3, dtype=np.float32)[i % 3], {"a": f"x{i}", "tags": [f"t{i}"]}) for i in range(3000)]
+    url = postgres.database()
+    with closing(open_store(f"pgvector:{url}")) as store, psycopg.connect(url) as connection:
+        table = store.replace(Info("c", "m", "d", 3, ""), [rows])
+        either = Group("or", ((same,), (has, part)))
+        for parts, scans in [([same], 1), ([has], 1), ([has, part], 1), ([either], 2), ([part], 0),
+                             ([Group("or", ((same,), (part,)))], 0)]:  # fmt: skip
+            where, values = pgvector._where(parts)
+            plan = str(connection.execute(f"EXPLAIN SELECT id FROM {table._name}{where}", values).fetchall())
+            assert plan.count("Index Scan on calmclip_c1_meta") == scans, (parts, plan)
+        assert {hit.id for hit in table.search(rows[0].vector, 9, [either])} == {"7"}
