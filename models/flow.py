@@ -144,8 +144,11 @@ def _in_turn(flow: Flow[T]) -> Flow[T]:
             go_on = flow.send
             if isinstance(state, Together):
                 value = []
-                for part in state.flows:
-                    value.append((yield from _in_turn(part)))
+                try:
+                    for part in state.flows:
+                        value.append((yield from _in_turn(part)))
+                except Exception as error:  # the flow may go on without the others
+                    go_on, value = flow.throw, error
                 continue
             try:
                 value = yield state

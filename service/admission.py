@@ -52,6 +52,7 @@ class Reservation:
     def __init__(self, gate: "Admission", throughputs: tuple[Throughput, ...], size: int) -> None:
         self._gate = gate
         self._throughputs = throughputs
+        self._task = throughputs[-1]
         self.bytes = 0
         self.pixels = 0
         self._waits = False
@@ -76,6 +77,13 @@ class Reservation:
             )
         self.pixels += count
         gate.pixels += count
+
+    def weigh(self, count: int) -> None:
+        """The request is ``count`` units of work for its task, at least 1: a task's throughput counts pictures, whether
+        they come in one request or in many. To be called once, before an answer begins."""
+        self._throughputs += (self._task,) * (count - 1)
+        for _ in range(count - 1):
+            self._task.begin()
 
     def set_waits(self, waits: bool) -> None:
         """Whether the request waits for its client, which sends a body or receives an answer. That is not work."""
@@ -114,7 +122,7 @@ class Admission:
         return self.throughput.in_flight
 
     def task_pending(self, task: str) -> int:
-        """Requests of ``task`` in flight."""
+        """Requests of ``task`` in flight; one with many pictures counts as so many."""
         return self._by_task[task].throughput.in_flight
 
     def task_admissible(self, task: str) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from calmclip.models.errors import BundleInvalid, CalmclipError, DeadlineExceeded, InputError, Overloaded
 from calmclip.models.flow import Array, Arrays
+from calmclip.service.statistics import Statistics
 from calmclip.service.throughput import Throughput
 
 Signature: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -78,6 +79,7 @@ class Batcher:
         name: str = "graph",
     ) -> None:
         self.name = name
+        self.statistics = Statistics()
         self._run = run
         self._batch = batch
         self._max_size = max_size
@@ -100,17 +102,28 @@ class Batcher:
         """Calls in the queue."""
         return len(self._queue)
 
+    @property
+    def full(self) -> bool:
+        """Whether `run` would refuse one more call."""
+        return len(self._queue) >= self._max_pending
+
     async def run(self, feeds: Arrays, *, until: float = inf) -> Answer:
         """``until``: a deadline on `perf_counter`; a call that is still in the queue then does not run.
 
         Raises `Overloaded` if the queue is full, `DeadlineExceeded`, what the graph raises, and `BundleInvalid` if the
         answer does not have one row per requested row. If the caller is cancelled, its call is dropped.
         """
-        answers = [await self._enqueue(piece, until) for piece in self._pieces(feeds)]
+        start = perf_counter()
+        try:
+            answers = [await self._enqueue(piece, until) for piece in self._pieces(feeds)]
+        except Exception:
+            self.statistics.broke(perf_counter() - start)
+            raise
+        queue_s, infer_s = sum(a.queue_s for a in answers), sum(a.infer_s for a in answers)
+        self.statistics.answered(perf_counter() - start, queue_s)
         if len(answers) == 1:
             return answers[0]
         outputs = {name: np.concatenate([a.outputs[name] for a in answers]) for name in answers[0].outputs}
-        queue_s, infer_s = sum(a.queue_s for a in answers), sum(a.infer_s for a in answers)
         return Answer(outputs, queue_s, infer_s, max(a.rows for a in answers))
 
     def run_here(self, feeds: Arrays) -> Answer | None:
@@ -122,11 +135,18 @@ class Batcher:
         fits = not self._batch or _rows(feeds) <= self._most(feeds)
         if not fits or self._closed or self._queue or self._concurrent() or not self._turn.acquire(blocking=False):
             return None
+        start = perf_counter()
         try:
-            outputs, infer_s = self._timed(feeds)
-        finally:
-            self._turn.release()
-        rows = self._checked(outputs, _rows(feeds), "idle")
+            try:
+                outputs, infer_s = self._timed(feeds)
+            finally:
+                self._turn.release()
+            rows = self._checked(outputs, _rows(feeds), "idle")
+        except Exception:
+            self.statistics.broke(perf_counter() - start)
+            raise
+        self.statistics.ran(rows, infer_s)
+        self.statistics.answered(perf_counter() - start, 0.0)
         return Answer(outputs, 0.0, infer_s, rows)
 
     def drain(self) -> None:
@@ -156,7 +176,7 @@ class Batcher:
         return max(1, min(self._max_size, self._max_bytes // max(1, row_bytes)))
 
     async def _enqueue(self, feeds: Arrays, until: float) -> Answer:
-        if len(self._queue) >= self._max_pending:
+        if self.full:
             wait = self._throughput.retry_after_s
             raise Overloaded(
                 f"{len(self._queue)} calls wait for {self.name}, the most allowed; try again in {wait:.0f} s",
@@ -207,7 +227,10 @@ class Batcher:
 
     async def _run_once(self, entries: list[_Entry], release: Release) -> None:
         loop = asyncio.get_running_loop()
-        outputs, infer_s = await loop.run_in_executor(self._thread, self._timed, _merge(entries))
+        start = perf_counter()
+        feeds = _merge(entries)
+        merge_s = perf_counter() - start
+        outputs, infer_s = await loop.run_in_executor(self._thread, self._timed, feeds)
         end = perf_counter()
         rows = self._checked(outputs, sum(entry.rows for entry in entries), release)
         at = 0
@@ -217,6 +240,7 @@ class Batcher:
             if not entry.done.done():
                 # The wait for the thread counts as queue, so queue + infer is all of the call's time.
                 entry.done.set_result(Answer(part, end - entry.born - infer_s, infer_s, rows))
+        self.statistics.ran(rows, infer_s, merge_s, perf_counter() - end)
 
     def _checked(self, outputs: Outputs, rows: int, release: Release) -> int:
         """-> ``rows``, after the answer of a run was checked and counted."""

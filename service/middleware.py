@@ -16,7 +16,7 @@ from calmclip.service.endpoints import READING, Table
 from calmclip.service.errors import InvalidHeader
 from calmclip.service.metrics import STAGES, Metrics
 from calmclip.service.problems import CLIENT_GONE, answer
-from calmclip.service.request import Context
+from calmclip.service.request import Context, Operation
 from calmclip.service.settings import Settings
 from calmclip.service.tracing import UNTRACED, Untraced
 
@@ -54,7 +54,12 @@ class RequestContext:
             return
         endpoint = self.endpoints.find(scope["method"], scope["path"])
         context = scope["calmclip.context"] = Context(
-            _request_id(scope), self.deadline_s, self.tracing.clock(), task=endpoint.task
+            _request_id(scope),
+            self.deadline_s,
+            self.tracing.clock(),
+            task=endpoint.task,
+            dialect=endpoint.dialect,
+            operation=Operation(endpoint.operation) if endpoint.operation else None,
         )
         announced = _announced(scope)
         wire = _Wire(context, receive, send, announced, scope, self.admission)
@@ -66,6 +71,7 @@ class RequestContext:
                 reservation.set_waits(announced != 0)
                 wire.reservation = reservation
                 context.reserve_bytes, context.reserve_pixels = reservation.reserve_bytes, reservation.reserve_pixels
+                context.weigh, context.wait = reservation.weigh, reservation.set_waits
             await self.app(scope, wire.receive, wire.send)
         except asyncio.CancelledError:
             context.status = CLIENT_GONE
@@ -105,7 +111,8 @@ class RequestContext:
 
 
 class _Wire:
-    """One request's receive and send. Once the body is read, a disconnect cancels the task that answers.
+    """One request's receive and send. Once the body is read, a disconnect cancels the task that answers, also in the
+    middle of a stream.
 
     ``announced``: bytes of the body, None if the headers do not say.
     """
@@ -140,11 +147,11 @@ class _Wire:
         if message["type"] == "http.response.start":
             self.context.status = message["status"]
             self.context.head_s = self.context.clock.elapsed
-            if self.reservation:
+            if self.reservation and not self.context.streams:
                 self.reservation.set_waits(True)
             if self.context.answered is not None:
                 self.context.clock.add("serialize", perf_counter() - self.context.answered)
-            seconds = dict(self.context.clock.stages)
+            seconds = self.context.stages()
             timing = ", ".join(f"{stage};dur={seconds[stage] * 1000:.2f}" for stage in STAGES if stage in seconds)
             total = f"total;dur={self.context.clock.elapsed * 1000:.2f}"
             # The server drops the rest of a small unread body. The connection ends instead if that body is large, if
@@ -159,6 +166,8 @@ class _Wire:
                 (b"x-request-id", self.context.id.encode()),
                 (b"server-timing", f"{timing}, {total}".lstrip(", ").encode()),
             ]
+        elif self.context.streams and not message.get("more_body"):
+            self.context.streams = False  # the server reports a disconnect after an answer's end
         elif self._lingers and not message.get("more_body"):
             await self._send({**message, "more_body": True})  # the client now has the whole answer
             await self._drain()
@@ -174,7 +183,7 @@ class _Wire:
     async def _until_gone(self, answering: "asyncio.Task[object] | None") -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        if answering and not self.context.status:
+        if answering and (self.context.streams or not self.context.status):
             self.gone = True
             answering.cancel()
 

@@ -31,7 +31,7 @@ from calmclip.models.preprocess.placement import Frame
 from calmclip.models.stored_classifier import read_classifier
 from calmclip.models.tasks import TASKS, Command, Task, exactly, heat
 from calmclip.models.tasks.cells import Cells, Look, cells, look
-from calmclip.models.tasks.features import Driver, labels, prepared
+from calmclip.models.tasks.features import Driver, each, labels, prepared
 from calmclip.models.tasks.fit import CLIP_SCALE
 from calmclip.models.tasks.regions import check_dense
 from calmclip.models.tasks.winclip import states, text_scores
@@ -263,9 +263,10 @@ def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
         if len({*files}) < len(files):
             raise BadRequest("two pictures have one name, and would be one file; give pictures with different names")
         options.heat.mkdir(parents=True, exist_ok=True)
-    answers = driver.map(anomaly(driver.bundle, replace(request, image=path)) for path in options.pictures)
-    for path, file, answer in zip(options.pictures, files, answers, strict=True):
-        if file:
+    heat = dict(zip(options.pictures, files, strict=True))
+    answers = each(driver, options.pictures, lambda path: anomaly(driver.bundle, replace(request, image=path)))
+    for path, answer in answers:
+        if file := heat[path]:
             file.write_bytes(answer.png())
         yield {
             "picture": str(path), "score": answer.score, "threshold": answer.threshold, "damaged": answer.is_damaged,

@@ -25,9 +25,9 @@ from calmclip.models.stored_classifier import read_classifier
 from calmclip.models.tasks import TASKS, Command, Task, one_space
 from calmclip.models.tasks.attributes import Attributes, Inferred, mixed
 from calmclip.models.tasks.attributes import vectors as attributed_vectors
-from calmclip.models.tasks.features import Driver, labels, picture, prepared, row_of
+from calmclip.models.tasks.features import Driver, each, labels, picture, prepared, row_of
 from calmclip.models.tasks.grounding import check as check_alpha
-from calmclip.models.tasks.grounding import grounded, regions_of
+from calmclip.models.tasks.grounding import described, grounded, regions_of
 from calmclip.models.vector_files import read_label_vectors
 
 
@@ -112,6 +112,23 @@ def _composition(classifier: Classifier, request: ClassifyRequest) -> Callable[.
         return _plain
     check_alpha(classifier, alpha)
     return partial(_grounded, alpha)
+
+
+def shared(bundle: Bundle, request: ClassifyRequest) -> Flow[ClassifyRequest]:
+    """What many pictures share: embeds the texts of ``request`` once, so that the driver's cache has them for each of
+    the pictures. Its own ``image`` is not read. -> ``request``. Raises as `classify`."""
+    bundle.require("classify")
+    classifier = chosen(bundle, request.classifier, request.labels, request.templates, request.descriptions)
+    _composition(classifier, request)
+    attributes, alpha = request.attributes, request.alpha
+    if attributes is not None:
+        given = attributes if isinstance(attributes, Attributes) else Attributes(attributes)
+        yield from attributed_vectors(bundle, classifier, given)
+        return request
+    yield from labels(bundle, classifier if alpha is None else classifier.without_descriptions())
+    if alpha is not None and alpha != 1:
+        yield from described(bundle, classifier)
+    return request
 
 
 def _plain(bundle: Bundle, classifier: Classifier, image: Picture, temperature: float) -> Flow[Scored]:
@@ -227,8 +244,8 @@ def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     attributes = _attributes(options)
     numbers = (options.top, options.temperature, options.none_below)
     request = ClassifyRequest(b"", (), (), *numbers, classifier, attributes, alpha=options.alpha)
-    rankings = driver.map(classify(driver.bundle, replace(request, image=path)) for path in options.pictures)
-    for path, ranking in zip(options.pictures, rankings, strict=True):
+    answers = each(driver, options.pictures, lambda path: classify(driver.bundle, replace(request, image=path)))
+    for path, ranking in answers:
         none = {} if ranking.none is None else {"none_of_these": ranking.none}
         inferred = {"attributes": ranking.inferred.marginals} if ranking.inferred else {}
         rows = [{"label": r.label, "score": r.score} for r in ranking]

@@ -21,13 +21,13 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import ImagePreprocess, Manifest, TextPreprocess, fits
 from calmclip.models.classifier import Classifier
 from calmclip.models.errors import BadRequest, InputError
-from calmclip.models.flow import Array, Arrays, Call, Flow
+from calmclip.models.flow import Array, Arrays, Call, Flow, Together
 from calmclip.models.preprocess.image import Picture
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.suppression import DEFAULT, METHODS, NUMBERS, Suppression
 from calmclip.models.tasks import TASKS, Command, Task, elongated, exactly
 from calmclip.models.tasks.examples import pick
-from calmclip.models.tasks.features import Driver
+from calmclip.models.tasks.features import Driver, each
 from calmclip.models.tasks.features import labels as label_vectors
 from calmclip.models.tasks.regions import Boxes, Grid, Located, check_dense, located, vectors_of
 
@@ -46,11 +46,13 @@ def default_suppression(bundle: Bundle) -> Suppression:
 @dataclass(frozen=True)
 class Example:
     """A picture of an object to look for. ``box``: the object, x0 y0 x1 y1 in pixels of the upright picture; None: the
-    main object. ``label``: its name in the answer; None: "example N", counted from 0."""
+    main object. ``label``: its name in the answer; None: "example N", counted from 0. ``query``: float32 [1, D], if
+    `shared` has embedded it already."""
 
     image: Picture | str
     box: Sequence[float] | Array | None = None
     label: str | None = None
+    query: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,7 @@ def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
     bundle.require("detect")
     settings = request.suppression or default_suppression(bundle)
     settings.tensors()  # raises before the picture is decoded
-    classifier = None
-    if request.labels or not request.examples or (request.classifier and request.classifier.labels):
-        classifier = bundle.classifier_for(request.classifier, request.labels, request.templates)
+    classifier = _named(bundle, request)
     where = _where(bundle, request.boxes, request.grid)
     look = yield from _looking(bundle, request.image, where)
     names: list[str] = []
@@ -123,10 +123,32 @@ def detect(bundle: Bundle, request: DetectRequest) -> Flow[Detections]:
         queries.append((yield from label_vectors(bundle, classifier)))
         names += classifier.labels
     for number, example in enumerate(request.examples):
-        queries.append((yield from _embed_example(bundle, number, example, where is not None)))
+        if (query := example.query) is None:
+            query = yield from _embed_example(bundle, number, example, where is not None)
+        queries.append(query)
         names.append(f"example {number}" if example.label is None else example.label)
     regions = yield from look()
     return (yield from compare(bundle, regions, np.concatenate(queries), names, settings))
+
+
+def shared(bundle: Bundle, request: DetectRequest) -> Flow[DetectRequest]:
+    """What many pictures share: embeds the labels and the examples of ``request`` once; its own ``image`` is not read.
+    -> the request for these pictures, whose labels are then in the driver's cache. Raises as `detect`."""
+    bundle.require("detect")
+    (request.suppression or default_suppression(bundle)).tensors()
+    if classifier := _named(bundle, request):
+        yield from label_vectors(bundle, classifier)
+    dense = _where(bundle, request.boxes, request.grid) is not None
+    queries = yield Together([_embed_example(bundle, *each, dense) for each in enumerate(request.examples)])
+    examples = [replace(example, query=query) for example, query in zip(request.examples, queries, strict=True)]
+    return replace(request, examples=examples)
+
+
+def _named(bundle: Bundle, request: DetectRequest) -> Classifier | None:
+    """The complete classifier of the labels; None: examples alone are searched for."""
+    if request.labels or not request.examples or (request.classifier and request.classifier.labels):
+        return bundle.classifier_for(request.classifier, request.labels, request.templates)
+    return None
 
 
 def propose(bundle: Bundle, image: Picture) -> Flow[Regions]:
@@ -290,8 +312,8 @@ def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     settings = replace(default_suppression(driver.bundle), **flags)
     request = DetectRequest(b"", options.label, options.template, settings, [*map(Example, options.example)],
                             boxes=options.box or None, grid=Grid() if options.grid else None)  # fmt: skip
-    answers = driver.map(detect(driver.bundle, replace(request, image=path)) for path in options.pictures)
-    for path, detections in zip(options.pictures, answers, strict=True):
+    answers = each(driver, options.pictures, lambda path: detect(driver.bundle, replace(request, image=path)))
+    for path, detections in answers:
         rows = [
             {"label": d.label, "score": d.score, "raw_score": d.raw_score, "box": [round(float(x), 1) for x in d.box]}
             for d in detections

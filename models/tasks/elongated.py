@@ -16,7 +16,7 @@ import numpy as np
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.flow import Array, Arrays, Call, Flow, Work
-from calmclip.models.preprocess.image import Picture, load
+from calmclip.models.preprocess.image import Picture, load, whole_size
 from calmclip.models.preprocess.placement import Frame
 
 ELONGATED = 2.0  # a picture whose long side / short side is larger is sliced
@@ -57,13 +57,15 @@ def views(bundle: Bundle, image: Picture) -> Flow[Sequence[View]]:
     """The whole picture, followed by its `slices`. Raises `BadImage`, `ImageTooLarge`."""
     picture = yield Work("decode", lambda: load(image, max_pixels=bundle.max_pixels))
     preparer = bundle.image("regions")
-    width, height = picture.size
-    whole = (0, 0, width, height)
-    prepared = []
-    for part in (whole, *slices(width, height)):
-        view = picture if part == whole else picture.crop(part)
-        pixels, frame = yield Work("preprocess", partial(preparer.prepare, view))
-        prepared.append(View({preparer.spec.input: pixels}, _moved(frame, part, width, height), _uncut(part, whole)))
+    size = whole_size(picture)
+    whole = (0, 0, *picture.size)
+    pixels, frame = yield Work("preprocess", partial(preparer.prepare, picture))
+    prepared = [View({preparer.spec.input: pixels}, frame, _uncut(whole, whole))]
+    step = round(max(size) / max(picture.size))  # more than 1 if the decoder made the picture smaller
+    for part in slices(*picture.size):
+        pixels, frame = yield Work("preprocess", partial(preparer.prepare, picture.crop(part)))
+        frame = _moved(frame, part, *picture.size).enlarged(*size)
+        prepared.append(View({preparer.spec.input: pixels}, frame, _uncut(part, whole) * np.float32(step)))
     return prepared
 
 

@@ -26,7 +26,7 @@ from calmclip.models.preprocess.text import prompted
 from calmclip.models.preprocess.truncation import METHODS, POOLINGS, Truncation
 from calmclip.models.preprocess.vectors import Vector
 from calmclip.models.tasks import TASKS, Command, Task, embedding, one_space
-from calmclip.models.tasks.features import Driver, check_dimensions, from_vectors, pictures, prefix, texts
+from calmclip.models.tasks.features import Driver, check_dimensions, each, from_vectors, pictures, prefix, texts
 from calmclip.models.tasks.regions import Boxes, check_dense, region_vectors
 from calmclip.models.vector_files import read_vectors
 
@@ -155,14 +155,18 @@ def _options(options: ArgumentParser) -> None:
 
 def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     texts = [*options.text, *(map(Vector, read_vectors(options.vectors)) if options.vectors else ())]
-    groups: list[list[Any]] = [texts] if texts or not options.pictures else []
-    groups += [[Boxed(picture, options.box) if options.box else picture] for picture in options.pictures]
     alone = (options.truncate, options.stride, options.pooling) == (None, None, "mean")
     how = None if alone else Truncation(options.truncate or "none", options.stride, options.pooling)
     settings = {"prompt": options.prompt_name, "truncation": how, "dimensions": options.dimensions}
-    requests = (EmbedRequest(group, **settings) for group in groups)
-    for answer in driver.map(embed(driver.bundle, request) for request in requests):
+    if texts or not options.pictures:
+        (answer,) = driver.map([embed(driver.bundle, EmbedRequest(texts, **settings))])
         yield from ({"embedding": row.tolist()} for row in answer.vectors)
+
+    def of(path: Path) -> Flow[Embeddings]:
+        return embed(driver.bundle, EmbedRequest([Boxed(path, options.box) if options.box else path], **settings))
+
+    for path, answer in each(driver, options.pictures, of):
+        yield from ({"picture": str(path), "embedding": row.tolist()} for row in answer.vectors)
 
 
 TASKS.register("embed")(

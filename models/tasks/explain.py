@@ -30,7 +30,7 @@ from calmclip.models.labels import check_length
 from calmclip.models.preprocess.image import Picture
 from calmclip.models.tasks import TASKS, Command, Task, one_space
 from calmclip.models.tasks.contributions import Method, Scene, leave_one_out
-from calmclip.models.tasks.features import Driver, picture
+from calmclip.models.tasks.features import Driver, each, picture
 from calmclip.models.tasks.gradient import gradient
 from calmclip.models.tasks.words import Span, words
 
@@ -188,8 +188,8 @@ def _options(options: ArgumentParser) -> None:
 
 def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     request = ExplainRequest(b"", options.caption, options.method, options.threshold)
-    answers = driver.map(explain(driver.bundle, replace(request, image=path)) for path in options.pictures)
-    for path, answer in zip(options.pictures, answers, strict=True):
+    answers = each(driver, options.pictures, lambda path: explain(driver.bundle, replace(request, image=path)))
+    for path, answer in answers:
         yield {"picture": str(path), **asdict(answer)}
 
 

@@ -5,6 +5,7 @@ Source: Radford et al. 2021 (arXiv 2103.00020), section 3.1.4, for the mean over
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import TextPreprocess
 from calmclip.models.classifier import Classifier
-from calmclip.models.errors import BadRequest
+from calmclip.models.errors import BadImage, BadRequest, CalmclipError, ImageTooLarge, InputError
 from calmclip.models.flow import Array, Arrays, CacheGet, CachePut, Call, Flow, Together, Work
 from calmclip.models.preprocess.image import Picture, load
 from calmclip.models.preprocess.placement import Frame
@@ -24,15 +25,42 @@ from calmclip.models.tasks import embedding
 from calmclip.models.tasks.compression import MOST_BUDGET, Compressed, compressed
 
 T = TypeVar("T")
+GROUP = 4  # pictures of one call, of requests with at least
+GROUPED_FROM = 16  # pictures
 LABELS = "labels of text"  # the cache's name for the vectors of all labels of a classifier
 
 
 class Driver(Protocol):
-    """`Runner`, as far as the commands of tasks use it."""
+    """`Runner`, as far as the commands of tasks use it. ``broken`` is told of each picture that has no answer."""
 
     bundle: Bundle
 
     def map(self, flows: Iterable[Flow[T]]) -> Iterator[T]: ...
+
+    def broken(self, picture: Path, error: CalmclipError) -> None: ...
+
+
+def each(driver: Driver, paths: Sequence[Path], flow: Callable[[Path], Flow[T]]) -> Iterator[tuple[Path, T]]:
+    """Each picture with the answer of its flow, in order, as soon as it is there. A picture that is missing or broken
+    is left out, and the driver is told; other errors end the iteration."""
+    there = []
+    for path in paths:
+        if path.is_file():
+            there.append(path)
+        else:
+            driver.broken(path, BadRequest(f"there is no file {path}"))
+    for path, answer in zip(there, driver.map(_guarded(flow(path)) for path in there), strict=True):
+        if isinstance(answer, InputError):
+            driver.broken(path, answer)
+        else:
+            yield path, answer
+
+
+def _guarded(flow: Flow[T]) -> Flow[T | InputError]:
+    try:
+        return (yield from flow)
+    except (BadImage, ImageTooLarge) as error:
+        return error
 
 
 def prepared(bundle: Bundle, image: Picture, role: str = "image") -> Flow[tuple[Arrays, Frame]]:
@@ -53,15 +81,32 @@ def picture(bundle: Bundle, image: Picture) -> Flow[Array]:
 
 
 def row_of(bundle: Bundle, feeds: Arrays) -> Flow[Array]:
-    """The feeds of `prepared` -> float32 [1, D], the unit row."""
+    """The feeds of `prepared`, or of several of them -> float32 [N, D], the unit rows."""
     outputs = yield Call("image", feeds)
     row: Array = outputs[output_of(bundle, "image")]
     return row
 
 
 def pictures(bundle: Bundle, images: Sequence[Picture]) -> Flow[Array]:
-    """-> float32 [N, D], the unit rows of pictures, at least one. A driver may run them at once."""
-    return np.concatenate((yield Together([picture(bundle, image) for image in images])))
+    """-> float32 [N, D], the unit rows of pictures, at least one. A driver may run them at once.
+
+    Many pictures go in groups: a group is one step of a thread and one call, and a switch between threads takes longer
+    than some pictures' decoding. Few go alone, so that each has a core.
+    """
+    graph = bundle.manifest.graphs.get("image")
+    size = GROUP if graph and graph.batch and len(images) >= GROUPED_FROM else 1
+    groups = [images[start : start + size] for start in range(0, len(images), size)]
+    return np.concatenate((yield Together([_group(bundle, group) for group in groups])))
+
+
+def _group(bundle: Bundle, images: Sequence[Picture]) -> Flow[Array]:
+    """-> float32 [N, D]: the pictures are decoded one after another and run as one call."""
+    rows = []
+    for image in images:
+        feeds, _ = yield from prepared(bundle, image)
+        rows.append(feeds)
+    merged = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if len(rows) > 1 else rows[0]
+    return (yield from row_of(bundle, merged))
 
 
 def texts(

@@ -52,15 +52,22 @@ def check(classifier: Classifier, alpha: float) -> None:
 def grounded(bundle: Bundle, classifier: Classifier, regions: Array) -> Flow[Array]:
     """``regions`` float32 [Q, D], unit rows, Q >= 1 -> logits float32 [1, C], before temperature: mean_q max_d.
 
-    ``classifier`` passes `check`. Time and memory grow with the number of descriptions at first use; then the driver
-    caches their rows.
+    ``classifier`` passes `check`.
     """
+    text = yield from described(bundle, classifier)
     lists = [classifier.descriptions[label] for label in classifier.labels]
-    lines = [line for each in lists for line in each]
-    text = yield from means(bundle, f"descriptions {classifier.text_key}", lambda: [(line,) for line in lines])
     names = tuple(label for label, each in zip(classifier.labels, lists, strict=True) for _ in each)
     head = classifier.bound
     return best(head.logits(regions, head.columns(names, text)), [*map(len, lists)])
+
+
+def described(bundle: Bundle, classifier: Classifier) -> Flow[Array]:
+    """-> float32 [N, D], the unit rows of all descriptions, those of a label together.
+
+    Time and memory grow with the number of descriptions at first use; then the driver caches their rows.
+    """
+    lines = [line for label in classifier.labels for line in classifier.descriptions[label]]
+    return (yield from means(bundle, f"descriptions {classifier.text_key}", lambda: [(line,) for line in lines]))
 
 
 def best(logits: Array, counts: Sequence[int]) -> Array:

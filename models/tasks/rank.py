@@ -22,7 +22,7 @@ from calmclip.models.preprocess.image import Picture
 from calmclip.models.stored_classifier import read_classifier
 from calmclip.models.tasks import TASKS, Command, Task, one_space
 from calmclip.models.tasks.classify import chosen
-from calmclip.models.tasks.features import Driver, labels, picture, texts
+from calmclip.models.tasks.features import Driver, each, labels, picture, texts
 from calmclip.models.tasks.ranking_graph import RANK, scorer
 from calmclip.models.tasks.ranking_graph import check as check_graph
 
@@ -149,9 +149,11 @@ def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     request = RankRequest(options.pictures, options.instruction, stored, options.label, options.top)
     require_pictures(request)
     (judged,) = driver.map([judge(driver.bundle, replace(request, images=()))])
-    scores = [*driver.map(map(judged.score, request.images))]
-    for ranked in ranks(judged.scale, scores, request.top):
-        yield {"picture": str(options.pictures[ranked.index]), "rank": {"index": ranked.index, "score": ranked.score}}
+    places = {path: place for place, path in enumerate(options.pictures)}
+    scored = [*each(driver, options.pictures, judged.score)]
+    for ranked in ranks(judged.scale, [score for _, score in scored], request.top):
+        path = scored[ranked.index][0]
+        yield {"picture": str(path), "rank": {"index": places[path], "score": ranked.score}}
 
 
 TASKS.register("rank")(

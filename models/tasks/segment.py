@@ -31,7 +31,7 @@ from calmclip.models.stored_classifier import read_classifier
 from calmclip.models.suppression import Suppression
 from calmclip.models.tasks import TASKS, Command, Task, one_space
 from calmclip.models.tasks.components import Components, components
-from calmclip.models.tasks.features import Driver
+from calmclip.models.tasks.features import Driver, each
 from calmclip.models.tasks.features import labels as label_vectors
 from calmclip.models.tasks.masks import Mask, Painted, indexed_png, palette, starts
 
@@ -403,8 +403,8 @@ def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
         options.independent,
         None if options.window is None else Windows(options.window, options.stride),
     )
-    answers = driver.map(segment(driver.bundle, replace(request, image=path)) for path in options.pictures)
-    for path, segments in zip(options.pictures, answers, strict=True):
+    answers = each(driver, options.pictures, lambda path: segment(driver.bundle, replace(request, image=path)))
+    for path, segments in answers:
         files = _write(segments, options.out, path.stem, options.each) if options.out else []
         rows = [
             {

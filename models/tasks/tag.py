@@ -29,7 +29,7 @@ from calmclip.models.flow import Array, Arrays, Call, Flow
 from calmclip.models.labels import check_distinct, listed
 from calmclip.models.preprocess.image import Picture
 from calmclip.models.tasks import TASKS, Command, Task, one_space
-from calmclip.models.tasks.features import Driver, labels, output_of, prepared, unit
+from calmclip.models.tasks.features import Driver, each, labels, output_of, prepared, unit
 from calmclip.models.tasks.regions import region_vectors
 
 MAX_TOP = 100
@@ -80,10 +80,7 @@ class Tags:
 
 def tag(bundle: Bundle, request: TagRequest) -> Flow[Tags]:
     """Raises `TaskNotServed`, `BadRequest` and the `InputError`s of pictures and texts."""
-    bundle.require("tag")
-    if not 1 <= request.top <= MAX_TOP:
-        raise BadRequest(f"top is {request.top}; expected 1 to {MAX_TOP}")
-    words = _words(tuple(listed("words", request.words)), tuple(listed("templates", request.templates)))
+    words = _checked(bundle, request)
     feeds, _ = yield from prepared(bundle, request.image)
     vectors = yield from labels(bundle, words)
     outputs = yield Call("image", feeds)
@@ -99,6 +96,21 @@ def tag(bundle: Bundle, request: TagRequest) -> Flow[Tags]:
         return Tags(whole, parts, caption, "graph")
     told = dict.fromkeys(t.word for t in (*whole[:1], *parts, *whole[1:]))
     return Tags(whole, parts, filled([*told][:IN_CAPTION]), "template")
+
+
+def shared(bundle: Bundle, request: TagRequest) -> Flow[TagRequest]:
+    """What many pictures share: embeds the words once, so that the driver's cache has them for each of the pictures.
+    Its own ``image`` is not read. -> ``request``. Raises as `tag`."""
+    yield from labels(bundle, _checked(bundle, request))
+    return request
+
+
+def _checked(bundle: Bundle, request: TagRequest) -> Classifier:
+    """The words to choose from."""
+    bundle.require("tag")
+    if not 1 <= request.top <= MAX_TOP:
+        raise BadRequest(f"top is {request.top}; expected 1 to {MAX_TOP}")
+    return _words(tuple(listed("words", request.words)), tuple(listed("templates", request.templates)))
 
 
 def filled(words: Sequence[str]) -> str:
@@ -190,8 +202,8 @@ def _options(options: ArgumentParser) -> None:
 
 def _answers(driver: Driver, options: Namespace) -> Iterator[dict[str, Any]]:
     request = TagRequest(b"", options.word, options.template, options.top, not options.no_regions)
-    answers = driver.map(tag(driver.bundle, replace(request, image=path)) for path in options.pictures)
-    for path, tags in zip(options.pictures, answers, strict=True):
+    answers = each(driver, options.pictures, lambda path: tag(driver.bundle, replace(request, image=path)))
+    for path, tags in answers:
         rows = [
             {"word": t.word, "score": t.score, "box": None if t.box is None else [round(float(x), 1) for x in t.box]}
             for t in (*tags.picture, *tags.regions)

@@ -1,7 +1,10 @@
 """FAMILY endpoints, a module per task; here is what tasks share. Handlers catch no errors and measure no time."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
+
+from fastapi.responses import Response
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BadRequest
@@ -9,6 +12,7 @@ from calmclip.models.flow import Flow
 from calmclip.models.preprocess.truncation import Truncation
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENDPOINTS, Endpoint
+from calmclip.service.many import Many, results
 from calmclip.service.schemas import Answer
 
 __all__ = ["ENDPOINTS", "check_characters", "check_count", "task_route"]
@@ -30,20 +34,31 @@ def task_route(
     flow: Callable[[Bundle, R], Flow[A]],
     to_answer: Callable[[B, Bundle, A], Answer],
     count: Callable[[Asked[B], A], None] = lambda asked, result: None,
+    many: Many[R] | None = None,
 ) -> Callable[[ToRequest[B, R]], ToRequest[B, R]]:
     """Register an endpoint that runs one task on the bundle that the body names.
 
     The decorated function makes the task's request from the body, and raises what is wrong with it. ``flow`` is the
     task's. ``to_answer`` makes the response from the body, the bundle and the task's result. ``count`` adds the result
-    to the metrics.
+    to the metrics. ``many``: how a request with many pictures, or for lines, becomes requests for each; the endpoint
+    says `many` too.
     """
 
     def register(to_request: ToRequest[B, R]) -> ToRequest[B, R]:
-        async def handler(asked: Asked[B]) -> Answer:
+        async def handler(asked: Asked[B]) -> Answer | Response:
             loaded = asked.bundle(asked.body.model)
-            result = await asked.run(loaded, flow(loaded.bundle, to_request(asked, loaded.bundle)))
-            count(asked, result)
-            return to_answer(asked.body, loaded.bundle, result)
+
+            def finish(result: A) -> Answer:
+                count(asked, result)
+                return to_answer(asked.body, loaded.bundle, result)
+
+            request = to_request(asked, loaded.bundle)
+            run = partial(flow, loaded.bundle)
+            if many and (asked.streams or many.asked(asked.body)):
+                return await results(asked, loaded, many, request, run, finish)
+            if many:
+                many.check(asked)
+            return finish(await asked.run(loaded, run(request)))
 
         handler.__name__, handler.__module__ = to_request.__name__, to_request.__module__
         endpoint(handler)

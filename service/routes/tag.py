@@ -4,9 +4,10 @@ from calmclip.models import vocabulary
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.errors import BadRequest
 from calmclip.models.labels import check_length
-from calmclip.models.tasks.tag import TagRequest, tag
+from calmclip.models.tasks.tag import TagRequest, shared, tag
 from calmclip.service.asked import Asked
 from calmclip.service.endpoints import ENGINE, INPUT, PICTURE, PIXEL, Endpoint
+from calmclip.service.many import many_pictures
 from calmclip.service.routes import task_route
 from calmclip.service.schemas.tag import TagBody, TagsAnswer
 
@@ -23,10 +24,12 @@ from calmclip.service.schemas.tag import TagBody, TagsAnswer
         body=TagBody,
         example={"image": {"b64": PIXEL}, "words": ["sky", "grass", "running"], "top": 2},
         answer=TagsAnswer,
+        many=True,
         problems=(*ENGINE, *INPUT, *PICTURE, "text-too-long"),
     ),
     tag,
     TagsAnswer.of,
+    many=many_pictures(shared),
 )
 def tag_picture(asked: Asked[TagBody], bundle: Bundle) -> TagRequest:
     body, most = asked.body, asked.limits.words
@@ -36,5 +39,4 @@ def tag_picture(asked: Asked[TagBody], bundle: Bundle) -> TagRequest:
     for kind, texts in (("word", body.words), ("template", body.templates)):
         for index, text in enumerate(texts):
             check_length(f"{kind} {index}", text)
-    asked.check(body.image)
-    return TagRequest(body.image, body.words, body.templates, body.top, body.regions)
+    return TagRequest(body.picture, body.words, body.templates, body.top, body.regions)
