@@ -1,5 +1,6 @@
 """/v1/models, the health probes, the metrics and the page."""
 
+import hashlib
 import json
 import mimetypes
 from functools import partial
@@ -14,6 +15,7 @@ from calmclip.models.tasks import explain
 from calmclip.models.tasks.detect import default_suppression
 from calmclip.models.tasks.segment import SegmentRequest, background_of, threshold_of
 from calmclip.service.asked import Asked
+from calmclip.service.dialects import OPENAI
 from calmclip.service.endpoints import CATALOG, Endpoint
 from calmclip.service.hub import Loaded
 from calmclip.service.schemas.catalog import (
@@ -22,6 +24,7 @@ from calmclip.service.schemas.catalog import (
     ModelAnswer,
     ModelsAnswer,
     ModelSummary,
+    OpenAIModel,
     ReadyAnswer,
     SegmentationAsked,
 )
@@ -39,9 +42,21 @@ PAGE_HEADERS = {
 }
 
 
-@_endpoint("GET", "/v1/models", scope="read", summary="Loaded bundles", answer=ModelsAnswer)
+@_endpoint(
+    "GET",
+    "/v1/models",
+    scope="read",
+    summary="Loaded bundles",
+    description="`object` and `data` are the same bundles in OpenAI's format.",
+    dialect=OPENAI,
+    answer=ModelsAnswer,
+)
 async def list_models(asked: Asked[None]) -> ModelsAnswer:
-    return ModelsAnswer(models=[_summary(loaded, asked.limits.examples) for loaded in asked.parts.hub.all()])
+    loaded = asked.parts.hub.all()
+    return ModelsAnswer(
+        models=[_summary(entry, asked.limits.examples) for entry in loaded],
+        data=[OpenAIModel.of(entry.bundle) for entry in loaded],
+    )
 
 
 @_endpoint(
@@ -49,6 +64,8 @@ async def list_models(asked: Asked[None]) -> ModelsAnswer:
     "/v1/models/{name}",
     scope="read",
     summary="Manifest and report",
+    description="`id`, `object`, `created` and `owned_by` are those of OpenAI's format.",
+    dialect=OPENAI,
     answer=ModelAnswer,
     problems=("model-not-found",),
 )
@@ -59,6 +76,7 @@ async def get_model(asked: Asked[None], name: str) -> ModelAnswer:
     bundle = loaded[name].bundle
     report = bundle.directory / "report.json"
     return ModelAnswer(
+        **vars(OpenAIModel.of(bundle)),
         name=name,
         digest=bundle.digest,
         manifest=bundle.manifest.model_dump(mode="json", exclude_none=True),
@@ -104,14 +122,20 @@ async def metrics(asked: Asked[None]) -> Response:
 
 
 def page(folder: Path = WEB) -> list[Endpoint]:
-    """One endpoint per file of ``folder``, and `/` for index.html. Each file is read once, at the start."""
+    """One endpoint per file of ``folder``: `/` for index.html, `/docs` for docs.html. Each file is read once, at the
+    start. A browser asks for all of them again at each visit, so an unchanged file is answered with 304 and no body."""
 
     def endpoint(file: Path) -> Endpoint:
-        path = "/" if file.name == "index.html" else f"/{file.name}"
+        path = "/" if file.name == "index.html" else f"/{file.name.removesuffix('.html')}"
         data, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0]
+        tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        headers = PAGE_HEADERS | {"ETag": tag}
 
         async def send(asked: Asked[None]) -> Response:
-            return Response(data, headers=PAGE_HEADERS, media_type=kind)
+            known = ",".join(asked.request.headers.getlist("if-none-match"))
+            if tag in [entry.strip().removeprefix("W/") for entry in known.split(",")]:
+                return Response(status_code=304, headers=headers)
+            return Response(data, headers=headers, media_type=kind)
 
         return Endpoint("GET", path, task=CATALOG, scope="open", head=True, listed=False, handler=send)
 
