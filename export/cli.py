@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmclip.export import flags
-from calmclip.models.cli import BUNDLES, emit, parser
+from calmclip.models.cli import BUNDLES, BUNDLES_VARIABLE, bundles_folder, emit, parser
 from calmclip.models.registry import catalog
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ def _export_parser(verb: str, description: str) -> argparse.ArgumentParser:
     options = parser(verb, description)
     options.add_argument("checkpoint", help="a checkpoint: directory, file, hf:owner/name[@revision]; or 'mini'")
     options.add_argument("--recipe", type=Path, help="TOML file; 'calmclip recipe' prints one")
-    options.add_argument("--out", type=Path, default=BUNDLES, help=f"where bundles go (default {BUNDLES})")
+    options.add_argument(
+        "--out", type=Path, default=bundles_folder(),
+        help=f"where bundles go; default: {BUNDLES_VARIABLE}, else {BUNDLES}",
+    )  # fmt: skip
     options.add_argument("--name", help="bundles are called NAME-int8 (or -mixed) and NAME-float")
     options.add_argument("--preset", help="quantizer of every graph that the recipe does not name: paper, fast, …")
     options.add_argument("--images", type=Path, help="pictures to calibrate, search and measure on (a folder)")

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from calmclip.models.cli import emit, parser, positive
+from calmclip.models.cli import emit, parser, positive, threads
 from calmclip.models.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _parser(verb: str, description: str, alphas: str) -> argparse.ArgumentParser
     options.add_argument(
         "--activation", choices=("gelu", "gelu_tanh", "quick_gelu"), help="if the checkpoints have none"
     )
-    options.add_argument("--threads", type=positive, help="default: one per core")
+    options.add_argument("--threads", type=threads, help="default: one per core")
     return options
 
 

@@ -16,6 +16,8 @@ from calmclip.models.errors import BadRequest, BarMissed, CalmclipError, ExtraMi
 from calmclip.models.extras import extra_of, missing
 
 BUNDLES = Path("models/bundles")
+BUNDLES_VARIABLE = "CALMCLIP_BUNDLES_DIR"  # the setting of the service, for every verb
+MOST_THREADS = 1024
 
 # verb -> (function, description)
 VERBS: dict[str, tuple[str, str]] = {
@@ -41,9 +43,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("calmclip.models.commands:check_command", "hashes, schema, one self-test per graph"),
     "run": ("calmclip.models.commands:run_command", "a task from the command line: classify, embed, detect, …"),
     "index": ("calmclip.service.cli:index_command", "embed a folder of pictures into a collection"),
+    "search": ("calmclip.service.cli:search_command", "the nearest items of a collection to a text or a picture"),
     "collection": (
         "calmclip.service.cli:collection_command",
-        "list, export, import, re-embed, remove: the collections of a store",
+        "create, list, show, items, delete, export, import, re-embed, remove: collections, of a store or a service",
     ),
     "eval": ("calmclip.models.eval_cli:eval_command", "accuracy on a data set, INT8 beside float"),
     "resilience": (
@@ -56,6 +59,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plugins": ("calmclip.models.commands:plugins_command", "names in every plug-in family"),
     "serve": ("calmclip.service.cli:serve_command", "answer over HTTP"),
     "keys": ("calmclip.service.cli:keys_command", "add, list, remove: the keys of a service"),
+    "completion": ("calmclip.models.completion:completion_command", "print the completion script of bash, zsh or fish"),
 }
 
 
@@ -103,9 +107,45 @@ def usage() -> str:
     return "usage: calmclip VERB …   ('calmclip VERB --help' says more; every verb takes --json)\n\n" + "\n".join(lines)
 
 
+class Collected(BaseException):
+    """The parser of a verb that was asked for it, see `parser_of`."""
+
+    def __init__(self, options: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.options = options
+
+
+class _Parser(argparse.ArgumentParser):
+    collects = False
+
+    def parse_known_args(self, *args: Any, **more: Any) -> Any:
+        if _Parser.collects:
+            raise Collected(self)
+        return super().parse_known_args(*args, **more)
+
+    def parse_known_intermixed_args(self, *args: Any, **more: Any) -> Any:
+        if _Parser.collects:
+            raise Collected(self)
+        return super().parse_known_intermixed_args(*args, **more)
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The parser that a verb reads its arguments by. The verb itself does not run. Raises `ModuleNotFoundError` if a
+    package of its extra is missing that its flags need."""
+    module, function = VERBS[verb][0].split(":")
+    _Parser.collects = True
+    try:
+        getattr(import_module(module), function)([])
+    except Collected as collected:
+        return collected.options
+    finally:
+        _Parser.collects = False
+    raise AssertionError(f"the verb {verb} reads its arguments by no parser of ours")
+
+
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
     """The parser of a verb, with the flags that all verbs have."""
-    options = argparse.ArgumentParser(prog=f"calmclip {verb}", description=description)
+    options = _Parser(prog=f"calmclip {verb}", description=description)
     options.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return options
 
@@ -115,6 +155,20 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def threads(text: str) -> int:
+    """The argparse type of every ``--threads``: 0 stands for one per core."""
+    if not text.isdecimal() or int(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of threads: a whole number from 0, one per core, to {MOST_THREADS}"
+        )
+    return int(text)
+
+
+def bundles_folder() -> Path:
+    """Where bundles are if no flag says it: CALMCLIP_BUNDLES_DIR, else models/bundles."""
+    return Path(os.environ.get(BUNDLES_VARIABLE) or BUNDLES)
 
 
 def key_values(items: Sequence[str]) -> dict[str, Any]:
@@ -133,15 +187,23 @@ def key_values(items: Sequence[str]) -> dict[str, Any]:
     return params
 
 
+def bundles_option(options: Any, default: Path | None = None) -> None:
+    """``options``: a parser, or a group of one."""
+    options.add_argument(
+        "--bundles", type=Path, metavar="DIR", default=default or bundles_folder(),
+        help=f"directory of bundles; default: {BUNDLES_VARIABLE}, else {BUNDLES}",
+    )  # fmt: skip
+
+
 def bundle_options(
-    options: argparse.ArgumentParser, *, threads: int = 0, defaults: argparse.Namespace | None = None
+    options: argparse.ArgumentParser, *, cores: int = 0, defaults: argparse.Namespace | None = None
 ) -> None:
-    """The flags of all verbs that open a bundle. ``defaults``: the values of an earlier parser of the same command
-    line."""
+    """The flags of all verbs that open a bundle. ``cores``: the default of ``--threads``. ``defaults``: the values of
+    an earlier parser of the same command line."""
     ops = os.environ.get("CALMCLIP_OPS") or "auto"
-    defaults = defaults or argparse.Namespace(bundles=BUNDLES, threads=threads, ops=ops)
-    options.add_argument("--bundles", type=Path, default=defaults.bundles)
-    options.add_argument("--threads", type=int, default=defaults.threads, help="0: one per core")
+    defaults = defaults or argparse.Namespace(bundles=bundles_folder(), threads=cores, ops=ops)
+    bundles_option(options, defaults.bundles)
+    options.add_argument("--threads", type=threads, default=defaults.threads, help="0: one per core")
     options.add_argument(
         "--ops", type=ops_mode, default=defaults.ops,
         help="the op library: auto (if there is one), required, all (required, and no operator is left to ONNX "

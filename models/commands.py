@@ -4,13 +4,14 @@ imported after they are read."""
 import argparse
 import ast
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calmclip.models.cli import BUNDLES, bundle_options, emit, ops_mode, parser
-from calmclip.models.errors import BadRequest, BundleInvalid, UnknownName, suggestion
+from calmclip.models.cli import bundle_options, bundles_option, emit, ops_mode, parser
+from calmclip.models.errors import BadRequest, BundleInvalid, CalmclipError, UnknownName, suggestion
 from calmclip.models.extras import extra_of, missing
 from calmclip.models.registry import FAMILIES, catalog, sources
 
@@ -29,7 +30,7 @@ def show_command(argv: list[str]) -> int:
     BUNDLE, the names of all bundles."""
     options = parser("show", "Manifest and report of a bundle.")
     options.add_argument("bundle", nargs="?")
-    options.add_argument("--bundles", type=Path, default=BUNDLES)
+    bundles_option(options)
     options.add_argument("--outliers", action="store_true", help="of the float graphs, for each tensor")
     options.add_argument("--plot", type=Path, metavar="FILE.png", help="with --outliers: also draw them into this file")
     args = options.parse_args(argv)
@@ -175,7 +176,11 @@ def _feeds(bundle: "Bundle", role: str, known: "Arrays") -> "Arrays":
 
 
 def run_command(argv: list[str]) -> int:
-    """`calmclip run BUNDLE TASK PICTURE…`: answers of one task without a server; each task has its own flags."""
+    """`calmclip run BUNDLE TASK PICTURE…`: answers of one task without a server; each task has its own flags.
+
+    Each answer is printed when it is there. A picture that is missing or broken is told, the others go on, and the exit
+    status is 1. With --json several pictures give a JSON object a line.
+    """
     outer = parser("run", "Run a task of a bundle. 'calmclip run BUNDLE TASK --help' lists a task's flags.")
     outer.add_argument("bundle")
     outer.add_argument("task", help="; ".join(_summaries()))
@@ -195,14 +200,41 @@ def run_command(argv: list[str]) -> int:
     command.options(options)
     bundle_options(options, defaults=first)
     args = options.parse_intermixed_args(first.rest)  # pictures may follow flags
-    runner = open_bundle(find(first.bundle, args.bundles), threads=args.threads, ops=args.ops)
+    as_json, several = args.json or first.json, len(args.pictures) > 1
+    opened = open_bundle(find(first.bundle, args.bundles), threads=args.threads, ops=args.ops)
+    runner = _Telling(opened, as_json and several)
     runner.bundle.require(first.task)
-    answers = list(command.answers(runner, args))
-    if not answers:
+    answers: list[dict[str, Any]] = []
+    for answer in command.answers(runner, args):
+        answers.append(answer if not several else {})
+        if several or not as_json:
+            print(json.dumps(answer) if as_json else command.line(answer), flush=True)
+    if not (answers or runner.failed):
         raise BadRequest(f"{first.task} has no input; 'calmclip run BUNDLE {first.task} --help' lists its arguments")
-    shown = {"answers": answers}
-    emit(args.json or first.json, shown, lambda value: print("\n".join(map(command.line, value["answers"]))))
-    return 0
+    if as_json and not several:
+        print(json.dumps({"answers": answers}))
+    return 1 if runner.failed else 0
+
+
+class _Telling:
+    """The driver of `run`: a `Runner` that goes on after a broken picture. ``failed``: the number of them."""
+
+    def __init__(self, runner: "Runner", as_json: bool) -> None:
+        self.bundle = runner.bundle
+        self.map = runner.map
+        self.failed = 0
+        self._as_json = as_json
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        """All else of the runner: a task of another package may call it."""
+        return getattr(self._runner, name)
+
+    def broken(self, picture: Path, error: CalmclipError) -> None:
+        self.failed += 1
+        print(f"calmclip: {picture}: {error}", file=sys.stderr)
+        if self._as_json:
+            print(json.dumps({"picture": str(picture), "error": str(error)}), flush=True)
 
 
 def _summaries() -> Iterator[str]:
@@ -232,7 +264,7 @@ def bench_command(argv: list[str]) -> int:
     options.add_argument(
         "--against-ops", type=ops_mode, help="op library of the second side; alone: of the same bundle"
     )
-    bundle_options(options, threads=1)
+    bundle_options(options, cores=1)
     args = options.parse_args(argv)
     from calmclip.models.bundle.store import find
     from calmclip.models.measure import latency, machine, resident

@@ -11,7 +11,8 @@ from starlette.types import Scope as Connection
 
 from calmclip.models.errors import UnknownName
 from calmclip.service.errors import Forbidden, Unauthorized
-from calmclip.service.keys import Keys, Scope
+from calmclip.service.keys import Keys
+from calmclip.service.scopes import Scope
 from calmclip.service.settings import Settings
 
 # An endpoint needs a key of this scope; or no key, because it reveals nothing (open); or no key at any port (health).

@@ -1,19 +1,28 @@
-"""The verbs `serve`, `index`, `collection` and `keys`. What a verb needs beyond its flags is imported after them."""
+"""The verbs `serve`, `index`, `search`, `collection` and `keys`. What a verb needs beyond its flags is imported after
+them."""
 
 import argparse
 import ctypes
 import os
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from calmclip.models.cli import emit, parser
+from calmclip.models.cli import bundles_option, emit, parser, positive, threads
 from calmclip.models.errors import BadRequest, BundleNotFound, CalmclipError, ExtraMissing
 from calmclip.models.preprocess.truncation import METHODS
+from calmclip.service.scopes import SCOPES
+from calmclip.service.scopes import VARIABLE as KEYS_VARIABLE
+
+if TYPE_CHECKING:
+    from calmclip.service.settings import Settings
 
 M_ARENA_MAX = -8  # of malloc.h
+THREADS = "threads per graph; default: CALMCLIP_THREADS, else one per core"
+REASONS = 3  # pictures that are named for each reason
 
 
 def serve_command(argv: list[str]) -> int:
@@ -26,7 +35,8 @@ def serve_command(argv: list[str]) -> int:
     options = parser("serve", "Answer over HTTP.")
     options.add_argument("--host", default="127.0.0.1", help="0.0.0.0 accepts connections from other machines")
     options.add_argument("--port", type=int, default=8080)
-    _common(options)
+    bundles_option(options)
+    options.add_argument("--threads", type=threads, help=THREADS)
     options.add_argument("--load", help="comma-separated bundles; the first that serves a task is its default")
     given = options.parse_args(argv)
     from calmclip.service.logs import log, log_process
@@ -92,39 +102,78 @@ def index_command(argv: list[str]) -> int:
     options.add_argument("folder", type=Path, metavar="DIR")
     options.add_argument("--collection", required=True)
     options.add_argument("--model", help="a bundle; default: the service's")
-    target = options.add_mutually_exclusive_group()
-    target.add_argument("--url", help="a running service, such as http://127.0.0.1:8080; default: the store itself")
-    target.add_argument("--bundles", type=Path)
-    options.add_argument("--threads", type=int)
+    options.add_argument("--prune", action="store_true", help="also remove the items whose file is gone from DIR")
+    options.add_argument("--yes", action="store_true", help="with --prune: even if that removes every item")
+    _target(options, store=False)
+    options.add_argument("--threads", type=threads, help=THREADS)
     given = options.parse_args(argv)
+    if given.yes and not given.prune:
+        options.error("--yes belongs to --prune")
     from calmclip.service.indexing import index
-    from calmclip.service.settings import API_KEY, from_environment
 
-    settings = from_environment(bundles_dir=given.bundles, threads=given.threads, deadline_ms=600_000)
+    settings = _settings(given, deadline_ms=600_000)  # also with a service: a misspelt variable may be its key
     result = index(
         given.folder,
         given.collection,
         model=given.model,
         url=given.url,
         settings=None if given.url else settings,
-        key=os.environ.get(API_KEY),
+        key=_api_key(),
+        prune=given.prune,
+        prune_all=given.yes,
     )
     emit(given.json, result, _show)
     return 1 if result["broken"] and not (result["added"] or result["skipped"]) else 0
 
 
+def search_command(argv: list[str]) -> int:
+    """`calmclip search COLLECTION [TEXT]`: the nearest items, best first."""
+    options = parser("search", "The nearest items of a collection to texts, pictures and stored items, added up.")
+    options.add_argument("collection")
+    options.add_argument("text", nargs="*", help="what to look for; several are added up")
+    options.add_argument("--image", type=Path, metavar="FILE", action="append", default=[], help="and this picture")
+    options.add_argument("--id", action="append", default=[], help="and the picture or text of this item")
+    options.add_argument("--without", metavar="TEXT", action="append", default=[], help="less of this")
+    options.add_argument("--top-k", type=positive, default=10, metavar="N", help="hits at most; default: 10")
+    options.add_argument("--filter", metavar="JSON", help='of the metadata, such as \'{"year": {"gte": 2020}}\'')
+    options.add_argument(
+        "--min-relevance", type=float, metavar="P", help="0 to 1; 0 shows every hit; default: the service's setting"
+    )
+    _target(options)
+    options.add_argument("--threads", type=threads, help=THREADS)
+    given = options.parse_intermixed_args(argv)
+    _require_one_target(options, given)
+    from calmclip.service import search_cli
+
+    emit(given.json, search_cli.search(given, _settings(given, deadline_ms=600_000), _api_key()), search_cli.show)
+    return 0
+
+
 def collection_command(argv: list[str]) -> int:
-    """`calmclip collection list|export|import|re-embed|remove`."""
-    options = parser("collection", "The collections of a store, without a service.")
-    options.add_argument("--store", help="KIND:LOCATION; default: CALMCLIP_STORE, else the data directory's")
-    options.add_argument("--bundles", type=Path, help="directory of bundles; default: models/bundles")
-    verbs = options.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="names, bundles, items, and which collections do not open")
-    exporting = verbs.add_parser("export", help="write a Parquet file or a bank (.npz), also beside a service")
+    """`calmclip collection create|list|show|items|delete-items|export|import|re-embed|remove`."""
+    options = parser("collection", "The collections of a store, or of a running service (--url).")
+    verb = _verbs(options, _target)
+    creating = verb("create", "a new collection for the vectors of a bundle; nothing changes if it exists")
+    creating.add_argument("name")
+    creating.add_argument("--model", help="a bundle; default: the first that embeds")
+    creating.add_argument(
+        "--keep-originals", action=argparse.BooleanOptionalAction, help="keep what is embedded; default: the setting"
+    )
+    creating.add_argument("--dimensions", type=positive, metavar="N", help="shorten the vectors, if the bundle allows")
+    verb("list", "names, bundles, items, and which collections do not open")
+    verb("show", "a collection: its bundle, size and age").add_argument("name")
+    listing = verb("items", "ids and titles, ordered by id")
+    listing.add_argument("name")
+    listing.add_argument("--after", metavar="ID", help="the last id of the previous page")
+    listing.add_argument("--limit", type=positive, default=100, metavar="N", help="default: 100")
+    deleting = verb("delete-items", "remove items; ids that do not exist are ignored")
+    deleting.add_argument("name")
+    deleting.add_argument("ids", nargs="+", metavar="ID")
+    exporting = verb("export", "write a Parquet file or a bank (.npz), also beside a service")
     exporting.add_argument("name")
     exporting.add_argument("file", type=Path)
     exporting.add_argument("--replace", action="store_true", help="replace the file")
-    importing = verbs.add_parser("import", help="read a file of `export`, or any bank, into the store")
+    importing = verb("import", "read a file of `export`, or any bank, into the store")
     importing.add_argument("file", type=Path)
     importing.add_argument("--name", help="default: the name in the file; of a bank (.npz), the file's name")
     importing.add_argument(
@@ -132,45 +181,40 @@ def collection_command(argv: list[str]) -> int:
         help="make unit vectors of a bank's others; --no-normalize refuses them",
     )  # fmt: skip
     importing.add_argument("--replace", action="store_true", help="replace the collection")
-    embedding = verbs.add_parser("re-embed", help="give a collection the vectors of another bundle")
+    embedding = verb("re-embed", "give a collection the vectors of another bundle")
     embedding.add_argument("name")
     embedding.add_argument("--model", help="the bundle; default: the present one of the same name")
     embedding.add_argument("--folder", type=Path, help="the folder that was indexed, if no originals are kept")
     embedding.add_argument("--drop", action="store_true", help="leave out the items that have no source")
     embedding.add_argument("--dimensions", type=int, metavar="N", help="shorten the vectors, if the bundle allows it")
     embedding.add_argument("--truncate", choices=METHODS, help="of a text that is too long; default: the bundle's")
-    embedding.add_argument("--threads", type=int, help="threads per graph; default: one per core")
-    verbs.add_parser("remove", help="delete a collection and all its items, also a damaged one").add_argument("name")
+    embedding.add_argument("--threads", type=threads, help=THREADS)
+    verb("remove", "delete a collection and all its items, also a damaged one").add_argument("name")
     given = options.parse_args(argv)
+    _require_one_target(options, given)
     from calmclip.service import collection_cli
-    from calmclip.service.settings import from_environment
 
-    settings = from_environment(store=given.store, bundles_dir=given.bundles, threads=getattr(given, "threads", None))
-    result = collection_cli.VERBS[given.verb](settings, given)
-    emit(given.json, result, collection_cli.show)
+    emit(given.json, collection_cli.run(given, _settings(given), _api_key()), collection_cli.show)
     return 0
 
 
 def keys_command(argv: list[str]) -> int:
     """`calmclip keys add|list|remove`: the file that CALMCLIP_KEYS names."""
-    from calmclip.service import keys
-
     options = parser("keys", "The API keys of a service: a file of names, hashes and scopes.")
-    options.add_argument(
-        "--file", type=Path, default=os.environ.get(keys.VARIABLE) or None, help="default: CALMCLIP_KEYS"
-    )
-    verbs = options.add_subparsers(dest="verb", required=True)
-    adding = verbs.add_parser("add", help="create a key and print it; it is not stored")
+    verb = _verbs(options, _key_file)
+    adding = verb("add", "create a key and print it; it is not stored")
     adding.add_argument("name")
     adding.add_argument(
-        "--scope", action="append", choices=keys.SCOPES, required=True,
+        "--scope", action="append", choices=SCOPES, required=True,
         help="read (ask, search, list), write (change collections and classifiers), metrics; may be repeated",
     )  # fmt: skip
-    verbs.add_parser("list", help="names and scopes")
-    verbs.add_parser("remove", help="revoke a key at once").add_argument("name")
+    verb("list", "names and scopes")
+    verb("remove", "revoke a key at once").add_argument("name")
     given = options.parse_args(argv)
     if given.file is None:
         raise BadRequest("no file of keys is named; use --file or set CALMCLIP_KEYS")
+    from calmclip.service import keys
+
     if given.verb == "add":
         secret = keys.add(given.file, given.name, given.scope)
         emit(given.json, {"name": given.name, "key": secret}, lambda value: print(value["key"]))
@@ -217,9 +261,54 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _common(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--bundles", type=Path, help="directory of bundles; default: models/bundles")
-    options.add_argument("--threads", type=int, help="threads per graph; default: one per core")
+def _verbs(
+    options: argparse.ArgumentParser, common: Callable[..., None]
+) -> Callable[[str, str], argparse.ArgumentParser]:
+    """A function that adds a verb of this verb: name, what it does -> its parser. ``common(parser)`` adds the flags
+    that may stand before or after the verb's name."""
+    common(options)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    common(shared)
+    for action in shared._actions:
+        action.default = argparse.SUPPRESS  # else it would replace what stood before the name
+    verbs = options.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(name: str, does: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.", parents=[shared])
+
+    return add
+
+
+def _key_file(options: argparse.ArgumentParser) -> None:
+    options.add_argument(
+        "--file", type=Path, default=os.environ.get(KEYS_VARIABLE) or None, help=f"default: {KEYS_VARIABLE}"
+    )
+
+
+def _target(options: argparse.ArgumentParser, *, store: bool = True) -> None:
+    """The flags that say which collections are meant. ``store``: also those of another store than the setting's."""
+    options.add_argument("--url", help="a running service, such as http://127.0.0.1:8080; default: the store itself")
+    if store:
+        options.add_argument("--store", help="KIND:LOCATION; default: CALMCLIP_STORE, else the data directory's")
+    bundles_option(options)
+
+
+def _require_one_target(options: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if given.url and given.store:
+        options.error("--url names a service and --store the collections on a disk or in a database; give one of them")
+
+
+def _settings(given: argparse.Namespace, **more: object) -> "Settings":
+    """Of the environment and the flags."""
+    from calmclip.service.settings import from_environment
+
+    named = {name: getattr(given, name, None) for name in ("store", "threads")}
+    return from_environment(bundles_dir=given.bundles, **named, **more)
+
+
+def _api_key() -> str | None:
+    return os.environ.get("CALMCLIP_API_KEY") or None
 
 
 def _log_of_the_environment() -> str | None:
@@ -232,12 +321,17 @@ def _show_keys(result: dict[str, Any]) -> None:
         print(f"{key['name']:24s} {' '.join(key['scopes'])}")
 
 
-def _show(result: dict[str, object]) -> None:
-    broken = result["broken"]
-    assert isinstance(broken, list)
-    for picture in broken:
-        print(f"skipped {picture['id']}: {picture['why']}")
+def _show(result: dict[str, Any]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for picture in result["broken"]:
+        reasons.setdefault(picture["why"], []).append(picture["id"])
+    for why, ids in reasons.items():
+        more = f" and {len(ids) - REASONS} more" if len(ids) > REASONS else ""
+        print(f"skipped {', '.join(ids[:REASONS])}{more}: {why}")
+    if others := result["passed_over"]:
+        print(f"passed over {sum(others.values())} other files: {', '.join(f'{n} {s}' for s, n in others.items())}")
+    pruned = f"{result['pruned']} pruned, " if result["pruned"] else ""
     print(
         f"{result['collection']} ({result['model']}): {result['added']} added, {result['skipped']} already present, "
-        f"{len(broken)} broken; {result['items']} items, {result['seconds']} s"
+        f"{pruned}{len(result['broken'])} broken; {result['items']} items, {result['seconds']} s"
     )

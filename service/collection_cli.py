@@ -1,22 +1,168 @@
-"""`calmclip collection list|export|import|re-embed|remove`: the collections of a store, without a service."""
+"""`calmclip collection VERB`: the collections of a store, or with `--url` of a running service, by our client.
+
+A verb is one row of `VERBS`: what it does to a store, and what to a service; None if it needs the store itself.
+"""
 
 import argparse
-from collections.abc import Iterator
+import asyncio
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.store import find, names, read
 from calmclip.models.errors import BadRequest, CalmclipError, CollectionNotFound, suggestion
-from calmclip.models.files import check_name
+from calmclip.models.files import check_name, write_atomically
 from calmclip.models.preprocess.truncation import Truncation
 from calmclip.models.runner import open_bundle
 from calmclip.service import bank, parquet
+from calmclip.service.client import Client, ClientError
 from calmclip.service.exchange import File
 from calmclip.service.settings import Settings
 from calmclip.service.stores import Store, open_store
+
+
+class Verb(NamedTuple):
+    store: Callable[[Settings, argparse.Namespace], dict[str, Any]]
+    service: Callable[[Client, argparse.Namespace], dict[str, Any]] | None
+
+
+def run(given: argparse.Namespace, settings: Settings, key: str | None) -> dict[str, Any]:
+    """The result of the verb, for `show`. ``key``: for the service at ``given.url``. Raises `CalmclipError`s."""
+    verb = VERBS[given.verb]
+    if given.verb == "create":  # of the others, the name must be known
+        check_name("collection", given.name)
+    if given.url is None:
+        return verb.store(settings, given)
+    if verb.service is None:
+        raise BadRequest(f"'collection {given.verb}' works on a store, not through a service; leave --url out")
+    with at_service(given.url, key) as client:
+        return verb.service(client, given)
+
+
+@contextmanager
+def at_service(url: str, key: str | None) -> Iterator[Client]:
+    """A client whose errors are `CalmclipError`s."""
+    with reported(), Client(url, key=key, timeout=600) as client:
+        yield client
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """A client's errors become `CalmclipError`s, with the same message."""
+    try:
+        yield
+    except ClientError as error:
+        raise CalmclipError(str(error)) from None
+
+
+def _create(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    from calmclip.service.local import Local, transport  # imports all of the service
+
+    async def create() -> Any:
+        async with transport(settings, model=given.model) as reached, Local(reached) as client:
+            return await client.create_collection(given.name, **_wanted(given))
+
+    with reported():
+        return _collection(asyncio.run(create()))
+
+
+def _create_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    return _collection(client.create_collection(given.name, **_wanted(given)))
+
+
+def _wanted(given: argparse.Namespace) -> dict[str, Any]:
+    return {"model": given.model, "keep_originals": given.keep_originals, "dimensions": given.dimensions}
+
+
+def _show(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    with _store(settings, read_only=True) as store:
+        table = store.open(_known(store, given.name))
+        table.verify()
+        return {"collection": {**asdict(table.info), "items": table.count()}}
+
+
+def _show_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    return _collection(client.collection(given.name))
+
+
+def _collection(collection: Any) -> dict[str, Any]:
+    return {"collection": asdict(collection)}
+
+
+def _items(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    with _store(settings, read_only=True) as store:
+        rows = store.open(_known(store, given.name)).page(given.after, given.limit)
+    return _page([{"id": row.id, "meta": row.meta} for row in rows], given)
+
+
+def _items_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    page = client.page(given.name, after=given.after, limit=given.limit)
+    return _page([{"id": item.id, "meta": item.meta} for item in page.items], given)
+
+
+def _page(items: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
+    return {"items": items, "next": items[-1]["id"] if len(items) == given.limit else None}
+
+
+def _delete_items(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
+    with _store(settings) as store:
+        table = store.open(_known(store, given.name))
+        return _deleted(table.delete(list(dict.fromkeys(given.ids))), given)
+
+
+def _delete_items_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    return _deleted(client.delete_items(given.name, given.ids).count, given)
+
+
+def _deleted(count: int, given: argparse.Namespace) -> dict[str, Any]:
+    absent = len(set(given.ids)) - count
+    more = f"; {absent} of the ids were not there" if absent else ""
+    return {"done": f"{given.name}: {count} items removed{more}", "removed": count}
+
+
+def _list_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    loaded = {model.embedding_digest: model.name for model in client.models()}
+    return {
+        "collections": [
+            {**asdict(entry), "bundle": loaded.get(entry.digest) if entry.digest else None}
+            for entry in client.collections()
+        ]
+    }
+
+
+def _export_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    _require_bank(given)
+    if given.file.exists() and not given.replace:
+        raise BadRequest(f"{given.file} exists; choose another name, or --replace")
+    items = client.collection(given.name).items
+    data = client.export_bank(given.name)
+    write_atomically(given.file, data)
+    return {"done": f"{given.file}: {items} items of {given.name} (a bank holds no originals)", "items": items}
+
+
+def _import_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    _require_bank(given)
+    if given.replace:
+        raise BadRequest("a service replaces no collection by an import; remove it first, or leave --url out")
+    name = given.name or given.file.stem
+    check_name("collection", name)
+    made = client.import_bank(name, given.file, normalize=given.normalize)
+    return {"done": f"{name}: {made.items} items of {given.file}{_scaled(made.scaled)}", "items": made.items,
+            "scaled": made.scaled}  # fmt: skip
+
+
+def _require_bank(given: argparse.Namespace) -> None:
+    if not _is_bank(given.file):
+        raise BadRequest(f"{given.file} is no bank; through a service a collection travels as .npz alone")
+
+
+def _remove_at(client: Client, given: argparse.Namespace) -> dict[str, Any]:
+    client.delete_collection(given.name)
+    return {"done": f"{given.name} is deleted"}
 
 
 def _list(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
@@ -52,8 +198,12 @@ def _import(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
         if name in store.names() and not given.replace:
             raise BadRequest(f"there is a collection {name!r} already; choose another --name, or --replace")
         count = store.replace(file.info, file.rows).count()
-    scaled = f", {file.scaled} of whose vectors were no unit vectors and have become such" if file.scaled else ""
-    return {"done": f"{name}: {count} items of {given.file}{scaled}", "items": count, "scaled": file.scaled}
+    done = f"{name}: {count} items of {given.file}{_scaled(file.scaled)}"
+    return {"done": done, "items": count, "scaled": file.scaled}
+
+
+def _scaled(count: int) -> str:
+    return f", {count} of whose vectors were no unit vectors and have become such" if count else ""
 
 
 def _is_bank(file: Path) -> bool:
@@ -102,7 +252,17 @@ def _remove(settings: Settings, given: argparse.Namespace) -> dict[str, Any]:
     return {"done": f"{given.name} is deleted"}
 
 
-VERBS = {"list": _list, "export": _export, "import": _import, "re-embed": _re_embed, "remove": _remove}
+VERBS = {
+    "create": Verb(_create, _create_at),
+    "list": Verb(_list, _list_at),
+    "show": Verb(_show, _show_at),
+    "items": Verb(_items, _items_at),
+    "delete-items": Verb(_delete_items, _delete_items_at),
+    "export": Verb(_export, _export_at),
+    "import": Verb(_import, _import_at),
+    "re-embed": Verb(_re_embed, None),
+    "remove": Verb(_remove, _remove_at),
+}
 
 
 @contextmanager
@@ -134,7 +294,20 @@ def _embeddings(bundles: Path) -> dict[str, str]:
     return digests
 
 
+def bundle_of(settings: Settings, name: str) -> str | None:
+    """The bundle that embeds as the collection's; None if there is none. Raises `CollectionNotFound`."""
+    with _store(settings, read_only=True) as store:
+        info = store.open(_known(store, name)).info
+    return _embeddings(settings.bundles_dir).get(info.digest)
+
+
 def show(result: dict[str, Any]) -> None:
+    for name, value in result.get("collection", {}).items():
+        print(f"{name:10s} {value}")
+    for item in result.get("items") or () if "next" in result else ():
+        print(f"{item['id']}  {item['meta'].get('title', '')}".rstrip())
+    if result.get("next") is not None:
+        print(f"more items follow: --after {shlex.quote(result['next'])}")
     for entry in result.get("collections", ()):
         if "damaged" in entry:
             print(f"{entry['name']:24s} does not open: {entry['damaged']}")

@@ -1,15 +1,16 @@
 """A folder of pictures -> a collection, through the HTTP routes of a running service or of an app in this process.
 
 An item's id is the picture's path in the folder. The metadata holds the hash of the file, so a second run sends only
-new and changed pictures. It also holds a title and a thumbnail, in the format that the page writes and shows.
+new and changed pictures. It also holds a title and a thumbnail, in the format that the page writes and shows. The
+service makes the thumbnail from the pixels that it decodes for the vector. Memory: the files of at most three requests.
 """
 
 import asyncio
 import base64
 import hashlib
-import io
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -19,16 +20,18 @@ import httpx
 import orjson
 from tqdm import tqdm
 
-from calmclip.models.errors import BadRequest, CalmclipError, InputError
-from calmclip.models.preprocess.image import decode
+from calmclip.models.errors import BadRequest, CalmclipError
+from calmclip.models.files import check_name
+from calmclip.models.preprocess.image import SUFFIXES
+from calmclip.service.local import URL, handing, transport
 from calmclip.service.settings import Settings, from_environment
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-BATCH_PICTURES = 16  # per request, and at most
-BATCH_BYTES = 16 << 20
+FIRST_PICTURES, MOST_PICTURES = 16, 256  # per request
+REQUEST_S = 2.0  # that a request should take: a commit then costs little, and no deadline is near
+BATCH_BYTES = 16 << 20  # of the pictures of one request
 CONCURRENT_REQUESTS = 2  # one is prepared while the service answers the other
+DELETED = 500  # items per request
 TRIES = 20  # of a request that is answered 503
-THUMBNAIL = 128  # pixels a side
 
 
 class Picture(NamedTuple):
@@ -36,34 +39,49 @@ class Picture(NamedTuple):
     data: bytes
     sha256: str
 
-    def item(self) -> dict[str, Any]:
+    @property
+    def meta(self) -> dict[str, Any]:
+        """All but the thumbnail."""
         name = self.id.rpartition("/")[2]
-        small = thumbnail(self.data)
-        meta = {"file": name, "title": name, "sha256": self.sha256}
-        return {
-            "id": self.id,
-            "image": {"b64": _base64(self.data)},
-            "meta": meta | ({"thumbnail": f"data:image/jpeg;base64,{_base64(small)}"} if small else {}),
-        }
+        return {"file": name, "title": name, "sha256": self.sha256}
 
 
-def thumbnail(data: bytes) -> bytes | None:
-    """A small upright JPEG. None if the picture cannot be decoded; the service then reports the error.
+class Pace:
+    """How many pictures the next request has. A store is slow with many small commits, and a large bundle must answer
+    before the service's deadline."""
 
-    Its data URL fits an item's metadata (16 KiB) even if the picture is noise; photographs take 2 to 8 kB.
-    """
-    try:
-        image = decode(data)
-    except InputError:
-        return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=60)
-    return file.getvalue()
+    def __init__(self) -> None:
+        self.pictures = FIRST_PICTURES
+
+    def took(self, pictures: int, seconds: float) -> None:
+        """A request of so many pictures was answered."""
+        if seconds > 2 * REQUEST_S:
+            self.pictures = max(1, min(self.pictures, pictures) // 2)
+        elif seconds < REQUEST_S / 2 and pictures >= self.pictures:
+            self.pictures = min(MOST_PICTURES, 2 * self.pictures)
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+class Listed(NamedTuple):
+    """``pictures``: files to index, in order. ``others``: suffix -> number of other files. ``ids``: of all files."""
+
+    pictures: list[Path]
+    others: dict[str, int]
+    ids: set[str]
+
+
+def files(folder: Path) -> Listed:
+    """All files of the folder and its folders. Time grows with their number; none is opened."""
+    pictures, others, ids = list[Path](), Counter[str](), set[str]()
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        ids.add(path.relative_to(folder).as_posix())
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES:
+            pictures.append(path)
+        else:
+            others[suffix or path.name] += 1
+    return Listed(pictures, dict(others.most_common()), ids)
 
 
 def index(
@@ -74,81 +92,123 @@ def index(
     url: str | None = None,
     settings: Settings | None = None,
     key: str | None = None,
+    prune: bool = False,
+    prune_all: bool = False,
 ) -> dict[str, Any]:
-    """The numbers of added and skipped pictures, and the broken ones. ``key``: for the service at ``url``.
+    """The numbers of added, skipped and pruned pictures, the broken ones, and the files passed over, by suffix.
+    ``key``: for the service at ``url``. ``prune``: remove the items whose file is gone, of those that were indexed;
+    all of them only with ``prune_all``.
 
     Raises `BadRequest`, and `CalmclipError` with the service's error.
     """
     if not folder.is_dir():
         raise BadRequest(f"{folder} is not a folder")
+    check_name("collection", collection)
+    listed = files(folder)
+    if prune and not listed.pictures:
+        raise BadRequest(f"{folder} has no picture, so every item would be removed; is the disk mounted?")
     try:
-        return asyncio.run(_index(folder, collection, model, _client(url, settings, key)))
+        connect = _remote(url, collection, key) if url is not None else _local(settings, collection, model)
+        return asyncio.run(_index(folder, listed, collection, model, connect, (prune, prune_all)))
     except ExceptionGroup as group:  # one per concurrent request; the first explains enough
         raise group.exceptions[0] from None
 
 
 async def _index(
-    folder: Path, collection: str, model: str | None, connect: AbstractAsyncContextManager[httpx.AsyncClient]
+    folder: Path,
+    listed: Listed,
+    collection: str,
+    model: str | None,
+    connect: AbstractAsyncContextManager["_Service"],
+    prune: tuple[bool, bool],
 ) -> dict[str, Any]:
     start = perf_counter()
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    async with connect as client:
-        service = _Service(client, collection)
+    async with connect as service:
         created = await service.ask("PUT", "", {"model": model} if model else {})
         hashes = await service.hashes()
-        result: dict[str, Any] = {"added": 0, "skipped": 0, "broken": []}
-        with tqdm(total=len(paths), unit="picture", disable=None) as bar:
+        gone = _gone(folder, listed, hashes, prune[1]) if prune[0] else []
+        result: dict[str, Any] = {"added": 0, "skipped": 0, "pruned": 0, "broken": [], "passed_over": listed.others}
+        pace = Pace()
+        batches = _batches(folder, listed.pictures, hashes, pace)
+        with tqdm(total=len(listed.pictures), unit="picture", disable=None) as bar:
             slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
             async with asyncio.TaskGroup() as group:
-                for batch, unchanged in _batches(folder, paths, hashes):
+                while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+                    pictures, unchanged = batch
                     result["skipped"] += unchanged
                     bar.update(unchanged)
-                    if batch:
+                    if pictures:
                         await slots.acquire()
-                        group.create_task(_send(service, batch, result, bar, slots))
+                        group.create_task(_send(service, pictures, result, bar, slots, pace))
+        for start_ in range(0, len(gone), DELETED):
+            answer = await service.ask("DELETE", "/items", {"ids": gone[start_ : start_ + DELETED]})
+            result["pruned"] += answer["count"]
         items = (await service.ask("GET", ""))["items"]
     seconds = round(perf_counter() - start, 1)
     result["broken"].sort(key=lambda entry: entry["id"])
     return {"collection": collection, "model": created["model"], **result, "items": items, "seconds": seconds}
 
 
+def _gone(folder: Path, listed: Listed, hashes: Mapping[str, str], prune_all: bool) -> list[str]:
+    """The ids of indexed items without a file. Raises `BadRequest` for all of them without ``prune_all``."""
+    indexed = [id_ for id_, sha256 in hashes.items() if sha256]  # the others came from elsewhere
+    gone = [id_ for id_ in indexed if id_ not in listed.ids]
+    if gone and len(gone) == len(indexed) and not prune_all:
+        raise BadRequest(
+            f"none of the {len(gone)} indexed items has its file in {folder}, such as {gone[0]!r}; is it the folder "
+            "that was indexed? --yes removes them all"
+        )
+    return gone
+
+
 async def _send(
-    service: "_Service", batch: list[Picture], result: dict[str, Any], bar: "tqdm[Any]", slots: asyncio.Semaphore
+    service: "_Service",
+    batch: list[Picture],
+    result: dict[str, Any],
+    bar: "tqdm[Any]",
+    slots: asyncio.Semaphore,
+    pace: Pace,
 ) -> None:
+    start = perf_counter()
     try:
         await _add(service, batch, result)
         bar.update(len(batch))
+        pace.took(len(batch), perf_counter() - start)
     finally:
         slots.release()
 
 
 async def _add(service: "_Service", batch: list[Picture], result: dict[str, Any]) -> None:
-    """Add a batch. If the service refuses it, add its pictures one by one to find the broken ones."""
+    """Add a batch. If the service refuses it, add its halves, down to the broken pictures."""
     try:
         await service.add(batch)
         result["added"] += len(batch)
     except _Refused as error:
         if len(batch) == 1:
-            result["broken"].append({"id": batch[0].id, "why": str(error)})
+            id_ = batch[0].id
+            result["broken"].append({"id": id_, "why": str(error).removeprefix(f"item {id_!r}: ")})
         else:
-            for picture in batch:
-                await _add(service, [picture], result)
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                await _add(service, half, result)
 
 
-def _batches(folder: Path, paths: list[Path], hashes: dict[str, str]) -> Iterator[tuple[list[Picture], int]]:
+def _batches(
+    folder: Path, paths: list[Path], hashes: Mapping[str, str], pace: Pace
+) -> Iterator[tuple[list[Picture], int]]:
     """Pictures for one request, and the number of unchanged pictures since the previous batch."""
     batch: list[Picture] = []
-    unchanged = 0
+    size = unchanged = 0
     for path in paths:
         data = path.read_bytes()
         picture = Picture(path.relative_to(folder).as_posix(), data, hashlib.sha256(data).hexdigest())
         if hashes.get(picture.id) == picture.sha256:
             unchanged += 1
             continue
-        if batch and (len(batch) == BATCH_PICTURES or sum(len(p.data) for p in batch) + len(data) > BATCH_BYTES):
+        if batch and (len(batch) >= pace.pictures or size + len(data) > BATCH_BYTES):
             yield batch, unchanged
-            batch, unchanged = [], 0
+            batch, size, unchanged = [], 0, 0
         batch.append(picture)
+        size += len(data)
     yield batch, unchanged
 
 
@@ -157,35 +217,38 @@ class _Refused(Exception):
 
 
 class _Service:
-    """The routes of one collection."""
+    """The routes of one collection. ``local``: they are in this process and take fields as they are."""
 
-    def __init__(self, client: httpx.AsyncClient, collection: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, collection: str, local: bool = False) -> None:
         self._client = client
         self._path = f"/v1/collections/{quote(collection, safe='')}"
+        self._local = local
 
     async def add(self, pictures: list[Picture]) -> None:
-        items = await asyncio.to_thread(lambda: [picture.item() for picture in pictures])  # decodes, which takes time
-        await self.ask("POST", "/items", {"items": items})
+        items = [{"id": picture.id, "image": picture.data, "meta": picture.meta} for picture in pictures]
+        await self.ask("POST", "/items", {"items": items, "thumbnails": True})
 
     async def hashes(self) -> dict[str, str]:
-        """id -> hash of the file, for every item of the collection."""
+        """id -> hash of the file, for every item of the collection; "" if it came from elsewhere."""
         hashes: dict[str, str] = {}
         after = ""
         while True:
-            page = await self.ask("GET", "/items", None, limit=500, **({"after": after} if after else {}))
-            hashes |= {item["id"]: item["meta"].get("sha256", "") for item in page["items"]}
+            rest = {"after": after} if after else {}
+            page = await self.ask("GET", "/items", None, limit=500, fields="sha256", **rest)  # without thumbnails
+            hashes |= {item["id"]: str(item["meta"].get("sha256", "")) for item in page["items"]}
             if page["next"] is None:
                 return hashes
             after = page["next"]
 
-    async def ask(self, method: str, path: str, body: object = None, **query: Any) -> dict[str, Any]:
-        content = None if body is None else orjson.dumps(body)
-        headers = {} if body is None else {"content-type": "application/json"}
+    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> dict[str, Any]:
+        content = None if body is None or self._local else await asyncio.to_thread(_json, body)
+        headers = {"content-type": "application/json"} if content else {}
         for _ in range(TRIES):
             try:
-                answer = await self._client.request(
-                    method, self._path + path, content=content, headers=headers, params=query
-                )
+                with handing(body) if body is not None and self._local else nullcontext():
+                    answer = await self._client.request(
+                        method, self._path + path, content=content, headers=headers, params=query
+                    )
             except httpx.HTTPError as error:
                 why = error or type(error).__name__
                 raise CalmclipError(f"{self._client.base_url} does not answer: {why}") from None
@@ -206,20 +269,23 @@ class _Service:
         raise CalmclipError(f"{answer.status_code} {detail}")
 
 
-@asynccontextmanager
-async def _client(url: str | None, settings: Settings | None, key: str | None) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the service at ``url``, or of an app in this process that opens the collections itself."""
-    if url is not None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        async with httpx.AsyncClient(base_url=url, timeout=120, headers=headers) as client:
-            yield client
-        return
-    from calmclip.service.app import create_app
+def _json(body: Mapping[str, Any]) -> bytes:
+    """Pictures, which are bytes, as base64."""
+    return orjson.dumps(body, default=lambda data: {"b64": base64.b64encode(data).decode()})
 
-    app = create_app((settings or from_environment()).model_copy(update={"keys": None}))  # no other client reaches it
-    transport = httpx.ASGITransport(app)
+
+@asynccontextmanager
+async def _remote(url: str, collection: str, key: str | None) -> AsyncIterator[_Service]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(base_url=url, timeout=120, headers=headers) as client:
+        yield _Service(client, collection)
+
+
+@asynccontextmanager
+async def _local(settings: Settings | None, collection: str, model: str | None) -> AsyncIterator[_Service]:
+    """Of an app in this process that opens the collections itself."""
     async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as client,
+        transport(settings or from_environment(), model=model) as reached,
+        httpx.AsyncClient(transport=reached, base_url=URL, timeout=None) as client,
     ):
-        yield client
+        yield _Service(client, collection, local=True)

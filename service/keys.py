@@ -13,17 +13,15 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from calmclip.models.errors import BadRequest
+from calmclip.service.scopes import Scope
 
 log = logging.getLogger("calmclip")
 
-Scope = Literal["read", "write", "metrics"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
-VARIABLE = "CALMCLIP_KEYS"  # the setting with the file's path
 PREFIX = "calmclip_"  # by which secret scanners and people recognize a key
 BITS = 256
 

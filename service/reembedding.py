@@ -24,6 +24,7 @@ from calmclip.models.tasks.embed import Embeddings, EmbedRequest, document_promp
 from calmclip.models.tasks.features import check_dimensions
 from calmclip.service.indexing import Picture
 from calmclip.service.stores import Info, Row, Store, Table
+from calmclip.service.thumbnails import Thumbnailed
 
 PAGE = 1000
 TEXTS = 256  # of one run
@@ -113,7 +114,7 @@ def _embedded(
     table: Table, runner: Runner, folder: Path | None, drop: bool, settings: Mapping[str, Any], counts: Counts
 ) -> Iterator[Row]:
     """The rows with their new vectors, in the order of `Table.rows`."""
-    waiting: deque[list[Row]] = deque()  # rows of the flows that have begun
+    waiting: deque[list[tuple[Row, str | bytes]]] = deque()  # rows and sources of the flows that have begun
 
     def flows() -> Iterator[Flow[Embeddings]]:
         for rows in table.rows():
@@ -123,15 +124,15 @@ def _embedded(
                 size = TEXTS if is_text else 1
                 for start in range(0, len(pairs), size):
                     part = pairs[start : start + size]
-                    waiting.append([row for row, _ in part])
+                    waiting.append(part)
                     yield embed(runner.bundle, EmbedRequest([source for _, source in part], **settings))
 
     try:
         for answer in runner.map(flows()):
-            for row, vector in zip(waiting.popleft(), answer.vectors, strict=True):
-                yield replace(row, vector=vector)
+            for (row, source), vector in zip(waiting.popleft(), answer.vectors, strict=True):
+                yield replace(row, vector=vector, meta=row.meta | getattr(source, "meta", {}))
     except InputError as error:
-        ids = ", ".join(repr(row.id) for row in (waiting[0] if waiting else [])[:SHOWN])
+        ids = ", ".join(repr(row.id) for row, _ in (waiting[0] if waiting else [])[:SHOWN])
         raise BadRequest(f"{ids}: {error}" if ids else str(error)) from None
 
 
@@ -149,7 +150,7 @@ def _sourced(row: Row, folder: Path | None, drop: bool, counts: Counts) -> tuple
     digest = hashlib.sha256(data).hexdigest()
     if row.meta.get("sha256") not in (None, digest):
         counts.changed += 1
-        row = replace(row, meta=row.meta | Picture(row.id, data, digest).item()["meta"])
+        return replace(row, meta=row.meta | Picture(row.id, data, digest).meta), Thumbnailed(data)
     return row, data
 
 

@@ -1,3 +1,4 @@
+import argparse
 import builtins
 import contextlib
 import json
@@ -17,7 +18,7 @@ from calmclip.export import flags
 from calmclip.models import commands
 from calmclip.models.bundle.manifest import Manifest
 from calmclip.models.bundle.store import describe
-from calmclip.models.cli import VERBS, main
+from calmclip.models.cli import VERBS, main, parser_of
 from calmclip.models.runner import open_bundle
 from calmclip.models.tasks import TASKS
 
@@ -35,10 +36,10 @@ def test_every_verb_works_and_explains_itself(verb: str, capsys: pytest.CaptureF
 
 
 def test_help_and_a_list_of_names_load_nothing_that_a_verb_needs():
-    """Torch alone takes seconds and 300 MB. The flags of `train` and `distil` are the fields of records, and those of
-    `keys` name scopes; their records need pydantic, and those of training numpy."""
+    """Torch alone takes seconds and 300 MB. The flags of `train` and `distil` are the fields of records, which need
+    pydantic. The number of modules stands for the time, which tests do not measure."""
     heavy = {"torch", "onnx", "onnxruntime", "numpy", "PIL", "pydantic", "tokenizers", "fastapi", "pyarrow", "lancedb"}
-    last = ["keys", "train", "distil"]
+    last = ["train", "distil"]
     calls = [[verb, "--help"] for verb in VERBS if verb not in last]
     calls += [
         ["--help"],
@@ -59,8 +60,69 @@ print(json.dumps(loaded))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = {call: modules for call, modules in json.loads(done.stdout).items() if modules}
-    both = ["numpy", "pydantic"]
-    assert loaded == {"keys --help": ["pydantic"], "train --help": both, "distil --help": both}
+    assert loaded == {"train --help": ["pydantic"], "distil --help": ["pydantic"]}
+
+
+def test_help_of_each_verb_loads_few_modules():
+    """Of a process for each verb; the bound is what argparse and our own tables need. pydantic alone has 150."""
+    script = f"""
+import contextlib, io, json, os, sys
+from calmclip.models import cli
+counts = {{}}
+for verb in {list(VERBS)}:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                cli.main([verb, "--help"])
+        finally:
+            os.write(write, str(len(sys.modules)).encode())
+            os._exit(0)
+    os.close(write)
+    os.wait()
+    counts[verb] = int(os.read(read, 100))
+print(json.dumps(counts))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    counts = json.loads(done.stdout)
+    most = {"train": 300, "distil": 300}
+    assert {verb: count for verb, count in counts.items() if count > most.get(verb, 200)} == {}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_looks_for_bundles_where_the_setting_says(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.delenv("CALMCLIP_BUNDLES_DIR", raising=False)
+    usual = parser_of(verb)
+    flags = {"export": "out", "recipe": "out"}
+    place = flags.get(verb, "bundles")
+    if usual.get_default(place) is None:
+        return  # it opens no bundle
+    assert usual.get_default(place) == Path("models/bundles")
+    monkeypatch.setenv("CALMCLIP_BUNDLES_DIR", str(tmp_path))
+    assert parser_of(verb).get_default(place) == tmp_path
+
+
+@pytest.mark.parametrize("value", ["-5", "1.5", "x", "1025", ""])
+def test_every_verb_refuses_an_impossible_number_of_threads(value: str):
+    """One type for all of them, in verbs of verbs too."""
+    checked = 0
+    for verb in VERBS:
+        for action in threads_flags(parser_of(verb)):
+            checked += 1
+            with pytest.raises(argparse.ArgumentTypeError, match="not a number of threads"):
+                action.type(value)
+            assert (action.type("0"), action.type("1024")) == (0, 1024)
+    assert checked >= 12
+
+
+def threads_flags(options: argparse.ArgumentParser) -> list[argparse.Action]:
+    flags = [action for action in options._actions if "--threads" in action.option_strings]
+    for action in options._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for inner in action.choices.values() for flag in threads_flags(inner)]
+    return flags
 
 
 def test_help_says_what_the_registered_plug_ins_say():

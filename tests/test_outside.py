@@ -164,6 +164,7 @@ from pathlib import Path
 import httpx
 from calmclip.models.cli import main
 from calmclip.service import keys
+from calmclip.service.scopes import SCOPES
 from calmclip.service.app import create_app
 from calmclip.service.monitoring.rules import INTERACTIVE
 from calmclip.service.settings import Settings
@@ -172,7 +173,7 @@ bundles, data, pictures = map(Path, sys.argv[1:])
 
 async def served(cat, rocket):
     answers = {}
-    secrets = {scope: keys.add(data / "keys", scope, [scope]) for scope in keys.SCOPES}
+    secrets = {scope: keys.add(data / "keys", scope, [scope]) for scope in SCOPES}
     app = create_app(Settings(bundles_dir=bundles, data_dir=data, threads=1, keys=data / "keys"))
     transport = httpx.ASGITransport(app)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as http:

@@ -8,13 +8,11 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from calmclip.models.cli import bundle_options, emit, parser, positive
+from calmclip.models.cli import bundle_options, emit, parser, positive, threads
 from calmclip.models.errors import BadRequest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-RECIPES = ("demo", "full", "narrow", "alpha-3.2")  # of `demonstration`, which needs torch
 
 
 def train_command(argv: list[str]) -> int:
@@ -25,7 +23,7 @@ def train_command(argv: list[str]) -> int:
     options.add_argument("objective", choices=typing.get_args(Training.model_fields["objective"].annotation))
     options.add_argument("--out", type=Path, required=True, help="directory of the checkpoint, the log and the state")
     options.add_argument("--settings", type=Path, help="TOML file with the settings below; a flag overrides it")
-    options.add_argument("--threads", type=positive, help="default: one per core")
+    options.add_argument("--threads", type=threads, help="default: one per core")
     _flags(options, Training)
     args = options.parse_args(argv)
     import torch
@@ -78,8 +76,10 @@ def distil_command(argv: list[str]) -> int:
 
 def demonstrate_command(argv: list[str]) -> int:
     """`calmclip demonstrate RECIPE`: vanilla, clipped and gated nets, trained, quantized, measured: a table."""
+    from calmclip.export.training import shipped
+
     options = parser("demonstrate", "Train vanilla, clipped and gated nets, quantize them, and compare.")
-    options.add_argument("recipe", choices=RECIPES)
+    options.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(shipped())}; or a .toml file of yours")
     options.add_argument(
         "--out", type=Path, default=Path("demonstration"), help="directory of all files; an interrupted run resumes"
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from calmclip.export.gates import MEAN, GateKind
-from calmclip.models.bundle.manifest import FrozenModel, Language
+from calmclip.models.bundle.frozen import FrozenModel, Language
 from calmclip.models.errors import BadRequest
 
 STATE, LOG = "training.pt", "training.jsonl"  # in a training's directory

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from calmclip.models.errors import BadRequest, BundleInvalid, BundleTooNew
+from calmclip.models.bundle.frozen import FrozenModel as FrozenModel  # noqa: PLC0414  # others look for it here
+from calmclip.models.bundle.frozen import Language as Language  # noqa: PLC0414
+from calmclip.models.errors import BadRequest, BundleInvalid, BundleTooNew, kind
 from calmclip.models.labels import MAX_CHARACTERS, NoneBelow, Temperature, Template
 from calmclip.models.suppression import IouThreshold, MaxOutput, Method, MinScore, PerClass, Sigma
 
@@ -43,20 +45,11 @@ def _inside(path: str) -> str:
 Path = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, Field(pattern=_NAME)]
 TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]  # a BCP 47 tag, such as de or zh-Hant
 Triple = tuple[float, float, float]
 PromptName = Annotated[str, Field(min_length=1, max_length=64)]
 MAX_SIDE = 4096  # pixels of a graph's input
 MAX_DIM = 65_536  # numbers of a vector that a graph reads in place of a text
 GUIDE = "guide"  # an input beside those of `preprocess`: the output `patches` of the graph of this role
-
-
-class FrozenModel(BaseModel):
-    """Immutable; numbers are finite; an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants", protected_namespaces=()
-    )
 
 
 class Tensor(FrozenModel):
@@ -432,7 +425,7 @@ def parse(text: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleInvalid(f"{where} is not JSON in UTF-8: {error}") from None
     if not isinstance(data, dict):
-        raise BundleInvalid(f"{where} holds a JSON {type(data).__name__}, not an object")
+        raise BundleInvalid(f"{where} is {kind(data)}; expected an object")
     number = data.get("format")
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise BundleInvalid(f"{where}: `format` is {number!r}; expected a whole number from {OLDEST} to {FORMAT}")

@@ -13,6 +13,7 @@ import pytest
 from calmclip.models.bundle.manifest import Manifest
 from calmclip.models.bundle.store import describe
 from calmclip.models.cli import main
+from calmclip.models.preprocess import image
 
 
 def resealed(directory: Path) -> str:
@@ -160,7 +161,7 @@ def test_run_prints_tags_and_pictures_in_order(
         path.write_bytes(png(path.stem))
     shown = [str(path) for path in paths]
     assert main(["run", str(sealed), "rank", *shown, "--instruction", "red", "--json"]) == 0
-    answers = json.loads(capsys.readouterr().out)["answers"]
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert answers == [
         {"picture": shown[1], "rank": {"index": 1, "score": 1.0}},
         {"picture": shown[0], "rank": {"index": 0, "score": 0.0}},
@@ -207,3 +208,51 @@ def test_run_embed_chooses_what_becomes_of_a_long_text(sealed: Path, capsys: pyt
     for flags, says in (([], "has 9 tokens"), (["--truncate", "none"], "has 9 tokens"), (["--stride", "3"], "chunk")):
         assert main([*long, *flags]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_run_answers_each_picture_and_goes_on_after_a_broken_one(
+    sealed: Path, tmp_path: Path, png: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+):
+    for name in ("blue", "red"):
+        (tmp_path / f"{name}.png").write_bytes(png(name))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "cut.png").write_bytes(png("red")[:40])
+    names = ["blue.png", "broken.png", "lost.png", "red.png", "cut.png"]
+    paths = [str(tmp_path / name) for name in names]
+    for task, flags in (("tag", ["--word=blue", "--word=red"]), ("classify", ["--label=blue", "--label=red"])):
+        assert main(["run", str(sealed), task, *paths, *flags]) == 1
+        out, error = capsys.readouterr()
+        assert [line for line in out.splitlines() if "png" in line] == [paths[0], paths[3]]
+        assert sorted(line.split(": ")[1] for line in error.splitlines()) == [paths[1], paths[4], paths[2]]
+        assert main(["run", str(sealed), task, *paths, *flags, "--json"]) == 1
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert {line["picture"] for line in lines if task in line} == {paths[0], paths[3]}
+        assert {line["picture"] for line in lines if "error" in line} == {paths[1], paths[2], paths[4]}
+    assert main(["run", str(sealed), "embed", *paths[:2], "--text", "red", "--json"]) == 1
+    text, blue, broken = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert text["embedding"] == pytest.approx([1, 0, 0], abs=1e-6)
+    assert (blue["picture"], blue["embedding"]) == (paths[0], pytest.approx([0, 0, 1], abs=1e-6))
+    assert broken["picture"] == paths[1]
+    assert main(["run", str(sealed), "rank", *paths, "--instruction", "red", "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["rank"]["index"] for line in lines if "rank" in line] == [3, 0]
+    assert main(["run", str(sealed), "classify", paths[1], "--label=red", "--label=blue", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"answers": []}
+    assert main(["run", str(sealed), "classify", *paths, "--label=red", "--label= "]) == 2  # no picture's fault
+
+
+def test_run_prints_an_answer_before_the_next_pictures_are_read(
+    sealed: Path, tmp_path: Path, png: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+):
+    read, printed = [], []
+    plain = image.load
+    monkeypatch.setattr(
+        "calmclip.models.tasks.features.load", lambda path, **o: (read.append(path), plain(path, **o))[1]
+    )
+    monkeypatch.setattr("builtins.print", lambda *text, **o: printed.append(len(read)))
+    paths = [tmp_path / f"{number:03}.png" for number in range(64)]
+    for path in paths:
+        path.write_bytes(png("red", (8, 8)))
+    assert main(["run", str(sealed), "classify", *map(str, paths), "--label=red", "--label=blue"]) == 0
+    assert (len(printed), printed[0], printed[-1]) == (64, 1, 64)
+    assert printed[1] < 64  # those that are decoded ahead

@@ -126,5 +126,5 @@ def test_classes_are_read_in_the_order_of_their_names(shown: Path, png: Callable
         "fire": ["0.png", "1.png"], "sea": ["0.png", "1.png", "a.JPG"],
     }  # fmt: skip
     (shown / "ash").mkdir()
-    with pytest.raises(BadRequest, match=r"ash has no picture \(\.jpg, \.jpeg, \.png, \.webp\); .* or remove it"):
+    with pytest.raises(BadRequest, match=r"ash has no picture \(\.jpg, \.jpeg, .*\.webp, .*\); .* or remove it"):
         read_classes(shown)

@@ -233,7 +233,8 @@ def test_what_is_no_picture_is_refused_by_its_type(sealed: Path, png: Png, tmp_p
     closed = (tmp_path / "cut.png").open("rb")
     closed.close()
     expected = (
-        r"; expected a path, the bytes of a JPEG, PNG or WebP file, a file opened in binary mode, a Pillow image, or "
+        r"; expected a path, the bytes of a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC file, a file opened in "
+        r"binary mode, a Pillow image, or "
     )
     for wrong, says in (
         (7, f"of the type int{expected}"),

@@ -124,7 +124,7 @@ def test_index_through_a_service_and_again(bundles, tmp_path, pictures, picture,
         first = index()
         assert (first["added"], first["skipped"], first["items"]) == (4, 0, 4)
         assert [entry["id"] for entry in first["broken"]] == ["broken.jpg"]
-        assert "JPEG, PNG or WebP" in first["broken"][0]["why"]
+        assert "JPEG, PNG, WebP, GIF" in first["broken"][0]["why"]
         body = {"query": {"text": "yellow"}, "top_k": 1}
         (hit,) = client.post("/v1/collections/c/search", json=body).json()["hits"]
         assert hit["id"] == "more/gelb.JPG"
@@ -176,11 +176,12 @@ def test_exit_codes(bundles, tmp_path, monkeypatch, capsys):
     assert "export mini" in error(2, "serve", "--bundles", tmp_path / "none")
     assert "colours-int8" in error(2, "serve", "--bundles", bundles, "--load", "colors-int8")
     assert "not a folder" in error(2, "index", tmp_path / "none", "--collection", "c", "--bundles", bundles)
-    assert "no /v1/collections/../x" in error(2, "index", tmp_path, "--collection", "../x", "--bundles", bundles)
-    assert "'x?y' is not a name" in error(2, "index", tmp_path, "--collection", "x?y", "--bundles", bundles)
+    for name in ("../x", "x?y", "x/../pwned", "x/..", ""):
+        for target in (("--bundles", bundles), ("--url", "http://127.0.0.1:9")):
+            assert f"{name!r} is not a name" in error(2, "index", tmp_path, "--collection", name, *target)
+        assert f"{name!r} is not a name" in error(2, "collection", "create", name, "--bundles", bundles)
+    assert not (tmp_path / "data").exists()
     assert "does not answer" in error(2, "index", tmp_path, "--collection", "c", "--url", "http://127.0.0.1:9")
-    for target in (("--bundles", bundles), ("--url", "http://127.0.0.1:9")):
-        assert "THREADS is -5" in error(2, "index", tmp_path, "--collection", "c", *target, "--threads", "-5")
     (tmp_path / "broken.png").write_bytes(b"x")
     error(1, "index", tmp_path, "--collection", "c", "--bundles", bundles)
     with pytest.raises(SystemExit) as usage:

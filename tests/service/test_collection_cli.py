@@ -239,7 +239,9 @@ def test_a_file_that_is_not_whole_is_refused_and_nothing_is_imported(
         "length 2": damaged(table, vector=[[1, 0, 0], [2, 0, 0]]),
         "twice": damaged(table, id=["a", "a"]),
         "without NUL": damaged(table, id=["a\0", "b"]),
-        "no JSON object": damaged(table, meta=["{}", "[1]"]),
+        "it is a list; expected an object": damaged(table, meta=["{}", "[1]"]),
+        "more than 64 bits": damaged(table, meta=["{}", f'{{"a": {2**70}}}']),
+        "'a' twice": damaged(table, meta=["{}", '{"a": 1, "a": 2}']),
     }
     for reason, content in wrong.items():
         pq.write_table(content, file)
@@ -308,3 +310,106 @@ def test_re_embed_keeps_the_length_of_a_shortened_collection(
     assert exported(cli, tmp_path)["white"]["vector"] == pytest.approx(unit(1, 1), abs=1e-6)
     assert cli("re-embed", "c", "--dimensions", "3")[0] == 0
     assert exported(cli, tmp_path)["white"]["vector"] == pytest.approx(unit(1, 1, 1), abs=1e-6)
+
+
+@pytest.fixture(params=["store", "service"])
+def reached(request, cli, store, settings, serve, bundle_maker, tmp_path, capsys):
+    """A function: words of a verb of `calmclip collection`, or of another verb -> status, JSON or None, errors. It
+    reaches the store itself, or a running service over it by --url."""
+    bundle_maker(tmp_path / "bundles")
+
+    def run(*words: object, verb: str = "collection") -> tuple[int, dict | None, str]:
+        # --url stands before the verb's verb, --json after it
+        place = url if request.param == "service" else ["--store", store]
+        status = main([verb, *place, "--bundles", str(tmp_path / "bundles"), *map(str, words), "--json"])
+        captured = capsys.readouterr()
+        return status, json.loads(captured.out) if captured.out else None, captured.err
+
+    url: list[str] = []
+    if request.param == "store":
+        yield run
+        return
+    with serve(settings(store=store, bundles_dir=tmp_path / "bundles")) as client:
+        url += ["--url", str(client.base_url)]
+        yield run
+
+
+@pytest.mark.parametrize("store", ["lancedb"], indirect=True)
+def test_every_verb_answers_alike_for_a_store_and_a_service(reached, tmp_path, picture):
+    status, made, _ = reached("create", "c", "--keep-originals", "--model", "colours-int8")
+    assert (status, made["collection"]["items"], made["collection"]["dim"]) == (0, 0, 3)
+    assert reached("create", "c", "--no-keep-originals")[0] == 2
+    assert "'a/b' is not a name" in reached("create", "a/b")[2]
+
+    bank = tmp_path / "photos.npz"
+    digest = made["collection"]["digest"]
+    vectors = np.array([RED, BLUE, unit(1, 0, 1)], np.float32)
+    meta = [json.dumps({"title": title}) for title in ("a red one", "a blue one", "both")]
+    ids = ["blau/1", "rot 1", "zwei"]
+    np.savez(bank, ids=ids, vectors=vectors, meta=meta, model="colours-int8", dim=3, normalized=True, digest=digest)
+    assert reached("import", bank)[1]["items"] == 3
+    assert "photos" in reached("import", bank)[2]  # exists
+    status, shown, _ = reached("show", "photos")
+    assert (status, shown["collection"]["items"], shown["collection"]["model"]) == (0, 3, "colours-int8")
+    assert reached("show", "photo")[0] == 2
+    listed = reached("list")[1]["collections"]
+    assert [(entry["name"], entry["items"], entry["bundle"]) for entry in listed] == [
+        ("c", 0, "colours-int8"),
+        ("photos", 3, "colours-int8"),
+    ]
+
+    first = reached("items", "photos", "--limit", 2)[1]
+    assert [item["id"] for item in first["items"]] == ids[:2]
+    assert first["items"][0]["meta"] == {"title": "a red one"}
+    rest = reached("items", "photos", "--limit", 2, "--after", first["next"])[1]
+    assert ([item["id"] for item in rest["items"]], rest["next"]) == (["zwei"], None)
+
+    def found(*words: object) -> list[tuple[str, float]]:
+        status, answer, error = reached(*words, "--min-relevance", 0, verb="search")
+        assert status == 0, error
+        return [(hit["id"], round(hit["score"], 4)) for hit in answer["hits"]]
+
+    (tmp_path / "blue.png").write_bytes(picture("blue"))
+    half, less = round(0.5**0.5, 4), round((1 + 1.25**2) ** -0.5, 4)  # (1, 0, -1.25), a text to leave out weighs 1.25
+    assert found("photos", "red", "--top-k", 2) == [("blau/1", 1.0), ("zwei", half)]
+    assert found("photos", "--image", tmp_path / "blue.png") == [("rot 1", 1.0), ("zwei", half), ("blau/1", 0.0)]
+    assert found("photos", "--id", "rot 1", "--top-k", 2)[0] == ("zwei", half)
+    assert found("photos", "red", "--image", tmp_path / "blue.png", "--top-k", 1) == [("zwei", 1.0)]
+    assert found("photos", "red", "--without", "blue", "--top-k", 1) == [("blau/1", less)]
+    assert found("photos", "red", "--filter", '{"title": "both"}') == [("zwei", half)]
+    for words, says in (
+        (("photos",), "there is no query"),
+        (("photos", "red", "--filter", "{"), "--filter is not JSON"),
+        (("photos", "red", "--filter", "[]"), "no JSON object"),
+        (("photos", "--image", tmp_path / "none.png"), "none.png does not exist"),
+        (("phots", "red"), "'phots'"),
+        (("photos", "--id", "none"), "'none'"),
+    ):
+        status, _, error = reached(*words, verb="search")
+        assert (status, says in error) == (2, True), error
+
+    assert reached("delete-items", "photos", "zwei", "none")[1]["removed"] == 1
+    assert reached("export", "photos", tmp_path / "again.npz")[1]["items"] == 2
+    assert "exists" in reached("export", "photos", tmp_path / "again.npz")[2]
+    with np.load(tmp_path / "again.npz") as again:
+        assert again["ids"].tolist() == ids[:2]
+        np.testing.assert_array_equal(again["vectors"], vectors[:2])
+    assert reached("remove", "photos")[0] == 0
+    assert reached("show", "photos")[0] == 2
+
+
+@pytest.mark.parametrize("store", ["lancedb"], indirect=True)
+def test_what_needs_the_store_itself_says_so(cli, tmp_path, capsys):
+    (tmp_path / "x.parquet").touch()
+    for words, says in (
+        (["re-embed", "c"], "works on a store"),
+        (["export", "c", str(tmp_path / "c.parquet")], "travels as .npz alone"),
+        (["import", str(tmp_path / "x.parquet")], "travels as .npz alone"),
+        (["import", str(tmp_path / "x.npz"), "--replace"], "replaces no collection"),
+        (["list"], "does not answer"),
+    ):
+        assert main(["collection", *words, "--url", "http://127.0.0.1:9"]) == 2  # after the verb, too
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit) as usage:
+        main(["collection", "--store", "lancedb:x", "list", "--url", "http://127.0.0.1:9"])
+    assert usage.value.code == 2

@@ -217,8 +217,8 @@ def test_a_manifest_without_format_is_refused(colours: Json):
     [
         (b"", "Expecting value"),
         (b"{", "Expecting property name"),
-        (b"[]", "a JSON list, not an object"),
-        (b"null", "a JSON NoneType"),
+        (b"[]", "is an empty list; expected an object"),
+        (b"null", "is null; expected an object"),
         (b'{"format": 1, "format": 2}', "the key 'format' appears 2 times"),
         (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' appears 2 times"),
         (b'{"a": NaN}', "NaN is not a finite number"),

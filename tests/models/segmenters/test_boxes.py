@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.flow import Array, Arrays, Call, Flow, drive
+from calmclip.models.preprocess.image import decode
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.segmenters import Scene, boxes
 from calmclip.models.segmenters.boxes import Painting, Params, affinity, between, cover, flow, mixed, painted, things
@@ -68,6 +71,16 @@ def test_without_boxes_everything_is_background():
     answer = painted(scene(2), None, nothing, np.ones(2, bool))
     assert not answer.background.any()
     np.testing.assert_allclose(answer.labels, np.log(1e-4), rtol=1e-6)
+
+
+def test_a_picture_that_the_decoder_made_smaller_is_painted_in_pixels_of_its_file(halved):
+    small = replace(scene(2), image=decode(halved(320, 240)))
+    assert small.image.size == (160, 120)
+    left = Painting(np.array([[0, 0, 160, 240]], np.float32), np.array([0]), [EVERYWHERE])
+    answer = painted(small, None, left, np.ones(2, bool))
+    assert (answer.frame.width, answer.frame.height) == (320, 240)
+    covered = (answer.labels[0] > np.log(0.5)).mean()
+    assert covered == pytest.approx(0.5 + 0.05, abs=0.02)  # the left half, and a tenth of it beyond
 
 
 def test_boxes_lie_over_the_dense_map():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.flow import Array, Arrays, Call, Done, Together, Walk, drive
+from calmclip.models.preprocess.image import decode
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.runtime.clock import Stopwatch
 from calmclip.models.segmenters import Windows
@@ -43,6 +44,13 @@ def test_a_local_map_does_not_depend_on_the_windows(mapped: Bundle):
     assert maps.objectness == pytest.approx(wanted[..., 0], abs=1e-5)
     assert np.linalg.norm(maps.keys, axis=-1) == pytest.approx(np.ones((2, 5)), abs=1e-6)
     assert maps.frame == Frame(20, 8, (5 / 20, 2 / 8), (0.0, 0.0))
+
+
+def test_the_frame_of_a_picture_that_the_decoder_made_smaller(mapped: Bundle, halved):
+    image = decode(halved(40, 16))
+    assert image.size == (20, 8)
+    maps = drive(dense_maps(mapped, image, Windows(size=1.0, stride=0.5)), run)
+    assert (maps.patches.shape, maps.frame) == ((2, 5, 3), Frame(40, 16, (5 / 40, 2 / 16), (0.0, 0.0)))
 
 
 def test_one_window_is_the_picture_without_windows(mapped: Bundle):
