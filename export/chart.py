@@ -54,6 +54,29 @@ def curves(
     figure.savefig(file, format="png", dpi=100)
 
 
+def learning(
+    logs: Mapping[str, Sequence[Mapping[str, float]]], quantities: Sequence[str], file: Path, title: str
+) -> None:
+    """Write a PNG: a panel for each quantity, with a line for each log over its steps, on log scales. Logs whose names
+    differ in the number behind the last hyphen have one colour. Raises `OSError`."""
+    figure = Figure(figsize=(4.6 * len(quantities), 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    (row,) = figure.subplots(1, len(quantities), squeeze=False)
+    nets = [*dict.fromkeys(name.rpartition("-")[0] for name in logs)]
+    for axes, quantity in zip(row, quantities, strict=True):
+        drawn: set[str] = set()
+        for name, lines in logs.items():
+            net = name.rpartition("-")[0]
+            label = net if net not in drawn else None
+            drawn.add(net)
+            values = [line[quantity] for line in lines]
+            axes.plot([line["step"] for line in lines], values, color=f"C{nets.index(net)}", linewidth=1, label=label)
+        axes.set(xlabel="step", ylabel=quantity.replace("_", " "), yscale="log")
+        axes.grid(linewidth=0.4)
+    row[0].legend(fontsize=8)
+    figure.savefig(file, format="png", dpi=100)
+
+
 def layers(
     alphas: Sequence[float], rows: Mapping[str, Sequence[float]], marked: Sequence[str], file: Path, title: str
 ) -> None:

@@ -10,3 +10,12 @@ demonstration.py    vanilla, clipped and gated nets, trained and quantized: the 
 distillation.py    `calmclip distil`: a text tower towards the vectors of another bundle
 corpus.py  students.py    its texts and pictures; the towers that it trains
 """
+
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"  # of `calmclip demonstrate`
+
+
+def shipped() -> list[str]:
+    """The names of the recipes; help reads them, so that it loads nothing."""
+    return sorted(file.stem for file in RECIPES.glob("*.toml"))

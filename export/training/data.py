@@ -10,10 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from calmclip.models.datasets import read_captions
 from calmclip.models.errors import BadRequest, InputError
 from calmclip.models.flow import Array
-from calmclip.models.preprocess.image import ImagePreparer, decode
+from calmclip.models.preprocess.image import SUFFIXES, ImagePreparer, decode
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # each one's index is its id, as in BERT's vocabularies
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def word_pieces(texts: Iterable[str], size: int) -> Tokenizer:
@@ -102,9 +101,9 @@ def pictures(directory: Path, preparer: ImagePreparer) -> Pictures:
     """The pictures in ``directory``, which has a folder for each class. Raises `BadRequest`."""
     names = classes(directory)
     files = [(file, i) for i, name in enumerate(names) for file in sorted((directory / name).iterdir())]
-    files = [(file, i) for file, i in files if file.suffix.lower() in _SUFFIXES]
+    files = [(file, i) for file, i in files if file.suffix.lower() in SUFFIXES]
     if absent := {*range(len(names))} - {i for _, i in files}:
-        raise BadRequest(f"{directory / names[min(absent)]} holds no pictures; expected {', '.join(_SUFFIXES)} files")
+        raise BadRequest(f"{directory / names[min(absent)]} holds no pictures; expected {', '.join(SUFFIXES)} files")
     pixels = np.concatenate([prepared(file, preparer) for file, _ in files])
     return Pictures(pixels, np.asarray([i for _, i in files]), names)
 

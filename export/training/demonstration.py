@@ -1,16 +1,11 @@
 """`calmclip demonstrate`: trains vanilla, clipped and gated nets side by side and quantizes them as in the paper.
 
-    demo       a net of BERT's kind, one seed
-    full       nets of BERT's and ViT's kind, three seeds
-    narrow     demo with weights drawn at BERT's own 0.02, clipped with alpha 1
-    alpha-3.2  demo's clipped net with the paper's alpha
-
-One directory holds all files: the data, a directory per training, a bundle per net, results-RECIPE.json and
-table-RECIPE.md. An interrupted run resumes from it.
+`calmclip.export.training.recipes` has the recipes. One directory holds all files: the data, a directory per training, a
+bundle per net, and results, table and curves of each recipe. An interrupted run resumes from it.
 
 Texts: the Collaborative International Dictionary of English (GCIDE, GPL-2 or later), from Debian's package dict-gcide,
 or any file with one document a line. Pictures: scikit-learn's handwritten digits (Alpaydin and Kaynak 1998, CC BY 4.0),
-enlarged, one class per digit.
+enlarged, one class per digit; or crops of the photographs that ship, one class per photograph.
 
 Source: Bondarenko et al. 2023 (arXiv 2306.12929), tables 1 and 2; the table has their columns.
 """
@@ -22,9 +17,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,8 +29,11 @@ import numpy as np
 import tomli_w
 from PIL import Image
 
+from calmclip.export import samples
 from calmclip.export.checkpoints.files import require_package
-from calmclip.export.training.data import SPECIAL, rows, word_pieces
+from calmclip.export.training.data import byte_pairs, rows, word_pieces
+from calmclip.export.training.recipes import NetRecipe, Recipe, load
+from calmclip.export.training.settings import LOG
 from calmclip.models.bundle.manifest import REPORT
 from calmclip.models.datasets import lines
 from calmclip.models.errors import BadRequest, ExportError
@@ -42,101 +41,99 @@ from calmclip.models.errors import BadRequest, ExportError
 Log = Callable[[str], None]
 PACKAGE, DICTIONARY = "dict-gcide", Path("usr/share/dictd/gcide.dict.dz")
 ROWS, CALIBRATION = 512, 512  # held-out rows to measure on; 16 batches of 32 rows, as in the paper
+CROPS = 200  # of a photograph, to train on
 
 
-@dataclass(frozen=True)
-class Family:
-    """``training``: settings of all variants. ``variants``: name -> other settings. ``metric``: an eval, its figure."""
-
-    role: str
-    training: Mapping[str, Any]
-    variants: Mapping[str, Mapping[str, Any]]
-    metric: tuple[str, str]
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "vanilla": {},
-    # alpha is 1.9 at 64 tokens. The paper's 3.2 clips most probabilities of a narrow untrained net to 0, where no
-    # gradient passes, so learning starts a thousand steps later
-    "clipped": {"softmax": "clipped(-0.03:1)"},
-    "gated": {"gate": "linear"},
-}
-_NARROW = {"spread": 0.02}
-NARROW: dict[str, dict[str, Any]] = {
-    "vanilla-narrow": _NARROW,
-    "clipped-narrow": {**_NARROW, "softmax": "clipped(-0.015:1)"},  # alpha 1
-    "gated-narrow": {**_NARROW, "gate": "linear"},
-}
-ALPHA: dict[str, dict[str, Any]] = {"clipped-alpha-3.2": {"softmax": "clipped(-0.05:1)"}}
 WIDTHS: dict[str, dict[str, Any]] = {  # bits of weights and activations -> params of the quantizer `paper`
     "w8a8": {},
     "w6a8": {"weights": "mse", "weight_bits": 6},
     "w4a8": {"weights": "mse", "weight_bits": 4},
+    "w6a6": {"weights": "mse", "weight_bits": 6, "activation_bits": 6},
 }
-# spread: wider than BERT's 0.02, which suits nets that are six times as wide
-_LOOP = {"spread": 0.05, "batch": 32, "rate": 2e-3, "warmup": 400, "decay": 0.1, "bfloat16": True}
-FAMILIES = {
-    "bert": Family(
-        "mlm",
-        {"objective": "mlm", "layers": 6, "width": 128, "heads": 4, "length": 64, "words": 4096, "masked": 0.3,
-         "steps": 6000, **_LOOP},
-        {**VARIANTS, **NARROW, **ALPHA},
-        ("perplexity", "perplexity"),
-    ),
-    "vit": Family(
-        "logits",
-        {"objective": "classes", "layers": 6, "width": 96, "heads": 4, "side": 32, "patch": 4, "steps": 3000, **_LOOP},
-        VARIANTS,
-        ("top1", "top1"),
-    ),
-}  # fmt: skip
-# recipe -> the variants of each family, and the seeds
-RECIPES: dict[str, tuple[Mapping[str, Collection[str]], Sequence[int]]] = {
-    "demo": ({"bert": VARIANTS}, (0,)),
-    "full": ({"bert": VARIANTS, "vit": VARIANTS}, (0, 1, 2)),
-    "narrow": ({"bert": NARROW}, (0,)),
-    "alpha-3.2": ({"bert": ALPHA}, (0,)),
-}
+OUTLIERS = ("max_inf_norm", "avg_kurtosis", "max_kurtosis")  # columns of the table, and panels of the curves
+
+
+@dataclass(frozen=True)
+class Family:
+    """``metric``: an eval, its figure. ``prepare`` writes the data of a net into a directory; it takes the text that
+    replaces the dictionary. ``inputs``: settings, and the calibration's arguments, as paths below that directory."""
+
+    role: str
+    metric: tuple[str, str]
+    prepare: Callable[[Path, NetRecipe, Path | None], None]
+    inputs: Mapping[str, str]
+    calibration: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Run:
+    """One training. ``net``: of the recipe."""
+
     family: str
     variant: str
     seed: int
+    net: NetRecipe
 
     @property
     def name(self) -> str:
         return f"{self.family}-{self.variant}-{self.seed}"
 
 
-def runs_of(recipe: str) -> list[Run]:
-    families, seeds = RECIPES[recipe]
-    return [Run(family, variant, seed) for seed in seeds for family in families for variant in families[family]]
+def runs_of(recipe: Recipe) -> list[Run]:
+    """In the order of the seeds, so that a stopped run has each variant once before any has two."""
+    nets = recipe.nets.items()
+    return [
+        Run(family, variant, seed, net) for seed in recipe.seeds for family, net in nets for variant in net.variants
+    ]
+
+
+def label_of(recipe: str) -> str:
+    """The part of file names that a recipe's name, or its file, stands for."""
+    return Path(recipe).name.removesuffix(".toml")
 
 
 def results_file(recipe: str, out: Path) -> Path:
-    return out / f"results-{recipe}.json"
+    return out / f"results-{label_of(recipe)}.json"
 
 
-def demonstrate(recipe: str, out: Path, *, text: Path | None = None, jobs: int | None = None, log: Log = print) -> str:
-    """-> the table, as Markdown. ``text`` replaces the dictionary. ``jobs``: concurrent trainings, one thread each."""
-    runs = runs_of(recipe)
-    data = out / "data"
-    for family in RECIPES[recipe][0]:
+def demonstrate(name: str, out: Path, *, text: Path | None = None, jobs: int | None = None, log: Log = print) -> str:
+    """-> the table, as Markdown. ``name``: of a recipe. ``text`` replaces the dictionary. ``jobs``: concurrent
+    trainings, one thread each.
+
+    Raises `BadRequest`; `ExportError` if a training fails.
+    """
+    recipe = load(name)
+    label = label_of(name)
+    if unknown := recipe.nets.keys() - FAMILIES.keys():
+        raise BadRequest(f"the recipe {name} has the net {min(unknown)!r}; expected {', '.join(FAMILIES)}")
+    runs, data = runs_of(recipe), out / "data"
+    for family, net in recipe.nets.items():
         log(f"{family}: data")
-        PREPARED[family](data / family, text)
+        FAMILIES[family].prepare(data / family, net, text)
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:  # each thread waits for a process
-        for run in pool.map(lambda run: _train(run, data, out), runs):
-            log(f"{run.name}: trained")
+        for follows in (False, True):  # a net that starts from another one waits for it
+            now = [run for run in runs if follows == ("start" in run.net.variants[run.variant])]
+            for run in pool.map(lambda run: _train(run, data, out), now):
+                log(f"{run.name}: trained")
     results = {}
     for run in runs:
         log(f"{run.name}: quantizing and measuring")
         results[run.name] = _measure(run, data / run.family, out)
-        results_file(recipe, out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        results_file(name, out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     markdown = table(runs, results)
-    (out / f"table-{recipe}.md").write_text(f"# Demonstration `{recipe}`\n\n{markdown}", encoding="utf-8")
+    (out / f"table-{label}.md").write_text(f"# Demonstration `{label}`\n\n{markdown}", encoding="utf-8")
+    draw_curves(runs, out, out / f"curves-{label}.png", label)
     return markdown
+
+
+def draw_curves(runs: Sequence[Run], out: Path, file: Path, title: str) -> None:
+    """Write a PNG of outliers and loss during the trainings in ``out``, a line for each net."""
+    logs = {run.name: log_of(out / "checkpoints" / run.name) for run in runs}
+    import_module("calmclip.export.chart").learning(logs, (*OUTLIERS, "loss"), file, title)
+
+
+def log_of(checkpoint: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (checkpoint / LOG).read_text(encoding="utf-8").splitlines()]
 
 
 def dictionary(directory: Path, root: Path = Path("/")) -> Iterator[str]:
@@ -166,12 +163,14 @@ def dictionary(directory: Path, root: Path = Path("/")) -> Iterator[str]:
             yield joined
 
 
-def _texts(directory: Path, text: Path | None) -> None:
+def _texts(directory: Path, net: NetRecipe, text: Path | None) -> None:
     """Write train.txt, tokenizer.json, calibration.txt from the training rows, and held/texts.txt from the other rows.
 
-    Raises `BadRequest` if ``text`` is too short, or if ``directory`` holds data of another text.
+    Raises `BadRequest` if ``text`` is too short, or if ``directory`` holds other data.
     """
+    length, words, causal = net.training["length"], net.training["words"], net.training["objective"] == "clm"
     record, source = directory / "source.txt", str(text.resolve()) if text else PACKAGE
+    source = f"{source}, {words} tokens, rows of {length}"
     if (directory / "held" / "texts.txt").is_file():
         if record.is_file() and (recorded := record.read_text(encoding="utf-8")) != source:
             raise BadRequest(f"{directory} holds data of {recorded}, not of {source}; choose another --out")
@@ -181,51 +180,100 @@ def _texts(directory: Path, text: Path | None) -> None:
     cut = int(len(entries) * 0.98)
     train, held = entries[:cut], entries[cut:]
     (directory / "train.txt").write_text("".join(f"{entry}\n" for entry in train), encoding="utf-8")
-    settings = FAMILIES["bert"].training
-    tokenizer = word_pieces(train, settings["words"])
+    tokenizer = (byte_pairs if causal else word_pieces)(train, words)
     tokenizer.save(str(directory / "tokenizer.json"))
     record.write_text(source, encoding="utf-8")
-    draw, start, end = np.random.default_rng(0), SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")
-    for file, entries, count in (("calibration.txt", train, CALIBRATION), ("held/texts.txt", held, ROWS)):
+    ids_of = tokenizer.get_vocab()
+    start, end, last = (ids_of["</s>"], None, None) if causal else (ids_of["[CLS]"], ids_of["[SEP]"], -1)
+    draw = np.random.default_rng(0)
+    for file, part, count in (("calibration.txt", train, CALIBRATION), ("held/texts.txt", held, ROWS)):
         try:
-            ids = rows(entries, tokenizer, settings["length"], start, end)
+            ids = rows(part, tokenizer, length, start, end)
         except BadRequest as error:
             raise BadRequest(f"{text or PACKAGE} is too short to train on and to hold out 2 %: {error}") from None
-        drawn = ids[draw.choice(len(ids), min(count, len(ids)), replace=False), 1:-1].tolist()
+        drawn = ids[draw.choice(len(ids), min(count, len(ids)), replace=False), 1:last].tolist()
         texts = tokenizer.decode_batch(drawn, skip_special_tokens=False)
-        (directory / file).write_text("".join(f"{line}\n" for line in texts), encoding="utf-8")
+        (directory / file).write_text("".join(f"{' '.join(line.split())}\n" for line in texts), encoding="utf-8")
 
 
-def _digits(directory: Path, text: Path | None) -> None:
+def _digits(directory: Path, net: NetRecipe, text: Path | None) -> None:
     """Write train/CLASS/*.png and held/CLASS/*.png: scikit-learn's 8 x 8 digits at four times the size."""
-    if (directory / "held").is_dir():
-        return
     digits = require_package("sklearn.datasets", "the set of digits", "demonstration").load_digits()
-    fresh = directory.with_name(f"{directory.name}.new")  # renamed when it is complete
-    for incomplete in (fresh, directory):
-        shutil.rmtree(incomplete, ignore_errors=True)
     order = np.random.default_rng(0).permutation(len(digits.images))
     held = {*order[: len(order) // 5].tolist()}
-    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        folder = fresh / ("held" if number in held else "train") / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray((image * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-        grey.convert("RGB").save(folder / f"{number:04}.png")
+    side = (net.training["side"],) * 2
+
+    def pictures() -> Iterator[tuple[str, Image.Image]]:
+        for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+            grey = Image.fromarray((image * 255 / 16).astype(np.uint8)).resize(side, Image.Resampling.BICUBIC)
+            yield f"{'held' if number in held else 'train'}/{label}/{number:04}.png", grey.convert("RGB")
+
+    _write_pictures(directory, pictures)
+
+
+def _crops(directory: Path, net: NetRecipe, text: Path | None) -> None:
+    """Write train/CLASS/*.png and held/CLASS/*.png: crops of the photographs that ship, a class for each photograph.
+
+    The photograph's lower fifth, or its right fifth if it is wide, is held out: no training crop overlaps it.
+    """
+    side, draw = net.training["side"], np.random.default_rng(0)
+
+    def pictures() -> Iterator[tuple[str, Image.Image]]:
+        for file in (*samples.pictures(), *samples.calibration_pictures()):
+            with Image.open(file) as opened:
+                photograph = opened.convert("RGB")
+            photograph.thumbnail((8 * side, 8 * side))
+            width, height = photograph.size
+            across = width >= height
+            border = int(0.8 * max(width, height))
+            for part, count, ends in (
+                ("train", CROPS, (0, border)),
+                ("held", CROPS // 10, (border, max(width, height))),
+            ):
+                for number in range(count):
+                    size = int(draw.integers(side, 2 * side))
+                    size = min(size, ends[1] - ends[0], width, height)
+                    along = int(draw.integers(ends[0], ends[1] - size + 1))
+                    other = int(draw.integers(0, min(width, height) - size + 1))
+                    x, y = (along, other) if across else (other, along)
+                    crop = photograph.resize((side, side), Image.Resampling.BICUBIC, (x, y, x + size, y + size))
+                    yield f"{part}/{file.stem}/{number:04}.png", crop
+
+    _write_pictures(directory, pictures)
+
+
+def _write_pictures(directory: Path, pictures: Callable[[], Iterator[tuple[str, Image.Image]]]) -> None:
+    """Write pictures below ``directory``, which appears when it is complete."""
+    if (directory / "held").is_dir():
+        return
+    fresh = directory.with_name(f"{directory.name}.new")
+    for incomplete in (fresh, directory):
+        shutil.rmtree(incomplete, ignore_errors=True)
+    for name, picture in pictures():
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(fresh / name)
     fresh.rename(directory)
 
 
-PREPARED: dict[str, Callable[[Path, Path | None], None]] = {"bert": _texts, "vit": _digits}
+_TEXT = {"text": "train.txt", "tokenizer": "tokenizer.json"}
+FAMILIES = {
+    "bert": Family("mlm", ("perplexity", "perplexity"), _texts, _TEXT, {"texts": "calibration.txt"}),
+    "opt": Family("lm", ("perplexity", "perplexity"), _texts, _TEXT, {"texts": "calibration.txt"}),
+    "vit": Family("logits", ("top1", "top1"), _digits, {"pictures": "train"}, {"images": "train"}),
+    "crops": Family("logits", ("top1", "top1"), _crops, {"pictures": "train"}, {"images": "train"}),
+}
 
 
 def _train(run: Run, data: Path, out: Path) -> Run:
     """Train in another process, whose output goes into training.out. A finished training is not repeated."""
-    family = FAMILIES[run.family]
-    directory, data = out / "checkpoints" / run.name, data / run.family
-    settings = {**family.training, **family.variants[run.variant], "seed": run.seed}
-    if run.family == "bert":
-        settings |= {"text": str(data / "train.txt"), "tokenizer": str(data / "tokenizer.json")}
-    else:
-        settings |= {"pictures": str(data / "train")}
+    directory, paths = out / "checkpoints" / run.name, FAMILIES[run.family].inputs
+    settings = {**run.net.training, **run.net.variants[run.variant], "seed": run.seed}
+    settings |= {name: str(data / run.family / path) for name, path in paths.items()}
+    if start := settings.get("start"):
+        settings["start"] = str(out / "checkpoints" / f"{start}-{run.seed}")
+        settings.pop("tokenizer", None)  # the checkpoint has it
+        if not (out / "checkpoints" / f"{start}-{run.seed}" / "config.json").is_file():
+            raise BadRequest(f"{run.name} starts from {start}-{run.seed}, which is not trained; run its recipe first")
     directory.mkdir(parents=True, exist_ok=True)
     file, toml, output = directory / "settings.toml", tomli_w.dumps(settings), directory / "training.out"
     if (directory / "config.json").is_file() and file.read_text(encoding="utf-8") == toml:
@@ -248,14 +296,15 @@ def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:
 
     family, checkpoint = FAMILIES[run.family], out / "checkpoints" / run.name
     eval_name, figure = family.metric
-    calibration = {"texts": data / "calibration.txt"} if run.family == "bert" else {"images": data / "train"}
+    calibration = {name: data / path for name, path in family.calibration.items()}
     net_name, plugin = recognise(str(checkpoint))
     figures: dict[str, Any] = {}
     for width, params in WIDTHS.items():
         net = plugin.load(str(checkpoint))
+        quantizer = {"name": "paper", "params": {**run.net.quantizer, **params}}
         recipe = load_recipe(
             str(checkpoint), net_name, net,
-            name=f"{run.name}-{width}", replace=True, quantize={family.role: {"name": "paper", "params": params}},
+            name=f"{run.name}-{width}", replace=True, quantize={family.role: quantizer},
             calibration={**calibration, "count": CALIBRATION, "seed": run.seed}, evals={eval_name: data / "held"},
             bars={"min_output_cosine": -1.0, "min_text_cosine": -1.0, "min_image_cosine": -1.0},
         )  # fmt: skip
@@ -264,15 +313,16 @@ def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:
         sides, graph = report["accuracy"][eval_name], report["graphs"][family.role]
         figures |= {"float": sides["float32"][figure], width: sides["int8"][figure]}
         if width == "w8a8":
-            keys = ("max_inf_norm", "avg_kurtosis", "max_kurtosis", "worst")
-            figures |= {key: graph["outliers"][key] for key in keys} | {"bundle": sealed[0].manifest.name}
-    trained = json.loads((checkpoint / "training.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+            figures |= {key: graph["outliers"][key] for key in (*OUTLIERS, "worst")} | {
+                "bundle": sealed[0].manifest.name
+            }
+    trained = log_of(checkpoint)[-1]
     return {**figures, "seconds": trained["seconds"], "steps": trained["step"]}
 
 
 def table(runs: Sequence[Run], results: Mapping[str, Mapping[str, Any]]) -> str:
     """The mean over seeds and, for several seeds, the standard deviation."""
-    keys = ("float", "max_inf_norm", "avg_kurtosis", "max_kurtosis", *WIDTHS)
+    keys = ("float", *OUTLIERS, *WIDTHS)
     names = [key.upper() if key in WIDTHS else key.replace("_", " ") for key in keys]
     head = ("net", "attention", *names)
     lines_ = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
