@@ -88,5 +88,5 @@ $(VENV)/.mutations: $(VENV)/.dev
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,otel,export,nets,eval,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[service,postgres,otel,heic,export,nets,eval,dev]'
 	touch $@

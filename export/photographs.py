@@ -17,14 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
 
-from calmclip.export.calibrate import SUFFIXES
 from calmclip.models.errors import BadImage, BadRequest
 from calmclip.models.evals import NoParams, detection, zero_shot
 from calmclip.models.evals.average_precision import Boxes
 from calmclip.models.flow import Array
-from calmclip.models.preprocess.image import FORMATS
+from calmclip.models.preprocess.image import NAMES, SUFFIXES, upright_size
 
 OUTSIDE = 0.02  # of a side of the picture: rounding may move a box's side so far out of it
 LAYOUTS = (
@@ -186,13 +184,9 @@ def _shown(box: Array) -> str:
 def _size(path: Path) -> tuple[int, int]:
     """Width and height of the upright picture, from its header."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.height, image.width) if turned else image.size
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
-        raise BadImage(
-            f"{path} is no picture: {error}; expected a JPEG, PNG or WebP: remove it or write it anew"
-        ) from None
+        return upright_size(path.read_bytes())
+    except (OSError, BadImage) as error:
+        raise BadImage(f"{path} is no picture: {error}; expected a {NAMES}: remove it or write it anew") from None
 
 
 def _paths(pictures: Sequence[object]) -> tuple[Path, ...]:

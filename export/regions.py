@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from calmclip.export import box_quality, parity
-from calmclip.export.calibrate import SUFFIXES
 from calmclip.export.nets.mini import DETECTOR, MASKS, SHIPPED, regions
 from calmclip.export.nets.mini import load as load_net
 from calmclip.export.nets.mini.facts import PIXELS, REGION_PIXELS, WIDTH
@@ -38,7 +37,7 @@ from calmclip.export.nets.mini.towers import Heads
 from calmclip.models.errors import BadRequest, WeightsMissing
 from calmclip.models.evals import NoParams, detection
 from calmclip.models.flow import Array
-from calmclip.models.preprocess.image import ImagePreparer, decode
+from calmclip.models.preprocess.image import SUFFIXES, ImagePreparer, decode
 
 LEAST, MOST = 0.15, 10  # the proposals of a picture that train: their objectness, and how many
 AROUND = 0.1  # of a box's sides, on each side of a crop

@@ -34,7 +34,7 @@ class InputError(CalmclipError): ...  # the caller's input is wrong
 class BadRequest(InputError): ...  # values out of range, or values that contradict each other
 
 
-class BadImage(InputError): ...  # bytes that are no JPEG, PNG or WebP
+class BadImage(InputError): ...  # bytes that are no complete picture of a format that is read
 
 
 class ImageTooLarge(InputError): ...  # more bytes or pixels than the limit
@@ -56,6 +56,9 @@ class CollectionError(CalmclipError): ...
 
 
 class CollectionNotFound(CollectionError): ...
+
+
+class ItemNotFound(CollectionError): ...  # no item with that id
 
 
 class CollectionExists(CollectionError): ...  # a name that is in use
@@ -138,3 +141,15 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}."
+
+
+KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+
+
+def kind(value: object) -> str:
+    """A JSON value in words, without what the caller sent."""
+    if isinstance(value, dict):
+        return "an object" if value else "an empty object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return KINDS[type(value)]

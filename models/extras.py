@@ -6,7 +6,6 @@ calmclip is in no package index, so `pip install calmclip` does not work.
 import json
 import os
 import shlex
-from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +19,7 @@ EXTRAS = {
     "fastapi": "service", "uvicorn": "service", "prometheus_client": "service", "pydantic_settings": "service",
     "orjson": "service", "lancedb": "service", "pyarrow": "service", "httpx": "service",
     "calmclip.export": "export", "calmclip.service": "service",  # an image may have only one of these
+    "shtab": "completion",
     "scipy": "eval", "imagecorruptions": "eval",
 }  # fmt: skip
 # those of the extra `export` that the built-in model's own extra, `mini`, has too: all that its export imports
@@ -71,6 +71,8 @@ def how_to_install_file(requirements: Path) -> str:
 
 def _origin() -> str | None:
     """The URL that pip installed from (PEP 610), if there is still a file."""
+    from importlib import metadata  # takes longer than the rest of a help text
+
     try:
         direct_url = metadata.distribution("calmclip").read_text("direct_url.json")
     except metadata.PackageNotFoundError:

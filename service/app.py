@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import calmclip
+from calmclip.models.errors import CalmclipError
 from calmclip.service import openapi, problems
 from calmclip.service.access import Access
 from calmclip.service.admission import Admission
@@ -21,30 +23,38 @@ from calmclip.service.hub import Hub
 from calmclip.service.metrics import Metrics
 from calmclip.service.middleware import RequestContext
 from calmclip.service.parts import Service, check_replicas
+from calmclip.service.relevance import MAX_COLLECTIONS, Relevance
 from calmclip.service.routes.catalog import page
+from calmclip.service.routes.inference import unlisted
 from calmclip.service.settings import Settings, from_environment
 from calmclip.service.tracing import open_tracing
 
+CORS_METHODS = ("GET", "POST", "PUT", "DELETE")
+CORS_EXPOSED = ("Server-Timing", "X-Request-Id", "Retry-After", "WWW-Authenticate")
 SPECIFICATION = "/openapi.json"  # FastAPI's own route
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """Raises `BadRequest` for settings that contradict each other."""
+def create_app(settings: Settings | None = None, *, read_only: bool = False, measures: bool = True) -> FastAPI:
+    """``read_only``: the store is read beside the process that writes to it. ``measures``: the collections are measured
+    for relevance when they are opened; else when one is asked for. Raises `BadRequest` for settings that contradict
+    each other."""
     settings = settings or from_environment()
     check_replicas(settings, settings.replicas)
     metrics = Metrics(settings.slo)
     admission = Admission(settings)
     access = Access(settings)
     specification = Endpoint("GET", SPECIFICATION, task=CATALOG, scope="read", listed=False)
-    endpoints = Table([*registered(), *page(), specification])
+    endpoints = Table([*registered(), *page(), *unlisted(), specification])
     engine = Engine(settings, metrics)
+    hub = Hub(settings, metrics, admission.concurrent)
     parts = Service(
         settings=settings,
         metrics=metrics,
         admission=admission,
-        hub=Hub(settings, metrics, admission.concurrent),
+        hub=hub,
         engine=engine,
-        collections=Collections(settings, metrics),
+        collections=Collections(settings, metrics, read_only),
+        relevance=Relevance(hub.by_embedding),
         classifiers=Classifiers(settings.data_dir / "classifiers", settings.limits),
         fetcher=Fetcher(settings.url_hosts, settings.limits),
         connections=Connections(settings.connections, metrics.connections_crowded.inc),
@@ -55,12 +65,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # In the background, so that probes are answered while bundles load.
-        loading = asyncio.create_task(_load(parts), name="load")
+        loading = asyncio.create_task(_load(parts, measures), name="load")
         try:
             yield
         finally:  # `calmclip index` may leave with an error, and an open store holds its folder's lock
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
+            await parts.relevance.close()
             await parts.collections.close()
             await parts.hub.close()
             engine.close()
@@ -88,6 +99,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         endpoints=endpoints,
         tracing=tracing,
     )
+    if settings.cors_origins:  # outside of `RequestContext`: a preflight has no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=["*"],  # of clients such as openai's; no cookie is ever read, so credentials stay off
+            expose_headers=CORS_EXPOSED,
+        )
     problems.install(app)
     for endpoint in endpoints.all:
         if endpoint.handler:
@@ -96,6 +115,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-async def _load(parts: Service) -> None:
+async def _load(parts: Service, measures: bool) -> None:
     await asyncio.gather(parts.collections.load(), parts.hub.load())
+    if measures:
+        with suppress(CalmclipError):  # a store that does not answer; a search looks again
+            for collection in (await parts.collections.all())[:MAX_COLLECTIONS]:
+                parts.relevance.wake(collection)
     await asyncio.gather(parts.hub.tend(), parts.collections.tend())

@@ -21,6 +21,7 @@ send and when to wait; each client drives it.
 import asyncio
 import base64
 import inspect
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,11 +51,13 @@ T = TypeVar("T")
 V = TypeVar("V")
 H = TypeVar("H")
 P = ParamSpec("P")
-# A path, or the content of a JPEG, PNG or WebP file: bytes, or a file opened in binary mode.
+# A path, or the content of a picture in any format that the service reads: bytes, or a file opened in binary mode.
 Truncate: TypeAlias = Literal["none", "end", "compress", "chunk"]
 Picture: TypeAlias = str | PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 File: TypeAlias = Picture  # of another format
 URL = "http://127.0.0.1:8080"
+LINES = {"Accept": "application/x-ndjson"}
+ANY = "*/*"
 
 
 class ClientError(Exception): ...
@@ -81,6 +84,7 @@ class Problem(ClientError):
         self.known: list[str] = document.get("known") or []
         self.errors: list[dict[str, str]] = document.get("errors") or []
         self.retry_after = retry_after
+        self.document = document
         super().__init__(f"{status} {self.detail or self.title}")
 
 
@@ -116,6 +120,23 @@ PROBLEMS: dict[int, type[Problem]] = {
     503: Overloaded,
     504: DeadlineExceeded,
 }
+
+
+@dataclass(frozen=True)
+class Result(Generic[T]):
+    """Of one of many pictures or inputs; ``index`` is its place in the request. Either ``answer`` or ``problem`` is
+    None."""
+
+    index: int
+    answer: T | None = None
+    problem: Problem | None = None
+
+    def get(self) -> T:
+        """The answer. Raises the problem."""
+        if self.problem:
+            raise self.problem
+        assert self.answer is not None
+        return self.answer
 
 
 @dataclass(frozen=True)
@@ -378,8 +399,11 @@ class Item:
 
 @dataclass(frozen=True)
 class StoredItem:
+    """``vector``: a unit vector; None unless it was asked for."""
+
     id: str
     meta: dict[str, Any]
+    vector: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -392,9 +416,40 @@ class Page:
 
 @dataclass(frozen=True)
 class Hit:
+    """``score``: cosine. ``relevance``: 0 to 1; None: `Hits.uncalibrated` says why."""
+
     id: str
     score: float
     meta: dict[str, Any]
+    relevance: float | None = None
+
+
+class Hits(list[Hit]):
+    """Nearest first. ``below``: so many of the nearest were left out, for their relevance is less than
+    ``min_relevance``. ``uncalibrated``: why the hits have no relevance, None if they have."""
+
+    min_relevance: float = 0.0
+    below: int = 0
+    uncalibrated: str | None = None
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> "Hits":
+        hits = cls(_reader(list[Hit])(answer["hits"]))
+        hits.min_relevance, hits.below = answer["min_relevance"], answer["below"]
+        hits.uncalibrated = answer["uncalibrated"]
+        return hits
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a composed query: a text, a picture, a ``vector`` in place of a text, or the ``id`` of a stored item, exactly
+    one of them. ``weight``: of its unit vector in the sum; a negative number subtracts it."""
+
+    text: str | None = None
+    image: "Picture | None" = None
+    vector: Sequence[float] | None = None
+    id: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -550,13 +605,14 @@ class Ready:
 @dataclass(frozen=True)
 class Call(Generic[T]):
     """One request, and how to read its answer. ``ok_statuses``: statuses besides 2xx that are answers. ``kind``: the
-    content type of an answer that is a file; ``read`` gets its bytes. ``file``: a body of bytes instead of JSON."""
+    content type of an answer that is a file, or `ANY`; ``read`` gets its bytes. ``file``: a body of bytes instead of
+    JSON."""
 
     method: str
     path: str
     read: Callable[[Any], T]
     json: Any = None
-    params: Mapping[str, str | int] = field(default_factory=dict)
+    params: Mapping[str, str | int | list[str]] = field(default_factory=dict)
     ok_statuses: tuple[int, ...] = ()
     kind: str | None = None
     file: bytes | None = None
@@ -683,6 +739,34 @@ class Calls:
             model=model,
         )
         return Call("POST", "/v1/detect", _reader(Detections), {"image": _picture(image), **fields})
+
+    @staticmethod
+    def classify_many(
+        images: Sequence[Picture], labels: Sequence[str] = (), **settings: Any
+    ) -> Call[list[Result[Ranking]]]:
+        """Rank labels for many pictures in one request: each has its own answer or problem, in their order.
+        ``settings``: those of `classify`. `lines` gives each as soon as it is there."""
+        return _many(Calls.classify(b"", labels, **settings), images, Ranking)
+
+    @staticmethod
+    def detect_many(
+        images: Sequence[Picture], labels: Sequence[str] = (), **settings: Any
+    ) -> Call[list[Result[Detections]]]:
+        """Find labels, or the objects of examples, in many pictures. ``settings``: those of `detect`; else as
+        `classify_many`."""
+        return _many(Calls.detect(b"", labels, **settings), images, Detections)
+
+    @staticmethod
+    def tag_many(images: Sequence[Picture], words: Sequence[str] = (), **settings: Any) -> Call[list[Result[Tags]]]:
+        """Words that fit many pictures. ``settings``: those of `tag`; else as `classify_many`."""
+        return _many(Calls.tag(b"", words, **settings), images, Tags)
+
+    @staticmethod
+    def embed_many(**inputs: Any) -> Call[list[Result[Embeddings]]]:
+        """The vectors of each input, or its own problem. ``inputs``: the arguments of `embed`; a picture with boxes is
+        one input."""
+        call = Calls.embed(**inputs)
+        return Call(call.method, call.path, _results(Embeddings), {**call.json, "partial": True})
 
     @staticmethod
     def rank(
@@ -856,9 +940,23 @@ class Calls:
         return Call("POST", _collection(collection, "/items"), _reader(Count), body)
 
     @staticmethod
-    def page(collection: str, *, after: str | None = None, limit: int = 100) -> Call[Page]:
-        """Items ordered by id, from the first id after ``after``."""
-        return Call("GET", _collection(collection, "/items"), _reader(Page), params=_present(after=after, limit=limit))
+    def page(
+        collection: str,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        vectors: bool = False,
+        fields: Sequence[str] = (),
+    ) -> Call[Page]:
+        """Items ordered by id, from the first id after ``after``. ``fields``: only these of the metadata."""
+        params = _present(after=after, limit=limit, vectors="true" if vectors else None, fields=_texts(fields))
+        return Call("GET", _collection(collection, "/items"), _reader(Page), params=params)
+
+    @staticmethod
+    def item(collection: str, id: str, *, vectors: bool = False) -> Call[StoredItem]:
+        """One item, with its vector if asked for."""
+        params = _present(vectors="true" if vectors else None)
+        return Call("GET", _collection(collection, f"/items/{quote(id, safe='')}"), _reader(StoredItem), params=params)
 
     @staticmethod
     def delete_items(collection: str, ids: Sequence[str]) -> Call[Count]:
@@ -872,18 +970,32 @@ class Calls:
         *,
         image: Picture | None = None,
         vector: Sequence[float] | None = None,
+        id: str | None = None,
+        parts: Sequence[Part] = (),
         top_k: int = 10,
+        min_relevance: float | None = None,
         filter: Mapping[str, Any] | None = None,
         prompt_name: str | None = None,
         truncate: Truncate | None = None,
         model: str | None = None,
-    ) -> Call[list[Hit]]:
-        """The nearest items to a text, a picture, or a ``vector`` in place of a text. ``filter``: metadata field ->
-        value or range, as {"gte": 1}. ``prompt_name``: the bundle's prompt before a text; by default "query", if the
-        bundle has it. ``truncate``: of a text that is too long."""
-        fields = _present(filter=filter, prompt_name=prompt_name, truncate=truncate, model=model)
-        body = {"query": _query(text, image, vector), "top_k": top_k, **fields}
-        return Call("POST", _collection(collection, "/search"), _reader(list[Hit], "hits"), body)
+    ) -> Call[Hits]:
+        """The nearest items to a text, a picture, a ``vector`` in place of a text, or a stored item by its ``id``; or
+        to the weighted sum of ``parts``. Hits of less than ``min_relevance`` are left out; None: the service's setting,
+        0: none is. ``filter``: metadata field -> value or condition, as {"gte": 1}. ``prompt_name``: the bundle's
+        prompt before a text; by default "query", if the bundle has it. ``truncate``: of a text that is too long."""
+        fields = _present(
+            min_relevance=min_relevance, filter=filter, prompt_name=prompt_name, truncate=truncate, model=model
+        )
+        alone = Part(text, image, vector, id)
+        if parts and alone != Part():
+            raise TypeError("expected one query, or `parts`, not both")
+        query = [_part(part) for part in parts] if parts else _part(alone)
+        return Call("POST", _collection(collection, "/search"), Hits.of, {"query": query, "top_k": top_k, **fields})
+
+    @staticmethod
+    def original(collection: str, id: str) -> Call[bytes]:
+        """The text (as UTF-8) or the picture of one item, as it was sent. The collection needs ``keep_originals``."""
+        return Call("GET", _collection(collection, f"/originals/{quote(id, safe='')}"), bytes, kind=ANY)
 
     @staticmethod
     def export_bank(collection: str) -> Call[bytes]:
@@ -997,6 +1109,22 @@ class Calls:
         return Call("GET", "/readyz", _reader(Ready), ok_statuses=(503,))
 
 
+def _many(call: Call[T], images: Sequence[Picture], kind: type[T]) -> Call[list[Result[T]]]:
+    """A call for one picture -> the call for many with the same settings."""
+    fields = {name: value for name, value in call.json.items() if name != "image"}
+    return Call(call.method, call.path, _results(kind), {"images": [*map(_picture, _pictures(images))], **fields})
+
+
+def _results(kind: type[T]) -> Callable[[Any], list[Result[T]]]:
+    def result(row: Mapping[str, Any]) -> Result[T]:
+        if "problem" not in row:
+            return Result(row["index"], _read(kind, row["answer"]))
+        document = row["problem"]
+        return Result(row["index"], None, _problem_of(document["status"], document, document.get("retry_after")))
+
+    return lambda answer: [result(row) for row in answer["results"]]
+
+
 def _classifier(name: str, tail: str = "") -> str:
     return f"/v1/classifiers/{quote(name, safe='')}{tail}"
 
@@ -1035,7 +1163,7 @@ def _pictures(values: Sequence[V]) -> Sequence[V]:
 
 def _picture(picture: Picture) -> dict[str, str]:
     """Raises as `_bytes`."""
-    return {"b64": base64.b64encode(_bytes(picture, "a picture is", "the bytes of a JPEG, PNG or WebP file")).decode()}
+    return {"b64": base64.b64encode(_bytes(picture, "a picture is", "the bytes of a picture")).decode()}
 
 
 def _bytes(file: File, what: str = "a bank is", content: str = "the bytes of an npz file") -> bytes:
@@ -1071,6 +1199,23 @@ def _query(text: str | None, image: Picture | None, vector: Sequence[float] | No
     return {"text": text} if image is None else {"image": _picture(image)}
 
 
+def _part(part: Part) -> dict[str, Any]:
+    weight = {} if part.weight == 1 else {"weight": part.weight}
+    if part.id is None:
+        return _query(part.text, part.image, part.vector) | weight
+    if part != Part(id=part.id, weight=part.weight):
+        raise TypeError("expected a text, a picture, a vector or an id, exactly one of them")
+    return {"id": part.id} | weight
+
+
+def _line(call: Call[list[Result[T]]], line: str) -> list[Result[T]]:
+    """The result in a line of a stream. Raises `Unreadable`."""
+    try:
+        return call.read({"results": [json.loads(line)]})
+    except (ValueError, LookupError, TypeError) as error:
+        raise Unreadable(f"a line of the answer is not one of calmclip: {error!r}") from None
+
+
 def _nothing(answer: Any) -> None:
     return None
 
@@ -1103,10 +1248,11 @@ def _types(kind: Any) -> dict[str, Any]:
 
 
 def _content(answer: httpx.Response, kind: str | None) -> Any:
-    """JSON, None for an empty body; the bytes of a file of the content type ``kind``. Raises `ValueError`."""
+    """JSON, None for an empty body; the bytes of a file of the content type ``kind`` or `ANY`. Raises `ValueError`."""
     if kind is None:
         return answer.json() if answer.content else None
-    if (given := answer.headers.get("content-type")) != kind:
+    given = answer.headers.get("content-type")
+    if kind not in (ANY, given):
         raise ValueError(f"the content type is {given!r}; expected {kind}")
     return answer.content
 
@@ -1124,7 +1270,9 @@ def _attempts(call: Call[T], retries: int, longest_wait: float) -> Generator[flo
         problem = _problem(answer)
         after = problem.retry_after if isinstance(problem, Overloaded) and retries else None
         if after is None or after > longest_wait:
-            raise problem
+            if "results" not in problem.document:
+                raise problem
+            return call.read(problem.document)  # of many pictures, and none has an answer
         retries, wait = retries - 1, after
 
 
@@ -1134,12 +1282,16 @@ def _problem(answer: httpx.Response) -> Problem:
     except ValueError:
         document = None
     after = answer.headers.get("retry-after", "")
-    kind = PROBLEMS.get(answer.status_code, Failed if answer.status_code >= 500 else Rejected)
-    return kind(
+    return _problem_of(
         answer.status_code,
         document if isinstance(document, dict) else {"title": answer.reason_phrase},
         float(after) if after.isascii() and after.isdigit() else None,
     )
+
+
+def _problem_of(status: int, document: Mapping[str, Any], retry_after: float | None) -> Problem:
+    kind = PROBLEMS.get(status, Failed if status >= 500 else Rejected)
+    return kind(status, document, retry_after)
 
 
 @contextmanager
@@ -1226,7 +1378,34 @@ class Client(_Options[httpx.Client]):
             value: T = done.value
             return value
 
+    def lines(self, call: Call[list[Result[T]]]) -> Iterator[Result[T]]:
+        """The results of a call of many pictures, each as soon as it is there, not in order::
+
+            for result in client.lines(Calls.classify_many(pictures, labels)): ...
+
+        Closing the iterator ends the rest of the request.
+        """
+        attempts = _attempts(call, *self._retry_limits)
+        wait = next(attempts)
+        while True:
+            time.sleep(wait)
+            with _reachable(self._http.base_url), self._http.stream(**call.request, headers=LINES) as answer:
+                if answer.is_success:
+                    for line in answer.iter_lines():
+                        yield from _line(call, line)
+                    return
+                answer.read()
+            try:
+                wait = attempts.send(answer)
+            except StopIteration as done:
+                yield from done.value
+                return
+
     classify = _sync(Calls.classify)
+    classify_many = _sync(Calls.classify_many)
+    detect_many = _sync(Calls.detect_many)
+    embed_many = _sync(Calls.embed_many)
+    tag_many = _sync(Calls.tag_many)
     embed = _sync(Calls.embed)
     detect = _sync(Calls.detect)
     rank = _sync(Calls.rank)
@@ -1243,8 +1422,10 @@ class Client(_Options[httpx.Client]):
     delete_collection = _sync(Calls.delete_collection)
     upsert = _sync(Calls.upsert)
     page = _sync(Calls.page)
+    item = _sync(Calls.item)
     delete_items = _sync(Calls.delete_items)
     search = _sync(Calls.search)
+    original = _sync(Calls.original)
     export_bank = _sync(Calls.export_bank)
     import_bank = _sync(Calls.import_bank)
     classifiers = _sync(Calls.classifiers)
@@ -1257,11 +1438,13 @@ class Client(_Options[httpx.Client]):
     model = _sync(Calls.model)
     ready = _sync(Calls.ready)
 
-    def items(self, collection: str, *, page_size: int = 100) -> Iterator[StoredItem]:
+    def items(
+        self, collection: str, *, page_size: int = 100, vectors: bool = False, fields: Sequence[str] = ()
+    ) -> Iterator[StoredItem]:
         """All items ordered by id, page by page."""
         after: str | None = None
         while True:
-            page = self.page(collection, after=after, limit=page_size)
+            page = self.page(collection, after=after, limit=page_size, vectors=vectors, fields=fields)
             yield from page.items
             if (after := page.next) is None:
                 return
@@ -1294,7 +1477,33 @@ class AsyncClient(_Options[httpx.AsyncClient]):
             value: T = done.value
             return value
 
+    async def lines(self, call: Call[list[Result[T]]]) -> AsyncIterator[Result[T]]:
+        """As `Client.lines`: ``async for result in client.lines(Calls.classify_many(pictures, labels))``. A loop that
+        ends early closes the iterator by `contextlib.aclosing`."""
+        attempts = _attempts(call, *self._retry_limits)
+        wait = next(attempts)
+        while True:
+            await asyncio.sleep(wait)
+            with _reachable(self._http.base_url):
+                async with self._http.stream(**call.request, headers=LINES) as answer:
+                    if answer.is_success:
+                        async for line in answer.aiter_lines():
+                            for result in _line(call, line):
+                                yield result
+                        return
+                    await answer.aread()
+            try:
+                wait = attempts.send(answer)
+            except StopIteration as done:
+                for result in done.value:
+                    yield result
+                return
+
     classify = _async(Calls.classify)
+    classify_many = _async(Calls.classify_many)
+    detect_many = _async(Calls.detect_many)
+    embed_many = _async(Calls.embed_many)
+    tag_many = _async(Calls.tag_many)
     embed = _async(Calls.embed)
     detect = _async(Calls.detect)
     rank = _async(Calls.rank)
@@ -1311,8 +1520,10 @@ class AsyncClient(_Options[httpx.AsyncClient]):
     delete_collection = _async(Calls.delete_collection)
     upsert = _async(Calls.upsert)
     page = _async(Calls.page)
+    item = _async(Calls.item)
     delete_items = _async(Calls.delete_items)
     search = _async(Calls.search)
+    original = _async(Calls.original)
     export_bank = _async(Calls.export_bank)
     import_bank = _async(Calls.import_bank)
     classifiers = _async(Calls.classifiers)
@@ -1325,11 +1536,13 @@ class AsyncClient(_Options[httpx.AsyncClient]):
     model = _async(Calls.model)
     ready = _async(Calls.ready)
 
-    async def items(self, collection: str, *, page_size: int = 100) -> AsyncIterator[StoredItem]:
+    async def items(
+        self, collection: str, *, page_size: int = 100, vectors: bool = False, fields: Sequence[str] = ()
+    ) -> AsyncIterator[StoredItem]:
         """All items ordered by id, page by page."""
         after: str | None = None
         while True:
-            page = await self.page(collection, after=after, limit=page_size)
+            page = await self.page(collection, after=after, limit=page_size, vectors=vectors, fields=fields)
             for item in page.items:
                 yield item
             if (after := page.next) is None:

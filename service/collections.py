@@ -40,7 +40,7 @@ from calmclip.service.hub import Loaded
 from calmclip.service.metrics import Metrics
 from calmclip.service.quantized import QuantizedTable
 from calmclip.service.settings import Settings
-from calmclip.service.stores import Condition, ExclusiveTable, Info, Match, Row, Store, Table, open_store, redacted
+from calmclip.service.stores import ExclusiveTable, Info, Match, Row, Store, Table, Where, open_store, redacted
 
 T = TypeVar("T")
 log = logging.getLogger("calmclip")
@@ -75,6 +75,7 @@ class Collection:
         self._deferred: _Write | None = None  # taken from the queue, but not for the current commit
         self._uncompacted = 0  # commits since the last compaction
         self._closed = False
+        self.writes = 0  # rows that were written or deleted since it was opened
         self._writer: asyncio.Task[None] | None = None
 
     async def upsert(self, rows: Sequence[Row]) -> int:
@@ -90,11 +91,15 @@ class Collection:
         """The number of rows deleted."""
         return await self._write((), tuple(dict.fromkeys(ids)))
 
-    async def search(self, vector: Array, top_k: int, where: Sequence[Condition]) -> list[Match]:
+    async def search(self, vector: Array, top_k: int, where: Where) -> list[Match]:
         return await self._read(lambda: self.table.search(vector, top_k, where))
 
-    async def page(self, after: str | None, limit: int) -> list[Match]:
-        return await self._read(lambda: self.table.page(after, limit))
+    async def page(self, after: str | None, limit: int, vectors: bool = False) -> list[Match]:
+        return await self._read(lambda: self.table.page(after, limit, vectors))
+
+    async def get(self, ids: Sequence[str], originals: bool = False) -> list[Row]:
+        """The items of these ids that exist, in any order."""
+        return await self._read(lambda: self.table.get(ids, originals))
 
     async def count(self) -> int:
         return await self._read(self.table.count)
@@ -126,6 +131,11 @@ class Collection:
                 f"(embedding {self.info.digest[:12]}…); {model!r} embeds differently (embedding {str(digest)[:12]}…), "
                 f"so its vectors cannot be compared with them. {way_out(self.info)}"
             )
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was deleted, or the service shuts down."""
+        return self._closed
 
     async def close(self) -> None:
         """Writes that wait are written first."""
@@ -209,6 +219,7 @@ class Collection:
             latest = {row.id: row for write in batch for row in write.rows}  # the later write wins
             self.table.upsert(list(latest.values()))
             counts = [len(write.rows) for write in batch]
+        self.writes += sum(counts)
         self._metrics.committed(self.info.name, self.table.count())
         return counts
 
@@ -271,8 +282,9 @@ class Collections:
     ``failed``: why the store, or a collection, does not open; the other collections are served.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, read_only: bool = False) -> None:
         self._url = settings.store_url
+        self._read_only = read_only
         self._max_pending = settings.queue.max_pending
         self._max_collections = settings.limits.collections
         self._copy_bytes = settings.copy_bytes
@@ -437,7 +449,9 @@ class Collections:
                 await asyncio.to_thread((await self._opening).close)
 
     async def _load(self) -> None:
-        self._opening = asyncio.create_task(asyncio.to_thread(open_store, self._url), name="store-open")
+        self._opening = asyncio.create_task(
+            asyncio.to_thread(open_store, self._url, self._read_only), name="store-open"
+        )
         store = await asyncio.shield(self._opening)  # `close` waits for it: an open store holds its folder's lock
         try:
             for name in await asyncio.to_thread(store.names):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from calmclip.models.errors import CalmclipError
 from calmclip.models.registry import Registry
 from calmclip.service.access import EndpointScope
+from calmclip.service.dialects import OURS, Dialect
 from calmclip.service.schemas import Body
 
 Handler = Callable[..., Awaitable[Any]]
@@ -48,12 +49,17 @@ class Endpoint:
     tags: tuple[str, ...] = ("tasks",)
     body: type[Body] | None = None  # of a request
     example: Mapping[str, Any] | None = None  # of the body; it must succeed
+    optional: bool = False  # the body may be empty; the handler gets the raw bytes
     kinds: tuple[str, ...] = ()  # content types beside the JSON of a body; with any, the handler gets the raw bytes
     answer: Any = None  # model of a success; None: no JSON
+    many: bool = False  # it also answers with `Results` of ``answer``, or with a line for each
     status: int = 200
     problems: tuple[str, ...] = ()  # slugs, beside those that every request may have
     responses: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # status -> more for OpenAPI
     head: bool = False  # answer HEAD too
+    rest: bool = False  # the last parameter of the path takes all that follows, slashes and line ends included
+    dialect: Dialect = OURS  # of its problems
+    operation: str = ""  # as OpenTelemetry's conventions for generative AI name it; "" if they do not
     listed: bool = True  # in /openapi.json
     handler: Handler | None = None  # None: FastAPI has its own
 
@@ -66,13 +72,18 @@ class Endpoint:
         return handler
 
     @property
+    def route(self) -> str:
+        """The path as the router has it."""
+        return f"{self.path[:-1]}:rest}}" if self.rest else self.path
+
+    @property
     def name(self) -> str:
         return f"{self.method} {self.path}"
 
     @property
     def interactive(self) -> bool:
-        """Whether a user may wait for the answer: it takes a body and changes nothing."""
-        return self.body is not None and self.scope == "read"
+        """Whether a user may wait for the answer: it takes a body, changes nothing, and has an objective."""
+        return self.body is not None and self.scope == "read" and self.task not in UNCOUNTED
 
 
 ENDPOINTS: Registry[Endpoint] = Registry("endpoints", "calmclip.service.routes")
@@ -81,6 +92,7 @@ ENDPOINTS: Registry[Endpoint] = Registry("endpoints", "calmclip.service.routes")
 READING = ("GET", "HEAD")
 _NONE_READ = Endpoint("GET", "", task=OTHER, scope="read")
 _NONE_WRITE = Endpoint("", "", task=OTHER)
+REST = "(?s:.*)"  # Starlette's `path` leaves out line ends
 _SEGMENT = re.compile(r"(\{\w+(?::\w+)?\})")
 
 
@@ -111,7 +123,15 @@ class Table:
                 raise ValueError(f"{endpoint.name} and {other.name} are one path; choose another")
         self._fixed = {e.name: e for e in self.all if "{" not in e.path}
         self._variable = [e for e in self.all if "{" in e.path]
-        self._pattern = re.compile("|".join(f"({_pattern(e.name)}$)" for e in self._variable) or "(?!)")
+        self._pattern = re.compile(
+            "|".join(f"({_pattern(f'{e.method} {e.route}')}$)" for e in self._variable) or "(?!)"
+        )
+        dialects: dict[str, set[Dialect]] = {}
+        for endpoint in self.all:
+            dialects.setdefault(_tree(endpoint.path), set()).add(endpoint.dialect)
+        # First segment of a path -> the only dialect of its endpoints: clients of a protocol also ask for what is not
+        # served.
+        self._dialects = {tree: only for tree, (only, *others) in dialects.items() if not others}
 
     def find(self, method: str, path: str) -> Endpoint:
         """The endpoint of a request; else one that stands for none, with task `other`.
@@ -123,12 +143,19 @@ class Table:
             return endpoint
         if match := self._pattern.match(name):
             return self._variable[(match.lastindex or 0) - 1]
-        return _NONE_READ if method in READING else _NONE_WRITE
+        none = _NONE_READ if method in READING else _NONE_WRITE
+        dialect = self._dialects.get(_tree(path), OURS)
+        return none if dialect is OURS else replace(none, dialect=dialect)
+
+
+def _tree(path: str) -> str:
+    """The first segment."""
+    return path[1:].partition("/")[0]
 
 
 def _pattern(name: str) -> str:
     """A regular expression without groups that matches all that the router matches, or more."""
     return "".join(
-        re.escape(part) if part[:1] != "{" else ".*" if part.endswith(":path}") else "[^/]+"
+        re.escape(part) if part[:1] != "{" else REST if part.endswith((":path}", ":rest}")) else "[^/]+"
         for part in _SEGMENT.split(name)
     )

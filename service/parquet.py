@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calmclip.models.errors import BadRequest
+from calmclip.service import metadata, strict_json
+from calmclip.service.errors import InvalidRequest
 from calmclip.service.exchange import UNIT, File, Ids, whole
 from calmclip.service.stores import Info, Row, Table
 
@@ -77,11 +79,9 @@ def _row(values: dict[str, Any], path: Path, info: Info, ids: Ids) -> Row:
     if not abs(length - 1) <= UNIT:  # also if it is not a number
         raise BadRequest(f"{path}: the vector of {id_!r} has the length {length:.4g}; expected a unit vector")
     try:
-        meta = json.loads(values["meta"])
-    except ValueError:
-        meta = None
-    if not isinstance(meta, dict):
-        raise BadRequest(f"{path}: the meta of {id_!r} is no JSON object")
+        meta = metadata.storable(dict(strict_json.parse(values["meta"].encode(), "it")))
+    except (InvalidRequest, ValueError) as error:
+        raise BadRequest(f"{path}: the meta of {id_!r}: {error}") from None
     return Row(id_, vector, meta, (picture if text is None else text) if info.originals else None)
 
 

@@ -16,6 +16,7 @@ from calmclip.service.engine import Engine
 from calmclip.service.fetching import Fetcher
 from calmclip.service.hub import Hub
 from calmclip.service.metrics import Metrics
+from calmclip.service.relevance import Relevance
 from calmclip.service.settings import Settings
 from calmclip.service.stores import STORES
 
@@ -30,6 +31,7 @@ class Service:
     hub: Hub
     engine: Engine
     collections: Collections
+    relevance: Relevance
     classifiers: Classifiers
     fetcher: Fetcher
     connections: Connections

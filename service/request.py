@@ -9,7 +9,9 @@ from time import perf_counter
 from fastapi import Request
 
 from calmclip.models.errors import DeadlineExceeded
+from calmclip.models.flow import Arrays
 from calmclip.models.runtime.clock import Stopwatch
+from calmclip.service.dialects import OURS, Dialect
 
 # HTTP status -> outcome, for statuses whose class (4xx, 5xx) says too little.
 OUTCOMES = {499: "cancelled", 504: "deadline"}
@@ -17,6 +19,24 @@ OUTCOMES = {499: "cancelled", 504: "deadline"}
 
 def unbounded(count: int) -> None:
     """The reservation of a request that passes no gate."""
+
+
+def _nothing(waits: bool) -> None:
+    """Of a request that no gate counts."""
+
+
+@dataclass
+class Operation:
+    """What OpenTelemetry's conventions for generative AI say of a request, see `tracing` and `metrics`.
+
+    ``name``: as there, such as `embeddings`. ``tokens``: of all texts; None until they are counted. ``dimensions``: of
+    the vectors in the answer; 0 without one. ``formats``: encodings that the request asks for.
+    """
+
+    name: str
+    tokens: int | None = None
+    dimensions: int = 0
+    formats: tuple[str, ...] = ()
 
 
 @dataclass
@@ -28,6 +48,8 @@ class Context:
     clock: Stopwatch = field(default_factory=Stopwatch)
     graphs: dict[tuple[str, str], float] = field(default_factory=dict)  # (stage, graph) -> seconds
     task: str = "other"  # the endpoint's
+    dialect: Dialect = OURS  # the endpoint's
+    operation: Operation | None = None
     model: str = ""
     key: str = ""  # name of the API key
     problem: str = ""  # slug of the problem in the answer
@@ -36,10 +58,17 @@ class Context:
     pictures: list[tuple[int, int]] = field(default_factory=list)  # bytes and pixels of each accepted picture
     reserve_bytes: Callable[[int], None] = unbounded  # both raise `Overloaded`
     reserve_pixels: Callable[[int], None] = unbounded
+    weigh: Callable[[int], None] = unbounded  # the request is so many pictures of work
+    wait: Callable[[bool], None] = _nothing  # whether the request waits for its client
     status: int = 0
     answered: float | None = None  # perf_counter when the handler had its answer
     trace: str = ""  # trace id, if the request was traced and sampled
     partial: bool = False  # made by `part`
+    # Outputs of rows by graph and key, for a request whose flows need them again, whatever the cache holds.
+    kept: dict[tuple[str, str], Arrays] | None = None
+    faults: list[str] = field(default_factory=list)  # slugs of the problems of single pictures in an answer
+    streams: bool = False  # the answer has begun, and its work goes on
+    head_part: "Context | None" = None  # the part whose answer is the first line of a stream
 
     @classmethod
     def of(cls, request: Request) -> "Context":
@@ -83,6 +112,14 @@ class Context:
             elif seconds:
                 self.clock.add(stage, seconds * share, start)
 
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage until now, for the head of an answer. That of a stream has the stages of its first line:
+        `join` adds those of all parts at the end."""
+        seconds = dict(self.clock.stages)
+        for stage, more in [*self.head_part.clock.stages.items()] if self.head_part else ():
+            seconds[stage] = seconds.get(stage, 0.0) + more
+        return seconds
+
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
         """Raises `DeadlineExceeded` if the block does not end in the request's time."""
@@ -101,6 +138,11 @@ class Context:
     def until(self) -> float:
         """The deadline on `perf_counter`."""
         return perf_counter() + self.left_s
+
+    @property
+    def error_type(self) -> str:
+        """The problem's slug, else the status of a request without an answer, "" for a success."""
+        return self.problem or (str(self.status) if self.status >= 400 else "")
 
     @property
     def outcome(self) -> str:

@@ -21,11 +21,12 @@ from calmclip.models.ops.library import Mode, checked_isas
 from calmclip.models.preprocess.image import MAX_PIXELS
 from calmclip.models.tasks.enhance import LEAST_PIXELS
 from calmclip.models.tasks.explain import MAX_WORDS
-from calmclip.service.keys import VARIABLE as KEYS
+from calmclip.service.scopes import VARIABLE as KEYS
 
 MIB = 1 << 20
 HOST = re.compile(r"([a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")  # not an IP address: its last part begins with a digit
 ADDRESS = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
+ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")  # as a browser sends it: in small letters
 PREFIX = "CALMCLIP_"
 API_KEY = "CALMCLIP_API_KEY"  # of `calmclip index --url`
 NO_SETTINGS = (API_KEY, IMAGE)  # variables that others read
@@ -54,16 +55,21 @@ class Queue(_Group):
 
     max_pending: int = Field(default=64, ge=1, description="requests in flight, and calls waiting for one graph")
     max_bytes: int = Field(default=256 * MIB, ge=1, description="bodies of all requests in flight")
-    max_pixels: int = Field(default=4 * MAX_PIXELS, ge=1, description="pictures of all requests in flight")
+    max_pixels: int = Field(default=160_000_000, ge=1, description="pictures of all requests in flight, as decoded")
 
 
 class Limits(_Group):
     """Limits of one request; they are checked before any work."""
 
     body_bytes: int = Field(default=64 * MIB, ge=1024, description="a whole request body")
-    image_bytes: int = Field(default=10 * MIB, ge=1, description="one picture, as a file")
+    image_bytes: int = Field(default=32 * MIB, ge=1, description="one picture, as a file")
     image_pixels: int = Field(
-        default=MAX_PIXELS, ge=1, description="width x height of one picture, read from its header"
+        default=MAX_PIXELS,
+        ge=1,
+        description="pixels that are decoded of one picture, read from its header; a JPEG may have four times as many",
+    )
+    pictures: int = Field(
+        default=64, ge=1, le=MAX_TEXTS, description="`images` of one request; `texts` bounds those of embed and rank"
     )
     labels: int = Field(default=256, ge=1, description="labels in a request or classifier")
     templates: int = Field(
@@ -73,7 +79,7 @@ class Limits(_Group):
         default=1 << 20, ge=LEAST_PIXELS, description="pixels that the map of an enhanced picture is computed on"
     )
     mask_pixels: int = Field(
-        default=16 * MAX_PIXELS, ge=1, description="pixels of all masks that a segment request gets as PNG"
+        default=640_000_000, ge=1, description="pixels of all masks that a segment request gets as PNG"
     )
     examples: int = Field(default=8, ge=1, description="example pictures in a detect request")
     texts: int = Field(default=256, ge=1, le=MAX_TEXTS, description="inputs of one embed request; items of one upload")
@@ -147,8 +153,15 @@ class Settings(BaseSettings):
     copy_bytes: int = Field(
         default=1024 * MIB, ge=0, description="largest quantized copy of one collection's vectors in memory; 0: no copy"
     )
+    min_relevance: float = Field(
+        default=0.93, ge=0, le=1, description="hits of a search of less relevance are left out; 0: none"
+    )
     url_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="hosts from which pictures may be fetched, separated by commas; empty: none"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="origins whose pages in a browser may read answers, separated by commas, or *; empty: none",
     )
     keys: Path | None = Field(default=None, description="file of `calmclip keys`; every route but health needs a key")
     metrics_port: int | None = Field(
@@ -171,7 +184,7 @@ class Settings(BaseSettings):
     def _names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
-    @field_validator("url_hosts", mode="before")
+    @field_validator("url_hosts", "cors_origins", mode="before")
     @classmethod
     def _hosts(cls, value: object) -> object:
         return tuple(name.lower() for name in names) if isinstance(names := cls._names(value), tuple) else names
@@ -191,6 +204,17 @@ class Settings(BaseSettings):
             if not HOST.fullmatch(host):
                 raise ValueError(f"{host!r} is not a host name; expected one such as images.example.org")
         return hosts
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin == "*" and len(origins) == 1:
+                continue
+            if not ORIGIN.fullmatch(origin):
+                expected = "one such as https://app.example.org or http://localhost:3000, without a path, or * alone"
+                raise ValueError(f"{origin!r} is not an origin; expected {expected}")
+        return origins
 
     @field_validator("otlp_endpoint")
     @classmethod

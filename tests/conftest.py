@@ -1,5 +1,6 @@
 """Fixtures of several packages' tests: tiny checkpoints, and the bundles that the real pipeline exports from them."""
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -8,7 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from calmclip.export.samples import pictures
 from calmclip.models.ops.library import Library, find, why_not
@@ -138,3 +141,19 @@ def _exported(checkpoint: Path, out: Path, name: str) -> Path:
 
     assert main(["export", str(checkpoint), "--out", str(out), "--name", name, "--keep-float"]) == 0
     return out
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], bytes]:
+    """Makes a JPEG of noise of this width and height that is decoded at half of its sides."""
+
+    def make(width: int, height: int) -> bytes:
+        for name, value in (("EXACT", width * height - 1), ("REDUCED", width * height // 2)):
+            monkeypatch.setattr(f"calmclip.models.preprocess.image.{name}_PIXELS", value)
+        monkeypatch.setattr("calmclip.models.preprocess.image.LEAST_SIDE", 1)
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "JPEG")
+        return file.getvalue()
+
+    return make

@@ -26,7 +26,7 @@ KINDS = {
     "keys": ("add", "list", "remove"),
     "ops": ("build",),
     "resilience": ("inject", "calibrate"),
-    "collection": ("export", "import", "re-embed"),
+    "collection": ("create", "items", "delete-items", "export", "import", "re-embed"),
     "run": (
         "BUNDLE anomaly",
         "BUNDLE classify",

@@ -169,7 +169,7 @@ def install_at(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         monkeypatch.setattr(calmclip, "__file__", str(folder / "calmclip" / "__init__.py"))
         origin = json.dumps({"url": wheel.as_uri(), "archive_info": {}})
         installed = SimpleNamespace(read_text=lambda name: {"direct_url.json": origin}[name])
-        monkeypatch.setattr(extras.metadata, "distribution", lambda name: installed)
+        monkeypatch.setattr("importlib.metadata.distribution", lambda name: installed)
     if place == "wheel":
         wheel.touch()
     if place == "image":

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from calmclip.export import calibrate as inputs
 from calmclip.export import parity, samples, weights
 from calmclip.export import report as reports
 from calmclip.export.graph import constants
@@ -28,7 +27,7 @@ from calmclip.models.errors import BadRequest
 from calmclip.models.evals.progress import progress
 from calmclip.models.flow import Array, Arrays
 from calmclip.models.ops.library import Library, Mode, find
-from calmclip.models.preprocess.image import load
+from calmclip.models.preprocess.image import SUFFIXES, load
 from calmclip.models.vector_files import TEXT_VECTORS, read_vectors
 
 STORED = ("none", "vectors", "all")
@@ -197,9 +196,9 @@ def _pictures(data: Path | None) -> list[Path]:
         return samples.calibration_pictures()
     if not data.is_dir():
         raise BadRequest(f"--data {data} is no folder; expected one of pictures, and optionally texts.txt")
-    pictures = sorted(path for path in data.rglob("*") if path.suffix.lower() in inputs.SUFFIXES)
+    pictures = sorted(path for path in data.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not pictures:
-        raise BadRequest(f"{data} holds no pictures; expected files ending in {', '.join(inputs.SUFFIXES)}")
+        raise BadRequest(f"{data} holds no pictures; expected files ending in {', '.join(SUFFIXES)}")
     return pictures
 
 

@@ -36,6 +36,7 @@ from calmclip.models.bundle.manifest import FrozenModel, Manifest
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Arrays, Call, Flow, Work
 from calmclip.models.heads.cosine import softmax
+from calmclip.models.preprocess.image import whole_size
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.segmenters import SEGMENTERS, Scene, ScoreMap, Segmenter
 from calmclip.models.segmenters.maps import in_cells
@@ -120,7 +121,7 @@ def _texts(scene: Scene) -> Array:
 
 def painted(scene: Scene, start: tuple[Array, Frame] | None, painting: Painting, known: Array) -> ScoreMap:
     """The boxes over ``start``, the chances of the dense map and their frame; None: over the background alone."""
-    width, height = scene.image.size
+    width, height = whole_size(scene.image)
     scale = (CELLS / (width * height)) ** 0.5
     rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
     frame = Frame(width, height, (columns / width, rows / height), (0.0, 0.0))

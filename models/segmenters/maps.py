@@ -12,7 +12,7 @@ from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.bundle.manifest import ImagePreprocess, Manifest
 from calmclip.models.errors import BadRequest
 from calmclip.models.flow import Array, Arrays, Flow, Together, Work
-from calmclip.models.preprocess.image import ImagePreparer
+from calmclip.models.preprocess.image import ImagePreparer, whole_size
 from calmclip.models.preprocess.placement import Frame
 from calmclip.models.segmenters import ScoreMap, Windows
 from calmclip.models.segmenters.windows import Splice, plan, whole, window
@@ -67,7 +67,7 @@ def _spliced(bundle: Bundle, image: Image.Image, windows: Windows) -> Flow[Maps]
     means = splice.mean()
     if "keys" in means:
         means["keys"] = unit(means["keys"])
-    return Maps(frame=windowed.frame(image.width, image.height), **means)
+    return Maps(frame=windowed.frame(*whole_size(image)), **means)
 
 
 def maps_of(outputs: Arrays, frame: Frame, size: tuple[int, int]) -> Maps:

@@ -25,7 +25,7 @@ from calmclip.service.schemas.enhance import EnhanceBody
 async def enhance_picture(asked: Asked[EnhanceBody]) -> bytes:
     body, most = asked.body, asked.limits.map_pixels
     loaded = asked.bundle(body.model)
-    asked.check(body.image)
+    asked.check(body.image, whole=True)
     if body.map_pixels is not None and body.map_pixels > most:
         raise BadRequest(f"map_pixels is {body.map_pixels}; at most {most} are computed")
     request = EnhanceRequest(body.image, body.map_pixels or min(most, MAP_PIXELS))

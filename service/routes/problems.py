@@ -20,7 +20,7 @@ from calmclip.service.problems import PROBLEMS
     problems=("not-found",),
     responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}},
 )
-async def explain(asked: Asked[None], slug: str) -> HTMLResponse:
+async def explain_problem(asked: Asked[None], slug: str) -> HTMLResponse:
     if slug not in PROBLEMS:
         raise UnknownName(f"no problem is named {slug!r}; {suggestion(slug, PROBLEMS)}", known=PROBLEMS)
     problem = PROBLEMS[slug]

@@ -5,9 +5,8 @@ orjson renders the answers; it writes numpy arrays directly.
 """
 
 import base64
-import binascii
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, get_args, get_origin
 
 import orjson
 from pydantic import (
@@ -17,6 +16,7 @@ from pydantic import (
     Field,
     StrictFloat,
     TypeAdapter,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
@@ -24,9 +24,13 @@ from pydantic.fields import FieldInfo
 
 from calmclip.models import labels
 from calmclip.models.bundle.manifest import MAX_DIM
-from calmclip.models.errors import BadRequest
+from calmclip.models.errors import BadRequest, InputError
 from calmclip.models.files import NAME
+from calmclip.models.preprocess.formats import NAMES
+from calmclip.service.settings import MAX_TEXTS
 from calmclip.service.strict_json import parse
+
+A = TypeVar("A")
 
 NewName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME})]  # a path parameter that the route checks
 # `check_texts` applies the rule, because its error says more than pydantic's
@@ -34,6 +38,7 @@ Template = Annotated[str, WithJsonSchema(TypeAdapter(labels.Template).json_schem
 MIB = 1 << 20
 MAX_TEXT_LISTS = 10_000  # more labels than a request has
 MAX_BOXES = 1000  # of one picture: more than any picture has things
+_PLAIN = bytes.maketrans(b"-_", b"+/")
 MAX_KEYS = 64  # per object: each unknown key would be a validation error of its own
 
 
@@ -42,13 +47,25 @@ def _picture(value: object) -> object:
     if isinstance(value, bytes):
         return value
     if not (isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str)):
-        raise ValueError('expected a picture as {"b64": "<base64 of a JPEG, PNG or WebP file>"}')
+        raise ValueError(f'expected a picture as {{"b64": "<base64 of a {NAMES} file>"}}')
     try:
-        return base64.b64decode(value["b64"], validate=True)
-    except (binascii.Error, ValueError) as error:
+        return of_base64(value["b64"])
+    except ValueError as error:
         raise ValueError(f"`b64` is not base64: {error}") from None
 
 
+def of_base64(text: str) -> bytes:
+    """The bytes of base64 (RFC 4648), in the plain or the URL-safe alphabet, with or without padding and line breaks,
+    or of a data URI (RFC 2397) in base64. Memory: three times the text. Raises `ValueError`."""
+    if text[:5].lower() == "data:":
+        head, comma, text = text.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise ValueError("expected data:image/…;base64,…")
+    code = text.encode("ascii").translate(_PLAIN, b" \t\r\n")
+    return base64.b64decode(code + b"=" * (-len(code) % 4), validate=True)
+
+
+_B64 = f"base64 of a {NAMES} file; line breaks, the URL-safe alphabet, no padding and data URIs are read too"
 Picture = Annotated[
     bytes,
     BeforeValidator(_picture),
@@ -56,7 +73,7 @@ Picture = Annotated[
         {
             "type": "object",
             "properties": {
-                "b64": {"type": "string", "minLength": 1, "description": "base64 of a JPEG, PNG or WebP file"},
+                "b64": {"type": "string", "minLength": 1, "description": _B64},
                 "url": {"type": "string", "description": "its address, if the service fetches pictures"},
             },
             "minProperties": 1,
@@ -173,7 +190,68 @@ class PictureBody(Body):
     image: Picture
 
 
-class LabelledPicture(PictureBody):
+def _picture_or_fault(value: object) -> object:
+    """The bytes of a picture, or what is wrong with it: it must not spoil the others. `Fetcher` gives its errors."""
+    if isinstance(value, InputError):
+        return value
+    try:
+        return _PICTURE.validate_python(value)
+    except ValidationError as error:
+        return BadRequest(error.errors()[0]["msg"].removeprefix("Value error, "))
+
+
+_PICTURE: TypeAdapter[bytes] = TypeAdapter(Picture)
+GivenPicture = Annotated[
+    Any, BeforeValidator(_picture_or_fault), WithJsonSchema(TypeAdapter(Picture).json_schema())
+]  # bytes | InputError
+
+
+class PicturesBody(PictureBody):
+    """One picture, or many that share the other fields; in a form, many files with the name `image`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["image"], "properties": {"images": {"type": "null"}}},
+                {"required": ["images"], "properties": {"image": {"type": "null"}}},
+            ]
+        }
+    )
+
+    image: Picture | None = None  # type: ignore[assignment]  # one of both
+    images: list[GivenPicture] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_TEXTS,
+        description="many pictures in place of `image`: `results` of the answer has an answer or a problem for each",
+    )
+
+    @model_validator(mode="after")
+    def _one_or_many(self) -> Self:
+        if (self.image is None) == (self.images is None):
+            raise ValueError("expected `image`, for one picture, or `images`, for a list of pictures")
+        return self
+
+    @property
+    def pictures(self) -> Sequence[bytes | InputError]:
+        return [self.picture] if self.images is None else self.images
+
+    @property
+    def picture(self) -> bytes:
+        """The one; nothing if there are many, whose requests are made from one request."""
+        return self.image or b""
+
+    @classmethod
+    def of_pairs(cls, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        files = [value for key, value in pairs if key == "image"]
+        if len(files) < 2:
+            return super().of_pairs(pairs)
+        return super().of_pairs(
+            [*(("images", file) for file in files), *(pair for pair in pairs if pair[0] != "image")]
+        )
+
+
+class Labelled(Body):
     labels: list[str] = Field([], fail_fast=True, description="default: the classifier's labels, else the bundle's")
     classifier: str | None = Field(
         None,
@@ -185,14 +263,27 @@ class LabelledPicture(PictureBody):
     )
 
 
+class LabelledPicture(Labelled, PictureBody): ...
+
+
+class LabelledPictures(Labelled, PicturesBody): ...
+
+
 class Answer(BaseModel):
     """What the service sends."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
 
-class ProblemAnswer(Answer):
-    """A problem document (RFC 9457)."""
+class OpenAIError(Answer):
+    message: str = Field(description="`detail`")
+    type: str = Field(description="invalid_request_error, or server_error from status 500 on")
+    param: str | None = Field(description="the field of the request that is wrong; null: not known")
+    code: str | None = Field(description="the kind of problem, as OpenAI names it, else our slug with underscores")
+
+
+class ProblemDocument(Answer):
+    """RFC 9457."""
 
     type: str
     title: str
@@ -200,9 +291,40 @@ class ProblemAnswer(Answer):
     detail: str
     instance: str
     request_id: str
-    error: str | None = Field(None, description="under /v2 alone: `detail`, as the Open Inference Protocol names it")
+    error: OpenAIError | str | None = Field(
+        None,
+        description="for clients of other protocols: on OpenAI's routes its object, under /v2 `detail` as the Open "
+        "Inference Protocol names it; other routes have none",
+    )
     known: list[str] | None = Field(None, description="the names that exist")
     errors: list[dict[str, str]] | None = Field(None, description="where the body does not match the schema")
+    retry_after: int | None = Field(None, description="of one result: seconds until a retry is likely to succeed")
+
+
+class Faulty(Answer):
+    index: int = Field(description="position of the picture or input in the request, from 0")
+    problem: ProblemDocument = Field(description="why it has no answer")
+
+
+class ProblemAnswer(ProblemDocument):
+    """A problem document (RFC 9457), of a whole request."""
+
+    model: str | None = Field(None, description="beside `results`: the bundle")
+    results: list[Faulty] | None = Field(
+        None, description="of many pictures without a single answer: the problem of each, of which this is the first"
+    )
+
+
+class Answered(Answer, Generic[A]):
+    index: int = Field(description="position of the picture or input in the request, from 0")
+    answer: A = Field(description="what a request with this picture or input alone gets")
+
+
+class Results(Answer, Generic[A]):
+    """The answer to many pictures or inputs."""
+
+    model: str
+    results: list[Answered[A] | Faulty] = Field(description="one for each, in the order of the request")
 
 
 def round_score(score: float) -> float:
@@ -210,6 +332,6 @@ def round_score(score: float) -> float:
     return round(score, 6)
 
 
-def encode(answer: Answer) -> bytes:
+def encode(answer: object) -> bytes:
     """JSON. ``vars`` gives orjson the fields as they are, because no field of an answer has an alias."""
     return orjson.dumps(answer, vars, orjson.OPT_SERIALIZE_NUMPY)

@@ -1,9 +1,11 @@
 """Responses of /v1/models and of the health probes."""
 
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import Field
 
+from calmclip.models.bundle.bundle import Bundle
 from calmclip.service.schemas import Answer
 from calmclip.service.schemas.detect import SuppressionAsked
 
@@ -52,11 +54,35 @@ class ModelSummary(Answer):
     examples: int = Field(description="largest number of examples in a detect request; 0: the bundle takes none")
 
 
+class OpenAIModel(Answer):
+    """A bundle as OpenAI describes a model."""
+
+    id: str = Field(description="the bundle's name, which is the `model` of a request")
+    object: Literal["model"] = "model"
+    created: int = Field(description="when it was exported, in seconds since 1970")
+    owned_by: str = Field(description="always calmclip")
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "OpenAIModel":
+        return cls(id=bundle.name, created=_seconds(bundle.manifest.created), owned_by="calmclip")
+
+
+def _seconds(date: str) -> int:
+    """Of a date of ISO 8601; without a zone it is in UTC. 0 for another text: a manifest is not checked for it."""
+    try:
+        moment = datetime.fromisoformat(date)
+    except ValueError:
+        return 0
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
 class ModelsAnswer(Answer):
     models: list[ModelSummary] = Field(description="in load order: the first that serves a task is its default")
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel] = Field(description="the same bundles in OpenAI's format")
 
 
-class ModelAnswer(Answer):
+class ModelAnswer(OpenAIModel):
     name: str
     digest: str
     manifest: dict[str, Any] = Field(description="bundle.json")

@@ -7,10 +7,10 @@ from calmclip.models.errors import BadRequest
 from calmclip.models.labels import NoneBelow, Temperature
 from calmclip.models.tasks.attributes import MAX_SHOWN, MIN_TAU, Attributes, Inferred
 from calmclip.models.tasks.classify import Ranking
-from calmclip.service.schemas import Answer, LabelledPicture, TextLists, VectorLists, round_score
+from calmclip.service.schemas import Answer, LabelledPictures, TextLists, VectorLists, round_score
 
 
-class ClassifyBody(LabelledPicture):
+class ClassifyBody(LabelledPictures):
     top_k: int | None = Field(None, ge=1, description="number of labels in the answer; default: all")
     temperature: Temperature | None = Field(None, description="default: the classifier's, else 1")
     none_below: NoneBelow | None = Field(None, description="default: the classifier's, if it has one")

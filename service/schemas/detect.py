@@ -10,7 +10,7 @@ from calmclip.models.flow import Array
 from calmclip.models.suppression import DEFAULT, IouThreshold, MaxOutput, Method, MinScore, PerClass, Sigma, Suppression
 from calmclip.models.tasks.detect import Detections, Example, default_suppression
 from calmclip.models.tasks.regions import Grid
-from calmclip.service.schemas import Answer, Body, LabelledPicture, Picture, PixelBox, PixelBoxes, round_score
+from calmclip.service.schemas import Answer, Body, LabelledPictures, Picture, PixelBox, PixelBoxes, round_score
 
 Parts = Annotated[list[Annotated[float, Field(ge=0.02, le=1)]], Field(min_length=1, max_length=16, fail_fast=True)]
 Ratios = Annotated[list[Annotated[float, Field(ge=0.02, le=10)]], Field(min_length=1, max_length=16, fail_fast=True)]
@@ -43,7 +43,7 @@ class GridBody(Body):
     stride: float = Field(Grid().stride, ge=0.1, le=1, description="between neighbours, as a part of the window")
 
 
-class DetectBody(LabelledPicture):
+class DetectBody(LabelledPictures):
     """The defaults of the suppression fields apply if the bundle has none of its own."""
 
     examples: list[ExampleBody] = Field(

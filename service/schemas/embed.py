@@ -1,7 +1,8 @@
 """Requests and responses of /v1/embed, and of /v1/embeddings in OpenAI's format."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -11,20 +12,21 @@ from calmclip.models.bundle.manifest import PromptName
 from calmclip.models.preprocess.truncation import Method, Pooling, Truncation
 from calmclip.models.preprocess.vectors import Vector
 from calmclip.models.tasks.embed import Boxed, Embeddings
-from calmclip.service.schemas import Answer, Body, Picture, PixelBoxes, VectorNumbers
+from calmclip.service.schemas import Answer, Body, Picture, PixelBoxes, VectorNumbers, of_base64
 from calmclip.service.settings import MAX_TEXTS
 
 # pydantic has no type for a numpy array; orjson writes it
 Vectors = Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "array", "items": {"type": "number"}}})]
-_KINDS = {"text": "string", "image": "object", "vector": "array"}
+_KINDS = ("text", "image", "vector")
 
 
-def _one_of(**also: str) -> list[Any]:
-    """A schema for each of `_KINDS`, without the others. ``also``: field -> the kind that may have it."""
-    schemas = []
-    for kind, json_type in _KINDS.items():
-        absent = [*(_KINDS.keys() - {kind}), *(field for field, owner in also.items() if owner != kind)]
-        properties = {kind: {"type": json_type}, **{field: {"type": "null"} for field in sorted(absent)}}
+def one_of(*more: str, owned: Mapping[str, str] = MappingProxyType({})) -> list[Any]:
+    """A schema for each of `_KINDS` and ``more``, without the others. ``owned``: field -> the kind that may have it."""
+    schemas, kinds = [], (*_KINDS, *more)
+    for kind in kinds:
+        absent = [*({*kinds} - {kind}), *(field for field, owner in owned.items() if owner != kind)]
+        # not the type that it has: generators of clients would take it for a type of its own
+        properties = {kind: {"not": {"type": "null"}}, **{field: {"type": "null"} for field in sorted(absent)}}
         schemas.append({"required": [kind], "properties": properties})
     return schemas
 
@@ -37,7 +39,8 @@ DIMENSIONS = "keep the first so many numbers, as unit vectors: one of the bundle
 class EmbedInput(Body):
     """A text, a picture, or a vector in place of a text."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": _one_of()})
+    kinds: ClassVar[tuple[str, ...]] = _KINDS
+    model_config = ConfigDict(json_schema_extra={"oneOf": one_of()})
 
     text: str | None = None
     image: Picture | None = None
@@ -47,8 +50,9 @@ class EmbedInput(Body):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "EmbedInput":
-        if [self.text, self.image, self.vector].count(None) != 2:
-            raise ValueError("expected `text`, `image` or `vector`, one of them")
+        if sum(getattr(self, kind) is not None for kind in self.kinds) != 1:
+            *others, last = (f"`{kind}`" for kind in self.kinds)
+            raise ValueError(f"expected {', '.join(others)} or {last}, one of them")
         return self
 
     @property
@@ -68,7 +72,7 @@ class EmbedInput(Body):
 class BoxedInput(EmbedInput):
     """A text, a picture, boxes in a picture, or a vector in place of a text."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": _one_of(boxes="image")})
+    model_config = ConfigDict(json_schema_extra={"oneOf": one_of(owned={"boxes": "image"})})
 
     boxes: PixelBoxes | None = Field(
         None,
@@ -121,6 +125,9 @@ class EmbedBody(Truncating):
     prompt_name: PromptName | None = Field(None, description=PROMPT)
     inputs: list[BoxedInput] = Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)
     dimensions: int | None = Field(None, ge=1, description=DIMENSIONS)
+    partial: bool = Field(
+        False, description="`results` with an answer or a problem for each input, instead of one problem for all"
+    )
 
     @classmethod
     def of_pairs(cls, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,7 +153,8 @@ def _openai_inputs(value: object) -> object:
     inputs = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str | bytes) for item in inputs):
         raise ValueError(
-            "expected a text or a list of texts; token ids belong to another model's vocabulary, so send the text"
+            "expected a text or a list of texts; token ids belong to another model's vocabulary, so send the text: "
+            "LangChain does with check_embedding_ctx_length=False"
         )
     return [
         _data_uri(item, index) if isinstance(item, str) and item[: len(DATA_URI)].lower() == DATA_URI else item
@@ -155,11 +163,8 @@ def _openai_inputs(value: object) -> object:
 
 
 def _data_uri(text: str, index: int) -> bytes:
-    head, _, data = text.partition(",")
     try:
-        if not head.lower().endswith(";base64"):
-            raise ValueError("expected data:image/…;base64,…")
-        return base64.b64decode(data, validate=True)
+        return of_base64(text)
     except ValueError as error:
         raise ValueError(f"input {index} is not a data URI of a picture: {error}") from None
 

@@ -6,11 +6,11 @@ from pydantic import Field
 
 from calmclip.models.bundle.bundle import Bundle
 from calmclip.models.tasks.tag import MAX_TOP, Tag, Tags
-from calmclip.service.schemas import Answer, PictureBody, Template, round_score
+from calmclip.service.schemas import Answer, PicturesBody, Template, round_score
 from calmclip.service.schemas.detect import Box
 
 
-class TagBody(PictureBody):
+class TagBody(PicturesBody):
     words: list[str] = Field([], fail_fast=True, description="words to choose from; default: calmclip's vocabulary")
     templates: list[Template] = Field(
         [], fail_fast=True, description="sentences of a word, with a {}; default: the word alone"

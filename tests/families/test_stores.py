@@ -2,6 +2,7 @@
 
 import json
 import operator
+import string
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from calmclip.models.errors import BadRequest, CollectionError, CollectionNotFound, UnknownName
 from calmclip.service import quantized
-from calmclip.service.stores import STORES, Condition, Info, Row, lancedb, open_store
+from calmclip.service.stores import STORES, Condition, Group, Info, Row, lancedb, open_store
 
 INFO = Info("photos", "tiny-int8", "ab" * 32, 4, "2026-01-01T00:00:00+00:00")
 AXES = np.eye(4, dtype=np.float32)
@@ -137,6 +138,7 @@ META = [
     {"n": None, "s": ["red"], "b": "true"},
     {},
     {"n": -2, "a b": 1, "deep": {"n": 3}},
+    {"l": [1.0, "1", [2], {"x": [2, "a"]}, "a,b]", None, True]},
 ]
 
 
@@ -155,6 +157,48 @@ CONDITIONS = [
     (Condition("a b", "in", (1,)), [5]),
     (Condition("deep", "in", ("red",)), []),
     (Condition("never", "in", (1,)), []),
+    # what equals none, only of the same type; a missing field never
+    (Condition("n", "not_in", (3,)), [1, 5]),
+    (Condition("n", "not_in", (3, "4")), [1, 2, 5]),
+    (Condition("b", "not_in", (False,)), [0]),
+    (Condition("b", "not_in", (True, False)), []),
+    (Condition("s", "not_in", ("red",)), [1, 2]),
+    (Condition("never", "not_in", (1,)), []),
+    (Condition("s", "contains", "e"), [0, 2]),
+    (Condition("s", "contains", "n"), [2]),  # no part of an escaped line end
+    (Condition("s", "contains", "\\ and \n"), [2]),
+    (Condition("s", "contains", "E"), []),
+    (Condition("s", "contains", "%"), []),
+    (Condition("s", "contains", ".*"), []),
+    (Condition("n", "contains", "3"), [2]),
+    (Condition("s", "has", "red"), [3]),
+    (Condition("s", "has", "re"), []),
+    (Condition("l", "has", 1), [6]),
+    (Condition("l", "has", "1"), [6]),
+    (Condition("l", "has", 2), []),  # in a list of the list
+    (Condition("l", "has", "a,b]"), [6]),
+    (Condition("l", "has", False), []),
+    (Condition("n", "exists", True), [0, 1, 2, 5]),
+    (Condition("n", "exists", False), [3, 4, 6]),
+    (Group("or", ((Condition("n", "in", (3,)),), (Condition("s", "has", "red"),))), [0, 3]),
+    (
+        Group("or", ((Condition("n", "gte", 3), Condition("s", "contains", "'")), (Condition("l", "exists", True),))),
+        [1, 6],
+    ),
+    # true of every number, and of nothing else: an engine that simplifies them must not forget null
+    *(
+        (Group("or", ((Condition("n", *first),), (Condition("n", *second),))), [0, 1, 5])
+        for first, second in [
+            (("not_in", (1,)), ("not_in", (2,))),
+            (("not_in", (1, 2)), ("not_in", (3,))),
+            (("not_in", (3,)), ("in", (3,))),
+            (("gt", 3), ("lte", 3)),
+            (("gte", 3), ("not_in", (3,))),
+        ]
+    ),
+    (Group("or", ((Condition("s", "not_in", ("a",)),), (Condition("s", "not_in", ("b",)),))), [0, 1, 2]),
+    (Group("or", ((Condition("b", "not_in", (True,)),), (Condition("b", "not_in", (False,)),))), [0]),
+    (Group("and", ((Condition("n", "gte", 3),), (Group("or", ((Condition("s", "in", ("red",)),),)),))), [0]),
     # text that looks like SQL is a name or a value and matches nothing
     (Condition("s", "in", ("x' OR '1' = '1",)), []),
     (Condition("n') OR 1 = 1 --", "in", (1,)), []),
@@ -183,6 +227,42 @@ def test_strings_are_ordered_as_python_orders_them(table):
         for op, holds in orders.items():
             matched = ids(table.search(AXES[0], 100, [Condition("a.b c", op, bound)]))
             assert sorted(matched) == [f"{i:03}" for i, word in enumerate(words) if holds(word, bound)], (op, bound)
+
+
+def test_every_character_is_itself_in_each_condition_on_strings(url, opened):
+    """Stores write some of them as escapes; `not_in`, `contains` and `has` then compare what is written."""
+    table = opened(url).create(INFO)
+    letters = [*map(chr, range(1, 33)), *string.punctuation, "a", "n", "u", "0", "\x7f", "é", "\u2028", "\uffff", "🎨"]
+    table.upsert([Row(f"{i:03}", AXES[0], {"s": f"🏁{c}", "l": [c, f"{c}{c}"]}) for i, c in enumerate(letters)])
+    for i, letter in enumerate(letters):
+        rest = tuple(f"🏁{c}" for c in letters if c != letter)
+        same = [
+            Condition("s", "contains", f"🏁{letter}"),
+            Condition("l", "has", letter),
+            Condition("s", "not_in", rest),
+        ]
+        assert ids(table.search(AXES[0], 300, same)) == [f"{i:03}"], letter
+        assert ids(table.search(AXES[0], 300, [same[i % 3]])) == [f"{i:03}"], (letter, same[i % 3].op)
+
+
+def test_items_are_read_by_id_and_with_their_vectors(table):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(9, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    names = ["a/b", "it's", "é\n", "..", "%2F", "a", "A", " ", "🎨"]
+    table.upsert([Row(id_, vectors[i], {"n": i}) for i, id_ in enumerate(names)])
+    for row in table.get([*names, "never"]):
+        i = names.index(row.id)
+        assert (row.meta, row.original) == ({"n": i}, None)
+        np.testing.assert_array_equal(row.vector, vectors[i])
+    assert sorted(row.id for row in table.get([*names, "never"])) == sorted(names)
+    assert table.get(["never"]) == []
+    page = table.page(None, 5, vectors=True)
+    assert ids(page) == sorted(names)[:5]
+    for item in page:
+        np.testing.assert_array_equal(item.vector, vectors[names.index(item.id)])
+    assert [item.vector for item in table.page("it's", 5)] == [None] * 2
+    assert table.page("🎨", 5, vectors=True) == []
 
 
 def test_all_conditions_must_hold_and_the_filter_comes_before_the_limit(table):
@@ -251,6 +331,11 @@ def test_originals_are_kept_replaced_and_deleted_with_their_rows(url, opened):
         "3": (AXES[3].tolist(), {"n": 3}, b""),
     }
     assert all_rows(table) == wanted
+    assert {row.id: row.original for row in table.get(["1", "2", "3"], originals=True)} == {
+        "1": None,
+        "2": "",
+        "3": b"",
+    }
     without = {row.id: (row.vector.tolist(), row.meta, row.original) for batch in table.rows(False) for row in batch}
     assert without == {id_: (vector, meta, None) for id_, (vector, meta, _) in wanted.items()}
     assert all_rows(opened(url).open("photos")) == wanted

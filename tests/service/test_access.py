@@ -22,6 +22,8 @@ from calmclip.service.app import create_app
 from calmclip.service.client import Client, Forbidden, Unauthorized
 from calmclip.service.indexing import index
 from calmclip.service.logs import log_lines
+from calmclip.service.routes.catalog import WEB
+from calmclip.service.scopes import SCOPES
 
 # The routes with the scope "write", listed by hand; the other routes have the scope "read".
 WRITES = {
@@ -30,7 +32,8 @@ WRITES = {
     "POST /v1/classifiers/{name}/calibrate", "POST /v1/classifiers/{name}/fit", "PUT /v1/collections/{name}/bank",
 }  # fmt: skip
 HEALTH = {"GET /healthz", "HEAD /healthz", "GET /readyz", "HEAD /readyz", "GET /v2/health/live", "GET /v2/health/ready"}
-PAGE = {f"{verb} /{file}" for verb in ("GET", "HEAD") for file in ("", "index.html", "app.js", "style.css")}
+PAGE_FILES = [file.name for file in WEB.iterdir() if file.suffix in (".js", ".css")]
+PAGE = {f"{verb} /{file}" for verb in ("GET", "HEAD") for file in ("", "docs", *PAGE_FILES)}
 ROOT = Path(keys.__file__).parents[1]
 CHALLENGE = 'Bearer realm="calmclip"'
 
@@ -66,7 +69,7 @@ def operations(routes) -> dict[str, str]:
 
 
 def test_every_route_but_health_and_the_page_needs_a_key(settings, file):
-    secrets = {scope: keys.add(file, scope, [scope]) for scope in keys.SCOPES}
+    secrets = {scope: keys.add(file, scope, [scope]) for scope in SCOPES}
     app = create_app(settings(keys=file))
     routes = operations(app.routes)
     assert {"GET /openapi.json", "GET /metrics", *WRITES, *HEALTH} <= routes.keys()
@@ -233,8 +236,14 @@ def test_the_command_keys(file, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {
         "keys": [{"name": "prometheus", "scopes": ["metrics"]}, {"name": "ci", "scopes": ["read", "write"]}]
     }
+    assert main(["keys", "list", "--json", "--file", str(file)]) == 0  # the same after the verb
+    assert len(json.loads(capsys.readouterr().out)["keys"]) == 2
     assert main(["keys", "remove", "prometheus"]) == 0
     assert capsys.readouterr().out.split() == ["ci", "read", "write"]
+    assert main(["keys", "add", "third", "--scope", "read", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "third"
+    assert main(["keys", "remove", "third", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"keys": [{"name": "ci", "scopes": ["read", "write"]}]}
     for wrong, word in ((["add", "ci", "--scope", "read"], "already"), (["add", "a b", "--scope", "read"], "is not a"),
                         (["remove", "x"], "no key 'x'")):  # fmt: skip
         assert main(["keys", *wrong]) == 2

@@ -12,6 +12,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -291,7 +292,7 @@ def test_collections(ask, runner, picture):
     assert {first.id, second.id} == {"a", "b"}
     assert first.score == pytest.approx(want, abs=1e-5)
     assert ask("search", "photos", image=picture("red"), filter={"year": {"gte": 2021}}, top_k=1) == [
-        Hit("b", 0.0, {"year": 2021, "tags": ["x"]})
+        Hit("b", 0.0, {"year": 2021, "tags": ["x"]}, ANY)
     ]
 
     assert ask("page", "photos", after="a", limit=1) == Page([StoredItem("b", {"year": 2021, "tags": ["x"]})], "b")
@@ -319,7 +320,7 @@ def test_banks(ask, runner):
     copy = ask("import_bank", "copy", data)
     digest = runner.bundle.embedding_digest
     assert copy == ImportedBank("copy", "colours-int8", digest, 3, copy.created, False, 2, 0)
-    assert ask("search", "copy", "yellow", top_k=1) == [Hit("b", pytest.approx(1, abs=1e-5), {"n": 1})]
+    assert ask("search", "copy", "yellow", top_k=1) == [Hit("b", pytest.approx(1, abs=1e-5), {"n": 1}, ANY)]
 
     other = io.BytesIO()
     np.savez(other, ids=["x"], vectors=np.array([[3, 4]], np.float32), model="UniME", dim=2, normalized=False)
@@ -624,6 +625,7 @@ def test_every_endpoint_of_the_clients_has_a_call():
             "images": [],
             "items": [],
             "labels": [],
+            "id": "ID",
             "ids": [],
             "bank": b"",
             "texts": [],
@@ -633,6 +635,6 @@ def test_every_endpoint_of_the_clients_has_a_call():
         call = make(
             **{p.name: words.get(p.name, "NAME") for p in needed}, **({"text": "t"} if name == "search" else {})
         )
-        called.add(f"{call.method} {call.path.replace('NAME', '{name}')}")
+        called.add(f"{call.method} {call.path.replace('NAME', '{name}').replace('ID', '{id}')}")
     others = {"GET /problems/{slug}", "GET /metrics", "GET /healthz"}
     assert called == {endpoint.name for endpoint in registered() if "compatible" not in endpoint.tags} - others

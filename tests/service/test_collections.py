@@ -236,7 +236,7 @@ BUNDLE = SimpleNamespace(name="m", embedding_digest="d", bundle=SimpleNamespace(
 
 
 def shelf(monkeypatch, scenario, store: Shelf, **limits: int):
-    monkeypatch.setattr(calmclip.service.collections, "open_store", lambda url: store)
+    monkeypatch.setattr(calmclip.service.collections, "open_store", lambda url, read_only: store)
 
     async def main():
         collections = Collections(Settings(threads=1, limits=limits), Metrics(Slo()))

@@ -62,12 +62,13 @@ def test_metrics(client, picture):
     metrics = Metrics(Slo())
     families = {}
     for family in metrics.registry.collect():
-        if family.name.startswith("calmclip_"):
+        if family.name.startswith(("calmclip_", "gen_ai_")):
             families[family.name + ("_total" if family.type == "counter" else "")] = family
     assert documented.keys() == families.keys()
     for path in ("/v1/detect?labels=red", "/v1/detect"):
         client.post(path, **raw(picture("red")))
     client.put("/v1/collections/c", json={})
+    client.post("/v1/embed", json={"inputs": [{"text": "red"}]})
     scraped = set()
     for family in text_string_to_metric_families(client.get("/metrics").text):
         name = family.name + ("_total" if family.type == "counter" else "")
@@ -167,6 +168,8 @@ def curl(client, line: str):
         word = words.pop(0)
         if not word.startswith("-"):
             url = word
+        elif word == "-N":  # lines as they come
+            continue
         elif word == "-X":
             method = words.pop(0)
         elif word == "-H":

@@ -10,7 +10,7 @@ from PIL import Image
 
 from calmclip.models.bundle.manifest import MANIFEST
 from calmclip.models.cli import main
-from tests.asking import b64, raw
+from tests.asking import b64, metric, raw
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -44,6 +44,16 @@ def test_the_answer_is_as_large_as_the_picture_for_a_map_of_fewer_pixels(client)
     answer = client.post("/v1/enhance?map_pixels=1024", **raw(grey(60, 140, (300, 200))))
     assert pixels(answer.content).shape == (200, 300, 3)
     assert (pixels(answer.content)[:, :140] == 153).all()
+
+
+def test_a_large_jpeg_is_decoded_whole(client, halved):
+    """Every other task reads half of its sides. The gate counts what is decoded."""
+    for route, size in (("classify?labels=red", 75 * 50), ("enhance", 150 * 100)):
+        before = metric(client, "calmclip_picture_pixels_sum")
+        answer = client.post(f"/v1/{route}", **raw(halved(150, 100)))
+        assert answer.status_code == 200
+        assert metric(client, "calmclip_picture_pixels_sum") - before == size
+    assert pixels(answer.content).shape == (100, 150, 3)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +98,7 @@ def test_the_command_writes_pictures_into_a_folder(bundles, tmp_path, capsys):
         str(tmp_path / "new" / "out"),
     ]
     assert main([*command, *pictures]) == 0
-    answers = json.loads(capsys.readouterr().out)["answers"]
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["picture"], row["map_size"]) for row in answers] == [(path, [8, 6]) for path in pictures]
     assert [pixels(Path(row["enhanced"]).read_bytes())[0, 0, 0] for row in answers] == [153, 204]
     assert main([*command, pictures[0], pictures[0]]) == 2

@@ -42,7 +42,7 @@ def behind(body: dict[str, object], *data: bytes) -> dict[str, object]:
 def test_server(client):
     metadata = client.get("/v2").json()
     assert metadata.keys() == {"name", "version", "extensions"}
-    assert metadata["extensions"] == ["binary_tensor_data"]
+    assert metadata["extensions"] == ["binary_tensor_data", "model_configuration", "statistics"]
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True}
 
@@ -50,6 +50,7 @@ def test_server(client):
 def test_metadata(client):
     assert client.get(TEXT).json() == {
         "name": "colours-int8.text",
+        "versions": ["1"],
         "platform": "onnxruntime_onnx",
         "inputs": [tensor("ids", "INT64", [-1, -1]), tensor("mask", "INT64", [-1, -1])],
         "outputs": [tensor("text_embeds", "FP32", [-1, 3])],
@@ -158,7 +159,7 @@ ONE = [1, 3, 8, 8]
     [
         ({}, "inputs: Field required"),
         ({"inputs": []}, r"takes the inputs ['pixels']; [] were given"),
-        (of("FP16", ONE, data=[]), "inputs.0.datatype"),
+        (of("FP64", ONE, data=[]), "inputs.0.datatype"),
         (of("INT64", ONE, data=[0] * 192), "input 'pixels' is int64; expected float32"),
         (of("FP32", [1, 3, 4, 16], data=[0] * 192), "has shape [1, 3, 4, 16]; expected ['B', 3, 8, 8]"),
         (of("FP32", [0, 3, 8, 8], data=[]), "it holds nothing"),
