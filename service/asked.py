@@ -166,6 +166,6 @@ def _query(endpoint: Endpoint, parameters: Sequence[Parameter]) -> Iterator[tupl
 
 
 def _is_list(parameter: Parameter) -> bool:
-    """A list, or a list or null, in `Annotated`."""
-    kinds = get_args(parameter.annotation)[:1]
-    return any(get_origin(kind) is list for kind in (*kinds, *(inner for kind in kinds for inner in get_args(kind))))
+    """Whether the query may repeat it: a tuple in `Annotated`."""
+    kinds = get_args(parameter.annotation)
+    return bool(kinds) and get_origin(kinds[0]) is tuple

@@ -60,6 +60,6 @@ def test_pictures_are_ranked_as_the_definition_ranks_them(
     capsys.readouterr()
     command = ["run", "ranking-int8", "rank", *map(str, pictures), "--bundles", str(out)]
     assert main([*command, "--instruction", INSTRUCTION, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["answers"]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     order = [pictures.index(Path(row["picture"])) for row in rows]
     assert order == sorted(range(len(pictures)), key=lambda i: -int8[i])

@@ -125,7 +125,9 @@ async def list_items(
     after: Annotated[PlainText | None, Query(description="the last id of the previous page")] = None,
     limit: Annotated[int, Query(ge=1, description="at most CALMCLIP_LIMITS__TOP_K")] = 100,
     vectors: Annotated[bool, Query(description=VECTORS)] = False,
-    fields: Annotated[list[str] | None, Query(description="give these fields of the metadata alone; repeat it")] = None,
+    fields: Annotated[
+        tuple[str, ...], Query(description="give these fields of the metadata alone; repeat it; default: all")
+    ] = (),
 ) -> ItemsAnswer:
     collection = await open_collection(asked, name)
     _check_top_k(limit, asked, "limit")
@@ -301,8 +303,8 @@ async def search_collection(asked: Asked[SearchBody], name: str) -> SearchAnswer
     )
 
 
-def _chosen(meta: dict[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
-    return meta if fields is None else {field: meta[field] for field in fields if field in meta}
+def _chosen(meta: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    return {field: meta[field] for field in fields if field in meta} if fields else meta
 
 
 async def open_collection(asked: Asked[Any], name: str) -> Collection:
