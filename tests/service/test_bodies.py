@@ -48,7 +48,7 @@ def client(serve, bundle_maker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bodies")
     bundle_maker(folder / "bundles", "mini-int8")
     with serve(Settings(bundles_dir=folder / "bundles", data_dir=folder / "data", threads=1)) as client:
-        assert client.put("/v1/collections/kept", json={}).status_code == 201
+        assert client.put("/v1/collections/kept", json={"keep_originals": True})  # as the example.status_code == 201
         assert client.put("/v1/classifiers/kept", json={"labels": ["cat", "dog", "car"]}).status_code == 200
         yield client
 

@@ -39,6 +39,8 @@ class Audit:
         self.wrong: list[str] = []
 
     def __call__(self, state: str) -> None:
+        if work := self._page.locator("#work[aria-busy]").all():  # an answer is pale until the next one is there
+            expect(work[0]).not_to_have_attribute("aria-busy", "true")
         if not self._page.evaluate("'axe' in window"):
             self._page.evaluate(AXE_SCRIPT)
         for entry in self._page.evaluate(FOUND):
