@@ -2,17 +2,16 @@
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import pytest
 from playwright.sync_api import Browser, expect
 
 from calmclip.service import keys
 from calmclip.service.settings import Settings
+from tests.process import installed
 from tests.service.browsing import Serve
 from tests.service.test_page import opened
 
@@ -80,8 +79,7 @@ def test_the_references_examples_run_and_a_key_is_asked_for(
         assert secret not in command
         search = page.locator("article").filter(has=page.locator("h3", has_text="POST /v1/collections/{name}/search"))
         expect(search.locator("pre")).to_contain_text("/v1/collections/NAME/search' ")
-        if not shutil.which("curl"):
-            pytest.skip("there is no curl")
+        installed("curl", "commands of the page")
         environment = {**os.environ, "CALMCLIP_API_KEY": secret}
         run = subprocess.run(["bash", "-c", command], check=True, env=environment, capture_output=True, timeout=30)
         assert [entry["label"] for entry in json.loads(run.stdout)["labels"]] == ["a cat", "a dog"]

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Page, expect
 
+from calmclip.models.preprocess.formats import SUFFIXES
 from calmclip.service import keys
 from calmclip.service.routes.catalog import WEB
 from calmclip.service.settings import Settings
+from tests.process import installed
 from tests.service.browsing import Draw, Serve
 from tests.service.test_page import BROKEN, choose, detected, opened, teach
 
@@ -161,8 +162,7 @@ def test_each_tabs_command_gives_the_answer_that_is_shown(
     browser: Browser, serve: Serve, settings: Callable[..., Settings], tmp_path: Path, picture: Callable[..., bytes]
 ) -> None:
     """The command is run by bash in the folder of the pictures; the key is in a variable."""
-    if not shutil.which("curl"):
-        pytest.skip("there is no curl")
+    installed("curl", "commands of the page")
     folder, file = tmp_path / "pictures", tmp_path / "keys.json"
     folder.mkdir()
     for name, colours in ((ODD, ["red", "blue"]), ("green.png", ["green"]), ("blue.png", ["blue"])):
@@ -292,10 +292,9 @@ def test_a_picture_that_the_browser_cannot_show_is_sent(page: Page) -> None:
 
 
 def test_every_field_of_files_offers_the_formats_that_are_read(page: Page) -> None:
-    suffixes = pytest.importorskip("calmclip.models.preprocess.formats").SUFFIXES
     accepted = page.locator("input[type=file][accept]").evaluate_all("all => all.map((field) => field.accept)")
     assert len(accepted) >= 5  # the picture, examples, uploads and two classes
-    assert {*accepted} == {",".join(("image/*", *suffixes))}
+    assert {*accepted} == {",".join(("image/*", *SUFFIXES))}
 
 
 def test_the_pages_files_are_sent_once(client: httpx.Client) -> None:
