@@ -14,7 +14,6 @@ import pytest
 from calmclip.models.cli import VERBS, main, parser_of
 from tests.process import installed
 
-
 # what is typed before a Tab -> what the shell may write. Of each kind: a verb, a verb's verb, a flag, a choice
 TYPED = {
     "calmclip co": {"collection", "completion"},
