@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -207,7 +207,12 @@ def _resident() -> int:
 
 
 def peak_rss_mb() -> float | None:
-    """Peak resident memory of this process, in 10^6 bytes; None if the system does not say (Windows)."""
+    """Peak resident memory of this process, in 10^6 bytes; None if the system does not say (Windows).
+
+    Linux counts the memory of the parent as ``ru_maxrss`` of a process that it started, so ``VmHWM`` comes first.
+    """
+    with suppress(OSError, IndexError):
+        return round(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6, 1)
     try:
         import resource
     except ModuleNotFoundError:

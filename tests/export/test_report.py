@@ -1,7 +1,10 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calmclip.export import report
@@ -94,3 +97,13 @@ def test_evals_are_reported_for_float_and_int8(tiny_bundles: Path, photographs, 
     assert result["float32"]["top1"] == 100.0
     assert result["int8"]["top1"] == pytest.approx(100 * right / len(rows), abs=1e-3)
     assert result["int8"]["pictures"] == len(rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone counts a parent's memory")
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_its_parent():
+    held = np.ones(75_000_000)  # 600 MB of this process
+    code = "from calmclip.export.report import peak_rss_mb; print(peak_rss_mb())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    parent = report.peak_rss_mb()
+    assert parent is not None
+    assert float(child.stdout) < held.nbytes / 1e6 < parent
