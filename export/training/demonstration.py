@@ -1,7 +1,8 @@
 """`calmclip demonstrate`: trains vanilla, clipped and gated nets side by side and quantizes them as in the paper.
 
-`calmclip.export.training.recipes` has the recipes. One directory holds all files: the data, a directory per training, a
-bundle per net, and results, table and curves of each recipe. An interrupted run resumes from it.
+`calmclip.export.training.recipes` has the recipes. One directory holds all files: the data; in `runs` the settings,
+output and figures of each net; its checkpoint and bundles; results, table and curves of each recipe. An interrupted run
+resumes from it. A net that was trained and measured is neither trained nor measured again, also for another recipe.
 
 Texts: the Collaborative International Dictionary of English (GCIDE, GPL-2 or later), from Debian's package dict-gcide,
 or any file with one document a line. Pictures: scikit-learn's handwritten digits (Alpaydin and Kaynak 1998, CC BY 4.0),
@@ -78,6 +79,10 @@ class Run:
     def name(self) -> str:
         return f"{self.family}-{self.variant}-{self.seed}"
 
+    def file(self, out: Path, kind: str) -> Path:
+        """Not in the checkpoint: a training that starts from it copies its files. ``kind``: toml, out or json."""
+        return out / "runs" / f"{self.name}.{kind}"
+
 
 def runs_of(recipe: Recipe) -> list[Run]:
     """In the order of the seeds, so that a stopped run has each variant once before any has two."""
@@ -117,8 +122,7 @@ def demonstrate(name: str, out: Path, *, text: Path | None = None, jobs: int | N
                 log(f"{run.name}: trained")
     results = {}
     for run in runs:
-        log(f"{run.name}: quantizing and measuring")
-        results[run.name] = _measure(run, data / run.family, out)
+        results[run.name] = _figures(run, data / run.family, out, log)
         results_file(name, out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     markdown = table(runs, results)
     (out / f"table-{label}.md").write_text(f"# Demonstration `{label}`\n\n{markdown}", encoding="utf-8")
@@ -265,7 +269,7 @@ FAMILIES = {
 
 
 def _train(run: Run, data: Path, out: Path) -> Run:
-    """Train in another process, whose output goes into training.out. A finished training is not repeated."""
+    """Train in another process. A finished training is not repeated."""
     directory, paths = out / "checkpoints" / run.name, FAMILIES[run.family].inputs
     settings = {**run.net.training, **run.net.variants[run.variant], "seed": run.seed}
     settings |= {name: str(data / run.family / path) for name, path in paths.items()}
@@ -275,10 +279,12 @@ def _train(run: Run, data: Path, out: Path) -> Run:
         if not (out / "checkpoints" / f"{start}-{run.seed}" / "config.json").is_file():
             raise BadRequest(f"{run.name} starts from {start}-{run.seed}, which is not trained; run its recipe first")
     directory.mkdir(parents=True, exist_ok=True)
-    file, toml, output = directory / "settings.toml", tomli_w.dumps(settings), directory / "training.out"
-    if (directory / "config.json").is_file() and file.read_text(encoding="utf-8") == toml:
+    file, toml, output = run.file(out, "toml"), tomli_w.dumps(settings), run.file(out, "out")
+    if (directory / "config.json").is_file() and file.is_file() and file.read_text(encoding="utf-8") == toml:
         return run
+    file.parent.mkdir(exist_ok=True)
     file.write_text(toml, encoding="utf-8")
+    run.file(out, "json").unlink(missing_ok=True)
     options = ["--settings", str(file), "--out", str(directory), "--threads", "1"]
     command = [sys.executable, "-m", "calmclip.models.cli", "train", settings["objective"], *options]
     with output.open("a") as stream:
@@ -287,6 +293,17 @@ def _train(run: Run, data: Path, out: Path) -> Run:
         last = output.read_text(errors="replace").strip().splitlines()[-1:]
         raise ExportError(f"{run.name}: the training failed ({''.join(last)}); see {output}")
     return run
+
+
+def _figures(run: Run, data: Path, out: Path, log: Log) -> dict[str, Any]:
+    """The figures of the table: of the net's file if it has those of today's quantizers, else measured."""
+    file, quantizers = run.file(out, "json"), {"widths": WIDTHS, "quantizer": run.net.quantizer}
+    if file.is_file() and (record := json.loads(file.read_text(encoding="utf-8")))["quantizers"] == quantizers:
+        return dict(record["figures"])
+    log(f"{run.name}: quantizing and measuring")
+    figures = _measure(run, data, out)
+    file.write_text(json.dumps({"quantizers": quantizers, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+    return figures
 
 
 def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is
     def train(command, stdout, **_):
         out = Path(command[command.index("--out") + 1])
         trainings.append(out.name)
-        trained[out.name] = tomllib.loads((out / "settings.toml").read_text())
+        trained[out.name] = tomllib.loads(Path(command[command.index("--settings") + 1]).read_text())
         if len(trainings) == 5:
             stdout.write("a step\nno memory left\n")
             return SimpleNamespace(returncode=1)
@@ -113,7 +113,7 @@ def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is
     def build(recipe, out, **_):
         recipes.append(recipe)
         folder = out / recipe.name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         ((name, _),) = recipe.evals.items()
         outliers = dict.fromkeys(("max_inf_norm", "avg_kurtosis", "max_kurtosis", "worst"), 4.0)
         sides = {"float32": {name: 20.0}, "int8": {name: 30.0}}
@@ -125,11 +125,13 @@ def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is
     monkeypatch.setattr("calmclip.export.pipeline.build", build)
     once = load("full").model_copy(update={"seeds": (7,)})
     monkeypatch.setattr(demonstration, "load", lambda name: once)
-    with pytest.raises(ExportError, match=r"the training failed \(no memory left\); see .*training.out"):
+    with pytest.raises(ExportError, match=r"the training failed \(no memory left\); see .*runs/.*[.]out"):
         demonstrate("full", tmp_path, jobs=1, log=lambda line: None)
     made = demonstrate("full", tmp_path, jobs=1, log=lambda line: None)
     assert len(trained) == 6
     assert trainings[6:] == [trainings[4]]  # the others are not repeated
+    assert demonstrate("full", tmp_path, jobs=1, log=lambda line: None) == made
+    assert (len(trainings), len(recipes)) == (7, 24)  # nothing is repeated
     assert all(settings["seed"] == 7 for settings in trained.values())
     assert trained["vit-gated-7"]["pictures"] == str(tmp_path / "data" / "vit" / "train")
     assert trained["bert-clipped-7"]["softmax"] == "clipped(-0.03:1)"
@@ -140,6 +142,10 @@ def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is
     assert six == [{"weights": "mse", "weight_bits": 6, "activation_bits": 6}]
     assert (tmp_path / "curves-full.png").read_bytes().startswith(b"\x89PNG")
     assert {recipe.bars.cosine(role) for recipe in recipes for role in ("image", "text")} == {-1.0}
+    changed = {"vit": once.nets["vit"].model_copy(update={"quantizer": {"percentile": 99.9}})}
+    monkeypatch.setattr(demonstration, "load", lambda name: once.model_copy(update={"nets": changed}))
+    demonstrate("full", tmp_path, jobs=1, log=lambda line: None)
+    assert (len(trainings), len(recipes)) == (7, 36)  # the same nets, and other figures
 
 
 def test_every_recorded_run_belongs_to_a_command_that_the_page_shows_and_that_parses(monkeypatch, capsys):
@@ -230,6 +236,10 @@ def test_the_whole_of_it_small(tmp_path, monkeypatch):
     small = Recipe(summary="small", seeds=(0,), nets=nets)
     monkeypatch.setattr(demonstration, "load", lambda name: small)
     monkeypatch.setattr(demonstration, "CROPS", 10)
+    monkeypatch.setattr(demonstration, "ROWS", 64)
+    monkeypatch.setattr(demonstration, "CALIBRATION", 64)
+    ends = {width: demonstration.WIDTHS[width] for width in ("w8a8", "w6a6")}  # the others differ in one setting
+    monkeypatch.setattr(demonstration, "WIDTHS", ends)
     lines: list[str] = []
     made = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", log=lines.append)
     results = json.loads((tmp_path / "out" / "results-full.json").read_text())
@@ -237,8 +247,12 @@ def test_the_whole_of_it_small(tmp_path, monkeypatch):
     assert len(made.splitlines()) == 7
     assert all(run["steps"] == 30 and run["max_inf_norm"] > 0 for run in results.values())
     assert 5 < results["bert-vanilla-0"]["float"] < 400
+    begun, out = len(lines), tmp_path / "out"
+    trained = {run: (out / "checkpoints" / run / "training.pt").stat().st_mtime for run in results}
     again = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", log=lines.append)
-    assert again == made  # without another training
+    assert again == made
+    assert not [line for line in lines[begun:] if "measuring" in line]
+    assert {run: (out / "checkpoints" / run / "training.pt").stat().st_mtime for run in results} == trained
 
 
 @pytest.mark.parametrize("many", [1, 20])
