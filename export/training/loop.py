@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -103,12 +104,20 @@ def _resume(module: nn.Module, optimizer: torch.optim.Optimizer, settings: Sched
         raise BadRequest(
             f"{out / STATE} and {LOG} beside it cannot be read ({one_line(error)}); delete both to start again"
         ) from None
-    if state["settings"] != settings.model_dump_json():
+    # a setting that is newer than the state has its default, which changes nothing
+    if not _same(state["settings"], settings):
         raise BadRequest(f"{out / STATE} is of a training with other settings; use those, or choose another --out")
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     (out / LOG).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     return state["step"], state["seconds"]
+
+
+def _same(saved: str, settings: Schedule) -> bool:
+    try:
+        return type(settings).model_validate_json(saved) == settings
+    except ValidationError:  # of another kind of training, or a setting that is gone
+        return False
 
 
 def _lines(out: Path) -> list[dict[str, Any]]:

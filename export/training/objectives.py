@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calmclip.export.towers.bert import MaskedLM
+from calmclip.export.towers.transformer import Block
 from calmclip.export.training.data import Pictures, shifted
 from calmclip.export.training.settings import Training
 from calmclip.models.errors import BadRequest
@@ -153,6 +154,39 @@ class Captions:
         """The percentage of held-out pictures whose first caption ranks first among those of all held-out pictures."""
         logits = self.module(*self.inputs(self.held_out, [self.captions[i][0] for i in self.held_out]))
         return {"recall1": 100 * float((logits.argmax(-1) == torch.arange(len(logits))).double().mean())}
+
+
+class Penalised:
+    """``task`` with a loss that also has ``weight`` times the mean square of the numbers that the MLPs put out.
+
+    A net with outliers needs it: new gates let attention do nothing, but nothing makes its large weights smaller.
+
+    Source: Bondarenko et al. 2023 (arXiv 2306.12929), fine-tuning. The paper names the term and gives no formula.
+    """
+
+    def __init__(self, task: Task, weight: float) -> None:
+        self.task, self.module, self.weight = task, task.module, weight
+        self.squares: list[Tensor] = []  # of each MLP, in the step
+        blocks = [block for block in self.module.modules() if isinstance(block, Block)]
+        if not blocks:
+            raise BadRequest("the net has no block of calmclip, whose MLP penalty is of; train it without a penalty")
+        for block in blocks:
+            block.mlp.register_forward_hook(self._keep)
+
+    def _keep(self, mlp: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.module.training:  # a measurement has no penalty
+            self.squares.append(output.float().square().mean())
+
+    def batch(self, draw: np.random.Generator) -> Batch:
+        return self.task.batch(draw)
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.squares.clear()
+        loss = self.task.loss(batch)
+        return loss + self.weight * torch.stack(self.squares).mean()
+
+    def measure(self) -> dict[str, float]:
+        return self.task.measure()
 
 
 class Pair(nn.Module):

@@ -73,6 +73,10 @@ class Training(Schedule):
         default=None, ge=1, description="width of the gate mlp; default a quarter of a head, at least 4"
     )
 
+    penalty: float = Field(
+        default=0.0, ge=0, description="weight of the mean square of the MLPs' outputs; for a net that has outliers"
+    )
+
     layers: int = Field(default=6, ge=1)
     width: int = Field(default=128, ge=1)
     heads: int = Field(default=4, ge=1)

@@ -21,7 +21,7 @@ from calmclip.export.towers.attention import PER_HEAD, AttentionSpec, Gate, Soft
 from calmclip.export.towers.bert import MaskedLM
 from calmclip.export.towers.transformer import Attention
 from calmclip.export.training import data
-from calmclip.export.training.objectives import Captions, Classes, MaskedWords, NextToken, Pair, Task
+from calmclip.export.training.objectives import Captions, Classes, MaskedWords, NextToken, Pair, Penalised, Task
 from calmclip.export.training.settings import STATE, Training
 from calmclip.models.bundle.manifest import ImagePreprocess, TextPreprocess
 from calmclip.models.datasets import lines, read_captions
@@ -67,7 +67,8 @@ def student(settings: Training, out: Path) -> Student:
     for tower in towers:
         tower.module.requires_grad_(True).train()
     attention = _set_attention(towers, settings)
-    return Student(net, _TASKS[settings.objective](net, towers, settings), directory, attention)
+    task = _TASKS[settings.objective](net, towers, settings)
+    return Student(net, Penalised(task, settings.penalty) if settings.penalty else task, directory, attention)
 
 
 def _set_attention(towers: Sequence[Tower], settings: Training) -> AttentionSpec:

@@ -90,6 +90,18 @@ def test_a_state_of_other_settings_is_refused(tmp_path):
         train(Line(), settings(tmp_path, seed=1), tmp_path / "out")
 
 
+def test_a_state_from_before_a_setting_existed_is_continued(tmp_path):
+    out = tmp_path / "out"
+    train(Line(), settings(tmp_path), out, until=10)
+    state = torch.load(out / STATE)
+    older = {name: value for name, value in json.loads(state["settings"]).items() if name != "penalty"}
+    torch.save({**state, "settings": json.dumps(older)}, out / STATE)
+    assert train(Line(), settings(tmp_path), out)["step"] == 30
+    torch.save({**state, "settings": json.dumps({**older, "gone": 1})}, out / STATE)
+    with pytest.raises(BadRequest, match="of a training with other settings"):
+        train(Line(), settings(tmp_path), out)
+
+
 def test_a_loss_that_is_no_number_stops_it(tmp_path):
     task = Line()
     task.loss = lambda batch: task.module(batch[0]).mean() * torch.nan

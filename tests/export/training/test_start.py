@@ -100,6 +100,28 @@ def test_export_reads_gates_and_clipping_as_they_were_trained(objective, gate, d
             assert torch.allclose(towers[role].module(*feeds), getattr(pair, role)(*feeds), atol=2e-5)
 
 
+def test_a_penalty_is_of_the_outputs_of_transformers_feed_forward_networks(data, tmp_path):
+    trained("mlm", data, tmp_path / "start")
+    theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path / "start").eval()
+    squares = []
+    for layer in theirs.bert.encoder.layer:
+        layer.output.dense.register_forward_hook(lambda *run: squares.append(run[2].double().square().mean()))
+    settings = given("mlm", data, start=tmp_path / "start", penalty=0.5)
+    made = student(settings, tmp_path / "out")
+    batch = made.task.batch(np.random.default_rng(0))
+    loss = made.task.loss(batch)
+    plain = made.task.task.loss(batch)
+    with torch.inference_mode():
+        theirs(batch[0])
+    assert float((loss - plain).detach()) == pytest.approx(0.5 * float(sum(squares)) / 2, rel=1e-4)
+    torch.autograd.backward(loss)
+    last = [p.grad for name, p in made.task.module.named_parameters() if name.endswith("mlp.down.bias")]
+    assert len(last) == 2
+    assert all(gradient is not None for gradient in last)
+    assert train(made.task, settings, tmp_path / "out")["perplexity"] > 1
+    assert not {*made.task.measure()} - {"perplexity"}
+
+
 @pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads", "per_head", "linear_mean"])
 def test_a_gate_that_is_put_into_a_trained_net_leaves_it_as_it_was(gate, data, tmp_path):
     checkpoint = tiny.hf_clip(tmp_path / "clip")
