@@ -201,7 +201,8 @@ def test_crops_that_are_measured_on_overlap_none_that_are_trained_on(tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("recipe", "spread", "alpha"), [("demo", 0.05, 1.9), ("narrow", 0.02, 1.0), ("alpha-3.2", 0.05, 3.2)]
+    ("recipe", "spread", "alpha"),
+    [("demo", 0.05, 1.9), ("narrow", 0.02, 1.0), ("alpha-3.2", 0.05, 3.2), ("contrast", 0.02, 1.25)],
 )
 def test_nets_are_clipped_at_the_alpha_that_the_page_states(recipe, spread, alpha):
     """gamma = -alpha / length (arXiv 2306.12929); the rows have 64 tokens."""
