@@ -51,9 +51,8 @@ def postgres() -> Iterator[cluster.Server]:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    with tempfile.TemporaryDirectory(
-        prefix="pg"
-    ) as folder:  # pytest's folder is closed to the user postgres, and its path is too long for a socket
+    # pytest's folder is closed to the user postgres, and its path is too long for a socket
+    with tempfile.TemporaryDirectory(prefix="pg", dir=cluster.place()) as folder:
         Path(folder).chmod(0o755)
         with cluster.serving(Path(folder) / "cluster") as server:
             yield server
