@@ -1,6 +1,6 @@
 """Schemathesis against /openapi.json of a running service: valid and invalid requests, with all its checks.
 
-The cases are the same in each run. ``make test-slow`` makes many more cases.
+The cases are the same in each run. ``make test-slow`` makes many more, and covers every value of every field.
 """
 
 import re
@@ -26,17 +26,23 @@ def client(settings, serve, bundle_maker, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("each", "least"), [(3, 1000), pytest.param(300, 5000, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("phases", "each", "least"),
+    [
+        ("examples,fuzzing,stateful", 10, 300),
+        pytest.param("examples,coverage,fuzzing,stateful", 300, 8000, marks=pytest.mark.slow),
+    ],
+    ids=["few", "many"],
 )
-def test_the_service_conforms_to_its_specification(client, tmp_path, each, least):
+def test_the_service_conforms_to_its_specification(client, tmp_path, phases, each, least):
     """``each``: maximum number of cases per operation and phase; ``least``: minimum number of all cases."""
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     specification = f"{client.base_url}/openapi.json"
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", config, "run", specification]
-    how = f"--mode all --checks all --max-examples {each} --seed 1 --generation-deterministic --continue-on-failure"
+    how = f"--mode all --checks all --phases {phases} --max-examples {each} --continue-on-failure"
+    same = "--seed 1 --generation-deterministic"
     quiet = "--suppress-health-check all --warnings off --no-color"
-    command += [*how.split(), *quiet.split()]
+    command += [*how.split(), *same.split(), *quiet.split()]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(re.search(r"(\d+) generated, \1 passed", done.stdout)[1]) >= least
