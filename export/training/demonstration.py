@@ -1,4 +1,4 @@
-"""`calmclip demonstrate`: trains vanilla, clipped and gated nets side by side and quantizes them as in the paper.
+"""`calmclip demonstrate`: trains vanilla, clipped and gated nets side by side and quantizes them as the paper does.
 
 `calmclip.export.training.recipes` has the recipes. One directory holds all files: the data; in `runs` the settings,
 output and figures of each net; its checkpoint and bundles; results, table and curves of each recipe. An interrupted run
@@ -45,11 +45,14 @@ ROWS, CALIBRATION = 512, 512  # held-out rows to measure on; 16 batches of 32 ro
 CROPS = 200  # of a photograph, to train on
 
 
-WIDTHS: dict[str, dict[str, Any]] = {  # bits of weights and activations -> params of the quantizer `paper`
+# columns of the table: bits of weights and activations -> params of the quantizer `paper`; None is the quantizer that
+# `calmclip export` takes by itself
+QUANTIZED: dict[str, dict[str, Any] | None] = {
     "w8a8": {},
     "w6a8": {"weights": "mse", "weight_bits": 6},
     "w4a8": {"weights": "mse", "weight_bits": 4},
     "w6a6": {"weights": "mse", "weight_bits": 6, "activation_bits": 6},
+    "default": None,
 }
 OUTLIERS = ("max_inf_norm", "avg_kurtosis", "max_kurtosis")  # columns of the table, and panels of the curves
 
@@ -297,7 +300,7 @@ def _train(run: Run, data: Path, out: Path) -> Run:
 
 def _figures(run: Run, data: Path, out: Path, log: Log) -> dict[str, Any]:
     """The figures of the table: of the net's file if it has those of today's quantizers, else measured."""
-    file, quantizers = run.file(out, "json"), {"widths": WIDTHS, "quantizer": run.net.quantizer}
+    file, quantizers = run.file(out, "json"), {"columns": QUANTIZED, "paper": run.net.quantizer}
     if file.is_file() and (record := json.loads(file.read_text(encoding="utf-8")))["quantizers"] == quantizers:
         return dict(record["figures"])
     log(f"{run.name}: quantizing and measuring")
@@ -307,7 +310,7 @@ def _figures(run: Run, data: Path, out: Path, log: Log) -> dict[str, Any]:
 
 
 def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:
-    """Export with the paper's quantizer, without bars, once for each of `WIDTHS`; -> the figures of the table."""
+    """Export without bars, once for each of `QUANTIZED`; -> the figures of the table."""
     from calmclip.export.pipeline import build
     from calmclip.export.recipe import load_recipe, recognise
 
@@ -316,31 +319,32 @@ def _measure(run: Run, data: Path, out: Path) -> dict[str, Any]:
     calibration = {name: data / path for name, path in family.calibration.items()}
     net_name, plugin = recognise(str(checkpoint))
     figures: dict[str, Any] = {}
-    for width, params in WIDTHS.items():
+    for column, params in QUANTIZED.items():
         net = plugin.load(str(checkpoint))
-        quantizer = {"name": "paper", "params": {**run.net.quantizer, **params}}
+        quantize = {}
+        if params is not None:
+            quantize = {family.role: {"name": "paper", "params": {**run.net.quantizer, **params}}}
         recipe = load_recipe(
             str(checkpoint), net_name, net,
-            name=f"{run.name}-{width}", replace=True, quantize={family.role: quantizer},
+            name=f"{run.name}-{column}", replace=True, quantize=quantize,
             calibration={**calibration, "count": CALIBRATION, "seed": run.seed}, evals={eval_name: data / "held"},
             bars={"min_output_cosine": -1.0, "min_text_cosine": -1.0, "min_image_cosine": -1.0},
         )  # fmt: skip
         sealed = build(recipe, out / "bundles", net=net, release=True)
         report = json.loads((sealed[0].directory / REPORT).read_text(encoding="utf-8"))
-        sides, graph = report["accuracy"][eval_name], report["graphs"][family.role]
-        figures |= {"float": sides["float32"][figure], width: sides["int8"][figure]}
-        if width == "w8a8":
-            figures |= {key: graph["outliers"][key] for key in (*OUTLIERS, "worst")} | {
-                "bundle": sealed[0].manifest.name
-            }
+        sides = report["accuracy"][eval_name]
+        figures |= {"float": sides["float32"][figure], column: sides["int8"][figure]}
+        if column == "w8a8":
+            outliers = report["graphs"][family.role]["outliers"]
+            figures |= {key: outliers[key] for key in (*OUTLIERS, "worst")} | {"bundle": sealed[0].manifest.name}
     trained = log_of(checkpoint)[-1]
     return {**figures, "seconds": trained["seconds"], "steps": trained["step"]}
 
 
 def table(runs: Sequence[Run], results: Mapping[str, Mapping[str, Any]]) -> str:
     """The mean over seeds and, for several seeds, the standard deviation."""
-    keys = ("float", *OUTLIERS, *WIDTHS)
-    names = [key.upper() if key in WIDTHS else key.replace("_", " ") for key in keys]
+    keys = ("float", *OUTLIERS, *QUANTIZED)
+    names = [key.replace("_", " ") if QUANTIZED.get(key) is None else key.upper() for key in keys]
     head = ("net", "attention", *names)
     lines_ = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for family, variant in dict.fromkeys((run.family, run.variant) for run in runs):

@@ -73,15 +73,13 @@ def test_digits_are_scikit_learns_four_times_as_large(tmp_path):
 
 def test_a_table_has_means_and_deviations_worked_out_by_hand():
     runs = [Run("bert", *run, NARROW) for run in (("vanilla", 0), ("vanilla", 1), ("gated", 0))]
-    keys = ("float", "max_inf_norm", "avg_kurtosis", "max_kurtosis", "w8a8", "w6a8", "w4a8", "w6a6")
+    keys = ("float", "max_inf_norm", "avg_kurtosis", "max_kurtosis", "w8a8", "w6a8", "w4a8", "w6a6", "default")
     results = {run.name: dict.fromkeys(keys, value) for run, value in zip(runs, (10.0, 13.0, 120.5), strict=True)}
     rows = table(runs, results).splitlines()
-    assert (
-        rows[0]
-        == "| net | attention | float | max inf norm | avg kurtosis | max kurtosis | W8A8 | W6A8 | W4A8 | W6A6 |"
-    )
-    assert rows[2] == "| bert (perplexity) | vanilla |" + " 11.50 ± 2.12 |" * 8  # 1.5 sqrt(2)
-    assert rows[3] == "| bert (perplexity) | gated |" + " 120 |" * 8
+    figures = "float | max inf norm | avg kurtosis | max kurtosis | W8A8 | W6A8 | W4A8 | W6A6 | default"
+    assert rows[0] == f"| net | attention | {figures} |"
+    assert rows[2] == "| bert (perplexity) | vanilla |" + " 11.50 ± 2.12 |" * 9  # 1.5 sqrt(2)
+    assert rows[3] == "| bert (perplexity) | gated |" + " 120 |" * 9
 
 
 def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is_from_float(
@@ -131,13 +129,15 @@ def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is
     assert len(trained) == 6
     assert trainings[6:] == [trainings[4]]  # the others are not repeated
     assert demonstrate("full", tmp_path, jobs=1, log=lambda line: None) == made
-    assert (len(trainings), len(recipes)) == (7, 24)  # nothing is repeated
+    assert (len(trainings), len(recipes)) == (7, 30)  # nothing is repeated
     assert all(settings["seed"] == 7 for settings in trained.values())
     assert trained["vit-gated-7"]["pictures"] == str(tmp_path / "data" / "vit" / "train")
     assert trained["bert-clipped-7"]["softmax"] == "clipped(-0.03:1)"
-    assert "| vit (top1) | vanilla | 20.00 | 4.00 | 4.00 | 4.00 | 30.00 | 30.00 | 30.00 | 30.00 |" in made.splitlines()
-    assert len(recipes) == 24
-    assert [len(recipe.quantize) for recipe in recipes] == [1] * 24
+    assert (
+        "| vit (top1) | vanilla | 20.00 | 4.00 | 4.00 | 4.00 | 30.00 | 30.00 | 30.00 | 30.00 | 30.00 |"
+        in made.splitlines()
+    )
+    assert [len(recipe.quantize) for recipe in recipes] == [1, 1, 1, 1, 0] * 6
     six = [recipe.quantize["mlm"].params for recipe in recipes if recipe.name == "bert-gated-7-w6a6"]
     assert six == [{"weights": "mse", "weight_bits": 6, "activation_bits": 6}]
     assert (tmp_path / "curves-full.png").read_bytes().startswith(b"\x89PNG")
@@ -145,7 +145,7 @@ def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is
     changed = {"vit": once.nets["vit"].model_copy(update={"quantizer": {"percentile": 99.9}})}
     monkeypatch.setattr(demonstration, "load", lambda name: once.model_copy(update={"nets": changed}))
     demonstrate("full", tmp_path, jobs=1, log=lambda line: None)
-    assert (len(trainings), len(recipes)) == (7, 36)  # the same nets, and other figures
+    assert (len(trainings), len(recipes)) == (7, 45)  # the same nets, and other figures
 
 
 def test_every_recorded_run_belongs_to_a_command_that_the_page_shows_and_that_parses(monkeypatch, capsys):
@@ -239,8 +239,8 @@ def test_the_whole_of_it_small(tmp_path, monkeypatch):
     monkeypatch.setattr(demonstration, "CROPS", 10)
     monkeypatch.setattr(demonstration, "ROWS", 64)
     monkeypatch.setattr(demonstration, "CALIBRATION", 64)
-    ends = {width: demonstration.WIDTHS[width] for width in ("w8a8", "w6a6")}  # the others differ in one setting
-    monkeypatch.setattr(demonstration, "WIDTHS", ends)
+    ends = {name: demonstration.QUANTIZED[name] for name in ("w8a8", "default")}  # the others differ in one setting
+    monkeypatch.setattr(demonstration, "QUANTIZED", ends)
     lines: list[str] = []
     made = demonstrate("full", tmp_path / "out", text=tmp_path / "texts.txt", log=lines.append)
     results = json.loads((tmp_path / "out" / "results-full.json").read_text())
