@@ -150,7 +150,7 @@ def test_each_net_is_trained_once_with_its_settings_and_sealed_however_far_it_is
 
 def test_every_recorded_run_belongs_to_a_command_that_the_page_shows_and_that_parses(monkeypatch, capsys):
     root = Path(__file__).parents[3]
-    page = (root / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "demonstration.md").read_text(encoding="utf-8")
     shown = {*re.findall(r"`calmclip demonstrate ([\w.-]+)`", page)}
     asked = []
     monkeypatch.setattr(demonstration, "demonstrate", lambda recipe, *_, **__: asked.append(recipe) or "")
