@@ -73,7 +73,7 @@ def learning(
             axes.plot([line["step"] for line in lines], values, color=f"C{nets.index(net)}", linewidth=1, label=label)
         axes.set(xlabel="step", ylabel=quantity.replace("_", " "), yscale="log")
         axes.grid(linewidth=0.4)
-    row[0].legend(fontsize=8)
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(nets), fontsize=8)
     figure.savefig(file, format="png", dpi=100)
 
 
