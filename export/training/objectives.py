@@ -161,7 +161,7 @@ class Penalised:
 
     A net with outliers needs it: new gates let attention do nothing, but nothing makes its large weights smaller.
 
-    Source: Bondarenko et al. 2023 (arXiv 2306.12929), fine-tuning. The paper names the term and gives no formula.
+    Source: Bondarenko et al. 2023 (arXiv 2306.12929), fine-tuning; the form of the term is ours.
     """
 
     def __init__(self, task: Task, weight: float) -> None:
