@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -72,6 +72,7 @@ VERSION_AGE = timedelta(minutes=2)  # since a version was the latest; compaction
 CLOCK_MARGIN = timedelta(seconds=10)  # between our look at the versions and LanceDB's
 NEVER = timedelta(days=36_500)
 FULL_S = 30.0  # until a new try may find room
+TRIES = 10  # of a compaction beside readers that end
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -340,9 +341,9 @@ class LanceTable:
 
         # files of no version are left by writes that failed or were killed, for this process alone writes
         alone = self._store._folder is not None and self.info.name not in self._store._replacing
-        self._table.optimize(cleanup_older_than=NEVER)
+        _beside_readers(lambda: self._table.optimize(cleanup_older_than=NEVER))
         # apart, for LanceDB counts the age from the end of the compaction, which may take minutes
-        self._table.optimize(cleanup_older_than=self._removable(), delete_unverified=alone)
+        _beside_readers(lambda: self._table.optimize(cleanup_older_than=self._removable(), delete_unverified=alone))
         rows = self.count()
         if rows < INDEXED_FROM or self.info.dim % 8:
             return
@@ -547,6 +548,18 @@ def _writing(place: str) -> Iterator[None]:
                 reason = f"{os.strerror(code)}: the collections in {place} have no room; make some and try again"
                 raise StoreFull(reason, retry_after=FULL_S) from error
         raise
+
+
+def _beside_readers(work: Callable[[], object]) -> None:
+    """LanceDB lists all tags and then reads each, and fails if a reader ends in between and removes its tag. Raises the
+    last error if this happens with every try."""
+    for remaining in reversed(range(TRIES)):
+        try:
+            work()
+            return
+        except RuntimeError as error:
+            if PIN not in str(error) or not remaining:
+                raise
 
 
 def _damaged(name: str, reason: str) -> CollectionDamaged:
