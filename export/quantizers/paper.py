@@ -30,7 +30,7 @@ from calmclip.export.qdq import BACK, least_weight_scale, quantize_bias, scale_a
 from calmclip.export.quantizers import QUANTIZERS, Feeds, Quantizer, Ranges
 from calmclip.export.quantizers.estimators import Grid, Running, WeightRange, weight_scale
 from calmclip.export.quantizers.ranges import collect, widest
-from calmclip.export.quantizers.sites import MOVES, Sites, find_sites
+from calmclip.export.quantizers.sites import MOVES, Kind, Sites, find_sites
 from calmclip.models.bundle.manifest import FrozenModel
 from calmclip.models.flow import Array
 
@@ -49,18 +49,24 @@ class Params(FrozenModel):
         default=False, description="a scale per output of a product; no table of the paper has this"
     )
     head: bool = Field(default=False, description="quantize the products of the head too")
+    floats: tuple[Kind, ...] = Field(
+        default=(), description="kinds of tensors that stay in float, to measure what 8 bits cost in each"
+    )
     keep: tuple[str, ...] = ()  # names of nodes that stay in float
+
+    def sites(self, model: onnx.ModelProto) -> Sites:
+        return find_sites(model, self.keep, self.head).without(self.floats)
 
 
 def observe(model: onnx.ModelProto, feeds: Feeds, params: Params) -> Ranges:
-    names = list(find_sites(model, params.keep, params.head).observed)
+    names = list(params.sites(model).observed)
     running = Running(params.batch, params.percentile)
     return collect(model, running.batches(feeds), names, running.add).lent(running.ranges, widest)
 
 
 def quantize(model: onnx.ModelProto, ranges: Ranges, params: Params) -> onnx.ModelProto:
     draft = Draft(model)
-    _Writer(draft, find_sites(model, params.keep, params.head), ranges, params).write()
+    _Writer(draft, params.sites(model), ranges, params).write()
     return draft.finish()
 
 
@@ -137,9 +143,9 @@ class _Writer:
             del node.attribute[:], node.input[2:]
         if self.params.per_channel:
             parts = (1,) * sum(parts)
-        least = None
-        if node.op_type == "Conv" and bias:
-            input_scale, _ = self.scale_and_zero(self.sites.moved.get((node.name, 0), original.input[0]))
+        site, least = self.sites.moved.get((node.name, 0), original.input[0]), None
+        if node.op_type == "Conv" and bias and site in self.quantized:
+            input_scale, _ = self.scale_and_zero(site)
             least = least_weight_scale(input_scale, self.draft.array(bias))
         stem, scale = self.constant(name, parts, axis, least)
         node.input[1] = self.dequantized(stem, axis if scale.ndim else None)

@@ -8,7 +8,8 @@ transformer:
     norms       the output of LayerNormalization
     linear      the output of a product with constants, after its bias and its activation. After a Split, each part;
                 its weights are then as many tensors: q, k and v are one product in these graphs and three in the paper
-    attention   q k^T before the mask; probabilities; their mixture of v
+    qkv         such an output that attention reads
+    scores, probabilities, mixtures  of attention: q k^T before the mask; its Softmax; the mixture of v
     inputs      every other input of such a product: a picture, a mixture behind its gate
 
 The head, gates, biases and what is added to q k^T stay in float. The head is every product that no residual sum
@@ -17,8 +18,9 @@ of an embedding. In a graph without residual sums, the head is the products that
 """
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -50,23 +52,40 @@ _COUNTING = ("Shape", "Size")  # their outputs do not depend on a tensor's value
 _STEPS = 4  # how many nodes away a Softmax is looked for
 
 Place = tuple[str, int]  # a node's name, and the index of one of its inputs
+Kind = Literal[
+    "weights", "tables", "sums", "norms", "linear", "qkv", "scores", "probabilities", "mixtures", "inputs"
+]  # of what is quantized
 
 
 @dataclass(frozen=True)
 class Sites:
-    """Tensors: ``observed``, whose ranges come from calibration, and ``probabilities``, whose range is 0 to 1.
+    """Tensors with their kinds: ``observed``, whose ranges come from calibration, and ``probabilities``, whose range is
+    0 to 1.
 
     Products: ``weights``, node -> outputs of each tensor that its constant holds; ``activation_products``; ``moved``,
     an input of a product -> the tensor of the above that holds the same numbers elsewhere. ``tables``: the nodes and
     inputs that read a table.
     """
 
-    observed: dict[str, None] = field(default_factory=dict)
-    probabilities: dict[str, None] = field(default_factory=dict)
+    observed: dict[str, Kind] = field(default_factory=dict)
+    probabilities: dict[str, Kind] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     activation_products: dict[str, None] = field(default_factory=dict)
     moved: dict[Place, str] = field(default_factory=dict)
     tables: dict[Place, None] = field(default_factory=dict)
+
+    def without(self, kinds: Collection[Kind]) -> "Sites":
+        """The same without tensors of these kinds, which then stay in float."""
+        observed = {name: kind for name, kind in self.observed.items() if kind not in kinds}
+        probabilities = {} if "probabilities" in kinds else self.probabilities
+        return replace(
+            self,
+            observed=observed,
+            probabilities=probabilities,
+            weights={} if "weights" in kinds else self.weights,
+            tables={} if "tables" in kinds else self.tables,
+            moved={place: site for place, site in self.moved.items() if site in observed or site in probabilities},
+        )
 
 
 def find_sites(model: onnx.ModelProto, keep: Collection[str] = (), head: bool = False) -> Sites:
@@ -78,35 +97,39 @@ def find_sites(model: onnx.ModelProto, keep: Collection[str] = (), head: bool = 
     beyond = graph.after(node.output[0] for node in candidates if node.name not in body)
     chosen = {node.name for node in candidates if head or node.name in body} - excluded
 
-    def add(name: str) -> None:
+    def add(name: str, kind: Kind) -> None:
         if name not in beyond:
-            sites.observed[name] = None
+            sites.observed[name] = kind
 
     for node in graph.nodes:
         out = node.output[0]
         if node.name in chosen and graph.is_activation_product(node):
             sites.activation_products[node.name] = None
-            sites.probabilities.update(dict.fromkeys(name for name in node.input if graph.is_probability(name)))
-            add(out)
+            probabilities: dict[str, Kind] = {n: "probabilities" for n in node.input if graph.is_probability(n)}
+            sites.probabilities.update(probabilities)
+            add(out, "mixtures" if probabilities else "scores")
         elif node.name in chosen:
             outputs = graph.constants[node.input[1]].dims[output_axis(node)]
             parts = graph.parts(graph.product_output(out), outputs)
             sites.weights[node.name] = tuple(parts.values())
             for name in parts:
-                add(name)
+                add(name, "linear")
         elif node.op_type == "LayerNormalization" and node.input[0] in graph.activations:
-            add(out)
+            add(out, "norms")
         elif node.op_type == "Add" and out not in beyond and (graph.is_residual(node) or graph.tables(node)):
             sites.tables.update(dict.fromkeys(graph.tables(node)))
-            add(graph.full_sum(out))
+            add(graph.full_sum(out), "sums")
     for node in graph.nodes:
         inputs = 2 if node.name in sites.activation_products else 1 if node.name in sites.weights else 0
         for place, name in enumerate(node.input[:inputs]):
             source = graph.source(name, {*sites.observed, *sites.probabilities})
             if source is None:
-                sites.observed[name] = None
-            elif source != name:
+                sites.observed[name] = "inputs"
+                continue
+            if source != name:
                 sites.moved[node.name, place] = source
+            if node.name in sites.activation_products and sites.observed.get(source) == "linear":
+                sites.observed[source] = "qkv"
     return sites
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ from calmclip.export.nets import Tower
 from calmclip.export.parity import compare, onnx_run
 from calmclip.export.qdq import scale_and_zero
 from calmclip.export.quantizers import fast, paper
-from calmclip.export.quantizers.sites import find_sites
+from calmclip.export.quantizers.sites import Kind, find_sites
 from calmclip.export.towers.attention import Softmax
 from calmclip.export.trace import to_onnx
 from calmclip.models.flow import Array, Arrays
@@ -104,6 +104,11 @@ def test_the_8_bit_tensors_are_those_counted_by_hand(case: Case):
         "vit": Counter({"pixels": 1, "Conv": 1, "Concat": 1}),  # the sum of class token and patches
     }[case.kind]
     assert kinds == expected
+    behind_gates = LAYERS if case.kind != "vit" else 0
+    assert Counter(sites.observed.values()) == Counter({
+        "qkv": 3 * LAYERS, "scores": LAYERS, "mixtures": LAYERS, "linear": 3 * LAYERS + (case.kind == "vit"),
+        "sums": 2 * LAYERS + 1, "norms": 2 * LAYERS + 1 + one_token, "inputs": behind_gates + (case.kind == "vit"),
+    })  # fmt: skip
     chances = "Clip" if case.kind in ("bert", "clip") else "Softmax"
     assert [producers[name] for name in sites.probabilities] == [chances] * LAYERS
     assert len(sites.tables) == (1 if case.kind == "vit" else 2)
@@ -112,6 +117,24 @@ def test_the_8_bit_tensors_are_those_counted_by_hand(case: Case):
 def test_each_of_them_is_quantized_and_no_other_tensor(case: Case):
     sites, scales = find_sites(case.model), steps(case.quantized())
     assert scales.keys() == {*sites.observed, *sites.probabilities, *(moved(case.model, sites))}
+
+
+def test_kinds_of_tensors_stay_in_float(case: Case):
+    everything = get_args(Kind)
+    for kind in everything:
+        left = steps(case.quantized(floats=(kind,)))
+        tensors = {name for name, its in find_sites(case.model).observed.items() if its == kind}
+        assert not tensors & left.keys()
+        only = case.quantized(floats=tuple({*everything} - {kind}))
+        constants_alone = kind in ("weights", "tables")
+        assert bool(steps(only)) is not constants_alone
+        assert constants_alone == any(
+            item.data_type == TensorProto.INT8 and item.dims for item in only.graph.initializer
+        )
+    run, reference = onnx_run(case.quantized(floats=everything)), onnx_run(case.model)
+    for feed in case.feeds[:2]:
+        for answer, expected in zip(run(feed).values(), reference(feed).values(), strict=True):
+            np.testing.assert_array_equal(answer, expected)
 
 
 def moved(model: onnx.ModelProto, sites: Any) -> set[str]:
