@@ -113,15 +113,17 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _small_weights() -> Iterator[None]:
-    """Name bundles of tiny nets int8 although the graphs' other bytes outweigh the weights."""
+def _tiny_nets() -> Iterator[None]:
+    """Name bundles of tiny nets int8 although the graphs' other bytes outweigh the weights; trace equal towers once."""
     if find_spec("onnxscript") is None:  # tests.aarch64: nothing is exported there
         yield
         return
-    from calmclip.export import report
+    from calmclip.export import report, trace
+    from tests.traces import once
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "SIZE", 10.0)
+        patch.setattr(trace, "to_onnx", once(trace.to_onnx))
         yield
 
 

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,14 @@ def files(package: str) -> Iterator[Path]:
     return (path for path in sorted((ROOT / package).rglob("*.py")) if "bundles" not in path.parts)
 
 
-def imported(path: Path, *, late: bool = False) -> Iterator[str]:
+@cache
+def imported(path: Path, *, late: bool = False) -> tuple[str, ...]:
     """Full names, `from a import b` as a.b; those of `import_module("...")` too; no relative imports. ``late``: only
     what is imported inside functions."""
+    return tuple(_imported(path, late))
+
+
+def _imported(path: Path, late: bool) -> Iterator[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     nodes = {id(node): node for top in functions for node in ast.walk(top)}.values() if late else ast.walk(tree)
@@ -48,8 +54,12 @@ def imported(path: Path, *, late: bool = False) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and _last_name(node.func) in ("import_module", "__import__"):
             yield from (str(a.value) for a in node.args if isinstance(a, ast.Constant))
+
+
+def _last_name(function: ast.expr) -> str:
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def imports(path: Path, *, late: bool = False) -> Iterator[str]:
