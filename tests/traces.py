@@ -9,7 +9,7 @@ import torch
 
 from calmclip.export.nets import Tower
 
-MOST = 4 << 20  # bytes of weights; larger graphs are not kept
+MOST = 4 << 20  # bytes of weights; larger nets are neither compared nor kept
 APART = {"_parameters", "_buffers", "_modules"}  # of a module's attributes
 
 Trace = Callable[[Tower], onnx.ModelProto]
@@ -22,12 +22,11 @@ def once(trace: Trace) -> Trace:
     graphs: dict[bytes, onnx.ModelProto] = {}
 
     def traced(tower: Tower) -> onnx.ModelProto:
+        if sum(tensor.nbytes for tensor in tower.module.state_dict().values()) > MOST:
+            return trace(tower)
         key = hashlib.sha256("\n".join(_facts(tower)).encode()).digest()
         if key not in graphs:
-            graph = trace(tower)
-            if graph.ByteSize() > MOST:
-                return graph
-            graphs[key] = graph
+            graphs[key] = trace(tower)
         copy = onnx.ModelProto()
         copy.CopyFrom(graphs[key])
         return copy
@@ -51,4 +50,4 @@ def _address(function: Callable[..., object]) -> str:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
